@@ -1,0 +1,142 @@
+"""Records: what passes between stages as text. Frozen, and each round-trips through a JSON line."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, cast
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+FinishReason = Literal["stop", "length"]
+
+JsonDict = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A conversation that ends where the assistant is to speak."""
+
+    messages: tuple[Message, ...]
+    id: str = ""
+    """Stable name; `prompt_id(messages)` unless the source gave one. Splits are made by it."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What a verifier or a world needs to score a reply (JSON values only). Never shown to a model."""
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            object.__setattr__(self, "id", prompt_id(self.messages))
+
+    @property
+    def text(self) -> str:
+        """The last user turn: what people read as the prompt."""
+        return next((m.content for m in reversed(self.messages) if m.role == "user"), "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    """A prompt with the reply to imitate."""
+
+    prompt: Prompt
+    response: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One judgement of one annotator over two replies."""
+
+    prompt: Prompt
+    response_a: str
+    response_b: str
+    choice: Literal["A", "B", "tie"]
+    annotator: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferencePair:
+    """Two replies in order of preference, as reward models and the DPO family read them."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    margin: float | None = None
+    """How much better `chosen` is, in the units of its source; None where the source does not say."""
+    label: float = 1.0
+    """Probability in [0.5, 1] that `chosen` is preferred: 1 for one vote, a share for several."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledResponse:
+    """One reply with a thumbs up or down (the unpaired layout)."""
+
+    prompt: Prompt
+    response: str
+    label: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteppedResponse:
+    """One reply in steps, each marked right or wrong (the stepwise layout)."""
+
+    prompt: Prompt
+    steps: tuple[str, ...]
+    labels: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """A sampled reply: the exact tokens, and their logprobs under the distribution they were drawn from."""
+
+    prompt: Prompt
+    response: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    """Includes the end token where the reply was finished."""
+    logprobs: tuple[float, ...]
+    """Natural log, one for each response token, under the sampling distribution (temperature, top-p, top-k)."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecord:
+    """One reply of one model with its scores by name."""
+
+    prompt: Prompt
+    response: str
+    model: str
+    scores: Mapping[str, float]
+
+
+Record = TypeVar("Record", Prompt, Demonstration, Comparison, PreferencePair, LabelledResponse, SteppedResponse, Rollout, EvalRecord)
+
+
+def prompt_id(messages: Sequence[Message]) -> str:
+    """Sixteen hex digits of the SHA-256 of the messages; equal conversations have equal ids on every machine."""
+    text = json.dumps([[m.role, m.content] for m in messages], ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def to_dict(record: Any) -> JsonDict:
+    """The record as JSON values; `from_dict` reads it back equal."""
+    return cast(JsonDict, json.loads(json.dumps(dataclasses.asdict(record), ensure_ascii=False)))
+
+
+def from_dict(cls: type[Record], row: Mapping[str, Any]) -> Record:
+    """The record of `to_dict`. Raises TypeError or KeyError for a row of another shape."""
+    values = dict(row)
+    if cls is Prompt:
+        values["messages"] = tuple(Message(**m) for m in values["messages"])
+    elif "prompt" in values:
+        values["prompt"] = from_dict(Prompt, values["prompt"])
+    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
