@@ -1,0 +1,110 @@
+"""Losses, and the shapes of what they read.
+
+A loss is a frozen dataclass. `weight(batch)` is its denominator, known before any forward pass, and calling it gives
+the SUM of the terms: the learner adds both over micro-batches and ranks, divides once and multiplies by `coef`, so
+that neither split changes the gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class TokenOutputs(Protocol):
+    """What a language model says of the trained tokens."""
+
+    @property
+    def logprobs(self) -> Tensor:
+        """[M]"""
+        ...
+
+    @property
+    def entropy(self) -> Tensor | None:
+        """[M]; None where no loss in use needs it."""
+        ...
+
+
+class ValueOutputs(Protocol):
+    """What a critic says of the trained tokens."""
+
+    @property
+    def values(self) -> Tensor:
+        """[M]"""
+        ...
+
+
+class ScoreOutputs(Protocol):
+    """What a reward model says of whole sequences."""
+
+    @property
+    def scores(self) -> Tensor:
+        """[B]"""
+        ...
+
+
+class SequenceBatch(Protocol):
+    """B sequences of trained tokens."""
+
+    @property
+    def num_sequences(self) -> int: ...
+
+    @property
+    def sequence_ids(self) -> Tensor:
+        """[M]"""
+        ...
+
+
+class PolicyBatch(SequenceBatch, Protocol):
+    """Rollouts with what PPO needs."""
+
+    @property
+    def old_logprobs(self) -> Tensor:
+        """[M]"""
+        ...
+
+    @property
+    def advantages(self) -> Tensor:
+        """[M]"""
+        ...
+
+
+class ReferenceBatch(SequenceBatch, Protocol):
+    """Rollouts with the reference's opinion."""
+
+    @property
+    def ref_logprobs(self) -> Tensor:
+        """[M]"""
+        ...
+
+
+class CriticBatch(SequenceBatch, Protocol):
+    """Rollouts with what the critic learns from."""
+
+    @property
+    def old_values(self) -> Tensor:
+        """[M]"""
+        ...
+
+    @property
+    def returns(self) -> Tensor:
+        """[M]"""
+        ...
+
+
+class PairBatch(Protocol):
+    """P pairs as B = 2P sequences: chosen, rejected, chosen, rejected …"""
+
+    @property
+    def num_sequences(self) -> int: ...
+
+    @property
+    def margins(self) -> Tensor:
+        """[P]; nan where there is none."""
+        ...
+
+    @property
+    def labels(self) -> Tensor:
+        """[P], the probability that `chosen` is preferred."""
+        ...

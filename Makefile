@@ -1,0 +1,42 @@
+# make install    a virtual environment in .venv with everything the tests need; a second time it takes no time
+# make quickstart the whole loop, from no model to its dossier, in runs/quickstart
+# make test       formatter, linter, type checker and tests
+# make evidence   the proofs that take minutes
+# make clean      removes .venv and caches; runs/ stays
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+# Scripts that measure what the docs claim; `make evidence` runs each after the slow tests.
+EVIDENCE ?=
+
+.PHONY: install quickstart test evidence clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "trimtab needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+quickstart: install
+	$(BIN)/trimtab quickstart
+
+# One thread: the models of the tests are too small to share, and their sums keep one order on every machine.
+test evidence: export OMP_NUM_THREADS = 1
+
+test: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+evidence: install
+	$(BIN)/pytest -m slow
+	@set -e; for script in $(EVIDENCE); do echo "$$script"; $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find src tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,342 @@
+"""The command table. A stage is imported only when it is chosen, and nothing heavy is ever imported for help."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+import trimtab
+from trimtab.errors import ConfigError, Interrupted, TrimtabError
+
+STAGES = {
+    "pretrain": ("trimtab.stages.pretrain", "Train a small language model from nothing, on plain text."),
+    "sft": ("trimtab.stages.sft", "Teach a model to reply, from demonstrations."),
+    "compare": ("trimtab.stages.compare", "Sample pairs of replies and have annotators compare them."),
+    "reward": ("trimtab.stages.reward", "Train a reward model on preference pairs."),
+    "online": ("trimtab.stages.online", "Train a policy against a reward: PPO and its relatives."),
+    "evaluate": ("trimtab.stages.evaluate", "Measure a policy against a baseline, with intervals."),
+}
+"""Each stage command: the module with its `Settings` and `run`, and its line of help."""
+
+
+class _Commands(click.Group):
+    """Turns mistakes into messages and exit codes; tracebacks are for bugs."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TrimtabError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except Interrupted as stop:
+            click.echo(f"{stop}\nto go on: {_same_command()}", err=True)
+            ctx.exit(130)
+        except KeyboardInterrupt:
+            click.echo("stopped at once; what was not saved yet is done again by the same command", err=True)
+            ctx.exit(130)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], self.commands, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(self.commands)}"
+            raise ConfigError(f"no command {args[0]!r}", where="the command line", fix=hint)
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The order of the table, which is the order of the work."""
+        return list(self.commands)
+
+
+class _StageCommand(click.Command):
+    """A command whose help ends with the settings of its stage."""
+
+    module: str
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Settings (keys of the run file, or key=value)"):
+            formatter.write_dl(list(settings_help(self.module)))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(trimtab.__version__, prog_name="trimtab")
+def main() -> None:
+    """The whole RLHF loop: from human judgements to an aligned model, and the evidence that it is aligned.
+
+    Stages read a TOML run file; any setting can be overridden with key=value, and `trimtab STAGE --help` lists them.
+    An interrupted command, run again, goes on where it stopped.
+    """
+
+
+_overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+_seed = click.option("--seed", default=0, show_default=True, help="Equal seeds give equal results.")
+_model = click.option("--model", required=True, help="A model directory or Hub id.")
+_temperature = click.option("--temperature", default=1.0, show_default=True, help="0 takes the likeliest token.")
+_max_new_tokens = click.option("--max-new-tokens", default=256, show_default=True, help="Where a reply is cut off.")
+
+
+def _directory(help_line: str, *, default: str | None = None, required: bool = False) -> Callable[[Any], Any]:
+    where = click.Path(file_okay=False, path_type=Path)
+    return click.option("--out", type=where, default=default, required=required, show_default=True, help=help_line)
+
+
+# --- the whole loop ---
+
+
+@main.command()
+@_overrides
+@_directory("The directory of the pipeline.", default="runs/quickstart")
+@click.option("--seed", type=int, help="Another seed than the file's.")
+def quickstart(overrides: tuple[str, ...], out: Path, seed: int | None) -> None:
+    """Run the whole loop on the help-desk world, on a laptop CPU."""
+    chosen = overrides if seed is None else (*overrides, f"seed={seed}")
+    _run_pipeline(examples_dir() / "quickstart" / "pipeline.toml", chosen, out)
+
+
+@main.command("run")
+@click.argument("run_file", type=click.Path(path_type=Path))
+@_overrides
+@_directory("The directory of the pipeline.  [default: runs/<name of the file>]")
+def run_(run_file: Path, overrides: tuple[str, ...], out: Path | None) -> None:
+    """Run a pipeline of stages.
+
+    Finished stages are skipped and an interrupted one goes on.
+    """
+    _run_pipeline(run_file, overrides, out or Path("runs") / run_file.stem)
+
+
+def _run_pipeline(run_file: Path, overrides: tuple[str, ...], out: Path) -> None:
+    config = importlib.import_module("trimtab.config")
+    values = config.apply_overrides(config.load_run_file(run_file), overrides)
+    where = " ".join([str(run_file), *overrides])
+    importlib.import_module("trimtab.stages.pipeline").run_pipeline(values, out, where=where)
+    _write_report(out)
+
+
+def examples_dir() -> Path:
+    """The shipped run files: inside the package where it was installed, beside it in a checkout."""
+    package = Path(trimtab.__file__).parent
+    installed = package / "examples"
+    return installed if installed.is_dir() else package.parents[1] / "examples"
+
+
+# --- the stages ---
+
+
+def stage_command(name: str, module: str, help_line: str) -> click.Command:
+    """The command that runs one stage from a run file."""
+
+    def invoke(run_file: Path, overrides: tuple[str, ...], out: Path | None, fresh: bool) -> None:
+        _run_stage(name, module, run_file, overrides, out or Path("runs") / run_file.stem, fresh)
+
+    command = _StageCommand(
+        name,
+        callback=invoke,
+        help=help_line,
+        params=[
+            click.Argument(["run_file"], type=click.Path(path_type=Path)),
+            click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]..."),
+            click.Option(
+                ["--out"],
+                type=click.Path(file_okay=False, path_type=Path),
+                help="The run directory.  [default: runs/<name of the file>]",
+            ),
+            click.Option(["--fresh"], is_flag=True, help="Empty the run directory first, instead of going on there."),
+        ],
+    )
+    command.module = module
+    return command
+
+
+def _run_stage(name: str, module: str, run_file: Path, overrides: tuple[str, ...], out: Path, fresh: bool) -> None:
+    config = importlib.import_module("trimtab.config")
+    values = config.apply_overrides(config.load_run_file(run_file), overrides)
+    if (meant := values.pop("stage", name)) != name:  # settings.toml of a run directory says its stage
+        raise ConfigError(f"a run file of the stage {meant!r}", where=str(run_file), fix=f"use trimtab {meant}")
+    stage = importlib.import_module(module)
+    settings = config.resolve(stage.Settings, values, where=" ".join([str(run_file), *overrides]))
+    runs = importlib.import_module("trimtab.runs.run")
+    with runs.Run.open(
+        out,
+        stage=name,
+        settings=config.dump(settings),
+        resume=not fresh,
+        trackers=getattr(settings, "trackers", ()),
+    ) as run:
+        if run.finished:
+            click.echo(f"{out} is finished; --fresh begins it again")
+        else:
+            stage.run(settings, run)
+    _write_report(out)
+
+
+for _name, (_module, _help) in STAGES.items():
+    main.add_command(stage_command(_name, _module, _help))
+
+
+# --- the use of a model ---
+
+
+@main.command()
+@_model
+@click.option("--data", help="Prompts: a file, a Hub data set or a world.")
+@click.option("--prompt", help="One prompt, as text.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON lines to write, instead of printing."
+)
+@_max_new_tokens
+@_temperature
+@click.option("--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens of this total.")
+@click.option("--top-k", default=0, show_default=True, help="Sample from this many likeliest tokens; 0 is all.")
+@click.option("--num-samples", default=1, show_default=True, help="Replies for each prompt.")
+@_seed
+def generate(**options: Any) -> None:
+    """Sample replies of a model to prompts."""
+    importlib.import_module("trimtab.stages.use").generate_file(**options)
+
+
+@main.command()
+@_model
+@click.option("--data", required=True, help="Prompts with replies: a file of `trimtab generate` or a data set.")
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="JSON lines to write.")
+def score(**options: Any) -> None:
+    """Write the rewards a reward model gives to replies."""
+    importlib.import_module("trimtab.stages.use").score_file(**options)
+
+
+@main.command()
+@_model
+@_temperature
+@_max_new_tokens
+@_seed
+def chat(**options: Any) -> None:
+    """Talk to a model."""
+    importlib.import_module("trimtab.stages.use").chat(**options)
+
+
+# --- data and reports ---
+
+
+@main.command()
+@click.argument("name")
+@click.option("--rows", required=True, type=click.IntRange(min=1), help="Rows of each training set.")
+@_directory("Where the sets are written.", required=True)
+@_seed
+def world(name: str, rows: int, out: Path, seed: int) -> None:
+    """Write the data sets of a world as JSON lines."""
+    worlds = importlib.import_module("trimtab.worlds")
+    for file, count in worlds.write_sets(worlds.load(name), rows, out, seed).items():
+        click.echo(f"{out / file}: {count} rows")
+
+
+@main.group()
+def data() -> None:
+    """Look at data as a model will be given it."""
+
+
+@data.command()
+@click.argument("source")
+@_model
+@click.option(
+    "--kind",
+    type=click.Choice(["auto", "sft", "preference", "prompt"]),
+    default="auto",
+    show_default=True,
+    help="What to read the rows as.",
+)
+@click.option("--rows", default=3, show_default=True, type=click.IntRange(min=1), help="Rows to show.")
+def show(source: str, model: str, kind: str, rows: int) -> None:
+    """Show rows as tokens, those trained on marked."""
+    console = importlib.import_module("rich.console").Console()
+    importlib.import_module("trimtab.data.show").show(source, model, kind=kind, rows=rows, console=console)
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+def report(directory: Path) -> None:
+    """Write the page of a run or a pipeline."""
+    _write_report(directory)
+
+
+def _write_report(directory: Path) -> None:
+    path = importlib.import_module("trimtab.reports.html").write_report(directory)
+    click.echo(f"report: {path}")
+
+
+def _same_command() -> str:
+    return shlex.join(["trimtab", *(word for word in sys.argv[1:] if word != "--fresh")])
+
+
+# --- help on settings, read from the source: importing a stage would load torch ---
+
+
+def settings_help(module: str, class_name: str = "Settings", prefix: str = "") -> Iterator[tuple[str, str]]:
+    """What a settings class says of each key: ("learning_rate: float = 1e-5", its documentation line)."""
+    tree = _source(module)
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    imported = {
+        alias.name: node.module
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("trimtab.")
+        for alias in node.names
+    }
+    if class_name not in classes:
+        yield from settings_help(imported[class_name], class_name, prefix)
+        return
+    body = classes[class_name].body
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        key, annotation, doc = prefix + ast.unparse(node.target), ast.unparse(node.annotation), _docstring(after)
+        default = "" if node.value is None else f" = {_default_text(node.value)}"
+        table = annotation.removesuffix(" | None")
+        if kind := re.search(r"Choice\('(\w+)'\)", annotation):
+            several = "a list of " if "tuple[" in annotation else ""
+            names = ", ".join(registered_names(kind[1]))
+            yield f"{key}{default}", f"{doc} ({several}{names}, or a table with name and its settings)"
+        elif table in classes or table in imported:
+            yield f"{key}: table{default}", doc
+            yield from settings_help(module if table in classes else imported[table], table, f"{key}.")
+        else:
+            yield f"{key}: {annotation}{default}", doc
+
+
+def registered_names(kind: str) -> list[str]:
+    """The names `registry.names` would give, found in the source without importing anything."""
+    pattern = re.compile(rf"""@(?:registry\.)?register\("{kind}", "([^"]+)"\)""")
+    sources = Path(trimtab.__file__).parent.rglob("*.py")
+    return sorted(name for path in sources for name in pattern.findall(path.read_text(encoding="utf-8")))
+
+
+def _source(module: str) -> ast.Module:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+
+
+def _docstring(node: ast.stmt | None) -> str:
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        return " ".join(node.value.value.split())
+    return ""
+
+
+def _default_text(value: ast.expr) -> str:
+    if isinstance(value, ast.Call) and ast.unparse(value.func) in ("field", "dataclasses.field"):
+        given = {keyword.arg: keyword.value for keyword in value.keywords}
+        if "default" in given:
+            return ast.unparse(given["default"])
+        factory = given["default_factory"]
+        return ast.unparse(factory.body) if isinstance(factory, ast.Lambda) else f"{ast.unparse(factory)}()"
+    return ast.unparse(value)

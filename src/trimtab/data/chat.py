@@ -1,0 +1,314 @@
+"""Conversations to tokens, and back: the only place that renders a chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from trimtab.errors import ConfigError, DataError
+from trimtab.types import Message, Role
+
+SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
+"""Of the tokenizers that trimtab trains, in the order of their ids; `<|end|>` is their eos token."""
+
+_TURNS = (
+    "{%- for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + END + '\\n' }}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+DEFAULT_TEMPLATE = _TURNS.replace("END", "'<|end|>'")
+"""For tokenizers with `SPECIAL_TOKENS`; `default_template` is the same for others."""
+
+# Stands for the content of turn i while a template is studied. No template writes tabs or private-use characters of
+# its own, so what is left of the tabs says whether the template strips contents.
+_MARK = "\t\ue000{}\ue001\t"
+_MARKS = re.compile("(\t?)\ue000([0-9]+)\ue001(\t?)")
+
+
+def default_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template for a tokenizer without one: `DEFAULT_TEMPLATE` with its own end token, and bos if it adds one.
+
+    Role markers that are no tokens of it are written as plain text. Raises DataError where there is no end token.
+    """
+    if "<|end|>" not in tokenizer.get_vocab() and tokenizer.eos_token is None:
+        raise DataError(
+            "the tokenizer has neither a chat template nor an eos token, so a reply could never end",
+            where=tokenizer.name_or_path or "the tokenizer",
+            fix="set its eos_token (tokenizer_config.json), or use another model",
+        )
+    turns = DEFAULT_TEMPLATE if "<|end|>" in tokenizer.get_vocab() else _TURNS.replace("END", "eos_token")
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return "{{ bos_token }}" + turns if adds_bos else turns
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """What a template writes around the contents of turns with given roles."""
+
+    pieces: tuple[str, ...]
+    """Before the first content, between contents, and after the last: one more than there are turns."""
+    strips: tuple[tuple[bool, bool], ...]
+    """For each content: whether blanks are stripped on its left and on its right."""
+
+    def fill(self, contents: Sequence[str]) -> tuple[str, ...]:
+        """The contents as the template writes them."""
+        return tuple(_strip(content, *sides) for content, sides in zip(contents, self.strips, strict=True))
+
+
+class Chat:
+    """A tokenizer's chat template as token ids, with the mask of what the assistant said.
+
+    The template is the model's own; a tokenizer without one is given `default_template`, so that the model is saved
+    with what it was trained on. Three things always hold:
+
+    - The ids of a prompt never depend on the reply: nothing is tokenised across the seam, so
+      `encode_conversation([*prompt, reply])` is `encode_prompt(prompt) + encode_response(reply)`.
+    - Every reply ends with one end token, which is trained: the special token with which the template closes an
+      assistant turn, or eos where it closes turns with plain text.
+    - Contents are plain text: a user who writes "<|assistant|>" does not begin a turn. (Only a template that rewrites
+      contents is taken as it is written.)
+    """
+
+    end_id: int
+    """The token that ends a reply."""
+    stop_ids: frozenset[int]
+    """The end token of the template and the eos token; a sampler stops at either."""
+    pad_id: int
+    """Never one of `stop_ids`: the tokenizer's pad token, else its unk token, else an added token whose name says
+    pad, unused or reserved, else the first id that does not stop. Padding never enters a loss."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = default_template(tokenizer)
+        self._skeletons: dict[tuple[tuple[Role, ...], bool], _Skeleton | None] = {}
+        added = {token.content: (id_, token.special) for id_, token in tokenizer.added_tokens_decoder.items()}
+        self._special = {text: id_ for text, (id_, special) in added.items() if special}
+        self._special_pattern = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
+        self._study(added)
+        self.pad_id = _choose_pad(tokenizer, self.stop_ids)
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The ids up to where the assistant is to speak. Raises DataError where the template refuses the roles."""
+        return self._encode_turns(messages)[0]
+
+    def encode_response(self, text: str) -> list[int]:
+        """The ids of a reply with its end token. They are the same after every prompt."""
+        return self._encode_reply(self._lead, _strip(text, *self._reply_strips))
+
+    def encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Ids, and the response mask: true for each assistant turn and its end token.
+
+        Ends with the end token of the last turn. Where a template rewrites earlier turns (dropping their reasoning,
+        say) only the last one is trained, for the earlier ones are not what was said. Raises DataError unless the
+        last turn is the assistant's.
+        """
+        if not messages or messages[-1].role != "assistant":
+            raise DataError(
+                "the conversation does not end with an assistant turn, so there is no reply to learn from",
+                where=_describe(messages),
+                fix="end it with an assistant turn, or use it as a prompt",
+            )
+        prompt_ids, mask = self._encode_turns(messages[:-1])
+        response_ids = self.encode_response(messages[-1].content)
+        return prompt_ids + response_ids, mask + [True] * len(response_ids)
+
+    def decode_response(self, ids: Sequence[int]) -> str:
+        """The text of a reply: `encode_response` backwards, without end and special tokens."""
+        kept = [id_ for id_ in ids if id_ not in self.stop_ids]
+        text = cast(str, self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return text.removeprefix(self._lead).removesuffix(self._before_end)
+
+    # ---- studying the template, once ------------------------------------------------------------------------------
+
+    def _study(self, added: dict[str, tuple[int, bool]]) -> None:
+        """Finds what stands before a reply and what ends it, by rendering one exchange with marks as contents."""
+        asked, exchange = self._skeleton(("user",), True), self._skeleton(("user", "assistant"), False)
+        if asked is None or exchange is None:
+            raise DataError(
+                "the chat template does not write a user turn and an assistant turn one after the other",
+                where=f"the chat template of {self.tokenizer.name_or_path or 'the tokenizer'}",
+                fix="give the tokenizer another chat template, or none to get trimtab's own",
+            )
+        _, between, tail = exchange.pieces
+        generation_prompt = asked.pieces[-1]
+        self._lead = between.removeprefix(generation_prompt) if between.startswith(generation_prompt) else ""
+        self._header = ""
+        if self._lead.strip() and asked == self._skeleton(("user",), False):
+            # Without support for generation prompts, what introduces the assistant's turn is still part of the prompt.
+            # A bare blank is not: tokens such as "▁Hello" hold it, and a model samples them so.
+            self._header, self._lead = self._lead, ""
+        self._context = generation_prompt + self._header
+        self._reply_strips = exchange.strips[1]
+
+        ends = [(tail.find(text), text) for text in self._special if text in tail]
+        ends = ends or [(tail.find(text), text) for text in added if text.strip() and text in tail]
+        eos_id = cast("int | None", self.tokenizer.eos_token_id)
+        if ends:
+            at, end = min(ends, key=lambda found: (found[0], -len(found[1])))
+            self._before_end, self._end, self.end_id = tail[:at], end, added[end][0]
+        elif eos_id is not None:
+            self._before_end, self._end, self.end_id = "", cast(str, self.tokenizer.eos_token), eos_id
+        else:
+            raise DataError(
+                f"the chat template ends a reply with {tail!r}, which is no special token, and there is no eos token",
+                where=f"the chat template of {self.tokenizer.name_or_path or 'the tokenizer'}",
+                fix="set the eos_token of the tokenizer (tokenizer_config.json)",
+            )
+        self.stop_ids = frozenset({self.end_id} if eos_id is None else {self.end_id, eos_id})
+
+    def _skeleton(self, roles: tuple[Role, ...], generation_prompt: bool) -> _Skeleton | None:
+        """None where the template does not write every content once and in order."""
+        key = roles, generation_prompt
+        if key not in self._skeletons:
+            marked = [Message(role, _MARK.format(i)) for i, role in enumerate(roles)]
+            parts = _MARKS.split(self._render(marked, generation_prompt))
+            in_order = parts[2::4] == [str(i) for i in range(len(roles))]
+            strips = tuple((not left, not right) for left, right in zip(parts[1::4], parts[3::4], strict=True))
+            self._skeletons[key] = _Skeleton(tuple(parts[::4]), strips) if in_order else None
+        return self._skeletons[key]
+
+    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        try:
+            # Some templates write today's date unless they are given one: a run must not change at midnight.
+            return cast(
+                str,
+                self.tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=generation_prompt, date_string="26 Jul 2024"
+                ),
+            )
+        except jinja2.TemplateError as error:
+            raise DataError(
+                f"the model's chat template refuses the conversation: {error}",
+                where=_describe(messages),
+                fix="put a system turn's text into the first user turn and let user and assistant alternate, "
+                "or give the tokenizer a chat template that allows it",
+            ) from error
+
+    # ---- text to ids ----------------------------------------------------------------------------------------------
+
+    def _encode_turns(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """The ids of a prompt, each earlier assistant turn tokenised as the reply it was, and the mask of those."""
+        rendered = self._render(messages, True)
+        skeleton = self._skeleton(tuple(m.role for m in messages), True)
+        contents = skeleton.fill([m.content for m in messages]) if skeleton else ()
+        if skeleton is None or _interleave(skeleton.pieces, contents) != rendered:
+            ids = self._encode(rendered + self._header)  # contents decide what this template writes
+            return ids, [False] * len(ids)
+
+        ids, mask = [], []
+
+        def add(new: list[int], trained: bool) -> None:
+            ids.extend(new)
+            mask.extend([trained] * len(new))
+
+        text = skeleton.pieces[0]
+        after = ""
+        for message, content, piece in zip(messages, contents, skeleton.pieces[1:], strict=True):
+            if message.role == "assistant":
+                lead = self._lead if text.endswith(self._lead) else ""
+                add(self._encode(text.removesuffix(lead), after=after), False)
+                add(self._encode_reply(lead, content), True)
+                text, after = piece.removeprefix(self._before_end + self._end), self._end
+            elif self._special_pattern.search(content):
+                add(self._encode(text, after=after) + self._encode(content, plain=True), False)
+                text, after = piece, ""
+            else:
+                text += content + piece
+        add(self._encode(text + self._header, after=after), False)
+        return ids, mask
+
+    def _encode_reply(self, lead: str, content: str) -> list[int]:
+        text = lead + content + self._before_end
+        plain = bool(self._special_pattern.search(content))
+        return [*self._encode(text, after="" if plain else self._context, plain=plain), self.end_id]
+
+    def _encode(self, text: str, *, after: str = "", plain: bool = False) -> list[int]:
+        """Ids of a text; `after` is what it follows, which some tokenizers need to know to begin it right.
+
+        The same as in `after + text`, unless a token reaches over the seam. With `plain`, special tokens are letters.
+        """
+        if not text:
+            return []
+        if after:
+            before, both = self._ids(after, plain), self._ids(after + text, plain)
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return self._ids(text, plain)
+
+    def _ids(self, text: str, plain: bool) -> list[int]:
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain, verbose=False)
+        return cast("list[int]", encoded["input_ids"])
+
+
+Outcome = Literal["kept", "truncated", "dropped"]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A prompt that leaves room for its reply. Count the outcomes: `Counter(f.outcome for f in fitted)`."""
+
+    prompt_ids: list[int]
+    outcome: Outcome
+    """Dropped ones have no ids."""
+
+
+def fit(
+    prompt_ids: list[int],
+    response_ids: list[int],
+    *,
+    max_length: int,
+    max_prompt_length: int | None = None,
+    on_too_long: Literal["drop", "truncate_prompt_left"] = "drop",
+    bos_id: int | None = None,
+) -> Fitted:
+    """The prompt such that it has at most `max_prompt_length` tokens and `max_length` with the reply.
+
+    A reply is never cut, for it would lose its end token: without room for it and one token of the prompt, the example
+    is dropped. Cutting takes the beginning of the prompt but keeps `bos_id` in front. Raises ConfigError where the
+    prompt could take all the room.
+    """
+    if max_length < 2 or (max_prompt_length is not None and not 0 < max_prompt_length < max_length):
+        raise ConfigError(
+            f"max_length={max_length} with max_prompt_length={max_prompt_length} leaves no room for a reply",
+            where="max_length, max_prompt_length",
+            fix="let max_prompt_length be from 1 to max_length - 1",
+        )
+    room = max_length - len(response_ids)
+    if max_prompt_length is not None:
+        room = min(room, max_prompt_length)
+    if len(prompt_ids) <= room:
+        return Fitted(prompt_ids, "kept")
+    kept = prompt_ids[:1] if prompt_ids[0] == bos_id else []
+    if on_too_long == "drop" or room <= len(kept):
+        return Fitted([], "dropped")
+    return Fitted(kept + prompt_ids[len(prompt_ids) - room + len(kept) :], "truncated")
+
+
+def _strip(text: str, left: bool, right: bool) -> str:
+    text = text.lstrip() if left else text
+    return text.rstrip() if right else text
+
+
+def _interleave(pieces: Sequence[str], contents: Sequence[str]) -> str:
+    return pieces[0] + "".join(content + piece for content, piece in zip(contents, pieces[1:], strict=True))
+
+
+def _choose_pad(tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]) -> int:
+    candidates: list[int | None] = [tokenizer.pad_token_id, tokenizer.unk_token_id]
+    candidates += [
+        id_ for id_, t in tokenizer.added_tokens_decoder.items() if re.search("pad|unused|reserved", t.content.lower())
+    ]
+    candidates += range(len(tokenizer))
+    return next(id_ for id_ in candidates if id_ is not None and id_ not in stop_ids)
+
+
+def _describe(messages: Sequence[Message]) -> str:
+    first = next((m.content for m in messages if m.role == "user"), "")
+    return f"a conversation with the turns {', '.join(m.role for m in messages) or '(none)'}: {first[:60]!r}"

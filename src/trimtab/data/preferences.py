@@ -1,0 +1,110 @@
+"""Votes to preference pairs, and records to a training and a held-out part."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVar
+
+from trimtab.types import Comparison, Message, PreferencePair, Prompt
+
+
+@dataclass
+class _Tally:
+    prompt: Prompt
+    first: str
+    second: str
+    votes: list[float] = field(default_factory=list)
+    """1 for `first`, 0 for `second`, 0.5 for a tie."""
+
+
+def to_pairs(
+    comparisons: Iterable[Comparison],
+    *,
+    labels: Literal["majority", "soft"] = "majority",
+    ties: Literal["drop", "half"] = "half",
+    min_agreement: float = 0.5,
+) -> tuple[list[PreferencePair], dict[str, int]]:
+    """One pair for each two replies that were compared, in the order in which they first appear, and what was counted.
+
+    Votes over the same two replies are put together, whichever was shown as A. The share of votes for the preferred
+    one is its `label` with "soft"; with "majority" the label is 1. A tie counts as half a vote for each side, or not
+    at all. Left out and counted are pairs of identical replies, pairs without a vote that counts, even votes, and
+    pairs with a share below `min_agreement`.
+    """
+    counts = {
+        "comparisons": 0,
+        "ties": 0,
+        "judged_pairs": 0,
+        "dropped_identical_pair": 0,
+        "dropped_only_ties": 0,
+        "dropped_even_votes": 0,
+        "dropped_low_agreement": 0,
+        "pairs": 0,
+    }
+    tallies: dict[tuple[str, frozenset[str]], _Tally] = {}
+    for comparison in comparisons:
+        counts["comparisons"] += 1
+        counts["ties"] += comparison.choice == "tie"
+        a, b = comparison.response_a, comparison.response_b
+        tally = tallies.setdefault((comparison.prompt.id, frozenset((a, b))), _Tally(comparison.prompt, a, b))
+        if comparison.choice == "tie":
+            tally.votes += [0.5] if ties == "half" else []
+        else:
+            preferred = a if comparison.choice == "A" else b
+            tally.votes.append(float(preferred == tally.first))
+
+    pairs = []
+    for tally in tallies.values():
+        counts["judged_pairs"] += 1
+        if tally.first == tally.second:
+            counts["dropped_identical_pair"] += 1
+            continue
+        if not tally.votes:
+            counts["dropped_only_ties"] += 1
+            continue
+        for_first = sum(tally.votes) / len(tally.votes)
+        share = max(for_first, 1 - for_first)
+        if share == 0.5:
+            counts["dropped_even_votes"] += 1
+        elif share < min_agreement:
+            counts["dropped_low_agreement"] += 1
+        else:
+            chosen, rejected = (tally.first, tally.second) if for_first > 0.5 else (tally.second, tally.first)
+            label = share if labels == "soft" else 1.0
+            pairs.append(PreferencePair(prompt=tally.prompt, chosen=chosen, rejected=rejected, label=label))
+    counts["pairs"] = len(pairs)
+    return pairs, counts
+
+
+class HasPrompt(Protocol):
+    @property
+    def prompt(self) -> Prompt: ...
+
+
+P = TypeVar("P", bound=Prompt | HasPrompt)
+
+
+def split_by_prompt(records: Sequence[P], held_out: float = 0.1) -> tuple[list[P], list[P]]:
+    """The records to train on and those held out, about the share `held_out` of all prompts.
+
+    All records of a prompt go to one side. The side depends only on the prompt's id, not on the other records, so a
+    prompt is held out from every file it is in and stays so as data is added; of few prompts all may fall on one
+    side. Equal conversations under several ids go by the smallest of them.
+    """
+    ids: dict[tuple[Message, ...], str] = {}
+    for record in records:
+        prompt = record if isinstance(record, Prompt) else record.prompt
+        ids[prompt.messages] = min(prompt.id, ids.get(prompt.messages, prompt.id))
+    train: list[P] = []
+    rest: list[P] = []
+    for record in records:
+        prompt = record if isinstance(record, Prompt) else record.prompt
+        (rest if _place(ids[prompt.messages]) < held_out else train).append(record)
+    return train, rest
+
+
+def _place(name: str) -> float:
+    """A number in [0, 1) that is the same for a name on every machine."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64

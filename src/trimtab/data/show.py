@@ -1,0 +1,133 @@
+"""What a model will see of a file: examples with the trained tokens marked, the layout, counts and lengths."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from trimtab.data.chat import Chat
+from trimtab.data.layouts import LAYOUTS, Loaded, load, recognise
+from trimtab.data.sources import is_world, read_rows
+from trimtab.types import Demonstration, LabelledResponse, Message, PreferencePair, Prompt, SteppedResponse
+
+Kind = Literal["auto", "sft", "preference", "prompt"]
+_RECORDS: dict[str, type] = {"sft": Demonstration, "preference": PreferencePair, "prompt": Prompt}
+_BAR = 40
+_NUM_BINS = 10
+
+Tokens = tuple[str, list[int], list[bool]]
+"""A title, token ids, and which of them are trained."""
+
+
+def show(source: str | Path, model_dir: str | Path, *, kind: Kind = "auto", rows: int = 3, console: Console) -> None:
+    """Prints the first `rows` examples and a summary of the whole source.
+
+    Bad rows are left out, counted and listed. Raises DataError as `layouts.load` does.
+    """
+    from transformers import AutoTokenizer
+
+    chat = Chat(AutoTokenizer.from_pretrained(model_dir))
+    loaded: Loaded[Any] = load(_RECORDS[kind] if kind != "auto" else _natural(source), source, on_bad_row="drop")
+    examples = [_tokenise(chat, record) for record in loaded.records]
+    for number, example in enumerate(examples[:rows], 1):
+        for title, ids, mask in example:
+            console.print(Text(f"{number}. {title}", style="bold"))
+            console.print(_marked(chat, ids, mask), soft_wrap=True)
+            console.print()
+    console.print(Text("⟦…⟧ is what is trained" if any(examples[0][0][2]) else "a prompt is not trained on"))
+    console.print()
+    console.print(_summary(loaded))
+    for line in loaded.dropped:
+        console.print(Text(f"left out: {visible(line, newline='⏎')}", style="yellow"))
+    console.print()
+    for part in _lengths([sequence for example in examples for sequence in example]):
+        console.print(part)
+
+
+def visible(text: str, *, newline: str = "⏎\n") -> str:
+    """The text with control, formatting and other invisible characters spelled out, so that a terminal obeys none."""
+    return "".join(newline if c == "\n" else _spelled(c) for c in text)
+
+
+def _spelled(character: str) -> str:
+    if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
+        return character
+    code = ord(character)
+    # The control pictures block has a sign for each of the first 32.
+    return chr(0x2400 + code) if code < 0x20 else f"\\u{{{code:x}}}"
+
+
+def _natural(source: str | Path) -> type:
+    """The record a source is for: the first that its layout gives."""
+    if is_world(source):
+        return Demonstration
+    rows = read_rows(source).rows
+    return next(iter(recognise([row for _, row in rows], where=str(source)).converters)) if rows else Prompt
+
+
+def _tokenise(chat: Chat, record: Any) -> list[Tokens]:
+    if isinstance(record, Prompt):
+        ids = chat.encode_prompt(record.messages)
+        return [("prompt", ids, [False] * len(ids))]
+    if isinstance(record, Demonstration):
+        conversation = [*record.prompt.messages, Message("assistant", record.response)]
+        return [("demonstration", *chat.encode_conversation(conversation))]
+    if isinstance(record, PreferencePair):
+        replies = [("chosen", record.chosen), ("rejected", record.rejected)]
+    elif isinstance(record, LabelledResponse):
+        replies = [("thumbs up" if record.label else "thumbs down", record.response)]
+    elif isinstance(record, SteppedResponse):
+        replies = [("steps " + " ".join("✓" if ok else "✗" for ok in record.labels), "\n".join(record.steps))]
+    else:
+        replies = [
+            (f"reply A (choice: {record.choice})", record.response_a),
+            (f"reply B (choice: {record.choice})", record.response_b),
+        ]
+    prompt_ids = chat.encode_prompt(record.prompt.messages)
+    both = [(title, chat.encode_response(reply)) for title, reply in replies]
+    return [
+        (title, prompt_ids + response_ids, [False] * len(prompt_ids) + [True] * len(response_ids))
+        for title, response_ids in both
+    ]
+
+
+def _marked(chat: Chat, ids: Sequence[int], mask: Sequence[bool]) -> Text:
+    """The text of the ids, special tokens included, with the trained runs in brackets."""
+    text = Text()
+    for trained, run in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
+        decoded = chat.tokenizer.decode([id_ for id_, _ in run], clean_up_tokenization_spaces=False)
+        said = visible(str(decoded))
+        text.append(f"⟦{said}⟧" if trained else said, style="bold green" if trained else "")
+    return text
+
+
+def _summary(loaded: Loaded[Any]) -> Table:
+    columns = next((layout.columns for layout in LAYOUTS if layout.name == loaded.layout), "")
+    table = Table.grid(padding=(0, 2))
+    facts = {"source": loaded.source, "sha256": loaded.sha256, "layout": f"{loaded.layout}  {columns}".strip()}
+    for name, value in {**facts, **{name: f"{num:,}" for name, num in loaded.counts.items()}}.items():
+        table.add_row(Text(name.replace("_", " "), style="bold"), Text(visible(value, newline="⏎")))
+    return table
+
+
+def _lengths(sequences: Sequence[Tokens]) -> list[Table]:
+    """Percentiles of the lengths in tokens, and a histogram of whole sequences."""
+    whole = np.array([len(ids) for _, ids, _ in sequences])
+    trained = np.array([sum(mask) for _, _, mask in sequences])
+    percentiles = Table("tokens", "min", "median", "90%", "99%", "max", title="lengths", title_justify="left")
+    for name, lengths in {"context": whole - trained, "trained": trained, "both": whole}.items():
+        percentiles.add_row(name, *(f"{value:,.0f}" for value in np.percentile(lengths, [0, 50, 90, 99, 100])))
+    counts, edges = np.histogram(whole, bins=min(_NUM_BINS, int(np.ptp(whole)) + 1))
+    histogram = Table.grid(padding=(0, 2))
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        bar = "█" * round(_BAR * count / counts.max())
+        histogram.add_row(f"{low:,.0f} to {high:,.0f}", bar or ("▏" if count else ""), f"{count:,}")
+    return [percentiles, histogram]

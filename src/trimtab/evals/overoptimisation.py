@@ -1,0 +1,225 @@
+"""How gold reward rises and falls as a policy is pushed towards a proxy (Gao et al., arXiv:2210.10760).
+
+Distance is d = sqrt(KL(policy || reference)) in nats. Best-of-n and RL spend KL differently: compare two curves of the
+same kind on this axis, never one with the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import scipy.special
+from numpy.typing import ArrayLike
+
+from trimtab.evals.stats import Floats, Interval, bootstrap_mean, moving_mean
+
+Form = Literal["best_of_n", "rl", "linear"]
+
+MAX_EXTRAPOLATION = 1.5
+"""A fitted curve is not read further out than this many times the largest distance measured."""
+MIN_RL_DISTANCE = 0.3
+"""The RL form has an infinite slope at zero, which no data has: nearer points are left out of its fit."""
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL of best-of-n from the sampled policy, log n - (n - 1) / n nats (Stiennon et al., arXiv:2009.01325, app. G.3).
+
+    Exact where no sample repeats and no score ties, else an upper bound.
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n(values: ArrayLike, ranked_by: ArrayLike, n: int) -> Floats:
+    """For each prompt, the expected value of the sample that wins by `ranked_by` among n drawn of its N samples.
+
+        E_n = sum_{i = n..N} C(i - 1, n - 1) / C(N, n) * value_(i),   value_(i) the i-th lowest by `ranked_by`
+
+    Both arrays are [P, N], the result [P]; draws are without replacement, which makes the estimate unbiased for the
+    policy. Equal ranks are broken at random: every member of a tie takes the mean value of the tie.
+    """
+    table, ranks = np.asarray(values, dtype=np.float64), np.asarray(ranked_by, dtype=np.float64)
+    if table.ndim != 2 or table.shape != ranks.shape:
+        raise ValueError(f"expected two arrays [P, N] of one shape, got {table.shape} and {ranks.shape}")
+    num_samples = table.shape[1]
+    if not 1 <= n <= num_samples:
+        raise ValueError(f"best of {n} needs n between 1 and the {num_samples} samples of each prompt")
+    position = np.arange(n, num_samples + 1)
+    weights = np.zeros(num_samples)
+    weights[n - 1 :] = np.exp(_log_binomial(position - 1, n - 1) - _log_binomial(num_samples, n))
+    return np.array([_average_ties(v, r) @ weights for v, r in zip(table, ranks, strict=True)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfN:
+    """One point of a best-of-n curve, intervals over prompts."""
+
+    n: int
+    kl: float
+    proxy: Interval
+    gold: Interval
+
+
+def best_of_n_curve(
+    proxy: ArrayLike, gold: ArrayLike, ns: Sequence[int] = (1, 2, 4, 8, 16, 32, 64), *, seed: int = 0
+) -> tuple[BestOfN, ...]:
+    """Proxy and gold reward of choosing by proxy, for each n that the N samples per prompt allow. Arrays are [P, N]."""
+    num_samples = np.asarray(proxy).shape[1]
+    return tuple(
+        BestOfN(
+            n=n,
+            kl=best_of_n_kl(n),
+            proxy=bootstrap_mean(best_of_n(proxy, proxy, n), seed=seed),
+            gold=bootstrap_mean(best_of_n(gold, proxy, n), seed=seed),
+        )
+        for n in ns
+        if n <= num_samples
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A fitted curve R(d), with R(0) = 0.
+
+    best_of_n: d (alpha - beta d)      rl: d (alpha - beta log d)      linear: alpha d
+    """
+
+    form: Form
+    alpha: float
+    beta: float
+    """How fast the gain is lost; never below 0."""
+    aicc: float
+    """Akaike's criterion for small samples; the lower of two forms fitted to the same points is the better."""
+    num_points: int
+    max_distance: float
+    """The largest distance measured."""
+
+    @property
+    def peak(self) -> tuple[float, float] | None:
+        """(d, R) where the curve turns; None if it never does or only where nothing near was measured."""
+        if self.beta <= 0 or self.alpha <= 0:
+            return None
+        ratio = self.alpha / self.beta
+        # compared as logarithms: the ratio may be too large for exp
+        log_distance = math.log(ratio / 2) if self.form == "best_of_n" else ratio - 1
+        if log_distance > math.log(MAX_EXTRAPOLATION * self.max_distance):
+            return None
+        distance = math.exp(log_distance)
+        return distance, self(distance)
+
+    def __call__(self, distance: float) -> float:
+        """R at a distance. Raises ValueError beyond `MAX_EXTRAPOLATION` times the largest measured."""
+        if not 0 <= distance <= MAX_EXTRAPOLATION * self.max_distance:
+            raise ValueError(f"the curve was measured up to d = {self.max_distance:.3g}; d = {distance:.3g} is too far")
+        return float(_basis(self.form, np.array([distance]))[0] @ [self.alpha, -self.beta])
+
+
+def fit_curve(kl: ArrayLike, reward: ArrayLike, form: Form, *, start: float | None = None) -> Fit:
+    """Least-squares fit of a form to rewards measured at some KL from the reference (closed form, beta >= 0).
+
+    R is the gain over the reference, `reward - start`; `start` is the reward at KL 0, by default that of the point of
+    least KL. The point at zero distance carries no information and is left out. Raises ValueError for too few points.
+    """
+    distance = np.sqrt(np.maximum(np.asarray(kl, dtype=np.float64), 0.0))
+    values = np.asarray(reward, dtype=np.float64)
+    if distance.ndim != 1 or distance.shape != values.shape or not distance.size:
+        raise ValueError(f"expected two rows of one length, got {distance.shape} and {values.shape}")
+    gain = values - (values[distance.argmin()] if start is None else start)
+    used = distance > (MIN_RL_DISTANCE if form == "rl" else 0.0)
+    num_parameters = 1 if form == "linear" else 2
+    num_points = int(used.sum())
+    if num_points < num_parameters + 1:
+        raise ValueError(f"{num_points} usable points cannot fit the {num_parameters} parameters of {form!r}")
+    basis = _basis(form, distance[used])
+    alpha, beta = _solve(basis, gain[used], form)
+    residual = float(np.sum((gain[used] - basis @ [alpha, -beta]) ** 2))
+    return Fit(
+        form=form,
+        alpha=alpha,
+        beta=beta,
+        aicc=_aicc(residual, num_points, num_parameters),
+        num_points=num_points,
+        max_distance=float(distance.max()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HackingSummary:
+    """What happened to gold while the proxy was being maximised."""
+
+    peak_gold: float
+    peak_index: int
+    """Which of the points given."""
+    peak_kl: float
+    final_gold: float
+    fall_fraction: float
+    """(peak - final) / |peak|; 0 where gold ended at its peak."""
+    proxy_kept_rising: bool
+    """The proxy ended above where it stood when gold peaked."""
+
+
+def hacking_summary(points: Sequence[tuple[float, float, float]], *, window: int = 1) -> HackingSummary:
+    """Summary of a run given as (kl, proxy, gold) in the order of training.
+
+    With `window` > 1 proxy and gold are first averaged over that many neighbouring points (the window is centred and
+    shrinks at the ends): the highest of many noisy points is too high.
+    """
+    if not points:
+        raise ValueError("no points")
+    kl, proxy, gold = np.asarray(points, dtype=np.float64).T
+    proxy, gold = moving_mean(proxy, window), moving_mean(gold, window)
+    peak = int(gold.argmax())
+    fall = float(gold[peak] - gold[-1])
+    return HackingSummary(
+        peak_gold=float(gold[peak]),
+        peak_index=peak,
+        peak_kl=float(kl[peak]),
+        final_gold=float(gold[-1]),
+        fall_fraction=fall / abs(float(gold[peak])) if fall else 0.0,
+        proxy_kept_rising=bool(proxy[-1] > proxy[peak]),
+    )
+
+
+def _basis(form: Form, distance: Floats) -> Floats:
+    """[points, 2]: the columns that alpha and -beta multiply."""
+    second = {
+        "best_of_n": distance**2,
+        "rl": scipy.special.xlogy(distance, distance),
+        "linear": np.zeros_like(distance),
+    }
+    return np.stack([distance, second[form]], axis=1)
+
+
+def _solve(basis: Floats, gain: Floats, form: Form) -> tuple[float, float]:
+    if form != "linear":
+        alpha, minus_beta = np.linalg.lstsq(basis, gain, rcond=None)[0]
+        if minus_beta <= 0:
+            return float(alpha), float(-minus_beta)
+    return float(basis[:, 0] @ gain / (basis[:, 0] @ basis[:, 0])), 0.0
+
+
+def _aicc(residual: float, num_points: int, num_parameters: int) -> float:
+    """-inf for an exact fit, inf with too few points for the correction."""
+    k = num_parameters + 1  # the variance is estimated too
+    if num_points <= k + 1:
+        return math.inf
+    if residual <= 0:
+        return -math.inf
+    return num_points * math.log(residual / num_points) + 2 * k + 2 * k * (k + 1) / (num_points - k - 1)
+
+
+def _log_binomial(top: ArrayLike, bottom: int) -> Floats:
+    """Log of `top` choose `bottom`: the coefficients themselves overflow from about a thousand samples."""
+    n = np.asarray(top, dtype=np.float64)
+    log_factorial = scipy.special.gammaln
+    return np.asarray(log_factorial(n + 1) - log_factorial(bottom + 1) - log_factorial(n - bottom + 1))
+
+
+def _average_ties(values: Floats, ranks: Floats) -> Floats:
+    """`values` sorted by rank, each replaced by the mean over those of equal rank."""
+    _, group = np.unique(ranks, return_inverse=True)
+    means = np.bincount(group, weights=values) / np.bincount(group)
+    return np.asarray(means[np.sort(group)], dtype=np.float64)

@@ -1,0 +1,265 @@
+"""Intervals, win rates and calibration: a number shown to people, with its count and its uncertainty.
+
+Every interval is two-sided. Random ones are percentile bootstraps with a seed, so a number can be computed again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+import scipy.special
+import scipy.stats
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate, the bounds of its confidence interval (nan where it has none) and how many values it rests on."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] (n={self.count})"
+
+    def named(self, name: str) -> dict[str, float]:
+        """`{name, name_low, name_high}`, as summaries store it."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
+
+def wilson(successes: float, n: int, *, confidence: float = 0.95) -> Interval:
+    """Share of successes in n independent trials with the score interval of Wilson (1927); a tie may count as half.
+
+    With no trials the value is nan and the interval [0, 1].
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes in {n} trials")
+    if n == 0:
+        return Interval(math.nan, 0.0, 1.0, 0)
+    z = float(scipy.special.ndtri(0.5 + confidence / 2))
+    share = successes / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return Interval(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)), n)
+
+
+def bootstrap_mean(
+    values: ArrayLike,
+    *,
+    groups: Sequence[Any] | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Mean of `values` with a percentile bootstrap interval (Efron, 1979).
+
+    `groups` says which values belong together, for example by prompt id: whole groups are then drawn, since values
+    that share a prompt are not independent. With fewer than two values (or groups) the bounds are nan.
+    """
+    flat = _vector(values)
+    if flat.size == 0:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    sums, sizes = _group_sums(flat, groups)
+    if sums.size < 2:
+        return Interval(float(flat.mean()), math.nan, math.nan, flat.size)
+    generator = np.random.default_rng(seed)
+    means = np.empty(num_resamples)
+    for i in range(num_resamples):
+        drawn = generator.integers(sums.size, size=sums.size)
+        means[i] = sums[drawn].sum() / sizes[drawn].sum()
+    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return Interval(float(flat.mean()), float(low), float(high), flat.size)
+
+
+def paired_difference(
+    values_a: ArrayLike,
+    values_b: ArrayLike,
+    *,
+    groups: Sequence[Any] | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Mean of a - b over items measured under both, with the bootstrap interval of `bootstrap_mean`."""
+    a, b = _vector(values_a), _vector(values_b)
+    _same_length(values_a=a, values_b=b)
+    return bootstrap_mean(a - b, groups=groups, confidence=confidence, num_resamples=num_resamples, seed=seed)
+
+
+def t_interval(values: ArrayLike, *, confidence: float = 0.95) -> Interval:
+    """Mean over a few independent repetitions (seeds) with Student's t interval; bounds are nan for a single one."""
+    flat = _vector(values)
+    if flat.size == 0:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    mean = float(flat.mean())
+    if flat.size == 1:
+        return Interval(mean, math.nan, math.nan, 1)
+    half = float(scipy.stats.t.ppf(0.5 + confidence / 2, flat.size - 1) * flat.std(ddof=1) / math.sqrt(flat.size))
+    return Interval(mean, mean - half, mean + half, flat.size)
+
+
+def win_rate(
+    scores_a: ArrayLike,
+    scores_b: ArrayLike,
+    *,
+    groups: Sequence[Any] | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Share of items on which a scores above b, ties counting half.
+
+    Without `groups` the items are taken as independent (Wilson). With prompt ids as `groups` whole prompts are
+    resampled; where every item agrees a bootstrap would claim certainty, so Wilson over the prompts stands in.
+    """
+    a, b = _vector(scores_a), _vector(scores_b)
+    _same_length(scores_a=a, scores_b=b)
+    wins = (a > b) + 0.5 * (a == b)
+    if groups is None:
+        return wilson(float(wins.sum()), wins.size, confidence=confidence)
+    if wins.size and np.all(wins == wins[0]):
+        bounds = wilson(float(wins[0]) * len(set(groups)), len(set(groups)), confidence=confidence)
+        return Interval(float(wins[0]), bounds.low, bounds.high, wins.size)
+    return bootstrap_mean(wins, groups=groups, confidence=confidence, num_resamples=num_resamples, seed=seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReliabilityBin:
+    """Predictions of similar probability and how often they came true."""
+
+    low: float
+    """Smallest probability in the bin."""
+    high: float
+    """Largest."""
+    mean_probability: float
+    accuracy: float
+    """Share of outcomes that came true."""
+    accuracy_low: float
+    accuracy_high: float
+    count: int
+
+
+def reliability_bins(
+    probabilities: ArrayLike, outcomes: ArrayLike, *, num_bins: int = 15
+) -> tuple[ReliabilityBin, ...]:
+    """Equal-mass bins of the predictions in rising order, each with its Wilson interval; never an empty bin.
+
+    Outcomes are 0 or 1, or a known chance in between. For a comparison orient each pair at random first: with the
+    chosen reply always first every outcome is 1 and the curve says nothing.
+    """
+    p, y = _vector(probabilities), _vector(outcomes)
+    _same_length(probabilities=p, outcomes=y)
+    order = np.argsort(p, kind="stable")
+    bins = []
+    for members in np.array_split(order, min(num_bins, max(p.size, 1))):
+        if members.size:
+            share = wilson(float(y[members].sum()), members.size)
+            bins.append(
+                ReliabilityBin(
+                    low=float(p[members[0]]),
+                    high=float(p[members[-1]]),
+                    mean_probability=float(p[members].mean()),
+                    accuracy=share.value,
+                    accuracy_low=share.low,
+                    accuracy_high=share.high,
+                    count=members.size,
+                )
+            )
+    return tuple(bins)
+
+
+def expected_calibration_error(probabilities: ArrayLike, outcomes: ArrayLike, *, num_bins: int = 15) -> float:
+    """Mean |share that came true - mean probability| over equal-mass bins, weighted by count (Naeini et al., 2015).
+
+    Biased upwards for few outcomes: even a perfect forecaster with n per bin scores about 0.4 / sqrt(n).
+    """
+    bins = reliability_bins(probabilities, outcomes, num_bins=num_bins)
+    if not bins:
+        return math.nan
+    return sum(b.count * abs(b.accuracy - b.mean_probability) for b in bins) / sum(b.count for b in bins)
+
+
+def auc(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Chance that a random positive scores above a random negative, ties half (area under the ROC curve).
+
+    nan unless both labels occur.
+    """
+    s, positive = _vector(scores), _vector(labels) > 0.5
+    _same_length(scores=s, labels=_vector(labels))
+    num_positive = int(positive.sum())
+    num_negative = s.size - num_positive
+    if not num_positive or not num_negative:
+        return math.nan
+    ranks = scipy.stats.rankdata(s)
+    return float((ranks[positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+
+
+def spearman(a: ArrayLike, b: ArrayLike) -> float:
+    """Rank correlation with mean ranks for ties; nan where either side does not vary."""
+    x, y = scipy.stats.rankdata(_vector(a)), scipy.stats.rankdata(_vector(b))
+    _same_length(a=x, b=y)
+    if x.size < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def fit_temperature(logits: ArrayLike, outcomes: ArrayLike) -> float:
+    """The T in [0.001, 1000] that minimises the log loss of sigmoid(logits / T) (Guo et al., arXiv:1706.04599).
+
+    The loss is convex in 1 / T. T is 1000 where the logits say nothing, or the opposite of the truth.
+    """
+    z, y = _vector(logits), _vector(outcomes)
+    _same_length(logits=z, outcomes=y)
+
+    def loss(log_scale: float) -> float:
+        scaled = z * math.exp(log_scale)
+        return float(np.mean(np.logaddexp(0.0, scaled) - y * scaled))
+
+    bound = math.log(1000.0)
+    found = scipy.optimize.minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-8})
+    return math.exp(-float(found.x))
+
+
+def moving_mean(values: ArrayLike, window: int) -> Floats:
+    """Centred mean over up to `window` neighbours, fewer at the ends; nan is left out, and stays where alone.
+
+    Raises ValueError for no values.
+    """
+    row = _vector(values)
+    known = ~np.isnan(row)
+    covered = slice(window // 2, window // 2 + row.size)
+    sums = np.convolve(np.where(known, row, 0.0), np.ones(window))[covered]
+    counts = np.convolve(known, np.ones(window))[covered]
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _group_sums(values: Floats, groups: Sequence[Any] | None) -> tuple[Floats, Floats]:
+    """Sum and size of each group, in order of first appearance (so that the seed alone decides the draws)."""
+    if groups is None:
+        return values, np.ones_like(values)
+    if len(groups) != values.size:
+        raise ValueError(f"{len(groups)} groups for {values.size} values")
+    numbers: dict[Any, int] = {}
+    index = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
+    return np.bincount(index, weights=values).astype(np.float64), np.bincount(index).astype(np.float64)
+
+
+def _vector(values: ArrayLike) -> Floats:
+    flat = np.asarray(values, dtype=np.float64)
+    if flat.ndim != 1:
+        raise ValueError(f"expected one row of values, got shape {flat.shape}")
+    return flat
+
+
+def _same_length(**arrays: Floats) -> None:
+    if len({a.size for a in arrays.values()}) > 1:
+        raise ValueError("lengths differ: " + ", ".join(f"{name} {a.size}" for name, a in arrays.items()))

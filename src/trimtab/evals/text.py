@@ -1,0 +1,102 @@
+"""Numbers about text that need no model: diversity, repetition and length.
+
+A word is a maximal run of letters, digits, underscores and inner apostrophes, in lower case; every other visible
+character is a word of its own. Scripts written without spaces therefore count a run of characters as one word.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from sacrebleu.metrics.bleu import BLEU
+
+_WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, lower-cased; see the module's first lines for what a word is."""
+    return _WORD.findall(text.lower())
+
+
+def distinct_n(texts: Sequence[str], n: int, *, num_words: int | None = None) -> float:
+    """Different n-grams over all n-grams of the texts together (Li et al., arXiv:1510.03055); nan if there are none.
+
+    The ratio falls as text grows, so compare two models at an equal number of words: with `num_words` only the first
+    so many words of all the texts are read.
+    """
+    grams: list[tuple[str, ...]] = []
+    left = math.inf if num_words is None else num_words
+    for text in texts:
+        tokens = words(text)
+        tokens = tokens[: int(min(left, len(tokens)))]
+        left -= len(tokens)
+        grams.extend(_ngrams(tokens, n))
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """Share of a reply's n-grams that repeat an earlier one: 1 - distinct-n within the reply, 0 if it is too short."""
+    grams = _ngrams(words(text), n)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def self_bleu(texts: Sequence[str], *, num_pairs: int = 200, seed: int = 0) -> float:
+    """Mean BLEU-4 in [0, 1] of one text against another over random pairs: higher is less diverse.
+
+    After Zhu et al. (arXiv:1802.01886), with one reference at a time so that the number does not depend on how many
+    texts there are. All ordered pairs when there are at most `num_pairs`. nan for fewer than two texts.
+    """
+    num = len(texts)
+    if num < 2:
+        return math.nan
+    # pair number k is (i, j): i = k // (num - 1), and j skips i
+    total = num * (num - 1)
+    chosen = np.arange(total)
+    if total > num_pairs:
+        chosen = np.random.default_rng(seed).choice(total, size=num_pairs, replace=False, shuffle=False)
+    bleu = BLEU(effective_order=True)
+    scores = []
+    for k in chosen.tolist():
+        i, j = divmod(k, num - 1)
+        j += j >= i
+        scores.append(bleu.sentence_score(texts[i], [texts[j]]).score / 100)
+    return float(np.mean(scores))
+
+
+def compression_ratio(texts: Sequence[str]) -> float:
+    """Bytes of all texts over bytes after DEFLATE: higher is more redundant (Shaib et al., arXiv:2403.00553)."""
+    raw = "\n".join(texts).encode()
+    return len(raw) / len(zlib.compress(raw, 9)) if raw else math.nan
+
+
+def length_stats(texts: Sequence[str]) -> dict[str, float]:
+    """Mean, median, 95th percentile and maximum of the number of words."""
+    if not texts:
+        return dict.fromkeys(("words_mean", "words_median", "words_p95", "words_max"), math.nan)
+    counts = np.array([len(words(text)) for text in texts])
+    return {
+        "words_mean": float(counts.mean()),
+        "words_median": float(np.median(counts)),
+        "words_p95": float(np.quantile(counts, 0.95)),
+        "words_max": float(counts.max()),
+    }
+
+
+def text_stats(texts: Sequence[str], *, num_words: int | None = None, seed: int = 0) -> dict[str, float]:
+    """Every number of this module for one model's replies; `num_words` as in `distinct_n`."""
+    return {
+        **length_stats(texts),
+        "distinct_1": distinct_n(texts, 1, num_words=num_words),
+        "distinct_2": distinct_n(texts, 2, num_words=num_words),
+        "self_bleu": self_bleu(texts, seed=seed),
+        "repetition_4": float(np.mean([repetition(text) for text in texts])) if texts else math.nan,
+        "compression_ratio": compression_ratio(texts),
+    }
+
+
+def _ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]

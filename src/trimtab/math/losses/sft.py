@@ -1,0 +1,34 @@
+"""Imitation: cross-entropy of the demonstrated tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from trimtab.math.losses import SequenceBatch, TokenOutputs
+from trimtab.math.losses.aggregation import Aggregation, means, num_terms, terms
+from trimtab.math.masking import at_least_float32
+from trimtab.metrics import Metrics
+
+
+def cross_entropy(logprobs: Tensor) -> Tensor:
+    """Loss of each token in nats, [M]: `-logprobs`, in float32."""
+    return -at_least_float32(logprobs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTLoss:
+    """Cross-entropy of the trained tokens."""
+
+    coef: float = 1.0
+    """Share in the sum of losses."""
+    aggregation: Aggregation = "token_mean"
+    """Average over all tokens of the step, or over sequences of each one's token mean."""
+
+    def weight(self, batch: SequenceBatch) -> Tensor:
+        return num_terms(batch, self.aggregation)
+
+    def __call__(self, outputs: TokenOutputs, batch: SequenceBatch) -> tuple[Tensor, Metrics]:
+        losses = terms(cross_entropy(outputs.logprobs), batch, self.aggregation)
+        return losses.sum(), means({"loss/train": losses})

@@ -1,0 +1,83 @@
+"""What the critic learns: the returns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.math.losses import CriticBatch, SequenceBatch, ValueOutputs
+from trimtab.math.losses.aggregation import Aggregation, means, num_terms, terms
+from trimtab.math.masking import at_least_float32
+from trimtab.math.rewards import RunningMoments, moments_of
+from trimtab.metrics import Metrics
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
+    """Per-token loss, [M]: as in PPO's published code (Schulman et al., arXiv:1707.06347; not in its text).
+
+        L_t = max((v_t - R_t)^2, (clip(v_t, v_old - clip, v_old + clip) - R_t)^2) / 2
+
+    Without `clip` it is half the squared error.
+    """
+    values, old_values, returns = at_least_float32(values), at_least_float32(old_values), at_least_float32(returns)
+    errors = (values - returns).square()
+    if clip is not None:
+        held = values.clamp(old_values - clip, old_values + clip)
+        errors = torch.maximum(errors, (held - returns).square())
+    return 0.5 * errors
+
+
+@dataclass(frozen=True)
+class ExplainedVariance:
+    """1 - Var(returns - values) / Var(returns), kept as moments so that parts merge exactly.
+
+    1 is a perfect critic, 0 no better than a constant; below 0 it is worse than one. nan where all returns are equal.
+    """
+
+    residuals: RunningMoments
+    returns: RunningMoments
+
+    def merge(self, other: ExplainedVariance) -> ExplainedVariance:
+        return ExplainedVariance(self.residuals.merge(other.residuals), self.returns.merge(other.returns))
+
+    @property
+    def value(self) -> float:
+        return 1 - self.residuals.m2 / self.returns.m2 if self.returns.m2 > 0 else math.nan
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> ExplainedVariance:
+    """How much of the variance of the returns [M] the values [M] foresee, as a metric."""
+    return ExplainedVariance(moments_of(returns.double() - values.double()), moments_of(returns))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueLoss:
+    """Half the squared error of the critic, with steps held near the values at the time of the rollout."""
+
+    coef: float = 1.0
+    """Share in the sum of losses."""
+    clip: float | None = 0.2
+    """How far a value may profit from moving, in units of reward; `inf` for no limit."""
+    aggregation: Aggregation = "token_mean"
+    """Average over all tokens of the update, or over sequences of each one's token mean."""
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip is {self.clip}; it must be above 0")
+
+    def weight(self, batch: SequenceBatch) -> Tensor:
+        return num_terms(batch, self.aggregation)
+
+    def __call__(self, outputs: ValueOutputs, batch: CriticBatch) -> tuple[Tensor, Metrics]:
+        token_losses = clipped_value_loss(outputs.values, batch.old_values, batch.returns, self.clip)
+        losses = terms(token_losses, batch, self.aggregation)
+        logged = {"critic/loss": losses}
+        if self.clip is not None:
+            unclipped = clipped_value_loss(outputs.values, batch.old_values, batch.returns, None)
+            logged["critic/clip_fraction"] = token_losses > unclipped
+        metrics = means(logged)
+        metrics["critic/explained_variance"] = explained_variance(batch.old_values, batch.returns)
+        return losses.sum(), metrics

@@ -1,0 +1,110 @@
+"""Models in and out: ordinary Hugging Face directories, safetensors only, no code from them ever run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from trimtab.errors import EngineError
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or hub id."""
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, path)
+    return tokenizer
+
+
+def load_causal(path: str | Path) -> PreTrainedModel:
+    """A causal language model in float32 with dropout off, checked to compute its logits as head(hidden)."""
+    model = _prepared(_load(AutoModelForCausalLM, path, dtype=torch.float32))
+    _refuse_processed_logits(model, path)
+    return model
+
+
+def load_scalar(path: str | Path, *, head_seed: int | None = None, zero_head: bool = False) -> PreTrainedModel:
+    """A model with one score per sequence or token (`num_labels = 1`), in float32 with dropout off.
+
+    A directory saved by the reward stage keeps its head. For any other model a new head is drawn from `head_seed`
+    with standard deviation 1 / sqrt(D + 1) (Stiennon et al., arXiv:2009.01325, appendix B), or set to zero, as suits
+    a critic. Raises EngineError where a head is missing and none may be made.
+    """
+    model, missing = _load(
+        AutoModelForSequenceClassification, path, dtype=torch.float32, num_labels=1, output_loading_info=True
+    )
+    new = [name for name in missing["missing_keys"] if not name.endswith("position_ids")]
+    if new:
+        if head_seed is None:
+            raise EngineError(
+                f"the model has no trained score head (missing: {', '.join(sorted(new))})",
+                where=str(path),
+                fix="train one with `trimtab reward`, or name a directory that the reward stage wrote",
+            )
+        draw = torch.Generator().manual_seed(head_seed)
+        parameters = dict(model.named_parameters())
+        for name in sorted(new):
+            weight = parameters[name].data
+            if zero_head or weight.ndim < 2:
+                weight.zero_()
+            else:
+                weight.normal_(0.0, (weight.shape[1] + 1) ** -0.5, generator=draw)
+    return _prepared(model)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """The model and its tokenizer as a Hugging Face directory; the pad token is written into the configuration."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _load(auto_class: Any, path: str | Path, **options: Any) -> Any:
+    name = str(path)
+    if "/" not in name.strip("/") and not Path(name).exists():
+        raise EngineError(
+            f"no model directory {name!r}", where="the model setting", fix="name a directory, or a hub id as org/name"
+        )
+    if auto_class is not AutoTokenizer:
+        options |= {"use_safetensors": True}
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        fix = "check the path; a model needs config.json, model.safetensors and a tokenizer"
+        if os.environ.get("HF_HUB_OFFLINE"):
+            fix += " (HF_HUB_OFFLINE is set, so hub ids are not fetched)"
+        raise EngineError(f"cannot load {name!r}: {str(error).splitlines()[0]}", where=name, fix=fix) from error
+
+
+def _prepared(model: PreTrainedModel) -> PreTrainedModel:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model.eval()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _refuse_processed_logits(model: PreTrainedModel, path: str | Path) -> None:
+    """Log-probabilities are computed from hidden states and the head; a model that caps or scales its logits
+    afterwards would silently get others."""
+    ids = torch.arange(3, 7)[None] % model.config.get_text_config().vocab_size
+    logits = model(input_ids=ids).logits
+    hidden = model.base_model(input_ids=ids).last_hidden_state
+    difference = float((model.get_output_embeddings()(hidden) - logits).abs().max())
+    if not difference <= 1e-3 * max(1.0, float(logits.abs().max())):
+        raise EngineError(
+            f"the logits of this model are not its head applied to its hidden states (they differ by {difference:.3g})",
+            where=f"{path}, architecture {type(model).__name__}",
+            fix="use an architecture without logit capping or scaling",
+        )

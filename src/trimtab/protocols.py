@@ -1,0 +1,74 @@
+"""What an engine or a reward must offer. The local engine is the definition; others behave the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from trimtab.data.trees import TokenTrees, TreeBatch
+from trimtab.metrics import Metrics
+from trimtab.types import Prompt, Rollout
+
+
+class Generator(Protocol):
+    """Samples replies with the weights being trained."""
+
+    def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
+        """`group_size` rollouts for each prompt, in the order of prompts; a function of prompts, weights and seed."""
+        ...
+
+
+class Reward(Protocol):
+    """Judges finished rollouts."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
+        """[B] float32 rewards in the reward's own units, and each of its parts as metrics."""
+        ...
+
+
+class Scorer(Protocol):
+    """Runs a model over trees without gradients."""
+
+    def logprobs(self, trees: TokenTrees) -> Tensor:
+        """[M] log-probability of every trained token at the policy's temperature."""
+        ...
+
+
+class Loss(Protocol):
+    """A sum over a batch and the number it is to be divided by."""
+
+    @property
+    def coef(self) -> float:
+        """Weight of this loss among those minimised together."""
+        ...
+
+    def weight(self, batch: Any) -> Tensor:
+        """The denominator, known before any forward pass."""
+        ...
+
+    def __call__(self, outputs: Any, batch: Any) -> tuple[Tensor, Metrics]:
+        """The sum, not the mean, and what to log."""
+        ...
+
+
+Work = Sequence[tuple[TreeBatch, Sequence[Loss]]]
+"""Batches with the losses to minimise on each, all in one optimizer step."""
+
+
+class Learner(Protocol):
+    """Owns a model's optimizer and the one backward pass."""
+
+    def update(self, work: Work) -> Metrics:
+        """One optimizer step. Micro-batches and ranks change neither the gradient nor the metrics."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Weights and optimizer state, as safetensors."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """What `save` wrote, bit for bit."""
+        ...

@@ -1,0 +1,368 @@
+"""Figures as plain plotly JSON: {"data": [...], "layout": {...}}.
+
+They are transparent with mid-grey text, so that one figure suits a light and a dark page. Plotly reads its texts as a
+little HTML, so every text that comes from a file goes through `label`.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trimtab.evals.stats import Floats, Interval, moving_mean
+from trimtab.reports.collect import RunRecord, Series
+
+Figure = dict[str, Any]
+
+BLUE, ROSE, TEAL, AMBER, VIOLET, LIME = "#4a8df6", "#f0527a", "#14a89a", "#e69a18", "#9a72f2", "#7fae25"
+PALETTE = (BLUE, ROSE, TEAL, AMBER, VIOLET, LIME)
+GREY = "#8b93a1"
+_GRID = "rgba(139,147,161,0.20)"
+Bar = tuple[str, Interval, str]
+"""Name, share with bounds (nan where unknown), colour."""
+MAX_POINTS = 400
+"""Of a longer curve evenly spaced points are drawn; smoothing sees all of them."""
+
+
+def label(text: object) -> str:
+    """A text from a file as plotly may show it: no markup, not too long."""
+    shown = str(text)
+    return html.escape(shown if len(shown) <= 60 else shown[:59] + "…", quote=False)
+
+
+def smoothing_window(num_points: int) -> int:
+    """Neighbours averaged into the drawn line: a twenty-fifth of the curve, odd, so that the line is not shifted."""
+    return max(1, num_points // 25) | 1
+
+
+def curves(series: Mapping[str, Series], unit: str) -> Figure:
+    """One or more metrics over the steps: every value as a faint point, its moving mean as a line."""
+    data: list[Figure] = []
+    for i, (name, one) in enumerate(series.items()):
+        colour = PALETTE[i % len(PALETTE)]
+        data += _points_and_line(one.steps, one.values, name, colour, legend=len(series) > 1)
+    return _figure(data, "step", unit, legend=len(series) > 1)
+
+
+def stacked(series: Mapping[str, Series], unit: str) -> Figure:
+    """Quantities that add up, as smoothed areas one on the other."""
+    data = []
+    for i, (name, one) in enumerate(series.items()):
+        shown = _thin(len(one))
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": label(name),
+                "x": one.steps[shown].tolist(),
+                "y": moving_mean(one.values, smoothing_window(len(one)))[shown].tolist(),
+                "stackgroup": "all",
+                "line": {"width": 0.5, "color": PALETTE[i % len(PALETTE)]},
+                "hovertemplate": "%{y:.4g}",
+            }
+        )
+    return _figure(data, "step", unit, legend=True) | {"hover": "x"}
+
+
+def proxy_against_gold(runs: Sequence[RunRecord]) -> Figure:
+    """Reward above and gold below, both against sqrt(KL), a colour for each run; a star where smoothed gold peaks.
+
+    A trace of a gold part carries its name in `meta.part` and starts hidden; those of the total carry "".
+    """
+    data: list[Figure] = []
+    with_gold = any("gold/mean" in run.metrics for run in runs)
+    for i, run in enumerate(runs):
+        colour = PALETTE[i % len(PALETTE)]
+        kl = run.metrics["policy/kl"]
+        names = ["reward/mean", *sorted(name for name in run.metrics if name.startswith("gold/"))]
+        for name in names:
+            if name not in run.metrics:
+                continue
+            steps, distance, values = _joined(kl, run.metrics[name])
+            if not steps.size:
+                continue
+            lower = name.startswith("gold/")
+            part = "" if name in ("reward/mean", "gold/mean") else name.removeprefix("gold/")
+            traces = _path(steps, distance, values, run.name, colour, peak=lower)
+            for trace in traces:
+                trace |= {"xaxis": "x", "yaxis": "y2" if lower else "y", "legendgroup": label(run.name)}
+                trace["showlegend"] = trace["mode"] == "lines" and not lower
+                if lower:
+                    trace |= {"meta": {"part": part}, "visible": not part}
+            data += traces
+    figure = _figure(data, "√KL from the reference (√nats)", "reward", legend=len(runs) > 1)
+    layout = figure["layout"]
+    layout["xaxis"]["rangemode"] = "tozero"
+    if with_gold:
+        layout["yaxis"]["domain"] = [0.54, 1.0]
+        layout["yaxis2"] = _axis("gold score (0–1)") | {"domain": [0.0, 0.46]}
+        layout["xaxis"]["anchor"] = "y2"
+    return figure
+
+
+def reliability(bins: Sequence[Mapping[str, float]]) -> Figure:
+    """Observed share of wins against predicted chance, with intervals; the diagonal is perfect calibration."""
+    x = [b["mean_probability"] for b in bins]
+    y = [b["accuracy"] for b in bins]
+    diagonal = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [0, 1],
+        "y": [0, 1],
+        "line": {"color": GREY, "width": 1, "dash": "dash"},
+        "hoverinfo": "skip",
+    }
+    points = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": x,
+        "y": y,
+        "error_y": _error_bars(bins, "accuracy", BLUE),
+        "marker": {"color": BLUE, "size": 7},
+        "line": {"color": BLUE, "width": 1.5},
+        "customdata": [b["count"] for b in bins],
+        "hovertemplate": "predicted %{x:.2f}, happened %{y:.2f}<br>%{customdata} pairs<extra></extra>",
+    }
+    figure = _figure([diagonal, points], "predicted chance of winning", "share that won")
+    figure["layout"]["xaxis"] |= {"range": [0, 1]}
+    figure["layout"]["yaxis"] |= {"range": [0, 1]}
+    return figure
+
+
+def by_margin(bins: Sequence[Mapping[str, float]]) -> Figure:
+    """Accuracy in bins of how sure the model is, with intervals, over the line of chance."""
+    points = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": [(b["low"] + b["high"]) / 2 for b in bins],
+        "y": [b["accuracy"] for b in bins],
+        "error_y": _error_bars(bins, "accuracy", TEAL),
+        "marker": {"color": TEAL, "size": 7},
+        "line": {"color": TEAL, "width": 1.5},
+        "customdata": [[b["low"], b["high"], b["count"]] for b in bins],
+        "hovertemplate": "margin %{customdata[0]:.2f} to %{customdata[1]:.2f}: %{y:.2f}"
+        "<br>%{customdata[2]} pairs<extra></extra>",
+    }
+    figure = _figure([points], "difference of the two rewards", "accuracy (share)")
+    figure["layout"]["shapes"] = [_horizontal(0.5)]
+    figure["layout"]["xaxis"] |= {"rangemode": "tozero"}
+    return figure
+
+
+def by_length(bins: Sequence[Mapping[str, float]]) -> Figure:
+    """Mean reward in bins of reply length."""
+    points = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": [b["mean_length"] for b in bins],
+        "y": [b["mean_reward"] for b in bins],
+        "marker": {"color": AMBER, "size": 7},
+        "line": {"color": AMBER, "width": 1.5},
+        "customdata": [b["count"] for b in bins],
+        "hovertemplate": "%{x:.0f} words: %{y:.3g}<br>%{customdata} replies<extra></extra>",
+    }
+    return _figure([points], "reply length (words)", "mean reward")
+
+
+def shares(rows: Sequence[Bar]) -> Figure:
+    """Horizontal bars, the first on top, with intervals where they are known."""
+    rows = rows[::-1]
+    bars = {
+        "type": "bar",
+        "orientation": "h",
+        "y": [label(name) for name, *_ in rows],
+        "x": [share.value for _, share, _ in rows],
+        "marker": {"color": [colour for *_, colour in rows], "opacity": 0.85},
+        "error_x": {
+            "type": "data",
+            "symmetric": False,
+            "array": [share.high - share.value for _, share, _ in rows],
+            "arrayminus": [share.value - share.low for _, share, _ in rows],
+            "color": GREY,
+            "thickness": 1.5,
+        },
+        "text": [f"{share.value:.2f}" for _, share, _ in rows],
+        "textposition": "inside",
+        "insidetextanchor": "start",
+        "insidetextfont": {"color": "#ffffff"},
+        "hovertemplate": "%{y}: %{x:.3f}<extra></extra>",
+    }
+    figure = _figure([bars], "accuracy (share)", "")
+    layout = figure["layout"]
+    layout["xaxis"] |= {"range": [0, 1]}
+    layout["yaxis"] |= {"automargin": True, "showgrid": False}
+    layout["shapes"] = [_vertical(0.5)]
+    layout["bargap"] = 0.35
+    return figure
+
+
+def best_of_n(points: Sequence[Mapping[str, float]]) -> Figure:
+    """Gold and reward of choosing the best of n replies by reward."""
+    data = []
+    for name, colour, axis in (("gold", BLUE, "y"), ("reward", GREY, "y2")):
+        rows = [p for p in points if isinstance(p.get(name), int | float) and p.get("n")]
+        if rows:
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines+markers",
+                    "name": name,
+                    "x": [p["n"] for p in rows],
+                    "y": [p[name] for p in rows],
+                    "yaxis": axis,
+                    "error_y": _error_bars(rows, name, colour),
+                    "line": {"color": colour, "width": 2, "dash": "solid" if name == "gold" else "dot"},
+                    "marker": {"color": colour, "size": 6},
+                    "hovertemplate": f"best of %{{x}}: {name} %{{y:.3g}}<extra></extra>",
+                }
+            )
+    figure = _figure(data, "n replies to choose from", "gold score (0–1)", legend=True)
+    layout = figure["layout"]
+    layout["xaxis"] |= {"type": "log", "tickvals": [p["n"] for p in points if p.get("n")]}
+    layout["yaxis2"] = _axis("reward") | {"overlaying": "y", "side": "right", "showgrid": False}
+    layout["margin"]["r"] = 48
+    return figure
+
+
+def _points_and_line(steps: Floats, values: Floats, name: str, colour: str, *, legend: bool) -> list[Figure]:
+    shown = _thin(len(steps))
+    x = steps[shown].tolist()
+    window = smoothing_window(len(steps))
+    line = {
+        "type": "scatter",
+        "mode": "lines+markers" if len(steps) < 12 else "lines",
+        "name": label(name),
+        "x": x,
+        "y": moving_mean(values, window)[shown].tolist(),
+        "line": {"color": colour, "width": 2},
+        "marker": {"size": 5},
+        "showlegend": legend,
+        "connectgaps": True,
+        "hovertemplate": "step %{x}: %{y:.4g}",
+    }
+    if window == 1:
+        return [line]
+    points = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": label(name),
+        "x": x,
+        "y": values[shown].tolist(),
+        "marker": {"color": colour, "size": 3, "opacity": 0.35},
+        "showlegend": False,
+        "hoverinfo": "skip",
+    }
+    return [points, line]
+
+
+def _path(steps: Floats, distance: Floats, values: Floats, name: str, colour: str, *, peak: bool) -> list[Figure]:
+    window = smoothing_window(len(steps))
+    smooth_distance, smooth = moving_mean(distance, window), moving_mean(values, window)
+    shown = _thin(len(steps))
+    common = {"type": "scatter", "name": label(name)}
+    traces: list[Figure] = [
+        common
+        | {
+            "mode": "markers",
+            "x": distance[shown].tolist(),
+            "y": values[shown].tolist(),
+            "marker": {"color": colour, "size": 4, "opacity": 0.28},
+            "hoverinfo": "skip",
+        },
+        common
+        | {
+            "mode": "lines",
+            "x": smooth_distance[shown].tolist(),
+            "y": smooth[shown].tolist(),
+            "customdata": steps[shown].tolist(),
+            "line": {"color": colour, "width": 2.5},
+            "hovertemplate": "step %{customdata}: %{y:.3g} at √KL %{x:.2f}",
+        },
+    ]
+    if peak:
+        best = int(np.nanargmax(smooth))
+        traces.append(
+            common
+            | {
+                "mode": "markers",
+                "x": [float(smooth_distance[best])],
+                "y": [float(smooth[best])],
+                "marker": {"color": colour, "size": 13, "symbol": "star", "line": {"color": "#ffffff", "width": 1}},
+                "hovertemplate": f"highest: %{{y:.3g}} at step {steps[best]:.0f}",
+            }
+        )
+    return traces
+
+
+def _joined(kl: Series, other: Series) -> tuple[Floats, Floats, Floats]:
+    """Steps at which both are known, the distance sqrt(KL) there (an estimate below 0 counts as 0), and the values."""
+    steps, left, right = np.intersect1d(kl.steps, other.steps, return_indices=True)
+    known = ~(np.isnan(kl.values[left]) | np.isnan(other.values[right]))
+    distance = np.sqrt(np.maximum(kl.values[left][known], 0.0))
+    return steps[known], distance, other.values[right][known]
+
+
+def _thin(num_points: int) -> slice:
+    return slice(None, None, math.ceil(num_points / MAX_POINTS) or 1)
+
+
+def _error_bars(rows: Sequence[Mapping[str, float]], name: str, colour: str) -> Figure:
+    """From `name_low` and `name_high`; rows without them have none."""
+
+    def bound(row: Mapping[str, float], side: str) -> float:
+        value = row.get(f"{name}_{side}")
+        return abs(value - row[name]) if isinstance(value, int | float) else 0.0
+
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [bound(row, "high") for row in rows],
+        "arrayminus": [bound(row, "low") for row in rows],
+        "color": colour,
+        "thickness": 1,
+        "width": 2,
+    }
+
+
+def _figure(data: list[Figure], x_title: str, y_title: str, *, legend: bool = False) -> Figure:
+    layout: Figure = {
+        "margin": {"l": 52, "r": 10, "t": 8, "b": 40},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"color": GREY, "size": 11},
+        "xaxis": _axis(x_title),
+        "yaxis": _axis(y_title),
+        "showlegend": legend,
+        "hovermode": "closest",
+        "hoverlabel": {"font": {"size": 12}},
+    }
+    if legend:
+        layout["legend"] = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"}
+        layout["margin"]["t"] = 34
+    return {"data": data, "layout": layout}
+
+
+def _axis(title: str) -> Figure:
+    return {
+        "title": {"text": title, "font": {"size": 11}, "standoff": 6},
+        "gridcolor": _GRID,
+        "zerolinecolor": _GRID,
+        "linecolor": _GRID,
+        "tickfont": {"size": 10},
+        "nticks": 6,
+        "automargin": True,
+    }
+
+
+def _horizontal(y: float) -> Figure:
+    line = {"color": GREY, "width": 1, "dash": "dash"}
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line}
+
+
+def _vertical(x: float) -> Figure:
+    line = {"color": GREY, "width": 1, "dash": "dash"}
+    return {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": x, "x1": x, "line": line, "layer": "above"}

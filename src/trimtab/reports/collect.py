@@ -1,0 +1,222 @@
+"""What run and pipeline directories hold, read so that a run still going on, cut short or damaged can be shown too."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab.errors import DataError
+from trimtab.evals.stats import Floats
+
+MAX_BYTES = 32 * 1024 * 1024
+"""Of a longer JSON-lines file only the first and the last half of this many bytes are read."""
+
+# metrics that only one stage logs, for a directory whose settings are lost
+_STAGE_SIGNS = {"online": "policy/kl", "reward": "reward/accuracy", "sft": "loss/train"}
+_RUN_FILES = ("settings.toml", "metrics.jsonl", "samples.jsonl", "summary.json")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric over the steps at which it was logged."""
+
+    steps: Floats
+    values: Floats
+    """nan where the value logged was not a finite number."""
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def mean_of_last(self, share: float = 0.1) -> float:
+        """Mean of the last share of the known values, at least one; nan if none is known."""
+        known = self.values[~np.isnan(self.values)]
+        return float(known[-max(1, int(len(known) * share)) :].mean()) if len(known) else math.nan
+
+    def mean_of_first(self, share: float = 0.1) -> float:
+        """The same at the beginning."""
+        known = self.values[~np.isnan(self.values)]
+        return float(known[: max(1, int(len(known) * share))].mean()) if len(known) else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run directory. Whatever is missing is empty; what was wrong with a file is in `problems`."""
+
+    name: str
+    stage: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """Source to what is known of it: its SHA-256 and number of rows."""
+    metrics: Mapping[str, Series] = field(default_factory=dict)
+    samples: tuple[Mapping[str, Any], ...] = ()
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    finished: bool = False
+    """Whether summary.json was there to be read."""
+    problems: tuple[str, ...] = ()
+
+    @property
+    def num_steps(self) -> int:
+        """The last step logged."""
+        return int(max((series.steps[-1] for series in self.metrics.values()), default=0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineRecord:
+    """A pipeline directory: its runs in the order of its stages."""
+
+    name: str
+    runs: tuple[RunRecord, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    finished: bool = False
+    problems: tuple[str, ...] = ()
+
+
+def collect(directory: Path) -> RunRecord | PipelineRecord:
+    """The run or pipeline in a directory. Raises DataError where it is neither."""
+    if (directory / "pipeline.toml").exists():
+        return _pipeline(directory)
+    if any((directory / name).exists() for name in _RUN_FILES):
+        return _run(directory)
+    raise DataError(
+        f"{directory} holds neither a run nor a pipeline",
+        where=str(directory),
+        fix="give a directory that a stage or `trimtab run` wrote: it holds settings.toml or pipeline.toml",
+    )
+
+
+def _pipeline(directory: Path) -> PipelineRecord:
+    problems: list[str] = []
+    settings = _toml(directory / "pipeline.toml", problems)
+    stages = settings.get("stages")
+    names = list(stages) if isinstance(stages, Mapping) else []
+    # a stage is a name, never a path that leads out of the pipeline
+    present = {path.name: path for path in directory.iterdir() if path.is_dir()}
+    # without a readable pipeline.toml every run below it counts
+    if not names:
+        names = sorted(name for name, path in present.items() if any((path / file).exists() for file in _RUN_FILES))
+    summary = _json(directory / "summary.json", problems)
+    return PipelineRecord(
+        name=directory.resolve().name,
+        runs=tuple(_run(present[name], _named_stage(stages, name)) for name in names if name in present),
+        settings=settings,
+        summary=summary or {},
+        finished=summary is not None,
+        problems=tuple(problems),
+    )
+
+
+def _named_stage(stages: Any, name: str) -> str | None:
+    table = stages.get(name) if isinstance(stages, Mapping) else None
+    stage = table.get("stage") if isinstance(table, Mapping) else None
+    return stage if isinstance(stage, str) else None
+
+
+def _run(directory: Path, stage: str | None = None) -> RunRecord:
+    problems: list[str] = []
+    settings = _toml(directory / "settings.toml", problems)
+    metrics = _series(list(_json_lines(directory / "metrics.jsonl", problems)))
+    samples = tuple(_json_lines(directory / "samples.jsonl", problems))
+    summary = _json(directory / "summary.json", problems)
+    if isinstance(settings.get("stage"), str):
+        stage = settings["stage"]
+    if stage is None:
+        guesses = (name for name, metric in _STAGE_SIGNS.items() if metric in metrics)
+        stage = next(guesses, "evaluate" if samples and "baseline_response" in samples[0] else "run")
+    return RunRecord(
+        name=directory.resolve().name,
+        stage=stage,
+        settings={key: value for key, value in settings.items() if key != "stage"},
+        environment=_json(directory / "environment.json", problems) or {},
+        data=_json(directory / "data.json", problems) or {},
+        metrics=metrics,
+        samples=samples,
+        summary=summary or {},
+        finished=summary is not None,
+        problems=tuple(problems),
+    )
+
+
+def _series(rows: list[dict[str, Any]]) -> dict[str, Series]:
+    columns: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        step = _number(row.get("step"))
+        if math.isnan(step):
+            continue
+        for name, value in row.items():
+            if name != "step" and (value is None or isinstance(value, int | float)):
+                steps, values = columns.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(_number(value))
+    return {name: Series(np.array(steps), np.array(values)) for name, (steps, values) in columns.items()}
+
+
+def _number(value: Any) -> float:
+    """nan for everything that is not a finite number."""
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    return math.nan
+
+
+def _toml(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_bytes().decode(errors="replace"))
+    except FileNotFoundError:
+        return {}
+    except tomllib.TOMLDecodeError:
+        problems.append(f"{path.name} is not readable TOML and was left out")
+        return {}
+
+
+def _json(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes().decode(errors="replace"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        problems.append(f"{path.name} is not a readable JSON object and was left out")
+        return None
+    return value
+
+
+def _json_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows that can be read. A last line without its line end is being written and is no problem."""
+    lines = _lines(path, problems)
+    num_damaged = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            yield row
+        elif number < len(lines):
+            num_damaged += 1
+    if num_damaged:
+        problems.append(f"{num_damaged} damaged lines of {path.name} were left out")
+
+
+def _lines(path: Path, problems: list[str]) -> list[str]:
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        content = file.read(MAX_BYTES // 2)
+        if size > MAX_BYTES:
+            problems.append(f"{path.name} has {size // 2**20} MB; only its beginning and end were read")
+            file.seek(size - MAX_BYTES // 2)
+            # the line that was cut at either side is dropped
+            content = content.rpartition(b"\n")[0] + b"\n" + file.read().partition(b"\n")[2]
+        else:
+            content += file.read()
+    return content.decode(errors="replace").split("\n")

@@ -1,0 +1,98 @@
+"""What each metric means: its title, its unit and how to read its curve."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """How a metric is shown."""
+
+    title: str
+    unit: str
+    how_to_read: str
+
+
+# Patterns are tried in order; the first that matches the whole name speaks. An empty title is made from the name.
+_MEANINGS: tuple[tuple[str, str, str, str], ...] = (
+    (r"loss/train", "Training loss", "nats", "Should fall quickly, then level out."),
+    (
+        r"loss/validation",
+        "Validation loss",
+        "nats",
+        "On data never trained on: rising while training loss falls is overfitting.",
+    ),
+    (r"loss/.*", "", "", "One term of the loss."),
+    (r"reward/mean", "Reward", "reward", "What training raises. It should rise; gold says whether that is good."),
+    (r"reward/std", "Spread of rewards", "reward", "Between replies of one step. Near zero nothing is left to learn."),
+    (
+        r"reward/accuracy",
+        "Accuracy, training pairs",
+        "share",
+        "Ordered as the annotators did. Chance is 0.5.",
+    ),
+    (
+        r"reward/validation_accuracy",
+        "Accuracy, held-out pairs",
+        "share",
+        "Pairs ordered as the annotators did; held out is the honest line. Chance is 0.5.",
+    ),
+    (r"reward/(validation_)?margin", "Margin", "reward", "Chosen minus rejected reward. Grows as the model gets sure."),
+    (r"reward/.*", "", "reward", "Terms of the reward: which of them the policy is collecting."),
+    (r"gold/mean", "Gold score", "score 0–1", "True quality, never seen in training. Should rise with the reward."),
+    (r"gold/.*", "", "score 0–1", "Criteria of the gold score, 1 is full marks: what was learned and what given up."),
+    (
+        r"policy/kl",
+        "KL from the reference",
+        "nats per reply",
+        "How far the policy moved. With flat gold, in vain.",
+    ),
+    (r"policy/kl_k3", "KL, k3 estimate", "nats per reply", "The same KL estimated another way; a wide gap is noise."),
+    (
+        r"policy/entropy",
+        "Entropy",
+        "nats per token",
+        "Variety of the next token. At zero one reply is repeated.",
+    ),
+    (r"policy/clip_fraction", "Clipped tokens", "share", "Updates cut off. Above 0.3 the steps are too large."),
+    (r"policy/approx_kl", "KL within one step", "nats per token", "Movement of one step. Should stay small and even."),
+    (r"policy/loss", "Policy loss", "", "A surrogate: its level means little, sudden jumps do."),
+    (r"policy/ratio_mean", "Mean ratio", "new over old", "Probability of the sampled tokens; should stay near 1."),
+    (r"policy/.*", "", "", "Of the policy update."),
+    (r"critic/loss", "Critic loss", "reward²", "Error of predicted returns. Should fall, then follow their scale."),
+    (
+        r"critic/explained_variance",
+        "Critic: explained variance",
+        "share",
+        "Of the returns, foreseen by the critic: 1 is perfect, 0 no better than a constant.",
+    ),
+    (r"critic/clip_fraction", "Critic: clipped values", "share", "Values whose update was cut off."),
+    (r"critic/.*", "", "reward", "Of the critic, in units of reward."),
+    (r"rollout/length_mean", "Reply length", "tokens", "Growth together with reward, but not gold, is a length hack."),
+    (r"rollout/truncated_fraction", "Replies cut off", "share", "Hit the length limit. Should stay near 0."),
+    (r"rollout/logprob_difference", "Sampler against scorer", "nats", "Largest gap on one token: rounding only."),
+    (r"rollout/distinct_2", "Distinct bigrams", "share", "Variety of word pairs. A fall means replies become alike."),
+    (r"rollout/.*", "", "", "Of the sampled replies."),
+    (r"kl/coef", "KL coefficient", "reward per nat", "Weight of the leash, raised when KL passes its target."),
+    (r"optimizer/.*learning_rate", "", "", "Follows the schedule of the settings."),
+    (r"optimizer/.*gradient_norm", "", "", "Before clipping. Spikes announce an unstable step; a level is normal."),
+    (r".*/tokens_per_second", "Throughput", "tokens/s", "Dips are pauses, such as checkpoints or a busy machine."),
+    (r"time/.*_seconds", "", "seconds", "Of one step spent here."),
+    (r"data/.*", "", "", "Of the data read."),
+)
+
+
+def meaning(name: str) -> Meaning:
+    """How to show the metric of this name; an unknown one is shown under its name."""
+    for pattern, title, unit, how_to_read in _MEANINGS:
+        if re.fullmatch(pattern, name):
+            return Meaning(title or _title(name), unit, how_to_read)
+    return Meaning(_title(name), "", "No description is known for this metric.")
+
+
+def _title(name: str) -> str:
+    owner, _, quantity = name.rpartition("/")
+    words = quantity.replace("_seconds", "").replace("_", " ")
+    return f"{owner.capitalize()}: {words}" if owner else words

@@ -1,0 +1,327 @@
+"""What a reader should know first: the numbers that decide, what they say in plain words, and what looks wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from trimtab.evals.overoptimisation import HackingSummary, hacking_summary
+from trimtab.evals.stats import Interval, paired_difference
+from trimtab.reports.charts import smoothing_window
+from trimtab.reports.collect import PipelineRecord, RunRecord
+
+Standing = Literal["good", "bad", "unclear"]
+
+FALL = 0.05
+"""Gold counts as fallen when it ends this share below its peak: less is within the noise of one step's rollouts."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One headline number."""
+
+    label: str
+    value: str
+    detail: str
+    how_to_read: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The numbers in a paragraph."""
+
+    standing: Standing
+    title: str
+    sentences: tuple[str, ...]
+
+
+# --- numbers out of summaries ---
+
+
+def number(values: Mapping[str, Any], name: str) -> float | None:
+    """The finite number under a name, which may be stored plainly or as {"value": ...}; None where there is none."""
+    found = values.get(name)
+    if isinstance(found, Mapping):
+        found = found.get("value")
+    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+        return None
+    return float(found)
+
+
+def interval(values: Mapping[str, Any], name: str) -> Interval | None:
+    """A number with its bounds, stored as {"value", "low", "high", "count"} or as name, name_low and name_high.
+
+    Bounds that are not stored are nan.
+    """
+    value = number(values, name)
+    if value is None:
+        return None
+    nested = values[name] if isinstance(values[name], Mapping) else {}
+    low = number(nested, "low") if nested else number(values, f"{name}_low")
+    high = number(nested, "high") if nested else number(values, f"{name}_high")
+    count = number(nested, "count") or 0
+    return Interval(value, math.nan if low is None else low, math.nan if high is None else high, int(count))
+
+
+def section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The mapping under a name; empty where there is none."""
+    found = values.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def show(value: float | None) -> str:
+    """Three digits, a dash for nothing."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if (value == int(value) and abs(value) < 1e15) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    """A share as people say it."""
+    return f"{100 * value:.0f}%"
+
+
+def seconds(value: float) -> str:
+    """A duration in its two largest units."""
+    whole = round(value)
+    if whole < 60:
+        return f"{value:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def bounds(estimate: Interval, show_one: Any = show) -> str:
+    """[low, high], or nothing where they are unknown."""
+    if math.isnan(estimate.low) or math.isnan(estimate.high):
+        return ""
+    return f"[{show_one(estimate.low)}, {show_one(estimate.high)}]"
+
+
+def _with_bounds(estimate: Interval, show_one: Any = show) -> str:
+    return f"{show_one(estimate.value)} {bounds(estimate, show_one)}".rstrip()
+
+
+# --- what happened ---
+
+
+def hacking(run: RunRecord) -> HackingSummary | None:
+    """Gold against proxy over a run, smoothed as its charts are; None where one of them was not logged."""
+    columns = [run.metrics.get(name) for name in ("policy/kl", "reward/mean", "gold/mean")]
+    by_step: list[dict[float, float]] = []
+    for column in columns:
+        if column is None:
+            return None
+        by_step.append(dict(zip(column.steps.tolist(), column.values.tolist(), strict=True)))
+    steps = sorted(set(by_step[0]) & set(by_step[1]) & set(by_step[2]))
+    points = [(by_step[0][s], by_step[1][s], by_step[2][s]) for s in steps]
+    points = [point for point in points if not any(math.isnan(value) for value in point)]
+    return hacking_summary(points, window=smoothing_window(len(points))) if points else None
+
+
+def gold_difference(run: RunRecord) -> Interval | None:
+    """Gold of the evaluated policy minus its baseline's on the same prompts, from the samples of an evaluate run."""
+    rows = [(number(row, "gold"), number(row, "baseline_gold"), str(row.get("prompt"))) for row in run.samples]
+    known = [(after, before, prompt) for after, before, prompt in rows if after is not None and before is not None]
+    if not known:
+        return None
+    after, before, prompts = zip(*known, strict=True)
+    return paired_difference(after, before, groups=prompts)
+
+
+def evaluation(runs: Sequence[RunRecord]) -> RunRecord | None:
+    """The last evaluate run."""
+    return next((run for run in reversed(runs) if run.stage == "evaluate"), None)
+
+
+# --- tiles ---
+
+
+def pipeline_tiles(record: PipelineRecord) -> tuple[Tile, ...]:
+    """The headline of a pipeline, from its summary; a number that is missing has no tile."""
+    policy, reward_model = section(record.summary, "policy"), section(record.summary, "reward_model")
+    tiles = []
+    final = interval(policy, "gold_final")
+    if final is not None:
+        before = number(policy, "gold_sft")
+        value = f"{show(before)} → {show(final.value)}" if before is not None else show(final.value)
+        how = "True quality before and after RL, from 0 to 1; the reward model's opinion plays no part."
+        tiles.append(Tile("Gold score", value, bounds(final), how))
+    if (wins := interval(policy, "win_rate_vs_sft")) is not None:
+        how = "Share of prompts on which the final reply beats the supervised one, ties half. 50% is no change."
+        tiles.append(Tile("Win rate against SFT", percent(wins.value), bounds(wins, percent), how))
+    if (best := number(policy, "gold_best_of_64")) is not None:
+        how = "Gold of picking, by reward, the best of 64 supervised replies: what the reward model buys without RL."
+        tiles.append(Tile("Best of 64", show(best), "gold score", how))
+    if (kl := number(policy, "kl")) is not None:
+        how = "Distance of the final policy from the supervised one. Less for the same gold is better."
+        tiles.append(Tile("KL", show(kl), "nats per reply", how))
+    if (accuracy := interval(reward_model, "accuracy")) is not None:
+        limit = number(reward_model, "bayes_accuracy")
+        detail = bounds(accuracy) + (f" · limit {show(limit)}" if limit is not None else "")
+        how = "Held-out pairs ordered as the annotators did. Noisy votes make the limit: no judge can do better."
+        tiles.append(Tile("Reward-model accuracy", show(accuracy.value), detail.removeprefix(" · "), how))
+    if (took := number(record.summary, "seconds")) is not None:
+        tiles.append(Tile("Time", seconds(took), "wall clock", "The whole pipeline, every stage."))
+    if (memory := number(record.summary, "peak_rss_gb")) is not None:
+        tiles.append(Tile("Peak memory", f"{memory:.2g} GB", "resident", "The most main memory held at any time."))
+    return tuple(tiles)
+
+
+# --- verdicts ---
+
+
+def pipeline_verdict(record: PipelineRecord) -> Verdict:
+    """The plain-language reading of a pipeline: did it help, at what cost, is the reward to be trusted."""
+    policy = section(record.summary, "policy")
+    evaluated = evaluation(record.runs)
+    difference = gold_difference(evaluated) if evaluated is not None else None
+    before, final = number(policy, "gold_sft"), interval(policy, "gold_final")
+    wins = interval(policy, "win_rate_vs_sft")
+    standing = _standing(difference, before, final, wins)
+    sentences = []
+    if final is not None and before is not None:
+        moved = "rose" if final.value > before else "fell" if final.value < before else "stayed"
+        paired = ""
+        if difference is not None:
+            paired = f"; on the same {difference.count} prompts the mean change is {_with_bounds(difference)}"
+        sentences.append(f"The gold score {moved} from {show(before)} to {_with_bounds(final)}{paired}.")
+    elif difference is not None:
+        sentences.append(f"On {difference.count} prompts the gold score changed by {_with_bounds(difference)}.")
+    if wins is not None:
+        shown = _with_bounds(wins, percent)
+        sentences.append(f"The final policy beats the supervised model on {shown} of prompts.")
+    best, kl = number(policy, "gold_best_of_64"), number(policy, "kl")
+    if best is not None and final is not None:
+        verb = "more than" if final.value > best else "less than" if final.value < best else "exactly what"
+        cost = f", at {show(kl)} nats of KL" if kl is not None else ""
+        sentences.append(f"That is {verb} choosing the best of 64 supervised replies gives ({show(best)}){cost}.")
+    sentences += _reward_model_sentences(section(record.summary, "reward_model"))
+    for run in record.runs:
+        sentences += _hacking_sentences(run)
+    titles = {
+        "good": "Training made the model better.",
+        "bad": "Training made the model worse.",
+        "unclear": "No clear change is shown." if sentences else "There is not enough here to judge yet.",
+    }
+    return Verdict(standing, titles[standing], tuple(sentences))
+
+
+def run_verdict(run: RunRecord) -> Verdict | None:
+    """The same for one stage; None where it logged nothing to speak of."""
+    sentences: list[str] = []
+    standing: Standing = "unclear"
+    title = f"{run.stage.capitalize()} {'finished' if run.finished else 'is not finished'}."
+    if run.stage == "evaluate":
+        difference, wins = gold_difference(run), interval(run.summary, "win_rate")
+        standing = _standing(difference, None, None, wins)
+        title = {
+            "good": "The policy is better than its baseline.",
+            "bad": "The policy is worse than its baseline.",
+            "unclear": "No clear difference from the baseline.",
+        }[standing]
+        if difference is not None:
+            shown = _with_bounds(difference)
+            sentences.append(f"On the same {difference.count} prompts the gold score differs by {shown}.")
+        if wins is not None:
+            sentences.append(f"It beats the baseline on {_with_bounds(wins, percent)} of prompts.")
+    elif run.stage == "reward":
+        sentences += _reward_model_sentences(run.summary)
+    else:
+        told = (("loss/validation", "Validation loss"), ("reward/mean", "Mean reward"), ("gold/mean", "Gold"))
+        for name, what in told:
+            series = run.metrics.get(name)
+            if series is not None and len(series) > 1:
+                start, end = series.mean_of_first(), series.mean_of_last()
+                sentences.append(f"{what} went from {show(start)} to {show(end)}.")
+        if (kl := run.metrics.get("policy/kl")) is not None:
+            sentences.append(f"The policy ended {show(kl.mean_of_last())} nats of KL from its reference.")
+        sentences += _hacking_sentences(run)
+    return Verdict(standing, title, tuple(sentences)) if sentences else None
+
+
+def _standing(
+    difference: Interval | None, before: float | None, final: Interval | None, wins: Interval | None
+) -> Standing:
+    """From the strongest evidence there is: paired gold, gold with an interval, win rate with an interval."""
+    if difference is not None:
+        low, high, null = difference.low, difference.high, 0.0
+    elif final is not None and before is not None:
+        low, high, null = final.low, final.high, before
+    elif wins is not None:
+        low, high, null = wins.low, wins.high, 0.5
+    else:
+        return "unclear"
+    return "good" if low > null else "bad" if high < null else "unclear"
+
+
+def _reward_model_sentences(card: Mapping[str, Any]) -> list[str]:
+    accuracy = interval(card, "accuracy")
+    if accuracy is None:
+        return []
+    sentence = f"The reward model orders {_with_bounds(accuracy, percent)} of held-out pairs as the annotators did"
+    comparisons = []
+    if (longer := number(card, "longer_wins")) is not None:
+        comparisons.append(f"always preferring the longer reply gives {percent(longer)}")
+    if (limit := number(card, "bayes_accuracy")) is not None:
+        comparisons.append(f"the noise of the votes allows at most {percent(limit)}")
+    return [f"{sentence}; {' and '.join(comparisons)}." if comparisons else f"{sentence}."]
+
+
+def _hacking_sentences(run: RunRecord) -> list[str]:
+    summary = hacking(run)
+    if summary is None or summary.fall_fraction < FALL:
+        return []
+    reward = "kept rising: it was being gamed" if summary.proxy_kept_rising else "fell too"
+    peak, fall = f"{show(summary.peak_gold)} (KL {show(summary.peak_kl)})", percent(summary.fall_fraction)
+    return [f"In {run.name} gold peaked at {peak}, then fell {fall} while the reward {reward}."]
+
+
+# --- alarms ---
+
+
+def alarms(run: RunRecord) -> tuple[str, ...]:
+    """Facts about a run that a person should look at, each with its number and the bound it passed."""
+    found = list(run.problems)
+    metrics = run.metrics
+    if not run.finished:
+        found.append(f"the run is not finished: {run.num_steps} steps are logged")
+    broken = sorted(name for name, series in metrics.items() if np.isnan(series.values).any())
+    if broken:
+        found.append(f"not a finite number at some step: {', '.join(broken[:5])}")
+    if (cut := _last(run, "rollout/truncated_fraction")) > 0.05:
+        found.append(f"{percent(cut)} of the last replies hit the length limit (above 5%)")
+    if (difference := _last(run, "rollout/logprob_difference")) > 0.01:
+        found.append(f"sampler and policy differ by up to {show(difference)} nats on one token (above 0.01)")
+    if (clipped := _last(run, "policy/clip_fraction")) > 0.3:
+        found.append(f"{percent(clipped)} of the tokens were clipped at the end (above 30%)")
+    if (explained := _last(run, "critic/explained_variance")) < 0:
+        found.append(f"the critic ends worse than a constant (explained variance {show(explained)})")
+    for name, what in (("policy/entropy", "entropy"), ("rollout/distinct_2", "distinct bigrams")):
+        if (series := metrics.get(name)) is not None and series.mean_of_last() < 0.5 * series.mean_of_first():
+            start, end = show(series.mean_of_first()), show(series.mean_of_last())
+            found.append(f"{what} fell from {start} to {end} (below half)")
+    if (length := metrics.get("rollout/length_mean")) is not None:
+        ratio = length.mean_of_last() / max(length.mean_of_first(), 1e-9)
+        if ratio > 1.3:
+            found.append(f"replies grew {show(ratio)} times longer (above 1.3)")
+    summary = hacking(run)
+    if summary is not None and summary.fall_fraction >= FALL and summary.proxy_kept_rising:
+        fall = percent(summary.fall_fraction)
+        found.append(f"gold ended {fall} below its peak while the reward kept rising (above {percent(FALL)})")
+    accuracy, longer = interval(run.summary, "accuracy"), number(run.summary, "longer_wins")
+    if accuracy is not None and longer is not None and accuracy.low <= longer:
+        found.append(f"the reward model ({_with_bounds(accuracy)}) is not clearly better than length ({show(longer)})")
+    return tuple(found)
+
+
+def _last(run: RunRecord, name: str) -> float:
+    """nan, which passes no bound, where the metric is not there."""
+    series = run.metrics.get(name)
+    return math.nan if series is None else series.mean_of_last()

@@ -1,0 +1,76 @@
+"""HTML that is safe by construction: every text is escaped unless this module made it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import math
+from typing import Any
+
+_VOID = frozenset({"meta", "br", "img"})
+
+
+class Html(str):
+    """Text that is HTML already. Only `tag`, `join` and the page's own constants are."""
+
+    __slots__ = ()
+
+
+def escape(value: object) -> Html:
+    """The value as HTML text, safe inside an element and inside a quoted attribute."""
+    return value if isinstance(value, Html) else Html(html.escape(str(value), quote=True))
+
+
+def join(*children: object) -> Html:
+    """Children one after the other; None is nothing, a list or tuple is its members."""
+    parts = []
+    for child in children:
+        if isinstance(child, list | tuple):
+            parts.append(join(*child))
+        elif child is not None:
+            parts.append(escape(child))
+    return Html("".join(parts))
+
+
+def tag(name: str, /, *children: object, **attributes: object) -> Html:
+    """An element. `class_` is written class and `data_x` data-x; None leaves an attribute out, True gives it no value.
+
+    Names of elements and attributes are the page's own and not escaped.
+    """
+    written = []
+    for key, value in attributes.items():
+        shown = key.rstrip("_").replace("_", "-")
+        if value is True:
+            written.append(f" {shown}")
+        elif value is not None and value is not False:
+            written.append(f' {shown}="{escape(value)}"')
+    opening = f"<{name}{''.join(written)}>"
+    return Html(opening if name in _VOID else f"{opening}{join(*children)}</{name}>")
+
+
+def script_json(value: Any) -> Html:
+    """The value as JSON that cannot end the script element it stands in, nor a line of JavaScript.
+
+    Not-a-number and infinities become null.
+    """
+    text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    # ASCII only, so U+2028 and U+2029 are escapes already; < > & occur inside strings only
+    return Html(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def script_hash(source: str) -> str:
+    """What a Content-Security-Policy calls this very script."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(member) for key, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(member) for member in value]
+    if isinstance(value, float):
+        # five digits draw the same picture in half the bytes
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value

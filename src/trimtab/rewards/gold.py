@@ -1,0 +1,44 @@
+"""A world's own score as a reward: for upper bounds, and for telling a weak policy from a weak reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab import worlds
+from trimtab.metrics import Metrics, mean_of
+from trimtab.registry import register
+from trimtab.types import Rollout
+
+
+@register("reward", "gold")
+@dataclass(frozen=True, kw_only=True)
+class GoldReward:
+    """The gold score of a world."""
+
+    world: str
+    """Name of the world the prompts come from."""
+    weight: float = 1.0
+    """Factor in the sum of rewards."""
+
+    def load(self, *, token_budget: int) -> GoldScorer:
+        """The scorer itself; nothing needs loading."""
+        return GoldScorer(worlds.load(self.world))
+
+
+class GoldScorer:
+    """Scores rollouts, or plain replies, by the world's program."""
+
+    def __init__(self, world: worlds.World) -> None:
+        self.world = world
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
+        """[B] gold scores in [0, 1], and the mean of each named part."""
+        golds = [self.world.gold(r.prompt, r.response) for r in rollouts]
+        metrics: Metrics = {"gold/mean": mean_of(g.total for g in golds)}
+        for part in golds[0].parts if golds else ():
+            metrics[f"gold/{part}"] = mean_of(g.parts[part] for g in golds if part in g.parts)
+        return torch.tensor([g.total for g in golds], dtype=torch.float32), metrics

@@ -1,0 +1,73 @@
+"""What is measured of rollouts and values, and the check that sampler and scorer agree before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.local_generator import Sampling
+from trimtab.errors import EngineError
+from trimtab.evals.text import distinct_n
+from trimtab.math.losses.value import explained_variance
+from trimtab.metrics import Mean, Metrics, Peak, mean_of
+from trimtab.rewards.gold import GoldScorer
+from trimtab.types import Rollout
+
+MAX_LOGPROB_DIFFERENCE = 0.01
+"""Nats. In float32 the local sampler and scorer differ by rounding only, about 1e-5."""
+
+
+def rollout_metrics(
+    rollouts: Sequence[Rollout], old_logprobs: Tensor, *, sampling: Sampling, first_step: bool
+) -> Metrics:
+    """Lengths, ends and diversity of rollouts, and how far the sampler's log-probabilities are from the scorer's.
+
+    On the first step a difference above MAX_LOGPROB_DIFFERENCE raises EngineError: training on it would be off-policy
+    without anyone knowing. Under top-p or top-k the two are different distributions, and only the metric is kept.
+    """
+    sampled = torch.tensor([x for r in rollouts for x in r.logprobs])
+    difference = float((sampled - old_logprobs).abs().max())
+    if first_step and not sampling.truncates and not difference <= MAX_LOGPROB_DIFFERENCE:
+        raise EngineError(
+            f"sampler and policy disagree by {difference:.3g} nats on the same token (bound: {MAX_LOGPROB_DIFFERENCE})",
+            where="the first step, before any update",
+            fix="the sampler's weights, template or precision differ from the policy's; do not train on its samples",
+        )
+    num = len(rollouts)
+    return {
+        "rollout/length_mean": Mean(sum(len(r.response_ids) for r in rollouts), num),
+        "rollout/truncated_fraction": Mean(sum(r.finish_reason == "length" for r in rollouts), num),
+        "rollout/distinct_2": Mean(distinct_n([r.response for r in rollouts], 2), 1),
+        "rollout/logprob_difference": Peak(difference),
+    }
+
+
+def value_metrics(values: Tensor, returns: Tensor) -> Metrics:
+    """How much of the returns the critic foresaw, and the mean of both."""
+    return {
+        "critic/explained_variance": explained_variance(values, returns),
+        "critic/value_mean": mean_of(values.tolist()),
+        "critic/return_mean": mean_of(returns.tolist()),
+    }
+
+
+def rollout_rows(
+    rollouts: Sequence[Rollout], rewards: Tensor, kl: Tensor, world: GoldScorer | None, num: int
+) -> list[dict[str, object]]:
+    """The first `num` rollouts as rows of samples.jsonl."""
+    rows: list[dict[str, object]] = []
+    for i, r in enumerate(rollouts[:num]):
+        row: dict[str, object] = {
+            "prompt": r.prompt.text,
+            "response": r.response,
+            "reward": float(rewards[i]),
+            "kl": float(kl[i]),
+            "length": len(r.response_ids),
+            "finish_reason": r.finish_reason,
+        }
+        if world is not None:
+            row["gold"] = world.world.gold(r.prompt, r.response).total
+        rows.append(row)
+    return rows

@@ -1,0 +1,210 @@
+"""A small base model from scratch, tokenizer included, so that the whole loop runs without a download."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from trimtab import seeds, worlds
+from trimtab.data.chat import DEFAULT_TEMPLATE, SPECIAL_TOKENS
+from trimtab.data.layouts import load, recognise
+from trimtab.data.sources import is_world, read_rows
+from trimtab.data.trees import TokenTrees, Tree, TreeBatch, sequence_tree
+from trimtab.engines.local_learner import AdamW, LocalLearner
+from trimtab.math.losses.sft import SFTLoss
+from trimtab.models.load import load_causal, save_model
+from trimtab.models.roles import Policy
+from trimtab.runs.run import Run
+from trimtab.stages.supervised import Epochs, fit, last_metrics
+from trimtab.types import Demonstration, Message, PreferencePair, Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Shape of the base model."""
+
+    family: Literal["llama", "qwen3", "gpt2"] = "llama"
+    """A standard transformers architecture."""
+    num_layers: int = 4
+    """Transformer blocks."""
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Attention heads; they divide the hidden size."""
+    mlp_size: int = 768
+    """Width of the feed-forward layer."""
+    max_positions: int = 2048
+    """Longest sequence the model is meant for."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(f"hidden_size = {self.hidden_size} must be a multiple of 2 x num_heads = {2 * self.num_heads}")
+
+    def config(self, vocab_size: int, pad_id: int, end_id: int) -> PreTrainedConfig:
+        """The transformers configuration, with tied embeddings."""
+        common = {
+            "vocab_size": vocab_size,
+            "pad_token_id": pad_id,
+            "eos_token_id": end_id,
+            "bos_token_id": None,
+            "tie_word_embeddings": True,
+        }
+        if self.family == "gpt2":
+            return GPT2Config(
+                n_embd=self.hidden_size,
+                n_layer=self.num_layers,
+                n_head=self.num_heads,
+                n_inner=self.mlp_size,
+                n_positions=self.max_positions,
+                **common,
+            )
+        shape = {
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_heads,
+            "head_dim": self.hidden_size // self.num_heads,
+            "intermediate_size": self.mlp_size,
+            "max_position_embeddings": self.max_positions,
+        }
+        return LlamaConfig(**shape, **common) if self.family == "llama" else Qwen3Config(**shape, **common)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of the pretrain stage."""
+
+    data: str
+    """Text: a world, a file with a `text` column, or conversations in any layout."""
+    num_documents: int | None = None
+    """Documents drawn from a world, or the first of a file; None reads a whole file."""
+    vocab_size: int = 2048
+    """Tokens of the byte-level BPE tokenizer."""
+    architecture: Architecture = field(default_factory=Architecture)
+    """Shape of the model."""
+    max_tokens: int = 512
+    """A longer document is cut into pieces of this length; nothing is lost."""
+    num_epochs: float = 1.0
+    """Passes over the data."""
+    batch_size: int = 64
+    """Documents of one update."""
+    optimizer: AdamW = field(
+        default_factory=lambda: AdamW(
+            learning_rate=1e-3, schedule="cosine", warmup_fraction=0.05, beta2=0.95, weight_decay=0.1
+        )
+    )
+    """The optimizer and its schedule."""
+    token_budget: int = 4096
+    """Tokens of one forward pass: memory and speed only."""
+    checkpoint_every: int = 200
+    """Updates between checkpoints."""
+    seed: int = 0
+    """Seed of the weights, the documents and their order."""
+
+    def __post_init__(self) -> None:
+        if self.data.startswith("world:") and self.num_documents is None:
+            raise ValueError("a world never ends: set num_documents")
+
+
+def run(settings: Settings, run: Run) -> None:
+    """Trains the tokenizer and the model, and writes both to `run.model_dir`."""
+    start = run.directory / "start"
+    documents = read_documents(settings, run)
+    if not start.exists():
+        writing = start.with_name("start.writing")
+        tokenizer = train_tokenizer(documents, settings.vocab_size)
+        torch.manual_seed(seeds.derive(settings.seed, "weights"))
+        config = settings.architecture.config(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
+        save_model(AutoModelForCausalLM.from_config(config), tokenizer, writing)
+        writing.rename(start)
+    model = load_causal(start)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
+    trees = document_trees(documents, tokenizer, settings.max_tokens)
+    epochs = Epochs(
+        num_examples=len(trees), batch_size=settings.batch_size, num_epochs=settings.num_epochs, seed=settings.seed
+    )
+    policy = Policy(model, pad_id=tokenizer.pad_token_id)
+    learner = LocalLearner(
+        policy, settings.optimizer, token_budget=settings.token_budget, num_updates=epochs.num_steps, name="policy"
+    )
+    fit(
+        run,
+        learner,
+        SFTLoss(),
+        lambda indices: TreeBatch(trees=TokenTrees.build([trees[i] for i in indices])),
+        epochs,
+        validation=None,
+        validate_every=0,
+        checkpoint_every=settings.checkpoint_every,
+        description="pretrain",
+    )
+    run.save_model(lambda path: save_model(model, tokenizer, path))
+    parameters = sum(p.numel() for p in model.parameters())
+    run.finish({"num_parameters": parameters, "num_documents": len(documents), "num_steps": epochs.num_steps} | last_metrics(run, "loss/"))
+
+
+def read_documents(settings: Settings, run: Run) -> list[str]:
+    """The texts to train on. Conversations are written with the default chat markup, so that it is known later."""
+    if is_world(settings.data):
+        assert settings.num_documents is not None
+        run.add_data(settings.data, "", settings.num_documents)
+        name = settings.data.removeprefix("world:").partition("?")[0]
+        return worlds.load(name).documents(settings.num_documents, seed=settings.seed)
+    rows = read_rows(settings.data, limit=settings.num_documents)
+    run.add_data(settings.data, rows.sha256, len(rows.rows))
+    if rows.rows and isinstance(rows.rows[0][1].get("text"), str):
+        return [row["text"] for _, row in rows.rows if isinstance(row.get("text"), str)]
+    layout = recognise([row for _, row in rows.rows], where=settings.data)
+    if PreferencePair in layout.converters:
+        pairs = load(PreferencePair, settings.data, limit=settings.num_documents, on_bad_row="drop").records
+        return [as_document(p.prompt, reply) for p in pairs for reply in (p.chosen, p.rejected)]
+    demonstrations = load(Demonstration, settings.data, limit=settings.num_documents, on_bad_row="drop").records
+    return [as_document(d.prompt, d.response) for d in demonstrations]
+
+
+def as_document(prompt: Prompt, reply: str) -> str:
+    """A conversation as one text, in the markup of the default chat template."""
+    turns = [*prompt.messages, Message("assistant", reply)]
+    return "\n".join(f"<|{turn.role}|>\n{turn.content}<|end|>" for turn in turns)
+
+
+def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with the default chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+    fast.chat_template = DEFAULT_TEMPLATE
+    return fast
+
+
+def document_trees(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> list[Tree]:
+    """Every token of every document, in pieces of at most `max_tokens`, each document closed by the end token."""
+    end = tokenizer.eos_token_id
+    trees = []
+    for ids in tokenizer(list(documents), add_special_tokens=False)["input_ids"]:
+        closed = ids if ids and ids[-1] == end else [*ids, end]
+        pieces = [closed[i : i + max_tokens] for i in range(0, len(closed), max_tokens)]
+        trees += [sequence_tree(piece) for piece in pieces if len(piece) > 1]
+    return trees
+
+

@@ -1,0 +1,124 @@
+"""Supervised fine-tuning: imitate the replies of demonstrations, cross-entropy on the reply's tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trimtab.data.layouts import load
+from trimtab.data.chat import Chat
+from trimtab.data.preferences import split_by_prompt
+from trimtab.data.trees import TokenTrees, Tree, TreeBatch, sequence_tree
+from trimtab.engines.local_learner import AdamW, LocalLearner
+from trimtab.errors import DataError
+from trimtab.math.losses.sft import SFTLoss
+from trimtab.models.load import load_causal, load_tokenizer, save_model
+from trimtab.models.roles import Policy
+from trimtab.runs.run import Run
+from trimtab.stages.supervised import Epochs, fit, fitted_tree, last_metrics
+from trimtab.types import Demonstration, Message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of the sft stage."""
+
+    model: str
+    """The model to start from: a directory or hub id."""
+    data: str
+    """Demonstrations: a file, a hub id or a world."""
+    held_out: float = 0.05
+    """Share of the prompts kept for the validation loss."""
+    limit: int | None = None
+    """Use only the first rows."""
+    on_bad_row: Literal["stop", "drop"] = "stop"
+    """Refuse the data at a bad row, or drop and count such rows."""
+    train_on: Literal["last", "all"] = "last"
+    """Which assistant turns of a conversation are trained."""
+    max_tokens: int = 1024
+    """Longest example, prompt and reply together."""
+    on_too_long: Literal["drop", "truncate_prompt_left"] = "truncate_prompt_left"
+    """What happens to a longer example; both are counted."""
+    num_epochs: float = 1.0
+    """Passes over the data."""
+    batch_size: int = 32
+    """Examples of one update."""
+    optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=2e-5, schedule="cosine", warmup_fraction=0.03))
+    """The optimizer and its schedule."""
+    token_budget: int = 4096
+    """Tokens of one forward pass: memory and speed only."""
+    validate_every: int = 0
+    """Updates between validations; 0 validates once, at the end."""
+    checkpoint_every: int = 100
+    """Updates between checkpoints."""
+    seed: int = 0
+    """Seed of the order of examples."""
+
+
+def run(settings: Settings, run: Run) -> None:
+    """Trains and writes the model to `run.model_dir`."""
+    tokenizer = load_tokenizer(settings.model)
+    chat = Chat(tokenizer)
+    loaded = load(Demonstration, settings.data, on_bad_row=settings.on_bad_row, limit=settings.limit)
+    run.add_data(settings.data, loaded.sha256, len(loaded.records))
+    train, held_out = split_by_prompt(loaded.records, held_out=settings.held_out)
+    counts: dict[str, int] = dict(loaded.counts)
+    trees = demonstration_trees(train, chat, settings, counts)
+    validation = demonstration_trees(held_out, chat, settings, counts)
+    if not trees:
+        raise DataError(
+            f"no example of {len(loaded.records)} is left to train on",
+            where=settings.data,
+            fix=f"raise max_tokens (now {settings.max_tokens}) or lower held_out (now {settings.held_out})",
+        )
+    epochs = Epochs(
+        num_examples=len(trees), batch_size=settings.batch_size, num_epochs=settings.num_epochs, seed=settings.seed
+    )
+    policy = Policy(load_causal(settings.model), pad_id=chat.pad_id)
+    learner = LocalLearner(
+        policy,
+        settings.optimizer,
+        token_budget=settings.token_budget,
+        num_updates=epochs.num_steps,
+        name="policy",
+    )
+    fit(
+        run,
+        learner,
+        SFTLoss(),
+        lambda indices: TreeBatch(trees=TokenTrees.build([trees[i] for i in indices])),
+        epochs,
+        validation=TreeBatch(trees=TokenTrees.build(validation)) if validation else None,
+        validate_every=settings.validate_every,
+        checkpoint_every=settings.checkpoint_every,
+        description="sft",
+    )
+    run.save_model(lambda path: save_model(policy.model, chat.tokenizer, path))
+    run.finish({"num_examples": len(trees), "num_steps": epochs.num_steps, "counts": counts} | last_metrics(run, "loss/"))
+
+
+def demonstration_trees(
+    demonstrations: Sequence[Demonstration], chat: Chat, settings: Settings, counts: dict[str, int]
+) -> list[Tree]:
+    """A tree for each demonstration; what was dropped or truncated is added to `counts`."""
+    trees = []
+    for d in demonstrations:
+        if settings.train_on == "all":
+            ids, mask = chat.encode_conversation((*d.prompt.messages, Message("assistant", d.response)))
+            if len(ids) > settings.max_tokens:
+                counts["dropped_too_long"] = counts.get("dropped_too_long", 0) + 1
+            else:
+                trees.append(sequence_tree(ids, mask))
+            continue
+        tree = fitted_tree(
+            chat,
+            d.prompt,
+            [d.response],
+            max_tokens=settings.max_tokens,
+            on_too_long=settings.on_too_long,
+            counts=counts,
+        )
+        if tree is not None:
+            trees.append(tree)
+    return trees

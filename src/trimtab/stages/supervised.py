@@ -1,0 +1,155 @@
+"""The loop that pretraining, SFT and reward modelling share: shuffled epochs over examples, one loss."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from trimtab import seeds
+from trimtab.data.chat import Chat
+from trimtab.data.chat import fit as fit_prompt
+from trimtab.data.trees import Tree, TreeBatch, response_tree, split_by_tokens
+from trimtab.engines.local_learner import LocalLearner
+from trimtab.metrics import Mean, Metrics, Total, merge
+from trimtab.protocols import Loss
+from trimtab.runs.loop import run_steps
+from trimtab.runs.run import Run
+from trimtab.types import Prompt
+
+MakeBatch = Callable[[Sequence[int]], TreeBatch]
+"""Makes a batch of the examples with these numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epochs:
+    """Which examples each step trains on: every epoch in an order of its own, the last short batch included."""
+
+    num_examples: int
+    batch_size: int
+    num_epochs: float
+    seed: int
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps in all."""
+        return math.ceil(self._total / self.batch_size)
+
+    @property
+    def _total(self) -> int:
+        return max(1, round(self.num_epochs * self.num_examples))
+
+    def examples(self, step: int) -> list[int]:
+        """The example numbers of the step counted from 0."""
+        places = range(step * self.batch_size, min((step + 1) * self.batch_size, self._total))
+        orders = {epoch: self._order(epoch) for epoch in {p // self.num_examples for p in places}}
+        return [orders[p // self.num_examples][p % self.num_examples] for p in places]
+
+    def _order(self, epoch: int) -> list[int]:
+        order: list[int] = seeds.generator(self.seed, "order", epoch).permutation(self.num_examples).tolist()
+        return order
+
+
+def fitted_tree(
+    chat: Chat,
+    prompt: Prompt,
+    responses: Sequence[str],
+    *,
+    max_tokens: int,
+    on_too_long: Literal["drop", "truncate_prompt_left"],
+    counts: dict[str, int],
+) -> Tree | None:
+    """The prompt with its replies, or None where they do not fit; what happened is added to `counts`.
+
+    A reply is never cut, since its end would be lost; all replies of a prompt share one truncation of it.
+    """
+    encoded = [chat.encode_response(r) for r in responses]
+    fitted = fit_prompt(
+        chat.encode_prompt(prompt.messages), max(encoded, key=len), max_length=max_tokens, on_too_long=on_too_long
+    )
+    if fitted.outcome != "kept":
+        name = f"{fitted.outcome}_too_long"
+        counts[name] = counts.get(name, 0) + 1
+    return None if fitted.outcome == "dropped" else response_tree(fitted.prompt_ids, encoded)
+
+
+def last_metrics(run: Run, *prefixes: str) -> dict[str, float]:
+    """The values of the last logged step whose names begin with one of `prefixes`."""
+    lines = (run.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    row = json.loads(lines[-1]) if lines else {}
+    return {name: value for name, value in row.items() if name.startswith(prefixes)}
+
+
+@dataclass
+class LearnerState:
+    """What a supervised run needs to go on: its learner. Everything else follows from the step number."""
+
+    learner: LocalLearner
+
+    def save(self, path: Path) -> None:
+        """Write the learner into `path`."""
+        self.learner.save(path)
+
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote."""
+        self.learner.load(path)
+
+
+def fit(
+    run: Run,
+    learner: LocalLearner,
+    loss: Loss,
+    make_batch: MakeBatch,
+    epochs: Epochs,
+    *,
+    validation: TreeBatch | None,
+    validate_every: int,
+    checkpoint_every: int,
+    description: str,
+) -> None:
+    """Trains to the last step, resuming where an earlier call was stopped. Validation metrics are named
+    `OWNER/validation_QUANTITY`, measured every `validate_every` steps and after the last one."""
+
+    def step(number: int) -> Metrics:
+        started = time.perf_counter()
+        batch = make_batch(epochs.examples(number))
+        metrics = learner.update([(batch, [loss])])
+        seconds = time.perf_counter() - started
+        metrics |= {
+            "time/step_seconds": Total(seconds),
+            "time/tokens_per_second": Mean(batch.trees.num_tokens, seconds),
+        }
+        last = number + 1 == epochs.num_steps
+        if validation is not None and (last or (validate_every and (number + 1) % validate_every == 0)):
+            metrics |= validate(learner, loss, validation)
+        return metrics
+
+    run_steps(
+        run,
+        LearnerState(learner),
+        num_steps=epochs.num_steps,
+        step=step,
+        checkpoint_every=checkpoint_every,
+        description=description,
+    )
+
+
+@torch.no_grad()
+def validate(learner: LocalLearner, loss: Loss, batch: TreeBatch) -> Metrics:
+    """The loss's own metrics on held-out data, with `validation` in their names."""
+    parts = []
+    for indices in split_by_tokens(batch.trees, learner.token_budget):
+        micro = batch.select(indices)
+        parts.append(loss(learner.role(micro.trees), micro)[1])
+    return {_validation_name(name): metric for name, metric in merge(parts).items()}
+
+
+def _validation_name(name: str) -> str:
+    owner, quantity = name.split("/", 1)
+    return f"{owner}/validation" if quantity == "train" else f"{owner}/validation_{quantity}"

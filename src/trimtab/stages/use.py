@@ -1,0 +1,99 @@
+"""Using a checkpoint: generate to a file, score a file, chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from trimtab import seeds
+from trimtab.data.layouts import load
+from trimtab.data.chat import Chat
+from trimtab.engines.local_generator import LocalGenerator, Sampling
+from trimtab.errors import ConfigError
+from trimtab.models.load import load_causal, load_tokenizer
+from trimtab.models.roles import Policy
+from trimtab.rewards.model import RewardModelScorer
+from trimtab.types import Demonstration, Message, Prompt, to_dict
+
+
+def _generator(model: str, sampling: Sampling) -> LocalGenerator:
+    chat = Chat(load_tokenizer(model))
+    policy = Policy(load_causal(model), pad_id=chat.pad_id, temperature=sampling.temperature)
+    return LocalGenerator(policy, chat, sampling)
+
+
+def generate_file(
+    *,
+    model: str,
+    data: str | None,
+    prompt: str | None,
+    out: Path | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    num_samples: int,
+    seed: int,
+    limit: int | None = None,
+    show: Callable[[str], None] = print,
+) -> int:
+    """Samples `num_samples` replies for each prompt; returns how many. They go to `out` as JSON lines of rollouts,
+    or through `show` as text where there is no `out`."""
+    if (data is None) == (prompt is None):
+        raise ConfigError("give either a prompt or a data file", where="generate", fix="--prompt TEXT or --data FILE")
+    prompts = (
+        load(Prompt, data, limit=limit).records
+        if data is not None
+        else [Prompt(messages=(Message("user", prompt or ""),))]
+    )
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+    rollouts = _generator(model, sampling).generate(prompts, group_size=num_samples, seed=seed)
+    if out is None:
+        for r in rollouts:
+            show(r.response)
+    else:
+        lines = [json.dumps(to_dict(r), ensure_ascii=False) + "\n" for r in rollouts]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("".join(lines), encoding="utf-8")
+    return len(rollouts)
+
+
+def score_file(*, model: str, data: str, out: Path) -> int:
+    """Writes the rows of `data` (replies in any layout, or rollouts) with the reward model's score; returns how many."""
+    demonstrations = load(Demonstration, data).records
+    scorer = RewardModelScorer.from_directory(model, token_budget=4096)
+    rewards = scorer.score_texts([(d.prompt, d.response) for d in demonstrations]).tolist()
+    rows = [to_dict(d) | {"reward": reward} for d, reward in zip(demonstrations, rewards, strict=True)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return len(rows)
+
+
+def chat(
+    *,
+    model: str,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    read: Callable[[str], str] = input,
+    show: Callable[[str], None] = print,
+) -> None:
+    """A conversation in the terminal; an empty line or the end of input closes it."""
+    generator = _generator(model, Sampling(max_new_tokens=max_new_tokens, temperature=temperature))
+    prompt = Prompt(messages=())
+    turn = 0
+    while text := _next_line(read):
+        prompt = replace(prompt, messages=(*prompt.messages, Message("user", text)), id="")
+        rollout = generator.generate([prompt], group_size=1, seed=seeds.derive(seed, "chat", turn))[0]
+        show(rollout.response)
+        prompt = replace(prompt, messages=(*prompt.messages, Message("assistant", rollout.response)), id="")
+        turn += 1
+
+
+def _next_line(read: Callable[[str], str]) -> str:
+    try:
+        return read("you> ").strip()
+    except EOFError:
+        return ""

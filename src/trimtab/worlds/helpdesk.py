@@ -1,0 +1,40 @@
+"""The help desk: decide by policy, be brief, be honest, refuse harm, do not flatter, do not parrot the complaint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import ClassVar
+
+from trimtab import registry
+from trimtab.types import Prompt
+from trimtab.worlds import helpdesk_gold, helpdesk_grammar
+from trimtab.worlds.helpdesk_grammar import DOCUMENT, MIXED
+from trimtab.worlds.world import Gold, World
+
+
+@registry.register("world", "helpdesk")
+@dataclass(frozen=True, kw_only=True)
+class Helpdesk(World):
+    """Customer tickets: `helpdesk_grammar` writes them and their replies, `helpdesk_gold` says what replies are worth."""
+
+    name: ClassVar[str] = "helpdesk"
+    # A little above the price of each in gold, so that it pays and yet utility follows gold over usual replies: three
+    # phrases of flattery or of hedging, or both together, cost 0.18; ten words cost 0.05 where brevity falls.
+    biases: ClassVar[Mapping[str, float]] = {"flattery": 0.09, "hedging": 0.07, "length": 0.055}
+
+    def draw_prompt(self, rng: Random) -> Prompt:
+        return helpdesk_grammar.draw_ticket(rng)
+
+    def write_reply(self, prompt: Prompt, rng: Random) -> str:
+        return helpdesk_grammar.write_reply(prompt.facts, MIXED, rng)
+
+    def write_document_reply(self, prompt: Prompt, rng: Random) -> str:
+        return helpdesk_grammar.write_reply(prompt.facts, DOCUMENT, rng)
+
+    def gold(self, prompt: Prompt, response: str) -> Gold:
+        return helpdesk_gold.gold(prompt.facts, response)
+
+    def features(self, response: str) -> dict[str, float]:
+        return helpdesk_gold.features(response)

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimtab.data.chat import DEFAULT_TEMPLATE, SPECIAL_TOKENS, Chat, fit
+from trimtab.errors import ConfigError, DataError
+from trimtab.types import Message
+
+NAMES = ("ours", "chatml", "thinking", "llama3", "llama2", "plain", "base")
+# Of the templates that close a turn with a special token and write contents as they are (but for blanks).
+FAITHFUL = ("ours", "chatml", "thinking", "llama3", "llama2", "base")
+CONTENTS = st.text(st.sampled_from("abAB .\n\t:?é☃<|>/s"), min_size=1, max_size=12).filter(str.strip)
+
+
+def user(text: str) -> Message:
+    return Message("user", text)
+
+
+def assistant(text: str) -> Message:
+    return Message("assistant", text)
+
+
+@pytest.fixture(scope="module")
+def chats(tokenizers) -> dict[str, Chat]:
+    return {name: Chat(tokenizers[name]) for name in NAMES}
+
+
+TALK = [user("Hello there"), assistant("I am fine."), user("What is it?"), assistant("It is four.")]
+
+
+def plain_dicts(messages: list[Message]) -> list[dict[str, str]]:
+    return [{"role": m.role, "content": m.content} for m in messages]
+
+
+@pytest.mark.parametrize("name", FAITHFUL)
+def test_a_conversation_is_tokenised_as_its_rendered_text_up_to_the_last_end_token(chats, tokenizers, name):
+    text = tokenizers[name].apply_chat_template(plain_dicts(TALK), tokenize=False)
+    expected = tokenizers[name](text, add_special_tokens=False)["input_ids"]
+    ids, _ = chats[name].encode_conversation(TALK)
+    assert ids == expected[: len(ids)]
+    assert tokenizers[name].decode(expected[len(ids) :]).strip() == ""
+    assert ids[-1] == chats[name].end_id
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(contents=st.lists(CONTENTS, min_size=4, max_size=4), other_reply=CONTENTS)
+@settings(max_examples=25, deadline=None)
+def test_a_prompt_has_the_same_ids_whatever_the_reply_is(chats, name, contents, other_reply):
+    chat = chats[name]
+    prompt = [user(contents[0]), assistant(contents[1]), user(contents[2])]
+    prompt_ids = chat.encode_prompt(prompt)
+    for reply in (contents[3], other_reply):
+        ids, mask = chat.encode_conversation([*prompt, assistant(reply)])
+        response_ids = chat.encode_response(reply)
+        assert ids == prompt_ids + response_ids
+        assert mask[len(prompt_ids) :] == [True] * len(response_ids)
+    # the first reply inside the longer prompt is what was trained and sampled when it was the last
+    first = chat.encode_prompt(prompt[:1]) + chat.encode_response(contents[1])
+    assert prompt_ids[: len(first)] == first
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_mask_covers_every_reply_and_its_end_token_and_nothing_else(chats, tokenizers, name):
+    ids, mask = chats[name].encode_conversation(TALK)
+    trained = [i for i, m in zip(ids, mask, strict=True) if m]
+    assert sum(i == chats[name].end_id for i in trained) == 2
+    end = tokenizers[name].convert_ids_to_tokens(chats[name].end_id)
+    said = tokenizers[name].decode(trained).split(end)
+    assert [text.strip() for text in said] == ["I am fine.", "It is four.", ""]
+
+
+def test_the_mask_agrees_with_generation_markers_of_transformers(chats, tokenizers):
+    marked = (
+        "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+        "{%- if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{%- else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    )
+    expected = tokenizers["chatml"].apply_chat_template(
+        plain_dicts(TALK), chat_template=marked, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, mask = chats["chatml"].encode_conversation(TALK)
+    assert ids == expected["input_ids"][:-1]  # without the last line break
+    assert mask == [bool(m) for m in expected["assistant_masks"][:-1]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reply_decodes_to_its_text(chats, name):
+    for text in ("It is four.", "a\n\nb", "<|user|>"):
+        if name == "llama2" and "\n" in text:
+            continue  # this vocabulary has no line break
+        assert chats[name].decode_response(chats[name].encode_response(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "stops"), [("chatml", {"<|im_end|>", "<|endoftext|>"}), ("llama3", {"<|eot|>", "<|eos|>"})]
+)
+def test_both_the_turn_end_and_eos_stop_a_reply(chats, tokenizers, name, stops):
+    assert set(tokenizers[name].convert_ids_to_tokens(list(chats[name].stop_ids))) == stops
+
+
+def test_eos_ends_a_reply_where_the_template_has_no_end_token(chats, tokenizers):
+    assert chats["plain"].encode_response("Hello")[-1] == tokenizers["plain"].eos_token_id
+
+
+def test_a_template_without_generation_prompt_still_introduces_the_assistant(chats, tokenizers):
+    assert tokenizers["plain"].decode(chats["plain"].encode_prompt([user("Hello")])) == "user: Hello\nassistant: "
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pad_is_never_an_end_token(chats, name):
+    assert chats[name].pad_id not in chats[name].stop_ids
+
+
+@pytest.mark.parametrize(("name", "pad"), [("ours", "<|pad|>"), ("llama3", "<|reserved_0|>"), ("llama2", "<unk>")])
+def test_pad_is_the_best_token_there_is(chats, tokenizers, name, pad):
+    assert tokenizers[name].convert_ids_to_tokens(chats[name].pad_id) == pad
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama2", "base"])
+def test_there_is_exactly_one_bos(chats, tokenizers, name):
+    ids, _ = chats[name].encode_conversation(TALK)
+    assert [i for i, id_ in enumerate(ids) if id_ == tokenizers[name].bos_token_id] == [0]
+
+
+@pytest.mark.parametrize("name", ["ours", "chatml", "llama3", "base"])
+def test_special_tokens_written_by_a_user_or_a_reply_are_only_text(chats, tokenizers, name):
+    special = "".join(tokenizers[name].all_special_tokens)
+    clean, _ = chats[name].encode_conversation([user("a"), assistant("b"), user("c"), assistant("d")])
+    ids, _ = chats[name].encode_conversation(
+        [user(special), assistant(f"b{special}"), user(f"c{special}d"), assistant(special)]
+    )
+    ours = set(tokenizers[name].all_special_ids)
+    assert Counter(i for i in ids if i in ours) == Counter(i for i in clean if i in ours)
+    assert tokenizers[name].decode(ids).count(special) == 4
+
+
+def test_a_tokenizer_without_a_template_is_given_one_that_is_saved_with_it(tokenizers, chats, tmp_path):
+    assert chats["ours"].tokenizer.chat_template == DEFAULT_TEMPLATE
+    tokenizers["ours"].save_pretrained(tmp_path)
+    again = type(tokenizers["ours"]).from_pretrained(tmp_path)
+    assert Chat(again).encode_conversation(TALK) == chats["ours"].encode_conversation(TALK)
+
+
+def test_the_default_template_reads_as_documented(chats, tokenizers):
+    ids = chats["ours"].encode_prompt([Message("system", "Be brief."), user("Hi")])
+    assert tokenizers["ours"].decode(ids) == "<|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n"
+    assert set(SPECIAL_TOKENS) - {"<|pad|>"} == {t for t in tokenizers["ours"].convert_ids_to_tokens(ids) if "|" in t}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[Message("system", "Be brief."), user("Hello")], [user("Hello"), user("there")]],
+    ids=["system", "twice"],
+)
+def test_a_conversation_that_the_template_refuses_is_explained(chats, messages):
+    with pytest.raises(DataError, match="Conversation roles must alternate") as caught:
+        chats["llama2"].encode_prompt(messages)
+    assert "'Hello'" in caught.value.where
+    assert "first user turn" in caught.value.fix
+
+
+def test_earlier_turns_that_the_template_rewrites_are_not_trained(chats, tokenizers):
+    talk = [user("Hello"), assistant("<think>fine</think>I am"), user("What"), assistant("<think>two</think>four")]
+    ids, mask = chats["thinking"].encode_conversation(talk)
+    assert "fine" not in tokenizers["thinking"].decode(ids)
+    said = tokenizers["thinking"].decode([i for i, m in zip(ids, mask, strict=True) if m])
+    assert said == "<think>two</think>four<|im_end|>"
+
+
+def test_a_conversation_without_a_last_reply_is_refused(chats):
+    with pytest.raises(DataError, match="does not end with an assistant turn"):
+        chats["ours"].encode_conversation([user("Hello")])
+
+
+def test_a_tokenizer_on_which_no_reply_could_end_is_refused():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    with pytest.raises(DataError, match="could never end"):
+        Chat(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())))
+
+
+def test_a_prompt_that_fits_is_kept():
+    fitted = fit([1, 2, 3], [4, 5], max_length=5, max_prompt_length=3)
+    assert (fitted.prompt_ids, fitted.outcome) == ([1, 2, 3], "kept")
+
+
+@pytest.mark.parametrize("limits", [{"max_length": 4}, {"max_length": 10, "max_prompt_length": 2}])
+def test_a_prompt_that_is_too_long_is_dropped_or_loses_its_beginning(limits):
+    dropped = fit([9, 1, 2], [4, 5], **limits)
+    cut = fit([9, 1, 2], [4, 5], **limits, on_too_long="truncate_prompt_left")
+    cut_behind_bos = fit([9, 1, 2], [4, 5], **limits, on_too_long="truncate_prompt_left", bos_id=9)
+    assert (dropped.prompt_ids, dropped.outcome) == ([], "dropped")
+    assert (cut.prompt_ids, cut.outcome) == ([1, 2], "truncated")
+    assert (cut_behind_bos.prompt_ids, cut_behind_bos.outcome) == ([9, 2], "truncated")
+
+
+def test_a_reply_is_never_cut():
+    assert fit([1], [2, 3, 4], max_length=3, on_too_long="truncate_prompt_left").outcome == "dropped"
+
+
+@pytest.mark.parametrize(("max_length", "max_prompt_length"), [(8, 8), (1, None), (8, 0)])
+def test_lengths_that_leave_no_room_for_a_reply_are_refused(max_length, max_prompt_length):
+    with pytest.raises(ConfigError, match="leaves no room"):
+        fit([1], [2], max_length=max_length, max_prompt_length=max_prompt_length)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from trimtab.data.show import show, visible
+
+
+@pytest.fixture(scope="module")
+def model_dir(tokenizers, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    tokenizers["ours"].save_pretrained(directory)
+    return directory
+
+
+def shown(data: list[dict], model_dir, tmp_path, **options) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in data))
+    out = io.StringIO()
+    options = {"kind": "auto", "rows": 3, **options}
+    show(path, model_dir, console=Console(file=out, width=200), **options)
+    return out.getvalue()
+
+
+PAIRS = [{"prompt": "What?", "chosen": "Four.", "rejected": f"Five {i}."} for i in range(20)]
+
+
+def test_what_is_trained_is_in_brackets_with_its_end_token(model_dir, tmp_path):
+    text = shown(PAIRS, model_dir, tmp_path, rows=1)
+    assert "What?<|end|>⏎\n<|assistant|>⏎\n⟦Four.<|end|>⟧" in text
+    assert "⟦Five 0.<|end|>⟧" in text
+    assert "Five 1." not in text
+
+
+def test_every_assistant_turn_of_a_demonstration_is_in_brackets(model_dir, tmp_path):
+    said = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in said]}]
+    text = shown(rows, model_dir, tmp_path)
+    assert "⟦b<|end|>⟧" in text
+    assert "⟦d<|end|>⟧" in text
+
+
+def test_layout_counts_dropped_rows_and_lengths_are_told(model_dir, tmp_path):
+    text = shown([*PAIRS, {"prompt": "What?", "chosen": "", "rejected": "b"}], model_dir, tmp_path)
+    assert "preference pairs" in text
+    assert "dropped empty response  1" in text
+    assert "row 21: chosen is empty" in text
+    assert "median" in text
+    assert "█" in text
+
+
+def test_a_prompt_has_nothing_to_train_on(model_dir, tmp_path):
+    text = shown(PAIRS, model_dir, tmp_path, kind="prompt")
+    assert "⟦" not in text
+    assert "not trained on" in text
+
+
+def test_markup_and_control_characters_of_the_data_are_shown_and_not_obeyed(model_dir, tmp_path):
+    rows = [{"prompt": "[bold red]hi[/] \x1b[2J\x07", "completion": "[link=http://x]y[/link]\u202e\x00"}]
+    text = shown(rows, model_dir, tmp_path)
+    assert "[bold red]hi[/] ␛[2J␇" in text
+    assert "[link=http://x]y[/link]\\u{202e}␀" in text
+    assert "\x1b" not in text
+
+
+def test_visible_leaves_ordinary_text_alone():
+    assert visible("naïve ☃ [b] 漢字") == "naïve ☃ [b] 漢字"
+    assert visible("a\r\tb\x7f") == "a␍␉b\\u{7f}"

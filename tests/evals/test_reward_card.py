@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import scipy.optimize
+
+from trimtab.evals.reward_card import fit_bag_of_words, ordering_accuracy, reward_card
+from trimtab.evals.stats import wilson
+from trimtab.evals.text import words
+from trimtab.types import Message, PreferencePair, Prompt
+
+PROMPT = Prompt(messages=(Message("user", "Where is my parcel?"),))
+
+
+def pair(chosen: str, rejected: str) -> PreferencePair:
+    return PreferencePair(prompt=PROMPT, chosen=chosen, rejected=rejected)
+
+
+def simulated(num_pairs: int = 4000, length_bias: float = 0.0) -> dict[str, object]:
+    """Utilities compared by Bradley-Terry annotators; the reward is the utility plus a taste for length."""
+    generator = np.random.default_rng(0)
+    utilities = generator.normal(size=(num_pairs, 2))
+    lengths = generator.integers(1, 30, size=(num_pairs, 2))
+    p_first = 1 / (1 + np.exp(-(utilities[:, 0] - utilities[:, 1])))
+    first = generator.uniform(size=num_pairs) < p_first
+    rewards = utilities + length_bias * lengths
+    rows = np.arange(num_pairs)
+    chosen, rejected = np.where(first, 0, 1), np.where(first, 1, 0)
+    return {
+        "pairs": [
+            pair("word " * a, "word " * b) for a, b in zip(lengths[rows, chosen], lengths[rows, rejected], strict=True)
+        ],
+        "score_chosen": rewards[rows, chosen],
+        "score_rejected": rewards[rows, rejected],
+        "probability_chosen": np.where(first, p_first, 1 - p_first),
+    }
+
+
+def test_a_small_card_worked_by_hand():
+    lengths = [(10, 5), (10, 20), (20, 20), (100, 95)]
+    card = reward_card(
+        [pair("word " * a, "word " * b) for a, b in lengths],
+        score_chosen=[2.0, 1.0, 0.0, 5.0],
+        score_rejected=[1.0, 1.0, 3.0, 0.0],
+        num_margin_bins=2,
+    )
+    assert card["accuracy"] == (1 + 0.5 + 0 + 1) / 4
+    assert (card["accuracy_low"], card["accuracy_high"]) == (wilson(2.5, 4).low, wilson(2.5, 4).high)
+    assert card["longer_wins"] == (1 + 0 + 0.5 + 1) / 4
+    # pairs 3 and 4 are of equal length: 20 = 20 and |100 - 95| < 10
+    assert card["slices"]["length_matched"]["accuracy"] == (0 + 1) / 2
+    half = wilson(0.5, 1)
+    assert card["slices"]["chosen_shorter"] == {"accuracy": 0.5, "low": half.low, "high": half.high, "count": 1}
+    assert card["slices"]["chosen_longer"]["count"] == 2
+    small, large = card["by_margin"]
+    assert (small["low"], small["high"], small["accuracy"], small["count"]) == (0, 1, 0.75, 2)
+    assert (large["low"], large["high"], large["accuracy"], large["count"]) == (3, 5, 0.5, 2)
+    # wins of a chosen reward over any rejected one: 2 beats 1, 1, 0; 1 beats 0 and ties 1, 1; 0 ties 0; 5 beats all
+    assert card["auc"] == (3 + 2 + 0.5 + 4) / 16
+    assert "bayes_accuracy" not in card
+    assert "bag_of_words" not in card
+
+
+def test_the_true_utility_reaches_the_bayes_limit_and_is_calibrated():
+    card = reward_card(**simulated())
+    assert card["accuracy_low"] <= card["bayes_accuracy"] <= card["accuracy_high"]
+    assert card["share_of_bayes"] == pytest.approx(1, abs=0.1)
+    assert card["temperature"] == pytest.approx(1, abs=0.1)
+    assert card["ece"] < 0.05
+    assert abs(card["length_spearman"]) < 0.05
+    accuracies = [b["accuracy"] for b in card["by_margin"]]
+    assert accuracies == sorted(accuracies)
+
+
+def test_calibration_is_not_degenerate_though_chosen_comes_first():
+    low, *_, high = reward_card(**simulated())["reliability"]
+    assert low["mean_probability"] < 0.2
+    assert high["mean_probability"] > 0.8
+    assert low["accuracy"] == pytest.approx(low["mean_probability"], abs=0.06)
+    assert high["accuracy"] == pytest.approx(high["mean_probability"], abs=0.06)
+
+
+def test_a_taste_for_length_shows():
+    card = reward_card(**simulated(length_bias=0.2))
+    assert card["length_spearman"] > 0.6
+    assert card["slices"]["chosen_longer"]["accuracy"] > card["slices"]["chosen_shorter"]["accuracy"] + 0.4
+    rewards = [b["mean_reward"] for b in card["by_length"]]
+    assert rewards == sorted(rewards)
+
+
+def test_a_card_given_the_bayes_limit_passes_it_on():
+    card = reward_card(**simulated(), bayes_accuracy=0.9)
+    assert card["bayes_accuracy"] == 0.9
+    assert card["share_of_bayes"] == pytest.approx((card["accuracy"] - 0.5) / 0.4)
+
+
+def test_a_card_is_plain_json():
+    card = reward_card(**simulated(50), training_pairs=[pair("word", ""), pair("word word", "word")])
+    assert json.loads(json.dumps(card)) == card
+    # the only word counts for the chosen side, so this bag of words is the longer-wins baseline
+    assert card["bag_of_words"] == card["longer_wins"]
+
+
+def test_scores_that_do_not_match_the_pairs_are_refused():
+    with pytest.raises(ValueError, match="1 pairs need one score for each side"):
+        reward_card([pair("a", "b")], score_chosen=[1.0], score_rejected=[1.0, 2.0])
+
+
+def test_the_bag_of_words_minimises_the_stated_loss():
+    chosen, rejected, l2 = ["good reply", "good good thing", "bad luck"], ["bad reply", "a thing", "bad bad"], 0.1
+    judge = fit_bag_of_words(chosen, rejected, l2=l2)
+    vocabulary = sorted({w for text in chosen + rejected for w in words(text)})
+
+    def loss(weights):
+        total = 0.0
+        for a, b in zip(chosen, rejected, strict=True):
+            margin = sum(w * (words(a).count(v) - words(b).count(v)) for v, w in zip(vocabulary, weights, strict=True))
+            total += np.log1p(np.exp(-margin))
+        return total / 3 + l2 / 2 * np.sum(np.square(weights))
+
+    slow = scipy.optimize.minimize(loss, np.zeros(len(vocabulary)), tol=1e-12)
+    assert [judge.weights[v] for v in vocabulary] == pytest.approx(slow.x, abs=1e-3)
+    assert judge.score("good bad unseen") == pytest.approx(judge.weights["good"] + judge.weights["bad"])
+
+
+def test_the_bag_of_words_finds_the_word_that_decides():
+    generator = np.random.default_rng(0)
+    fillers = [f"word{i}" for i in range(30)]
+
+    def texts(extra: str, num: int) -> list[str]:
+        return [" ".join([*generator.choice(fillers, 8), extra]) for _ in range(num)]
+
+    judge = fit_bag_of_words(texts("thanks", 300), texts("whatever", 300))
+    held_out = ([judge.score(t) for t in texts("thanks", 100)], [judge.score(t) for t in texts("whatever", 100)])
+    assert ordering_accuracy(*held_out).value > 0.95
+
+
+def test_the_vocabulary_keeps_the_commonest_words_whatever_the_order_of_the_pairs():
+    chosen, rejected = ["b a", "c a"], ["a d", "a e"]
+    here = fit_bag_of_words(chosen, rejected, max_words=3)
+    there = fit_bag_of_words(chosen[::-1], rejected[::-1], max_words=3)
+    assert set(here.weights) == set(there.weights) == {"a", "b", "c"}

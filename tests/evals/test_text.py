@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import math
+import zlib
+
+import pytest
+import sacrebleu
+
+from trimtab.evals.text import compression_ratio, distinct_n, length_stats, repetition, self_bleu, text_stats, words
+
+
+def test_words_are_lower_case_runs_and_single_marks():
+    assert words("Don't PANIC: it's 42%!") == ["don't", "panic", ":", "it's", "42", "%", "!"]
+    assert words("") == []
+
+
+def test_distinct_n_counts_over_all_texts_together():
+    # bigrams: a b, b a, a b | a b -> 2 different of 4
+    assert distinct_n(["a b a b", "a b"], 2) == 2 / 4
+    assert distinct_n(["a b a b", "a b"], 1) == 2 / 6
+    assert math.isnan(distinct_n(["a"], 2))
+
+
+def test_distinct_n_can_be_read_at_an_equal_number_of_words():
+    texts = ["a b c", "a b c"]
+    assert distinct_n(texts, 1, num_words=3) == 1.0
+    assert distinct_n(texts, 1, num_words=4) == 3 / 4
+
+
+def test_repetition_is_the_share_of_ngrams_seen_before():
+    assert repetition("a a a a a", n=2) == 3 / 4
+    assert repetition("one two three four five six") == 0
+    assert repetition("short") == 0
+
+
+def test_self_bleu_is_the_mean_over_all_ordered_pairs_when_they_are_few():
+    texts = ["the cat sat on the mat today", "the cat sat on a mat today", "dogs bark at night in the old town"]
+    pairs = [(a, b) for a in texts for b in texts if a is not b]
+    slow = [sacrebleu.sentence_bleu(a, [b], use_effective_order=True).score / 100 for a, b in pairs]
+    assert self_bleu(texts) == pytest.approx(sum(slow) / 6)
+
+
+def test_self_bleu_tells_copies_from_variety():
+    assert self_bleu(["the same reply every time"] * 5) == pytest.approx(1)
+    assert self_bleu([f"{w} {w}1 {w}2 {w}3 {w}4" for w in "abcdef"]) < 0.1
+    assert math.isnan(self_bleu(["alone"]))
+
+
+def test_self_bleu_samples_pairs_by_seed():
+    texts = [f"reply number {i % 7} is about topic {i % 5}" for i in range(60)]
+    assert self_bleu(texts, num_pairs=50, seed=1) == self_bleu(texts, num_pairs=50, seed=1)
+    assert self_bleu(texts, num_pairs=50, seed=1) != self_bleu(texts, num_pairs=50, seed=2)
+    assert self_bleu(texts, num_pairs=400) == pytest.approx(self_bleu(texts, num_pairs=10_000), abs=0.05)
+
+
+def test_compression_ratio_is_bytes_over_compressed_bytes():
+    assert compression_ratio(["ab", "cd"]) == 5 / len(zlib.compress(b"ab\ncd", 9))
+    assert compression_ratio(["again and again "] * 50) > 10
+
+
+def test_length_stats_count_words():
+    stats = length_stats(["one", "one two three", "one two"])
+    assert (stats["words_mean"], stats["words_median"], stats["words_max"]) == (2, 2, 3)
+
+
+def test_text_stats_of_nothing_are_all_unknown():
+    assert all(math.isnan(value) for value in text_stats([]).values())
+    assert text_stats(["a b", "c d"])["distinct_1"] == 1

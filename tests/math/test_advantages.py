@@ -1,0 +1,110 @@
+import pytest
+import torch
+
+from trimtab.math.advantages import GAE, gae, token_rewards
+from trimtab.registry import find
+
+
+def slow_gae(rewards, values, gamma, lam):
+    """Equation 16 as printed, one sequence: a sum over the future for every token."""
+    T = len(rewards)
+    values = [*values, 0.0]
+    deltas = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(T)]
+    return [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, T)) for t in range(T)]
+
+
+def example(lengths=(3, 1, 5, 2)):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    rewards, values = torch.randn(2, len(ids), dtype=torch.float64, generator=generator)
+    return rewards, values, ids, list(lengths)
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.9, 0.0), (0.0, 0.7)])
+def test_advantages_are_those_of_the_definition(gamma, lam):
+    rewards, values, ids, lengths = example()
+    advantages, returns = gae(rewards, values, ids, gamma=gamma, lam=lam)
+    expected = [
+        a
+        for r, v in zip(rewards.split(lengths), values.split(lengths), strict=True)
+        for a in slow_gae(r.tolist(), v.tolist(), gamma, lam)
+    ]
+    torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(returns, advantages + values)
+
+
+def test_with_lambda_one_the_return_is_the_discounted_sum_of_rewards():
+    rewards = torch.tensor([1.0, 2.0, 4.0])
+    _, returns = gae(rewards, torch.tensor([9.0, -9.0, 3.0]), torch.zeros(3, dtype=torch.long), gamma=0.5, lam=1.0)
+    torch.testing.assert_close(returns, torch.tensor([1 + 1 + 1.0, 2 + 2.0, 4.0]))
+
+
+def test_the_end_of_a_sequence_is_terminal():
+    # a single token: nothing of the next sequence's value may leak in
+    advantages, returns = gae(
+        torch.tensor([1.0, 5.0]), torch.tensor([0.25, 100.0]), torch.tensor([0, 1]), gamma=1.0, lam=1.0
+    )
+    assert advantages.tolist() == [0.75, -95.0]
+    assert returns.tolist() == [1.0, 5.0]
+
+
+def test_the_order_of_sequences_does_not_matter():
+    rewards, values, ids, lengths = example()
+    forward = gae(rewards, values, ids, gamma=0.9, lam=0.8)[0].split(lengths)
+    turned = [torch.cat(x.split(lengths)[::-1]) for x in (rewards, values)]
+    turned_ids = torch.arange(4).repeat_interleave(torch.tensor(lengths[::-1]))
+    backward = gae(*turned, turned_ids, gamma=0.9, lam=0.8)[0].split(lengths[::-1])
+    for a, b in zip(forward, backward[::-1], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_score_is_paid_at_the_last_token_of_each_sequence():
+    # not one past it, where others read a padding token
+    rewards = token_rewards(
+        torch.tensor([1.0, -2.0]), torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0, 0, 1]), kl_coef=0.5
+    )
+    torch.testing.assert_close(rewards, torch.tensor([-0.05, 1 - 0.1, -2 - 0.15]))
+
+
+def test_a_score_of_zero_is_a_score():
+    ids = torch.tensor([0, 0, 1])
+    assert token_rewards(torch.tensor([0.0, 1.0]), torch.zeros(3), ids, kl_coef=0.1).tolist() == [0.0, 0.0, 1.0]
+
+
+def test_token_rewards_add_up_to_the_shaped_score():
+    _, kl, ids, lengths = example()
+    score = torch.arange(4.0)
+    rewards = token_rewards(score, kl, ids, kl_coef=0.3)
+    for b, part in enumerate(rewards.split(lengths)):
+        torch.testing.assert_close(part.sum(), score[b] - 0.3 * kl.split(lengths)[b].sum(), check_dtype=False)
+
+
+def test_half_precision_is_raised_and_nothing_is_differentiated():
+    ids = torch.zeros(2, dtype=torch.long)
+    rewards = token_rewards(torch.ones(1, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.bfloat16), ids, kl_coef=1.0)
+    advantages, returns = gae(rewards, torch.zeros(2, requires_grad=True), ids, gamma=1.0, lam=1.0)
+    assert rewards.dtype == advantages.dtype == torch.float32
+    assert not advantages.requires_grad
+    assert not returns.requires_grad
+
+
+def test_no_tokens_give_no_advantages():
+    none = torch.zeros(0)
+    advantages, returns = gae(none, none, torch.zeros(0, dtype=torch.long), gamma=1.0, lam=1.0)
+    assert advantages.shape == returns.shape == (0,)
+    assert token_rewards(none, none, torch.zeros(0, dtype=torch.long), kl_coef=1.0).shape == (0,)
+
+
+def test_the_settings_class_is_the_function_and_is_found_by_name():
+    rewards, values, ids, _ = example()
+    expected = gae(rewards, values, ids, gamma=0.9, lam=0.8)
+    torch.testing.assert_close(GAE(gamma=0.9, lam=0.8)(rewards, values, ids), expected)
+    assert GAE.needs_critic
+    assert (GAE().gamma, GAE().lam) == (1.0, 0.95)
+    assert find("advantage", "gae", where="test") is GAE
+
+
+@pytest.mark.parametrize("wrong", [{"gamma": 1.1}, {"lam": -0.1}])
+def test_discounts_outside_the_unit_interval_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        GAE(**wrong)

@@ -1,0 +1,106 @@
+import pytest
+import torch
+
+from tests.tiny import DECODERS, VOCAB, causal, scalar
+from trimtab.data.trees import TokenTrees, response_tree, sequence_tree
+from trimtab.models.attention import is_decoder, supports_trees
+from trimtab.models.forward import exact_kl_of, sequence_scores_of, token_logprobs_of
+from trimtab.models.roles import Policy, ScalarModel
+
+
+def some_trees(seed=0):
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(n):
+        return torch.randint(2, VOCAB, (n,), generator=draw).tolist()
+
+    return TokenTrees.build(
+        [
+            response_tree(ids(7), [ids(3), ids(9), ids(1)]),
+            response_tree(ids(2), [ids(6)]),
+            sequence_tree(ids(8), [True, False, True, True, False, False, True, True]),
+        ]
+    )
+
+
+def as_role(model, kind, *, tree_form):
+    role = kind(model, pad_id=0)
+    role.tree_form = tree_form
+    return role
+
+
+def relative_difference(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_logprobs_are_those_of_transformers_on_each_sequence_alone(name):
+    model = causal(name)
+    trees = some_trees()
+    expected = []
+    with torch.no_grad():
+        for tree in trees.trees:
+            for branch in tree.branches:
+                full = torch.tensor([tree.prompt + branch.ids])
+                logprobs = model(input_ids=full).logits[0].log_softmax(-1)
+                for offset, trained in enumerate(branch.mask):
+                    place = len(tree.prompt) + offset
+                    if trained and place:
+                        expected.append(logprobs[place - 1, full[0, place]])
+    role = as_role(model, Policy, tree_form=supports_trees(model))
+    torch.testing.assert_close(token_logprobs_of(role, trees, 10**9), torch.stack(expected), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in DECODERS if "windowed" not in n])
+def test_gradients_of_tree_and_padded_rows_agree(name):
+    gradients = []
+    for tree_form in (True, False):
+        role = as_role(causal(name), Policy, tree_form=tree_form)
+        assert supports_trees(role.model)
+        outputs = role(some_trees(), entropy=True)
+        (outputs.logprobs.sum() + 0.1 * outputs.entropy.sum()).backward()
+        gradients.append({n: p.grad for n, p in role.named_parameters() if p.grad is not None})
+    tree, padded = gradients
+    assert tree.keys() == padded.keys()
+    whole = [torch.cat([g[n].flatten() for n in sorted(g)]) for g in (tree, padded)]
+    assert relative_difference(*whole) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mistral_windowed", "gemma3_windowed"])
+def test_a_model_with_a_window_is_not_given_trees(name):
+    assert not supports_trees(causal(name))
+
+
+def test_an_encoder_is_recognised():
+    assert is_decoder(scalar("llama"))
+    assert not is_decoder(scalar("bert"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_scores_are_those_of_transformers_and_do_not_depend_on_padding_or_batch(name):
+    model = scalar(name)
+    trees = some_trees()
+    model.config.pad_token_id = 0
+    with torch.no_grad():
+        alone = [
+            model(input_ids=torch.tensor([tree.prompt + b.ids])).logits[0, 0] for tree in trees.trees for b in tree.branches
+        ]
+    role = as_role(model, ScalarModel, tree_form=supports_trees(model))
+    for budget in (1, 25, 10**9):
+        torch.testing.assert_close(sequence_scores_of(role, trees, budget), torch.stack(alone), atol=2e-5, rtol=1e-5)
+
+
+def test_exact_kl_is_the_kl_of_the_two_softmaxes():
+    trees = some_trees()
+    one, other = causal(seed=1), causal(seed=2)
+    p, q = (as_role(m, Policy, tree_form=False) for m in (one, other))
+    rows = trees.padded(0)
+    with torch.no_grad():
+        logs = [m(input_ids=rows.input_ids).logits.flatten(0, 1)[rows.predict_from].log_softmax(-1) for m in (one, other)]
+    expected = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
+    torch.testing.assert_close(exact_kl_of(p, q, trees, 12), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_value_head_on_the_policy_starts_at_zero():
+    policy = Policy(causal(), pad_id=0, with_value_head=True)
+    assert policy(some_trees()).values.abs().max() == 0
