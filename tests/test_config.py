@@ -41,6 +41,7 @@ class Optimizer:
     learning_rate: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.95)
     warmup_steps: int = 0
+    max_norm: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,8 @@ class Settings:
     loss: Annotated[Any, Choice("flavour")] = field(default_factory=Clipped)
     rewards: Annotated[tuple[Any, ...], Choice("flavour")] = ()
     guard: Annotated[Any, Choice("flavour")] | None = None
+    critic: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=9e-6, max_norm=1.0))
+    leash: Annotated[Any, Choice("flavour")] = field(default_factory=lambda: Plain(strength=0.05))
 
 
 def resolve(values: dict[str, Any]) -> Settings:
@@ -94,6 +97,13 @@ def test_tables_lists_and_choices_become_their_classes():
 
 def test_a_choice_without_a_name_sets_fields_of_the_default():
     assert resolve({"loss": {"clip_high": 0.28}}).loss == Clipped(clip_high=0.28)
+
+
+def test_a_table_that_says_some_keys_leaves_the_others_as_the_field_has_them():
+    settings = resolve({"critic": {"warmup_steps": 3}, "leash": {"name": "plain"}})
+    assert settings.critic == Optimizer(learning_rate=9e-6, max_norm=1.0, warmup_steps=3)
+    assert settings.leash == Plain(strength=0.05)
+    assert resolve({"leash": "clipped"}).leash == Clipped()
 
 
 @pytest.mark.parametrize(
@@ -252,6 +262,8 @@ settings_ = st.builds(
     loss=flavours,
     rewards=st.lists(flavours, max_size=3).map(tuple),
     guard=st.none() | flavours,
+    critic=st.builds(Optimizer, learning_rate=floats, max_norm=st.none() | floats),
+    leash=flavours,
 )
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib
-import importlib.util
-import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import click
 
 import trimtab
 from trimtab.errors import ConfigError, Interrupted, TrimtabError
+from trimtab.settings_help import settings_help
 
 STAGES = {
     "pretrain": ("trimtab.stages.pretrain", "Train a small language model from nothing, on plain text."),
@@ -276,67 +274,3 @@ def _write_report(directory: Path) -> None:
 
 def _same_command() -> str:
     return shlex.join(["trimtab", *(word for word in sys.argv[1:] if word != "--fresh")])
-
-
-# --- help on settings, read from the source: importing a stage would load torch ---
-
-
-def settings_help(module: str, class_name: str = "Settings", prefix: str = "") -> Iterator[tuple[str, str]]:
-    """What a settings class says of each key: ("learning_rate: float = 1e-5", its documentation line)."""
-    tree = _source(module)
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    imported = {
-        alias.name: node.module
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("trimtab.")
-        for alias in node.names
-    }
-    if class_name not in classes:
-        yield from settings_help(imported[class_name], class_name, prefix)
-        return
-    body = classes[class_name].body
-    for node, after in zip(body, [*body[1:], None], strict=True):
-        if not isinstance(node, ast.AnnAssign):
-            continue
-        key, annotation, doc = prefix + ast.unparse(node.target), ast.unparse(node.annotation), _docstring(after)
-        default = "" if node.value is None else f" = {_default_text(node.value)}"
-        table = annotation.removesuffix(" | None")
-        if kind := re.search(r"Choice\('(\w+)'\)", annotation):
-            several = "a list of " if "tuple[" in annotation else ""
-            names = ", ".join(registered_names(kind[1]))
-            yield f"{key}{default}", f"{doc} ({several}{names}, or a table with name and its settings)"
-        elif table in classes or table in imported:
-            yield f"{key}: table{default}", doc
-            yield from settings_help(module if table in classes else imported[table], table, f"{key}.")
-        else:
-            yield f"{key}: {annotation}{default}", doc
-
-
-def registered_names(kind: str) -> list[str]:
-    """The names `registry.names` would give, found in the source without importing anything."""
-    pattern = re.compile(rf"""@(?:registry\.)?register\("{kind}", "([^"]+)"\)""")
-    sources = Path(trimtab.__file__).parent.rglob("*.py")
-    return sorted(name for path in sources for name in pattern.findall(path.read_text(encoding="utf-8")))
-
-
-def _source(module: str) -> ast.Module:
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    assert spec.origin is not None
-    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-
-
-def _docstring(node: ast.stmt | None) -> str:
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-        return " ".join(node.value.value.split())
-    return ""
-
-
-def _default_text(value: ast.expr) -> str:
-    if isinstance(value, ast.Call) and ast.unparse(value.func) in ("field", "dataclasses.field"):
-        given = {keyword.arg: keyword.value for keyword in value.keywords}
-        if "default" in given:
-            return ast.unparse(given["default"])
-        factory = given["default_factory"]
-        return ast.unparse(factory.body) if isinstance(factory, ast.Lambda) else f"{ast.unparse(factory)}()"
-    return ast.unparse(value)

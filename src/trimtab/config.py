@@ -33,7 +33,7 @@ class Choice:
 
     `Annotated[Any, Choice("policy_loss")]` takes a name, or a table of a `name` and that class's own fields;
     `Annotated[tuple[Any, ...], Choice("reward")]` takes a list of them. A table without a name sets fields of the
-    field's default.
+    field's default, and whatever a table of the default's class leaves out is as in that default.
     """
 
     kind: str
@@ -73,6 +73,9 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
 def resolve(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     """The settings `values` describe, defaults filled in.
 
+    A table that says only some keys changes those of its field's default: with a default of AdamW(learning_rate=3e-6),
+    `optimizer.schedule = "linear"` leaves that rate alone.
+
     Raises one ConfigError that lists every mistake by its full key path: unknown keys with the nearest known one,
     wrong types, missing keys, unknown registry names, and what a `__post_init__` refused with ValueError.
     """
@@ -87,7 +90,7 @@ def resolve_tables(
     Raises one ConfigError for the mistakes of all of them.
     """
     mistakes: list[str] = []
-    resolved = {path: _table(cls, values[path], path, mistakes) for path, cls in classes.items()}
+    resolved = {path: _table(cls, values[path], None, path, mistakes) for path, cls in classes.items()}
     if mistakes:
         raise ConfigError(_listed(mistakes), where=where, fix="correct these in the run file or its overrides")
     return resolved
@@ -95,15 +98,7 @@ def resolve_tables(
 
 def dump(settings: Any) -> dict[str, Any]:
     """The settings as TOML values: `resolve(type(settings), dump(settings))` gives equal settings back."""
-    result = {}
-    hints = typing.get_type_hints(type(settings), include_extras=True)
-    for field in _fields(type(settings)):
-        value = getattr(settings, field.name)
-        if value is not None:
-            result[field.name] = _dumped(hints[field.name], value)
-        elif field.default is not None:
-            result[field.name] = NONE
-    return result
+    return _dumped_table(settings, None)
 
 
 def to_toml(values: Mapping[str, Any]) -> str:
@@ -114,7 +109,7 @@ def to_toml(values: Mapping[str, Any]) -> str:
 # --- from values to settings. `None` stands for a value already reported in `mistakes`. ---
 
 
-def _table(cls: type, values: Any, path: str, mistakes: list[str]) -> Any:
+def _table(cls: type, values: Any, default: Any, path: str, mistakes: list[str]) -> Any:
     if not isinstance(values, Mapping):
         mistakes.append(f"{path}: should be a table, not {values!r}")
         return None
@@ -126,10 +121,13 @@ def _table(cls: type, values: Any, path: str, mistakes: list[str]) -> Any:
             mistakes.append(_unknown_key(_join(path, key), path, cls, values))
     arguments = {}
     for name, field in known.items():
+        standing = _default(field, default)
         if name in values:
-            arguments[name] = _value(hints[name], values[name], _default(field), _join(path, name), mistakes)
-        elif _default(field) is MISSING:
+            arguments[name] = _value(hints[name], values[name], standing, _join(path, name), mistakes)
+        elif standing is MISSING:
             mistakes.append(f"{_join(path, name)}: missing, and it has no default")
+        else:
+            arguments[name] = standing
     if len(mistakes) > before:
         return None
     try:
@@ -153,7 +151,7 @@ def _value(hint: Any, value: Any, default: Any, path: str, mistakes: list[str]) 
         mistakes.append(f"{path}: should be a list of names or tables, not {value!r}")
         return None
     if dataclasses.is_dataclass(hint):
-        return _table(typing.cast(type, hint), value, path, mistakes)
+        return _table(typing.cast(type, hint), value, default, path, mistakes)
     return _leaf(hint, value, path, mistakes)
 
 
@@ -179,7 +177,7 @@ def _chosen(kind: str, value: Any, default: Any, path: str, mistakes: list[str])
         mistakes.append(f"{path}: {error.problem}; {error.fix}")
         return None
     fields = {} if isinstance(value, str) else {k: v for k, v in value.items() if k != "name"}
-    return _table(cls, fields, path, mistakes)
+    return _table(cls, fields, default if type(default) is cls else None, path, mistakes)
 
 
 def _class_of(kind: str, value: str | Mapping[str, Any], default: Any, path: str) -> type:
@@ -198,7 +196,10 @@ def _fields(cls: type) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(cls) if field.init]
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def _default(field: dataclasses.Field[Any], holder: Any) -> Any:
+    """What the field is where nothing is said: as in `holder`, the default its class has where it is used, if any."""
+    if dataclasses.is_dataclass(holder):
+        return getattr(holder, field.name)
     return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
@@ -222,20 +223,32 @@ def _is_tuple(hint: Any) -> bool:
 # --- from settings to values ---
 
 
-def _dumped(hint: Any, value: Any) -> Any:
+def _dumped_table(settings: Any, default: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    result = {}
+    for field in _fields(type(settings)):
+        value, standing = getattr(settings, field.name), _default(field, default)
+        if value is not None:
+            result[field.name] = _dumped(hints[field.name], value, standing)
+        elif standing is not None:
+            result[field.name] = NONE
+    return result
+
+
+def _dumped(hint: Any, value: Any, default: Any) -> Any:
     hint = _without_none(hint)
+    base = default if type(default) is type(value) else None
     if choice := _choice(hint):
         if _is_tuple(hint):
-            return [_dumped_choice(choice.kind, v) for v in value]
-        return _dumped_choice(choice.kind, value)
+            return [{"name": _name_of(choice.kind, v), **_dumped_table(v, None)} for v in value]
+        return {"name": _name_of(choice.kind, value), **_dumped_table(value, base)}
     if dataclasses.is_dataclass(value):
-        return dump(value)
+        return _dumped_table(value, base)
     return _plain(value)
 
 
-def _dumped_choice(kind: str, value: Any) -> dict[str, Any]:
-    names = (name for name in registry.names(kind) if registry.find(kind, name, where=kind) is type(value))
-    return {"name": next(names), **dump(value)}
+def _name_of(kind: str, value: Any) -> str:
+    return next(name for name in registry.names(kind) if registry.find(kind, name, where=kind) is type(value))
 
 
 def _plain(value: Any) -> Any:
@@ -319,7 +332,7 @@ def _key_paths(cls: type, values: Mapping[str, Any], path: str) -> Iterator[str]
         yield full
         if (choice := _choice(hint)) and not _is_tuple(hint) and isinstance(value, str | Mapping):
             try:
-                inner = _class_of(choice.kind, value, _default(field), full)
+                inner = _class_of(choice.kind, value, _default(field, None), full)
             except ConfigError:  # reported where the choice itself is resolved
                 continue
         elif dataclasses.is_dataclass(hint):

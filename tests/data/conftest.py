@@ -32,12 +32,14 @@ LLAMA2 = (
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'].strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-# leaves the thoughts out of earlier replies
+# writes the thoughts of the last reply, if only that there are none, and leaves out those of earlier ones
 THINKING = (
-    "{%- for message in messages %}{% set content = message['content'] %}"
-    "{%- if message['role'] == 'assistant' and not loop.last %}"
-    "{% set content = content.split('</think>')[-1] %}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + content + '<|im_end|>\\n' }}{% endfor %}"
+    "{%- for message in messages %}{% set parts = message['content'].split('</think>') %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{%- if message['role'] == 'assistant' and loop.last %}"
+    "{% set thoughts = parts[0].replace('<think>', '') if parts | length > 1 else '' %}"
+    "{{ '<think>\\n' + thoughts + '\\n</think>\\n\\n' }}{% endif %}"
+    "{{ parts[-1] + '<|im_end|>\\n' }}{% endfor %}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 

@@ -10,6 +10,8 @@ from trimtab.data.chat import DEFAULT_TEMPLATE, SPECIAL_TOKENS, Chat, fit
 from trimtab.errors import ConfigError, DataError
 from trimtab.types import Message
 
+from .conftest import CHATML, byte_level
+
 NAMES = ("ours", "chatml", "thinking", "llama3", "llama2", "plain", "base")
 # Of the templates that close a turn with a special token and write contents as they are (but for blanks).
 FAITHFUL = ("ours", "chatml", "thinking", "llama3", "llama2", "base")
@@ -58,6 +60,8 @@ def test_a_prompt_has_the_same_ids_whatever_the_reply_is(chats, name, contents, 
         response_ids = chat.encode_response(reply)
         assert ids == prompt_ids + response_ids
         assert mask[len(prompt_ids) :] == [True] * len(response_ids)
+    if name == "thinking":
+        return  # which forgets the thoughts of earlier replies
     # the first reply inside the longer prompt is what was trained and sampled when it was the last
     first = chat.encode_prompt(prompt[:1]) + chat.encode_response(contents[1])
     assert prompt_ids[: len(first)] == first
@@ -65,12 +69,13 @@ def test_a_prompt_has_the_same_ids_whatever_the_reply_is(chats, name, contents, 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_mask_covers_every_reply_and_its_end_token_and_nothing_else(chats, tokenizers, name):
+    thoughts = "<think>\n\n</think>\n\n" if name == "thinking" else ""
     ids, mask = chats[name].encode_conversation(TALK)
     trained = [i for i, m in zip(ids, mask, strict=True) if m]
     assert sum(i == chats[name].end_id for i in trained) == 2
     end = tokenizers[name].convert_ids_to_tokens(chats[name].end_id)
     said = tokenizers[name].decode(trained).split(end)
-    assert [text.strip() for text in said] == ["I am fine.", "It is four.", ""]
+    assert [text.strip() for text in said] == ["I am fine.", thoughts + "It is four.", ""]
 
 
 def test_the_mask_agrees_with_generation_markers_of_transformers(chats, tokenizers):
@@ -169,7 +174,18 @@ def test_earlier_turns_that_the_template_rewrites_are_not_trained(chats, tokeniz
     ids, mask = chats["thinking"].encode_conversation(talk)
     assert "fine" not in tokenizers["thinking"].decode(ids)
     said = tokenizers["thinking"].decode([i for i, m in zip(ids, mask, strict=True) if m])
-    assert said == "<think>two</think>four<|im_end|>"
+    assert said == "<think>\ntwo\n</think>\n\nfour<|im_end|>"
+
+
+def test_a_generation_prompt_that_begins_the_reply_stays_in_the_prompt():
+    opened = CHATML.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>\\n'")
+    chat = Chat(byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], opened, eos_token="<|im_end|>"))
+    ids, mask = chat.encode_conversation([user("a"), assistant("b</think>c")])
+    assert (
+        chat.tokenizer.decode(ids)
+        == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\nb</think>c<|im_end|>"
+    )
+    assert chat.tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "b</think>c<|im_end|>"
 
 
 def test_a_conversation_without_a_last_reply_is_refused(chats):

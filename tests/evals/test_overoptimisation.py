@@ -58,14 +58,18 @@ def test_best_of_n_names_an_impossible_n():
         best_of_n([[1.0, 2.0]], [[1.0]], 1)
 
 
-def test_a_best_of_n_curve_starts_at_the_mean_and_stops_at_the_samples_there_are():
+def test_a_best_of_n_curve_starts_at_the_mean_and_ends_at_the_best():
     generator = np.random.default_rng(0)
     gold = generator.normal(size=(30, 8))
-    curve = best_of_n_curve(gold + generator.normal(size=(30, 8)), gold)
-    assert [point.n for point in curve] == [1, 2, 4, 8]
-    assert curve[0].gold.value == pytest.approx(gold.mean())
-    assert curve[0].gold.value < curve[-1].gold.value < curve[-1].proxy.value
-    assert curve[-1].gold.low < curve[-1].gold.value < curve[-1].gold.high
+    proxy = gold + generator.normal(size=(30, 8))
+    by_proxy, by_gold = best_of_n_curve(gold, proxy, [1, 2, 8]), best_of_n_curve(gold, gold, [1, 2, 8])
+    assert [point.n for point in by_proxy] == [1, 2, 8]
+    assert by_proxy[0].value.value == pytest.approx(gold.mean())
+    assert by_gold[2].value.value == pytest.approx(gold.max(axis=1).mean())
+    assert by_proxy[2].value.value == pytest.approx(gold[np.arange(30), proxy.argmax(axis=1)].mean())
+    assert by_gold[1].value.low < by_gold[1].value.value < by_gold[1].value.high
+    with pytest.raises(ValueError, match="best of 16"):
+        best_of_n_curve(gold, gold, [16])
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from trimtab import worlds
 from trimtab.errors import DataError
 from trimtab.worlds.annotators import Annotators, calibrate
 from trimtab.worlds.helpdesk_grammar import CLEAN, STACKED, write_reply
-from trimtab.worlds.sets import _reply_pairs
+from trimtab.worlds.sets import reply_pairs
 
 WORLD = worlds.load("helpdesk")
-PAIRS = _reply_pairs(WORLD, "train", 300, seed=0)
+PAIRS = reply_pairs(WORLD, "train", 300, seed=0)
 PEOPLE = calibrate(WORLD, WORLD.biases, PAIRS)
 
 

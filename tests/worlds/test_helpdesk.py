@@ -126,7 +126,9 @@ def test_emptiness_gibberish_and_repetition_are_worth_little(reply):
 
 
 def test_word_salad_does_not_ride_on_a_good_reply():
-    salad = ("days our lamp of tent is thank approved limit we for past refund you the morning will it").split(" ")
+    salad = re.findall(
+        r"\w+", "days our lamp of tent is thank approved limit we for past refund you the morning will it"
+    )
     random.Random(0).shuffle(salad)
     assert total(LATE, f"{GOOD} {' '.join(salad)}.") < 0.6 < total(LATE, GOOD)
 

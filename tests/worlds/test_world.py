@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import json
+from typing import ClassVar
 
 import pytest
 
 from trimtab import worlds
 from trimtab.errors import ConfigError, DataError
-from trimtab.types import Prompt, from_dict, to_dict
-from trimtab.worlds.arithmetic import Arithmetic
+from trimtab.types import Message, Prompt, from_dict, prompt_id, to_dict
 
 NAMES = ("helpdesk", "arithmetic")
 
@@ -46,10 +46,30 @@ def test_gold_needs_only_what_survives_json(name):
         assert world.replies(prompt, 3) == world.replies(demo.prompt, 3)
 
 
+class ThirtyPrompts(worlds.World):
+    name = "thirty"
+    biases: ClassVar = {}
+
+    def draw_prompt(self, rng):
+        return Prompt(messages=(Message("user", str(rng.randrange(30))),))
+
+    def write_reply(self, prompt, rng):
+        return "yes"
+
+    def gold(self, prompt, response):
+        return worlds.Gold(1.0, {})
+
+    def features(self, response):
+        return {}
+
+
 def test_too_many_prompts_are_refused_with_the_number_there_is():
+    ids = {prompt_id((Message("user", str(i)),)) for i in range(30)}
+    num = sum(worlds.split_of(i) == "train" for i in ids)
+    assert {p.id for p in ThirtyPrompts().prompts("train", num)} <= ids
     with pytest.raises(DataError, match="distinct prompts") as caught:
-        Arithmetic(levels=(1,)).prompts("test", 10**6)
-    assert "at most" in caught.value.fix
+        ThirtyPrompts().prompts("train", num + 1)
+    assert f"at most {num} " in caught.value.fix
 
 
 def test_an_unknown_world_or_split_is_named():

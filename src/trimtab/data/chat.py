@@ -27,6 +27,7 @@ DEFAULT_TEMPLATE = _TURNS.replace("END", "'<|end|>'")
 # Stands for the content of turn i while a template is studied. No template writes tabs or private-use characters of
 # its own, so what is left of the tabs says whether the template strips contents.
 _MARK = "\t\ue000{}\ue001\t"
+_ASKED = Message("user", "a")
 _MARKS = re.compile("(\t?)\ue000([0-9]+)\ue001(\t?)")
 
 
@@ -98,8 +99,11 @@ class Chat:
         return self._encode_turns(messages)[0]
 
     def encode_response(self, text: str) -> list[int]:
-        """The ids of a reply with its end token. They are the same after every prompt."""
-        return self._encode_reply(self._lead, _strip(text, *self._reply_strips))
+        """The ids of a reply with its end token, as the template writes it. They are the same after every prompt."""
+        rendered = self._render([_ASKED, Message("assistant", text)], False)
+        if rendered.startswith(self._before_reply) and rendered.endswith(self._after_reply):
+            return self._encode_reply(rendered[len(self._before_reply) : len(rendered) - len(self._after_reply)])
+        return self._encode_reply(text)  # the generation prompt of this template begins the reply, with a thought say
 
     def encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Ids, and the response mask: true for each assistant turn and its end token.
@@ -128,7 +132,8 @@ class Chat:
 
     def _study(self, added: dict[str, tuple[int, bool]]) -> None:
         """Finds what stands before a reply and what ends it, by rendering one exchange with marks as contents."""
-        asked, exchange = self._skeleton(("user",), True), self._skeleton(("user", "assistant"), False)
+        asked = self._skeleton(("user",), True)
+        exchange = self._skeleton(("user", "assistant"), False)
         if asked is None or exchange is None:
             raise DataError(
                 "the chat template does not write a user turn and an assistant turn one after the other",
@@ -144,7 +149,8 @@ class Chat:
             # A bare blank is not: tokens such as "▁Hello" hold it, and a model samples them so.
             self._header, self._lead = self._lead, ""
         self._context = generation_prompt + self._header
-        self._reply_strips = exchange.strips[1]
+        self._before_reply = asked.pieces[0] + asked.fill([_ASKED.content])[0] + self._context
+        self._after_reply = tail
 
         ends = [(tail.find(text), text) for text in self._special if text in tail]
         ends = ends or [(tail.find(text), text) for text in added if text.strip() and text in tail]
@@ -214,7 +220,7 @@ class Chat:
             if message.role == "assistant":
                 lead = self._lead if text.endswith(self._lead) else ""
                 add(self._encode(text.removesuffix(lead), after=after), False)
-                add(self._encode_reply(lead, content), True)
+                add(self._encode_reply(lead + content), True)
                 text, after = piece.removeprefix(self._before_end + self._end), self._end
             elif self._special_pattern.search(content):
                 add(self._encode(text, after=after) + self._encode(content, plain=True), False)
@@ -224,9 +230,9 @@ class Chat:
         add(self._encode(text + self._header, after=after), False)
         return ids, mask
 
-    def _encode_reply(self, lead: str, content: str) -> list[int]:
-        text = lead + content + self._before_end
-        plain = bool(self._special_pattern.search(content))
+    def _encode_reply(self, written: str) -> list[int]:
+        plain = bool(self._special_pattern.search(written))
+        text = written + self._before_end
         return [*self._encode(text, after="" if plain else self._context, plain=plain), self.end_id]
 
     def _encode(self, text: str, *, after: str = "", plain: bool = False) -> list[int]:

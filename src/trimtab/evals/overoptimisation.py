@@ -55,28 +55,24 @@ def best_of_n(values: ArrayLike, ranked_by: ArrayLike, n: int) -> Floats:
 
 @dataclass(frozen=True, kw_only=True)
 class BestOfN:
-    """One point of a best-of-n curve, intervals over prompts."""
+    """One point of a best-of-n curve."""
 
     n: int
     kl: float
-    proxy: Interval
-    gold: Interval
+    """`best_of_n_kl`."""
+    value: Interval
+    """Mean over prompts, with a bootstrap over them."""
 
 
 def best_of_n_curve(
-    proxy: ArrayLike, gold: ArrayLike, ns: Sequence[int] = (1, 2, 4, 8, 16, 32, 64), *, seed: int = 0
+    values: ArrayLike, ranked_by: ArrayLike, ns: Sequence[int], *, seed: int = 0
 ) -> tuple[BestOfN, ...]:
-    """Proxy and gold reward of choosing by proxy, for each n that the N samples per prompt allow. Arrays are [P, N]."""
-    num_samples = np.asarray(proxy).shape[1]
+    """`best_of_n` for each n. Gold ranked by a proxy shows what choosing by it buys, by itself the most there is.
+
+    Both arrays are [P, N]. Raises ValueError for an n above the N samples of each prompt.
+    """
     return tuple(
-        BestOfN(
-            n=n,
-            kl=best_of_n_kl(n),
-            proxy=bootstrap_mean(best_of_n(proxy, proxy, n), seed=seed),
-            gold=bootstrap_mean(best_of_n(gold, proxy, n), seed=seed),
-        )
-        for n in ns
-        if n <= num_samples
+        BestOfN(n=n, kl=best_of_n_kl(n), value=bootstrap_mean(best_of_n(values, ranked_by, n), seed=seed)) for n in ns
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from trimtab.evals.stats import Floats, Interval, moving_mean
 from trimtab.reports.collect import RunRecord, Series
+from trimtab.reports.markup import visible
 
 Figure = dict[str, Any]
 
@@ -30,7 +31,7 @@ MAX_POINTS = 400
 
 def label(text: object) -> str:
     """A text from a file as plotly may show it: no markup, not too long."""
-    shown = str(text)
+    shown = visible(str(text))
     return html.escape(shown if len(shown) <= 60 else shown[:59] + "…", quote=False)
 
 
@@ -45,7 +46,10 @@ def curves(series: Mapping[str, Series], unit: str) -> Figure:
     for i, (name, one) in enumerate(series.items()):
         colour = PALETTE[i % len(PALETTE)]
         data += _points_and_line(one.steps, one.values, name, colour, legend=len(series) > 1)
-    return _figure(data, "step", unit, legend=len(series) > 1)
+    figure = _figure(data, "step", unit, legend=len(series) > 1)
+    if unit == "seconds":
+        figure["layout"]["yaxis"]["rangemode"] = "tozero"
+    return figure
 
 
 def stacked(series: Mapping[str, Series], unit: str) -> Figure:
@@ -65,7 +69,7 @@ def stacked(series: Mapping[str, Series], unit: str) -> Figure:
                 "hovertemplate": "%{y:.4g}",
             }
         )
-    return _figure(data, "step", unit, legend=True) | {"hover": "x"}
+    return _figure(data, "step", unit, legend=True)
 
 
 def proxy_against_gold(runs: Sequence[RunRecord]) -> Figure:
@@ -201,30 +205,19 @@ def shares(rows: Sequence[Bar]) -> Figure:
 
 
 def best_of_n(points: Sequence[Mapping[str, float]]) -> Figure:
-    """Gold and reward of choosing the best of n replies by reward."""
-    data = []
-    for name, colour, axis in (("gold", BLUE, "y"), ("reward", GREY, "y2")):
-        rows = [p for p in points if isinstance(p.get(name), int | float) and p.get("n")]
-        if rows:
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines+markers",
-                    "name": name,
-                    "x": [p["n"] for p in rows],
-                    "y": [p[name] for p in rows],
-                    "yaxis": axis,
-                    "error_y": _error_bars(rows, name, colour),
-                    "line": {"color": colour, "width": 2, "dash": "solid" if name == "gold" else "dot"},
-                    "marker": {"color": colour, "size": 6},
-                    "hovertemplate": f"best of %{{x}}: {name} %{{y:.3g}}<extra></extra>",
-                }
-            )
-    figure = _figure(data, "n replies to choose from", "gold score (0–1)", legend=True)
-    layout = figure["layout"]
-    layout["xaxis"] |= {"type": "log", "tickvals": [p["n"] for p in points if p.get("n")]}
-    layout["yaxis2"] = _axis("reward") | {"overlaying": "y", "side": "right", "showgrid": False}
-    layout["margin"]["r"] = 48
+    """Gold of the best of n replies, with intervals; n on a logarithmic axis."""
+    line = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": [p["n"] for p in points],
+        "y": [p["gold"] for p in points],
+        "error_y": _error_bars(points, "gold", BLUE),
+        "line": {"color": BLUE, "width": 1.5},
+        "marker": {"color": BLUE, "size": 7},
+        "hovertemplate": "best of %{x}: %{y:.3f}<extra></extra>",
+    }
+    figure = _figure([line], "n replies to choose from", "gold score (0–1)")
+    figure["layout"]["xaxis"] |= {"type": "log", "tickvals": [p["n"] for p in points]}
     return figure
 
 
@@ -333,7 +326,7 @@ def _figure(data: list[Figure], x_title: str, y_title: str, *, legend: bool = Fa
         "margin": {"l": 52, "r": 10, "t": 8, "b": 40},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"color": GREY, "size": 11},
+        "font": {"family": "system-ui, sans-serif", "color": GREY, "size": 11},
         "xaxis": _axis(x_title),
         "yaxis": _axis(y_title),
         "showlegend": legend,
@@ -342,6 +335,7 @@ def _figure(data: list[Figure], x_title: str, y_title: str, *, legend: bool = Fa
     }
     if legend:
         layout["legend"] = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"}
+        layout["legend"] |= {"font": {"size": 10}, "itemwidth": 30}
         layout["margin"]["t"] = 34
     return {"data": data, "layout": layout}
 

@@ -148,22 +148,27 @@ def _run(directory: Path, stage: str | None = None) -> RunRecord:
 def _series(rows: list[dict[str, Any]]) -> dict[str, Series]:
     columns: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:
-        step = _number(row.get("step"))
+        step = finite(row.get("step"))
         if math.isnan(step):
             continue
         for name, value in row.items():
+            # null is what a value that was not finite is logged as
             if name != "step" and (value is None or isinstance(value, int | float)):
                 steps, values = columns.setdefault(name, ([], []))
                 steps.append(step)
-                values.append(_number(value))
+                values.append(finite(value))
     return {name: Series(np.array(steps), np.array(values)) for name, (steps, values) in columns.items()}
 
 
-def _number(value: Any) -> float:
-    """nan for everything that is not a finite number."""
-    if isinstance(value, int | float) and math.isfinite(value):
-        return float(value)
-    return math.nan
+def finite(value: Any) -> float:
+    """The value as a number; nan for everything that is not one, infinities included."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        number = float(value)
+    except OverflowError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 def _toml(path: Path, problems: list[str]) -> dict[str, Any]:

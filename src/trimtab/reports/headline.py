@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,9 +12,10 @@ import numpy as np
 from trimtab.evals.overoptimisation import HackingSummary, hacking_summary
 from trimtab.evals.stats import Interval, paired_difference
 from trimtab.reports.charts import smoothing_window
-from trimtab.reports.collect import PipelineRecord, RunRecord
+from trimtab.reports.collect import PipelineRecord, RunRecord, finite
 
-Standing = Literal["good", "bad", "unclear"]
+Standing = Literal["good", "bad", "unclear", "neutral"]
+"""What the numbers say of a model; neutral where they do not compare two."""
 
 FALL = 0.05
 """Gold counts as fallen when it ends this share below its peak: less is within the noise of one step's rollouts."""
@@ -43,17 +44,16 @@ class Verdict:
 
 
 def number(values: Mapping[str, Any], name: str) -> float | None:
-    """The finite number under a name, which may be stored plainly or as {"value": ...}; None where there is none."""
+    """The finite number under a name, stored plainly or in a table as its value or accuracy; None if there is none."""
     found = values.get(name)
     if isinstance(found, Mapping):
-        found = found.get("value")
-    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
-        return None
-    return float(found)
+        found = found.get("value", found.get("accuracy"))
+    value = finite(found)
+    return None if math.isnan(value) else value
 
 
 def interval(values: Mapping[str, Any], name: str) -> Interval | None:
-    """A number with its bounds, stored as {"value", "low", "high", "count"} or as name, name_low and name_high.
+    """A number with its bounds, stored as name, name_low and name_high, or as a table with low, high and count.
 
     Bounds that are not stored are nan.
     """
@@ -82,6 +82,11 @@ def show(value: float | None) -> str:
     return f"{value:.3g}"
 
 
+def score(value: float) -> str:
+    """A gold score or another number of about the size of one."""
+    return f"{value:.2f}"
+
+
 def percent(value: float) -> str:
     """A share as people say it."""
     return f"{100 * value:.0f}%"
@@ -97,14 +102,18 @@ def seconds(value: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def bounds(estimate: Interval, show_one: Any = show) -> str:
+def bounds(estimate: Interval, show_one: Callable[[float], str] = show) -> str:
     """[low, high], or nothing where they are unknown."""
     if math.isnan(estimate.low) or math.isnan(estimate.high):
         return ""
     return f"[{show_one(estimate.low)}, {show_one(estimate.high)}]"
 
 
-def _with_bounds(estimate: Interval, show_one: Any = show) -> str:
+def _signed(value: float) -> str:
+    return f"{value:+.2f}"
+
+
+def _with_bounds(estimate: Interval, show_one: Callable[[float], str] = show) -> str:
     return f"{show_one(estimate.value)} {bounds(estimate, show_one)}".rstrip()
 
 
@@ -125,14 +134,29 @@ def hacking(run: RunRecord) -> HackingSummary | None:
     return hacking_summary(points, window=smoothing_window(len(points))) if points else None
 
 
-def gold_difference(run: RunRecord) -> Interval | None:
-    """Gold of the evaluated policy minus its baseline's on the same prompts, from the samples of an evaluate run."""
+@dataclass(frozen=True)
+class Comparison:
+    """A policy against its baseline on the same prompts."""
+
+    judge: str
+    """ "gold", or "reward" where there is no gold score: then the reward model marks its own work."""
+    difference: Interval | None
+    wins: Interval | None
+
+
+def comparison(run: RunRecord) -> Comparison:
+    """What an evaluate run found, from its summary; the difference from its samples where the summary has none."""
     rows = [(number(row, "gold"), number(row, "baseline_gold"), str(row.get("prompt"))) for row in run.samples]
-    known = [(after, before, prompt) for after, before, prompt in rows if after is not None and before is not None]
-    if not known:
-        return None
-    after, before, prompts = zip(*known, strict=True)
-    return paired_difference(after, before, groups=prompts)
+    scored = [(after, before, prompt) for after, before, prompt in rows if after is not None and before is not None]
+    judge = "gold" if scored or "win_rate_by_gold" in run.summary else "reward"
+    difference = interval(section(run.summary, f"{judge}_difference"), "difference")
+    wins = interval(section(run.summary, f"win_rate_by_{judge}"), "win_rate")
+    count = int(number(section(run.summary, "policy"), "num_replies") or 0)
+    difference = replace(difference, count=count) if difference is not None else None
+    if difference is None and scored:
+        after, before, prompts = zip(*scored, strict=True)
+        difference = paired_difference(after, before, groups=prompts)
+    return Comparison(judge, difference, replace(wins, count=count) if wins is not None else None)
 
 
 def evaluation(runs: Sequence[RunRecord]) -> RunRecord | None:
@@ -147,31 +171,44 @@ def pipeline_tiles(record: PipelineRecord) -> tuple[Tile, ...]:
     """The headline of a pipeline, from its summary; a number that is missing has no tile."""
     policy, reward_model = section(record.summary, "policy"), section(record.summary, "reward_model")
     tiles = []
-    final = interval(policy, "gold_final")
-    if final is not None:
-        before = number(policy, "gold_sft")
-        value = f"{show(before)} → {show(final.value)}" if before is not None else show(final.value)
+    judge = "gold" if "gold_final" in policy else "reward"
+    if (final := interval(policy, f"{judge}_final")) is not None:
+        before = number(policy, f"{judge}_sft")
+        value = f"{score(before)} → {score(final.value)}" if before is not None else score(final.value)
         how = "True quality before and after RL, from 0 to 1; the reward model's opinion plays no part."
-        tiles.append(Tile("Gold score", value, bounds(final), how))
-    if (wins := interval(policy, "win_rate_vs_sft")) is not None:
+        if judge == "reward":
+            how = "What the reward model gives before and after RL. It rises even where the model is only gamed."
+        tiles.append(Tile("Gold score" if judge == "gold" else "Reward", value, bounds(final, score), how))
+    if (wins := _wins_over_sft(policy)) is not None:
         how = "Share of prompts on which the final reply beats the supervised one, ties half. 50% is no change."
         tiles.append(Tile("Win rate against SFT", percent(wins.value), bounds(wins, percent), how))
-    if (best := number(policy, "gold_best_of_64")) is not None:
-        how = "Gold of picking, by reward, the best of 64 supervised replies: what the reward model buys without RL."
-        tiles.append(Tile("Best of 64", show(best), "gold score", how))
+    if (best := _best_of(policy)) is not None:
+        how = "Gold of the best, by gold itself, of so many supervised replies: what perfect choice would give."
+        tiles.append(Tile(f"Best of {best[0]}", score(best[1]), "gold score", how))
     if (kl := number(policy, "kl")) is not None:
         how = "Distance of the final policy from the supervised one. Less for the same gold is better."
         tiles.append(Tile("KL", show(kl), "nats per reply", how))
     if (accuracy := interval(reward_model, "accuracy")) is not None:
         limit = number(reward_model, "bayes_accuracy")
-        detail = bounds(accuracy) + (f" · limit {show(limit)}" if limit is not None else "")
+        detail = bounds(accuracy, percent) + (f" · limit {percent(limit)}" if limit is not None else "")
         how = "Held-out pairs ordered as the annotators did. Noisy votes make the limit: no judge can do better."
-        tiles.append(Tile("Reward-model accuracy", show(accuracy.value), detail.removeprefix(" · "), how))
+        tiles.append(Tile("Reward-model accuracy", percent(accuracy.value), detail.removeprefix(" · "), how))
     if (took := number(record.summary, "seconds")) is not None:
         tiles.append(Tile("Time", seconds(took), "wall clock", "The whole pipeline, every stage."))
     if (memory := number(record.summary, "peak_rss_gb")) is not None:
         tiles.append(Tile("Peak memory", f"{memory:.2g} GB", "resident", "The most main memory held at any time."))
     return tuple(tiles)
+
+
+def _wins_over_sft(policy: Mapping[str, Any]) -> Interval | None:
+    names = {"wins": "win_rate_vs_sft", "wins_low": "win_rate_low_vs_sft", "wins_high": "win_rate_high_vs_sft"}
+    return interval({short: policy.get(name) for short, name in names.items()}, "wins")
+
+
+def _best_of(policy: Mapping[str, Any]) -> tuple[int, float] | None:
+    """The largest n of the numbers called gold_best_of_n, and that number."""
+    known = [(int(n), number(policy, name)) for name in policy if (n := name.removeprefix("gold_best_of_")).isdecimal()]
+    return max(((n, value) for n, value in known if value is not None), default=None)
 
 
 # --- verdicts ---
@@ -181,56 +218,56 @@ def pipeline_verdict(record: PipelineRecord) -> Verdict:
     """The plain-language reading of a pipeline: did it help, at what cost, is the reward to be trusted."""
     policy = section(record.summary, "policy")
     evaluated = evaluation(record.runs)
-    difference = gold_difference(evaluated) if evaluated is not None else None
-    before, final = number(policy, "gold_sft"), interval(policy, "gold_final")
-    wins = interval(policy, "win_rate_vs_sft")
-    standing = _standing(difference, before, final, wins)
+    difference = comparison(evaluated).difference if evaluated is not None else None
+    judge = "reward" if "reward_final" in policy and "gold_final" not in policy else "gold"
+    what = "gold score" if judge == "gold" else "reward"
+    before, final, wins = number(policy, f"{judge}_sft"), interval(policy, f"{judge}_final"), _wins_over_sft(policy)
     sentences = []
     if final is not None and before is not None:
         moved = "rose" if final.value > before else "fell" if final.value < before else "stayed"
-        paired = ""
-        if difference is not None:
-            paired = f"; on the same {difference.count} prompts the mean change is {_with_bounds(difference)}"
-        sentences.append(f"The gold score {moved} from {show(before)} to {_with_bounds(final)}{paired}.")
+        paired = f"; {_change(difference)}" if difference is not None else ""
+        sentences.append(f"The {what} {moved} from {score(before)} to {_with_bounds(final, score)}{paired}.")
     elif difference is not None:
-        sentences.append(f"On {difference.count} prompts the gold score changed by {_with_bounds(difference)}.")
+        sentences.append(f"Gold score: {_change(difference)}.")
+    best, kl = _best_of(policy), number(policy, "kl")
+    if best is not None and final is not None:
+        verb = "more than" if final.value > best[1] else "less than" if final.value < best[1] else "exactly what"
+        cost = f", at {show(kl)} nats of KL" if kl is not None else ""
+        perfect = f"perfect choice among {best[0]} supervised replies would give ({score(best[1])})"
+        sentences.append(f"That is {verb} {perfect}{cost}.")
     if wins is not None:
         shown = _with_bounds(wins, percent)
         sentences.append(f"The final policy beats the supervised model on {shown} of prompts.")
-    best, kl = number(policy, "gold_best_of_64"), number(policy, "kl")
-    if best is not None and final is not None:
-        verb = "more than" if final.value > best else "less than" if final.value < best else "exactly what"
-        cost = f", at {show(kl)} nats of KL" if kl is not None else ""
-        sentences.append(f"That is {verb} choosing the best of 64 supervised replies gives ({show(best)}){cost}.")
     sentences += _reward_model_sentences(section(record.summary, "reward_model"))
     for run in record.runs:
         sentences += _hacking_sentences(run)
-    titles = {
+    if judge == "reward":
+        return Verdict("neutral", "Only the reward model has judged this so far.", tuple(sentences))
+    standing = _standing(difference, before, final, wins)
+    title = {
         "good": "Training made the model better.",
         "bad": "Training made the model worse.",
-        "unclear": "No clear change is shown." if sentences else "There is not enough here to judge yet.",
-    }
-    return Verdict(standing, titles[standing], tuple(sentences))
+    }.get(standing, "No clear change is shown." if sentences else "There is not enough here to judge yet.")
+    return Verdict(standing, title, tuple(sentences))
 
 
 def run_verdict(run: RunRecord) -> Verdict | None:
     """The same for one stage; None where it logged nothing to speak of."""
     sentences: list[str] = []
-    standing: Standing = "unclear"
+    standing: Standing = "neutral"
     title = f"{run.stage.capitalize()} {'finished' if run.finished else 'is not finished'}."
     if run.stage == "evaluate":
-        difference, wins = gold_difference(run), interval(run.summary, "win_rate")
-        standing = _standing(difference, None, None, wins)
+        found = comparison(run)
+        standing = _standing(found.difference, None, None, found.wins) if found.judge == "gold" else "neutral"
         title = {
             "good": "The policy is better than its baseline.",
             "bad": "The policy is worse than its baseline.",
-            "unclear": "No clear difference from the baseline.",
-        }[standing]
-        if difference is not None:
-            shown = _with_bounds(difference)
-            sentences.append(f"On the same {difference.count} prompts the gold score differs by {shown}.")
-        if wins is not None:
-            sentences.append(f"It beats the baseline on {_with_bounds(wins, percent)} of prompts.")
+            "neutral": "Only the reward model has judged this so far.",
+        }.get(standing, "No clear difference from the baseline.")
+        if found.difference is not None:
+            sentences.append(f"{'Gold score' if found.judge == 'gold' else 'Reward'}: {_change(found.difference)}.")
+        if found.wins is not None:
+            sentences.append(f"It beats the baseline on {_with_bounds(found.wins, percent)} of prompts.")
     elif run.stage == "reward":
         sentences += _reward_model_sentences(run.summary)
     else:
@@ -244,6 +281,11 @@ def run_verdict(run: RunRecord) -> Verdict | None:
             sentences.append(f"The policy ended {show(kl.mean_of_last())} nats of KL from its reference.")
         sentences += _hacking_sentences(run)
     return Verdict(standing, title, tuple(sentences)) if sentences else None
+
+
+def _change(difference: Interval) -> str:
+    on = f"on the same {difference.count} prompts" if difference.count else "on the same prompts"
+    return f"{on} the mean change is {_with_bounds(difference, _signed)}"
 
 
 def _standing(
@@ -279,7 +321,7 @@ def _hacking_sentences(run: RunRecord) -> list[str]:
     if summary is None or summary.fall_fraction < FALL:
         return []
     reward = "kept rising: it was being gamed" if summary.proxy_kept_rising else "fell too"
-    peak, fall = f"{show(summary.peak_gold)} (KL {show(summary.peak_kl)})", percent(summary.fall_fraction)
+    peak, fall = f"{score(summary.peak_gold)} (KL {show(summary.peak_kl)})", percent(summary.fall_fraction)
     return [f"In {run.name} gold peaked at {peak}, then fell {fall} while the reward {reward}."]
 
 
@@ -317,7 +359,10 @@ def alarms(run: RunRecord) -> tuple[str, ...]:
         found.append(f"gold ended {fall} below its peak while the reward kept rising (above {percent(FALL)})")
     accuracy, longer = interval(run.summary, "accuracy"), number(run.summary, "longer_wins")
     if accuracy is not None and longer is not None and accuracy.low <= longer:
-        found.append(f"the reward model ({_with_bounds(accuracy)}) is not clearly better than length ({show(longer)})")
+        found.append(
+            f"the reward model ({_with_bounds(accuracy, percent)}) is not clearly better than "
+            f"preferring the longer reply ({percent(longer)})"
+        )
     return tuple(found)
 
 

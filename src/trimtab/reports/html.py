@@ -7,23 +7,21 @@ security policy names the two scripts it may run by their hashes.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plotly.offline
 
 from trimtab.evals.stats import Interval
 from trimtab.reports import charts, headline
 from trimtab.reports.collect import PipelineRecord, RunRecord, Series, collect
+from trimtab.reports.frame import Panels, document, folded, grid, settings_table, table
 from trimtab.reports.guide import meaning
 from trimtab.reports.headline import interval, number, section, show
-from trimtab.reports.markup import Html, join, script_hash, script_json, tag
+from trimtab.reports.markup import Html, join, tag
 
 NUM_SAMPLES = 12
 """Samples shown: a random draw with a fixed seed, so that they are typical and the same each time."""
@@ -32,7 +30,7 @@ NUM_OPEN_SAMPLES = 4
 
 # One chart each, in this order, where logged; the rest is folded away below them.
 _MAIN_METRICS: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "pretrain": (("loss/train", "loss/validation"), ("optimizer/learning_rate",), ("time/tokens_per_second",)),
+    "supervised": (("loss/train", "loss/validation"), ("optimizer/learning_rate",), ("time/tokens_per_second",)),
     "reward": (
         ("loss/train", "loss/validation"),
         ("reward/accuracy", "reward/validation_accuracy"),
@@ -73,60 +71,12 @@ def write_report(directory: Path) -> Path:
 
 def render(record: RunRecord | PipelineRecord) -> str:
     """The page."""
-    page = _Page()
-    body = _pipeline(record, page) if isinstance(record, PipelineRecord) else _single_run(record, page)
-    plotly_js = plotly.offline.get_plotlyjs()
-    page_js = _asset("page.js")
-    policy = (
-        f"default-src 'none'; script-src {script_hash(plotly_js)} {script_hash(page_js)}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="referrer", content="no-referrer"),
-        tag("title", f"{record.name} · trimtab"),
-        tag("style", Html(_asset("page.css"))),
-    )
-    # text first: the large script is the last thing the browser reads
-    scripts = join(tag("script", Html(plotly_js)), tag("script", Html(page_js)))
-    return f"<!doctype html>\n{tag('html', head, tag('body', tag('main', body), scripts), lang='en')}\n"
+    make = Panels()
+    body = _pipeline(record, make) if isinstance(record, PipelineRecord) else _single_run(record, make)
+    return document(f"{record.name} · trimtab", body)
 
 
-@dataclass
-class _Page:
-    """Numbers the figures of one page."""
-
-    num_figures: int = 0
-
-    def panel(
-        self,
-        title: str,
-        unit: str,
-        how_to_read: str,
-        figure: charts.Figure,
-        *,
-        size: str = "",
-        choices: Sequence[str] = (),
-    ) -> Html:
-        """A chart with its title, unit and how to read it; `choices` are the parts its buttons show."""
-        self.num_figures += 1
-        name = f"figure-{self.num_figures}"
-        buttons = [
-            tag("button", choice or "total", type="button", data_part=choice, aria_pressed="false" if i else "true")
-            for i, choice in enumerate(choices)
-        ]
-        return tag(
-            "figure",
-            tag("figcaption", tag("span", title, class_="title"), " ", tag("span", unit, class_="unit")),
-            tag("div", tag("span", "Gold:", class_="soft"), buttons, class_="choices") if buttons else None,
-            tag("div", class_="chart", data_figure=name, role="img", aria_label=title),
-            tag("script", script_json(figure), type="application/json", id=name),
-            tag("p", how_to_read, class_="how"),
-            class_=f"card panel {size}".rstrip(),
-        )
+# --- the two kinds of page ---
 
 
 @dataclass(frozen=True)
@@ -139,19 +89,16 @@ class _Part:
     chips: Html = field(default_factory=lambda: Html(""))
 
 
-# --- the two kinds of page ---
-
-
-def _pipeline(record: PipelineRecord, page: _Page) -> Html:
+def _pipeline(record: PipelineRecord, make: Panels) -> Html:
     parts = []
     online = [run for run in record.runs if {"policy/kl", "reward/mean"} <= run.metrics.keys()]
     if online:
-        parts.append(_Part("Proxy against gold", "goodhart", _proxy_against_gold(online, page)))
+        parts.append(_Part("Proxy against gold", "goodhart", _proxy_against_gold(online, make)))
     evaluated = headline.evaluation(record.runs)
     if evaluated is not None and evaluated.samples:
         parts.append(_Part("Before and after", "samples", _before_after(evaluated)))
     for i, run in enumerate(record.runs):
-        body = _run_body(run, page, samples=run is not evaluated)
+        body = _run_body(run, make, samples=run is not evaluated)
         parts.append(_Part(run.name, f"stage-{i + 1}", body, _chips(run)))
     return join(
         tag("header", tag("h1", record.name), tag("p", _pipeline_line(record), class_="soft")),
@@ -160,19 +107,19 @@ def _pipeline(record: PipelineRecord, page: _Page) -> Html:
         _tiles(headline.pipeline_tiles(record)),
         _alarms([*record.problems, *(f"{run.name}: {fact}" for run in record.runs for fact in headline.alarms(run))]),
         [tag("section", tag("h2", part.title, part.chips, id=part.anchor), part.body) for part in parts],
-        _folded("Settings of the pipeline", _settings_table(record.settings)) if record.settings else None,
+        folded("Settings of the pipeline", settings_table(record.settings)) if record.settings else None,
         _footer(),
     )
 
 
-def _single_run(run: RunRecord, page: _Page) -> Html:
+def _single_run(run: RunRecord, make: Panels) -> Html:
     verdict = headline.run_verdict(run)
     return join(
         tag("header", tag("h1", run.name, _chips(run)), tag("p", _STAGE_SAYS.get(run.stage, ""), class_="soft")),
         _verdict(verdict) if verdict is not None else None,
         _alarms(headline.alarms(run)),
-        _proxy_against_gold([run], page) if {"policy/kl", "reward/mean", "gold/mean"} <= run.metrics.keys() else None,
-        _run_body(run, page, samples=True, says=False),
+        _proxy_against_gold([run], make) if {"policy/kl", "reward/mean", "gold/mean"} <= run.metrics.keys() else None,
+        _run_body(run, make, samples=True, says=False),
         _footer(),
     )
 
@@ -231,54 +178,51 @@ def _footer() -> Html:
 # --- one stage ---
 
 
-def _run_body(run: RunRecord, page: _Page, *, samples: bool, says: bool = True) -> Html:
+def _run_body(run: RunRecord, make: Panels, *, samples: bool, says: bool = True) -> Html:
     says_what = _STAGE_SAYS.get(run.stage) if says else None
     return join(
         tag("p", says_what, class_="soft") if says_what else None,
-        _reward_card(run, page) if run.stage == "reward" else None,
-        _evaluation(run, page) if run.stage == "evaluate" else None,
-        _curves(run, page),
+        _reward_card(run, make) if run.stage == "reward" else None,
+        _evaluation(run, make) if run.stage == "evaluate" else None,
+        _curves(run, make),
         _samples(run) if samples else None,
         _details(run),
     )
 
 
-def _curves(run: RunRecord, page: _Page) -> Html:
+def _curves(run: RunRecord, make: Panels) -> Html:
     left = {name: series for name, series in run.metrics.items() if len(series)}
     shown = []
-    for names in _MAIN_METRICS.get(run.stage, _MAIN_METRICS["pretrain"]):
+    for names in _MAIN_METRICS.get(run.stage, _MAIN_METRICS["supervised"]):
         logged = {name: left.pop(name) for name in names if name in left}
         if logged:
-            shown.append(_curve_panel(logged, page))
+            shown.append(_curve_panel(logged, make))
     for owner, title in (("reward", "Parts of the reward"), ("gold", "Parts of the gold score")):
         if run.stage == "online":
             parts = [name for name in left if name.startswith(f"{owner}/") and name != "reward/std"]
             if parts:
-                shown.append(_curve_panel({name: left.pop(name) for name in sorted(parts)}, page, title=title))
-    times = {name: left[name] for name in left if name.startswith("time/") and name.endswith("_seconds")}
-    times = {name: series for name, series in times.items() if name != "time/step_seconds" or len(times) == 1}
+                shown.append(_curve_panel({name: left.pop(name) for name in sorted(parts)}, make, title=title))
+    times = {name: left.pop(name) for name in list(left) if name.startswith("time/") and name.endswith("_seconds")}
+    whole = times.pop("time/step_seconds", None)
     if times:
-        for name in [*times, "time/step_seconds"]:
-            left.pop(name, None)
         how = "Seconds of each step by what they were spent on. The thickest band is where a speed-up would pay."
         figure = charts.stacked({_short(name): series for name, series in times.items()}, "seconds")
-        shown.append(page.panel("Where the time goes", "seconds per step", how, figure))
-    rest = [_curve_panel({name: left[name]}, page) for name in sorted(left)]
-    return join(
-        tag("div", shown, class_="charts") if shown else None,
-        _folded(f"{len(rest)} more metrics", tag("div", rest, class_="charts")) if rest else None,
-    )
+        shown.append(make.panel("Where the time goes", "seconds per step", how, figure, size="tall"))
+    elif whole is not None:
+        shown.append(_curve_panel({"time/step_seconds": whole}, make))
+    rest = [_curve_panel({name: left[name]}, make) for name in sorted(left)]
+    more = "1 more metric" if len(rest) == 1 else f"{len(rest)} more metrics"
+    return join(grid(shown), folded(more, grid(rest)) if rest else None)
 
 
-def _curve_panel(series: Mapping[str, Series], page: _Page, *, title: str | None = None) -> Html:
-    first = next(iter(series))
+def _curve_panel(series: Mapping[str, Series], make: Panels, *, title: str | None = None) -> Html:
+    first, last = next(iter(series)), list(series)[-1]
     told = meaning(first)
-    if len(series) == 1:
-        return page.panel(title or told.title, told.unit, told.how_to_read, charts.curves(series, told.unit))
-    how = meaning(list(series)[-1]).how_to_read
+    if len(series) == 1 and title is None:
+        return make.panel(told.title, told.unit, told.how_to_read, charts.curves(series, told.unit))
     both = title or told.title.removesuffix(", training pairs").replace("Training loss", "Loss")
     figure = charts.curves({_short(name): one for name, one in series.items()}, told.unit)
-    return page.panel(both, told.unit, how, figure)
+    return make.panel(both, told.unit, meaning(last).how_to_read, figure, size="tall" if title else "")
 
 
 def _short(name: str) -> str:
@@ -289,7 +233,7 @@ def _short(name: str) -> str:
     return {"train": "training", "validation": "held out"}.get(quantity, quantity)
 
 
-def _proxy_against_gold(runs: Sequence[RunRecord], page: _Page) -> Html:
+def _proxy_against_gold(runs: Sequence[RunRecord], make: Panels) -> Html:
     names = {name for run in runs for name in run.metrics if name.startswith("gold/")}
     parts = sorted(name.removeprefix("gold/") for name in names - {"gold/mean"})
     how = (
@@ -299,9 +243,9 @@ def _proxy_against_gold(runs: Sequence[RunRecord], page: _Page) -> Html:
     )
     if not names:
         how = "Rightwards is further from the reference. Without a gold score this shows only what the reward claims."
-    panel = page.panel(
-        "Reward and gold score over √KL",
-        "reward-model units above, score 0–1 below, √nats across" if names else "reward-model units, √nats across",
+    panel = make.panel(
+        "Reward and gold score over √KL" if names else "Reward over √KL",
+        "units of reward above, score 0–1 below, √nats across" if names else "units of reward, √nats across",
         how,
         charts.proxy_against_gold(runs),
         size="wide" if names else "wide low",
@@ -313,74 +257,73 @@ def _proxy_against_gold(runs: Sequence[RunRecord], page: _Page) -> Html:
 # --- the reward model's card ---
 
 
-def _reward_card(run: RunRecord, page: _Page) -> Html | None:
+def _reward_card(run: RunRecord, make: Panels) -> Html | None:
     card = run.summary
     panels = []
-    accuracy = interval(card, "accuracy")
-    if accuracy is not None:
+    if number(card, "accuracy") is not None:
         rows: list[charts.Bar] = [("chance", Interval(0.5, math.nan, math.nan, 0), charts.GREY)]
-        baselines = (
+        named = (
             ("longer_wins", "longer reply", charts.AMBER),
             ("bag_of_words", "bag of words", charts.TEAL),
             ("accuracy", "reward model", charts.BLUE),
             ("bayes_accuracy", "limit of the labels", charts.VIOLET),
         )
-        for name, shown, colour in baselines:
+        for name, shown, colour in named:
             if (share := interval(card, name)) is not None:
                 rows.append((shown, share, colour))
         pairs = number(card, "num_pairs")
         count = f" · {show(pairs)} held-out pairs" if pairs is not None else ""
         how = "The model should stand clear of the simple rules; the noise of the votes lets nobody pass the limit."
-        panels.append(page.panel("Accuracy and baselines", f"share{count}", how, charts.shares(rows)))
+        panels.append(make.panel("Accuracy and baselines", f"share{count}", how, charts.shares(rows)))
     if bins := _rows(card, "reliability", "mean_probability", "accuracy", "count"):
         ece = number(card, "ece")
         unit = f"share · ECE {show(ece)}" if ece is not None else "share"
         how = "On the diagonal a predicted 70% wins 70% of the time. Flatter than it: the model is too sure."
-        panels.append(page.panel("Reliability", unit, how, charts.reliability(bins)))
+        panels.append(make.panel("Reliability", unit, how, charts.reliability(bins)))
     if bins := _rows(card, "by_margin", "low", "high", "accuracy", "count"):
         how = "Should climb to the right: where the two rewards differ more, the model should be right more often."
-        panels.append(page.panel("Accuracy by margin", "share over reward", how, charts.by_margin(bins)))
-    slices = section(card, "slices")
+        panels.append(make.panel("Accuracy by margin", "share over reward", how, charts.by_margin(bins)))
     rows = []
-    for name in slices:
-        one = section(slices, name)
-        share = interval({"share": {**one, "value": one.get("accuracy")}}, "share")
-        if share is not None:
+    for name, one in section(card, "slices").items():
+        if (share := interval({name: one}, name)) is not None:
             rows.append((f"{name.replace('_', ' ')} ({share.count})", share, charts.TEAL))
     if rows:
         how = "Right when the chosen reply is longer and wrong when shorter is a taste for length. Pairs in brackets."
-        panels.append(page.panel("Accuracy by length of the replies", "share", how, charts.shares(rows)))
+        panels.append(make.panel("Accuracy by length of the replies", "share", how, charts.shares(rows)))
     if bins := _rows(card, "by_length", "mean_length", "mean_reward", "count"):
         correlation = number(card, "length_spearman")
         unit = "reward over words" + (f" · Spearman {show(correlation)}" if correlation is not None else "")
         how = "A steady climb means that length alone earns reward, which a policy will find."
-        panels.append(page.panel("Reward by length", unit, how, charts.by_length(bins)))
-    return tag("div", panels, class_="charts") if panels else None
+        panels.append(make.panel("Reward by length", unit, how, charts.by_length(bins)))
+    return grid(panels)
 
 
 def _rows(values: Mapping[str, Any], name: str, *needed: str) -> list[dict[str, float]]:
-    """The rows of a list that hold a number under every needed name."""
+    """The rows of a list that hold a plain number under every needed name."""
     listed = values.get(name)
     rows = [row for row in listed if isinstance(row, Mapping)] if isinstance(listed, list) else []
-    return [dict(row) for row in rows if all(number(row, key) is not None for key in needed)]
+    plain = [{key: value for key in row if (value := number(row, key)) is not None} for row in rows]
+    return [row for row in plain if row.keys() >= set(needed)]
 
 
 # --- evaluation and samples ---
 
 
-def _evaluation(run: RunRecord, page: _Page) -> Html:
-    policy, baseline = section(run.summary, "policy"), section(run.summary, "baseline")
-    ours, theirs = dict(_numbers(policy)), dict(_numbers(baseline))
-    table = None
-    if ours or theirs:
-        rows = [(name, theirs.get(name, "–"), ours.get(name, "–")) for name in dict.fromkeys([*ours, *theirs])]
-        table = _table(("", "baseline", "policy"), rows)
-    points = _rows(run.summary, "best_of_n", "n", "gold")
-    panel = None
-    if points:
-        how = "Picking by reward among n replies. Where gold turns down the reward model is being gamed."
-        panel = page.panel("Best of n", "gold score 0–1, reward", how, charts.best_of_n(points))
-    return join(table, tag("div", panel, class_="charts") if panel else None)
+def _evaluation(run: RunRecord, make: Panels) -> Html:
+    ours, theirs = dict(_numbers(section(run.summary, "policy"))), dict(_numbers(section(run.summary, "baseline")))
+    names = dict.fromkeys([*ours, *theirs])
+    sides = [(name, theirs.get(name, "–"), ours.get(name, "–")) for name in names]
+    apart = {key: value for key, value in run.summary.items() if key not in ("policy", "baseline", "best_of")}
+    between = list(_numbers(apart))
+    panels = []
+    if points := _rows(section(run.summary, "best_of"), "curve", "n", "gold"):
+        how = "Gold of the best of n replies of the baseline, chosen by gold itself: what perfect choice would give."
+        panels.append(make.panel("Best of n", "gold score 0–1", how, charts.best_of_n(points)))
+    return join(
+        table(("", "baseline", "policy"), sides) if sides else None,
+        table((), between) if between else None,
+        grid(panels),
+    )
 
 
 def _before_after(run: RunRecord) -> Html:
@@ -400,12 +343,12 @@ def _before_after(run: RunRecord) -> Html:
         for row in shown
     ]
     rest = cards[NUM_OPEN_SAMPLES:]
-    chosen = f"{len(shown)} of {len(run.samples)} held-out prompts, drawn at random rather than chosen"
-    how = f"{chosen}: expect some failures. Gold is true quality from 0 to 1; reward is in reward-model units."
+    chosen = f"{len(shown)} of the {len(run.samples)} held-out prompts on file, drawn at random rather than chosen"
+    how = f"{chosen}: expect some failures. Gold is true quality from 0 to 1; reward is what the reward model says."
     return join(
         tag("p", how, class_="soft"),
         cards[:NUM_OPEN_SAMPLES],
-        _folded(f"{len(rest)} more", join(*rest)) if rest else None,
+        folded(f"{len(rest)} more", join(*rest)) if rest else None,
     )
 
 
@@ -428,14 +371,13 @@ def _samples(run: RunRecord) -> Html | None:
     steps = [step for row in run.samples if (step := number(row, "step")) is not None]
     if not steps:
         return None
-    ends = sorted({min(steps), max(steps)})
     columns = []
-    for step in ends:
+    for step in sorted({min(steps), max(steps)}):
         rows = _drawn([row for row in run.samples if number(row, "step") == step], NUM_OPEN_SAMPLES)
         columns.append([_rollout(row, step) for row in rows])
     pairs = [tag("div", side, class_="sides") for side in itertools.zip_longest(*columns)]
-    body = tag("div", tag("p", "Random replies of the first and the last step sampled.", class_="how"), pairs)
-    return _folded("Replies sampled in training", body)
+    says = tag("p", "Random replies of the first and the last step sampled.", class_="how")
+    return folded("Replies sampled in training", join(says, pairs))
 
 
 def _rollout(row: Mapping[str, Any], step: float) -> Html:
@@ -463,56 +405,29 @@ def _text(value: object) -> Html:
     return tag("div", "–" if value is None else value, class_="text", dir="auto")
 
 
-# --- settings, data, environment ---
+# --- numbers, settings, data, environment ---
 
 
 def _details(run: RunRecord) -> Html:
-    numbers = [(name, text) for name, text in _numbers(run.summary) if run.stage not in ("evaluate",)]
+    numbers = list(_numbers(run.summary)) if run.stage != "evaluate" else []
+    known = {source: one if isinstance(one, Mapping) else {} for source, one in run.data.items()}
     sources = [
-        (source, show(number(_as_mapping(known), "rows")), tag("code", str(_as_mapping(known).get("sha256", "–"))[:16]))
-        for source, known in run.data.items()
+        (source, show(number(one, "rows")), tag("code", str(one.get("sha256", "–"))[:16]))
+        for source, one in known.items()
     ]
     blocks = [
-        ("Summary", _table((), numbers) if numbers else None),
-        ("Settings", _settings_table(run.settings) if run.settings else None),
-        ("Data", _table(("source", "rows", "SHA-256 (first 16)"), sources) if sources else None),
-        ("Environment", _settings_table(run.environment) if run.environment else None),
+        ("Summary", table((), numbers) if numbers else None),
+        ("Settings", settings_table(run.settings) if run.settings else None),
+        ("Data", table(("source", "rows", "SHA-256 (first 16)"), sources) if sources else None),
+        ("Environment", settings_table(run.environment) if run.environment else None),
     ]
     there = [(title, body) for title, body in blocks if body is not None]
-    if not there:
-        return Html("")
-    names = ", ".join(title.lower() if i else title for i, (title, _) in enumerate(there))
-    return _folded(names, join(*(join(tag("h3", title), body) for title, body in there)))
-
-
-def _as_mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _folded(title: str, body: Html) -> Html:
-    return tag("details", tag("summary", title), body)
-
-
-def _settings_table(values: Mapping[str, Any]) -> Html:
-    return _table((), [(name, tag("code", _plain(value))) for name, value in _flat(values)])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Html:
-    cells = [tag("tr", [tag("td", cell, class_=None if i else "key") for i, cell in enumerate(row)]) for row in rows]
-    top = tag("tr", [tag("th", cell) for cell in head]) if head else None
-    return tag("div", tag("table", top, cells), class_="scroll")
-
-
-def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    # where nothing was plotted the summary is all there is to see
+    opened = [body for title, body in there if title == "Summary" and not run.metrics]
+    there = [(title, body) for title, body in there if body not in opened]
+    names = ", ".join(title if i == 0 else title.lower() for i, (title, _) in enumerate(there))
+    rest = [join(tag("h3", title), body) for title, body in there]
+    return join(opened, folded(names, rest) if rest else None)
 
 
 def _numbers(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
@@ -521,14 +436,10 @@ def _numbers(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, s
         base = key.removesuffix("_low").removesuffix("_high")
         if base != key and base in values:
             continue
-        if isinstance(value, Mapping) and "value" not in value:
+        if isinstance(value, Mapping) and number(values, key) is None:
             yield from _numbers(value, f"{path}{key}.")
         elif (found := interval(values, key)) is not None:
             count = f" (n={found.count})" if found.count else ""
             yield f"{path}{key}", f"{show(found.value)} {headline.bounds(found)}".rstrip() + count
         elif isinstance(value, str | bool):
             yield f"{path}{key}", str(value)
-
-
-def _asset(name: str) -> str:
-    return resources.files("trimtab.reports").joinpath(name).read_text(encoding="utf-8")

@@ -10,6 +10,8 @@ import math
 from typing import Any
 
 _VOID = frozenset({"meta", "br", "img"})
+# Controls that let a text run backwards past its own end; right-to-left scripts need none of them.
+_TURNING = {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 class Html(str):
@@ -18,9 +20,14 @@ class Html(str):
     __slots__ = ()
 
 
+def visible(text: str) -> str:
+    """The text with controls of writing direction spelled out, so that it cannot rearrange what stands around it."""
+    return text.translate(_TURNING)
+
+
 def escape(value: object) -> Html:
     """The value as HTML text, safe inside an element and inside a quoted attribute."""
-    return value if isinstance(value, Html) else Html(html.escape(str(value), quote=True))
+    return value if isinstance(value, Html) else Html(html.escape(visible(str(value)), quote=True))
 
 
 def join(*children: object) -> Html:
@@ -71,6 +78,7 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(member) for member in value]
     if isinstance(value, float):
-        # five digits draw the same picture in half the bytes
-        return float(f"{value:.5g}") if math.isfinite(value) else None
+        # five digits draw the same picture in half the bytes; the largest numbers round to infinity
+        rounded = float(f"{value:.5g}")
+        return rounded if math.isfinite(rounded) else None
     return value

@@ -27,7 +27,9 @@ const watcher = new IntersectionObserver(
   },
   { rootMargin: "400px" },
 );
-for (const chart of document.querySelectorAll(".chart")) watcher.observe(chart);
+const charts = document.querySelectorAll(".chart");
+for (const chart of charts) watcher.observe(chart);
+addEventListener("beforeprint", () => charts.forEach((chart) => chart.data || draw(chart)));
 
 for (const button of document.querySelectorAll(".choices button")) {
   button.addEventListener("click", () => {

@@ -60,7 +60,7 @@ class Arithmetic(World):
         return "\n".join(lines)
 
     def gold(self, prompt: Prompt, response: str) -> Gold:
-        """`format` is 1 for a single `####`, on the last line, with a whole number; `correct` and the total for the right one."""
+        """`format`: a single `####`, on the last line. `correct`, and the total: the right number there."""
         answer = find_answer(response)
         correct = float(answer == str(prompt.facts["answer"]))
         return Gold(correct, {"correct": correct, "format": float(answer is not None)})
@@ -100,7 +100,7 @@ def _question(numbers: list[int], operators: list[str], rng: Random) -> str:
     if operators == ["x"]:
         return STORY_TIMES.format(**values, b=numbers[1])
     steps = [rng.choice(STORY_STEPS[o]).format(b=n) for o, n in zip(operators, numbers[1:], strict=True)]
-    return f"{' and then '.join([STORY_START.format(**values), *steps])}. How many {values['things']} are left?"
+    return f"{' and then '.join([STORY_START.format(**values), *steps])}. How many {values['things']} are there now?"
 
 
 def _steps(numbers: list[int], operators: list[str]) -> list[int]:

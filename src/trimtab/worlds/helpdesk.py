@@ -17,7 +17,7 @@ from trimtab.worlds.world import Gold, World
 @registry.register("world", "helpdesk")
 @dataclass(frozen=True, kw_only=True)
 class Helpdesk(World):
-    """Customer tickets: `helpdesk_grammar` writes them and their replies, `helpdesk_gold` says what replies are worth."""
+    """Customer tickets: `helpdesk_grammar` writes them and replies to them, `helpdesk_gold` scores them."""
 
     name: ClassVar[str] = "helpdesk"
     # A little above the price of each in gold, so that it pays and yet utility follows gold over usual replies: three

@@ -307,7 +307,7 @@ def draw_facts(rng: Random) -> dict[str, Any]:
     claim = rng.choice([c for c in CLAIMS if c > window]) if kind == "wrong claim" else 0
     # A customer is mostly wrong about the policy when it matters: late by the policy, in time by the claim.
     late = rng.random() < (0.7 if claim else 0.36)
-    days = rng.randint(window + 1, min(claim or LAST_DAY, LAST_DAY)) if late else rng.randint(1, window)
+    days = rng.randint(window + 1, min(claim or LAST_DAY, LAST_DAY)) if late else rng.randint(2, window)
     asked, *not_covered = STATES[action]
     state = asked if rng.random() < 0.8 else rng.choice(not_covered)
     wants = rng.choice(("day", "gift")) if kind == "wants more" else ""

@@ -23,11 +23,11 @@ def write_sets(world: World, rows: int, out: Path, seed: int = 0) -> dict[str, i
     vote of a simulated annotator on two replies), `prompts` (with the facts that gold needs) and `documents` (`text`).
     Train gets `rows` of each, validation and test a tenth. Raises DataError where the world has too few prompts.
     """
-    people = calibrate(world, world.biases, _reply_pairs(world, "train", _CALIBRATION_PAIRS, seed=seed + 1))
+    people = calibrate(world, world.biases, reply_pairs(world, "train", _CALIBRATION_PAIRS, seed=seed + 1))
     counts: dict[str, int] = {}
     for split in SPLITS:
         num = rows if split == "train" else max(1, rows // 10)
-        pairs = _reply_pairs(world, split, num, seed=seed)
+        pairs = reply_pairs(world, split, num, seed=seed)
         sets: dict[str, Iterable[Mapping[str, Any]]] = {
             "demonstrations": (
                 {"messages": [*_messages(d.prompt), _reply(d.response)]}
@@ -46,7 +46,7 @@ def write_sets(world: World, rows: int, out: Path, seed: int = 0) -> dict[str, i
     return counts
 
 
-def _reply_pairs(world: World, split: Split, num: int, *, seed: int) -> list[Pair]:
+def reply_pairs(world: World, split: Split, num: int, *, seed: int) -> list[Pair]:
     """Prompts of the split with two different replies of the grammar."""
     pairs: list[Pair] = []
     for prompt in world.prompts(split, num, seed=seed):

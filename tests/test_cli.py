@@ -1,0 +1,207 @@
+"""The command line: quick, light, and with a readable answer to every mistake."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from trimtab import cli, config, registry
+from trimtab.errors import DataError, Interrupted
+from trimtab.runs.run import Run
+from trimtab.settings_help import registered, settings_help
+
+COMMAND = [sys.executable, "-c", "from trimtab.cli import main; main()"]
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.main, [*map(str, arguments)], prog_name="trimtab")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    num_steps: int = 3
+    """How many."""
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A stage `probe` in the command table, which notes its settings."""
+
+    def run(settings: Settings, run: Run) -> None:
+        module.seen.append((settings, run.directory))
+        run.log(1, {"loss/train": 1.0})
+        run.finish({"num_steps": settings.num_steps})
+
+    module = types.ModuleType("probe_stage")
+    module.seen, module.Settings, module.run = [], Settings, run
+    monkeypatch.setitem(sys.modules, "probe_stage", module)
+    commands = {**cli.main.commands, "probe": cli.stage_command("probe", "probe_stage", "A probe.")}
+    monkeypatch.setattr(cli.main, "commands", commands)
+    return module
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "probe.toml"
+    path.write_text("num_steps = 5\n")
+    return path
+
+
+def test_help_answers_in_less_than_three_tenths_of_a_second():
+    def seconds() -> float:
+        began = time.perf_counter()
+        subprocess.run([*COMMAND, "--help"], check=True, capture_output=True)
+        return time.perf_counter() - began
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["online", "--help"], ["data", "show", "--help"]])
+def test_help_loads_nothing_heavy(arguments: list[str]):
+    code = f"""
+import sys
+from trimtab.cli import main
+try:
+    main({arguments!r})
+except SystemExit as stop:
+    assert not stop.code, stop.code
+heavy = {{"torch", "transformers", "datasets", "pydantic", "rich", "plotly", "numpy", "scipy"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_every_command_has_a_line_of_help():
+    for name, command in cli.main.commands.items():
+        assert command.get_short_help_str(), name
+        assert name in invoke("--help").output
+
+
+@pytest.mark.parametrize("name", cli.STAGES)
+def test_the_help_of_a_stage_lists_every_setting_with_its_default(name: str):
+    module = cli.STAGES[name][0]
+    listed = {line.replace(",", " ").replace(":", " ").split()[0]: line for line, _ in settings_help(module)}
+    settings = importlib.import_module(module).Settings
+    assert set(config._key_paths(settings, {}, "")) <= set(listed)
+    for field in config._fields(settings):
+        if isinstance(field.default, int | float | str | None):
+            assert listed[field.name].endswith(f" = {field.default!r}")
+    assert all(doc for _, doc in settings_help(module))
+
+
+@pytest.mark.parametrize("kind", registry._HOMES)
+def test_the_names_found_in_the_source_are_those_registered(kind: str):
+    # Other tests register classes of their own; the package's are what counts here.
+    known = {n for n in registry.names(kind) if registry.find(kind, n, where="").__module__.startswith("trimtab.")}
+    assert set(registered(kind)) == known
+
+
+def test_a_stage_gets_the_settings_of_file_and_overrides(stage: types.ModuleType, run_file: Path, tmp_path: Path):
+    result = invoke("probe", run_file, "num_steps=7", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert stage.seen == [(Settings(num_steps=7), tmp_path / "out")]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == {"num_steps": 7}
+    assert f"report: {tmp_path / 'out' / 'report.html'}" in result.output
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_run_directory_is_named_after_the_file_unless_told(
+    stage: types.ModuleType, run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert invoke("probe", run_file).exit_code == 0
+    assert stage.seen[0][1] == Path("runs/probe")
+
+
+def test_a_finished_run_is_left_alone_and_fresh_begins_it_again(
+    stage: types.ModuleType, run_file: Path, tmp_path: Path
+):
+    invoke("probe", run_file, "--out", tmp_path / "out")
+    assert "is finished" in invoke("probe", run_file, "--out", tmp_path / "out").output
+    assert len(stage.seen) == 1
+    assert invoke("probe", run_file, "num_steps=9", "--out", tmp_path / "out").exit_code == 2
+    assert invoke("probe", run_file, "num_steps=9", "--out", tmp_path / "out", "--fresh").exit_code == 0
+    assert [settings.num_steps for settings, _ in stage.seen] == [5, 9]
+
+
+def test_the_settings_of_a_run_can_be_run_again(stage: types.ModuleType, run_file: Path, tmp_path: Path):
+    invoke("probe", run_file, "num_steps=7", "--out", tmp_path / "out")
+    again = invoke("probe", tmp_path / "out" / "settings.toml", "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    assert stage.seen[1][0] == stage.seen[0][0]
+    other = invoke("sft", tmp_path / "out" / "settings.toml")
+    assert other.exit_code == 2
+    assert "use trimtab probe" in other.stderr
+
+
+def test_a_mistake_is_a_message_on_stderr_and_exit_code_2(stage: types.ModuleType, run_file: Path):
+    result = invoke("probe", run_file, "num_step=3")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "num_step: unknown key; did you mean num_steps?" in result.stderr
+    assert f"{run_file} num_step=3" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_missing_run_file_is_answered_with_near_ones(stage: types.ModuleType, run_file: Path):
+    result = invoke("probe", run_file.with_name("prob.toml"))
+    assert result.exit_code == 2
+    assert f"did you mean {run_file}?" in result.stderr
+
+
+def test_a_misspelt_command_is_answered_with_the_nearest():
+    result = invoke("onlin", "run.toml")
+    assert result.exit_code == 2
+    assert "did you mean 'online'?" in result.stderr
+
+
+def test_an_error_of_a_stage_is_a_message_too(stage: types.ModuleType, run_file: Path, tmp_path: Path):
+    def run(settings: Settings, run: Run) -> None:
+        raise DataError("a row without a prompt", where="a.jsonl, row 3", fix="add it")
+
+    stage.run = run
+    result = invoke("probe", run_file, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr == "error: a row without a prompt\n  where: a.jsonl, row 3\n  fix:   add it\n"
+
+
+def test_an_interrupted_stage_says_the_command_that_goes_on(
+    stage: types.ModuleType, run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def run(settings: Settings, run: Run) -> None:
+        raise Interrupted("stopped at step 3")
+
+    stage.run = run
+    monkeypatch.setattr(sys, "argv", ["trimtab", "probe", "a run.toml", "--fresh", "--out", "x"])
+    result = invoke("probe", run_file, "--out", tmp_path / "out")
+    assert result.exit_code == 130
+    assert result.stderr == "stopped at step 3\nto go on: trimtab probe 'a run.toml' --out x\n"
+
+
+def test_the_shipped_examples_are_found():
+    assert (cli.examples_dir() / "quickstart" / "pipeline.toml").is_file()
+
+
+def test_world_writes_sets_that_data_of_any_tool_can_be(tmp_path: Path):
+    result = invoke("world", "arithmetic", "--rows", 20, "--out", tmp_path, "--seed", 3)
+    assert result.exit_code == 0, result.output
+    lines = (tmp_path / "train" / "demonstrations.jsonl").read_text().splitlines()
+    assert len(lines) == 20
+    assert all("messages" in json.loads(line) for line in lines)
+    assert invoke("world", "arithmetics", "--rows", 20, "--out", tmp_path).exit_code == 2
+
+
+def test_report_refuses_what_is_no_run(tmp_path: Path):
+    result = invoke("report", tmp_path)
+    assert result.exit_code == 2
+    assert isinstance(cli.main, click.Group)
