@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
@@ -118,7 +118,9 @@ class EvalRecord:
     scores: Mapping[str, float]
 
 
-Record = TypeVar("Record", Prompt, Demonstration, Comparison, PreferencePair, LabelledResponse, SteppedResponse, Rollout, EvalRecord)
+Record = TypeVar(
+    "Record", Prompt, Demonstration, Comparison, PreferencePair, LabelledResponse, SteppedResponse, Rollout, EvalRecord
+)
 
 
 def prompt_id(messages: Sequence[Message]) -> str:
@@ -139,4 +141,5 @@ def from_dict(cls: type[Record], row: Mapping[str, Any]) -> Record:
         values["messages"] = tuple(Message(**m) for m in values["messages"])
     elif "prompt" in values:
         values["prompt"] = from_dict(Prompt, values["prompt"])
-    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    make: Callable[..., Record] = cls
+    return make(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})

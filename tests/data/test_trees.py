@@ -5,9 +5,13 @@ from hypothesis import strategies as st
 from trimtab.data.trees import Branch, TokenTrees, Tree, TreeBatch, per, response_tree, sequence_tree, split_by_tokens
 
 ids = st.lists(st.integers(0, 9), min_size=1, max_size=5).map(tuple)
-branches = st.builds(lambda i, seed: Branch(i, tuple((seed >> k) % 2 == 0 for k in range(len(i)))), ids, st.integers(0, 31))
+branches = st.builds(
+    lambda i, seed: Branch(i, tuple((seed >> k) % 2 == 0 for k in range(len(i)))), ids, st.integers(0, 31)
+)
 trees = st.lists(
-    st.builds(Tree, st.lists(st.integers(0, 9), max_size=4).map(tuple), st.lists(branches, min_size=1, max_size=3).map(tuple)),
+    st.builds(
+        Tree, st.lists(st.integers(0, 9), max_size=4).map(tuple), st.lists(branches, min_size=1, max_size=3).map(tuple)
+    ),
     min_size=1,
     max_size=4,
 )
@@ -42,14 +46,20 @@ def test_the_tree_and_its_padded_rows_describe_the_same_sequences(some):
     # the token after the one a target is predicted from is the target itself
     assert torch.equal(flat[rows.predict_from + 1], row.targets)
     assert torch.equal(flat[rows.predict_from], row.input_ids[row.predict_from])
-    assert rows.attention_mask.sum() == sum(len(t.prompt) * len(t.branches) + sum(len(b.ids) for b in t.branches) for t in some)
+    assert rows.attention_mask.sum() == sum(
+        len(t.prompt) * len(t.branches) + sum(len(b.ids) for b in t.branches) for t in some
+    )
     assert row.num_trained == sum(t.num_trained for t in some)
 
 
 @given(trees)
 def test_a_token_sees_exactly_the_earlier_tokens_of_its_own_sequence(some):
     row = TokenTrees.build(some)
-    position = {int(r): (p, int(s)) for p, tree_rows in enumerate(row.blocks.rows) for s, r in enumerate(tree_rows[: some[p].num_tokens])}
+    position = {
+        int(r): (p, int(s))
+        for p, tree_rows in enumerate(row.blocks.rows)
+        for s, r in enumerate(tree_rows[: some[p].num_tokens])
+    }
     start = 0
     for number, tree in enumerate(some):
         spans = list(tree.nodes())
@@ -63,8 +73,6 @@ def test_a_token_sees_exactly_the_earlier_tokens_of_its_own_sequence(some):
                 assert seen == prompt | set(range(begin, begin + offset + 1))
         start += tree.num_tokens
     assert row.blocks.rows.reshape(-1)[row.blocks.slots].tolist() == list(range(row.num_tokens))
-
-
 
 
 def marked_batch(row):

@@ -29,7 +29,9 @@ def prompts(*texts):
     return [Prompt(messages=(Message("user", t),)) for t in texts]
 
 
-SOME = prompts("I want a refund!", "What is 12 + 30?", "Item: lamp. Policy: refund within 30 days.", "Thank you", "lamp")
+SOME = prompts(
+    "I want a refund!", "What is 12 + 30?", "Item: lamp. Policy: refund within 30 days.", "Thank you", "lamp"
+)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
@@ -61,7 +63,10 @@ def test_the_same_seed_gives_the_same_rollouts_whatever_the_batch_and_the_order_
     whole = drawn(100, SOME)
     assert drawn(2, SOME) == whole
     assert drawn(4, SOME[::-1]) == whole
-    assert sorted((r.prompt.id, r.response_ids) for r in generator(model_dir).generate(SOME, group_size=2, seed=6)) != whole
+    assert (
+        sorted((r.prompt.id, r.response_ids) for r in generator(model_dir).generate(SOME, group_size=2, seed=6))
+        != whole
+    )
 
 
 def test_a_prompt_that_comes_twice_gets_different_replies(model_dir):
@@ -88,7 +93,11 @@ def test_greedy_decoding_is_that_of_transformers(model_dir):
     for r in g.generate(SOME, group_size=1, seed=0):
         ids = torch.tensor([r.prompt_ids])
         out = g.policy.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=sorted(g.chat.stop_ids)
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=sorted(g.chat.stop_ids),
         )
         assert tuple(out[0, ids.shape[1] :].tolist()) == r.response_ids
 
@@ -108,5 +117,5 @@ def test_sampling_follows_the_distribution(model_dir):
 
 
 def test_a_prompt_that_is_too_long_is_named(model_dir):
-    with pytest.raises(DataError, match="a prompt of .* tokens; the longest allowed is 8"):
+    with pytest.raises(DataError, match=r"a prompt of .* tokens; the longest allowed is 8"):
         generator(model_dir, max_prompt_tokens=8).generate(SOME, group_size=1, seed=0)

@@ -102,7 +102,8 @@ def test_the_gradient_norm_is_that_of_float64_and_clipping_scales_to_it():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "expected"), [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.75]), ("cosine", [0.5, 1, 1, None])]
+    ("schedule", "expected"),
+    [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.75]), ("cosine", [0.5, 1, 1, None])],
 )
 def test_schedules_by_hand(schedule, expected):
     # ten updates, two of warm-up: the rate halves, peaks, then falls by the schedule; update 4 is 2/8 of the way down

@@ -83,7 +83,9 @@ def test_scores_are_those_of_transformers_and_do_not_depend_on_padding_or_batch(
     model.config.pad_token_id = 0
     with torch.no_grad():
         alone = [
-            model(input_ids=torch.tensor([tree.prompt + b.ids])).logits[0, 0] for tree in trees.trees for b in tree.branches
+            model(input_ids=torch.tensor([tree.prompt + b.ids])).logits[0, 0]
+            for tree in trees.trees
+            for b in tree.branches
         ]
     role = as_role(model, ScalarModel, tree_form=supports_trees(model))
     for budget in (1, 25, 10**9):
@@ -96,7 +98,9 @@ def test_exact_kl_is_the_kl_of_the_two_softmaxes():
     p, q = (as_role(m, Policy, tree_form=False) for m in (one, other))
     rows = trees.padded(0)
     with torch.no_grad():
-        logs = [m(input_ids=rows.input_ids).logits.flatten(0, 1)[rows.predict_from].log_softmax(-1) for m in (one, other)]
+        logs = [
+            m(input_ids=rows.input_ids).logits.flatten(0, 1)[rows.predict_from].log_softmax(-1) for m in (one, other)
+        ]
     expected = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
     torch.testing.assert_close(exact_kl_of(p, q, trees, 12), expected, atol=1e-5, rtol=1e-4)
 

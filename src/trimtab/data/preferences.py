@@ -79,6 +79,8 @@ def to_pairs(
 
 
 class HasPrompt(Protocol):
+    """A record about one prompt."""
+
     @property
     def prompt(self) -> Prompt: ...
 

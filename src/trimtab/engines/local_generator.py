@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from trimtab import seeds
 from trimtab.data.chat import Chat
@@ -104,7 +106,7 @@ class LocalGenerator:
         width = max(len(p) for p in encoded)
         input_ids = torch.tensor([[self.chat.pad_id] * (width - len(p)) + list(p) for p in encoded])
         mask = torch.arange(width)[None, :] >= torch.tensor([[width - len(p)] for p in encoded])
-        cache = DynamicCache(config=self.policy.model.config)
+        cache = roomy_cache(self.policy.model)
         hidden = self._step(input_ids, mask, cache, (mask.cumsum(1) - 1).clamp(min=0))
         if group_size > 1:
             cache.batch_repeat_interleave(group_size)
@@ -152,3 +154,45 @@ class LocalGenerator:
         )
         hidden: Tensor = outputs.last_hidden_state[:, -1]
         return hidden
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A cache layer with room to grow, so that a new token is written beside the old ones instead of copying them all.
+
+    `keys` and `values` are views of the filled part of two buffers; an operation that replaces them (repeating or
+    selecting rows) gives up the buffers, and the next token makes new ones.
+    """
+
+    ROOM = 32
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Adds the states of new tokens [B, H, T, D]; returns all states so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys = self._extended("_key_buffer", self.keys, key_states)
+        self.values = self._extended("_value_buffer", self.values, value_states)
+        return self.keys, self.values
+
+    def _extended(self, name: str, old: Tensor, new: Tensor) -> Tensor:
+        length = old.shape[2] + new.shape[2]
+        buffer: Tensor | None = getattr(self, name, None)
+        if buffer is None or buffer.data_ptr() != old.data_ptr() or buffer.shape[2] < length:
+            batch, heads, _, size = new.shape
+            buffer = new.new_empty(batch, heads, length + self.ROOM, size)
+            buffer[:, :, : old.shape[2]] = old
+            setattr(self, name, buffer)
+        buffer[:, :, old.shape[2] : length] = new
+        return buffer[:, :, :length]
+
+
+def roomy_cache(model: PreTrainedModel) -> DynamicCache:
+    """The model's own kind of cache, its plain layers replaced by ones that do not copy themselves every token."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [
+        RoomyLayer() if type(layer) is DynamicLayer else layer  # type: ignore[no-untyped-call]
+        for layer in cache.layers
+    ]
+    return cache

@@ -143,7 +143,9 @@ class LocalLearner:
         tensors = load_file(directory / f"{self.name}.safetensors")
         for n, p in self.parameters.items():
             p.copy_(tensors[f"weight/{n}"])
-            state = {k: tensors[f"adam.{k}/{n}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{k}/{n}" in tensors}
+            state = {
+                k: tensors[f"adam.{k}/{n}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{k}/{n}" in tensors
+            }
             if state:
                 self.adam.state[p] = state
         self.updates_done = int(tensors["updates_done"])

@@ -23,6 +23,7 @@ from trimtab.evals.stats import (
     reliability_bins,
     spearman,
     wilson,
+    win_rate,
 )
 from trimtab.evals.text import words
 from trimtab.types import PreferencePair
@@ -76,8 +77,16 @@ def fit_bag_of_words(
     return BagOfWords(dict(zip(vocabulary, found.x.tolist(), strict=True)))
 
 
-def ordering_accuracy(chosen_scores: ArrayLike, rejected_scores: ArrayLike) -> Interval:
-    """Share of pairs whose chosen side scores higher, ties half, with its Wilson interval."""
+def ordering_accuracy(
+    chosen_scores: ArrayLike, rejected_scores: ArrayLike, prompts: Sequence[str] | None = None
+) -> Interval:
+    """Share of pairs whose chosen side scores higher, ties half, with its interval.
+
+    Where several `prompts` (ids) repeat, pairs of one prompt are not independent and whole prompts are resampled; else
+    the interval is Wilson's.
+    """
+    if prompts is not None and 1 < len(set(prompts)) < len(prompts):
+        return win_rate(chosen_scores, rejected_scores, groups=prompts)
     margins = np.asarray(chosen_scores, dtype=np.float64) - np.asarray(rejected_scores, dtype=np.float64)
     return wilson(float((margins > 0).sum() + 0.5 * (margins == 0).sum()), margins.size)
 
@@ -111,8 +120,9 @@ def reward_card(
     chosen_lengths = np.array([len(words(pair.chosen)) for pair in pairs], dtype=np.float64)
     rejected_lengths = np.array([len(words(pair.rejected)) for pair in pairs], dtype=np.float64)
 
-    accuracy = ordering_accuracy(chosen, rejected)
-    longer = ordering_accuracy(chosen_lengths, rejected_lengths)
+    prompts = [pair.prompt.id for pair in pairs]
+    accuracy = ordering_accuracy(chosen, rejected, prompts)
+    longer = ordering_accuracy(chosen_lengths, rejected_lengths, prompts)
     card: dict[str, Any] = {
         "num_pairs": num_pairs,
         **accuracy.named("accuracy"),
@@ -139,7 +149,7 @@ def reward_card(
     if training_pairs:
         judge = fit_bag_of_words([pair.chosen for pair in training_pairs], [pair.rejected for pair in training_pairs])
         bag_of_words = ordering_accuracy(
-            [judge.score(pair.chosen) for pair in pairs], [judge.score(pair.rejected) for pair in pairs]
+            [judge.score(pair.chosen) for pair in pairs], [judge.score(pair.rejected) for pair in pairs], prompts
         )
         card |= bag_of_words.named("bag_of_words")
 

@@ -82,7 +82,9 @@ def is_decoder(model: PreTrainedModel) -> bool:
     return bool(flags) and all(flags)
 
 
-def hidden_states(backbone: PreTrainedModel, trees: TokenTrees, *, tree_form: bool, pad_id: int) -> tuple[Tensor, Tensor]:
+def hidden_states(
+    backbone: PreTrainedModel, trees: TokenTrees, *, tree_form: bool, pad_id: int
+) -> tuple[Tensor, Tensor]:
     """Last hidden states ([M, D] where trained tokens are predicted from, [B, D] at each sequence's last token).
 
     `tree_form` runs the shared row; otherwise sequences run as padded rows, with the same numbers to rounding.

@@ -46,4 +46,3 @@ def _in_pieces(trees: TokenTrees, token_budget: int, axis: str, run: Callable[[T
     for indices in split_by_tokens(trees, token_budget):
         result[trees.index_of(axis, indices)] = run(trees.select(indices))
     return result
-

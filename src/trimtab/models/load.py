@@ -18,8 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from trimtab.errors import EngineError
 
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -91,7 +91,8 @@ def _prepared(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    return model.eval()  # type: ignore[no-any-return]
+    model.train(False)
+    return model
 
 
 @torch.no_grad()
@@ -101,7 +102,8 @@ def _refuse_processed_logits(model: PreTrainedModel, path: str | Path) -> None:
     ids = torch.arange(3, 7)[None] % model.config.get_text_config().vocab_size
     logits = model(input_ids=ids).logits
     hidden = model.base_model(input_ids=ids).last_hidden_state
-    difference = float((model.get_output_embeddings()(hidden) - logits).abs().max())
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    difference = float((head(hidden) - logits).abs().max())
     if not difference <= 1e-3 * max(1.0, float(logits.abs().max())):
         raise EngineError(
             f"the logits of this model are not its head applied to its hidden states (they differ by {difference:.3g})",

@@ -31,6 +31,11 @@ class ScoreOutputs:
     scores: Tensor
 
 
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head."""
+    return cast(PreTrainedModel, model.base_model)
+
+
 class Policy(nn.Module):
     """A causal language model that scores the trained tokens of trees; policy or reference."""
 
@@ -52,11 +57,11 @@ class Policy(nn.Module):
     @property
     def head(self) -> nn.Linear:
         """The output embedding, [V, D]."""
-        return cast(nn.Linear, self.model.get_output_embeddings())
+        return cast(nn.Linear, self.model.get_output_embeddings())  # type: ignore[no-untyped-call]
 
     def hidden(self, trees: TokenTrees) -> Tensor:
         """[M, D] the hidden states that predict the trained tokens."""
-        return hidden_states(self.model.base_model, trees, tree_form=self.tree_form, pad_id=self.pad_id)[0]
+        return hidden_states(backbone(self.model), trees, tree_form=self.tree_form, pad_id=self.pad_id)[0]
 
     def forward(self, trees: TokenTrees, *, entropy: bool = False) -> TokenOutputs:
         """Log-probabilities of the trained tokens; their entropy when asked; values where there is a value head."""
@@ -101,9 +106,7 @@ class ScalarModel(nn.Module):
     def forward(self, trees: TokenTrees) -> ScoreOutputs:
         """Values and scores of the trees."""
         if self.is_decoder:
-            before, last = hidden_states(
-                self.model.base_model, trees, tree_form=self.tree_form, pad_id=self.pad_id
-            )
+            before, last = hidden_states(backbone(self.model), trees, tree_form=self.tree_form, pad_id=self.pad_id)
             head = cast(nn.Linear, self.model.score)
             return ScoreOutputs(values=head(before).squeeze(-1).float(), scores=head(last).squeeze(-1).float())
         rows = trees.padded(self.pad_id)

@@ -65,7 +65,9 @@ class RewardModelScorer:
 
     def score_texts(self, pairs: Sequence[tuple[Prompt, str]]) -> Tensor:
         """[B] calibrated rewards of finished replies given as text."""
-        sequences = [(tuple(self.chat.encode_prompt(p.messages)), tuple(self.chat.encode_response(t))) for p, t in pairs]
+        sequences = [
+            (tuple(self.chat.encode_prompt(p.messages)), tuple(self.chat.encode_response(t))) for p, t in pairs
+        ]
         return self._score_ids(sequences)[0]
 
     def _score_ids(self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[Tensor, Metrics]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations, groupby
 
 from trimtab import seeds, worlds
 from trimtab.data.chat import Chat
@@ -12,7 +13,7 @@ from trimtab.engines.local_generator import LocalGenerator, Sampling
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.runs.run import Run
-from trimtab.types import PreferencePair, Prompt, to_dict
+from trimtab.types import PreferencePair, Prompt, Rollout, to_dict
 from trimtab.worlds.annotators import Annotators, calibrate
 
 
@@ -29,9 +30,11 @@ class Settings:
     num_held_out_prompts: int = 250
     """Prompts, of another split, for the pairs a reward model is judged by."""
     replies_per_prompt: int = 2
-    """Replies sampled of each prompt; they are compared two by two."""
+    """Replies sampled of each training prompt, each compared with each other; held-out prompts get two."""
     num_annotators: int = 20
-    """Simulated annotators; each pair is shown to one of them."""
+    """Simulated annotators, taking the pairs in turn."""
+    votes_per_pair: int = 1
+    """Annotators who vote on each pair. Training: the share that agrees is the label. Held out: each vote is a pair."""
     agreement: float = 0.70
     """How often two annotators agree on a pair; sets their noise. Real teams report 0.65 to 0.75."""
     biases: dict[str, float] | None = None
@@ -42,8 +45,13 @@ class Settings:
     """Seed of prompts, replies and votes."""
 
     def __post_init__(self) -> None:
-        if self.replies_per_prompt < 2 or self.replies_per_prompt % 2:
-            raise ValueError(f"replies_per_prompt = {self.replies_per_prompt}; it must be even, as replies are paired")
+        if self.replies_per_prompt < 2:
+            raise ValueError(f"replies_per_prompt = {self.replies_per_prompt}; a comparison needs at least 2")
+        if not 1 <= self.votes_per_pair <= self.num_annotators:
+            raise ValueError(
+                f"votes_per_pair = {self.votes_per_pair} with num_annotators = {self.num_annotators}: "
+                "each vote on a pair is another annotator's"
+            )
 
 
 def run(settings: Settings, run: Run) -> None:
@@ -59,11 +67,19 @@ def run(settings: Settings, run: Run) -> None:
         ("held_out", "test", settings.num_held_out_prompts),
     ):
         prompts = world.prompts(split, num, seed=settings.seed)  # type: ignore[arg-type]
-        pairs, identical = sampled_pairs(prompts, generator, settings, purpose=name)
+        num_replies = settings.replies_per_prompt if name == "train" else 2
+        seed = seeds.derive(settings.seed, "compare", name)
+        pairs, identical = sampled_pairs(generator.generate(prompts, group_size=num_replies, seed=seed))
         if annotators is None:
             biases = world.biases if settings.biases is None else settings.biases
             annotators = calibrate(world, biases, pairs, agreement=settings.agreement)
-        voted = [vote(annotators, pair, i % settings.num_annotators, settings.seed) for i, pair in enumerate(pairs)]
+        voted = []
+        for i, pair in enumerate(pairs):
+            voters = [
+                (i * settings.votes_per_pair + k) % settings.num_annotators for k in range(settings.votes_per_pair)
+            ]
+            ballots = [voters] if name == "train" else [[voter] for voter in voters]
+            voted += [vote(annotators, pair, ballot, settings.seed) for ballot in ballots]
         with (run.directory / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(to_dict(pair), ensure_ascii=False) + "\n" for pair in voted)
         summary |= {
@@ -76,25 +92,31 @@ def run(settings: Settings, run: Run) -> None:
     run.finish(summary | {"annotator_scale": annotators.scale})
 
 
-def sampled_pairs(
-    prompts: Sequence[Prompt], generator: LocalGenerator, settings: Settings, *, purpose: str
-) -> tuple[list[tuple[Prompt, str, str]], int]:
-    """(prompt, one reply, another) and the number of pairs left out because both replies were the same."""
-    rollouts = generator.generate(
-        prompts, group_size=settings.replies_per_prompt, seed=seeds.derive(settings.seed, "compare", purpose)
-    )
-    texts = [r.response for r in rollouts]
-    pairs = [(rollouts[i].prompt, texts[i], texts[i + 1]) for i in range(0, len(texts), 2)]
+def sampled_pairs(rollouts: Sequence[Rollout]) -> tuple[list[tuple[Prompt, str, str]], int]:
+    """Every two replies of a prompt as (prompt, one, another), and the number of pairs left out because both replies
+    were the same or one was empty."""
+    pairs = [
+        (prompt, a.response, b.response)
+        for prompt, group in groupby(rollouts, key=lambda r: r.prompt)
+        for a, b in combinations(group, 2)
+    ]
     different = [(p, a, b) for p, a, b in pairs if a.strip() and b.strip() and a != b]
     return different, len(pairs) - len(different)
 
 
-def vote(annotators: Annotators, pair: tuple[Prompt, str, str], annotator: int, seed: int) -> PreferencePair:
-    """One annotator's vote as a preference pair. The chance of that vote is kept among the prompt's facts, so that
-    a reward model can be held against the best anyone could do with such annotators."""
+def vote(annotators: Annotators, pair: tuple[Prompt, str, str], voters: Sequence[int], seed: int) -> PreferencePair:
+    """The votes of some annotators as a preference pair whose label is the share of the majority.
+
+    The chance that one annotator prefers `chosen` is kept among the prompt's facts, so that a reward model can be held
+    against the best anyone could do with such annotators.
+    """
     prompt, a, b = pair
-    prefers_a = annotators.vote(prompt, a, b, annotator=annotator, seed=seed) == "A"
-    chosen, rejected = (a, b) if prefers_a else (b, a)
+    num_for_a = sum(annotators.vote(prompt, a, b, annotator=voter, seed=seed) == "A" for voter in voters)
+    chosen, rejected = (a, b) if 2 * num_for_a >= len(voters) else (b, a)
     probability = annotators.preference_probability(prompt, chosen, rejected)
-    facts = dict(prompt.facts) | {"probability_chosen": probability}
-    return PreferencePair(prompt=replace(prompt, facts=facts), chosen=chosen, rejected=rejected)
+    return PreferencePair(
+        prompt=replace(prompt, facts=dict(prompt.facts) | {"probability_chosen": probability}),
+        chosen=chosen,
+        rejected=rejected,
+        label=max(num_for_a, len(voters) - num_for_a) / len(voters),
+    )

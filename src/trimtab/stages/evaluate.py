@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from trimtab import seeds, worlds
-from trimtab.data.layouts import load
 from trimtab.data.chat import Chat
+from trimtab.data.layouts import load
 from trimtab.engines.local_generator import LocalGenerator, Sampling
 from trimtab.evals.overoptimisation import best_of_n_curve
 from trimtab.evals.stats import bootstrap_mean, paired_difference, win_rate
@@ -37,6 +38,8 @@ class Settings:
     """Prompts that no stage has trained on: a file, a hub id or a world's test split."""
     num_prompts: int = 200
     """How many of them."""
+    on_bad_row: Literal["stop", "drop"] = "stop"
+    """Refuse the prompts at a bad row, or drop and count such rows."""
     world: str | None = None
     """Score by this world's gold."""
     reward_model: str | None = None
@@ -63,7 +66,7 @@ class Settings:
 
 def run(settings: Settings, run: Run) -> None:
     """Writes the numbers to summary.json and replies of both models to samples.jsonl."""
-    loaded = load(Prompt, settings.prompts, limit=settings.num_prompts)
+    loaded = load(Prompt, settings.prompts, on_bad_row=settings.on_bad_row, limit=settings.num_prompts)
     run.add_data(settings.prompts, loaded.sha256, len(loaded.records))
     chat = Chat(load_tokenizer(settings.model))
     temperature = settings.sampling.temperature
@@ -91,6 +94,7 @@ def run(settings: Settings, run: Run) -> None:
         summary[f"{judge}_difference"] = paired_difference(ours, theirs, groups=prompt_ids).named("difference")
     if settings.best_of:
         summary["best_of"] = best_of_baseline(settings, baseline, chat, loaded.records)
+    run.rewind(-1)  # a run killed between here and its end has written the samples already
     run.add_samples(0, sample_rows(replies, scores, settings.num_samples))
     run.finish(summary)
 
@@ -129,14 +133,12 @@ def kl_to_baseline(
     trees = to_trees(list(rollouts), 1)
     log_ratio = token_logprobs_of(policy, trees, token_budget) - token_logprobs_of(baseline, trees, token_budget)
     sampled = sum_per_sequence(log_ratio, trees.sequence_ids, trees.num_sequences).numpy()
-    exact = exact_kl_of(policy, baseline, trees, token_budget)
-    exact = sum_per_sequence(exact, trees.sequence_ids, trees.num_sequences).numpy()
+    exact_per_token = exact_kl_of(policy, baseline, trees, token_budget)
+    exact = sum_per_sequence(exact_per_token, trees.sequence_ids, trees.num_sequences).numpy()
     return bootstrap_mean(sampled).named("kl_sampled") | bootstrap_mean(exact).named("kl_exact")
 
 
-def best_of_baseline(
-    settings: Settings, baseline: Policy, chat: Chat, prompts: Sequence[Prompt]
-) -> dict[str, object]:
+def best_of_baseline(settings: Settings, baseline: Policy, chat: Chat, prompts: Sequence[Prompt]) -> dict[str, object]:
     """Unbiased gold of best-of-n of the baseline, chosen by gold itself: how good its own best replies are."""
     assert settings.world is not None
     chosen = prompts[: settings.best_of_prompts]
@@ -148,7 +150,10 @@ def best_of_baseline(
     if sizes[-1] != settings.best_of:
         sizes.append(settings.best_of)
     curve = best_of_n_curve(gold, gold, sizes)
-    return {"num_prompts": len(chosen), "curve": [{"n": point.n, "kl": point.kl} | point.value.named("gold") for point in curve]}
+    return {
+        "num_prompts": len(chosen),
+        "curve": [{"n": point.n, "kl": point.kl} | point.value.named("gold") for point in curve],
+    }
 
 
 def sample_rows(

@@ -46,7 +46,10 @@ def run(settings: Settings, run: Run) -> None:
         description="online",
     )
     run.save_model(lambda path: save_model(parts.policy.model, parts.chat.tokenizer, path))
-    run.finish({"num_steps": settings.num_steps, "counts": parts.counts} | last_metrics(run, "policy/kl", "reward/mean", "gold/mean"))
+    run.finish(
+        {"num_steps": settings.num_steps, "counts": parts.counts}
+        | last_metrics(run, "policy/kl", "reward/mean", "gold/mean")
+    )
 
 
 def train_step(number: int, parts: Parts, run: Run) -> Metrics:
@@ -109,7 +112,9 @@ def update_epochs(number: int, batch: PolicyBatch, parts: Parts) -> Metrics:
     stopped = False
     for epoch in range(settings.num_epochs):
         moved: list[Metrics] = []
-        for index, minibatch in enumerate(minibatches(batch, settings.num_minibatches, seed=(number, epoch), parts=parts)):
+        for index, minibatch in enumerate(
+            minibatches(batch, settings.num_minibatches, seed=(number, epoch), parts=parts)
+        ):
             for learner, losses in parts.losses_at(number):
                 metrics = learner.update([(minibatch, losses), *parts.pretraining_mix(learner, number, epoch, index)])
                 moved.append(metrics)
@@ -153,4 +158,3 @@ class Clock:
     def metrics(self) -> Metrics:
         """Every lap."""
         return self._laps
-

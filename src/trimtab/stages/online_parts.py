@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from trimtab import seeds, worlds
-from trimtab.data.layouts import load
 from trimtab.data.chat import Chat
+from trimtab.data.layouts import load
 from trimtab.data.trees import TokenTrees, TreeBatch, per, response_tree
 from trimtab.engines.local_generator import LocalGenerator
 from trimtab.engines.local_learner import LocalLearner
@@ -84,7 +84,7 @@ class Rewards:
         for name, weight, reward in self.parts:
             scores, metrics = reward.score(rollouts)
             total += weight * scores
-            logged.append(metrics if len(self.parts) == 1 else {f"reward/{name}": metrics["reward/mean"]})
+            logged.append(metrics if len(self.parts) == 1 else {f"reward/{name}": mean_of(scores.tolist())})
         metrics = merge(logged) | {
             "reward/mean": Mean(float(total.double().sum()), len(total)),
             "reward/std": Mean(float(total.std(correction=0)) * len(total), len(total)),
@@ -128,7 +128,9 @@ class Parts:
 
     def prompts_of(self, number: int) -> list[Prompt]:
         """The prompts of a step: every prompt once before any comes again, each pass in an order of its own."""
-        return [self.prompts[i] for i in self._passes(len(self.prompts), self.settings.prompts_per_step).examples(number)]
+        return [
+            self.prompts[i] for i in self._passes(len(self.prompts), self.settings.prompts_per_step).examples(number)
+        ]
 
     def losses_at(self, number: int) -> list[tuple[Learner, list[Loss]]]:
         """Who learns from a minibatch of this step, and by which losses."""
@@ -156,7 +158,9 @@ class Parts:
         if mix is None or learner is not self.policy_learner:
             return []
         update = (number * self.settings.num_epochs + epoch) * self.settings.num_minibatches + index
-        chosen = [self.demonstrations[i] for i in self._passes(len(self.demonstrations), mix.batch_size).examples(update)]
+        chosen = [
+            self.demonstrations[i] for i in self._passes(len(self.demonstrations), mix.batch_size).examples(update)
+        ]
         trees = TokenTrees.build(
             [
                 response_tree(self.chat.encode_prompt(d.prompt.messages), [self.chat.encode_response(d.response)])
@@ -166,15 +170,13 @@ class Parts:
         return [(TreeBatch(trees=trees), [SFTLoss(coef=mix.coef)])]
 
     def _passes(self, num_examples: int, batch_size: int) -> Epochs:
-        return Epochs(
-            num_examples=num_examples, batch_size=batch_size, num_epochs=1e9, seed=self.settings.seed
-        )
+        return Epochs(num_examples=num_examples, batch_size=batch_size, num_epochs=1e9, seed=self.settings.seed)
 
 
 def build_parts(settings: Settings, run: Run) -> Parts:
     """Loads models and data. Raises an error that teaches for whatever cannot be used."""
     chat = Chat(load_tokenizer(settings.model))
-    loaded = load(Prompt, settings.prompts, limit=settings.limit)
+    loaded = load(Prompt, settings.prompts, on_bad_row=settings.on_bad_row, limit=settings.limit)
     run.add_data(settings.prompts, loaded.sha256, len(loaded.records))
     prompts = [p for p in loaded.records if len(chat.encode_prompt(p.messages)) <= settings.sampling.max_prompt_tokens]
     if not prompts:
@@ -213,7 +215,10 @@ def build_parts(settings: Settings, run: Run) -> Parts:
         prompts=prompts,
         generator=LocalGenerator(policy, chat, settings.sampling),
         rewards=Rewards(
-            [(f"part_{i}", r.weight, r.load(token_budget=settings.token_budget)) for i, r in enumerate(settings.rewards)],
+            [
+                (f"part_{i}", r.weight, r.load(token_budget=settings.token_budget))
+                for i, r in enumerate(settings.rewards)
+            ],
             settings.shaping,
             state,
             world,

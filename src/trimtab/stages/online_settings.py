@@ -33,7 +33,9 @@ class Shaping:
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip = {self.clip}; it must be above 0")
         if self.missing_eos_penalty < 0:
-            raise ValueError(f"missing_eos_penalty = {self.missing_eos_penalty}; it is subtracted, so give it as positive")
+            raise ValueError(
+                f"missing_eos_penalty = {self.missing_eos_penalty}; it is subtracted, so give it as positive"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,8 @@ class Settings:
     """Prompts: a file, a hub id or a world."""
     limit: int | None = None
     """Use only the first prompts."""
+    on_bad_row: Literal["stop", "drop"] = "stop"
+    """Refuse the prompts at a bad row, or drop and count such rows."""
     rewards: Annotated[tuple[Any, ...], Choice("reward")]
     """What judges the rollouts; several are added up with their weights."""
     shaping: Shaping = field(default_factory=Shaping)

@@ -1,14 +1,14 @@
 """A pipeline: stages by name in one TOML file. Finished stages are skipped, an interrupted one goes on.
 
-    seed = 0
-    [variables]
-    rows = "path/to/preferences.jsonl.gz"
-    [stages.sft]
-    stage = "sft"
-    model = "@base"          # the model directory of the stage named base
-    data = "$rows"           # a variable
-    [stages.reward]
-    data = "@compare/train.jsonl"   # a file in the run directory of the stage named compare
+seed = 0
+[variables]
+rows = "path/to/preferences.jsonl.gz"
+[stages.sft]
+stage = "sft"
+model = "@base"          # the model directory of the stage named base
+data = "$rows"           # a variable
+[stages.reward]
+data = "@compare/train.jsonl"   # a file in the run directory of the stage named compare
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
     """Name to (stage, its settings). Raises one ConfigError with every mistake."""
     tables = values.get("stages")
     if not isinstance(tables, Mapping) or not tables:
-        raise ConfigError("a pipeline without stages", where=where, fix='add tables such as [stages.sft] with stage = "sft"')
+        raise ConfigError(
+            "a pipeline without stages", where=where, fix='add tables such as [stages.sft] with stage = "sft"'
+        )
     unknown = set(values) - {"seed", "variables", "stages"}
     if unknown:
         raise ConfigError(
@@ -73,9 +75,7 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
     for name, table in tables.items():
         stage = table.get("stage") if isinstance(table, Mapping) else None
         if stage not in STAGES:
-            raise ConfigError(
-                f"stages.{name}.stage is {stage!r}", where=where, fix=f"name one of: {', '.join(STAGES)}"
-            )
+            raise ConfigError(f"stages.{name}.stage is {stage!r}", where=where, fix=f"name one of: {', '.join(STAGES)}")
         settings = {key: value for key, value in table.items() if key != "stage"}
         if "seed" in values:
             settings.setdefault("seed", values["seed"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -50,11 +50,13 @@ class Architecture:
 
     def __post_init__(self) -> None:
         if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(f"hidden_size = {self.hidden_size} must be a multiple of 2 x num_heads = {2 * self.num_heads}")
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} must be a multiple of 2 x num_heads = {2 * self.num_heads}"
+            )
 
     def config(self, vocab_size: int, pad_id: int, end_id: int) -> PreTrainedConfig:
         """The transformers configuration, with tied embeddings."""
-        common = {
+        common: dict[str, Any] = {
             "vocab_size": vocab_size,
             "pad_token_id": pad_id,
             "eos_token_id": end_id,
@@ -68,9 +70,10 @@ class Architecture:
                 n_head=self.num_heads,
                 n_inner=self.mlp_size,
                 n_positions=self.max_positions,
+                activation_function="gelu_pytorch_tanh",
                 **common,
             )
-        shape = {
+        shape: dict[str, Any] = {
             "hidden_size": self.hidden_size,
             "num_hidden_layers": self.num_layers,
             "num_attention_heads": self.num_heads,
@@ -127,7 +130,8 @@ def run(settings: Settings, run: Run) -> None:
         tokenizer = train_tokenizer(documents, settings.vocab_size)
         torch.manual_seed(seeds.derive(settings.seed, "weights"))
         config = settings.architecture.config(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
-        save_model(AutoModelForCausalLM.from_config(config), tokenizer, writing)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        save_model(model, tokenizer, writing)
         writing.rename(start)
     model = load_causal(start)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
@@ -152,7 +156,10 @@ def run(settings: Settings, run: Run) -> None:
     )
     run.save_model(lambda path: save_model(model, tokenizer, path))
     parameters = sum(p.numel() for p in model.parameters())
-    run.finish({"num_parameters": parameters, "num_documents": len(documents), "num_steps": epochs.num_steps} | last_metrics(run, "loss/"))
+    run.finish(
+        {"num_parameters": parameters, "num_documents": len(documents), "num_steps": epochs.num_steps}
+        | last_metrics(run, "loss/")
+    )
 
 
 def read_documents(settings: Settings, run: Run) -> list[str]:
@@ -192,7 +199,9 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedToke
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>"
+    )
     fast.chat_template = DEFAULT_TEMPLATE
     return fast
 
@@ -206,5 +215,3 @@ def document_trees(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast,
         pieces = [closed[i : i + max_tokens] for i in range(0, len(closed), max_tokens)]
         trees += [sequence_tree(piece) for piece in pieces if len(piece) > 1]
     return trees
-
-

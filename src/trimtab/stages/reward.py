@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trimtab import seeds
-from trimtab.data.layouts import load
 from trimtab.data.chat import Chat
+from trimtab.data.layouts import load
 from trimtab.data.preferences import split_by_prompt
-from trimtab.data.trees import TokenTrees, Tree, TreeBatch, per, response_tree
+from trimtab.data.trees import TokenTrees, Tree, TreeBatch, response_tree
 from trimtab.engines.local_learner import AdamW, LocalLearner
 from trimtab.errors import DataError
 from trimtab.evals.reward_card import reward_card
@@ -53,7 +55,7 @@ class Settings:
     num_epochs: float = 1.0
     """Passes over the data; more than one overfits noisy votes quickly."""
     batch_size: int = 64
-    """Pairs of one update."""
+    """Prompts of one update, each with all its pairs."""
     optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=1e-5, schedule="cosine", warmup_fraction=0.03))
     """The optimizer and its schedule."""
     token_budget: int = 4096
@@ -66,14 +68,54 @@ class Settings:
     """Seed of the new head and the order of pairs."""
 
 
+@dataclass(frozen=True)
+class Compared:
+    """One pair among the branches of a tree: which is preferred to which, by what margin, and how surely."""
+
+    chosen: int
+    rejected: int
+    margin: float
+    label: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairBatch(TreeBatch):
-    """Pairs as trees: the prompt once, then the chosen and the rejected reply."""
+    """Prompts with their replies as trees, and the pairs that were compared.
 
-    margins: torch.Tensor = per("tree")
-    """[P] margin of each pair; 0 where the data has none."""
-    labels: torch.Tensor = per("tree")
-    """[P] probability that the chosen reply is preferred."""
+    All pairs of a prompt stay in one batch: K replies cost K forward passes for up to K (K - 1) / 2 pairs, and a reply
+    is not seen again in a later update, which would overfit it (Ouyang et al., arXiv:2203.02155, section 3.5).
+    """
+
+    compared: tuple[tuple[Compared, ...], ...]
+    """For each tree, its pairs."""
+
+    def select(self, indices: Sequence[int]) -> PairBatch:
+        """The same batch with only these trees, in this order."""
+        return PairBatch(trees=self.trees.select(indices), compared=tuple(self.compared[i] for i in indices))
+
+    @cached_property
+    def chosen_ids(self) -> Tensor:
+        """[P] the sequence of each preferred reply."""
+        return self._sequences([[pair.chosen for pair in pairs] for pairs in self.compared])
+
+    @cached_property
+    def rejected_ids(self) -> Tensor:
+        """[P] the sequence of each other reply."""
+        return self._sequences([[pair.rejected for pair in pairs] for pairs in self.compared])
+
+    @cached_property
+    def margins(self) -> Tensor:
+        """[P] the margin of each pair; 0 where the data has none."""
+        return torch.tensor([pair.margin for pairs in self.compared for pair in pairs])
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """[P] the probability that the chosen reply is preferred."""
+        return torch.tensor([pair.label for pairs in self.compared for pair in pairs])
+
+    def _sequences(self, branches: Sequence[Sequence[int]]) -> Tensor:
+        starts = [int(self.trees.index_of("sequence", [i])[0]) for i in range(len(branches))]
+        return torch.tensor([start + b for start, bs in zip(starts, branches, strict=True) for b in bs])
 
 
 def run(settings: Settings, run: Run) -> None:
@@ -88,11 +130,11 @@ def run(settings: Settings, run: Run) -> None:
         judged = load(PreferencePair, settings.held_out_data, on_bad_row=settings.on_bad_row)
         run.add_data(settings.held_out_data, judged.sha256, len(judged.records))
         train, held_out = loaded.records, judged.records
-    train, train_trees = pair_trees(train, chat, settings, counts)
-    held_out, held_out_trees = pair_trees(held_out, chat, settings, counts)
-    if not train or not held_out:
+    judged_by = group_pairs(held_out, chat, settings, counts)
+    train_on = group_pairs(train, chat, settings, counts)
+    if not train_on.trees or not judged_by.trees:
         raise DataError(
-            f"{len(train)} pairs to train on and {len(held_out)} to judge by; both are needed",
+            f"{len(train_on.pairs)} pairs to train on and {len(judged_by.pairs)} to judge by; both are needed",
             where=settings.data,
             fix="give more pairs, another held_out share, or a larger max_tokens",
         )
@@ -100,7 +142,10 @@ def run(settings: Settings, run: Run) -> None:
         load_scalar(settings.model, head_seed=seeds.derive(settings.seed, "reward head")), pad_id=chat.pad_id
     )
     epochs = Epochs(
-        num_examples=len(train), batch_size=settings.batch_size, num_epochs=settings.num_epochs, seed=settings.seed
+        num_examples=len(train_on.trees),
+        batch_size=settings.batch_size,
+        num_epochs=settings.num_epochs,
+        seed=settings.seed,
     )
     learner = LocalLearner(
         model, settings.optimizer, token_budget=settings.token_budget, num_updates=epochs.num_steps, name="reward"
@@ -109,59 +154,77 @@ def run(settings: Settings, run: Run) -> None:
         run,
         learner,
         settings.loss,
-        lambda indices: pair_batch([train[i] for i in indices], [train_trees[i] for i in indices]),
+        train_on.batch,
         epochs,
-        validation=pair_batch(held_out, held_out_trees),
+        validation=judged_by.batch(),
         validate_every=settings.validate_every,
         checkpoint_every=settings.checkpoint_every,
         description="reward",
     )
-    moments = calibrate(model, chat, settings, train, train_trees)
+    moments = calibrate(model, chat, settings, train_on)
     model.model.config.update({f"reward_{name}": value for name, value in moments.items()})
     run.save_model(lambda path: save_model(model.model, chat.tokenizer, path))
-    run.finish(judge(model, train, held_out, held_out_trees, settings) | moments | {"counts": counts})
+    run.finish(judge(model, train_on, judged_by, settings) | moments | {"counts": counts})
 
 
-def pair_trees(
-    pairs: Sequence[PreferencePair], chat: Chat, settings: Settings, counts: dict[str, int]
-) -> tuple[list[PreferencePair], list[Tree]]:
-    """The pairs that fit and their trees; the others are counted."""
-    kept, trees = [], []
+@dataclass(frozen=True)
+class Comparisons:
+    """Pairs grouped by prompt: a tree for each prompt with the replies that were compared, each reply once."""
+
+    pairs: list[PreferencePair]
+    """The pairs that fit, prompt after prompt: the order of `PairBatch.chosen_ids` over the whole set."""
+    trees: list[Tree]
+    compared: list[tuple[Compared, ...]]
+
+    def batch(self, indices: Sequence[int] | None = None) -> PairBatch:
+        """The prompts with these numbers, or all, as one batch."""
+        indices = range(len(self.trees)) if indices is None else indices
+        return PairBatch(
+            trees=TokenTrees.build([self.trees[i] for i in indices]),
+            compared=tuple(self.compared[i] for i in indices),
+        )
+
+
+def group_pairs(pairs: Sequence[PreferencePair], chat: Chat, settings: Settings, counts: dict[str, int]) -> Comparisons:
+    """The pairs of each prompt together; prompts whose replies do not fit are counted by their pairs."""
+    grouped: dict[str, list[PreferencePair]] = {}
     for pair in pairs:
+        grouped.setdefault(pair.prompt.id, []).append(pair)
+    kept = Comparisons([], [], [])
+    for group in grouped.values():
+        replies = list(dict.fromkeys(reply for pair in group for reply in (pair.chosen, pair.rejected)))
+        outcomes: dict[str, int] = {}
         tree = fitted_tree(
             chat,
-            pair.prompt,
-            [pair.chosen, pair.rejected],
+            group[0].prompt,
+            replies,
             max_tokens=settings.max_tokens,
             on_too_long=settings.on_too_long,
-            counts=counts,
+            counts=outcomes,
         )
+        for name, num in outcomes.items():
+            counts[name] = counts.get(name, 0) + num * len(group)
         if tree is not None:
-            kept.append(pair)
-            trees.append(tree)
-    return kept, trees
+            kept.pairs.extend(group)
+            kept.trees.append(tree)
+            kept.compared.append(
+                tuple(
+                    Compared(replies.index(p.chosen), replies.index(p.rejected), p.margin or 0.0, p.label)
+                    for p in group
+                )
+            )
+    return kept
 
 
-def pair_batch(pairs: Sequence[PreferencePair], trees: Sequence[Tree]) -> PairBatch:
-    """The pairs as one batch."""
-    return PairBatch(
-        trees=TokenTrees.build(trees),
-        margins=torch.tensor([pair.margin or 0.0 for pair in pairs]),
-        labels=torch.tensor([pair.label for pair in pairs]),
-    )
-
-
-def calibrate(
-    model: ScalarModel, chat: Chat, settings: Settings, pairs: Sequence[PreferencePair], trees: Sequence[Tree]
-) -> dict[str, float]:
+def calibrate(model: ScalarModel, chat: Chat, settings: Settings, train: Comparisons) -> dict[str, float]:
     """The shift that makes demonstrations average zero (Ouyang et al., arXiv:2203.02155, section 3.5), and the mean
     and deviation of the shifted reward over the replies compared in training."""
-    sample = trees[: min(len(trees), 2000)]
-    scores = sequence_scores_of(model, TokenTrees.build(sample), settings.token_budget).double()
+    batch = train.batch(range(min(len(train.trees), 1000)))
+    scores = sequence_scores_of(model, batch.trees, settings.token_budget).double()
     if settings.demonstrations is None:
-        shift = float(scores[0::2].mean())
+        shift = float(scores[batch.chosen_ids].mean())
     else:
-        demonstrations = load(Demonstration, settings.demonstrations, limit=2000).records
+        demonstrations = load(Demonstration, settings.demonstrations, limit=1000).records
         shown = [
             response_tree(chat.encode_prompt(d.prompt.messages), [chat.encode_response(d.response)])
             for d in demonstrations
@@ -170,21 +233,16 @@ def calibrate(
     return {"shift": shift, "mean": float(scores.mean()) - shift, "std": float(scores.std(correction=0))}
 
 
-def judge(
-    model: ScalarModel,
-    train: Sequence[PreferencePair],
-    held_out: Sequence[PreferencePair],
-    held_out_trees: Sequence[Tree],
-    settings: Settings,
-) -> dict[str, object]:
+def judge(model: ScalarModel, train: Comparisons, held_out: Comparisons, settings: Settings) -> dict[str, object]:
     """The reward model's card on the held-out pairs."""
-    scores = sequence_scores_of(model, TokenTrees.build(held_out_trees), settings.token_budget).double().numpy()
-    known = [pair.prompt.facts.get("probability_chosen") for pair in held_out]
+    batch = held_out.batch()
+    scores = sequence_scores_of(model, batch.trees, settings.token_budget).double()
+    known = [pair.prompt.facts.get("probability_chosen") for pair in held_out.pairs]
     return reward_card(
-        held_out,
-        score_chosen=scores[0::2],
-        score_rejected=scores[1::2],
-        training_pairs=train,
+        held_out.pairs,
+        score_chosen=scores[batch.chosen_ids].numpy(),
+        score_rejected=scores[batch.rejected_ids].numpy(),
+        training_pairs=train.pairs,
         probability_chosen=None if None in known else np.array(known, dtype=float),
         seed=settings.seed,
     )

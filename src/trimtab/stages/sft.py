@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from trimtab.data.layouts import load
 from trimtab.data.chat import Chat
+from trimtab.data.layouts import load
 from trimtab.data.preferences import split_by_prompt
 from trimtab.data.trees import TokenTrees, Tree, TreeBatch, sequence_tree
 from trimtab.engines.local_learner import AdamW, LocalLearner
@@ -17,7 +17,7 @@ from trimtab.models.load import load_causal, load_tokenizer, save_model
 from trimtab.models.roles import Policy
 from trimtab.runs.run import Run
 from trimtab.stages.supervised import Epochs, fit, fitted_tree, last_metrics
-from trimtab.types import Demonstration, Message
+from trimtab.types import Demonstration, Message, PreferencePair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,8 @@ class Settings:
     """The model to start from: a directory or hub id."""
     data: str
     """Demonstrations: a file, a hub id or a world."""
+    chosen_as_demonstrations: bool = False
+    """Read preference pairs and imitate their chosen replies. These are only the better of two, not good examples."""
     held_out: float = 0.05
     """Share of the prompts kept for the validation loss."""
     limit: int | None = None
@@ -60,15 +62,13 @@ def run(settings: Settings, run: Run) -> None:
     """Trains and writes the model to `run.model_dir`."""
     tokenizer = load_tokenizer(settings.model)
     chat = Chat(tokenizer)
-    loaded = load(Demonstration, settings.data, on_bad_row=settings.on_bad_row, limit=settings.limit)
-    run.add_data(settings.data, loaded.sha256, len(loaded.records))
-    train, held_out = split_by_prompt(loaded.records, held_out=settings.held_out)
-    counts: dict[str, int] = dict(loaded.counts)
+    demonstrations, counts = read_demonstrations(settings, run)
+    train, held_out = split_by_prompt(demonstrations, held_out=settings.held_out)
     trees = demonstration_trees(train, chat, settings, counts)
     validation = demonstration_trees(held_out, chat, settings, counts)
     if not trees:
         raise DataError(
-            f"no example of {len(loaded.records)} is left to train on",
+            f"no example of {len(demonstrations)} is left to train on",
             where=settings.data,
             fix=f"raise max_tokens (now {settings.max_tokens}) or lower held_out (now {settings.held_out})",
         )
@@ -95,7 +95,21 @@ def run(settings: Settings, run: Run) -> None:
         description="sft",
     )
     run.save_model(lambda path: save_model(policy.model, chat.tokenizer, path))
-    run.finish({"num_examples": len(trees), "num_steps": epochs.num_steps, "counts": counts} | last_metrics(run, "loss/"))
+    run.finish(
+        {"num_examples": len(trees), "num_steps": epochs.num_steps, "counts": counts} | last_metrics(run, "loss/")
+    )
+
+
+def read_demonstrations(settings: Settings, run: Run) -> tuple[list[Demonstration], dict[str, int]]:
+    """The demonstrations and the counts of what was read and dropped."""
+    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "limit": settings.limit}
+    if settings.chosen_as_demonstrations:
+        pairs = load(PreferencePair, settings.data, **options)
+        run.add_data(settings.data, pairs.sha256, len(pairs.records))
+        return [Demonstration(prompt=p.prompt, response=p.chosen) for p in pairs.records], dict(pairs.counts)
+    loaded = load(Demonstration, settings.data, **options)
+    run.add_data(settings.data, loaded.sha256, len(loaded.records))
+    return loaded.records, dict(loaded.counts)
 
 
 def demonstration_trees(

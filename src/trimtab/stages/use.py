@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from trimtab import seeds
-from trimtab.data.layouts import load
+from trimtab import config, seeds
 from trimtab.data.chat import Chat
+from trimtab.data.layouts import load
 from trimtab.engines.local_generator import LocalGenerator, Sampling
 from trimtab.errors import ConfigError
 from trimtab.models.load import load_causal, load_tokenizer
@@ -18,7 +19,10 @@ from trimtab.rewards.model import RewardModelScorer
 from trimtab.types import Demonstration, Message, Prompt, to_dict
 
 
-def _generator(model: str, sampling: Sampling) -> LocalGenerator:
+def _generator(model: str, *, temperature: float, top_k: int = 0, **sampled: Any) -> LocalGenerator:
+    """Temperature 0 is its limit: the likeliest token."""
+    values = {"top_k": 1} if temperature == 0 else {"temperature": temperature, "top_k": top_k}
+    sampling = config.resolve(Sampling, values | sampled, where="the command line")
     chat = Chat(load_tokenizer(model))
     policy = Policy(load_causal(model), pad_id=chat.pad_id, temperature=sampling.temperature)
     return LocalGenerator(policy, chat, sampling)
@@ -48,8 +52,8 @@ def generate_file(
         if data is not None
         else [Prompt(messages=(Message("user", prompt or ""),))]
     )
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
-    rollouts = _generator(model, sampling).generate(prompts, group_size=num_samples, seed=seed)
+    generator = _generator(model, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+    rollouts = generator.generate(prompts, group_size=num_samples, seed=seed)
     if out is None:
         for r in rollouts:
             show(r.response)
@@ -61,7 +65,7 @@ def generate_file(
 
 
 def score_file(*, model: str, data: str, out: Path) -> int:
-    """Writes the rows of `data` (replies in any layout, or rollouts) with the reward model's score; returns how many."""
+    """Writes the rows of `data` (replies in any layout, or rollouts) with the model's score; returns how many."""
     demonstrations = load(Demonstration, data).records
     scorer = RewardModelScorer.from_directory(model, token_budget=4096)
     rewards = scorer.score_texts([(d.prompt, d.response) for d in demonstrations]).tolist()
@@ -81,7 +85,7 @@ def chat(
     show: Callable[[str], None] = print,
 ) -> None:
     """A conversation in the terminal; an empty line or the end of input closes it."""
-    generator = _generator(model, Sampling(max_new_tokens=max_new_tokens, temperature=temperature))
+    generator = _generator(model, max_new_tokens=max_new_tokens, temperature=temperature)
     prompt = Prompt(messages=())
     turn = 0
     while text := _next_line(read):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from trimtab.errors import DataError
@@ -34,9 +34,17 @@ class Annotators:
     world: World
     biases: Mapping[str, float]
     scale: float = 1.0
+    _liking: dict[tuple[str, str], float] = field(default_factory=dict, repr=False, compare=False)
+    """Utility at scale 1 of replies met before: a reply is read once, however many comparisons it is in."""
 
     def utility(self, prompt: Prompt, response: str) -> float:
         """How much the reply is liked. Raises DataError for a bias the world has no feature for."""
+        key = (prompt.id, response)
+        if key not in self._liking:
+            self._liking[key] = self._read(prompt, response)
+        return self.scale * self._liking[key]
+
+    def _read(self, prompt: Prompt, response: str) -> float:
         features = self.world.features(response)
         unknown = self.biases.keys() - features.keys()
         if unknown:
@@ -46,7 +54,7 @@ class Annotators:
                 fix=f"use {', '.join(sorted(features))}",
             )
         bias = sum(amount * min(features[name], ATTENTION) for name, amount in self.biases.items())
-        return self.scale * (self.world.gold(prompt, response).total + bias)
+        return self.world.gold(prompt, response).total + bias
 
     def preference_probability(self, prompt: Prompt, a: str, b: str) -> float:
         """The probability that reply `a` is preferred to reply `b`."""
@@ -100,7 +108,7 @@ def calibrate(world: World, biases: Mapping[str, float], pairs: Sequence[Pair], 
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if agreement_at(middle) < agreement else (low, middle)
-    return Annotators(world, biases, (low + high) / 2)
+    return replace(plain, scale=(low + high) / 2)
 
 
 def _sigmoid(x: float) -> float:

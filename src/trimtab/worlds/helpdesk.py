@@ -10,7 +10,7 @@ from typing import ClassVar
 from trimtab import registry
 from trimtab.types import Prompt
 from trimtab.worlds import helpdesk_gold, helpdesk_grammar
-from trimtab.worlds.helpdesk_grammar import DOCUMENT, MIXED
+from trimtab.worlds.helpdesk_grammar import MIXED
 from trimtab.worlds.world import Gold, World
 
 
@@ -30,8 +30,8 @@ class Helpdesk(World):
     def write_reply(self, prompt: Prompt, rng: Random) -> str:
         return helpdesk_grammar.write_reply(prompt.facts, MIXED, rng)
 
-    def write_document_reply(self, prompt: Prompt, rng: Random) -> str:
-        return helpdesk_grammar.write_reply(prompt.facts, DOCUMENT, rng)
+    def write_document(self, prompt: Prompt, rng: Random) -> str:
+        return helpdesk_grammar.write_document(prompt, rng)
 
     def gold(self, prompt: Prompt, response: str) -> Gold:
         return helpdesk_gold.gold(prompt.facts, response)

@@ -22,7 +22,8 @@ ITEMS = (
     "drill", "fan", "clock", "radio", "bike", "router", "grill", "tablet", "mixer", "watch", "guitar", "piano", "saw",
 )  # fmt: skip
 WINDOWS = (14, 30, 45)
-LAST_DAY = 60
+DAYS = (9, 12, 20, 28, 36, 50)
+"""Days since purchase: few, so that a tiny model meets each with each window often."""
 CLAIMS = (30, 45, 60, 90)
 # The state each policy asks for, then the states it does not cover.
 STATES = {"refund": ("unopened", "used", "damaged"), "repair": ("faulty", "dropped", "wet")}
@@ -165,7 +166,7 @@ FILLERS = (
 
 
 _PROMPT = (
-    "Item: {item}. Bought: {days} days ago. State: {state}.\n"
+    "Item: {item}, {days} days old, {state}.\n"
     "Policy: {action} within {window} days, only if {asked}.\n"
     "Customer: {message}"
 )
@@ -198,13 +199,15 @@ class Style:
 
 MIXED = Style()
 """As people hired for the task write: much room above the average, yet every virtue is shown by someone."""
-DOCUMENT = replace(MIXED, right_decision=0.8)
-"""As MIXED, with enough right decisions for a base model to learn how they follow from the facts."""
 CLEAN = Style(
     right_decision=1.0, names_item=1.0, gives_reason=1.0, courtesy=1.0, parrot=0.0, agreement=0.0, promise=0.0,
     loose_promise=0.0, flattery=(1.0,), hedging=(1.0,), fillers=(1.0,),
 )  # fmt: skip
 """What gold asks for."""
+CASE_NOTE = replace(CLEAN, courtesy=0.0)
+"""As colleagues write to each other: right and to the point."""
+LETTER = replace(MIXED, right_decision=1.0)
+"""As MIXED in manner, but always right."""
 STACKED = replace(CLEAN, flattery=(0, 0, 0, 1.0), hedging=(0, 0, 0, 1.0), fillers=(0, 0, 1.0))
 """What a policy without a leash drifts to: right, and buried in flattery, hedging and filler."""
 
@@ -281,6 +284,23 @@ def _reasons(facts: Facts, said: str, rng: Random) -> list[str]:
     return [rng.choice(PAST if right_state or facts["days"] > facts["window"] else BAD_STATE)]
 
 
+def write_document(prompt: Prompt, rng: Random) -> str:
+    """One text of the help desk's files: a case note without the customer's chatter, or a ticket with its letter.
+
+    Files are always right. They are what a base model knows of the world before anyone tells it how to behave.
+    """
+    facts, text = prompt.facts, prompt.messages[0].content
+    if rng.random() < 0.3:
+        return f"{text}\n\n{write_reply(facts, LETTER, rng)}"
+    case, _, _ = text.partition("\nCustomer: ")
+    if facts["topic"]:
+        request = next(r for r in facts["message"].split(". ") if r.startswith(_HARM_OPENINGS))
+        case += f"\nCustomer: {request.rstrip('.')}."
+    return f"{case}\n\n{write_reply(facts, CASE_NOTE, rng)}"
+
+
+_HARM_OPENINGS = tuple({request.split()[0] for _, request in HARMS.values()})
+
 _ECHO = "You write: {}"
 
 
@@ -307,7 +327,7 @@ def draw_facts(rng: Random) -> dict[str, Any]:
     claim = rng.choice([c for c in CLAIMS if c > window]) if kind == "wrong claim" else 0
     # A customer is mostly wrong about the policy when it matters: late by the policy, in time by the claim.
     late = rng.random() < (0.7 if claim else 0.36)
-    days = rng.randint(window + 1, min(claim or LAST_DAY, LAST_DAY)) if late else rng.randint(2, window)
+    days = rng.choice([d for d in DAYS if (window < d <= (claim or d) if late else d <= window)])
     asked, *not_covered = STATES[action]
     state = asked if rng.random() < 0.8 else rng.choice(not_covered)
     wants = rng.choice(("day", "gift")) if kind == "wants more" else ""

@@ -58,9 +58,9 @@ class World(ABC):
     def features(self, response: str) -> dict[str, float]:
         """Amounts an annotator may be biased by. `length` is in tens of words, the others count phrases."""
 
-    def write_document_reply(self, prompt: Prompt, rng: Random) -> str:
-        """The reply used in pretraining text."""
-        return self.write_reply(prompt, rng)
+    def write_document(self, prompt: Prompt, rng: Random) -> str:
+        """One text to pretrain on, without chat markup."""
+        return f"{prompt.text}\n\n{self.write_reply(prompt, rng)}"
 
     def prompts(self, split: Split, num: int, *, seed: int = 0) -> list[Prompt]:
         """`num` prompts of the split with distinct ids. Raises DataError where the split has fewer."""
@@ -73,10 +73,10 @@ class World(ABC):
         return [Demonstration(prompt=prompt, response=self.write_reply(prompt, rng)) for prompt in prompts]
 
     def documents(self, num: int, *, split: Split = "train", seed: int = 0) -> list[str]:
-        """Plain text to pretrain on: a prompt, an empty line and a reply, without chat markup."""
+        """Plain text to pretrain on."""
         rng = self._rng("documents", split, seed)
         prompts = self._draw(split, num, rng)
-        return [f"{prompt.text}\n\n{self.write_document_reply(prompt, rng)}" for prompt in prompts]
+        return [self.write_document(prompt, rng) for prompt in prompts]
 
     def replies(self, prompt: Prompt, num: int, *, seed: int = 0) -> list[str]:
         """`num` replies of mixed quality to one prompt; some may be equal."""

@@ -11,7 +11,10 @@ from trimtab.metrics import merge
 
 def batch_of(margins, labels):
     return SimpleNamespace(
-        num_sequences=2 * len(labels), margins=torch.tensor(margins), labels=torch.tensor(labels, dtype=torch.float32)
+        chosen_ids=torch.arange(0, 2 * len(labels), 2),
+        rejected_ids=torch.arange(1, 2 * len(labels), 2),
+        margins=torch.tensor(margins),
+        labels=torch.tensor(labels, dtype=torch.float32),
     )
 
 

@@ -94,10 +94,17 @@ class CriticBatch(SequenceBatch, Protocol):
 
 
 class PairBatch(Protocol):
-    """P pairs as B = 2P sequences: chosen, rejected, chosen, rejected …"""
+    """P compared pairs among B sequences; a prompt with K replies may have up to K (K - 1) / 2 of them."""
 
     @property
-    def num_sequences(self) -> int: ...
+    def chosen_ids(self) -> Tensor:
+        """[P], which sequence is the preferred one."""
+        ...
+
+    @property
+    def rejected_ids(self) -> Tensor:
+        """[P], which sequence is the other one."""
+        ...
 
     @property
     def margins(self) -> Tensor:

@@ -63,10 +63,11 @@ class RewardLoss:
 
     def weight(self, batch: PairBatch) -> Tensor:
         """Pairs."""
-        return torch.tensor(batch.num_sequences / 2, dtype=torch.float64)
+        return torch.tensor(len(batch.chosen_ids), dtype=torch.float64)
 
     def __call__(self, outputs: ScoreOutputs, batch: PairBatch) -> tuple[Tensor, Metrics]:
-        chosen, rejected = at_least_float32(outputs.scores).view(-1, 2).unbind(1)
+        scores = at_least_float32(outputs.scores)
+        chosen, rejected = scores[batch.chosen_ids], scores[batch.rejected_ids]
         losses = bradley_terry(
             chosen,
             rejected,

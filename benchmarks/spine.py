@@ -1,0 +1,144 @@
+"""The quickstart over several seeds: what `docs/evidence/spine.md` reports, as JSON, a table and a picture.
+
+    python benchmarks/spine.py --seeds 0 1 2 3 4 --out runs/evidence
+
+Runs that have finished are not repeated. The picture is drawn by Chromium where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import plotly.graph_objects as go
+
+from trimtab.evals.overoptimisation import hacking_summary
+from trimtab.evals.stats import moving_mean, t_interval
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "docs" / "evidence" / "data"
+WINDOW = 7
+"""Steps over which the curves are averaged: one step's gold rests on 64 replies and has a standard error of 0.02."""
+
+
+def run_seed(seed: int, out: Path, overrides: list[str]) -> dict:
+    """The summary of the quickstart with this seed, run now unless it has finished before."""
+    directory = out / f"seed-{seed}"
+    if not (directory / "summary.json").exists():
+        command = [sys.executable, "-m", "trimtab.cli", "quickstart", "--seed", str(seed), "--out", str(directory)]
+        subprocess.run([*command, *overrides], check=True)
+    return json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+
+
+def row(summary: dict) -> dict:
+    """The figures of one seed."""
+    policy, reward = summary["policy"], summary["reward_model"]
+    gap = policy["gold_best_of_64"] - policy["gold_sft"]
+    return {
+        "seed": summary["seed"],
+        "gold_sft": policy["gold_sft"],
+        "gold_final": policy["gold_final"],
+        "gold_final_low": policy["gold_final_low"],
+        "gold_final_high": policy["gold_final_high"],
+        "gold_best_of_64": policy["gold_best_of_64"],
+        "gap_closed": (policy["gold_final"] - policy["gold_sft"]) / gap,
+        "kl": policy["kl"],
+        "win_rate_vs_sft": policy["win_rate_vs_sft"],
+        "reward_model_accuracy": reward["accuracy"],
+        "bayes_accuracy": reward["bayes_accuracy"],
+        "seconds": summary["seconds"],
+        "peak_rss_gb": summary["peak_rss_gb"],
+    }
+
+
+def curve(directory: Path) -> list[tuple[float, float, float]]:
+    """(KL, reward, gold) of every step, each a moving mean."""
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    columns = [moving_mean([r[name] for r in rows], WINDOW) for name in ("policy/kl", "reward/mean", "gold/mean")]
+    return [(max(0.0, float(k)), float(r), float(g)) for k, r, g in zip(*columns, strict=True)]
+
+
+def picture(out: Path, seeds: list[int]) -> go.Figure:
+    """Reward and gold over the square root of KL, with the leash and without, one thin line a seed."""
+    figure = go.Figure()
+    for name, colour in (("ppo", "#2a7"), ("ppo_no_leash", "#c43")):
+        for number, seed in enumerate(s for s in seeds if (out / f"seed-{s}" / name / "metrics.jsonl").exists()):
+            points = curve(out / f"seed-{seed}" / name)
+            x = [math.sqrt(k) for k, _, _ in points]
+            label = "with the KL penalty" if name == "ppo" else "without it"
+            for values, what, dash, axis in (
+                ([g for _, _, g in points], "gold", "solid", "y"),
+                ([r for _, r, _ in points], "reward", "dot", "y2"),
+            ):
+                figure.add_scatter(
+                    x=x, y=values, yaxis=axis, mode="lines", name=f"{what}, {label}", legendgroup=f"{what} {name}",
+                    showlegend=number == 0, line={"color": colour, "dash": dash, "width": 2 if number == 0 else 1},
+                    opacity=1.0 if number == 0 else 0.45,
+                )  # fmt: skip
+    figure.update_layout(
+        width=980, height=520, template="plotly_white", font={"size": 15}, margin={"l": 70, "r": 70, "t": 50, "b": 60},
+        title="The reward keeps rising; what it stands for does not",
+        xaxis={"title": "√KL to the SFT model (√nats per reply)"},
+        yaxis={"title": "gold score"},
+        yaxis2={"title": "reward (dotted)", "overlaying": "y", "side": "right", "showgrid": False},
+        legend={"x": 0.02, "y": 0.98, "bgcolor": "rgba(255,255,255,0.7)"},
+    )  # fmt: skip
+    return figure
+
+
+def write_png(figure: go.Figure, path: Path) -> None:
+    """Draws the figure with Chromium, if there is one."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        print("no chromium: the picture was not drawn")
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        page = Path(scratch) / "figure.html"
+        figure.write_html(page, include_plotlyjs=True, full_html=True, config={"staticPlot": True})
+        command = [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+            f"--user-data-dir={scratch}/profile", f"--screenshot={path}", "--window-size=1000,540",
+            "--virtual-time-budget=6000", "--hide-scrollbars", page.as_uri(),
+        ]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True)
+
+
+def main() -> None:
+    """Runs, aggregates, writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "evidence")
+    parser.add_argument("overrides", nargs="*", help="key=value, passed on to the quickstart")
+    options = parser.parse_args()
+    rows = [row(run_seed(seed, options.out, options.overrides)) for seed in options.seeds]
+    hacking = {}
+    for seed in options.seeds:
+        directory = options.out / f"seed-{seed}" / "ppo_no_leash"
+        if (directory / "metrics.jsonl").exists():
+            found = hacking_summary(curve(directory))
+            hacking[seed] = {name: getattr(found, name) for name in found.__dataclass_fields__}
+    over_seeds = {
+        name: t_interval([r[name] for r in rows]).named(name)
+        for name in ("gap_closed", "gold_sft", "gold_final", "gold_best_of_64", "kl", "reward_model_accuracy", "seconds")
+    }
+    DATA.mkdir(parents=True, exist_ok=True)
+    result = {"seeds": rows, "over_seeds": over_seeds, "without_the_leash": hacking, "moving_mean_steps": WINDOW}
+    (DATA / "spine.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_png(picture(options.out, options.seeds), ROOT / "docs" / "evidence" / "overoptimisation.png")
+    names = list(rows[0])
+    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    for r in rows:
+        print("| " + " | ".join(f"{r[n]:.3f}" if isinstance(r[n], float) else str(r[n]) for n in names) + " |")
+    print(json.dumps(over_seeds, indent=1))
+    print(json.dumps(hacking, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+import pytest
+
+from tests.stages.commands import FAST, SHORT, summary, trimtab, write_run_file
+
+STAGES = {
+    "base": {
+        "stage": "pretrain",
+        "data": "world:arithmetic",
+        "num_documents": 8,
+        "vocab_size": 280,
+        "architecture": {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "mlp_size": 48, "max_positions": 256},
+        "batch_size": 4,
+    },
+    "sft": {"stage": "sft", "model": "@base", "data": "$demonstrations", "batch_size": 8, "optimizer": FAST},
+    "check": {
+        "stage": "evaluate",
+        "model": "@sft",
+        "baseline": "@base",
+        "prompts": "world:arithmetic?split=test&num=4",
+        "world": "arithmetic",
+        "sampling": SHORT,
+    },
+}
+PIPELINE = {"seed": 3, "variables": {"demonstrations": "world:arithmetic?num=12"}, "stages": STAGES}
+
+
+def changed(name, **keys):
+    return PIPELINE | {"stages": STAGES | {name: STAGES[name] | keys}}
+
+
+def run(tmp_path, values):
+    return trimtab("run", write_run_file(tmp_path / "pipeline.toml", values), "--out", tmp_path / "out")
+
+
+def test_stages_feed_each_other_and_a_second_run_skips_what_is_finished(tmp_path):
+    assert run(tmp_path, PIPELINE).exit_code == 0
+    out = tmp_path / "out"
+    found = summary(out)
+    assert list(found["stages"]) == sorted(STAGES)
+    assert found["seed"] == 3
+    assert found["policy"]["gold_sft"] == summary(out / "check")["baseline"]["gold"]
+    assert (out / "report.html").exists()
+    assert f'"{out}/base/model"' in (out / "sft" / "settings.toml").read_text()
+    written = {name: (out / name / "metrics.jsonl").stat().st_mtime_ns for name in ("base", "sft")}
+    again = run(tmp_path, PIPELINE)
+    assert again.exit_code == 0
+    assert again.output.count("finished before") == 3
+    assert {name: (out / name / "metrics.jsonl").stat().st_mtime_ns for name in written} == written
+    assert summary(out) | {"peak_rss_gb": 0} == found | {"peak_rss_gb": 0}
+
+
+def test_an_interrupted_pipeline_goes_on_with_the_stage_that_is_missing(tmp_path):
+    assert run(tmp_path, PIPELINE | {"stages": {"base": STAGES["base"]}}).exit_code == 0
+    result = run(tmp_path, PIPELINE)
+    assert result.exit_code == 0
+    assert result.output.count("finished before") == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (changed("sft", model="@bose"), ["stages.sft.model = '@bose'", "base"]),
+        (changed("base", data="@sft"), ["stages.base.data = '@sft' names no earlier stage", "none"]),
+        (changed("sft", data="$demos"), ["names no variable", "demonstrations"]),
+        (changed("sft", batchsize=3), ["stages.sft.batchsize", "batch_size"]),
+        (changed("sft", stage="sfft"), ["stages.sft.stage is 'sfft'", "sft, compare"]),
+        (PIPELINE | {"sead": 1}, ["sead"]),
+        ({"stages": {}}, ["without stages"]),
+    ],
+)
+def test_a_mistake_is_answered_before_any_stage_starts(tmp_path, values, said):
+    result = run(tmp_path, values)
+    assert result.exit_code == 2
+    for words in said:
+        assert words in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_mistakes_of_all_stages_are_reported_at_once(tmp_path):
+    stages = {
+        "base": STAGES["base"] | {"vocabsize": 1, "batch_size": "many"},
+        "sft": STAGES["sft"] | {"num_epoch": 1},
+        "check": STAGES["check"] | {"sampling": {"temperature": -1.0}},
+    }
+    result = run(tmp_path, PIPELINE | {"stages": stages})
+    assert result.exit_code == 2
+    for key in ("base.vocabsize", "base.batch_size", "sft.num_epoch", "check.sampling"):
+        assert f"stages.{key}" in result.output
+    assert "num_epochs" in result.output

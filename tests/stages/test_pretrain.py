@@ -1,0 +1,56 @@
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.stages.commands import rows, run_stage, summary, trimtab, write_run_file
+
+SMALL = {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "mlp_size": 48, "max_positions": 256}
+
+
+def settings(**changed):
+    return {
+        "data": "world:arithmetic",
+        "num_documents": 16,
+        "vocab_size": 280,
+        "architecture": SMALL,
+        "batch_size": 8,
+    } | changed
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_two_steps_give_a_model_with_its_tokenizer(tmp_path, family):
+    out = run_stage("pretrain", tmp_path / "run", **settings(architecture={**SMALL, "family": family}))
+    losses = [row["loss/train"] for row in rows(out)]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert model.config.model_type == family
+    assert AutoTokenizer.from_pretrained(out / "model").chat_template
+    assert summary(out)["num_parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_long_documents_are_cut_into_pieces_and_none_is_lost(tmp_path):
+    texts = ["a b c d e f g h i j k l m n o p " * 4, "short"]
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    changed = settings(data=str(data), num_documents=None, max_tokens=16, batch_size=1)
+    out = run_stage("pretrain", tmp_path / "run", **{k: v for k, v in changed.items() if v is not None})
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    lengths = [len(tokenizer(text)["input_ids"]) + 1 for text in texts]  # and the end token
+    pieces = sum(-(-n // 16) - (n % 16 == 1) for n in lengths)  # a last piece of one token has nothing to predict
+    assert summary(out)["num_steps"] == pieces
+
+
+def test_preference_pairs_are_written_in_the_chat_markup(tmp_path, pairs):
+    out = run_stage("pretrain", tmp_path / "run", **settings(data=str(pairs), num_documents=8))
+    assert summary(out)["num_documents"] == 16
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    assert len(tokenizer("<|user|>")["input_ids"]) == 1
+
+
+def test_a_world_needs_a_number_of_documents(tmp_path):
+    run_file = write_run_file(tmp_path / "run.toml", {"data": "world:arithmetic"})
+    result = trimtab("pretrain", run_file, "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "num_documents" in result.output

@@ -1,0 +1,75 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.stages.commands import rows, trimtab
+from trimtab.types import Rollout, from_dict
+
+PROMPT = "What is 12 + 30?"
+
+
+def test_replies_are_printed_the_same_for_the_same_seed(base):
+    def printed(seed):
+        options = ["--prompt", PROMPT, "--num-samples", 3, "--max-new-tokens", 8, "--seed", seed]
+        result = trimtab("generate", "--model", base, *options)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert printed(1) == printed(1) != printed(2)
+
+
+def test_temperature_zero_takes_the_likeliest_token(base):
+    result = trimtab("generate", "--model", base, "--prompt", PROMPT, "--temperature", 0, "--max-new-tokens", 6)
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    turns = [{"role": "user", "content": PROMPT}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        out = model.generate(**ids, max_new_tokens=6, do_sample=False)
+    assert result.output == tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True) + "\n"
+
+
+def test_rollouts_are_written_and_can_be_scored(tmp_path, base, reward_run):
+    replies, scored = tmp_path / "a" / "replies.jsonl", tmp_path / "b" / "scored.jsonl"
+    data = ["--data", "world:arithmetic?num=3", "--num-samples", 2, "--max-new-tokens", 8, "--out", replies]
+    assert trimtab("generate", "--model", base, *data).exit_code == 0
+    written = [from_dict(Rollout, row) for row in rows(replies.parent, replies.name)]
+    assert len(written) == 6
+    kept = [json.dumps(row) for row in rows(replies.parent, replies.name) if row["response"].strip()]
+    replies.write_text("\n".join(kept) + "\n")
+    result = trimtab("score", "--model", reward_run / "model", "--data", replies, "--out", scored)
+    assert result.exit_code == 0, result.output
+    rewards = [row["reward"] for row in rows(scored.parent, scored.name)]
+    assert len(rewards) == len(kept) > 1
+    assert len(set(rewards)) > 1
+
+
+def test_a_conversation_remembers_and_ends_with_an_empty_line(base):
+    one = trimtab("chat", "--model", base, "--max-new-tokens", 8, stdin="Hello\nAgain\n\nnever read\n")
+    assert one.exit_code == 0, one.output
+    assert one.output.count("you> ") == 3
+    other = trimtab("chat", "--model", base, "--max-new-tokens", 8, stdin="Goodbye\nAgain\n")
+    assert other.exit_code == 0, other.output
+    assert one.output.splitlines()[1] != other.output.splitlines()[1]  # "Again" after another first turn
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "give either a prompt or a data file"),
+        (["--prompt", "a", "--data", "b"], "give either a prompt or a data file"),
+        (["--prompt", "a", "--temperature", -1], "temperature = -1.0"),
+        (["--prompt", "a", "--top-p", 1.5], "top_p = 1.5"),
+    ],
+)
+def test_a_mistake_is_answered_with_what_to_change(base, options, said):
+    result = trimtab("generate", "--model", base, *options)
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_a_model_without_a_score_head_cannot_score(tmp_path, base):
+    result = trimtab("score", "--model", base, "--data", "world:arithmetic?num=2", "--out", tmp_path / "x.jsonl")
+    assert result.exit_code == 2
+    assert "no trained score head" in result.output
