@@ -143,6 +143,8 @@ class Settings:
     """Steps between checkpoints."""
     seed: int = 0
     """Seed of prompts, rollouts and minibatches."""
+    trackers: Annotated[tuple[Any, ...], Choice("tracker")] = ()
+    """Where metrics go besides metrics.jsonl: "tensorboard", "wandb"."""
 
     def __post_init__(self) -> None:
         if not self.rewards:

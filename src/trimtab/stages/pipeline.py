@@ -13,13 +13,14 @@ data = "@compare/train.jsonl"   # a file in the run directory of the stage named
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from trimtab.errors import ConfigError
 from trimtab.runs.run import Run
 
 STAGES = ("pretrain", "sft", "compare", "reward", "online", "evaluate")
+TOP_LEVEL = ("seed", "variables", "stages")
 
 
 def run_pipeline(values: Mapping[str, Any], out: Path, *, where: str = "the pipeline file") -> dict[str, Any]:
@@ -40,10 +42,11 @@ def run_pipeline(values: Mapping[str, Any], out: Path, *, where: str = "the pipe
     console = Console(stderr=True, highlight=False)
     stages = resolve_stages(values, out, where=where)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "pipeline.toml").write_text(config.to_toml(dict(values)), encoding="utf-8")
+    write_aside(out / "pipeline.toml", config.to_toml(dict(values)))
     for number, (name, (stage, settings)) in enumerate(stages.items(), start=1):
         title = f"[{number}/{len(stages)}] {name}"
-        with Run.open(out / name, stage=stage, settings=config.dump(settings)) as run:
+        trackers = getattr(settings, "trackers", ())
+        with Run.open(out / name, stage=stage, settings=config.dump(settings), trackers=trackers) as run:
             if run.finished:
                 console.print(f"{title}: finished before", style="dim")
                 continue
@@ -63,19 +66,22 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
         raise ConfigError(
             "a pipeline without stages", where=where, fix='add tables such as [stages.sft] with stage = "sft"'
         )
-    unknown = set(values) - {"seed", "variables", "stages"}
+    unknown = set(values) - set(TOP_LEVEL)
     if unknown:
         raise ConfigError(
             f"unknown keys: {', '.join(sorted(unknown))}",
             where=where,
-            fix="a pipeline has seed, [variables] and [stages.NAME] tables",
+            fix=f"{nearest(sorted(unknown)[0], TOP_LEVEL)}a pipeline has seed, [variables] and [stages.NAME] tables",
         )
     classes, resolved = {}, {}
     earlier: set[str] = set()
     for name, table in tables.items():
         stage = table.get("stage") if isinstance(table, Mapping) else None
         if stage not in STAGES:
-            raise ConfigError(f"stages.{name}.stage is {stage!r}", where=where, fix=f"name one of: {', '.join(STAGES)}")
+            hint = nearest(str(stage), STAGES)
+            raise ConfigError(
+                f"stages.{name}.stage is {stage!r}", where=where, fix=f"{hint}stages are: {', '.join(STAGES)}"
+            )
         settings = {key: value for key, value in table.items() if key != "stage"}
         if "seed" in values:
             settings.setdefault("seed", values["seed"])
@@ -85,6 +91,12 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
         earlier.add(name)
     settings_of = config.resolve_tables(classes, resolved, where=where)
     return {name: (table["stage"], settings_of[f"stages.{name}"]) for name, table in tables.items()}
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint at the known name closest to a wrong one, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 def substitute(value: Any, key: str, variables: Mapping[str, Any], earlier: set[str], out: Path, where: str) -> Any:
@@ -154,7 +166,12 @@ def add_to_summary(directory: Path, values: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """The value as a JSON file."""
+    write_aside(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_aside(path: Path, text: str) -> None:
     """Writes aside and renames, so that a reader never sees half a file."""
     aside = path.with_name(path.name + ".writing")
-    aside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     aside.replace(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from trimtab import seeds, worlds
+from trimtab.config import Choice
 from trimtab.data.chat import DEFAULT_TEMPLATE, SPECIAL_TOKENS
 from trimtab.data.layouts import load, recognise
 from trimtab.data.sources import is_world, read_rows
@@ -115,6 +116,8 @@ class Settings:
     """Updates between checkpoints."""
     seed: int = 0
     """Seed of the weights, the documents and their order."""
+    trackers: Annotated[tuple[Any, ...], Choice("tracker")] = ()
+    """Where metrics go besides metrics.jsonl: "tensorboard", "wandb"."""
 
     def __post_init__(self) -> None:
         if self.data.startswith("world:") and self.num_documents is None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trimtab import seeds
+from trimtab.config import Choice
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
 from trimtab.data.preferences import split_by_prompt
@@ -66,6 +67,8 @@ class Settings:
     """Updates between checkpoints."""
     seed: int = 0
     """Seed of the new head and the order of pairs."""
+    trackers: Annotated[tuple[Any, ...], Choice("tracker")] = ()
+    """Where metrics go besides metrics.jsonl: "tensorboard", "wandb"."""
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from trimtab.config import Choice
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
 from trimtab.data.preferences import split_by_prompt
@@ -56,6 +57,8 @@ class Settings:
     """Updates between checkpoints."""
     seed: int = 0
     """Seed of the order of examples."""
+    trackers: Annotated[tuple[Any, ...], Choice("tracker")] = ()
+    """Where metrics go besides metrics.jsonl: "tensorboard", "wandb"."""
 
 
 def run(settings: Settings, run: Run) -> None:
