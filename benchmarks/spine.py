@@ -126,7 +126,15 @@ def main() -> None:
             hacking[seed] = {name: getattr(found, name) for name in found.__dataclass_fields__}
     over_seeds = {
         name: t_interval([r[name] for r in rows]).named(name)
-        for name in ("gap_closed", "gold_sft", "gold_final", "gold_best_of_64", "kl", "reward_model_accuracy", "seconds")
+        for name in (
+            "gap_closed",
+            "gold_sft",
+            "gold_final",
+            "gold_best_of_64",
+            "kl",
+            "reward_model_accuracy",
+            "seconds",
+        )
     }
     DATA.mkdir(parents=True, exist_ok=True)
     result = {"seeds": rows, "over_seeds": over_seeds, "without_the_leash": hacking, "moving_mean_steps": WINDOW}

@@ -240,15 +240,11 @@ def _dumped(hint: Any, value: Any, default: Any) -> Any:
     base = default if type(default) is type(value) else None
     if choice := _choice(hint):
         if _is_tuple(hint):
-            return [{"name": _name_of(choice.kind, v), **_dumped_table(v, None)} for v in value]
-        return {"name": _name_of(choice.kind, value), **_dumped_table(value, base)}
+            return [{"name": registry.name_of(choice.kind, type(v)), **_dumped_table(v, None)} for v in value]
+        return {"name": registry.name_of(choice.kind, type(value)), **_dumped_table(value, base)}
     if dataclasses.is_dataclass(value):
         return _dumped_table(value, base)
     return _plain(value)
-
-
-def _name_of(kind: str, value: Any) -> str:
-    return next(name for name in registry.names(kind) if registry.find(kind, name, where=kind) is type(value))
 
 
 def _plain(value: Any) -> Any:

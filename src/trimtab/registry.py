@@ -52,3 +52,8 @@ def find(kind: str, name: str, *, where: str) -> type:
     raise ConfigError(
         f"no {kind.replace('_', ' ')} is called {name!r}", where=where, fix=f"{hint}known names: {', '.join(known)}"
     )
+
+
+def name_of(kind: str, cls: type) -> str:
+    """The name `cls` is registered under."""
+    return next(name for name in names(kind) if _REGISTERED[kind][name] is cls)

@@ -132,7 +132,7 @@ def test_several_rewards_add_up_with_their_weights(tmp_path, base, reward_run):
     model = {"name": "model", "path": str(reward_run / "model"), "weight": 0.5}
     out = run(tmp_path, base, reward_run, rewards=[gold, model])
     for row in rows(out):
-        total = 3.0 * row["gold/mean"] + 0.5 * row["reward/part_1"]
+        total = 3.0 * row["gold/mean"] + 0.5 * row["reward/model"]
         assert row["reward/mean"] == pytest.approx(total, rel=1e-5)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab import seeds, worlds
+from trimtab import registry, seeds, worlds
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
 from trimtab.data.trees import TokenTrees, TreeBatch, per, response_tree
@@ -215,10 +215,7 @@ def build_parts(settings: Settings, run: Run) -> Parts:
         prompts=prompts,
         generator=LocalGenerator(policy, chat, settings.sampling),
         rewards=Rewards(
-            [
-                (f"part_{i}", r.weight, r.load(token_budget=settings.token_budget))
-                for i, r in enumerate(settings.rewards)
-            ],
+            load_rewards(settings),
             settings.shaping,
             state,
             world,
@@ -234,6 +231,22 @@ def build_parts(settings: Settings, run: Run) -> Parts:
         state=state,
         counts=dict(loaded.counts) | {"dropped_long_prompts": len(loaded.records) - len(prompts)},
     )
+
+
+def load_rewards(settings: Settings) -> list[tuple[str, float, Reward]]:
+    """Name, weight and scorer of each reward; a name that comes again is numbered."""
+    loaded: list[tuple[str, float, Reward]] = []
+    for reward in settings.rewards:
+        name = registry.name_of("reward", type(reward))
+        earlier = sum(other.partition("_")[0] == name for other, _, _ in loaded)
+        loaded.append(
+            (
+                f"{name}_{earlier + 1}" if earlier else name,
+                reward.weight,
+                reward.load(token_budget=settings.token_budget),
+            )
+        )
+    return loaded
 
 
 def load_scalar_critic(settings: Settings) -> Any:
