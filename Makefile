@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 # Scripts that measure what the docs claim; `make evidence` runs each after the slow tests.
-EVIDENCE ?=
+EVIDENCE ?= benchmarks/spine.py
 
 .PHONY: install quickstart test evidence clean
 

@@ -19,9 +19,9 @@ from trimtab.settings_help import settings_help
 STAGES = {
     "pretrain": ("trimtab.stages.pretrain", "Train a small language model from nothing, on plain text."),
     "sft": ("trimtab.stages.sft", "Teach a model to reply, from demonstrations."),
-    "compare": ("trimtab.stages.compare", "Sample pairs of replies and have annotators compare them."),
+    "compare": ("trimtab.stages.compare", "Sample replies and have a world's annotators compare them."),
     "reward": ("trimtab.stages.reward", "Train a reward model on preference pairs."),
-    "online": ("trimtab.stages.online", "Train a policy against a reward: PPO and its relatives."),
+    "online": ("trimtab.stages.online", "Train a policy against a reward, with PPO."),
     "evaluate": ("trimtab.stages.evaluate", "Measure a policy against a baseline, with intervals."),
 }
 """Each stage command: the module with its `Settings` and `run`, and its line of help."""
@@ -119,7 +119,21 @@ def _run_pipeline(run_file: Path, overrides: tuple[str, ...], out: Path) -> None
     values = config.apply_overrides(config.load_run_file(run_file), overrides)
     where = " ".join([str(run_file), *overrides])
     importlib.import_module("trimtab.stages.pipeline").run_pipeline(values, out, where=where)
+    _tell(out)
     _write_report(out)
+
+
+def _tell(out: Path) -> None:
+    """The verdict on a pipeline, as its page has it."""
+    headline = importlib.import_module("trimtab.reports.headline")
+    record = importlib.import_module("trimtab.reports.collect").collect(out)
+    verdict = headline.pipeline_verdict(record)
+    click.echo()
+    for sentence in (verdict.title, *verdict.sentences):
+        click.echo(sentence)
+    took, memory = (record.summary.get(name) for name in ("seconds", "peak_rss_gb"))
+    if took is not None and memory is not None:
+        click.echo(f"It took {headline.seconds(took)} and at most {memory:.2g} GB of memory.")
 
 
 def examples_dir() -> Path:
