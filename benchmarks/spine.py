@@ -83,12 +83,12 @@ def picture(out: Path, seeds: list[int]) -> go.Figure:
                     opacity=1.0 if number == 0 else 0.45,
                 )  # fmt: skip
     figure.update_layout(
-        width=980, height=520, template="plotly_white", font={"size": 15}, margin={"l": 70, "r": 70, "t": 50, "b": 60},
+        width=980, height=560, template="plotly_white", font={"size": 15}, margin={"l": 70, "r": 70, "t": 50, "b": 110},
         title="The reward keeps rising; what it stands for does not",
         xaxis={"title": "√KL to the SFT model (√nats per reply)"},
         yaxis={"title": "gold score"},
-        yaxis2={"title": "reward (dotted)", "overlaying": "y", "side": "right", "showgrid": False},
-        legend={"x": 0.02, "y": 0.98, "bgcolor": "rgba(255,255,255,0.7)"},
+        yaxis2={"title": "reward (dotted)", "overlaying": "y", "side": "right", "showgrid": False, "tickformat": ".1f", "zeroline": False},
+        legend={"orientation": "h", "x": 0, "y": -0.2},
     )  # fmt: skip
     return figure
 
@@ -104,7 +104,7 @@ def write_png(figure: go.Figure, path: Path) -> None:
         figure.write_html(page, include_plotlyjs=True, full_html=True, config={"staticPlot": True})
         command = [
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-            f"--user-data-dir={scratch}/profile", f"--screenshot={path}", "--window-size=1000,540",
+            f"--user-data-dir={scratch}/profile", f"--screenshot={path}", "--window-size=1000,580",
             "--virtual-time-budget=6000", "--hide-scrollbars", page.as_uri(),
         ]  # fmt: skip
         subprocess.run(command, check=True, capture_output=True)
