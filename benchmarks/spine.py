@@ -87,7 +87,10 @@ def picture(out: Path, seeds: list[int]) -> go.Figure:
         title="The reward keeps rising; what it stands for does not",
         xaxis={"title": "√KL to the SFT model (√nats per reply)"},
         yaxis={"title": "gold score"},
-        yaxis2={"title": "reward (dotted)", "overlaying": "y", "side": "right", "showgrid": False, "tickformat": ".1f", "zeroline": False},
+        yaxis2={
+            "title": "reward (dotted)", "overlaying": "y", "side": "right", "showgrid": False,
+            "tickformat": ".1f", "zeroline": False,
+        },
         legend={"orientation": "h", "x": 0, "y": -0.2},
     )  # fmt: skip
     return figure
