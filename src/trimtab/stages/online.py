@@ -69,6 +69,8 @@ def train_step(number: int, parts: Parts, run: Run) -> Metrics:
     old_logprobs = token_logprobs_of(parts.policy, trees, budget)  # [M]
     ref_logprobs = token_logprobs_of(parts.reference, trees, budget)
     values = token_values_of(parts.critic, trees, budget)
+    # Before anything is trained: it refuses a sampler that is not the policy.
+    metrics = rollout_metrics(rollouts, old_logprobs, sampling=settings.sampling, first_step=number == 0)
     clock.lap("logprobs")
 
     log_ratio = old_logprobs - ref_logprobs
@@ -90,7 +92,6 @@ def train_step(number: int, parts: Parts, run: Run) -> Metrics:
     clock.lap("update")
 
     sequence_kl = sum_per_sequence(kl, trees.sequence_ids, trees.num_sequences)  # [B]
-    metrics = rollout_metrics(rollouts, old_logprobs, sampling=settings.sampling, first_step=number == 0)
     metrics |= reward_metrics | updates | value_metrics(values, returns) | clock.metrics()
     metrics |= {
         "policy/kl": Mean(float(sequence_kl.double().sum()), trees.num_sequences),

@@ -71,7 +71,11 @@ def fitted_tree(
     """
     encoded = [chat.encode_response(r) for r in responses]
     fitted = fit_prompt(
-        chat.encode_prompt(prompt.messages), max(encoded, key=len), max_length=max_tokens, on_too_long=on_too_long
+        chat.encode_prompt(prompt.messages),
+        max(encoded, key=len),
+        max_length=max_tokens,
+        on_too_long=on_too_long,
+        bos_id=chat.tokenizer.bos_token_id,
     )
     if fitted.outcome != "kept":
         name = f"{fitted.outcome}_too_long"
