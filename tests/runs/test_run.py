@@ -67,6 +67,8 @@ def test_fresh_empties_a_run_and_nothing_else(tmp_path: Path):
         run.log(1, {"loss/train": 1.0})
         run.save_checkpoint(1, write_one("x"))
         run.save_model(write_one("x"))
+        (run.directory / "start").mkdir()  # the untrained model of pretrain, which must not outlive its settings
+        (run.directory / "train.jsonl").write_text("{}\n")
         run.finish({})
     (run.directory / "notes.txt").write_text("mine")
     with Run.open(run.directory, stage="sft", settings={"model": "n"}, resume=False) as run:

@@ -6,6 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.stages.commands import FAST, online_settings, rows, run_stage, summary, trimtab, write_run_file
+from trimtab.stages import online, online_watch
 
 GOLD = {"name": "gold", "world": "arithmetic"}
 
@@ -213,3 +214,12 @@ def test_a_finished_run_is_left_alone_and_fresh_begins_again(tmp_path, base, rew
     assert (out / "metrics.jsonl").read_bytes() == first
     assert trimtab("online", out / "settings.toml", "--out", out, "--fresh").exit_code == 0
     assert len(rows(out)) == 2
+
+
+def test_a_sampler_that_is_not_the_policy_is_refused_before_any_update(tmp_path, base, reward_run, monkeypatch):
+    monkeypatch.setattr(online_watch, "MAX_LOGPROB_DIFFERENCE", -1.0)
+    monkeypatch.setattr(online, "update_epochs", lambda *_: pytest.fail("it trained"))
+    run_file = write_run_file(tmp_path / "run.toml", online_settings(base, reward_run / "model"))
+    result = trimtab("online", run_file, "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "sampler and policy disagree" in result.output
