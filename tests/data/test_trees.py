@@ -26,7 +26,7 @@ def test_a_pair_by_hand():
     assert row.targets.tolist() == [1, 2, 3]
     assert row.sequence_ids.tolist() == [0, 0, 1]
     assert row.last_tokens.tolist() == [3, 4]
-    visible = row.blocks.visible[0, 0]
+    visible = row.visible()[0]
     assert visible[4].tolist() == [True, True, False, False, True]  # the second reply does not see the first
     assert visible[3].tolist() == [True, True, True, True, False]
 
@@ -57,9 +57,10 @@ def test_a_token_sees_exactly_the_earlier_tokens_of_its_own_sequence(some):
     row = TokenTrees.build(some)
     position = {
         int(r): (p, int(s))
-        for p, tree_rows in enumerate(row.blocks.rows)
+        for p, tree_rows in enumerate(row.strips.rows)
         for s, r in enumerate(tree_rows[: some[p].num_tokens])
     }
+    visible = row.visible()
     start = 0
     for number, tree in enumerate(some):
         spans = list(tree.nodes())
@@ -67,12 +68,31 @@ def test_a_token_sees_exactly_the_earlier_tokens_of_its_own_sequence(some):
             for offset in range(length):
                 here = start + begin + offset
                 p, slot = position[here]
-                seen = set(torch.nonzero(row.blocks.visible[p, 0, slot]).flatten().tolist())
+                seen = set(torch.nonzero(visible[p, slot]).flatten().tolist())
                 prompt = set(range(spans[0][1])) if node else set()
                 assert p == number
                 assert seen == prompt | set(range(begin, begin + offset + 1))
         start += tree.num_tokens
-    assert row.blocks.rows.reshape(-1)[row.blocks.slots].tolist() == list(range(row.num_tokens))
+    assert row.strips.tokens.tolist() == list(range(row.num_tokens))
+
+
+@given(trees)
+def test_chains_and_forks_show_each_pair_of_tokens_that_see_each_other_once(some):
+    row = TokenTrees.build(some)
+    seen = torch.zeros(row.num_tokens, row.num_tokens, dtype=torch.int64)
+    for chain in row.parts.chains:
+        for tokens, filled in zip(chain.rows, chain.filled, strict=True):
+            real = tokens[filled]
+            seen[real[:, None], real] += torch.ones(len(real), len(real), dtype=torch.int64).tril()
+    for branches, prompts in row.parts.forks:
+        for i in range(len(branches.rows)):
+            seen[branches.rows[i][branches.filled[i]][:, None], prompts.rows[i][prompts.filled[i]]] += 1
+    visible = row.visible()
+    expected = torch.zeros_like(seen)
+    for p, (tokens, filled) in enumerate(zip(row.strips.rows, row.strips.filled, strict=True)):
+        real = tokens[filled]
+        expected[real[:, None], real] = visible[p, : len(real), : len(real)].long()
+    assert torch.equal(seen, expected)
 
 
 def marked_batch(row):

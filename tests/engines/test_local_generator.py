@@ -1,12 +1,15 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from tests.tiny import write_model_directory
+from tests.tiny import DECODERS, VOCAB, causal, write_model_directory
 from trimtab.data.chat import Chat
-from trimtab.engines.local_generator import LocalGenerator, Sampling
-from trimtab.errors import DataError
+from trimtab.engines.local_generator import LocalGenerator, Replies, Sampling
+from trimtab.errors import DataError, EngineError
 from trimtab.math.logprobs import truncated_logprobs
 from trimtab.models.forward import token_logprobs_of
+from trimtab.models.fused import LLAMA_LIKE, FusedForward
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.stages.online import to_trees
@@ -119,3 +122,78 @@ def test_sampling_follows_the_distribution(model_dir):
 def test_a_prompt_that_is_too_long_is_named(model_dir):
     with pytest.raises(DataError, match=r"a prompt of .* tokens; the longest allowed is 8"):
         generator(model_dir, max_prompt_tokens=8).generate(SOME, group_size=1, seed=0)
+
+
+def drawn_by(name, *, batch_size, form="own", group_size=3):
+    """Replies of a tiny model of an architecture, drawn in its own way or in another that it supports."""
+    torch.manual_seed(4)
+    chat = SimpleNamespace(stop_ids={1, 5, 9, 13}, pad_id=0)
+    policy = Policy(causal(name), pad_id=0)
+    policy.tree_form = policy.tree_form and form != "padded"
+    g = LocalGenerator(policy, chat, Sampling(max_new_tokens=17, batch_size=batch_size))
+    lengths = (5, 1, 12, 3, 7, 2, 9)
+    prompts = [torch.randint(2, VOCAB, (n,)).tolist() for n in lengths]
+    uniforms = torch.rand(len(prompts) * group_size, 17, dtype=torch.float64)
+    replies = Replies(uniforms, g.sampling, chat)
+    decode = g._decode_padded if form == "padded" else g._decode
+    with torch.no_grad():
+        decode(prompts, group_size, replies)
+    return g, prompts, replies.finished()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_architecture_draws_from_its_own_distribution_whatever_rows_it_is_given(name):
+    g, prompts, whole = drawn_by(name, batch_size=100)
+    for i, (ids, logprobs, _) in enumerate(whole):
+        full = torch.tensor([prompts[i // 3] + ids])
+        with torch.no_grad():
+            expected = causal(name)(input_ids=full).logits[0, len(prompts[i // 3]) - 1 : -1].log_softmax(-1)
+        expected = expected.gather(1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=3e-5, rtol=1e-5)
+    assert {len(ids) for ids, _, _ in whole} > {17}, "replies of many lengths, or no row was ever refilled"
+    assert g.method == ("fused" if type(g.policy.model.base_model).__name__ in LLAMA_LIKE else "rows")
+    for batch_size, form in ((3, "own"), (7, "own"), (100, "padded"), (6, "padded")):
+        other = drawn_by(name, batch_size=batch_size, form=form)[2]
+        assert [(ids, stopped) for ids, _, stopped in other] == [(ids, stopped) for ids, _, stopped in whole]
+
+
+def test_the_fused_copy_follows_the_weights(model_dir):
+    g = generator(model_dir)
+    before = g.generate(SOME, group_size=2, seed=1)
+    # The fused optimizer writes to weights without raising their version counter: a copy kept until the counter
+    # changes would be stale, and nothing would say so.
+    optimizer = torch.optim.AdamW(g.policy.model.parameters(), lr=0.05, fused=True)
+    g.policy(to_trees(before, 2)).logprobs.sum().backward()
+    optimizer.step()
+    after = g.generate(SOME, group_size=2, seed=1)
+    assert before != after
+    scored = token_logprobs_of(g.policy, to_trees(after, 2), 10**9)
+    torch.testing.assert_close(torch.tensor([x for r in after for x in r.logprobs]), scored, atol=3e-5, rtol=1e-5)
+
+
+def test_a_copy_that_is_not_the_model_is_refused():
+    model = Policy(causal("qwen3"), pad_id=0).model
+    fused = FusedForward(model, 8)
+    fused.prove_fresh(model)
+    with torch.no_grad():
+        model.base_model.layers[1].mlp.down_proj.weight.add_(0.05)
+    with pytest.raises(EngineError, match="the fused copy that replies are sampled from differs"):
+        fused.prove_fresh(model)
+
+
+def test_a_reply_ends_with_a_stop_text_which_is_not_part_of_its_text(model_dir):
+    free = generator(model_dir, max_new_tokens=40).generate(SOME, group_size=4, seed=3)
+    letter = free[0].response[3]
+    stopped = generator(model_dir, max_new_tokens=40, stop=(letter, "no such text")).generate(
+        SOME, group_size=4, seed=3
+    )
+    for a, b in zip(free, stopped, strict=True):
+        assert b.response == a.response.split(letter)[0]
+        assert b.response_ids == a.response_ids[: len(b.response_ids)]
+        if letter in a.response:
+            assert b.finish_reason == "stop"
+            assert len(b.response_ids) <= len(a.response_ids)
+
+
+def test_no_prompts_give_no_rollouts(model_dir):
+    assert generator(model_dir).generate([], group_size=2, seed=0) == []

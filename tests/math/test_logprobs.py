@@ -9,7 +9,7 @@ from scipy.special import softmax as scipy_softmax
 from scipy.stats import entropy as scipy_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trimtab.math.logprobs import exact_kl, sample, token_logprobs, truncated_logprobs
+from trimtab.math.logprobs import draw, exact_kl, sample, sample_softmax, token_logprobs, truncated_logprobs
 
 
 def gather_logprobs(hidden, weight, targets, *, bias=None, temperature=1.0):
@@ -304,3 +304,41 @@ def test_sampled_shares_are_the_probabilities():
     uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     counts = sample(logprobs.expand(n, -1), uniforms).bincount(minlength=12)
     assert (counts - n * logprobs[0].double().exp()).abs().max() <= 1.001
+
+
+@pytest.mark.parametrize("vocabulary", [1, 12, 511, 512, 513, 2000])
+def test_drawing_block_by_block_is_drawing_from_the_whole_distribution(vocabulary):
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 3 * torch.randn(500, vocabulary, generator=generator)
+    uniforms = torch.rand(500, generator=generator, dtype=torch.float64)
+    ids, logprobs = sample_softmax(logits, uniforms)
+    expected = logits.double().log_softmax(-1)
+    cumulative = expected.exp().cumsum(-1)
+    margin = (cumulative - uniforms[:, None]).abs().min(-1).values
+    clear = margin > 1e-6  # elsewhere rounding may fall on either side of the edge between two tokens
+    assert clear.float().mean() > 0.95
+    assert torch.equal(ids[clear], sample(expected, uniforms)[clear])
+    torch.testing.assert_close(logprobs, expected.gather(1, ids[:, None])[:, 0].float(), atol=2e-6, rtol=1e-6)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.one_of(st.just(-torch.inf), st.floats(-90, 90)), min_size=1, max_size=1100).filter(
+        lambda row: max(row) > -torch.inf
+    ),
+    st.floats(0, 1, allow_nan=False),
+)
+def test_drawing_block_by_block_never_leaves_the_support(row, uniform):
+    logits = torch.tensor([row], dtype=torch.float32)
+    ids, logprobs = sample_softmax(logits, torch.tensor([uniform], dtype=torch.float64))
+    assert logits[0, ids] > -torch.inf
+    assert logprobs > -torch.inf
+
+
+def test_draw_reports_the_logprobs_of_what_it_sampled_from():
+    generator = torch.Generator().manual_seed(0)
+    logits, uniforms = torch.randn(50, 30, generator=generator), torch.rand(50, generator=generator)
+    for options in ({}, {"temperature": 0.5}, {"top_k": 4}, {"top_k": 30}, {"top_p": 0.5, "temperature": 2.0}):
+        ids, logprobs = draw(logits, uniforms, **options)
+        expected = truncated_logprobs(logits, **options).gather(1, ids[:, None])[:, 0]
+        torch.testing.assert_close(logprobs, expected, atol=1e-6, rtol=1e-6)

@@ -3,9 +3,10 @@ import torch
 
 from tests.tiny import DECODERS, VOCAB, causal, scalar
 from trimtab.data.trees import TokenTrees, response_tree, sequence_tree
-from trimtab.models.attention import is_decoder, supports_trees
+from trimtab.models.attention import is_decoder, supports_rows
 from trimtab.models.forward import exact_kl_of, sequence_scores_of, token_logprobs_of
 from trimtab.models.roles import Policy, ScalarModel
+from trimtab.models.tree_attention import masked_attention, tree_attention
 
 
 def some_trees(seed=0):
@@ -30,7 +31,7 @@ def as_role(model, kind, *, tree_form):
 
 
 def relative_difference(a, b):
-    return float((a - b).norm() / b.norm())
+    return float(((a - b).norm() / b.norm()).detach())
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -47,16 +48,16 @@ def test_logprobs_are_those_of_transformers_on_each_sequence_alone(name):
                     place = len(tree.prompt) + offset
                     if trained and place:
                         expected.append(logprobs[place - 1, full[0, place]])
-    role = as_role(model, Policy, tree_form=supports_trees(model))
+    role = as_role(model, Policy, tree_form=supports_rows(model))
     torch.testing.assert_close(token_logprobs_of(role, trees, 10**9), torch.stack(expected), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in DECODERS if "windowed" not in n])
+@pytest.mark.parametrize("name", DECODERS)
 def test_gradients_of_tree_and_padded_rows_agree(name):
     gradients = []
     for tree_form in (True, False):
         role = as_role(causal(name), Policy, tree_form=tree_form)
-        assert supports_trees(role.model)
+        assert supports_rows(role.model)
         outputs = role(some_trees(), entropy=True)
         (outputs.logprobs.sum() + 0.1 * outputs.entropy.sum()).backward()
         gradients.append({n: p.grad for n, p in role.named_parameters() if p.grad is not None})
@@ -66,9 +67,32 @@ def test_gradients_of_tree_and_padded_rows_agree(name):
     assert relative_difference(*whole) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["mistral_windowed", "gemma3_windowed"])
-def test_a_model_with_a_window_is_not_given_trees(name):
-    assert not supports_trees(causal(name))
+def test_a_model_that_caps_its_scores_is_not_given_trees():
+    model = causal("llama")
+    assert supports_rows(model)
+    model.config.attn_logit_softcapping = 50.0
+    assert not supports_rows(model)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_attention_in_parts_is_attention_under_the_mask(heads):
+    trees = TokenTrees.build(
+        [*some_trees().trees, response_tree([3] * 30, [[4] * 5, [5] * 11]), response_tree([], [[6], [7] * 4])]
+    )
+    draw = torch.Generator().manual_seed(1)
+    states = [
+        torch.randn(trees.num_tokens, h, 8, generator=draw, requires_grad=True) for h in (heads[0], heads[1], heads[1])
+    ]
+    weights = torch.randn(trees.num_tokens, heads[0], 8, generator=draw)
+    results = []
+    for attend in (
+        lambda q, k, v: tree_attention(trees)(0, q, k, v, 0.3, None),
+        lambda q, k, v: masked_attention(q, k, v, trees.strips, trees.visible()[:, None], 0.3),
+    ):
+        output = attend(*states)
+        results.append([output, *torch.autograd.grad((output * weights).sum(), states)])
+    for parted, masked in zip(*results, strict=True):
+        assert relative_difference(parted, masked) < 2e-6
 
 
 def test_an_encoder_is_recognised():
@@ -87,7 +111,7 @@ def test_scores_are_those_of_transformers_and_do_not_depend_on_padding_or_batch(
             for tree in trees.trees
             for b in tree.branches
         ]
-    role = as_role(model, ScalarModel, tree_form=supports_trees(model))
+    role = as_role(model, ScalarModel, tree_form=supports_rows(model))
     for budget in (1, 25, 10**9):
         torch.testing.assert_close(sequence_scores_of(role, trees, budget), torch.stack(alone), atol=2e-5, rtol=1e-5)
 

@@ -8,9 +8,10 @@ here, once, and nowhere else.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -149,9 +150,30 @@ class TokenTrees:
         return torch.tensor([j for i in indices for j in range(starts[i], starts[i + 1])], dtype=torch.int64)
 
     @cached_property
-    def blocks(self) -> TreeBlocks:
-        """Where each tree's tokens lie and which see which: what attention needs."""
-        return TreeBlocks.build(self.trees, self.node_ids)
+    def parts(self) -> TreeParts:
+        """The row as chains and forks, what attention without a mask needs."""
+        return TreeParts.build(self.trees)
+
+    @cached_property
+    def strips(self) -> Strips:
+        """The trees side by side."""
+        ends = list(accumulate(t.num_tokens for t in self.trees))
+        return Strips.build([(end - t.num_tokens, t.num_tokens) for t, end in zip(self.trees, ends, strict=True)])
+
+    def visible(self, window: int | None = None) -> Tensor:
+        """[P, L, L] true where a token of a tree (second axis) sees another (third): its prompt and the earlier tokens
+        of its own branch, of these with a window only those less than `window` positions back. Places past a tree's
+        end see place 0 so that no softmax runs over nothing."""
+        strips = self.strips
+        place = torch.arange(strips.rows.shape[1])
+        nodes = torch.where(strips.filled, self.node_ids[strips.rows], -1)
+        same_path = (nodes[:, None, :] == nodes[:, :, None]) | (nodes[:, None, :] == 0)
+        visible = same_path & (place <= place[:, None]) & strips.filled[:, None, :]
+        if window is not None:
+            positions = self.position_ids[strips.rows]
+            visible &= positions[:, None, :] > positions[:, :, None] - window
+        visible[:, :, 0] |= ~strips.filled
+        return visible
 
     def padded(self, pad_id: int) -> PaddedRows:
         """Every sequence as a row of its own with its prompt repeated, padded on the right: for models that cannot
@@ -170,30 +192,72 @@ class TokenTrees:
 
 
 @dataclass(frozen=True)
-class TreeBlocks:
-    """The trees of a row side by side, [P, L] with L the longest tree, so that attention stays inside each."""
+class Strips:
+    """Stretches of the row side by side, as attention wants them."""
 
     rows: Tensor
-    """[P, L] the row of each tree's tokens; the slots past a tree's end repeat row 0 and are never read back."""
-    slots: Tensor
-    """[N] the slot p * L + l of each token: the inverse of `rows`."""
-    visible: Tensor
-    """[P, 1, L, L] true where a token (third axis) sees another (fourth): its prompt and the earlier tokens of its
-    own branch. Empty slots see slot 0 so that no softmax runs over nothing."""
+    """[C, L] the row of each stretch's tokens; places past a stretch's end repeat row 0 and are never read back."""
+    filled: Tensor
+    """[C, L] true where there is a token."""
 
     @classmethod
-    def build(cls, trees: Sequence[Tree], node_ids: Tensor) -> Self:
-        lengths = torch.tensor([t.num_tokens for t in trees], dtype=torch.int64)
-        longest = int(lengths.max()) if len(trees) else 0
-        ends = lengths.cumsum(0)
-        slot = torch.arange(longest)
-        filled = slot[None, :] < lengths[:, None]
-        rows = torch.where(filled, slot[None, :] + (ends - lengths)[:, None], 0)
-        nodes = torch.where(filled, node_ids[rows], -1)
-        same_path = (nodes[:, None, :] == nodes[:, :, None]) | (nodes[:, None, :] == 0)
-        visible = same_path & (slot[None, :] <= slot[:, None])[None] & filled[:, None, :]
-        visible[:, :, 0] |= ~filled
-        return cls(rows, torch.nonzero(filled.reshape(-1)).squeeze(1), visible[:, None])
+    def build(cls, stretches: Sequence[tuple[int, int]]) -> Self:
+        """Strips of stretches given as (start, length)."""
+        starts, lengths = torch.tensor(stretches, dtype=torch.int64).view(-1, 2).unbind(1)
+        place = torch.arange(int(lengths.max()) if len(lengths) else 0)
+        filled = place < lengths[:, None]
+        return cls(torch.where(filled, place + starts[:, None], 0), filled)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[n] where the tokens stand in the flattened strips."""
+        return torch.nonzero(self.filled.flatten()).squeeze(1)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """[n] the rows of those tokens."""
+        return self.rows.flatten().index_select(0, self.places)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """[C, H, L, D] the strips of x [N, H, D]."""
+        return x.index_select(0, self.rows.flatten()).view(*self.rows.shape, *x.shape[1:]).transpose(1, 2)
+
+    def back(self, x: Tensor) -> Tensor:
+        """[n, H, ...] the tokens' part of x [C, H, L, ...], in the order of `tokens`."""
+        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
+
+
+@dataclass(frozen=True)
+class TreeParts:
+    """A row of trees as what attention is made of: chains, in which a token sees itself and those before it, and
+    forks, at which the tokens of several branches see the whole prompt. Like lengths are side by side."""
+
+    chains: tuple[Strips, ...]
+    forks: tuple[tuple[Strips, Strips], ...]
+    """(branches, prompts), a tree a row."""
+
+    @classmethod
+    def build(cls, trees: Sequence[Tree]) -> Self:
+        """The parts of `trees`. A prompt with a single branch is one chain."""
+        chains: list[tuple[int, int]] = []
+        forks: list[tuple[tuple[int, int], tuple[int, int]]] = []
+        start = 0
+        for tree in trees:
+            num_prompt = len(tree.prompt)
+            if len(tree.branches) == 1:
+                chains.append((start, tree.num_tokens))
+            else:
+                chains += [(start + at, length) for at, length in tree.nodes() if length]
+                if num_prompt:
+                    forks.append(((start + num_prompt, tree.num_tokens - num_prompt), (start, num_prompt)))
+            start += tree.num_tokens
+        return cls(
+            tuple(Strips.build(group) for group in _alike(chains, lambda chain: chain[1])),
+            tuple(
+                (Strips.build([b for b, _ in group]), Strips.build([p for _, p in group]))
+                for group in _alike(forks, lambda fork: fork[0][1] + fork[1][1])
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -243,6 +307,11 @@ class TreeBatch:
         }
         return dataclasses.replace(self, trees=self.trees.select(indices), **fields)
 
+    def pieces(self, token_budget: int) -> Iterator[Self]:
+        """The batch in pieces of at most `token_budget` tokens, as `split_by_tokens` groups them."""
+        groups = split_by_tokens(self.trees, token_budget)
+        return iter([self]) if len(groups) == 1 else (self.select(group) for group in groups)
+
 
 def split_by_tokens(trees: TokenTrees, token_budget: int) -> list[list[int]]:
     """Tree indices in groups of at most `token_budget` tokens (a larger tree stands alone), like sizes together.
@@ -260,6 +329,23 @@ def split_by_tokens(trees: TokenTrees, token_budget: int) -> list[list[int]]:
         groups[-1].append(i)
         room -= size
     return groups
+
+
+def _alike(items: Sequence[Any], length: Callable[[Any], int]) -> list[list[Any]]:
+    """The items in groups of like lengths. Each group costs a fixed effort, so one is opened only when padding to the
+    longest would add more pairs of tokens than that effort is worth."""
+    groups: list[list[Any]] = []
+    wasted = longest = 0
+    for item in sorted(items, key=length, reverse=True):
+        wasted += longest**2 - length(item) ** 2
+        if not groups or wasted > _PAIRS_PER_CALL:
+            groups.append([])
+            wasted, longest = 0, length(item)
+        groups[-1].append(item)
+    return groups
+
+
+_PAIRS_PER_CALL = 1 << 16
 
 
 def _starts(sizes: Iterable[int]) -> list[int]:

@@ -1,23 +1,34 @@
-"""The local generator: samples replies with the weights being trained, and needs nothing but torch and transformers."""
+"""The local generator: samples replies with the weights being trained, and needs nothing but torch and transformers.
+
+Every reply has a row of a cache that was allocated once; a reply that ends gives its row to one that waits, a prompt
+is computed once for its group, and nothing is padded to the longest (`models/slots.py`). Llama-like models decode with
+a fused copy of their weights (`models/fused.py`), others with their own forward, and those whose attention cannot be
+replaced in padded rows (`padded_decoding.py`): the same replies, more slowly.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from trimtab import seeds
 from trimtab.data.chat import Chat
+from trimtab.engines.padded_decoding import decode_padded
 from trimtab.errors import DataError
-from trimtab.math.logprobs import sample, truncated_logprobs
+from trimtab.math.logprobs import draw
+from trimtab.models.attention import Attend, backbone, row_states
+from trimtab.models.fused import FusedForward, supports_fusing
 from trimtab.models.roles import Policy
+from trimtab.models.slots import SlotCache
 from trimtab.types import Prompt, Rollout
+
+PREFILL_TOKENS = 4096
+"""Prompts are started in rows of about this many tokens: enough for fast products, little memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +45,8 @@ class Sampling:
     """Only the most probable tokens; 0 keeps all."""
     max_prompt_tokens: int = 1024
     """A longer prompt is refused."""
+    stop: tuple[str, ...] = ()
+    """A reply also ends once it holds one of these texts; its tokens stay as drawn, its text ends before it."""
     batch_size: int = 256
     """Replies decoded together. Speed and memory only."""
 
@@ -44,11 +57,23 @@ class Sampling:
             raise ValueError(f"top_p = {self.top_p}, top_k = {self.top_k}; top_p is in (0, 1], top_k is 0 or more")
         if self.max_new_tokens < 1 or self.batch_size < 1:
             raise ValueError("max_new_tokens and batch_size must be at least 1")
+        if "" in self.stop:
+            raise ValueError('stop holds an empty text, which every reply contains; take "" out')
 
     @property
     def truncates(self) -> bool:
         """Whether some tokens can never be drawn, so that sampling and policy distributions differ."""
         return self.top_p < 1 or self.top_k > 0
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The two halves of a decoding step."""
+
+    hidden: Callable[[Tensor, Tensor, Attend], Tensor]
+    """[n, D] from token ids [n], positions [n] and their attention."""
+    logits: Callable[[Tensor], Tensor]
+    """[n, V] from [n, D]."""
 
 
 class LocalGenerator:
@@ -59,35 +84,42 @@ class LocalGenerator:
         self.chat = chat
         self.sampling = sampling
 
+    @property
+    def method(self) -> Literal["fused", "rows", "padded"]:
+        """How this model decodes: a fused copy, its own forward over rows of slots, or padded rows."""
+        if not self.policy.tree_form:
+            return "padded"
+        return "fused" if supports_fusing(self.policy.model) else "rows"
+
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
         """`group_size` rollouts of each prompt. Every reply has random numbers of its own, made from the seed, its
         prompt's id and its number in the group, so batch size and order of prompts do not change what is drawn."""
+        if not prompts:
+            return []
         encoded = [self._encode(p) for p in prompts]
         seen: dict[str, int] = {}
         uniforms = np.empty((len(prompts), group_size, self.sampling.max_new_tokens))
         for i, prompt in enumerate(prompts):
             repeat = seen[prompt.id] = seen.get(prompt.id, -1) + 1
             for g in range(group_size):
-                draw = seeds.generator(seed, prompt.id, repeat, g)
-                uniforms[i, g] = draw.random(self.sampling.max_new_tokens)
-        rollouts: list[Rollout] = []
-        per_batch = max(1, self.sampling.batch_size // group_size)
-        for start in range(0, len(prompts), per_batch):
-            part = slice(start, start + per_batch)
-            ids, logprobs = self._decode(encoded[part], group_size, torch.from_numpy(uniforms[part]).flatten(0, 1))
-            for j, (response_ids, response_logprobs) in enumerate(zip(ids, logprobs, strict=True)):
-                prompt = prompts[start + j // group_size]
-                rollouts.append(
-                    Rollout(
-                        prompt=prompt,
-                        response=self.chat.decode_response(response_ids),
-                        prompt_ids=tuple(encoded[start + j // group_size]),
-                        response_ids=tuple(response_ids),
-                        logprobs=tuple(response_logprobs),
-                        finish_reason="stop" if response_ids[-1] in self.chat.stop_ids else "length",
-                    )
-                )
-        return rollouts
+                uniforms[i, g] = seeds.generator(seed, prompt.id, repeat, g).random(self.sampling.max_new_tokens)
+        replies = Replies(torch.from_numpy(uniforms).flatten(0, 1), self.sampling, self.chat)
+        with torch.no_grad():
+            if self.method == "padded":
+                self._decode_padded(encoded, group_size, replies)
+            else:
+                self._decode(encoded, group_size, replies)
+        return [
+            Rollout(
+                prompt=prompts[i // group_size],
+                response=self._text(ids),
+                prompt_ids=tuple(encoded[i // group_size]),
+                response_ids=tuple(ids),
+                logprobs=tuple(logprobs),
+                finish_reason="stop" if stopped else "length",
+            )
+            for i, (ids, logprobs, stopped) in enumerate(replies.finished())
+        ]
 
     def _encode(self, prompt: Prompt) -> list[int]:
         ids = self.chat.encode_prompt(prompt.messages)
@@ -99,100 +131,118 @@ class LocalGenerator:
             )
         return ids
 
-    @torch.no_grad()
-    def _decode(
-        self, encoded: Sequence[Sequence[int]], group_size: int, uniforms: Tensor
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        width = max(len(p) for p in encoded)
-        input_ids = torch.tensor([[self.chat.pad_id] * (width - len(p)) + list(p) for p in encoded])
-        mask = torch.arange(width)[None, :] >= torch.tensor([[width - len(p)] for p in encoded])
-        cache = roomy_cache(self.policy.model)
-        hidden = self._step(input_ids, mask, cache, (mask.cumsum(1) - 1).clamp(min=0))
-        if group_size > 1:
-            cache.batch_repeat_interleave(group_size)
-            hidden = hidden.repeat_interleave(group_size, 0)
-            mask = mask.repeat_interleave(group_size, 0)
-        lengths = mask.sum(1)
-        num_rows = len(mask)
-        active = torch.arange(num_rows)
-        stop_ids = torch.tensor(sorted(self.chat.stop_ids))
-        drawn = torch.zeros(num_rows, self.sampling.max_new_tokens, dtype=torch.int64)
-        logprobs = torch.zeros(num_rows, self.sampling.max_new_tokens)
-        num_drawn = torch.full((num_rows,), self.sampling.max_new_tokens)
-        alive = torch.ones(num_rows, dtype=torch.bool)
-        for t in range(self.sampling.max_new_tokens):
-            logits = self.policy.head(hidden).float()
-            distribution = truncated_logprobs(
-                logits,
-                temperature=self.sampling.temperature,
-                top_p=self.sampling.top_p,
-                top_k=self.sampling.top_k,
+    def _text(self, ids: Sequence[int]) -> str:
+        text = self.chat.decode_response(ids)
+        return text[: min((at for s in self.sampling.stop if (at := text.find(s)) >= 0), default=len(text))]
+
+    def _decode(self, prompts: Sequence[Sequence[int]], group_size: int, replies: Replies) -> None:
+        forward = self._forward()
+        num_groups = min(len(prompts), max(1, self.sampling.batch_size // group_size))
+        slots = SlotCache(
+            num_rows=num_groups * group_size,
+            # A prompt stays until the last reply of its group has ended, while rows of the others are free again.
+            num_prompts=min(len(prompts), num_groups if group_size == 1 else 2 * num_groups),
+            group_size=group_size,
+            prompt_width=max(len(p) for p in prompts),
+            reply_width=self.sampling.max_new_tokens,
+        )
+        # Taken from the end, the longest first, so that prompts of like lengths are decoded together.
+        waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        hidden: Tensor | None = None
+        while waiting or len(slots.sequences):
+            # Prompts start several at a time: a forward pass over few tokens is slow.
+            if waiting and slots.room >= min(len(waiting), max(1, num_groups // 8)):
+                started = start_prompts(forward, slots, prompts, waiting)
+                hidden = started if hidden is None else torch.cat([hidden, started])
+            assert hidden is not None
+            tokens, ended = replies.draw(forward.logits(hidden), slots.sequences, slots.lengths)
+            if ended.any():
+                tokens = tokens[slots.keep(~ended)]
+            hidden = forward.hidden(tokens, slots.positions, slots.extend()) if len(tokens) else None
+
+    def _decode_padded(self, prompts: Sequence[Sequence[int]], group_size: int, replies: Replies) -> None:
+        per_batch = max(1, self.sampling.batch_size // group_size)
+        for start in range(0, len(prompts), per_batch):
+
+            def draw_next(hidden: Tensor, sequences: Tensor, place: int, first: int = start) -> tuple[Tensor, Tensor]:
+                places = torch.full_like(sequences, place)
+                return replies.draw(self.policy.head(hidden), sequences + first * group_size, places)
+
+            decode_padded(
+                self.policy.model, prompts[start : start + per_batch], group_size, draw_next, pad_id=self.chat.pad_id
             )
-            tokens = sample(distribution, uniforms[active, t])
-            drawn[active, t] = tokens
-            logprobs[active, t] = distribution.gather(1, tokens[:, None]).squeeze(1)
-            stopped = alive[active] & torch.isin(tokens, stop_ids)
-            num_drawn[active[stopped]] = t + 1
-            alive[active[stopped]] = False
-            if not alive.any() or t + 1 == self.sampling.max_new_tokens:
-                break
-            if int(alive.sum()) <= 0.75 * len(active):  # finished rows are dropped from the cache once they add up
-                keep = torch.nonzero(alive[active]).squeeze(1)
-                cache.batch_select_indices(keep)
-                active, mask, tokens = active[keep], mask[keep], tokens[keep]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            hidden = self._step(tokens[:, None], mask, cache, (lengths[active] + t)[:, None])
-        counts = num_drawn.tolist()
-        return (
-            [row[:n] for row, n in zip(drawn.tolist(), counts, strict=True)],
-            [row[:n] for row, n in zip(logprobs.tolist(), counts, strict=True)],
+
+    def _forward(self) -> Forward:
+        """The fastest forward pass for this model, with its weights as they are now."""
+        model = self.policy.model
+        if self.method == "rows":
+            return Forward(lambda *row: row_states(backbone(model), *row), self.policy.head)
+        # Made anew for every call, since weights change between calls in ways no version counter shows.
+        fused = FusedForward(model, self.sampling.batch_size)
+        fused.prove_fresh(model)
+        return Forward(fused, fused.head)
+
+
+def start_prompts(forward: Forward, slots: SlotCache, prompts: Sequence[Sequence[int]], waiting: list[int]) -> Tensor:
+    """[n, D] the hidden states from which the first tokens of newly started replies are drawn. As many prompts as
+    there is room for are taken off the end of `waiting`."""
+    states = []
+    while waiting and slots.room:
+        numbers: list[int] = []
+        num_tokens = 0
+        while waiting and len(numbers) < slots.room and num_tokens < PREFILL_TOKENS:
+            numbers.append(waiting.pop())
+            num_tokens += len(prompts[numbers[-1]])
+        rows = [prompts[i] for i in numbers]
+        ids = torch.tensor([token for row in rows for token in row])
+        positions = torch.cat([torch.arange(len(row)) for row in rows])
+        last = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
+        hidden = forward.hidden(ids, positions, slots.add(numbers, rows))
+        states.append(hidden[last].repeat_interleave(slots.group_size, 0))
+    return torch.cat(states)
+
+
+class Replies:
+    """The tokens of B replies as they are drawn, their log-probabilities, and when each ends."""
+
+    def __init__(self, uniforms: Tensor, sampling: Sampling, chat: Chat) -> None:
+        """`uniforms` [B, T] are the random numbers, one a token."""
+        self.uniforms = uniforms
+        self.sampling = sampling
+        self.chat = chat
+        self.tokens = torch.zeros(uniforms.shape, dtype=torch.int64)
+        self.logprobs = torch.zeros(uniforms.shape)
+        self.lengths = torch.zeros(len(uniforms), dtype=torch.int64)
+        self.stopped = torch.zeros(len(uniforms), dtype=torch.bool)
+        self._stop_ids = torch.tensor(sorted(chat.stop_ids))
+        # A character is at most four tokens, where tokens are bytes.
+        self._tail = 4 * max((len(s) for s in sampling.stop), default=0)
+
+    def draw(self, logits: Tensor, sequences: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """The next tokens [n] of these sequences [n] at these places [n], from logits [n, V]; and whether a sequence
+        has ended with it [n]."""
+        tokens, logprobs = draw(
+            logits.float(),
+            self.uniforms[sequences, places],
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            top_k=self.sampling.top_k,
         )
+        self.tokens[sequences, places] = tokens
+        self.logprobs[sequences, places] = logprobs
+        self.lengths[sequences] = places + 1
+        stopped = torch.isin(tokens, self._stop_ids)
+        if self.sampling.stop:
+            stopped |= torch.tensor([self._holds_stop(*row) for row in zip(sequences, places, strict=True)])
+        self.stopped[sequences] = stopped
+        return tokens, stopped | (places + 1 == self.tokens.shape[1])
 
-    def _step(self, input_ids: Tensor, mask: Tensor, cache: DynamicCache, position_ids: Tensor) -> Tensor:
-        outputs = self.policy.model.base_model(
-            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True
-        )
-        hidden: Tensor = outputs.last_hidden_state[:, -1]
-        return hidden
+    def finished(self) -> list[tuple[list[int], list[float], bool]]:
+        """Ids, log-probabilities and whether it stopped of itself, of every reply."""
+        columns = (self.tokens.tolist(), self.logprobs.tolist(), self.lengths.tolist(), self.stopped.tolist())
+        return [(ids[:n], logprobs[:n], stopped) for ids, logprobs, n, stopped in zip(*columns, strict=True)]
 
-
-class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A cache layer with room to grow, so that a new token is written beside the old ones instead of copying them all.
-
-    `keys` and `values` are views of the filled part of two buffers; an operation that replaces them (repeating or
-    selecting rows) gives up the buffers, and the next token makes new ones.
-    """
-
-    ROOM = 32
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Adds the states of new tokens [B, H, T, D]; returns all states so far."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys = self._extended("_key_buffer", self.keys, key_states)
-        self.values = self._extended("_value_buffer", self.values, value_states)
-        return self.keys, self.values
-
-    def _extended(self, name: str, old: Tensor, new: Tensor) -> Tensor:
-        length = old.shape[2] + new.shape[2]
-        buffer: Tensor | None = getattr(self, name, None)
-        if buffer is None or buffer.data_ptr() != old.data_ptr() or buffer.shape[2] < length:
-            batch, heads, _, size = new.shape
-            buffer = new.new_empty(batch, heads, length + self.ROOM, size)
-            buffer[:, :, : old.shape[2]] = old
-            setattr(self, name, buffer)
-        buffer[:, :, old.shape[2] : length] = new
-        return buffer[:, :, :length]
-
-
-def roomy_cache(model: PreTrainedModel) -> DynamicCache:
-    """The model's own kind of cache, its plain layers replaced by ones that do not copy themselves every token."""
-    cache = DynamicCache(config=model.config)
-    cache.layers = [
-        RoomyLayer() if type(layer) is DynamicLayer else layer  # type: ignore[no-untyped-call]
-        for layer in cache.layers
-    ]
-    return cache
+    def _holds_stop(self, sequence: Tensor, place: Tensor) -> bool:
+        end = int(place) + 1
+        text = self.chat.decode_response(self.tokens[sequence, max(0, end - self._tail) : end].tolist())
+        return any(s in text for s in self.sampling.stop)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from trimtab.data.trees import TokenTrees, split_by_tokens
+from trimtab.data.trees import TokenTrees
 from trimtab.errors import EngineError
 from trimtab.metrics import Mean, Metrics, Total, merge
 from trimtab.models.roles import Policy, ScalarModel
@@ -92,8 +92,7 @@ class LocalLearner:
         for batch, losses in work:
             scales = [loss.coef / float(loss.weight(batch)) for loss in losses]
             wants_entropy = any(getattr(loss, "needs_entropy", False) for loss in losses)
-            for indices in split_by_tokens(batch.trees, self.token_budget):
-                micro = batch.select(indices)
+            for micro in batch.pieces(self.token_budget):
                 outputs = self._forward(micro.trees, wants_entropy)
                 total = torch.zeros(())
                 for loss, scale in zip(losses, scales, strict=True):

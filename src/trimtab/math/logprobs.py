@@ -98,6 +98,47 @@ def sample(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     return ids[:, 0]
 
 
+def sample_softmax(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids [B] drawn from softmax(logits [B, V]) and their log-probabilities [B], in nats: `sample` of the whole
+    distribution without forming it.
+
+    The weights are summed block by block; a uniform first finds its block, then its token inside.
+    """
+    num_rows, vocabulary = logits.shape
+    highest = logits.amax(-1, keepdim=True)
+    weights = (logits - highest).exp_()
+    if vocabulary % _BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, -vocabulary % _BLOCK))
+    blocks = weights.view(num_rows, -1, _BLOCK)
+    sums = blocks.sum(-1, dtype=torch.float64)
+    cumulative = sums.cumsum(-1)
+    total = cumulative[:, -1:]
+    threshold = torch.minimum(uniforms.double()[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    block = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=blocks.shape[1] - 1)
+    inside = blocks[torch.arange(num_rows, device=logits.device), block[:, 0]]
+    rest = threshold - (cumulative - sums).gather(1, block)
+    ids = torch.searchsorted(inside.double().cumsum(-1), rest, right=True).clamp_(max=_BLOCK - 1)
+    # Rounding may carry the threshold past the block's last token, or onto one of weight 0.
+    ids = torch.where(inside.gather(1, ids) > 0, ids, inside.argmax(-1, keepdim=True)) + block * _BLOCK
+    logprobs = logits.gather(1, ids) - highest - total.log().to(logits.dtype)
+    return ids[:, 0], logprobs[:, 0]
+
+
+_BLOCK = 512
+
+
+def draw(
+    logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Token ids [B] and their log-probabilities [B] under the distribution sampled from: logits [B, V] divided by the
+    temperature and truncated as in `truncated_logprobs`. `uniforms` [B] in [0, 1] decide."""
+    if top_p >= 1 and not 0 < top_k < logits.shape[-1]:
+        return sample_softmax(at_least_float32(logits) / temperature, uniforms)
+    distribution = truncated_logprobs(logits, temperature=temperature, top_p=top_p, top_k=top_k)
+    ids = sample(distribution, uniforms)
+    return ids, distribution.gather(1, ids[:, None])[:, 0]
+
+
 def _chunks(num_rows: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, num_rows, size))
 

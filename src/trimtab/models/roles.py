@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from trimtab.data.trees import TokenTrees
 from trimtab.math.logprobs import exact_kl, token_logprobs
-from trimtab.models.attention import hidden_states, is_decoder, use_trees
+from trimtab.models.attention import backbone, is_decoder, use_rows
+from trimtab.models.tree_attention import hidden_states
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,6 @@ class ScoreOutputs:
     scores: Tensor
 
 
-def backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its head."""
-    return cast(PreTrainedModel, model.base_model)
-
-
 class Policy(nn.Module):
     """A causal language model that scores the trained tokens of trees; policy or reference."""
 
@@ -47,7 +43,7 @@ class Policy(nn.Module):
         self.model = model
         self.pad_id = pad_id
         self.temperature = temperature
-        self.tree_form = use_trees(model)
+        self.tree_form = use_rows(model)
         width = model.config.get_text_config().hidden_size
         self.value_head = nn.Linear(width, 1) if with_value_head else None
         if self.value_head is not None:
@@ -98,7 +94,7 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.model = model
         self.pad_id = pad_id
-        self.tree_form = use_trees(model)
+        self.tree_form = use_rows(model)
         self.is_decoder = is_decoder(model) and hasattr(model, "score")
         # transformers reads the score at the last token that is not padding, and needs to know which one that is.
         model.config.pad_token_id = pad_id

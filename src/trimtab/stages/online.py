@@ -70,7 +70,7 @@ def train_step(number: int, parts: Parts, run: Run) -> Metrics:
     ref_logprobs = token_logprobs_of(parts.reference, trees, budget)
     values = token_values_of(parts.critic, trees, budget)
     # Before anything is trained: it refuses a sampler that is not the policy.
-    metrics = rollout_metrics(rollouts, old_logprobs, sampling=settings.sampling, first_step=number == 0)
+    metrics = rollout_metrics(rollouts, old_logprobs, sampling=settings.sampling, step=number + 1)
     clock.lap("logprobs")
 
     log_ratio = old_logprobs - ref_logprobs

@@ -19,20 +19,19 @@ MAX_LOGPROB_DIFFERENCE = 0.01
 """Nats. In float32 the local sampler and scorer differ by rounding only, about 1e-5."""
 
 
-def rollout_metrics(
-    rollouts: Sequence[Rollout], old_logprobs: Tensor, *, sampling: Sampling, first_step: bool
-) -> Metrics:
+def rollout_metrics(rollouts: Sequence[Rollout], old_logprobs: Tensor, *, sampling: Sampling, step: int) -> Metrics:
     """Lengths, ends and diversity of rollouts, and how far the sampler's log-probabilities are from the scorer's.
 
-    On the first step a difference above MAX_LOGPROB_DIFFERENCE raises EngineError: training on it would be off-policy
-    without anyone knowing. Under top-p or top-k the two are different distributions, and only the metric is kept.
+    A difference above MAX_LOGPROB_DIFFERENCE raises EngineError, on the first step and on every other: training on it
+    would be off-policy without anyone knowing, and a copy of the weights may go stale at any step. Under top-p or top-k
+    the two are different distributions, and only the metric is kept.
     """
     sampled = torch.tensor([x for r in rollouts for x in r.logprobs])
     difference = float((sampled - old_logprobs).abs().max())
-    if first_step and not sampling.truncates and not difference <= MAX_LOGPROB_DIFFERENCE:
+    if not sampling.truncates and not difference <= MAX_LOGPROB_DIFFERENCE:
         raise EngineError(
             f"sampler and policy disagree by {difference:.3g} nats on the same token (bound: {MAX_LOGPROB_DIFFERENCE})",
-            where="the first step, before any update",
+            where=f"step {step}, before its updates",
             fix="the sampler's weights, template or precision differ from the policy's; do not train on its samples",
         )
     num = len(rollouts)

@@ -15,7 +15,7 @@ import torch
 from trimtab import seeds
 from trimtab.data.chat import Chat
 from trimtab.data.chat import fit as fit_prompt
-from trimtab.data.trees import Tree, TreeBatch, response_tree, split_by_tokens
+from trimtab.data.trees import Tree, TreeBatch, response_tree
 from trimtab.engines.local_learner import LocalLearner
 from trimtab.metrics import Mean, Metrics, Total, merge
 from trimtab.protocols import Loss
@@ -148,8 +148,7 @@ def fit(
 def validate(learner: LocalLearner, loss: Loss, batch: TreeBatch) -> Metrics:
     """The loss's own metrics on held-out data, with `validation` in their names."""
     parts = []
-    for indices in split_by_tokens(batch.trees, learner.token_budget):
-        micro = batch.select(indices)
+    for micro in batch.pieces(learner.token_budget):
         parts.append(loss(learner.role(micro.trees), micro)[1])
     return {_validation_name(name): metric for name, metric in merge(parts).items()}
 
