@@ -31,7 +31,7 @@ def run_seed(seed: int, out: Path, overrides: list[str]) -> dict:
     """The summary of the quickstart with this seed, run now unless it has finished before."""
     directory = out / f"seed-{seed}"
     if not (directory / "summary.json").exists():
-        command = [sys.executable, "-m", "trimtab.cli", "quickstart", "--seed", str(seed), "--out", str(directory)]
+        command = [sys.executable, "-m", "trimtab", "quickstart", "--seed", str(seed), "--out", str(directory)]
         subprocess.run([*command, *overrides], check=True)
     return json.loads((directory / "summary.json").read_text(encoding="utf-8"))
 

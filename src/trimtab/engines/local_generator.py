@@ -104,7 +104,7 @@ class LocalGenerator:
             for g in range(group_size):
                 uniforms[i, g] = seeds.generator(seed, prompt.id, repeat, g).random(self.sampling.max_new_tokens)
         replies = Replies(torch.from_numpy(uniforms).flatten(0, 1), self.sampling, self.chat)
-        with torch.no_grad():
+        with torch.no_grad(), self.policy.active():
             if self.method == "padded":
                 self._decode_padded(encoded, group_size, replies)
             else:

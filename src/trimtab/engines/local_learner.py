@@ -73,7 +73,7 @@ class LocalLearner:
         self.num_updates = num_updates
         self.name = name
         self.updates_done = 0
-        self.parameters = {n: p for n, p in role.named_parameters() if p.requires_grad}
+        self.parameters = role.trained_parameters()
         decayed = [p for p in self.parameters.values() if p.ndim >= 2]
         plain = [p for p in self.parameters.values() if p.ndim < 2]
         self.adam = torch.optim.AdamW(

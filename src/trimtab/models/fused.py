@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from trimtab.data.trees import TokenTrees, sequence_tree
 from trimtab.errors import EngineError
+from trimtab.models.adapters import weight_of
 from trimtab.models.attention import Attend, backbone, row_states
 from trimtab.models.tree_attention import tree_attention
 
@@ -35,7 +36,7 @@ class Matrix:
     """A linear layer without gradient, laid out for products with few rows."""
 
     def __init__(self, weights: list[Tensor], biases: list[Tensor | None], num_rows: int) -> None:
-        weight = torch.cat([w.detach() for w in weights])
+        weight = torch.cat(weights)
         present = [b.detach() for b in biases if b is not None]
         self.bias = torch.cat(present) if present else None
         self.weight = weight
@@ -80,7 +81,7 @@ class FusedForward:
         self.final_norm = base.norm.weight.detach()
         self.layers = [_layer(block, num_rows) for block in base.layers]
         output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self.head = Matrix([output.weight], [output.bias], num_rows)
+        self.head = Matrix([weight_of(output)], [output.bias], num_rows)
         self.head_size: int = base.layers[0].self_attn.head_dim
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
@@ -127,7 +128,7 @@ def _layer(block: Any, num_rows: int) -> Layer:
     attention, mlp = block.self_attn, block.mlp
 
     def matrix(*modules: Any) -> Matrix:
-        return Matrix([m.weight for m in modules], [m.bias for m in modules], num_rows)
+        return Matrix([weight_of(m) for m in modules], [m.bias for m in modules], num_rows)
 
     norm = None
     if hasattr(attention, "q_norm"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,30 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from trimtab.errors import EngineError
+from trimtab.models.adapters import base_of, merge_adapter, save_adapter
+from trimtab.models.roles import Policy, ScalarModel
 
 transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory or hub id."""
+    """The tokenizer of a model directory or hub id; an adapter without one has its base's."""
+    if (base := base_of(path)) is not None and not (Path(path) / "tokenizer_config.json").exists():
+        return load_tokenizer(base)
     tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, path)
     return tokenizer
 
 
 def load_causal(path: str | Path) -> PreTrainedModel:
-    """A causal language model in float32 with dropout off, checked to compute its logits as head(hidden)."""
+    """A causal language model in float32 with dropout off, checked to compute its logits as head(hidden).
+
+    An adapter directory gives its base with the adapter merged.
+    """
+    if (base := base_of(path)) is not None:
+        model = load_causal(base)
+        merge_adapter(model, path)
+        return model
     model = _prepared(_load(AutoModelForCausalLM, path, dtype=torch.float32))
     _refuse_processed_logits(model, path)
     return model
@@ -40,8 +52,14 @@ def load_scalar(path: str | Path, *, head_seed: int | None = None, zero_head: bo
 
     A directory saved by the reward stage keeps its head. For any other model a new head is drawn from `head_seed`
     with standard deviation 1 / sqrt(D + 1) (Stiennon et al., arXiv:2009.01325, appendix B), or set to zero, as suits
-    a critic. Raises EngineError where a head is missing and none may be made.
+    a critic. Raises EngineError where a head is missing and none may be made. An adapter directory gives its base with
+    adapter and head merged.
     """
+    if (base := base_of(path)) is not None:
+        model = load_scalar(base, head_seed=0)
+        merge_adapter(model, path)
+        model.config.update(reward_facts(path))
+        return _prepared(model)
     model, missing = _load(
         AutoModelForSequenceClassification, path, dtype=torch.float32, num_labels=1, output_loading_info=True
     )
@@ -62,6 +80,28 @@ def load_scalar(path: str | Path, *, head_seed: int | None = None, zero_head: bo
             else:
                 weight.normal_(0.0, (weight.shape[1] + 1) ** -0.5, generator=draw)
     return _prepared(model)
+
+
+def reward_facts(path: str | Path) -> dict[str, float]:
+    """What the reward stage wrote about a reward adapter: its shift and temperature."""
+    file = Path(path) / "reward.json"
+    facts: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return facts
+
+
+def save_role(role: Policy | ScalarModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, base: str) -> None:
+    """The role's model as a directory; a role that is an adapter as an adapter of `base`, its head beside it."""
+    if role.adapter is None:
+        save_model(role.model, tokenizer, directory)
+        return
+    head = None
+    if isinstance(role, ScalarModel):
+        head = {f"score.{n}": p.detach() for n, p in role.head.named_parameters()}
+        facts = {k: v for k, v in role.model.config.to_dict().items() if k.startswith("reward_")}
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "reward.json").write_text(json.dumps(facts), encoding="utf-8")
+    save_adapter(role.model, role.adapter, directory, base=base, head=head)
+    tokenizer.save_pretrained(directory)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from trimtab.data.trees import TokenTrees
 from trimtab.math.logprobs import exact_kl, token_logprobs
+from trimtab.models.adapters import adapter_parameters, using
 from trimtab.models.attention import backbone, is_decoder, use_rows
 from trimtab.models.tree_attention import hidden_states
 
@@ -32,23 +34,49 @@ class ScoreOutputs:
     scores: Tensor
 
 
-class Policy(nn.Module):
-    """A causal language model that scores the trained tokens of trees; policy or reference."""
+class Role(nn.Module):
+    """A model in one of its roles, alone or as an adapter on a base that other roles share."""
 
-    def __init__(
-        self, model: PreTrainedModel, *, pad_id: int, temperature: float = 1.0, with_value_head: bool = False
-    ) -> None:
-        """`temperature` divides the logits, as in sampling. A value head starts at zero."""
+    def __init__(self, model: PreTrainedModel, *, pad_id: int, adapter: str | None = None) -> None:
         super().__init__()
         self.model = model
         self.pad_id = pad_id
-        self.temperature = temperature
+        self.adapter = adapter
         self.tree_form = use_rows(model)
-        width = model.config.get_text_config().hidden_size
-        self.value_head = nn.Linear(width, 1) if with_value_head else None
-        if self.value_head is not None:
-            nn.init.zeros_(self.value_head.weight)
-            nn.init.zeros_(self.value_head.bias)
+
+    def active(self) -> AbstractContextManager[None]:
+        """Within it the model is this role's: its adapter is applied, or none."""
+        return using(self.model, self.adapter)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What a learner of this role changes: its adapter and heads, or every weight that takes gradients."""
+        if self.adapter is None:
+            return {n: p for n, p in self.named_parameters() if p.requires_grad}
+        own = {n: p for n, p in self.named_parameters() if not n.startswith("model.")}
+        return adapter_parameters(self.model, self.adapter) | own
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the input of each block for the backward pass, and compute the rest again there."""
+        self.model.activation_checkpointing_enable()
+        self.model.train()
+
+
+class Policy(Role):
+    """A causal language model that scores the trained tokens of trees; policy or reference."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        pad_id: int,
+        temperature: float = 1.0,
+        with_value_head: bool = False,
+        adapter: str | None = None,
+    ) -> None:
+        """`temperature` divides the logits, as in sampling. A value head starts at zero."""
+        super().__init__(model, pad_id=pad_id, adapter=adapter)
+        self.temperature = temperature
+        self.value_head = zero_head(model) if with_value_head else None
 
     @property
     def head(self) -> nn.Linear:
@@ -57,7 +85,8 @@ class Policy(nn.Module):
 
     def hidden(self, trees: TokenTrees) -> Tensor:
         """[M, D] the hidden states that predict the trained tokens."""
-        return hidden_states(backbone(self.model), trees, tree_form=self.tree_form, pad_id=self.pad_id)[0]
+        with self.active():
+            return hidden_states(backbone(self.model), trees, tree_form=self.tree_form, pad_id=self.pad_id)[0]
 
     def forward(self, trees: TokenTrees, *, entropy: bool = False) -> TokenOutputs:
         """Log-probabilities of the trained tokens; their entropy when asked; values where there is a value head."""
@@ -87,25 +116,49 @@ class Policy(nn.Module):
         )
 
 
-class ScalarModel(nn.Module):
+class ScalarModel(Role):
     """A model with a scalar head: reward model (a score at the last token) or critic (a value before every token)."""
 
-    def __init__(self, model: PreTrainedModel, *, pad_id: int) -> None:
-        super().__init__()
-        self.model = model
-        self.pad_id = pad_id
-        self.tree_form = use_rows(model)
-        self.is_decoder = is_decoder(model) and hasattr(model, "score")
+    def __init__(
+        self, model: PreTrainedModel, *, pad_id: int, adapter: str | None = None, head: nn.Linear | None = None
+    ) -> None:
+        """`head` is given where the model, shared with other roles, has none of its own."""
+        super().__init__(model, pad_id=pad_id, adapter=adapter)
+        self.own_head = head
+        self.is_decoder = is_decoder(model) and (head is not None or hasattr(model, "score"))
         # transformers reads the score at the last token that is not padding, and needs to know which one that is.
         model.config.pad_token_id = pad_id
 
+    @property
+    def head(self) -> nn.Linear:
+        """The scalar head, [1, D]."""
+        return self.own_head if self.own_head is not None else cast(nn.Linear, self.model.score)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """As for every role; beside an adapter the head of the model is trained."""
+        found = super().trained_parameters()
+        if self.adapter is not None and self.own_head is None:
+            self.head.requires_grad_(True)
+            found |= {f"head.{n}": p for n, p in self.head.named_parameters()}
+        return found
+
     def forward(self, trees: TokenTrees) -> ScoreOutputs:
         """Values and scores of the trees."""
-        if self.is_decoder:
-            before, last = hidden_states(backbone(self.model), trees, tree_form=self.tree_form, pad_id=self.pad_id)
-            head = cast(nn.Linear, self.model.score)
-            return ScoreOutputs(values=head(before).squeeze(-1).float(), scores=head(last).squeeze(-1).float())
-        rows = trees.padded(self.pad_id)
-        scores = self.model(input_ids=rows.input_ids, attention_mask=rows.attention_mask.long()).logits[:, 0].float()
+        with self.active():
+            if self.is_decoder:
+                before, last = hidden_states(backbone(self.model), trees, tree_form=self.tree_form, pad_id=self.pad_id)
+                values, scores = self.head(before), self.head(last)
+                return ScoreOutputs(values=values.squeeze(-1).float(), scores=scores.squeeze(-1).float())
+            rows = trees.padded(self.pad_id)
+            mask = rows.attention_mask.long()
+            scores = self.model(input_ids=rows.input_ids, attention_mask=mask).logits[:, 0].float()
         # An encoder sees the whole reply at every position: it has a score, but no value before a token.
         return ScoreOutputs(values=scores.new_full((trees.num_trained,), torch.nan), scores=scores)
+
+
+def zero_head(model: PreTrainedModel) -> nn.Linear:
+    """A scalar head of zeros for a model's hidden states."""
+    head = nn.Linear(model.config.get_text_config().hidden_size, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head

@@ -37,17 +37,20 @@ class RewardModel:
 class RewardModelScorer:
     """Scores text with a reward model's own tokenizer and chat template, whatever the policy's are."""
 
-    def __init__(self, model: ScalarModel, chat: Chat, *, token_budget: int) -> None:
+    def __init__(self, model: ScalarModel, chat: Chat, *, token_budget: int, shift: float) -> None:
+        """`shift` is subtracted from every score."""
         self.model = model
         self.chat = chat
         self.token_budget = token_budget
-        self.shift = float(getattr(model.model.config, "reward_shift", 0.0))
+        self.shift = shift
 
     @classmethod
     def from_directory(cls, path: str, *, token_budget: int) -> RewardModelScorer:
         """A frozen reward model. Raises EngineError where the directory has no trained score head."""
         chat = Chat(load_tokenizer(path))
-        return cls(ScalarModel(load_scalar(path), pad_id=chat.pad_id), chat, token_budget=token_budget)
+        model = load_scalar(path)
+        shift = float(getattr(model.config, "reward_shift", 0.0))
+        return cls(ScalarModel(model, pad_id=chat.pad_id), chat, token_budget=token_budget, shift=shift)
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] calibrated rewards of the exact tokens that were sampled, and their moments.

@@ -16,7 +16,7 @@ from trimtab.math.kl import k1, k3
 from trimtab.math.masking import sum_per_sequence, whiten
 from trimtab.metrics import Mean, Metrics, Total, merge
 from trimtab.models.forward import token_logprobs_of, token_values_of
-from trimtab.models.load import save_model
+from trimtab.models.load import save_role
 from trimtab.runs.loop import run_steps
 from trimtab.runs.run import Run
 from trimtab.stages.online_parts import Parts, PolicyBatch, build_parts
@@ -45,7 +45,7 @@ def run(settings: Settings, run: Run) -> None:
         checkpoint_every=settings.checkpoint_every,
         description="online",
     )
-    run.save_model(lambda path: save_model(parts.policy.model, parts.chat.tokenizer, path))
+    run.save_model(lambda path: save_role(parts.policy, parts.chat.tokenizer, path, base=parts.base))
     run.finish(
         {"num_steps": settings.num_steps, "counts": parts.counts}
         | last_metrics(run, "policy/kl", "reward/mean", "gold/mean")

@@ -11,23 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab import registry, seeds, worlds
+from trimtab import worlds
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
 from trimtab.data.trees import TokenTrees, TreeBatch, per, response_tree
 from trimtab.engines.local_generator import LocalGenerator
 from trimtab.engines.local_learner import LocalLearner
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import DataError
 from trimtab.math.losses.policy import EntropyBonus, KLPenalty
 from trimtab.math.losses.sft import SFTLoss
 from trimtab.math.rewards import RunningMoments, clip, missing_eos_penalty
 from trimtab.metrics import Mean, Metrics, mean_of, merge
-from trimtab.models.load import load_causal, load_scalar, load_tokenizer
+from trimtab.models.load import load_tokenizer
 from trimtab.models.roles import Policy, ScalarModel
 from trimtab.protocols import Generator, Learner, Loss, Reward
 from trimtab.rewards.gold import GoldScorer
-from trimtab.rewards.model import RewardModel
 from trimtab.runs.run import Run
+from trimtab.stages.online_models import load_models
 from trimtab.stages.online_settings import Settings, Shaping
 from trimtab.stages.supervised import Epochs
 from trimtab.types import Demonstration, Prompt, Rollout
@@ -123,6 +123,8 @@ class Parts:
     demonstrations: Sequence[Demonstration]
     world: GoldScorer | None
     state: OnlineState
+    base: str
+    """What the policy's adapter, if it is one, belongs to."""
     counts: dict[str, int]
     """Prompts read, and those dropped because they are too long."""
 
@@ -185,26 +187,20 @@ def build_parts(settings: Settings, run: Run) -> Parts:
             where=settings.prompts,
             fix="raise sampling.max_prompt_tokens",
         )
-    temperature = settings.sampling.temperature
-    policy = Policy(
-        load_causal(settings.model),
-        pad_id=chat.pad_id,
-        temperature=temperature,
-        with_value_head=settings.critic.init == "value_head",
-    )
-    reference = Policy(load_causal(settings.reference or settings.model), pad_id=chat.pad_id, temperature=temperature)
-    reference.requires_grad_(False)
+    models = load_models(settings, chat)
+    policy, critic = models.policy, models.critic
     updates = settings.num_steps * settings.num_epochs * settings.num_minibatches
     policy_learner = LocalLearner(
         policy, settings.optimizer, token_budget=settings.token_budget, num_updates=updates, name="policy"
     )
-    critic: Policy | ScalarModel = policy
     critic_learner = None
-    if settings.critic.init != "value_head":
-        critic = ScalarModel(load_scalar_critic(settings), pad_id=chat.pad_id)
+    if critic is not policy:
         critic_learner = LocalLearner(
             critic, settings.critic.optimizer, token_budget=settings.token_budget, num_updates=updates, name="critic"
         )
+    if settings.checkpoint_activations:
+        for role in {policy, critic}:
+            role.checkpoint_activations()
     learners = [policy_learner] + ([critic_learner] if critic_learner else [])
     state = OnlineState(learners, settings.kl.initial, RunningMoments())
     world = GoldScorer(worlds.load(settings.world)) if settings.world else None
@@ -215,14 +211,15 @@ def build_parts(settings: Settings, run: Run) -> Parts:
         prompts=prompts,
         generator=LocalGenerator(policy, chat, settings.sampling),
         rewards=Rewards(
-            load_rewards(settings),
+            models.rewards,
             settings.shaping,
             state,
             world,
         ),
         advantage=settings.advantage,
         policy=policy,
-        reference=reference,
+        reference=models.reference,
+        base=models.base,
         critic=critic,
         policy_learner=policy_learner,
         critic_learner=critic_learner,
@@ -231,35 +228,3 @@ def build_parts(settings: Settings, run: Run) -> Parts:
         state=state,
         counts=dict(loaded.counts) | {"dropped_long_prompts": len(loaded.records) - len(prompts)},
     )
-
-
-def load_rewards(settings: Settings) -> list[tuple[str, float, Reward]]:
-    """Name, weight and scorer of each reward; a name that comes again is numbered."""
-    loaded: list[tuple[str, float, Reward]] = []
-    for reward in settings.rewards:
-        name = registry.name_of("reward", type(reward))
-        earlier = sum(other.partition("_")[0] == name for other, _, _ in loaded)
-        loaded.append(
-            (
-                f"{name}_{earlier + 1}" if earlier else name,
-                reward.weight,
-                reward.load(token_budget=settings.token_budget),
-            )
-        )
-    return loaded
-
-
-def load_scalar_critic(settings: Settings) -> Any:
-    """The critic's model: from its own path, the first reward model, or the policy with a head of zeros."""
-    if settings.critic.init == "policy":
-        return load_scalar(
-            settings.critic.path or settings.model, head_seed=seeds.derive(settings.seed, "critic"), zero_head=True
-        )
-    path = settings.critic.path or next((r.path for r in settings.rewards if isinstance(r, RewardModel)), None)
-    if path is None:
-        raise ConfigError(
-            "critic.init = 'reward', but no reward is a reward model",
-            where="critic.init and rewards",
-            fix="set critic.path to a reward model, or critic.init = 'policy'",
-        )
-    return load_scalar(path, head_seed=seeds.derive(settings.seed, "critic"), zero_head=True)

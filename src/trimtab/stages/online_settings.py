@@ -12,6 +12,7 @@ from trimtab.math.advantages import GAE
 from trimtab.math.kl import FixedKL
 from trimtab.math.losses.policy import PPO
 from trimtab.math.losses.value import ValueLoss
+from trimtab.models.adapters import LoRA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +134,11 @@ class Settings:
     """End the passes of a step once the policy has moved this far per token (k3, nats)."""
     optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=3e-6))
     """The policy's optimizer."""
+    adapter: LoRA | None = None
+    """Make policy and critic low-rank adapters on one frozen base. The reference is then the base (or a copy of the
+    adapter the policy starts from), and a reward model that is an adapter of the same base shares it too."""
+    checkpoint_activations: bool = False
+    """Keep only the input of each block for the backward pass: less memory, a third more work."""
     token_budget: int = 4096
     """Tokens of one forward pass: memory and speed only."""
     sample_every: int = 5

@@ -21,8 +21,9 @@ from trimtab.engines.local_learner import AdamW, LocalLearner
 from trimtab.errors import DataError
 from trimtab.evals.reward_card import reward_card
 from trimtab.math.losses.reward import RewardLoss
+from trimtab.models.adapters import LoRA, add_adapter, base_of, load_adapter
 from trimtab.models.forward import sequence_scores_of
-from trimtab.models.load import load_scalar, load_tokenizer, save_model
+from trimtab.models.load import load_scalar, load_tokenizer, save_role
 from trimtab.models.roles import ScalarModel
 from trimtab.runs.run import Run
 from trimtab.stages.supervised import Epochs, fit, fitted_tree
@@ -59,6 +60,12 @@ class Settings:
     """Prompts of one update, each with all its pairs."""
     optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=1e-5, schedule="cosine", warmup_fraction=0.03))
     """The optimizer and its schedule."""
+    shuffle: bool = True
+    """Take the examples of each epoch in an order of its own; false keeps the order of the data."""
+    adapter: LoRA | None = None
+    """Train a low-rank adapter and the score head on the frozen model instead of all its weights."""
+    checkpoint_activations: bool = False
+    """Keep only the input of each block for the backward pass: less memory, a third more work."""
     token_budget: int = 4096
     """Tokens of one forward pass: memory and speed only."""
     validate_every: int = 0
@@ -141,14 +148,15 @@ def run(settings: Settings, run: Run) -> None:
             where=settings.data,
             fix="give more pairs, another held_out share, or a larger max_tokens",
         )
-    model = ScalarModel(
-        load_scalar(settings.model, head_seed=seeds.derive(settings.seed, "reward head")), pad_id=chat.pad_id
-    )
+    model, base = start_reward_model(settings, chat)
+    if settings.checkpoint_activations:
+        model.checkpoint_activations()
     epochs = Epochs(
         num_examples=len(train_on.trees),
         batch_size=settings.batch_size,
         num_epochs=settings.num_epochs,
         seed=settings.seed,
+        shuffle=settings.shuffle,
     )
     learner = LocalLearner(
         model, settings.optimizer, token_budget=settings.token_budget, num_updates=epochs.num_steps, name="reward"
@@ -166,8 +174,22 @@ def run(settings: Settings, run: Run) -> None:
     )
     moments = calibrate(model, chat, settings, train_on)
     model.model.config.update({f"reward_{name}": value for name, value in moments.items()})
-    run.save_model(lambda path: save_model(model.model, chat.tokenizer, path))
+    run.save_model(lambda path: save_role(model, chat.tokenizer, path, base=base))
     run.finish(judge(model, train_on, judged_by, settings) | moments | {"counts": counts})
+
+
+def start_reward_model(settings: Settings, chat: Chat) -> tuple[ScalarModel, str]:
+    """The model to train and the base it belongs to: whole, or an adapter, which may begin as the policy's."""
+    head_seed = seeds.derive(settings.seed, "reward head")
+    base = base_of(settings.model)
+    if settings.adapter is None:
+        return ScalarModel(load_scalar(settings.model, head_seed=head_seed), pad_id=chat.pad_id), settings.model
+    model = load_scalar(base or settings.model, head_seed=head_seed)
+    if base is None:
+        add_adapter(model, "reward", settings.adapter, seed=seeds.derive(settings.seed, "adapter", "reward"))
+    else:
+        load_adapter(model, "reward", settings.model)
+    return ScalarModel(model, pad_id=chat.pad_id, adapter="reward"), base or settings.model
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from trimtab import seeds
 from trimtab.config import Choice
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
@@ -14,7 +15,8 @@ from trimtab.data.trees import TokenTrees, Tree, TreeBatch, sequence_tree
 from trimtab.engines.local_learner import AdamW, LocalLearner
 from trimtab.errors import DataError
 from trimtab.math.losses.sft import SFTLoss
-from trimtab.models.load import load_causal, load_tokenizer, save_model
+from trimtab.models.adapters import LoRA, add_adapter, base_of, load_adapter
+from trimtab.models.load import load_causal, load_tokenizer, save_role
 from trimtab.models.roles import Policy
 from trimtab.runs.run import Run
 from trimtab.stages.supervised import Epochs, fit, fitted_tree, last_metrics
@@ -49,6 +51,12 @@ class Settings:
     """Examples of one update."""
     optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=2e-5, schedule="cosine", warmup_fraction=0.03))
     """The optimizer and its schedule."""
+    shuffle: bool = True
+    """Take the examples of each epoch in an order of its own; false keeps the order of the data."""
+    adapter: LoRA | None = None
+    """Train a low-rank adapter on the frozen model instead of all its weights."""
+    checkpoint_activations: bool = False
+    """Keep only the input of each block for the backward pass: less memory, a third more work."""
     token_budget: int = 4096
     """Tokens of one forward pass: memory and speed only."""
     validate_every: int = 0
@@ -76,9 +84,15 @@ def run(settings: Settings, run: Run) -> None:
             fix=f"raise max_tokens (now {settings.max_tokens}) or lower held_out (now {settings.held_out})",
         )
     epochs = Epochs(
-        num_examples=len(trees), batch_size=settings.batch_size, num_epochs=settings.num_epochs, seed=settings.seed
+        num_examples=len(trees),
+        batch_size=settings.batch_size,
+        num_epochs=settings.num_epochs,
+        seed=settings.seed,
+        shuffle=settings.shuffle,
     )
-    policy = Policy(load_causal(settings.model), pad_id=chat.pad_id)
+    policy, base = start_policy(settings, chat)
+    if settings.checkpoint_activations:
+        policy.checkpoint_activations()
     learner = LocalLearner(
         policy,
         settings.optimizer,
@@ -97,10 +111,23 @@ def run(settings: Settings, run: Run) -> None:
         checkpoint_every=settings.checkpoint_every,
         description="sft",
     )
-    run.save_model(lambda path: save_model(policy.model, chat.tokenizer, path))
+    run.save_model(lambda path: save_role(policy, chat.tokenizer, path, base=base))
     run.finish(
         {"num_examples": len(trees), "num_steps": epochs.num_steps, "counts": counts} | last_metrics(run, "loss/")
     )
+
+
+def start_policy(settings: Settings, chat: Chat) -> tuple[Policy, str]:
+    """The policy to train and the base it belongs to: the whole model, a new adapter, or one that is trained on."""
+    base = base_of(settings.model)
+    if settings.adapter is None:
+        return Policy(load_causal(settings.model), pad_id=chat.pad_id), settings.model
+    model = load_causal(base or settings.model)
+    if base is None:
+        add_adapter(model, "policy", settings.adapter, seed=seeds.derive(settings.seed, "adapter", "policy"))
+    else:
+        load_adapter(model, "policy", settings.model)
+    return Policy(model, pad_id=chat.pad_id, adapter="policy"), base or settings.model
 
 
 def read_demonstrations(settings: Settings, run: Run) -> tuple[list[Demonstration], dict[str, int]]:

@@ -29,12 +29,14 @@ MakeBatch = Callable[[Sequence[int]], TreeBatch]
 
 @dataclass(frozen=True, kw_only=True)
 class Epochs:
-    """Which examples each step trains on: every epoch in an order of its own, the last short batch included."""
+    """Which examples each step trains on: every epoch in an order of its own (or as they come), the last short batch
+    included."""
 
     num_examples: int
     batch_size: int
     num_epochs: float
     seed: int
+    shuffle: bool = True
 
     @property
     def num_steps(self) -> int:
@@ -52,6 +54,8 @@ class Epochs:
         return [orders[p // self.num_examples][p % self.num_examples] for p in places]
 
     def _order(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.num_examples))
         order: list[int] = seeds.generator(self.seed, "order", epoch).permutation(self.num_examples).tolist()
         return order
 

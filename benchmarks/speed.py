@@ -1,0 +1,292 @@
+"""trimtab and TRL on the same work, in turns: seconds, ratios and peak memory, as JSON, a table and a picture.
+
+    python benchmarks/speed.py --peer PYTHON --peer-ppo PYTHON --bench DIR --rows HH_JSONL_GZ
+
+PYTHON are interpreters with TRL 1.16, and 1.12 for PPO; DIR holds `trl_bench.py` and `make_model.py`. Every timing is
+printed with the share of a core that other processes took meanwhile; a pair above 0.1 is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+HERE = ROOT / "benchmarks"
+DATA = ROOT / "docs" / "evidence" / "data" / "speed.json"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+"""The models' own template without the line end after a turn, which the peer trains on and we do not."""
+MAX_FOREIGN = 0.1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of the table: a stage, a model, and the floors it is to reach."""
+
+    stage: str
+    model: str
+    options: dict[str, int]
+    floor: float
+    memory: float
+    peer_options: dict[str, int] | None = None
+
+
+WORKLOADS = {
+    "SFT, 30m": Workload("sft", "30m", {"steps": 4, "batch": 16}, 2.2, 1.0),
+    "reward, 30m": Workload("reward", "30m", {"steps": 4, "batch": 16}, 3.5, 0.6),
+    "PPO, 30m": Workload("ppo", "30m", {"steps": 2, "batch": 16, "gen": 64}, 2.8, 0.6),
+    "SFT, bigvocab": Workload("sft", "bigvocab", {"steps": 3, "batch": 16}, 6.0, 0.5),
+    "PPO, bigvocab": Workload("ppo", "bigvocab", {"steps": 2, "batch": 16, "gen": 64}, 5.0, 0.35),
+    "generate, equal lengths, 30m": Workload(
+        "generate", "30m", {"num": 32, "batch": 32, "gen": 128, "promptlen": 64, "stops": 0}, 2.2, 1.0
+    ),
+    "generate, lengths spread by EOS, 30m": Workload(
+        "generate", "30m", {"num": 128, "batch": 32, "gen": 128, "promptlen": 64, "stops": 128}, 3.0, 1.0
+    ),
+}
+
+
+def busy_seconds() -> float:
+    """CPU seconds all processes of the machine have used."""
+    numbers = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    return (sum(numbers) - numbers[3] - numbers[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def timed_run(command: list[str]) -> dict[str, Any]:
+    """What the command printed as its last JSON object, its losses, and the foreign load while it ran."""
+    busy, own, began = busy_seconds(), sum(os.times()[2:4]), time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE)
+    wall = time.perf_counter() - began
+    foreign = (busy_seconds() - busy - (sum(os.times()[2:4]) - own)) / wall
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{") and line.endswith("}")]
+    result = next(p for p in reversed(printed) if "rss_gb" in p)
+    result.setdefault("losses", [p["loss"] for p in printed if set(p) == {"loss"}])
+    return result | {"foreign_load": round(max(0.0, foreign), 3)}
+
+
+def seconds_of(stage: str, result: dict[str, Any], options: dict[str, int]) -> float:
+    """Seconds of one step, or of a thousand generated tokens."""
+    if stage == "generate":
+        return 1000 / statistics.median(result["tokens_per_second"])
+    if stage == "ppo" and "total_s" in result:  # its trainer calls no step callback
+        return result["total_s"] / options["steps"]
+    return statistics.median(result["steps_s"])
+
+
+def prepare(out: Path, bench: Path, rows: Path) -> None:
+    """Models with one template for both sides, and reward models with one head."""
+    if (out / "bigvocab-rm" / "config.json").exists():
+        return
+    subprocess.run([sys.executable, str(bench / "make_model.py"), str(rows), str(out)], check=True)
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    for name in ("6m", "30m", "bigvocab"):
+        tokenizer = AutoTokenizer.from_pretrained(out / name)
+        tokenizer.chat_template = TEMPLATE
+        tokenizer.save_pretrained(out / name)
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(out / name, num_labels=1, dtype=torch.float32)
+        model.save_pretrained(out / f"{name}-rm")
+        tokenizer.save_pretrained(out / f"{name}-rm")
+
+
+def choose_rows(source: Path, model: Path, num: int, promptlen: int, maxlen: int, out: Path) -> dict[str, Any]:
+    """Writes the first `num` pairs that neither side would cut; returns the tokens of their prompts and replies."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    kept, lengths, seen = [], [], set()
+    with gzip.open(source, "rt", encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            turns = [split(row[side]) for side in ("chosen", "rejected")]
+            same = turns[0][:-1] == turns[1][:-1] and turns[0] and all(t[-1]["role"] == "assistant" for t in turns)
+            if not same or not all(m["content"] for t in turns for m in t):
+                continue
+            prompt = str(turns[0][:-1])
+            encode = tokenizer.apply_chat_template
+            prompt_ids = encode(turns[0][:-1], add_generation_prompt=True)["input_ids"]
+            replies = [len(encode(t)["input_ids"]) - len(prompt_ids) for t in turns]
+            if len(prompt_ids) > promptlen or len(prompt_ids) + max(replies) > maxlen or prompt in seen:
+                continue
+            seen.add(prompt)
+            kept.append(line)
+            lengths.append((len(prompt_ids), *replies))
+            if len(kept) == num:
+                break
+    with gzip.open(out, "wt", encoding="utf-8") as file:
+        file.writelines(kept)
+    return {"lengths": lengths}
+
+
+def split(transcript: str) -> list[dict[str, str]]:
+    """The turns of a transcript."""
+    parts = re.split(r"\n\n(Human|Assistant): ?", transcript)[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def bound_of(stage: str, model: Path, lengths: list[tuple[int, int, int]], options: dict[str, int]) -> float | None:
+    """The peer's products over ours, for these rows: what is gained if everything ran at the speed of the products.
+
+    A token costs 2 operations for each weight of the blocks forward and 4 backward, a token whose distribution is
+    needed 2 and 4 for each entry of the head. The peer pads each micro-batch of eight to its longest row and forms the
+    logits of every place; we hold a shared prompt once, and the head runs for trained tokens only, once more backward.
+    """
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    d, heads, kv = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
+    per_layer = d * config["head_dim"] * (2 * heads + 2 * kv) + 3 * d * config["intermediate_size"]
+    blocks, head = config["num_hidden_layers"] * per_layer, d * config["vocab_size"]
+    micros = [lengths[i : i + 8] for i in range(0, len(lengths), 8)]
+    if stage == "sft":
+        padded = sum(len(m) * max(p + c for p, c, _ in m) for m in micros)
+        real, trained = sum(p + c for p, c, _ in lengths), sum(c for _, c, _ in lengths)
+        return padded * 6 * (blocks + head) / (real * 6 * blocks + trained * 8 * head)
+    if stage == "reward":
+        padded = sum(2 * len(m) * max(max(p + c, p + r) for p, c, r in m) for m in micros)
+        return padded / sum(p + c + r for p, c, r in lengths)
+    if stage == "ppo":
+        gen, epochs = options["gen"], 4
+        steps = [lengths[i : i + options["batch"]] for i in range(0, len(lengths), options["batch"])]
+        padded = sum(len(s) * (max(p for p, _, _ in s) + gen) for s in steps)
+        real, trained = sum(p + gen for p, _, _ in lengths), gen * len(lengths)
+        # Sampling aside (one forward pass): reference, value and reward forward, policy and critic trained.
+        peer = padded * (blocks * (2 * 4 + epochs * 2 * 6) + head * (2 * 2 + epochs * 6))
+        ours = real * blocks * (2 * 5 + epochs * 2 * 6) + trained * head * (3 * 2 + epochs * 8)
+        return peer / ours
+    return None
+
+
+def compare(name: str, work: Workload, o: argparse.Namespace) -> dict[str, Any]:
+    """Alternating pairs of one workload."""
+    models, rows = o.out / "models", o.out / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.jsonl.gz"
+    model = models / work.model
+    promptlen, maxlen = work.options.get("promptlen", 256), 512
+    num = work.options.get("steps", 8) * work.options["batch"]
+    chosen = choose_rows(o.rows, model, num, promptlen if work.stage != "generate" else 256, maxlen, rows)
+    flags = [x for k, v in work.options.items() for x in (f"--{k}", str(v))]
+    used = f"{model}-rm" if work.stage == "reward" else str(model)
+    ours = [sys.executable, "speed_ours.py", work.stage, used, str(rows), *flags]
+    ours += ["--reward-model", f"{model}-rm"] if work.stage == "ppo" else []
+    peer_python = o.peer_ppo if work.stage == "ppo" else o.peer
+    peer = [peer_python, "speed_peer.py", str(o.bench / "trl_bench.py"), work.stage, used, str(rows), *flags]
+    if work.stage == "generate":
+        peer += ["--repeats", "3"]
+    else:
+        peer += ["--micro", "8"]
+    if o.precision:
+        ours, peer = [*ours, "--precision", o.precision], [*peer, "--precision", o.precision]
+    pairs: list[dict[str, Any]] = []
+    while len(pairs) < o.pairs:
+        turns = [("ours", ours), ("peer", peer)]
+        pair = {side: timed_run(command) for side, command in (turns if len(pairs) % 2 else turns[::-1])}
+        seconds = {side: seconds_of(work.stage, pair[side], work.options) for side in pair}
+        foreign = max(pair[side]["foreign_load"] for side in pair)
+        ratio = seconds["peer"] / seconds["ours"]
+        memory = pair["ours"]["rss_gb"] / pair["peer"]["rss_gb"]
+        print(f"{name}: {seconds['peer']:.2f} / {seconds['ours']:.2f} = {ratio:.2f}, memory {memory:.2f}, "
+              f"foreign load {foreign:.2f}", flush=True)  # fmt: skip
+        if foreign > MAX_FOREIGN:
+            print("  other processes were at work: this pair is run again", flush=True)
+            continue
+        pairs.append({"seconds": seconds, "ratio": ratio, "memory": memory, "foreign_load": foreign} | pair)
+    ratios = sorted(p["ratio"] for p in pairs)
+    result = {
+        "workload": name,
+        "stage": work.stage,
+        "model": work.model,
+        "options": work.options,
+        "ratio": statistics.median(ratios),
+        "ratio_low": ratios[0],
+        "ratio_high": ratios[-1],
+        "floor": work.floor,
+        "memory": statistics.median(p["memory"] for p in pairs),
+        "memory_ceiling": work.memory,
+        "peer_seconds": statistics.median(p["seconds"]["peer"] for p in pairs),
+        "our_seconds": statistics.median(p["seconds"]["ours"] for p in pairs),
+        "peer_rss_gb": statistics.median(p["peer"]["rss_gb"] for p in pairs),
+        "our_rss_gb": statistics.median(p["ours"]["rss_gb"] for p in pairs),
+        "bound": bound_of(work.stage, model, chosen["lengths"], work.options),
+        "pairs": [{k: p[k] for k in ("seconds", "ratio", "memory", "foreign_load")} for p in pairs],
+    }
+    losses = [pairs[0][side]["losses"][:1] for side in ("peer", "ours")]
+    if all(losses) and work.stage != "ppo":
+        result["first_loss"] = {"peer": losses[0][0], "ours": losses[1][0]}
+        difference = abs(losses[0][0] - losses[1][0])
+        print(f"{name}: first loss {losses[0][0]:.6f} and {losses[1][0]:.6f}", flush=True)
+        if difference > 1e-4:
+            raise SystemExit(f"{name}: the losses of the first step differ by {difference:.2g}: not the same work")
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+
+    info = Path("/proc/cpuinfo").read_text()
+    model = next(
+        (line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")), platform.machine()
+    )
+    x = torch.randn(2048, 2048)
+    began = time.perf_counter()
+    for _ in range(10):
+        x @ x
+    gflops = 10 * 2 * 2048**3 / (time.perf_counter() - began) / 1e9
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "gemm_gflops": round(gflops),
+        "torch": torch.__version__,
+    }
+
+
+def main() -> None:
+    """Runs the chosen workloads and merges them into the data file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", required=True, help="an interpreter with TRL 1.16")
+    parser.add_argument("--peer-ppo", default="", help="an interpreter with TRL 1.12")
+    parser.add_argument("--bench", type=Path, required=True)
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--precision", default="", help="the same float32 matmul precision for both")
+    parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), help=", ".join(WORKLOADS))
+    parser.add_argument("--data", type=Path, default=DATA)
+    o = parser.parse_args()
+    o.out, o.bench, o.rows = o.out.resolve(), o.bench.resolve(), o.rows.resolve()
+    o.out.mkdir(parents=True, exist_ok=True)
+    prepare(o.out / "models", o.bench, o.rows)
+    known = json.loads(o.data.read_text(encoding="utf-8")) if o.data.exists() else {"workloads": {}}
+    for name in o.workloads:
+        key = f"{name} ({o.precision})" if o.precision else name
+        known["workloads"][key] = compare(name, WORKLOADS[name], o)
+        known["machine"] = machine()
+        o.data.parent.mkdir(parents=True, exist_ok=True)
+        o.data.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    print("| workload | times faster | spread | floor | bound | peak memory of TRL's |\n|---|---|---|---|---|---|")
+    for name, r in known["workloads"].items():
+        bound = f"{r['bound']:.1f}" if r["bound"] else ""
+        print(f"| {name} | {r['ratio']:.2f} | {r['ratio_low']:.2f} to {r['ratio_high']:.2f} | {r['floor']} | {bound} "
+              f"| {r['memory']:.2f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Our side of `speed.py`: one stage as a user runs it, on a fixed workload; prints one JSON line.
+
+python benchmarks/speed_ours.py STAGE MODEL ROWS --steps N --batch B --gen L --maxlen T --promptlen P
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import re
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ADAMW = {"learning_rate": 1e-5, "schedule": "linear"}
+"""What the peer's Trainer uses when it is not told otherwise."""
+
+
+def settings_of(stage: str, model: str, rows: str, o: argparse.Namespace) -> dict[str, Any]:
+    """The run file of a stage."""
+    common = {"model": model, "optimizer": ADAMW, "token_budget": o.token_budget, "checkpoint_every": 10**6}
+    supervised = common | {"batch_size": o.batch, "max_tokens": o.maxlen, "shuffle": False}
+    if stage == "sft":
+        return supervised | {"data": rows, "chosen_as_demonstrations": True, "held_out": 0.0}
+    if stage == "reward":
+        return supervised | {"data": rows, "held_out_data": rows}
+    return common | {
+        "prompts": rows,
+        "rewards": [{"name": "model", "path": o.reward_model}],
+        "prompts_per_step": o.batch,
+        "num_steps": o.steps,
+        "num_epochs": 4,
+        "critic": {"init": "reward", "optimizer": ADAMW},
+        "sampling": {"max_new_tokens": o.gen, "temperature": 0.7, "batch_size": o.batch},
+        "sample_every": 0,
+    }
+
+
+def train(stage: str, model: str, rows: str, o: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each step, its loss, and peak memory, of a stage run from its settings."""
+    from trimtab import config
+    from trimtab.runs.run import Run
+    from trimtab.stages import online, reward, sft
+
+    module = {"sft": sft, "reward": reward, "ppo": online}[stage]
+    settings = config.resolve(module.Settings, settings_of(stage, model, rows, o), where="the benchmark")
+    with tempfile.TemporaryDirectory() as scratch:
+        with Run.open(
+            Path(scratch) / "run",
+            stage=module.__name__.rsplit(".", 1)[-1],
+            settings=config.dump(settings),
+            resume=False,
+        ) as run:
+            module.run(settings, run)
+        lines = (Path(scratch) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line) for line in lines]
+    return {
+        "steps_s": [row["time/step_seconds"] for row in steps],
+        "losses": [row["loss/train"] for row in steps if "loss/train" in row],
+        "laps": {k: row[k] for row in steps[-1:] for k in row if k.startswith("time/")},
+    }
+
+
+def prompts_and_stops(model: str, rows: str, options: dict[str, int]) -> tuple[list[list[int]], list[int], int]:
+    """Prompts of exactly `promptlen` tokens cut from the rows, the ids that end a reply (`stops` of them), and pad."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with gzip.open(rows, "rt", encoding="utf-8") as file:
+        ids = tokenizer("\n".join(re.sub(r"\s+", " ", json.loads(line)["chosen"]) for line in file))["input_ids"]
+    length = options["promptlen"]
+    prompts = [ids[i * length : (i + 1) * length] for i in range(options["num"])]
+    return prompts, list(range(100, 100 + options["stops"])), tokenizer.pad_token_id
+
+
+def generate(model: str, rows: str, o: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second of the local generator, over the same prompts."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from trimtab.engines.local_generator import LocalGenerator, Replies, Sampling
+    from trimtab.models.load import load_causal
+    from trimtab.models.roles import Policy
+
+    prompts, stops, pad = prompts_and_stops(model, rows, vars(o))
+    chat = SimpleNamespace(stop_ids=set(stops), pad_id=pad)
+    generator = LocalGenerator(
+        Policy(load_causal(model), pad_id=pad), chat, Sampling(max_new_tokens=o.gen, batch_size=o.batch)
+    )
+    rates = []
+    for repeat in range(o.repeats + 1):
+        uniforms = torch.rand(len(prompts), o.gen, dtype=torch.float64, generator=torch.Generator().manual_seed(repeat))
+        started = time.perf_counter()
+        replies = Replies(uniforms, generator.sampling, chat)
+        with torch.no_grad():
+            generator._decode(prompts, 1, replies)
+        drawn = int(replies.lengths.sum())
+        rates.append(drawn / (time.perf_counter() - started))
+    return {"tokens_per_second": rates[1:], "tokens": drawn}
+
+
+def main() -> None:
+    """Runs one stage."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=["sft", "reward", "ppo", "generate"])
+    parser.add_argument("model")
+    parser.add_argument("rows")
+    parser.add_argument("--reward-model", default="")
+    parser.add_argument("--precision", default="")
+    defaults = {
+        "steps": 4, "batch": 16, "gen": 64, "maxlen": 512, "promptlen": 256, "token-budget": 2048, "num": 32,
+        "stops": 0, "repeats": 3,
+    }  # fmt: skip
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    options = parser.parse_args()
+    if options.precision:
+        import torch
+
+        torch.set_float32_matmul_precision(options.precision)
+    if options.stage == "generate":
+        result = generate(options.model, options.rows, options)
+    else:
+        result = train(options.stage, options.model, options.rows, options)
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps(result | {"rss_gb": round(rss, 3)}))
+
+
+if __name__ == "__main__":
+    main()
