@@ -203,7 +203,7 @@ def compare(name: str, work: Workload, o: argparse.Namespace) -> dict[str, Any]:
         memory = pair["ours"]["rss_gb"] / pair["peer"]["rss_gb"]
         print(f"{name}: {seconds['peer']:.2f} / {seconds['ours']:.2f} = {ratio:.2f}, memory {memory:.2f}, "
               f"foreign load {foreign:.2f}", flush=True)  # fmt: skip
-        if foreign > MAX_FOREIGN:
+        if foreign > o.max_foreign:
             print("  other processes were at work: this pair is run again", flush=True)
             continue
         pairs.append({"seconds": seconds, "ratio": ratio, "memory": memory, "foreign_load": foreign} | pair)
@@ -267,6 +267,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--max-foreign", type=float, default=MAX_FOREIGN, help="largest foreign load of a valid pair")
     parser.add_argument("--precision", default="", help="the same float32 matmul precision for both")
     parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), help=", ".join(WORKLOADS))
     parser.add_argument("--data", type=Path, default=DATA)

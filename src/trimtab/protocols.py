@@ -16,6 +16,11 @@ from trimtab.types import Prompt, Rollout
 class Generator(Protocol):
     """Samples replies with the weights being trained."""
 
+    @property
+    def method(self) -> str:
+        """How it decodes, for the record."""
+        ...
+
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
         """`group_size` rollouts for each prompt, in the order of prompts; a function of prompts, weights and seed."""
         ...

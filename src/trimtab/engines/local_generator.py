@@ -21,6 +21,7 @@ from trimtab.data.chat import Chat
 from trimtab.engines.padded_decoding import decode_padded
 from trimtab.errors import DataError
 from trimtab.math.logprobs import draw
+from trimtab.models.adapters import using
 from trimtab.models.attention import Attend, backbone, row_states
 from trimtab.models.fused import FusedForward, supports_fusing
 from trimtab.models.roles import Policy
@@ -104,7 +105,7 @@ class LocalGenerator:
             for g in range(group_size):
                 uniforms[i, g] = seeds.generator(seed, prompt.id, repeat, g).random(self.sampling.max_new_tokens)
         replies = Replies(torch.from_numpy(uniforms).flatten(0, 1), self.sampling, self.chat)
-        with torch.no_grad(), self.policy.active():
+        with torch.no_grad(), using(self.policy.model, self.policy.adapter):
             if self.method == "padded":
                 self._decode_padded(encoded, group_size, replies)
             else:

@@ -100,7 +100,8 @@ class LocalLearner:
                     total = total + scale * value
                     parts.append(metrics)
                 self._require_finite(total.item(), "loss")
-                total.backward()  # type: ignore[no-untyped-call]
+                with self.role.active():
+                    total.backward()  # type: ignore[no-untyped-call]
         norm = clip_gradients(self.parameters.values(), self.settings.max_gradient_norm)
         self._require_finite(norm, "gradient norm")
         for group in self.adam.param_groups:

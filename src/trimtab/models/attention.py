@@ -49,6 +49,8 @@ def row_attention(
         )
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Under autocast norms and rotations leave float32, where the value is still as the linear layer gave it.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     layer: int = module.layer_idx  # type: ignore[assignment]
     return attend(layer, query, key, value, scaling, sliding_window)[None], None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,6 +15,7 @@ from trimtab.data.trees import TokenTrees
 from trimtab.math.logprobs import exact_kl, token_logprobs
 from trimtab.models.adapters import adapter_parameters, using
 from trimtab.models.attention import backbone, is_decoder, use_rows
+from trimtab.models.precision import Precision, computing_in
 from trimtab.models.tree_attention import hidden_states
 
 
@@ -42,11 +44,14 @@ class Role(nn.Module):
         self.model = model
         self.pad_id = pad_id
         self.adapter = adapter
+        self.precision: Precision = "float32"
         self.tree_form = use_rows(model)
 
-    def active(self) -> AbstractContextManager[None]:
-        """Within it the model is this role's: its adapter is applied, or none."""
-        return using(self.model, self.adapter)
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within it the model is this role's: its adapter is applied, or none, and products are in its precision."""
+        with using(self.model, self.adapter), computing_in(self.precision):
+            yield
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What a learner of this role changes: its adapter and heads, or every weight that takes gradients."""

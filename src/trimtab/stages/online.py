@@ -47,7 +47,7 @@ def run(settings: Settings, run: Run) -> None:
     )
     run.save_model(lambda path: save_role(parts.policy, parts.chat.tokenizer, path, base=parts.base))
     run.finish(
-        {"num_steps": settings.num_steps, "counts": parts.counts}
+        {"num_steps": settings.num_steps, "sampler": parts.generator.method, "counts": parts.counts}
         | last_metrics(run, "policy/kl", "reward/mean", "gold/mean")
     )
 
@@ -70,7 +70,9 @@ def train_step(number: int, parts: Parts, run: Run) -> Metrics:
     ref_logprobs = token_logprobs_of(parts.reference, trees, budget)
     values = token_values_of(parts.critic, trees, budget)
     # Before anything is trained: it refuses a sampler that is not the policy.
-    metrics = rollout_metrics(rollouts, old_logprobs, sampling=settings.sampling, step=number + 1)
+    metrics = rollout_metrics(
+        rollouts, old_logprobs, sampling=settings.sampling, step=number + 1, precision=settings.precision
+    )
     clock.lap("logprobs")
 
     log_ratio = old_logprobs - ref_logprobs

@@ -198,6 +198,8 @@ def build_parts(settings: Settings, run: Run) -> Parts:
         critic_learner = LocalLearner(
             critic, settings.critic.optimizer, token_budget=settings.token_budget, num_updates=updates, name="critic"
         )
+    for role in (policy, models.reference, critic):
+        role.precision = settings.precision
     if settings.checkpoint_activations:
         for role in {policy, critic}:
             role.checkpoint_activations()

@@ -13,6 +13,7 @@ from trimtab.math.kl import FixedKL
 from trimtab.math.losses.policy import PPO
 from trimtab.math.losses.value import ValueLoss
 from trimtab.models.adapters import LoRA
+from trimtab.models.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +138,8 @@ class Settings:
     adapter: LoRA | None = None
     """Make policy and critic low-rank adapters on one frozen base. The reference is then the base (or a copy of the
     adapter the policy starts from), and a reward model that is an adapter of the same base shares it too."""
+    precision: Precision = "float32"
+    """Precision of the products of training and scoring; weights and log-probabilities stay float32."""
     checkpoint_activations: bool = False
     """Keep only the input of each block for the backward pass: less memory, a third more work."""
     token_budget: int = 4096

@@ -12,14 +12,18 @@ from trimtab.errors import EngineError
 from trimtab.evals.text import distinct_n
 from trimtab.math.losses.value import explained_variance
 from trimtab.metrics import Mean, Metrics, Peak, mean_of
+from trimtab.models.precision import Precision
 from trimtab.rewards.gold import GoldScorer
 from trimtab.types import Rollout
 
-MAX_LOGPROB_DIFFERENCE = 0.01
-"""Nats. In float32 the local sampler and scorer differ by rounding only, about 1e-5."""
+MAX_LOGPROB_DIFFERENCE: dict[Precision, float] = {"float32": 0.01, "bfloat16": 0.5}
+"""Nats, of one token. In float32 the local sampler and scorer differ by rounding only, about 1e-5; replies are sampled
+in float32, from which a scorer in bfloat16 is a few hundredths away."""
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], old_logprobs: Tensor, *, sampling: Sampling, step: int) -> Metrics:
+def rollout_metrics(
+    rollouts: Sequence[Rollout], old_logprobs: Tensor, *, sampling: Sampling, step: int, precision: Precision
+) -> Metrics:
     """Lengths, ends and diversity of rollouts, and how far the sampler's log-probabilities are from the scorer's.
 
     A difference above MAX_LOGPROB_DIFFERENCE raises EngineError, on the first step and on every other: training on it
@@ -28,9 +32,10 @@ def rollout_metrics(rollouts: Sequence[Rollout], old_logprobs: Tensor, *, sampli
     """
     sampled = torch.tensor([x for r in rollouts for x in r.logprobs])
     difference = float((sampled - old_logprobs).abs().max())
-    if not sampling.truncates and not difference <= MAX_LOGPROB_DIFFERENCE:
+    bound = MAX_LOGPROB_DIFFERENCE[precision]
+    if not sampling.truncates and not difference <= bound:
         raise EngineError(
-            f"sampler and policy disagree by {difference:.3g} nats on the same token (bound: {MAX_LOGPROB_DIFFERENCE})",
+            f"sampler and policy disagree by {difference:.3g} nats on the same token (bound: {bound})",
             where=f"step {step}, before its updates",
             fix="the sampler's weights, template or precision differ from the policy's; do not train on its samples",
         )

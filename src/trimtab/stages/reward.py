@@ -24,6 +24,7 @@ from trimtab.math.losses.reward import RewardLoss
 from trimtab.models.adapters import LoRA, add_adapter, base_of, load_adapter
 from trimtab.models.forward import sequence_scores_of
 from trimtab.models.load import load_scalar, load_tokenizer, save_role
+from trimtab.models.precision import Precision
 from trimtab.models.roles import ScalarModel
 from trimtab.runs.run import Run
 from trimtab.stages.supervised import Epochs, fit, fitted_tree
@@ -64,6 +65,8 @@ class Settings:
     """Take the examples of each epoch in an order of its own; false keeps the order of the data."""
     adapter: LoRA | None = None
     """Train a low-rank adapter and the score head on the frozen model instead of all its weights."""
+    precision: Precision = "float32"
+    """Precision of the products of training and scoring; weights and log-probabilities stay float32."""
     checkpoint_activations: bool = False
     """Keep only the input of each block for the backward pass: less memory, a third more work."""
     token_budget: int = 4096
@@ -149,6 +152,7 @@ def run(settings: Settings, run: Run) -> None:
             fix="give more pairs, another held_out share, or a larger max_tokens",
         )
     model, base = start_reward_model(settings, chat)
+    model.precision = settings.precision
     if settings.checkpoint_activations:
         model.checkpoint_activations()
     epochs = Epochs(

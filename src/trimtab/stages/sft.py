@@ -17,6 +17,7 @@ from trimtab.errors import DataError
 from trimtab.math.losses.sft import SFTLoss
 from trimtab.models.adapters import LoRA, add_adapter, base_of, load_adapter
 from trimtab.models.load import load_causal, load_tokenizer, save_role
+from trimtab.models.precision import Precision
 from trimtab.models.roles import Policy
 from trimtab.runs.run import Run
 from trimtab.stages.supervised import Epochs, fit, fitted_tree, last_metrics
@@ -55,6 +56,8 @@ class Settings:
     """Take the examples of each epoch in an order of its own; false keeps the order of the data."""
     adapter: LoRA | None = None
     """Train a low-rank adapter on the frozen model instead of all its weights."""
+    precision: Precision = "float32"
+    """Precision of the products of training and scoring; weights and log-probabilities stay float32."""
     checkpoint_activations: bool = False
     """Keep only the input of each block for the backward pass: less memory, a third more work."""
     token_budget: int = 4096
@@ -91,6 +94,7 @@ def run(settings: Settings, run: Run) -> None:
         shuffle=settings.shuffle,
     )
     policy, base = start_policy(settings, chat)
+    policy.precision = settings.precision
     if settings.checkpoint_activations:
         policy.checkpoint_activations()
     learner = LocalLearner(

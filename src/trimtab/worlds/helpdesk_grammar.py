@@ -327,7 +327,9 @@ def draw_facts(rng: Random) -> dict[str, Any]:
     claim = rng.choice([c for c in CLAIMS if c > window]) if kind == "wrong claim" else 0
     # A customer is mostly wrong about the policy when it matters: late by the policy, in time by the claim.
     late = rng.random() < (0.7 if claim else 0.36)
-    days = rng.choice([d for d in DAYS if (window < d <= (claim or d) if late else d <= window)])
+    in_time = [d for d in DAYS if d <= window]
+    # The two longest times within the policy: a ticket far inside it would ask for no comparison of numbers.
+    days = rng.choice([d for d in DAYS if window < d <= (claim or d)] if late else in_time[-2:])
     asked, *not_covered = STATES[action]
     state = asked if rng.random() < 0.8 else rng.choice(not_covered)
     wants = rng.choice(("day", "gift")) if kind == "wants more" else ""
