@@ -114,6 +114,27 @@ def run_(run_file: Path, overrides: tuple[str, ...], out: Path | None) -> None:
     _run_pipeline(run_file, overrides, out or Path("runs") / run_file.stem)
 
 
+@main.command()
+@click.argument("run_file", type=click.Path(path_type=Path))
+@_overrides
+@click.option("--stage", type=click.Choice(list(STAGES)), help="The stage of a run file that is not a pipeline.")
+def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None) -> None:
+    """Say what a run will take: time, memory and steps.
+
+    Rehearses a few steps of every stage in a scratch directory, with the run's own data, models and batch sizes.
+    """
+    config = importlib.import_module("trimtab.config")
+    console = importlib.import_module("rich.console")
+    values = config.apply_overrides(config.load_run_file(run_file), overrides)
+    if stage is not None:
+        values = {"stages": {stage: {**values, "stage": stage}}}
+    where = " ".join([str(run_file), *overrides])
+    if "stages" not in values:
+        raise ConfigError("a run file of a single stage", where=where, fix="say which: --stage sft")
+    planning = importlib.import_module("trimtab.stages.plan")
+    planning.show(planning.plan(values, where=where), console.Console(width=120))
+
+
 def _run_pipeline(run_file: Path, overrides: tuple[str, ...], out: Path) -> None:
     config = importlib.import_module("trimtab.config")
     values = config.apply_overrides(config.load_run_file(run_file), overrides)

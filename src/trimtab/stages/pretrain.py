@@ -110,6 +110,8 @@ class Settings:
         )
     )
     """The optimizer and its schedule."""
+    max_steps: int | None = None
+    """Stop after this many updates, on the schedule of the whole run; None trains to the end."""
     token_budget: int = 4096
     """Tokens of one forward pass: memory and speed only."""
     checkpoint_every: int = 200
@@ -146,7 +148,7 @@ def run(settings: Settings, run: Run) -> None:
     learner = LocalLearner(
         policy, settings.optimizer, token_budget=settings.token_budget, num_updates=epochs.num_steps, name="policy"
     )
-    fit(
+    steps = fit(
         run,
         learner,
         SFTLoss(),
@@ -156,13 +158,11 @@ def run(settings: Settings, run: Run) -> None:
         validate_every=0,
         checkpoint_every=settings.checkpoint_every,
         description="pretrain",
+        max_steps=settings.max_steps,
     )
     run.save_model(lambda path: save_model(model, tokenizer, path))
     parameters = sum(p.numel() for p in model.parameters())
-    run.finish(
-        {"num_parameters": parameters, "num_documents": len(documents), "num_steps": epochs.num_steps}
-        | last_metrics(run, "loss/")
-    )
+    run.finish({"num_parameters": parameters, "num_documents": len(documents)} | steps | last_metrics(run, "loss/"))
 
 
 def read_documents(settings: Settings, run: Run) -> list[str]:

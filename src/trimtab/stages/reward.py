@@ -69,6 +69,8 @@ class Settings:
     """Precision of the products of training and scoring; weights and log-probabilities stay float32."""
     checkpoint_activations: bool = False
     """Keep only the input of each block for the backward pass: less memory, a third more work."""
+    max_steps: int | None = None
+    """Stop after this many updates, on the schedule of the whole run; None trains to the end."""
     token_budget: int = 4096
     """Tokens of one forward pass: memory and speed only."""
     validate_every: int = 0
@@ -165,7 +167,7 @@ def run(settings: Settings, run: Run) -> None:
     learner = LocalLearner(
         model, settings.optimizer, token_budget=settings.token_budget, num_updates=epochs.num_steps, name="reward"
     )
-    fit(
+    steps = fit(
         run,
         learner,
         settings.loss,
@@ -175,11 +177,12 @@ def run(settings: Settings, run: Run) -> None:
         validate_every=settings.validate_every,
         checkpoint_every=settings.checkpoint_every,
         description="reward",
+        max_steps=settings.max_steps,
     )
     moments = calibrate(model, chat, settings, train_on)
     model.model.config.update({f"reward_{name}": value for name, value in moments.items()})
     run.save_model(lambda path: save_role(model, chat.tokenizer, path, base=base))
-    run.finish(judge(model, train_on, judged_by, settings) | moments | {"counts": counts})
+    run.finish(judge(model, train_on, judged_by, settings) | moments | {"counts": counts} | steps)
 
 
 def start_reward_model(settings: Settings, chat: Chat) -> tuple[ScalarModel, str]:

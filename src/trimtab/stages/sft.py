@@ -60,6 +60,8 @@ class Settings:
     """Precision of the products of training and scoring; weights and log-probabilities stay float32."""
     checkpoint_activations: bool = False
     """Keep only the input of each block for the backward pass: less memory, a third more work."""
+    max_steps: int | None = None
+    """Stop after this many updates, on the schedule of the whole run; None trains to the end."""
     token_budget: int = 4096
     """Tokens of one forward pass: memory and speed only."""
     validate_every: int = 0
@@ -104,7 +106,7 @@ def run(settings: Settings, run: Run) -> None:
         num_updates=epochs.num_steps,
         name="policy",
     )
-    fit(
+    steps = fit(
         run,
         learner,
         SFTLoss(),
@@ -114,11 +116,10 @@ def run(settings: Settings, run: Run) -> None:
         validate_every=settings.validate_every,
         checkpoint_every=settings.checkpoint_every,
         description="sft",
+        max_steps=settings.max_steps,
     )
     run.save_model(lambda path: save_role(policy, chat.tokenizer, path, base=base))
-    run.finish(
-        {"num_examples": len(trees), "num_steps": epochs.num_steps, "counts": counts} | last_metrics(run, "loss/")
-    )
+    run.finish({"num_examples": len(trees), "counts": counts} | steps | last_metrics(run, "loss/"))
 
 
 def start_policy(settings: Settings, chat: Chat) -> tuple[Policy, str]:

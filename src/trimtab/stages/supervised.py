@@ -120,9 +120,13 @@ def fit(
     validate_every: int,
     checkpoint_every: int,
     description: str,
-) -> None:
-    """Trains to the last step, resuming where an earlier call was stopped. Validation metrics are named
+    max_steps: int | None = None,
+) -> dict[str, int]:
+    """Trains to the last step, or to `max_steps` of them, resuming where an earlier call was stopped; returns the
+    numbers of steps. Validation metrics are named
     `OWNER/validation_QUANTITY`, measured every `validate_every` steps and after the last one."""
+
+    num_steps = epochs.num_steps if max_steps is None else min(max_steps, epochs.num_steps)
 
     def step(number: int) -> Metrics:
         started = time.perf_counter()
@@ -133,7 +137,7 @@ def fit(
             "time/step_seconds": Total(seconds),
             "time/tokens_per_second": Mean(batch.trees.num_tokens, seconds),
         }
-        last = number + 1 == epochs.num_steps
+        last = number + 1 == num_steps
         if validation is not None and (last or (validate_every and (number + 1) % validate_every == 0)):
             metrics |= validate(learner, loss, validation)
         return metrics
@@ -141,11 +145,12 @@ def fit(
     run_steps(
         run,
         LearnerState(learner),
-        num_steps=epochs.num_steps,
+        num_steps=num_steps,
         step=step,
         checkpoint_every=checkpoint_every,
         description=description,
     )
+    return {"num_steps": num_steps, "num_planned_steps": epochs.num_steps}
 
 
 @torch.no_grad()

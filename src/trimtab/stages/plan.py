@@ -1,0 +1,217 @@
+"""What a run will take, before it is started: a rehearsal of every stage, a few steps long, in a scratch directory.
+
+The rehearsal is the run itself cut short, with its own data, models and batch sizes, so what it takes is measured and
+not modelled: memory is the peak of a process of its own, and time is what the stage took apart from its steps, plus
+the time of a step for each of those planned.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trimtab.errors import EngineError
+from trimtab.stages.pipeline import resolve_stages, run_pipeline
+
+FEW_STEPS = 3
+FEW_PROMPTS = 192
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """What one stage will take."""
+
+    name: str
+    stage: str
+    num_steps: int | None
+    """Steps planned; None for a stage that has none."""
+    seconds_per_step: float | None
+    seconds: float
+    """From its start to its end."""
+    peak_rss_gb: float
+    """Most memory of the process up to the end of this stage."""
+    tokens_per_second: float | None
+    laps: dict[str, float]
+    """Seconds of each phase of a step, where the stage measures them."""
+    weights_gb: dict[str, float]
+    """Each model in memory: its weights, with gradients and the two moments of AdamW for what is trained."""
+
+
+def plan(values: Mapping[str, Any], *, where: str) -> list[StagePlan]:
+    """Rehearses the pipeline in a process of its own. Raises what a mistake in the file or the run raises."""
+    resolve_stages(values, Path("runs/plan"), where=where)
+    with tempfile.TemporaryDirectory(prefix="trimtab-plan-") as scratch:
+        file = Path(scratch) / "values.json"
+        file.write_text(json.dumps(values), encoding="utf-8")
+        command = [sys.executable, "-m", "trimtab.stages.plan", str(file), scratch]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["no word"]
+            raise EngineError(
+                f"the rehearsal ended with: {said[-1]}",
+                where=where,
+                fix="the run itself would end the same way; start it to see more",
+            )
+        return [StagePlan(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def cut_short(stage: str, table: dict[str, Any], settings: Any) -> dict[str, Any]:
+    """The table of a stage with a few steps, or a few prompts, instead of all; `settings` are those it resolves to."""
+    table = dict(table) | ({"trackers": []} if "trackers" in table else {})
+    if stage in ("pretrain", "sft", "reward"):
+        return table | {"max_steps": FEW_STEPS}
+    if stage == "online":
+        # Every step as the late ones are: the critic's warm-up would leave the policy's update out.
+        return table | {"num_steps": FEW_STEPS, "critic": dict(table.get("critic", {})) | {"warmup_steps": 0}}
+    share = share_of_prompts(settings)
+    return table | {name: math.ceil(share * getattr(settings, name)) for name in _PROMPTS[stage]}
+
+
+def share_of_prompts(settings: Any) -> float:
+    """The share of the prompts of compare or evaluate that is rehearsed."""
+    return float(min(1.0, FEW_PROMPTS / settings.num_prompts))
+
+
+_PROMPTS = {"compare": ("num_prompts", "num_held_out_prompts"), "evaluate": ("num_prompts", "best_of_prompts")}
+
+
+def rehearse(values: dict[str, Any], scratch: Path) -> None:
+    """Runs the pipeline cut short, printing a StagePlan as a line of JSON after each stage."""
+    whole = resolve_stages(values, scratch / "run", where="the plan")
+    tables = {name: cut_short(table["stage"], table, whole[name][1]) for name, table in values["stages"].items()}
+    for number, name in enumerate(tables, start=1):
+        upto = dict(list(tables.items())[:number])
+        run_pipeline({**values, "stages": upto}, scratch / "run", where="the plan")
+        stage, settings = whole[name]
+        # Pairs of a rehearsed comparison are fewer than there will be.
+        shares = [
+            share_of_prompts(other)
+            for source, (kind, other) in whole.items()
+            if kind == "compare" and str(getattr(settings, "data", "")).startswith(str(scratch / "run" / source) + "/")
+        ]
+        found = estimate(name, stage, settings, scratch / "run" / name, share_of_data=shares[0] if shares else 1.0)
+        print(json.dumps(asdict(found)), flush=True)
+
+
+def estimate(name: str, stage: str, settings: Any, directory: Path, *, share_of_data: float) -> StagePlan:
+    """The whole stage, from its rehearsal in `directory`, which had this share of the data."""
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    metrics = directory / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
+    seconds = summary["seconds"]
+    num_steps = per_step = tokens = None
+    if rows:
+        planned = settings.num_steps if stage == "online" else summary["num_planned_steps"] / share_of_data
+        num_steps = math.ceil(planned)
+        steps = [row["time/step_seconds"] for row in rows]
+        per_step = statistics.median(steps[1:] or steps)
+        seconds += per_step * num_steps - sum(steps)
+        speeds = [row["time/tokens_per_second"] for row in rows if "time/tokens_per_second" in row]
+        tokens = speeds[-1] if speeds else None
+    else:
+        seconds /= share_of_prompts(settings)
+    laps = {k[5:-8]: v for row in rows[-1:] for k, v in row.items() if k.startswith("time/") and k.endswith("_seconds")}
+    laps.pop("step", None)
+    return StagePlan(
+        name=name,
+        stage=stage,
+        num_steps=num_steps,
+        seconds_per_step=per_step,
+        seconds=seconds,
+        peak_rss_gb=peak_rss_gb(),
+        tokens_per_second=tokens,
+        laps=laps,
+        weights_gb=weights(stage, settings, directory),
+    )
+
+
+def weights(stage: str, settings: Any, directory: Path) -> dict[str, float]:
+    """GB of each model the stage holds, by the files it is loaded from. What is trained counts four times: weight,
+    gradient and two moments."""
+    start = directory / "start" if stage == "pretrain" else getattr(settings, "model", None)
+    adapter = getattr(settings, "adapter", None)
+    sizes: dict[str, float] = {}
+    if stage in ("pretrain", "sft", "reward"):
+        own = "reward model" if stage == "reward" else "policy"
+        sizes[own] = file_gb(start) * (1 if adapter else 4)
+    elif stage == "online":
+        sizes["policy"] = file_gb(settings.model) * (1 if adapter else 4)
+        if adapter is None:
+            sizes["reference"] = file_gb(settings.reference or settings.model)
+            if settings.critic.init != "value_head":
+                sizes["critic"] = file_gb(settings.model) * 4
+        for number, reward in enumerate(r for r in settings.rewards if hasattr(r, "path")):
+            sizes[f"reward {number + 1}"] = file_gb(reward.path)
+    elif stage == "evaluate":
+        sizes = {"policy": file_gb(settings.model), "baseline": file_gb(settings.baseline)}
+    else:
+        sizes["policy"] = file_gb(start)
+    if adapter is not None:
+        sizes["adapter"] = 4 * file_gb(directory / "model")
+    return {name: size for name, size in sizes.items() if size}
+
+
+def file_gb(directory: str | Path | None) -> float:
+    """GB of the weights in a model directory, at four bytes an entry."""
+    from safetensors import safe_open
+
+    num = 0
+    for file in sorted(Path(directory or ".").glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            num += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+    return num * 4 / 2**30
+
+
+def peak_rss_gb() -> float:
+    """The most memory this process has held."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def show(plans: list[StagePlan], console: Console) -> None:
+    """The plan as a table, and what a step is made of."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("stage", "steps", "s a step", "tokens/s", "time", "memory", "weights, gradients and moments (GB)"):
+        table.add_column(title, justify="left" if title.startswith(("stage", "weights")) else "right")
+    for p in plans:
+        table.add_row(
+            p.name,
+            "" if p.num_steps is None else str(p.num_steps),
+            "" if p.seconds_per_step is None else f"{p.seconds_per_step:.2f}",
+            "" if p.tokens_per_second is None else f"{p.tokens_per_second:,.0f}",
+            duration(p.seconds),
+            f"{p.peak_rss_gb:.2f} GB",
+            ", ".join(f"{name} {size:.2f}" for name, size in p.weights_gb.items()),
+        )
+    console.print(table)
+    for p in plans:
+        if p.laps:
+            parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in p.laps.items())
+            console.print(f"a step of {p.name}: {parts}")
+    total, peak = sum(p.seconds for p in plans), max(p.peak_rss_gb for p in plans)
+    console.print(f"in all {duration(total)} and at most {peak:.2f} GB, on {os.cpu_count()} cores as busy as now")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+if __name__ == "__main__":
+    rehearse(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))

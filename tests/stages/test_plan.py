@@ -1,0 +1,75 @@
+"""What a run is said to take, against what it took."""
+
+import pytest
+
+from tests.stages.commands import FAST, SHORT, summary, trimtab, write_run_file
+from tests.stages.test_pipeline import PIPELINE, STAGES
+from trimtab.stages.plan import FEW_PROMPTS, FEW_STEPS, cut_short, duration, plan
+
+COMPARED = PIPELINE | {
+    "stages": {
+        "base": STAGES["base"] | {"num_documents": 24},
+        "compare": {
+            "stage": "compare",
+            "model": "@base",
+            "world": "arithmetic",
+            "num_prompts": 2 * FEW_PROMPTS,
+            "num_held_out_prompts": 8,
+            "sampling": SHORT,
+        },
+        "reward": {
+            "stage": "reward",
+            "model": "@base",
+            "data": "@compare/train.jsonl",
+            "held_out_data": "@compare/held_out.jsonl",
+            "batch_size": 16,
+            "optimizer": FAST,
+        },
+    }
+}
+
+
+def test_the_plan_of_a_pipeline_is_what_it_takes(tmp_path):
+    found = {p.name: p for p in plan(COMPARED, where="the test")}
+    file = write_run_file(tmp_path / "pipeline.toml", COMPARED)
+    assert trimtab("run", file, "--out", tmp_path / "out").exit_code == 0
+    assert list(found) == ["base", "compare", "reward"]
+    for name in ("base", "reward"):
+        # A pair with a blank reply is dropped, so the share of the pairs that are used is only nearly the same.
+        assert found[name].num_steps == pytest.approx(summary(tmp_path / "out" / name)["num_steps"], abs=2)
+        assert found[name].weights_gb
+    assert found["compare"].num_steps is None
+    assert 0.2 < found["reward"].peak_rss_gb < 2
+
+
+def test_plan_prints_a_table_and_leaves_nothing_behind(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    settings = {"model": str(base), "data": "world:arithmetic?num=40", "batch_size": 4, "optimizer": FAST}
+    file = write_run_file(tmp_path / "sft.toml", settings)
+    result = trimtab("plan", file, "--stage", "sft")
+    assert result.exit_code == 0, result.output
+    assert "sft" in result.output
+    assert "in all" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["sft.toml"]
+
+
+def test_plan_says_what_it_needs(tmp_path, base):
+    file = write_run_file(tmp_path / "sft.toml", {"model": str(base), "data": "world:arithmetic?num=40"})
+    result = trimtab("plan", file)
+    assert result.exit_code == 2
+    assert "--stage sft" in result.output
+    missing = trimtab("plan", file, "--stage", "sft", "data=nowhere.jsonl")
+    assert missing.exit_code == 2
+    assert "the rehearsal ended with" in missing.output
+    wrong = trimtab("plan", file, "--stage", "sft", "batch_sise=3")
+    assert "batch_size" in wrong.output
+
+
+def test_a_rehearsal_is_short_and_trains_the_policy():
+    short = cut_short("online", {"num_steps": 100, "critic": {"warmup_steps": 5, "init": "policy"}}, None)
+    assert short == {"num_steps": FEW_STEPS, "critic": {"warmup_steps": 0, "init": "policy"}}
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(5, "5 s"), (89.6, "90 s"), (300, "5 min"), (3 * 3600, "3.0 h")])
+def test_durations_read_as_people_say_them(seconds, said):
+    assert duration(seconds) == said
