@@ -2,6 +2,7 @@
 # make quickstart the whole loop, from no model to its dossier, in runs/quickstart
 # make test       formatter, linter, type checker and tests
 # make evidence   the proofs that take minutes
+# make bench      against TRL, in turns: needs PEER, PEER_PPO, BENCH and ROWS
 # make clean      removes .venv and caches; runs/ stays
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ INSTALLED := .venv/installed
 # Scripts that measure what the docs claim; `make evidence` runs each after the slow tests.
 EVIDENCE ?= benchmarks/spine.py
 
-.PHONY: install quickstart test evidence clean
+.PHONY: install quickstart test evidence bench clean
 
 install: $(INSTALLED)
 
@@ -36,6 +37,10 @@ test: install
 evidence: install
 	$(BIN)/pytest -m slow
 	@set -e; for script in $(EVIDENCE); do echo "$$script"; $(BIN)/python "$$script"; done
+
+# The peer's interpreters and scripts are yours to name; docs/evidence/speed.md says how to make them.
+bench: install
+	$(BIN)/python benchmarks/speed.py --peer $(PEER) --peer-ppo $(PEER_PPO) --bench $(BENCH) --rows $(ROWS)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -195,5 +195,15 @@ def test_a_reply_ends_with_a_stop_text_which_is_not_part_of_its_text(model_dir):
             assert len(b.response_ids) <= len(a.response_ids)
 
 
+def test_a_small_cache_means_fewer_replies_at_a_time_and_the_same_replies(model_dir):
+    tight = generator(model_dir, cache_gb=1e-4)
+    encoded = [tight._encode(p) for p in SOME]
+    assert tight._num_groups(encoded, 3) == 1
+    assert generator(model_dir)._num_groups(encoded, 3) == len(SOME)
+    assert [r.response_ids for r in tight.generate(SOME, group_size=3, seed=1)] == [
+        r.response_ids for r in generator(model_dir).generate(SOME, group_size=3, seed=1)
+    ]
+
+
 def test_no_prompts_give_no_rollouts(model_dir):
     assert generator(model_dir).generate([], group_size=2, seed=0) == []

@@ -50,6 +50,8 @@ class Sampling:
     """A reply also ends once it holds one of these texts; its tokens stay as drawn, its text ends before it."""
     batch_size: int = 256
     """Replies decoded together. Speed and memory only."""
+    cache_gb: float = 4.0
+    """Room for keys and values; fewer replies are decoded together where it would not suffice for batch_size."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -58,6 +60,8 @@ class Sampling:
             raise ValueError(f"top_p = {self.top_p}, top_k = {self.top_k}; top_p is in (0, 1], top_k is 0 or more")
         if self.max_new_tokens < 1 or self.batch_size < 1:
             raise ValueError("max_new_tokens and batch_size must be at least 1")
+        if self.cache_gb <= 0:
+            raise ValueError(f"cache_gb = {self.cache_gb}; it must be above 0")
         if "" in self.stop:
             raise ValueError('stop holds an empty text, which every reply contains; take "" out')
 
@@ -138,7 +142,7 @@ class LocalGenerator:
 
     def _decode(self, prompts: Sequence[Sequence[int]], group_size: int, replies: Replies) -> None:
         forward = self._forward()
-        num_groups = min(len(prompts), max(1, self.sampling.batch_size // group_size))
+        num_groups = self._num_groups(prompts, group_size)
         slots = SlotCache(
             num_rows=num_groups * group_size,
             # A prompt stays until the last reply of its group has ended, while rows of the others are free again.
@@ -160,6 +164,17 @@ class LocalGenerator:
             if ended.any():
                 tokens = tokens[slots.keep(~ended)]
             hidden = forward.hidden(tokens, slots.positions, slots.extend()) if len(tokens) else None
+
+    def _num_groups(self, prompts: Sequence[Sequence[int]], group_size: int) -> int:
+        """Prompts decoded together with all their replies."""
+        config = self.policy.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        bytes_per_token = 2 * 4 * config.num_hidden_layers * heads * size
+        prompt_copies = 1 if group_size == 1 else 2
+        tokens = prompt_copies * max(len(p) for p in prompts) + group_size * self.sampling.max_new_tokens
+        room = int(self.sampling.cache_gb * 2**30 / (bytes_per_token * tokens))
+        return max(1, min(len(prompts), self.sampling.batch_size // group_size, room))
 
     def _decode_padded(self, prompts: Sequence[Sequence[int]], group_size: int, replies: Replies) -> None:
         per_batch = max(1, self.sampling.batch_size // group_size)
