@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 LAYERS = {
+    **dict.fromkeys(["__main__"], 8),
     **dict.fromkeys(["cli"], 7),
     **dict.fromkeys(["stages"], 6),
     **dict.fromkeys(["engines", "rewards"], 5),

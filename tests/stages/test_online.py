@@ -217,7 +217,7 @@ def test_a_finished_run_is_left_alone_and_fresh_begins_again(tmp_path, base, rew
 
 
 def test_a_sampler_that_is_not_the_policy_is_refused_before_any_update(tmp_path, base, reward_run, monkeypatch):
-    monkeypatch.setattr(online_watch, "MAX_LOGPROB_DIFFERENCE", -1.0)
+    monkeypatch.setitem(online_watch.MAX_LOGPROB_DIFFERENCE, "float32", -1.0)
     monkeypatch.setattr(online, "update_epochs", lambda *_: pytest.fail("it trained"))
     run_file = write_run_file(tmp_path / "run.toml", online_settings(base, reward_run / "model"))
     result = trimtab("online", run_file, "--out", tmp_path / "run")
