@@ -38,7 +38,7 @@ evidence: install
 	$(BIN)/pytest -m slow
 	@set -e; for script in $(EVIDENCE); do echo "$$script"; $(BIN)/python "$$script"; done
 
-# The peer's interpreters and scripts are yours to name; docs/evidence/speed.md says how to make them.
+# The peer's interpreters and scripts are yours to name; benchmarks/speed.py says how to make them.
 bench: install
 	$(BIN)/python benchmarks/speed.py --peer $(PEER) --peer-ppo $(PEER_PPO) --bench $(BENCH) --rows $(ROWS)
 

@@ -2,8 +2,9 @@
 
     python benchmarks/speed.py --peer PYTHON --peer-ppo PYTHON --bench DIR --rows HH_JSONL_GZ
 
-PYTHON are interpreters with TRL 1.16, and 1.12 for PPO; DIR holds `trl_bench.py` and `make_model.py`. Every timing is
-printed with the share of a core that other processes took meanwhile; a pair above 0.1 is run again.
+PYTHON are interpreters with TRL 1.16, and 1.12 for PPO, each of an environment made with
+`pip install -c constraints.txt torch trl==1.16.0` (or 1.12.0); DIR holds `trl_bench.py` and `make_model.py`. Every
+timing is printed with the share of a core that other processes took meanwhile; a pair above 0.1 is run again.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from trimtab.data.trees import Strips
 from trimtab.models.attention import UNSEEN, Attend, attention_with_lse, merge_attention
 
 
@@ -59,19 +60,18 @@ class SlotCache:
         owners = torch.arange(first, first + len(prompts))
         self._prompt_of = torch.cat([self._prompt_of, owners.repeat_interleave(self.group_size)])
 
-        longest = int(lengths.max())
-        slot = torch.arange(longest)
-        filled = slot < lengths[:, None]
-        rows = torch.where(filled, slot + (lengths.cumsum(0) - lengths)[:, None], 0)
-        inverse = torch.nonzero(filled.flatten()).squeeze(1)
+        starts = (lengths.cumsum(0) - lengths).tolist()
+        strips = Strips.build(list(zip(starts, lengths.tolist(), strict=True)))
+        longest = strips.rows.shape[1]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-            queries, keys, values = (_rows(x, rows) for x in (query, key, value))
+            queries, keys, values = (strips.cut(x) for x in (query, key, value))
             prompt_keys, prompt_values, _, _ = self._buffers(layer, key)
             prompt_keys[first : first + len(prompts), :, :longest] = keys
             prompt_values[first : first + len(prompts), :, :longest] = values
             near = None
             if window is not None and window < longest:
+                slot = torch.arange(longest)
                 near = (slot <= slot[:, None]) & (slot > slot[:, None] - window)
             output = scaled_dot_product_attention(
                 queries,
@@ -82,7 +82,7 @@ class SlotCache:
                 scale=scaling,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
-            return output.transpose(1, 2).flatten(0, 1).index_select(0, inverse)
+            return strips.back(output)
 
         return attend
 
@@ -189,8 +189,3 @@ def _bias(visible: Tensor) -> Tensor:
     """0 where a key is seen; elsewhere a number whose exponential is 0 but which, unlike -inf, never makes a NaN of
     a row that sees nothing."""
     return torch.zeros(visible.shape).masked_fill_(~visible, UNSEEN)
-
-
-def _rows(x: Tensor, rows: Tensor) -> Tensor:
-    """[P, H, L, D] the tokens of a flat row [N, H, D] side by side."""
-    return x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
