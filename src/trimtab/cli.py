@@ -258,6 +258,14 @@ def chat(**options: Any) -> None:
     importlib.import_module("trimtab.stages.use").chat(**options)
 
 
+# --- human judgements ---
+
+
+@main.group()
+def feedback() -> None:
+    """Collect human judgements and know what they are worth."""
+
+
 # --- data and reports ---
 
 
