@@ -35,7 +35,9 @@ def test_every_figure_is_valid_plotly():
         charts.shares(
             [("a", Interval(0.5, 0.4, 0.6, 9), charts.BLUE), ("b", Interval(0.7, math.nan, math.nan, 0), "#fff")]
         ),
-        charts.best_of_n([{"n": 1, "gold": 0.5}, {"n": 4, "gold": 0.6, "gold_low": 0.5, "gold_high": 0.7}]),
+        charts.best_of_n(
+            [{"n": 1, "gold": 0.5}, {"n": 4, "gold": 0.6, "gold_low": 0.5, "gold_high": 0.7}], {"gold": "gold"}, "score"
+        ),
     ]
     for figure in figures:
         go.Figure(figure)  # raises ValueError for a property plotly does not know

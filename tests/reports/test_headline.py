@@ -153,3 +153,18 @@ def test_a_single_run_is_summed_up_by_its_stage(pipeline):
     assert "of held-out pairs" in headline.run_verdict(runs["reward"]).sentences[0]
     assert headline.run_verdict(runs["evaluate"]).standing == "good"
     assert headline.run_verdict(RunRecord(name="new", stage="sft")) is None
+
+
+def test_a_selection_says_what_choosing_gave_and_cost():
+    curve = [
+        {"n": 1, "kl": 0.0, "reward": 0.1},
+        {"n": 8, "kl": 1.204, "reward": 0.7, "reward_low": 0.6, "reward_high": 0.8},
+    ]
+    run = replace(run_with(summary={"best_of": {"curve": curve}}), stage="select")
+    verdict = headline.run_verdict(run)
+    assert verdict is not None
+    assert verdict.sentences == (
+        "The best of 8 has a reward of 0.70 [0.60, 0.80], one reply 0.10.",
+        "Choosing costs at most 1.2 nats of KL.",
+    )
+    assert headline.run_verdict(replace(run, summary={"best_of": {"curve": ["?"]}})) is None

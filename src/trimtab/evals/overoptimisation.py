@@ -28,9 +28,17 @@ MIN_RL_DISTANCE = 0.3
 def best_of_n_kl(n: int) -> float:
     """KL of best-of-n from the sampled policy, log n - (n - 1) / n nats (Stiennon et al., arXiv:2009.01325, app. G.3).
 
-    Exact where no sample repeats and no score ties, else an upper bound.
+    Exact where no sample repeats and no score ties. Else an upper bound (Beirami et al., arXiv:2401.01879),
+    and a loose one where few different replies are likely: whatever n is, the KL cannot pass the mean surprisal of the
+    replies that are chosen.
     """
     return math.log(n) - (n - 1) / n
+
+
+def sizes_up_to(num_samples: int) -> list[int]:
+    """The n of a best-of-n curve from this many samples: the powers of two, and all of them."""
+    powers = [2**k for k in range(num_samples.bit_length())]
+    return powers if powers[-1] == num_samples else [*powers, num_samples]
 
 
 def best_of_n(values: ArrayLike, ranked_by: ArrayLike, n: int) -> Floats:
@@ -41,16 +49,23 @@ def best_of_n(values: ArrayLike, ranked_by: ArrayLike, n: int) -> Floats:
     Both arrays are [P, N], the result [P]; draws are without replacement, which makes the estimate unbiased for the
     policy. Equal ranks are broken at random: every member of a tie takes the mean value of the tie.
     """
+    return np.asarray(best_of_each(values, ranked_by, [n])[:, 0])
+
+
+def best_of_each(values: ArrayLike, ranked_by: ArrayLike, ns: Sequence[int]) -> Floats:
+    """`best_of_n` for several n at once: [P, len(ns)] from two arrays [P, N]."""
     table, ranks = np.asarray(values, dtype=np.float64), np.asarray(ranked_by, dtype=np.float64)
     if table.ndim != 2 or table.shape != ranks.shape:
         raise ValueError(f"expected two arrays [P, N] of one shape, got {table.shape} and {ranks.shape}")
     num_samples = table.shape[1]
-    if not 1 <= n <= num_samples:
-        raise ValueError(f"best of {n} needs n between 1 and the {num_samples} samples of each prompt")
-    position = np.arange(n, num_samples + 1)
-    weights = np.zeros(num_samples)
-    weights[n - 1 :] = np.exp(_log_binomial(position - 1, n - 1) - _log_binomial(num_samples, n))
-    return np.array([_average_ties(v, r) @ weights for v, r in zip(table, ranks, strict=True)])
+    weights = np.zeros((num_samples, len(ns)))
+    for column, n in enumerate(ns):
+        if not 1 <= n <= num_samples:
+            raise ValueError(f"best of {n} needs n between 1 and the {num_samples} samples of each prompt")
+        position = np.arange(n, num_samples + 1)
+        weights[n - 1 :, column] = np.exp(_log_binomial(position - 1, n - 1) - _log_binomial(num_samples, n))
+    sorted_values = [_average_ties(v, r) for v, r in zip(table, ranks, strict=True)]
+    return np.array(sorted_values).reshape(-1, num_samples) @ weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +86,14 @@ def best_of_n_curve(
 
     Both arrays are [P, N]. Raises ValueError for an n above the N samples of each prompt.
     """
+    return curve_of(best_of_each(values, ranked_by, ns), ns, seed=seed)
+
+
+def curve_of(table: Floats, ns: Sequence[int], *, seed: int = 0) -> tuple[BestOfN, ...]:
+    """The curve from what `best_of_each` gave, which may have been gathered a few prompts at a time: [P, len(ns)]."""
     return tuple(
-        BestOfN(n=n, kl=best_of_n_kl(n), value=bootstrap_mean(best_of_n(values, ranked_by, n), seed=seed)) for n in ns
+        BestOfN(n=n, kl=best_of_n_kl(n), value=bootstrap_mean(column, seed=seed))
+        for n, column in zip(ns, table.T, strict=True)
     )
 
 

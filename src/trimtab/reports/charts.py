@@ -204,19 +204,24 @@ def shares(rows: Sequence[Bar]) -> Figure:
     return figure
 
 
-def best_of_n(points: Sequence[Mapping[str, float]]) -> Figure:
-    """Gold of the best of n replies, with intervals; n on a logarithmic axis."""
-    line = {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "x": [p["n"] for p in points],
-        "y": [p["gold"] for p in points],
-        "error_y": _error_bars(points, "gold", BLUE),
-        "line": {"color": BLUE, "width": 1.5},
-        "marker": {"color": BLUE, "size": 7},
-        "hovertemplate": "best of %{x}: %{y:.3f}<extra></extra>",
-    }
-    figure = _figure([line], "n replies to choose from", "gold score (0–1)")
+def best_of_n(points: Sequence[Mapping[str, float]], lines: Mapping[str, str], unit: str) -> Figure:
+    """Numbers of the best of n replies, by key of a point and what its line is called, with intervals; n on a
+    logarithmic axis."""
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": name,
+            "x": [p["n"] for p in points],
+            "y": [p[key] for p in points],
+            "error_y": _error_bars(points, key, colour),
+            "line": {"color": colour, "width": 1.5},
+            "marker": {"color": colour, "size": 7},
+            "hovertemplate": "best of %{x}: %{y:.3f}<extra></extra>",
+        }
+        for (key, name), colour in zip(lines.items(), PALETTE, strict=False)
+    ]
+    figure = _figure(data, "n replies to choose from", unit, legend=len(lines) > 1)
     figure["layout"]["xaxis"] |= {"type": "log", "tickvals": [p["n"] for p in points]}
     return figure
 

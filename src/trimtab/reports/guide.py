@@ -90,6 +90,7 @@ _MEANINGS: tuple[tuple[str, str, str, str], ...] = (
     (r"rollout/logprob_difference", "Sampler against scorer", "nats", "Largest gap on one token: rounding only."),
     (r"rollout/distinct_2", "Distinct bigrams", "share", "Variety of word pairs. A fall means replies become alike."),
     (r"rollout/.*", "", "", "Of the sampled replies."),
+    (r"select/best_reward", "Best reward", "units of reward", "Of the best reply of each prompt of the step."),
     (r"kl/coef", "KL coefficient", "reward per nat", "Weight of the leash, raised when KL passes its target."),
     (r"optimizer/.*learning_rate", "", "no unit", "Follows the schedule of the settings."),
     (

@@ -270,6 +270,8 @@ def run_verdict(run: RunRecord) -> Verdict | None:
             sentences.append(f"It beats the baseline on {_with_bounds(found.wins, percent)} of prompts.")
     elif run.stage == "reward":
         sentences += _reward_model_sentences(run.summary)
+    elif run.stage == "select":
+        sentences += _selection_sentences(run.summary)
     else:
         told = (("loss/validation", "Validation loss"), ("reward/mean", "Mean reward"), ("gold/mean", "Gold"))
         for name, what in told:
@@ -281,6 +283,23 @@ def run_verdict(run: RunRecord) -> Verdict | None:
             sentences.append(f"The policy ended {show(kl.mean_of_last())} nats of KL from its reference.")
         sentences += _hacking_sentences(run)
     return Verdict(standing, title, tuple(sentences)) if sentences else None
+
+
+def _selection_sentences(summary: Mapping[str, Any]) -> list[str]:
+    curve = section(summary, "best_of").get("curve")
+    points = [p for p in curve if isinstance(p, Mapping)] if isinstance(curve, list) else []
+    if not points:
+        return []
+    one, best = points[0], points[-1]
+    n, kl = show(number(best, "n")), show(number(best, "kl"))
+    sentences = []
+    for name, what in (("reward", "reward"), ("gold", "gold score")):
+        before, after = number(one, name), interval(best, name)
+        if before is not None and after is not None:
+            sentences.append(
+                f"The best of {n} has a {what} of {_with_bounds(after, score)}, one reply {score(before)}."
+            )
+    return [*sentences, f"Choosing costs at most {kl} nats of KL."] if sentences else []
 
 
 def _change(difference: Interval) -> str:

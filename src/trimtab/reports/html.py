@@ -47,6 +47,7 @@ _MAIN_METRICS: Mapping[str, tuple[tuple[str, ...], ...]] = {
         ("critic/loss",),
         ("critic/explained_variance",),
     ),
+    "select": (("reward/mean",), ("select/best_reward",), ("gold/mean",), ("rollout/length_mean",)),
 }
 _STAGE_SAYS: Mapping[str, str] = {
     "pretrain": "A language model learned from plain text, to have something to align.",
@@ -54,6 +55,7 @@ _STAGE_SAYS: Mapping[str, str] = {
     "compare": "Replies were sampled in pairs and judged by annotators.",
     "reward": "A reward model learned from comparisons which of two replies people prefer.",
     "online": "Reinforcement learning: sample replies, score them with the reward model, move towards the better ones.",
+    "select": "Many replies to each prompt were sampled and scored; the best are kept as data to train on.",
     "evaluate": "The final policy and its baseline answered the same held-out prompts.",
 }
 
@@ -184,6 +186,7 @@ def _run_body(run: RunRecord, make: Panels, *, samples: bool, says: bool = True)
         tag("p", says_what, class_="soft") if says_what else None,
         _reward_card(run, make) if run.stage == "reward" else None,
         _evaluation(run, make) if run.stage == "evaluate" else None,
+        _selection(run, make) if run.stage == "select" else None,
         _curves(run, make),
         _samples(run) if samples else None,
         _details(run),
@@ -198,7 +201,7 @@ def _curves(run: RunRecord, make: Panels) -> Html:
         if logged:
             shown.append(_curve_panel(logged, make))
     for owner, title in (("reward", "Parts of the reward"), ("gold", "Parts of the gold score")):
-        if run.stage == "online":
+        if run.stage in ("online", "select"):
             parts = [name for name in left if name.startswith(f"{owner}/") and name != "reward/std"]
             if parts:
                 shown.append(_curve_panel({name: left.pop(name) for name in sorted(parts)}, make, title=title))
@@ -318,7 +321,11 @@ def _evaluation(run: RunRecord, make: Panels) -> Html:
     panels = []
     if points := _rows(section(run.summary, "best_of"), "curve", "n", "gold"):
         how = "Gold of the best of n replies of the baseline, chosen by gold itself: what perfect choice would give."
-        panels.append(make.panel("Best of n", "gold score 0–1", how, charts.best_of_n(points)))
+        panels.append(
+            make.panel(
+                "Best of n", "gold score 0–1", how, charts.best_of_n(points, {"gold": "gold"}, "gold score (0–1)")
+            )
+        )
     return join(
         table(("", "baseline", "policy"), sides) if sides else None,
         table((), between) if between else None,
@@ -326,7 +333,29 @@ def _evaluation(run: RunRecord, make: Panels) -> Html:
     )
 
 
+def _selection(run: RunRecord, make: Panels) -> Html | None:
+    best_of = section(run.summary, "best_of")
+    panels = []
+    if points := _rows(best_of, "curve", "n", "reward"):
+        prompts = show(number(best_of, "num_prompts"))
+        how = "What choosing the best of n by the reward gives, for every n from the same replies, without bias."
+        figure = charts.best_of_n(points, {"reward": "chosen by reward"}, "reward")
+        panels.append(make.panel("Reward of the best of n", f"units of reward · {prompts} prompts", how, figure))
+    if points := _rows(best_of, "curve", "n", "gold", "gold_by_gold"):
+        how = (
+            "Gold of the reply that the reward chose, and of the best there was. The gap is what a better reward buys."
+        )
+        lines = {"gold_by_gold": "chosen by gold", "gold": "chosen by reward"}
+        figure = charts.best_of_n(points, lines, "gold score (0–1)")
+        panels.append(make.panel("Gold of the best of n", "score 0–1", how, figure))
+    return grid(panels)
+
+
 def _before_after(run: RunRecord) -> Html:
+    if run.stage == "select":
+        before, after, which = "First reply", "Best reply", "prompts on file"
+    else:
+        before, after, which = "Baseline", "Final policy", "held-out prompts on file"
     shown = _drawn(run.samples)
     cards = [
         tag(
@@ -334,8 +363,8 @@ def _before_after(run: RunRecord) -> Html:
             tag("div", _text(row.get("prompt")), class_="prompt"),
             tag(
                 "div",
-                _side("Baseline", row.get("baseline_response"), row, "baseline_"),
-                _side("Final policy", row.get("response"), row, ""),
+                _side(before, row.get("baseline_response"), row, "baseline_"),
+                _side(after, row.get("response"), row, ""),
                 class_="sides",
             ),
             class_="card sample",
@@ -343,7 +372,7 @@ def _before_after(run: RunRecord) -> Html:
         for row in shown
     ]
     rest = cards[NUM_OPEN_SAMPLES:]
-    chosen = f"{len(shown)} of the {len(run.samples)} held-out prompts on file, drawn at random rather than chosen"
+    chosen = f"{len(shown)} of the {len(run.samples)} {which}, drawn at random rather than chosen"
     how = f"{chosen}: expect some failures. Gold is true quality from 0 to 1; reward is what the reward model says."
     return join(
         tag("p", how, class_="soft"),
@@ -367,7 +396,8 @@ def _samples(run: RunRecord) -> Html | None:
     if not run.samples:
         return None
     if "baseline_response" in run.samples[0]:
-        return join(tag("h3", "Before and after"), _before_after(run))
+        title = "One reply and the best of many" if run.stage == "select" else "Before and after"
+        return join(tag("h3", title), _before_after(run))
     steps = [step for row in run.samples if (step := number(row, "step")) is not None]
     if not steps:
         return None
