@@ -21,6 +21,7 @@ STAGES = {
     "sft": ("trimtab.stages.sft", "Teach a model to reply, from demonstrations."),
     "compare": ("trimtab.stages.compare", "Sample replies and have a world's annotators compare them."),
     "reward": ("trimtab.stages.reward", "Train a reward model on preference pairs."),
+    "preference": ("trimtab.stages.preference", "Train a policy on preferences without a reward model: DPO and its family."),
     "online": ("trimtab.stages.online", "Train a policy against a reward, with PPO."),
     "evaluate": ("trimtab.stages.evaluate", "Measure a policy against a baseline, with intervals."),
 }

@@ -14,6 +14,7 @@ T = TypeVar("T")
 # A kind is loaded when it is first asked for: naming a reward must not import every model library.
 _HOMES: dict[str, tuple[str, ...]] = {
     "policy_loss": ("trimtab.math.losses.policy",),
+    "preference_loss": ("trimtab.math.losses.preference",),
     "advantage": ("trimtab.math.advantages",),
     "kl_controller": ("trimtab.math.kl",),
     "reward": ("trimtab.rewards",),

@@ -20,10 +20,8 @@ def settings_help(
     """
     module, node = _definition(module, class_name)
     assert isinstance(node, ast.ClassDef), f"{class_name} is no class"
-    for field, after in zip(node.body, [*node.body[1:], None], strict=True):
-        if not isinstance(field, ast.AnnAssign) or "ClassVar" in (annotation := ast.unparse(field.annotation)):
-            continue
-        name, doc = ast.unparse(field.target), _docstring(after)
+    for name, (declared_in, field, doc) in _fields(module, node).items():
+        annotation = ast.unparse(field.annotation)
         value = _default(field)
         default = (defaults or {}).get(name) or (ast.unparse(value) if value else None)
         key, said = prefix + name, f" = {default}" if default else ", required"
@@ -36,7 +34,7 @@ def settings_help(
                 given = inner if default and default.startswith(f"{of}(") else None
                 yield from ((line, f"[{choice}] {text}") for line, text in settings_help(home, of, f"{key}.", given))
             continue
-        home, meaning = _definition(module, annotation.removesuffix(" | None"))
+        home, meaning = _definition(declared_in, annotation.removesuffix(" | None"))
         if isinstance(meaning, ast.ClassDef):
             yield f"{key}: table{' = None' if default == 'None' else ''}", doc
             yield from settings_help(home, meaning.name, f"{key}.", inner)
@@ -53,6 +51,19 @@ def registered(kind: str) -> dict[str, tuple[str, str]]:
         for path in sorted(package.rglob("*.py"))
         for name, class_name in pattern.findall(path.read_text(encoding="utf-8"))
     }
+
+
+def _fields(module: str, node: ast.ClassDef) -> dict[str, tuple[str, ast.AnnAssign, str]]:
+    """The fields of a settings class: module, declaration and documentation line, those of its bases first."""
+    found: dict[str, tuple[str, ast.AnnAssign, str]] = {}
+    for name in map(ast.unparse, node.bases):
+        home, base = _definition(module, name)
+        if isinstance(base, ast.ClassDef):
+            found |= _fields(home, base)
+    for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.unparse(field.annotation):
+            found[ast.unparse(field.target)] = module, field, _docstring(after)
+    return found
 
 
 def _definition(module: str, name: str) -> tuple[str, ast.ClassDef | ast.expr | None]:

@@ -30,7 +30,7 @@ from trimtab import config
 from trimtab.errors import ConfigError
 from trimtab.runs.run import Run
 
-STAGES = ("pretrain", "sft", "compare", "reward", "online", "evaluate")
+STAGES = ("pretrain", "sft", "compare", "reward", "preference", "online", "evaluate")
 TOP_LEVEL = ("seed", "variables", "stages")
 
 

@@ -70,7 +70,7 @@ def plan(values: Mapping[str, Any], *, where: str) -> list[StagePlan]:
 def cut_short(stage: str, table: dict[str, Any], settings: Any) -> dict[str, Any]:
     """The table of a stage with a few steps, or a few prompts, instead of all; `settings` are those it resolves to."""
     table = dict(table) | ({"trackers": []} if "trackers" in table else {})
-    if stage in ("pretrain", "sft", "reward"):
+    if stage in ("pretrain", "sft", "reward", "preference"):
         return table | {"max_steps": FEW_STEPS}
     if stage == "online":
         # Every step as the late ones are: the critic's warm-up would leave the policy's update out.
@@ -118,6 +118,8 @@ def estimate(name: str, stage: str, settings: Any, directory: Path, *, share_of_
         steps = [row["time/step_seconds"] for row in rows]
         per_step = statistics.median(steps[1:] or steps)
         seconds += per_step * num_steps - sum(steps)
+        if stage == "preference" and settings.loss.needs_reference:  # read once: a forward pass, a third of a step
+            seconds += per_step * num_steps / (3 * max(1.0, settings.num_epochs))
         speeds = [row["time/tokens_per_second"] for row in rows if "time/tokens_per_second" in row]
         tokens = speeds[-1] if speeds else None
     else:
@@ -143,7 +145,7 @@ def weights(stage: str, settings: Any, directory: Path) -> dict[str, float]:
     start = directory / "start" if stage == "pretrain" else getattr(settings, "model", None)
     adapter = getattr(settings, "adapter", None)
     sizes: dict[str, float] = {}
-    if stage in ("pretrain", "sft", "reward"):
+    if stage in ("pretrain", "sft", "reward", "preference"):
         own = "reward model" if stage == "reward" else "policy"
         sizes[own] = file_gb(start) * (1 if adapter else 4)
     elif stage == "online":

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from trimtab import seeds
 from trimtab.config import Choice
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
+from trimtab.data.pairs import Comparisons, group_pairs
 from trimtab.data.preferences import split_by_prompt
-from trimtab.data.trees import TokenTrees, Tree, TreeBatch, response_tree
+from trimtab.data.trees import TokenTrees, response_tree
 from trimtab.engines.local_learner import AdamW, LocalLearner
 from trimtab.errors import DataError
 from trimtab.evals.reward_card import reward_card
@@ -27,7 +24,7 @@ from trimtab.models.load import load_scalar, load_tokenizer, save_role
 from trimtab.models.precision import Precision
 from trimtab.models.roles import ScalarModel
 from trimtab.runs.run import Run
-from trimtab.stages.supervised import Epochs, fit, fitted_tree
+from trimtab.stages.supervised import Epochs, fit
 from trimtab.types import Demonstration, PreferencePair
 
 
@@ -83,56 +80,6 @@ class Settings:
     """Where metrics go besides metrics.jsonl: "tensorboard", "wandb"."""
 
 
-@dataclass(frozen=True)
-class Compared:
-    """One pair among the branches of a tree: which is preferred to which, by what margin, and how surely."""
-
-    chosen: int
-    rejected: int
-    margin: float
-    label: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairBatch(TreeBatch):
-    """Prompts with their replies as trees, and the pairs that were compared.
-
-    All pairs of a prompt stay in one batch: K replies cost K forward passes for up to K (K - 1) / 2 pairs, and a reply
-    is not seen again in a later update, which would overfit it (Ouyang et al., arXiv:2203.02155, section 3.5).
-    """
-
-    compared: tuple[tuple[Compared, ...], ...]
-    """For each tree, its pairs."""
-
-    def select(self, indices: Sequence[int]) -> PairBatch:
-        """The same batch with only these trees, in this order."""
-        return PairBatch(trees=self.trees.select(indices), compared=tuple(self.compared[i] for i in indices))
-
-    @cached_property
-    def chosen_ids(self) -> Tensor:
-        """[P] the sequence of each preferred reply."""
-        return self._sequences([[pair.chosen for pair in pairs] for pairs in self.compared])
-
-    @cached_property
-    def rejected_ids(self) -> Tensor:
-        """[P] the sequence of each other reply."""
-        return self._sequences([[pair.rejected for pair in pairs] for pairs in self.compared])
-
-    @cached_property
-    def margins(self) -> Tensor:
-        """[P] the margin of each pair; 0 where the data has none."""
-        return torch.tensor([pair.margin for pairs in self.compared for pair in pairs])
-
-    @cached_property
-    def labels(self) -> Tensor:
-        """[P] the probability that the chosen reply is preferred."""
-        return torch.tensor([pair.label for pairs in self.compared for pair in pairs])
-
-    def _sequences(self, branches: Sequence[Sequence[int]]) -> Tensor:
-        starts = [int(self.trees.index_of("sequence", [i])[0]) for i in range(len(branches))]
-        return torch.tensor([start + b for start, bs in zip(starts, branches, strict=True) for b in bs])
-
-
 def run(settings: Settings, run: Run) -> None:
     """Trains, calibrates and judges the reward model; writes it to `run.model_dir` and its card to summary.json."""
     chat = Chat(load_tokenizer(settings.model))
@@ -145,8 +92,9 @@ def run(settings: Settings, run: Run) -> None:
         judged = load(PreferencePair, settings.held_out_data, on_bad_row=settings.on_bad_row)
         run.add_data(settings.held_out_data, judged.sha256, len(judged.records))
         train, held_out = loaded.records, judged.records
-    judged_by = group_pairs(held_out, chat, settings, counts)
-    train_on = group_pairs(train, chat, settings, counts)
+    fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
+    judged_by = group_pairs(held_out, chat, **fit_in)
+    train_on = group_pairs(train, chat, **fit_in)
     if not train_on.trees or not judged_by.trees:
         raise DataError(
             f"{len(train_on.pairs)} pairs to train on and {len(judged_by.pairs)} to judge by; both are needed",
@@ -197,55 +145,6 @@ def start_reward_model(settings: Settings, chat: Chat) -> tuple[ScalarModel, str
     else:
         load_adapter(model, "reward", settings.model)
     return ScalarModel(model, pad_id=chat.pad_id, adapter="reward"), base or settings.model
-
-
-@dataclass(frozen=True)
-class Comparisons:
-    """Pairs grouped by prompt: a tree for each prompt with the replies that were compared, each reply once."""
-
-    pairs: list[PreferencePair]
-    """The pairs that fit, prompt after prompt: the order of `PairBatch.chosen_ids` over the whole set."""
-    trees: list[Tree]
-    compared: list[tuple[Compared, ...]]
-
-    def batch(self, indices: Sequence[int] | None = None) -> PairBatch:
-        """The prompts with these numbers, or all, as one batch."""
-        indices = range(len(self.trees)) if indices is None else indices
-        return PairBatch(
-            trees=TokenTrees.build([self.trees[i] for i in indices]),
-            compared=tuple(self.compared[i] for i in indices),
-        )
-
-
-def group_pairs(pairs: Sequence[PreferencePair], chat: Chat, settings: Settings, counts: dict[str, int]) -> Comparisons:
-    """The pairs of each prompt together; prompts whose replies do not fit are counted by their pairs."""
-    grouped: dict[str, list[PreferencePair]] = {}
-    for pair in pairs:
-        grouped.setdefault(pair.prompt.id, []).append(pair)
-    kept = Comparisons([], [], [])
-    for group in grouped.values():
-        replies = list(dict.fromkeys(reply for pair in group for reply in (pair.chosen, pair.rejected)))
-        outcomes: dict[str, int] = {}
-        tree = fitted_tree(
-            chat,
-            group[0].prompt,
-            replies,
-            max_tokens=settings.max_tokens,
-            on_too_long=settings.on_too_long,
-            counts=outcomes,
-        )
-        for name, num in outcomes.items():
-            counts[name] = counts.get(name, 0) + num * len(group)
-        if tree is not None:
-            kept.pairs.extend(group)
-            kept.trees.append(tree)
-            kept.compared.append(
-                tuple(
-                    Compared(replies.index(p.chosen), replies.index(p.rejected), p.margin or 0.0, p.label)
-                    for p in group
-                )
-            )
-    return kept
 
 
 def calibrate(model: ScalarModel, chat: Chat, settings: Settings, train: Comparisons) -> dict[str, float]:

@@ -10,6 +10,7 @@ from trimtab import seeds
 from trimtab.config import Choice
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
+from trimtab.data.pairs import fitted_tree
 from trimtab.data.preferences import split_by_prompt
 from trimtab.data.trees import TokenTrees, Tree, TreeBatch, sequence_tree
 from trimtab.engines.local_learner import AdamW, LocalLearner
@@ -20,7 +21,7 @@ from trimtab.models.load import load_causal, load_tokenizer, save_role
 from trimtab.models.precision import Precision
 from trimtab.models.roles import Policy
 from trimtab.runs.run import Run
-from trimtab.stages.supervised import Epochs, fit, fitted_tree, last_metrics
+from trimtab.stages.supervised import Epochs, fit, last_metrics
 from trimtab.types import Demonstration, Message, PreferencePair
 
 
@@ -95,7 +96,7 @@ def run(settings: Settings, run: Run) -> None:
         seed=settings.seed,
         shuffle=settings.shuffle,
     )
-    policy, base = start_policy(settings, chat)
+    policy, base = start_policy(settings.model, settings.adapter, chat, seed=settings.seed)
     policy.precision = settings.precision
     if settings.checkpoint_activations:
         policy.checkpoint_activations()
@@ -122,17 +123,17 @@ def run(settings: Settings, run: Run) -> None:
     run.finish({"num_examples": len(trees), "counts": counts} | steps | last_metrics(run, "loss/"))
 
 
-def start_policy(settings: Settings, chat: Chat) -> tuple[Policy, str]:
+def start_policy(path: str, adapter: LoRA | None, chat: Chat, *, seed: int) -> tuple[Policy, str]:
     """The policy to train and the base it belongs to: the whole model, a new adapter, or one that is trained on."""
-    base = base_of(settings.model)
-    if settings.adapter is None:
-        return Policy(load_causal(settings.model), pad_id=chat.pad_id), settings.model
-    model = load_causal(base or settings.model)
+    base = base_of(path)
+    if adapter is None:
+        return Policy(load_causal(path), pad_id=chat.pad_id), path
+    model = load_causal(base or path)
     if base is None:
-        add_adapter(model, "policy", settings.adapter, seed=seeds.derive(settings.seed, "adapter", "policy"))
+        add_adapter(model, "policy", adapter, seed=seeds.derive(seed, "adapter", "policy"))
     else:
-        load_adapter(model, "policy", settings.model)
-    return Policy(model, pad_id=chat.pad_id, adapter="policy"), base or settings.model
+        load_adapter(model, "policy", path)
+    return Policy(model, pad_id=chat.pad_id, adapter="policy"), base or path
 
 
 def read_demonstrations(settings: Settings, run: Run) -> tuple[list[Demonstration], dict[str, int]]:

@@ -8,23 +8,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 
 from trimtab import seeds
-from trimtab.data.chat import Chat
-from trimtab.data.chat import fit as fit_prompt
-from trimtab.data.trees import Tree, TreeBatch, response_tree
+from trimtab.data.trees import TreeBatch
 from trimtab.engines.local_learner import LocalLearner
 from trimtab.metrics import Mean, Metrics, Total, merge
 from trimtab.protocols import Loss
 from trimtab.runs.loop import run_steps
 from trimtab.runs.run import Run
-from trimtab.types import Prompt
 
 MakeBatch = Callable[[Sequence[int]], TreeBatch]
 """Makes a batch of the examples with these numbers."""
+
+Prepare = Callable[[Any], TreeBatch]
+"""Adds to a whole batch what its parts cannot know alone, with the weights as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,33 +58,6 @@ class Epochs:
             return list(range(self.num_examples))
         order: list[int] = seeds.generator(self.seed, "order", epoch).permutation(self.num_examples).tolist()
         return order
-
-
-def fitted_tree(
-    chat: Chat,
-    prompt: Prompt,
-    responses: Sequence[str],
-    *,
-    max_tokens: int,
-    on_too_long: Literal["drop", "truncate_prompt_left"],
-    counts: dict[str, int],
-) -> Tree | None:
-    """The prompt with its replies, or None where they do not fit; what happened is added to `counts`.
-
-    A reply is never cut, since its end would be lost; all replies of a prompt share one truncation of it.
-    """
-    encoded = [chat.encode_response(r) for r in responses]
-    fitted = fit_prompt(
-        chat.encode_prompt(prompt.messages),
-        max(encoded, key=len),
-        max_length=max_tokens,
-        on_too_long=on_too_long,
-        bos_id=chat.tokenizer.bos_token_id,
-    )
-    if fitted.outcome != "kept":
-        name = f"{fitted.outcome}_too_long"
-        counts[name] = counts.get(name, 0) + 1
-    return None if fitted.outcome == "dropped" else response_tree(fitted.prompt_ids, encoded)
 
 
 def last_metrics(run: Run, *prefixes: str) -> dict[str, float]:
@@ -121,16 +94,21 @@ def fit(
     checkpoint_every: int,
     description: str,
     max_steps: int | None = None,
+    prepare: Prepare | None = None,
 ) -> dict[str, int]:
     """Trains to the last step, or to `max_steps` of them, resuming where an earlier call was stopped; returns the
     numbers of steps. Validation metrics are named
-    `OWNER/validation_QUANTITY`, measured every `validate_every` steps and after the last one."""
+    `OWNER/validation_QUANTITY`, measured every `validate_every` steps and after the last one. `prepare` sees every
+    batch before it is split, the validation data each time it is judged."""
 
     num_steps = epochs.num_steps if max_steps is None else min(max_steps, epochs.num_steps)
 
+    def prepared(batch: TreeBatch) -> TreeBatch:
+        return batch if prepare is None else prepare(batch)
+
     def step(number: int) -> Metrics:
         started = time.perf_counter()
-        batch = make_batch(epochs.examples(number))
+        batch = prepared(make_batch(epochs.examples(number)))
         metrics = learner.update([(batch, [loss])])
         seconds = time.perf_counter() - started
         metrics |= {
@@ -139,7 +117,7 @@ def fit(
         }
         last = number + 1 == num_steps
         if validation is not None and (last or (validate_every and (number + 1) % validate_every == 0)):
-            metrics |= validate(learner, loss, validation)
+            metrics |= validate(learner, loss, prepared(validation))
         return metrics
 
     run_steps(

@@ -1,0 +1,194 @@
+"""What the losses of the DPO family share: log-probabilities of replies, implied rewards, soft labels, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from trimtab.math.losses import PairBatch, ReferenceBatch, SequenceBatch, TokenOutputs
+from trimtab.math.losses.aggregation import means
+from trimtab.math.masking import (
+    at_least_float32,
+    mean_per_sequence,
+    pad_per_sequence,
+    sequence_lengths,
+    sum_per_sequence,
+)
+from trimtab.metrics import Metrics
+
+LogprobsOf = Callable[[Any], Tensor]
+"""[M] log-probabilities of trees under the policy as it is before the update, without gradients."""
+
+
+class Pairs(PairBatch, SequenceBatch, Protocol):
+    """Compared pairs among the sequences of a batch."""
+
+    @property
+    def trees(self) -> Any:
+        """What `LogprobsOf` scores."""
+        ...
+
+
+class ReferencePairs(Pairs, ReferenceBatch, Protocol):
+    """The same with what the reference says of each sequence."""
+
+    def with_targets(self, chosen: Tensor, rejected: Tensor) -> Any:
+        """The same with two numbers [P] that hold for the whole update."""
+        ...
+
+
+class PreferenceLoss(Protocol):
+    """A loss of the DPO family, as the preference stage uses it."""
+
+    @property
+    def reads(self) -> Literal["pairs", "replies"]:
+        """Compared pairs, or replies judged one by one (which pairs can be split into)."""
+        ...
+
+    @property
+    def needs_reference(self) -> bool: ...
+
+    @property
+    def needs_mismatched(self) -> bool:
+        """Whether `prepare` wants each prompt with the replies to another one."""
+        ...
+
+    @property
+    def coef(self) -> float: ...
+
+    @property
+    def uses_margins(self) -> bool:
+        """Whether the margins of pairs enter the loss."""
+        ...
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether soft labels enter the loss."""
+        ...
+
+    def prepare(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
+        """The batch of a whole update with what its parts cannot know alone; run once, before it is split."""
+        ...
+
+    def weight(self, batch: Any) -> Tensor: ...
+
+    def __call__(self, outputs: Any, batch: Any) -> tuple[Tensor, Metrics]: ...
+
+
+def reply_logprobs(logprobs: Tensor, batch: SequenceBatch) -> Tensor:
+    """log pi(y | x) of each sequence, [B]: the sum over its trained tokens [M]."""
+    return sum_per_sequence(logprobs, batch.sequence_ids, batch.num_sequences)
+
+
+def mean_logprobs(logprobs: Tensor, batch: SequenceBatch) -> Tensor:
+    """log pi(y | x) / |y| of each sequence, [B]."""
+    return mean_per_sequence(logprobs, batch.sequence_ids, batch.num_sequences)
+
+
+def shared_length_sums(values: Tensor, batch: Pairs, alpha: float) -> tuple[Tensor, Tensor]:
+    """Per-token `values` [M] added up over the chosen and the rejected reply of each pair, two [P]; a token past the
+    length of the shorter of the two counts `alpha` (LD-DPO: Liu et al., arXiv:2409.06411, section 3)."""
+    rows, _ = pad_per_sequence(at_least_float32(values), batch.sequence_ids, batch.num_sequences)
+    lengths = sequence_lengths(batch.sequence_ids, batch.num_sequences)
+    shared = torch.minimum(lengths[batch.chosen_ids], lengths[batch.rejected_ids])
+    counted = torch.arange(rows.shape[1], device=rows.device) < shared[:, None]
+    weights = torch.where(counted, 1.0, alpha).to(rows.dtype)
+    return (rows[batch.chosen_ids] * weights).sum(1), (rows[batch.rejected_ids] * weights).sum(1)
+
+
+def expected(loss: Callable[[Tensor, Tensor], Tensor], chosen: Tensor, rejected: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss of votes of which a share `labels` ([P], from 0.5 to 1) prefers the chosen reply, [P]."""
+    right = loss(chosen, rejected)
+    if bool((labels == 1).all()):
+        return right
+    labels = labels.to(right.dtype)
+    return labels * right + (1 - labels) * loss(rejected, chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairLoss:
+    """The frame of a loss over pairs: a subclass gives `rewards` and `losses`."""
+
+    coef: float = 1.0
+    """Share in the sum of losses."""
+    nll_coef: float = 0.0
+    """Weight of the chosen reply's negative log-likelihood per token (RPO: Pang et al., arXiv:2404.19733, eq. 1)."""
+
+    reads: ClassVar[Literal["pairs", "replies"]] = "pairs"
+    needs_reference: ClassVar[bool] = True
+    needs_mismatched: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.nll_coef < 0:
+            raise ValueError(f"nll_coef is {self.nll_coef}; it must be at least 0")
+        for name in ("beta", "odds_coef"):
+            if not getattr(self, name, 1.0) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        smoothing = getattr(self, "label_smoothing", 0.0)
+        if not 0 <= smoothing < 0.5:
+            raise ValueError(f"label_smoothing is {smoothing}; it must lie in [0, 0.5)")
+
+    @property
+    def uses_margins(self) -> bool:
+        """Whether the margins of pairs enter the loss."""
+        return bool(getattr(self, "margin_coef", 0.0))
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether soft labels enter the loss."""
+        return True
+
+    def prepare(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
+        """The batch as it is: each pair is judged alone."""
+        return batch
+
+    def rewards(self, logprobs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """What the policy's log-probabilities [M] imply as rewards of the chosen and rejected replies, two [P]."""
+        raise NotImplementedError
+
+    def losses(self, chosen: Tensor, rejected: Tensor, batch: Any) -> Tensor:
+        """The loss of each pair, [P], from those rewards."""
+        raise NotImplementedError
+
+    def weight(self, batch: PairBatch) -> Tensor:
+        """Pairs."""
+        return torch.tensor(len(batch.chosen_ids), dtype=torch.float64)
+
+    def __call__(self, outputs: TokenOutputs, batch: Pairs) -> tuple[Tensor, Metrics]:
+        logprobs = at_least_float32(outputs.logprobs)
+        chosen, rejected = self.rewards(logprobs, batch)
+        losses = self.losses(chosen, rejected, batch)
+        logged = {}
+        if self.nll_coef:
+            nll = -mean_logprobs(logprobs, batch)[batch.chosen_ids]
+            losses = losses + self.nll_coef * nll
+            logged["loss/nll"] = nll
+        with torch.no_grad():
+            whole = reply_logprobs(logprobs, batch)
+            right = ((chosen - rejected).sign() + 1) / 2  # a tie is half right
+            logged |= {
+                "policy/accuracy": right[batch.labels != 0.5],
+                "policy/margin": chosen - rejected,
+                "policy/chosen_reward": chosen,
+                "policy/rejected_reward": rejected,
+                "policy/chosen_logprobs": whole[batch.chosen_ids],
+                "policy/rejected_logprobs": whole[batch.rejected_ids],
+            }
+        return losses.sum(), means({"loss/train": losses, **logged})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceLoss(PairLoss):
+    """The frame of a pair loss whose reward is beta times the log-ratio to the reference."""
+
+    beta: float = 0.1
+    """Reward of a nat gained on the reference: the larger, the nearer the policy stays to it."""
+
+    def rewards(self, logprobs: Tensor, batch: ReferencePairs) -> tuple[Tensor, Tensor]:
+        """beta log(pi / pi_ref) of both replies, two [P] (Rafailov et al., arXiv:2305.18290, eq. 5)."""
+        ratios = reply_logprobs(logprobs - batch.ref_logprobs, batch)
+        return self.beta * ratios[batch.chosen_ids], self.beta * ratios[batch.rejected_ids]

@@ -1,0 +1,222 @@
+"""Losses over replies that were judged one by one, with a thumb up or down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from trimtab.math.losses import ReferenceBatch, TokenOutputs
+from trimtab.math.losses.preference.common import LogprobsOf, mean_logprobs, reply_logprobs
+from trimtab.math.masking import at_least_float32, sum_per_sequence
+from trimtab.metrics import Mean, Metrics
+from trimtab.registry import register
+
+
+class JudgedReplies(ReferenceBatch, Protocol):
+    """Replies with how often each was called good or bad."""
+
+    @property
+    def trees(self) -> Any:
+        """What `logprobs_of` scores."""
+        ...
+
+    @property
+    def desirable(self) -> Tensor:
+        """[B] judgements that call the reply good; shares of a vote count as shares."""
+        ...
+
+    @property
+    def undesirable(self) -> Tensor:
+        """[B] those that call it bad."""
+        ...
+
+    def with_baseline(self, baseline: Tensor) -> Any:
+        """The same with the log-ratio that all replies of the update are measured from."""
+        ...
+
+
+class MismatchedReplies(JudgedReplies, Protocol):
+    """The same with prompts and the replies to other prompts."""
+
+    @property
+    def mismatched(self) -> Any:
+        """Trees that `logprobs_of` scores."""
+        ...
+
+    @property
+    def mismatched_ref_logprobs(self) -> Tensor:
+        """What the reference says of their tokens."""
+        ...
+
+
+class BaselinedReplies(JudgedReplies, Protocol):
+    """Judged replies with the log-ratio they are measured from."""
+
+    @property
+    def baseline(self) -> Tensor:
+        """[B], all the same."""
+        ...
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The mean over one kind of thing minus that over another, kept so that parts merge exactly."""
+
+    upper: Mean
+    lower: Mean
+
+    def merge(self, other: Gap) -> Gap:
+        return Gap(self.upper.merge(other.upper), self.lower.merge(other.lower))
+
+    @property
+    def value(self) -> float:
+        return self.upper.value - self.lower.value
+
+
+def kto_value(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - sigmoid(x) for a good reply and 1 - sigmoid(-x) for a bad one, of rewards x [B] measured from the baseline
+    (Ethayarajh et al., arXiv:2402.01306, section 4.1: lambda - v at lambda = 1)."""
+    return (-rewards).sigmoid(), rewards.sigmoid()
+
+
+def binary_cross_entropy(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """-log sigmoid(x) for a good reply and -log sigmoid(-x) for a bad one, of rewards x [B] measured from the shift
+    (BCO: Jung et al., arXiv:2404.04656, section 3)."""
+    return softplus(-rewards), softplus(rewards)
+
+
+def mean_over_judgements(values: Tensor, judgements: Tensor) -> Tensor:
+    """The mean of values [B], each as often as it was judged."""
+    return (judgements * values).sum() / judgements.sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyLoss:
+    """The frame of a loss over judged replies: a subclass gives `good_and_bad` and the baseline."""
+
+    coef: float = 1.0
+    """Share in the sum of losses."""
+    beta: float = 0.1
+    """Reward of a nat gained on the reference: the larger, the nearer the policy stays to it."""
+    nll_coef: float = 0.0
+    """Weight of the good replies' negative log-likelihood per token (RPO: arXiv:2404.19733)."""
+    desirable_weight: float = 1.0
+    """Weight of good replies; raise it where they are few."""
+    undesirable_weight: float = 1.0
+    """Weight of bad replies."""
+
+    reads: ClassVar[Literal["pairs", "replies"]] = "replies"
+    needs_reference: ClassVar[bool] = True
+    uses_margins: ClassVar[bool] = False
+    uses_labels: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "desirable_weight", "undesirable_weight"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.nll_coef < 0:
+            raise ValueError(f"nll_coef is {self.nll_coef}; it must be at least 0")
+
+    @property
+    def needs_mismatched(self) -> bool:
+        """Whether `prepare` wants each prompt with the replies to another one."""
+        return False
+
+    def prepare(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
+        """The batch with the baseline of its update."""
+        raise NotImplementedError
+
+    def good_and_bad(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a reply with these rewards [B], measured from the baseline, if it is good and if it is bad."""
+        raise NotImplementedError
+
+    def weight(self, batch: JudgedReplies) -> Tensor:
+        """Judgements."""
+        return (batch.desirable.double() + batch.undesirable.double()).sum()
+
+    def __call__(self, outputs: TokenOutputs, batch: BaselinedReplies) -> tuple[Tensor, Metrics]:
+        logprobs = at_least_float32(outputs.logprobs)
+        good_num, bad_num = (n.to(logprobs.dtype) for n in (batch.desirable, batch.undesirable))
+        rewards = self.beta * reply_logprobs(logprobs - batch.ref_logprobs, batch)
+        surplus = rewards - self.beta * batch.baseline
+        good, bad = self.good_and_bad(surplus)
+        losses = self.desirable_weight * good_num * good + self.undesirable_weight * bad_num * bad
+        if self.nll_coef:
+            nll = -mean_logprobs(logprobs, batch)
+            losses = losses + self.nll_coef * good_num * nll
+        with torch.no_grad():
+            whole = reply_logprobs(logprobs, batch)
+            right = (surplus.sign() + 1) / 2
+            sums = [good_num, bad_num, losses, good_num * right + bad_num * (1 - right)]
+            sums += [good_num * rewards, bad_num * rewards, good_num * whole, bad_num * whole]
+            sums += [good_num * nll] if self.nll_coef else []
+            num_good, num_bad, loss, num_right, r_good, r_bad, l_good, l_bad, *nlls = torch.stack(
+                [x.double().sum() for x in sums]
+            ).tolist()
+            metrics: Metrics = {
+                "loss/train": Mean(loss, num_good + num_bad),
+                "policy/accuracy": Mean(num_right, num_good + num_bad),
+                "policy/margin": Gap(Mean(r_good, num_good), Mean(r_bad, num_bad)),
+                "policy/chosen_reward": Mean(r_good, num_good),
+                "policy/rejected_reward": Mean(r_bad, num_bad),
+                "policy/chosen_logprobs": Mean(l_good, num_good),
+                "policy/rejected_logprobs": Mean(l_bad, num_bad),
+                "policy/baseline": Mean(float(batch.baseline.double().sum()), batch.num_sequences),
+            }
+            if nlls:
+                metrics["loss/nll"] = Mean(nlls[0], num_good)
+        return losses.sum(), metrics
+
+
+@register("preference_loss", "kto")
+@dataclass(frozen=True, kw_only=True)
+class KTO(ReplyLoss):
+    """Kahneman-Tversky optimisation: see `kto_value`. Replies are measured from an estimate of the KL to the reference,
+    max(0, mean log-ratio of prompts with the replies to other prompts), which moves no gradient."""
+
+    baseline: Literal["mismatched", "none"] = "mismatched"
+    """That estimate; or none, which makes it APO-zero on unpaired replies (arXiv:2408.06266)."""
+
+    @property
+    def needs_mismatched(self) -> bool:
+        """Whether `prepare` wants each prompt with the replies to another one."""
+        return self.baseline == "mismatched"
+
+    def prepare(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
+        """The batch with its KL estimate. Costs a pass without gradients over as many tokens again."""
+        if self.baseline == "none":
+            return batch.with_baseline(torch.zeros(()))
+        pairs: MismatchedReplies = batch
+        differences = logprobs_of(pairs.mismatched) - pairs.mismatched_ref_logprobs
+        ratios = sum_per_sequence(differences, pairs.mismatched.sequence_ids, pairs.mismatched.num_sequences)
+        return pairs.with_baseline(ratios.mean().clamp(min=0))
+
+    def good_and_bad(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        return kto_value(rewards)
+
+
+@register("preference_loss", "bco")
+@dataclass(frozen=True, kw_only=True)
+class BCO(ReplyLoss):
+    """Binary classifier optimisation: see `binary_cross_entropy`. Rewards are measured from a shift half way between
+    the mean reward of good and of bad replies, which moves no gradient."""
+
+    shift: Literal["update", "none"] = "update"
+    """Found anew over each update, or left out."""
+
+    def prepare(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
+        """The batch with its shift. Costs a pass over the update without gradients."""
+        if self.shift == "none":
+            return batch.with_baseline(torch.zeros(()))
+        judged: JudgedReplies = batch
+        ratios = reply_logprobs(logprobs_of(judged.trees) - judged.ref_logprobs, judged)
+        kinds = [n.to(ratios.dtype) for n in (judged.desirable, judged.undesirable)]
+        means = [mean_over_judgements(ratios, n) for n in kinds if bool(n.sum() > 0)]
+        return judged.with_baseline(torch.stack(means).mean())
+
+    def good_and_bad(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        return binary_cross_entropy(rewards)

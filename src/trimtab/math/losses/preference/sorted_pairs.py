@@ -1,0 +1,86 @@
+"""AOT: preferences as an order between distributions instead of within pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trimtab.math.losses.preference.common import (
+    LogprobsOf,
+    ReferenceLoss,
+    ReferencePairs,
+    reply_logprobs,
+)
+from trimtab.math.losses.reward import bradley_terry
+from trimtab.registry import register
+
+
+class TargetedPairs(ReferencePairs, Protocol):
+    """Pairs with what the order of the whole update sets against them."""
+
+    @property
+    def chosen_targets(self) -> Tensor:
+        """[P]"""
+        ...
+
+    @property
+    def rejected_targets(self) -> Tensor:
+        """[P]"""
+        ...
+
+
+def matched(values: Tensor, others: Tensor) -> Tensor:
+    """For each of `values` [P] the entry of `others` [P] that has the same rank: how optimal transport on a line pairs
+    two samples."""
+    result = torch.empty_like(others)
+    result[values.argsort(stable=True)] = others.sort().values
+    return result
+
+
+@register("preference_loss", "aot")
+@dataclass(frozen=True, kw_only=True)
+class AOT(ReferenceLoss):
+    """Distributional preference alignment by optimal transport (Melnyk et al., arXiv:2406.05882, algorithm 1).
+
+    Paired, the k-th smallest margin log pi(y_c) - log pi(y_r) of the update is to exceed the k-th smallest margin of
+    the reference; unpaired, the k-th smallest log-ratio of the chosen replies that of the rejected. Either way the loss
+    of a difference d is -log sigmoid(beta d). Sorting looks across the update, so the log-probabilities of the whole
+    update are found first, without gradients, and each pair is told what it was matched with: a third more work.
+    """
+
+    paired: bool = True
+    """Compare margins with the reference's margins; false compares chosen with rejected replies of all prompts."""
+    label_smoothing: float = 0.0
+    """Share of the labels taken to be turned round."""
+
+    @property
+    def uses_labels(self) -> bool:
+        """A vote for the other reply would have another place in the order: labels do not enter."""
+        return False
+
+    def prepare(self, batch: ReferencePairs, logprobs_of: LogprobsOf) -> Any:
+        """The batch with targets: see `losses`. Costs one pass over the update without gradients."""
+        ratios = reply_logprobs(logprobs_of(batch.trees) - batch.ref_logprobs, batch)
+        chosen, rejected = ratios[batch.chosen_ids], ratios[batch.rejected_ids]
+        if not self.paired:
+            return batch.with_targets(matched(chosen, rejected), matched(rejected, chosen))
+        ref = reply_logprobs(batch.ref_logprobs, batch)
+        ref_margins = ref[batch.chosen_ids] - ref[batch.rejected_ids]
+        return batch.with_targets(matched(chosen - rejected + ref_margins, ref_margins) - ref_margins, 0 * rejected)
+
+    def losses(self, chosen: Tensor, rejected: Tensor, batch: TargetedPairs) -> Tensor:
+        """The loss of each pair, [P]. Paired: of c - r - t, where t is the matched reference margin minus the pair's
+        own. Unpaired: of c - t and of t' - r, where t and t' are what c and r were matched with; a match stands in two
+        pairs, so its value is counted with the chosen reply and its gradient with both."""
+        chosen_targets, rejected_targets = self.beta * batch.chosen_targets, self.beta * batch.rejected_targets
+        losses = self._loss(chosen - chosen_targets - (rejected if self.paired else 0))
+        if not self.paired:
+            of_rejected = self._loss(rejected_targets - rejected)
+            losses = losses + of_rejected - of_rejected.detach()
+        return losses
+
+    def _loss(self, gap: Tensor) -> Tensor:
+        return bradley_terry(gap, torch.zeros_like(gap), label_smoothing=self.label_smoothing)

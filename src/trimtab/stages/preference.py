@@ -1,0 +1,297 @@
+"""Learning from preferences without a reward model: DPO and its family, on pairs or on replies judged one by one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+
+from trimtab.config import Choice
+from trimtab.data.chat import Chat
+from trimtab.data.layouts import Loaded, load, recognise
+from trimtab.data.pairs import (
+    Comparisons,
+    JudgedReplies,
+    Judgements,
+    MismatchedReplies,
+    PairBatch,
+    ReferencePairs,
+    group_pairs,
+    group_replies,
+    mismatch,
+    split_in_two,
+)
+from trimtab.data.preferences import split_by_prompt
+from trimtab.data.sources import is_world, read_rows
+from trimtab.data.trees import TokenTrees, Tree, TreeBatch
+from trimtab.engines.local_learner import AdamW, LocalLearner
+from trimtab.errors import DataError
+from trimtab.math.losses.preference import PreferenceLoss
+from trimtab.math.losses.preference.pairs import DPO
+from trimtab.models.adapters import LoRA, same_model
+from trimtab.models.forward import token_logprobs_of
+from trimtab.models.load import load_causal, load_tokenizer, save_role
+from trimtab.models.precision import Precision
+from trimtab.models.reference_cache import reference_logprobs
+from trimtab.models.roles import Policy
+from trimtab.runs.run import Run
+from trimtab.stages.sft import start_policy
+from trimtab.stages.supervised import Epochs, fit, last_metrics
+from trimtab.types import LabelledResponse, PreferencePair
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of the preference stage."""
+
+    model: str
+    """The model to start from: usually the SFT model."""
+    reference: str | None = None
+    """The model the policy is held to; without one, the model it starts from. Losses without a reference load none."""
+    data: str
+    """Preference pairs, or for losses of single replies also replies with a label: a file, a hub id or a world."""
+    held_out_data: str | None = None
+    """Data to validate on; without it, a share of `data` split by prompt."""
+    held_out: float = 0.1
+    """That share. Ignored when held_out_data is given."""
+    limit: int | None = None
+    """Use only the first rows."""
+    on_bad_row: Literal["stop", "drop"] = "stop"
+    """Refuse the data at a bad row, or drop and count such rows."""
+    max_tokens: int = 1024
+    """Longest prompt and reply together."""
+    on_too_long: Literal["drop", "truncate_prompt_left"] = "truncate_prompt_left"
+    """What happens to a longer example; both are counted."""
+    loss: Annotated[Any, Choice("preference_loss")] = field(default_factory=DPO)
+    """What is minimised."""
+    num_epochs: float = 1.0
+    """Passes over the data."""
+    batch_size: int = 32
+    """Prompts of one update, each with all its pairs or replies."""
+    optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=1e-6, schedule="cosine", warmup_fraction=0.1))
+    """The optimizer and its schedule."""
+    shuffle: bool = True
+    """Take the examples of each epoch in an order of its own; false keeps the order of the data."""
+    adapter: LoRA | None = None
+    """Train a low-rank adapter on the frozen model; its reference is that model with the adapter as it was."""
+    precision: Precision = "float32"
+    """Precision of the products of training and scoring; weights and log-probabilities stay float32."""
+    checkpoint_activations: bool = False
+    """Keep only the input of each block for the backward pass: less memory, a third more work."""
+    max_steps: int | None = None
+    """Stop after this many updates, on the schedule of the whole run; None trains to the end."""
+    token_budget: int = 4096
+    """Tokens of one forward pass: memory and speed only."""
+    reference_cache: str | None = None
+    """Directory that keeps what the reference says; without one, `.reference` beside the run directory."""
+    validate_every: int = 0
+    """Updates between validations; 0 validates once, at the end."""
+    checkpoint_every: int = 100
+    """Updates between checkpoints."""
+    seed: int = 0
+    """Seed of the order of examples and of a new adapter."""
+    trackers: Annotated[tuple[Any, ...], Choice("tracker")] = ()
+    """Where metrics go besides metrics.jsonl: "tensorboard", "wandb"."""
+
+
+def run(settings: Settings, run: Run) -> None:
+    """Trains, validates and writes the policy to `run.model_dir`."""
+    chat = Chat(load_tokenizer(settings.model))
+    loss: PreferenceLoss = settings.loss
+    counts: dict[str, int] = {}
+    train, held_out = read_data(settings, loss, chat, run, counts)
+    if not train.trees:
+        raise DataError(
+            "no example is left to train on",
+            where=settings.data,
+            fix=f"raise max_tokens (now {settings.max_tokens}) or lower held_out (now {settings.held_out})",
+        )
+    epochs = Epochs(
+        num_examples=len(train.trees),
+        batch_size=settings.batch_size,
+        num_epochs=settings.num_epochs,
+        seed=settings.seed,
+        shuffle=settings.shuffle,
+    )
+    num_steps = epochs.num_steps if settings.max_steps is None else min(settings.max_steps, epochs.num_steps)
+    policy, base = start_policy(settings.model, settings.adapter, chat, seed=settings.seed)
+    policy.precision = settings.precision
+    used = sorted({i for step in range(num_steps) for i in epochs.examples(step)})
+    make_batch, validation = make_batches(settings, loss, policy, base, chat, train, used, held_out, run)
+    if settings.checkpoint_activations:
+        policy.checkpoint_activations()
+    learner = LocalLearner(
+        policy, settings.optimizer, token_budget=settings.token_budget, num_updates=epochs.num_steps, name="policy"
+    )
+    steps = fit(
+        run,
+        learner,
+        loss,
+        make_batch,
+        epochs,
+        validation=validation,
+        validate_every=settings.validate_every,
+        checkpoint_every=settings.checkpoint_every,
+        description="preference",
+        max_steps=settings.max_steps,
+        prepare=lambda batch: loss.prepare(
+            batch, lambda trees: token_logprobs_of(policy, trees, settings.token_budget)
+        ),
+    )
+    run.save_model(lambda path: save_role(policy, chat.tokenizer, path, base=base))
+    run.finish({"num_prompts": len(train.trees), "counts": counts} | steps | last_metrics(run, "loss/", "policy/"))
+
+
+# --- data ---
+
+
+def read_data(
+    settings: Settings, loss: PreferenceLoss, chat: Chat, run: Run, counts: dict[str, int]
+) -> tuple[Comparisons, Comparisons] | tuple[Judgements, Judgements]:
+    """What to train on and what to validate on, grouped by prompt; what was dropped and what the loss has no place for
+    is added to `counts`."""
+    kind: type[Any] = LabelledResponse if loss.reads == "replies" and holds_labels(settings.data) else PreferencePair
+    loaded: Loaded[Any] = load(kind, settings.data, on_bad_row=settings.on_bad_row, limit=settings.limit)
+    run.add_data(settings.data, loaded.sha256, len(loaded.records))
+    counts |= loaded.counts
+    if settings.held_out_data is None:
+        train, held_out = split_by_prompt(loaded.records, held_out=settings.held_out)
+    else:
+        judged: Loaded[Any] = load(kind, settings.held_out_data, on_bad_row=settings.on_bad_row)
+        run.add_data(settings.held_out_data, judged.sha256, len(judged.records))
+        train, held_out = loaded.records, judged.records
+    fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
+    if kind is LabelledResponse:
+        replies = group_replies(train, chat, **fit_in)
+        say_balance(replies, settings.loss)
+        return replies, group_replies(held_out, chat, **fit_in)
+    pairs, held_out_pairs = group_pairs(train, chat, **fit_in), group_pairs(held_out, chat, **fit_in)
+    if not loss.uses_margins:
+        counts["margins_not_used"] = sum(pair.margin is not None for pair in pairs.pairs)
+    if not loss.uses_labels:
+        counts["soft_labels_not_used"] = sum(pair.label != 1 for pair in pairs.pairs)
+    if loss.reads == "replies":
+        return split_in_two(pairs), split_in_two(held_out_pairs)
+    return pairs, held_out_pairs
+
+
+def holds_labels(source: str) -> bool:
+    """Whether the source holds replies with a thumb up or down."""
+    if is_world(source):
+        return False
+    rows = [row for _, row in read_rows(source, limit=100).rows]
+    return bool(rows) and LabelledResponse in recognise(rows, where=source).converters
+
+
+def say_balance(replies: Judgements, loss: Any) -> None:
+    """Says on stderr when good and bad replies weigh very differently (KTO, arXiv:2402.01306, section 4.2: their total
+    weights are best within 1 to 4/3 of each other)."""
+    good, bad = replies.totals
+    ratio = loss.desirable_weight * good / max(loss.undesirable_weight * bad, 1e-9)
+    if not 0.75 <= ratio <= 4 / 3:
+        print(
+            f"note: {good:.0f} good and {bad:.0f} bad replies weigh as {ratio:.2f} to 1; "
+            "loss.desirable_weight and loss.undesirable_weight can even that out",
+            file=sys.stderr,
+        )
+
+
+# --- batches ---
+
+
+def make_batches(
+    settings: Settings,
+    loss: PreferenceLoss,
+    policy: Policy,
+    base: str,
+    chat: Chat,
+    train: Comparisons | Judgements,
+    used: Sequence[int],
+    held_out: Comparisons | Judgements,
+    run: Run,
+) -> tuple[Callable[[Sequence[int]], TreeBatch], TreeBatch | None]:
+    """What makes the batch of some examples, and the validation batch. Reads the examples in `used` with the reference
+    once, before any weight changes."""
+    reference = start_reference(settings, policy, base, chat) if loss.needs_reference else None
+    cache = Path(settings.reference_cache) if settings.reference_cache else run.directory.parent / ".reference"
+
+    def said(trees: Sequence[Tree], places: Sequence[int]) -> dict[int, Tensor]:
+        if reference is None:
+            return {}
+        wanted = [trees[i] for i in places]
+        found = reference_logprobs(reference, wanted, token_budget=settings.token_budget, directory=cache)
+        return dict(zip(places, found, strict=True))
+
+    def maker(examples: Comparisons | Judgements, places: Sequence[int]) -> Callable[[Sequence[int]], TreeBatch]:
+        ref = said(examples.trees, places)
+        if isinstance(examples, Comparisons):
+            return lambda indices: pair_batch(examples, indices, ref)
+        if not loss.needs_mismatched:
+            return lambda indices: reply_batch(examples, indices, ref)
+        if len(examples.trees) < 2:
+            raise DataError(
+                "a single prompt, and no other whose replies could be set beside it",
+                where=settings.data,
+                fix="give data with more prompts, or set loss.baseline = 'none'",
+            )
+        mixed = mismatch(examples.trees, max_tokens=settings.max_tokens, bos_id=chat.tokenizer.bos_token_id)
+        mixed_ref = said(mixed, places)
+        return lambda indices: mismatched_batch(reply_batch(examples, indices, ref), indices, mixed, mixed_ref)
+
+    everything = range(len(held_out.trees))
+    return maker(train, used), maker(held_out, everything)(everything) if held_out.trees else None
+
+
+def pair_batch(pairs: Comparisons, indices: Sequence[int], ref: dict[int, Tensor]) -> PairBatch:
+    """The prompts with these numbers as one batch, with the reference's log-probabilities where there is one."""
+    batch = pairs.batch(indices)
+    if not ref:
+        return batch
+    ref_logprobs = torch.cat([ref[i] for i in indices])
+    return ReferencePairs(trees=batch.trees, compared=batch.compared, ref_logprobs=ref_logprobs)
+
+
+def reply_batch(replies: Judgements, indices: Sequence[int], ref: dict[int, Tensor]) -> JudgedReplies:
+    """The prompts with these numbers as one batch."""
+    return JudgedReplies(
+        trees=TokenTrees.build([replies.trees[i] for i in indices]),
+        ref_logprobs=torch.cat([ref[i] for i in indices]),
+        desirable=torch.tensor([n for i in indices for n in replies.desirable[i]]),
+        undesirable=torch.tensor([n for i in indices for n in replies.undesirable[i]]),
+    )
+
+
+def mismatched_batch(
+    batch: JudgedReplies, indices: Sequence[int], mixed: Sequence[Tree], mixed_ref: dict[int, Tensor]
+) -> MismatchedReplies:
+    """The batch with the prompts and the replies to others beside it."""
+    return MismatchedReplies(
+        trees=batch.trees,
+        ref_logprobs=batch.ref_logprobs,
+        desirable=batch.desirable,
+        undesirable=batch.undesirable,
+        mismatched=TokenTrees.build([mixed[i] for i in indices]),
+        mismatched_ref_logprobs=torch.cat([mixed_ref[i] for i in indices]),
+    )
+
+
+def start_reference(settings: Settings, policy: Policy, base: str, chat: Chat) -> Policy:
+    """The reference: the policy as it starts, its base with the adapter off, or another model.
+
+    A new adapter changes nothing yet, so its reference is the base. One that was trained before is its own reference,
+    as it was: switching it off would give another model.
+    """
+    path = settings.reference or settings.model
+    if policy.adapter is not None and same_model(path, base):
+        reference = Policy(policy.model, pad_id=chat.pad_id)
+    elif same_model(path, settings.model):
+        return policy
+    else:
+        reference = Policy(load_causal(path), pad_id=chat.pad_id)
+    reference.precision = settings.precision
+    return reference
