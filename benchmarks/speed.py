@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def timed_run(command: list[str]) -> dict[str, Any]:
     foreign = (busy_seconds() - busy - (sum(os.times()[2:4]) - own)) / wall
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{") and line.endswith("}")]
+    printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"') and line.endswith("}")]
     result = next(p for p in reversed(printed) if "rss_gb" in p)
     result.setdefault("losses", [p["loss"] for p in printed if set(p) == {"loss"}])
     return result | {"foreign_load": round(max(0.0, foreign), 3)}
@@ -175,8 +176,8 @@ def bound_of(stage: str, model: Path, lengths: list[tuple[int, int, int]], optio
     return None
 
 
-def compare(name: str, work: Workload, o: argparse.Namespace) -> dict[str, Any]:
-    """Alternating pairs of one workload."""
+def compare(name: str, work: Workload, o: argparse.Namespace, before: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Alternating pairs of one workload, added to those measured `before`."""
     models, rows = o.out / "models", o.out / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.jsonl.gz"
     model = models / work.model
     promptlen, maxlen = work.options.get("promptlen", 256), 512
@@ -194,8 +195,8 @@ def compare(name: str, work: Workload, o: argparse.Namespace) -> dict[str, Any]:
         peer += ["--micro", "8"]
     if o.precision:
         ours, peer = [*ours, "--precision", o.precision], [*peer, "--precision", o.precision]
-    pairs: list[dict[str, Any]] = []
-    while len(pairs) < o.pairs:
+    pairs, wanted = list(before), len(before) + o.pairs
+    while len(pairs) < wanted:
         turns = [("ours", ours), ("peer", peer)]
         pair = {side: timed_run(command) for side, command in (turns if len(pairs) % 2 else turns[::-1])}
         seconds = {side: seconds_of(work.stage, pair[side], work.options) for side in pair}
@@ -207,7 +208,8 @@ def compare(name: str, work: Workload, o: argparse.Namespace) -> dict[str, Any]:
         if foreign > o.max_foreign:
             print("  other processes were at work: this pair is run again", flush=True)
             continue
-        pairs.append({"seconds": seconds, "ratio": ratio, "memory": memory, "foreign_load": foreign} | pair)
+        facts = {"seconds": seconds, "ratio": ratio, "memory": memory, "foreign_load": foreign}
+        pairs.append(facts | {side: {k: pair[side].get(k) for k in ("rss_gb", "losses", "laps")} for side in pair})
     ratios = sorted(p["ratio"] for p in pairs)
     result = {
         "workload": name,
@@ -225,7 +227,7 @@ def compare(name: str, work: Workload, o: argparse.Namespace) -> dict[str, Any]:
         "peer_rss_gb": statistics.median(p["peer"]["rss_gb"] for p in pairs),
         "our_rss_gb": statistics.median(p["ours"]["rss_gb"] for p in pairs),
         "bound": bound_of(work.stage, model, chosen["lengths"], work.options),
-        "pairs": [{k: p[k] for k in ("seconds", "ratio", "memory", "foreign_load")} for p in pairs],
+        "pairs": pairs,
     }
     losses = [pairs[0][side]["losses"][:1] for side in ("peer", "ours")]
     if all(losses) and work.stage != "ppo":
@@ -267,7 +269,8 @@ def main() -> None:
     parser.add_argument("--bench", type=Path, required=True)
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=5, help="pairs to add to those in the data file")
+    parser.add_argument("--fresh", action="store_true", help="forget the pairs in the data file")
     parser.add_argument("--max-foreign", type=float, default=MAX_FOREIGN, help="largest foreign load of a valid pair")
     parser.add_argument("--precision", default="", help="the same float32 matmul precision for both")
     parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), help=", ".join(WORKLOADS))
@@ -279,7 +282,8 @@ def main() -> None:
     known = json.loads(o.data.read_text(encoding="utf-8")) if o.data.exists() else {"workloads": {}}
     for name in o.workloads:
         key = f"{name} ({o.precision})" if o.precision else name
-        known["workloads"][key] = compare(name, WORKLOADS[name], o)
+        before = [] if o.fresh else known["workloads"].get(key, {}).get("pairs", [])
+        known["workloads"][key] = compare(name, WORKLOADS[name], o, before)
         known["machine"] = machine()
         o.data.parent.mkdir(parents=True, exist_ok=True)
         o.data.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ def settings_of(stage: str, model: str, rows: str, o: argparse.Namespace) -> dic
     if stage == "sft":
         return supervised | {"data": rows, "chosen_as_demonstrations": True, "held_out": 0.0}
     if stage == "reward":
-        return supervised | {"data": rows, "held_out_data": rows}
+        return supervised | {"data": rows, "held_out_data": rows, "loss": {"centering_coef": 0.0}}
     return common | {
         "prompts": rows,
         "rewards": [{"name": "model", "path": o.reward_model}],

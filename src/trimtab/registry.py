@@ -1,10 +1,15 @@
-"""Names to classes: how a run file's `name = "ppo"` finds its settings class."""
+"""Names to classes: how `name = "ppo"` in a run file finds its settings class, and `name = "mine.py:MyLoss"` yours."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 from trimtab.errors import ConfigError
@@ -44,15 +49,56 @@ def names(kind: str) -> tuple[str, ...]:
 
 
 def find(kind: str, name: str, *, where: str) -> type:
-    """The class registered under `name`. Raises ConfigError with the nearest known name."""
+    """The class registered under `name`, or the one that "file.py:Class" or "package.module:Class" names, which is then
+    known by that name. Raises ConfigError with the nearest known name."""
     known = names(kind)
     if name in known:
         return _REGISTERED[kind][name]
+    if ":" in name:
+        return register(kind, name)(_named_class(name, where=where))
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ConfigError(
         f"no {kind.replace('_', ' ')} is called {name!r}", where=where, fix=f"{hint}known names: {', '.join(known)}"
     )
+
+
+def _named_class(name: str, *, where: str) -> type:
+    """The dataclass that the user asked for by name."""
+    place, _, attribute = name.rpartition(":")
+    try:
+        module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:  # whatever the user's file raises is told with the name that led to it
+        raise ConfigError(
+            f"{name!r} cannot be loaded: {type(error).__name__}: {error}",
+            where=where,
+            fix="name a file as path/to/file.py:ClassName, or an importable module as package.module:ClassName",
+        ) from error
+    cls = getattr(module, attribute, None)
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        classes = [n for n, c in vars(module).items() if isinstance(c, type) and c.__module__ == module.__name__]
+        raise ConfigError(
+            f"{place!r} holds no dataclass {attribute!r}",
+            where=where,
+            fix=f"name one of its classes: {', '.join(classes) or 'it has none'}",
+        )
+    return cls
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    name = f"trimtab_user_{path.resolve()}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def name_of(kind: str, cls: type) -> str:

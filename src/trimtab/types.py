@@ -104,8 +104,16 @@ class Rollout:
     response_ids: tuple[int, ...]
     """Includes the end token where the reply was finished."""
     logprobs: tuple[float, ...]
-    """Natural log, one for each response token, under the sampling distribution (temperature, top-p, top-k)."""
+    """Natural log, one for each token the policy chose, under the sampling distribution (temperature, top-p, top-k)."""
     finish_reason: FinishReason
+    observations: tuple[tuple[int, int], ...] = ()
+    """Stretches [start, end) of response_ids that the policy did not choose: an environment wrote them."""
+
+    @property
+    def response_mask(self) -> tuple[bool, ...]:
+        """True at the response tokens that the policy chose."""
+        observed = {i for start, end in self.observations for i in range(start, end)}
+        return tuple(i not in observed for i in range(len(self.response_ids)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,4 +150,8 @@ def from_dict(cls: type[Record], row: Mapping[str, Any]) -> Record:
     elif "prompt" in values:
         values["prompt"] = from_dict(Prompt, values["prompt"])
     make: Callable[..., Record] = cls
-    return make(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    return make(**{name: _tuples(v) for name, v in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

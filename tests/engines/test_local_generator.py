@@ -12,7 +12,7 @@ from trimtab.models.forward import token_logprobs_of
 from trimtab.models.fused import LLAMA_LIKE, FusedForward
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
-from trimtab.stages.online import to_trees
+from trimtab.stages.online_sampling import in_groups, rollout_trees
 from trimtab.types import Message, Prompt
 
 
@@ -41,7 +41,7 @@ SOME = prompts(
 def test_sampled_logprobs_are_the_policys_own(model_dir, temperature):
     g = generator(model_dir, temperature=temperature)
     rollouts = g.generate(SOME, group_size=3, seed=1)
-    scored = token_logprobs_of(g.policy, to_trees(rollouts, 3), 10**9)
+    scored = token_logprobs_of(g.policy, rollout_trees(in_groups(rollouts, 3)), 10**9)
     sampled = torch.tensor([x for r in rollouts for x in r.logprobs])
     torch.testing.assert_close(sampled, scored, atol=3e-5, rtol=1e-5)
 
@@ -163,11 +163,11 @@ def test_the_fused_copy_follows_the_weights(model_dir):
     # The fused optimizer writes to weights without raising their version counter: a copy kept until the counter
     # changes would be stale, and nothing would say so.
     optimizer = torch.optim.AdamW(g.policy.model.parameters(), lr=0.05, fused=True)
-    g.policy(to_trees(before, 2)).logprobs.sum().backward()
+    g.policy(rollout_trees(in_groups(before, 2))).logprobs.sum().backward()
     optimizer.step()
     after = g.generate(SOME, group_size=2, seed=1)
     assert before != after
-    scored = token_logprobs_of(g.policy, to_trees(after, 2), 10**9)
+    scored = token_logprobs_of(g.policy, rollout_trees(in_groups(after, 2)), 10**9)
     torch.testing.assert_close(torch.tensor([x for r in after for x in r.logprobs]), scored, atol=3e-5, rtol=1e-5)
 
 

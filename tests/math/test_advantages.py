@@ -1,7 +1,10 @@
+import math
+import statistics
+
 import pytest
 import torch
 
-from trimtab.math.advantages import GAE, gae, token_rewards
+from trimtab.math.advantages import GAE, GRPO, RLOO, Episodes, ReinforcePP, ReMax, gae, token_rewards
 from trimtab.registry import find
 
 
@@ -97,8 +100,8 @@ def test_no_tokens_give_no_advantages():
 
 def test_the_settings_class_is_the_function_and_is_found_by_name():
     rewards, values, ids, _ = example()
-    expected = gae(rewards, values, ids, gamma=0.9, lam=0.8)
-    torch.testing.assert_close(GAE(gamma=0.9, lam=0.8)(rewards, values, ids), expected)
+    expected, _ = gae(rewards, values, ids, gamma=0.9, lam=0.8)
+    torch.testing.assert_close(GAE(gamma=0.9, lam=0.8)(episodes(rewards, ids, [0, 1, 2], values=values)), expected)
     assert GAE.needs_critic
     assert (GAE().gamma, GAE().lam) == (1.0, 0.95)
     assert find("advantage", "gae", where="test") is GAE
@@ -108,3 +111,83 @@ def test_the_settings_class_is_the_function_and_is_found_by_name():
 def test_discounts_outside_the_unit_interval_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         GAE(**wrong)
+
+
+def episodes(rewards, ids, groups, *, values=None, baselines=None):
+    unknown = torch.full((len(groups),), torch.nan)
+    return Episodes(
+        rewards,
+        torch.full_like(rewards, torch.nan) if values is None else values,
+        ids,
+        torch.tensor(groups),
+        unknown if baselines is None else torch.tensor(baselines),
+    )
+
+
+def scored(scores, groups, *, lengths=None, **more):
+    """Episodes whose whole reward comes at the last token."""
+    ids = torch.tensor([i for i, n in enumerate(lengths or [1] * len(scores)) for _ in range(n)])
+    rewards = token_rewards(torch.tensor(scores), torch.zeros(len(ids)), ids, kl_coef=0.0)
+    return episodes(rewards, ids, groups, **more)
+
+
+def test_grpo_is_the_z_score_of_its_group_for_every_token():
+    # group 0: 1, 0, 0, 1 has mean 1/2 and deviation sqrt(1/3); group 1: 5, 5 has none
+    e = scored([1.0, 0.0, 0.0, 1.0, 5.0, 5.0], [0, 0, 0, 0, 1, 1], lengths=[2, 1, 3, 1, 1, 2])
+    z = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    torch.testing.assert_close(GRPO()(e), torch.tensor([z, z, -z, -z, -z, -z, z, 0, 0, 0]))
+
+
+def test_dr_grpo_keeps_the_units_of_the_reward_and_batch_scale_uses_one_deviation():
+    scores, groups = [1.0, 0.0, 4.0, 2.0], [0, 0, 1, 1]
+    torch.testing.assert_close(GRPO(scale="none")(scored(scores, groups)), torch.tensor([0.5, -0.5, 1.0, -1.0]))
+    deviation = statistics.stdev(scores) + 1e-4
+    expected = torch.tensor([0.5, -0.5, 1.0, -1.0]) / deviation
+    torch.testing.assert_close(GRPO(scale="batch")(scored(scores, groups)), expected)
+
+
+def test_a_group_of_one_has_no_advantage_and_no_nan():
+    for estimator in (GRPO(), GRPO(scale="none"), RLOO(), ReinforcePP(baseline="group")):
+        assert estimator(scored([3.0], [0])).tolist() == [0.0]
+
+
+def test_rloo_compares_with_the_mean_of_the_others():
+    # 3 against mean(1, 5) = 3; 1 against 4; 5 against 2; another group of two
+    e = scored([3.0, 1.0, 5.0, 2.0, 0.0], [0, 0, 0, 1, 1])
+    torch.testing.assert_close(RLOO()(e), torch.tensor([0.0, -3.0, 3.0, 2.0, -2.0]))
+
+
+def test_rloo_of_uneven_groups_equals_the_slow_loop():
+    draw = torch.Generator().manual_seed(3)
+    groups = [0, 0, 0, 1, 2, 2, 2, 2, 3, 3]
+    scores = torch.randn(10, generator=draw).tolist()
+    slow = []
+    for i, g in enumerate(groups):
+        others = [s for j, s in enumerate(scores) if groups[j] == g and j != i]
+        slow.append(scores[i] - statistics.mean(others) if others else 0.0)
+    torch.testing.assert_close(RLOO()(scored(scores, groups)), torch.tensor(slow))
+
+
+def test_reinforce_pp_takes_what_is_still_to_come_and_leaves_whitening_to_the_batch():
+    ids = torch.tensor([0, 0, 0, 1, 1])
+    rewards = torch.tensor([1.0, 0.0, 2.0, -1.0, 4.0])
+    assert ReinforcePP()(episodes(rewards, ids, [0, 1])).tolist() == [3.0, 2.0, 2.0, 3.0, 4.0]
+    assert ReinforcePP(gamma=0.5)(episodes(rewards, ids, [0, 1])).tolist() == [1.5, 1.0, 2.0, 1.0, 4.0]
+    # both replies sum to 3, which is the group's mean
+    with_group = ReinforcePP(baseline="group")(episodes(rewards, ids, [0, 0]))
+    assert with_group.tolist() == [0.0, -1.0, -1.0, 0.0, 1.0]
+    assert ReinforcePP().whiten
+    assert ReinforcePP(baseline="group").needs_group
+    assert not ReinforcePP().needs_group
+
+
+def test_remax_subtracts_the_greedy_replys_score():
+    e = scored([1.0, 3.0], [0, 1], lengths=[2, 1], baselines=[0.5, 4.0])
+    assert ReMax()(e).tolist() == [0.5, 0.5, -1.0]
+    assert ReMax.needs_greedy
+
+
+def test_every_estimator_is_found_by_its_name():
+    known = {"gae": GAE, "grpo": GRPO, "rloo": RLOO, "reinforce_pp": ReinforcePP, "remax": ReMax}
+    for name, cls in known.items():
+        assert find("advantage", name, where="test") is cls

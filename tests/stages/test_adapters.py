@@ -64,7 +64,7 @@ def test_all_four_models_share_one_base(sft_adapter, reward_adapter, base):
     values = online(sft_adapter / "model", reward_adapter / "model", critic={"init": "reward", "optimizer": FAST})
     settings = config.resolve(Settings, values, where="the test")
     models = load_models(settings, Chat(load_tokenizer(str(base))))
-    roles = [models.policy, models.reference, models.critic, models.rewards[0][2].model]
+    roles = [models.policy, models.reference, models.critic, models.rewards.parts[0].reward.model]
     assert len({id(role.model) for role in roles}) == 1
     assert [role.adapter for role in roles] == ["policy", "reference", "critic", "reward_model"]
     num_base = sum(p.numel() for p in load_causal(str(base)).parameters())

@@ -56,7 +56,7 @@ def test_every_prompt_comes_once_before_any_comes_again(plain):
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_kl_in_the_loss_leaves_the_reward_alone(tmp_path, base, other, estimator, reward_run):
-    changed = {"kl_in": "loss", "kl_loss_estimator": estimator, "num_steps": 1, "num_epochs": 1, "num_minibatches": 1}
+    changed = {"kl_in": "loss", "kl_estimator": estimator, "num_steps": 1, "num_epochs": 1, "num_minibatches": 1}
     out = run(tmp_path, base, reward_run, reference=str(other), kl={"name": "fixed", "coef": 0.5}, **changed)
     (row,) = rows(out)
     assert row["policy/kl_loss"] > 0
@@ -173,7 +173,7 @@ def test_groups_are_rollouts_of_one_prompt(tmp_path, base, reward_run):
         {"loss": {"name": "ppo", "aggregation": "sequence_mean"}},
         {"loss": {"name": "ppo", "dual_clip": 3.0, "clip_high": 0.28}},
         {"whiten_rewards": True},
-        {"whiten_advantages": False},
+        {"advantage": {"name": "gae", "whiten": False}},
         {"advantage": {"name": "gae", "gamma": 0.9, "lam": 0.5}},
     ],
     ids=str,

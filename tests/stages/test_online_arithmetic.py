@@ -23,15 +23,14 @@ VARIANTS = {
     "usual": {},
     "whitened rewards, a shorter horizon": {
         "whiten_rewards": True,
-        "whiten_advantages": False,
-        "advantage": {"name": "gae", "gamma": 0.9, "lam": 0.5},
+        "advantage": {"name": "gae", "gamma": 0.9, "lam": 0.5, "whiten": False},
     },
     "every sequence the same, both clips, entropy": {
         "loss": {"name": "ppo", "aggregation": "sequence_mean", "dual_clip": 1.02, "clip_low": 0.02, "clip_high": 0.01},
         "entropy_coef": 0.1,
     },
-    "k2 in the loss": {"kl_in": "loss", "kl_loss_estimator": "k2", "kl": {"name": "fixed", "coef": 0.3}},
-    "k3 in the loss": {"kl_in": "loss", "kl_loss_estimator": "k3", "kl": {"name": "fixed", "coef": 0.3}},
+    "k2 in the loss": {"kl_in": "loss", "kl_estimator": "k2", "kl": {"name": "fixed", "coef": 0.3}},
+    "k3 in the loss": {"kl_in": "loss", "kl_estimator": "k3", "kl": {"name": "fixed", "coef": 0.3}},
     "shaped scores": {"shaping": {"normalize": True, "clip": 0.8, "missing_eos_penalty": 0.5}},
 }
 
@@ -160,7 +159,7 @@ def ppo_step(rollouts, base, other, reward, changed):
         advantages[m] = next_advantage = delta + gae["gamma"] * gae["lam"] * next_advantage
         next_value = values[m]
     returns = [a + v for a, v in zip(advantages, values, strict=True)]
-    if changed.get("whiten_advantages", True):
+    if changed.get("advantage", {}).get("whiten", True):
         advantages = standardised(advantages)
 
     def average(token_losses):
@@ -192,7 +191,7 @@ def ppo_step(rollouts, base, other, reward, changed):
             moved = float(logprobs[m].detach()) - old[m]
             approx_kl.append(math.exp(moved) - 1 - moved)
             d = logprobs[m] - ref[m]
-            kl_losses.append(d**2 / 2 if changed.get("kl_loss_estimator") == "k2" else torch.exp(-d) - 1 + d)
+            kl_losses.append(d**2 / 2 if changed.get("kl_estimator") == "k2" else torch.exp(-d) - 1 + d)
         total = average(policy_losses) - changed.get("entropy_coef", 0.0) * average(list(entropies))
         total = total + (kl_coef * average(kl_losses) if kl_in_loss else 0.0)
 

@@ -6,7 +6,7 @@ import torch
 from tests.tiny import VOCAB, causal, scalar
 from trimtab.data.trees import TokenTrees, response_tree
 from trimtab.engines.local_learner import AdamW, LocalLearner
-from trimtab.math.losses.policy import PPO, EntropyBonus, KLPenalty
+from trimtab.math.losses.policy import CISPO, GSPO, PPO, EntropyBonus, KLPenalty, Reinforce
 from trimtab.math.losses.value import ValueLoss
 from trimtab.models.roles import Policy, ScalarModel
 from trimtab.stages.online_parts import PolicyBatch
@@ -31,6 +31,7 @@ def batch():
     return PolicyBatch(
         trees=trees,
         old_logprobs=near(logprobs, 0.2),
+        correction=near(zeros, 0.1) + 1,
         ref_logprobs=near(logprobs, 0.5),
         old_values=near(zeros, 1.0),
         advantages=near(zeros, 1.0),
@@ -44,6 +45,11 @@ def policy_update(aggregation, *, token_budget=10**9, order=None, tree_form=True
     losses = [PPO(aggregation=aggregation), EntropyBonus(coef=0.1, aggregation=aggregation)]
     losses.append(KLPenalty(coef=0.3, aggregation=aggregation))
     return update(role, losses, token_budget, order, tree_form)
+
+
+def family_update(loss, *, token_budget=10**9, order=None, tree_form=True):
+    """The same with another policy loss."""
+    return update(Policy(causal(), pad_id=0), [loss], token_budget, order, tree_form)
 
 
 def critic_update(aggregation, *, token_budget=10**9, order=None, tree_form=True):
@@ -62,21 +68,51 @@ def update(role, losses, token_budget, order, tree_form):
     return gradient, {name: metric.value for name, metric in metrics.items()}
 
 
+CHANGES = [
+    {"token_budget": 1},
+    {"token_budget": 64},
+    {"order": [4, 2, 0, 1, 3]},
+    {"tree_form": False},
+    {"token_budget": 64, "order": [3, 4, 1, 0, 2], "tree_form": False},
+]
+FAMILY = [
+    PPO(clip_high=0.28, dual_clip=3.0),
+    PPO(aggregation="constant_length", length=16),
+    GSPO(clip_low=0.1, clip_high=0.1),
+    CISPO(max_ratio=1.2),
+    Reinforce(aggregation="sequence_mean"),
+]
+
+
 @pytest.mark.parametrize("updated", [policy_update, critic_update])
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"token_budget": 1},
-        {"token_budget": 64},
-        {"order": [4, 2, 0, 1, 3]},
-        {"tree_form": False},
-        {"token_budget": 64, "order": [3, 4, 1, 0, 2], "tree_form": False},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changed", CHANGES, ids=str)
 def test_the_same_update_for_any_split_order_and_form(updated, aggregation, changed):
-    gradient, metrics = updated(aggregation)
-    other_gradient, other_metrics = updated(aggregation, **changed)
+    compare(updated, aggregation, changed)
+
+
+@pytest.mark.parametrize("loss", FAMILY, ids=lambda loss: f"{type(loss).__name__}, {loss.aggregation}")
+@pytest.mark.parametrize("changed", CHANGES, ids=str)
+def test_every_policy_loss_gives_the_same_update_for_any_split_order_and_form(loss, changed):
+    compare(family_update, loss, changed)
+
+
+def compare(updated, what, changed):
+    gradient, metrics = updated(what)
+    other_gradient, other_metrics = updated(what, **changed)
     assert float((gradient - other_gradient).norm() / gradient.norm()) < 1e-5
     assert other_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+
+
+def test_sequences_left_out_are_as_if_they_had_never_been_there():
+    whole = batch()
+    kept = torch.tensor([True, False, True, True, False, False, True, True, True, False])
+    part = whole.keep(kept)
+    assert part.num_sequences == int(kept.sum())
+    assert len(part.trees.trees) == 4  # both replies of the third prompt are gone
+    tokens = kept[whole.sequence_ids]
+    assert torch.equal(part.trees.targets, whole.trees.targets[tokens])
+    assert torch.equal(part.advantages, whole.advantages[tokens])
+    with torch.no_grad():
+        logprobs = Policy(causal(), pad_id=0)(whole.trees).logprobs
+        torch.testing.assert_close(Policy(causal(), pad_id=0)(part.trees).logprobs, logprobs[tokens])

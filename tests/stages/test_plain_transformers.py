@@ -12,7 +12,7 @@ from trimtab.models.forward import token_logprobs_of
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.rewards.model import RewardModelScorer
-from trimtab.stages.online import to_trees
+from trimtab.stages.online_sampling import in_groups, rollout_trees
 
 
 @pytest.fixture(scope="module", params=["sft", "online"])
@@ -39,7 +39,7 @@ def test_a_policy_gives_the_same_logprobs_and_the_same_greedy_replies(policy_dir
     policy = Policy(load_causal(policy_dir), pad_id=chat.pad_id)
     prompts = worlds.load("arithmetic").prompts("test", 4)
     greedy = LocalGenerator(policy, chat, Sampling(max_new_tokens=8, top_k=1)).generate(prompts, group_size=1, seed=0)
-    ours = token_logprobs_of(policy, to_trees(greedy, 1), 10**9)
+    ours = token_logprobs_of(policy, rollout_trees(in_groups(greedy, 1)), 10**9)
 
     tokenizer = AutoTokenizer.from_pretrained(policy_dir)
     model = AutoModelForCausalLM.from_pretrained(policy_dir).eval()

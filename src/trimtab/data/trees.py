@@ -54,9 +54,13 @@ class Tree:
             start += length
 
 
-def response_tree(prompt_ids: Sequence[int], responses: Iterable[Sequence[int]]) -> Tree:
-    """One prompt and its replies, every reply token trained."""
-    return Tree(tuple(prompt_ids), tuple(Branch(tuple(r), (True,) * len(r)) for r in responses))
+def response_tree(
+    prompt_ids: Sequence[int], responses: Iterable[Sequence[int]], masks: Iterable[Sequence[bool]] | None = None
+) -> Tree:
+    """One prompt and its replies, trained where `masks` are true: at every reply token without them."""
+    replies = [tuple(r) for r in responses]
+    trained = [(True,) * len(r) for r in replies] if masks is None else [tuple(m) for m in masks]
+    return Tree(tuple(prompt_ids), tuple(Branch(r, m) for r, m in zip(replies, trained, strict=True)))
 
 
 def sequence_tree(ids: Sequence[int], mask: Sequence[bool] | None = None) -> Tree:
@@ -306,6 +310,23 @@ class TreeBatch:
             if (axis := f.metadata.get("axis"))
         }
         return dataclasses.replace(self, trees=self.trees.select(indices), **fields)
+
+    def keep(self, kept: Tensor) -> Self:
+        """The same batch with only the sequences that are `kept` ([B], bool); a tree without any is left out."""
+        flags = iter(kept.tolist())
+        branches = [tuple(b for b in tree.branches if next(flags)) for tree in self.trees.trees]
+        kept_of = {
+            "token": kept[self.sequence_ids],
+            "sequence": kept,
+            "tree": torch.tensor([bool(bs) for bs in branches], dtype=torch.bool),
+        }
+        fields = {
+            f.name: getattr(self, f.name)[kept_of[axis]]
+            for f in dataclasses.fields(self)
+            if (axis := f.metadata.get("axis"))
+        }
+        trees = [Tree(tree.prompt, bs) for tree, bs in zip(self.trees.trees, branches, strict=True) if bs]
+        return dataclasses.replace(self, trees=TokenTrees.build(trees), **fields)
 
     def pieces(self, token_budget: int) -> Iterator[Self]:
         """The batch in pieces of at most `token_budget` tokens, as `split_by_tokens` groups them."""

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cached_property
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from trimtab.math.masking import at_least_float32, last_index_per_sequence, pad_per_sequence, unpad_per_sequence
+from trimtab.math.masking import (
+    at_least_float32,
+    last_index_per_sequence,
+    pad_per_sequence,
+    sum_per_sequence,
+    unpad_per_sequence,
+)
 from trimtab.registry import register
 
 
@@ -46,22 +53,188 @@ def gae(rewards: Tensor, values: Tensor, sequence_ids: Tensor, *, gamma: float, 
     return advantages, advantages + values
 
 
+@dataclass(frozen=True)
+class Episodes:
+    """What an estimator reads of B finished replies with M tokens."""
+
+    rewards: Tensor
+    """[M] the reward of each token: the score at a reply's last token, less the KL where it is paid for there."""
+    values: Tensor
+    """[M] the critic's; nan without a critic."""
+    sequence_ids: Tensor
+    """[M] whose token it is."""
+    group_ids: Tensor
+    """[B] which prompt a reply answers: 0, 1, … in ascending order."""
+    baselines: Tensor
+    """[B] the score of the greedy reply to the same prompt; nan where no greedy reply was asked for."""
+
+    @cached_property
+    def returns(self) -> Tensor:
+        """[B] the sum of each reply's token rewards."""
+        return sum_per_sequence(self.rewards, self.sequence_ids, len(self.group_ids))
+
+
+def rewards_to_go(rewards: Tensor, sequence_ids: Tensor, *, gamma: float) -> Tensor:
+    """[M] the discounted rewards from each token to the end of its sequence: `gae` without a critic."""
+    return gae(rewards, torch.zeros_like(rewards), sequence_ids, gamma=gamma, lam=1.0)[0]
+
+
+def group_means(returns: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """[B] the mean of each reply's group, and its size [B]."""
+    num_groups = int(group_ids[-1]) + 1 if len(group_ids) else 0
+    sizes = torch.bincount(group_ids, minlength=num_groups)
+    sums = torch.zeros(num_groups, dtype=torch.float64, device=returns.device).index_add_(
+        0, group_ids, returns.double()
+    )
+    return (sums / sizes)[group_ids].to(returns.dtype), sizes[group_ids]
+
+
+def group_deviations(returns: Tensor, group_ids: Tensor) -> Tensor:
+    """[B] the deviation of each reply's group, divided by its size less one; 0 for a group of one."""
+    means, sizes = group_means(returns, group_ids)
+    mean_squares, _ = group_means((returns.double() - means.double()).square(), group_ids)
+    return (mean_squares * sizes / (sizes - 1).clamp(min=1)).sqrt().to(returns.dtype)
+
+
+def leave_one_out(returns: Tensor, group_ids: Tensor) -> Tensor:
+    """[B] each return less the mean of the others of its group (Ahmadian et al., arXiv:2402.14740, eq. 8); 0 for a
+    group of one, which has no others."""
+    means, sizes = group_means(returns, group_ids)
+    # R - (n mean - R) / (n - 1) = (R - mean) n / (n - 1)
+    return (returns - means) * sizes / (sizes - 1).clamp(min=1)
+
+
+class Estimator:
+    """What every advantage estimator is: a function of `Episodes`, and what it asks of the loop around it."""
+
+    needs_critic: ClassVar[bool] = False
+    """It reads values, which the loop then trains towards values plus advantages."""
+    needs_greedy: ClassVar[bool] = False
+    """It reads baselines."""
+    whiten: bool = False
+    """Advantages of a batch are brought to mean 0 and deviation 1 over its tokens, after returns are taken."""
+
+    @property
+    def needs_group(self) -> bool:
+        """A prompt with a single reply has no advantage."""
+        return False
+
+    def __call__(self, episodes: Episodes) -> Tensor:
+        """[M] advantages."""
+        raise NotImplementedError
+
+
 @register("advantage", "gae")
 @dataclass(frozen=True, kw_only=True)
-class GAE:
+class GAE(Estimator):
     """Generalised advantage estimation, with a learned critic; see `gae`."""
 
     gamma: float = 1.0
     """What a reward one token later is worth now."""
     lam: float = 0.95
     """1 trusts the rewards alone, 0 the critic's next value."""
+    whiten: bool = True
+    """Bring the advantages of a batch to mean 0 and deviation 1."""
 
     needs_critic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+            _require_share(name, getattr(self, name))
 
-    def __call__(self, rewards: Tensor, values: Tensor, sequence_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return gae(rewards, values, sequence_ids, gamma=self.gamma, lam=self.lam)
+    def __call__(self, episodes: Episodes) -> Tensor:
+        rewards, values = episodes.rewards, episodes.values
+        return gae(rewards, values, episodes.sequence_ids, gamma=self.gamma, lam=self.lam)[0]
+
+
+@register("advantage", "grpo")
+@dataclass(frozen=True, kw_only=True)
+class GRPO(Estimator):
+    """The return of a reply against its group's, the same for all its tokens (Shao et al., arXiv:2402.03300, section
+    4.1.2). `scale = "none"` is Dr. GRPO (Liu et al., arXiv:2503.20783): dividing by a group's deviation gives easy
+    and hopeless prompts more weight."""
+
+    scale: Literal["group", "batch", "none"] = "group"
+    """Divide by the deviation of the group, of the whole batch, or by nothing."""
+    eps: float = 1e-4
+    """Added to the deviation."""
+
+    @property
+    def needs_group(self) -> bool:
+        return True
+
+    def __call__(self, episodes: Episodes) -> Tensor:
+        returns, groups = episodes.returns, episodes.group_ids
+        advantages = returns - group_means(returns, groups)[0]
+        if self.scale == "group":
+            advantages = advantages / (group_deviations(returns, groups) + self.eps)
+        elif self.scale == "batch":
+            advantages = advantages / (group_deviations(returns, torch.zeros_like(groups)) + self.eps)
+        return advantages[episodes.sequence_ids]
+
+
+@register("advantage", "rloo")
+@dataclass(frozen=True, kw_only=True)
+class RLOO(Estimator):
+    """The return of a reply against the mean of the others of its group; see `leave_one_out`."""
+
+    whiten: bool = False
+    """Bring the advantages of a batch to mean 0 and deviation 1."""
+
+    @property
+    def needs_group(self) -> bool:
+        return True
+
+    def __call__(self, episodes: Episodes) -> Tensor:
+        return leave_one_out(episodes.returns, episodes.group_ids)[episodes.sequence_ids]
+
+
+@register("advantage", "reinforce_pp")
+@dataclass(frozen=True, kw_only=True)
+class ReinforcePP(Estimator):
+    """REINFORCE++ (Hu et al., arXiv:2501.03262): rewards to go, normalised over all tokens of the batch and never over
+    a group. With `baseline = "group"` the group's mean is subtracted first, for several replies of each prompt."""
+
+    baseline: Literal["none", "group"] = "none"
+    """What is subtracted before the batch is normalised."""
+    gamma: float = 1.0
+    """What a reward one token later is worth now."""
+
+    whiten: ClassVar[bool] = True  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        _require_share("gamma", self.gamma)
+
+    @property
+    def needs_group(self) -> bool:
+        return self.baseline == "group"
+
+    def __call__(self, episodes: Episodes) -> Tensor:
+        to_go = rewards_to_go(episodes.rewards, episodes.sequence_ids, gamma=self.gamma)
+        if self.baseline == "group":
+            to_go = to_go - group_means(episodes.returns, episodes.group_ids)[0][episodes.sequence_ids]
+        return to_go
+
+
+@register("advantage", "remax")
+@dataclass(frozen=True, kw_only=True)
+class ReMax(Estimator):
+    """Rewards to go less the score of the greedy reply to the same prompt (Li et al., arXiv:2310.10505, algorithm 1),
+    which is sampled and scored besides."""
+
+    gamma: float = 1.0
+    """What a reward one token later is worth now."""
+
+    needs_greedy: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _require_share("gamma", self.gamma)
+
+    def __call__(self, episodes: Episodes) -> Tensor:
+        to_go = rewards_to_go(episodes.rewards, episodes.sequence_ids, gamma=self.gamma)
+        return to_go - episodes.baselines[episodes.sequence_ids]
+
+
+def _require_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}; it must lie in [0, 1]")

@@ -70,6 +70,12 @@ def same_model(a: str | Path, b: str | Path) -> bool:
     return str(a) == str(b) or Path(a).resolve() == Path(b).resolve()
 
 
+def on_base(path: str | Path, base: str | Path) -> bool:
+    """Whether the directory is an adapter of this base."""
+    other = base_of(path)
+    return other is not None and same_model(other, base)
+
+
 def merge_adapter(model: PreTrainedModel, path: str | Path) -> None:
     """Adds the adapter of a directory to the weights of its base `model` for good, and puts its head in place."""
     head = load_adapter(model, "merged", path)

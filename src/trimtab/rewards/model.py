@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-import torch
 from torch import Tensor
 
 from trimtab.data.chat import Chat
 from trimtab.data.trees import TokenTrees, response_tree
-from trimtab.metrics import Mean, Metrics
+from trimtab.metrics import Metrics
 from trimtab.models.forward import sequence_scores_of
 from trimtab.models.load import load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel
@@ -53,7 +52,7 @@ class RewardModelScorer:
         return cls(ScalarModel(model, pad_id=chat.pad_id), chat, token_budget=token_budget, shift=shift)
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] calibrated rewards of the exact tokens that were sampled, and their moments.
+        """[B] calibrated rewards of the exact tokens that were sampled.
 
         A rollout's own ids are used when they are what this tokenizer makes of the prompt; otherwise the text is
         encoded anew with this model's template.
@@ -64,20 +63,15 @@ class RewardModelScorer:
             for r in group:
                 own = r.prompt_ids == prompt_ids
                 sequences.append((prompt_ids, r.response_ids if own else tuple(self.chat.encode_response(r.response))))
-        return self._score_ids(sequences)
+        return self._score_ids(sequences), {}
 
     def score_texts(self, pairs: Sequence[tuple[Prompt, str]]) -> Tensor:
         """[B] calibrated rewards of finished replies given as text."""
         sequences = [
             (tuple(self.chat.encode_prompt(p.messages)), tuple(self.chat.encode_response(t))) for p, t in pairs
         ]
-        return self._score_ids(sequences)[0]
+        return self._score_ids(sequences)
 
-    def _score_ids(self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[Tensor, Metrics]:
+    def _score_ids(self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:
         trees = [response_tree(p, [r for _, r in g]) for p, g in groupby(sequences, key=lambda s: s[0])]
-        rewards = sequence_scores_of(self.model, TokenTrees.build(trees), self.token_budget) - self.shift
-        deviation = float(rewards.std(correction=0)) if len(rewards) else 0.0
-        return rewards, {
-            "reward/mean": Mean(float(rewards.sum(dtype=torch.float64)), len(rewards)),
-            "reward/std": Mean(deviation * len(rewards), len(rewards)),
-        }
+        return sequence_scores_of(self.model, TokenTrees.build(trees), self.token_budget) - self.shift

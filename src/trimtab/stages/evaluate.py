@@ -22,7 +22,7 @@ from trimtab.models.roles import Policy
 from trimtab.rewards.gold import GoldScorer
 from trimtab.rewards.model import RewardModelScorer
 from trimtab.runs.run import Run
-from trimtab.stages.online import to_trees
+from trimtab.stages.online_sampling import in_groups, rollout_trees
 from trimtab.types import Prompt, Rollout
 
 
@@ -130,7 +130,7 @@ def kl_to_baseline(
     `kl_sampled` is the mean log-ratio (k1). `kl_exact` sums the exact KL of every next-token distribution met on the
     way (Rao-Blackwellised): the same expectation, much less noise.
     """
-    trees = to_trees(list(rollouts), 1)
+    trees = rollout_trees(in_groups(rollouts, 1))
     log_ratio = token_logprobs_of(policy, trees, token_budget) - token_logprobs_of(baseline, trees, token_budget)
     sampled = sum_per_sequence(log_ratio, trees.sequence_ids, trees.num_sequences).numpy()
     exact_per_token = exact_kl_of(policy, baseline, trees, token_budget)

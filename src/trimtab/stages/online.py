@@ -9,21 +9,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+import torch
+from torch import Tensor
+
 from trimtab import seeds
-from trimtab.data.trees import TokenTrees, response_tree
-from trimtab.math.advantages import token_rewards
-from trimtab.math.kl import k1, k3
+from trimtab.data.trees import TokenTrees
+from trimtab.math.advantages import Episodes, token_rewards
+from trimtab.math.kl import ESTIMATORS, k1, k3
 from trimtab.math.masking import sum_per_sequence, whiten
 from trimtab.metrics import Mean, Metrics, Total, merge
-from trimtab.models.forward import token_logprobs_of, token_values_of
+from trimtab.models.forward import exact_kl_of, token_logprobs_of, token_values_of
 from trimtab.models.load import save_role
 from trimtab.runs.loop import run_steps
 from trimtab.runs.run import Run
 from trimtab.stages.online_parts import Parts, PolicyBatch, build_parts
+from trimtab.stages.online_sampling import draw, rollout_trees, shape
 from trimtab.stages.online_settings import Settings
-from trimtab.stages.online_watch import rollout_metrics, rollout_rows, value_metrics
+from trimtab.stages.online_watch import Clock, rollout_metrics, rollout_rows, value_metrics
 from trimtab.stages.supervised import last_metrics
-from trimtab.types import Rollout
 
 __all__ = ["Settings", "run", "train_step"]
 
@@ -56,45 +59,43 @@ def train_step(number: int, parts: Parts, run: Run) -> Metrics:
     """One round of sampling and the updates made from it (Ouyang et al., arXiv:2203.02155, section 3.5, with the
     PPO of Schulman et al., arXiv:1707.06347)."""
     settings, clock = parts.settings, Clock()
-    prompts = parts.prompts_of(number)
-    rollouts = parts.generator.generate(
-        prompts, group_size=settings.group_size, seed=seeds.derive(settings.seed, "rollouts", number)
-    )
-    clock.lap("generate")
-    rewards, reward_metrics = parts.rewards.score(rollouts)  # [B]
-    clock.lap("score")
+    drawn = draw(number, parts, clock)
 
-    trees = to_trees(rollouts, settings.group_size)
+    trees = rollout_trees([group.rollouts for group in drawn.groups])
     budget = settings.token_budget
     old_logprobs = token_logprobs_of(parts.policy, trees, budget)  # [M]
     ref_logprobs = token_logprobs_of(parts.reference, trees, budget)
-    values = token_values_of(parts.critic, trees, budget)
+    values = torch.full_like(old_logprobs, torch.nan)
+    if parts.critic is not None:
+        values = token_values_of(parts.critic, trees, budget)
     # Before anything is trained: it refuses a sampler that is not the policy.
-    metrics = rollout_metrics(
-        rollouts, old_logprobs, sampling=settings.sampling, step=number + 1, precision=settings.precision
-    )
+    correction, metrics = rollout_metrics(drawn.rollouts, old_logprobs, trees.sequence_ids, settings, number)
     clock.lap("logprobs")
 
     log_ratio = old_logprobs - ref_logprobs
-    kl = k1(log_ratio)
     in_reward = parts.state.kl_coef if settings.kl_in == "reward" else 0.0
-    shaped = token_rewards(rewards, kl, trees.sequence_ids, kl_coef=in_reward)  # [M]
+    rewards, baselines, shaping = shape(drawn, parts)  # [B]
+    shaped = token_rewards(rewards, kl_to_pay(trees, log_ratio, parts), trees.sequence_ids, kl_coef=in_reward)  # [M]
     if settings.whiten_rewards:
         shaped = whiten(shaped, shift_mean=False)
-    advantages, returns = parts.advantage(shaped, values, trees.sequence_ids)
+    episodes = Episodes(shaped, values, trees.sequence_ids, drawn.group_ids, baselines)
+    advantages = parts.advantage(episodes)  # [M]
     batch = PolicyBatch(
         trees=trees,
         old_logprobs=old_logprobs,
+        correction=correction,
         ref_logprobs=ref_logprobs,
         old_values=values,
-        advantages=whiten(advantages) if settings.whiten_advantages else advantages,
-        returns=returns,
+        advantages=whiten(advantages) if parts.advantage.whiten else advantages,
+        returns=values + advantages,
     )
-    updates = update_epochs(number, batch, parts)
+    updates = update_epochs(number, batch.keep(drawn.finished) if settings.skip_truncated else batch, parts)
     clock.lap("update")
 
-    sequence_kl = sum_per_sequence(kl, trees.sequence_ids, trees.num_sequences)  # [B]
-    metrics |= reward_metrics | updates | value_metrics(values, returns) | clock.metrics()
+    sequence_kl = sum_per_sequence(k1(log_ratio), trees.sequence_ids, trees.num_sequences)  # [B]
+    metrics |= drawn.metrics | shaping | updates | clock.metrics()
+    if parts.critic is not None:
+        metrics |= value_metrics(values, batch.returns)
     metrics |= {
         "policy/kl": Mean(float(sequence_kl.double().sum()), trees.num_sequences),
         "policy/kl_k3": Mean(float(k3(log_ratio).double().sum()), trees.num_sequences),
@@ -104,16 +105,25 @@ def train_step(number: int, parts: Parts, run: Run) -> Metrics:
         parts.state.kl_coef, metrics["policy/kl"].value, num_sequences=trees.num_sequences
     )
     if settings.sample_every and number % settings.sample_every == 0:
-        run.add_samples(number + 1, rollout_rows(rollouts, rewards, sequence_kl, parts.world, settings.num_samples))
+        rows = rollout_rows(drawn.rollouts, rewards, sequence_kl, parts.world, settings.num_samples)
+        run.add_samples(number + 1, rows)
     return metrics
+
+
+def kl_to_pay(trees: TokenTrees, log_ratio: Tensor, parts: Parts) -> Tensor:
+    """[M] the KL of each token as the reward counts it."""
+    estimator = parts.settings.kl_estimator or "k1"
+    if parts.settings.kl_in == "reward" and estimator == "exact":
+        return exact_kl_of(parts.policy, parts.reference, trees, parts.settings.token_budget)
+    return ESTIMATORS[estimator](log_ratio)
 
 
 def update_epochs(number: int, batch: PolicyBatch, parts: Parts) -> Metrics:
     """Several passes over the rollouts in minibatches; the passes end early once the policy has moved too far."""
     settings = parts.settings
     done: list[Metrics] = []
-    stopped = False
-    for epoch in range(settings.num_epochs):
+    stopped, epoch = False, -1
+    for epoch in range(settings.num_epochs if batch.num_sequences else 0):
         moved: list[Metrics] = []
         for index, minibatch in enumerate(
             minibatches(batch, settings.num_minibatches, seed=(number, epoch), parts=parts)
@@ -137,27 +147,3 @@ def minibatches(
     for part in range(num_minibatches):
         if chosen := order[part::num_minibatches]:
             yield batch.select(chosen)
-
-
-def to_trees(rollouts: list[Rollout], group_size: int) -> TokenTrees:
-    """The rollouts as trees, the prompt of a group once; what was sampled is what is trained on."""
-    groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
-    return TokenTrees.build([response_tree(g[0].prompt_ids, [r.response_ids for r in g]) for g in groups])
-
-
-class Clock:
-    """Seconds between laps, as `time/NAME_seconds`."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self._laps: Metrics = {}
-
-    def lap(self, name: str) -> None:
-        """Ends the lap that began with the clock or the lap before."""
-        now = time.perf_counter()
-        self._laps[f"time/{name}_seconds"] = Total(now - self._last)
-        self._last = now
-
-    def metrics(self) -> Metrics:
-        """Every lap."""
-        return self._laps

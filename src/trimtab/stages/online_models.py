@@ -5,29 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from trimtab import registry, seeds
+from trimtab import seeds
 from trimtab.data.chat import Chat
 from trimtab.errors import ConfigError
-from trimtab.models.adapters import add_adapter, base_of, load_adapter, same_model
-from trimtab.models.load import load_causal, load_scalar, load_tokenizer, reward_facts
+from trimtab.models.adapters import add_adapter, base_of, load_adapter, on_base, same_model
+from trimtab.models.load import load_causal, load_scalar
 from trimtab.models.roles import Policy, ScalarModel, zero_head
-from trimtab.protocols import Reward
-from trimtab.rewards.model import RewardModel, RewardModelScorer
+from trimtab.rewards.combined import CombinedReward, load_rewards
+from trimtab.rewards.model import RewardModel
 from trimtab.stages.online_settings import Settings
 
 
 @dataclass(frozen=True)
 class Models:
-    """Policy, reference, critic and rewards, loaded. The critic is the policy where it is a head on it."""
+    """Policy, reference, critic and rewards, loaded. The critic is the policy where it is a head on it, and None where
+    the advantages need none."""
 
     policy: Policy
     reference: Policy
-    critic: Policy | ScalarModel
-    rewards: list[tuple[str, float, Reward]]
+    critic: Policy | ScalarModel | None
+    rewards: CombinedReward
     base: str
     """What the policy's adapter belongs to; without adapters, the model it started from."""
 
@@ -40,16 +39,16 @@ def load_models(settings: Settings, chat: Chat) -> Models:
 def full_models(settings: Settings, chat: Chat) -> Models:
     """Each role a model of its own."""
     options: dict[str, Any] = {"pad_id": chat.pad_id, "temperature": settings.sampling.temperature}
-    value_head = settings.critic.init == "value_head"
+    value_head = settings.advantage.needs_critic and settings.critic.init == "value_head"
     policy = Policy(load_causal(settings.model), with_value_head=value_head, **options)
     reference = Policy(load_causal(settings.reference or settings.model), **options)
     reference.requires_grad_(False)
-    critic: Policy | ScalarModel = policy
-    if not value_head:
+    critic: Policy | ScalarModel | None = policy if value_head else None
+    if settings.advantage.needs_critic and not value_head:
         start = critic_start(settings)
         model = load_scalar(start, head_seed=seeds.derive(settings.seed, "critic"), zero_head=True)
         critic = ScalarModel(model, pad_id=chat.pad_id)
-    return Models(policy, reference, critic, load_rewards(settings), settings.model)
+    return Models(policy, reference, critic, _rewards(settings), settings.model)
 
 
 def shared_models(settings: Settings, chat: Chat) -> Models:
@@ -67,7 +66,7 @@ def shared_models(settings: Settings, chat: Chat) -> Models:
         return name
 
     options: dict[str, Any] = {"pad_id": chat.pad_id, "temperature": settings.sampling.temperature}
-    value_head = settings.critic.init == "value_head"
+    value_head = settings.advantage.needs_critic and settings.critic.init == "value_head"
     policy = Policy(
         shared,
         adapter=adapter("policy", settings.model if base_of(settings.model) else None),
@@ -82,8 +81,8 @@ def shared_models(settings: Settings, chat: Chat) -> Models:
     else:
         reference = Policy(load_causal(reference_path), **options)
         reference.requires_grad_(False)
-    critic: Policy | ScalarModel = policy
-    if not value_head:
+    critic: Policy | ScalarModel | None = policy if value_head else None
+    if settings.advantage.needs_critic and not value_head:
         start = critic_start(settings)
         if not same_model(start, base) and not on_base(start, base):
             raise ConfigError(
@@ -93,13 +92,11 @@ def shared_models(settings: Settings, chat: Chat) -> Models:
             )
         name = adapter("critic", start if on_base(start, base) else None)
         critic = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=zero_head(shared))
-    return Models(policy, reference, critic, load_rewards(settings, shared, base), base)
+    return Models(policy, reference, critic, _rewards(settings, shared, base), base)
 
 
-def on_base(path: str, base: str) -> bool:
-    """Whether the directory is an adapter of this base."""
-    other = base_of(path)
-    return other is not None and same_model(other, base)
+def _rewards(settings: Settings, shared: PreTrainedModel | None = None, base: str = "") -> CombinedReward:
+    return load_rewards(settings.rewards, token_budget=settings.token_budget, shared=shared, base=base)
 
 
 def critic_start(settings: Settings) -> str:
@@ -116,35 +113,3 @@ def critic_start(settings: Settings) -> str:
             fix="set critic.path to a reward model, or critic.init = 'policy'",
         )
     return path
-
-
-def load_rewards(
-    settings: Settings, shared: PreTrainedModel | None = None, base: str = ""
-) -> list[tuple[str, float, Reward]]:
-    """Name, weight and scorer of each reward; a name that comes again is numbered. A reward model that is an adapter
-    of the shared base becomes another adapter on it."""
-    loaded: list[tuple[str, float, Reward]] = []
-    for reward in settings.rewards:
-        name = registry.name_of("reward", type(reward))
-        earlier = sum(other.partition("_")[0] == name for other, _, _ in loaded)
-        name = f"{name}_{earlier + 1}" if earlier else name
-        if shared is not None and isinstance(reward, RewardModel) and on_base(reward.path, base):
-            scorer: Reward = shared_reward(shared, f"reward_{name}", reward.path, settings.token_budget)
-        else:
-            scorer = reward.load(token_budget=settings.token_budget)
-        loaded.append((name, reward.weight, scorer))
-    return loaded
-
-
-def shared_reward(shared: PreTrainedModel, name: str, path: str, token_budget: int) -> RewardModelScorer:
-    """A reward model as an adapter and a head on the shared base."""
-    weights = load_adapter(shared, name, path)
-    weight = weights["score.weight"]
-    head = nn.Linear(weight.shape[1], 1, bias="score.bias" in weights)
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        if head.bias is not None:
-            head.bias.copy_(weights["score.bias"])
-    chat = Chat(load_tokenizer(path))
-    model = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=head)
-    return RewardModelScorer(model, chat, token_budget=token_budget, shift=reward_facts(path).get("reward_shift", 0.0))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trimtab import worlds
@@ -18,19 +17,20 @@ from trimtab.data.trees import TokenTrees, TreeBatch, per, response_tree
 from trimtab.engines.local_generator import LocalGenerator
 from trimtab.engines.local_learner import LocalLearner
 from trimtab.errors import DataError
+from trimtab.math.advantages import Estimator
 from trimtab.math.losses.policy import EntropyBonus, KLPenalty
 from trimtab.math.losses.sft import SFTLoss
-from trimtab.math.rewards import RunningMoments, clip, missing_eos_penalty
-from trimtab.metrics import Mean, Metrics, mean_of, merge
+from trimtab.math.rewards import RunningMoments
 from trimtab.models.load import load_tokenizer
 from trimtab.models.roles import Policy, ScalarModel
-from trimtab.protocols import Generator, Learner, Loss, Reward
+from trimtab.protocols import Generator, Learner, Loss
+from trimtab.rewards.combined import CombinedReward
 from trimtab.rewards.gold import GoldScorer
 from trimtab.runs.run import Run
 from trimtab.stages.online_models import load_models
-from trimtab.stages.online_settings import Settings, Shaping
+from trimtab.stages.online_settings import Settings
 from trimtab.stages.supervised import Epochs
-from trimtab.types import Demonstration, Prompt, Rollout
+from trimtab.types import Demonstration, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class PolicyBatch(TreeBatch):
     """Rollouts with everything the losses read, complete before the first update; all [M]."""
 
     old_logprobs: Tensor = per("token")
+    correction: Tensor = per("token")
     ref_logprobs: Tensor = per("token")
     old_values: Tensor = per("token")
     advantages: Tensor = per("token")
@@ -46,17 +47,22 @@ class PolicyBatch(TreeBatch):
 
 @dataclass
 class OnlineState:
-    """What a run needs to go on bit for bit: learners, KL coefficient and running reward moments."""
+    """What a run needs to go on bit for bit: learners, KL coefficient, running reward moments and place in the data."""
 
     learners: Sequence[LocalLearner]
     kl_coef: float
     moments: RunningMoments
+    num_prompts_taken: int = 0
 
     def save(self, path: Path) -> None:
         """Write the state into the directory `path`."""
         for learner in self.learners:
             learner.save(path)
-        numbers = {"kl_coef": self.kl_coef, "moments": self.moments.state()}
+        numbers = {
+            "kl_coef": self.kl_coef,
+            "moments": self.moments.state(),
+            "num_prompts_taken": self.num_prompts_taken,
+        }
         (path / "state.json").write_text(json.dumps(numbers), encoding="utf-8")
 
     def load(self, path: Path) -> None:
@@ -66,43 +72,7 @@ class OnlineState:
         numbers = json.loads((path / "state.json").read_text(encoding="utf-8"))
         self.kl_coef = numbers["kl_coef"]
         self.moments = RunningMoments(**numbers["moments"])
-
-
-@dataclass(frozen=True)
-class Rewards:
-    """Several rewards added up with their weights, then shaped; every part is logged apart."""
-
-    parts: Sequence[tuple[str, float, Reward]]
-    shaping: Shaping
-    state: OnlineState
-    world: GoldScorer | None
-
-    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] shaped rewards. `reward/mean` is the reward before shaping."""
-        total = torch.zeros(len(rollouts))
-        logged: list[Metrics] = [self.world.score(rollouts)[1]] if self.world else []
-        for name, weight, reward in self.parts:
-            scores, metrics = reward.score(rollouts)
-            total += weight * scores
-            logged.append(metrics if len(self.parts) == 1 else {f"reward/{name}": mean_of(scores.tolist())})
-        metrics = merge(logged) | {
-            "reward/mean": Mean(float(total.double().sum()), len(total)),
-            "reward/std": Mean(float(total.std(correction=0)) * len(total), len(total)),
-        }
-        finished = torch.tensor([r.finish_reason == "stop" for r in rollouts])
-        shaped, shaping_metrics = self.shape(total, finished)
-        return shaped, metrics | shaping_metrics
-
-    def shape(self, rewards: Tensor, finished: Tensor) -> tuple[Tensor, Metrics]:
-        """[B] normalised, clipped and penalised, in that order."""
-        if self.shaping.normalize:
-            self.state.moments = self.state.moments.update(rewards)
-            rewards = self.state.moments.normalise(rewards, shift_mean=not self.shaping.scale_only)
-        clipped = torch.zeros(len(rewards), dtype=torch.bool)
-        if self.shaping.clip is not None:
-            rewards, clipped = clip(rewards, low=-self.shaping.clip, high=self.shaping.clip)
-        shaped = missing_eos_penalty(rewards, finished, self.shaping.missing_eos_penalty)
-        return shaped, {"reward/clipped_fraction": mean_of(clipped.tolist())}
+        self.num_prompts_taken = numbers["num_prompts_taken"]
 
 
 @dataclass(frozen=True)
@@ -113,11 +83,13 @@ class Parts:
     chat: Chat
     prompts: Sequence[Prompt]
     generator: Generator
-    rewards: Rewards
-    advantage: Any
+    greedy: Generator | None
+    """For advantages that compare with the likeliest reply."""
+    reward: CombinedReward
+    advantage: Estimator
     policy: Policy
     reference: Policy
-    critic: Policy | ScalarModel
+    critic: Policy | ScalarModel | None
     policy_learner: LocalLearner
     critic_learner: LocalLearner | None
     demonstrations: Sequence[Demonstration]
@@ -128,23 +100,24 @@ class Parts:
     counts: dict[str, int]
     """Prompts read, and those dropped because they are too long."""
 
-    def prompts_of(self, number: int) -> list[Prompt]:
-        """The prompts of a step: every prompt once before any comes again, each pass in an order of its own."""
-        return [
-            self.prompts[i] for i in self._passes(len(self.prompts), self.settings.prompts_per_step).examples(number)
-        ]
+    def take_prompts(self, num: int) -> list[Prompt]:
+        """The next prompts: every prompt once before any comes again, each pass in an order of its own."""
+        start = self.state.num_prompts_taken
+        self.state.num_prompts_taken += num
+        return [self.prompts[i] for i in self._passes(len(self.prompts), 1).take(start, start + num)]
 
     def losses_at(self, number: int) -> list[tuple[Learner, list[Loss]]]:
         """Who learns from a minibatch of this step, and by which losses."""
         settings = self.settings
+        averaged: Any = {"aggregation": settings.loss.aggregation, "length": settings.loss.length}
         policy: list[Loss] = [settings.loss]
         if settings.entropy_coef:
-            policy.append(EntropyBonus(coef=settings.entropy_coef, aggregation=settings.loss.aggregation))
+            policy.append(EntropyBonus(coef=settings.entropy_coef, **averaged))
         if settings.kl_in == "loss":
-            estimator = settings.kl_loss_estimator
-            policy.append(
-                KLPenalty(coef=self.state.kl_coef, estimator=estimator, aggregation=settings.loss.aggregation)
-            )
+            estimator: Any = settings.kl_estimator or "k3"  # the settings let only k2 and k3 into the loss
+            policy.append(KLPenalty(coef=self.state.kl_coef, estimator=estimator, **averaged))
+        if self.critic is None:
+            return [(self.policy_learner, policy)]
         if self.critic_learner is None:
             return [(self.policy_learner, [*policy, settings.critic.loss])]
         critic: tuple[Learner, list[Loss]] = (self.critic_learner, [settings.critic.loss])
@@ -187,21 +160,22 @@ def build_parts(settings: Settings, run: Run) -> Parts:
             where=settings.prompts,
             fix="raise sampling.max_prompt_tokens",
         )
-    models = load_models(settings, chat)
+    models, advantage = load_models(settings, chat), settings.advantage
     policy, critic = models.policy, models.critic
     updates = settings.num_steps * settings.num_epochs * settings.num_minibatches
     policy_learner = LocalLearner(
         policy, settings.optimizer, token_budget=settings.token_budget, num_updates=updates, name="policy"
     )
     critic_learner = None
-    if critic is not policy:
+    if critic is not None and critic is not policy:
         critic_learner = LocalLearner(
             critic, settings.critic.optimizer, token_budget=settings.token_budget, num_updates=updates, name="critic"
         )
-    for role in (policy, models.reference, critic):
+    trained = {policy, critic or policy}
+    for role in {*trained, models.reference}:
         role.precision = settings.precision
     if settings.checkpoint_activations:
-        for role in {policy, critic}:
+        for role in trained:
             role.checkpoint_activations()
     learners = [policy_learner] + ([critic_learner] if critic_learner else [])
     state = OnlineState(learners, settings.kl.initial, RunningMoments())
@@ -212,13 +186,9 @@ def build_parts(settings: Settings, run: Run) -> Parts:
         chat=chat,
         prompts=prompts,
         generator=LocalGenerator(policy, chat, settings.sampling),
-        rewards=Rewards(
-            models.rewards,
-            settings.shaping,
-            state,
-            world,
-        ),
-        advantage=settings.advantage,
+        greedy=LocalGenerator(policy, chat, replace(settings.sampling, top_k=1)) if advantage.needs_greedy else None,
+        reward=models.rewards,
+        advantage=advantage,
         policy=policy,
         reference=models.reference,
         base=models.base,

@@ -9,6 +9,7 @@ from trimtab.config import Choice
 from trimtab.engines.local_generator import Sampling
 from trimtab.engines.local_learner import AdamW
 from trimtab.math.advantages import GAE
+from trimtab.math.correction import SamplerCorrection
 from trimtab.math.kl import FixedKL
 from trimtab.math.losses.policy import PPO
 from trimtab.math.losses.value import ValueLoss
@@ -37,6 +38,21 @@ class Shaping:
         if self.missing_eos_penalty < 0:
             raise ValueError(
                 f"missing_eos_penalty = {self.missing_eos_penalty}; it is subtracted, so give it as positive"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicSampling:
+    """Groups without a signal, whose replies all have the same reward, are replaced by those of further prompts (DAPO:
+    Yu et al., arXiv:2503.14476, section 3.2)."""
+
+    max_rounds: int = 4
+    """Rounds of sampling in one step; what is missing after the last is counted."""
+
+    def __post_init__(self) -> None:
+        if self.max_rounds < 2:
+            raise ValueError(
+                f"max_rounds = {self.max_rounds}; groups can be replaced in a second round at the earliest"
             )
 
 
@@ -105,9 +121,9 @@ class Settings:
     kl: Annotated[Any, Choice("kl_controller")] = field(default_factory=lambda: FixedKL(coef=0.05))
     """The KL coefficient: fixed, or adapted to a target."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Whether the KL is subtracted from the reward of each token (k1) or added to the loss."""
-    kl_loss_estimator: Literal["k2", "k3"] = "k3"
-    """The estimator used when kl_in = "loss"."""
+    """Whether the KL is subtracted from the reward of each token or added to the loss."""
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] | None = None
+    """How it is estimated there; None is k1 in the reward and k3 in the loss. "exact" sums over the vocabulary."""
     critic: CriticSettings = field(default_factory=CriticSettings)
     """The value function."""
     entropy_coef: float = 0.0
@@ -116,8 +132,14 @@ class Settings:
     """PPO-ptx; None leaves it out."""
     whiten_rewards: bool = False
     """Divide the shaped token rewards of a batch by their deviation."""
-    whiten_advantages: bool = True
-    """Bring the advantages of a batch to mean 0 and deviation 1."""
+    on_failed_reward: Literal["stop", "drop"] = "stop"
+    """Stop at a reply that a reward could not judge, or leave it out and count it. It never counts as zero."""
+    skip_truncated: bool = False
+    """Leave replies that were cut off at max_new_tokens out of the update; they still count in their group's mean."""
+    dynamic_sampling: DynamicSampling | None = None
+    """Replace groups whose replies all have the same reward; None trains on them."""
+    correction: SamplerCorrection | None = None
+    """Weigh tokens by how the policy and the sampler differ; None requires that they agree."""
 
     sampling: Sampling = field(default_factory=Sampling)
     """How rollouts are drawn."""
@@ -162,6 +184,17 @@ class Settings:
             raise ValueError(
                 f"num_minibatches = {self.num_minibatches} with prompts_per_step = {self.prompts_per_step}: "
                 "a minibatch holds whole prompts"
+            )
+        if self.group_size == 1 and (self.advantage.needs_group or self.dynamic_sampling):
+            wanting = "dynamic_sampling" if self.dynamic_sampling else f"advantage {type(self.advantage).__name__}"
+            raise ValueError(
+                f"group_size = 1 with {wanting}, which compares the replies of a prompt with each other; "
+                "set group_size = 2 or more"
+            )
+        if self.kl_in == "loss" and self.kl_estimator in ("k1", "exact"):
+            raise ValueError(
+                f"kl_estimator = {self.kl_estimator!r} with kl_in = 'loss': the expected gradient of k1 as a loss is "
+                "zero, and that of k2 is the exact KL's; set kl_estimator = 'k2' or 'k3', or kl_in = 'reward'"
             )
         for name in ("prompts_per_step", "group_size", "num_steps", "num_epochs", "num_minibatches"):
             if getattr(self, name) < 1:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from trimtab.engines.local_generator import Sampling
 from trimtab.errors import EngineError
 from trimtab.evals.text import distinct_n
+from trimtab.math.correction import no_correction
 from trimtab.math.losses.value import explained_variance
-from trimtab.metrics import Mean, Metrics, Peak, mean_of
+from trimtab.metrics import Mean, Metrics, Peak, Total, mean_of, merge
 from trimtab.models.precision import Precision
 from trimtab.rewards.gold import GoldScorer
+from trimtab.stages.online_settings import Settings
 from trimtab.types import Rollout
 
 MAX_LOGPROB_DIFFERENCE: dict[Precision, float] = {"float32": 0.01, "bfloat16": 0.5}
@@ -22,25 +24,29 @@ in float32, from which a scorer in bfloat16 is a few hundredths away."""
 
 
 def rollout_metrics(
-    rollouts: Sequence[Rollout], old_logprobs: Tensor, *, sampling: Sampling, step: int, precision: Precision
-) -> Metrics:
-    """Lengths, ends and diversity of rollouts, and how far the sampler's log-probabilities are from the scorer's.
+    rollouts: Sequence[Rollout], old_logprobs: Tensor, sequence_ids: Tensor, settings: Settings, number: int
+) -> tuple[Tensor, Metrics]:
+    """[M] what each token's loss is multiplied by, and lengths, ends and diversity of rollouts, with how far the
+    sampler's log-probabilities are from the scorer's.
 
-    A difference above MAX_LOGPROB_DIFFERENCE raises EngineError, on the first step and on every other: training on it
-    would be off-policy without anyone knowing, and a copy of the weights may go stale at any step. Under top-p or top-k
-    the two are different distributions, and only the metric is kept.
+    Without a correction a difference above MAX_LOGPROB_DIFFERENCE raises EngineError, on the first step and on every
+    other: training on it would be off-policy without anyone knowing, and a copy of the weights may go stale at any
+    step. Under top-p or top-k the two are different distributions, and only the metric is kept.
     """
     sampled = torch.tensor([x for r in rollouts for x in r.logprobs])
     difference = float((sampled - old_logprobs).abs().max())
-    bound = MAX_LOGPROB_DIFFERENCE[precision]
-    if not sampling.truncates and not difference <= bound:
+    bound = MAX_LOGPROB_DIFFERENCE[settings.precision]
+    if settings.correction is None and not settings.sampling.truncates and not difference <= bound:
         raise EngineError(
             f"sampler and policy disagree by {difference:.3g} nats on the same token (bound: {bound})",
-            where=f"step {step}, before its updates",
-            fix="the sampler's weights, template or precision differ from the policy's; do not train on its samples",
+            where=f"step {number + 1}, before its updates",
+            fix="the sampler's weights, template or precision differ from the policy's; do not train on its samples, "
+            "or weigh them with [correction]",
         )
     num = len(rollouts)
-    return {
+    correction = settings.correction or no_correction
+    weights, corrected = correction(old_logprobs, sampled, sequence_ids, num)
+    return weights, corrected | {
         "rollout/length_mean": Mean(sum(len(r.response_ids) for r in rollouts), num),
         "rollout/truncated_fraction": Mean(sum(r.finish_reason == "length" for r in rollouts), num),
         "rollout/distinct_2": Mean(distinct_n([r.response for r in rollouts], 2), 1),
@@ -75,3 +81,21 @@ def rollout_rows(
             row["gold"] = world.world.gold(r.prompt, r.response).total
         rows.append(row)
     return rows
+
+
+class Clock:
+    """Seconds between laps, as `time/NAME_seconds`."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._laps: Metrics = {}
+
+    def lap(self, name: str) -> None:
+        """Ends the lap that began with the clock or the lap before; laps of one name add up."""
+        now = time.perf_counter()
+        self._laps = merge([self._laps, {f"time/{name}_seconds": Total(now - self._last)}])
+        self._last = now
+
+    def metrics(self) -> Metrics:
+        """Every lap."""
+        return self._laps

@@ -49,7 +49,11 @@ class Epochs:
 
     def examples(self, step: int) -> list[int]:
         """The example numbers of the step counted from 0."""
-        places = range(step * self.batch_size, min((step + 1) * self.batch_size, self._total))
+        return self.take(step * self.batch_size, min((step + 1) * self.batch_size, self._total))
+
+    def take(self, start: int, end: int) -> list[int]:
+        """The example numbers at these places of the whole run's order."""
+        places = range(start, end)
         orders = {epoch: self._order(epoch) for epoch in {p // self.num_examples for p in places}}
         return [orders[p // self.num_examples][p % self.num_examples] for p in places]
 

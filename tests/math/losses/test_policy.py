@@ -5,14 +5,18 @@ import pytest
 import torch
 
 from trimtab.math.losses.policy import (
+    CISPO,
+    GSPO,
     PPO,
     EntropyBonus,
     KLPenalty,
+    Reinforce,
     clipped_surrogate,
     entropy_bonus,
     kl_penalty,
     probability_ratio,
 )
+from trimtab.math.masking import mean_per_sequence
 from trimtab.metrics import merge
 from trimtab.registry import find
 
@@ -21,6 +25,8 @@ IDS = torch.arange(3).repeat_interleave(torch.tensor(LENGTHS))
 
 
 def batch_of(ids=IDS, num_sequences=3, **tensors):
+    if "old_logprobs" in tensors:
+        tensors = {"correction": torch.ones_like(tensors["old_logprobs"])} | tensors
     return SimpleNamespace(sequence_ids=ids, num_sequences=num_sequences, **tensors)
 
 
@@ -233,3 +239,77 @@ def test_ppo_is_found_by_the_name_a_run_file_gives():
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         PPO(**wrong)
+
+
+def test_a_constant_length_divides_by_it_whatever_the_lengths_are():
+    batch = batch_of(
+        torch.tensor([0, 1, 1, 1]), 2, old_logprobs=torch.zeros(4), advantages=-torch.tensor([8.0, 1.0, 2.0, 3.0])
+    )
+    loss_class = PPO(aggregation="constant_length", length=10)
+    loss, _ = loss_class(SimpleNamespace(logprobs=torch.zeros(4), entropy=None), batch)
+    assert loss.item() == 14.0
+    assert loss_class.weight(batch).item() == 20.0  # two replies of ten tokens, all of which count
+
+
+@pytest.mark.parametrize("wrong", [{"aggregation": "constant_length"}, {"length": 5}])
+def test_a_constant_length_and_its_number_belong_together(wrong):
+    with pytest.raises(ValueError, match="belong together"):
+        PPO(**wrong)
+
+
+def loss_and_gradient(loss_class, logprobs, batch):
+    leaf = logprobs.clone().requires_grad_()
+    loss, metrics = loss_class(SimpleNamespace(logprobs=leaf, entropy=None), batch)
+    (loss / loss_class.weight(batch)).backward()
+    return float(loss.detach() / loss_class.weight(batch)), leaf.grad, metrics
+
+
+def test_gspo_clips_whole_replies_by_their_mean_ratio():
+    # reply 0: log ratios 0.3 and -0.1, s = e^0.1 = 1.105, held at 1.05 for A = 1; reply 1: s = e^0.02, not held
+    logprobs = torch.tensor([0.3, -0.1, 0.02])
+    batch = batch_of(torch.tensor([0, 0, 1]), 2, old_logprobs=torch.zeros(3), advantages=torch.tensor([1.0, 1.0, -2.0]))
+    loss, gradient, metrics = loss_and_gradient(GSPO(clip_low=0.05, clip_high=0.05), logprobs, batch)
+    assert loss == pytest.approx((-1.05 + 2 * math.exp(0.02)) / 2)
+    torch.testing.assert_close(gradient, torch.tensor([0.0, 0.0, 2 * math.exp(0.02) / 2]))
+    assert metrics["policy/clip_fraction"].value == pytest.approx(2 / 3)
+
+
+def test_gspo_moves_every_token_of_a_reply_alike():
+    logprobs = torch.tensor([0.1, -0.1])
+    batch = batch_of(torch.tensor([0, 0]), 1, old_logprobs=torch.zeros(2), advantages=torch.ones(2))
+    _, gradient, _ = loss_and_gradient(GSPO(), logprobs, batch)
+    torch.testing.assert_close(gradient, torch.tensor([-0.5, -0.5]))
+
+
+def test_cispo_bounds_the_weight_and_keeps_the_gradient():
+    # ratios 4 and 1/2; weights min(4, 2) and 1/2; the loss is -weight * A * log pi
+    logprobs = torch.tensor([4.0, 0.5]).log()
+    batch = batch_of(torch.tensor([0, 0]), 1, old_logprobs=torch.zeros(2), advantages=torch.tensor([1.0, -1.0]))
+    loss, gradient, metrics = loss_and_gradient(CISPO(max_ratio=2.0), logprobs, batch)
+    assert loss == pytest.approx((-2 * math.log(4) + 0.5 * math.log(0.5)) / 2)
+    torch.testing.assert_close(gradient, torch.tensor([-1.0, 0.25]))
+    assert metrics["policy/clip_fraction"].value == 0.5
+
+
+def test_reinforce_is_the_plain_policy_gradient():
+    batch = batch_of(torch.tensor([0, 1]), 2, old_logprobs=torch.zeros(2), advantages=torch.tensor([2.0, -1.0]))
+    _, gradient, _ = loss_and_gradient(Reinforce(), torch.tensor([-0.7, -0.2]), batch)
+    torch.testing.assert_close(gradient, torch.tensor([-1.0, 0.5]))
+
+
+@pytest.mark.parametrize("loss_class", [PPO(), GSPO(), CISPO(), Reinforce()], ids=lambda c: type(c).__name__)
+def test_a_correction_multiplies_each_tokens_loss(loss_class):
+    logprobs, old, advantages, _ = example()
+    weights = torch.linspace(0, 2, len(logprobs))
+    num = int(IDS.max()) + 1
+    plain = batch_of(IDS, num, old_logprobs=old, advantages=advantages)
+    weighed = batch_of(IDS, num, old_logprobs=old, advantages=advantages, correction=weights)
+    _, gradient, _ = loss_and_gradient(loss_class, logprobs, weighed)
+    losses, _ = loss_class.token_losses(logprobs, plain)
+    per_token = losses * weights
+    expected = (
+        mean_per_sequence(per_token, IDS, num).sum() if loss_class.aggregation == "sequence_mean" else per_token.sum()
+    )
+    total, _ = loss_class(SimpleNamespace(logprobs=logprobs, entropy=None), weighed)
+    torch.testing.assert_close(total, expected)
+    assert gradient.isfinite().all()

@@ -57,7 +57,7 @@ class SequenceBatch(Protocol):
 
 
 class PolicyBatch(SequenceBatch, Protocol):
-    """Rollouts with what PPO needs."""
+    """Rollouts with what a policy loss reads."""
 
     @property
     def old_logprobs(self) -> Tensor:
@@ -67,6 +67,11 @@ class PolicyBatch(SequenceBatch, Protocol):
     @property
     def advantages(self) -> Tensor:
         """[M]"""
+        ...
+
+    @property
+    def correction(self) -> Tensor:
+        """[M] what each token's loss is multiplied by, where the sampler was not the policy; 1 where it was."""
         ...
 
 

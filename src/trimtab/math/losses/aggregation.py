@@ -1,4 +1,4 @@
-"""The two ways to average a per-token loss."""
+"""The three ways to average a per-token loss."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ from trimtab.math.losses import SequenceBatch
 from trimtab.math.masking import mean_per_sequence
 from trimtab.metrics import Mean, Metrics
 
-Aggregation = Literal["token_mean", "sequence_mean"]
-"""Every token counts the same, or every sequence does."""
+Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
+"""Every token counts the same; or every sequence does; or every token does, in a sum divided by sequences times a
+constant length, so that the lengths of the other replies do not matter (Dr. GRPO: Liu et al., arXiv:2503.20783)."""
 
 
 def terms(token_losses: Tensor, batch: SequenceBatch, aggregation: Aggregation) -> Tensor:
     """What is averaged: the token losses [M], or their mean over each sequence [B]."""
-    if aggregation == "token_mean":
+    if aggregation != "sequence_mean":
         return token_losses
     return mean_per_sequence(token_losses, batch.sequence_ids, batch.num_sequences)
 
 
-def num_terms(batch: SequenceBatch, aggregation: Aggregation) -> Tensor:
-    """How many `terms` there will be, as a float64 scalar."""
-    count = batch.sequence_ids.numel() if aggregation == "token_mean" else batch.num_sequences
-    return torch.tensor(count, dtype=torch.float64)
+def num_terms(batch: SequenceBatch, aggregation: Aggregation, length: int = 1) -> Tensor:
+    """What the sum of `terms` is divided by, as a float64 scalar; `length` is the constant of "constant_length"."""
+    counts = {
+        "token_mean": batch.sequence_ids.numel(),
+        "sequence_mean": batch.num_sequences,
+        "constant_length": batch.num_sequences * length,
+    }
+    return torch.tensor(counts[aggregation], dtype=torch.float64)
 
 
 def means(values: Mapping[str, Tensor]) -> Metrics:

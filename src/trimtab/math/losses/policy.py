@@ -1,4 +1,4 @@
-"""What moves the policy: the clipped surrogate, the entropy bonus, and KL as a loss."""
+"""What moves the policy: the surrogates, the entropy bonus, and KL as a loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from trimtab.math.kl import ESTIMATORS, MAX_LOG_RATIO, k3
 from trimtab.math.losses import PolicyBatch, ReferenceBatch, SequenceBatch, TokenOutputs
 from trimtab.math.losses.aggregation import Aggregation, means, num_terms, terms
-from trimtab.math.masking import at_least_float32
+from trimtab.math.masking import at_least_float32, mean_per_sequence
 from trimtab.metrics import Metrics
 from trimtab.registry import register
 
@@ -46,6 +46,30 @@ def clipped_surrogate(
     return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
 
 
+def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+    """[M] at each token the ratio of its whole sequence, the geometric mean of its tokens' (Zheng et al.,
+    arXiv:2507.18071, eq. 7).
+
+        s = exp(mean_t (log pi(a_t) - log pi_old(a_t)))
+    """
+    log_ratio = at_least_float32(logprobs) - at_least_float32(old_logprobs)
+    mean = mean_per_sequence(log_ratio, sequence_ids, num_sequences)
+    return mean.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()[sequence_ids]
+
+
+def held_by_clip(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """[M] where the clip stops the gradient: the ratio has gone far enough in the direction of its advantage."""
+    return ((ratio > 1 + high) & (advantages > 0)) | ((ratio < 1 - low) & (advantages < 0))
+
+
+def require_clips(low: float, high: float) -> None:
+    """Raises ValueError for bounds that leave no ratio."""
+    if not 0 < low <= 1:
+        raise ValueError(f"clip_low is {low}; it must lie in (0, 1]")
+    if not high > 0:
+        raise ValueError(f"clip_high is {high}; it must be above 0")
+
+
 def entropy_bonus(entropy: Tensor) -> Tensor:
     """Per-token loss that falls as the policy spreads out, [M]: `-entropy`, in nats."""
     return -at_least_float32(entropy)
@@ -60,58 +84,134 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: Literal["k2
     return ESTIMATORS[estimator](at_least_float32(logprobs) - at_least_float32(ref_logprobs))
 
 
-@register("policy_loss", "ppo")
 @dataclass(frozen=True, kw_only=True)
-class PPO:
-    """The clipped surrogate of `clipped_surrogate`."""
+class PolicyLoss:
+    """What every policy loss shares: how token losses are averaged and what is logged. A new one is its
+    `token_losses`."""
 
     coef: float = 1.0
     """Share in the sum of losses."""
+    aggregation: Aggregation = "token_mean"
+    """Average over all tokens of the update, over sequences of each one's token mean, or over a constant length."""
+    length: int | None = None
+    """The constant of aggregation = "constant_length": usually max_new_tokens."""
+
+    needs_entropy: ClassVar[bool] = True  # to log it: its collapse is the first sign of trouble
+
+    def __post_init__(self) -> None:
+        if (self.aggregation == "constant_length") != (self.length is not None):
+            raise ValueError(
+                f"aggregation = {self.aggregation!r} with length = {self.length}: the two belong together; "
+                "give length (usually max_new_tokens) with aggregation = 'constant_length' only"
+            )
+        if self.length is not None and self.length < 1:
+            raise ValueError(f"length = {self.length}; it must be at least 1")
+
+    def token_losses(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
+        """[M] the loss of each token, and where it is held: tokens that give no gradient, or a limited one (bool)."""
+        raise NotImplementedError
+
+    def weight(self, batch: SequenceBatch) -> Tensor:
+        return num_terms(batch, self.aggregation, self.length or 1)
+
+    def __call__(self, outputs: TokenOutputs, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
+        token_losses, held = self.token_losses(outputs.logprobs, batch)
+        losses = terms(token_losses * batch.correction, batch, self.aggregation)
+        with torch.no_grad():
+            logged = {
+                "policy/loss": losses,
+                "policy/clip_fraction": held,
+                "policy/approx_kl": k3(batch.old_logprobs - outputs.logprobs),
+                "policy/ratio_mean": probability_ratio(outputs.logprobs, batch.old_logprobs),
+            }
+        if outputs.entropy is not None:
+            logged["policy/entropy"] = outputs.entropy
+        return losses.sum(), means(logged)
+
+
+@register("policy_loss", "ppo")
+@dataclass(frozen=True, kw_only=True)
+class PPO(PolicyLoss):
+    """The clipped surrogate of `clipped_surrogate`. A `clip_high` above `clip_low` is DAPO's clip-higher (Yu et al.,
+    arXiv:2503.14476, section 3.1: 0.28 and 0.2), which lets unlikely tokens rise."""
+
     clip_low: float = 0.2
     """The ratio is held above 1 - clip_low."""
     clip_high: float = 0.2
     """The ratio is held below 1 + clip_high."""
     dual_clip: float | None = None
     """Ratios that weigh a negative advantage are held below this, if given; 3 in its paper."""
-    aggregation: Aggregation = "token_mean"
-    """Average over all tokens of the update, or over sequences of each one's token mean."""
-
-    needs_entropy: ClassVar[bool] = True  # to log it: its collapse is the first sign of trouble
 
     def __post_init__(self) -> None:
-        if not 0 < self.clip_low <= 1:
-            raise ValueError(f"clip_low is {self.clip_low}; it must lie in (0, 1]")
-        if not self.clip_high > 0:
-            raise ValueError(f"clip_high is {self.clip_high}; it must be above 0")
+        super().__post_init__()
+        require_clips(self.clip_low, self.clip_high)
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip is {self.dual_clip}; it must be above 1")
 
-    def weight(self, batch: SequenceBatch) -> Tensor:
-        return num_terms(batch, self.aggregation)
-
-    def __call__(self, outputs: TokenOutputs, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
-        token_losses = clipped_surrogate(
-            outputs.logprobs,
+    def token_losses(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
+        losses = clipped_surrogate(
+            logprobs,
             batch.old_logprobs,
             batch.advantages,
             low=self.clip_low,
             high=self.clip_high,
             dual_clip=self.dual_clip,
         )
-        losses = terms(token_losses, batch, self.aggregation)
-        with torch.no_grad():
-            ratio = probability_ratio(outputs.logprobs, batch.old_logprobs)
-            held_up = (ratio > 1 + self.clip_high) & (batch.advantages > 0)
-            held_down = (ratio < 1 - self.clip_low) & (batch.advantages < 0)
-            logged = {
-                "policy/loss": losses,
-                "policy/clip_fraction": held_up | held_down,
-                "policy/approx_kl": k3(batch.old_logprobs - outputs.logprobs),
-                "policy/ratio_mean": ratio,
-            }
-        if outputs.entropy is not None:
-            logged["policy/entropy"] = outputs.entropy
-        return losses.sum(), means(logged)
+        ratio = probability_ratio(logprobs.detach(), batch.old_logprobs)
+        return losses, held_by_clip(ratio, batch.advantages, self.clip_low, self.clip_high)
+
+
+@register("policy_loss", "gspo")
+@dataclass(frozen=True, kw_only=True)
+class GSPO(PolicyLoss):
+    """PPO's clip on the ratio of whole replies instead of tokens; see `sequence_ratio`."""
+
+    aggregation: Aggregation = "sequence_mean"
+    """Average over sequences of each one's token mean, over all tokens, or over a constant length."""
+    clip_low: float = 3e-4
+    """The sequence's ratio is held above 1 - clip_low."""
+    clip_high: float = 4e-4
+    """The sequence's ratio is held below 1 + clip_high."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_clips(self.clip_low, self.clip_high)
+
+    def token_losses(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
+        ratio = sequence_ratio(logprobs, batch.old_logprobs, batch.sequence_ids, batch.num_sequences)
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        losses = -torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
+        return losses, held_by_clip(ratio.detach(), batch.advantages, self.clip_low, self.clip_high)
+
+
+@register("policy_loss", "cispo")
+@dataclass(frozen=True, kw_only=True)
+class CISPO(PolicyLoss):
+    """REINFORCE with a truncated importance weight, so that no token loses its gradient (MiniMax, arXiv:2506.13585,
+    eq. 4): L_t = -sg(min(r_t, max_ratio)) * A_t * log pi(a_t)."""
+
+    max_ratio: float = 5.0
+    """Importance weights are held below this."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.max_ratio > 0:
+            raise ValueError(f"max_ratio is {self.max_ratio}; it must be above 0")
+
+    def token_losses(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
+        ratio = probability_ratio(logprobs.detach(), batch.old_logprobs)
+        losses = -ratio.clamp(max=self.max_ratio) * batch.advantages * at_least_float32(logprobs)
+        return losses, ratio > self.max_ratio
+
+
+@register("policy_loss", "reinforce")
+@dataclass(frozen=True, kw_only=True)
+class Reinforce(PolicyLoss):
+    """The plain policy gradient (Williams, 1992): L_t = -A_t * log pi(a_t). For one update on each batch of rollouts:
+    nothing corrects for a policy that has moved since."""
+
+    def token_losses(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
+        return -batch.advantages * at_least_float32(logprobs), torch.zeros_like(batch.sequence_ids, dtype=torch.bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +222,13 @@ class EntropyBonus:
     """Loss paid back for each nat of entropy."""
     aggregation: Aggregation = "token_mean"
     """As the policy loss's."""
+    length: int | None = None
+    """As the policy loss's."""
 
     needs_entropy: ClassVar[bool] = True
 
     def weight(self, batch: SequenceBatch) -> Tensor:
-        return num_terms(batch, self.aggregation)
+        return num_terms(batch, self.aggregation, self.length or 1)
 
     def __call__(self, outputs: TokenOutputs, batch: SequenceBatch) -> tuple[Tensor, Metrics]:
         assert outputs.entropy is not None, "the learner computes entropy for a loss with needs_entropy"
@@ -144,9 +246,11 @@ class KLPenalty:
     """See `kl_penalty`; k3 is GRPO's (Shao et al., arXiv:2402.03300, eq. 4)."""
     aggregation: Aggregation = "token_mean"
     """As the policy loss's."""
+    length: int | None = None
+    """As the policy loss's."""
 
     def weight(self, batch: SequenceBatch) -> Tensor:
-        return num_terms(batch, self.aggregation)
+        return num_terms(batch, self.aggregation, self.length or 1)
 
     def __call__(self, outputs: TokenOutputs, batch: ReferenceBatch) -> tuple[Tensor, Metrics]:
         token_losses = kl_penalty(outputs.logprobs, batch.ref_logprobs, estimator=self.estimator)

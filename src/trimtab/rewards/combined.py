@@ -1,0 +1,110 @@
+"""Several rewards added up with their weights: every part is logged apart, and what could not be judged is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trimtab import registry
+from trimtab.data.chat import Chat
+from trimtab.metrics import Mean, Metrics, Total, mean_of, merge
+from trimtab.models.adapters import load_adapter, on_base
+from trimtab.models.load import load_tokenizer, reward_facts
+from trimtab.models.roles import ScalarModel
+from trimtab.protocols import Reward
+from trimtab.rewards.model import RewardModel, RewardModelScorer
+from trimtab.types import Rollout
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the rewards."""
+
+    name: str
+    weight: float
+    reward: Reward
+
+
+@dataclass(frozen=True)
+class CombinedReward:
+    """The weighted sum of its parts."""
+
+    parts: Sequence[Part]
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
+        """[B] weighted sums, nan where a part could not judge; see `score_parts`."""
+        total, _, metrics = self.score_parts(rollouts)
+        return total, metrics
+
+    def score_parts(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, dict[str, Tensor], Metrics]:
+        """[B] weighted sums, and each part's own scores [B] by name before its weight; nan where it could not judge.
+
+        `reward/mean` and `reward/std` are of the sums as they are trained on; with several parts `reward/NAME` is the
+        mean of each. Means are over the replies that were judged, and `reward/NAME_failed` counts the others: a score
+        that is not a finite number is no score, and above all not zero.
+        """
+        by_name: dict[str, Tensor] = {}
+        logged: list[Metrics] = []
+        for part in self.parts:
+            scores, metrics = part.reward.score(rollouts)
+            judged = scores.isfinite()
+            by_name[part.name] = scores.float().masked_fill(~judged, torch.nan)
+            logged.append(metrics | {f"reward/{part.name}_failed": Total(int((~judged).sum()))})
+            if len(self.parts) > 1:
+                logged.append({f"reward/{part.name}": mean_of(scores[judged].tolist())})
+        total = torch.zeros(len(rollouts))
+        for part in self.parts:
+            total += part.weight * by_name[part.name]
+        known = total[total.isfinite()].double()
+        deviation = float(known.std(correction=0)) if len(known) else 0.0
+        return (
+            total,
+            by_name,
+            merge(logged)
+            | {
+                "reward/mean": Mean(float(known.sum()), len(known)),
+                "reward/std": Mean(deviation * len(known), len(known)),
+            },
+        )
+
+
+def load_rewards(
+    rewards: Sequence[Any], *, token_budget: int, shared: PreTrainedModel | None = None, base: str = ""
+) -> CombinedReward:
+    """The rewards of a run file, loaded; a name that comes again is numbered. A reward model that is an adapter of the
+    `shared` base becomes another adapter on it."""
+    parts = []
+    for name, reward in zip(_numbered(rewards), rewards, strict=True):
+        if shared is not None and isinstance(reward, RewardModel) and on_base(reward.path, base):
+            scorer: Reward = _on_shared_base(shared, f"reward_{name}", reward.path, token_budget)
+        else:
+            scorer = reward.load(token_budget=token_budget)
+        parts.append(Part(name, reward.weight, scorer))
+    return CombinedReward(parts)
+
+
+def _numbered(rewards: Sequence[Any]) -> Iterator[str]:
+    seen: dict[str, int] = {}
+    for reward in rewards:
+        name = registry.name_of("reward", type(reward))
+        seen[name] = seen.get(name, 0) + 1
+        yield name if seen[name] == 1 else f"{name}_{seen[name]}"
+
+
+def _on_shared_base(shared: PreTrainedModel, name: str, path: str, token_budget: int) -> RewardModelScorer:
+    """A reward model as an adapter and a head on the shared base."""
+    weights = load_adapter(shared, name, path)
+    weight = weights["score.weight"]
+    head = nn.Linear(weight.shape[1], 1, bias="score.bias" in weights)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        if head.bias is not None:
+            head.bias.copy_(weights["score.bias"])
+    chat = Chat(load_tokenizer(path))
+    model = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=head)
+    return RewardModelScorer(model, chat, token_budget=token_budget, shift=reward_facts(path).get("reward_shift", 0.0))
