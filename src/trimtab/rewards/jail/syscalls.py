@@ -1,0 +1,270 @@
+"""System calls that Python has no name for, and the filter that takes them away from sandboxed code."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import struct
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
+
+# Names to numbers: (x86_64, aarch64); None where the machine has no such call.
+_NUMBERS: dict[str, tuple[int | None, int | None]] = {
+    "acct": (163, 89),
+    "add_key": (248, 217),
+    "bpf": (321, 280),
+    "capset": (126, 91),
+    "chmod": (90, None),
+    "chown": (92, None),
+    "chroot": (161, 51),
+    "clone": (56, 220),
+    "clone3": (435, 435),
+    "delete_module": (176, 106),
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "fanotify_init": (300, 262),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "fchown": (93, 55),
+    "fchownat": (260, 54),
+    "fcntl": (72, 25),
+    "finit_module": (313, 273),
+    "fork": (57, None),
+    "fremovexattr": (199, 16),
+    "fsconfig": (431, 431),
+    "fsetxattr": (190, 7),
+    "fsmount": (432, 432),
+    "fsopen": (430, 430),
+    "fspick": (433, 433),
+    "futimesat": (261, None),
+    "init_module": (175, 105),
+    "io_setup": (206, 0),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "io_uring_setup": (425, 425),
+    "ioctl": (16, 29),
+    "ioperm": (173, None),
+    "iopl": (172, None),
+    "ioprio_set": (251, 30),
+    "kcmp": (312, 272),
+    "kexec_file_load": (320, 294),
+    "kexec_load": (246, 104),
+    "keyctl": (250, 219),
+    "kill": (62, 129),
+    "lchown": (94, None),
+    "lremovexattr": (198, 15),
+    "lsetxattr": (189, 6),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "migrate_pages": (256, 238),
+    "mount": (165, 40),
+    "mount_setattr": (442, 442),
+    "move_mount": (429, 429),
+    "move_pages": (279, 239),
+    "mq_open": (240, 180),
+    "msgget": (68, 186),
+    "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265),
+    "open_tree": (428, 428),
+    "perf_event_open": (298, 241),
+    "personality": (135, 92),
+    "pidfd_getfd": (438, 438),
+    "pidfd_open": (434, 434),
+    "pidfd_send_signal": (424, 424),
+    "pivot_root": (155, 41),
+    "prlimit64": (302, 261),
+    "process_madvise": (440, 440),
+    "process_mrelease": (448, 448),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "ptrace": (101, 117),
+    "quotactl": (179, 60),
+    "quotactl_fd": (443, 443),
+    "reboot": (169, 142),
+    "removexattr": (197, 14),
+    "request_key": (249, 218),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "sched_setaffinity": (203, 122),
+    "sched_setattr": (314, 274),
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
+    "semget": (64, 190),
+    "setns": (308, 268),
+    "setpriority": (141, 140),
+    "setxattr": (188, 5),
+    "shmget": (29, 194),
+    "socket": (41, 198),
+    "swapoff": (168, 225),
+    "swapon": (167, 224),
+    "syslog": (103, 116),
+    "tgkill": (234, 131),
+    "tkill": (200, 130),
+    "umount2": (166, 39),
+    "unshare": (272, 97),
+    "userfaultfd": (323, 282),
+    "utime": (132, None),
+    "utimensat": (280, 88),
+    "utimes": (235, None),
+    "vfork": (58, None),
+}
+# Beyond this number are calls that the filter does not know; they do not exist for sandboxed code.
+_NEWEST_KNOWN = 452
+
+_MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+"""Column of `_NUMBERS` and the kernel's name of the architecture."""
+
+# What no code under test needs: networks, other address spaces and views of the system, memory outside the limits.
+# fmt: off
+_NEVER = (
+    "acct", "add_key", "bpf", "chroot", "delete_module", "fanotify_init", "finit_module", "fsconfig", "fsmount",
+    "fsopen", "fspick", "init_module", "io_setup", "io_uring_enter", "io_uring_register", "io_uring_setup", "ioperm",
+    "iopl", "kcmp", "kexec_file_load", "kexec_load", "keyctl", "memfd_create", "memfd_secret", "migrate_pages", "mount",
+    "mount_setattr", "move_mount", "move_pages", "mq_open", "msgget", "name_to_handle_at", "open_by_handle_at",
+    "open_tree", "perf_event_open", "personality", "pidfd_getfd", "pivot_root", "process_madvise", "process_mrelease",
+    "process_vm_readv", "process_vm_writev", "ptrace", "quotactl", "quotactl_fd", "reboot", "request_key", "semget",
+    "setns", "shmget", "socket", "swapoff", "swapon", "syslog", "umount2", "unshare", "userfaultfd",
+)
+# Where the code shares the process table and the file tree of the user: no second process, no signal to another one,
+# nothing about a file or a process changed by name.
+_NEVER_IN_THE_OPEN = (
+    "chmod", "chown", "clone", "execve", "execveat", "fchmod", "fchmodat", "fchmodat2", "fchown", "fchownat", "fork",
+    "fremovexattr", "fsetxattr", "futimesat", "ioprio_set", "lchown", "lremovexattr", "lsetxattr", "pidfd_open",
+    "pidfd_send_signal", "removexattr", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "sched_setaffinity", "sched_setattr",
+    "sched_setparam", "sched_setscheduler", "setpriority", "setxattr", "tkill", "utime", "utimensat", "utimes", "vfork",
+)
+# fmt: on
+_NEW_NAMESPACES = 0x7E020000
+"""CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET."""
+_OWNER_COMMANDS = (8, 10, 15)
+"""F_SETOWN, F_SETSIG and F_SETOWN_EX: ways to have the kernel signal another process."""
+_OWNER_IOCTLS = (0x8901, 0x8902, 0x5412)
+"""FIOSETOWN and SIOCSPGRP, the same by ioctl, and TIOCSTI, which types into a terminal."""
+
+# Berkeley packet filter: load a word of the call's description, jump on equality and so on, return.
+_LOAD, _JEQ, _JGT, _JGE, _JSET, _RETURN = 0x20, 0x15, 0x25, 0x35, 0x45, 0x06
+_KILL, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
+_OF_NUMBER, _OF_MACHINE = 0, 4
+
+
+def call(name: str, *arguments: object) -> int:
+    """The result of a system call by name. Raises OSError, with ENOSYS on a machine that is not known."""
+    number = _number(name)
+    if number is None:
+        raise OSError(errno.ENOSYS, f"{name} on {platform.machine()}")
+    return _checked(name, _libc.syscall(number, *arguments))
+
+
+def prctl(option: int, *arguments: object) -> int:
+    """prctl(2). Raises OSError."""
+    padded = [*arguments, *[0] * (4 - len(arguments))]
+    return _checked("prctl", _libc.prctl(option, *[ctypes.c_ulong(a) if isinstance(a, int) else a for a in padded]))
+
+
+def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
+    """mount(2). Raises OSError."""
+    encoded = [text.encode() or None for text in (source, target, kind)]
+    _checked(f"mount {target}", _libc.mount(*encoded, ctypes.c_ulong(flags), options.encode() or None))
+
+
+def umount(target: str, flags: int) -> None:
+    """umount2(2). Raises OSError."""
+    _checked("umount", _libc.umount2(target.encode(), flags))
+
+
+def unshare(flags: int) -> None:
+    """unshare(2). Raises OSError."""
+    _checked("unshare", _libc.unshare(flags))
+
+
+def drop_capabilities() -> None:
+    """Gives up every capability of this process."""
+    header = struct.pack("Ii", 0x20080522, 0)
+    call("capset", header, bytes(24))
+
+
+def can_filter() -> bool:
+    """Whether `install_filter` knows this machine."""
+    return platform.machine() in _MACHINES
+
+
+def install_filter(*, in_the_open: bool) -> None:
+    """Takes dangerous system calls away from this process and whatever it starts, for good. Raises OSError.
+
+    `in_the_open` says that no namespace hides the user's processes and files: then there is no second process or
+    thread either, and signals go to the process itself only.
+    """
+    program = _program(in_the_open=in_the_open)
+    instructions = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+    buffer = ctypes.create_string_buffer(instructions)
+    described = struct.pack("HxxxxxxP", len(program), ctypes.addressof(buffer))
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    prctl(PR_SET_SECCOMP, 2, ctypes.c_char_p(described))
+
+
+def _program(*, in_the_open: bool) -> list[tuple[int, int, int, int]]:
+    _, machine = _MACHINES[platform.machine()]
+    program = [
+        (_LOAD, 0, 0, _OF_MACHINE),
+        (_JEQ, 1, 0, machine),
+        (_RETURN, 0, 0, _KILL),  # a 32-bit call would go by other numbers
+        (_LOAD, 0, 0, _OF_NUMBER),
+        (_JGT, 0, 1, _NEWEST_KNOWN),  # above are also the x32 calls
+        (_RETURN, 0, 0, _ERRNO | errno.ENOSYS),
+    ]
+    for name in _NEVER + (_NEVER_IN_THE_OPEN if in_the_open else ()):
+        program += _refuse(name, errno.EPERM)
+    program += _refuse("clone3", errno.ENOSYS)  # its flags lie in memory; libc then uses clone, whose flags can be seen
+    program += _refuse_if("clone", 0, [(_JSET, _NEW_NAMESPACES)])
+    program += _refuse_if("ioctl", 1, [(_JEQ, command) for command in _OWNER_IOCTLS])
+    if in_the_open:
+        program += _refuse_if("fcntl", 1, [(_JEQ, command) for command in _OWNER_COMMANDS])
+        for name in ("kill", "tgkill"):
+            program += _refuse_unless(name, 0, os.getpid())
+        program += _refuse_unless("prlimit64", 0, 0)
+    return [*program, (_RETURN, 0, 0, _ALLOW)]
+
+
+def _refuse(name: str, error: int) -> list[tuple[int, int, int, int]]:
+    number = _number(name)
+    return [(_JEQ, 0, 1, number), (_RETURN, 0, 0, _ERRNO | error)] if number is not None else []
+
+
+def _refuse_if(name: str, argument: int, tests: list[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
+    """Refuses the call when a test of the low word of its argument holds."""
+    number = _number(name)
+    if number is None:
+        return []
+    body = [(_LOAD, 0, 0, _of_argument(argument))]
+    for code, value in tests:
+        body += [(code, 0, 1, value), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
+    return [(_JEQ, 0, len(body), number), *body, (_LOAD, 0, 0, _OF_NUMBER)]
+
+
+def _refuse_unless(name: str, argument: int, value: int) -> list[tuple[int, int, int, int]]:
+    number = _number(name)
+    if number is None:
+        return []
+    body = [(_LOAD, 0, 0, _of_argument(argument)), (_JEQ, 1, 0, value), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
+    return [(_JEQ, 0, len(body), number), *body, (_LOAD, 0, 0, _OF_NUMBER)]
+
+
+def _of_argument(index: int) -> int:
+    return 16 + 8 * index
+
+
+def _number(name: str) -> int | None:
+    column = _MACHINES.get(platform.machine(), (None,))[0]
+    return None if column is None else _NUMBERS[name][column]
+
+
+def _checked(name: str, result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+    return result

@@ -1,0 +1,240 @@
+"""The process that builds the sandbox, starts what runs in it, and ends all of it.
+
+Started as `python -I -S -c "…; main()" SPEC` with its standard input open for as long as the sandbox is wanted. Its
+standard output is a report of JSON lines: the walls that stand, then how it ended; or an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from . import exam, layers, syscalls
+
+ENDED_BY_ITSELF, OUT_OF_TIME, NOT_WANTED, NO_WALLS, BROKEN = 0, 10, 11, 12, 13
+"""How the sandbox ended, as the warden's exit status."""
+
+_POLL_SECONDS = 0.25
+"""How late the end of the owner can be noticed where no file descriptor tells of a child's end."""
+
+
+def main() -> NoReturn:
+    """Runs the sandbox that `sys.argv[1]` describes and exits with one of the statuses above."""
+    spec = json.loads(sys.argv[1])
+    status = BROKEN
+    try:
+        status = _run(spec)
+    except OSError as error:
+        _report({"error": f"{type(error).__name__}: {error}"})
+    finally:
+        os._exit(status)
+
+
+def _run(spec: dict[str, Any]) -> int:
+    if sys.platform == "linux":
+        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+        syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
+        if os.getppid() != spec["owner"]:
+            return NOT_WANTED
+    readable = layers.readable_paths(spec["packages"])
+    walls, why_not = _build_walls(spec, readable)
+    _report({"walls": walls, "why_not": why_not})
+    if walls == "none" and not spec["allow_unisolated"]:
+        return NO_WALLS
+    if walls != "namespaces":
+        return _keep_watch(spec, walls, readable)
+    # What else the kernel counts: the watch, an examiner, and this process where it is the same user inside.
+    spec["num_others"] = 1 + (spec["mode"] == "exam") + (os.getuid() != 0)
+    first = os.fork()
+    if first == 0:
+        # As the first process of its world it takes the others with it when it ends, however it ends.
+        status = BROKEN
+        try:
+            layers.become_nobody()
+            layers.check_readable([os.path.dirname(json.__file__), *spec["packages"]])
+            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            status = _keep_watch(spec, walls, readable)
+        except OSError as error:
+            _report({"error": f"{type(error).__name__}: {error}"})
+        finally:
+            os._exit(status)
+    # Entering namespaces has reset it.
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) % 256
+
+
+def _build_walls(spec: dict[str, Any], readable: list[str]) -> tuple[str, list[str]]:
+    """The walls that stand now, or can be put up in a child; and what stood in the way of better ones."""
+    why_not: list[str] = []
+    if sys.platform != "linux":
+        return "none", [f"{sys.platform} has neither namespaces nor Landlock"]
+    if not syscalls.can_filter():
+        return "none", ["no filter of system calls for this processor"]
+    if "namespaces" in spec["walls"]:
+        try:
+            layers.enter_namespaces(spec["root"], readable, file_mb=spec["file_mb"])
+            return "namespaces", why_not
+        except OSError as error:
+            why_not.append(f"namespaces: {error}")
+    if "landlock" in spec["walls"]:
+        if layers.has_landlock():
+            os.chdir(spec["root"])
+            return "landlock", why_not
+        why_not.append("Landlock: the kernel has none, or one older than version 3 (Linux 6.2)")
+    return "none", why_not
+
+
+def _keep_watch(spec: dict[str, Any], walls: str, readable: list[str]) -> int:
+    """Starts the processes and ends them: when the one that matters has ended, the time is up, or the owner is gone."""
+    started = time.monotonic()
+    ours, theirs = socket.socketpair() if spec["mode"] == "exam" else (None, None)
+    processes = []
+    if ours is not None and theirs is not None:
+
+        def examine() -> None:
+            with os.fdopen(spec["tests"], encoding="utf-8") as file:
+                tests = json.load(file)
+            exam.run_examiner(tests, ours.fileno(), spec["verdict"])
+
+        def answer() -> None:
+            with os.fdopen(spec["code"], encoding="utf-8") as file:
+                source = file.read()
+            exam.run_candidate(source, theirs.fileno())
+
+        keep = [spec["tests"], spec["verdict"], ours.fileno()]
+        processes.append(_start(examine, spec, walls, readable, keep=keep))
+        processes.append(_start(answer, spec, walls, readable, keep=[spec["code"], theirs.fileno()]))
+        ours.close()
+        theirs.close()
+    else:
+        processes.append(_start(lambda: _run_program(spec), spec, walls, readable, keep=spec["program_files"]))
+    try:
+        return _wait(processes[0], started + spec["seconds"])
+    finally:
+        _end(processes, walls)
+
+
+def _start(work: Callable[[], None], spec: dict[str, Any], walls: str, readable: list[str], *, keep: list[int]) -> int:
+    process = os.fork()
+    if process:
+        return process
+    try:
+        os.setpgid(0, 0)
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(null, standard)
+        _close_all_but(keep)
+        if walls == "landlock":
+            layers.restrict_files(readable)
+            syscalls.drop_capabilities()
+        layers.set_limits(
+            cpu_seconds=math.ceil(spec["seconds"]) + 1,
+            memory_mb=spec["memory_mb"],
+            file_mb=spec["file_mb"],
+            # Without namespaces the kernel would count the user's own processes, and behind Landlock there can be no
+            # second process anyway.
+            num_processes=spec["num_processes"] + spec["num_others"] if walls == "namespaces" else None,
+        )
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        sys.path += spec["packages"]
+        if walls != "none":
+            syscalls.install_filter(in_the_open=walls == "landlock")
+        work()
+    finally:
+        os._exit(1)
+
+
+def _run_program(spec: dict[str, Any]) -> None:
+    """Runs the code as a script, its input and output where the owner has put them."""
+    code, given, output = spec["program_files"]
+    with os.fdopen(code, encoding="utf-8") as file:
+        source = file.read()
+    os.dup2(given, 0)
+    os.dup2(output, 1)
+    _close_all_but([])
+    status = 0
+    try:
+        exec(compile(source, "program.py", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BaseException:
+        status = 1
+    finally:
+        try:
+            sys.stdout.flush()
+        finally:
+            os._exit(status & 0xFF)
+
+
+def _wait(process: int, deadline: float) -> int:
+    """Waits for one process, the deadline or the end of standard input."""
+    try:
+        fd = os.pidfd_open(process)
+    except (OSError, AttributeError):
+        fd = -1
+    watched = [0, fd] if fd >= 0 else [0]
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return OUT_OF_TIME
+        ready, _, _ = select.select(watched, [], [], left if fd >= 0 else min(left, _POLL_SECONDS / 10))
+        if 0 in ready:
+            return NOT_WANTED
+        # WNOWAIT: it is reaped where everything else is.
+        if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return ENDED_BY_ITSELF
+
+
+def _end(processes: list[int], walls: str) -> None:
+    """Kills the processes and waits until they are gone. With namespaces the kernel does it when this process ends."""
+    if walls == "namespaces":
+        return
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+        if walls == "none":
+            _kill_group(process)
+    while True:
+        try:
+            os.waitpid(-1, 0 if walls == "landlock" else os.WNOHANG)
+        except ChildProcessError:
+            return
+        if walls == "none":
+            for child in _children():
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.01)
+
+
+def _kill_group(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process, signal.SIGKILL)
+
+
+def _children() -> list[int]:
+    """Children of this process, adopted ones among them, where the system tells."""
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            return [int(word) for word in file.read().split()]
+    except OSError:
+        return []
+
+
+def _close_all_but(kept: list[int]) -> None:
+    edges = [2, *sorted(kept), os.sysconf("SC_OPEN_MAX")]
+    for low, high in itertools.pairwise(edges):
+        os.closerange(low + 1, high)
+
+
+def _report(row: dict[str, Any]) -> None:
+    os.write(1, (json.dumps(row) + "\n").encode())

@@ -1,0 +1,210 @@
+"""Runs Python that nobody has read, in processes of their own that can reach nothing and are always ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from trimtab.errors import EngineError
+from trimtab.rewards.jail.warden import BROKEN, ENDED_BY_ITSELF, NO_WALLS, OUT_OF_TIME
+
+Walls = Literal["namespaces", "landlock", "none"]
+WALLS: tuple[Walls, ...] = ("namespaces", "landlock")
+
+# The warden runs without this package's imports: the folder is a package of its own there, looked for last.
+_HERE = str(Path(__file__).parent)
+_START = f"import sys; sys.path.append({_HERE!r}); from jail.warden import main; sys.path.pop(); main()"
+_GRACE_SECONDS = 10.0
+"""How much later than its own deadline the warden itself is ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one piece of code may use."""
+
+    seconds: float = 5.0
+    """Time by the clock, from start to end; processor time of each process is held a second or two above it."""
+    memory_mb: int = 512
+    """Address space of each process."""
+    num_processes: int = 4
+    """Processes and threads at a time, the first among them. All together may use so many times memory_mb."""
+    file_mb: int = 16
+    """Largest file, and all files together; also of what a program prints."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"seconds": 0.05, "memory_mb": 64, "num_processes": 1, "file_mb": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} = {getattr(self, name)}; it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What the examiner found."""
+
+    passed: tuple[bool, ...]
+    """One for each test; false for those that were not reached."""
+    message: str
+    """Why the first test failed, or ''."""
+    refused: str
+    """Why the tests cannot judge any code, or ''."""
+    timed_out: bool
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a program printed until it ended or was ended."""
+
+    stdout: str
+    timed_out: bool
+
+
+class Sandbox:
+    """Makes one sandbox for each piece of code. Its methods may be called from several threads."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        packages: Sequence[str] = (),
+        allow_unisolated: bool = False,
+        walls: Sequence[Walls] = WALLS,
+    ) -> None:
+        """`walls` are tried in order. Raises EngineError where none of them can be had and that is not allowed."""
+        self.limits = limits
+        self.packages = [str(Path(p).resolve()) for p in packages]
+        self.allow_unisolated = allow_unisolated
+        self.allowed_walls = list(walls)
+        self.walls: Walls = self._find_walls()
+
+    def examine(self, code: str, tests: Sequence[str], *, setup: str = "", entry_points: Sequence[str] = ()) -> Exam:
+        """Which of `tests` hold for what `code` defines. Raises EngineError where the sandbox itself failed."""
+        questions = {"tests": list(tests), "setup": setup, "entry_points": list(entry_points)}
+        with _file(code) as source, _file(json.dumps(questions)) as exam, _file("") as verdict:
+            files = {"code": source.fileno(), "tests": exam.fileno(), "verdict": verdict.fileno()}
+            status, _ = self._run({"mode": "exam", **files}, list(files.values()))
+            lines = [json.loads(line) for line in _read(verdict).splitlines()]
+        refused = next((line["message"] for line in lines if line["result"] == "refused"), "")
+        if not lines and status != OUT_OF_TIME:
+            raise EngineError(
+                "the examiner ended before it began",
+                where="the sandbox",
+                fix="raise memory_mb; the interpreter itself needs about 100",
+            )
+        passed = [line["result"] == "passed" for line in lines if line["result"] in ("passed", "failed")]
+        failures = [line["message"] for line in lines if line["result"] == "failed"]
+        unfinished = "" if len(passed) == len(tests) else "the code did not come back within its limits"
+        return Exam(
+            tuple(passed + [False] * (len(tests) - len(passed))),
+            failures[0] if failures else unfinished,
+            refused,
+            status == OUT_OF_TIME,
+        )
+
+    def run(self, code: str, stdin: str = "") -> Output:
+        """What `code` prints as a program. Raises EngineError where the sandbox itself failed."""
+        with _file(code) as source, _file(stdin) as given, _file("") as output:
+            files = [source.fileno(), given.fileno(), output.fileno()]
+            status, _ = self._run({"mode": "program", "program_files": files}, files)
+            return Output(_read(output), status == OUT_OF_TIME)
+
+    def _find_walls(self) -> Walls:
+        with _file("") as source, _file("") as given, _file("") as output:
+            files = [source.fileno(), given.fileno(), output.fileno()]
+            status, report = self._run({"mode": "program", "program_files": files}, files)
+        if status == NO_WALLS:
+            raise EngineError(
+                f"code cannot be run apart from your files and network here: {'; '.join(report['why_not'])}",
+                where="the sandbox",
+                fix="use Linux 6.2 or newer, or allow user namespaces (in a container, an unconfined seccomp profile); "
+                "or, where losing this machine and what it can reach is acceptable, set allow_unisolated = true",
+            )
+        walls: Walls = report["walls"]
+        return walls
+
+    def _run(self, work: dict[str, Any], files: list[int]) -> tuple[int, dict[str, Any]]:
+        root = tempfile.mkdtemp(prefix="trimtab-sandbox-")
+        limits = self.limits
+        spec = work | {
+            "owner": os.getpid(),
+            "root": root,
+            "packages": self.packages,
+            "walls": self.allowed_walls,
+            "allow_unisolated": self.allow_unisolated,
+            "seconds": limits.seconds,
+            "memory_mb": limits.memory_mb,
+            "num_processes": limits.num_processes,
+            "file_mb": limits.file_mb,
+        }
+        interpreter = os.path.realpath(sys.executable)
+        try:
+            with _file("") as report:
+                warden = subprocess.Popen(
+                    [interpreter, "-I", "-S", "-B", "-X", "utf8", "-c", _START, json.dumps(spec)],
+                    stdin=subprocess.PIPE,  # closed when this process ends, however it ends
+                    stdout=report,
+                    stderr=report,
+                    pass_fds=files,
+                    env={"HOME": "/work", "TMPDIR": "/work", "LANG": "C.UTF-8", "PATH": ""},
+                    cwd="/",
+                    start_new_session=True,
+                )
+                status = _wait(warden, limits.seconds + _GRACE_SECONDS)
+                said = _read(report)
+        finally:
+            shutil.rmtree(root, ignore_errors=True)
+        rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+        if status not in (ENDED_BY_ITSELF, OUT_OF_TIME, NO_WALLS) or not rows or "error" in rows[-1]:
+            raise EngineError(
+                f"the sandbox ended with status {status}: {said.strip()[-500:] or 'it said nothing'}",
+                where="the sandbox",
+                fix="if this machine is short of memory or processes, lower num_parallel"
+                if status == BROKEN
+                else "report this as a bug",
+            )
+        return status, rows[0]
+
+
+def _wait(warden: subprocess.Popen[bytes], seconds: float) -> int:
+    assert warden.stdin is not None
+    try:
+        if hasattr(os, "pidfd_open"):  # Popen.wait with a limit looks only every 50 ms
+            watch = os.pidfd_open(warden.pid)
+            try:
+                select.select([watch], [], [], seconds)
+            finally:
+                os.close(watch)
+            seconds = 0.0
+        return warden.wait(seconds)
+    except BaseException:
+        warden.stdin.close()  # asks it to end the sandbox
+        try:
+            warden.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            warden.kill()
+            warden.wait()
+        raise
+    finally:
+        warden.stdin.close()
+
+
+def _file(text: str) -> IO[bytes]:
+    """A file without a name that holds `text`, to be handed on."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
+    file.write(text.encode("utf-8", "surrogatepass"))
+    file.flush()
+    file.seek(0)
+    return file
+
+
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode("utf-8", "replace")
