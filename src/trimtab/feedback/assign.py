@@ -1,0 +1,263 @@
+"""Who gets which item next: leases with hard caps, and policies whose choices carry their probability.
+
+Every function here works on the connection of the store's only writer, so what it reads stays true until it writes.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy import Connection, Row
+
+from trimtab import seeds
+from trimtab.feedback import tables as t
+from trimtab.feedback.people import Person, give_back
+from trimtab.feedback.store import Store, append_audit
+
+_BLOCK = 8
+"""Pairs in a row with as many of each side on the left."""
+REASK_AFTER = 10
+"""Answers between an item and the same item with its sides swapped."""
+TAKES_A_PLACE = ("open", "done")
+"""States of a lease that count towards the cap of an item."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """An item given to one person for a while."""
+
+    id: int
+    token: str
+    item_id: int
+    person_id: int
+    purpose: str
+    state: str
+    standing: bool
+    shown_order: tuple[int, ...]
+    arm: str | None
+    propensity: float | None
+    draft: dict[str, Any]
+    opened_at: float
+    expires_at: float
+
+
+def lease_of(row: Row[Any]) -> Lease:
+    """The lease of a row of the table."""
+    return Lease(
+        row.id, row.token, row.item_id, row.person_id, row.purpose, row.state, row.standing, tuple(row.shown_order),
+        row.arm, row.propensity, dict(row.draft), row.opened_at, row.expires_at,
+    )  # fmt: skip
+
+
+def next_lease(store: Store, connection: Connection, person: Person) -> Lease | None:
+    """The open lease of the person, or a new one; None where there is nothing for them now.
+
+    In this order: what they have open, the quiz until it is decided, and then by chance a gold item, an earlier item
+    again, or one that still needs answers.
+    """
+    settings, now = store.project.settings, store.now()
+    reclaim(store, connection)
+    open_one = connection.execute(
+        sa.select(t.leases)
+        .where(t.leases.c.person_id == person.id, t.leases.c.state == "open")
+        .order_by(t.leases.c.opened_at.desc(), t.leases.c.id.desc())
+    ).first()  # several only after an undo, which puts the task in hand aside
+    if open_one is not None:
+        expires = now + settings.assignment.lease_minutes * 60
+        connection.execute(t.leases.update().where(t.leases.c.id == open_one.id).values(expires_at=expires))
+        return lease_of(open_one)
+    if person.state != "active" or reached_daily_limit(store, connection, person):
+        return None
+    position = connection.execute(
+        sa.select(sa.func.count()).select_from(t.leases).where(t.leases.c.person_id == person.id)
+    ).scalar_one()
+    random = seeds.generator(settings.assignment.seed, "assign", person.id, position)
+    if settings.qualification.questions and person.qualified is not True:
+        if person.qualified is False:
+            return None
+        quiz = _unseen(connection, person, "quiz", random)
+        return _lease(store, connection, person, quiz, "quiz", position) if quiz is not None else None
+    draw = random.random()
+    rates = settings.assignment
+    if draw < rates.gold_rate:
+        gold = _unseen(connection, person, "gold", random)
+        if gold is not None:
+            return _lease(store, connection, person, gold, "gold", position)
+    elif draw < rates.gold_rate + rates.reask_rate:
+        again = _earlier(connection, person, random)
+        if again is not None:
+            return _lease(store, connection, person, again, "reask", position)
+    return _from_queue(store, connection, person, position, random)
+
+
+def reclaim(store: Store, connection: Connection) -> int:
+    """Takes back leases that have run out; returns how many. One opened to change an answer leaves that answer."""
+    late = t.leases.update().where(t.leases.c.state == "open", t.leases.c.expires_at < store.now())
+    connection.execute(late.where(t.leases.c.standing).values(state="done", standing=False))
+    return give_back(connection, late, "expired")
+
+
+def eligible(store: Store, person: Person) -> sa.Select[Any]:
+    """The queue's items that this person can be given."""
+    met = sa.select(t.leases.c.id).where(
+        t.leases.c.person_id == person.id, t.leases.c.item_id == t.queue.c.item_id, t.leases.c.purpose == "task",
+        t.leases.c.state != "expired",
+    )  # fmt: skip
+    rows = sa.select(t.queue.c.item_id, t.queue.c.score, t.queue.c.taken, t.queue.c.arm).where(
+        t.queue.c.open, t.queue.c.taken < t.queue.c.cap, ~met.exists()
+    )
+    own_prompts = store.project.settings.assignment.own_prompts
+    if person.opted_out or not own_prompts:
+        rows = rows.join(t.items, t.items.c.id == t.queue.c.item_id)
+        rows = rows.where(~t.items.c.sensitive) if person.opted_out else rows
+        rows = rows if own_prompts else rows.where(t.items.c.author != person.name)
+    return rows.order_by(t.queue.c.item_id)
+
+
+def reached_daily_limit(store: Store, connection: Connection, person: Person) -> bool:
+    """Whether the person has answered as often as a day allows."""
+    limit = store.project.settings.assignment.max_per_day
+    if not limit:
+        return False
+    since = store.now() - 24 * 3600
+    mine = sa.select(sa.func.count()).select_from(t.votes).where(t.votes.c.person_id == person.id)
+    given = mine.where(t.votes.c.created_at > since, ~t.votes.c.choice.in_(("skip", "undone")))
+    return bool(connection.execute(given).scalar_one() >= limit)
+
+
+def _from_queue(
+    store: Store, connection: Connection, person: Person, position: int, random: np.random.Generator
+) -> Lease | None:
+    settings = store.project.settings.assignment
+    rows = connection.execute(eligible(store, person)).all()
+    if not rows:
+        return None
+    started = [row for row in rows if row.taken > 0]
+    if settings.finish_started and started:
+        rows = started
+        chosen = int(random.integers(len(rows)))
+        arm, propensity = rows[chosen].arm, None  # the choice of the item was made when it was begun
+    else:
+        scores = np.array([row.score for row in rows])
+        chosen, arm, propensity = choose(
+            scores, random, active=settings.policy != "random", random_arm=settings.random_arm,
+            temperature=settings.temperature,
+        )  # fmt: skip
+    item_id = rows[chosen].item_id
+    first = {"arm": arm, "propensity": propensity} if rows[chosen].arm is None else {}
+    connection.execute(t.queue.update().where(t.queue.c.item_id == item_id).values(taken=t.queue.c.taken + 1, **first))
+    return _lease(store, connection, person, item_id, "task", position, arm=arm, propensity=propensity)
+
+
+def choose(
+    scores: np.ndarray[Any, np.dtype[np.float64]],
+    random: np.random.Generator,
+    *,
+    active: bool,
+    random_arm: float,
+    temperature: float,
+) -> tuple[int, str, float]:
+    """The number of an item, the arm that chose it, and the probability with which it was the one.
+
+    With a policy the choice is a mixture: probability `random_arm` for a uniform one, else in proportion to
+    exp(score / temperature). The probability is that of the mixture, so that estimates weighted by its inverse are
+    unbiased whichever arm chose.
+    """
+    uniform = np.full(scores.size, 1 / scores.size)
+    if not active:
+        return int(random.integers(scores.size)), "random", float(uniform[0])
+    weights = np.exp((scores - scores.max()) / temperature)
+    wanted = weights / weights.sum()
+    arm = "random" if random.random() < random_arm else "active"
+    chosen = int(random.choice(scores.size, p=uniform if arm == "random" else wanted))
+    return chosen, arm, float(random_arm * uniform[chosen] + (1 - random_arm) * wanted[chosen])
+
+
+def _unseen(connection: Connection, person: Person, purpose: str, random: np.random.Generator) -> int | None:
+    met = sa.select(t.leases.c.item_id).where(t.leases.c.person_id == person.id, t.leases.c.state != "expired")
+    rows = sa.select(t.items.c.id).where(t.items.c.purpose == purpose, ~t.items.c.id.in_(met)).order_by(t.items.c.id)
+    if person.opted_out:
+        rows = rows.where(~t.items.c.sensitive)
+    found = connection.execute(rows).scalars().all()
+    return found[int(random.integers(len(found)))] if found else None
+
+
+def _earlier(connection: Connection, person: Person, random: np.random.Generator) -> int | None:
+    """A pair the person has judged a while ago and not yet been asked again."""
+    mine = sa.select(t.leases.c.item_id).where(t.leases.c.person_id == person.id)
+    again = mine.where(t.leases.c.purpose == "reask")
+    rows = (
+        mine.join(t.items)
+        .where(t.leases.c.purpose == "task", t.leases.c.state == "done", t.items.c.kind == "pairs")
+        .order_by(t.leases.c.position.desc())
+        .offset(REASK_AFTER)
+    )
+    found = [i for i in connection.execute(rows).scalars() if i not in set(connection.execute(again).scalars())]
+    return found[int(random.integers(len(found)))] if found else None
+
+
+def _lease(
+    store: Store,
+    connection: Connection,
+    person: Person,
+    item_id: int,
+    purpose: str,
+    position: int,
+    *,
+    arm: str | None = None,
+    propensity: float | None = None,
+) -> Lease:
+    now, settings = store.now(), store.project.settings.assignment
+    num = len(connection.execute(sa.select(t.items.c.replies).where(t.items.c.id == item_id)).scalar_one())
+    kind = connection.execute(sa.select(t.items.c.kind).where(t.items.c.id == item_id)).scalar_one()
+    if purpose == "reask":
+        before = sa.select(t.leases.c.shown_order).where(
+            t.leases.c.person_id == person.id, t.leases.c.item_id == item_id, t.leases.c.purpose == "task"
+        )
+        order = list(reversed(connection.execute(before).scalar_one()))
+    else:
+        order = shown_order(settings.seed, person.id, position, num, kind)
+    values = {
+        "token": secrets.token_urlsafe(18),
+        "purpose": purpose,
+        "state": "open",
+        "standing": False,
+        "position": position,
+        "shown_order": order,
+        "arm": arm,
+        "propensity": propensity,
+        "draft": {},
+        "opened_at": now,
+        "expires_at": now + settings.lease_minutes * 60,
+    }
+    # One that ran out before is taken up again: there is one lease for each person, item and purpose.
+    here = (t.leases.c.person_id == person.id) & (t.leases.c.item_id == item_id) & (t.leases.c.purpose == purpose)
+    if connection.execute(t.leases.update().where(here).values(**values)).rowcount == 0:
+        connection.execute(t.leases.insert().values(item_id=item_id, person_id=person.id, created_at=now, **values))
+    return lease_of(connection.execute(sa.select(t.leases).where(here)).one())
+
+
+def shown_order(seed: int, person_id: int, position: int, num: int, kind: str) -> list[int]:
+    """The places of the replies in the order in which this person sees them.
+
+    Of each eight pairs in a row four are shown either way round, in an order nobody can guess. Steps keep theirs.
+    """
+    if kind == "pairs":
+        sides = np.array([0, 1] * (_BLOCK // 2))
+        seeds.generator(seed, "sides", person_id, position // _BLOCK).shuffle(sides)
+        first = int(sides[position % _BLOCK])
+        return [first, 1 - first]
+    if kind == "ranking":
+        return [int(i) for i in seeds.generator(seed, "order", person_id, position).permutation(num)]
+    return list(range(num))
+
+
+def set_open(store: Store, is_open: bool, *, actor: int | None = None) -> None:
+    """Opens or pauses the whole queue; what people have in hand they may finish."""
+    with store.write() as connection:
+        connection.execute(t.queue.update().values(open=is_open))
+        append_audit(connection, store.now(), actor, "queue", "", {"open": is_open})

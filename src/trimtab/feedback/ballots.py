@@ -1,0 +1,335 @@
+"""Voting: an answer becomes a row that is never changed. Undo, edits and adjudications are further rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, Row
+
+from trimtab.errors import DataError
+from trimtab.feedback import tables as t
+from trimtab.feedback.answers import TAXONOMY, Answer, agrees, check, restored
+from trimtab.feedback.assign import Lease, lease_of
+from trimtab.feedback.people import Person
+from trimtab.feedback.store import Store, append_audit, guideline, row_digest, writing_digest
+from trimtab.feedback.webhooks import notify
+
+MAX_UNDO = 20
+"""How many of one's last answers can be taken back."""
+NEW_STREAK_AFTER = 600.0
+"""Seconds without an answer that count as a break."""
+JUDGED = ("A", "B", "tie", "both_bad", "done")
+"""Choices that say something of the replies."""
+
+
+class Late(DataError):
+    """An answer that came after its lease ran out and the item got its answers from others."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of an answer that was sent."""
+
+    vote_id: int
+    duplicate: bool
+    """The same answer was stored before: nothing was added."""
+    right: bool | None = None
+    """Of a quiz question: whether it agreed with the expected answer."""
+
+
+def vote(store: Store, person: Person, token: str, answer: Answer) -> Receipt:
+    """Stores an answer to the item of a lease; sent again it is the same answer, not another.
+
+    Raises DataError for an answer to something else than was asked or a lease that is not the person's, and Late.
+    """
+    task, now = store.project.settings.task, store.now()
+    with store.write() as connection:
+        known = connection.execute(sa.select(t.votes.c.id, t.votes.c.person_id).where(t.votes.c.key == token)).first()
+        if known is not None and known.person_id == person.id:
+            return Receipt(known.id, duplicate=True)
+        found = connection.execute(
+            sa.select(t.leases).where(t.leases.c.token == token, t.leases.c.person_id == person.id)
+        ).first()
+        if found is None:
+            raise DataError("this task is not in your hands", where="the answer", fix="go on with the next one")
+        lease = lease_of(found)
+        item = connection.execute(sa.select(t.items).where(t.items.c.id == lease.item_id)).one()
+        answer = check(answer, kind=item.kind, num_replies=len(item.replies), task=task)
+        if lease.state == "expired":
+            _take_place_again(connection, lease)
+        elapsed = max(0.0, now - lease.opened_at)
+        seconds = elapsed if answer.seconds is None else min(answer.seconds, elapsed)
+        before = latest(connection, person.id, item.id, lease.purpose)
+        vote_id = _add(
+            store,
+            connection,
+            person,
+            item,
+            answer,
+            lease_id=lease.id,
+            purpose=lease.purpose,
+            shown_order=list(lease.shown_order),
+            seconds=seconds,
+            key=token,
+            replaces=before.id if before is not None else None,
+            arm=lease.arm,
+            propensity=lease.propensity,
+        )
+        state = "skipped" if answer.choice == "skip" else "done"
+        here = t.leases.update().where(t.leases.c.id == lease.id)
+        connection.execute(here.values(state=state, standing=False, draft={}))
+        if lease.purpose == "task":
+            if state == "skipped":
+                _places(connection, item.id, -1)
+            _tell_if_done(store, connection, item)
+        _count_streak(connection, person, now)
+        right = None
+        if lease.purpose == "quiz":
+            right = agrees(answer, item.gold)
+            _decide_quiz(store, connection, person)
+        notify(store, connection, "vote", {"vote": vote_id, "item": item.sha256, "person": person.id})
+    return Receipt(vote_id, duplicate=False, right=right)
+
+
+def save_draft(store: Store, person: Person, token: str, draft: Mapping[str, Any]) -> bool:
+    """Keeps an unfinished answer, to go on with anywhere; False where the task is no longer open."""
+    with store.write() as connection:
+        here = t.leases.update().where(
+            t.leases.c.token == token, t.leases.c.person_id == person.id, t.leases.c.state == "open"
+        )
+        return connection.execute(here.values(draft=dict(draft))).rowcount == 1
+
+
+def undo(store: Store, person: Person) -> Lease:
+    """Takes back the person's last answer and gives its task back to them. Raises DataError where that cannot be."""
+    with store.write() as connection:
+        mine = sa.select(t.votes).where(t.votes.c.person_id == person.id, t.votes.c.purpose != "adjudication")
+        recent = connection.execute(mine.order_by(t.votes.c.id.desc()).limit(2 * MAX_UNDO)).all()
+        for row in recent:
+            if row.choice == "undone" or latest(connection, person.id, row.item_id, row.purpose).id != row.id:  # type: ignore[union-attr]
+                continue
+            return _reopen(store, connection, person, row, withdraw=True)
+    raise DataError("there is nothing to take back", where="undo", fix="go on with the next task")
+
+
+def reopen(store: Store, person: Person, vote_id: int) -> Lease:
+    """Opens one's own answer to change it; it stands until the new one is given. Raises DataError as `undo` does."""
+    with store.write() as connection:
+        row = connection.execute(
+            sa.select(t.votes).where(t.votes.c.id == vote_id, t.votes.c.person_id == person.id)
+        ).first()
+        newest = None if row is None else latest(connection, person.id, row.item_id, row.purpose)
+        if row is None or newest is None or newest.id != row.id or row.choice == "undone":
+            raise DataError("this answer cannot be changed", where="your answers", fix="open its newest version")
+        return _reopen(store, connection, person, row, withdraw=False)
+
+
+def adjudicate(store: Store, person: Person, item_id: int, answer: Answer, *, key: str) -> Receipt:
+    """Stores a decision about an item beside its votes, which stay as they are. From then on they cannot be edited."""
+    with store.write() as connection:
+        known = connection.execute(sa.select(t.votes.c.id).where(t.votes.c.key == key)).first()
+        if known is not None:
+            return Receipt(known.id, duplicate=True)
+        item = connection.execute(sa.select(t.items).where(t.items.c.id == item_id)).first()
+        if item is None:
+            raise DataError(f"there is no item {item_id}", where="the adjudication", fix="choose one from the queue")
+        if answer.taxonomy not in TAXONOMY:
+            raise DataError("no cause was chosen", where="the adjudication", fix=f"choose {', '.join(TAXONOMY)}")
+        if answer.choice == "skip":
+            raise DataError("an adjudication decides", where="the adjudication", fix="choose an answer")
+        answer = check(answer, kind=item.kind, num_replies=len(item.replies), task=store.project.settings.task)
+        before = latest(connection, person.id, item.id, "adjudication")
+        vote_id = _add(
+            store,
+            connection,
+            person,
+            item,
+            answer,
+            purpose="adjudication",
+            shown_order=[],
+            seconds=answer.seconds,
+            key=key,
+            replaces=before.id if before is not None else None,
+        )
+        notify(store, connection, "adjudicated", {"vote": vote_id, "item": item.sha256})
+    return Receipt(vote_id, duplicate=False)
+
+
+def latest(connection: Connection, person_id: int, item_id: int, purpose: str) -> Row[Any] | None:
+    """The newest row of a person on an item: the one that counts."""
+    return connection.execute(
+        sa.select(t.votes)
+        .where(t.votes.c.person_id == person_id, t.votes.c.item_id == item_id, t.votes.c.purpose == purpose)
+        .order_by(t.votes.c.id.desc())
+        .limit(1)
+    ).first()
+
+
+def insert_vote(
+    connection: Connection, at: float, values: Mapping[str, Any], *, rationale: str = "", text: str = ""
+) -> int:
+    """Adds a row to the votes with what was written, and logs its hash; returns its number."""
+    writing = writing_digest(rationale, text) if rationale or text else None
+    key = connection.execute(
+        t.votes.insert().values(**values, writing_sha256=writing, created_at=at)
+    ).inserted_primary_key
+    assert key is not None
+    if writing is not None:
+        connection.execute(t.writings.insert().values(vote_id=key[0], rationale=rationale, text=text))
+    row = connection.execute(sa.select(t.votes).where(t.votes.c.id == key[0])).one()
+    append_audit(connection, at, row.person_id, "vote", row.id, {"sha256": row_digest(row)})
+    return int(row.id)
+
+
+def _add(
+    store: Store,
+    connection: Connection,
+    person: Person,
+    item: Row[Any],
+    answer: Answer,
+    *,
+    purpose: str,
+    shown_order: list[int],
+    seconds: float | None,
+    key: str,
+    replaces: int | None,
+    lease_id: int | None = None,
+    arm: str | None = None,
+    propensity: float | None = None,
+) -> int:
+    replies = [reply["sha256"] for reply in item.replies]
+    pair = item.kind == "pairs"
+    values = {
+        "item_id": item.id,
+        "person_id": person.id,
+        "lease_id": lease_id,
+        "purpose": purpose,
+        "choice": answer.choice,
+        "strength": answer.strength,
+        "item_a": replies[0] if replies else "",
+        "item_b": replies[1] if pair else "",
+        "shown_left": "AB"[shown_order[0]] if pair and shown_order else None,
+        "shown_order": shown_order,
+        "answer": answer.stored(),
+        "seconds": seconds,
+        "guideline_version": guideline(connection).version,
+        "key": key,
+        "replaces": replaces,
+        "arm": arm,
+        "propensity": propensity,
+    }
+    return insert_vote(connection, store.now(), values, rationale=answer.rationale, text=answer.text)
+
+
+def _reopen(store: Store, connection: Connection, person: Person, row: Row[Any], *, withdraw: bool) -> Lease:
+    import secrets
+
+    if row.purpose == "quiz":
+        raise DataError("quiz answers cannot be changed", where="your answers", fix="go on with the next task")
+    decided = sa.select(t.votes.c.id).where(t.votes.c.item_id == row.item_id, t.votes.c.purpose == "adjudication")
+    if connection.execute(decided).first() is not None:
+        raise DataError("this answer is locked: the item was adjudicated", where="your answers", fix="go on")
+    if row.choice == "skip" and row.purpose == "task" and not _has_place(connection, row.item_id):
+        raise DataError("others have answered it meanwhile", where="your answers", fix="go on with the next task")
+    if row.choice == "skip" and row.purpose == "task":
+        _places(connection, row.item_id, +1)
+    item = connection.execute(sa.select(t.items).where(t.items.c.id == row.item_id)).one()
+    lease = connection.execute(sa.select(t.leases).where(t.leases.c.id == row.lease_id)).one()
+    written = connection.execute(sa.select(t.writings).where(t.writings.c.vote_id == row.id)).first()
+    answer = restored(row._mapping, written.rationale if written else "", written.text if written else "")
+    if withdraw:
+        _add(
+            store,
+            connection,
+            person,
+            item,
+            Answer(choice="undone"),
+            lease_id=lease.id,
+            purpose=row.purpose,
+            shown_order=list(lease.shown_order),
+            seconds=None,
+            key=f"undo-{row.id}",
+            replaces=row.id,
+        )
+    now = store.now()
+    values = {
+        "token": secrets.token_urlsafe(18),
+        "state": "open",
+        "standing": not withdraw and row.choice != "skip",
+        "draft": draft_of(answer),
+        "opened_at": now,
+        "expires_at": now + store.project.settings.assignment.lease_minutes * 60,
+    }
+    connection.execute(t.leases.update().where(t.leases.c.id == lease.id).values(**values))
+    return lease_of(connection.execute(sa.select(t.leases).where(t.leases.c.id == lease.id)).one())
+
+
+def draft_of(answer: Answer) -> dict[str, Any]:
+    """An answer as the draft that a page begins with."""
+    return {k: v for k, v in asdict(answer).items() if v not in (None, "", (), {}) and k != "seconds"}
+
+
+def _take_place_again(connection: Connection, lease: Lease) -> None:
+    if lease.purpose != "task":
+        return
+    if not _has_place(connection, lease.item_id):
+        raise Late(
+            "this one took longer than it is kept for, and others have answered it meanwhile",
+            where="the answer",
+            fix="go on with the next one; nothing else was lost",
+        )
+    _places(connection, lease.item_id, +1)
+
+
+def _has_place(connection: Connection, item_id: int) -> bool:
+    row = connection.execute(sa.select(t.queue).where(t.queue.c.item_id == item_id)).one()
+    return bool(row.taken < row.cap)
+
+
+def _places(connection: Connection, item_id: int, change: int) -> None:
+    here = t.queue.update().where(t.queue.c.item_id == item_id)
+    connection.execute(here.values(taken=t.queue.c.taken + change))
+
+
+def _tell_if_done(store: Store, connection: Connection, item: Row[Any]) -> None:
+    state = connection.execute(sa.select(t.queue).where(t.queue.c.item_id == item.id)).one()
+    answered = sa.select(sa.func.count()).select_from(t.leases).join(t.people)
+    answered = answered.where(
+        t.leases.c.item_id == item.id,
+        t.leases.c.purpose == "task",
+        t.leases.c.state == "done",
+        t.people.c.state != "banned",
+    )
+    if connection.execute(answered).scalar_one() == state.cap:
+        notify(store, connection, "item_done", {"item": item.sha256, "answers": state.cap})
+
+
+def _count_streak(connection: Connection, person: Person, now: float) -> None:
+    row = connection.execute(sa.select(t.people).where(t.people.c.id == person.id)).one()
+    rested = row.last_vote_at is None or now - row.last_vote_at > NEW_STREAK_AFTER
+    values = {"last_vote_at": now, "streak_since": now if rested else row.streak_since}
+    connection.execute(t.people.update().where(t.people.c.id == person.id).values(**values))
+
+
+def _decide_quiz(store: Store, connection: Connection, person: Person) -> None:
+    """Passes or fails the person once every question of the quiz is answered."""
+    settings = store.project.settings.qualification
+    rows = connection.execute(
+        sa.select(t.votes, t.items.c.gold)
+        .join(t.items)
+        .where(t.votes.c.person_id == person.id, t.votes.c.purpose == "quiz")
+    ).all()
+    available = connection.execute(
+        sa.select(sa.func.count()).select_from(t.items).where(t.items.c.purpose == "quiz")
+    ).scalar_one()
+    needed = min(settings.questions, available)
+    if len(rows) < needed:
+        return
+    right = sum(agrees(restored(row._mapping), row.gold) for row in rows)
+    passed = right / len(rows) >= settings.pass_mark
+    connection.execute(t.people.update().where(t.people.c.id == person.id).values(qualified=passed))
+    detail = {"right": right, "questions": len(rows), "passed": passed}
+    append_audit(connection, store.now(), person.id, "quiz", person.id, detail)

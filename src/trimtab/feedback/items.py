@@ -1,0 +1,250 @@
+"""Items: what is judged. Never changed once added; equal content is one item."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, Row
+
+from trimtab.errors import DataError
+from trimtab.feedback import tables as t
+from trimtab.feedback.project import Kind, Policy
+from trimtab.feedback.store import Store, append_audit, checked_text, digest, row_digest
+from trimtab.types import JsonDict, Prompt, from_dict, to_dict
+
+Purpose = Literal["task", "gold", "quiz"]
+NUM_REPLIES: Mapping[Kind, tuple[int, int]] = {
+    "pairs": (2, 2),
+    "ranking": (2, 9),
+    "rating": (1, 1),
+    "steps": (1, 200),
+    "demonstration": (0, 0),
+    "edit": (1, 1),
+}
+"""Fewest and most replies of an item of each kind; the "replies" of a steps item are its steps."""
+_CHUNK = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewReply:
+    """A reply and where it came from: model, checkpoint, sampling parameters, seed, or a person. Never shown."""
+
+    text: str
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewItem:
+    """An item to add."""
+
+    kind: Kind
+    prompt: Prompt
+    replies: tuple[NewReply, ...]
+    purpose: Purpose = "task"
+    gold: Mapping[str, Any] = field(default_factory=dict)
+    """The expected answer of a gold or quiz item, such as {"choice": "A"}."""
+    slice: str = ""
+    """A part of the data that is looked at by itself."""
+    sensitive: bool = False
+    """May be opted out of."""
+    author: str = ""
+    scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Scores of the replies by reward model."""
+    given: float = 0.0
+    """The score of the policy "given"."""
+
+    def refuse(self, where: str) -> None:
+        """Raises DataError for an item that cannot be asked."""
+        fewest, most = NUM_REPLIES[self.kind]
+        if not fewest <= len(self.replies) <= most:
+            wanted = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+            raise DataError(
+                f"{len(self.replies)} replies where {self.kind} needs {wanted}",
+                where=where,
+                fix="give that many, or set [task] kind to what the file holds",
+            )
+        for text in (*(m.content for m in self.prompt.messages), *(r.text for r in self.replies)):
+            checked_text(text, where=where)
+        if any(not r.text.strip() for r in self.replies):
+            raise DataError("an empty reply", where=where, fix="remove the row, or the reply")
+        if self.kind in ("pairs", "ranking") and len({r.text for r in self.replies}) < len(self.replies):
+            raise DataError("the same reply twice", where=where, fix="remove one of them; nobody can choose")
+        if self.purpose != "task" and not self.gold:
+            raise DataError(f"a {self.purpose} item without an expected answer", where=where, fix="add a column 'gold'")
+        for name, scores in self.scores.items():
+            if len(scores) != len(self.replies) or not all(math.isfinite(s) for s in scores):
+                raise DataError(
+                    f"{name!r} gives {list(scores)!r} for {len(self.replies)} replies",
+                    where=where,
+                    fix="give one finite score for each reply",
+                )
+        if not math.isfinite(self.given):
+            raise DataError(f"the score {self.given!r}", where=where, fix="give a finite number")
+
+
+def add_items(store: Store, new: Iterable[tuple[str, NewItem]], *, actor: int | None = None) -> dict[str, int]:
+    """How many items were read, added, and left out because the store has them already or they cannot be asked.
+
+    Each comes with where it is from, for messages. The first item that cannot be asked raises DataError that says so,
+    before anything of its chunk is added.
+    """
+    counts = {"items": 0, "added": 0, "dropped_known_item": 0}
+    pending: list[NewItem] = []
+    for where, item in new:
+        item.refuse(where)
+        counts["items"] += 1
+        pending.append(item)
+        if len(pending) == _CHUNK:
+            _add(store, pending, counts, actor)
+            pending = []
+    _add(store, pending, counts, actor)
+    return counts
+
+
+def _add(store: Store, pending: list[NewItem], counts: dict[str, int], actor: int | None) -> None:
+    settings = store.project.settings.assignment
+    with store.write() as connection:
+        for item in pending:
+            row = item_row(item, store.now())
+            known = connection.execute(sa.select(t.items.c.id).where(t.items.c.sha256 == row["sha256"])).first()
+            if known is not None:
+                counts["dropped_known_item"] += 1
+                continue
+            item_id = connection.execute(t.items.insert().values(**row)).inserted_primary_key[0]  # type: ignore[index]
+            added = connection.execute(sa.select(t.items).where(t.items.c.id == item_id)).one()
+            append_audit(connection, store.now(), actor, "item", item_id, {"sha256": row_digest(added)})
+            counts["added"] += 1
+            if item.purpose == "task":
+                connection.execute(
+                    t.queue.insert().values(
+                        item_id=item_id,
+                        cap=settings.overlap,
+                        taken=0,
+                        open=True,
+                        scores={name: list(scores) for name, scores in item.scores.items()},
+                        given=item.given,
+                        score=policy_score(settings.policy, item.scores, item.given),
+                    )
+                )
+
+
+def item_row(item: NewItem, at: float) -> JsonDict:
+    """The item as a row of the table."""
+    replies = [{"text": r.text, "sha256": reply_hash(r.text), "source": dict(r.source)} for r in item.replies]
+    prompt = to_dict(item.prompt)
+    content = [item.kind, item.purpose, prompt, [r["text"] for r in replies], dict(item.gold)]
+    return {
+        "sha256": digest(content),
+        "kind": item.kind,
+        "purpose": item.purpose,
+        "prompt_id": item.prompt.id,
+        "prompt": prompt,
+        "replies": replies,
+        "gold": dict(item.gold),
+        "slice": item.slice,
+        "sensitive": item.sensitive,
+        "author": item.author,
+        "created_at": at,
+    }
+
+
+def reply_hash(text: str) -> str:
+    """Sixteen hex digits that name a reply."""
+    return digest(text)[:16]
+
+
+def prompt_of(row: Row[Any]) -> Prompt:
+    """The prompt of an item's row."""
+    return from_dict(Prompt, row.prompt)
+
+
+def set_scores(store: Store, scores: Mapping[str, Mapping[str, Sequence[float]]], *, actor: int | None = None) -> int:
+    """Stores reward-model scores by the items' hashes; returns how many items had new ones. The policy uses them at
+    once."""
+    num = 0
+    policy = store.project.settings.assignment.policy
+    with store.write() as connection:
+        rows = connection.execute(sa.select(t.items, t.queue.c.given).join(t.queue).where(t.items.c.sha256.in_(scores)))
+        for row in rows.all():
+            new = {name: list(values) for name, values in scores[row.sha256].items()}
+            for name, values in new.items():
+                if len(values) != len(row.replies):
+                    raise DataError(
+                        f"{len(values)} scores of {name!r} for {len(row.replies)} replies",
+                        where=f"item {row.sha256}",
+                        fix="give one score for each reply",
+                    )
+            value = policy_score(policy, new, row.given)
+            connection.execute(t.queue.update().where(t.queue.c.item_id == row.id).values(scores=new, score=value))
+            num += 1
+        append_audit(connection, store.now(), actor, "scores", "", {"items": num, "sha256": digest(scores)})
+    return num
+
+
+def apply_settings(store: Store) -> None:
+    """Makes the queue follow the project file: its overlap and its policy. Logged where anything changes."""
+    settings = store.project.settings.assignment
+    with store.write() as connection:
+        changed = connection.execute(
+            t.queue.update().where(t.queue.c.cap != settings.overlap).values(cap=settings.overlap)
+        ).rowcount
+        for row in connection.execute(sa.select(t.queue)).all():
+            value = policy_score(settings.policy, row.scores, row.given)
+            if value != row.score:
+                connection.execute(t.queue.update().where(t.queue.c.item_id == row.item_id).values(score=value))
+                changed += 1
+        if changed:
+            detail = {"overlap": settings.overlap, "policy": settings.policy, "items": changed}
+            append_audit(connection, store.now(), None, "assignment", "", detail)
+
+
+# --- which items a policy asks for ---
+
+
+def policy_score(policy: Policy, scores: Mapping[str, Sequence[float]], given: float) -> float:
+    """How much a policy wants an item, of two or more scored replies the pair that it wants most.
+
+    With d_m the difference of two replies under reward model m and s the logistic function: uncertainty is
+    1 - 2 |s(mean d) - 1/2|, disagreement the variance of s(d_m) times 4, and bald the entropy (in bits) of the mean of
+    s(d_m) less the mean of their entropies (Houlsby et al., arXiv:1112.5745, eq. 2). All lie in [0, 1]; without
+    scores 0.
+    """
+    if policy == "given":
+        return given
+    if policy == "random" or not scores:
+        return 0.0
+    num = len(next(iter(scores.values())))
+    best = 0.0
+    for i in range(num):
+        for j in range(i):
+            differences = [values[i] - values[j] for values in scores.values()]
+            best = max(best, _pair_score(policy, differences))
+    return best
+
+
+def _pair_score(policy: Policy, differences: Sequence[float]) -> float:
+    chances = [_logistic(d) for d in differences]
+    mean = sum(chances) / len(chances)
+    if policy == "uncertainty":
+        return 1 - 2 * abs(_logistic(sum(differences) / len(differences)) - 0.5)
+    if policy == "disagreement":
+        return 4 * sum((p - mean) ** 2 for p in chances) / len(chances)
+    return max(0.0, _entropy(mean) - sum(map(_entropy, chances)) / len(chances))
+
+
+def _logistic(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def _entropy(p: float) -> float:
+    return -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)
+
+
+def search_items(connection: Connection, *, limit: int, offset: int = 0) -> list[Row[Any]]:
+    """Items with the state of their queue, in the order in which they were added."""
+    rows = sa.select(t.items, t.queue.c.cap, t.queue.c.taken, t.queue.c.open).outerjoin(t.queue).order_by(t.items.c.id)
+    return list(connection.execute(rows.limit(limit).offset(offset)))

@@ -1,0 +1,287 @@
+"""People: roles, invitations, passwords, sessions. Only hashes of secrets are stored."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from trimtab.errors import DataError
+from trimtab.feedback import tables as t
+from trimtab.feedback.store import Store, append_audit, checked_text
+
+Role = Literal["annotator", "adjudicator", "admin"]
+ROLES: tuple[Role, ...] = ("annotator", "adjudicator", "admin")
+State = Literal["active", "paused", "banned"]
+STATES: tuple[State, ...] = ("active", "paused", "banned")
+MIN_PASSWORD = 10
+# 32 MiB and about a tenth of a second for each guess (RFC 7914; OWASP's figures for scrypt).
+_SCRYPT = {"n": 2**15, "r": 8, "p": 1, "maxmem": 2**26}
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody who is signed in."""
+
+    id: int
+    name: str
+    role: Role
+    state: str
+    qualified: bool | None
+    opted_out: bool
+    warned: bool
+    keys: dict[str, str]
+    view: dict[str, Any]
+
+    @property
+    def may_adjudicate(self) -> bool:
+        """Adjudicators see the board and decide; admins may do whatever they may."""
+        return self.role in ("adjudicator", "admin")
+
+
+def person_of(row: Any) -> Person:
+    """The person of a row of the table."""
+    return Person(
+        row.id, row.name, row.role, row.state, row.qualified, row.opted_out, row.warned, dict(row.keys_), dict(row.view)
+    )
+
+
+_PERSON = [c.label("keys_") if c.name == "keys" else c for c in t.people.c]  # Row has a method of that name
+
+
+# --- joining ---
+
+
+def make_invite(store: Store, role: Role, *, uses: int = 1, hours: float = 168.0, actor: int | None = None) -> str:
+    """The token of a new invitation, which is told once and stored as its hash."""
+    if role not in ROLES:
+        raise DataError(f"no role is called {role!r}", where="the invitation", fix=f"use {', '.join(ROLES)}")
+    if uses < 1 or hours <= 0:
+        raise DataError(f"{uses} uses for {hours} hours", where="the invitation", fix="give at least 1 use and an hour")
+    token, now = secrets.token_urlsafe(24), store.now()
+    with store.write() as connection:
+        row = {"token_sha256": _hash(token), "role": role, "uses_left": uses, "created_at": now}
+        key = connection.execute(t.invites.insert().values(**row, expires_at=now + hours * 3600)).inserted_primary_key
+        append_audit(connection, now, actor, "invite", key[0] if key else "", {"role": role, "uses": uses})
+    return token
+
+
+def join(store: Store, token: str, name: str, password: str) -> Person:
+    """The new person of an invitation. Raises DataError that says what to correct."""
+    name = checked_text(" ".join(name.split()), where="the name")
+    if not 1 <= len(name) <= 60 or name.startswith("deleted-"):
+        raise DataError("the name needs 1 to 60 letters", where="joining", fix="choose another name")
+    if len(password) < MIN_PASSWORD or len(password) > 1000:
+        raise DataError(
+            f"the password needs at least {MIN_PASSWORD} letters", where="joining", fix="a few words in a row do well"
+        )
+    hashed, now = hash_password(password), store.now()
+    with store.write() as connection:
+        invite = connection.execute(sa.select(t.invites).where(t.invites.c.token_sha256 == _hash(token))).first()
+        if invite is None or invite.uses_left < 1 or invite.expires_at < now:
+            raise DataError(
+                "the invitation is not known, used up or too old", where="joining", fix="ask for a new invitation"
+            )
+        if connection.execute(sa.select(t.people.c.id).where(t.people.c.name == name)).first():
+            raise DataError("somebody has this name already", where="joining", fix="choose another, or sign in")
+        connection.execute(t.invites.update().where(t.invites.c.id == invite.id).values(uses_left=invite.uses_left - 1))
+        return add_person(connection, now, name, invite.role, password=hashed)
+
+
+def add_person(
+    connection: Connection, at: float, name: str, role: Role, *, password: str = "", actor: int | None = None
+) -> Person:
+    """A new person. Without a password they cannot sign in: imported votes, simulated annotators."""
+    row = {"name": name, "role": role, "state": "active", "password": password, "opted_out": False, "warned": False}
+    key = connection.execute(t.people.insert().values(**row, keys={}, view={}, created_at=at)).inserted_primary_key
+    assert key is not None
+    append_audit(connection, at, actor, "person", key[0], {"role": role})
+    return by_id(connection, key[0])
+
+
+# --- signing in ---
+
+
+def sign_in(store: Store, name: str, password: str) -> Person | None:
+    """The person, where the password is theirs and they may sign in. Takes as long for names that do not exist."""
+    with store.read() as connection:
+        row = connection.execute(sa.select(*_PERSON).where(t.people.c.name == " ".join(name.split()))).first()
+    known = row is not None and bool(row.password)
+    matches = check_password(password, row.password if row is not None and known else _NOBODY)
+    if not known or not matches or row is None or row.state in ("banned", "deleted"):
+        return None
+    return person_of(row)
+
+
+def start_session(
+    store: Store, person: Person, *, hours: float, kind: Literal["browser", "api"] = "browser", name: str = ""
+) -> str:
+    """The token of a new session, which is told once and stored as its hash."""
+    token, now = secrets.token_urlsafe(32), store.now()
+    row = {"token_sha256": _hash(token), "person_id": person.id, "kind": kind, "name": name}
+    with store.write() as connection:
+        connection.execute(t.sessions.delete().where(t.sessions.c.expires_at < now))
+        connection.execute(
+            t.sessions.insert().values(**row, created_at=now, seen_at=now, expires_at=now + hours * 3600)
+        )
+        append_audit(connection, now, person.id, "signed_in" if kind == "browser" else "api_token", person.id, {})
+    return token
+
+
+def person_of_session(store: Store, token: str, kind: Literal["browser", "api"]) -> Person | None:
+    """Whose session it is; None where it is unknown or over, or the person may not sign in any more."""
+    now = store.now()
+    idle = store.project.settings.server.idle_hours * 3600
+    with store.read() as connection:
+        row = connection.execute(
+            sa.select(*_PERSON, t.sessions.c.seen_at, t.sessions.c.expires_at)
+            .join(t.sessions)
+            .where(t.sessions.c.token_sha256 == _hash(token), t.sessions.c.kind == kind)
+        ).first()
+    if row is None or row.expires_at < now or row.state in ("banned", "deleted"):
+        return None
+    if kind == "browser" and row.seen_at + idle < now:
+        return None
+    if row.seen_at + 60 < now:  # once a minute is enough to know who is idle
+        with store.write() as connection:
+            seen = t.sessions.update().where(t.sessions.c.token_sha256 == _hash(token)).values(seen_at=now)
+            connection.execute(seen)
+    return person_of(row)
+
+
+def end_session(store: Store, token: str) -> None:
+    """Signs out."""
+    with store.write() as connection:
+        connection.execute(t.sessions.delete().where(t.sessions.c.token_sha256 == _hash(token)))
+
+
+def change_password(store: Store, person: Person, old: str, new: str) -> None:
+    """Sets a new password and ends every other session. Raises DataError for a wrong or a short one."""
+    if len(new) < MIN_PASSWORD or len(new) > 1000:
+        raise DataError(f"a password of {len(new)} letters", where="the account", fix=f"use at least {MIN_PASSWORD}")
+    with store.read() as connection:
+        row = connection.execute(sa.select(t.people.c.password).where(t.people.c.id == person.id)).one()
+    if row.password and not check_password(old, row.password):
+        raise DataError("the old password is not right", where="the account", fix="ask an admin for a new invitation")
+    hashed = hash_password(new)
+    with store.write() as connection:
+        connection.execute(t.people.update().where(t.people.c.id == person.id).values(password=hashed))
+        connection.execute(t.sessions.delete().where(t.sessions.c.person_id == person.id))
+        append_audit(connection, store.now(), person.id, "password", person.id, {})
+
+
+# --- states ---
+
+
+def set_state(store: Store, person_id: int, state: State, *, actor: int | None = None) -> None:
+    """Pauses, bans or lets back in. A banned person's votes stay in the store and count no longer; their places on
+    items are free for others."""
+    if state not in STATES:
+        raise DataError(f"no state is called {state!r}", where=f"person {person_id}", fix=f"use {', '.join(STATES)}")
+    with store.write() as connection:
+        person = by_id(connection, person_id)
+        if person.state == "deleted" or person.state == state:
+            return
+        if (person.state == "banned") != (state == "banned"):
+            mine = t.leases.update().where(t.leases.c.person_id == person_id, t.leases.c.state == "open")
+            if state == "banned":  # what is open is given back first; after that only answers hold places
+                connection.execute(mine.where(t.leases.c.standing).values(state="done", standing=False))
+                give_back(connection, mine, "expired")
+            done = sa.select(t.leases.c.item_id).where(
+                t.leases.c.person_id == person_id, t.leases.c.purpose == "task", t.leases.c.state == "done"
+            )
+            change = -1 if state == "banned" else 1
+            connection.execute(
+                t.queue.update().where(t.queue.c.item_id.in_(done)).values(taken=t.queue.c.taken + change)
+            )
+        connection.execute(t.people.update().where(t.people.c.id == person_id).values(state=state))
+        if state == "banned":
+            connection.execute(t.sessions.delete().where(t.sessions.c.person_id == person_id))
+        append_audit(connection, store.now(), actor, "person_state", person_id, {"from": person.state, "to": state})
+
+
+def delete_person(store: Store, person_id: int, *, actor: int | None = None) -> None:
+    """Deletes the name, the password and everything the person wrote in their own words.
+
+    Their choices stay under "deleted-<number>", so that labels and statistics derived from them can still be checked;
+    the log's hashes of the deleted words stay too, and tell nothing.
+    """
+    with store.write() as connection:
+        by_id(connection, person_id)
+        mine = sa.select(t.votes.c.id).where(t.votes.c.person_id == person_id)
+        connection.execute(t.writings.delete().where(t.writings.c.vote_id.in_(mine)))
+        connection.execute(t.sessions.delete().where(t.sessions.c.person_id == person_id))
+        connection.execute(t.leases.update().where(t.leases.c.person_id == person_id).values(draft={}))
+        connection.execute(
+            t.people.update()
+            .where(t.people.c.id == person_id)
+            .values(name=f"deleted-{person_id}", password="", state="deleted", keys={}, view={})
+        )
+        append_audit(connection, store.now(), actor, "person_deleted", person_id, {})
+
+
+def give_back(connection: Connection, leases: sa.Update, state: str) -> int:
+    """Moves the leases that an update names to `state` and frees their places; returns how many there were."""
+    rows = connection.execute(leases.values(state=state).returning(t.leases.c.item_id, t.leases.c.purpose)).all()
+    for row in rows:
+        if row.purpose == "task":
+            connection.execute(
+                t.queue.update().where(t.queue.c.item_id == row.item_id).values(taken=t.queue.c.taken - 1)
+            )
+    return len(rows)
+
+
+def update_person(store: Store, person_id: int, **values: Any) -> None:
+    """Sets a person's own preferences: `opted_out`, `warned`, `keys`, `view`."""
+    assert values.keys() <= {"opted_out", "warned", "keys", "view"}
+    with store.write() as connection:
+        connection.execute(t.people.update().where(t.people.c.id == person_id).values(**values))
+
+
+def by_id(connection: Connection, person_id: int) -> Person:
+    """The person with this number. Raises DataError where there is none."""
+    row = connection.execute(sa.select(*_PERSON).where(t.people.c.id == person_id)).first()
+    if row is None:
+        raise DataError(f"there is no person {person_id}", where="the store", fix="see trimtab feedback people")
+    return person_of(row)
+
+
+def by_name(connection: Connection, name: str) -> Person | None:
+    """The person of that name."""
+    row = connection.execute(sa.select(*_PERSON).where(t.people.c.name == name)).first()
+    return None if row is None else person_of(row)
+
+
+def everyone(connection: Connection) -> list[Person]:
+    """All people, in the order in which they joined."""
+    return [person_of(row) for row in connection.execute(sa.select(*_PERSON).order_by(t.people.c.id))]
+
+
+# --- secrets ---
+
+
+def hash_password(password: str) -> str:
+    """`salt$hash` in hex, by scrypt."""
+    salt = secrets.token_bytes(16)
+    return f"{salt.hex()}${hashlib.scrypt(password.encode('utf-8', 'surrogatepass'), salt=salt, **_SCRYPT).hex()}"
+
+
+def check_password(password: str, hashed: str) -> bool:
+    """Whether it is the password of the hash."""
+    salt, _, wanted = hashed.partition("$")
+    if len(password) > 1000:
+        return False
+    got = hashlib.scrypt(password.encode("utf-8", "surrogatepass"), salt=bytes.fromhex(salt), **_SCRYPT)
+    return hmac.compare_digest(got.hex(), wanted)
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+_NOBODY = "00" * 16 + "$" + "00" * 64

@@ -1,0 +1,273 @@
+"""A project: what is asked of whom, as one typed file. Refused when read, with every mistake in one message."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from trimtab import config
+from trimtab.errors import ConfigError
+
+Kind = Literal["pairs", "ranking", "rating", "steps", "demonstration", "edit"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Policy = Literal["random", "uncertainty", "disagreement", "bald", "given"]
+Event = Literal["vote", "item_done", "adjudicated", "person_joined", "person_state", "guideline"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is asked."""
+
+    kind: Kind = "pairs"
+    """pairs, ranking (K replies with ties), rating (thumbs or Likert), steps, demonstration or edit (of a reply)."""
+    question: str = ""
+    """The question above the replies; empty takes the usual one of the kind."""
+    scale: Literal[2, 4, 5, 6, 7, 8] = 2
+    """Answers of a pair from far left to far right, keys 1 to 8; the middle of an odd scale is the tie."""
+    ties: bool = True
+    """Offer "equally good" on an even scale, and ties in rankings."""
+    both_bad: bool = True
+    """Offer "both bad", which is another answer than a tie."""
+    cannot_judge: bool = True
+    """Offer "cannot judge", which is no preference at all."""
+    rating_scale: Literal[2, 3, 4, 5, 6, 7] = 2
+    """Points of a rating: 2 is thumb down and up, 7 is Likert."""
+    flags: tuple[str, ...] = ()
+    """Remarks that can be ticked, such as "wrong language" or "harmful"."""
+    criteria: tuple[str, ...] = ()
+    """Aspects that are asked of a pair besides the overall question, each left, same or right."""
+    rationale: Literal["off", "optional", "required"] = "optional"
+    """A field for the reason in words."""
+    auto_advance: bool = True
+    """One key answers and shows the next; otherwise Enter confirms. Undo takes back either."""
+    guideline: str = "guideline.md"
+    """Markdown file beside the project; its first version is stored when the project is opened."""
+    content_warning: str = ""
+    """Shown before the first task; items marked sensitive can then be opted out of."""
+    break_minutes: int = 45
+    """Suggest a break after this long without one; 0 never does."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.flags)) < len(self.flags) or len(set(self.criteria)) < len(self.criteria):
+            raise ValueError("the same name twice in flags or criteria")
+        if any(not name.strip() or len(name) > 60 for name in (*self.flags, *self.criteria)):
+            raise ValueError("an empty name, or one of more than 60 letters, in flags or criteria")
+        if self.break_minutes < 0:
+            raise ValueError(f"break_minutes = {self.break_minutes}; use 0 for never")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """Who gets which item next."""
+
+    overlap: int = 1
+    """People who answer each item: a hard cap, however many ask at once. Can be changed at any time."""
+    lease_minutes: float = 30.0
+    """An item that was given out and not answered is given to somebody else after this long."""
+    policy: Policy = "random"
+    """How items outside the random arm are chosen: by what the reward models do not know, or by a given score."""
+    random_arm: float = 0.2
+    """Share of items chosen at random whatever the policy: what unbiased estimates and comparisons of arms need."""
+    temperature: float = 0.1
+    """Softness of the policy: its share of the choice is proportional to exp(score / temperature)."""
+    finish_started: bool = True
+    """Complete the votes of items already begun before beginning others."""
+    gold_rate: float = 0.0
+    """Share of tasks that are hidden gold items, which look like any other."""
+    reask_rate: float = 0.0
+    """Share of tasks that are one's own earlier items with the sides swapped: self-consistency."""
+    max_per_day: int = 0
+    """Answers a person may give in 24 hours; 0 sets no limit."""
+    own_prompts: bool = True
+    """Whether the author of a prompt may judge replies to it."""
+    seed: int = 0
+    """Seed of the order of items and sides."""
+
+    def __post_init__(self) -> None:
+        if self.overlap < 1:
+            raise ValueError(f"overlap = {self.overlap}; at least one person answers")
+        for name in ("random_arm", "gold_rate", "reask_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)}; a share lies in [0, 1]")
+        if self.gold_rate + self.reask_rate > 0.5:
+            raise ValueError("gold_rate and reask_rate together exceed a half of all tasks")
+        if self.temperature <= 0 or self.lease_minutes <= 0:
+            raise ValueError("temperature and lease_minutes must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qualification:
+    """A quiz before the first task, on items imported with --quiz."""
+
+    questions: int = 0
+    """Questions asked of each person; 0 asks none."""
+    pass_mark: float = 0.8
+    """Share that must agree with the expected answers."""
+
+    def __post_init__(self) -> None:
+        if self.questions < 0 or not 0 < self.pass_mark <= 1:
+            raise ValueError("questions must not be negative and pass_mark lies in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """How votes become training data."""
+
+    rule: Literal["share", "majority", "dawid_skene", "one_coin", "mace"] = "share"
+    """share: soft labels from the votes; majority: hard ones; the others weigh annotators by how reliable they are."""
+    ties: Literal["half", "drop"] = "half"
+    """A tie is half a vote for each side, or none."""
+    both_bad: Literal["tie", "drop"] = "drop"
+    """Whether "both bad" says that the replies are equal."""
+    min_votes: int = 1
+    """Items with fewer votes are left out and counted."""
+    min_agreement: float = 0.5
+    """Pairs whose preferred side has a smaller share are left out and counted."""
+    margins: tuple[float, ...] = ()
+    """Margin for each strength from weakest to strongest; empty writes no margins."""
+    positive_from: float = 0.5
+    """A reply is labelled true where its mean rating, scaled to [0, 1], is above this."""
+    held_out_prompts: float = 0.1
+    """Share of prompts of "?split=held_out"; never in "?split=train"."""
+    held_out_annotators: float = 0.0
+    """Share of people whose votes are only in "?split=held_out": does the model predict people it never met?"""
+
+    def __post_init__(self) -> None:
+        for name in ("min_agreement", "positive_from", "held_out_prompts", "held_out_annotators"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)}; a share lies in [0, 1]")
+        if self.min_votes < 1:
+            raise ValueError(f"min_votes = {self.min_votes}; a label needs a vote")
+        if list(self.margins) != sorted(self.margins) or any(m < 0 for m in self.margins):
+            raise ValueError("margins must not be negative, and rise with the strength")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Webhook:
+    """An address that is told what happens."""
+
+    url: str
+    """Where a JSON body is posted."""
+    secret_env: str
+    """Environment variable that holds the key of the signature in X-Trimtab-Signature."""
+    events: tuple[Event, ...] = ("item_done", "adjudicated")
+    """What it is told of."""
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"the webhook address {self.url!r} does not begin with http:// or https://")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """The web server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on: this machine only, unless said otherwise."""
+    port: int = 8765
+    """Port to listen on."""
+    names: tuple[str, ...] = ()
+    """Host names it is reached by besides localhost; requests for others are refused."""
+    https: bool = False
+    """Whether people reach it by https, through a proxy that ends TLS: cookies are then marked secure."""
+    session_hours: float = 168.0
+    """A session ends this long after signing in."""
+    idle_hours: float = 12.0
+    """A session ends after this long without a request."""
+    requests_per_minute: int = 240
+    """Requests of one session; more are answered with 429."""
+    sign_ins_per_minute: int = 10
+    """Attempts to sign in or join from one address."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port = {self.port}; ports are 1 to 65535, 0 takes a free one")
+        if min(self.session_hours, self.idle_hours, self.requests_per_minute, self.sign_ins_per_minute) <= 0:
+            raise ValueError("hours and limits must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of a feedback project."""
+
+    name: str = "Feedback"
+    """Title of every page."""
+    store: str = "feedback.sqlite"
+    """SQLite file beside the project, a postgresql:// URL, or "env:NAME" to read the URL from the environment."""
+    data: tuple[str, ...] = ()
+    """Sources imported when the store is first made; `trimtab feedback import` adds more."""
+    task: Task = field(default_factory=Task)
+    """What is asked."""
+    assignment: Assignment = field(default_factory=Assignment)
+    """Who gets which item next."""
+    qualification: Qualification = field(default_factory=Qualification)
+    """The quiz before the first task."""
+    labels: Labels = field(default_factory=Labels)
+    """How votes become training data."""
+    server: Server = field(default_factory=Server)
+    """The web server."""
+    webhooks: tuple[Webhook, ...] = ()
+    """Addresses that are told what happens."""
+
+
+@dataclass(frozen=True)
+class Project:
+    """A project file and what it says."""
+
+    path: Path
+    settings: Settings
+
+    @property
+    def directory(self) -> Path:
+        """Where relative paths of the file begin."""
+        return self.path.parent
+
+    @property
+    def store_url(self) -> str:
+        """The database as SQLAlchemy names it. Raises ConfigError for an environment variable that is not set."""
+        text = secret(self.settings.store, where=f"{self.path}, store")
+        if text.startswith(("postgresql://", "postgres://")):
+            return "postgresql+psycopg://" + text.partition("://")[2]
+        if "://" in text:
+            raise ConfigError(
+                f"the store {text.partition('://')[0]}://… is of no known type",
+                where=f"{self.path}, store",
+                fix="name a file such as feedback.sqlite, or a postgresql:// URL",
+            )
+        return f"sqlite:///{(self.directory / text).resolve()}"
+
+    @property
+    def sha256(self) -> str:
+        """Of the settings that decide what is collected and derived; not of addresses and secrets."""
+        values = dataclasses.asdict(self.settings)
+        kept = {k: v for k, v in values.items() if k not in ("store", "server", "webhooks", "data")}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    def guideline_text(self) -> str:
+        """The guideline file, or a line that says there is none."""
+        path = self.directory / self.settings.task.guideline
+        return path.read_text(encoding="utf-8") if path.is_file() else "Answer as you would for yourself."
+
+
+def load_project(path: str | Path) -> Project:
+    """The project of a TOML file. Raises ConfigError that lists every mistake."""
+    path = Path(path)
+    return Project(path, config.resolve(Settings, config.load_run_file(path), where=str(path)))
+
+
+def secret(text: str, *, where: str) -> str:
+    """The text, or what the environment holds under NAME for "env:NAME"; the value itself never enters a message."""
+    if not text.startswith("env:"):
+        return text
+    name = text.removeprefix("env:")
+    value = os.environ.get(name)
+    if not value:
+        raise ConfigError(
+            f"the environment variable {name!r} is not set", where=where, fix=f"export {name}=… before the command"
+        )
+    return value

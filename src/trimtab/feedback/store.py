@@ -1,0 +1,297 @@
+"""The store: SQLite beside the project or PostgreSQL by URL, one writer at a time, an audit log chained by hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, Engine, Row, event
+
+from trimtab.errors import ConfigError, DataError
+from trimtab.feedback import tables as t
+from trimtab.feedback.project import Project, load_project
+
+_WRITER = 7_318_349_394_477_056  # the key of PostgreSQL's advisory lock: "trimtab" as a number
+BUSY_SECONDS = 30.0
+
+
+@dataclass
+class Store:
+    """An open store. Reading is free; `write` lets in one writer at a time, across threads and processes.
+
+    With a single writer, "is there a place left?" and "take it" are one step, which is what makes the caps hard.
+    """
+
+    project: Project
+    engine: Engine
+    clock: Any = time.time
+    """Seconds since 1970; tests set their own."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection that sees one state of the store."""
+        with self.engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A connection that is the only writer; everything done with it is kept, or nothing where it raises."""
+        with self._lock, self.engine.connect() as connection:  # the lock is fair among threads, SQLite's is not
+            connection = connection.execution_options(writer=True)
+            with connection.begin():
+                if self.engine.dialect.name == "postgresql":
+                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITER)))
+                yield connection
+
+    def now(self) -> float:
+        """Seconds since 1970, UTC."""
+        return float(self.clock())
+
+    def fact(self, name: str) -> str:
+        """What the store knows of itself under this name."""
+        with self.read() as connection:
+            return str(connection.execute(sa.select(t.facts.c.value).where(t.facts.c.name == name)).scalar_one())
+
+    def close(self) -> None:
+        """Closes every connection."""
+        self.engine.dispose()
+
+
+def open_store(project: Project | str | Path, *, must_exist: bool = False) -> Store:
+    """The store of a project, made or brought up to date where needed.
+
+    Raises ConfigError where the database cannot be reached, or with `must_exist` where there is none.
+    """
+    if not isinstance(project, Project):
+        project = load_project(project)
+    url = project.store_url
+    if must_exist and url.startswith("sqlite") and not Path(url.removeprefix("sqlite:///")).is_file():
+        raise ConfigError(
+            f"the project {project.settings.name!r} has no store yet",
+            where=str(project.path),
+            fix=f"trimtab feedback serve {project.path}, or import items first",
+        )
+    engine = _engine(url)
+    store = Store(project, engine)
+    try:
+        _bring_up_to_date(store)
+    except BaseException as error:
+        engine.dispose()
+        if not isinstance(error, sa.exc.OperationalError):
+            raise
+        raise ConfigError(
+            f"the store cannot be opened: {error.orig}",
+            where=f"{project.path}, store",
+            fix="check that the folder can be written or the database server runs and the user may use it",
+        ) from None
+    return store
+
+
+def _engine(url: str) -> Engine:
+    if not url.startswith("sqlite"):
+        return sa.create_engine(url, pool_size=10, max_overflow=40, pool_pre_ping=True, json_serializer=canonical)
+    engine = sa.create_engine(
+        url, connect_args={"timeout": BUSY_SECONDS, "isolation_level": None}, json_serializer=canonical
+    )
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: Any, _: Any) -> None:
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        writer = connection.get_execution_options().get("writer")  # asks for the lock now, not at its first change
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writer else "BEGIN")
+
+    return engine
+
+
+def _bring_up_to_date(store: Store) -> None:
+    """Runs the migrations a store has not had, and stores its secret and first guideline."""
+    from alembic.config import Config
+    from alembic.runtime.environment import EnvironmentContext
+    from alembic.runtime.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    script = ScriptDirectory.from_config(config)
+    with store.read() as connection:
+        if MigrationContext.configure(connection).get_current_revision() == script.get_current_head():
+            return
+    with store.write() as connection:
+        steps = EnvironmentContext(config, script, fn=lambda at, _: script._upgrade_revs("head", at))
+        with steps:
+            steps.configure(connection=connection, target_metadata=t.metadata)
+            steps.run_migrations()
+        if connection.execute(sa.select(t.facts.c.name)).first() is None:
+            connection.execute(t.facts.insert().values(name="secret", value=secrets.token_hex(32)))
+            append_audit(connection, store.now(), None, "store_made", "", {"settings": store.project.sha256})
+            add_guideline(connection, store.now(), None, store.project.guideline_text())
+
+
+# --- the audit log ---
+
+
+def append_audit(
+    connection: Connection, at: float, actor: int | None, action: str, subject: object, detail: Mapping[str, Any]
+) -> None:
+    """Adds an entry whose hash covers the one before it. Only the writer may do this."""
+    last = connection.execute(
+        sa.select(t.audit.c.seq, t.audit.c.sha256).order_by(t.audit.c.seq.desc()).limit(1)
+    ).first()
+    entry = {
+        "seq": last.seq + 1 if last else 1,
+        "at": at,
+        "actor": actor,
+        "action": action,
+        "subject": str(subject),
+        "detail": dict(detail),
+        "previous": last.sha256 if last else "",
+    }
+    connection.execute(t.audit.insert().values(**entry, sha256=digest(entry)))
+
+
+def verify(store: Store, *, head: str | None = None) -> list[str]:
+    """What is wrong with the store, empty where nothing is.
+
+    Checked: the chain of the audit log (and that it holds the entry with the hash `head`, noted earlier: without such
+    a note a log cut off at its end looks whole), every vote, item and guideline against the hash logged when it was
+    added, none missing and none unlogged, and the places taken of every item against its leases.
+    """
+    problems: list[str] = []
+    with store.read() as connection:
+        logged: dict[tuple[str, str], str] = {}
+        previous, seq, heads = "", 0, set()
+        for row in connection.execute(sa.select(t.audit).order_by(t.audit.c.seq)):
+            entry = dict(row._mapping)
+            sha256 = entry.pop("sha256")
+            seq += 1
+            if entry["seq"] != seq or entry["previous"] != previous or digest(entry) != sha256:
+                problems.append(f"audit entry {entry['seq']}: the chain is broken here")
+                seq = entry["seq"]
+            previous = sha256
+            heads.add(sha256)
+            if entry["action"] in ("vote", "item", "guideline"):
+                logged[entry["action"], entry["subject"]] = entry["detail"]["sha256"]
+        if head is not None and head not in heads:
+            problems.append(f"no audit entry has the hash {head}: the log was cut off or written anew")
+        for action, table, key in (
+            ("vote", t.votes, "id"),
+            ("item", t.items, "id"),
+            ("guideline", t.guidelines, "version"),
+        ):
+            seen = set()
+            for row in connection.execute(sa.select(table)):
+                name = str(row._mapping[key])
+                seen.add(name)
+                if logged.get((action, name)) is None:
+                    problems.append(f"{action} {name}: not in the audit log")
+                elif logged[action, name] != row_digest(row):
+                    problems.append(f"{action} {name}: changed since it was added")
+            problems += [f"{action} {name}: missing" for kind, name in logged if kind == action and name not in seen]
+        for row in connection.execute(sa.select(t.writings, t.votes.c.writing_sha256).join(t.votes)):
+            if writing_digest(row.rationale, row.text) != row.writing_sha256:
+                problems.append(f"vote {row.vote_id}: what was written has changed")
+        problems += [f"item {item}: {a} places taken, {b} leases" for item, a, b in _miscounted(connection)]
+    return problems
+
+
+def _miscounted(connection: Connection) -> Iterator[tuple[int, int, int]]:
+    held = (
+        sa.select(t.leases.c.item_id, sa.func.count().label("num"))
+        .join(t.people)
+        .where(t.leases.c.purpose == "task", t.leases.c.state.in_(("open", "done")), t.people.c.state != "banned")
+        .group_by(t.leases.c.item_id)
+        .subquery()
+    )
+    num = sa.func.coalesce(held.c.num, 0)
+    rows = sa.select(t.queue.c.item_id, t.queue.c.taken, num).outerjoin(held, held.c.item_id == t.queue.c.item_id)
+    yield from (tuple(row) for row in connection.execute(rows.where(t.queue.c.taken != num)))
+
+
+def audit_head(store: Store) -> tuple[int, str]:
+    """Number and hash of the last audit entry: noted elsewhere, it shows later that nothing before it was changed."""
+    with store.read() as connection:
+        row = connection.execute(
+            sa.select(t.audit.c.seq, t.audit.c.sha256).order_by(t.audit.c.seq.desc()).limit(1)
+        ).one()
+    return row.seq, row.sha256
+
+
+# --- guidelines ---
+
+
+def add_guideline(connection: Connection, at: float, actor: int | None, text: str) -> int:
+    """The number of a new guideline version. Everyone reads it before their next task."""
+    version = (connection.execute(sa.select(sa.func.max(t.guidelines.c.version))).scalar() or 0) + 1
+    row = {"version": version, "text": text, "sha256": hashlib.sha256(text.encode()).hexdigest(), "created_at": at}
+    connection.execute(t.guidelines.insert().values(**row))
+    append_audit(connection, at, actor, "guideline", version, {"sha256": digest(row)})
+    return version
+
+
+def guideline(connection: Connection) -> Row[Any]:
+    """The newest guideline."""
+    return connection.execute(sa.select(t.guidelines).order_by(t.guidelines.c.version.desc()).limit(1)).one()
+
+
+# --- copies ---
+
+
+def backup(store: Store, out: Path) -> None:
+    """Writes a whole copy of a SQLite store while it is in use. Raises DataError for another database."""
+    if store.engine.dialect.name != "sqlite":
+        raise DataError("the store is not SQLite", where=str(store.project.path), fix="use pg_dump for PostgreSQL")
+    if out.exists():
+        raise DataError(f"{str(out)!r} exists", where="the backup", fix="name a new file")
+    raw = store.engine.raw_connection()
+    with closing(raw), closing(sqlite3.connect(out)) as copy:
+        raw.driver_connection.backup(copy)  # type: ignore[union-attr]
+
+
+# --- hashes ---
+
+
+def canonical(value: object) -> str:
+    """JSON with sorted keys and no blanks: equal values give equal text."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: object) -> str:
+    """SHA-256 of the canonical JSON."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def row_digest(row: Row[Any]) -> str:
+    """SHA-256 of a whole row."""
+    return digest(dict(row._mapping))
+
+
+def writing_digest(rationale: str, text: str) -> str:
+    """SHA-256 of what a person wrote with a vote."""
+    return digest([rationale, text])
+
+
+def checked_text(text: str, *, where: str) -> str:
+    """The text, which every database can hold. Raises DataError for a null character or half of a surrogate pair."""
+    bad = next((c for c in text if c == "\0" or "\ud800" <= c <= "\udfff"), None)
+    if bad is not None:
+        raise DataError(
+            f"the character U+{ord(bad):04X} is in the text, which is no text",
+            where=where,
+            fix="remove it; it usually comes from a broken download or a wrong encoding",
+        )
+    return text

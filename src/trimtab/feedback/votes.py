@@ -1,0 +1,193 @@
+"""Reading votes: of each person and item the newest row, without what was taken back and whom the project banned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from trimtab.feedback import tables as t
+from trimtab.feedback.answers import Answer, restored
+from trimtab.feedback.ballots import JUDGED
+from trimtab.feedback.store import open_store
+from trimtab.feedback.vote_table import Votes, votes_from_rows
+from trimtab.types import JsonDict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cast:
+    """A vote that counts, with its item and who gave it."""
+
+    id: int
+    item_id: int
+    item_sha256: str
+    kind: str
+    purpose: str
+    prompt_id: str
+    prompt: JsonDict
+    replies: list[JsonDict]
+    gold: JsonDict
+    slice: str
+    person_id: int
+    annotator: str
+    answer: Answer
+    shown_left: str | None
+    shown_order: tuple[int, ...]
+    guideline_version: int
+    arm: str | None
+    propensity: float | None
+    created_at: float
+
+
+def cast_votes(
+    connection: Connection, *, purposes: Sequence[str] = ("task",), banned: bool = False, judged_only: bool = False
+) -> Iterator[Cast]:
+    """The votes that count, in the order they were given; those of banned people only on request."""
+    later = t.votes.alias("later")
+    replaced = sa.exists().where(
+        later.c.person_id == t.votes.c.person_id,
+        later.c.item_id == t.votes.c.item_id,
+        later.c.purpose == t.votes.c.purpose,
+        later.c.id > t.votes.c.id,
+    )
+    rows = (
+        sa.select(
+            t.votes,
+            t.items.c.sha256.label("item_sha256"),
+            t.items.c.kind,
+            t.items.c.prompt_id,
+            t.items.c.prompt,
+            t.items.c.replies,
+            t.items.c.gold,
+            t.items.c.slice,
+            t.people.c.name,
+            t.writings.c.rationale,
+            t.writings.c.text,
+        )
+        .join(t.items, t.items.c.id == t.votes.c.item_id)
+        .join(t.people, t.people.c.id == t.votes.c.person_id)
+        .outerjoin(t.writings, t.writings.c.vote_id == t.votes.c.id)
+        .where(t.votes.c.purpose.in_(purposes), t.votes.c.choice.notin_(("undone", "skip")), ~replaced)
+        .order_by(t.votes.c.id)
+    )
+    if not banned:
+        rows = rows.where(t.people.c.state != "banned")
+    if judged_only:
+        rows = rows.where(t.votes.c.choice.in_(JUDGED))
+    for row in connection.execute(rows):
+        yield Cast(
+            id=row.id,
+            item_id=row.item_id,
+            item_sha256=row.item_sha256,
+            kind=row.kind,
+            purpose=row.purpose,
+            prompt_id=row.prompt_id,
+            prompt=row.prompt,
+            replies=row.replies,
+            gold=row.gold,
+            slice=row.slice,
+            person_id=row.person_id,
+            annotator=row.name,
+            answer=restored(row._mapping, row.rationale or "", row.text or ""),
+            shown_left=row.shown_left,
+            shown_order=tuple(row.shown_order),
+            guideline_version=row.guideline_version,
+            arm=row.arm,
+            propensity=row.propensity,
+            created_at=row.created_at,
+        )
+
+
+def table_row(cast: Cast) -> JsonDict:
+    """A vote as a row of the vote table that `trimtab feedback agreement` reads, with all else it says.
+
+    `choice` of a rating is its number, of steps the first wrong one.
+    """
+    answer = cast.answer
+    models = [str(reply["source"].get("model", "")) for reply in cast.replies] if cast.kind == "pairs" else []
+    row: JsonDict = {
+        "item": cast.item_sha256,
+        "annotator": cast.annotator,
+        "choice": _category(cast),
+        "shown_left": cast.shown_left,
+        "seconds": answer.seconds,
+        "slice": cast.slice,
+        "strength": answer.strength,
+        "kind": cast.kind,
+        "purpose": cast.purpose,
+        "prompt_id": cast.prompt_id,
+        "shown_order": list(cast.shown_order),
+        "guideline_version": cast.guideline_version,
+        "arm": cast.arm,
+        "propensity": cast.propensity,
+        "created_at": cast.created_at,
+        "rationale": answer.rationale,
+        "text": answer.text,
+        **answer.stored(),
+    }
+    if all(models):
+        row |= dict(zip(("model_a", "model_b"), models, strict=False))
+    return row
+
+
+def _category(cast: Cast) -> str:
+    answer = cast.answer
+    if answer.choice != "done":
+        return answer.choice
+    if cast.kind == "rating":
+        return str(answer.rating)
+    if cast.kind == "ranking":
+        return str(answer.ranking[0][0]) if len(answer.ranking[0]) == 1 else "tie"
+    if cast.kind == "steps":
+        return str(next((i + 1 for i, mark in enumerate(answer.steps) if mark == -1), 0))
+    return "done"
+
+
+def votes_as_table(connection: Connection, *, purposes: Sequence[str] = ("task", "reask")) -> Votes:
+    """The votes as columns for the statistics. Rankings count pair by pair."""
+    return votes_from_rows(_rows(connection, purposes))
+
+
+def _rows(connection: Connection, purposes: Sequence[str]) -> Iterator[tuple[str, JsonDict]]:
+    columns = ("item", "annotator", "choice", "shown_left", "seconds", "slice", "strength", "model_a", "model_b")
+    for cast in cast_votes(connection, purposes=purposes):
+        where = f"vote {cast.id}"
+        if cast.kind == "ranking" and cast.answer.choice == "done":
+            for a, b, choice in ranked_pairs(cast.answer.ranking):
+                left = "A" if cast.shown_order.index(a) < cast.shown_order.index(b) else "B"
+                name = f"{cast.item_sha256}/{a}-{b}"
+                yield where, {"item": name, "annotator": cast.annotator, "choice": choice, "shown_left": left}
+        elif cast.kind in ("pairs", "rating", "steps"):
+            row = {name: value for name, value in table_row(cast).items() if name in columns and value is not None}
+            if cast.kind == "pairs":
+                row["prompt"] = cast.prompt
+                row |= {f"response_{side}": r["text"] for side, r in zip("ab", cast.replies, strict=True)}
+            yield where, row
+
+
+def ranked_pairs(ranking: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, str]]:
+    """Every two places (a < b) of a ranking and which is better: A, B or tie."""
+    rank = {place: i for i, tier in enumerate(ranking) for place in tier}
+    for a in sorted(rank):
+        for b in sorted(rank):
+            if a < b:
+                yield a, b, "A" if rank[a] < rank[b] else "B" if rank[b] < rank[a] else "tie"
+
+
+def votes_of(project: str | Path) -> Votes:
+    """The votes of a project as columns. Raises ConfigError where it has no store."""
+    store = open_store(project, must_exist=True)
+    try:
+        with store.read() as connection:
+            return votes_as_table(connection)
+    finally:
+        store.close()
+
+
+def as_dict(cast: Cast) -> dict[str, Any]:
+    """A vote for the REST interface: the row of the table, with its number."""
+    return {"id": cast.id, **table_row(cast)}

@@ -1,0 +1,72 @@
+"""Projects and people for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trimtab import config
+from trimtab.feedback import items, people
+from trimtab.feedback.answers import Answer
+from trimtab.feedback.assign import Lease, next_lease
+from trimtab.feedback.ballots import Receipt, vote
+from trimtab.feedback.people import Person
+from trimtab.feedback.project import Kind
+from trimtab.feedback.store import Store, open_store
+from trimtab.types import Message, Prompt
+
+PASSWORD = "a long enough phrase"
+
+
+class Clock:
+    """Time that goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.seconds = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def make_project(directory: Path, values: dict[str, Any] | None = None) -> Path:
+    path = directory / "project.toml"
+    path.write_text(config.to_toml({"name": "Test", **(values or {})}), encoding="utf-8")
+    return path
+
+
+def make_store(directory: Path, values: dict[str, Any] | None = None) -> Store:
+    store = open_store(make_project(directory, values))
+    store.clock = Clock()
+    return store
+
+
+def prompt(i: int) -> Prompt:
+    return Prompt(messages=(Message("user", f"question {i}"),))
+
+
+def item(i: int, *, kind: Kind = "pairs", num: int = 2, **more: Any) -> items.NewItem:
+    replies = tuple(
+        items.NewReply(text=f"reply {i}.{k}", source={"model": f"model-{k}", "seed": i}) for k in range(num)
+    )
+    return items.NewItem(kind=kind, prompt=prompt(i), replies=replies, **more)
+
+
+def add(store: Store, num: int, *, first: int = 0, **more: Any) -> None:
+    items.add_items(store, [(f"row {i}", item(i, **more)) for i in range(first, first + num)])
+
+
+def person(store: Store, name: str, role: people.Role = "annotator") -> Person:
+    with store.write() as connection:
+        return people.add_person(connection, store.now(), name, role)
+
+
+def lease(store: Store, someone: Person) -> Lease | None:
+    with store.write() as connection:
+        return next_lease(store, connection, people.by_id(connection, someone.id))
+
+
+def answer_next(store: Store, someone: Person, answer: Answer | None = None) -> Receipt | None:
+    given = lease(store, someone)
+    if given is None:
+        return None
+    return vote(store, someone, given.token, answer or Answer(choice="A", strength=1))
