@@ -267,6 +267,48 @@ def feedback() -> None:
     """Collect human judgements and know what they are worth."""
 
 
+@feedback.command()
+@click.argument("source")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The page.  [NAME-agreement.html]")
+@click.option("--columns", default="", help="Columns of another table: item=doc+system,annotator=worker,choice=label.")
+@click.option("--annotator-columns", default="", help="Columns with one annotator's choices each, in a table of items.")
+@click.option("--missing", default="", help="Choices that are no judgement, with commas between them.")
+@click.option("--order", default="", help="Categories from low to high, where they have an order.")
+@click.option("--as-given", is_flag=True, help="A always means the same, such as a model: keep sides as they are.")
+@_seed
+def agreement(source: str, **options: Any) -> None:
+    """Say how far annotators agree, and write a page about it.
+
+    SOURCE is a feedback project, or a table of votes with the columns item, annotator, choice and, where known,
+    shown_left, seconds, slice, strength, model_a, model_b (JSON lines, CSV or Parquet), or comparisons.
+    """
+    importlib.import_module("trimtab.feedback.commands").agreement(source, **options)
+
+
+@feedback.command()
+@click.option("--items", default=2000, show_default=True, help="Different pairs to be judged.")
+@click.option("--overlap", default=1.0, show_default=True, help="Votes for each item on average.")
+@click.option("--minutes", default=1.0, show_default=True, help="Working time of one judgement.")
+@click.option("--wage", default=20.0, show_default=True, help="Pay for an hour, in your currency.")
+@click.option("--price", type=float, help="Pay for one judgement, instead of a wage.")
+@click.option("--fee", default=0.2, show_default=True, help="Share that a platform adds.")
+@click.option("--gold", default=0.05, show_default=True, help="Share of further judgements with a known answer.")
+@click.option("--repeats", default=0.03, show_default=True, help="Share of further judgements asked again.")
+@click.option("--adjudication", default=0.0, show_default=True, help="Share of further judgements to settle disputes.")
+@click.option("--annotators", default=5, show_default=True, help="People at work.")
+@click.option("--hours-per-day", default=4.0, show_default=True, help="Of judging, for each of them.")
+@click.option("--agreement", default=0.7, show_default=True, help="How often two of them are expected to agree.")
+@click.option("--half-width", default=0.03, show_default=True, help="Wanted half of a 95% interval.")
+@click.option("--votes-per-item", default=2, show_default=True, help="Of the items that agreement is measured on.")
+@click.option("--pilot", default="", help="Reward models so far, ITEMS:ACCURACY,…, to extrapolate.")
+def cost(half_width: float, votes_per_item: int, pilot: str, **plan: Any) -> None:
+    """Plan a campaign: what it costs and what it can show."""
+    campaign = importlib.import_module("trimtab.feedback.campaign").Campaign(**plan)
+    importlib.import_module("trimtab.feedback.commands").cost(
+        campaign, half_width=half_width, votes_per_item=votes_per_item, pilot=pilot
+    )
+
+
 # --- data and reports ---
 
 

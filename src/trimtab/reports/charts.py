@@ -204,6 +204,69 @@ def shares(rows: Sequence[Bar]) -> Figure:
     return figure
 
 
+def dots(rows: Sequence[Bar], unit: str, *, line: float | None = None) -> Figure:
+    """A dot with its interval for each row, the first on top, over a dashed line at a value to compare with."""
+    rows = rows[::-1]
+    points = {
+        "type": "scatter",
+        "mode": "markers",
+        "y": [label(name) for name, *_ in rows],
+        "x": [estimate.value for _, estimate, _ in rows],
+        "error_x": {
+            "type": "data",
+            "symmetric": False,
+            "array": [_known(estimate.high - estimate.value) for _, estimate, _ in rows],
+            "arrayminus": [_known(estimate.value - estimate.low) for _, estimate, _ in rows],
+            "color": GREY,
+            "thickness": 1.5,
+            "width": 3,
+        },
+        "marker": {"color": [colour for *_, colour in rows], "size": 9},
+        "customdata": [estimate.count for _, estimate, _ in rows],
+        "hovertemplate": "%{y}: %{x:.3f} (n=%{customdata})<extra></extra>",
+    }
+    figure = _figure([points], unit, "")
+    figure["layout"]["yaxis"] |= {"automargin": True, "type": "category", "nticks": len(rows)}
+    if line is not None:
+        figure["layout"]["shapes"] = [_vertical(line)]
+    return figure
+
+
+def columns(x: Sequence[float], heights: Sequence[float], x_title: str, y_title: str) -> Figure:
+    """Counts side by side."""
+    bars = {
+        "type": "bar",
+        "x": list(x),
+        "y": list(heights),
+        "marker": {"color": BLUE, "opacity": 0.85},
+        "hovertemplate": "%{x:.3g}: %{y}<extra></extra>",
+    }
+    figure = _figure([bars], x_title, y_title)
+    figure["layout"]["bargap"] = 0.1
+    return figure
+
+
+def matrix(names: Sequence[str], values: Sequence[Sequence[float]], unit: str) -> Figure:
+    """A square table in colour, nan left blank."""
+    cells = {
+        "type": "heatmap",
+        "x": [label(name) for name in names],
+        "y": [label(name) for name in names],
+        "z": [list(row) for row in values],
+        "colorscale": [[0, ROSE], [0.5, "#c9ced6"], [1, TEAL]],
+        "zmin": 0,
+        "zmax": 1,
+        "colorbar": {"thickness": 10, "title": {"text": unit, "font": {"size": 10}}, "tickfont": {"size": 10}},
+        "hoverongaps": False,
+        "hovertemplate": "%{y} and %{x}: %{z:.2f}<extra></extra>",
+    }
+    figure = _figure([cells], "", "")
+    for axis in ("xaxis", "yaxis"):
+        figure["layout"][axis] |= {"type": "category", "showgrid": False, "nticks": len(names)}
+    figure["layout"]["yaxis"]["autorange"] = "reversed"
+    return figure
+
+
 def best_of_n(points: Sequence[Mapping[str, float]], lines: Mapping[str, str], unit: str) -> Figure:
     """Numbers of the best of n replies, by key of a point and what its line is called, with intervals; n on a
     logarithmic axis."""
@@ -302,6 +365,10 @@ def _joined(kl: Series, other: Series) -> tuple[Floats, Floats, Floats]:
     known = ~(np.isnan(kl.values[left]) | np.isnan(other.values[right]))
     distance = np.sqrt(np.maximum(kl.values[left][known], 0.0))
     return steps[known], distance, other.values[right][known]
+
+
+def _known(length: float) -> float:
+    return 0.0 if math.isnan(length) else length
 
 
 def _thin(num_points: int) -> slice:

@@ -1,0 +1,267 @@
+"""The page about a campaign's agreement: what annotators agree on, who leans where, which items divide them.
+
+Names of annotators, items and models come from files and are untrusted; they reach the page through `markup` only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trimtab.evals.stats import Interval
+from trimtab.feedback.agreement import Agreement
+from trimtab.feedback.annotators import AnnotatorCard
+from trimtab.feedback.study import Study
+from trimtab.reports import charts
+from trimtab.reports.charts import AMBER, BLUE, LIME, ROSE, TEAL, VIOLET
+from trimtab.reports.frame import Panels, document, folded, grid, table
+from trimtab.reports.markup import Html, join, tag
+
+MAX_ROWS = 40
+"""Annotators, pairs and slices drawn in one chart; tables hold more."""
+_MEANS = {
+    "raw agreement": "Two annotators drawn from an item's chose alike so often. Chance is in it.",
+    "one against": "What one person scores against the others: the figure to compare a judge or reward model with.",
+    "Krippendorff": "1 is perfect, 0 is chance. Any number of annotators, votes may be missing.",
+    "Fleiss": "1 is perfect, 0 is chance. Items with equally many votes.",
+    "Cohen": "1 is perfect, 0 is chance. Two annotators, each with habits of their own.",
+    "Gwet": "1 is perfect. Does not collapse where one choice is common.",
+}
+
+
+def write_page(study: Study, path: Path, *, title: str) -> Path:
+    """The page at `path`."""
+    path.write_bytes(render(study, title=title).encode("utf-8", errors="replace"))
+    return path
+
+
+def render(study: Study, *, title: str) -> str:
+    """The page as text."""
+    return document(f"{title} · agreement · trimtab", body(study, Panels(), title=title))
+
+
+def body(study: Study, make: Panels, *, title: str) -> Html:
+    """The page inside its frame, for other pages to hold."""
+    line = f"{study.num_votes:,} votes by {study.num_annotators} annotators on {study.num_items:,} items"
+    flagged = [f"{card.name}: {flag}" for card in study.annotators for flag in card.flags]
+    return join(
+        tag("header", tag("h1", title), tag("p", line, class_="soft")),
+        tag("div", tag("strong", headline(study)), " ".join(sentences(study)), class_="verdict neutral"),
+        _to_look_at(flagged),
+        tag("section", tag("h2", "Agreement"), _coefficients(study.coefficients), _agreement_charts(study, make)),
+        tag("section", tag("h2", "Annotators"), _annotator_charts(study, make), _annotators(study.annotators)),
+        _contested(study),
+        _ladder(study, make),
+        _pairs(study, make),
+        tag("ul", [tag("li", note) for note in study.notes], class_="soft") if study.notes else None,
+        tag(
+            "footer",
+            tag("p", "Brackets are 95% intervals; those of coefficients from a bootstrap over items.", class_="soft"),
+        ),
+    )
+
+
+def headline(study: Study) -> str:
+    """The agreement in one sentence."""
+    raw, alpha = study.coefficients[0], _named(study, "Krippendorff's alpha (nominal)")
+    if raw.undefined:
+        return f"Agreement is undefined: {raw.undefined}."
+    beyond = f"alpha {alpha.text}" if alpha is not None and not alpha.undefined else "beyond chance it is undefined"
+    return f"Two annotators choose alike on {raw.interval.value:.0%} of items; {beyond}."
+
+
+def sentences(study: Study) -> list[str]:
+    """What follows from it."""
+    found = []
+    alone = _named(study, "one against the majority of the others")
+    if alone is not None and not alone.undefined:
+        found.append(
+            f"One annotator agrees with the majority of the others on {alone.interval.value:.0%}: "
+            "a judge or reward model that reaches this is as good as a person."
+        )
+    if study.noise is not None and not study.noise.undefined:
+        p = study.noise.interval.value
+        found.append(
+            f"If all were equally good and erred independently, one vote would be right with chance {p:.2f} and a "
+            f"label smoothing of {1 - p:.2f} would fit; a reference line, not a ceiling."
+        )
+    found.append("Between 60% and 80% raw agreement is what published preference campaigns report.")
+    return found
+
+
+def _named(study: Study, name: str) -> Agreement | None:
+    return next((found for found in study.coefficients if found.name == name), None)
+
+
+def _to_look_at(facts: Sequence[str]) -> Html | None:
+    if not facts:
+        return None
+    return tag("div", tag("strong", "To look at"), tag("ul", [tag("li", fact) for fact in facts]), class_="alarms")
+
+
+def _coefficients(coefficients: Sequence[Agreement]) -> Html:
+    rows = []
+    for found in coefficients:
+        means = next((text for start, text in _MEANS.items() if found.name.startswith(start)), "")
+        rows.append((found.name, found.text, " ".join(filter(None, [means, found.note]))))
+    return table(("", "value [95% interval] (items)", ""), rows)
+
+
+def _agreement_charts(study: Study, make: Panels) -> Html | None:
+    panels = []
+    known = [found for found in study.coefficients if not found.undefined]
+    if known:
+        rows = [(found.name, found.interval, TEAL if "agree" in found.name else BLUE) for found in known]
+        how = "Dots with 95% intervals. Raw agreement (green) holds chance; coefficients (blue) are 0 at chance."
+        panels.append(make.panel("Coefficients", "1 is perfect", how, charts.dots(rows, "coefficient", line=0.0)))
+    if study.split:
+        share, count = zip(*study.split, strict=True)
+        how = "Items by how large a share of their votes agree. Many at the left: replies too alike, or unclear rules."
+        figure = charts.columns(share, count, "share of votes for the favourite", "items")
+        panels.append(make.panel("How divided items are", "items with two votes or more", how, figure))
+    parts = [(name, raw.interval, AMBER) for name, raw, _ in study.slices if not raw.undefined][:MAX_ROWS]
+    if parts:
+        how = "Raw agreement by slice, with its interval. A slice that lags has unclear guidelines or harder items."
+        panels.append(make.panel("Slices", "raw agreement", how, charts.dots(parts, "raw agreement", line=0.5)))
+    return grid(panels)
+
+
+def _annotator_charts(study: Study, make: Panels) -> Html | None:
+    cards = study.annotators[:MAX_ROWS]
+    panels = []
+
+    def rows(values: Sequence[Interval], colour: str) -> list[charts.Bar]:
+        return [
+            (card.name, value, colour) for card, value in zip(cards, values, strict=True) if not math.isnan(value.value)
+        ]
+
+    if agree := rows([card.agreement for card in cards], TEAL):
+        mean = float(np.mean([value.value for _, value, _ in agree]))
+        how = "How often each is with the majority of the others; the line is the mean of annotators."
+        panels.append(make.panel("With the others", "share of votes", how, charts.dots(agree, "share", line=mean)))
+    if left := rows([card.left_bias for card in cards], VIOLET):
+        how = (
+            "Lean to the left of the screen, the others' opinion of the item held equal. 0 is none, 0.2 means 55% left."
+        )
+        panels.append(make.panel("Position", "log-odds", how, charts.dots(left, "lean to the left", line=0.0)))
+    seconds = [Interval(card.median_seconds, math.nan, math.nan, card.num_votes) for card in cards]
+    if speed := rows(seconds, AMBER):
+        how = "Median time of a vote. Much faster than the rest deserves a look at the votes themselves."
+        panels.append(make.panel("Speed", "seconds", how, charts.dots(speed, "median seconds")))
+    if study.skills:
+        colours = {"one_coin": BLUE, "dawid_skene": LIME, "mace": ROSE}
+        names = {card.name for card in cards}
+        skills = [
+            (f"{skill.annotator} · {skill.method}", Interval(skill.value, math.nan, math.nan, 0), colours[skill.method])
+            for skill in sorted(study.skills, key=lambda skill: skill.annotator)
+            if skill.annotator in names
+        ][:MAX_ROWS]
+        how = "Chance that an answer is right, as three models of annotators see it (MACE: that it is no guess)."
+        panels.append(make.panel("Skill", "chance of being right", how, charts.dots(skills, "skill")))
+    return grid(panels)
+
+
+def _annotators(cards: Sequence[AnnotatorCard]) -> Html:
+    head = ("", "votes", "with the others", "left", "lean", "ties", "seconds", "hasty", "repeats alike", "longest run")
+    rows = [
+        (
+            card.name,
+            f"{card.num_votes:,}",
+            _share(card.agreement),
+            _share(card.left),
+            _number(card.left_bias),
+            _share(card.ties),
+            f"{card.median_seconds:.1f}" if not math.isnan(card.median_seconds) else "–",
+            _share(card.hasty),
+            _share(card.consistency),
+            card.longest_run,
+        )
+        for card in cards
+    ]
+    return table(head, rows)
+
+
+def _contested(study: Study) -> Html | None:
+    if not study.contested:
+        return None
+    rows = [
+        (found.item, ", ".join(f"{n} × {name}" for name, n in found.votes), f"{found.entropy:.2f}")
+        for found in study.contested
+    ]
+    return tag("section", tag("h2", "Most contested items"), table(("item", "votes", "entropy (nats)"), rows))
+
+
+def _ladder(study: Study, make: Panels) -> Html | None:
+    if study.ladder is None:
+        return None
+    rated = [player for player in study.ladder.players if not player.undefined]
+    rows = [(player.name, player.elo, BLUE) for player in rated[:MAX_ROWS]]
+    how = "Bradley-Terry ratings, 1000 the mean: 100 points more win 64% of decided games. Overlapping is undecided."
+    cells = [
+        (
+            player.name,
+            player.rank or "–",
+            player.undefined or f"{player.elo.value:.0f} [{player.elo.low:.0f}, {player.elo.high:.0f}]",
+            f"{player.elo.count:,}",
+            player.component + 1,
+        )
+        for player in study.ladder.players
+    ]
+    style = [
+        (name, f"{gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] log-odds for one standard deviation more")
+        for name, gain in study.ladder.style
+    ]
+    return tag(
+        "section",
+        tag("h2", "Ratings of the models"),
+        grid([make.panel("Ladder", "Elo", how, charts.dots(rows, "rating", line=1000.0))]) if rows else None,
+        table(("model", "rank", "rating [95% interval]", "games", "group"), cells),
+        table(("style", "what it gains"), style) if style else None,
+    )
+
+
+def _pairs(study: Study, make: Panels) -> Html | None:
+    if not study.pairs:
+        return None
+    names = [card.name for card in study.annotators[:MAX_ROWS]]
+    place = {name: i for i, name in enumerate(names)}
+    values = np.full((len(names), len(names)), math.nan)
+    for pair in study.pairs:
+        if pair.first in place and pair.second in place:
+            i, j = place[pair.first], place[pair.second]
+            values[i, j] = values[j, i] = pair.agreement.value
+    how = "How often each two agree on the items both judged. A pale row is one annotator against all."
+    figure = charts.matrix(names, values.tolist(), "share")
+    rows = [
+        (f"{pair.first} and {pair.second}", f"{pair.agreement.count:,}", _share(pair.agreement), pair.kappa.text)
+        for pair in study.pairs[: 10 * MAX_ROWS]
+    ]
+    left_out = len(study.pairs) - len(rows)
+    return tag(
+        "section",
+        tag("h2", "Pairs of annotators"),
+        grid([make.panel("Who agrees with whom", "share of shared items", how, figure)]) if len(names) > 2 else None,
+        folded(
+            f"{len(study.pairs)} pairs",
+            join(
+                table(("", "items", "agreement", "Cohen's kappa"), rows),
+                tag("p", f"{left_out} pairs with fewer items are not shown.", class_="soft") if left_out else None,
+            ),
+        ),
+    )
+
+
+def _share(estimate: Interval) -> str:
+    if math.isnan(estimate.value):
+        return "–"
+    bounds = "" if math.isnan(estimate.low) else f" [{estimate.low:.0%}, {estimate.high:.0%}]"
+    return f"{estimate.value:.0%}{bounds}"
+
+
+def _number(estimate: Interval) -> str:
+    if math.isnan(estimate.value):
+        return "–"
+    return f"{estimate.value:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]"

@@ -1,0 +1,401 @@
+"""Votes as columns: who chose what about which item, and what was shown on the left."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimtab.data.sources import read_rows
+from trimtab.errors import DataError
+from trimtab.evals.stats import Floats
+from trimtab.types import JsonDict
+
+Ints = NDArray[np.int64]
+
+PAIRWISE = ("A", "tie", "both_bad", "B")
+"""Choices between two replies, in their order as a scale. They name sides of the item, never of the screen."""
+NOT_JUDGED = ("", "cannot_judge", "skip")
+"""Choices that are no judgement. They are counted and left out."""
+COLUMNS = ("item", "annotator", "choice", "shown_left", "seconds", "slice", "strength", "model_a", "model_b")
+STYLE = ("words", "headers", "list items", "bold spans")
+"""What `style_of` counts, in this order."""
+_MISTAKES_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Votes:
+    """Columns of V votes about I items by R annotators, in q categories. Votes are in the order they were given."""
+
+    items: tuple[str, ...]
+    annotators: tuple[str, ...]
+    categories: tuple[str, ...]
+    """In the order of their scale, where they have one."""
+    item: Ints
+    """[V], an index into `items`, as `annotator` and `choice` are into theirs."""
+    annotator: Ints
+    choice: Ints
+    swap: Ints | None = None
+    """[q], the category that each becomes when the sides of an item are exchanged; None where there are no sides, or
+    where their names mean something."""
+    ordered: bool = False
+    """The order of the categories means something."""
+    a_left: Floats
+    """[V], 1 where side A was shown on the left, 0 on the right, nan where that is not known."""
+    seconds: Floats
+    """[V], time taken; nan where not known."""
+    strength: Floats
+    """[V], how much better the chosen side is; nan where not asked."""
+    slices: tuple[str, ...] = ()
+    slice: Ints
+    """[V], an index into `slices`; -1 for none."""
+    characters: Floats
+    """[I], characters of both replies; nan where the replies are not known."""
+    models: tuple[tuple[str, str], ...] | None = None
+    """[I], who wrote sides A and B."""
+    style: Floats | None = None
+    """[I, 4], `style_difference` of side A from side B; None where the replies are not known."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What was read, and what of it is not among the votes."""
+
+    def __len__(self) -> int:
+        return self.item.size
+
+    @property
+    def pairwise(self) -> bool:
+        """The votes choose between two sides, A and B."""
+        return {"A", "B"} <= set(self.categories) <= set(PAIRWISE)
+
+    @property
+    def values(self) -> Floats | None:
+        """The categories as numbers [q]; None where they are not numbers."""
+        numbers = [_number(category) for category in self.categories]
+        return None if not numbers or any(map(math.isnan, numbers)) else np.array(numbers)
+
+    def chosen(self, mask: NDArray[np.bool_]) -> Votes:
+        """The votes under the mask [V]. Items, annotators and categories keep their numbers."""
+        columns = ("item", "annotator", "choice", "a_left", "seconds", "strength", "slice")
+        return replace(self, **{name: getattr(self, name)[mask] for name in columns})
+
+    def first_votes(self) -> Votes:
+        """Without an annotator's second and later votes on an item, which measure consistency and not agreement."""
+        key = self.item * max(len(self.annotators), 1) + self.annotator
+        first = np.zeros(len(self), dtype=bool)
+        first[np.unique(key, return_index=True)[1]] = True
+        return self.chosen(first)
+
+    def table(self) -> Floats:
+        """How many votes each item has in each category, [I, q]."""
+        shape = (len(self.items), len(self.categories))
+        flat = self.item * shape[1] + self.choice
+        return np.bincount(flat, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
+
+    def bad_as_ties(self) -> Votes:
+        """With "both bad" counted as a tie, so that A, tie, B are one scale."""
+        if "both_bad" not in self.categories:
+            return self
+        to = {name: i for i, name in enumerate(("A", "tie", "B"))}
+        recode = np.array([to.get(category, to["tie"]) for category in self.categories], dtype=np.int64)
+        return replace(
+            self,
+            categories=("A", "tie", "B"),
+            choice=recode[self.choice],
+            swap=None if self.swap is None else np.array([2, 1, 0]),
+            ordered=True,
+        )
+
+    def graded(self) -> Votes | None:
+        """The strengths as a scale with ties at 0, from side B much better (negative) to side A (positive).
+
+        None where strength was asked of no vote; votes without one are left out, ties apart.
+        """
+        if not self.pairwise or np.all(np.isnan(self.strength)):
+            return None
+        side = np.array([{"A": 1.0, "B": -1.0}.get(category, 0.0) for category in self.categories])[self.choice]
+        known = (side == 0) | ~np.isnan(self.strength)
+        grades = np.where(side == 0, 0.0, side * np.where(known, self.strength, 0.0))[known]
+        size = np.unique(np.abs(grades))
+        scale = np.unique(np.concatenate([-size, size]))
+        votes = self.chosen(known)
+        return replace(
+            votes,
+            categories=tuple(f"{grade:g}" for grade in scale),
+            choice=np.searchsorted(scale, grades),
+            swap=None if self.swap is None else np.arange(scale.size)[::-1].copy(),
+            ordered=True,
+        )
+
+
+def read_votes(
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    annotator_columns: Sequence[str] = (),
+    missing: Sequence[str] = (),
+    order: Sequence[str] = (),
+) -> Votes:
+    """The votes of a feedback project (its TOML file) or of a table (JSON lines, CSV, Parquet, hub).
+
+    A table has the columns item, annotator, choice and, where known, shown_left (the side, A or B, that was on the
+    left), seconds, slice, strength, model_a and model_b; or it has the comparisons layout (prompt, response_a,
+    response_b, choice, annotator), whose votes over the same two replies are put together whichever was A.
+
+    `columns` names the columns of another table, several joined with "+" ("item": "document+system").
+    `annotator_columns` reads a table with one row an item and one column an annotator. `missing` are further choices
+    that are no judgement, `order` the categories from low to high. Raises DataError with the first mistakes.
+    """
+    path = Path(source)
+    if path.suffix == ".toml":
+        return _project_votes(path)
+    table = read_rows(source)
+    if table.bad:
+        _refuse([(bad.where, bad.problem) for bad in table.bad], table.bad[0].fix)
+    rows: Iterable[tuple[str, JsonDict]] = [(where, _renamed(row, columns or {}, where)) for where, row in table.rows]
+    if annotator_columns:
+        rows = list(_long(rows, annotator_columns))
+    return votes_from_rows(rows, missing=missing, order=order)
+
+
+def votes_from_rows(
+    rows: Iterable[tuple[str, JsonDict]], *, missing: Sequence[str] = (), order: Sequence[str] = ()
+) -> Votes:
+    """The votes of rows, each with where it came from; see `read_votes` for their columns."""
+    reader = _Reader((*NOT_JUDGED, *missing))
+    for where, row in rows:
+        reader.add(where, row)
+    return reader.votes(order)
+
+
+def style_of(text: str) -> Floats:
+    """Counts of `STYLE`: words, Markdown headers, list items and bold spans."""
+    lines = [line.lstrip() for line in text.splitlines()]
+    headers = sum(line.startswith("#") and line.lstrip("#").startswith(" ") for line in lines)
+    items = sum(
+        line.startswith(("- ", "* ", "+ ")) or (line.partition(".")[0].isdigit() and ". " in line[:5]) for line in lines
+    )
+    return np.array([len(text.split()), headers, items, text.count("**") // 2], dtype=np.float64)
+
+
+def style_difference(style_a: Floats, style_b: Floats) -> Floats:
+    """(a - b) / (a + b + 1) for counts: in (-1, 1), and its opposite when the sides are exchanged."""
+    return (style_a - style_b) / (style_a + style_b + 1)
+
+
+class _Reader:
+    """Collects rows into columns."""
+
+    def __init__(self, missing: Sequence[str]) -> None:
+        self._missing = frozenset(missing)
+        self._items: dict[str, int] = {}
+        self._annotators: dict[str, int] = {}
+        self._slices: dict[str, int] = {}
+        self._votes: list[tuple[int, int, str, float, float, float, int]] = []
+        self._facts: list[tuple[tuple[str, str] | None, tuple[str, str] | None]] = []
+        """Models and replies of each item."""
+        self._mistakes: list[tuple[str, str]] = []
+        self._num_rows = self._num_not_judged = 0
+
+    def add(self, where: str, row: JsonDict) -> None:
+        self._num_rows += 1
+        absent = [name for name in ("annotator", "choice") if name not in row]
+        texts = _replies(row)
+        if texts is None and _text(row.get("item")) == "":
+            absent.insert(0, "item")
+        if absent:
+            self._mistakes.append((where, f"no {' and no '.join(absent)} (its columns: {', '.join(row)})"))
+            return
+        choice = _text(row["choice"])
+        if choice in self._missing:
+            self._num_not_judged += 1
+            return
+        shown = _text(row.get("shown_left")).upper()
+        if shown not in ("", "A", "B"):
+            self._mistakes.append((where, f"shown_left is {row['shown_left']!r}; it names a side, A or B"))
+            return
+        a_left = {"": math.nan, "A": 1.0, "B": 0.0}[shown]
+        models = (_text(row.get("model_a")), _text(row.get("model_b")))
+        name = _text(row.get("item"))
+        if texts is not None:  # one orientation for all votes over the same two replies
+            if texts[1] < texts[0]:
+                texts, models, a_left = (texts[1], texts[0]), (models[1], models[0]), 1 - a_left
+                choice = {"A": "B", "B": "A"}.get(choice, choice)
+            name = name or _item_name(row["prompt"], texts)
+        known_models = models if all(models) else None
+        number = self._items.setdefault(name, len(self._items))
+        if number == len(self._facts):
+            self._facts.append((known_models, texts))
+        elif self._facts[number] != (known_models, texts):
+            self._mistakes.append((where, f"item {name!r} had other replies or models in an earlier row"))
+            return
+        part = _text(row.get("slice"))
+        self._votes.append(
+            (
+                number,
+                self._annotators.setdefault(_text(row["annotator"]) or "(unnamed)", len(self._annotators)),
+                choice,
+                a_left,
+                self._measure(where, row, "seconds"),
+                self._measure(where, row, "strength"),
+                self._slices.setdefault(part, len(self._slices)) if part else -1,
+            )
+        )
+
+    def _measure(self, where: str, row: JsonDict, name: str) -> float:
+        """A number that cannot be negative; nan for none."""
+        text = _text(row.get(name))
+        value = _number(text) if text else math.nan
+        if text and not 0 <= value < math.inf:
+            self._mistakes.append((where, f"{name} is {row[name]!r}; it is a number from 0 up, or empty"))
+        return value
+
+    def votes(self, order: Sequence[str]) -> Votes:
+        if self._mistakes:
+            _refuse(
+                self._mistakes,
+                "give the file the columns item, annotator, choice (or prompt, response_a, response_b, choice, "
+                "annotator), or say which columns they are: --columns item=…,annotator=…,choice=…",
+            )
+        seen = {vote[2] for vote in self._votes}
+        pairwise = bool(seen) and seen <= set(PAIRWISE) and bool(seen & {"A", "B"})
+        categories, ordered = _scale(seen, order, pairwise)
+        place = {category: i for i, category in enumerate(categories)}
+        numbers = list(zip(*self._votes, strict=True)) or [()] * 7
+        replies = [texts for _, texts in self._facts]
+        models = [found for found, _ in self._facts]
+        return Votes(
+            items=tuple(self._items),
+            annotators=tuple(self._annotators),
+            categories=categories,
+            item=np.array(numbers[0], dtype=np.int64),
+            annotator=np.array(numbers[1], dtype=np.int64),
+            choice=np.array([place[choice] for choice in numbers[2]], dtype=np.int64),
+            swap=np.array([place[_OTHER_SIDE.get(c, c)] for c in categories]) if pairwise else None,
+            ordered=ordered,
+            a_left=np.array(numbers[3], dtype=np.float64),
+            seconds=np.array(numbers[4], dtype=np.float64),
+            strength=np.array(numbers[5], dtype=np.float64),
+            slices=tuple(self._slices),
+            slice=np.array(numbers[6], dtype=np.int64),
+            characters=np.array([math.nan if t is None else float(len(t[0]) + len(t[1])) for t in replies]),
+            models=tuple(m for m in models if m) if models and all(models) else None,
+            style=_styles(replies),
+            counts={"rows": self._num_rows, "votes": len(self._votes), "not_judged": self._num_not_judged},
+        )
+
+
+_OTHER_SIDE = {"A": "B", "B": "A"}
+
+
+def _project_votes(path: Path) -> Votes:
+    if not path.is_file():
+        raise DataError(f"there is no file {str(path)!r}", where=str(path), fix="name a project file or a vote table")
+    if importlib.util.find_spec("trimtab.feedback.votes") is None:
+        raise DataError(
+            f"{path.name!r} is no vote table",
+            where=str(path),
+            fix="name a table with the columns item, annotator, choice (.jsonl, .csv, .parquet)",
+        )
+    votes: Votes = importlib.import_module("trimtab.feedback.votes").votes_of(path)
+    return votes
+
+
+def _refuse(mistakes: Sequence[tuple[str, str]], fix: str) -> None:
+    more = len(mistakes) - _MISTAKES_SHOWN
+    lines = [problem if i == 0 else f"{where}: {problem}" for i, (where, problem) in enumerate(mistakes)]
+    shown = "\n  and:   ".join(lines[:_MISTAKES_SHOWN])
+    raise DataError(shown + (f"\n  and {more} more such rows" if more > 0 else ""), where=mistakes[0][0], fix=fix)
+
+
+def _renamed(row: JsonDict, columns: Mapping[str, str], where: str) -> JsonDict:
+    """The row with the columns it was said to have, beside its own."""
+    named = dict(row)
+    for name, source in columns.items():
+        parts = source.split("+")
+        absent = [part for part in parts if part not in row]
+        if name not in COLUMNS or absent:
+            raise DataError(
+                f"no column is called {', '.join(map(repr, absent))}; there are {', '.join(row)}"
+                if absent
+                else f"{name!r} is no column of a vote table",
+                where=where,
+                fix=f"write NAME=COLUMN with a NAME of {', '.join(COLUMNS)} and a COLUMN of the file",
+            )
+        named[name] = row[parts[0]] if len(parts) == 1 else " + ".join(_text(row[part]) for part in parts)
+    return named
+
+
+def _long(rows: Iterable[tuple[str, JsonDict]], annotators: Sequence[str]) -> Iterable[tuple[str, JsonDict]]:
+    """One row for each vote, of rows with a column for each annotator; without an item's name it is its place."""
+    for number, (where, row) in enumerate(rows, 1):
+        absent = [name for name in annotators if name not in row]
+        if absent:
+            raise DataError(
+                f"no column is called {', '.join(map(repr, absent))}; there are {', '.join(row)}",
+                where=where,
+                fix="name the columns that hold one annotator's choices each",
+            )
+        for name in annotators:
+            yield where, {"item": str(number), **row, "annotator": name, "choice": row[name]}
+
+
+def _scale(seen: set[str], order: Sequence[str], pairwise: bool) -> tuple[tuple[str, ...], bool]:
+    """The categories in order, and whether that order means something."""
+    if order:
+        if strange := sorted(seen - set(order)):
+            raise DataError(
+                f"the choice {strange[0]!r} has no place in the order {', '.join(order)}",
+                where="--order",
+                fix="name every choice of the table, from low to high",
+            )
+        return tuple(order), True
+    if pairwise:
+        categories = tuple(c for c in PAIRWISE if c in seen or c in ("A", "B"))
+        return categories, "tie" in categories and "both_bad" not in categories
+    numbers = sorted((_number(c), c) for c in seen)
+    if any(math.isnan(number) for number, _ in numbers):
+        return tuple(sorted(seen)), False
+    return tuple(c for _, c in numbers), len(numbers) > 2
+
+
+def _replies(row: JsonDict) -> tuple[str, str] | None:
+    if all(isinstance(row.get(name), str) for name in ("response_a", "response_b")) and "prompt" in row:
+        return row["response_a"], row["response_b"]
+    return None
+
+
+def _item_name(prompt: Any, replies: tuple[str, str]) -> str:
+    """Sixteen hex digits of the SHA-256 of a prompt and its two replies."""
+    text = json.dumps([prompt, *replies], ensure_ascii=False, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
+
+
+def _styles(replies: Sequence[tuple[str, str] | None]) -> Floats | None:
+    known = [texts for texts in replies if texts is not None]
+    if not known or len(known) < len(replies):
+        return None
+    return np.array([style_difference(style_of(a), style_of(b)) for a, b in known])
+
+
+def _text(value: Any) -> str:
+    """A cell as text: nothing for null and nan, whole numbers without a point."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
