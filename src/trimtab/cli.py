@@ -23,6 +23,7 @@ STAGES = {
     "reward": ("trimtab.stages.reward", "Train a reward model on preference pairs."),
     "preference": ("trimtab.stages.preference", "Train a policy on preferences without a reward model: DPO and its family."),
     "online": ("trimtab.stages.online", "Train a policy against a reward, with PPO."),
+    "select": ("trimtab.stages.select", "Sample many replies and keep the best: best-of-N, rejection sampling, pairs."),
     "evaluate": ("trimtab.stages.evaluate", "Measure a policy against a baseline, with intervals."),
 }
 """Each stage command: the module with its `Settings` and `run`, and its line of help."""

@@ -9,6 +9,9 @@ model = "@base"          # the model directory of the stage named base
 data = "$rows"           # a variable
 [stages.reward]
 data = "@compare/train.jsonl"   # a file in the run directory of the stage named compare
+[stages.sft_longer]
+like = "sft"             # all that the stage named sft says, and this
+num_epochs = 3
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from trimtab import config
 from trimtab.errors import ConfigError
 from trimtab.runs.run import Run
 
-STAGES = ("pretrain", "sft", "compare", "reward", "preference", "online", "evaluate")
+STAGES = ("pretrain", "sft", "compare", "reward", "preference", "online", "select", "evaluate")
 TOP_LEVEL = ("seed", "variables", "stages")
 
 
@@ -40,6 +43,7 @@ def run_pipeline(values: Mapping[str, Any], out: Path, *, where: str = "the pipe
     All mistakes in all stages are reported before the first one starts.
     """
     console = Console(stderr=True, highlight=False)
+    values = expand(values, where=where)
     stages = resolve_stages(values, out, where=where)
     out.mkdir(parents=True, exist_ok=True)
     write_aside(out / "pipeline.toml", config.to_toml(dict(values)))
@@ -59,8 +63,42 @@ def run_pipeline(values: Mapping[str, Any], out: Path, *, where: str = "the pipe
     return summary
 
 
+def expand(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """The pipeline with every `like` written out, so that the rounds of a loop say only what differs.
+
+    Tables inside a stage are put together key by key, lists are replaced. Raises ConfigError for a `like` that names no
+    stage above it.
+    """
+    tables = values.get("stages")
+    if not isinstance(tables, Mapping):
+        return dict(values)
+    expanded: dict[str, Any] = {}
+    for name, table in tables.items():
+        if isinstance(table, Mapping) and "like" in table:
+            if (like := table["like"]) not in expanded:
+                known = ", ".join(expanded) or "none"
+                raise ConfigError(
+                    f"stages.{name}.like = {like!r} names no earlier stage",
+                    where=where,
+                    fix=f"{nearest(str(like), list(expanded))}stages before this one: {known}",
+                )
+            table = overlay(expanded[like], {key: value for key, value in table.items() if key != "like"})
+        expanded[name] = table
+    return {**values, "stages": expanded}
+
+
+def overlay(below: Any, above: Any) -> Any:
+    """`above` where it says something, `below` elsewhere; tables key by key, except where they name another class."""
+    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
+        return above
+    if "name" in above and above["name"] != below.get("name"):
+        return above
+    return {**below, **{key: overlay(below.get(key), value) for key, value in above.items()}}
+
+
 def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[str, tuple[str, Any]]:
     """Name to (stage, its settings). Raises one ConfigError with every mistake."""
+    values = expand(values, where=where)
     tables = values.get("stages")
     if not isinstance(tables, Mapping) or not tables:
         raise ConfigError(

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trimtab.errors import EngineError
-from trimtab.stages.pipeline import resolve_stages, run_pipeline
+from trimtab.stages.pipeline import expand, resolve_stages, run_pipeline
 
 FEW_STEPS = 3
 FEW_PROMPTS = 192
@@ -70,7 +70,7 @@ def plan(values: Mapping[str, Any], *, where: str) -> list[StagePlan]:
 def cut_short(stage: str, table: dict[str, Any], settings: Any) -> dict[str, Any]:
     """The table of a stage with a few steps, or a few prompts, instead of all; `settings` are those it resolves to."""
     table = dict(table) | ({"trackers": []} if "trackers" in table else {})
-    if stage in ("pretrain", "sft", "reward", "preference"):
+    if stage in ("pretrain", "sft", "reward", "preference", "select"):
         return table | {"max_steps": FEW_STEPS}
     if stage == "online":
         # Every step as the late ones are: the critic's warm-up would leave the policy's update out.
@@ -84,22 +84,32 @@ def share_of_prompts(settings: Any) -> float:
     return float(min(1.0, FEW_PROMPTS / settings.num_prompts))
 
 
+def share_sampled(stage: str, settings: Any, directory: Path) -> float:
+    """The share of the data a stage makes that its rehearsal in `directory` made."""
+    if stage != "select":
+        return share_of_prompts(settings)
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    return float(summary["num_steps"] / summary["num_planned_steps"])
+
+
 _PROMPTS = {"compare": ("num_prompts", "num_held_out_prompts"), "evaluate": ("num_prompts", "best_of_prompts")}
 
 
 def rehearse(values: dict[str, Any], scratch: Path) -> None:
     """Runs the pipeline cut short, printing a StagePlan as a line of JSON after each stage."""
+    values = expand(values, where="the plan")
     whole = resolve_stages(values, scratch / "run", where="the plan")
     tables = {name: cut_short(table["stage"], table, whole[name][1]) for name, table in values["stages"].items()}
     for number, name in enumerate(tables, start=1):
         upto = dict(list(tables.items())[:number])
         run_pipeline({**values, "stages": upto}, scratch / "run", where="the plan")
         stage, settings = whole[name]
-        # Pairs of a rehearsed comparison are fewer than there will be.
+        # What a rehearsed stage samples is less than there will be.
         shares = [
-            share_of_prompts(other)
+            share_sampled(kind, other, scratch / "run" / source)
             for source, (kind, other) in whole.items()
-            if kind == "compare" and str(getattr(settings, "data", "")).startswith(str(scratch / "run" / source) + "/")
+            if kind in ("compare", "select")
+            and str(getattr(settings, "data", "")).startswith(str(scratch / "run" / source) + "/")
         ]
         found = estimate(name, stage, settings, scratch / "run" / name, share_of_data=shares[0] if shares else 1.0)
         print(json.dumps(asdict(found)), flush=True)
@@ -154,12 +164,12 @@ def weights(stage: str, settings: Any, directory: Path) -> dict[str, float]:
             sizes["reference"] = file_gb(settings.reference or settings.model)
             if settings.critic.init != "value_head":
                 sizes["critic"] = file_gb(settings.model) * 4
-        for number, reward in enumerate(r for r in settings.rewards if hasattr(r, "path")):
-            sizes[f"reward {number + 1}"] = file_gb(reward.path)
     elif stage == "evaluate":
         sizes = {"policy": file_gb(settings.model), "baseline": file_gb(settings.baseline)}
     else:
         sizes["policy"] = file_gb(start)
+    for number, reward in enumerate(r for r in getattr(settings, "rewards", ()) if hasattr(r, "path")):
+        sizes[f"reward {number + 1}"] = file_gb(reward.path)
     if adapter is not None:
         sizes["adapter"] = 4 * file_gb(directory / "model")
     return {name: size for name, size in sizes.items() if size}

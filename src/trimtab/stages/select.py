@@ -1,0 +1,285 @@
+"""Selection: sample N replies to each prompt, score them, and keep what is worth training on.
+
+The best reply of each prompt becomes a demonstration (best-of-N, rejection sampling), the best against another a
+preference pair (online DPO), or the demonstration against the policy's own reply (SPIN). Replies are sampled a few
+prompts at a time into replies.jsonl, from which a killed run goes on; the choice is made at the end, from that file.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from torch import Tensor
+
+from trimtab import seeds, worlds
+from trimtab.config import Choice
+from trimtab.data.chat import Chat
+from trimtab.data.layouts import load
+from trimtab.engines.local_generator import LocalGenerator, Sampling
+from trimtab.errors import ConfigError, DataError
+from trimtab.metrics import Metrics, Total, mean_of
+from trimtab.models.load import load_causal, load_tokenizer
+from trimtab.models.roles import Policy
+from trimtab.protocols import Generator
+from trimtab.rewards.combined import CombinedReward, load_rewards
+from trimtab.rewards.gold import GoldScorer
+from trimtab.runs.loop import run_steps
+from trimtab.runs.run import Run
+from trimtab.stages.selection import (
+    Asked,
+    Filter,
+    Pairs,
+    Replies,
+    Reply,
+    choose,
+    describe,
+    write_demonstrations,
+    write_pairs,
+)
+from trimtab.types import Demonstration, Prompt, Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of the select stage."""
+
+    model: str
+    """The policy to sample from."""
+    prompts: str | None = None
+    """Prompts: a file, a hub id or a world."""
+    demonstrations: str | None = None
+    """Demonstrations instead of prompts, each to be set against the policy's own replies (pairs = "demonstration")."""
+    limit: int | None = None
+    """Use only the first prompts."""
+    on_bad_row: Literal["stop", "drop"] = "stop"
+    """Refuse the prompts at a bad row, or drop and count such rows."""
+    rewards: Annotated[tuple[Any, ...], Choice("reward")] = ()
+    """What judges the replies; several are added up with their weights. Only SPIN needs none."""
+    world: str | None = None
+    """Record this world's gold score too. Watched only: it chooses nothing."""
+    replies_per_prompt: int = 8
+    """Replies sampled of each prompt: the N of best-of-N."""
+    filter: Filter = field(default_factory=Filter)
+    """Which replies may be chosen, and how many of them are."""
+    pairs: Pairs = "none"
+    """Also write pairs.jsonl: the best reply against the worst, against another at random, or the demonstration against
+    each of the policy's replies."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How replies are drawn."""
+    prompts_per_step: int = 64
+    """Prompts sampled and scored together. Bounds memory and what a kill can lose; changes no reply."""
+    max_steps: int | None = None
+    """Stop after this many steps, and choose from what there is by then; None samples for every prompt."""
+    token_budget: int = 4096
+    """Tokens of one forward pass of a reward model: memory and speed only."""
+    num_samples: int = 12
+    """Prompts whose best reply is written to samples.jsonl, beside the first one drawn."""
+    seed: int = 0
+    """Seed of the replies and of the draws between equal rewards."""
+    trackers: Annotated[tuple[Any, ...], Choice("tracker")] = ()
+    """Where metrics go besides metrics.jsonl: "tensorboard", "wandb"."""
+
+    def __post_init__(self) -> None:
+        if (self.prompts is None) == (self.demonstrations is None):
+            raise ValueError("set either prompts, or demonstrations whose prompts are used")
+        for name in ("replies_per_prompt", "prompts_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
+        if self.pairs in ("worst", "random") and self.replies_per_prompt < 2:
+            raise ValueError(f'pairs = "{self.pairs}" needs replies_per_prompt of at least 2')
+        if self.pairs == "demonstration" and self.demonstrations is None:
+            raise ValueError('pairs = "demonstration" needs demonstrations')
+        if not self.rewards and self.pairs != "demonstration":
+            raise ValueError("rewards is empty; name at least one, such as [[rewards]] name = 'model', path = '…'")
+        if not self.rewards and self.filter != Filter(finished=self.filter.finished):
+            raise ValueError("without rewards no reply is better than another: filter can only set finished")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a step names."""
+
+    settings: Settings
+    asked: Sequence[Asked]
+    generator: Generator
+    rewards: CombinedReward | None
+    world: GoldScorer | None
+    replies: Replies
+    counts: dict[str, int]
+    """Prompts read, and those dropped because they come again or are too long."""
+
+
+def run(settings: Settings, run: Run) -> None:
+    """Writes replies.jsonl and, chosen from it, best.jsonl (demonstrations) and pairs.jsonl (preference pairs)."""
+    parts = build_parts(settings, run)
+    num_planned = math.ceil(len(parts.asked) / settings.prompts_per_step)
+    num_steps = min(num_planned, settings.max_steps or num_planned)
+    run_steps(
+        run,
+        parts.replies,
+        num_steps=num_steps,
+        step=lambda number: sample_step(number, parts, run),
+        checkpoint_every=1,
+        description="select",
+    )
+    choice, written = None, dict[str, int]()
+    if settings.rewards:
+        choice = choose(parts.asked, parts.replies.read(), settings.filter, seed=settings.seed)
+        write_demonstrations(run.directory / "best.jsonl", parts.asked, parts.replies.read(), choice)
+    if settings.pairs != "none":
+        written = write_pairs(
+            run.directory / "pairs.jsonl",
+            parts.asked,
+            parts.replies.read(),
+            choice,
+            against=settings.pairs,
+            rule=settings.filter,
+            seed=settings.seed,
+        )
+    run.finish(
+        {
+            "num_steps": num_steps,
+            "num_planned_steps": num_planned,
+            "replies_per_prompt": settings.replies_per_prompt,
+            "sampler": parts.generator.method,
+            "counts": parts.counts | (dict(choice.counts) if choice else {}) | written,
+        }
+        | (describe(parts.replies.read(), choice) if choice else {})
+    )
+
+
+def sample_step(number: int, parts: Parts, run: Run) -> Metrics:
+    """Samples and scores the replies to some prompts and appends them to replies.jsonl."""
+    settings, started = parts.settings, time.perf_counter()
+    asked = parts.asked[number * settings.prompts_per_step :][: settings.prompts_per_step]
+    # One seed for every step: a reply's random numbers come from its prompt and its place in the group.
+    rollouts = parts.generator.generate(
+        [a.prompt for a in asked], group_size=settings.replies_per_prompt, seed=seeds.derive(settings.seed, "select")
+    )
+    generated = time.perf_counter()
+    replies, metrics = scored(rollouts, parts)
+    rows = [replies[i : i + settings.replies_per_prompt] for i in range(0, len(replies), settings.replies_per_prompt)]
+    parts.replies.append(asked, rows)
+    if shown := max(0, settings.num_samples - number * settings.prompts_per_step):
+        run.add_samples(number + 1, [sample_row(*one) for one in zip(asked[:shown], rows, strict=False)])
+    best: Metrics = {}
+    if parts.rewards is not None:
+        known = [[r.reward for r in row if not math.isnan(r.reward)] for row in rows]
+        best["select/best_reward"] = mean_of(max(rewards) for rewards in known if rewards)
+    return (
+        best
+        | metrics
+        | {
+            "rollout/length_mean": mean_of(r.length for r in replies),
+            "rollout/truncated_fraction": mean_of(not r.finished for r in replies),
+            "time/generate_seconds": Total(generated - started),
+            "time/score_seconds": Total(time.perf_counter() - generated),
+        }
+    )
+
+
+def scored(rollouts: Sequence[Rollout], parts: Parts) -> tuple[list[Reply], Metrics]:
+    """The rollouts as replies with their rewards, each part of them, and gold."""
+    metrics: Metrics = {}
+    rewards: Tensor | None = None
+    by_part: dict[str, Tensor] = {}
+    if parts.rewards is not None:
+        rewards, by_part, metrics = parts.rewards.score_parts(rollouts)
+    gold = None
+    if parts.world is not None:
+        gold, gold_metrics = parts.world.score(rollouts)
+        metrics = metrics | gold_metrics
+    # A reward model sums in another order for another place in the batch; equal replies are to be exact ties.
+    first: dict[tuple[str, tuple[int, ...]], int] = {}
+    replies = []
+    for i, r in enumerate(rollouts):
+        same = first.setdefault((r.prompt.id, r.response_ids), i)
+        replies.append(
+            Reply(
+                response=r.response,
+                length=len(r.response_ids),
+                finished=r.finish_reason == "stop",
+                reward=math.nan if rewards is None else float(rewards[same]),
+                parts={name: float(scores[same]) for name, scores in by_part.items()},
+                gold=None if gold is None else float(gold[same]),
+            )
+        )
+    return replies, metrics
+
+
+def sample_row(asked: Asked, replies: Sequence[Reply]) -> dict[str, object]:
+    """The best reply, and as `baseline_response` the first one drawn, which is what one sample alone would give."""
+    best = max(replies, key=lambda r: -math.inf if math.isnan(r.reward) else r.reward)
+    row: dict[str, object] = {"prompt": asked.prompt.text}
+    for prefix, reply in (("baseline_", replies[0]), ("", best)):
+        row |= {f"{prefix}response": reply.response, f"{prefix}reward": reply.reward}
+        row |= {f"{prefix}gold": reply.gold} if reply.gold is not None else {}
+    return row
+
+
+def build_parts(settings: Settings, run: Run) -> Parts:
+    """Loads models and data. Raises an error that teaches for whatever cannot be used."""
+    chat = Chat(load_tokenizer(settings.model))
+    asked, counts = load_asked(settings, chat, run)
+    rewards = load_rewards(settings.rewards, token_budget=settings.token_budget) if settings.rewards else None
+    known = ["reward", *(part.name for part in rewards.parts)] if rewards else []
+    if unknown := sorted(set(settings.filter.at_least) - set(known)):
+        raise ConfigError(
+            f"filter.at_least names {', '.join(map(repr, unknown))}, which no reward is called",
+            where="filter.at_least",
+            fix=f"name the sum of all rewards or one of them: {', '.join(known)}",
+        )
+    policy = Policy(load_causal(settings.model), pad_id=chat.pad_id, temperature=settings.sampling.temperature)
+    return Parts(
+        settings=settings,
+        asked=asked,
+        generator=LocalGenerator(policy, chat, settings.sampling),
+        rewards=rewards,
+        world=GoldScorer(worlds.load(settings.world)) if settings.world else None,
+        replies=Replies(run.directory / "replies.jsonl"),
+        counts=counts,
+    )
+
+
+def load_asked(settings: Settings, chat: Chat, run: Run) -> tuple[list[Asked], dict[str, int]]:
+    """The prompts, each once, with their demonstrations where those are given; and what was counted.
+
+    A prompt that comes again would be answered by the same replies again, since its random numbers come from its id.
+    """
+    source = settings.demonstrations or settings.prompts
+    assert source is not None
+    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "limit": settings.limit}
+    if settings.demonstrations is not None:
+        demonstrations = load(Demonstration, source, **options)
+        found = [Asked(d.prompt, d.response) for d in demonstrations.records]
+        sha256, counts = demonstrations.sha256, Counter(demonstrations.counts)
+    else:
+        prompts = load(Prompt, source, **options)
+        found = [Asked(p, None) for p in prompts.records]
+        sha256, counts = prompts.sha256, Counter(prompts.counts)
+    run.add_data(source, sha256, len(found))
+    asked: dict[str, Asked] = {}
+    for one in found:
+        before = asked.setdefault(one.prompt.id, one)
+        if before.prompt.messages != one.prompt.messages:
+            raise DataError(
+                f"two different prompts have the id {one.prompt.id!r}",
+                where=source,
+                fix="give every prompt an id of its own, or leave the ids out",
+            )
+        counts["dropped_repeated_prompts"] += before is not one
+    longest = settings.sampling.max_prompt_tokens
+    kept = [a for a in asked.values() if len(chat.encode_prompt(a.prompt.messages)) <= longest]
+    counts["dropped_long_prompts"] = len(asked) - len(kept)
+    if not kept:
+        raise DataError(
+            f"none of {len(asked)} prompts has at most {longest} tokens",
+            where=source,
+            fix="raise sampling.max_prompt_tokens",
+        )
+    return kept, dict(counts)
