@@ -23,8 +23,8 @@ from trimtab.registry import register
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
-_MAX_EXPONENT = 80.0
-"""e^80 is still a float32; beyond it, a gradient would be nan."""
+_MAX_EXPONENT = 40.0
+"""The square of e^40, which IPO takes, is still a float32; beyond it, a gradient would be nan."""
 
 
 def divergence_score(log_ratio: Tensor, divergence: Divergence, alpha: float = 0.5) -> Tensor:
