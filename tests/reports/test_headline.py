@@ -168,3 +168,8 @@ def test_a_selection_says_what_choosing_gave_and_cost():
         "Choosing costs at most 1.2 nats of KL.",
     )
     assert headline.run_verdict(replace(run, summary={"best_of": {"curve": ["?"]}})) is None
+
+
+def test_replies_that_no_reward_could_judge_are_an_alarm():
+    run = run_with(reward__model_failed=[0.0, 0.0], reward__exact_answer_failed=[2.0, 1.0])
+    assert headline.alarms(run) == ("3 replies could not be judged by the reward exact_answer",)

@@ -372,6 +372,10 @@ def alarms(run: RunRecord) -> tuple[str, ...]:
         ratio = length.mean_of_last() / max(length.mean_of_first(), 1e-9)
         if ratio > 1.3:
             found.append(f"replies grew {show(ratio)} times longer (above 1.3)")
+    for name, series in metrics.items():
+        if name.startswith("reward/") and name.endswith("_failed") and (failed := float(np.nansum(series.values))):
+            reward = name.removeprefix("reward/").removesuffix("_failed")
+            found.append(f"{show(failed)} replies could not be judged by the reward {reward}")
     summary = hacking(run)
     if summary is not None and summary.fall_fraction >= FALL and summary.proxy_kept_rising:
         fall = percent(summary.fall_fraction)

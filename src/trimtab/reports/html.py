@@ -47,7 +47,7 @@ _MAIN_METRICS: Mapping[str, tuple[tuple[str, ...], ...]] = {
         ("critic/loss",),
         ("critic/explained_variance",),
     ),
-    "select": (("reward/mean",), ("select/best_reward",), ("gold/mean",), ("rollout/length_mean",)),
+    "select": (),  # nothing learns, so a step is only the next prompts
 }
 _STAGE_SAYS: Mapping[str, str] = {
     "pretrain": "A language model learned from plain text, to have something to align.",
@@ -201,7 +201,7 @@ def _curves(run: RunRecord, make: Panels) -> Html:
         if logged:
             shown.append(_curve_panel(logged, make))
     for owner, title in (("reward", "Parts of the reward"), ("gold", "Parts of the gold score")):
-        if run.stage in ("online", "select"):
+        if run.stage == "online":
             parts = [name for name in left if name.startswith(f"{owner}/") and name != "reward/std"]
             if parts:
                 shown.append(_curve_panel({name: left.pop(name) for name in sorted(parts)}, make, title=title))
