@@ -12,7 +12,7 @@ from trimtab import seeds, worlds
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
 from trimtab.engines.local_generator import LocalGenerator, Sampling
-from trimtab.evals.overoptimisation import best_of_n_curve
+from trimtab.evals.overoptimisation import best_of_n_curve, sizes_up_to
 from trimtab.evals.stats import bootstrap_mean, paired_difference, win_rate
 from trimtab.evals.text import text_stats
 from trimtab.math.masking import sum_per_sequence
@@ -146,10 +146,7 @@ def best_of_baseline(settings: Settings, baseline: Policy, chat: Chat, prompts: 
         chosen, group_size=settings.best_of, seed=seeds.derive(settings.seed, "best of")
     )
     gold = GoldScorer(worlds.load(settings.world)).score(rollouts)[0].numpy().reshape(len(chosen), settings.best_of)
-    sizes = [2**k for k in range(settings.best_of.bit_length()) if 2**k <= settings.best_of]
-    if sizes[-1] != settings.best_of:
-        sizes.append(settings.best_of)
-    curve = best_of_n_curve(gold, gold, sizes)
+    curve = best_of_n_curve(gold, gold, sizes_up_to(settings.best_of))
     return {
         "num_prompts": len(chosen),
         "curve": [{"n": point.n, "kl": point.kl} | point.value.named("gold") for point in curve],
