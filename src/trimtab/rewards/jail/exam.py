@@ -12,137 +12,15 @@ import importlib
 import json
 import operator
 import os
-import struct
 import sys
 import types
-from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
-_LONGEST_MESSAGE = 64 << 20
-_SCALARS = (type(None), bool, int, float, str)
-_DICTS = (dict, Counter, OrderedDict, defaultdict)
-_NUMBERS = {("decimal", "Decimal"), ("fractions", "Fraction")}
+from .peer import Gone, Peer, Refused, Stream
 
 _SAME_TYPE_OPERATORS = ("eq", "ne", "lt", "le", "gt", "ge")
 _BINARY_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
-
-
-class Refused(Exception):
-    """The tests ask for something that cannot cross to the candidate. Not the candidate's fault."""
-
-
-class Gone(Exception):
-    """The other process ended, or sent what is no message."""
-
-
-class Peer:
-    """One end of the socket: sends requests, and answers those that come in while it waits."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.stream = stream
-        self.handles: dict[int, Any] = {}
-        self.errors: dict[str, type[Exception]] = {}
-
-    # --- messages ---
-
-    def send(self, message: list[Any]) -> None:
-        text = json.dumps(message).encode()
-        self.stream.write(struct.pack("!I", len(text)) + text)
-        self.stream.flush()
-
-    def receive(self) -> list[Any]:
-        try:
-            (size,) = struct.unpack("!I", self._exactly(4))
-            if size > _LONGEST_MESSAGE:
-                raise Gone("a message of more than 64 MiB")
-            message = json.loads(self._exactly(size))
-        except (OSError, ValueError, RecursionError) as error:
-            raise Gone(f"{type(error).__name__} in a message") from error
-        if not isinstance(message, list) or not message:
-            raise Gone("a message of no known form")
-        return message
-
-    def _exactly(self, size: int) -> bytes:
-        data = self.stream.read(size)
-        if data is None or len(data) < size:
-            raise Gone("the code under test ended its process")
-        return data
-
-    def ask(self, what: str, *arguments: Any) -> list[Any]:
-        """The rest of the answer to a request, once the requests that came before it are answered."""
-        self.send([what, *arguments])
-        while True:
-            message = self.receive()
-            if message[0] in ("answer", "error"):
-                return message
-            self.answer(message)
-
-    def answer(self, message: list[Any]) -> None:
-        """Answers one request. Each side says which there are."""
-        raise NotImplementedError
-
-    # --- values ---
-
-    def encode(self, value: Any) -> Any:
-        kind = type(value)
-        if kind in _SCALARS:
-            return value
-        if kind is list:
-            return ["l", *map(self.encode, value)]
-        if kind is tuple:
-            return ["t", *map(self.encode, value)]
-        if kind is set or kind is frozenset:
-            return ["s" if kind is set else "f", *map(self.encode, value)]
-        if kind in _DICTS:
-            return ["d", *([self.encode(k), self.encode(v)] for k, v in value.items())]
-        if kind is bytes:
-            return ["b", value.decode("latin1")]
-        if kind is complex:
-            return ["c", value.real, value.imag]
-        if kind is range:
-            return ["r", value.start, value.stop, value.step]
-        if (kind.__module__, kind.__name__) in _NUMBERS and kind is getattr(
-            sys.modules.get(kind.__module__), kind.__name__, None
-        ):
-            return ["n", kind.__module__, kind.__name__, str(value)]
-        return self.encode_other(value)
-
-    def decode(self, value: Any) -> Any:
-        if type(value) in _SCALARS:
-            return value
-        tag, *parts = value
-        if tag == "l":
-            return [self.decode(v) for v in parts]
-        if tag == "t":
-            return tuple(self.decode(v) for v in parts)
-        if tag == "s":
-            return {self.decode(v) for v in parts}
-        if tag == "f":
-            return frozenset(self.decode(v) for v in parts)
-        if tag == "d":
-            return {self.decode(k): self.decode(v) for k, v in parts}
-        if tag == "b":
-            return str(parts[0]).encode("latin1")
-        if tag == "c":
-            return complex(*parts)
-        if tag == "r":
-            return range(*parts)
-        if tag == "n" and tuple(parts[:2]) in _NUMBERS:
-            return getattr(importlib.import_module(parts[0]), parts[1])(parts[2])
-        return self.decode_other(tag, parts)
-
-    def encode_other(self, value: Any) -> Any:
-        raise NotImplementedError
-
-    def decode_other(self, tag: str, parts: list[Any]) -> Any:
-        raise NotImplementedError
-
-    def keep(self, value: Any) -> int:
-        """A handle under which the other side may name `value`."""
-        handle = id(value)
-        self.handles[handle] = value
-        return handle
 
 
 # --- the process that runs foreign code ---
@@ -342,6 +220,10 @@ for _name in _BINARY_OPERATORS:
 class Examiner(Peer):
     """Runs the tests. Of its own objects the candidate sees functions that a test passes on, and can only call them."""
 
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(stream)
+        self.errors: dict[str, type[Exception]] = {}
+
     def names(self, entry_points: list[str]) -> dict[str, Any]:
         """What the candidate defines, as the tests may name it.
 
@@ -440,7 +322,7 @@ def run_candidate(source: str, socket: int) -> NoReturn:
     sys.set_int_max_str_digits(0)
     try:
         with os.fdopen(socket, "r+b", buffering=0) as raw:
-            Candidate(_Stream(raw)).serve(source)  # type: ignore[arg-type]
+            Candidate(Stream(raw)).serve(source)
     finally:
         os._exit(0)
 
@@ -460,7 +342,7 @@ def run_examiner(exam: dict[str, Any], socket: int, verdict: int) -> NoReturn:
             say("refused", f"the tests are no Python: {error}")
             os._exit(0)
         say("ready")
-        examiner = Examiner(_Stream(raw))  # type: ignore[arg-type]
+        examiner = Examiner(Stream(raw))
         names: dict[str, Any] | None = None
         for test in compiled[1:]:
             try:
@@ -497,25 +379,3 @@ def run_collected(namespace: dict[str, Any], entry_points: list[Any]) -> None:
         elif isinstance(value, types.FunctionType) and name == "check":
             for entry_point in entry_points:
                 value(entry_point)
-
-
-class _Stream:
-    """A socket as a file that reads all that was asked for."""
-
-    def __init__(self, raw: Any) -> None:
-        self.raw = raw
-
-    def read(self, size: int) -> bytes:
-        parts = []
-        while size and (part := self.raw.read(min(size, 1 << 20))):
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
-
-    def write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[self.raw.write(view) :]
-
-    def flush(self) -> None:
-        pass

@@ -87,9 +87,18 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def load(kind: str) -> None:
+    """Loads the libraries that a judgement needs, so that its time is its own."""
+    if kind == "same_maths":
+        same_maths("1", "1")
+    elif kind == "fits_schema":
+        _validator("true")
+
+
 JUDGES: dict[str, Callable[..., Any]] = {
     "matches": matches,
     "same_maths": same_maths,
     "fits_schema": fits_schema,
     "check_schema": check_schema,
+    "load": load,
 }

@@ -1,0 +1,86 @@
+"""Scores replies one at a time; one that cannot be judged is nan, counted by whoever adds up, and said in the log."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import DataError, TrimtabError
+from trimtab.metrics import Mean, Metrics, mean_of
+from trimtab.types import JsonDict, Prompt, Rollout
+
+_log = logging.getLogger("trimtab.rewards")
+
+
+@dataclass(frozen=True)
+class Score:
+    """The reward of one reply, and amounts to log as `reward/NAME_PART`."""
+
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+def score_each(
+    name: str, rollouts: Sequence[Rollout], judge: Callable[[Rollout], Score], *, num_parallel: int = 1
+) -> tuple[Tensor, Metrics]:
+    """[B] scores, nan for each reply about which `judge` raised or said what is no finite number; the log has how many
+    they are and the first one's reason. The parts are means over the replies that were judged.
+
+    `judge` runs in up to `num_parallel` threads.
+    """
+
+    def attempt(rollout: Rollout) -> Score | str:
+        try:
+            score = judge(rollout)
+        except Exception as error:  # foreign code may raise anything; here it means that there is no score
+            return error.problem if isinstance(error, TrimtabError) else f"{type(error).__name__}: {error}"
+        return score if math.isfinite(score.value) else f"the score is {score.value}, which is no finite number"
+
+    if num_parallel > 1:
+        with ThreadPoolExecutor(num_parallel) as pool:
+            found = list(pool.map(attempt, rollouts))
+    else:
+        found = [attempt(rollout) for rollout in rollouts]
+    reasons = [(r, why) for r, why in zip(rollouts, found, strict=True) if isinstance(why, str)]
+    if reasons:
+        first, why = reasons[0]
+        _log.warning(
+            "reward %s could not judge %d of %d replies; the first, to prompt %s: %s",
+            name,
+            len(reasons),
+            len(rollouts),
+            first.prompt.id,
+            why,
+        )
+    judged = [score for score in found if isinstance(score, Score)]
+    metrics: Metrics = {}
+    for part in dict.fromkeys(p for score in judged for p in score.parts):
+        metrics[f"reward/{name}_{part}"] = mean_of(s.parts[part] for s in judged if part in s.parts)
+    values = [score.value if isinstance(score, Score) else math.nan for score in found]
+    return torch.tensor(values, dtype=torch.float32), metrics | moments(values)
+
+
+def moments(values: Sequence[float]) -> Metrics:
+    """`reward/mean` and `reward/std` of the values that are numbers."""
+    known = [v for v in values if math.isfinite(v)]
+    mean = math.fsum(known) / len(known) if known else 0.0
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / len(known)) if known else 0.0
+    return {"reward/mean": mean_of(known), "reward/std": Mean(deviation * len(known), len(known))}
+
+
+def fact(prompt: Prompt, name: str) -> object:
+    """What the prompt's facts hold under `name`. Raises DataError that names what they do hold."""
+    facts: Mapping[str, object] | JsonDict = prompt.facts
+    if name not in facts:
+        raise DataError(
+            f"the prompt has no fact {name!r}, only {', '.join(sorted(facts)) or 'none at all'}",
+            where=f"prompt {prompt.id}",
+            fix="add a column of that name to the prompts' file, or name the right fact in the reward's settings",
+        )
+    return facts[name]

@@ -1,0 +1,160 @@
+"""The form of a reply: a pattern, reasoning then an answer, JSON of a schema."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from trimtab.errors import ConfigError
+from trimtab.metrics import Metrics
+from trimtab.registry import register
+from trimtab.rewards.answers import need
+from trimtab.rewards.each import Score, score_each
+from trimtab.rewards.helper import Helper
+from trimtab.types import Rollout
+
+_FENCED = re.compile(r"^```[^\S\n]*([\w+-]*)[^\n]*\n(.*?)^```[^\S\n]*$", re.DOTALL | re.MULTILINE)
+
+
+@register("reward", "regex")
+@dataclass(frozen=True, kw_only=True)
+class Regex:
+    """1 for a reply that matches a regular expression (Python's, with . for line breaks too), else 0."""
+
+    pattern: str
+    """The regular expression."""
+    match: Literal["full", "search"] = "full"
+    """Whether it has to match the whole reply or may be found anywhere in it."""
+    seconds: float = 1.0
+    """Time for one reply; some patterns take for ever on some texts, and such a reply is not judged."""
+    weight: float = 1.0
+    """Factor in the sum of rewards."""
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"pattern = {self.pattern!r} is no regular expression: {error}") from error
+
+    def load(self, *, token_budget: int) -> RegexScorer:
+        """The scorer."""
+        return RegexScorer(self)
+
+
+class RegexScorer:
+    """Matches replies in a process of its own."""
+
+    def __init__(self, settings: Regex) -> None:
+        self.settings = settings
+        self.helper = Helper(seconds=settings.seconds)
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
+        """[B] 1 or 0."""
+        return score_each("regex", rollouts, self._judge)
+
+    def _judge(self, rollout: Rollout) -> Score:
+        return Score(float(self.helper.ask("matches", self.settings.pattern, self.settings.match, rollout.response)))
+
+
+@register("reward", "reasoning_format")
+@dataclass(frozen=True, kw_only=True)
+class ReasoningFormat:
+    """1 for `<think>…</think> <answer>…</answer>` and nothing else, each once and neither empty; else 0."""
+
+    reasoning: str = "think"
+    """Name of the first tag."""
+    answer: str = "answer"
+    """Name of the second tag; "" for an answer that is the rest of the reply, without tags."""
+    opened: bool = False
+    """The prompt ends with the first opening tag, so that replies begin inside it."""
+    weight: float = 1.0
+    """Factor in the sum of rewards."""
+
+    def load(self, *, token_budget: int) -> ReasoningFormat:
+        """The reward itself; nothing needs loading."""
+        return self
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
+        """[B] 1 or 0."""
+        return score_each("reasoning_format", rollouts, lambda r: Score(float(self.holds(r.response))))
+
+    def holds(self, reply: str) -> bool:
+        """Whether a reply has the form."""
+        text = f"<{self.reasoning}>{reply}" if self.opened else reply
+        tags = [f"<{self.reasoning}>", f"</{self.reasoning}>"]
+        tags += [f"<{self.answer}>", f"</{self.answer}>"] if self.answer else []
+        if any(text.count(tag) != 1 for tag in tags):
+            return False
+        pieces, rest = [], text
+        for tag in tags:
+            piece, found, rest = rest.partition(tag)
+            if not found:
+                return False
+            pieces.append(piece.strip())
+        outside = [pieces[0], *pieces[2:3], rest.strip()] if self.answer else [pieces[0]]
+        inside = [pieces[1], pieces[3] if self.answer else rest.strip()]
+        return all(inside) and not any(outside)
+
+
+@register("reward", "json_schema")
+@dataclass(frozen=True, kw_only=True)
+class JsonSchema:
+    """1 for a reply that is JSON of a schema, else 0."""
+
+    schema: str
+    """File with the JSON Schema. References to other addresses are not followed."""
+    find: Literal["whole", "fenced"] = "whole"
+    """Whether the whole reply is the JSON, or its last block between lines of ```."""
+    seconds: float = 1.0
+    """Time for one reply; a reply that takes longer is not judged."""
+    weight: float = 1.0
+    """Factor in the sum of rewards."""
+
+    def load(self, *, token_budget: int) -> JsonSchemaScorer:
+        """The scorer. Raises ConfigError for a file that holds no schema."""
+        need("jsonschema", extra="json", setting="the reward json_schema")
+        scorer = JsonSchemaScorer(self, self._read())
+        try:
+            scorer.helper.ask("check_schema", scorer.schema)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"no JSON Schema: {error}", where=self.schema, fix="correct the file (https://json-schema.org)"
+            ) from error
+        return scorer
+
+    def _read(self) -> str:
+        try:
+            return json.dumps(json.loads(Path(self.schema).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"the schema cannot be read: {error}", where=self.schema, fix="name a file with one JSON value"
+            ) from error
+
+
+class JsonSchemaScorer:
+    """Validates replies in a process of its own."""
+
+    def __init__(self, settings: JsonSchema, schema: str) -> None:
+        self.settings = settings
+        self.schema = schema
+        self.helper = Helper(seconds=settings.seconds)
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
+        """[B] 1 or 0."""
+        return score_each("json_schema", rollouts, self._judge)
+
+    def _judge(self, rollout: Rollout) -> Score:
+        text = rollout.response if self.settings.find == "whole" else last_fenced(rollout.response)
+        return Score(float(text is not None and self.helper.ask("fits_schema", self.schema, text)))
+
+
+def last_fenced(reply: str) -> str | None:
+    """The last block between lines of ```, or None."""
+    found = _FENCED.findall(reply)
+    return found[-1][1] if found else None

@@ -1,0 +1,91 @@
+"""The owner's side of `jail.judges`: asks, waits for so long, and starts a new process where none answered."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+_START = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); from jail.judges import main; main()"
+_LOADING_SECONDS = 60.0
+"""For the libraries of a new process: sympy alone takes a second or two, more on a busy machine."""
+
+
+class Helper:
+    """One process that judges texts. Not for several threads at once."""
+
+    def __init__(self, *, seconds: float, memory_mb: int = 2048) -> None:
+        """`seconds` are for one judgement."""
+        self.seconds = seconds
+        self.memory_mb = memory_mb
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end: weakref.finalize[..., Helper] | None = None
+
+    def ask(self, kind: str, *arguments: str) -> Any:
+        """What `jail.judges.JUDGES[kind]` says. Raises RuntimeError with its error, TimeoutError when time is up."""
+        if self._process is None:
+            self._process = self._start()
+            self._exchange(self._process, ["load", kind], _LOADING_SECONDS)
+        answer = self._exchange(self._process, [kind, *arguments], self.seconds)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["value"]
+
+    def close(self) -> None:
+        """Ends the process; another starts with the next question."""
+        if self._end is not None:
+            self._end()
+        self._process = None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _START, str(self.memory_mb)],
+            stdin=subprocess.PIPE,  # closed when this process ends, however it ends
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._end = weakref.finalize(self, _end, process)
+        return process
+
+    def _exchange(self, process: subprocess.Popen[bytes], request: list[str], seconds: float) -> dict[str, Any]:
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+            answer: dict[str, Any] = json.loads(_read_line(process, seconds))
+        except (TimeoutError, BrokenPipeError) as error:
+            self.close()
+            raise TimeoutError(f"no judgement within {seconds:g} s and {self.memory_mb} MB") from error
+        return answer
+
+
+def _read_line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
+    assert process.stdout is not None
+    deadline, line = time.monotonic() + seconds, b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while not line.endswith(b"\n"):
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError
+            part = os.read(process.stdout.fileno(), 1 << 16)
+            if not part:
+                raise BrokenPipeError
+            line += part
+    return line
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(BrokenPipeError):  # what was still to be written is not missed
+                stream.close()

@@ -1,0 +1,122 @@
+"""Costs of length and of repetition, to stand beside a reward that says what is good."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from trimtab.evals.text import repetition
+from trimtab.metrics import Metrics
+from trimtab.registry import register
+from trimtab.rewards.each import Score, score_each
+from trimtab.types import Rollout
+
+
+@register("reward", "length")
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """0 for a reply of a length in the range, below 0 for each token outside it."""
+
+    min_tokens: int = 0
+    """Shorter replies are charged for what they lack."""
+    max_tokens: int
+    """Longer replies are charged for what is too much."""
+    per_token: float = 0.01
+    """Charge for one token."""
+    most: float = 1.0
+    """The charge never goes above this."""
+    weight: float = 1.0
+    """Factor in the sum of rewards."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"min_tokens = {self.min_tokens} and max_tokens = {self.max_tokens} are no range")
+        if self.per_token < 0 or self.most < 0:
+            raise ValueError("per_token and most are charges; give them as positive")
+
+    def load(self, *, token_budget: int) -> Length:
+        """The reward itself; nothing needs loading."""
+        return self
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
+        """[B] in [-most, 0]; `reward/length_outside` is the share of replies outside the range."""
+        return score_each("length", rollouts, self._judge)
+
+    def _judge(self, rollout: Rollout) -> Score:
+        num = num_tokens(rollout)
+        outside = max(self.min_tokens - num, num - self.max_tokens, 0)
+        return Score(0.0 - min(self.per_token * outside, self.most), {"outside": float(outside > 0)})
+
+
+@register("reward", "overlong")
+@dataclass(frozen=True, kw_only=True)
+class Overlong:
+    """DAPO's soft overlong punishment (Yu et al., arXiv:2503.14476, eq. 13).
+
+    0 up to max_tokens - buffer_tokens, then falling in a line to -1 at max_tokens, and -1 beyond.
+    """
+
+    max_tokens: int
+    """Where the punishment is whole: the longest reply that can be sampled."""
+    buffer_tokens: int
+    """Over how many tokens before that it grows."""
+    weight: float = 1.0
+    """Factor in the sum of rewards."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.buffer_tokens <= self.max_tokens:
+            raise ValueError(
+                f"buffer_tokens = {self.buffer_tokens} with max_tokens = {self.max_tokens}; "
+                "it must be at least 1 and at most max_tokens"
+            )
+
+    def load(self, *, token_budget: int) -> Overlong:
+        """The reward itself; nothing needs loading."""
+        return self
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
+        """[B] in [-1, 0]; `reward/overlong_punished` is the share of replies below 0."""
+        return score_each("overlong", rollouts, self._judge)
+
+    def _judge(self, rollout: Rollout) -> Score:
+        free = self.max_tokens - self.buffer_tokens
+        value = min(0.0, max(-1.0, (free - num_tokens(rollout)) / self.buffer_tokens))
+        return Score(value, {"punished": float(value < 0)})
+
+
+@register("reward", "repetition")
+@dataclass(frozen=True, kw_only=True)
+class Repetition:
+    """Minus the share of a reply's n-grams of words that repeat an earlier one, in [-1, 0]."""
+
+    n: int = 4
+    """Words of an n-gram."""
+    free: float = 0.0
+    """This share costs nothing; the rest is stretched back to [-1, 0]."""
+    weight: float = 1.0
+    """Factor in the sum of rewards."""
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n = {self.n}; it must be at least 1")
+        if not 0 <= self.free < 1:
+            raise ValueError(f"free = {self.free}; it is a share in [0, 1)")
+
+    def load(self, *, token_budget: int) -> Repetition:
+        """The reward itself; nothing needs loading."""
+        return self
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
+        """[B] in [-1, 0]."""
+        return score_each("repetition", rollouts, self._judge)
+
+    def _judge(self, rollout: Rollout) -> Score:
+        share = repetition(rollout.response, self.n)
+        return Score(0.0 - max(share - self.free, 0.0) / (1 - self.free))
+
+
+def num_tokens(rollout: Rollout) -> int:
+    """Tokens that the policy chose, its end token among them."""
+    return len(rollout.logprobs)

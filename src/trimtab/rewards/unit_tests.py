@@ -1,0 +1,125 @@
+"""Code that is run: the share of tests it passes, or whether it passes them all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from trimtab.errors import DataError
+from trimtab.metrics import Metrics
+from trimtab.registry import register
+from trimtab.rewards.each import Score, fact, score_each
+from trimtab.rewards.formats import last_fenced
+from trimtab.rewards.sandbox import Limits, Sandbox
+from trimtab.types import Rollout
+
+
+@register("reward", "unit_tests")
+@dataclass(frozen=True, kw_only=True)
+class UnitTests:
+    """1 for a reply whose code passes every test of its prompt, else 0; run in a sandbox."""
+
+    fact: str = "tests"
+    """The prompt's fact that holds the tests: Python to run, one text or several; or pairs of "input" and "output"."""
+    setup_fact: str = "setup"
+    """The fact, if there is one, with Python to run before each test, such as imports."""
+    entry_point_fact: str = "entry_point"
+    """The fact, if there is one, with the name (or names) that the tests use of the code; they then see no other."""
+    score: Literal["all", "share"] = "all"
+    """Whether every test has to pass, or the reward is the share that does."""
+    code: Literal["fenced", "whole"] = "fenced"
+    """Whether the code is the reply's last block between lines of ```, or all of the reply."""
+    limits: Limits = field(default_factory=Limits)
+    """What the code of one reply may use. Pairs of input and output are a run each, and each has these limits."""
+    packages: tuple[str, ...] = ()
+    """Directories with packages that the code may import; without, it has the standard library."""
+    num_parallel: int | None = None
+    """Sandboxes at a time; None is one for each processor core."""
+    allow_unisolated: bool = False
+    """Run the code even where it cannot be kept from your files and network. Whatever it does, you allowed."""
+    weight: float = 1.0
+    """Factor in the sum of rewards."""
+
+    def __post_init__(self) -> None:
+        if self.num_parallel is not None and self.num_parallel < 1:
+            raise ValueError(f"num_parallel = {self.num_parallel}; it must be at least 1")
+
+    def load(self, *, token_budget: int) -> UnitTestsScorer:
+        """The scorer, once a sandbox was tried. Raises EngineError where there can be none."""
+        return UnitTestsScorer(self)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which tests passed, and whether time ran out."""
+
+    passed: Sequence[bool]
+    timed_out: bool
+
+
+class UnitTestsScorer:
+    """Runs the code of replies."""
+
+    def __init__(self, settings: UnitTests) -> None:
+        self.settings = settings
+        self.sandbox = Sandbox(settings.limits, packages=settings.packages, allow_unisolated=settings.allow_unisolated)
+        self.num_parallel = settings.num_parallel or os.cpu_count() or 1
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
+        """[B] in [0, 1]. `reward/unit_tests_passed` is the share of tests passed, `…_timed_out` and `…_no_code` of
+        replies."""
+        return score_each("unit_tests", rollouts, self._judge, num_parallel=self.num_parallel)
+
+    def _judge(self, rollout: Rollout) -> Score:
+        facts = rollout.prompt.facts
+        given: Any = fact(rollout.prompt, self.settings.fact)
+        tests: Sequence[Any] = given if isinstance(given, list | tuple) else [given]
+        code = rollout.response if self.settings.code == "whole" else last_fenced(rollout.response)
+        if code is None:
+            return Score(0.0, {"passed": 0.0, "timed_out": 0.0, "no_code": 1.0})
+        if tests and all(isinstance(test, str) for test in tests):
+            verdict = self._examine(code, tests, facts)
+        elif tests and all(isinstance(test, Mapping) and {"input", "output"} <= test.keys() for test in tests):
+            verdict = self._run(code, tests)
+        else:
+            raise DataError(
+                f"the fact {self.settings.fact!r} is {str(tests)[:100]}, which are no tests",
+                where=f"prompt {rollout.prompt.id}",
+                fix='give a list of Python texts, or of {"input": "…", "output": "…"}',
+            )
+        share = sum(verdict.passed) / len(verdict.passed)
+        value = share if self.settings.score == "share" else float(all(verdict.passed))
+        return Score(value, {"passed": share, "timed_out": float(verdict.timed_out), "no_code": 0.0})
+
+    def _examine(self, code: str, tests: Sequence[str], facts: Mapping[str, Any]) -> Verdict:
+        names = facts.get(self.settings.entry_point_fact) or []
+        exam = self.sandbox.examine(
+            code,
+            tests,
+            setup=str(facts.get(self.settings.setup_fact) or ""),
+            entry_points=[names] if isinstance(names, str) else names,
+        )
+        if exam.refused:
+            raise DataError(
+                f"the tests cannot judge any code: {exam.refused}", where="the tests", fix="correct the tests"
+            )
+        return Verdict(exam.passed, exam.timed_out)
+
+    def _run(self, code: str, tests: Sequence[Mapping[str, Any]]) -> Verdict:
+        passed, timed_out = [], False
+        for test in tests:
+            output = self.sandbox.run(code, str(test["input"]))
+            timed_out |= output.timed_out
+            passed.append(not output.timed_out and _tidy(output.stdout) == _tidy(str(test["output"])))
+            if self.settings.score == "all" and not passed[-1]:
+                break
+        return Verdict(passed + [False] * (len(tests) - len(passed)), timed_out)
+
+
+def _tidy(text: str) -> list[str]:
+    """Lines without the white space at their ends and without empty lines at the end."""
+    return [line.rstrip() for line in text.rstrip().splitlines()]

@@ -1,0 +1,103 @@
+import math
+import tempfile
+
+import pytest
+
+from trimtab.config import dump, resolve
+from trimtab.errors import EngineError
+from trimtab.rewards.combined import load_rewards
+from trimtab.rewards.sandbox import Limits
+from trimtab.rewards.unit_tests import UnitTests
+
+ROOMY = Limits(seconds=20)
+TESTS = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]
+
+
+def fenced(code):
+    return f"Here it is.\n```python\n{code}\n```\n"
+
+
+def scores(rollouts, **settings):
+    try:
+        return UnitTests(**{"limits": ROOMY} | settings).load(token_budget=1).score(rollouts)
+    except EngineError as error:
+        pytest.skip(f"needs namespaces or Landlock: {error.problem}")
+
+
+def test_code_that_passes_every_test_is_right(rollout):
+    codes = ["def add(a, b): return a + b", "def add(a, b): return 3", "def add(a, b", "add = None", ""]
+    replies = [rollout(fenced(c), tests=TESTS) for c in codes] + [rollout("I can not.", tests=TESTS)]
+    values, metrics = scores(replies)
+    assert values.tolist() == [1, 0, 0, 0, 0, 0]
+    assert metrics["reward/unit_tests_passed"].value == pytest.approx(1.5 / 6)
+    assert metrics["reward/unit_tests_no_code"].value == 1 / 6
+    assert metrics["reward/unit_tests_timed_out"].value == 0
+    assert scores(replies, score="share")[0].tolist() == [1, 0.5, 0, 0, 0, 0]
+
+
+def test_the_whole_reply_may_be_the_code(rollout):
+    assert scores([rollout("def add(a, b): return a + b", tests=TESTS)], code="whole")[0].tolist() == [1]
+
+
+def test_setup_and_entry_point_are_facts_of_the_prompt(rollout):
+    tests = "def check(candidate):\n    assert candidate(2) == TWICE"
+    replies = [
+        rollout(fenced(c), tests=tests, setup="TWICE = 4", entry_point="f") for c in ("f = lambda x: 2 * x", "f = abs")
+    ]
+    assert scores(replies)[0].tolist() == [1, 0]
+
+
+def test_programs_are_compared_by_what_they_print(rollout):
+    tests = [{"input": "2 3\n", "output": "5"}, {"input": "1 1\n", "output": "2\n\n"}]
+    codes = ["print(sum(map(int, input().split())), end=' \\n\\n')", "print(5)", "raise SystemExit"]
+    replies = [rollout(fenced(c), tests=tests) for c in codes]
+    assert scores(replies)[0].tolist() == [1, 0, 0]
+    assert scores(replies, score="share")[0].tolist() == [1, 0.5, 0]
+
+
+def test_a_hostile_reply_does_not_touch_the_scores_of_the_others(rollout):
+    loop = "def add(a, b):\n    while True: pass"
+    values, metrics = scores(
+        [rollout(fenced(c), tests=TESTS) for c in (loop, "import os\nos._exit(0)", "def add(a, b): return a + b")],
+        limits=Limits(seconds=2),
+        num_parallel=3,
+    )
+    assert values.tolist() == [0, 0, 1]
+    assert metrics["reward/unit_tests_timed_out"].value == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({}, "no fact 'tests'"),
+        ({"tests": []}, "which are no tests"),
+        ({"tests": [1]}, "which are no tests"),
+        ({"tests": ["assert ("]}, "no Python"),
+    ],
+)
+def test_tests_that_judge_nothing_are_counted_and_not_a_zero(facts, words, rollout, caplog):
+    scores([])  # skips where there is no sandbox
+    combined = load_rewards([UnitTests(limits=ROOMY)], token_budget=1)
+    values, metrics = combined.score([rollout(fenced("def add(a, b): return a + b"), **facts)])
+    assert math.isnan(values[0])
+    assert metrics["reward/unit_tests_failed"].value == 1
+    assert words in caplog.text
+
+
+def test_a_sandbox_that_cannot_be_made_is_counted_and_not_a_zero(rollout, caplog, monkeypatch, tmp_path):
+    scores([])
+    scorer = UnitTests(limits=ROOMY).load(token_budget=1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    values, _ = scorer.score([rollout(fenced("def add(a, b): return a + b"), tests=TESTS)])
+    assert math.isnan(values[0])
+    assert "could not judge 1 of 1" in caplog.text
+
+
+def test_settings_survive_the_trip_through_toml():
+    settings = UnitTests(limits=Limits(seconds=1.5), packages=("x",), score="share")
+    assert resolve(UnitTests, dump(settings), where="here") == settings
+
+
+def test_no_sandbox_at_a_time_is_refused():
+    with pytest.raises(ValueError, match="num_parallel = 0"):
+        UnitTests(num_parallel=0)
