@@ -75,6 +75,37 @@ _MEANINGS: tuple[tuple[str, str, str, str], ...] = (
     (r"policy/approx_kl", "KL within one step", "nats per token", "Movement of one step. Should stay small and even."),
     (r"policy/loss", "Policy loss", "no unit", "A surrogate: its level means little, sudden jumps do."),
     (r"policy/ratio_mean", "Mean ratio", "new over old", "Probability of the sampled tokens; should stay near 1."),
+    (
+        r"policy/accuracy",
+        "Accuracy, training pairs",
+        "share",
+        "Preferences that the implied reward puts right. Chance is 0.5, and at the first step it is rounding.",
+    ),
+    (
+        r"policy/validation_accuracy",
+        "Accuracy, held-out pairs",
+        "share",
+        "Preferences that the implied reward puts right. Held-out ones are the honest measure; chance is 0.5.",
+    ),
+    (
+        r"policy/(validation_)?margin",
+        "Margin",
+        "implied reward",
+        "Chosen minus rejected. Should rise, slowly at the end.",
+    ),
+    (
+        r"policy/(validation_)?(chosen|rejected)_reward",
+        "Implied reward",
+        "beta × nats",
+        "Of chosen and rejected replies. Both may fall; where the chosen one falls far, raise beta or add nll_coef.",
+    ),
+    (
+        r"policy/(validation_)?(chosen|rejected)_logprobs",
+        "Log-probability of replies",
+        "nats per reply",
+        "Where that of the chosen replies falls, probability goes to replies nobody judged.",
+    ),
+    (r"policy/(validation_)?baseline", "Baseline", "nats", "What good and bad replies are measured from."),
     (r"policy/.*", "", "", "Of the policy update."),
     (r"critic/loss", "Critic loss", "reward²", "Error of predicted returns. Should fall, then follow their scale."),
     (

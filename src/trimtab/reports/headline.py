@@ -273,6 +273,7 @@ def run_verdict(run: RunRecord) -> Verdict | None:
     elif run.stage == "select":
         sentences += _selection_sentences(run.summary)
     else:
+        sentences += _preference_sentences(run)
         told = (("loss/validation", "Validation loss"), ("reward/mean", "Mean reward"), ("gold/mean", "Gold"))
         for name, what in told:
             series = run.metrics.get(name)
@@ -283,6 +284,15 @@ def run_verdict(run: RunRecord) -> Verdict | None:
             sentences.append(f"The policy ended {show(kl.mean_of_last())} nats of KL from its reference.")
         sentences += _hacking_sentences(run)
     return Verdict(standing, title, tuple(sentences)) if sentences else None
+
+
+def _preference_sentences(run: RunRecord) -> list[str]:
+    """What a policy trained on preferences makes of those held out."""
+    accuracy, num = interval(run.summary, "accuracy"), number(run.summary, "num_held_out")
+    if run.stage != "preference" or accuracy is None or not num:
+        return []
+    shown = _with_bounds(accuracy, percent)
+    return [f"By the reward it implies, the policy is right about {shown} of {show(num)} held-out preferences."]
 
 
 def _selection_sentences(summary: Mapping[str, Any]) -> list[str]:

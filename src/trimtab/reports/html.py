@@ -36,6 +36,13 @@ _MAIN_METRICS: Mapping[str, tuple[tuple[str, ...], ...]] = {
         ("reward/accuracy", "reward/validation_accuracy"),
         ("reward/margin", "reward/validation_margin"),
     ),
+    "preference": (
+        ("loss/train", "loss/validation"),
+        ("policy/accuracy", "policy/validation_accuracy"),
+        ("policy/margin", "policy/validation_margin"),
+        ("policy/chosen_reward", "policy/rejected_reward"),
+        ("policy/chosen_logprobs", "policy/rejected_logprobs"),
+    ),
     "online": (
         ("reward/mean",),
         ("gold/mean",),
@@ -54,6 +61,8 @@ _STAGE_SAYS: Mapping[str, str] = {
     "sft": "Supervised fine-tuning: imitate demonstrations. Its result is the reference of everything after it.",
     "compare": "Replies were sampled in pairs and judged by annotators.",
     "reward": "A reward model learned from comparisons which of two replies people prefer.",
+    "preference": "The policy learned from preferences without a reward model: what it gains on its reference is a "
+    "reward that it implies.",
     "online": "Reinforcement learning: sample replies, score them with the reward model, move towards the better ones.",
     "select": "Many replies to each prompt were sampled and scored; the best are kept as data to train on.",
     "evaluate": "The final policy and its baseline answered the same held-out prompts.",

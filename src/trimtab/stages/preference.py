@@ -31,6 +31,7 @@ from trimtab.data.sources import is_world, read_rows
 from trimtab.data.trees import TokenTrees, Tree, TreeBatch
 from trimtab.engines.local_learner import AdamW, LocalLearner
 from trimtab.errors import DataError
+from trimtab.evals.stats import wilson
 from trimtab.math.losses.preference import PreferenceLoss
 from trimtab.math.losses.preference.pairs import DPO
 from trimtab.models.adapters import LoRA, same_model
@@ -144,7 +145,20 @@ def run(settings: Settings, run: Run) -> None:
         ),
     )
     run.save_model(lambda path: save_role(policy, chat.tokenizer, path, base=base))
-    run.finish({"num_prompts": len(train.trees), "counts": counts} | steps | last_metrics(run, "loss/", "policy/"))
+    last = last_metrics(run, "loss/", "policy/")
+    card = held_out_accuracy(held_out, last) if validation is not None else {}
+    run.finish({"num_prompts": len(train.trees), "counts": counts} | card | steps | last)
+
+
+def held_out_accuracy(held_out: Comparisons | Judgements, last: dict[str, float]) -> dict[str, float]:
+    """The share of held-out pairs (or replies) that the implied reward puts right, with its interval and their number.
+    Pairs with even votes have no right side and are left out."""
+    if isinstance(held_out, Comparisons):
+        num = sum(pair.label != 0.5 for pair in held_out.pairs)
+    else:
+        num = round(sum(held_out.totals))
+    found = wilson(min(num, last.get("policy/validation_accuracy", 0.0) * num), num)
+    return found.named("accuracy") | {"num_held_out": num}
 
 
 # --- data ---
