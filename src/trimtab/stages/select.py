@@ -87,8 +87,8 @@ class Settings:
     def __post_init__(self) -> None:
         if (self.prompts is None) == (self.demonstrations is None):
             raise ValueError("set either prompts, or demonstrations whose prompts are used")
-        for name in ("replies_per_prompt", "prompts_per_step"):
-            if getattr(self, name) < 1:
+        for name in ("replies_per_prompt", "prompts_per_step", "max_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
         if self.pairs in ("worst", "random") and self.replies_per_prompt < 2:
             raise ValueError(f'pairs = "{self.pairs}" needs replies_per_prompt of at least 2')
@@ -166,7 +166,8 @@ def sample_step(number: int, parts: Parts, run: Run) -> Metrics:
     rows = [replies[i : i + settings.replies_per_prompt] for i in range(0, len(replies), settings.replies_per_prompt)]
     parts.replies.append(asked, rows)
     if shown := max(0, settings.num_samples - number * settings.prompts_per_step):
-        run.add_samples(number + 1, [sample_row(*one) for one in zip(asked[:shown], rows, strict=False)])
+        first = zip(asked[:shown], rows, strict=False)
+        run.add_samples(number + 1, [sample_row(one, row, settings.filter) for one, row in first])
     best: Metrics = {}
     if parts.rewards is not None:
         known = [[r.reward for r in row if not math.isnan(r.reward)] for row in rows]
@@ -212,9 +213,13 @@ def scored(rollouts: Sequence[Rollout], parts: Parts) -> tuple[list[Reply], Metr
     return replies, metrics
 
 
-def sample_row(asked: Asked, replies: Sequence[Reply]) -> dict[str, object]:
-    """The best reply, and as `baseline_response` the first one drawn, which is what one sample alone would give."""
-    best = max(replies, key=lambda r: -math.inf if math.isnan(r.reward) else r.reward)
+def sample_row(asked: Asked, replies: Sequence[Reply], rule: Filter) -> dict[str, object]:
+    """The best reply that passes the filter, and as `baseline_response` the first one drawn, which is what one sample
+    alone would give; only that one where none passes."""
+    able = [r for r in replies if not r.refused_by(rule)]
+    if not able:
+        return {"prompt": asked.prompt.text, "response": replies[0].response}
+    best = max(able, key=lambda r: r.reward)
     row: dict[str, object] = {"prompt": asked.prompt.text}
     for prefix, reply in (("baseline_", replies[0]), ("", best)):
         row |= {f"{prefix}response": reply.response, f"{prefix}reward": reply.reward}
