@@ -25,6 +25,17 @@ except ValueError as error: assert str(error) == 'no'
 else: assert False
 """,
     ),
+    "messages of exceptions": (
+        "def f(x): return {}[x] if x else b'\\xff'.decode()",
+        """
+try: f('no')
+except KeyError as error: assert error.args == ('no',)
+else: assert False
+try: f('')
+except UnicodeDecodeError: pass
+else: assert False
+""",
+    ),
     "an exception of its own": (
         "class Mine(KeyError): pass\ndef f(): raise Mine('no')",
         """

@@ -13,6 +13,7 @@ import pytest
 from benchmarks.hostile_code import ATTACKS, FORGERIES, HONEST, forgery_tests, hostile_code
 from tests.rewards.exam_cases import CASES
 from trimtab.errors import EngineError
+from trimtab.rewards import sandbox as sandbox_module
 from trimtab.rewards.sandbox import WALLS, Limits, Sandbox
 
 LIMITS = Limits(seconds=1.0, memory_mb=256, num_processes=4, file_mb=8)
@@ -84,7 +85,7 @@ def test_no_attack_achieves_anything_or_leaves_anything(name, sandbox, outside):
     )
     assert "achieved" not in exam.message
     assert not exam.refused
-    assert time.monotonic() - started < LIMITS.seconds + 5
+    assert time.monotonic() - started < LIMITS.seconds + 20  # about one second; the rest is for a busy machine
     assert running() == []
     assert list(temporary.iterdir()) == []
     assert secret.read_text() == "the secret"
@@ -236,11 +237,13 @@ def test_without_walls_it_refuses_unless_that_is_allowed():
 
 
 def test_nothing_is_left_when_the_owner_is_killed():
-    code = textwrap.dedent("""
-        import os, threading, time
+    code = textwrap.dedent(f"""
+        import os, sys, threading, time, types
+        package = sys.modules["trimtab.rewards"] = types.ModuleType("trimtab.rewards")
+        package.__path__ = [{str(Path(sandbox_module.__file__).parent)!r}]  # without the rewards that load torch
         from trimtab.rewards.sandbox import Limits, Sandbox
         sandbox = Sandbox(Limits(seconds=60))
-        threading.Thread(target=sandbox.examine, args=("def f():\\n    while True: pass", ["f()"]), daemon=True).start()
+        threading.Thread(target=sandbox.run, args=("while True: pass",), daemon=True).start()
         print(os.getpid(), flush=True)
         time.sleep(60)
     """)
@@ -258,7 +261,7 @@ def test_nothing_is_left_when_the_owner_is_killed():
                 continue
         return found
 
-    assert wait_until(lambda: len(left()) >= 3)
+    assert wait_until(lambda: len(left()) >= 2)
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     owner.stdout.close()

@@ -117,6 +117,12 @@ class Sandbox:
             return Output(_read(output), status == OUT_OF_TIME)
 
     def _find_walls(self) -> Walls:
+        if sys.platform != "linux":
+            raise EngineError(
+                f"code cannot be run apart from your files and network on {sys.platform}",
+                where="the sandbox",
+                fix="run this in a Linux container or virtual machine",
+            )
         with _file("") as source, _file("") as given, _file("") as output:
             files = [source.fileno(), given.fileno(), output.fileno()]
             status, report = self._run({"mode": "program", "program_files": files}, files)
@@ -176,14 +182,12 @@ class Sandbox:
 def _wait(warden: subprocess.Popen[bytes], seconds: float) -> int:
     assert warden.stdin is not None
     try:
-        if hasattr(os, "pidfd_open"):  # Popen.wait with a limit looks only every 50 ms
-            watch = os.pidfd_open(warden.pid)
-            try:
-                select.select([watch], [], [], seconds)
-            finally:
-                os.close(watch)
-            seconds = 0.0
-        return warden.wait(seconds)
+        watch = os.pidfd_open(warden.pid)  # Popen.wait with a limit looks only every 50 ms
+        try:
+            select.select([watch], [], [], seconds)
+        finally:
+            os.close(watch)
+        return warden.wait(0)
     except BaseException:
         warden.stdin.close()  # asks it to end the sandbox
         try:

@@ -61,7 +61,8 @@ class Candidate(Peer):
             self.send(reply)
 
     def _send_error(self, error: BaseException) -> None:
-        self.send(["error", *_described(type(error)), str(error)[:2000]])
+        plain = len(error.args) == 1 and type(error.args[0]) is str
+        self.send(["error", *_described(type(error)), (error.args[0] if plain else str(error))[:2000]])
 
     def encode_other(self, value: Any) -> Any:
         if isinstance(value, types.ModuleType):
@@ -259,7 +260,11 @@ class Examiner(Peer):
 
     def _error(self, answer: list[Any]) -> Exception:
         _, name, base, message = map(str, answer)
-        return self.error_class(name, base)(message)
+        kind = self.error_class(name, base)
+        try:
+            return kind(message)
+        except TypeError:  # UnicodeDecodeError, for one, is made of more than a message
+            return kind.__new__(kind)
 
     def error_class(self, name: str, base: str) -> type[Exception]:
         """The exception class of that name: Python's own, or one made here for the candidate's."""

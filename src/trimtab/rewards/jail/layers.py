@@ -188,17 +188,13 @@ def set_limits(*, cpu_seconds: int, memory_mb: int, file_mb: int, num_processes:
         resource.RLIMIT_FSIZE: file_mb << 20,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_SIGPENDING: 64,
     }
-    if sys.platform == "linux":
-        limits |= {resource.RLIMIT_MEMLOCK: 0, resource.RLIMIT_MSGQUEUE: 0, resource.RLIMIT_SIGPENDING: 64}
     if num_processes is not None:
         limits[resource.RLIMIT_NPROC] = num_processes
     for name, limit in limits.items():
         hard = resource.getrlimit(name)[1]
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        try:
-            resource.setrlimit(name, (limit, limit))
-        except (ValueError, OSError):
-            # macOS has no limit on the address space, for one; in Linux every one of these can be lowered.
-            if sys.platform == "linux":
-                raise
+        resource.setrlimit(name, (limit, limit))

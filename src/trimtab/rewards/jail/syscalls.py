@@ -77,6 +77,7 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "pidfd_open": (434, 434),
     "pidfd_send_signal": (424, 424),
     "pivot_root": (155, 41),
+    "prctl": (157, 167),
     "prlimit64": (302, 261),
     "process_madvise": (440, 440),
     "process_mrelease": (448, 448),
@@ -222,6 +223,7 @@ def _program(*, in_the_open: bool) -> list[tuple[int, int, int, int]]:
     program += _refuse("clone3", errno.ENOSYS)  # its flags lie in memory; libc then uses clone, whose flags can be seen
     program += _refuse_if("clone", 0, [(_JSET, _NEW_NAMESPACES)])
     program += _refuse_if("ioctl", 1, [(_JEQ, command) for command in _OWNER_IOCTLS])
+    program += _refuse_if("prctl", 0, [(_JEQ, PR_SET_PDEATHSIG)])  # it ends when the watch over it ends
     if in_the_open:
         program += _refuse_if("fcntl", 1, [(_JEQ, command) for command in _OWNER_COMMANDS])
         for name in ("kill", "tgkill"):

@@ -24,9 +24,6 @@ from . import exam, layers, syscalls
 ENDED_BY_ITSELF, OUT_OF_TIME, NOT_WANTED, NO_WALLS, BROKEN = 0, 10, 11, 12, 13
 """How the sandbox ended, as the warden's exit status."""
 
-_POLL_SECONDS = 0.25
-"""How late the end of the owner can be noticed where no file descriptor tells of a child's end."""
-
 
 def main() -> NoReturn:
     """Runs the sandbox that `sys.argv[1]` describes and exits with one of the statuses above."""
@@ -41,11 +38,10 @@ def main() -> NoReturn:
 
 
 def _run(spec: dict[str, Any]) -> int:
-    if sys.platform == "linux":
-        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-        syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
-        if os.getppid() != spec["owner"]:
-            return NOT_WANTED
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
+    if os.getppid() != spec["owner"]:
+        return NOT_WANTED
     readable = layers.readable_paths(spec["packages"])
     walls, why_not = _build_walls(spec, readable)
     _report({"walls": walls, "why_not": why_not})
@@ -78,8 +74,6 @@ def _run(spec: dict[str, Any]) -> int:
 def _build_walls(spec: dict[str, Any], readable: list[str]) -> tuple[str, list[str]]:
     """The walls that stand now, or can be put up in a child; and what stood in the way of better ones."""
     why_not: list[str] = []
-    if sys.platform != "linux":
-        return "none", [f"{sys.platform} has neither namespaces nor Landlock"]
     if not syscalls.can_filter():
         return "none", ["no filter of system calls for this processor"]
     if "namespaces" in spec["walls"]:
@@ -132,6 +126,7 @@ def _start(work: Callable[[], None], spec: dict[str, Any], walls: str, readable:
         return process
     try:
         os.setpgid(0, 0)
+        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
         null = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(null, standard)
@@ -180,21 +175,14 @@ def _run_program(spec: dict[str, Any]) -> None:
 
 def _wait(process: int, deadline: float) -> int:
     """Waits for one process, the deadline or the end of standard input."""
-    try:
-        fd = os.pidfd_open(process)
-    except (OSError, AttributeError):
-        fd = -1
-    watched = [0, fd] if fd >= 0 else [0]
+    fd = os.pidfd_open(process)
     while True:
         left = deadline - time.monotonic()
         if left <= 0:
             return OUT_OF_TIME
-        ready, _, _ = select.select(watched, [], [], left if fd >= 0 else min(left, _POLL_SECONDS / 10))
-        if 0 in ready:
-            return NOT_WANTED
-        # WNOWAIT: it is reaped where everything else is.
-        if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            return ENDED_BY_ITSELF
+        ready, _, _ = select.select([0, fd], [], [], left)
+        if ready:
+            return NOT_WANTED if 0 in ready else ENDED_BY_ITSELF
 
 
 def _end(processes: list[int], walls: str) -> None:
@@ -222,12 +210,9 @@ def _kill_group(process: int) -> None:
 
 
 def _children() -> list[int]:
-    """Children of this process, adopted ones among them, where the system tells."""
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            return [int(word) for word in file.read().split()]
-    except OSError:
-        return []
+    """Children of this process, adopted ones among them."""
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return [int(word) for word in file.read().split()]
 
 
 def _close_all_but(kept: list[int]) -> None:
