@@ -72,10 +72,10 @@ def aggregate(
     mace: an annotator knows the truth or guesses from habits of their own (Hovy et al. 2013, NAACL); classes are
     equally likely beforehand.
 
-    EM begins at the shares and stops when the log-likelihood of the votes gains less than `tolerance`. `pseudo_count`
-    right answers are added for each annotator and truth (a Dirichlet prior of 1 + that on the diagonal), so that an
-    annotator with few votes is not believed or disbelieved wholly; 0 is maximum likelihood. Repeated votes of an
-    annotator on an item count as further answers: take `votes.first_votes()` where they were asked to check.
+    EM begins at the shares and stops when the log-likelihood of the votes gains less than `tolerance`. For each
+    annotator and truth, `pseudo_count` answers of every category and as many right ones again are added to what was
+    seen, so that nobody with few votes is believed or disbelieved wholly; 0 is maximum likelihood. Repeated votes of
+    an annotator on an item count as further answers: take `votes.first_votes()` where they were asked to check.
     """
     table = votes.table()
     num_votes = table.sum(axis=1)
@@ -97,22 +97,23 @@ def aggregate(
     tie_matrix = _under_exchange(votes)
     fit = _mace_fit(tie_matrix) if method == "mace" else _counted_fit(method, tie_matrix)
     item, who, answer = votes.item, votes.annotator, votes.choice
+    answers_of = who * q + answer
     judged = num_votes > 0
     belief = np.where(judged[:, None], shares, 1 / q)
     confusion = np.broadcast_to(np.eye(q) * 0.5 + 0.5 / q, (num, q, q))
     likelihood, num_iterations, converged = -np.inf, 0, False
     while not converged and num_iterations < max_iterations:
         num_iterations += 1
-        counts = np.zeros((num, q, q))
-        np.add.at(counts.swapaxes(1, 2), (who, answer), belief[item])
-        counts += pseudo_count * np.eye(q)
+        seen = [np.bincount(answers_of, weights=belief[item, k], minlength=num * q) for k in range(q)]
+        counts = np.stack(seen, axis=1).reshape(num, q, q).swapaxes(1, 2) + pseudo_count * (1 + np.eye(q))
         confusion, skills = fit(counts, confusion)
         prior = np.full(q, 1 / q) if method == "mace" else belief[judged].mean(axis=0)
         if votes.swap is not None:
             prior = (prior + prior[votes.swap]) / 2
         with np.errstate(divide="ignore"):
-            log_belief = np.broadcast_to(np.log(prior), belief.shape).copy()
-            np.add.at(log_belief, item, np.log(confusion)[who, :, answer])
+            likely = np.log(confusion)
+            votes_say = [np.bincount(item, weights=likely[who, k, answer], minlength=len(belief)) for k in range(q)]
+            log_belief = np.log(prior) + np.stack(votes_say, axis=1)
         evidence = np.logaddexp.reduce(log_belief, axis=1)
         belief = np.exp(log_belief - evidence[:, None])
         gained, likelihood = float(evidence.sum()) - likelihood, float(evidence.sum())

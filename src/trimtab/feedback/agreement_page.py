@@ -80,7 +80,7 @@ def sentences(study: Study) -> list[str]:
     if alone is not None and not alone.undefined:
         found.append(
             f"One annotator agrees with the majority of the others on {alone.interval.value:.0%}: "
-            "a judge or reward model that reaches this is as good as a person."
+            "a judge or reward model that reaches this agrees as well as a person does."
         )
     if study.noise is not None and not study.noise.undefined:
         p = study.noise.interval.value
@@ -106,26 +106,35 @@ def _coefficients(coefficients: Sequence[Agreement]) -> Html:
     rows = []
     for found in coefficients:
         means = next((text for start, text in _MEANS.items() if found.name.startswith(start)), "")
-        rows.append((found.name, found.text, " ".join(filter(None, [means, found.note]))))
-    return table(("", "value [95% interval] (items)", ""), rows)
+        about = tag("div", " ".join(filter(None, [means, found.note])), class_="soft")
+        rows.append((found.name, join(tag("div", found.text), about)))
+    return table(("", "value [95% interval] (items)"), rows)
 
 
 def _agreement_charts(study: Study, make: Panels) -> Html | None:
     panels = []
     known = [found for found in study.coefficients if not found.undefined]
     if known:
-        rows = [(found.name, found.interval, TEAL if "agree" in found.name else BLUE) for found in known]
+        rows = [
+            (found.name, found.interval, TEAL if found.name.startswith(("raw", "one against")) else BLUE)
+            for found in known
+        ]
         how = "Dots with 95% intervals. Raw agreement (green) holds chance; coefficients (blue) are 0 at chance."
-        panels.append(make.panel("Coefficients", "1 is perfect", how, charts.dots(rows, "coefficient", line=0.0)))
+        panels.append(
+            make.panel(
+                "Coefficients", "1 is perfect", how, charts.dots(rows, "coefficient", line=0.0), size=_size(rows)
+            )
+        )
     if study.split:
         share, count = zip(*study.split, strict=True)
         how = "Items by how large a share of their votes agree. Many at the left: replies too alike, or unclear rules."
         figure = charts.columns(share, count, "share of votes for the favourite", "items")
-        panels.append(make.panel("How divided items are", "items with two votes or more", how, figure))
+        panels.append(make.panel("How divided items are", "items with two votes or more", how, figure, size="tall"))
     parts = [(name, raw.interval, AMBER) for name, raw, _ in study.slices if not raw.undefined][:MAX_ROWS]
     if parts:
         how = "Raw agreement by slice, with its interval. A slice that lags has unclear guidelines or harder items."
-        panels.append(make.panel("Slices", "raw agreement", how, charts.dots(parts, "raw agreement", line=0.5)))
+        figure = charts.dots(parts, "raw agreement", line=0.5)
+        panels.append(make.panel("Slices", "raw agreement", how, figure, size=_size(parts)))
     return grid(panels)
 
 
@@ -141,26 +150,30 @@ def _annotator_charts(study: Study, make: Panels) -> Html | None:
     if agree := rows([card.agreement for card in cards], TEAL):
         mean = float(np.mean([value.value for _, value, _ in agree]))
         how = "How often each is with the majority of the others; the line is the mean of annotators."
-        panels.append(make.panel("With the others", "share of votes", how, charts.dots(agree, "share", line=mean)))
+        figure = charts.dots(agree, "share", line=mean)
+        panels.append(make.panel("With the others", "share of votes", how, figure, size=_size(agree)))
     if left := rows([card.left_bias for card in cards], VIOLET):
         how = (
             "Lean to the left of the screen, the others' opinion of the item held equal. 0 is none, 0.2 means 55% left."
         )
-        panels.append(make.panel("Position", "log-odds", how, charts.dots(left, "lean to the left", line=0.0)))
+        figure = charts.dots(left, "lean to the left", line=0.0)
+        panels.append(make.panel("Position", "log-odds", how, figure, size=_size(left)))
     seconds = [Interval(card.median_seconds, math.nan, math.nan, card.num_votes) for card in cards]
     if speed := rows(seconds, AMBER):
         how = "Median time of a vote. Much faster than the rest deserves a look at the votes themselves."
-        panels.append(make.panel("Speed", "seconds", how, charts.dots(speed, "median seconds")))
+        panels.append(make.panel("Speed", "seconds", how, charts.dots(speed, "median seconds"), size=_size(speed)))
     if study.skills:
         colours = {"one_coin": BLUE, "dawid_skene": LIME, "mace": ROSE}
         names = {card.name for card in cards}
         skills = [
-            (f"{skill.annotator} · {skill.method}", Interval(skill.value, math.nan, math.nan, 0), colours[skill.method])
-            for skill in sorted(study.skills, key=lambda skill: skill.annotator)
+            (skill.annotator, Interval(skill.value, math.nan, math.nan, 0), colours[skill.method])
+            for skill in study.skills
             if skill.annotator in names
-        ][:MAX_ROWS]
-        how = "Chance that an answer is right, as three models of annotators see it (MACE: that it is no guess)."
-        panels.append(make.panel("Skill", "chance of being right", how, charts.dots(skills, "skill")))
+        ]
+        how = (
+            "Chance that an answer is right: one coin (blue), Dawid and Skene (green); MACE (red): that it is no guess."
+        )
+        panels.append(make.panel("Skill", "chance", how, charts.dots(skills, "skill"), size=_size(cards)))
     return grid(panels)
 
 
@@ -211,13 +224,15 @@ def _ladder(study: Study, make: Panels) -> Html | None:
         for player in study.ladder.players
     ]
     style = [
-        (name, f"{gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] log-odds for one standard deviation more")
+        (name, f"{gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] log-odds for a usual difference")
         for name, gain in study.ladder.style
     ]
     return tag(
         "section",
         tag("h2", "Ratings of the models"),
-        grid([make.panel("Ladder", "Elo", how, charts.dots(rows, "rating", line=1000.0))]) if rows else None,
+        grid([make.panel("Ladder", "Elo", how, charts.dots(rows, "rating", line=1000.0), size=_size(rows))])
+        if rows
+        else None,
         table(("model", "rank", "rating [95% interval]", "games", "group"), cells),
         table(("style", "what it gains"), style) if style else None,
     )
@@ -243,7 +258,9 @@ def _pairs(study: Study, make: Panels) -> Html | None:
     return tag(
         "section",
         tag("h2", "Pairs of annotators"),
-        grid([make.panel("Who agrees with whom", "share of shared items", how, figure)]) if len(names) > 2 else None,
+        grid([make.panel("Who agrees with whom", "share of shared items", how, figure, size="wide")])
+        if len(names) > 2
+        else None,
         folded(
             f"{len(study.pairs)} pairs",
             join(
@@ -252,6 +269,11 @@ def _pairs(study: Study, make: Panels) -> Html | None:
             ),
         ),
     )
+
+
+def _size(rows: Sequence[object]) -> str:
+    """Of a chart with so many rows."""
+    return "tall" if len(rows) <= 10 else "wide low" if len(rows) <= 16 else "wide"
 
 
 def _share(estimate: Interval) -> str:

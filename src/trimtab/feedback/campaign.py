@@ -54,23 +54,24 @@ class Campaign:
     """How often two annotators are expected to agree."""
 
     def __post_init__(self) -> None:
-        wrong = [
-            (self.items < 1, "items", "at least 1"),
-            (self.overlap < 1, "overlap", "at least 1"),
-            (self.minutes <= 0, "minutes", "above 0"),
-            (self.wage < 0, "wage", "not negative"),
-            (self.price is not None and self.price < 0, "price", "not negative"),
-            (min(self.fee, self.gold, self.repeats, self.adjudication) < 0, "fee, gold, repeats, adjudication", ">= 0"),
-            (self.annotators < 1, "annotators", "at least 1"),
-            (not 0 < self.hours_per_day <= 24, "hours_per_day", "in (0, 24]"),
-            (not 0.5 < self.agreement <= 1, "agreement", "above 0.5 (two coins) and at most 1"),
-        ]
-        for is_wrong, name, rule in wrong:
-            if is_wrong:
+        rules = {
+            "items": (self.items >= 1, "at least 1"),
+            "overlap": (self.overlap >= 1, "at least 1"),
+            "minutes": (self.minutes > 0, "above 0"),
+            "wage": (self.wage >= 0, "not negative"),
+            "price": (self.price is None or self.price >= 0, "not negative"),
+            "fee": (self.fee >= 0, "not negative"),
+            "gold": (self.gold >= 0, "not negative"),
+            "repeats": (self.repeats >= 0, "not negative"),
+            "adjudication": (self.adjudication >= 0, "not negative"),
+            "annotators": (self.annotators >= 1, "at least 1"),
+            "hours_per_day": (0 < self.hours_per_day <= 24, "above 0 and at most 24"),
+            "agreement": (0.5 < self.agreement <= 1, "above 0.5 (two coins) and at most 1"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
                 raise ConfigError(
-                    f"{name} is {getattr(self, name, 'negative')!r}",
-                    where="trimtab feedback cost",
-                    fix=f"make it {rule}",
+                    f"{name} is {getattr(self, name)!r}", where="trimtab feedback cost", fix=f"make it {rule}"
                 )
 
     @property

@@ -74,7 +74,7 @@ class Ratings:
     tie_log_nu: Interval | None
     """log nu of Davidson's model: 0 means that equal players tie in one game of three; None where ties are halves."""
     style: tuple[tuple[str, Interval], ...]
-    """Gain in log-odds for one standard deviation more of each kind of style."""
+    """Gain in log-odds for a usual difference (the root mean square) in each kind of style."""
     notes: tuple[str, ...]
 
 
@@ -115,10 +115,11 @@ def rate(
     """Ratings by maximum likelihood.
 
     `ties` count as half a win for each side, or have a parameter of their own (Davidson). With `style` the differences
-    in style are covariates, in standard deviations and with a penalty of `style_ridge` phi² / 2, so that a rating is
-    for replies of equal style. `ridge` theta² / 2 is a prior that makes every rating finite; 0 is none, and players
-    who won or lost everything then have no rating, in words. Intervals (95%) are percentiles of a bootstrap over
-    `games.group`, or from the sandwich covariance clustered by it (White 1982).
+    in style are covariates, in units of their root mean square (which the naming of sides does not change) and with a
+    penalty of `style_ridge` phi² / 2, so that a rating is for replies of equal style. `ridge` theta² / 2 is a prior
+    that makes every rating finite; 0 is none, and players who won or lost everything then have no rating, in words.
+    Intervals (95%) are percentiles of a bootstrap over `games.group`, or from the sandwich covariance clustered by it
+    (White 1982).
     """
     keep = games.first != games.second
     notes = [f"{int((~keep).sum())} games of a model against itself left out"] if not keep.all() else []
@@ -134,7 +135,7 @@ def rate(
     use = fitted[first] & fitted[second]
     group = np.arange(first.size) if games.group is None else games.group[keep]
     styles = games.style[keep] if style and games.style is not None else np.zeros((first.size, 0))
-    spread = styles.std(axis=0)
+    spread = np.sqrt((styles**2).mean(axis=0)) if styles.size else np.ones(styles.shape[1])
     styles = np.divide(styles, spread, out=np.zeros_like(styles), where=spread > 0)
     counts = np.bincount(np.concatenate([first, second]), minlength=num)
 

@@ -200,7 +200,7 @@ def _skills(votes: Votes, notes: list[str]) -> tuple[Skill, ...]:
         return ()
     found = []
     for method in ("one_coin", "dawid_skene", "mace"):
-        labels = aggregate(votes, method)
+        labels = aggregate(votes, method, max_iterations=500)
         if not labels.converged:
             notes.append(f"{method} did not converge in {labels.num_iterations} iterations")
         assert labels.skills is not None

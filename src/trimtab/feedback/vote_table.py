@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimtab.data.sources import read_rows
-from trimtab.errors import DataError
+from trimtab.errors import DataError, EngineError
 from trimtab.evals.stats import Floats
 from trimtab.types import JsonDict
 
@@ -124,7 +123,7 @@ class Votes:
         known = (side == 0) | ~np.isnan(self.strength)
         grades = np.where(side == 0, 0.0, side * np.where(known, self.strength, 0.0))[known]
         size = np.unique(np.abs(grades))
-        scale = np.unique(np.concatenate([-size, size]))
+        scale = np.unique(np.concatenate([-size, size])) + 0.0  # no negative zero
         votes = self.chosen(known)
         return replace(
             votes,
@@ -298,13 +297,15 @@ _OTHER_SIDE = {"A": "B", "B": "A"}
 def _project_votes(path: Path) -> Votes:
     if not path.is_file():
         raise DataError(f"there is no file {str(path)!r}", where=str(path), fix="name a project file or a vote table")
-    if importlib.util.find_spec("trimtab.feedback.votes") is None:
-        raise DataError(
-            f"{path.name!r} is no vote table",
+    try:
+        store = importlib.import_module("trimtab.feedback.votes")
+    except ModuleNotFoundError as missing:
+        raise EngineError(
+            f"a project needs {missing.name}, which is not installed",
             where=str(path),
-            fix="name a table with the columns item, annotator, choice (.jsonl, .csv, .parquet)",
-        )
-    votes: Votes = importlib.import_module("trimtab.feedback.votes").votes_of(path)
+            fix="pip install 'trimtab[feedback]'",
+        ) from missing
+    votes: Votes = store.votes_of(path)
     return votes
 
 

@@ -205,7 +205,10 @@ def shares(rows: Sequence[Bar]) -> Figure:
 
 
 def dots(rows: Sequence[Bar], unit: str, *, line: float | None = None) -> Figure:
-    """A dot with its interval for each row, the first on top, over a dashed line at a value to compare with."""
+    """A dot with its interval for each row, the first on top, over a dashed line at a value to compare with.
+
+    Rows of the same name are dots on one line.
+    """
     rows = rows[::-1]
     points = {
         "type": "scatter",
@@ -226,7 +229,7 @@ def dots(rows: Sequence[Bar], unit: str, *, line: float | None = None) -> Figure
         "hovertemplate": "%{y}: %{x:.3f} (n=%{customdata})<extra></extra>",
     }
     figure = _figure([points], unit, "")
-    figure["layout"]["yaxis"] |= {"automargin": True, "type": "category", "nticks": len(rows)}
+    figure["layout"]["yaxis"] |= {"automargin": True, "type": "category", "dtick": 1}
     if line is not None:
         figure["layout"]["shapes"] = [_vertical(line)]
     return figure
@@ -262,7 +265,7 @@ def matrix(names: Sequence[str], values: Sequence[Sequence[float]], unit: str) -
     }
     figure = _figure([cells], "", "")
     for axis in ("xaxis", "yaxis"):
-        figure["layout"][axis] |= {"type": "category", "showgrid": False, "nticks": len(names)}
+        figure["layout"][axis] |= {"type": "category", "showgrid": False, "dtick": 1}
     figure["layout"]["yaxis"]["autorange"] = "reversed"
     return figure
 
