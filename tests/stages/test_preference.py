@@ -10,7 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.preference_batches import LOSSES, make
 from tests.stages.commands import FAST, rows, run_stage, summary, trimtab, without_times, write_run_file
 from tests.stages.test_resume import differences, kill_after, num_rows, start, wait_for_rows
+from trimtab import cli, config
+from trimtab.math.losses.preference.pairs import DPO
 from trimtab.models.adapters import base_of
+from trimtab.stages import plan
+from trimtab.stages.preference import Settings
 
 FASTER = FAST | {"learning_rate": 1e-2}
 
@@ -280,6 +284,30 @@ def test_a_pair_loss_says_what_it_needs_of_labelled_replies(tmp_path, base, labe
     result = trimtab("preference", run_file, "--out", tmp_path / "run")
     assert result.exit_code == 2
     assert "LabelledResponse" in result.output
+
+
+def test_the_shipped_run_file_is_one_of_this_stage():
+    file = cli.examples_dir() / "hh" / "dpo.toml"
+    found = config.resolve(Settings, config.load_run_file(file), where=str(file))
+    assert found.loss == DPO(beta=0.1)
+    assert found.data.endswith("harmless-base/test.jsonl.gz")
+
+
+def test_a_plan_counts_the_reading_of_the_reference(tmp_path, base, pairs):
+    found = {}
+    for name in ("dpo", "simpo"):
+        table = settings(base, pairs, batch_size=2, loss=name) | {"stage": "preference"}
+        directory = run_stage("preference", tmp_path / name, **settings(base, pairs, batch_size=2, loss=name))
+        values = {**summary(directory), "seconds": 0.0}
+        (directory / "summary.json").write_text(json.dumps(values))
+        resolved = config.resolve(Settings, {k: v for k, v in table.items() if k != "stage"}, where="a test")
+        found[name] = plan.estimate(name, "preference", resolved, directory, share_of_data=1.0)
+    for name, of_reference in (("dpo", 1 / 3), ("simpo", 0.0)):
+        steps = [row["time/step_seconds"] for row in rows(tmp_path / name)]
+        planned = found[name].seconds_per_step * len(steps)
+        assert found[name].seconds == pytest.approx(planned * (1 + of_reference) - sum(steps), abs=1e-9)
+        assert found[name].num_steps == len(steps)
+        assert found[name].weights_gb
 
 
 def test_help_lists_the_settings_that_losses_share():

@@ -185,10 +185,10 @@ def read_data(
         say_balance(replies, settings.loss)
         return replies, group_replies(held_out, chat, **fit_in)
     pairs, held_out_pairs = group_pairs(train, chat, **fit_in), group_pairs(held_out, chat, **fit_in)
-    if not loss.uses_margins:
-        counts["margins_not_used"] = sum(pair.margin is not None for pair in pairs.pairs)
-    if not loss.uses_labels:
-        counts["soft_labels_not_used"] = sum(pair.label != 1 for pair in pairs.pairs)
+    if not loss.uses_margins and (num := sum(pair.margin is not None for pair in pairs.pairs)):
+        counts["margins_not_used"] = num
+    if not loss.uses_labels and (num := sum(pair.label != 1 for pair in pairs.pairs)):
+        counts["soft_labels_not_used"] = num
     if loss.reads == "replies":
         return split_in_two(pairs), split_in_two(held_out_pairs)
     return pairs, held_out_pairs
