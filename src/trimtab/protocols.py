@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trimtab.data.trees import TokenTrees, TreeBatch
 from trimtab.metrics import Metrics
-from trimtab.types import Prompt, Rollout
+from trimtab.types import Observation, Prompt, Rollout
 
 
 class Generator(Protocol):
@@ -23,6 +23,23 @@ class Generator(Protocol):
 
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
         """`group_size` rollouts for each prompt, in the order of prompts; a function of prompts, weights and seed."""
+        ...
+
+
+class Environment(Protocol):
+    """Answers the policy's turns: tools, a simulated user, a game."""
+
+    @property
+    def stop(self) -> Sequence[str]:
+        """Texts that end a turn besides the end token; they belong to the turn."""
+        ...
+
+    def reset(self, prompt: Prompt, *, seed: int) -> Any:
+        """The state of a new episode; whatever is random in it comes from `seed` alone."""
+        ...
+
+    def step(self, state: Any, turn: str) -> Observation:
+        """The answer to what the policy wrote since the last observation. May change `state`, and nothing else."""
         ...
 
 

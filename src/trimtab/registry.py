@@ -23,6 +23,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "advantage": ("trimtab.math.advantages",),
     "kl_controller": ("trimtab.math.kl",),
     "reward": ("trimtab.rewards",),
+    "environment": ("trimtab.environments",),
     "world": ("trimtab.worlds",),
     "tracker": ("trimtab.runs.trackers",),
 }

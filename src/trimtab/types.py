@@ -108,12 +108,29 @@ class Rollout:
     finish_reason: FinishReason
     observations: tuple[tuple[int, int], ...] = ()
     """Stretches [start, end) of response_ids that the policy did not choose: an environment wrote them."""
+    events: Mapping[str, int] = field(default_factory=dict)
+    """How often what happened while it was sampled, such as tool_calls; logged as `rollout/NAME`."""
 
     @property
     def response_mask(self) -> tuple[bool, ...]:
         """True at the response tokens that the policy chose."""
         observed = {i for start, end in self.observations for i in range(start, end)}
         return tuple(i not in observed for i in range(len(self.response_ids)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What an environment says to a turn of the policy."""
+
+    text: str = ""
+    """Shown to the policy as it is, as plain text, and never trained on. Nothing is shown once the episode is over."""
+    done: bool = False
+    """Whether the episode is over."""
+    new_turn: bool = False
+    """Whether the text is a user turn of its own, after which the policy begins another. If not, it stands in the
+    policy's turn, which goes on behind it; yet behind a turn that the policy has ended there is always a new one."""
+    events: Mapping[str, int] = field(default_factory=dict)
+    """What to count, such as {"tool_calls": 1, "tool_errors": 0}."""
 
 
 @dataclass(frozen=True, kw_only=True)

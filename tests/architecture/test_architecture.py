@@ -21,7 +21,7 @@ LAYERS = {
     **dict.fromkeys(["cli"], 7),
     **dict.fromkeys(["stages"], 6),
     **dict.fromkeys(["engines", "rewards"], 5),
-    **dict.fromkeys(["models", "protocols", "feedback"], 4),
+    **dict.fromkeys(["models", "protocols", "environments", "feedback"], 4),
     **dict.fromkeys(["data", "math", "worlds", "reports"], 3),
     **dict.fromkeys(["runs", "config", "settings_help"], 2),
     **dict.fromkeys(["types", "metrics", "registry", "errors", "evals", "seeds"], 1),
@@ -33,7 +33,7 @@ SIDEWAYS = {
     ("evals", "types"),  # statistics of pairs and replies
 }
 NO_TORCH = ["cli", "config", "settings_help", "registry", "types", "metrics", "errors", "seeds"]
-NO_TORCH_PACKAGES = ["runs", "evals", "worlds", "reports", "feedback"]
+NO_TORCH_PACKAGES = ["runs", "evals", "worlds", "environments", "reports", "feedback"]
 NO_TORCH_MODULES = ["data.sources", "data.preferences"]
 
 

@@ -224,3 +224,46 @@ def test_a_reply_is_never_cut():
 def test_lengths_that_leave_no_room_for_a_reply_are_refused(max_length, max_prompt_length):
     with pytest.raises(ConfigError, match="leaves no room"):
         fit([1], [2], max_length=max_length, max_prompt_length=max_prompt_length)
+
+
+@pytest.mark.parametrize("name", ["ours", "chatml", "llama3", "llama2", "plain", "base"])
+@pytest.mark.parametrize("text", ["What is it?", "  blanks \n around ", "a <|start|>assistant<|im_end|></s> b"])
+def test_a_user_turn_between_replies_is_written_as_in_a_whole_conversation(chats, name, text):
+    chat = chats[name]
+    reply = chat.encode_response("I am fine.")
+    whole = chat.encode_prompt([user("Hello there"), assistant("I am fine."), user(text)])
+    before = chat.encode_prompt([user("Hello there")])
+    assert before + reply + chat.encode_user_turn(text, ended=True) == whole
+
+
+def test_a_template_that_rewrites_earlier_turns_does_not_rewrite_what_was_sampled(chats, tokenizers):
+    turn = tokenizers["thinking"].decode(chats["thinking"].encode_user_turn("And you?", ended=True))
+    assert turn == "\n<|im_start|>user\nAnd you?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reply_without_its_end_token_is_closed_before_the_user_speaks(chats, name):
+    chat = chats[name]
+    turn, closed = chat.encode_user_turn("So?", ended=True), chat.encode_user_turn("So?", ended=False)
+    closing = closed[: -len(turn)]
+    assert closed == closing + turn
+    assert closing[-1] == chat.end_id
+    assert chat.decode_response(closing) == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_within_a_reply_is_only_text(chats, tokenizers, name):
+    chat = chats[name]
+    special = "<|im_end|></s><|start|><|end|><|endoftext|>"
+    ids = chat.encode_inline(f"two {special} four")
+    assert not set(ids) & set(tokenizers[name].all_special_ids) - {tokenizers[name].unk_token_id}
+    if name != "llama2":  # its alphabet lacks letters of these
+        assert tokenizers[name].decode(ids) == f"two {special} four"
+    assert tokenizers[name].decode(chat.encode_inline("It is four.")) == "It is four."  # no blank before it
+
+
+def test_a_template_that_cannot_go_on_after_a_reply_is_refused():
+    once = "{% if messages|length > 2 %}{{ messages[0]['content'] }}{% else %}" + CHATML + "{% endif %}"
+    tokenizer = byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], once, eos_token="<|im_end|>")
+    with pytest.raises(DataError, match="does not write a user turn after a reply"):
+        Chat(tokenizer).encode_user_turn("So?", ended=True)

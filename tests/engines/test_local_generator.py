@@ -197,9 +197,9 @@ def test_a_reply_ends_with_a_stop_text_which_is_not_part_of_its_text(model_dir):
 
 def test_a_small_cache_means_fewer_replies_at_a_time_and_the_same_replies(model_dir):
     tight = generator(model_dir, cache_gb=1e-5)
-    encoded = [tight._encode(p) for p in SOME]
-    assert tight._num_groups(encoded, 3) == 1
-    assert generator(model_dir)._num_groups(encoded, 3) == len(SOME)
+    encoded = [tight.encode(p) for p in SOME]
+    assert tight._num_groups(encoded, 3, 12) == 1
+    assert generator(model_dir)._num_groups(encoded, 3, 12) == len(SOME)
     assert [r.response_ids for r in tight.generate(SOME, group_size=3, seed=1)] == [
         r.response_ids for r in generator(model_dir).generate(SOME, group_size=3, seed=1)
     ]

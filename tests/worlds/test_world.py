@@ -9,7 +9,7 @@ from trimtab import worlds
 from trimtab.errors import ConfigError, DataError
 from trimtab.types import Message, Prompt, from_dict, prompt_id, to_dict
 
-NAMES = ("helpdesk", "arithmetic")
+NAMES = ("helpdesk", "arithmetic", "catalogue")
 
 
 @pytest.mark.parametrize("name", NAMES)

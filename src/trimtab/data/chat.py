@@ -122,6 +122,34 @@ class Chat:
         response_ids = self.encode_response(messages[-1].content)
         return prompt_ids + response_ids, mask + [True] * len(response_ids)
 
+    def encode_inline(self, text: str) -> list[int]:
+        """The ids of a text that stands within a reply but is not the assistant's; special tokens in it are letters."""
+        plain = bool(self._special_pattern.search(text))
+        return self._encode(text, after="" if plain else self._context, plain=plain)
+
+    def encode_user_turn(self, text: str, *, ended: bool) -> list[int]:
+        """The ids that come between a reply and the next one: the user's turn, up to where the assistant is to speak.
+
+        Without `ended`, the reply lacks its end token, and they begin with it. Nothing that came before is rendered or
+        tokenised again. Raises DataError where the template cannot go on after a reply.
+        """
+        skeleton = self._skeleton(("user", "assistant", "user"), True)
+        if skeleton is None:
+            raise DataError(
+                "the chat template does not write a user turn after a reply",
+                where=f"the chat template of {self.tokenizer.name_or_path or 'the tokenizer'}",
+                fix="use an environment whose observations stand within the reply, or another chat template",
+            )
+        _, _, before, after = skeleton.pieces
+        before = before.removeprefix(self._before_end + self._end)
+        content, after = skeleton.fill(["", "", text])[2], after + self._header
+        closing = [] if ended else [*self._encode(self._before_end), self.end_id]
+        if self._special_pattern.search(content):
+            turn = self._encode(before, after=self._end) + self._encode(content, plain=True) + self._encode(after)
+        else:
+            turn = self._encode(before + content + after, after=self._end)
+        return closing + turn
+
     def decode_response(self, ids: Sequence[int]) -> str:
         """The text of a reply: `encode_response` backwards, without end and special tokens."""
         kept = [id_ for id_ in ids if id_ not in self.stop_ids]
@@ -231,9 +259,7 @@ class Chat:
         return ids, mask
 
     def _encode_reply(self, written: str) -> list[int]:
-        plain = bool(self._special_pattern.search(written))
-        text = written + self._before_end
-        return [*self._encode(text, after="" if plain else self._context, plain=plain), self.end_id]
+        return [*self.encode_inline(written + self._before_end), self.end_id]
 
     def _encode(self, text: str, *, after: str = "", plain: bool = False) -> list[int]:
         """Ids of a text; `after` is what it follows, which some tokenizers need to know to begin it right.

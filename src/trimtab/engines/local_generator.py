@@ -71,6 +71,10 @@ class Sampling:
         return self.top_p < 1 or self.top_k > 0
 
 
+Drawn = tuple[list[int], list[float], bool]
+"""Ids and log-probabilities of a reply, and whether it stopped of itself."""
+
+
 @dataclass(frozen=True)
 class Forward:
     """The two halves of a decoding step."""
@@ -99,34 +103,54 @@ class LocalGenerator:
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
         """`group_size` rollouts of each prompt. Every reply has random numbers of its own, made from the seed, its
         prompt's id and its number in the group, so batch size and order of prompts do not change what is drawn."""
-        if not prompts:
-            return []
-        encoded = [self._encode(p) for p in prompts]
-        seen: dict[str, int] = {}
-        uniforms = np.empty((len(prompts), group_size, self.sampling.max_new_tokens))
-        for i, prompt in enumerate(prompts):
-            repeat = seen[prompt.id] = seen.get(prompt.id, -1) + 1
-            for g in range(group_size):
-                uniforms[i, g] = seeds.generator(seed, prompt.id, repeat, g).random(self.sampling.max_new_tokens)
-        replies = Replies(torch.from_numpy(uniforms).flatten(0, 1), self.sampling, self.chat)
-        with torch.no_grad(), using(self.policy.model, self.policy.adapter):
-            if self.method == "padded":
-                self._decode_padded(encoded, group_size, replies)
-            else:
-                self._decode(encoded, group_size, replies)
+        encoded = [self.encode(p) for p in prompts]
+        uniforms = self.uniforms(prompts, group_size=group_size, seed=seed)
         return [
             Rollout(
                 prompt=prompts[i // group_size],
-                response=self._text(ids),
+                response=self.text(ids),
                 prompt_ids=tuple(encoded[i // group_size]),
                 response_ids=tuple(ids),
                 logprobs=tuple(logprobs),
                 finish_reason="stop" if stopped else "length",
             )
-            for i, (ids, logprobs, stopped) in enumerate(replies.finished())
+            for i, (ids, logprobs, stopped) in enumerate(
+                self.continue_ids(encoded, group_size=group_size, uniforms=uniforms)
+            )
         ]
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def uniforms(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> Tensor:
+        """[prompts * group_size, max_new_tokens] the random numbers of each reply, one a token."""
+        names = reply_names(prompts, group_size)
+        uniforms = np.empty((len(names), self.sampling.max_new_tokens))
+        for i, name in enumerate(names):
+            uniforms[i] = seeds.generator(seed, *name).random(self.sampling.max_new_tokens)
+        return torch.from_numpy(uniforms)
+
+    def continue_ids(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        uniforms: Tensor,
+        limits: Tensor | None = None,
+    ) -> list[Drawn]:
+        """`group_size` continuations of each prefix, in order; token ids go in and come out, and no text is made.
+
+        `uniforms` [B, T] are the random numbers, `limits` [B] how many tokens each may have if not all T.
+        """
+        if not prefixes:
+            return []
+        replies = Replies(uniforms, self.sampling, self.chat, limits)
+        with torch.no_grad(), using(self.policy.model, self.policy.adapter):
+            if self.method == "padded":
+                self._decode_padded(prefixes, group_size, replies)
+            else:
+                self._decode(prefixes, group_size, replies)
+        return replies.finished()
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt. Raises DataError for one that is too long."""
         ids = self.chat.encode_prompt(prompt.messages)
         if len(ids) > self.sampling.max_prompt_tokens:
             raise DataError(
@@ -136,20 +160,21 @@ class LocalGenerator:
             )
         return ids
 
-    def _text(self, ids: Sequence[int]) -> str:
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of a reply, up to the first stop text."""
         text = self.chat.decode_response(ids)
         return text[: min((at for s in self.sampling.stop if (at := text.find(s)) >= 0), default=len(text))]
 
     def _decode(self, prompts: Sequence[Sequence[int]], group_size: int, replies: Replies) -> None:
         forward = self._forward()
-        num_groups = self._num_groups(prompts, group_size)
+        num_groups = self._num_groups(prompts, group_size, replies.width)
         slots = SlotCache(
             num_rows=num_groups * group_size,
             # A prompt stays until the last reply of its group has ended, while rows of the others are free again.
             num_prompts=min(len(prompts), num_groups if group_size == 1 else 2 * num_groups),
             group_size=group_size,
             prompt_width=max(len(p) for p in prompts),
-            reply_width=self.sampling.max_new_tokens,
+            reply_width=replies.width,
         )
         # Taken from the end, the longest first, so that prompts of like lengths are decoded together.
         waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -165,14 +190,14 @@ class LocalGenerator:
                 tokens = tokens[slots.keep(~ended)]
             hidden = forward.hidden(tokens, slots.positions, slots.extend()) if len(tokens) else None
 
-    def _num_groups(self, prompts: Sequence[Sequence[int]], group_size: int) -> int:
+    def _num_groups(self, prompts: Sequence[Sequence[int]], group_size: int, reply_width: int) -> int:
         """Prompts decoded together with all their replies."""
         config = self.policy.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         bytes_per_token = 2 * 4 * config.num_hidden_layers * heads * size
         prompt_copies = 1 if group_size == 1 else 2
-        tokens = prompt_copies * max(len(p) for p in prompts) + group_size * self.sampling.max_new_tokens
+        tokens = prompt_copies * max(len(p) for p in prompts) + group_size * reply_width
         room = int(self.sampling.cache_gb * 2**30 / (bytes_per_token * tokens))
         return max(1, min(len(prompts), self.sampling.batch_size // group_size, room))
 
@@ -199,6 +224,17 @@ class LocalGenerator:
         return Forward(fused, fused.head)
 
 
+def reply_names(prompts: Sequence[Prompt], group_size: int) -> list[tuple[str, int, int]]:
+    """What each reply's random numbers are made from, besides a seed: its prompt's id, how often that prompt has come
+    before, and the reply's number in its group."""
+    seen: dict[str, int] = {}
+    names = []
+    for prompt in prompts:
+        repeat = seen[prompt.id] = seen.get(prompt.id, -1) + 1
+        names += [(prompt.id, repeat, g) for g in range(group_size)]
+    return names
+
+
 def start_prompts(forward: Forward, slots: SlotCache, prompts: Sequence[Sequence[int]], waiting: list[int]) -> Tensor:
     """[n, D] the hidden states from which the first tokens of newly started replies are drawn. As many prompts as
     there is room for are taken off the end of `waiting`."""
@@ -221,9 +257,11 @@ def start_prompts(forward: Forward, slots: SlotCache, prompts: Sequence[Sequence
 class Replies:
     """The tokens of B replies as they are drawn, their log-probabilities, and when each ends."""
 
-    def __init__(self, uniforms: Tensor, sampling: Sampling, chat: Chat) -> None:
-        """`uniforms` [B, T] are the random numbers, one a token."""
+    def __init__(self, uniforms: Tensor, sampling: Sampling, chat: Chat, limits: Tensor | None = None) -> None:
+        """`uniforms` [B, T] are the random numbers, one a token; `limits` [B] end a reply before T tokens."""
         self.uniforms = uniforms
+        self.width = uniforms.shape[1] if limits is None else int(limits.max())
+        self.limits = torch.full((len(uniforms),), self.width) if limits is None else limits
         self.sampling = sampling
         self.chat = chat
         self.tokens = torch.zeros(uniforms.shape, dtype=torch.int64)
@@ -251,10 +289,10 @@ class Replies:
         if self.sampling.stop:
             stopped |= torch.tensor([self._holds_stop(*row) for row in zip(sequences, places, strict=True)])
         self.stopped[sequences] = stopped
-        return tokens, stopped | (places + 1 == self.tokens.shape[1])
+        return tokens, stopped | (places + 1 == self.limits[sequences])
 
-    def finished(self) -> list[tuple[list[int], list[float], bool]]:
-        """Ids, log-probabilities and whether it stopped of itself, of every reply."""
+    def finished(self) -> list[Drawn]:
+        """Every reply."""
         columns = (self.tokens.tolist(), self.logprobs.tolist(), self.lengths.tolist(), self.stopped.tolist())
         return [(ids[:n], logprobs[:n], stopped) for ids, logprobs, n, stopped in zip(*columns, strict=True)]
 

@@ -14,7 +14,8 @@ from trimtab import worlds
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
 from trimtab.data.trees import TokenTrees, TreeBatch, per, response_tree
-from trimtab.engines.local_generator import LocalGenerator
+from trimtab.engines.episodes import EpisodeGenerator
+from trimtab.engines.local_generator import LocalGenerator, Sampling
 from trimtab.engines.local_learner import LocalLearner
 from trimtab.errors import DataError
 from trimtab.math.advantages import Estimator
@@ -181,12 +182,19 @@ def build_parts(settings: Settings, run: Run) -> Parts:
     state = OnlineState(learners, settings.kl.initial, RunningMoments())
     world = GoldScorer(worlds.load(settings.world)) if settings.world else None
     mix = settings.pretraining_mix
+    environment = settings.environment.load() if settings.environment is not None else None
+
+    def generator(sampling: Sampling) -> Generator:
+        if environment is None:
+            return LocalGenerator(policy, chat, sampling)
+        return EpisodeGenerator(policy, chat, sampling, environment, settings.episodes)
+
     return Parts(
         settings=settings,
         chat=chat,
         prompts=prompts,
-        generator=LocalGenerator(policy, chat, settings.sampling),
-        greedy=LocalGenerator(policy, chat, replace(settings.sampling, top_k=1)) if advantage.needs_greedy else None,
+        generator=generator(settings.sampling),
+        greedy=generator(replace(settings.sampling, top_k=1)) if advantage.needs_greedy else None,
         reward=models.rewards,
         advantage=advantage,
         policy=policy,

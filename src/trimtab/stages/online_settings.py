@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from trimtab.config import Choice
+from trimtab.engines.episodes import EpisodeLimits
 from trimtab.engines.local_generator import Sampling
 from trimtab.engines.local_learner import AdamW
 from trimtab.math.advantages import GAE
@@ -141,6 +142,10 @@ class Settings:
     correction: SamplerCorrection | None = None
     """Weigh tokens by how the policy and the sampler differ; None requires that they agree."""
 
+    environment: Annotated[Any, Choice("environment")] | None = None
+    """What answers the policy between its turns, such as tools; None for replies of one turn."""
+    episodes: EpisodeLimits = field(default_factory=EpisodeLimits)
+    """How long an episode in an environment may become."""
     sampling: Sampling = field(default_factory=Sampling)
     """How rollouts are drawn."""
     prompts_per_step: int = 64

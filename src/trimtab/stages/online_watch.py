@@ -51,7 +51,16 @@ def rollout_metrics(
         "rollout/truncated_fraction": Mean(sum(r.finish_reason == "length" for r in rollouts), num),
         "rollout/distinct_2": Mean(distinct_n([r.response for r in rollouts], 2), 1),
         "rollout/logprob_difference": Peak(difference),
+        **event_metrics(rollouts),
     }
+
+
+def event_metrics(rollouts: Sequence[Rollout]) -> Metrics:
+    """What generators and environments counted, as `rollout/NAME` over all rollouts; of turns the mean as well."""
+    metrics: Metrics = merge({f"rollout/{name}": Total(n) for name, n in r.events.items()} for r in rollouts)
+    if turns := metrics.get("rollout/turns"):
+        metrics["rollout/turns_mean"] = Mean(turns.value, len(rollouts))
+    return metrics
 
 
 def value_metrics(values: Tensor, returns: Tensor) -> Metrics:

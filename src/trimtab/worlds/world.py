@@ -62,6 +62,14 @@ class World(ABC):
         """One text to pretrain on, without chat markup."""
         return f"{prompt.text}\n\n{self.write_reply(prompt, rng)}"
 
+    def corpus(self) -> list[str]:
+        """Texts in which what the prompts ask for can be looked up. Raises DataError for a world without any."""
+        raise DataError(
+            f"the world {self.name} has no texts to look things up in",
+            where=f"world {self.name}",
+            fix="search a file, or the world catalogue",
+        )
+
     def prompts(self, split: Split, num: int, *, seed: int = 0) -> list[Prompt]:
         """`num` prompts of the split with distinct ids. Raises DataError where the split has fewer."""
         return self._draw(split, num, self._rng("prompts", split, seed))

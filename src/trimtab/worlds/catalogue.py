@@ -1,0 +1,85 @@
+"""The catalogue: prices that nobody can know, only look up, and sums of them that are better calculated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import ClassVar
+
+from trimtab import registry
+from trimtab.types import Message, Prompt
+from trimtab.worlds.arithmetic import find_answer
+from trimtab.worlds.world import Gold, World
+
+COLOURS = ("black", "blue", "brown", "golden", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow")
+THINGS = ("bag", "bowl", "chair", "clock", "coat", "cup", "desk", "lamp", "ring", "scarf", "shelf", "vase")
+LEVELS = (1, 2, 3)
+"""1: the price of a thing; 2: of several of it; 3: of two things together."""
+HELP = "Look up with Action: search[thing], work out with Action: calculate[sum], end with #### and the answer."
+
+
+@registry.register("world", "catalogue")
+@dataclass(frozen=True, kw_only=True)
+class Catalogue(World):
+    """Questions about a list of prices. Gold is 1 for the exact answer in the right form and 0 for anything else.
+
+    The price list is in no prompt: `corpus` holds it, for the tool `search` of the environment `react`.
+    """
+
+    levels: tuple[int, ...] = LEVELS
+    """Which levels are drawn, each as often."""
+
+    name: ClassVar[str] = "catalogue"
+    biases: ClassVar[Mapping[str, float]] = {"length": 0.08}
+
+    def __post_init__(self) -> None:
+        if not self.levels or not set(self.levels) <= set(LEVELS):
+            raise ValueError(f"levels are some of {LEVELS}, not {self.levels}")
+
+    def price(self, thing: str) -> int:
+        """From 100 to 999."""
+        return Random(f"{self.name}/{self.seed}/price/{thing}").randint(100, 999)
+
+    def corpus(self) -> list[str]:
+        return [_entry(f"{c} {t}", self.price(f"{c} {t}")) for c in COLOURS for t in THINGS]
+
+    def draw_prompt(self, rng: Random) -> Prompt:
+        level = rng.choice(self.levels)
+        first, second = (f"{rng.choice(COLOURS)} {rng.choice(THINGS)}" for _ in range(2))
+        num = rng.randint(2, 99)
+        things = [first, second] if level == 3 else [first]
+        question = {1: f"Price of 1 x {first}?", 2: f"Price of {num} x {first}?", 3: f"Price of {first} + {second}?"}
+        prices = [self.price(thing) for thing in things]
+        answer = {1: prices[0], 2: num * prices[0], 3: sum(prices)}[level]
+        facts = {"level": level, "things": things, "num": num if level == 2 else 1, "answer": answer}
+        return Prompt(messages=(Message("user", f"{question[level]} {HELP}"),), facts=facts)
+
+    def write_reply(self, prompt: Prompt, rng: Random) -> str:
+        """Half look everything up and calculate, as the tools would answer them; the others guess at once, or look up
+        and then guess."""
+        facts = prompt.facts
+        way = rng.choice(("tools", "tools", "guess", "half"))
+        lines: list[str] = []
+        prices = [self.price(thing) for thing in facts["things"]]
+        if way != "guess":
+            for thing, price in zip(facts["things"], prices, strict=True):
+                lines += [f"Action: search[{thing}]", f"Observation: {_entry(thing, price)}"]
+        answer = facts["answer"] if way == "tools" else rng.randint(100, 999)
+        if way == "tools" and facts["level"] > 1:
+            total = f"{prices[0]} * {facts['num']}" if facts["level"] == 2 else f"{prices[0]} + {prices[1]}"
+            lines += [f"Action: calculate[{total}]", f"Observation: {answer}"]
+        return "\n".join([*lines, f"#### {answer}"])
+
+    def gold(self, prompt: Prompt, response: str) -> Gold:
+        """`format`: a single `####`, on the last line. `correct`, and the total: the right number there."""
+        answer = find_answer(response)
+        correct = float(answer == str(prompt.facts["answer"]))
+        return Gold(correct, {"correct": correct, "format": float(answer is not None)})
+
+    def features(self, response: str) -> dict[str, float]:
+        return {"length": len(response.split()) / 10}
+
+
+def _entry(thing: str, price: int) -> str:
+    return f"The {thing} costs {price}."
