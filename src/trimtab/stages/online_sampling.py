@@ -80,8 +80,14 @@ def draw(number: int, parts: Parts, clock: Clock) -> Drawn:
             (kept if group.has_signal or not settings.dynamic_sampling else flat).append(group)
         if len(kept) >= settings.prompts_per_step:
             break
-    filled = flat[: settings.prompts_per_step - len(kept)]
     metrics = merge(logged)
+    if not kept and not flat:
+        raise EngineError(
+            f"none of {int(metrics['rollout/unjudged'].value)} replies got a reward",
+            where=f"step {number + 1}",
+            fix="mend the reward; the log says why it failed",
+        )
+    filled = flat[: settings.prompts_per_step - len(kept)]
     if settings.dynamic_sampling:
         metrics |= {
             "rollout/rounds": Mean(attempt + 1, 1),
@@ -92,7 +98,7 @@ def draw(number: int, parts: Parts, clock: Clock) -> Drawn:
 
 
 def draw_once(number: int, attempt: int, num_prompts: int, parts: Parts, clock: Clock) -> tuple[list[Group], Metrics]:
-    """`num_prompts` groups, sampled and judged."""
+    """`num_prompts` groups, sampled and judged; fewer where every reply to a prompt could not be judged."""
     settings = parts.settings
     prompts = parts.take_prompts(num_prompts)
     purpose = ("rollouts", number) if attempt == 0 else ("rollouts", number, attempt)
@@ -115,8 +121,6 @@ def draw_once(number: int, attempt: int, num_prompts: int, parts: Parts, clock: 
         mine = [j for j in range(i * size, (i + 1) * size) if judged[j]]
         if mine:
             groups.append(Group([rollouts[j] for j in mine], scores[mine], float(baselines[i])))
-    if not groups:
-        raise _not_judged(rollouts, judged, number, metrics)
     return groups, metrics | {"rollout/unjudged": Total(int((~judged).sum()))}
 
 

@@ -34,7 +34,10 @@ def num_terms(batch: SequenceBatch, aggregation: Aggregation, length: int = 1) -
     return torch.tensor(counts[aggregation], dtype=torch.float64)
 
 
-def means(values: Mapping[str, Tensor]) -> Metrics:
-    """Each tensor's mean as a metric, weighted by its number of entries; one transfer from the device for all."""
+def means(values: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> Metrics:
+    """Each tensor's mean as a metric: its sum over its number of entries, or over what `weights` says of that name; one
+    transfer from the device for all."""
     totals = torch.stack([v.detach().double().sum() for v in values.values()]).tolist()
-    return {name: Mean(total, v.numel()) for (name, v), total in zip(values.items(), totals, strict=True)}
+    numbers = {name: float(v.numel()) for name, v in values.items()}
+    numbers |= {name: float(weight) for name, weight in (weights or {}).items()}
+    return {name: Mean(total, numbers[name]) for name, total in zip(values, totals, strict=True)}

@@ -126,7 +126,7 @@ class PolicyLoss:
             }
         if outputs.entropy is not None:
             logged["policy/entropy"] = outputs.entropy
-        return losses.sum(), means(logged)
+        return losses.sum(), means(logged, {"policy/loss": self.weight(batch)})
 
 
 @register("policy_loss", "ppo")
@@ -255,4 +255,4 @@ class KLPenalty:
     def __call__(self, outputs: TokenOutputs, batch: ReferenceBatch) -> tuple[Tensor, Metrics]:
         token_losses = kl_penalty(outputs.logprobs, batch.ref_logprobs, estimator=self.estimator)
         losses = terms(token_losses, batch, self.aggregation)
-        return losses.sum(), means({"policy/kl_loss": losses})
+        return losses.sum(), means({"policy/kl_loss": losses}, {"policy/kl_loss": self.weight(batch)})

@@ -1,0 +1,35 @@
+"""Rewards of replies as plain functions, for run files of tests: `callable` finds them by module and name."""
+
+
+def length(prompt, response, facts):
+    """Long replies are good."""
+    return len(response) / 10
+
+
+def even(prompt, response, facts):
+    """To some problems all replies are worth the same, so that their groups say nothing."""
+    return len(response) / 10 if facts["answer"] % 2 == 0 else 1.0
+
+
+def flat(prompt, response, facts):
+    """Every reply is worth the same."""
+    return 0.0
+
+
+def picky(prompt, response, facts):
+    """Judges replies of even length only."""
+    if len(response) % 2:
+        raise ValueError("an odd number of letters")
+    return len(response) / 10
+
+
+def speechless(prompt, response, facts):
+    """Judges nothing."""
+    raise ValueError("no words")
+
+
+def patient(prompt, response, facts):
+    """Nothing can be said of replies to some problems, and replies to the others vary."""
+    if facts["answer"] % 2:
+        raise ValueError("an odd answer")
+    return len(response) / 10
