@@ -198,6 +198,15 @@ def test_resamples_without_ratings_are_counted():
     assert "of the resamples have no finite ratings" in found.notes[0]
 
 
+def test_ties_between_one_sided_games_leave_davidsons_model_without_a_maximum():
+    # the stronger x never lost: making it stronger and ties likelier together always fits better
+    one_sided = games(("x", "y", 1, 3), ("x", "y", 0.5, 3), players="xy")
+    with pytest.raises(DataError, match="no finite ratings"):
+        rate(one_sided, ties="davidson")
+    assert rate(one_sided).players[0].elo.value == pytest.approx(1000 + 200 * math.log10(3))
+    assert rate(one_sided, ties="davidson", ridge=0.1).players[0].elo.value > 1000
+
+
 def test_games_that_say_nothing_are_refused_or_counted():
     with pytest.raises(DataError, match="no game between two players"):
         rate(games(("x", "x", 1, 5)))

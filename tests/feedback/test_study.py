@@ -9,13 +9,19 @@ import re
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.feedback.projects import add, answer_next, make_store, person
 from tests.feedback.published import votes_of
 from trimtab.cli import main
 from trimtab.evals.stats import Interval
-from trimtab.feedback.agreement_page import render
+from trimtab.feedback.agreement_page import body, render
+from trimtab.feedback.answers import Answer
 from trimtab.feedback.study import study
+from trimtab.feedback.vote_table import read_votes, votes_from_rows
 from trimtab.reports import charts
+from trimtab.reports.frame import Panels
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&<!--"
 
@@ -79,8 +85,6 @@ def test_the_command_prints_a_table_and_writes_a_page_with_its_figures(table, tm
 
 
 def test_nothing_of_a_study_depends_on_which_reply_is_called_a(table):
-    from trimtab.feedback.vote_table import read_votes, votes_from_rows
-
     rows = [("", json.loads(line)) for line in table.read_text().splitlines()]
     other = {"A": "B", "B": "A", "tie": "tie"}
 
@@ -101,8 +105,6 @@ def test_nothing_of_a_study_depends_on_which_reply_is_called_a(table):
 
 
 def test_sides_that_mean_something_can_be_kept(table):
-    from trimtab.feedback.vote_table import read_votes
-
     votes = read_votes(table)
     names = [found.name for found in study(votes, as_given=True, num_resamples=10).coefficients]
     assert names == [found.name for found in study(votes, num_resamples=10).coefficients]
@@ -127,6 +129,31 @@ def test_every_poor_table_gets_an_answer_in_words(tmp_path, triples, words):
     assert words in result.output
     assert "nan" not in result.output
     assert "NaN" not in (tmp_path / "page.json").read_text()
+
+
+VOTE = st.fixed_dictionaries(
+    {
+        "item": st.sampled_from("1234"),
+        "annotator": st.sampled_from("xyz"),
+        "choice": st.sampled_from(["A", "tie", "B"]),
+    },
+    optional={
+        "shown_left": st.sampled_from(["A", "B", ""]),
+        "seconds": st.sampled_from([0, 0.5, 30, None]),
+        "strength": st.sampled_from([0, 1, 3]),
+        "slice": st.sampled_from("mn"),
+    },
+)
+
+
+@settings(max_examples=40)
+@given(st.lists(VOTE, max_size=20), st.sampled_from([None, "pqrs", "pppp", "pqpq"]), st.booleans())
+def test_every_table_of_votes_has_an_answer_without_a_warning(rows, models, as_given):
+    if models is not None:
+        rows = [{**row, "model_a": models[int(row["item"]) - 1], "model_b": "q"} for row in rows]
+    found = study(votes_from_rows([("", row) for row in rows]), as_given=as_given, num_resamples=5)
+    json.dumps(found.to_dict(), allow_nan=False)
+    assert "nan" not in body(found, Panels(), title="any").lower()
 
 
 def test_mistakes_are_answered_without_a_traceback(tmp_path):
@@ -169,3 +196,18 @@ def test_figures_draw_what_is_known():
     assert figure["layout"]["shapes"][0]["x0"] == 0.5
     assert charts.matrix(["x<"], [[0.5]], "share")["data"][0]["x"] == ["x&lt;"]
     assert charts.columns([0.5, 1.0], [3, 4], "x", "y")["data"][0]["y"] == [3, 4]
+
+
+def test_a_project_is_studied_like_a_table(tmp_path):
+    store = make_store(tmp_path, {"assignment": {"overlap": 2}})
+    add(store, 3)
+    for name in ("ann", "bob"):
+        someone = person(store, name)
+        while answer_next(store, someone, Answer(choice="A", strength=1)) is not None:
+            pass
+    store.close()
+    result = invoke("agreement", tmp_path / "project.toml", "--out", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    assert "6 votes by 2 annotators on 3 items" in result.output
+    figures = json.loads((tmp_path / "page.json").read_text())
+    assert sum(card["left"]["count"] for card in figures["annotators"]) == 6

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import scipy.sparse
 import scipy.sparse.csgraph
+from numpy.typing import NDArray
 
 from trimtab.errors import DataError
 from trimtab.evals.stats import Floats, Interval
@@ -31,6 +32,8 @@ ELO_PER_UNIT = 400 / math.log(10)
 """Points for one unit of theta."""
 _CELLS = 4_000_000
 _MAX_NEWTON = 60
+_LARGE = 15.0
+"""No parameter is followed beyond this: odds of e^30 between two players are on their way to infinity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +167,14 @@ def rate(
     )
     centre = np.eye(model.size)  # takes from each rating the mean of its component
     centre[:num, :num] -= same / np.maximum(same.sum(axis=1, keepdims=True), 1)
-    point = model.fit(np.ones((1, model.num_groups)))[0] @ centre.T
+    fit = model.fit(np.ones((1, model.num_groups)))
+    if not _finite(fit).all():
+        raise DataError(
+            "no finite ratings: stronger players never lost and ties lie between, or style foretells every outcome",
+            where="the games",
+            fix="count ties as halves, leave style out, or give a prior: ridge = 1",
+        )
+    point = fit[0] @ centre.T
     if intervals == "bootstrap":
         drawn, num_lost = _bootstrap(model, component, num if ridge == 0 else 0, num_resamples, seed)
         if num_lost:
@@ -250,7 +260,10 @@ class _Model:
         return np.asarray((self.games.T @ times.T).T)
 
     def fit(self, times: Floats) -> Floats:
-        """Parameters [B, D] that maximise the likelihood with each group as often as `times` says."""
+        """Parameters [B, D] that maximise the likelihood with each group as often as `times` says.
+
+        Where there is no maximum they stop at some number that `_finite` refuses.
+        """
         weights = self.weights(times)
         beta = np.zeros((len(weights), self.size))
         value = self._likelihood(beta, weights)
@@ -261,7 +274,7 @@ class _Model:
             longest = np.abs(solved).max(axis=1, keepdims=True)
             step: Floats = np.asarray(solved * np.minimum(1.0, 5.0 / np.maximum(longest, 1.0)), dtype=np.float64)
             moved, value[active] = self._search(beta[active], step, weights[active], value[active])
-            done = np.abs(moved - beta[active]).max(axis=1) < 1e-9
+            done = (np.abs(moved - beta[active]).max(axis=1) < 1e-9) | ~_finite(moved)
             beta[active] = moved
             active = active[~done]
             if not active.size:
@@ -277,7 +290,7 @@ class _Model:
         return np.asarray(np.sqrt(np.maximum(variances, 0.0)))
 
     def _flat(self) -> Floats:
-        flat = np.zeros((self.size, self.size))
+        flat = np.eye(self.size) * 1e-15  # on the way to infinity all is flat
         flat[: len(self.gauge), : len(self.gauge)] = self.gauge
         return flat
 
@@ -366,7 +379,13 @@ def _bootstrap(model: _Model, component: Ints, num: int, num_resamples: int, see
             usable &= weights[:, tie].any(axis=1) & weights[:, ~tie].any(axis=1)
         found.append(model.fit(times[usable]))
     drawn = np.concatenate(found)
+    drawn = drawn[_finite(drawn)]
     return drawn, num_resamples - len(drawn)
+
+
+def _finite(beta: Floats) -> NDArray[np.bool_]:
+    """Which rows of parameters [B, D] are of a likelihood with a maximum."""
+    return np.asarray(np.abs(beta).max(axis=1, initial=0.0) < _LARGE)
 
 
 def _num_parts(num: int, first: Ints, second: Ints, outcome: Floats, of: Ints) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from trimtab.errors import DataError
 from trimtab.evals.stats import Interval
 from trimtab.feedback.aggregate import Method, aggregate
 from trimtab.feedback.agreement import (
@@ -237,12 +238,18 @@ def _ladder(votes: Votes, options: dict[str, Any], notes: list[str]) -> Ratings 
         return None
     games = games_of(votes)
     drawn = (games.outcome == 0.5)[games.first != games.second]
-    ties: Ties = "davidson" if 0 < drawn.sum() < drawn.size else "half"
-    found = rate(games, ties=ties, style=games.style is not None, **options)
-    if games.style is not None:
-        notes.append("ratings are for replies of equal style: " + ", ".join(games.style_names))
-    notes += found.notes
-    return found
+    kinds: tuple[Ties, ...] = ("davidson", "half") if 0 < drawn.sum() < drawn.size else ("half",)
+    for ties in kinds:
+        try:
+            found = rate(games, ties=ties, style=games.style is not None, **options)
+        except DataError as error:
+            notes.append(f"ratings with ties as {'halves' if ties == 'half' else 'a third outcome'}: {error.problem}")
+            continue
+        if games.style is not None:
+            notes.append("ratings are for replies of equal style: " + ", ".join(games.style_names))
+        notes += found.notes
+        return found
+    return None
 
 
 def _plain(value: Any) -> Any:
