@@ -248,10 +248,11 @@ def make_batches(
         if not loss.needs_mismatched:
             return lambda indices: reply_batch(examples, indices, ref)
         if len(examples.trees) < 2:
+            part = "train on" if examples is train else "validate on"
             raise DataError(
-                "a single prompt, and no other whose replies could be set beside it",
-                where=settings.data,
-                fix="give data with more prompts, or set loss.baseline = 'none'",
+                f"a single prompt to {part}, and no other whose replies could be set beside it",
+                where=settings.held_out_data or settings.data if examples is held_out else settings.data,
+                fix="give more prompts, hold out another share or none, or set loss.baseline = 'none'",
             )
         mixed = mismatch(examples.trees, max_tokens=settings.max_tokens, bos_id=chat.tokenizer.bos_token_id)
         mixed_ref = said(mixed, places)
