@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from trimtab.data.trees import Strips
-from trimtab.models.attention import UNSEEN, Attend, attention_with_lse, merge_attention
+from trimtab.models.attention import UNSEEN, Attend
 
 
 class SlotCache:
@@ -94,43 +94,43 @@ class SlotCache:
         width, prompt_width = int(lengths.max()), int(self._prompt_lengths.max())
         rows = torch.arange(num_rows)
         cell = self._prompt_of * self.group_size + self.sequences % self.group_size
-        own_bias = _bias(torch.arange(width) <= places[:, None])[:, None, None]
-        prompt_bias = _bias(torch.arange(prompt_width) < self._prompt_lengths[:, None])[:, None, None]
+        biases: dict[int | None, Tensor] = {}
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
             prompt_keys, prompt_values, keys, values = self._buffers(layer, key)
             keys[rows, :, places] = key
             values[rows, :, places] = value
+            if window not in biases:
+                biases[window] = self._bias(places, positions, prompt_width, width, window)
             kv_heads, size = key.shape[1:]
-            repeats = query.shape[1] // kv_heads
             # Query heads that share a key head stand side by side as if they were several tokens, and so do the
-            # replies of one prompt: their keys are read once for all of them.
-            queries = query.view(num_rows, kv_heads, repeats, size)
-            grid = queries.new_zeros(num_prompts * self.group_size, kv_heads, repeats, size)
-            grid[cell] = queries
-            shape = (num_prompts, self.group_size, kv_heads, repeats, size)
-            by_prompt = grid.view(shape).transpose(1, 2).reshape(num_prompts, kv_heads, -1, size)
-            seen_own, seen_prompt = own_bias, prompt_bias
-            if window is not None:
-                seen_own, seen_prompt = self._windowed(window, positions, cell, repeats, own_bias, prompt_bias)
-            own, own_lse = attention_with_lse(
-                queries, keys[:num_rows, :, :width], values[:num_rows, :, :width], seen_own, scaling
-            )
-            shared, shared_lse = attention_with_lse(
-                by_prompt,
-                prompt_keys[:num_prompts, :, :prompt_width],
-                prompt_values[:num_prompts, :, :prompt_width],
-                seen_prompt,
-                scaling,
-            )
-            back = (num_prompts, kv_heads, self.group_size, repeats)
-            shared = shared.view(*back, size).transpose(1, 2).flatten(0, 1)[cell]
-            shared_lse = shared_lse.reshape(back).transpose(1, 2).flatten(0, 1)[cell]
-            merged, _ = merge_attention(own, own_lse, shared, shared_lse)
-            return merged.reshape(num_rows, -1, size)
+            # replies of one prompt: its keys are read once for all of them. Plain products are twice as fast here as
+            # the flash kernel, which is made for many queries.
+            queries = query.view(num_rows, kv_heads, -1, size) * scaling
+            by_prompt = _to_prompts(queries, cell, num_prompts, self.group_size)
+            shared = by_prompt @ prompt_keys[:num_prompts, :, :prompt_width].transpose(-1, -2)
+            own = queries @ keys[:num_rows, :, :width].transpose(-1, -2)
+            scores = torch.cat([_to_rows(shared, cell, self.group_size), own], -1)
+            weights = scores.float().add_(biases[window]).softmax(-1).to(value.dtype)
+            by_prompt = _to_prompts(weights[..., :prompt_width], cell, num_prompts, self.group_size)
+            output = _to_rows(by_prompt @ prompt_values[:num_prompts, :, :prompt_width], cell, self.group_size)
+            output += weights[..., prompt_width:] @ values[:num_rows, :, :width]
+            return output.reshape(num_rows, -1, size)
 
         self.lengths = lengths
         return attend
+
+    def _bias(self, places: Tensor, positions: Tensor, prompt_width: int, width: int, window: int | None) -> Tensor:
+        """[n, 1, 1, prompt_width + width] 0 where a reply's next token sees a place of its prompt or of itself."""
+        starts = self._prompt_lengths[self._prompt_of]
+        prompt_slots, slots = torch.arange(prompt_width), torch.arange(width)
+        of_prompt, own = prompt_slots < starts[:, None], slots <= places[:, None]
+        if window is not None:
+            oldest = (positions - window)[:, None]
+            of_prompt &= prompt_slots > oldest
+            own &= starts[:, None] + slots > oldest
+        seen = torch.cat([of_prompt, own], -1)[:, None, None]
+        return torch.zeros(seen.shape).masked_fill_(~seen, UNSEEN)
 
     def keep(self, alive: Tensor) -> Tensor:
         """Frees the rows of replies that are not `alive` [n]; returns [n'] the old row of each one that stays."""
@@ -168,24 +168,18 @@ class SlotCache:
             self._layers[layer] = tuple(key.new_zeros(s) for s in (prompts, prompts, replies, replies))  # type: ignore[assignment]
         return self._layers[layer]
 
-    def _windowed(
-        self, window: int, positions: Tensor, cell: Tensor, repeats: int, own_bias: Tensor, prompt_bias: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The two biases without the keys that lie `window` or more tokens back."""
-        num_prompts, width = prompt_bias.shape[0], prompt_bias.shape[-1]
-        starts = self._prompt_lengths[self._prompt_of]
-        own = (
-            own_bias
-            + _bias(starts[:, None] + torch.arange(own_bias.shape[-1]) > (positions - window)[:, None])[:, None, None]
-        )
-        grid = torch.zeros(num_prompts * self.group_size, dtype=torch.int64)
-        grid[cell] = positions - window
-        oldest = grid.view(num_prompts, 1, self.group_size, 1)
-        near = _bias(torch.arange(width) > oldest).repeat_interleave(repeats, 2)
-        return own.clamp(min=UNSEEN), (prompt_bias + near).clamp(min=UNSEEN)
+
+def _to_prompts(x: Tensor, cell: Tensor, num_prompts: int, group_size: int) -> Tensor:
+    """[P, H, G * R, X] what the rows [n, H, R, X] ask, side by side for each prompt; zeros for replies that have ended.
+    Row i stands at `cell[i]` of the P * G replies."""
+    heads, repeats, size = x.shape[1:]
+    grid = x.new_zeros(num_prompts * group_size, heads, repeats, size)
+    grid[cell] = x
+    return (
+        grid.view(num_prompts, group_size, heads, repeats, size).transpose(1, 2).reshape(num_prompts, heads, -1, size)
+    )
 
 
-def _bias(visible: Tensor) -> Tensor:
-    """0 where a key is seen; elsewhere a number whose exponential is 0 but which, unlike -inf, never makes a NaN of
-    a row that sees nothing."""
-    return torch.zeros(visible.shape).masked_fill_(~visible, UNSEEN)
+def _to_rows(x: Tensor, cell: Tensor, group_size: int) -> Tensor:
+    """[n, H, R, X] from [P, H, G * R, X]: the inverse of `_to_prompts`."""
+    return x.unflatten(2, (group_size, -1)).transpose(1, 2).flatten(0, 1)[cell]
