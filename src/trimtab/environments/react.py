@@ -70,8 +70,8 @@ class ReActEnvironment:
     def step(self, state: None, turn: str) -> Observation:
         """The result of the last action, on a line of its own; the episode is over where there was none."""
         actions = _ACTION.findall(turn)
-        if not actions and self.stop[0] not in turn:
-            return Observation(done=True)
+        if not actions and not any(text in turn for text in self.stop):
+            return Observation(done=True, events={"tool_calls": 0, "tool_errors": 0})
         calls, errors = 0, 0
         try:
             if not actions:
