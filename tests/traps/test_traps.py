@@ -376,8 +376,8 @@ def test_a_score_that_is_missing_is_no_score_of_zero():
 
 
 def test_a_ragged_last_part_is_trained_on(tmp_path, base):
-    """OpenRLHF#1299, OpenRLHF#1300: what did not fill a batch was dropped. Seven prompts, three a step, in two minibatches
-    of two prompts and one: every prompt is sampled before any comes again."""
+    """OpenRLHF#1299, OpenRLHF#1300: what did not fill a batch was dropped. Seven prompts, three a step, in two
+    minibatches of two prompts and one: every prompt is sampled before any comes again."""
     settings = grpo(base, prompts="world:arithmetic?num=7", prompts_per_step=3, num_minibatches=2, num_steps=7)
     out = run_stage("online", tmp_path / "run", **settings)
     drawn = [s["prompt"] for s in rows(out, "samples.jsonl")][::2]
