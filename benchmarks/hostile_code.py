@@ -410,15 +410,18 @@ FORGERIES = {
         """,
     "reads the expected answer from frames and memory": """
         import gc, re, sys
-        def answer():
+        def texts():
             frame = sys._getframe()
-            found = []
             while frame:
-                found.append(str(frame.f_locals) + str(frame.f_globals))
+                yield from map(str, [*frame.f_locals.values(), *frame.f_code.co_consts])
                 frame = frame.f_back
-            found += [str(thing) for thing in gc.get_objects() if type(thing) in (dict, list, tuple)]
-            # the test compares with a number no one can guess
-            numbers = re.findall(r"answer\\(\\) == (\\d+)", " ".join(found))
+            for thing in gc.get_objects():
+                if type(thing) in (dict, list, tuple):
+                    parts = [*thing, *thing.values()] if type(thing) is dict else thing
+                    yield from (part for part in parts if type(part) is str)
+        def answer():
+            # the tests ask for a number that no one can guess
+            numbers = [n for text in texts() for n in re.findall(r"answer\\(\\) == (\\d+)", text)]
             return int(numbers[0]) if numbers else 0
         """,
     "speaks for the harness on the socket": """
