@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.feedback.projects import make_store
+from trimtab.feedback import people
 from trimtab.feedback.store import Store
 
 Make = Callable[..., Store]
@@ -24,6 +25,12 @@ Make = Callable[..., Store]
 def _postgres_binary(name: str) -> str | None:
     found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
     return str(found[-1]) if found else shutil.which(name)
+
+
+@pytest.fixture(autouse=True)
+def cheap_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guessing is made slow on purpose; tests of other things need not wait for it."""
+    monkeypatch.setitem(people._SCRYPT, "n", 16)
 
 
 @pytest.fixture(scope="session")

@@ -51,8 +51,8 @@ def item(i: int, *, kind: Kind = "pairs", num: int = 2, **more: Any) -> items.Ne
     return items.NewItem(kind=kind, prompt=prompt(i), replies=replies, **more)
 
 
-def add(store: Store, num: int, *, first: int = 0, **more: Any) -> None:
-    items.add_items(store, [(f"row {i}", item(i, **more)) for i in range(first, first + num)])
+def add(store: Store, count: int, *, first: int = 0, **more: Any) -> None:
+    items.add_items(store, [(f"row {i}", item(i, **more)) for i in range(first, first + count)])
 
 
 def person(store: Store, name: str, role: people.Role = "annotator") -> Person:

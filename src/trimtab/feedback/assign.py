@@ -64,7 +64,7 @@ def next_lease(store: Store, connection: Connection, person: Person) -> Lease | 
     open_one = connection.execute(
         sa.select(t.leases)
         .where(t.leases.c.person_id == person.id, t.leases.c.state == "open")
-        .order_by(t.leases.c.opened_at.desc(), t.leases.c.id.desc())
+        .order_by(t.leases.c.opened_at.desc(), t.leases.c.id)
     ).first()  # several only after an undo, which puts the task in hand aside
     if open_one is not None:
         expires = now + settings.assignment.lease_minutes * 60

@@ -40,8 +40,10 @@ class Receipt:
     """Of a quiz question: whether it agreed with the expected answer."""
 
 
-def vote(store: Store, person: Person, token: str, answer: Answer) -> Receipt:
+def vote(store: Store, person: Person, token: str, answer: Answer, *, measured: bool = False) -> Receipt:
     """Stores an answer to the item of a lease; sent again it is the same answer, not another.
+
+    Its seconds are believed up to the time since the task was given out, or wholly where they were `measured`.
 
     Raises DataError for an answer to something else than was asked or a lease that is not the person's, and Late.
     """
@@ -61,7 +63,7 @@ def vote(store: Store, person: Person, token: str, answer: Answer) -> Receipt:
         if lease.state == "expired":
             _take_place_again(connection, lease)
         elapsed = max(0.0, now - lease.opened_at)
-        seconds = elapsed if answer.seconds is None else min(answer.seconds, elapsed)
+        seconds = elapsed if answer.seconds is None else answer.seconds if measured else min(answer.seconds, elapsed)
         before = latest(connection, person.id, item.id, lease.purpose)
         vote_id = _add(
             store,

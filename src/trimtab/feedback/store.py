@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ class Store:
         """What the store knows of itself under this name."""
         with self.read() as connection:
             return str(connection.execute(sa.select(t.facts.c.value).where(t.facts.c.name == name)).scalar_one())
+
+    @cached_property
+    def secret(self) -> bytes:
+        """Key of what the server signs."""
+        return bytes.fromhex(self.fact("secret"))
 
     def close(self) -> None:
         """Closes every connection."""

@@ -1,0 +1,276 @@
+"""The live board: how far a project is and what its votes are worth so far."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from trimtab.errors import DataError
+from trimtab.evals.stats import Interval, wilson
+from trimtab.feedback import tables as t
+from trimtab.feedback.annotators import AnnotatorCard, annotator_cards
+from trimtab.feedback.answers import agrees
+from trimtab.feedback.people import everyone
+from trimtab.feedback.progress import counts
+from trimtab.feedback.store import Store
+from trimtab.feedback.study import Study, study
+from trimtab.feedback.votes import cast_votes, votes_as_table
+from trimtab.types import JsonDict
+
+KEPT_SECONDS = 10.0
+"""How long a computed board is shown before it is computed anew."""
+_RESAMPLES = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One annotator on the board."""
+
+    person_id: int
+    name: str
+    state: str
+    votes: int
+    gold: Interval
+    """Share of gold items answered as expected."""
+    card: AnnotatorCard | None
+    skips: int
+    flags: tuple[str, ...]
+    """Reasons to look at their votes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board:
+    """What the board shows."""
+
+    at: float
+    counts: dict[str, Any]
+    study: Study | None
+    rows: list[Row]
+    throughput: list[tuple[float, int]]
+    """Start of each stretch of time and the answers in it."""
+    stretch_seconds: float
+    gold: Interval
+    left: Interval
+    ties: Interval
+    median_seconds: float | None
+    arms: dict[str, int]
+    """Items begun by each arm of the selection."""
+
+    def to_dict(self) -> JsonDict:
+        """As JSON values."""
+        return {
+            "at": self.at,
+            **self.counts,
+            "agreement": self.study.to_dict()["coefficients"] if self.study is not None else [],
+            "slices": self.study.to_dict()["slices"] if self.study is not None else [],
+            "gold_accuracy": _plain(self.gold),
+            "left": _plain(self.left),
+            "ties": _plain(self.ties),
+            "median_seconds": self.median_seconds,
+            "arms": self.arms,
+            "annotators": [
+                {
+                    "id": row.person_id,
+                    "name": row.name,
+                    "state": row.state,
+                    "votes": row.votes,
+                    "skips": row.skips,
+                    "gold_accuracy": _plain(row.gold),
+                    "left": _plain(row.card.left) if row.card else None,
+                    "agreement": _plain(row.card.agreement) if row.card else None,
+                    "median_seconds": _number(row.card.median_seconds) if row.card else None,
+                    "longest_run": row.card.longest_run if row.card else None,
+                    "flags": list(row.flags),
+                }
+                for row in self.rows
+            ],
+        }
+
+
+def make_board(store: Store) -> Board:
+    """The board as of now."""
+    with store.read() as connection:
+        votes = votes_as_table(connection)
+        gold = _gold(connection)
+        people = everyone(connection)
+        skips = _skips(connection)
+        total = counts(connection)
+        moments = sorted(cast.created_at for cast in cast_votes(connection, purposes=("task", "gold", "reask")))
+        arms: dict[str, int] = dict(
+            connection.execute(
+                sa.select(t.queue.c.arm, sa.func.count()).where(t.queue.c.arm.isnot(None)).group_by(t.queue.c.arm)
+            ).all()
+        )
+    try:
+        found = study(votes, num_resamples=_RESAMPLES) if len(votes) else None
+    except DataError:
+        found = None
+    cards = {card.name: card for card in (annotator_cards(votes) if len(votes) else [])}
+    rows = [
+        Row(
+            person_id=p.id,
+            name=p.name,
+            state=p.state,
+            votes=cards[p.name].num_votes if p.name in cards else 0,
+            gold=wilson(*gold[p.id]) if p.id in gold else wilson(0, 0),
+            card=cards.get(p.name),
+            skips=skips.get(p.id, 0),
+            flags=_flags(cards.get(p.name), gold.get(p.id)),
+        )
+        for p in people
+        if p.name in cards or p.role == "annotator"
+    ]
+    stretch, bins = _throughput(moments, store.now())
+    right, asked = (sum(pair[i] for pair in gold.values()) for i in (0, 1))
+    decided = ~np.isnan(votes.a_left) & _sided(votes)
+    chose_a = np.array([c == "A" for c in votes.categories])[votes.choice] if len(votes) else np.zeros(0, dtype=bool)
+    left = int((chose_a == (votes.a_left == 1))[decided].sum()) if len(votes) else 0
+    ties = int(np.isin(votes.choice, [i for i, c in enumerate(votes.categories) if c in ("tie", "both_bad")]).sum())
+    seconds = votes.seconds[~np.isnan(votes.seconds)]
+    return Board(
+        at=store.now(),
+        counts=total,
+        study=found,
+        rows=rows,
+        throughput=bins,
+        stretch_seconds=stretch,
+        gold=wilson(right, asked),
+        left=wilson(left, int(decided.sum())),
+        ties=wilson(ties, len(votes)),
+        median_seconds=float(np.median(seconds)) if seconds.size else None,
+        arms=arms,
+    )
+
+
+@dataclass
+class BoardCache:
+    """The last board, computed anew when it is older than `KEPT_SECONDS`: many may watch at the price of one."""
+
+    store: Store
+    _board: Board | None = None
+    _at: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def get(self) -> Board:
+        """A board that is recent enough."""
+        with self._lock:
+            if self._board is None or time.monotonic() - self._at > KEPT_SECONDS:
+                self._board = make_board(self.store)
+                self._at = time.monotonic()
+            return self._board
+
+    def forget(self) -> None:
+        """Computes the next one anew: somebody has just changed what it shows."""
+        with self._lock:
+            self._board = None
+
+
+def disagreements(connection: Connection, *, limit: int = 200) -> list[dict[str, Any]]:
+    """Items that an adjudicator should see, the most divided first; flagged ones before all.
+
+    Order: flagged, then 1 - the share of the commonest answer, times one more than what the policy thinks the item is
+    worth. Adjudicated items are left out.
+    """
+    decided = sa.select(t.votes.c.item_id).where(t.votes.c.purpose == "adjudication")
+    done = set(connection.execute(decided).scalars())
+    score = dict(connection.execute(sa.select(t.queue.c.item_id, t.queue.c.score)).all())
+    groups: dict[int, list[Any]] = defaultdict(list)
+    for cast in cast_votes(connection):
+        if cast.item_id not in done:
+            groups[cast.item_id].append(cast)
+    flagged = {
+        row.item_id
+        for row in connection.execute(sa.select(t.votes.c.item_id, t.votes.c.answer).where(t.votes.c.purpose == "task"))
+        if row.answer.get("flags")
+    }
+    found = []
+    for item_id, casts in groups.items():
+        said = Counter(_said(cast) for cast in casts)
+        split = 1 - said.most_common(1)[0][1] / len(casts)
+        if split > 0 or item_id in flagged:
+            found.append(
+                {
+                    "item_id": item_id,
+                    "prompt": casts[0].prompt["messages"][-1]["content"],
+                    "votes": len(casts),
+                    "said": dict(said),
+                    "disagreement": split,
+                    "flagged": item_id in flagged,
+                    "rank": (item_id in flagged, split * (1 + max(0.0, score.get(item_id, 0.0)))),
+                }
+            )
+    for item_id in flagged - groups.keys() - done:  # skipped and flagged by everyone
+        row = connection.execute(sa.select(t.items.c.prompt).where(t.items.c.id == item_id)).one()
+        found.append(
+            {
+                "item_id": item_id,
+                "prompt": row.prompt["messages"][-1]["content"],
+                "votes": 0,
+                "said": {},
+                "disagreement": 0.0,
+                "flagged": True,
+                "rank": (True, 0.0),
+            }
+        )
+    return sorted(found, key=lambda item: item["rank"], reverse=True)[:limit]
+
+
+def _said(cast: Any) -> str:
+    answer = cast.answer
+    return answer.choice if answer.choice != "done" else str(answer.ranking or answer.rating or answer.steps)
+
+
+def _gold(connection: Connection) -> dict[int, tuple[int, int]]:
+    """Of each person, gold items answered as expected and all of them."""
+    tally: dict[int, tuple[int, int]] = {}
+    for cast in cast_votes(connection, purposes=("gold",)):
+        right, asked = tally.get(cast.person_id, (0, 0))
+        tally[cast.person_id] = (right + agrees(cast.answer, cast.gold), asked + 1)
+    return tally
+
+
+def _skips(connection: Connection) -> dict[int, int]:
+    rows = sa.select(t.votes.c.person_id, sa.func.count()).where(t.votes.c.choice == "skip")
+    return dict(connection.execute(rows.group_by(t.votes.c.person_id)).all())
+
+
+def _flags(card: AnnotatorCard | None, gold: tuple[int, int] | None) -> tuple[str, ...]:
+    flags = card.flags if card else ()
+    if gold is not None and gold[1] >= 5 and wilson(*gold).high < 0.7:
+        flags = (*flags, f"gold items right only {gold[0]} of {gold[1]} times")
+    return flags
+
+
+def _throughput(moments: list[float], now: float) -> tuple[float, list[tuple[float, int]]]:
+    """Answers in stretches of time: of a minute, an hour or a day, so that the whole project is in view."""
+    if not moments:
+        return 60.0, []
+    span = now - moments[0]
+    stretch = 60.0 if span < 3600 else 3600.0 if span < 72 * 3600 else 86400.0
+    start = moments[0] - moments[0] % stretch
+    tally = Counter(int((moment - start) // stretch) for moment in moments)
+    return stretch, [(start + i * stretch, tally.get(i, 0)) for i in range(int((now - start) // stretch) + 1)][-200:]
+
+
+def _sided(votes: Any) -> Any:
+    return np.isin(votes.choice, [i for i, c in enumerate(votes.categories) if c in ("A", "B")])
+
+
+def _plain(interval: Interval) -> JsonDict:
+    return {
+        "value": _number(interval.value),
+        "low": _number(interval.low),
+        "high": _number(interval.high),
+        "count": interval.count,
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,358 @@
+"""The commands of `trimtab feedback` that keep a project. Nothing heavy is imported until one of them runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+
+import trimtab
+
+_EXTRA = "this needs the web and database libraries: pip install 'trimtab[feedback]'"
+_project = click.argument("project", type=click.Path(path_type=Path))
+_file = click.Path(dir_okay=False, path_type=Path)
+DEFAULT_PROJECT = Path("feedback/project.toml")
+
+
+def add_to(group: click.Group) -> None:
+    """Adds the commands to the group."""
+    for command in (
+        init, serve, import_, export, status, invite, people, token, adjudicate, guideline, queue, scores, simulate,
+        audit, backup,
+    ):  # fmt: skip
+        group.add_command(command)
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(f"trimtab.feedback.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "trimtab":
+            raise
+        from trimtab.errors import EngineError
+
+        raise EngineError(f"{error.name} is not installed", where="trimtab feedback", fix=_EXTRA) from None
+
+
+def _open(project: Path) -> Any:
+    return _module("store").open_store(project, must_exist=True)
+
+
+def _tell(counts: dict[str, int]) -> None:
+    click.echo(", ".join(f"{num} {name.replace('_', ' ')}" for name, num in counts.items()) or "nothing")
+
+
+@click.command()
+@click.argument("directory", type=click.Path(file_okay=False, path_type=Path), default=DEFAULT_PROJECT.parent)
+def init(directory: Path) -> None:
+    """Write a project to begin with: its settings and a guideline."""
+    _copy_example(directory)
+
+
+def _copy_example(directory: Path) -> None:
+    from trimtab.errors import ConfigError
+
+    if (directory / "project.toml").exists():
+        raise ConfigError(f"{str(directory)!r} holds a project", where="trimtab feedback init", fix="name a new folder")
+    package = Path(trimtab.__file__).parent
+    examples = package / "examples" if (package / "examples").is_dir() else package.parents[1] / "examples"
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("project.toml", "guideline.md"):
+        shutil.copyfile(examples / "feedback" / name, directory / name)
+    click.echo(f"{directory / 'project.toml'}: edit it, then trimtab feedback serve {directory / 'project.toml'}")
+
+
+@click.command()
+@click.argument("project", type=click.Path(path_type=Path), required=False)
+@click.option("--host", help="Address to listen on.  [the project's: 127.0.0.1]")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on; 0 takes a free one.  [8765]")
+def serve(project: Path | None, host: str | None, port: int | None) -> None:
+    """Serve the pages of a project.
+
+    Without PROJECT it is feedback/project.toml, made from the example where there is none.
+    """
+    if project is None:
+        project = DEFAULT_PROJECT
+        if not project.is_file():
+            _copy_example(project.parent)
+    _module("server.serve").serve(project, host=host, port=port, show=click.echo)
+
+
+@click.command("import")
+@_project
+@click.argument("source", required=False)
+@click.option("--gold", "purpose", flag_value="gold", help="Hidden items with an expected answer.")
+@click.option("--quiz", "purpose", flag_value="quiz", help="Questions of the quiz, with an expected answer.")
+@click.option("--slice", "part", default="", help="Name of the slice of rows that name none.")
+@click.option("--with-votes", is_flag=True, help="Take the choices of a comparisons file as votes.")
+@click.option("--on-bad-row", type=click.Choice(["stop", "drop"]), default="stop", show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), help="Read only the first rows.")
+@click.option("--model", help="Sample replies of this checkpoint to the prompts of SOURCE (needs trimtab[train]).")
+@click.option("--num-samples", default=2, show_default=True, help="Replies sampled of each prompt.")
+@click.option("--temperature", default=1.0, show_default=True)
+@click.option("--max-new-tokens", default=256, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def import_(
+    project: Path,
+    source: str | None,
+    purpose: str | None,
+    part: str,
+    with_votes: bool,
+    on_bad_row: str,
+    limit: int | None,
+    model: str | None,
+    num_samples: int,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+) -> None:
+    """Add items: a file in any layout, samples of `trimtab generate`, a dump, a world or a checkpoint.
+
+    SOURCE left out is the project's own data.
+    """
+    store = _module("store").open_store(project)
+    importing = _module("importing")
+    if source is None:
+        _tell(importing.seed_items(store))
+        return
+    options = importing.Options(
+        purpose=purpose or "task", slice=part, with_votes=with_votes, on_bad_row=on_bad_row, limit=limit
+    )
+    if model is None:
+        _tell(importing.import_source(store, source, options))
+        return
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        sampled = Path(folder) / "samples.jsonl"
+        sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "top_p": 1.0, "top_k": 0}
+        drawn = {"model": model, "num_samples": num_samples, "seed": seed, "limit": limit, **sampling}
+        importlib.import_module("trimtab.stages.use").generate_file(data=source, prompt=None, out=sampled, **drawn)
+        origin = {"model": model, "sampling": sampling, "seed": seed}
+        rows = [json.loads(line) | origin for line in sampled.read_text(encoding="utf-8").splitlines()]
+        sampled.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        _tell(importing.import_source(store, str(sampled), options))
+
+
+@click.command()
+@_project
+@click.option("--layout", default="preference", show_default=True, help="See `trimtab feedback export --list`.")
+@click.option("--out", type=_file, help="File to write: .jsonl, .csv or .parquet.  [LAYOUT.jsonl]")
+@click.option("--split", type=click.Choice(["all", "train", "held_out"]), default="all", show_default=True)
+@click.option("--list", "show_layouts", is_flag=True, help="Say what each layout holds.")
+def export(project: Path, layout: str, out: Path | None, split: str, show_layouts: bool) -> None:
+    """Write what people said, in a layout that trainers read or without loss, with a card of where it comes from."""
+    from trimtab.errors import ConfigError
+
+    exporting = _module("exporting")
+    if show_layouts:
+        for name, what in exporting.LAYOUTS.items():
+            click.echo(f"{name:15} {what}")
+        return
+    if layout not in exporting.LAYOUTS:
+        raise ConfigError(f"no layout {layout!r}", where="--layout", fix=f"use {', '.join(exporting.LAYOUTS)}")
+    out = out or Path(f"{layout}.jsonl")
+    card = exporting.write_export(_open(project), layout, out, split=split)
+    click.echo(f"{out}: {card['counts']['rows']} rows")
+    _tell({name: num for name, num in card["counts"].items() if name != "rows"})
+
+
+@click.command()
+@_project
+@click.option("--json", "as_json", is_flag=True, help="Everything the board shows, as JSON.")
+def status(project: Path, as_json: bool) -> None:
+    """Say how far a project is: the board as text."""
+    board = _module("board").make_board(_open(project))
+    if as_json:
+        click.echo(json.dumps(board.to_dict(), indent=2))
+        return
+    c = board.counts
+    click.echo(f"{c['answers']} of {c['answers_wanted']} answers, {c['items_full']} of {c['items']} items complete")
+    if board.study is not None:
+        for k in board.study.coefficients:
+            click.echo(f"{k.name}: {k.text}")
+    click.echo(f"gold items as expected: {board.gold}" if board.gold.count else "no gold items answered")
+    for row in board.rows:
+        remarks = f"  ({'; '.join(row.flags)})" if row.flags else ""
+        click.echo(f"{row.person_id:4} {row.name:24} {row.state:8} {row.votes:6} answers{remarks}")
+
+
+@click.command()
+@_project
+@click.option(
+    "--role", type=click.Choice(["annotator", "adjudicator", "admin"]), default="annotator", show_default=True
+)
+@click.option("--uses", default=1, show_default=True, type=click.IntRange(1, 1000), help="People who can join with it.")
+@click.option("--hours", default=168.0, show_default=True, help="How long it is good for.")
+@click.option("--address", help="Address of the server, for a whole link.")
+def invite(project: Path, role: str, uses: int, hours: float, address: str | None) -> None:
+    """Make an invitation."""
+    store = _module("store").open_store(project)
+    server = store.project.settings.server
+    made = _module("people").make_invite(store, role, uses=uses, hours=hours)
+    click.echo(f"{(address or f'http://{server.host}:{server.port}').rstrip('/')}/join#{made}")
+
+
+@click.command()
+@_project
+@click.argument("name", required=False)
+@click.option("--state", type=click.Choice(["active", "paused", "banned"]), help="Let in, pause or ban NAME.")
+@click.option("--delete", is_flag=True, help="Delete NAME's name and words; their choices stay without a name.")
+def people(project: Path, name: str | None, state: str | None, delete: bool) -> None:
+    """List people, or pause, ban or delete one."""
+    store, module = _open(project), _module("people")
+    person = _person(store, name) if name else None
+    if person is not None and state:
+        module.set_state(store, person.id, state)
+    if person is not None and delete:
+        module.delete_person(store, person.id)
+    with store.read() as connection:
+        for one in module.everyone(connection):
+            click.echo(f"{one.id:4} {one.name:24} {one.role:12} {one.state}")
+
+
+def _person(store: Any, name: str) -> Any:
+    from trimtab.errors import DataError
+
+    with store.read() as connection:
+        person = _module("people").by_name(connection, name)
+    if person is None:
+        raise DataError(f"nobody is called {name!r}", where=str(store.project.path), fix="see trimtab feedback people")
+    return person
+
+
+@click.command()
+@_project
+@click.argument("name")
+@click.option("--days", default=90.0, show_default=True, help="How long it is good for.")
+def token(project: Path, name: str, days: float) -> None:
+    """Make a token of the REST interface for NAME."""
+    store = _open(project)
+    click.echo(
+        _module("people").start_session(store, _person(store, name), hours=24 * days, kind="api", name="command")
+    )
+
+
+@click.command()
+@_project
+@click.argument("item", type=int, required=False)
+@click.option("--as", "name", help="The adjudicator.")
+@click.option("--choice", help="A, B, tie or both_bad (of a pair).")
+@click.option("--strength", default=1, show_default=True)
+@click.option("--cause", help="Why people differed.")
+@click.option("--reason", default="", help="In words.")
+def adjudicate(
+    project: Path, item: int | None, name: str | None, choice: str | None, strength: int, cause: str | None, reason: str
+) -> None:
+    """List the items on which people differ, or decide about ITEM."""
+    from trimtab.errors import ConfigError
+
+    store = _open(project)
+    if item is None:
+        with store.read() as connection:
+            for found in _module("board").disagreements(connection):
+                said = ", ".join(f"{k} × {v}" for k, v in found["said"].items())
+                click.echo(f"{found['item_id']:5} {found['disagreement']:.0%}  {said}  {found['prompt'][:60]!r}")
+        return
+    if not (name and choice and cause):
+        raise ConfigError("a decision needs --as, --choice and --cause", where="adjudicate", fix="give all three")
+    person = _person(store, name)
+    if not person.may_adjudicate:
+        raise ConfigError(f"{name!r} is an annotator", where="--as", fix="name an adjudicator or admin")
+    answer = _module("answers").Answer(
+        choice=choice, strength=strength if choice in ("A", "B") else None, taxonomy=cause, reason=reason
+    )
+    import secrets
+
+    receipt = _module("ballots").adjudicate(store, person, item, answer, key=f"adjudicate-{secrets.token_hex(12)}")
+    click.echo(f"decision {receipt.vote_id}")
+
+
+@click.command()
+@_project
+@click.argument("file", type=_file, required=False)
+def guideline(project: Path, file: Path | None) -> None:
+    """Print the guideline, or make FILE its next version."""
+    store, module = _open(project), _module("store")
+    if file is not None:
+        with store.write() as connection:
+            version = module.add_guideline(connection, store.now(), None, file.read_text(encoding="utf-8"))
+        click.echo(f"version {version}")
+        return
+    with store.read() as connection:
+        click.echo(module.guideline(connection).text)
+
+
+@click.command()
+@_project
+@click.argument("state", type=click.Choice(["open", "paused"]))
+def queue(project: Path, state: str) -> None:
+    """Pause a project or go on with it."""
+    _module("assign").set_open(_open(project), state == "open")
+
+
+@click.command()
+@_project
+@click.argument("file", type=_file)
+def scores(project: Path, file: Path) -> None:
+    """Set reward-model scores: JSON lines with item (its hash) and scores ({model: [one for each reply]})."""
+    from trimtab.data.sources import read_rows
+    from trimtab.errors import DataError
+
+    rows = read_rows(file)
+    bad = next(
+        (where for where, row in rows.rows if "item" not in row or not isinstance(row.get("scores"), dict)), None
+    )
+    if rows.bad or bad:
+        raise DataError("a row without item or scores", where=bad or rows.bad[0].where, fix="see the command's help")
+    num = _module("items").set_scores(_open(project), {row["item"]: row["scores"] for _, row in rows.rows})
+    click.echo(f"{num} items")
+
+
+@click.command()
+@_project
+@click.option("--world", default="helpdesk", show_default=True, help="Whose annotators vote, by its true reward.")
+@click.option("--annotators", default=20, show_default=True, type=click.IntRange(min=1))
+@click.option("--agreement", default=0.7, show_default=True, help="How often two of them agree.")
+@click.option("--limit", type=click.IntRange(min=1), help="Votes to give; all that are wanted without it.")
+@click.option("--seed", default=0, show_default=True)
+def simulate(project: Path, world: str, annotators: int, agreement: float, limit: int | None, seed: int) -> None:
+    """Have a world's simulated annotators vote through the store, as people do."""
+    _tell(
+        _module("simulate").simulate(
+            _module("store").open_store(project),
+            world_name=world,
+            num_annotators=annotators,
+            agreement=agreement,
+            limit=limit,
+            seed=seed,
+        )
+    )
+
+
+@click.command()
+@_project
+@click.option("--head", help="A hash noted earlier, which the log must still hold.")
+def audit(project: Path, head: str | None) -> None:
+    """Check every hash of the audit log, votes, items and guidelines."""
+    from trimtab.errors import DataError
+
+    store, module = _open(project), _module("store")
+    problems = module.verify(store, head=head)
+    if problems:
+        raise DataError("\n    ".join(problems), where=str(project), fix="restore a backup and compare")
+    seq, sha256 = module.audit_head(store)
+    click.echo(f"nothing was changed: {seq} entries, head {sha256}")
+
+
+@click.command()
+@_project
+@click.argument("out", type=_file)
+def backup(project: Path, out: Path) -> None:
+    """Write a whole copy of a SQLite store while it is in use."""
+    _module("store").backup(_open(project), out)
+    click.echo(str(out))

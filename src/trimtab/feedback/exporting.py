@@ -1,0 +1,264 @@
+"""What people said as files: every layout that trainers read, the vote table, Potato, and a copy without loss."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+import trimtab
+from trimtab.errors import DataError
+from trimtab.feedback import labels
+from trimtab.feedback import tables as t
+from trimtab.feedback.project import Project
+from trimtab.feedback.store import Store, digest, guideline
+from trimtab.feedback.votes import cast_votes, table_row
+from trimtab.types import JsonDict, Prompt
+
+Layout = Literal[
+    "preference", "conversational", "implicit", "unpaired", "stepwise", "sft", "groups", "comparisons", "votes",
+    "potato", "dump",
+]  # fmt: skip
+LAYOUTS: dict[Layout, str] = {
+    "preference": "prompt, chosen, rejected as text, with the soft label and the margin (TRL, explicit prompt)",
+    "conversational": "the same with message lists",
+    "implicit": "chosen and rejected as whole conversations (TRL, implicit prompt)",
+    "unpaired": "prompt, completion, label true or false (KTO)",
+    "stepwise": "prompt, completions, labels (process rewards)",
+    "sft": "messages: what people wrote and edited",
+    "groups": "prompt, responses and every ranking (K-wise)",
+    "comparisons": "one vote a row: prompt, response_a, response_b, choice, annotator",
+    "votes": "one vote a row with all that is known of it: disagreement studies",
+    "potato": "Potato's instances with their label annotations",
+    "dump": "everything but passwords, to import again without loss",
+}
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Rows of a layout, and the card that says where they come from."""
+
+    rows: list[JsonDict]
+    card: JsonDict
+
+
+def export(store: Store, layout: Layout, *, split: labels.Split = "all") -> Exported:
+    """The rows of a layout. Raises DataError for one the project cannot give."""
+    settings = store.project.settings
+    with store.read() as connection:
+        rows, counts = _rows(store.project, connection, layout, split)
+        version = guideline(connection).version
+        head = connection.execute(sa.select(t.audit.c.sha256).order_by(t.audit.c.seq.desc()).limit(1)).scalar_one()
+    card = {
+        "project": settings.name,
+        "layout": layout,
+        "split": split,
+        "counts": counts | {"rows": len(rows)},
+        "labels": dataclasses.asdict(settings.labels),
+        "settings_sha256": store.project.sha256,
+        "guideline_version": version,
+        "audit_head": head,
+        "rows_sha256": digest(rows),
+        "trimtab": trimtab.__version__,
+    }
+    return Exported(rows, card)
+
+
+def write_export(store: Store, layout: Layout, out: Path, *, split: labels.Split = "all") -> JsonDict:
+    """Writes the rows by the ending of `out` (.jsonl, .csv, .parquet) and the card beside them; returns the card."""
+    exported = export(store, layout, split=split)
+    content = to_bytes(exported.rows, out.name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(content)
+    out.with_name(out.name + ".card.json").write_text(json.dumps(exported.card, indent=2) + "\n", encoding="utf-8")
+    return exported.card
+
+
+def to_bytes(rows: Sequence[JsonDict], name: str) -> bytes:
+    """The rows as a file of the type that the name ends with. Raises DataError for another."""
+    writers: dict[str, Callable[[Sequence[JsonDict]], bytes]] = {
+        ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet
+    }  # fmt: skip
+    for ending, write in writers.items():
+        if name.endswith(ending):
+            return write(rows)
+    raise DataError(f"{name!r} is of no known type", where="the export", fix=f"end it with {', '.join(writers)}")
+
+
+def _jsonl(rows: Sequence[JsonDict]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _csv(rows: Sequence[JsonDict]) -> bytes:
+    """Cells that a spreadsheet would take for a formula begin with an apostrophe, which it does not show."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow([_cell(name) for name in names])
+    writer.writerows([[_cell(row.get(name)) for name in names] for row in rows])
+    return text.getvalue().encode()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool | list | dict):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, int | float):
+        return repr(value)
+    text = str(value)
+    return "'" + text if text.lstrip(" ").startswith(_FORMULA) else text
+
+
+def _parquet(rows: Sequence[JsonDict]) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), buffer)
+    return buffer.getvalue()
+
+
+def _rows(
+    project: Project, connection: Connection, layout: Layout, split: labels.Split
+) -> tuple[list[JsonDict], dict[str, int]]:
+    settings = project.settings
+    if layout in ("preference", "conversational", "implicit"):
+        pairs, counts = labels.preference_pairs(connection, settings.labels, split)
+        return [_pair_row(pair, layout, bool(settings.labels.margins)) for pair in pairs], counts
+    if layout == "unpaired":
+        found, counts = labels.labelled_responses(connection, settings.labels, settings.task.rating_scale, split)
+        rows = [{"prompt": _text(r.prompt), "completion": r.response, "label": r.label} for r in found]
+        return rows, counts
+    if layout == "stepwise":
+        stepped, counts = labels.stepped_responses(connection, settings.labels, split)
+        return [
+            {"prompt": _text(r.prompt), "completions": list(r.steps), "labels": list(r.labels)} for r in stepped
+        ], counts
+    if layout == "sft":
+        written, counts = labels.demonstrations(connection, settings.labels, split)
+        rows = [{"messages": [*_messages(d.prompt), {"role": "assistant", "content": d.response}]} for d in written]
+        return rows, counts
+    if layout == "groups":
+        return labels.groups(connection, settings.labels, split), {}
+    if layout == "comparisons":
+        return [
+            {
+                "prompt": _messages(c.prompt),
+                "id": c.prompt.id,
+                "response_a": c.response_a,
+                "response_b": c.response_b,
+                "choice": c.choice,
+                "annotator": c.annotator,
+            }
+            for c in labels.comparisons(connection, settings.labels, split)
+        ], {}
+    if split != "all":
+        raise DataError(f"the layout {layout!r} has no splits", where="the export", fix="export all of it")
+    if layout == "votes":
+        purposes = ("task", "gold", "quiz", "reask", "adjudication")
+        return [table_row(c) for c in cast_votes(connection, purposes=purposes, banned=True)], {}
+    if layout == "potato":
+        return list(_potato(connection, settings.task.question)), {}
+    return list(dump(connection)), {}
+
+
+def _pair_row(pair: Any, layout: str, with_margin: bool) -> JsonDict:
+    chosen = [{"role": "assistant", "content": pair.chosen}]
+    rejected = [{"role": "assistant", "content": pair.rejected}]
+    row: JsonDict
+    if layout == "preference":
+        row = {"prompt": _text(pair.prompt), "chosen": pair.chosen, "rejected": pair.rejected}
+    elif layout == "conversational":
+        row = {"prompt": _messages(pair.prompt), "chosen": chosen, "rejected": rejected}
+    else:
+        row = {"chosen": _messages(pair.prompt) + chosen, "rejected": _messages(pair.prompt) + rejected}
+    row |= {"label": pair.label, "id": pair.prompt.id}
+    return row | {"margin": pair.margin} if with_margin else row
+
+
+def _messages(prompt: Prompt) -> list[JsonDict]:
+    return [{"role": m.role, "content": m.content} for m in prompt.messages]
+
+
+def _text(prompt: Prompt) -> str:
+    """A single question as it is; a conversation as a Human/Assistant transcript, which the readers know."""
+    if len(prompt.messages) == 1:
+        return prompt.messages[0].content
+    names = {"user": "Human", "assistant": "Assistant"}
+    if any(m.role not in names for m in prompt.messages):
+        raise DataError(
+            "a prompt with a system message has no form as text",
+            where=f"prompt {prompt.id}",
+            fix="export the layout 'conversational'",
+        )
+    return "".join(f"\n\n{names[m.role]}: {m.content}" for m in prompt.messages) + "\n\nAssistant:"
+
+
+def _potato(connection: Connection, question: str) -> Iterable[JsonDict]:
+    """Rows as Potato writes them: the instance, then for each annotator the labels of each schema."""
+    by_item: dict[str, JsonDict] = {}
+    for cast in cast_votes(connection):
+        row = by_item.setdefault(
+            cast.item_sha256,
+            {
+                "id": cast.item_sha256,
+                "text": [reply["text"] for reply in cast.replies] or cast.prompt["messages"][-1]["content"],
+                "context": cast.prompt["messages"],
+                "label_annotations": {},
+            },
+        )
+        answer = table_row(cast)
+        schema: JsonDict = {cast.kind: {str(answer["choice"]): cast.answer.strength or True}}
+        if cast.answer.rationale:
+            schema["rationale"] = {"text": cast.answer.rationale}
+        row["label_annotations"][cast.annotator] = schema
+    yield from by_item.values()
+
+
+# --- without loss ---
+
+
+def dump(connection: Connection) -> Iterable[JsonDict]:
+    """Every guideline, person (without password), item and vote; `importing.restore` makes them anew."""
+    yield {"record": "dump", "version": 1}
+    for row in connection.execute(sa.select(t.guidelines).order_by(t.guidelines.c.version)):
+        yield {"record": "guideline", "text": row.text, "created_at": row.created_at}
+    names = {}
+    for row in connection.execute(sa.select(t.people).order_by(t.people.c.id)):
+        names[row.id] = row.name
+        yield {
+            "record": "person",
+            **{k: row._mapping[k] for k in ("name", "role", "state", "qualified", "opted_out", "created_at")},
+        }
+    hashes = {}
+    queue = {row.item_id: row for row in connection.execute(sa.select(t.queue))}
+    for row in connection.execute(sa.select(t.items).order_by(t.items.c.id)):
+        hashes[row.id] = row.sha256
+        item = {k: v for k, v in row._mapping.items() if k not in ("id", "prompt_id")}
+        state = queue.get(row.id)
+        if state is not None:
+            item["queue"] = {k: v for k, v in state._mapping.items() if k not in ("item_id", "taken")}
+        yield {"record": "item", **item}
+    keys = {}
+    written = {row.vote_id: row for row in connection.execute(sa.select(t.writings))}
+    for row in connection.execute(sa.select(t.votes).order_by(t.votes.c.id)):
+        keys[row.id] = row.key
+        vote = {
+            k: v
+            for k, v in row._mapping.items()
+            if k not in ("id", "item_id", "person_id", "lease_id", "replaces", "writing_sha256")
+        }
+        vote |= {"item": hashes[row.item_id], "person": names[row.person_id], "replaces": keys.get(row.replaces)}
+        if row.id in written:
+            vote |= {"rationale": written[row.id].rationale, "text": written[row.id].text}
+        yield {"record": "vote", **vote}

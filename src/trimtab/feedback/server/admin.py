@@ -1,0 +1,301 @@
+"""The pages of adjudicators and admins: the board, disagreements, people, export, guideline, log."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import secrets
+from dataclasses import replace
+from typing import Any, cast
+
+import sqlalchemy as sa
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import HTMLResponse, Response
+
+from trimtab import seeds
+from trimtab.errors import DataError
+from trimtab.feedback import people
+from trimtab.feedback import tables as t
+from trimtab.feedback.answers import TAXONOMY, from_form
+from trimtab.feedback.assign import set_open
+from trimtab.feedback.ballots import adjudicate
+from trimtab.feedback.board import BoardCache, disagreements
+from trimtab.feedback.exporting import LAYOUTS, export, to_bytes
+from trimtab.feedback.labels import Split
+from trimtab.feedback.server.charts import columns, intervals
+from trimtab.feedback.server.pages import page, to
+from trimtab.feedback.server.security import Adjudicating, Administering, PostedForm, Visit, field
+from trimtab.feedback.store import add_guideline, audit_head, guideline, verify
+from trimtab.feedback.votes import cast_votes
+from trimtab.feedback.webhooks import notify
+from trimtab.types import Prompt, from_dict
+
+router = APIRouter(prefix="/admin")
+_TYPES = {"jsonl": "application/x-ndjson", "csv": "text/csv", "parquet": "application/octet-stream"}
+
+
+# --- the board ---
+
+
+@router.get("")
+def board(request: Request, visit: Adjudicating) -> HTMLResponse:
+    """How far the project is and what the votes are worth."""
+    return page(request, visit, "board.html", **_board_values(request))
+
+
+@router.get("/board")
+def board_part(request: Request, visit: Adjudicating) -> HTMLResponse:
+    """The part of the board that changes."""
+    return page(request, visit, "board_part.html", **_board_values(request))
+
+
+def board_of(request: Request) -> BoardCache:
+    """The app's one cache of the board."""
+    state = request.app.state
+    if not hasattr(state, "board"):
+        state.board = BoardCache(state.store)
+    cache: BoardCache = state.board
+    return cache
+
+
+def _board_values(request: Request) -> dict[str, Any]:
+    found = board_of(request).get()
+    form = "%H:%M" if found.stretch_seconds < 86400 else "%d %b"
+    labels = [datetime.datetime.fromtimestamp(at, datetime.UTC).strftime(form) for at, _ in found.throughput]
+    stretch = {60.0: "minute", 3600.0: "hour"}.get(found.stretch_seconds, "day")
+    cards = [(row.name, row.card) for row in found.rows if row.card is not None]
+    study = found.study
+    charts = {
+        f"Answers in each {stretch}": columns(
+            [num for _, num in found.throughput], labels=labels, title=f"answers in each {stretch}"
+        ),
+        "Agreement with the others": intervals(
+            [(name, card.agreement) for name, card in cards], title="agreement with the majority of the others"
+        ),
+        "Chose the left side": intervals(
+            [(name, card.left) for name, card in cards], aim=0.5, title="share of answers for the left side"
+        ),
+        "Gold items as expected": intervals([(row.name, row.gold) for row in found.rows], title="gold accuracy"),
+        "Ties": intervals([(name, card.ties) for name, card in cards], title="share of ties"),
+        "Agreement by slice": intervals(
+            [(name, raw.interval) for name, raw, _ in study.slices] if study else [], title="agreement by slice"
+        ),
+    }
+    return {"board": found, "charts": charts, "webhooks": request.app.state.store.project.settings.webhooks}
+
+
+@router.post("/queue")
+def queue(request: Request, visit: Administering, form: PostedForm) -> Response:
+    """Opens or pauses the project."""
+    board_of(request).forget()
+    set_open(visit.store, field(form, "open") == "1", actor=visit.someone.id)
+    return to("/admin")
+
+
+# --- disagreements ---
+
+
+@router.get("/adjudicate")
+def disagreement_list(request: Request, visit: Adjudicating) -> HTMLResponse:
+    """Items on which people differ, the most divided first."""
+    with visit.store.read() as connection:
+        found = disagreements(connection)
+    return page(request, visit, "adjudicate.html", items=found)
+
+
+@router.get("/adjudicate/{item_id}")
+def disagreement(request: Request, visit: Adjudicating, item_id: int) -> HTMLResponse:
+    """One item, its votes folded until one has looked, and the form to decide."""
+    return _adjudication(request, visit, item_id)
+
+
+def _adjudication(request: Request, visit: Visit, item_id: int, *, status: int = 200, error: str = "") -> HTMLResponse:
+    with visit.store.read() as connection:
+        item = connection.execute(sa.select(t.items).where(t.items.c.id == item_id)).first()
+        if item is None:
+            raise HTTPException(404, "no such item")
+        votes = [c for c in cast_votes(connection, banned=True) if c.item_id == item_id]
+        decisions = [c for c in cast_votes(connection, purposes=("adjudication",)) if c.item_id == item_id]
+        current = guideline(connection)
+    order = _order(visit, item_id, len(item.replies), item.kind)
+    return page(
+        request,
+        visit,
+        "adjudicate_one.html",
+        status=status,
+        error=error,
+        item=item,
+        kind=item.kind,
+        prompt=from_dict(Prompt, item.prompt),
+        replies=[item.replies[i]["text"] for i in order],
+        left="AB"[order[0]] if item.kind == "pairs" else "",
+        order=order,
+        votes=votes,
+        decisions=decisions,
+        taxonomy=TAXONOMY,
+        key=secrets.token_urlsafe(18),
+        guideline=current,
+    )
+
+
+def _order(visit: Visit, item_id: int, num: int, kind: str) -> list[int]:
+    """The order of the replies for one adjudicator, always the same."""
+    if kind not in ("pairs", "ranking"):
+        return list(range(num))
+    generator = seeds.generator(visit.store.project.settings.assignment.seed, "adjudicate", visit.someone.id, item_id)
+    return [int(i) for i in generator.permutation(num)]
+
+
+@router.post("/adjudicate/{item_id}")
+def decide(request: Request, visit: Adjudicating, item_id: int, form: PostedForm) -> Response:
+    """Stores a decision beside the votes."""
+    store = visit.store
+    with store.read() as connection:
+        item = connection.execute(sa.select(t.items).where(t.items.c.id == item_id)).first()
+    if item is None:
+        raise HTTPException(404, "no such item")
+    order = _order(visit, item_id, len(item.replies), item.kind)
+    try:
+        answer = from_form(form, kind=item.kind, order=order, task=store.project.settings.task)
+        answer = replace(answer, taxonomy=field(form, "taxonomy"), reason=field(form, "reason").strip())
+        adjudicate(store, visit.someone, item_id, answer, key=f"adjudicate-{field(form, 'key')[:64]}")
+    except DataError as error:
+        return _adjudication(request, visit, item_id, status=422, error=f"{error.problem}: {error.fix}")
+    return to("/admin/adjudicate")
+
+
+# --- people ---
+
+
+@router.get("/people")
+def people_page(request: Request, visit: Administering) -> HTMLResponse:
+    """Everyone, and the form to invite more."""
+    return _people(request, visit)
+
+
+def _people(request: Request, visit: Visit, *, link: str = "", status: int = 200) -> HTMLResponse:
+    with visit.store.read() as connection:
+        everyone = people.everyone(connection)
+        invites = connection.execute(
+            sa.select(t.invites).where(t.invites.c.uses_left > 0, t.invites.c.expires_at > visit.store.now())
+        ).all()
+    return page(request, visit, "people.html", everyone=everyone, invites=invites, link=link, status=status)
+
+
+@router.post("/invites")
+def invite(request: Request, visit: Administering, form: PostedForm) -> HTMLResponse:
+    """Makes an invitation and shows its link this once."""
+    uses, hours = field(form, "uses"), field(form, "hours")
+    if not uses.isdigit() or not hours.isdigit() or not 1 <= int(uses) <= 1000 or not 1 <= int(hours) <= 2000:
+        raise HTTPException(422, "uses are 1 to 1000 and hours 1 to 2000")
+    role = cast(people.Role, field(form, "role"))
+    token = people.make_invite(visit.store, role, uses=int(uses), hours=float(hours), actor=visit.someone.id)
+    return _people(request, visit, link=f"{request.url.scheme}://{request.url.netloc}/join#{token}")
+
+
+@router.post("/people/{person_id}/state")
+def set_state(request: Request, visit: Administering, person_id: int, form: PostedForm) -> Response:
+    """Pauses, bans or lets somebody back in."""
+    board_of(request).forget()
+    _not_oneself(visit, person_id)
+    people.set_state(visit.store, person_id, cast(people.State, field(form, "state")), actor=visit.someone.id)
+    with visit.store.write() as connection:
+        notify(visit.store, connection, "person_state", {"person": person_id, "state": field(form, "state")})
+    return to("/admin/people")
+
+
+@router.post("/people/{person_id}/delete")
+def delete(visit: Administering, person_id: int, form: PostedForm) -> Response:
+    """Deletes the name and the words of somebody, after their name was typed."""
+    _not_oneself(visit, person_id)
+    with visit.store.read() as connection:
+        person = people.by_id(connection, person_id)
+    if field(form, "name") != person.name:
+        raise HTTPException(422, "type the name to confirm")
+    people.delete_person(visit.store, person_id, actor=visit.someone.id)
+    return to("/admin/people")
+
+
+def _not_oneself(visit: Visit, person_id: int) -> None:
+    if person_id == visit.someone.id:
+        raise HTTPException(422, "this would lock you out; ask another admin")
+
+
+# --- export, guideline, log ---
+
+
+@router.get("/export")
+def export_page(request: Request, visit: Administering) -> HTMLResponse:
+    """The layouts to choose from."""
+    return page(request, visit, "export.html", layouts=LAYOUTS)
+
+
+@router.get("/export/file")
+def export_file(visit: Administering, layout: str, type: str = "jsonl", split: str = "all") -> Response:
+    """A file of one layout."""
+    if layout not in LAYOUTS or type not in _TYPES or split not in ("all", "train", "held_out"):
+        raise HTTPException(422, "no such layout, type or split")
+    exported = export(visit.store, layout, split=cast(Split, split))
+    name = f"{layout}-{split}.{type}"
+    return Response(
+        to_bytes(exported.rows, name),
+        media_type=_TYPES[type],
+        headers={
+            "Content-Disposition": f'attachment; filename="{name}"',
+            "X-Trimtab-Card": json.dumps(exported.card, ensure_ascii=True),
+        },
+    )
+
+
+@router.get("/guideline")
+def guideline_page(request: Request, visit: Administering) -> HTMLResponse:
+    """The guideline to edit."""
+    with visit.store.read() as connection:
+        current = guideline(connection)
+        touched = connection.execute(
+            sa.select(sa.func.count()).select_from(t.votes).where(t.votes.c.guideline_version == current.version)
+        ).scalar_one()
+    return page(request, visit, "guideline_edit.html", guideline=current, touched=touched)
+
+
+@router.post("/guideline")
+def new_guideline(visit: Administering, form: PostedForm) -> Response:
+    """Makes a new version; everyone reads it before their next task."""
+    text = field(form, "text").replace("\r\n", "\n").strip()
+    if not text:
+        raise HTTPException(422, "the guideline is empty")
+    with visit.store.write() as connection:
+        if text != guideline(connection).text:
+            version = add_guideline(connection, visit.store.now(), visit.someone.id, text)
+            notify(visit.store, connection, "guideline", {"version": version})
+    return to("/admin/guideline")
+
+
+@router.get("/log")
+def log(request: Request, visit: Administering, before: int = 0) -> HTMLResponse:
+    """The audit log, the newest first."""
+    return _log(request, visit, before=before)
+
+
+@router.post("/log/verify")
+def verify_log(request: Request, visit: Administering, form: PostedForm) -> HTMLResponse:
+    """Recomputes every hash."""
+    return _log(request, visit, problems=verify(visit.store))
+
+
+def _log(request: Request, visit: Visit, *, before: int = 0, problems: list[str] | None = None) -> HTMLResponse:
+    with visit.store.read() as connection:
+        rows = sa.select(t.audit).order_by(t.audit.c.seq.desc()).limit(100)
+        entries = connection.execute(rows.where(t.audit.c.seq < before) if before else rows).all()
+        names = {p.id: p.name for p in people.everyone(connection)}
+        deliveries = connection.execute(sa.select(t.deliveries).order_by(t.deliveries.c.id.desc()).limit(50)).all()
+    return page(
+        request,
+        visit,
+        "log.html",
+        entries=entries,
+        names=names,
+        deliveries=deliveries,
+        problems=problems,
+        head=audit_head(visit.store),
+    )

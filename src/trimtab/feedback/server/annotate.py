@@ -1,0 +1,407 @@
+"""The pages of an annotator: joining, the guideline, one task after the other, undo, own answers, own keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+
+from trimtab.errors import DataError
+from trimtab.feedback import people
+from trimtab.feedback import tables as t
+from trimtab.feedback.answers import SKIP_REASONS, agrees, from_form, restored, to_position
+from trimtab.feedback.assign import Lease, next_lease, reached_daily_limit
+from trimtab.feedback.ballots import Late, reopen, save_draft, undo, vote
+from trimtab.feedback.progress import progress_of
+from trimtab.feedback.project import Task
+from trimtab.feedback.server.keys import ACTIONS, checked_keys
+from trimtab.feedback.server.pages import page, set_cookie, to
+from trimtab.feedback.server.security import AnyVisit, PostedForm, SignedIn, Visit, field, limit_sign_ins
+from trimtab.feedback.store import guideline
+from trimtab.types import Prompt, from_dict
+
+router = APIRouter()
+_LIMITED = [Depends(limit_sign_ins)]
+USUAL_QUESTIONS = {
+    "pairs": "Which reply is better?",
+    "ranking": "Order the replies from best to worst.",
+    "rating": "How good is the reply?",
+    "steps": "Is each step right?",
+    "demonstration": "Write the reply you would want to get.",
+    "edit": "Make the reply as good as you can.",
+}
+_LONG = 600
+"""Letters after which an earlier turn of a conversation is folded."""
+
+
+# --- coming and going ---
+
+
+@router.get("/")
+def front(visit: AnyVisit) -> RedirectResponse:
+    """Where to go on."""
+    if visit.person is None:
+        return to("/sign-in")
+    return to("/task" if visit.person.role == "annotator" else "/admin")
+
+
+@router.get("/sign-in")
+def sign_in_page(request: Request, visit: AnyVisit) -> HTMLResponse:
+    """The form to sign in."""
+    return page(request, visit, "sign_in.html", error="", name="")
+
+
+@router.post("/sign-in", dependencies=_LIMITED)
+def sign_in(request: Request, visit: AnyVisit, form: PostedForm) -> Response:
+    """Signs in by name and password."""
+    person = people.sign_in(visit.store, field(form, "name"), field(form, "password"))
+    if person is None:
+        error = "Name and password do not belong together."
+        return page(request, visit, "sign_in.html", status=422, error=error, name=field(form, "name"))
+    return _signed_in(visit, person)
+
+
+@router.get("/join")
+def join_page(request: Request, visit: AnyVisit) -> HTMLResponse:
+    """The form to join. The invitation is in the part of the address that browsers keep to themselves."""
+    return page(request, visit, "join.html", error="", name="", token="")
+
+
+@router.post("/join", dependencies=_LIMITED)
+def join(request: Request, visit: AnyVisit, form: PostedForm) -> Response:
+    """Makes a person of an invitation."""
+    token, name = field(form, "token").strip(), field(form, "name")
+    try:
+        person = people.join(visit.store, token, name, field(form, "password"))
+    except DataError as error:
+        return page(request, visit, "join.html", status=422, error=_said(error), name=name, token=token)
+    return _signed_in(visit, person)
+
+
+@router.post("/sign-out")
+def sign_out(visit: SignedIn, form: PostedForm) -> RedirectResponse:
+    """Ends the session."""
+    people.end_session(visit.store, visit.token)
+    response = to("/sign-in")
+    response.delete_cookie("trimtab_session")
+    return response
+
+
+def _signed_in(visit: Visit, person: people.Person) -> RedirectResponse:
+    token = people.start_session(visit.store, person, hours=visit.store.project.settings.server.session_hours)
+    response = to("/task" if person.role == "annotator" else "/admin")
+    set_cookie(response, visit, token)  # a new one: whoever knew the old one knows nothing now
+    return response
+
+
+# --- one task after the other ---
+
+
+@router.get("/task")
+def task(request: Request, visit: SignedIn) -> Response:
+    """The guideline where it is new, the warning where there is one, then the task in hand or the next."""
+    store, person = visit.store, visit.someone
+    with store.read() as connection:
+        current = guideline(connection)
+        read = connection.execute(
+            sa.select(t.readings).where(t.readings.c.person_id == person.id, t.readings.c.version == current.version)
+        ).first()
+        readings = sa.select(sa.func.count()).select_from(t.readings).where(t.readings.c.person_id == person.id)
+        earlier = connection.execute(readings).scalar_one()
+    if read is None:
+        return page(request, visit, "guideline.html", guideline=current, must_confirm=True, changed=earlier > 0)
+    if store.project.settings.task.content_warning and not person.warned:
+        return page(request, visit, "warning.html")
+    with store.write() as connection:
+        lease = next_lease(store, connection, people.by_id(connection, person.id))
+    return _task_page(request, visit, lease)
+
+
+@router.post("/task/{token}")
+def answer(request: Request, visit: SignedIn, token: str, form: PostedForm) -> Response:
+    """Stores the answer and goes on. Sent twice it is stored once."""
+    store, person = visit.store, visit.someone
+    with store.read() as connection:
+        row = connection.execute(
+            sa.select(t.leases, t.items.c.kind)
+            .join(t.items)
+            .where(t.leases.c.token == token, t.leases.c.person_id == person.id)
+        ).first()
+    if row is None:  # answered in another tab, and opened anew since
+        return to("/task")
+    try:
+        given = from_form(form, kind=row.kind, order=row.shown_order, task=store.project.settings.task)
+        receipt = vote(store, person, token, given)
+    except Late as late:
+        return page(request, visit, "notice.html", status=409, title="Too late for this one", text=_said(late))
+    except DataError as error:
+        with store.write() as connection:
+            lease = next_lease(store, connection, person)
+        return _task_page(request, visit, lease, status=422, error=_said(error))
+    return to(f"/quiz/{receipt.vote_id}" if receipt.right is not None else "/task")
+
+
+@router.post("/draft/{token}")
+def draft(visit: SignedIn, token: str, form: PostedForm) -> Response:
+    """Keeps what is filled in so far."""
+    store = visit.store
+    with store.read() as connection:
+        row = connection.execute(
+            sa.select(t.leases.c.shown_order, t.items.c.kind)
+            .join(t.items)
+            .where(t.leases.c.token == token, t.leases.c.person_id == visit.someone.id)
+        ).first()
+    if row is None:
+        raise HTTPException(404, "no such task")
+    kept: dict[str, Any] = {}
+    for name in ("rationale", "reason", "text"):
+        if field(form, name):
+            kept[name] = field(form, name)[:50_000]
+    kept["flags"] = list(form.get("flag", ()))[:50]
+    kept["form"] = {
+        name: field(form, name)[:20]
+        for name in form
+        if name.startswith(("rank_", "step_", "criterion_")) or name in ("rating", "position", "seconds")
+    }
+    save_draft(store, visit.someone, token, kept)
+    return Response(status_code=204)
+
+
+@router.post("/undo")
+def undo_last(request: Request, visit: SignedIn, form: PostedForm) -> Response:
+    """Takes back the last answer and shows its task again."""
+    try:
+        undo(visit.store, visit.someone)
+    except DataError as error:
+        return page(request, visit, "notice.html", status=422, title="Nothing to undo", text=_said(error))
+    return to("/task")
+
+
+@router.get("/quiz/{vote_id}")
+def quiz_answer(request: Request, visit: SignedIn, vote_id: int) -> HTMLResponse:
+    """Whether an answer to the quiz was the expected one, and which that is."""
+    with visit.store.read() as connection:
+        row = connection.execute(
+            sa.select(t.votes, t.items.c.gold, t.items.c.kind, t.items.c.replies, t.items.c.prompt)
+            .join(t.items)
+            .where(t.votes.c.id == vote_id, t.votes.c.person_id == visit.someone.id, t.votes.c.purpose == "quiz")
+        ).first()
+        person = people.by_id(connection, visit.someone.id)
+    if row is None:
+        raise HTTPException(404, "no such answer")
+    right = agrees(restored(row._mapping), row.gold)
+    expected = {"A": 0, "B": 1}.get(str(row.gold.get("choice")))
+    reply = row.replies[expected]["text"] if expected is not None and row.kind == "pairs" else ""
+    return page(
+        request,
+        visit,
+        "quiz.html",
+        right=right,
+        prompt=from_dict(Prompt, row.prompt),
+        expected=reply,
+        choice=str(row.gold.get("choice", "")),
+        why=str(row.gold.get("why", "")),
+        qualified=person.qualified,
+    )
+
+
+def _task_page(
+    request: Request, visit: Visit, lease: Lease | None, *, status: int = 200, error: str = ""
+) -> HTMLResponse:
+    store, person = visit.store, visit.someone
+    with store.read() as connection:
+        progress = progress_of(store, connection, person)
+        if lease is None:
+            return page(
+                request, visit, "nothing.html", progress=progress, why=_why_nothing(visit, connection, progress)
+            )
+        item = connection.execute(sa.select(t.items).where(t.items.c.id == lease.item_id)).one()
+        current = guideline(connection)
+    settings = store.project.settings.task
+    texts = [reply["text"] for reply in item.replies]
+    prompt = from_dict(Prompt, item.prompt)
+    *before, last = prompt.messages
+    left = "AB"[lease.shown_order[0]] if item.kind == "pairs" else ""
+    stored = lease.draft
+    return page(
+        request,
+        visit,
+        f"task_{item.kind}.html",
+        status=status,
+        error=error,
+        lease=lease,
+        kind=item.kind,
+        question=settings.question or USUAL_QUESTIONS[item.kind],
+        before=[(m, len(m.content) > _LONG) for m in before],
+        last=last,
+        replies=[texts[place] for place in lease.shown_order],
+        guideline=current,
+        progress=progress,
+        actions=ACTIONS,
+        skip_reasons=SKIP_REASONS,
+        draft=stored,
+        form=stored.get("form", {}) | _form_of(stored, lease, item.kind, settings, left),
+        sides=("left", "right") if left == "A" else ("right", "left"),
+        may_undo=progress.answered > 0,
+        tired=settings.break_minutes and progress.working_minutes >= settings.break_minutes,
+    )
+
+
+def _form_of(stored: dict[str, Any], lease: Lease, kind: str, task: Task, left: str) -> dict[str, str]:
+    """The fields of a form that show an earlier answer."""
+    if "choice" not in stored:
+        return {}
+    shown: dict[str, str] = {"choice": stored["choice"]}
+    if kind == "pairs":
+        position = to_position(stored["choice"], stored.get("strength"), task.scale, left)
+        shown["position"] = "" if position is None else str(position)
+        sides = {left: "left", "tie": "same"}
+        said = stored.get("criteria", {})
+        shown |= {f"criterion_{i}": sides.get(said[c], "right") for i, c in enumerate(task.criteria) if c in said}
+    if kind == "ranking":
+        rank = {place: i + 1 for i, tier in enumerate(stored.get("ranking", ())) for place in tier}
+        shown |= {f"rank_{i}": str(rank.get(place, "")) for i, place in enumerate(lease.shown_order)}
+    if kind == "rating":
+        shown["rating"] = str(stored.get("rating", ""))
+    if kind == "steps":
+        marks = {-1: "wrong", 0: "neutral", 1: "right", None: ""}
+        shown |= {f"step_{i}": marks[mark] for i, mark in enumerate(stored.get("steps", ()))}
+    return shown
+
+
+def _why_nothing(visit: Visit, connection: sa.Connection, progress: Any) -> str:
+    person, settings = people.by_id(connection, visit.someone.id), visit.store.project.settings
+    if person.state == "paused":
+        return "Your work is paused. Ask whoever invited you."
+    if settings.qualification.questions and person.qualified is False:
+        return "Thank you for taking the quiz. Your answers differed too often from the expected ones to go on here."
+    if reached_daily_limit(visit.store, connection, person):
+        return f"You have answered {settings.assignment.max_per_day} today, which is as much as a day should hold."
+    if progress.remaining:
+        return "The project is paused."
+    return "There is nothing left for you to do. Thank you!"
+
+
+# --- one's own ---
+
+
+@router.post("/guideline/read")
+def confirm_guideline(visit: SignedIn, form: PostedForm) -> RedirectResponse:
+    """Notes that the person has read this version."""
+    version = field(form, "version")
+    with visit.store.write() as connection:
+        current = guideline(connection).version
+        known = sa.select(t.readings).where(t.readings.c.person_id == visit.someone.id, t.readings.c.version == current)
+        if version == str(current) and connection.execute(known).first() is None:
+            row = {"person_id": visit.someone.id, "version": current, "created_at": visit.store.now()}
+            connection.execute(t.readings.insert().values(**row))
+    return to("/task")
+
+
+@router.get("/guideline")
+def guideline_page(request: Request, visit: SignedIn) -> HTMLResponse:
+    """The guideline by itself."""
+    with visit.store.read() as connection:
+        current = guideline(connection)
+    return page(request, visit, "guideline.html", guideline=current, must_confirm=False, changed=False)
+
+
+@router.post("/warned")
+def warned(visit: SignedIn, form: PostedForm) -> RedirectResponse:
+    """Notes that the warning was read, and whether sensitive items are wanted."""
+    people.update_person(visit.store, visit.someone.id, warned=True, opted_out=field(form, "choice") == "out")
+    return to("/task")
+
+
+@router.get("/mine")
+def mine(request: Request, visit: SignedIn) -> HTMLResponse:
+    """One's last answers, to look at and change."""
+    later = t.votes.alias("later")
+    replaced = sa.exists().where(
+        later.c.person_id == t.votes.c.person_id,
+        later.c.item_id == t.votes.c.item_id,
+        later.c.purpose == t.votes.c.purpose,
+        later.c.id > t.votes.c.id,
+    )
+    with visit.store.read() as connection:
+        rows = connection.execute(
+            sa.select(t.votes, t.items.c.prompt, t.items.c.kind)
+            .join(t.items)
+            .where(
+                t.votes.c.person_id == visit.someone.id,
+                t.votes.c.purpose.notin_(("quiz", "adjudication")),
+                t.votes.c.choice != "undone",
+                ~replaced,
+            )
+            .order_by(t.votes.c.id.desc())
+            .limit(100)
+        ).all()
+        progress = progress_of(visit.store, connection, visit.someone)
+    answers = [
+        {"id": r.id, "prompt": from_dict(Prompt, r.prompt).text[:140], "said": said_on_screen(r), "at": r.created_at}
+        for r in rows
+    ]
+    return page(request, visit, "mine.html", answers=answers, progress=progress)
+
+
+def said_on_screen(row: Any) -> str:
+    """An answer in words, by the sides of the screen it was given on."""
+    if row.choice in ("A", "B"):
+        side = "left" if row.choice == row.shown_left else "right"
+        return f"{side}, strength {row.strength}"
+    if row.choice == "done":
+        answer = restored(row._mapping)
+        if answer.rating is not None:
+            return f"rated {answer.rating}"
+        if answer.ranking:
+            place = {p: i + 1 for i, p in enumerate(row.shown_order)}
+            return " > ".join(" = ".join(str(place[p]) for p in tier) for tier in answer.ranking)
+        return "marked" if answer.steps else "written"
+    return str(row.choice).replace("_", " ")
+
+
+@router.post("/mine/{vote_id}")
+def edit(request: Request, visit: SignedIn, vote_id: int, form: PostedForm) -> Response:
+    """Opens one's own answer again."""
+    try:
+        reopen(visit.store, visit.someone, vote_id)
+    except DataError as error:
+        return page(request, visit, "notice.html", status=422, title="This cannot be changed", text=_said(error))
+    return to("/task")
+
+
+@router.get("/account")
+def account(request: Request, visit: SignedIn) -> HTMLResponse:
+    """One's own keys, password and choices."""
+    return page(request, visit, "account.html", actions=ACTIONS, error="", done="")
+
+
+@router.post("/account/{part}")
+def change_account(request: Request, visit: SignedIn, part: str, form: PostedForm) -> Response:
+    """Sets keys, password or what one is shown."""
+    store, person = visit.store, visit.someone
+    try:
+        if part == "keys":
+            reset = field(form, "reset") == "1"
+            wanted = {} if reset else {name: field(form, name) for name in form if name not in ("csrf", "reset")}
+            people.update_person(store, person.id, keys=checked_keys(wanted))
+        elif part == "sensitive":
+            people.update_person(store, person.id, opted_out=field(form, "out") == "1")
+        elif part == "view":
+            known = {name: field(form, name) == "1" for name in ("stacked", "diff", "source") if name in form}
+            people.update_person(store, person.id, view=person.view | known)
+            return Response(status_code=204)
+        elif part == "password":
+            people.change_password(store, person, field(form, "old"), field(form, "new"))
+            return to("/sign-in")
+        else:
+            raise HTTPException(404, "no such part")
+    except DataError as error:
+        return page(request, visit, "account.html", status=422, actions=ACTIONS, error=_said(error), done="")
+    return to("/account")
+
+
+def _said(error: DataError) -> str:
+    return f"{error.problem[:1].upper()}{error.problem[1:]}: {error.fix}."

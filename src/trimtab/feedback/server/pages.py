@@ -1,0 +1,93 @@
+"""Templates: one environment that escapes everything, and what every page is told."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import HTMLResponse, RedirectResponse
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from trimtab.feedback.server.keys import keys_for
+from trimtab.feedback.server.rendering import render, visible
+from trimtab.feedback.server.security import COOKIE, Visit
+
+WEB = Path(__file__).parents[1] / "web"
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(WEB / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"rendered": render, "visible": visible, "day": _day, "percent": _percent, "span": _span}
+    return environment
+
+
+def _day(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None or math.isnan(share) else f"{share:.0%}"
+
+
+def _span(seconds: float | None) -> str:
+    """A length of time as people say it."""
+    if seconds is None or math.isnan(seconds):
+        return "–"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+ENVIRONMENT = _environment()
+
+
+def page(request: Request, visit: Visit, template: str, /, *, status: int = 200, **values: Any) -> HTMLResponse:
+    """A page from a template."""
+    settings = visit.store.project.settings
+    text = ENVIRONMENT.get_template(template).render(
+        project=settings,
+        person=visit.person,
+        csrf=visit.csrf,
+        keys=keys_for(visit.person.keys if visit.person else {}),
+        path=request.url.path,
+        **values,
+    )
+    return keep_cookie(request, visit, HTMLResponse(text, status_code=status))
+
+
+def keep_cookie(request: Request, visit: Visit, response: HTMLResponse) -> HTMLResponse:
+    """The response, which tells the browser the token of its visit where it came without one."""
+    fresh = getattr(request.state, "fresh_token", None)
+    if fresh is not None:
+        set_cookie(response, visit, fresh)
+    return response
+
+
+def set_cookie(response: HTMLResponse | RedirectResponse, visit: Visit, token: str) -> None:
+    """Gives the browser a session token that scripts cannot read and other sites cannot send."""
+    server = visit.store.project.settings.server
+    response.set_cookie(
+        COOKIE,
+        token,
+        max_age=int(server.session_hours * 3600),
+        httponly=True,
+        samesite="strict",
+        secure=server.https,
+    )
+
+
+def to(path: str) -> RedirectResponse:
+    """Goes on with another page."""
+    return RedirectResponse(path, status_code=303)

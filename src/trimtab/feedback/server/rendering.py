@@ -1,0 +1,147 @@
+"""Texts of models and strangers as HTML that cannot do anything: Markdown, code and LaTeX, no links and no images.
+
+Three walls, each enough by itself: the parser escapes HTML, the result is cleaned to a list of elements, and the
+page's security policy runs no script and loads nothing from elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import re
+from typing import Any
+
+import latex2mathml.converter
+import nh3
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from markupsafe import Markup
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import get_lexer_by_name
+from pygments.util import ClassNotFound
+
+MAX_MATH = 2_000
+"""Letters of one formula; a longer one is shown as its source."""
+MAX_HIGHLIGHTED = 20_000
+"""Letters of one block of code that is coloured."""
+_MAX_NESTING = 30
+
+_MATH_ELEMENTS = {
+    "math", "semantics", "mrow", "mi", "mn", "mo", "mtext", "mspace", "ms", "mfrac", "msqrt", "mroot", "mstyle",
+    "merror", "mpadded", "mphantom", "msub", "msup", "msubsup", "munder", "mover", "munderover", "mmultiscripts",
+    "mtable", "mtr", "mtd", "menclose",
+}  # fmt: skip
+_ELEMENTS = {
+    "p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "pre", "code", "em", "strong",
+    "s", "del", "table", "thead", "tbody", "tr", "th", "td", "span", "div",
+} | _MATH_ELEMENTS  # fmt: skip
+_ATTRIBUTES = {
+    "math": {"display"},
+    "mo": {"stretchy", "fence", "form", "lspace", "rspace"},
+    "mi": {"mathvariant"},
+    "mtd": {"columnalign"},
+    "mspace": {"width"},
+    "mfrac": {"linethickness"},
+    "ol": {"start"},
+    "span": {"class"},
+    "div": {"class"},
+    "code": {"class"},
+}
+_CLASS = re.compile(r"[a-z][a-z0-9-]{0,20}( [a-z][a-z0-9-]{0,20}){0,2}")
+_INVISIBLE = {
+    ord(c): f"⟨U+{ord(c):04X}⟩"
+    for c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200b\u200e\u200f\u2060\ufeff\u00ad"
+}
+"""Characters that are not seen but change how text reads; they are shown by name."""
+
+
+@functools.lru_cache(maxsize=4096)
+def render(text: str) -> Markup:
+    """The text as safe HTML."""
+    return Markup(_clean(_parser().render(visible(text))))
+
+
+def visible(text: str) -> str:
+    """The text with characters that hide or turn round others shown by their names."""
+    return text.translate(_INVISIBLE)
+
+
+def _clean(dirty: str) -> str:
+    return nh3.clean(
+        dirty,
+        tags=_ELEMENTS,
+        attributes=_ATTRIBUTES,
+        attribute_filter=_attribute,
+        url_schemes=set(),
+        strip_comments=True,
+        link_rel=None,
+    )
+
+
+def _attribute(_: str, name: str, value: str) -> str | None:
+    if name == "class":
+        return value if _CLASS.fullmatch(value) else None
+    return value if re.fullmatch(r"[\w.%-]{1,24}", value) else None
+
+
+@functools.cache
+def _parser() -> MarkdownIt:
+    parser = MarkdownIt("commonmark", {"html": False, "linkify": False, "highlight": _highlighted, "maxNesting": 60})
+    parser.enable(["table", "strikethrough"])
+    parser.use(dollarmath_plugin, allow_space=False, allow_digits=False, double_inline=True, renderer=_math)
+    parser.add_render_rule("link_open", _link_open)
+    parser.add_render_rule("link_close", _link_close)
+    parser.add_render_rule("image", _image)
+    return parser
+
+
+def _highlighted(code: str, language: str, _: str) -> str:
+    """Code with a class for each kind of word; plain where the language is not known."""
+    if not language or len(code) > MAX_HIGHLIGHTED or not re.fullmatch(r"[\w+#.-]{1,30}", language):
+        return html.escape(code)
+    try:
+        lexer = get_lexer_by_name(language)
+    except ClassNotFound:
+        return html.escape(code)
+    return str(highlight(code, lexer, HtmlFormatter(nowrap=True, classprefix="c-")))
+
+
+def _math(source: str, options: dict[str, Any]) -> str:
+    """LaTeX as MathML, which browsers draw themselves; what cannot be read is shown as its source."""
+    display = "block" if options.get("display_mode") else "inline"
+    if len(source) <= MAX_MATH and _nesting(source) <= _MAX_NESTING and not re.search(r"<[A-Za-z/!?]", source):
+        try:
+            return str(latex2mathml.converter.convert(source, display=display))
+        except Exception:  # whatever a stranger's formula makes the converter raise, its source can be shown
+            pass
+    return f'<code class="math-source">{html.escape(source)}</code>'
+
+
+def _nesting(source: str) -> int:
+    depth = deepest = 0
+    for letter in source:
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _link_open(_: Any, tokens: list[Token], index: int, *__: Any) -> str:
+    return '<span class="link">'
+
+
+def _link_close(_: Any, tokens: list[Token], index: int, *__: Any) -> str:
+    """Where the link would have led, as text: nobody should follow an address that a model made up."""
+    depth, i = 0, index
+    while True:
+        depth += {"link_close": 1, "link_open": -1}.get(tokens[i].type, 0)
+        if depth == 0:
+            break
+        i -= 1
+    return f'</span> <span class="address">⟨{html.escape(str(tokens[i].attrs.get("href", "")))}⟩</span>'
+
+
+def _image(_: Any, tokens: list[Token], index: int, *__: Any) -> str:
+    source = html.escape(str(tokens[index].attrs.get("src", ""))[:200])
+    return f'<span class="address">[image: {html.escape(tokens[index].content)} ⟨{source}⟩]</span>'

@@ -1,0 +1,264 @@
+"""Who is asking and what they may do: sessions, tokens against forged forms, limits, headers."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl
+
+from fastapi import Depends, HTTPException, Request
+from fastapi.security import HTTPBearer
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from trimtab.feedback.people import Person, Role, person_of_session
+from trimtab.feedback.store import Store
+
+COOKIE = "trimtab_session"
+MAX_BODY = 1_000_000
+"""Bytes of a form or of a JSON body."""
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=(), payment=(), usb=()",
+    "Cache-Control": "no-store",
+}
+
+
+class SignInFirst(Exception):
+    """A page asked for by nobody we know; the app answers with the way to sign in."""
+
+
+class BadForm(HTTPException):
+    """A form that did not come from one of our pages, or too long ago."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(403, problem)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One request of a browser: who it is, and the token its forms must carry."""
+
+    store: Store
+    person: Person | None
+    token: str
+    """The session's secret, or that of a visit that is not signed in."""
+
+    @property
+    def csrf(self) -> str:
+        """Proof that a form came from a page of this session: keyed by the store's secret, told to nobody else."""
+        return hmac.new(self.store.secret, b"form/" + self.token.encode(), hashlib.sha256).hexdigest()
+
+    @property
+    def someone(self) -> Person:
+        """The person; only after a check that there is one."""
+        assert self.person is not None
+        return self.person
+
+
+def store_of(request: Request) -> Store:
+    """The store the app was made with."""
+    store: Store = request.app.state.store
+    return store
+
+
+def visit_of(request: Request) -> Visit:
+    """Who is asking, by the session cookie."""
+    store = store_of(request)
+    token = request.cookies.get(COOKIE, "")
+    if not 20 <= len(token) <= 200 or not token.isascii():
+        token = ""
+    person = person_of_session(store, token, "browser") if token else None
+    if not token:
+        token = request.state.fresh_token = secrets.token_urlsafe(32)
+    return Visit(store, person, token)
+
+
+AnyVisit = Annotated[Visit, Depends(visit_of)]
+Form = Mapping[str, Sequence[str]]
+
+
+async def read_form(request: Request) -> Form:
+    """The fields of a form, each with all its values. Raises HTTPException for another kind of body, or a huge one."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/x-www-form-urlencoded":
+        raise HTTPException(415, "a form is needed")
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise HTTPException(413, "the form is too large")
+    try:
+        pairs = parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=2_000, errors="strict")
+    except ValueError:
+        raise HTTPException(400, "the form cannot be read") from None
+    fields: dict[str, list[str]] = {}
+    for name, value in pairs:
+        fields.setdefault(name, []).append(value)
+    return fields
+
+
+def checked_form(request: Request, visit: AnyVisit, form: Annotated[Form, Depends(read_form)]) -> Form:
+    """The form, if it came from one of our own pages."""
+    origin = request.headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+        raise BadForm("the form came from another site")
+    if not hmac.compare_digest(_one(form, "csrf").encode("utf-8", "replace"), visit.csrf.encode()):
+        raise BadForm("the page is too old; go back, reload it and send again")
+    return form
+
+
+PostedForm = Annotated[Form, Depends(checked_form)]
+
+
+def _one(form: Form, name: str) -> str:
+    return form[name][-1] if form.get(name) else ""
+
+
+field = _one
+"""The last value of a field, "" where there is none."""
+
+
+def signed_in(visit: AnyVisit) -> Visit:
+    """A visit of somebody who is signed in. Raises SignInFirst."""
+    if visit.person is None:
+        raise SignInFirst
+    return visit
+
+
+def adjudicating(visit: Annotated[Visit, Depends(signed_in)]) -> Visit:
+    """A visit of an adjudicator or admin. Raises HTTPException 403."""
+    if not visit.someone.may_adjudicate:
+        raise HTTPException(403, "this page is for adjudicators and admins")
+    return visit
+
+
+def administering(visit: Annotated[Visit, Depends(signed_in)]) -> Visit:
+    """A visit of an admin. Raises HTTPException 403."""
+    if visit.someone.role != "admin":
+        raise HTTPException(403, "this page is for admins")
+    return visit
+
+
+SignedIn = Annotated[Visit, Depends(signed_in)]
+Adjudicating = Annotated[Visit, Depends(adjudicating)]
+Administering = Annotated[Visit, Depends(administering)]
+
+
+# --- the REST interface: a token in the Authorization header, no cookies, so nothing to forge ---
+
+_bearer = HTTPBearer(auto_error=False, description="A token of `trimtab feedback token NAME`")
+
+
+def api_person(role: Role) -> Callable[..., Person]:
+    """A dependency that gives the person of the token, who must have this role or a higher one."""
+    order = {"annotator": 0, "adjudicator": 1, "admin": 2}
+
+    def check(request: Request, credentials: Annotated[Any, Depends(_bearer)]) -> Person:
+        token = credentials.credentials if credentials is not None else ""
+        person = person_of_session(store_of(request), token, "api") if token else None
+        if person is None:
+            raise HTTPException(401, "a valid token is needed", headers={"WWW-Authenticate": "Bearer"})
+        if order[person.role] < order[role]:
+            raise HTTPException(403, f"the role {role} is needed")
+        return person
+
+    return check
+
+
+# --- limits ---
+
+
+class Limiter:
+    """Counts events by name in a bucket that refills steadily."""
+
+    def __init__(self, per_minute: int) -> None:
+        self.per_minute = per_minute
+        self._buckets: dict[str, tuple[float, float]] = {}
+        self._lock = threading.Lock()
+
+    def allows(self, name: str, now: float | None = None) -> bool:
+        """Whether one more is within the limit, counting it."""
+        now = time.monotonic() if now is None else now
+        with self._lock:
+            if len(self._buckets) > 10_000:  # full buckets say nothing and are forgotten
+                self._buckets = {k: b for k, b in self._buckets.items() if now - b[1] < 60}
+            level, at = self._buckets.get(name, (float(self.per_minute), now))
+            level = min(self.per_minute, level + (now - at) * self.per_minute / 60)
+            allowed = level >= 1
+            self._buckets[name] = (level - 1 if allowed else level, now)
+        return allowed
+
+
+def limit_sign_ins(request: Request) -> None:
+    """Raises HTTPException 429 for too many attempts from one address."""
+    address = request.client.host if request.client else ""
+    if not request.app.state.sign_ins.allows(address):
+        raise HTTPException(429, "too many attempts; wait a minute")
+
+
+_SESSIONS_PER_ADDRESS = 20
+
+
+class Guard:
+    """Wraps the app: limits for each session, the size of bodies, and the headers of every answer."""
+
+    def __init__(self, app: ASGIApp, *, requests_per_minute: int) -> None:
+        self.app = app
+        self.requests = Limiter(requests_per_minute)
+        self.addresses = Limiter(requests_per_minute * _SESSIONS_PER_ADDRESS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, or answers it with 413 or 429."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {
+            name: value for name, value in scope["headers"] if name in (b"cookie", b"authorization", b"content-length")
+        }
+        who = headers.get(b"authorization") or headers.get(b"cookie") or (scope.get("client") or ("",))[0].encode()
+        static = scope["path"].startswith("/static/")
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                sent = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    if name != "Cache-Control" or not static:
+                        sent[name] = value
+                if static:
+                    sent["Cache-Control"] = "no-cache"
+            await send(message)
+
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            return message if received <= MAX_BODY else {"type": "http.disconnect"}
+
+        address = (scope.get("client") or ("",))[0]
+        allowed = static or (self.addresses.allows(address) and self.requests.allows(hashlib.sha256(who).hexdigest()))
+        if not allowed:
+            await _plain(with_headers, 429, "too many requests; wait a minute")
+        elif int(headers.get(b"content-length", b"0").decode() or 0) > MAX_BODY:
+            await _plain(with_headers, 413, "the request is too large")
+        else:
+            await self.app(scope, limited, with_headers)
+
+
+async def _plain(send: Send, status: Literal[413, 429], text: str) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"retry-after", b"60")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})
