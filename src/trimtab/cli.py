@@ -14,6 +14,7 @@ import click
 
 import trimtab
 from trimtab.errors import ConfigError, Interrupted, TrimtabError
+from trimtab.feedback.command_line import add_to
 from trimtab.settings_help import settings_help
 
 STAGES = {
@@ -266,6 +267,9 @@ def chat(**options: Any) -> None:
 @main.group()
 def feedback() -> None:
     """Collect human judgements and know what they are worth."""
+
+
+add_to(feedback)
 
 
 @feedback.command()

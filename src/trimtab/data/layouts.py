@@ -23,7 +23,15 @@ from trimtab.data.rows import (
     to_question_answer,
     to_stepped_response,
 )
-from trimtab.data.sources import BadRow, is_world, read_rows, read_world, records_hash
+from trimtab.data.sources import (
+    BadRow,
+    is_feedback,
+    is_world,
+    read_feedback,
+    read_rows,
+    read_world,
+    records_hash,
+)
 from trimtab.errors import DataError
 from trimtab.types import (
     Comparison,
@@ -76,7 +84,7 @@ class Loaded(Generic[Record]):
 def load(
     kind: type[Record], source: str | Path, *, on_bad_row: Literal["stop", "drop"] = "stop", limit: int | None = None
 ) -> Loaded[Record]:
-    """The records of a source (`sources.read_rows`, or "world:…"), whatever layout of those in `LAYOUTS` it has.
+    """The records of a source (`sources.read_rows`, "world:…" or "feedback:…"), whatever layout of those in `LAYOUTS` it has.
 
     With "stop" the first bad row raises DataError that counts all of them by mistake; with "drop" they are left out
     and counted. `limit` reads only the first so many rows. Raises DataError for a source that cannot be read, a layout
@@ -84,6 +92,8 @@ def load(
     """
     if is_world(source):
         return _load_world(kind, str(source), limit)
+    if is_feedback(source):
+        return _load_feedback(kind, str(source), limit)
     rows = read_rows(source, limit=limit)
     layout = recognise([row for _, row in rows.rows], where=rows.source) if rows.rows else None
     if layout is not None and kind not in layout.converters:
@@ -126,6 +136,19 @@ def _load_world(kind: type[Record], source: str, limit: int | None) -> Loaded[Re
     counts = {"rows": len(records), "records": len(records)}
     return Loaded(
         records=records, layout="a world", source=source, sha256=records_hash(records), counts=counts, dropped=()
+    )
+
+
+def _load_feedback(kind: type[Record], source: str, limit: int | None) -> Loaded[Record]:
+    found, sha256, counts = read_feedback(kind, source)
+    records = cast("list[Record]", found)[:limit]
+    return Loaded(
+        records=records,
+        layout="a feedback project",
+        source=source,
+        sha256=sha256,
+        counts=counts | {"records": len(records)},
+        dropped=(),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import importlib
 import io
 import json
 import re
@@ -61,7 +62,8 @@ def read_rows(source: str | Path, *, limit: int | None = None) -> Rows:
         raise DataError(
             f"there is no file {str(path)!r}" if not path.is_dir() else f"{str(path)!r} is a folder, not a file",
             where=str(source),
-            fix="name a file, a hub data set ('hub:org/name?split=train') or a world ('world:helpdesk?num=1000')",
+            fix="name a file, a hub data set ('hub:org/name?split=train'), a world ('world:helpdesk?num=1000') or a "
+            "project of judgements ('feedback:project.toml')",
         )
     if not path.name.endswith(FILE_TYPES):
         raise DataError(
@@ -96,6 +98,23 @@ def is_hub(source: str | Path) -> bool:
 def is_world(source: str | Path) -> bool:
     """True for "world:…"."""
     return str(source).startswith("world:")
+
+
+def is_feedback(source: str | Path) -> bool:
+    """True for "feedback:project.toml"."""
+    return str(source).startswith("feedback:")
+
+
+def read_feedback(kind: type, source: str) -> tuple[list[Any], str, dict[str, int]]:
+    """The records of a feedback project, their SHA-256, and counts of what was left out.
+
+    The votes are read by the layer that owns them, which stands above this one: it is named here, as a run file names
+    a class, and loaded when it is asked for.
+    """
+    found: tuple[list[Any], str, dict[str, int]] = importlib.import_module("trimtab.feedback.source").records(
+        kind, source
+    )
+    return found
 
 
 def read_world(source: str, *, demonstrations: bool) -> list[Prompt] | list[Demonstration]:
