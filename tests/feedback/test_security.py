@@ -1,0 +1,477 @@
+"""Who may do what on every route, and what strangers' texts, forms and files cannot do."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.feedback.browsing import Browser
+from tests.feedback.conftest import Make
+from tests.feedback.projects import PASSWORD, add, answer_next, person
+from trimtab.errors import DataError
+from trimtab.feedback import items, people
+from trimtab.feedback.exporting import to_bytes
+from trimtab.feedback.importing import import_source
+from trimtab.feedback.server.app import create_app
+from trimtab.feedback.server.rendering import render
+from trimtab.feedback.server.security import COOKIE, HEADERS, Limiter
+from trimtab.types import Message, Prompt
+
+# Who gets past the door: nobody signed in, annotators, adjudicators, admins.
+ANYBODY, SIGNED_IN, JUDGES, ADMINS = "0123", "123", "23", "3"
+PAGES = {
+    ("GET", "/"): ANYBODY,
+    ("GET", "/sign-in"): ANYBODY,
+    ("POST", "/sign-in"): ANYBODY,
+    ("GET", "/join"): ANYBODY,
+    ("POST", "/join"): ANYBODY,
+    ("POST", "/sign-out"): SIGNED_IN,
+    ("GET", "/task"): SIGNED_IN,
+    ("POST", "/task/{token}"): SIGNED_IN,
+    ("POST", "/draft/{token}"): SIGNED_IN,
+    ("POST", "/undo"): SIGNED_IN,
+    ("GET", "/quiz/{vote_id}"): SIGNED_IN,
+    ("GET", "/guideline"): SIGNED_IN,
+    ("POST", "/guideline/read"): SIGNED_IN,
+    ("POST", "/warned"): SIGNED_IN,
+    ("GET", "/mine"): SIGNED_IN,
+    ("POST", "/mine/{vote_id}"): SIGNED_IN,
+    ("GET", "/account"): SIGNED_IN,
+    ("POST", "/account/{part}"): SIGNED_IN,
+    ("GET", "/admin"): JUDGES,
+    ("GET", "/admin/board"): JUDGES,
+    ("GET", "/admin/adjudicate"): JUDGES,
+    ("GET", "/admin/adjudicate/{item_id}"): JUDGES,
+    ("POST", "/admin/adjudicate/{item_id}"): JUDGES,
+    ("POST", "/admin/queue"): ADMINS,
+    ("GET", "/admin/people"): ADMINS,
+    ("POST", "/admin/invites"): ADMINS,
+    ("POST", "/admin/people/{person_id}/state"): ADMINS,
+    ("POST", "/admin/people/{person_id}/delete"): ADMINS,
+    ("GET", "/admin/export"): ADMINS,
+    ("GET", "/admin/export/file"): ADMINS,
+    ("GET", "/admin/guideline"): ADMINS,
+    ("POST", "/admin/guideline"): ADMINS,
+    ("GET", "/admin/log"): ADMINS,
+    ("POST", "/admin/log/verify"): ADMINS,
+}
+API = {
+    ("GET", "/api/v1/next"): SIGNED_IN,
+    ("POST", "/api/v1/tasks/{token}"): SIGNED_IN,
+    ("POST", "/api/v1/undo"): SIGNED_IN,
+    ("GET", "/api/v1/guideline"): SIGNED_IN,
+    ("GET", "/api/v1/board"): JUDGES,
+    ("GET", "/api/v1/disagreements"): JUDGES,
+    ("POST", "/api/v1/items/{item_id}/decision"): JUDGES,
+    ("GET", "/api/v1/status"): JUDGES,
+    ("POST", "/api/v1/items"): ADMINS,
+    ("GET", "/api/v1/items"): ADMINS,
+    ("PUT", "/api/v1/scores"): ADMINS,
+    ("GET", "/api/v1/votes"): ADMINS,
+    ("GET", "/api/v1/people"): ADMINS,
+    ("POST", "/api/v1/invites"): ADMINS,
+    ("PUT", "/api/v1/people/{person_id}/state"): ADMINS,
+    ("DELETE", "/api/v1/people/{person_id}"): ADMINS,
+    ("PUT", "/api/v1/guideline"): ADMINS,
+    ("PUT", "/api/v1/queue"): ADMINS,
+    ("GET", "/api/v1/export/{layout}"): ADMINS,
+    ("GET", "/api/v1/audit"): ADMINS,
+    ("POST", "/api/v1/audit/verify"): ADMINS,
+}
+_VALUES = {"token": "x" * 24, "vote_id": "999", "item_id": "999", "person_id": "999", "part": "keys", "layout": "votes"}
+
+
+def filled(path: str) -> str:
+    return re.sub(r"\{(\w+)\}", lambda m: _VALUES[m[1]], path)
+
+
+def routes(app) -> set[tuple[str, str]]:
+    """Every route of the app, those of its routers too."""
+    found = set()
+
+    def walk(listed, prefix: str) -> None:
+        for route in listed:
+            inner = getattr(route, "original_router", None) or getattr(route, "router", None)
+            if hasattr(route, "methods") and hasattr(route, "path"):
+                found.update((method, prefix + route.path) for method in route.methods - {"HEAD"})
+            elif inner is not None:
+                walk(inner.routes, prefix)
+
+    walk(app.routes, "")
+    return found
+
+
+def test_every_route_is_in_the_table(small: Make):
+    described = {route for route in routes(create_app(small())) if route[1] != "/api/openapi.json"}
+    assert described == PAGES.keys() | API.keys()
+
+
+def test_each_role_gets_where_it_may_and_nowhere_else(small: Make):
+    store = small({"server": {"requests_per_minute": 100000, "sign_ins_per_minute": 1000}})
+    add(store, 2)
+    app = create_app(store)
+    browsers = [Browser(store, app)]
+    for role in people.ROLES:
+        browsers.append(Browser(store, app))
+        browsers[-1].join(f"the {role}", role)
+    browsers[0].get("/sign-in")
+    for (method, path), allowed in PAGES.items():
+        for level, browser in enumerate(browsers):
+            if path in ("/sign-out", "/sign-in", "/join") and method == "POST" and level:
+                continue  # would end the session that the next rows need
+            browser.client.follow_redirects = False
+            csrf = browser.csrf() if level == 0 else browser_csrf(browser)
+            response = (
+                browser.client.get(filled(path))
+                if method == "GET"
+                else browser.client.post(filled(path), data={"csrf": csrf, "uses": "1", "hours": "1"})
+            )
+            if str(level) in allowed:
+                assert response.status_code != 403, (method, path, level, response.text)
+                assert response.headers.get("location") != "/sign-in" or path in ("/", "/sign-in"), (path, level)
+            elif level == 0:
+                assert (response.status_code, response.headers["location"]) == (303, "/sign-in"), (method, path)
+            else:
+                assert response.status_code == 403, (method, path, level)
+
+
+def browser_csrf(browser: Browser) -> str:
+    found = re.search(r'name="csrf" value="([0-9a-f]+)"', browser.client.get("/guideline").text)
+    assert found
+    return found[1]
+
+
+def test_each_token_gets_where_it_may_and_nowhere_else(small: Make):
+    store = small({"server": {"requests_per_minute": 100000}})
+    add(store, 2)
+    client = TestClient(create_app(store))
+    tokens = [""]
+    for role in people.ROLES:
+        someone = person(store, f"the {role}", role)
+        tokens.append(people.start_session(store, someone, hours=1, kind="api"))
+    for (method, path), allowed in API.items():
+        for level, token in enumerate(tokens):
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            response = client.request(method, filled(path), headers=headers, json={} if method != "GET" else None)
+            if str(level) in allowed:
+                assert response.status_code not in (401, 403), (method, path, level, response.text)
+            else:
+                assert response.status_code == (403 if level else 401), (method, path, level)
+
+
+def test_a_browser_session_is_no_api_token_and_the_reverse(small: Make):
+    store = small()
+    someone = person(store, "Ann", "admin")
+    app = create_app(store)
+    browser = people.start_session(store, someone, hours=1)
+    api = people.start_session(store, someone, hours=1, kind="api")
+    client = TestClient(app, follow_redirects=False)
+    assert client.get("/api/v1/status", headers={"Authorization": f"Bearer {browser}"}).status_code == 401
+    client.cookies.set(COOKIE, api)
+    assert client.get("/task").headers["location"] == "/sign-in"
+    client.cookies.set(COOKIE, browser)
+    assert client.get("/api/v1/status").status_code == 401
+
+
+# --- forms ---
+
+
+def test_a_form_without_our_token_or_from_elsewhere_does_nothing(small: Make):
+    store = small()
+    add(store, 1)
+    boss = Browser(store)
+    boss.join("Boss", "admin")
+    ann = Browser(store, boss.app)
+    ann.join("Ann")
+    csrf = browser_csrf(boss)
+    assert boss.post("/admin/queue", "0" * 64, open="0").status_code == 403
+    assert boss.post("/admin/queue", browser_csrf(ann), open="0").status_code == 403
+    boss.client.headers["origin"] = "https://evil.example"
+    assert boss.post("/admin/queue", csrf, open="0").status_code == 403
+    del boss.client.headers["origin"]
+    response = boss.client.post("/admin/queue", json={"csrf": csrf, "open": "0"})
+    assert response.status_code == 415
+    assert "Pause the project" in boss.get("/admin").text
+
+
+def test_sessions_end(small: Make):
+    store = small({"server": {"session_hours": 10.0, "idle_hours": 1.0}})
+    ann = Browser(store)
+    ann.join("Ann")
+    assert ann.client.cookies[COOKIE]
+    store.clock.seconds += 3000
+    assert "Sign in" not in ann.get("/mine").text
+    store.clock.seconds += 3700
+    assert "Sign in" in ann.get("/mine").text
+    ann.get("/sign-in")
+    ann.post("/sign-in", name="Ann", password=PASSWORD)
+    for _ in range(13):
+        store.clock.seconds += 3000
+        ann.get("/mine")
+    assert "Sign in" in ann.text  # busy all the time, and over all the same
+    ann.get("/sign-in")
+    ann.post("/sign-in", name="Ann", password=PASSWORD)
+    token = ann.client.cookies[COOKIE]
+    ann.get("/mine")
+    ann.post("/sign-out")
+    ann.client.cookies.set(COOKIE, token)
+    assert "Sign in" in ann.get("/mine").text
+
+
+def test_signing_in_gives_a_new_session_token(small: Make):
+    ann = Browser(small())
+    ann.get("/sign-in")
+    before = ann.client.cookies[COOKIE]
+    ann.join("Ann")
+    assert ann.client.cookies[COOKIE] != before
+
+
+def test_cookies_and_headers_of_every_answer(small: Make):
+    ann = Browser(small({"server": {"https": True}}))
+    response = ann.client.get("/sign-in")
+    cookie = response.headers["set-cookie"].lower()
+    assert all(word in cookie for word in ("httponly", "samesite=strict", "secure"))
+    for path in ("/sign-in", "/nowhere", "/static/app.js", "/api/openapi.json", "/task"):
+        headers = ann.client.get(path, follow_redirects=False).headers
+        assert headers["content-security-policy"] == HEADERS["Content-Security-Policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert "server" not in headers
+    assert "unsafe" not in HEADERS["Content-Security-Policy"]
+
+
+def test_templates_hold_no_inline_script_or_style():
+    from trimtab.feedback.server.pages import WEB
+
+    for template in (WEB / "templates").glob("*.html"):
+        text = template.read_text(encoding="utf-8")
+        assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:|<script(?! src=\"/static/)|\|\s*safe", text), (
+            template
+        )
+
+
+def test_limits(small: Make):
+    limiter = Limiter(3)
+    assert [limiter.allows("a", 0.0) for _ in range(5)] == [True, True, True, False, False]
+    assert limiter.allows("b", 0.0)
+    assert limiter.allows("a", 20.0)
+    store = small({"server": {"requests_per_minute": 5, "sign_ins_per_minute": 2}})
+    client = TestClient(create_app(store))
+    assert [client.get("/sign-in").status_code for _ in range(2)] == [200, 200]
+    ann = Browser(small({"server": {"sign_ins_per_minute": 2}}))
+    ann.get("/sign-in")
+    codes = [ann.post("/sign-in", name="x", password="y" * 12).status_code for _ in range(4)]
+    assert codes == [422, 422, 429, 429]
+    for _ in range(6):
+        last = client.get("/sign-in")
+    assert last.status_code == 429
+    assert client.get("/static/app.css").status_code == 200
+
+
+def test_large_bodies_and_strange_hosts_are_refused(small: Make):
+    client = TestClient(create_app(small()))
+    headers = {"content-type": "application/x-www-form-urlencoded"}
+    assert client.post("/sign-in", content=b"a" * 1_100_000, headers=headers).status_code == 413
+    assert client.get("/sign-in", headers={"host": "evil.example"}).status_code == 400
+
+
+def test_an_invitation_works_as_often_and_as_long_as_it_says(small: Make):
+    store = small()
+    token = people.make_invite(store, "annotator", uses=2, hours=1)
+    people.join(store, token, "A", PASSWORD)
+    with pytest.raises(DataError, match="somebody has this name"):
+        people.join(store, token, "A", PASSWORD)
+    people.join(store, token, "B", PASSWORD)
+    with pytest.raises(DataError, match="used up"):
+        people.join(store, token, "C", PASSWORD)
+    late = people.make_invite(store, "admin", hours=1)
+    store.clock.seconds += 3700
+    with pytest.raises(DataError, match="too old"):
+        people.join(store, late, "D", PASSWORD)
+    with pytest.raises(DataError, match="at least 10"):
+        people.join(store, token, "E", "short")
+
+
+def test_secrets_are_stored_as_hashes_and_never_logged(small: Make):
+    store = small()
+    token = people.make_invite(store, "annotator")
+    ann = people.join(store, token, "Ann", PASSWORD)
+    session = people.start_session(store, ann, hours=1)
+    store.close()
+    content = b"".join(path.read_bytes() for path in store.project.directory.iterdir())
+    for secret in (token, session, PASSWORD):
+        assert secret.encode() not in content
+
+
+# --- strangers' texts ---
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "<svg onload=alert(1)><animate onbegin=alert(1)>",
+    "<svg><script>alert(1)</script></svg>",
+    "<math><mtext></mtext><mglyph><style><img src=x onerror=alert(1)></style></mglyph></math>",
+    "<iframe srcdoc='<script>alert(1)</script>'></iframe>",
+    "<a href=javascript:alert(1)>x</a>",
+    "[x](javascript:alert(1))",
+    "[x](JaVaScRiPt&#58;alert(1))",
+    "[x](data:text/html;base64,PHNjcmlwdD5hbGVydCgxKTwvc2NyaXB0Pg==)",
+    "![x](data:image/svg+xml;base64,PHN2ZyBvbmxvYWQ9YWxlcnQoMSk+)",
+    "![x](https://evil.example/track.png)",
+    '![x" onerror="alert(1)](x)',
+    '[x]: javascript:alert(1) "t"\n\n[x]',
+    "<javascript:alert(1)>",
+    '<https://evil.example/"onmouseover=alert(1)>',
+    "```html\n<script>alert(1)</script>\n```",
+    '```"><script>alert(1)</script>\ncode\n```',
+    "`<img src=x onerror=alert(1)>`",
+    "$\\href{javascript:alert(1)}{x}$",
+    "$\\text{<img src=x onerror=alert(1)>}$",
+    "$\\text{</mtext></math><script>alert(1)</script>}$",
+    "$$\\unicode{60}script\\unicode{62}alert(1)$$",
+    "$\\style{background:url(//evil.example)}{x}$ $\\class{x}{y}$ $\\def\\a{\\a}\\a$",
+    '$\\color{red"onmouseover="alert(1)}{x}$',
+    "$" + "{" * 2000 + "$",
+    "$" + "\\frac{1}{" * 25 + "}" * 25 + "$",
+    "{{ 7 * 7 }} {% raw %} ${7*7} <%= 7 %>",
+    "<style>body{display:none}</style>",
+    "<form action=//evil.example><button formaction=javascript:alert(1)>x</button></form>",
+    "<meta http-equiv=refresh content='0;url=//evil.example'>",
+    "<base href=//evil.example/>",
+    "</textarea></pre></div></article><script>alert(1)</script>",
+    "<!--><script>alert(1)</script>-->",
+    "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "<div hx-get=/admin/export hx-trigger=load></div>",
+    "<div data-hx-post=/undo></div> <button data-key=1 name=position value=1>",
+    "\u202egnp.exe \u2066hidden\u2069 zero\u200bwidth",
+    ">" * 400 + "x",
+    "*" * 3000,
+    "[" * 1500,
+    "| a |\n" + "|-" * 300,
+]
+
+
+class Seen(HTMLParser):
+    """What a browser would find in a text."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str | None]] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += attrs
+
+
+def seen(html: str) -> Seen:
+    parser = Seen()
+    parser.feed(html)
+    return parser
+
+
+def harmless(html: str) -> None:
+    found = seen(html)
+    assert not found.tags & {"script", "style", "iframe", "svg", "img", "a", "form", "button", "input", "meta", "base"}
+    names = {name for name, _ in found.attributes}
+    assert not {n for n in names if n.startswith(("on", "hx-", "data-")) or n in ("href", "src", "style", "id", "name")}
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_text_becomes_text(text: str):
+    harmless(str(render(text)))
+
+
+@given(st.text(alphabet=st.sampled_from(list("<>/\"'=`$[]()!&;:\\{}#*_|~- \nscriptonhref")), max_size=200))
+def test_no_text_becomes_markup_that_does_anything(text: str):
+    harmless(str(render(text)))
+
+
+def test_hostile_texts_in_every_place_do_nothing_on_any_page(small: Make):
+    store = small({"assignment": {"overlap": 2}, "server": {"requests_per_minute": 100000}})
+    app = create_app(store)
+    new = []
+    for i, text in enumerate(HOSTILE[:30]):
+        replies = (items.NewReply(text=text), items.NewReply(text=f"{text} again"))
+        turns = (Message("user", text), Message("assistant", text * 20), Message("user", text))
+        new.append(
+            ("row", items.NewItem(kind="pairs", prompt=Prompt(messages=turns), replies=replies, slice=text[:50]))
+        )
+        assert base.kind == "pairs"
+    items.add_items(store, new)
+    for name in ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>'):
+        ann = Browser(store, app)
+        ann.join(name)
+        ann.read_guideline()
+        for number in range(30):
+            token = ann.lease()
+            clean_page(ann.text)
+            ann.post(
+                f"/task/{token}", position=str(1 + number % 2), rationale=HOSTILE[number], seconds="1", flag="flagged"
+            )
+        ann.get("/mine")
+        clean_page(ann.text)
+    boss = Browser(store, app)
+    boss.join("Boss", "admin")
+    paths = ["/admin", "/admin/adjudicate", "/admin/people", "/admin/log", "/account"]
+    for path in [*paths, *(f"/admin/adjudicate/{i}" for i in range(1, 31))]:
+        assert boss.get(path).status_code == 200
+        clean_page(boss.text)
+
+
+def clean_page(text: str) -> None:
+    found = seen(text)
+    scripts = re.findall(r"<script[^>]*>", text)
+    assert set(scripts) <= {'<script src="/static/htmx.min.js" defer>', '<script src="/static/app.js" defer>'}
+    assert not found.tags & {"style", "iframe", "img", "base", "object", "embed"}
+    assert not [name for name, _ in found.attributes if name.startswith("on") or name == "style"]
+    assert not [v for n, v in found.attributes if n in ("href", "src", "action") and v and not v.startswith(("/", "#"))]
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1+cmd|' /C calc'!A0", "@SUM(1)", "\t=1", "\r=1", "  =HYPERLINK(1)"])
+def test_a_cell_is_no_formula(text: str):
+    content = to_bytes([{"prompt": text, text: 1}], "x.csv").decode()
+    assert f"'{text}" in content
+    import csv
+    import io
+
+    for row in csv.reader(io.StringIO(content)):
+        assert not any(cell.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r")) for cell in row)
+
+
+@pytest.mark.parametrize(
+    "source", ["../../etc/passwd", "/etc/passwd", "x\0.jsonl", "file:///etc/passwd", "~/.ssh/id_rsa"]
+)
+def test_a_path_that_is_no_data_file_is_refused(small: Make, source: str):
+    with pytest.raises(DataError):
+        import_source(small(), source)
+
+
+def test_an_upload_cannot_name_files(small: Make):
+    store = small()
+    boss = person(store, "Boss", "admin")
+    client = TestClient(create_app(store))
+    headers = {"Authorization": f"Bearer {people.start_session(store, boss, hours=1, kind='api')}"}
+    for row in ({"source": "/etc/passwd"}, {"prompt": "/etc/passwd"}, {"prompt": {"file": "/etc/passwd"}}):
+        response = client.post("/api/v1/items", json={"rows": [row]}, headers=headers)
+        assert response.status_code == 422, response.text
+    for path in ("/static/../app.py", "/static/%2e%2e/templates/base.html", "/static//etc/passwd"):
+        assert client.get(path).status_code == 404
+    assert client.get("/admin/export/file?layout=../../x", follow_redirects=False).status_code == 303
+
+
+def test_answers_given_before_a_state_change_stay_out_of_reach(small: Make):
+    store = small()
+    add(store, 2)
+    ann, bob = person(store, "Ann"), person(store, "Bob")
+    receipt = answer_next(store, ann)
+    assert receipt is not None
+    browser = Browser(store)
+    token = people.start_session(store, bob, hours=1)
+    browser.client.cookies.set(COOKIE, token)
+    browser.get("/guideline")
+    assert browser.client.get(f"/quiz/{receipt.vote_id}").status_code == 404
