@@ -19,6 +19,15 @@ from trimtab.rewards.sandbox import WALLS, Limits, Sandbox
 LIMITS = Limits(seconds=1.0, memory_mb=256, num_processes=4, file_mb=8)
 
 
+# In another interpreter, without the rewards that load torch.
+ALONE = f"""
+import sys, types
+package = sys.modules["trimtab.rewards"] = types.ModuleType("trimtab.rewards")
+package.__path__ = [{str(Path(sandbox_module.__file__).parent)!r}]
+from trimtab.rewards.sandbox import Limits, Sandbox
+"""
+
+
 @pytest.fixture(scope="module", params=WALLS)
 def sandbox(request):
     """One sandbox for each kind of wall that this machine has."""
@@ -236,12 +245,23 @@ def test_without_walls_it_refuses_unless_that_is_allowed():
     assert Sandbox(LIMITS, walls=[], allow_unisolated=True).walls == "none"
 
 
+def test_where_namespaces_are_refused_landlock_is_used():
+    # Root of a user namespace without a user to become: what a container without rights looks like.
+    code = ALONE + "print(Sandbox(Limits(seconds=20)).examine('def f(): return 1', ['assert f() == 1']).passed)\n"
+    code += "print(Sandbox(Limits(seconds=20)).walls)\n"
+    command = ["unshare", "--user", "--map-root-user", sys.executable, "-c", code]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        pytest.skip("needs the command unshare of util-linux")
+    if "unshare failed" in done.stderr or "older than version 3" in done.stderr:
+        pytest.skip(f"needs user namespaces and Landlock: {done.stderr[-200:]}")
+    assert done.stdout.split("\n")[:2] == ["(True,)", "landlock"], done.stderr
+
+
 def test_nothing_is_left_when_the_owner_is_killed():
-    code = textwrap.dedent(f"""
-        import os, sys, threading, time, types
-        package = sys.modules["trimtab.rewards"] = types.ModuleType("trimtab.rewards")
-        package.__path__ = [{str(Path(sandbox_module.__file__).parent)!r}]  # without the rewards that load torch
-        from trimtab.rewards.sandbox import Limits, Sandbox
+    code = ALONE + textwrap.dedent("""
+        import os, threading, time
         sandbox = Sandbox(Limits(seconds=60))
         threading.Thread(target=sandbox.run, args=("while True: pass",), daemon=True).start()
         print(os.getpid(), flush=True)

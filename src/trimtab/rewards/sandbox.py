@@ -134,6 +134,7 @@ class Sandbox:
                 "or, where losing this machine and what it can reach is acceptable, set allow_unisolated = true",
             )
         walls: Walls = report["walls"]
+        self.allowed_walls = [w for w in self.allowed_walls if w == walls]  # the others need not be tried again
         return walls
 
     def _run(self, work: dict[str, Any], files: list[int]) -> tuple[int, dict[str, Any]]:
@@ -168,7 +169,7 @@ class Sandbox:
         finally:
             shutil.rmtree(root, ignore_errors=True)
         rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-        if status not in (ENDED_BY_ITSELF, OUT_OF_TIME, NO_WALLS) or not rows or "error" in rows[-1]:
+        if status not in (ENDED_BY_ITSELF, OUT_OF_TIME, NO_WALLS):
             raise EngineError(
                 f"the sandbox ended with status {status}: {said.strip()[-500:] or 'it said nothing'}",
                 where="the sandbox",
@@ -176,28 +177,24 @@ class Sandbox:
                 if status == BROKEN
                 else "report this as a bug",
             )
-        return status, rows[0]
+        why_not = [row["why_not"] for row in rows if "why_not" in row]
+        return status, {**(rows[-1] if rows else {}), "why_not": why_not or ["no walls were asked for"]}
 
 
 def _wait(warden: subprocess.Popen[bytes], seconds: float) -> int:
     assert warden.stdin is not None
+    watch = os.pidfd_open(warden.pid)  # Popen.wait with a limit looks only every 50 ms
     try:
-        watch = os.pidfd_open(warden.pid)  # Popen.wait with a limit looks only every 50 ms
+        ended, _, _ = select.select([watch], [], [], seconds)
+    finally:
+        os.close(watch)
+        warden.stdin.close()  # which asks it to end the sandbox, where it has not
         try:
-            select.select([watch], [], [], seconds)
-        finally:
-            os.close(watch)
-        return warden.wait(0)
-    except BaseException:
-        warden.stdin.close()  # asks it to end the sandbox
-        try:
-            warden.wait(_GRACE_SECONDS)
+            status = warden.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             warden.kill()
-            warden.wait()
-        raise
-    finally:
-        warden.stdin.close()
+            status = warden.wait()
+    return status if ended else BROKEN
 
 
 def _file(text: str) -> IO[bytes]:

@@ -44,6 +44,8 @@ def enter_namespaces(root: str, readable: list[str], *, file_mb: int) -> None:
     an empty directory of `file_mb` megabytes. The next fork is that world's first process. `root` is an empty
     directory to build it on. Raises OSError where the kernel does not allow it.
     """
+    if os.getuid() == 0 and not _exists(NOBODY):
+        raise OSError(f"this root can not become user {NOBODY}, and limits on processes do not bind root")
     write_maps = _maps_writer()
     unshare(_NEW_USER | _NEW_MOUNTS | _NEW_PROCESSES | _NEW_NETWORK | _NEW_IPC | _NEW_NAME)
     write_maps()
@@ -64,6 +66,12 @@ def enter_namespaces(root: str, readable: list[str], *, file_mb: int) -> None:
     os.chdir(WORK)
 
 
+def _exists(user: int) -> bool:
+    """Whether the user namespace that this process is in has such a user."""
+    ranges = [map(int, line.split()) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    return any(first <= user < first + num for first, _, num in ranges)
+
+
 def _maps_writer() -> Callable[[], None]:
     """A function to call once this process is in a user namespace of its own.
 
@@ -77,7 +85,8 @@ def _maps_writer() -> Callable[[], None]:
         status = 1
         try:
             os.close(entered_write)
-            os.read(entered_read, 1)
+            if not os.read(entered_read, 1):
+                os._exit(status)  # it did not enter
             if not is_root:
                 Path(f"/proc/{process}/setgroups").write_text("deny")
             for name, own in (("uid_map", os.getuid()), ("gid_map", os.getgid())):

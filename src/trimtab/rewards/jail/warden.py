@@ -42,52 +42,69 @@ def _run(spec: dict[str, Any]) -> int:
     syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     if os.getppid() != spec["owner"]:
         return NOT_WANTED
-    readable = layers.readable_paths(spec["packages"])
-    walls, why_not = _build_walls(spec, readable)
-    _report({"walls": walls, "why_not": why_not})
-    if walls == "none" and not spec["allow_unisolated"]:
+    if not syscalls.can_filter():
+        _report({"why_not": "there is no filter of system calls for this processor"})
+    elif (status := _behind_walls(spec, layers.readable_paths(spec["packages"]))) != NO_WALLS:
+        return status
+    if not spec["allow_unisolated"]:
         return NO_WALLS
-    if walls != "namespaces":
-        return _keep_watch(spec, walls, readable)
+    _report({"walls": "none"})
+    return _keep_watch(spec, "none", [])
+
+
+def _behind_walls(spec: dict[str, Any], readable: list[str]) -> int:
+    for walls in spec["walls"]:
+        if walls == "namespaces":
+            # In a child: half of a new world would be left where the other half is refused.
+            status = _in_child(lambda: _enter_namespaces(spec, readable))
+            if status != NO_WALLS:
+                return status
+        elif layers.has_landlock():
+            _report({"walls": "landlock"})
+            os.chdir(spec["root"])
+            return _keep_watch(spec, "landlock", readable)
+        else:
+            _report({"why_not": "the kernel has no Landlock, or one older than version 3 (Linux 6.2)"})
+    return NO_WALLS
+
+
+def _enter_namespaces(spec: dict[str, Any], readable: list[str]) -> int:
+    try:
+        layers.enter_namespaces(spec["root"], readable, file_mb=spec["file_mb"])
+    except OSError as error:
+        _report({"why_not": f"no namespaces: {error}"})
+        return NO_WALLS
+    _report({"walls": "namespaces"})
+    # Entering has reset it.
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
     # What else the kernel counts: the watch, an examiner, and this process where it is the same user inside.
     spec["num_others"] = 1 + (spec["mode"] == "exam") + (os.getuid() != 0)
-    first = os.fork()
-    if first == 0:
-        # As the first process of its world it takes the others with it when it ends, however it ends.
+    return _in_child(lambda: _first_process(spec, readable))
+
+
+def _first_process(spec: dict[str, Any], readable: list[str]) -> int:
+    """As the first process of its world it takes the others with it when it ends, however it ends."""
+    layers.become_nobody()
+    layers.check_readable([os.path.dirname(json.__file__), *spec["packages"]])
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    return _keep_watch(spec, "namespaces", readable)
+
+
+def _in_child(work: Callable[[], int]) -> int:
+    """The status that `work` gives in a process of its own."""
+    child = os.fork()
+    if child == 0:
         status = BROKEN
         try:
-            layers.become_nobody()
-            layers.check_readable([os.path.dirname(json.__file__), *spec["packages"]])
             syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
-            status = _keep_watch(spec, walls, readable)
+            status = work()
         except OSError as error:
             _report({"error": f"{type(error).__name__}: {error}"})
         finally:
             os._exit(status)
-    # Entering namespaces has reset it.
-    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) % 256
-
-
-def _build_walls(spec: dict[str, Any], readable: list[str]) -> tuple[str, list[str]]:
-    """The walls that stand now, or can be put up in a child; and what stood in the way of better ones."""
-    why_not: list[str] = []
-    if not syscalls.can_filter():
-        return "none", ["no filter of system calls for this processor"]
-    if "namespaces" in spec["walls"]:
-        try:
-            layers.enter_namespaces(spec["root"], readable, file_mb=spec["file_mb"])
-            return "namespaces", why_not
-        except OSError as error:
-            why_not.append(f"namespaces: {error}")
-    if "landlock" in spec["walls"]:
-        if layers.has_landlock():
-            os.chdir(spec["root"])
-            return "landlock", why_not
-        why_not.append("Landlock: the kernel has none, or one older than version 3 (Linux 6.2)")
-    return "none", why_not
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256
 
 
 def _keep_watch(spec: dict[str, Any], walls: str, readable: list[str]) -> int:
@@ -121,34 +138,50 @@ def _keep_watch(spec: dict[str, Any], walls: str, readable: list[str]) -> int:
 
 
 def _start(work: Callable[[], None], spec: dict[str, Any], walls: str, readable: list[str], *, keep: list[int]) -> int:
+    """Starts `work` in a process behind the walls. Raises OSError where they could not be put up."""
+    heard, said = os.pipe()
     process = os.fork()
-    if process:
-        return process
-    try:
-        os.setpgid(0, 0)
-        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-        null = os.open(os.devnull, os.O_RDWR)
-        for standard in (0, 1, 2):
-            os.dup2(null, standard)
-        _close_all_but(keep)
-        if walls == "landlock":
-            layers.restrict_files(readable)
-            syscalls.drop_capabilities()
-        layers.set_limits(
-            cpu_seconds=math.ceil(spec["seconds"]) + 1,
-            memory_mb=spec["memory_mb"],
-            file_mb=spec["file_mb"],
-            # Without namespaces the kernel would count the user's own processes, and behind Landlock there can be no
-            # second process anyway.
-            num_processes=spec["num_processes"] + spec["num_others"] if walls == "namespaces" else None,
-        )
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        sys.path += spec["packages"]
-        if walls != "none":
-            syscalls.install_filter(in_the_open=walls == "landlock")
-        work()
-    finally:
-        os._exit(1)
+    if process == 0:
+        try:
+            _shut_in(spec, walls, readable, keep=[*keep, said])
+            os.write(said, b"\0")
+            os.close(said)
+            work()
+        except BaseException as error:
+            os.write(said, str(error).encode())
+        finally:
+            os._exit(1)
+    os.close(said)
+    answer = os.read(heard, 1000)
+    os.close(heard)
+    if answer != b"\0":
+        raise OSError(f"a process could not be started: {answer.decode(errors='replace') or 'it ended at once'}")
+    return process
+
+
+def _shut_in(spec: dict[str, Any], walls: str, readable: list[str], *, keep: list[int]) -> None:
+    """Puts up the walls around this process."""
+    os.setpgid(0, 0)
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    _close_all_but(keep)
+    if walls == "landlock":
+        layers.restrict_files(readable)
+        syscalls.drop_capabilities()
+    layers.set_limits(
+        cpu_seconds=math.ceil(spec["seconds"]) + 1,
+        memory_mb=spec["memory_mb"],
+        file_mb=spec["file_mb"],
+        # Without namespaces the kernel would count the user's own processes, and behind Landlock there can be no
+        # second process anyway.
+        num_processes=spec["num_processes"] + spec["num_others"] if walls == "namespaces" else None,
+    )
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.path += spec["packages"]
+    if walls != "none":
+        syscalls.install_filter(in_the_open=walls == "landlock")
 
 
 def _run_program(spec: dict[str, Any]) -> None:
