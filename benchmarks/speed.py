@@ -33,6 +33,7 @@ TEMPLATE = (
 )
 """The models' own template without the line end after a turn, which the peer trains on and we do not."""
 MAX_FOREIGN = 0.1
+MAX_PROMPT, MAX_TOKENS = 256, 512
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,18 @@ class Workload:
     options: dict[str, int]
     floor: float
     memory: float
-    peer_options: dict[str, int] | None = None
+    shortest_prompt: int = 0
+    """Shortest prompt of the rows, in tokens; the longest is 256."""
 
 
 WORKLOADS = {
-    "SFT, 30m": Workload("sft", "30m", {"steps": 4, "batch": 16}, 2.2, 1.0),
-    "reward, 30m": Workload("reward", "30m", {"steps": 4, "batch": 16}, 3.5, 0.6),
-    "PPO, 30m": Workload("ppo", "30m", {"steps": 2, "batch": 16, "gen": 64}, 2.8, 0.6),
-    "SFT, bigvocab": Workload("sft", "bigvocab", {"steps": 3, "batch": 16}, 6.0, 0.5),
-    "PPO, bigvocab": Workload("ppo", "bigvocab", {"steps": 2, "batch": 16, "gen": 64}, 5.0, 0.35),
+    "SFT, 30m": Workload("sft", "30m", {"steps": 3, "batch": 16}, 2.2, 1.0),
+    "reward, 30m": Workload("reward", "30m", {"steps": 3, "batch": 16}, 3.5, 0.6),
+    "DPO, 30m": Workload("dpo", "30m", {"steps": 3, "batch": 16}, 3.5, 0.6),
+    "GRPO, 30m": Workload("grpo", "30m", {"steps": 3, "batch": 16, "group": 8, "gen": 64}, 3.5, 0.6, 200),
+    "PPO, 30m": Workload("ppo", "30m", {"steps": 1, "batch": 16, "gen": 64}, 2.8, 0.6),
+    "SFT, bigvocab": Workload("sft", "bigvocab", {"steps": 2, "batch": 16}, 6.0, 0.5),
+    "PPO, bigvocab": Workload("ppo", "bigvocab", {"steps": 1, "batch": 16, "gen": 64}, 5.0, 0.35),
     "generate, equal lengths, 30m": Workload(
         "generate", "30m", {"num": 32, "batch": 32, "gen": 128, "promptlen": 64, "stops": 0}, 2.2, 1.0
     ),
@@ -109,7 +113,7 @@ def prepare(out: Path, bench: Path, rows: Path) -> None:
         tokenizer.save_pretrained(out / f"{name}-rm")
 
 
-def choose_rows(source: Path, model: Path, num: int, promptlen: int, maxlen: int, out: Path) -> dict[str, Any]:
+def choose_rows(source: Path, model: Path, num: int, shortest: int, out: Path) -> list[tuple[int, int, int]]:
     """Writes the first `num` pairs that neither side would cut; returns the tokens of their prompts and replies."""
     from transformers import AutoTokenizer
 
@@ -126,7 +130,8 @@ def choose_rows(source: Path, model: Path, num: int, promptlen: int, maxlen: int
             encode = tokenizer.apply_chat_template
             prompt_ids = encode(turns[0][:-1], add_generation_prompt=True)["input_ids"]
             replies = [len(encode(t)["input_ids"]) - len(prompt_ids) for t in turns]
-            if len(prompt_ids) > promptlen or len(prompt_ids) + max(replies) > maxlen or prompt in seen:
+            fits = shortest <= len(prompt_ids) <= MAX_PROMPT and len(prompt_ids) + max(replies) <= MAX_TOKENS
+            if not fits or prompt in seen:
                 continue
             seen.add(prompt)
             kept.append(line)
@@ -135,7 +140,7 @@ def choose_rows(source: Path, model: Path, num: int, promptlen: int, maxlen: int
                 break
     with gzip.open(out, "wt", encoding="utf-8") as file:
         file.writelines(kept)
-    return {"lengths": lengths}
+    return lengths
 
 
 def split(transcript: str) -> list[dict[str, str]]:
@@ -161,9 +166,20 @@ def bound_of(stage: str, model: Path, lengths: list[tuple[int, int, int]], optio
         padded = sum(len(m) * max(p + c for p, c, _ in m) for m in micros)
         real, trained = sum(p + c for p, c, _ in lengths), sum(c for _, c, _ in lengths)
         return padded * 6 * (blocks + head) / (real * 6 * blocks + trained * 8 * head)
-    if stage == "reward":
+    if stage in ("reward", "dpo"):
         padded = sum(2 * len(m) * max(max(p + c, p + r) for p, c, r in m) for m in micros)
-        return padded / sum(p + c + r for p, c, r in lengths)
+        real, trained = sum(p + c + r for p, c, r in lengths), sum(c + r for _, c, r in lengths)
+        if stage == "reward":
+            return padded / real
+        # Forward and backward of the policy, forward of the reference.
+        return padded * 8 * (blocks + head) / (real * 8 * blocks + trained * 10 * head)
+    if stage == "grpo":
+        # Policy forward and backward and the reference; we score the old policy too, and hold a prompt once.
+        gen, group = options["gen"], options["group"]
+        used = lengths[: options["steps"] * options["batch"] // group]
+        padded = sum(group * (p + gen) for p, _, _ in used)
+        real, trained = sum(p + group * gen for p, _, _ in used), len(used) * group * gen
+        return (padded * 8 * blocks + trained * 8 * head) / (real * 10 * blocks + trained * 12 * head)
     if stage == "ppo":
         gen, epochs = options["gen"], 4
         steps = [lengths[i : i + options["batch"]] for i in range(0, len(lengths), options["batch"])]
@@ -180,9 +196,8 @@ def compare(name: str, work: Workload, o: argparse.Namespace, before: Sequence[d
     """Alternating pairs of one workload, added to those measured `before`."""
     models, rows = o.out / "models", o.out / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.jsonl.gz"
     model = models / work.model
-    promptlen, maxlen = work.options.get("promptlen", 256), 512
     num = work.options.get("steps", 8) * work.options["batch"]
-    chosen = choose_rows(o.rows, model, num, promptlen if work.stage != "generate" else 256, maxlen, rows)
+    lengths = choose_rows(o.rows, model, num, work.shortest_prompt, rows)
     flags = [x for k, v in work.options.items() for x in (f"--{k}", str(v))]
     used = f"{model}-rm" if work.stage == "reward" else str(model)
     ours = [sys.executable, "speed_ours.py", work.stage, used, str(rows), *flags]
@@ -190,7 +205,7 @@ def compare(name: str, work: Workload, o: argparse.Namespace, before: Sequence[d
     peer_python = o.peer_ppo if work.stage == "ppo" else o.peer
     peer = [peer_python, "speed_peer.py", str(o.bench / "trl_bench.py"), work.stage, used, str(rows), *flags]
     if work.stage == "generate":
-        peer += ["--repeats", "3"]
+        peer += ["--repeats", "2"]
     else:
         peer += ["--micro", "8"]
     if o.precision:
@@ -226,11 +241,11 @@ def compare(name: str, work: Workload, o: argparse.Namespace, before: Sequence[d
         "our_seconds": statistics.median(p["seconds"]["ours"] for p in pairs),
         "peer_rss_gb": statistics.median(p["peer"]["rss_gb"] for p in pairs),
         "our_rss_gb": statistics.median(p["ours"]["rss_gb"] for p in pairs),
-        "bound": bound_of(work.stage, model, chosen["lengths"], work.options),
+        "bound": bound_of(work.stage, model, lengths, work.options),
         "pairs": pairs,
     }
     losses = [pairs[0][side]["losses"][:1] for side in ("peer", "ours")]
-    if all(losses) and work.stage != "ppo":
+    if all(losses) and work.stage not in ("ppo", "grpo"):
         result["first_loss"] = {"peer": losses[0][0], "ours": losses[1][0]}
         difference = abs(losses[0][0] - losses[1][0])
         print(f"{name}: first loss {losses[0][0]:.6f} and {losses[1][0]:.6f}", flush=True)

@@ -27,6 +27,22 @@ def settings_of(stage: str, model: str, rows: str, o: argparse.Namespace) -> dic
         return supervised | {"data": rows, "chosen_as_demonstrations": True, "held_out": 0.0}
     if stage == "reward":
         return supervised | {"data": rows, "held_out_data": rows, "loss": {"centering_coef": 0.0}}
+    if stage == "dpo":
+        return supervised | {"data": rows, "held_out": 0.0}
+    if stage == "grpo":
+        return common | {
+            "prompts": rows,
+            "rewards": [{"name": "callable", "function": "speed_ours:hundreds_of_characters"}],
+            "advantage": {"name": "grpo"},
+            "kl": {"name": "fixed", "coef": 0.04},
+            "kl_in": "loss",
+            "prompts_per_step": o.batch // o.group,
+            "group_size": o.group,
+            "num_steps": o.steps,
+            "num_epochs": 1,
+            "sampling": {"max_new_tokens": o.gen, "batch_size": o.batch},
+            "sample_every": 0,
+        }
     return common | {
         "prompts": rows,
         "rewards": [{"name": "model", "path": o.reward_model}],
@@ -39,13 +55,34 @@ def settings_of(stage: str, model: str, rows: str, o: argparse.Namespace) -> dic
     }
 
 
+def hundreds_of_characters(prompt: Any, response: str, facts: Any) -> float:
+    """The peer's reward in its GRPO benchmark."""
+    return len(response) / 100.0
+
+
+def timed_reference(module: Any) -> list[float]:
+    """Seconds of every pass in which the preference stage asks its reference, added up as they happen."""
+    seconds: list[float] = []
+    ask = module.reference_logprobs
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        result = ask(*args, **kwargs)
+        seconds.append(time.perf_counter() - started)
+        return result
+
+    module.reference_logprobs = timed
+    return seconds
+
+
 def train(stage: str, model: str, rows: str, o: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each step, its loss, and peak memory, of a stage run from its settings."""
     from trimtab import config
     from trimtab.runs.run import Run
-    from trimtab.stages import online, reward, sft
+    from trimtab.stages import online, preference, reward, sft
 
-    module = {"sft": sft, "reward": reward, "ppo": online}[stage]
+    module = {"sft": sft, "reward": reward, "dpo": preference, "ppo": online, "grpo": online}[stage]
+    reference_seconds = timed_reference(preference)
     settings = config.resolve(module.Settings, settings_of(stage, model, rows, o), where="the benchmark")
     with tempfile.TemporaryDirectory() as scratch:
         with Run.open(
@@ -57,8 +94,10 @@ def train(stage: str, model: str, rows: str, o: argparse.Namespace) -> dict[str,
             module.run(settings, run)
         lines = (Path(scratch) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
+    # What the reference says is asked once for all steps; the peer asks it in each.
+    each = sum(reference_seconds) / len(steps)
     return {
-        "steps_s": [row["time/step_seconds"] for row in steps],
+        "steps_s": [row["time/step_seconds"] + each for row in steps],
         "losses": [row["loss/train"] for row in steps if "loss/train" in row],
         "laps": {k: row[k] for row in steps[-1:] for k in row if k.startswith("time/")},
     }
@@ -106,14 +145,14 @@ def generate(model: str, rows: str, o: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Runs one stage."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=["sft", "reward", "ppo", "generate"])
+    parser.add_argument("stage", choices=["sft", "reward", "dpo", "grpo", "ppo", "generate"])
     parser.add_argument("model")
     parser.add_argument("rows")
     parser.add_argument("--reward-model", default="")
     parser.add_argument("--precision", default="")
     defaults = {
         "steps": 4, "batch": 16, "gen": 64, "maxlen": 512, "promptlen": 256, "token-budget": 2048, "num": 32,
-        "stops": 0, "repeats": 3,
+        "stops": 0, "repeats": 2, "group": 8,
     }  # fmt: skip
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=value)

@@ -7,6 +7,7 @@ while it runs; the base alone is what no adapter is active for.
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -42,6 +41,13 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
             raise ValueError(f"rank = {self.rank}, alpha = {self.alpha}; rank is at least 1 and alpha above 0")
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether the layer has adapters. No layer has any before peft is loaded, which happens when the first is made:
+    it takes 130 MB and seconds that most runs can do without."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
 
 
 def base_of(path: str | Path) -> str | None:
@@ -80,7 +86,7 @@ def merge_adapter(model: PreTrainedModel, path: str | Path) -> None:
     """Adds the adapter of a directory to the weights of its base `model` for good, and puts its head in place."""
     head = load_adapter(model, "merged", path)
     for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
+        if is_adapted(module):
             module.merge(adapter_names=["merged"])
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, module.get_base_layer())
@@ -98,6 +104,8 @@ def merge_adapter(model: PreTrainedModel, path: str | Path) -> None:
 
 def add_adapter(model: PreTrainedModel, name: str, settings: LoRA, *, seed: int) -> None:
     """A new adapter that changes nothing yet. The base is frozen."""
+    from peft import LoraConfig
+
     model.requires_grad_(False)
     config = LoraConfig(
         r=settings.rank,
@@ -111,6 +119,8 @@ def add_adapter(model: PreTrainedModel, name: str, settings: LoRA, *, seed: int)
 def load_adapter(model: PreTrainedModel, name: str, path: str | Path) -> dict[str, Tensor]:
     """The adapter of a directory under a name of its own on its base `model`, which is frozen; returns the weights
     stored beside it, such as a score head."""
+    from peft import LoraConfig, set_peft_model_state_dict
+
     base_of(path)
     model.requires_grad_(False)
     config: Any = LoraConfig.from_pretrained(str(path))
@@ -126,6 +136,8 @@ def save_adapter(
     model: PreTrainedModel, name: str, directory: Path, *, base: str, head: dict[str, Tensor] | None = None
 ) -> None:
     """The adapter as a directory that peft, transformers and vLLM load; `head` holds weights stored beside it."""
+    from peft import get_peft_model_state_dict
+
     config: Any = model.peft_config[name]
     config.base_model_name_or_path = base
     config.task_type = "SEQ_CLS" if head else "CAUSAL_LM"
@@ -146,7 +158,7 @@ def using(model: PreTrainedModel, name: str | None) -> Iterator[None]:
     Only which adapter is applied changes. peft's own switches also set which weights take gradients, and a graph
     whose leaves lose that between forward and backward gets none, silently.
     """
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    layers: list[Any] = [m for m in model.modules() if is_adapted(m)]
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     for layer in layers:
         layer._active_adapter, layer._disable_adapters = ([name], False) if name else ([], True)
@@ -168,7 +180,7 @@ def adapter_parameters(model: PreTrainedModel, name: str) -> dict[str, nn.Parame
 def weight_of(linear: nn.Module) -> Tensor:
     """The weight of a linear layer as it is applied now: with its active adapter, if it has one."""
     layer: Any = linear
-    if not isinstance(linear, BaseTunerLayer):
+    if not is_adapted(linear):
         weight: Tensor = layer.weight.detach()
         return weight
     weight = layer.get_base_layer().weight.detach()
@@ -188,17 +200,19 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     names = {
         n.rsplit(".", 1)[-1]
         for n, m in model.named_modules()
-        if (type(m).__name__ in kinds and id(m) not in skipped and "lora_" not in n) or isinstance(m, BaseTunerLayer)
+        if (type(m).__name__ in kinds and id(m) not in skipped and "lora_" not in n) or is_adapted(m)
     }
     return sorted(names - {"base_layer"})
 
 
-def _inject(config: LoraConfig, model: PreTrainedModel, name: str, seed: int) -> None:
+def _inject(config: Any, model: PreTrainedModel, name: str, seed: int) -> None:
+    from peft import inject_adapter_in_model
+
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         # Several adapters are meant, and the layout of GPT-2's weights is found and set by peft itself.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`|fan_in_fan_out is set")
         inject_adapter_in_model(config, model, name)
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module._active_adapter, module._disable_adapters = [], True
+    layers: list[Any] = [m for m in model.modules() if is_adapted(m)]
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = [], True

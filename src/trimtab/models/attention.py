@@ -14,6 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+LLAMA_LIKE = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+"""Models whose blocks are x + attention(norm(x)), then x + gated MLP(norm(x))."""
 ROW_ATTENTION = "trimtab_rows"
 UNSEEN = -1e30
 """Added to the score of a key that is not seen: its weight is 0, and a row that sees nothing stays finite."""

@@ -17,10 +17,9 @@ from transformers import PreTrainedModel
 from trimtab.data.trees import TokenTrees, sequence_tree
 from trimtab.errors import EngineError
 from trimtab.models.adapters import weight_of
-from trimtab.models.attention import Attend, backbone, row_states
+from trimtab.models.attention import LLAMA_LIKE, Attend, backbone, row_states
 from trimtab.models.tree_attention import tree_attention
 
-LLAMA_LIKE = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 PACK_FROM = 1 << 16
 """Matrices of at least this many entries are reordered for oneDNN, where torch has it: 1.4 to 2 times faster for the
 few rows of a decoding step, slower for small matrices. A rule and not a measurement, so that a resumed run rounds as
@@ -43,7 +42,7 @@ class Matrix:
         packs = weight.device.type == "cpu" and weight.numel() >= PACK_FROM and has_onednn()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), num_rows) if packs else None
         if self.packed is not None:
-            self.weight = weight[:0]
+            self.weight = weight.new_empty(0)  # a slice would hold on to all of it
 
     def __call__(self, x: Tensor) -> Tensor:
         """x @ weight.T + bias, [n, out]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from trimtab.math.logprobs import exact_kl, token_logprobs
 from trimtab.models.adapters import adapter_parameters, using
 from trimtab.models.attention import backbone, is_decoder, use_rows
 from trimtab.models.precision import Precision, computing_in
-from trimtab.models.tree_attention import hidden_states
+from trimtab.models.tree_attention import Place, hidden_states
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ class Policy(Role):
     def hidden(self, trees: TokenTrees) -> Tensor:
         """[M, D] the hidden states that predict the trained tokens."""
         with self.active():
-            return hidden_states(backbone(self.model), trees, tree_form=self.tree_form, pad_id=self.pad_id)[0]
+            model = backbone(self.model)
+            [hidden] = hidden_states(model, trees, ["predict_from"], tree_form=self.tree_form, pad_id=self.pad_id)
+            return hidden
 
     def forward(self, trees: TokenTrees, *, entropy: bool = False) -> TokenOutputs:
         """Log-probabilities of the trained tokens; their entropy when asked; values where there is a value head."""
@@ -125,11 +127,19 @@ class ScalarModel(Role):
     """A model with a scalar head: reward model (a score at the last token) or critic (a value before every token)."""
 
     def __init__(
-        self, model: PreTrainedModel, *, pad_id: int, adapter: str | None = None, head: nn.Linear | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        pad_id: int,
+        adapter: str | None = None,
+        head: nn.Linear | None = None,
+        gives: Literal["values", "scores", "both"] = "both",
     ) -> None:
-        """`head` is given where the model, shared with other roles, has none of its own."""
+        """`head` is given where the model, shared with other roles, has none of its own. What it does not give, values
+        of a reward model or scores of a critic, is nan, and is not computed."""
         super().__init__(model, pad_id=pad_id, adapter=adapter)
         self.own_head = head
+        self.gives = gives
         self.is_decoder = is_decoder(model) and (head is not None or hasattr(model, "score"))
         # transformers reads the score at the last token that is not padding, and needs to know which one that is.
         model.config.pad_token_id = pad_id
@@ -151,9 +161,16 @@ class ScalarModel(Role):
         """Values and scores of the trees."""
         with self.active():
             if self.is_decoder:
-                before, last = hidden_states(backbone(self.model), trees, tree_form=self.tree_form, pad_id=self.pad_id)
-                values, scores = self.head(before), self.head(last)
-                return ScoreOutputs(values=values.squeeze(-1).float(), scores=scores.squeeze(-1).float())
+                places: list[Place] = [] if self.gives == "scores" else ["predict_from"]
+                places += [] if self.gives == "values" else ["last_tokens"]
+                states = hidden_states(
+                    backbone(self.model), trees, places, tree_form=self.tree_form, pad_id=self.pad_id
+                )
+                read = {place: self.head(x).squeeze(-1).float() for place, x in zip(places, states, strict=True)}
+                return ScoreOutputs(
+                    values=read.get("predict_from", torch.full((trees.num_trained,), torch.nan)),
+                    scores=read.get("last_tokens", torch.full((trees.num_sequences,), torch.nan)),
+                )
             rows = trees.padded(self.pad_id)
             mask = rows.attention_mask.long()
             scores = self.model(input_ids=rows.input_ids, attention_mask=mask).logits[:, 0].float()

@@ -182,4 +182,5 @@ def _to_prompts(x: Tensor, cell: Tensor, num_prompts: int, group_size: int) -> T
 
 def _to_rows(x: Tensor, cell: Tensor, group_size: int) -> Tensor:
     """[n, H, R, X] from [P, H, G * R, X]: the inverse of `_to_prompts`."""
-    return x.unflatten(2, (group_size, -1)).transpose(1, 2).flatten(0, 1)[cell]
+    num_prompts, heads, _, size = x.shape
+    return x.view(num_prompts, heads, group_size, -1, size).transpose(1, 2).flatten(0, 1)[cell]

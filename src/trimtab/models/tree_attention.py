@@ -7,7 +7,8 @@ branches over the keys of their prompt, merged by what the exponentials of each 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from trimtab.data.trees import Strips, TokenTrees, TreeParts
 from trimtab.models.attention import UNSEEN, Attend, attention_with_lse, merge_attention, row_states
+from trimtab.models.last_block import reading
 
 
 def tree_attention(trees: TokenTrees) -> Attend:
@@ -48,20 +50,31 @@ def masked_attention(
     return torch.empty_like(query).index_copy(0, strips.tokens, strips.back(output))
 
 
+Place = Literal["predict_from", "last_tokens"]
+"""Where hidden states are read: at the M tokens that predict a trained one, or at the B ends of sequences."""
+
+
 def hidden_states(
-    backbone: PreTrainedModel, trees: TokenTrees, *, tree_form: bool, pad_id: int
-) -> tuple[Tensor, Tensor]:
-    """Last hidden states ([M, D] where trained tokens are predicted from, [B, D] at each sequence's last token).
+    backbone: PreTrainedModel, trees: TokenTrees, places: Sequence[Place], *, tree_form: bool, pad_id: int
+) -> list[Tensor]:
+    """Last hidden states at each of `places`, [M, D] or [B, D].
 
     `tree_form` runs the shared row; otherwise sequences run as padded rows, with the same numbers to rounding.
     """
     if tree_form:
-        hidden = row_states(backbone, trees.input_ids, trees.position_ids, tree_attention(trees))
-        return hidden.index_select(0, trees.predict_from), hidden.index_select(0, trees.last_tokens)
-    rows = trees.padded(pad_id)
-    hidden = backbone(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False).last_hidden_state
+        wanted = [getattr(trees, place) for place in places]
+        rows, found = torch.unique(torch.cat(wanted), return_inverse=True)
+        with reading(backbone, rows, trees.num_tokens):
+            hidden = row_states(backbone, trees.input_ids, trees.position_ids, tree_attention(trees))
+        if len(hidden) == trees.num_tokens:
+            return [hidden.index_select(0, where) for where in wanted]
+        return [hidden.index_select(0, where) for where in found.split([len(w) for w in wanted])]
+    padded = trees.padded(pad_id)
+    hidden = backbone(
+        input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
+    ).last_hidden_state
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    return hidden.index_select(0, rows.predict_from), hidden.index_select(0, rows.last_tokens)
+    return [hidden.index_select(0, getattr(padded, place)) for place in places]
 
 
 class _PartedAttention(torch.autograd.Function):

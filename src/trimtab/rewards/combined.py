@@ -106,5 +106,5 @@ def _on_shared_base(shared: PreTrainedModel, name: str, path: str, token_budget:
         if head.bias is not None:
             head.bias.copy_(weights["score.bias"])
     chat = Chat(load_tokenizer(path))
-    model = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=head)
+    model = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=head, gives="scores")
     return RewardModelScorer(model, chat, token_budget=token_budget, shift=reward_facts(path).get("reward_shift", 0.0))

@@ -49,7 +49,7 @@ class RewardModelScorer:
         chat = Chat(load_tokenizer(path))
         model = load_scalar(path)
         shift = float(getattr(model.config, "reward_shift", 0.0))
-        return cls(ScalarModel(model, pad_id=chat.pad_id), chat, token_budget=token_budget, shift=shift)
+        return cls(ScalarModel(model, pad_id=chat.pad_id, gives="scores"), chat, token_budget=token_budget, shift=shift)
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] calibrated rewards of the exact tokens that were sampled.

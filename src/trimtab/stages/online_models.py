@@ -47,7 +47,7 @@ def full_models(settings: Settings, chat: Chat) -> Models:
     if settings.advantage.needs_critic and not value_head:
         start = critic_start(settings)
         model = load_scalar(start, head_seed=seeds.derive(settings.seed, "critic"), zero_head=True)
-        critic = ScalarModel(model, pad_id=chat.pad_id)
+        critic = ScalarModel(model, pad_id=chat.pad_id, gives="values")
     return Models(policy, reference, critic, _rewards(settings), settings.model)
 
 
@@ -91,7 +91,7 @@ def shared_models(settings: Settings, chat: Chat) -> Models:
                 fix="train the reward model with an adapter on that base, or set critic.init = 'policy'",
             )
         name = adapter("critic", start if on_base(start, base) else None)
-        critic = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=zero_head(shared))
+        critic = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=zero_head(shared), gives="values")
     return Models(policy, reference, critic, _rewards(settings, shared, base), base)
 
 
