@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,15 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "environment": ("trimtab.environments",),
     "world": ("trimtab.worlds",),
     "tracker": ("trimtab.runs.trackers",),
+}
+# What a class of a kind has, by itself or as a field: a class of another kind is told apart before it is used.
+_OFFERS: dict[str, tuple[str, ...]] = {
+    "policy_loss": ("weight", "__call__", "aggregation", "length"),
+    "advantage": ("__call__", "needs_critic", "needs_greedy", "needs_group", "whiten"),
+    "kl_controller": ("initial", "update"),
+    "reward": ("load", "weight"),
+    "environment": ("load",),
+    "world": ("draw_prompt", "write_reply", "gold", "features"),
 }
 _REGISTERED: dict[str, dict[str, type]] = {}
 
@@ -56,7 +66,7 @@ def find(kind: str, name: str, *, where: str) -> type:
     if name in known:
         return _REGISTERED[kind][name]
     if ":" in name:
-        return register(kind, name)(_named_class(name, where=where))
+        return register(kind, name)(_of_kind(kind, _named_class(name, where=where), name, where=where))
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ConfigError(
@@ -71,19 +81,46 @@ def _named_class(name: str, *, where: str) -> type:
         module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:  # whatever the user's file raises is told with the name that led to it
         raise ConfigError(
-            f"{name!r} cannot be loaded: {type(error).__name__}: {error}",
+            f"{name!r} cannot be loaded: {type(error).__name__}: {error}{_line_of(error, place)}",
             where=where,
             fix="name a file as path/to/file.py:ClassName, or an importable module as package.module:ClassName",
         ) from error
     cls = getattr(module, attribute, None)
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+    if not isinstance(cls, type):
         classes = [n for n, c in vars(module).items() if isinstance(c, type) and c.__module__ == module.__name__]
         raise ConfigError(
-            f"{place!r} holds no dataclass {attribute!r}",
+            f"{place!r} holds no class {attribute!r}",
             where=where,
             fix=f"name one of its classes: {', '.join(classes) or 'it has none'}",
         )
+    if "__dataclass_fields__" not in vars(cls):  # a base's do not count: fields of its own would be passed over
+        raise ConfigError(
+            f"{attribute!r} in {place!r} is no dataclass",
+            where=where,
+            fix="put @dataclass(frozen=True, kw_only=True) above the class; its fields are what the run file may set",
+        )
     return cls
+
+
+def _of_kind(kind: str, cls: type, name: str, *, where: str) -> type:
+    """The class, if it has what its kind has."""
+    has = {attribute for base in cls.__mro__ for attribute in vars(base)} | {f.name for f in dataclasses.fields(cls)}
+    if missing := [wanted for wanted in _OFFERS.get(kind, ()) if wanted not in has]:
+        raise ConfigError(
+            f"{name!r} is no {kind.replace('_', ' ')}: it has no {', no '.join(missing)}",
+            where=where,
+            fix="docs/extending.md shows what a class of each kind offers",
+        )
+    return cls
+
+
+def _line_of(error: BaseException, place: str) -> str:
+    """Where in the user's file it went wrong: "" for what has no line there, or says it itself."""
+    if isinstance(error, SyntaxError):
+        return ""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if Path(f.filename).resolve() == Path(place).resolve()]
+    return f" (line {lines[-1]})" if lines else ""
 
 
 def _module_of_file(path: Path) -> ModuleType:
