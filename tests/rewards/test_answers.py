@@ -42,6 +42,10 @@ def scores(rollouts, **settings):
         ("50%", 50),
         ("+6.", 6),
         (" 8 ", 8),
+        (r"\$18", 18),
+        (r"50\%", 50),
+        ("10{,}000", 10000),
+        (r"10,\!000", 10000),
         ("12,34", None),
         ("1/0", None),
         ("5 apples", None),
@@ -149,6 +153,13 @@ def test_equal_mathematics_is_right_however_it_is_written(rollout):
     ]
     values, _ = scores([rollout(rf"\boxed{{{g}}}", answer=r) for r, g, _ in cases], maths=True)
     assert values.tolist() == [expected for _, _, expected in cases]
+
+
+@with_maths
+@pytest.mark.parametrize("given", ["1$ or $2", r"1\) \(2", r"1\] \[2", r"1 \text{ or } 2", "1, 2"])
+def test_several_answers_are_no_answer(given, rollout):
+    replies = [rollout(rf"\boxed{{{given}}}", answer=right) for right in (r"\frac{2}{2}", r"\frac{4}{2}")]
+    assert scores(replies, maths=True)[0].tolist() == [0, 0]
 
 
 @with_maths

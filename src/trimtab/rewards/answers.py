@@ -25,6 +25,10 @@ _NUMBER = re.compile(
 )
 _GROUPED = re.compile(r"\d{1,3}(,\d{3})+(\.\d*)?")
 _IN_TEXT = re.compile(r"(?<![\w.])[-+−]?[$€£¥]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_IN_LATEX = {"\\$": "$", "\\%": "%", "{,}": ",", "\\!": "", "\\,": ""}
+"""How a plain number is written in LaTeX."""
+_SEVERAL = ("$", "\\(", "\\)", "\\[", "\\]", "\\boxed", "\n")
+"""What would end one formula and begin another: an answer is one."""
 _LONGEST_NUMBER = 200
 """Characters; more is no number, however many digits it has."""
 
@@ -79,7 +83,9 @@ class ExactAnswerScorer:
             return numbers[0] == numbers[1]
         if _plain(right) == _plain(given):
             return True
-        return self.settings.maths and bool(self.helper.ask("same_maths", _plain(right), _plain(given)))
+        if not self.settings.maths or any(mark in _plain(given) for mark in _SEVERAL):
+            return False
+        return bool(self.helper.ask("same_maths", _plain(right), _plain(given)))
 
 
 def find_answer(reply: str, forms: Sequence[Form]) -> str | None:
@@ -92,7 +98,9 @@ def find_answer(reply: str, forms: Sequence[Form]) -> str | None:
 
 
 def as_number(text: str) -> Fraction | None:
-    """The exact value of a plain number: 1,234.50, $5, 3/4, 50% (which is 50); None for anything else."""
+    """The exact value of a plain number: 1,234.50, $5, 3/4, 50% (which is 50), 1{,}000; None for anything else."""
+    for latex, plain in _IN_LATEX.items():
+        text = text.replace(latex, plain)
     text = text.strip().rstrip(".")
     match = _NUMBER.fullmatch(text) if len(text) <= _LONGEST_NUMBER else None
     if match is None or ("," in match["digits"] and not _GROUPED.fullmatch(match["digits"])):
@@ -143,4 +151,4 @@ _FINDERS = {"hashes": _after_hashes, "boxed": _boxed, "last_number": _last_numbe
 
 def _plain(text: str) -> str:
     """Without what surrounds mathematics in a text."""
-    return " ".join(text.strip().rstrip(".").strip("$").split())
+    return " ".join(text.strip().rstrip(".").removeprefix("$").removesuffix("$").split())
