@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spine import write_png
+
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "benchmarks"
 DATA = ROOT / "docs" / "evidence" / "data" / "speed.json"
@@ -150,37 +152,42 @@ def split(transcript: str) -> list[dict[str, str]]:
     return [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def bound_of(stage: str, model: Path, lengths: list[tuple[int, int, int]], options: dict[str, int]) -> float | None:
-    """The peer's products over ours, for these rows: what is gained if everything ran at the speed of the products.
+def products_of(stage: str, model: Path, lengths: list[tuple[int, int, int]], options: dict[str, int]) -> list[float]:
+    """Floating-point operations of the matrix products of one step: the peer's and ours, for these rows.
 
     A token costs 2 operations for each weight of the blocks forward and 4 backward, a token whose distribution is
     needed 2 and 4 for each entry of the head. The peer pads each micro-batch of eight to its longest row and forms the
     logits of every place; we hold a shared prompt once, and the head runs for trained tokens only, once more backward.
+    The blocks are counted whole for both. Their quotient is what would be gained if everything ran at the speed of the
+    products and nothing else were saved.
     """
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     d, heads, kv = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
     per_layer = d * config["head_dim"] * (2 * heads + 2 * kv) + 3 * d * config["intermediate_size"]
     blocks, head = config["num_hidden_layers"] * per_layer, d * config["vocab_size"]
     micros = [lengths[i : i + 8] for i in range(0, len(lengths), 8)]
+    if stage == "generate":
+        tokens = options["num"] * (options["promptlen"] + options["gen"])
+        work = 2.0 * tokens * blocks + 2.0 * options["num"] * options["gen"] * head
+        return [work, work]
     if stage == "sft":
         padded = sum(len(m) * max(p + c for p, c, _ in m) for m in micros)
         real, trained = sum(p + c for p, c, _ in lengths), sum(c for _, c, _ in lengths)
-        return padded * 6 * (blocks + head) / (real * 6 * blocks + trained * 8 * head)
-    if stage in ("reward", "dpo"):
+        both = padded * 6 * (blocks + head), real * 6 * blocks + trained * 8 * head
+    elif stage in ("reward", "dpo"):
         padded = sum(2 * len(m) * max(max(p + c, p + r) for p, c, r in m) for m in micros)
         real, trained = sum(p + c + r for p, c, r in lengths), sum(c + r for _, c, r in lengths)
         if stage == "reward":
-            return padded / real
-        # Forward and backward of the policy, forward of the reference.
-        return padded * 8 * (blocks + head) / (real * 8 * blocks + trained * 10 * head)
-    if stage == "grpo":
-        # Policy forward and backward and the reference; we score the old policy too, and hold a prompt once.
+            both = padded * 6 * blocks, real * 6 * blocks
+        else:  # forward and backward of the policy, forward of the reference
+            both = padded * 8 * (blocks + head), real * 8 * blocks + trained * 10 * head
+    elif stage == "grpo":  # policy forward and backward and the reference; we score the old policy too
         gen, group = options["gen"], options["group"]
         used = lengths[: options["steps"] * options["batch"] // group]
         padded = sum(group * (p + gen) for p, _, _ in used)
         real, trained = sum(p + group * gen for p, _, _ in used), len(used) * group * gen
-        return (padded * 8 * blocks + trained * 8 * head) / (real * 10 * blocks + trained * 12 * head)
-    if stage == "ppo":
+        both = padded * 8 * blocks + trained * 8 * head, real * 10 * blocks + trained * 12 * head
+    else:
         gen, epochs = options["gen"], 4
         steps = [lengths[i : i + options["batch"]] for i in range(0, len(lengths), options["batch"])]
         padded = sum(len(s) * (max(p for p, _, _ in s) + gen) for s in steps)
@@ -188,8 +195,8 @@ def bound_of(stage: str, model: Path, lengths: list[tuple[int, int, int]], optio
         # Sampling aside (one forward pass): reference, value and reward forward, policy and critic trained.
         peer = padded * (blocks * (2 * 4 + epochs * 2 * 6) + head * (2 * 2 + epochs * 6))
         ours = real * blocks * (2 * 5 + epochs * 2 * 6) + trained * head * (3 * 2 + epochs * 8)
-        return peer / ours
-    return None
+        both = peer, ours
+    return [x / options["steps"] for x in both]
 
 
 def compare(name: str, work: Workload, o: argparse.Namespace, before: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -241,7 +248,8 @@ def compare(name: str, work: Workload, o: argparse.Namespace, before: Sequence[d
         "our_seconds": statistics.median(p["seconds"]["ours"] for p in pairs),
         "peer_rss_gb": statistics.median(p["peer"]["rss_gb"] for p in pairs),
         "our_rss_gb": statistics.median(p["ours"]["rss_gb"] for p in pairs),
-        "bound": bound_of(work.stage, model, lengths, work.options),
+        "products": products_of(work.stage, model, lengths, work.options),
+        "machine": machine(),
         "pairs": pairs,
     }
     losses = [pairs[0][side]["losses"][:1] for side in ("peer", "ours")]
@@ -267,11 +275,17 @@ def machine() -> dict[str, Any]:
     for _ in range(10):
         x @ x
     gflops = 10 * 2 * 2048**3 / (time.perf_counter() - began) / 1e9
+    large = torch.ones(100_000_000)
+    large.sum()
+    began = time.perf_counter()
+    large.sum()
+    read = 0.4 / (time.perf_counter() - began)
     return {
         "cpu": model,
         "cores": os.cpu_count(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "gemm_gflops": round(gflops),
+        "read_gb_a_second": round(read, 1),
         "torch": torch.__version__,
     }
 
@@ -290,6 +304,7 @@ def main() -> None:
     parser.add_argument("--precision", default="", help="the same float32 matmul precision for both")
     parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), help=", ".join(WORKLOADS))
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--picture", type=Path, help="where to draw the results, as PNG; needs Chromium")
     o = parser.parse_args()
     o.out, o.bench, o.rows = o.out.resolve(), o.bench.resolve(), o.rows.resolve()
     o.out.mkdir(parents=True, exist_ok=True)
@@ -299,14 +314,65 @@ def main() -> None:
         key = f"{name} ({o.precision})" if o.precision else name
         before = [] if o.fresh else known["workloads"].get(key, {}).get("pairs", [])
         known["workloads"][key] = compare(name, WORKLOADS[name], o, before)
-        known["machine"] = machine()
         o.data.parent.mkdir(parents=True, exist_ok=True)
         o.data.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    print("| workload | times faster | spread | floor | bound | peak memory of TRL's |\n|---|---|---|---|---|---|")
-    for name, r in known["workloads"].items():
-        bound = f"{r['bound']:.1f}" if r["bound"] else ""
-        print(f"| {name} | {r['ratio']:.2f} | {r['ratio_low']:.2f} to {r['ratio_high']:.2f} | {r['floor']} | {bound} "
-              f"| {r['memory']:.2f} |")  # fmt: skip
+    print(table(known["workloads"]))
+    if o.picture:
+        write_png(picture(known["workloads"]), o.picture)
+
+
+def bound(r: dict[str, Any]) -> float | None:
+    """The quotient of both sides' products; None where lengths are drawn and the products with them."""
+    return None if "spread" in r["workload"] else r["products"][0] / r["products"][1]
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The results as a table in Markdown."""
+    lines = [
+        "| workload | TRL | trimtab | times faster | floor | products saved | of the product rate | memory of TRL's |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, r in results.items():
+        saved = bound(r)
+        seconds = r["our_seconds"] * (
+            r["options"]["num"] * r["options"]["gen"] / 1000 if r["stage"] == "generate" else 1
+        )
+        rate = r["products"][1] / seconds / r["machine"]["gemm_gflops"] / 1e9
+        lines.append(
+            f"| {name} | {r['peer_seconds']:.2f} s, {r['peer_rss_gb']:.2f} GB | {r['our_seconds']:.2f} s, "
+            f"{r['our_rss_gb']:.2f} GB | **{r['ratio']:.2f}** ({r['ratio_low']:.2f} to {r['ratio_high']:.2f}, "
+            f"{len(r['pairs'])} pairs) | {r['floor']} | {f'{saved:.2f}' if saved else ''} | "
+            f"{f'{rate:.0%}' if saved else ''} | {r['memory']:.2f} (≤ {r['memory_ceiling']}) |"
+        )
+    return "\n".join(lines)
+
+
+def picture(results: dict[str, dict[str, Any]]) -> Any:
+    """How many times faster, a point for each pair, with the floor and what saved products alone would give."""
+    import plotly.graph_objects as go
+
+    names = list(results)[::-1]
+    figure = go.Figure()
+    pairs = [(p["ratio"], name) for name in names for p in results[name]["pairs"]]
+    marks = {
+        "a pair of runs": (pairs, {"symbol": "circle", "size": 9, "opacity": 0.6, "color": "#1f77b4"}),
+        "what saved products alone would give": (
+            [(b, n) for n in names if (b := bound(results[n]))],
+            {"symbol": "line-ns-open", "size": 18, "color": "#555", "line": {"width": 2}},
+        ),
+        "the floor set beforehand": (
+            [(results[n]["floor"], n) for n in names],
+            {"symbol": "triangle-right", "size": 11, "color": "#d62728"},
+        ),
+    }
+    for label, (points, marker) in marks.items():
+        x, y = zip(*points, strict=True)
+        figure.add_scatter(x=x, y=y, mode="markers", name=label, marker=marker)
+    figure.update_xaxes(title="times faster than TRL", type="log", tickvals=[1, 1.5, 2, 3, 4, 5, 6, 8, 10])
+    figure.update_layout(
+        template="plotly_white", margin={"l": 10, "r": 20, "t": 20, "b": 40}, legend={"orientation": "h", "y": -0.15}
+    )
+    return figure
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""What `trimtab plan` predicts of memory against what the run then takes, on the workloads of `speed.py`.
+
+    python benchmarks/plan_memory.py --rows HH_JSONL_GZ
+
+Uses the models that `speed.py` prepares. The run has `--steps` steps of other rows than the rehearsal saw last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from speed import choose_rows
+from speed_ours import settings_of
+from spine import DATA, ROOT
+
+from trimtab.stages.plan import plan
+
+WORKLOADS = {"SFT, 30m": "sft", "reward, 30m": "reward", "DPO, 30m": "dpo", "PPO, 30m": "ppo", "GRPO, 30m": "grpo"}
+STAGES = {"dpo": "preference", "ppo": "online", "grpo": "online"}
+
+
+def measure(values: dict[str, Any]) -> float:
+    """Peak memory in GB of the run in a process of its own."""
+    code = (
+        "import json, sys; from pathlib import Path; from trimtab.stages.pipeline import run_pipeline\n"
+        "print(json.dumps(run_pipeline(json.loads(sys.argv[1]), Path(sys.argv[2]))['peak_rss_gb']))"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-c", code, json.dumps(values), f"{scratch}/run"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT / "benchmarks")
+    return float(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Writes predicted and measured peaks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--models", type=Path, default=ROOT / "runs" / "bench" / "models")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), help=", ".join(WORKLOADS))
+    parser.add_argument("--data", type=Path, default=DATA / "plan.json")
+    o = parser.parse_args()
+    found = json.loads(o.data.read_text(encoding="utf-8")) if o.data.exists() else {}
+    model = o.models.resolve() / "30m"
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = Path(scratch) / "rows.jsonl.gz"
+        choose_rows(o.rows, model, 16 * o.steps, 0, rows)
+        for name in o.workloads:
+            kind = WORKLOADS[name]
+            options = SimpleNamespace(
+                token_budget=2048, batch=16, maxlen=512, steps=o.steps, gen=64, group=8, reward_model=f"{model}-rm"
+            )
+            used = f"{model}-rm" if kind == "reward" else str(model)
+            table = settings_of(kind, used, str(rows), options) | {"stage": STAGES.get(kind, kind)}
+            values = {"stages": {kind: table}}
+            predicted = plan(values, where=name)[0].peak_rss_gb
+            measured = measure(values)
+            found[name] = {"predicted_gb": predicted, "measured_gb": measured, "ratio": predicted / measured}
+            print(name, found[name], flush=True)
+            o.data.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
