@@ -97,13 +97,13 @@ class FusedForward:
             rotated = states[:, :num_rotated].view(len(x), -1, self.head_size)
             if layer.query_key_norm is not None:
                 rotated = rms_norm(rotated, (self.head_size,), None, self.eps) * layer.query_key_norm
-            rotated = rotated * cos + rotated.roll(half, -1) * sin
+            rotated = torch.addcmul(rotated * cos, rotated.roll(half, -1), sin)
             value = states[:, num_rotated:].view(len(x), -1, self.head_size)
             query, key = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
             mixed = attend(index, query, key, value, layer.scaling, layer.window)
-            x = x + layer.output(mixed.flatten(1))
+            x += layer.output(mixed.flatten(1))
             gate, up = layer.gate_up(rms_norm(x, (x.shape[-1],), layer.mlp_norm, self.eps)).chunk(2, -1)
-            x = x + layer.down(silu(gate) * up)
+            x += layer.down(silu(gate).mul_(up))
         return rms_norm(x, (x.shape[-1],), self.final_norm, self.eps)
 
     def prove_fresh(self, model: PreTrainedModel) -> None:
