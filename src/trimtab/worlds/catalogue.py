@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from random import Random
 from typing import ClassVar
 
@@ -38,8 +39,8 @@ class Catalogue(World):
             raise ValueError(f"levels are some of {LEVELS}, not {self.levels}")
 
     def price(self, thing: str) -> int:
-        """From 100 to 999."""
-        return Random(f"{self.name}/{self.seed}/price/{thing}").randint(100, 999)
+        """From 11 to 99."""
+        return _price(self.seed, thing)
 
     def corpus(self) -> list[str]:
         return [_entry(f"{c} {t}", self.price(f"{c} {t}")) for c in COLOURS for t in THINGS]
@@ -58,18 +59,27 @@ class Catalogue(World):
     def write_reply(self, prompt: Prompt, rng: Random) -> str:
         """Half look everything up and calculate, as the tools would answer them; the others guess at once, or look up
         and then guess."""
-        facts = prompt.facts
         way = rng.choice(("tools", "tools", "guess", "half"))
-        lines: list[str] = []
-        prices = [self.price(thing) for thing in facts["things"]]
-        if way != "guess":
-            for thing, price in zip(facts["things"], prices, strict=True):
-                lines += [f"Action: search[{thing}]", f"Observation: {_entry(thing, price)}"]
-        answer = facts["answer"] if way == "tools" else rng.randint(100, 999)
-        if way == "tools" and facts["level"] > 1:
-            total = f"{prices[0]} * {facts['num']}" if facts["level"] == 2 else f"{prices[0]} + {prices[1]}"
-            lines += [f"Action: calculate[{total}]", f"Observation: {answer}"]
-        return "\n".join([*lines, f"#### {answer}"])
+        if way == "tools":
+            return self._with_tools(prompt)
+        lookups = self._lookups(prompt) if way == "half" else []
+        return "\n".join([*lookups, f"#### {rng.randint(11, 99)}"])
+
+    def write_document(self, prompt: Prompt, rng: Random) -> str:
+        """How the tools are used, by someone who knows and needs no help."""
+        return f"{prompt.text.removesuffix(HELP).strip()}\n\n{self._with_tools(prompt)}"
+
+    def _lookups(self, prompt: Prompt) -> list[str]:
+        things = prompt.facts["things"]
+        return [x for t in things for x in (f"Action: search[{t}]", f"Observation: {_entry(t, self.price(t))}")]
+
+    def _with_tools(self, prompt: Prompt) -> str:
+        facts, lines = prompt.facts, self._lookups(prompt)
+        prices = [str(self.price(thing)) for thing in facts["things"]]
+        if facts["level"] > 1:
+            total = f"{prices[0]} * {facts['num']}" if facts["level"] == 2 else " + ".join(prices)
+            lines += [f"Action: calculate[{total}]", f"Observation: {facts['answer']}"]
+        return "\n".join([*lines, f"#### {facts['answer']}"])
 
     def gold(self, prompt: Prompt, response: str) -> Gold:
         """`format`: a single `####`, on the last line. `correct`, and the total: the right number there."""
@@ -79,6 +89,11 @@ class Catalogue(World):
 
     def features(self, response: str) -> dict[str, float]:
         return {"length": len(response.split()) / 10}
+
+
+@cache
+def _price(seed: int, thing: str) -> int:
+    return Random(f"catalogue/{seed}/price/{thing}").randint(11, 99)
 
 
 def _entry(thing: str, price: int) -> str:
