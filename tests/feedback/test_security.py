@@ -395,13 +395,12 @@ def test_hostile_texts_in_every_place_do_nothing_on_any_page(small: Make):
     store = small({"assignment": {"overlap": 2}, "server": {"requests_per_minute": 100000}})
     app = create_app(store)
     new = []
-    for i, text in enumerate(HOSTILE[:30]):
+    for text in HOSTILE[:30]:
         replies = (items.NewReply(text=text), items.NewReply(text=f"{text} again"))
         turns = (Message("user", text), Message("assistant", text * 20), Message("user", text))
         new.append(
             ("row", items.NewItem(kind="pairs", prompt=Prompt(messages=turns), replies=replies, slice=text[:50]))
         )
-        assert base.kind == "pairs"
     items.add_items(store, new)
     for name in ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>'):
         ann = Browser(store, app)

@@ -67,8 +67,9 @@ def next_lease(store: Store, connection: Connection, person: Person) -> Lease | 
         .order_by(t.leases.c.opened_at.desc(), t.leases.c.id)
     ).first()  # several only after an undo, which puts the task in hand aside
     if open_one is not None:
-        expires = now + settings.assignment.lease_minutes * 60
-        connection.execute(t.leases.update().where(t.leases.c.id == open_one.id).values(expires_at=expires))
+        kept = settings.assignment.lease_minutes * 60
+        if open_one.expires_at < now + kept / 2:  # looked at again: a second half, without a write for every look
+            connection.execute(t.leases.update().where(t.leases.c.id == open_one.id).values(expires_at=now + kept))
         return lease_of(open_one)
     if person.state != "active" or reached_daily_limit(store, connection, person):
         return None
@@ -115,7 +116,24 @@ def eligible(store: Store, person: Person) -> sa.Select[Any]:
         rows = rows.join(t.items, t.items.c.id == t.queue.c.item_id)
         rows = rows.where(~t.items.c.sensitive) if person.opted_out else rows
         rows = rows if own_prompts else rows.where(t.items.c.author != person.name)
-    return rows.order_by(t.queue.c.item_id)
+    return rows
+
+
+def num_eligible(store: Store, connection: Connection, person: Person) -> int:
+    """How many items this person can be given."""
+    if person.opted_out or not store.project.settings.assignment.own_prompts:
+        rows = eligible(store, person).subquery()
+        return int(connection.execute(sa.select(sa.func.count()).select_from(rows)).scalar_one())
+    # The same for everyone but what they have met: two counts by index instead of a look at every item.
+    waiting = (t.queue.c.open) & (t.queue.c.taken < t.queue.c.cap)
+    everyone = sa.select(sa.func.count()).select_from(t.queue).where(waiting)
+    met = (
+        sa.select(sa.func.count())
+        .select_from(t.leases)
+        .join(t.queue, t.queue.c.item_id == t.leases.c.item_id)
+        .where(t.leases.c.person_id == person.id, t.leases.c.purpose == "task", t.leases.c.state != "expired", waiting)
+    )
+    return int(connection.execute(everyone).scalar_one() - connection.execute(met).scalar_one())
 
 
 def reached_daily_limit(store: Store, connection: Connection, person: Person) -> bool:
@@ -133,43 +151,56 @@ def _from_queue(
     store: Store, connection: Connection, person: Person, position: int, random: np.random.Generator
 ) -> Lease | None:
     settings = store.project.settings.assignment
-    rows = connection.execute(eligible(store, person)).all()
-    if not rows:
-        return None
-    started = [row for row in rows if row.taken > 0]
-    if settings.finish_started and started:
-        rows = started
-        chosen = int(random.integers(len(rows)))
-        arm, propensity = rows[chosen].arm, None  # the choice of the item was made when it was begun
+    waiting = eligible(store, person)
+    row = _one_of(connection, waiting.where(t.queue.c.taken > 0), random) if settings.finish_started else None
+    if row is not None:
+        arm, propensity = row.arm, None  # the choice of the item was made when it was begun
+    elif settings.policy == "random":
+        row = _one_of(connection, waiting, random)
+        if row is None:
+            return None
+        arm, propensity = "random", 1 / row.num
     else:
-        scores = np.array([row.score for row in rows])
+        rows = connection.execute(waiting.order_by(t.queue.c.item_id)).all()
+        if not rows:
+            return None
         chosen, arm, propensity = choose(
-            scores, random, active=settings.policy != "random", random_arm=settings.random_arm,
+            np.array([row.score for row in rows]),
+            random,
+            random_arm=settings.random_arm,
             temperature=settings.temperature,
-        )  # fmt: skip
-    item_id = rows[chosen].item_id
-    first = {"arm": arm, "propensity": propensity} if rows[chosen].arm is None else {}
-    connection.execute(t.queue.update().where(t.queue.c.item_id == item_id).values(taken=t.queue.c.taken + 1, **first))
-    return _lease(store, connection, person, item_id, "task", position, arm=arm, propensity=propensity)
+        )
+        row = rows[chosen]
+    first = {"arm": arm, "propensity": propensity} if row.arm is None else {}
+    connection.execute(
+        t.queue.update().where(t.queue.c.item_id == row.item_id).values(taken=t.queue.c.taken + 1, **first)
+    )
+    return _lease(store, connection, person, row.item_id, "task", position, arm=arm, propensity=propensity)
+
+
+def _one_of(connection: Connection, rows: sa.Select[Any], random: np.random.Generator) -> Row[Any] | None:
+    """One of the rows, each equally likely, with how many there are as `num`; None for none."""
+    num = connection.execute(sa.select(sa.func.count()).select_from(rows.subquery())).scalar_one()
+    if num == 0:
+        return None
+    counted = rows.add_columns(sa.literal(num).label("num")).order_by(t.queue.c.item_id)
+    return connection.execute(counted.offset(int(random.integers(num))).limit(1)).one()
 
 
 def choose(
     scores: np.ndarray[Any, np.dtype[np.float64]],
     random: np.random.Generator,
     *,
-    active: bool,
     random_arm: float,
     temperature: float,
 ) -> tuple[int, str, float]:
     """The number of an item, the arm that chose it, and the probability with which it was the one.
 
-    With a policy the choice is a mixture: probability `random_arm` for a uniform one, else in proportion to
+    The choice is a mixture: probability `random_arm` for a uniform one, else in proportion to
     exp(score / temperature). The probability is that of the mixture, so that estimates weighted by its inverse are
     unbiased whichever arm chose.
     """
     uniform = np.full(scores.size, 1 / scores.size)
-    if not active:
-        return int(random.integers(scores.size)), "random", float(uniform[0])
     weights = np.exp((scores - scores.max()) / temperature)
     wanted = weights / weights.sum()
     arm = "random" if random.random() < random_arm else "active"

@@ -63,7 +63,7 @@ def export(store: Store, layout: Layout, *, split: labels.Split = "all") -> Expo
         "layout": layout,
         "split": split,
         "counts": counts | {"rows": len(rows)},
-        "labels": dataclasses.asdict(settings.labels),
+        "labels": json.loads(json.dumps(dataclasses.asdict(settings.labels))),
         "settings_sha256": store.project.sha256,
         "guideline_version": version,
         "audit_head": head,
@@ -232,7 +232,7 @@ def dump(connection: Connection) -> Iterable[JsonDict]:
     """Every guideline, person (without password), item and vote; `importing.restore` makes them anew."""
     yield {"record": "dump", "version": 1}
     for row in connection.execute(sa.select(t.guidelines).order_by(t.guidelines.c.version)):
-        yield {"record": "guideline", "text": row.text, "created_at": row.created_at}
+        yield {"record": "guideline", "text": row.text}
     names = {}
     for row in connection.execute(sa.select(t.people).order_by(t.people.c.id)):
         names[row.id] = row.name

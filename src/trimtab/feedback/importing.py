@@ -340,7 +340,7 @@ def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None)
             if row["record"] == "guideline":
                 versions += 1
                 if versions > 1 or values["text"] != guideline(connection).text:
-                    add_guideline(connection, values["created_at"], actor, values["text"])
+                    add_guideline(connection, store.now(), actor, values["text"])
             elif row["record"] == "person":
                 known = by_name(connection, values["name"])
                 person = known or add_person(connection, values["created_at"], values["name"], values["role"])

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from trimtab.feedback import tables as t
-from trimtab.feedback.assign import eligible
+from trimtab.feedback.assign import num_eligible
 from trimtab.feedback.people import Person
 from trimtab.feedback.store import Store
 
@@ -55,14 +55,13 @@ def progress_of(store: Store, connection: Connection, person: Person) -> Progres
     today = sa.select(sa.func.count()).select_from(t.votes).where(
         t.votes.c.person_id == person.id, t.votes.c.created_at > store.now() - 24 * 3600, t.votes.c.choice != "undone"
     )  # fmt: skip
-    left = sa.select(sa.func.count()).select_from(eligible(store, person).order_by(None).subquery())
     row = connection.execute(sa.select(t.people).where(t.people.c.id == person.id)).one()
     since = row.streak_since
     resting = row.last_vote_at is None or store.now() - row.last_vote_at > 600
     return Progress(
         answered=connection.execute(mine).scalar_one(),
         today=connection.execute(today).scalar_one(),
-        remaining=connection.execute(left).scalar_one(),
+        remaining=num_eligible(store, connection, person),
         median_seconds=statistics.median(seconds) if seconds else None,
         working_minutes=0.0 if resting or since is None else (store.now() - since) / 60,
     )

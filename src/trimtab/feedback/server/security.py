@@ -109,7 +109,7 @@ async def read_form(request: Request) -> Form:
     return fields
 
 
-def checked_form(request: Request, visit: AnyVisit, form: Annotated[Form, Depends(read_form)]) -> Form:
+async def checked_form(request: Request, visit: AnyVisit, form: Annotated[Form, Depends(read_form)]) -> Form:
     """The form, if it came from one of our own pages."""
     origin = request.headers.get("origin")
     if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
@@ -130,21 +130,21 @@ field = _one
 """The last value of a field, "" where there is none."""
 
 
-def signed_in(visit: AnyVisit) -> Visit:
+async def signed_in(visit: AnyVisit) -> Visit:
     """A visit of somebody who is signed in. Raises SignInFirst."""
     if visit.person is None:
         raise SignInFirst
     return visit
 
 
-def adjudicating(visit: Annotated[Visit, Depends(signed_in)]) -> Visit:
+async def adjudicating(visit: Annotated[Visit, Depends(signed_in)]) -> Visit:
     """A visit of an adjudicator or admin. Raises HTTPException 403."""
     if not visit.someone.may_adjudicate:
         raise HTTPException(403, "this page is for adjudicators and admins")
     return visit
 
 
-def administering(visit: Annotated[Visit, Depends(signed_in)]) -> Visit:
+async def administering(visit: Annotated[Visit, Depends(signed_in)]) -> Visit:
     """A visit of an admin. Raises HTTPException 403."""
     if visit.someone.role != "admin":
         raise HTTPException(403, "this page is for admins")
@@ -201,7 +201,7 @@ class Limiter:
         return allowed
 
 
-def limit_sign_ins(request: Request) -> None:
+async def limit_sign_ins(request: Request) -> None:
     """Raises HTTPException 429 for too many attempts from one address."""
     address = request.client.host if request.client else ""
     if not request.app.state.sign_ins.allows(address):

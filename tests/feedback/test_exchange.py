@@ -1,0 +1,445 @@
+"""What goes in and what comes out: every layout, no loss on the way round, labels worked by hand."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.feedback.conftest import Make
+from tests.feedback.projects import add, answer_next, item, lease, make_project, make_store, person
+from trimtab.data.layouts import load
+from trimtab.errors import DataError
+from trimtab.feedback import items, people
+from trimtab.feedback import tables as t
+from trimtab.feedback.answers import Answer, from_form, from_position, to_position
+from trimtab.feedback.ballots import adjudicate, vote
+from trimtab.feedback.board import disagreements, make_board
+from trimtab.feedback.exporting import LAYOUTS, export, write_export
+from trimtab.feedback.importing import Options, import_source
+from trimtab.feedback.project import Task, load_project
+from trimtab.feedback.simulate import simulate
+from trimtab.feedback.store import Store, open_store, verify
+from trimtab.feedback.vote_table import read_votes
+from trimtab.feedback.votes import cast_votes, ranked_pairs
+from trimtab.types import Comparison, Demonstration, LabelledResponse, PreferencePair, SteppedResponse
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def answered(store: Store, *answers: Answer) -> None:
+    """Each answer by another person, on the one item."""
+    for i, answer in enumerate(answers):
+        answer_next(store, person(store, f"p{i}"), answer)
+
+
+def pairs_of(store: Store, split: str = "all") -> list[PreferencePair]:
+    return load(PreferencePair, f"feedback:{store.project.path}?split={split}").records
+
+
+A, B = Answer(choice="A", strength=1), Answer(choice="B", strength=1)
+TIE, BAD = Answer(choice="tie"), Answer(choice="both_bad")
+
+
+# --- in ---
+
+
+@pytest.mark.parametrize(
+    ("rows", "num"),
+    [
+        ([{"prompt": "p", "response_a": "x", "response_b": "y"}], 1),
+        ([{"prompt": "p", "chosen": "x", "rejected": "y"}], 1),
+        ([{"chosen": "\n\nHuman: p\n\nAssistant: x", "rejected": "\n\nHuman: p\n\nAssistant: y"}], 1),
+        ([{"prompt": "p", "responses": ["x", "y", "z"]}], 3),
+        ([{"prompt": "p", "responses": [{"text": "x", "model": "m"}, {"text": "y", "seed": 1}]}], 1),
+        ([{"prompt": "p", "response": r} for r in ("x", "y", "z", "x")], 3),
+        ([{"messages": [{"role": "user", "content": "p"}], "responses": ["x", "y"]}], 1),
+    ],
+)
+def test_pairs_from_every_layout(small: Make, tmp_path: Path, rows: list[dict], num: int):
+    counts = import_source(small(), write(tmp_path / "rows.jsonl", rows))
+    assert counts["added"] == num
+
+
+def test_other_kinds_from_their_layouts(tmp_path: Path):
+    def added(kind: str, row: dict) -> int:
+        folder = tmp_path / kind
+        folder.mkdir()
+        store = make_store(folder, {"task": {"kind": kind}})
+        num = import_source(store, write(folder / "rows.jsonl", [row]))["added"]
+        store.close()
+        return num
+
+    assert added("ranking", {"prompt": "p", "responses": ["x", "y", "z"]}) == 1
+    assert added("rating", {"prompt": "p", "completion": "x"}) == 1
+    assert added("steps", {"prompt": "p", "completions": ["x", "y"]}) == 1
+    assert added("demonstration", {"prompt": "p"}) == 1
+    assert added("edit", {"prompt": "p", "response": "x"}) == 1
+
+
+def test_which_reply_was_chosen_cannot_be_told_from_the_item(small: Make, tmp_path: Path):
+    store = small()
+    rows = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(200)]
+    import_source(store, write(tmp_path / "rows.jsonl", rows))
+    with store.read() as connection:
+        first = [row.replies[0]["text"] for row in items.search_items(connection, limit=1000)]
+    assert 70 < sum(text.startswith("good") for text in first) < 130
+
+
+def test_gold_from_preferences_expects_the_chosen_reply(small: Make, tmp_path: Path):
+    store = small()
+    rows = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(20)]
+    import_source(store, write(tmp_path / "rows.jsonl", rows), Options(purpose="gold"))
+    with store.read() as connection:
+        for row in items.search_items(connection, limit=100):
+            assert row.replies["AB".index(row.gold["choice"])]["text"].startswith("good")
+
+
+def test_bad_rows_are_named_or_counted(small: Make, tmp_path: Path):
+    rows = [{"prompt": "p", "chosen": "x", "rejected": "y"}, {"prompt": "p", "chosen": "x"}, {"prompt": 3}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match="2 of 3 rows cannot be used") as error:
+        import_source(small(), path)
+    assert "row 2" in error.value.where
+    assert import_source(small(), path, Options(on_bad_row="drop"))["dropped_bad_row"] == 2
+
+
+def test_origins_are_kept_and_samples_of_generate_are_compared(small: Make, tmp_path: Path):
+    store = small()
+    origin = {"model": "run/model", "checkpoint": "step-10", "seed": 3, "sampling": {"temperature": 0.7}}
+    rows = [{"prompt": "p", "response": text, **origin} for text in ("x", "y")]
+    import_source(store, write(tmp_path / "rows.jsonl", rows))
+    with store.read() as connection:
+        (row,) = items.search_items(connection, limit=10)
+    assert all(reply["source"] == origin for reply in row.replies)
+
+
+def test_votes_given_elsewhere_come_in_once(make: Make, tmp_path: Path):
+    store = make({"assignment": {"overlap": 3}})
+    rows = [
+        {"prompt": "p", "response_a": "x", "response_b": "y", "choice": c, "annotator": n}
+        for c, n in (("A", "ann"), ("B", "bob"), ("A", "eve"))
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert import_source(store, path, Options(with_votes=True))["votes"] == 3
+    assert import_source(store, path, Options(with_votes=True))["votes"] == 0
+    assert verify(store) == []
+    (pair,) = pairs_of(store)
+    assert (pair.chosen, pair.label) == ("x", pytest.approx(2 / 3))
+
+
+def test_real_preferences_go_through(small: Make):
+    path = Path("/work/shared/data/hh-rlhf/harmless-base/test.jsonl.gz")
+    if not path.is_file():
+        pytest.skip("the shared data is not here")
+    store = small()
+    counts = import_source(store, str(path), Options(limit=200, on_bad_row="drop"))
+    assert counts["added"] + counts["dropped_known_item"] + counts["dropped_bad_row"] == 200
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        row = json.loads(next(file))
+    with store.read() as connection:
+        first = items.search_items(connection, limit=1)[0]
+    assert row["chosen"].strip().endswith(max((r["text"] for r in first.replies), key=row["chosen"].count))
+
+
+# --- from votes to labels ---
+
+
+def test_the_share_of_votes_is_the_label(make: Make):
+    store = make({"assignment": {"overlap": 5}})
+    add(store, 1)
+    answered(store, A, A, B, TIE, BAD)
+    (pair,) = pairs_of(store)  # "both bad" is left out: 2 + 1/2 of 4
+    assert (pair.chosen, pair.label) == ("reply 0.0", pytest.approx(2.5 / 4))
+
+
+@pytest.mark.parametrize(
+    ("labels", "label"),
+    [
+        ({"rule": "majority"}, 1.0),
+        ({"ties": "drop"}, 2 / 3),
+        ({"both_bad": "tie"}, 3 / 5),
+        ({"rule": "one_coin"}, None),
+        ({"rule": "dawid_skene"}, None),
+        ({"rule": "mace"}, None),
+    ],
+)
+def test_other_rules(small: Make, labels: dict, label: float | None):
+    store = small({"assignment": {"overlap": 5}, "labels": labels})
+    add(store, 1)
+    answered(store, A, A, B, TIE, BAD)
+    (pair,) = pairs_of(store)
+    assert pair.chosen == "reply 0.0"
+    assert 0.5 < pair.label <= 1
+    if label is not None:
+        assert pair.label == pytest.approx(label)
+
+
+def test_what_is_left_out_is_counted(small: Make):
+    store = small({"assignment": {"overlap": 2}, "labels": {"min_votes": 2, "min_agreement": 0.9}})
+    add(store, 3)
+    ann, bob = person(store, "Ann"), person(store, "Bob")
+    said = {"question 0": (A, B), "question 1": (A, TIE), "question 2": (A, None)}
+    for i, someone in enumerate((ann, bob)):
+        for _ in range(3):
+            given_out = lease(store, someone)
+            if given_out is None:
+                continue
+            with store.read() as connection:
+                row = connection.execute(sa.select(t.items.c.prompt).where(t.items.c.id == given_out.item_id)).one()
+            answer = said[row.prompt["messages"][0]["content"]][i]
+            vote(store, someone, given_out.token, answer or Answer(choice="skip"))
+    with pytest.raises(DataError, match="1 dropped even votes, 1 dropped low agreement, 1 dropped few votes") as error:
+        pairs_of(store)
+    assert "min_votes" in error.value.fix or "min_votes" in str(error.value)
+
+
+def test_margins_come_from_strengths(small: Make):
+    store = small({"task": {"scale": 4}, "assignment": {"overlap": 3}, "labels": {"margins": [1.0, 3.0]}})
+    add(store, 1)
+    answered(store, Answer(choice="A", strength=2), Answer(choice="A", strength=1), Answer(choice="B", strength=1))
+    (pair,) = pairs_of(store)
+    assert pair.margin == pytest.approx((3 + 1 - 1) / 3)
+    assert export(store, "preference").rows[0]["margin"] == pair.margin
+
+
+def test_an_adjudication_overrides_and_a_ban_takes_out(small: Make):
+    store = small({"assignment": {"overlap": 3}})
+    add(store, 1)
+    answered(store, A, A, B)
+    people.set_state(store, 1, "banned")
+    with pytest.raises(DataError, match="even votes"):
+        pairs_of(store)
+    judge = person(store, "Jo", "adjudicator")
+    adjudicate(store, judge, 1, Answer(choice="B", strength=1, taxonomy="annotator error"), key="k")
+    (pair,) = pairs_of(store)
+    assert (pair.chosen, pair.label) == ("reply 0.1", 1.0)
+
+
+def test_a_ranking_becomes_every_pair_but_the_ties(make: Make):
+    store = make({"task": {"kind": "ranking"}})
+    add(store, 1, kind="ranking", num=4)
+    answered(store, Answer(choice="done", ranking=((2,), (0, 3), (1,))))
+    found = {(pair.chosen[-1], pair.rejected[-1]) for pair in pairs_of(store)}
+    assert found == {("2", "0"), ("2", "3"), ("2", "1"), ("0", "1"), ("3", "1")}
+    (group,) = export(store, "groups").rows
+    assert group["rankings"][0]["ranking"] == [[2], [0, 3], [1]]
+    assert group["mean_ranks"] == [2.5, 4.0, 1.0, 2.5]
+
+
+@st.composite
+def rankings(draw) -> tuple[tuple[int, ...], ...]:
+    order = draw(st.permutations(range(5)))
+    cuts = draw(st.lists(st.booleans(), min_size=4, max_size=4))
+    tiers = [[order[0]]]
+    for place, cut in zip(order[1:], cuts, strict=True):
+        if cut:
+            tiers.append([place])
+        else:
+            tiers[-1].append(place)
+    return tuple(tuple(sorted(tier)) for tier in tiers)
+
+
+@given(rankings(), st.permutations(range(5)))
+def test_the_order_that_is_sent_is_the_order_that_is_exported(ranking, shown):
+    # as the page sends it: a rank for each reply in the order on the screen
+    rank = {place: i + 1 for i, tier in enumerate(ranking) for place in tier}
+    form = {f"rank_{i}": [str(rank[place])] for i, place in enumerate(shown)}
+    answer = from_form(form, kind="ranking", order=shown, task=Task(kind="ranking"))
+    assert answer.ranking == ranking
+    for a, b, choice in ranked_pairs(answer.ranking):
+        assert choice == ("A" if rank[a] < rank[b] else "B" if rank[b] < rank[a] else "tie")
+
+
+@given(st.sampled_from([2, 4, 5, 6, 7, 8]), st.integers(1, 8), st.sampled_from("AB"))
+def test_a_place_on_the_scale_is_a_choice_whichever_side_it_was_shown_on(scale: int, position: int, left: str):
+    if position > scale:
+        with pytest.raises(DataError):
+            from_position(position, scale, left)
+        return
+    choice, strength = from_position(position, scale, left)
+    assert to_position(choice, strength, scale, left) == position
+    mirrored = from_position(scale + 1 - position, scale, left)
+    assert mirrored == from_position(position, scale, "B" if left == "A" else "A")
+    assert mirrored[1] == strength
+
+
+def test_ratings_steps_and_texts_become_their_records(tmp_path: Path):
+    def made(kind: str, num: int, answers: list[Answer], record: type, **values):
+        folder = tmp_path / f"{kind}-{record.__name__}"
+        folder.mkdir()
+        store = make_store(folder, {"task": {"kind": kind, **values}, "assignment": {"overlap": 3}})
+        add(store, 1, kind=kind, num=num)
+        answered(store, *answers)
+        found = load(record, f"feedback:{store.project.path}").records
+        store.close()
+        return found
+
+    up, down = Answer(choice="done", rating=2), Answer(choice="done", rating=1)
+    assert [r.label for r in made("rating", 1, [up, up, down], LabelledResponse)] == [True]
+    marks = [(1, 1, -1, None), (1, 0, -1, None), (1, -1, None, None)]
+    answers = [Answer(choice="done", steps=m) for m in marks]
+    (stepped,) = made("steps", 4, answers, SteppedResponse)
+    assert stepped.labels == (True, True, False)
+    texts = [Answer(choice="done", text="better")]
+    assert [d.response for d in made("edit", 1, texts, Demonstration)] == ["better"]
+    (pair,) = made("edit", 1, texts, PreferencePair)
+    assert (pair.chosen, pair.rejected) == ("better", "reply 0.0")
+
+
+def test_splits_share_no_prompt_and_no_person(small: Make):
+    labels = {"held_out_prompts": 0.3, "held_out_annotators": 0.3}
+    store = small({"assignment": {"overlap": 2, "finish_started": False}, "labels": labels})
+    add(store, 40)
+    crowd = [person(store, f"p{i}") for i in range(10)]
+    for _ in range(6):
+        for someone in crowd:
+            answer_next(store, someone)
+    by_split = {s: load(Comparison, f"feedback:{store.project.path}?split={s}").records for s in ("train", "held_out")}
+    prompts = [{c.prompt.id for c in by_split[s]} for s in by_split]
+    names = [{c.annotator for c in by_split[s]} for s in by_split]
+    assert prompts[0]
+    assert prompts[1]
+    assert not prompts[0] & prompts[1]
+    assert not names[0] & names[1]
+
+
+# --- out ---
+
+
+def busy_store(folder: Path) -> Store:
+    store = make_store(folder, {"assignment": {"overlap": 3}, "task": {"scale": 4, "flags": ["rude"]}})
+    add(store, 8, slice="s")
+    crowd = [person(store, name) for name in ("Ann", "Bob", "=Eve", "Jo")]
+    said = [A, Answer(choice="B", strength=2, rationale="=1+1", flags=("rude",)), TIE, BAD, Answer(choice="skip")]
+    for i in range(6):
+        for k, someone in enumerate(crowd):
+            answer_next(store, someone, said[(i + k) % 5])
+    adjudicate(
+        store, person(store, "Judge", "adjudicator"), 1, Answer(choice="B", strength=1, taxonomy="bad data"), key="k"
+    )
+    people.set_state(store, 2, "banned")
+    return store
+
+
+def test_what_is_written_is_read_back_by_our_readers(tmp_path: Path):
+    store = busy_store(tmp_path)
+    expected = pairs_of(store)
+    for layout in ("preference", "conversational", "implicit"):
+        for ending in ("jsonl", "parquet") if layout != "preference" else ("jsonl", "parquet", "csv"):
+            path = tmp_path / f"{layout}.{ending}"
+            write_export(store, layout, path)
+            back = load(PreferencePair, path).records
+            assert [(p.prompt.text, p.chosen, p.rejected) for p in back] == [
+                (p.prompt.text, p.chosen, p.rejected) for p in expected
+            ]
+            if ending == "jsonl":
+                assert [p.label for p in back] == pytest.approx([p.label for p in expected])
+    write_export(store, "comparisons", tmp_path / "c.jsonl")
+    assert load(Comparison, tmp_path / "c.jsonl").records == load(Comparison, f"feedback:{store.project.path}").records
+    store.close()
+
+
+def test_the_statistics_read_the_vote_table_and_the_project_alike(tmp_path: Path):
+    store = busy_store(tmp_path)
+    with store.read() as connection:
+        num = len(list(cast_votes(connection)))
+    store.close()
+    assert len(read_votes(store.project.path)) == num
+
+
+def test_a_card_says_where_rows_come_from(tmp_path: Path):
+    store = busy_store(tmp_path)
+    card = write_export(store, "preference", tmp_path / "p.jsonl")
+    assert json.loads((tmp_path / "p.jsonl.card.json").read_text()) == card
+    assert card["guideline_version"] == 1
+    assert card["settings_sha256"] == store.project.sha256
+    assert {"audit_head", "rows_sha256", "trimtab", "counts"} <= card.keys()
+    for layout in LAYOUTS:
+        export(store, layout)
+    store.close()
+
+
+def test_a_dump_comes_back_without_loss(make: Make, tmp_path: Path):
+    folder = tmp_path / "first"
+    folder.mkdir()
+    store = busy_store(folder)
+    path = tmp_path / "dump.jsonl"
+    write_export(store, "dump", path)
+    again = make({"assignment": {"overlap": 3}, "task": {"scale": 4, "flags": ["rude"]}})
+    counts = import_source(again, str(path))
+    assert (counts["items"], counts["people"]) == (8, 5)
+    assert export(again, "dump").rows == export(store, "dump").rows
+    assert export(again, "votes").rows == export(store, "votes").rows
+    assert pairs_of(again) == pairs_of(store)
+    assert verify(again) == []
+    with pytest.raises(DataError, match="has items already"):
+        import_source(again, str(path))
+    store.close()
+
+
+# --- the board and the simulated crowd ---
+
+
+def test_simulated_annotators_vote_as_people_do(make: Make):
+    store = make({"data": ["world:helpdesk?num=24"], "assignment": {"overlap": 3}})
+    from trimtab.feedback.importing import seed_items
+
+    seed_items(store)
+    assert seed_items(store) == {}
+    counts = simulate(store, num_annotators=4, agreement=0.7)
+    board = make_board(store)
+    assert board.counts["answers"] == counts["answers"] == board.counts["answers_wanted"]
+    assert board.study is not None
+    raw = board.study.coefficients[0].interval
+    assert raw.low < 0.7 < raw.high
+    assert board.left.low < 0.5 < board.left.high
+    assert json.dumps(board.to_dict())
+    with store.read() as connection:
+        ranked = disagreements(connection)
+    assert ranked[0]["disagreement"] >= ranked[-1]["disagreement"] > 0
+    assert verify(store) == []
+
+
+def test_the_board_of_an_empty_project_says_nothing_wrong(small: Make):
+    board = make_board(small())
+    assert board.study is None
+    assert board.counts["answers"] == 0
+    assert json.dumps(board.to_dict())
+
+
+def test_gold_accuracy_and_remarks_are_on_the_board(small: Make):
+    store = small({"assignment": {"gold_rate": 0.5}})
+    add(store, 40)
+    items.add_items(store, [("g", item(i, purpose="gold", gold={"choice": "B"})) for i in range(100, 110)])
+    ann = person(store, "Ann")
+    for _ in range(26):
+        answer_next(store, ann, A)
+    (row,) = make_board(store).rows
+    assert (row.gold.value, row.gold.count) == (0.0, 10)
+    assert any("gold items right only 0 of 10" in flag for flag in row.flags)
+
+
+def test_the_shipped_project_is_read():
+    project = load_project(Path(__file__).parents[2] / "examples" / "feedback" / "project.toml")
+    assert project.settings.task.scale == 4
+    assert project.guideline_text().startswith("# How to judge")
+
+
+def test_a_source_that_is_no_project_is_refused(tmp_path: Path):
+    project = make_project(tmp_path)
+    with pytest.raises(DataError, match="no split is called"):
+        load(PreferencePair, f"feedback:{project}?split=test")
+    with pytest.raises(DataError, match="no option"):
+        load(PreferencePair, f"feedback:{project}?seed=1")
+    open_store(project).close()
+    with pytest.raises(DataError, match="has no PreferencePair yet"):
+        load(PreferencePair, f"feedback:{project}")

@@ -1,0 +1,248 @@
+"""What programs use: the REST interface and its client, webhooks, and the commands."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from click.testing import CliRunner
+from fastapi.testclient import TestClient
+
+from tests.feedback.conftest import Make
+from tests.feedback.projects import add, answer_next, lease, make_project, person
+from trimtab.cli import main
+from trimtab.feedback import people
+from trimtab.feedback import tables as t
+from trimtab.feedback.answers import Answer
+from trimtab.feedback.ballots import vote
+from trimtab.feedback.client import Client
+from trimtab.feedback.server.app import create_app
+from trimtab.feedback.store import Store
+from trimtab.feedback.votes import cast_votes
+from trimtab.feedback.webhooks import RETRY_SECONDS, deliver_due
+
+
+class Api:
+    """Calls with a token."""
+
+    def __init__(self, store: Store, role: people.Role) -> None:
+        someone = person(store, f"api {role}", role)
+        self.client = TestClient(create_app(store))
+        token = people.start_session(store, someone, hours=1, kind="api")
+        self.client.headers["Authorization"] = f"Bearer {token}"
+
+    def __call__(self, method: str, path: str, body: Any = None) -> Any:
+        response = self.client.request(method, f"/api/v1/{path}", json=body)
+        assert response.status_code < 300, response.text
+        return response.json() if response.content else None
+
+
+def test_what_the_pages_do_the_interface_does(small: Make):
+    store = small({"assignment": {"overlap": 2}})
+    admin, ann = Api(store, "admin"), Api(store, "annotator")
+    rows = [{"prompt": f"p{i}", "responses": ["x", "y"]} for i in range(3)]
+    assert admin("POST", "items", {"rows": rows})["added"] == 3
+    task = ann("GET", "next")["task"]
+    assert set(task["replies"]) == {"x", "y"}
+    assert ann("GET", "next")["task"]["token"] == task["token"]
+    first = ann("POST", f"tasks/{task['token']}", {"fields": {"position": "1"}})
+    assert ann("POST", f"tasks/{task['token']}", {"fields": {"position": "2"}}) == first | {"duplicate": True}
+    (voted,) = admin("GET", "votes")
+    assert task["replies"][0] == {"A": "x", "B": "y"}[voted["choice"]]
+    ann("POST", "undo")
+    assert admin("GET", "votes") == []
+    task = ann("GET", "next")["task"]
+    ann("POST", f"tasks/{task['token']}", {"fields": {"choice": "tie"}})
+    assert admin("GET", "status")["answers"] == 1
+    assert admin("GET", "board")["answers"] == 1
+    listed = admin("GET", "items")
+    scores = {listed[0]["sha256"]: {"rm": [0.5, 1.5]}}
+    assert admin("PUT", "scores", {"scores": scores}) == {"items": 1}
+    decision = {"fields": {"position": "2"}, "taxonomy": "bad data", "key": "k" * 12}
+    assert not admin("POST", f"items/{listed[0]['id']}/decision", decision)["duplicate"]
+    assert admin("POST", f"items/{listed[0]['id']}/decision", decision)["duplicate"]
+    assert admin("PUT", "guideline", {"text": "# Two"}) == {"version": 2}
+    assert ann("GET", "guideline")["text"] == "# Two"
+    assert admin("PUT", "queue", {"open": False}) == {"open": False}
+    assert ann("GET", "next")["task"] is None
+    names = {p["name"]: p["id"] for p in admin("GET", "people")}
+    assert admin("POST", "invites", {"role": "annotator"})["token"]
+    admin("PUT", f"people/{names['api annotator']}/state", {"state": "banned"})
+    assert ann.client.get("/api/v1/next").status_code == 401
+    admin("DELETE", f"people/{names['api annotator']}")
+    assert len(admin("GET", "export/votes")["rows"]) == 2
+    assert admin("POST", "audit/verify")["problems"] == []
+    assert admin("GET", "audit")[0]["action"] == "store_made"
+    assert admin.client.post("/api/v1/items", json={"rows": [{"prompt": "p"}], "colour": 1}).status_code == 422
+
+
+def test_the_interface_describes_itself(small: Make):
+    store = small()
+    described = TestClient(create_app(store)).get("/api/openapi.json").json()
+    assert described["paths"]["/api/v1/next"]["get"]["security"]
+    assert all(path.startswith("/api/v1/") for path in described["paths"])
+    assert len(described["paths"]) == 18
+
+
+class Receiver:
+    """A server that gets webhooks and answers what it is told to."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[dict[str, str], bytes]] = []
+        self.status = 200
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                outer.got.append((dict(self.headers), body))
+                self.send_response(outer.status)
+                if outer.status == 302:
+                    self.send_header("Location", f"http://127.0.0.1:{outer.port}/elsewhere")
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                """Quiet."""
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self.server.server_port
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    made = Receiver()
+    yield made
+    made.close()
+
+
+def test_webhooks_are_signed_and_sent_again_until_they_arrive(make: Make, receiver: Receiver, monkeypatch):
+    monkeypatch.setenv("HOOK_KEY", "a very secret key")
+    hook = {"url": f"http://127.0.0.1:{receiver.port}/hook", "secret_env": "HOOK_KEY", "events": ["item_done"]}
+    store = make({"webhooks": [hook], "assignment": {"overlap": 2}})
+    add(store, 1)
+    answer_next(store, person(store, "Ann"))
+    assert deliver_due(store) == 0
+    answer_next(store, person(store, "Bob"))
+    receiver.status = 500
+    assert deliver_due(store) == 0
+    assert deliver_due(store) == 0  # not before its time
+    store.clock.seconds += RETRY_SECONDS[0]
+    receiver.status = 302
+    assert deliver_due(store) == 0
+    store.clock.seconds += RETRY_SECONDS[1]
+    receiver.status = 200
+    assert deliver_due(store) == 1
+    assert deliver_due(store) == 0
+    assert len(receiver.got) == 3  # a redirect is not followed
+    headers, body = receiver.got[-1]
+    wanted = hmac.new(b"a very secret key", body, hashlib.sha256).hexdigest()
+    assert headers["X-Trimtab-Signature"] == f"sha256={wanted}"
+    assert json.loads(body)["event"] == "item_done"
+    assert len({b for _, b in receiver.got}) == 1
+    with store.read() as connection:
+        (row,) = connection.execute(sa.select(t.deliveries)).all()
+    assert (row.attempts, row.next_at, row.last_error) == (3, None, "")
+
+
+def test_a_webhook_that_never_answers_is_given_up(small: Make, monkeypatch):
+    monkeypatch.setenv("HOOK_KEY", "a very secret key")
+    store = small({"webhooks": [{"url": "http://127.0.0.1:1/x", "secret_env": "HOOK_KEY", "events": ["vote"]}]})
+    add(store, 1)
+    answer_next(store, person(store, "Ann"))
+    for _ in range(len(RETRY_SECONDS) + 1):
+        deliver_due(store)
+        store.clock.seconds += 2 * max(RETRY_SECONDS)
+    with store.read() as connection:
+        (row,) = connection.execute(sa.select(t.deliveries)).all()
+    assert (row.attempts, row.next_at) == (len(RETRY_SECONDS) + 1, None)
+    assert "refused" in row.last_error
+
+
+def run(*words: str) -> str:
+    result = CliRunner().invoke(main, ["feedback", *words])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_project_from_the_command_line(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "project.toml" in run("init", "mine")
+    project = "mine/project.toml"
+    assert "200 added" in run("import", project)
+    assert "300 answers" in run("simulate", project, "--limit", "300", "--annotators", "6")
+    assert "answers" in run("status", project)
+    assert json.loads(run("status", project, "--json"))["answers"] == 300
+    assert "preference.jsonl: " in run("export", project)
+    assert Path("preference.jsonl.card.json").is_file()
+    assert "K-wise" in run("export", project, "--list")
+    assert "/join#" in run("invite", project, "--role", "admin")
+    assert "paused" in run("people", project, "simulated 1", "--state", "paused")
+    assert "deleted-2" in run("people", project, "simulated 2", "--delete")
+    Path("g.md").write_text("# Anew")
+    assert "version 2" in run("guideline", project, "g.md")
+    assert "# Anew" in run("guideline", project)
+    run("queue", project, "paused")
+    first = run("adjudicate", project).split()[0]
+    result = CliRunner().invoke(
+        main, ["feedback", "adjudicate", project, first, "--as", "simulated 3", "--choice", "A"]
+    )
+    assert result.exit_code == 2
+    assert len(run("token", project, "simulated 3").strip()) > 30
+    run("backup", project, "copy.sqlite")
+    Path("scores.jsonl").write_text(json.dumps({"item": "unknown", "scores": {"rm": [1, 2]}}) + "\n")
+    assert "0 items" in run("scores", project, "scores.jsonl")
+    said = run("audit", project)
+    assert "nothing was changed" in said
+    run("audit", project, "--head", said.split()[-1])
+    result = CliRunner().invoke(main, ["feedback", "audit", project, "--head", "0" * 64])
+    assert result.exit_code == 2
+    assert "cut off" in result.output
+
+
+def test_mistakes_on_the_command_line_are_answered_in_words(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    project = make_project(tmp_path)
+    for words, said in (
+        (["export", str(project)], "no store yet"),
+        (["export", str(project), "--layout", "csv"], "no layout"),
+        (["import", str(project), "nothing.jsonl"], "there is no file"),
+        (["serve", "missing.toml"], "no run file"),
+    ):
+        result = CliRunner().invoke(main, ["feedback", *words])
+        assert result.exit_code == 2, result.output
+        assert said in result.output
+        assert "Traceback" not in result.output
+
+
+def test_the_client_asks_again_where_the_server_is_away(small: Make):
+    client = Client("http://127.0.0.1:1", "token", attempts=1)
+    from trimtab.errors import EngineError
+
+    with pytest.raises(EngineError, match="refused"):
+        client.votes()
+
+
+def test_a_vote_cast_over_the_interface_counts_as_any_other(small: Make):
+    store = small()
+    add(store, 1)
+    ann = person(store, "Ann")
+    given_out = lease(store, ann)
+    assert given_out is not None
+    vote(store, ann, given_out.token, Answer(choice="tie"))
+    with store.read() as connection:
+        assert [c.answer.choice for c in cast_votes(connection)] == ["tie"]
