@@ -66,8 +66,9 @@ class Catalogue(World):
         return "\n".join([*lookups, f"#### {rng.randint(11, 99)}"])
 
     def write_document(self, prompt: Prompt, rng: Random) -> str:
-        """How the tools are used, by someone who knows and needs no help."""
-        return f"{prompt.text.removesuffix(HELP).strip()}\n\n{self._with_tools(prompt)}"
+        """How the tools are used, by someone who knows; half of them need no help with it."""
+        question = prompt.text if rng.random() < 0.5 else prompt.text.removesuffix(HELP).strip()
+        return f"{question}\n\n{self._with_tools(prompt)}"
 
     def _lookups(self, prompt: Prompt) -> list[str]:
         things = prompt.facts["things"]
