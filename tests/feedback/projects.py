@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import sqlalchemy as sa
-
 from trimtab import config
 from trimtab.feedback import items, people
 from trimtab.feedback.answers import Answer
@@ -39,9 +37,7 @@ def make_project(directory: Path, values: dict[str, Any] | None = None) -> Path:
 def make_store(directory: Path, values: dict[str, Any] | None = None) -> Store:
     store = open_store(make_project(directory, values))
     store.clock = Clock()
-    if store.engine.dialect.name == "sqlite":  # tests need not survive a power cut
-        sa.event.listen(store.engine, "connect", lambda c, _: c.execute("PRAGMA synchronous = OFF"))
-        store.engine.dispose()
+    store.durable = False  # tests need not survive a power cut
     return store
 
 

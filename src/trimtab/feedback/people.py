@@ -148,7 +148,7 @@ def person_of_session(store: Store, token: str, kind: Literal["browser", "api"])
     if kind == "browser" and row.seen_at + idle < now:
         return None
     if row.seen_at + 60 < now:  # once a minute is enough to know who is idle
-        with store.write() as connection:
+        with store.write(durable=False) as connection:
             seen = t.sessions.update().where(t.sessions.c.token_sha256 == _hash(token)).values(seen_at=now)
             connection.execute(seen)
     return person_of(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -42,6 +43,7 @@ def simulate(
             fix="use a project of pairs or ranking",
         )
     world = worlds.load(world_name)
+    store = replace(store, durable=False)
     with store.read() as connection:
         rows = connection.execute(sa.select(t.items).order_by(t.items.c.id).limit(_CALIBRATION_PAIRS)).all()
     pairs = [(prompt_of(row), row.replies[0]["text"], row.replies[1]["text"]) for row in rows]
@@ -50,7 +52,7 @@ def simulate(
     num, waiting = 0, list(range(num_annotators))
     while waiting and (limit is None or num < limit):
         i = waiting.pop(0)
-        with store.write() as connection:
+        with store.write(durable=False) as connection:
             lease = next_lease(store, connection, crowd[i])
             row = None
             if lease is not None:

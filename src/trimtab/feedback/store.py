@@ -37,6 +37,8 @@ class Store:
     engine: Engine
     clock: Any = time.time
     """Seconds since 1970; tests set their own."""
+    durable: bool = True
+    """False lets no write wait for the disk: for votes that can be simulated again."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
@@ -46,10 +48,14 @@ class Store:
             yield connection
 
     @contextmanager
-    def write(self) -> Iterator[Connection]:
-        """A connection that is the only writer; everything done with it is kept, or nothing where it raises."""
+    def write(self, *, durable: bool = True) -> Iterator[Connection]:
+        """A connection that is the only writer; everything done with it is kept, or nothing where it raises.
+
+        What is not `durable` outlives a killed process but perhaps not a power cut: leases and drafts need not wait for
+        the disk. A durable write after them makes them durable too.
+        """
         with self._lock, self.engine.connect() as connection:  # the lock is fair among threads, SQLite's is not
-            connection = connection.execution_options(writer=True)
+            connection = connection.execution_options(writer="FULL" if durable and self.durable else "NORMAL")
             with connection.begin():
                 if self.engine.dialect.name == "postgresql":
                     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITER)))
@@ -113,13 +119,15 @@ def _engine(url: str) -> Engine:
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _: Any) -> None:
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        for pragma in ("journal_mode = WAL", "foreign_keys = ON"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        writer = connection.get_execution_options().get("writer")  # asks for the lock now, not at its first change
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writer else "BEGIN")
+        writer = connection.get_execution_options().get("writer")
+        if writer:
+            connection.exec_driver_sql(f"PRAGMA synchronous = {writer}")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writer else "BEGIN")  # the lock now, not at the first change
 
     return engine
 

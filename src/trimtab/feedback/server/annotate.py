@@ -114,7 +114,7 @@ def task(request: Request, visit: SignedIn) -> Response:
         return page(request, visit, "guideline.html", guideline=current, must_confirm=True, changed=earlier > 0)
     if store.project.settings.task.content_warning and not person.warned:
         return page(request, visit, "warning.html")
-    with store.write() as connection:
+    with store.write(durable=False) as connection:
         lease = next_lease(store, connection, people.by_id(connection, person.id))
     return _task_page(request, visit, lease)
 

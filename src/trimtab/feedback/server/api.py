@@ -103,7 +103,7 @@ class DecisionBody(AnswerBody):
 def next_task(request: Request, person: Annotator) -> dict[str, Any]:
     """The task in hand or the next one, its replies in the order to show them; `task` is null for none."""
     store = store_of(request)
-    with store.write() as connection:
+    with store.write(durable=False) as connection:
         lease = next_lease(store, connection, people.by_id(connection, person.id))
         if lease is None:
             return {"task": None}

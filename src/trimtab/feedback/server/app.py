@@ -70,7 +70,7 @@ async def _chores(store: Store) -> None:
 
 
 def _one_round(store: Store) -> None:
-    with store.write() as connection:
+    with store.write(durable=False) as connection:
         reclaim(store, connection)
     if store.project.settings.webhooks:
         deliver_due(store)
