@@ -26,10 +26,10 @@ def test_a_pattern_matches_the_whole_reply_or_a_part(rollout):
 
 def test_a_pattern_that_takes_for_ever_is_ended_and_the_next_reply_judged(rollout, caplog):
     started = time.monotonic()
-    values = scores(Regex(pattern="(a+)+b", seconds=0.3), [rollout("aab"), rollout("a" * 60), rollout("ab")])
+    values = scores(Regex(pattern="(a+)+b", seconds=1.0), [rollout("aab"), rollout("a" * 60), rollout("ab")])
     assert values[0] == values[2] == 1
     assert values[1] != values[1]
-    assert "no judgement within 0.3 s" in caplog.text
+    assert "no judgement within 1 s" in caplog.text
     assert time.monotonic() - started < 20
 
 
@@ -99,7 +99,7 @@ def test_json_may_stand_in_a_block(schema, rollout):
 def test_a_schema_that_takes_for_ever_is_ended(tmp_path, rollout):
     path = tmp_path / "slow.json"
     path.write_text('{"type": "string", "pattern": "^(a+)+$"}')
-    values = scores(JsonSchema(schema=str(path), seconds=0.3), [rollout('"aa"'), rollout('"' + "a" * 60 + 'b"')])
+    values = scores(JsonSchema(schema=str(path), seconds=1.0), [rollout('"aa"'), rollout('"' + "a" * 60 + 'b"')])
     assert values[0] == 1
     assert values[1] != values[1]
 

@@ -16,7 +16,8 @@ from trimtab.errors import EngineError
 from trimtab.rewards import sandbox as sandbox_module
 from trimtab.rewards.sandbox import WALLS, Limits, Sandbox
 
-LIMITS = Limits(seconds=1.0, memory_mb=256, num_processes=4, file_mb=8)
+LIMITS = Limits(seconds=0.6, memory_mb=256, num_processes=4, file_mb=8)
+UNHURRIED = Limits(seconds=20, file_mb=8)
 
 
 # In another interpreter, without the rewards that load torch.
@@ -37,10 +38,16 @@ def sandbox(request):
         pytest.skip(f"needs {request.param}: {error.problem}")
 
 
+@pytest.fixture(scope="module")
+def unhurried(sandbox):
+    """The same walls, for code that is to succeed on a busy machine too."""
+    return Sandbox(UNHURRIED, walls=[sandbox.walls])
+
+
 @pytest.fixture
 def roomy():
     """The best walls of this machine and more time, for what is about right and wrong."""
-    return any_sandbox(Limits(seconds=20))
+    return any_sandbox(UNHURRIED)
 
 
 def any_sandbox(limits, **options):
@@ -77,7 +84,7 @@ def running():
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_no_attack_achieves_anything_or_leaves_anything(name, sandbox, outside):
+def test_no_attack_achieves_anything_or_leaves_anything(name, sandbox, unhurried, outside):
     secret, temporary, server = outside
     before = secret.stat()
     code = hostile_code(
@@ -94,7 +101,7 @@ def test_no_attack_achieves_anything_or_leaves_anything(name, sandbox, outside):
     )
     assert "achieved" not in exam.message
     assert not exam.refused
-    assert time.monotonic() - started < LIMITS.seconds + 20  # about one second; the rest is for a busy machine
+    assert time.monotonic() - started < LIMITS.seconds + 20  # about half a second; the rest is for a busy machine
     assert running() == []
     assert list(temporary.iterdir()) == []
     assert secret.read_text() == "the secret"
@@ -102,13 +109,13 @@ def test_no_attack_achieves_anything_or_leaves_anything(name, sandbox, outside):
     assert (secret.stat().st_mode, secret.stat().st_mtime) == (before.st_mode, before.st_mtime)
     with pytest.raises(BlockingIOError):
         server.accept()
-    assert sandbox.examine(HONEST, ["assert answer() == 42"]).passed == (True,)
+    assert unhurried.examine(HONEST, ["assert answer() == 42"]).passed == (True,)
 
 
 def test_the_attacks_do_achieve_something_without_walls(outside):
     """So that the silence above means something."""
     secret, _, server = outside
-    sandbox = Sandbox(LIMITS, walls=[], allow_unisolated=True)
+    sandbox = Sandbox(UNHURRIED, walls=[], allow_unisolated=True)
     for name in ("read /etc/passwd", "read the user's secret", "network", "all file descriptors", "write outside"):
         code = hostile_code(
             ATTACKS[name],
@@ -138,7 +145,8 @@ def test_the_tests_of_the_forgeries_can_be_passed(roomy):
     assert roomy.examine("def answer(): return '42'", [forgery_tests(42)[5]]).passed == (True,)
 
 
-def test_what_was_passed_before_the_time_was_up_counts(sandbox):
+def test_what_was_passed_before_the_time_was_up_counts():
+    sandbox = any_sandbox(Limits(seconds=3))
     code = "def f(n):\n    while n > 1: pass\n    return n"
     exam = sandbox.examine(code, [f"assert f({n}) == {n}" for n in range(4)])
     assert exam.passed == (True, True, False, False)
@@ -146,8 +154,8 @@ def test_what_was_passed_before_the_time_was_up_counts(sandbox):
     assert "limits" in exam.message
 
 
-def test_programs_read_input_and_print(sandbox):
-    output = sandbox.run("import sys\nprint(sum(map(int, sys.stdin.read().split())))\nsys.exit(3)", "1 2 3\n4")
+def test_programs_read_input_and_print(unhurried):
+    output = unhurried.run("import sys\nprint(sum(map(int, sys.stdin.read().split())))\nsys.exit(3)", "1 2 3\n4")
     assert (output.stdout, output.timed_out) == ("10\n", False)
 
 
@@ -156,7 +164,7 @@ def test_a_program_that_floods_its_output_is_cut_off(sandbox):
     assert len(output.stdout) <= LIMITS.file_mb << 20
 
 
-def test_what_code_may_do(sandbox):
+def test_what_code_may_do(unhurried):
     code = """
         import asyncio, collections, dataclasses, decimal, fractions, heapq, json, random, re, statistics
         async def one(): return 1
@@ -167,13 +175,13 @@ def test_what_code_may_do(sandbox):
         "assert run() == 1",
         "from fractions import *\nfrom decimal import *\nassert half() == (Fraction(1, 2), Decimal('0.1'), 1.5)",
     ]
-    exam = sandbox.examine(textwrap.dedent(code), tests)
+    exam = unhurried.examine(textwrap.dedent(code), tests)
     assert exam.passed == (True, True), exam.message
 
 
 def test_there_are_threads_processes_and_files_behind_namespaces():
     try:
-        sandbox = Sandbox(Limits(seconds=20), walls=["namespaces"])
+        sandbox = Sandbox(UNHURRIED, walls=["namespaces"])
     except EngineError as error:
         pytest.skip(f"needs namespaces: {error.problem}")
     code = """
@@ -228,8 +236,8 @@ def test_packages_can_be_imported_where_they_are_named(tmp_path):
     tmp_path.chmod(0o755)
     (tmp_path / "helper_package.py").write_text("VALUE = 5")
     code, test = "import helper_package\ndef f(): return helper_package.VALUE", "assert f() == 5"
-    assert any_sandbox(Limits(seconds=20)).examine(code, [test]).passed == (False,)
-    assert any_sandbox(Limits(seconds=20), packages=[str(tmp_path)]).examine(code, [test]).passed == (True,)
+    assert any_sandbox(UNHURRIED).examine(code, [test]).passed == (False,)
+    assert any_sandbox(UNHURRIED, packages=[str(tmp_path)]).examine(code, [test]).passed == (True,)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, whose sandboxes run as nobody")

@@ -1,5 +1,5 @@
 import math
-import tempfile
+import resource
 
 import pytest
 
@@ -59,7 +59,7 @@ def test_a_hostile_reply_does_not_touch_the_scores_of_the_others(rollout):
     loop = "def add(a, b):\n    while True: pass"
     values, metrics = scores(
         [rollout(fenced(c), tests=TESTS) for c in (loop, "import os\nos._exit(0)", "def add(a, b): return a + b")],
-        limits=Limits(seconds=2),
+        limits=Limits(seconds=3),
         num_parallel=3,
     )
     assert values.tolist() == [0, 0, 1]
@@ -84,11 +84,15 @@ def test_tests_that_judge_nothing_are_counted_and_not_a_zero(facts, words, rollo
     assert words in caplog.text
 
 
-def test_a_sandbox_that_cannot_be_made_is_counted_and_not_a_zero(rollout, caplog, monkeypatch, tmp_path):
+def test_a_sandbox_that_cannot_be_made_is_counted_and_not_a_zero(rollout, caplog):
     scores([])
     scorer = UnitTests(limits=ROOMY).load(token_budget=1)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
-    values, _ = scorer.score([rollout(fenced("def add(a, b): return a + b"), tests=TESTS)])
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, allowed[1]))
+    try:
+        values, _ = scorer.score([rollout(fenced("def add(a, b): return a + b"), tests=TESTS)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
     assert math.isnan(values[0])
     assert "could not judge 1 of 1" in caplog.text
 

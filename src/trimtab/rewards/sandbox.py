@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import select
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,11 +136,9 @@ class Sandbox:
         return walls
 
     def _run(self, work: dict[str, Any], files: list[int]) -> tuple[int, dict[str, Any]]:
-        root = tempfile.mkdtemp(prefix="trimtab-sandbox-")
         limits = self.limits
         spec = work | {
             "owner": os.getpid(),
-            "root": root,
             "packages": self.packages,
             "walls": self.allowed_walls,
             "allow_unisolated": self.allow_unisolated,
@@ -152,22 +148,19 @@ class Sandbox:
             "file_mb": limits.file_mb,
         }
         interpreter = os.path.realpath(sys.executable)
-        try:
-            with _file("") as report:
-                warden = subprocess.Popen(
-                    [interpreter, "-I", "-S", "-B", "-X", "utf8", "-c", _START, json.dumps(spec)],
-                    stdin=subprocess.PIPE,  # closed when this process ends, however it ends
-                    stdout=report,
-                    stderr=report,
-                    pass_fds=files,
-                    env={"HOME": "/work", "TMPDIR": "/work", "LANG": "C.UTF-8", "PATH": ""},
-                    cwd="/",
-                    start_new_session=True,
-                )
-                status = _wait(warden, limits.seconds + _GRACE_SECONDS)
-                said = _read(report)
-        finally:
-            shutil.rmtree(root, ignore_errors=True)
+        with _file("") as report:
+            warden = subprocess.Popen(
+                [interpreter, "-I", "-S", "-B", "-X", "utf8", "-c", _START, json.dumps(spec)],
+                stdin=subprocess.PIPE,  # closed when this process ends, however it ends
+                stdout=report,
+                stderr=report,
+                pass_fds=files,
+                env={"HOME": "/work", "TMPDIR": "/work", "LANG": "C.UTF-8", "PATH": ""},
+                cwd="/",
+                start_new_session=True,
+            )
+            status = _wait(warden, limits.seconds + _GRACE_SECONDS)
+            said = _read(report)
         rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
         if status not in (ENDED_BY_ITSELF, OUT_OF_TIME, NO_WALLS):
             raise EngineError(
@@ -198,10 +191,9 @@ def _wait(warden: subprocess.Popen[bytes], seconds: float) -> int:
 
 
 def _file(text: str) -> IO[bytes]:
-    """A file without a name that holds `text`, to be handed on."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
+    """A file in memory, without a name, that holds `text`: to be handed on."""
+    file = os.fdopen(os.memfd_create("trimtab"), "w+b")
     file.write(text.encode("utf-8", "surrogatepass"))
-    file.flush()
     file.seek(0)
     return file
 

@@ -27,6 +27,8 @@ _NEW_USER, _NEW_MOUNTS, _NEW_PROCESSES, _NEW_NETWORK, _NEW_IPC, _NEW_NAME = (
 _READ_ONLY, _NO_SUID, _NO_DEVICES, _BIND, _RECURSIVE, _PRIVATE = 1, 2, 4, 4096, 16384, 1 << 18
 _AT_FDCWD, _AT_RECURSIVE, _DETACH = -100, 0x8000, 2
 
+_SCAFFOLD = "/sys"
+"""The new file tree is built on it, out of sight of everyone else: a directory that is always there, and not wanted."""
 WORK = "/work"
 """The one writable directory, where there is one."""
 
@@ -39,11 +41,12 @@ def readable_paths(packages: list[str]) -> list[str]:
     return [str(path) for path in dict.fromkeys(wanted) if path.exists()]
 
 
-def enter_namespaces(root: str, readable: list[str], *, file_mb: int) -> None:
+def enter_namespaces(readable: list[str], *, file_mb: int) -> None:
     """Moves this process to a world with no network, no other process and no files but `readable`, all read-only, and
-    an empty directory of `file_mb` megabytes. The next fork is that world's first process. `root` is an empty
-    directory to build it on. Raises OSError where the kernel does not allow it.
+    an empty directory of `file_mb` megabytes. The next fork is that world's first process. Raises OSError where the
+    kernel does not allow it.
     """
+    root = _SCAFFOLD
     if os.getuid() == 0 and not _exists(NOBODY):
         raise OSError(f"this root can not become user {NOBODY}, and limits on processes do not bind root")
     write_maps = _maps_writer()

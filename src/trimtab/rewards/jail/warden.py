@@ -61,7 +61,6 @@ def _behind_walls(spec: dict[str, Any], readable: list[str]) -> int:
                 return status
         elif layers.has_landlock():
             _report({"walls": "landlock"})
-            os.chdir(spec["root"])
             return _keep_watch(spec, "landlock", readable)
         else:
             _report({"why_not": "the kernel has no Landlock, or one older than version 3 (Linux 6.2)"})
@@ -70,7 +69,7 @@ def _behind_walls(spec: dict[str, Any], readable: list[str]) -> int:
 
 def _enter_namespaces(spec: dict[str, Any], readable: list[str]) -> int:
     try:
-        layers.enter_namespaces(spec["root"], readable, file_mb=spec["file_mb"])
+        layers.enter_namespaces(readable, file_mb=spec["file_mb"])
     except OSError as error:
         _report({"why_not": f"no namespaces: {error}"})
         return NO_WALLS
