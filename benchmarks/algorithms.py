@@ -70,6 +70,20 @@ def online(**settings: Any) -> dict[str, Any]:
     return {"train": common | settings}
 
 
+def dapo(**settings: Any) -> dict[str, Any]:
+    """DAPO, whose charge on length takes the place of the one on a missing end."""
+    rewards = [{"name": "model", "path": "$reward"}, {"name": "overlong", "max_tokens": 64, "buffer_tokens": 16}]
+    return online(
+        rewards=rewards,
+        shaping={},
+        advantage={"name": "grpo", "scale": "group"},
+        loss={"name": "ppo", "clip_low": 0.2, "clip_high": 0.28, "aggregation": "token_mean"},
+        dynamic_sampling={"max_rounds": 4},
+        skip_truncated=True,
+        **settings,
+    )
+
+
 def rejection_sampling(rounds: int) -> dict[str, Any]:
     """Rounds of: sample 8, keep the best of the better half of the prompts, imitate it."""
     stages: dict[str, Any] = {}
@@ -97,11 +111,12 @@ def rejection_sampling(rounds: int) -> dict[str, Any]:
 
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
-    "DPO": offline({"name": "dpo", "beta": 0.1}),
-    "IPO": offline({"name": "ipo", "beta": 0.1}),
-    "SimPO": offline({"name": "simpo", "beta": 2.0, "gamma": 1.0}),
+    # The chosen reply is imitated too (arXiv:2404.19733), which ORPO does by itself. ALONE shows why.
+    "DPO": offline({"name": "dpo", "beta": 0.1, "nll_coef": 1.0}),
+    "IPO": offline({"name": "ipo", "beta": 0.1, "nll_coef": 1.0}),
+    "SimPO": offline({"name": "simpo", "beta": 2.0, "gamma": 1.0, "nll_coef": 1.0}),
     "ORPO": offline({"name": "orpo", "odds_coef": 1.0}),
-    "KTO": offline({"name": "kto", "beta": 0.1}),
+    "KTO": offline({"name": "kto", "beta": 0.1, "nll_coef": 1.0}),
     "PPO": online(
         prompts_per_step=16,
         group_size=4,
@@ -119,18 +134,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         advantage={"name": "grpo", "scale": "none"},
         loss={"name": "ppo", "aggregation": "constant_length", "length": 64},
     ),
-    "DAPO": online(
-        rewards=[
-            {"name": "model", "path": "$reward"},
-            {"name": "overlong", "max_tokens": 64, "buffer_tokens": 16},
-        ],
-        shaping={},
-        advantage={"name": "grpo", "scale": "group"},
-        loss={"name": "ppo", "clip_low": 0.2, "clip_high": 0.28, "aggregation": "token_mean"},
-        kl={"name": "fixed", "coef": 0.0},
-        dynamic_sampling={"max_rounds": 4},
-        skip_truncated=True,
-    ),
+    "DAPO": dapo(),
     "RLOO": online(
         prompts_per_step=16,
         group_size=4,
@@ -143,6 +147,14 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     ),
     "rejection sampling": rejection_sampling(2),
 }
+ALONE = {
+    "DPO alone": offline({"name": "dpo", "beta": 0.1}),
+    "SimPO alone": offline({"name": "simpo", "beta": 2.0, "gamma": 1.0}),
+    "KTO alone": offline({"name": "kto", "beta": 0.1}),
+    "DAPO alone": dapo(kl={"name": "fixed", "coef": 0.0}),
+}
+"""Losses without the imitation of chosen replies, and DAPO without a KL, as in its paper; with the first seed only, and
+in neither table nor picture."""
 BEST_OF_N = "best of N"
 FAMILIES = {
     "circle": ("DPO", "IPO", "SimPO", "ORPO", "KTO"),
@@ -205,7 +217,7 @@ def train_and_test(name: str, out: Path, seed: int, variables: dict[str, str]) -
     if name == BEST_OF_N:
         used = run(choosing(), directory / "test", seed=seed, variables=variables)
         return {"name": name, "seed": seed} | chosen(directory / "test" / "test" / "replies.jsonl") | used
-    used = run(ALGORITHMS[name], directory / "train", seed=seed, variables=variables)
+    used = run((ALGORITHMS | ALONE)[name], directory / "train", seed=seed, variables=variables)
     run(evaluation(str(directory / "train" / "train" / "model")), directory / "test", seed=seed, variables=variables)
     found = json.loads((directory / "test" / "test" / "summary.json").read_text(encoding="utf-8"))
     gain = {end: found["gold_difference"][f"difference{end}"] for end in ("", "_low", "_high")}
@@ -335,17 +347,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "algorithms")
-    parser.add_argument("--only", nargs="+", choices=[*names, "arithmetic"], default=[*names, "arithmetic"])
+    parser.add_argument(
+        "--only", nargs="+", choices=[*names, *ALONE, "arithmetic"], default=[*names, *ALONE, "arithmetic"]
+    )
     parser.add_argument("--data", type=Path, default=DATA, help="where algorithms.json is written")
     options = parser.parse_args()
     out = options.out.resolve()
     with ThreadPoolExecutor(options.jobs) as pool:
         given = dict(zip(options.seeds, pool.map(lambda seed: start(out, seed), options.seeds), strict=True))
-        jobs = [(name, seed) for seed in options.seeds for name in options.only if name != "arithmetic"]
+        jobs = [(name, seed) for seed in options.seeds for name in options.only if name in names]
+        jobs += [(name, options.seeds[0]) for name in options.only if name in ALONE]
         running = [pool.submit(train_and_test, name, out, seed, given[seed]) for name, seed in jobs]
         sums = [pool.submit(arithmetic, out, seed) for seed in options.seeds if "arithmetic" in options.only]
         rows, answers = [f.result() for f in running], [f.result() for f in sums]
-    means = [over_seeds(each) for name in options.only if (each := [r for r in rows if r["name"] == name])]
+    means = [over_seeds(each) for name in names if (each := [r for r in rows if r["name"] == name])]
     result = {"runs": rows, "over_seeds": means, "arithmetic": answers}
     options.data.mkdir(parents=True, exist_ok=True)
     (options.data / "algorithms.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
