@@ -175,6 +175,27 @@ def test_ten_pairs_with_the_keyboard_alone(browser, start: Start):
     assert ann.elsewhere == []
 
 
+def test_every_answer_can_be_clicked(browser, start: Start):
+    server = start({"task": {"scale": 4}})
+    ann = Person(browser, server)
+    ann.join(server.links[1], "Ann")
+    ann.begin()
+    for button in ("[value='4']", "[value=tie]", "[value=both_bad]", "[value=cannot_judge]"):
+        before = ann.token()
+        ann.page.click(f"#task button{button}")
+        ann.page.wait_for_selector(f"#task:not([action='{before}'])")
+    before = ann.token()
+    ann.page.click("text=Skip >> nth=0")
+    ann.page.click("[data-skip=upsetting]")
+    ann.page.wait_for_selector(f"#task:not([action='{before}'])")
+    ann.page.click("text=Undo")
+    ann.page.wait_for_selector("#task[action]")
+    said = [(c.answer.choice, c.answer.strength) for c in votes(server)]
+    assert said[0][1] == 2
+    assert [choice for choice, _ in said[1:]] == ["tie", "both_bad", "cannot_judge"]
+    assert ann.wrong == []
+
+
 def test_a_reason_a_skip_and_an_undo_by_keyboard(browser, start: Start):
     server = start()
     ann = Person(browser, server)

@@ -113,7 +113,8 @@
     else if (button.dataset.ranking === "back") takeBack();
     else if (button.dataset.mark) mark(button.dataset.mark);
     else if (button.dataset.move) move(Number(button.dataset.move));
-    if (button.matches("[data-key]") && event.detail !== 0) button.blur(); // keys go to the page, not to the button
+    // Keys go to the page again, not to the button. What sends the form keeps the focus: htmx asks it for its value.
+    if (button.matches("[type=button][data-key]") && event.detail !== 0) button.blur();
   });
 
   // --- sending: nothing is lost without a network, nothing is stored twice ---
