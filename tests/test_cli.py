@@ -205,3 +205,16 @@ def test_report_refuses_what_is_no_run(tmp_path: Path):
     result = invoke("report", tmp_path)
     assert result.exit_code == 2
     assert isinstance(cli.main, click.Group)
+
+
+@pytest.mark.parametrize("command", [["chat", "--model", "x"], ["quickstart", "--out", "out"]])
+def test_without_torch_a_command_that_trains_says_what_to_install(command: list[str], tmp_path: Path):
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import trimtab.cli; trimtab.cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "pip install 'trimtab[train]'" in done.stderr
+    assert "Traceback" not in done.stderr

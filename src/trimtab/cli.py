@@ -22,12 +22,18 @@ STAGES = {
     "sft": ("trimtab.stages.sft", "Teach a model to reply, from demonstrations."),
     "compare": ("trimtab.stages.compare", "Sample replies and have a world's annotators compare them."),
     "reward": ("trimtab.stages.reward", "Train a reward model on preference pairs."),
-    "preference": ("trimtab.stages.preference", "Train a policy on preferences without a reward model: DPO and its family."),
+    "preference": (
+        "trimtab.stages.preference",
+        "Train a policy on preferences without a reward model: DPO and its family.",
+    ),
     "online": ("trimtab.stages.online", "Train a policy against a reward, with PPO."),
     "select": ("trimtab.stages.select", "Sample many replies and keep the best: best-of-N, rejection sampling, pairs."),
     "evaluate": ("trimtab.stages.evaluate", "Measure a policy against a baseline, with intervals."),
 }
 """Each stage command: the module with its `Settings` and `run`, and its line of help."""
+
+
+_TRAINING = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "peft")
 
 
 class _Commands(click.Group):
@@ -38,6 +44,16 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except TrimtabError as error:
             click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except ModuleNotFoundError as missing:
+            if missing.name not in _TRAINING:
+                raise
+            install = TrimtabError(
+                f"{missing.name} is not installed",
+                where="this command trains or runs a model",
+                fix="pip install 'trimtab[train]'",
+            )
+            click.echo(f"error: {install}", err=True)
             ctx.exit(2)
         except Interrupted as stop:
             click.echo(f"{stop}\nto go on: {_same_command()}", err=True)
