@@ -84,7 +84,7 @@ class Loaded(Generic[Record]):
 def load(
     kind: type[Record], source: str | Path, *, on_bad_row: Literal["stop", "drop"] = "stop", limit: int | None = None
 ) -> Loaded[Record]:
-    """The records of a source (`sources.read_rows`, "world:…" or "feedback:…"), whatever layout of those in `LAYOUTS` it has.
+    """The records of a source (`sources.read_rows`, "world:…" or "feedback:…"), in whatever layout of `LAYOUTS` it has.
 
     With "stop" the first bad row raises DataError that counts all of them by mistake; with "drop" they are left out
     and counted. `limit` reads only the first so many rows. Raises DataError for a source that cannot be read, a layout

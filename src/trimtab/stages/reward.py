@@ -138,7 +138,9 @@ def start_reward_model(settings: Settings, chat: Chat) -> tuple[ScalarModel, str
     head_seed = seeds.derive(settings.seed, "reward head")
     base = base_of(settings.model)
     if settings.adapter is None:
-        return ScalarModel(load_scalar(settings.model, head_seed=head_seed), pad_id=chat.pad_id, gives="scores"), settings.model
+        return ScalarModel(
+            load_scalar(settings.model, head_seed=head_seed), pad_id=chat.pad_id, gives="scores"
+        ), settings.model
     model = load_scalar(base or settings.model, head_seed=head_seed)
     if base is None:
         add_adapter(model, "reward", settings.adapter, seed=seeds.derive(settings.seed, "adapter", "reward"))

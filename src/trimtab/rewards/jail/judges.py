@@ -10,6 +10,7 @@ import json
 import os
 import re
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,16 +18,20 @@ from typing import Any
 
 def main() -> None:
     """Answers requests until the input ends."""
-    memory_mb = int(sys.argv[1])
+    memory_mb, seconds = int(sys.argv[1]), float(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # a library that prints does not speak in our name
     for line in sys.stdin:
         kind, *arguments = json.loads(line)
+        # Processor time: a busy machine judges as an idle one. Nothing handles the signal: it ends this process,
+        # deep in a library or not.
+        signal.setitimer(signal.ITIMER_PROF, 0 if kind == "load" else seconds)
         try:
             answer: dict[str, Any] = {"value": JUDGES[kind](*arguments)}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+        signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
