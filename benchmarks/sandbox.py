@@ -60,14 +60,13 @@ def measure(seconds):
     for wall in module.WALLS:
         try:
             sandbox = module.Sandbox(limits, walls=[wall])
+            unhurried = module.Sandbox(module.Limits(seconds=30), walls=[wall])
         except module.EngineError as error:
             rows.append({"walls": wall, "outcome": "not to be had on this machine", "why": error.problem})
             continue
         with tempfile.TemporaryDirectory() as home, socket.create_server(("127.0.0.1", 0)) as server:
             secret = Path(home) / "secret.txt"
             secret.write_text("the secret")
-            tempfile.tempdir = str(Path(home) / "temporary")
-            Path(tempfile.tempdir).mkdir()
             server.settimeout(0)
             places = {"secret": str(secret), "home": str(Path.home()), "owner": os.getpid()}
             places |= {"port": server.getsockname()[1], "file_mb": limits.file_mb}
@@ -82,13 +81,13 @@ def measure(seconds):
                     taken = time.perf_counter() - started
                     left = {
                         "processes": len(processes()),
-                        "files": len(list(Path(tempfile.tempdir).iterdir())),
+                        "files": len(list(Path(home).iterdir())) - 1,
                         "connections": connections(server),
-                        "secret_changed": secret.read_text() != "the secret" or len(list(Path(home).iterdir())) != 2,
+                        "secret_changed": not secret.exists() or secret.read_text() != "the secret",
                     }
                     achieved = exam.message if kind == "attack" and exam.message.startswith("AssertionError") else ""
                     false_verdicts = sum(exam.passed) if kind == "forgery" else 0
-                    honest = sandbox.examine(HONEST, ["assert answer() == 42"]).passed == (True,)
+                    honest = unhurried.examine(HONEST, ["assert answer() == 42"]).passed == (True,)
                     contained = honest and not (achieved or false_verdicts or any(left.values()) or exam.refused)
                     rows.append(
                         {
@@ -105,7 +104,6 @@ def measure(seconds):
                         }
                     )
                     print(f"{wall:10} {kind:7} {name:50} {rows[-1]['outcome']} in {taken:.2f} s", flush=True)
-            tempfile.tempdir = None
         pace[wall] = exams_per_second(module.Sandbox(module.Limits(), walls=[wall]), HONEST)
     return {"user": "root" if os.getuid() == 0 else "not root", "rows": rows, "exams_per_second": pace}
 

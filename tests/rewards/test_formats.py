@@ -30,7 +30,7 @@ def test_a_pattern_that_takes_for_ever_is_ended_and_the_next_reply_judged(rollou
     assert values[0] == values[2] == 1
     assert values[1] != values[1]
     assert "no judgement within 1 s" in caplog.text
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 120  # about two seconds; the rest is for a busy machine
 
 
 def test_a_pattern_that_is_none_is_refused():

@@ -46,7 +46,7 @@ class ExactAnswer:
     maths: bool = False
     """Compare what are not two plain numbers as mathematics, by math-verify (the extra "math"); else as texts."""
     seconds: float = 5.0
-    """Time for one comparison of mathematics; a reply that takes longer is not judged."""
+    """Processor time for one comparison of mathematics; a reply that takes longer is not judged."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
 

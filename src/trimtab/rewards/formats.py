@@ -32,7 +32,7 @@ class Regex:
     match: Literal["full", "search"] = "full"
     """Whether it has to match the whole reply or may be found anywhere in it."""
     seconds: float = 1.0
-    """Time for one reply; some patterns take for ever on some texts, and such a reply is not judged."""
+    """Processor time for one reply; some patterns take for ever on some texts; such a reply is not judged."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
@@ -112,7 +112,7 @@ class JsonSchema:
     find: Literal["whole", "fenced"] = "whole"
     """Whether the whole reply is the JSON, or its last block between lines of ```."""
     seconds: float = 1.0
-    """Time for one reply; a reply that takes longer is not judged."""
+    """Processor time for one reply; a reply that takes longer is not judged."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
 

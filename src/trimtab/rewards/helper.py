@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 _START = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); from jail.judges import main; main()"
-_LOADING_SECONDS = 60.0
+_LOADING_SECONDS = 120.0
 """For the libraries of a new process: sympy alone takes a second or two, more on a busy machine."""
+
+_PATIENCE = 20.0
+"""How many times longer than its processor time a judgement may take by the clock: it may wait for a processor."""
 
 
 class Helper:
     """One process that judges texts. Not for several threads at once."""
 
     def __init__(self, *, seconds: float, memory_mb: int = 2048) -> None:
-        """`seconds` are for one judgement."""
+        """`seconds` of processor time are for one judgement."""
         self.seconds = seconds
         self.memory_mb = memory_mb
         self._process: subprocess.Popen[bytes] | None = None
@@ -33,7 +36,7 @@ class Helper:
         if self._process is None:
             self._process = self._start()
             self._exchange(self._process, ["load", kind], _LOADING_SECONDS)
-        answer = self._exchange(self._process, [kind, *arguments], self.seconds)
+        answer = self._exchange(self._process, [kind, *arguments], _PATIENCE * (self.seconds + 1))
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer["value"]
@@ -46,7 +49,7 @@ class Helper:
 
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _START, str(self.memory_mb)],
+            [sys.executable, "-I", "-c", _START, str(self.memory_mb), str(self.seconds)],
             stdin=subprocess.PIPE,  # closed when this process ends, however it ends
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -63,7 +66,7 @@ class Helper:
             answer: dict[str, Any] = json.loads(_read_line(process, seconds))
         except (TimeoutError, BrokenPipeError) as error:
             self.close()
-            raise TimeoutError(f"no judgement within {seconds:g} s and {self.memory_mb} MB") from error
+            raise TimeoutError(f"no judgement within {self.seconds:g} s and {self.memory_mb} MB") from error
         return answer
 
 
