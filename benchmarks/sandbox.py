@@ -151,6 +151,7 @@ def main():
     if os.getuid() == 0 and Path(options.python).exists():
         runs.append(as_nobody(options.seconds, options.python))
     machine = {"kernel": platform.release(), "python": platform.python_version(), "cores": os.cpu_count()}
+    machine["load"] = round(os.getloadavg()[1], 1)  # of others too: the times and rates are to be read with it
     rows = [row for run in runs for row in run["rows"]]
     tally = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in {row["outcome"] for row in rows}}
     OUT.parent.mkdir(parents=True, exist_ok=True)

@@ -212,7 +212,11 @@ def delete_person(store: Store, person_id: int, *, actor: int | None = None) -> 
     the log's hashes of the deleted words stay too, and tell nothing.
     """
     with store.write() as connection:
-        by_id(connection, person_id)
+        person = by_id(connection, person_id)
+        leases = t.leases.update().where(t.leases.c.person_id == person_id)
+        give_back(connection, leases.where(t.leases.c.state == "open"), "expired")
+        if person.state == "banned":  # the answers hold no places, and being deleted must not give them any
+            connection.execute(leases.where(t.leases.c.state == "done").values(state="expired"))
         mine = sa.select(t.votes.c.id).where(t.votes.c.person_id == person_id)
         connection.execute(t.writings.delete().where(t.writings.c.vote_id.in_(mine)))
         connection.execute(t.sessions.delete().where(t.sessions.c.person_id == person_id))
