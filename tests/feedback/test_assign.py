@@ -20,7 +20,7 @@ from trimtab.errors import DataError
 from trimtab.feedback import items, people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer
-from trimtab.feedback.assign import choose, shown_order
+from trimtab.feedback.assign import choose, next_lease, shown_order
 from trimtab.feedback.ballots import reopen, save_draft, undo, vote
 from trimtab.feedback.items import apply_settings, policy_score
 from trimtab.feedback.project import Project
@@ -116,6 +116,25 @@ TestCrowd = Crowd.TestCase
 TestCrowd.settings = settings(
     max_examples=6, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+def test_a_ban_between_a_request_and_its_answer_stops_the_answer(make: Make):
+    store = make({})
+    add(store, 2)
+    ann = person(store, "Ann")
+    answer_next(store, ann)
+    held = lease(store, ann)
+    people.set_state(store, ann.id, "banned")  # ann, as the server read her before, is still active
+    for act in (
+        lambda: vote(store, ann, held.token, Answer(choice="A", strength=1)),
+        lambda: undo(store, ann),
+        lambda: reopen(store, ann, 1),
+    ):
+        with pytest.raises(DataError, match="no longer take part"):
+            act()
+    with store.write() as connection:
+        assert next_lease(store, connection, ann) is None
+    assert verify(store) == []
 
 
 def test_a_pair_is_shown_either_way_round_equally_often():

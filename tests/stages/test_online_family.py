@@ -25,6 +25,7 @@ from trimtab.math.correction import SamplerCorrection
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.runs.run import Run
+from trimtab.stages import online, online_watch
 from trimtab.stages.online import kl_to_pay
 from trimtab.stages.online_parts import build_parts
 from trimtab.stages.online_sampling import draw, rollout_trees, shape
@@ -269,6 +270,51 @@ def test_a_truncated_sampler_is_weighed_back_to_the_policy(parts_of, base):
     torch.testing.assert_close(weights, mass, rtol=1e-4, atol=1e-5)
     assert metrics["rollout/ratio_mean"].value == pytest.approx(float(mass.mean()), rel=1e-4)
     assert metrics["rollout/ratio_mean"].value < 1
+
+
+# ---- a single update: the sampler has said what the old policy gave ------------------------------------------------
+
+
+def test_a_single_update_does_not_score_the_policy_again(tmp_path, base, monkeypatch):
+    """From the second step on only the reference is asked, and the model is the one that scoring first would give."""
+    asked = []
+    score = online.token_logprobs_of
+    monkeypatch.setattr(online, "token_logprobs_of", lambda *args: asked.append(1) or score(*args))
+    settings = family(base, kl_in="loss", kl={"name": "fixed", "coef": 0.04}, num_steps=3)
+    out = run_stage("online", tmp_path / "short", **settings)
+    assert len(asked) == 2 + 1 + 1
+    assert all(row["rollout/logprob_difference"] == row["policy/log_ratio_max"] < 1e-4 for row in rows(out)[1:])
+    monkeypatch.setattr(Settings, "scores_old_policy", lambda *_: True)
+    long = run_stage("online", tmp_path / "long", **settings)
+    assert len(asked) == 4 + 6
+    expected = load_file(long / "model" / "model.safetensors")
+    for name, weight in load_file(out / "model" / "model.safetensors").items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changed", [{"num_epochs": 2}, {"num_minibatches": 2}, {"precision": "bfloat16"}])
+def test_more_updates_or_another_precision_score_every_step(base, changed):
+    settings = config.resolve(Settings, family(base, **changed), where="the test")
+    assert all(settings.scores_old_policy(number) for number in range(3))
+
+
+def test_a_sampler_gone_stale_is_found_by_the_update(tmp_path, base, monkeypatch):
+    told = online_watch.sampled_logprobs
+    since = []
+
+    def stale(rollouts):
+        return told(rollouts) - 0.5 * len(since)
+
+    monkeypatch.setattr(online_watch, "sampled_logprobs", stale)
+    monkeypatch.setattr(online, "sampled_logprobs", stale)
+    update = online.update_epochs
+    monkeypatch.setattr(online, "update_epochs", lambda *args: (update(*args), since.append(1))[0])
+    run_file = write_run_file(tmp_path / "run.toml", family(base))
+    result = trimtab("online", run_file, "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "disagree by 0.5 nats" in result.output
+    assert "step 2, in its only update" in result.output
+    assert len(rows(tmp_path / "run")) == 1
 
 
 # ---- the step of each algorithm ------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Row
 
 from trimtab import seeds
 from trimtab.feedback import tables as t
-from trimtab.feedback.people import Person, give_back
+from trimtab.feedback.people import Person, by_id, give_back
 from trimtab.feedback.store import Store, append_audit
 
 _BLOCK = 8
@@ -60,6 +60,7 @@ def next_lease(store: Store, connection: Connection, person: Person) -> Lease | 
     again, or one that still needs answers.
     """
     settings, now = store.project.settings, store.now()
+    person = by_id(connection, person.id)  # who may have been banned since the request was let in
     reclaim(store, connection)
     open_one = connection.execute(
         sa.select(t.leases)

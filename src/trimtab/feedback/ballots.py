@@ -13,7 +13,7 @@ from trimtab.errors import DataError
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import TAXONOMY, Answer, agrees, check, restored
 from trimtab.feedback.assign import Lease, lease_of
-from trimtab.feedback.people import Person
+from trimtab.feedback.people import Person, by_id
 from trimtab.feedback.store import Store, append_audit, guideline, row_digest, writing_digest
 from trimtab.feedback.webhooks import notify
 
@@ -52,6 +52,7 @@ def vote(store: Store, person: Person, token: str, answer: Answer, *, measured: 
         known = connection.execute(sa.select(t.votes.c.id, t.votes.c.person_id).where(t.votes.c.key == token)).first()
         if known is not None and known.person_id == person.id:
             return Receipt(known.id, duplicate=True)
+        _still_takes_part(connection, person)
         found = connection.execute(
             sa.select(t.leases).where(t.leases.c.token == token, t.leases.c.person_id == person.id)
         ).first()
@@ -108,6 +109,7 @@ def save_draft(store: Store, person: Person, token: str, draft: Mapping[str, Any
 def undo(store: Store, person: Person) -> Lease:
     """Takes back the person's last answer and gives its task back to them. Raises DataError where that cannot be."""
     with store.write() as connection:
+        _still_takes_part(connection, person)
         mine = sa.select(t.votes).where(t.votes.c.person_id == person.id, t.votes.c.purpose != "adjudication")
         recent = connection.execute(mine.order_by(t.votes.c.id.desc()).limit(2 * MAX_UNDO)).all()
         for row in recent:
@@ -120,6 +122,7 @@ def undo(store: Store, person: Person) -> Lease:
 def reopen(store: Store, person: Person, vote_id: int) -> Lease:
     """Opens one's own answer to change it; it stands until the new one is given. Raises DataError as `undo` does."""
     with store.write() as connection:
+        _still_takes_part(connection, person)
         row = connection.execute(
             sa.select(t.votes).where(t.votes.c.id == vote_id, t.votes.c.person_id == person.id)
         ).first()
@@ -272,6 +275,12 @@ def _reopen(store: Store, connection: Connection, person: Person, row: Row[Any],
 def draft_of(answer: Answer) -> dict[str, Any]:
     """An answer as the draft that a page begins with."""
     return {k: v for k, v in asdict(answer).items() if v not in (None, "", (), {}) and k != "seconds"}
+
+
+def _still_takes_part(connection: Connection, person: Person) -> None:
+    """A request may have been let in just before its sender was banned."""
+    if by_id(connection, person.id).state in ("banned", "deleted"):
+        raise DataError("you no longer take part in this project", where="your answers", fix="ask who invited you")
 
 
 def _take_place_again(connection: Connection, lease: Lease) -> None:

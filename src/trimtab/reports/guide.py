@@ -106,6 +106,12 @@ _MEANINGS: tuple[tuple[str, str, str, str], ...] = (
         "Where that of the chosen replies falls, probability goes to replies nobody judged.",
     ),
     (r"policy/(validation_)?baseline", "Baseline", "nats", "What good and bad replies are measured from."),
+    (
+        r"policy/log_ratio_max",
+        "Largest log-ratio",
+        "nats",
+        "Of one token, between the policy in an update and the one that sampled. In a single update: rounding only.",
+    ),
     (r"policy/.*", "", "", "Of the policy update."),
     (r"critic/loss", "Critic loss", "reward²", "Error of predicted returns. Should fall, then follow their scale."),
     (

@@ -25,7 +25,14 @@ from trimtab.runs.run import Run
 from trimtab.stages.online_parts import Parts, PolicyBatch, build_parts
 from trimtab.stages.online_sampling import draw, rollout_trees, shape
 from trimtab.stages.online_settings import Settings
-from trimtab.stages.online_watch import Clock, rollout_metrics, rollout_rows, value_metrics
+from trimtab.stages.online_watch import (
+    Clock,
+    require_agreement,
+    rollout_metrics,
+    rollout_rows,
+    sampled_logprobs,
+    value_metrics,
+)
 from trimtab.stages.supervised import last_metrics
 
 __all__ = ["Settings", "run", "train_step"]
@@ -63,7 +70,8 @@ def train_step(number: int, parts: Parts, run: Run) -> Metrics:
 
     trees = rollout_trees([group.rollouts for group in drawn.groups])
     budget = settings.token_budget
-    old_logprobs = token_logprobs_of(parts.policy, trees, budget)  # [M]
+    scored = settings.scores_old_policy(number)
+    old_logprobs = token_logprobs_of(parts.policy, trees, budget) if scored else sampled_logprobs(drawn.rollouts)  # [M]
     ref_logprobs = token_logprobs_of(parts.reference, trees, budget)
     values = torch.full_like(old_logprobs, torch.nan)
     if parts.critic is not None:
@@ -90,6 +98,9 @@ def train_step(number: int, parts: Parts, run: Run) -> Metrics:
         returns=values + advantages,
     )
     updates = update_epochs(number, batch.keep(drawn.finished) if settings.skip_truncated else batch, parts)
+    if not scored and (moved := updates.get("policy/log_ratio_max")):
+        require_agreement(moved.value, settings, f"step {number + 1}, in its only update")
+        metrics["rollout/logprob_difference"] = moved
     clock.lap("update")
 
     sequence_kl = sum_per_sequence(k1(log_ratio), trees.sequence_ids, trees.num_sequences)  # [B]

@@ -204,3 +204,14 @@ class Settings:
         for name in ("prompts_per_step", "group_size", "num_steps", "num_epochs", "num_minibatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
+
+    def scores_old_policy(self, number: int) -> bool:
+        """Whether this step scores its rollouts with the policy before it learns from them.
+
+        A single update sees the policy that sampled, and the sampler has said what it gave each token; the update
+        itself then shows whether the two agree. The first step is scored all the same, so that a sampler that is not
+        the policy is refused before anything is trained.
+        """
+        single = self.num_epochs * self.num_minibatches == 1
+        same = self.precision == "float32" and self.correction is None and not self.sampling.truncates
+        return number == 0 or not (single and same)

@@ -27,22 +27,10 @@ def rollout_metrics(
     rollouts: Sequence[Rollout], old_logprobs: Tensor, sequence_ids: Tensor, settings: Settings, number: int
 ) -> tuple[Tensor, Metrics]:
     """[M] what each token's loss is multiplied by, and lengths, ends and diversity of rollouts, with how far the
-    sampler's log-probabilities are from the scorer's.
-
-    Without a correction a difference above MAX_LOGPROB_DIFFERENCE raises EngineError, on the first step and on every
-    other: training on it would be off-policy without anyone knowing, and a copy of the weights may go stale at any
-    step. Under top-p or top-k the two are different distributions, and only the metric is kept.
-    """
-    sampled = torch.tensor([x for r in rollouts for x in r.logprobs])
+    sampler's log-probabilities are from the scorer's (see `require_agreement`)."""
+    sampled = sampled_logprobs(rollouts)
     difference = float((sampled - old_logprobs).abs().max())
-    bound = MAX_LOGPROB_DIFFERENCE[settings.precision]
-    if settings.correction is None and not settings.sampling.truncates and not difference <= bound:
-        raise EngineError(
-            f"sampler and policy disagree by {difference:.3g} nats on the same token (bound: {bound})",
-            where=f"step {number + 1}, before its updates",
-            fix="the sampler's weights, template or precision differ from the policy's; do not train on its samples, "
-            "or weigh them with [correction]",
-        )
+    require_agreement(difference, settings, f"step {number + 1}, before its updates")
     num = len(rollouts)
     correction = settings.correction or no_correction
     weights, corrected = correction(old_logprobs, sampled, sequence_ids, num)
@@ -53,6 +41,28 @@ def rollout_metrics(
         "rollout/logprob_difference": Peak(difference),
         **event_metrics(rollouts),
     }
+
+
+def sampled_logprobs(rollouts: Sequence[Rollout]) -> Tensor:
+    """[M] the sampler's log-probability of every token it drew."""
+    return torch.tensor([x for r in rollouts for x in r.logprobs])
+
+
+def require_agreement(difference: float, settings: Settings, where: str) -> None:
+    """Refuses a sampler that is not the policy.
+
+    Without a correction a difference above MAX_LOGPROB_DIFFERENCE raises EngineError, on the first step and on every
+    other: training on it would be off-policy without anyone knowing, and a copy of the weights may go stale at any
+    step. Under top-p or top-k the two are different distributions, and only the metric is kept.
+    """
+    bound = MAX_LOGPROB_DIFFERENCE[settings.precision]
+    if settings.correction is None and not settings.sampling.truncates and not difference <= bound:
+        raise EngineError(
+            f"sampler and policy disagree by {difference:.3g} nats on the same token (bound: {bound})",
+            where=where,
+            fix="the sampler's weights, template or precision differ from the policy's; do not train on its samples, "
+            "or weigh them with [correction]",
+        )
 
 
 def event_metrics(rollouts: Sequence[Rollout]) -> Metrics:

@@ -163,6 +163,7 @@ def test_metrics_count_tokens_and_only_what_was_clipped():
     # Schulman's (r - 1) - log r, for tokens drawn from the old policy
     expected = sum(r - 1 - math.log(r) for r in ratios.tolist()) / 6
     assert metrics["policy/approx_kl"].value == pytest.approx(expected, rel=1e-6)
+    assert metrics.pop("policy/log_ratio_max").value == pytest.approx(math.log(2))
     assert all(m.weight == 6 for m in metrics.values())
 
 
@@ -181,6 +182,7 @@ def test_no_tokens_give_a_loss_of_zero_that_can_be_differentiated():
     loss, metrics = PPO()(SimpleNamespace(logprobs=logprobs, entropy=None), batch)
     loss.backward()
     assert loss.item() == 0
+    assert metrics.pop("policy/log_ratio_max").value == 0
     assert all(m.weight == 0 for m in metrics.values())
 
 

@@ -12,7 +12,7 @@ from trimtab.math.kl import ESTIMATORS, MAX_LOG_RATIO, k3
 from trimtab.math.losses import PolicyBatch, ReferenceBatch, SequenceBatch, TokenOutputs
 from trimtab.math.losses.aggregation import Aggregation, means, num_terms, terms
 from trimtab.math.masking import at_least_float32, mean_per_sequence
-from trimtab.metrics import Metrics
+from trimtab.metrics import Metrics, Peak
 from trimtab.registry import register
 
 
@@ -124,9 +124,12 @@ class PolicyLoss:
                 "policy/approx_kl": k3(batch.old_logprobs - outputs.logprobs),
                 "policy/ratio_mean": probability_ratio(outputs.logprobs, batch.old_logprobs),
             }
+            moved = (outputs.logprobs - batch.old_logprobs).abs()
+            largest = float(moved.max()) if moved.numel() else 0.0
         if outputs.entropy is not None:
             logged["policy/entropy"] = outputs.entropy
-        return losses.sum(), means(logged, {"policy/loss": self.weight(batch)})
+        metrics = means(logged, {"policy/loss": self.weight(batch)})
+        return losses.sum(), metrics | {"policy/log_ratio_max": Peak(largest)}
 
 
 @register("policy_loss", "ppo")
