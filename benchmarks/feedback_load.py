@@ -3,10 +3,10 @@
     python benchmarks/feedback_load.py [--store postgresql://…] [--seconds 90]
 
 Each annotator asks for a task, thinks (two seconds on average), answers, and goes on. Where a request fails the same
-answer is sent again until the server acknowledges it. The server is killed with SIGKILL at random moments and started
-again on the same port. Afterwards the store is read: every acknowledged answer must be there exactly once,
-with the choice that was sent, nothing else may be there, no item may have more answers than its cap, and every hash of
-the audit log must fit. Writes docs/evidence/data/feedback_load.json.
+answer is sent again after one to three seconds, as the page does, until the server acknowledges it. The server is
+killed with SIGKILL at random moments and started again on the same port. Afterwards the store is read: every
+acknowledged answer must be there exactly once, with the choice that was sent, nothing else may be there, no item may
+have more answers than its cap, and every hash of the audit log must fit. Writes docs/evidence/data/feedback_load.json.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class Annotator:
                 response = await self.client.request(method, path, data=data)
             except httpx.HTTPError:
                 self.failures += 1
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(self.random.uniform(1, 3))
                 continue
             if response.status_code >= 500 or response.status_code == 429:
                 self.failures += 1
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(self.random.uniform(1, 3))
                 continue
             self.milliseconds.append(1000 * (time.perf_counter() - start))
             return response
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs/evidence/data/feedback_load.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        quiet = measure(Path(folder) / "quiet", options.store, options.annotators, options.seconds / 2, 0)
+        quiet = measure(Path(folder) / "quiet", options.store, options.annotators, options.seconds, 0)
         stormy = None
         if options.kills and not options.store:
             stormy = measure(Path(folder) / "storm", None, options.annotators, options.seconds, options.kills)

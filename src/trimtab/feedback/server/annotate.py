@@ -115,7 +115,7 @@ def task(request: Request, visit: SignedIn) -> Response:
     if store.project.settings.task.content_warning and not person.warned:
         return page(request, visit, "warning.html")
     with store.write(durable=False) as connection:
-        lease = next_lease(store, connection, people.by_id(connection, person.id))
+        lease = next_lease(store, connection, person)
     return _task_page(request, visit, lease)
 
 

@@ -104,7 +104,7 @@ def next_task(request: Request, person: Annotator) -> dict[str, Any]:
     """The task in hand or the next one, its replies in the order to show them; `task` is null for none."""
     store = store_of(request)
     with store.write(durable=False) as connection:
-        lease = next_lease(store, connection, people.by_id(connection, person.id))
+        lease = next_lease(store, connection, person)
         if lease is None:
             return {"task": None}
         item = connection.execute(sa.select(t.items).where(t.items.c.id == lease.item_id)).one()

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio.to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -26,6 +27,9 @@ from trimtab.feedback.webhooks import deliver_due
 CHORES_EVERY = 5.0
 """Seconds between rounds of deliveries and of taking back late leases."""
 
+THREADS = 4
+"""Requests at work at once. Python runs one at a time: more would only share its turns, and all end late."""
+
 
 def create_app(store: Store) -> FastAPI:
     """The web app of a store."""
@@ -33,6 +37,7 @@ def create_app(store: Store) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
         chores = asyncio.create_task(_chores(store))
         yield
         chores.cancel()

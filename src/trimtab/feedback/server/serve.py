@@ -33,6 +33,8 @@ def serve(
             where=f"{project}, server",
             fix="stop what uses it, or name another with --port",
         ) from error
+    # asyncio sets this only on sockets of its own making; without it a page waits 40 ms for its reader's kernel.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     imported = seed_items(store)
     if imported:
         show(", ".join(f"{num} {name.replace('_', ' ')}" for name, num in imported.items()))

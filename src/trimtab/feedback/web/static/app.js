@@ -145,13 +145,14 @@
     }
     tell("Not saved yet: no answer from the server. Trying again…");
     clearTimeout(waiting);
+    const wait = (0.5 + Math.random()) * (status === 429 ? 5 : 1) * TRY_AGAIN_AFTER; // not all pages at once
     waiting = setTimeout(
       () => {
         if (!form.isConnected) return;
         if (submitter && submitter.isConnected && submitter.form === form) form.requestSubmit(submitter);
         else form.requestSubmit();
       },
-      status === 429 ? 5 * TRY_AGAIN_AFTER : TRY_AGAIN_AFTER,
+      wait,
     );
   };
   for (const name of ["htmx:sendError", "htmx:timeout", "htmx:responseError"]) document.addEventListener(name, tryAgain);
