@@ -2,6 +2,7 @@
 # make quickstart the whole loop, from no model to its dossier, in runs/quickstart
 # make test       formatter, linter, type checker and tests
 # make evidence   the proofs that take minutes
+# make parity     the losses beside TRL's own, in an environment for each of its two releases
 # make bench      against TRL, in turns: needs PEER, PEER_PPO, BENCH and ROWS
 # make clean      removes .venv and caches; runs/ stays
 
@@ -12,7 +13,7 @@ INSTALLED := .venv/installed
 # Scripts that measure what the docs claim; `make evidence` runs each after the slow tests.
 EVIDENCE ?= benchmarks/spine.py
 
-.PHONY: install quickstart test evidence bench clean
+.PHONY: install quickstart test evidence parity bench clean
 
 install: $(INSTALLED)
 
@@ -37,6 +38,14 @@ test: install
 evidence: install
 	$(BIN)/pytest -m slow
 	@set -e; for script in $(EVIDENCE); do echo "$$script"; $(BIN)/python "$$script"; done
+
+# 1.12 is the last release with a PPO trainer. Tests that need the other release skip.
+parity:
+	@set -e; for trl in 1.16.0 1.12.0; do \
+	  $(PYTHON) -m venv .venv/trl-$$trl; \
+	  .venv/trl-$$trl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]" "trl==$$trl"; \
+	  .venv/trl-$$trl/bin/python -m pytest -m parity tests/parity; \
+	done
 
 # The peer's interpreters and scripts are yours to name; benchmarks/speed.py says how to make them.
 bench: install

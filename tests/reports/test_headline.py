@@ -115,6 +115,11 @@ def test_a_pipeline_that_has_only_begun_is_not_judged():
     assert "not enough" in verdict.title
 
 
+def test_a_reward_model_alone_is_not_called_a_change():
+    record = PipelineRecord(name="p", runs=(), summary={"reward_model": {"accuracy": 0.7}})
+    assert headline.pipeline_verdict(record).title == "No policy has been judged here yet."
+
+
 def test_a_healthy_run_raises_no_alarm():
     rows = online_metrics(100, leash=True)
     columns = {name.replace("/", "__"): [row[name] for row in rows] for name in rows[0] if name != "step"}

@@ -244,10 +244,13 @@ def pipeline_verdict(record: PipelineRecord) -> Verdict:
     if judge == "reward":
         return Verdict("neutral", "Only the reward model has judged this so far.", tuple(sentences))
     standing = _standing(difference, before, final, wins)
+    open_title = "No clear change is shown." if sentences else "There is not enough here to judge yet."
+    if sentences and difference is None and final is None and wins is None:
+        open_title = "No policy has been judged here yet."
     title = {
         "good": "Training made the model better.",
         "bad": "Training made the model worse.",
-    }.get(standing, "No clear change is shown." if sentences else "There is not enough here to judge yet.")
+    }.get(standing, open_title)
     return Verdict(standing, title, tuple(sentences))
 
 
