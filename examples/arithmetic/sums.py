@@ -3,6 +3,7 @@ parameters and two minutes."""
 
 from dataclasses import dataclass
 from random import Random
+from typing import ClassVar
 
 from trimtab.types import Message, Prompt
 from trimtab.worlds import Arithmetic
@@ -14,7 +15,10 @@ WORKED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Sums(Arithmetic):
-    """Replies and gold are those of `arithmetic`: a line for each step, then "#### " and the answer."""
+    """Replies and gold are those of `arithmetic`: a line for each step, then "#### " and the answer. More than half of
+    the replies have a slip, so that imitation stays below 40%."""
+
+    slips: ClassVar[float] = 0.55
 
     def draw_prompt(self, rng: Random) -> Prompt:
         """Such as "Emma counts eggs: 7 - 3 + 9."; nothing goes below zero."""

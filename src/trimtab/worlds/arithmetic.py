@@ -34,6 +34,8 @@ class Arithmetic(World):
     """Which levels are drawn, each as often."""
 
     name: ClassVar[str] = "arithmetic"
+    slips: ClassVar[float] = 0.3
+    """Share of written replies with a slip in a step."""
     biases: ClassVar[Mapping[str, float]] = {"length": 0.08}
 
     def __post_init__(self) -> None:
@@ -48,10 +50,10 @@ class Arithmetic(World):
         return Prompt(messages=(Message("user", text),), facts=facts)
 
     def write_reply(self, prompt: Prompt, rng: Random) -> str:
-        """The working, one step a line, then the answer; a slip in three of ten, the form forgotten in one of ten."""
+        """The working, one step a line, then the answer; some have a slip, one in ten forgets the form."""
         numbers, operators = prompt.facts["numbers"], prompt.facts["operators"]
         before, lines = numbers[0], []
-        slips_at = rng.randrange(len(operators)) if rng.random() < 0.3 else None
+        slips_at = rng.randrange(len(operators)) if rng.random() < self.slips else None
         for i, (operator, number) in enumerate(zip(operators, numbers[1:], strict=True)):
             after = _apply(before, operator, number) + (rng.choice((-10, -2, -1, 1, 2, 10)) if i == slips_at else 0)
             lines.append(f"{before} {operator} {number} = {after}")
