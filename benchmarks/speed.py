@@ -181,12 +181,12 @@ def products_of(stage: str, model: Path, lengths: list[tuple[int, int, int]], op
             both = padded * 6 * blocks, real * 6 * blocks
         else:  # forward and backward of the policy, forward of the reference
             both = padded * 8 * (blocks + head), real * 8 * blocks + trained * 10 * head
-    elif stage == "grpo":  # policy forward and backward and the reference; we score the old policy too
+    elif stage == "grpo":  # policy forward and backward and the reference
         gen, group = options["gen"], options["group"]
         used = lengths[: options["steps"] * options["batch"] // group]
         padded = sum(group * (p + gen) for p, _, _ in used)
         real, trained = sum(p + group * gen for p, _, _ in used), len(used) * group * gen
-        both = padded * 8 * blocks + trained * 8 * head, real * 10 * blocks + trained * 12 * head
+        both = padded * 8 * blocks + trained * 8 * head, real * 8 * blocks + trained * 10 * head
     else:
         gen, epochs = options["gen"], 4
         steps = [lengths[i : i + options["batch"]] for i in range(0, len(lengths), options["batch"])]
