@@ -2,10 +2,10 @@
 
     python benchmarks/feedback_newcomer.py [--pip-argument=--find-links=wheels]
 
-Makes an empty virtual environment and an empty folder. In them: `pip install 'trimtab[feedback]'` (of this checkout) and
-`trimtab feedback serve`; the annotator's link is opened, a name given, the guideline read and the first pair judged,
-over HTTP. Then the help desk's simulated annotators answer the rest, and `trimtab run reward.toml` (with this checkout's
-interpreter, which has torch) trains the reward model. Writes docs/evidence/data/feedback_newcomer.json.
+Makes an empty virtual environment and an empty folder. In them: `pip install 'trimtab[feedback]'` (of this checkout)
+and `trimtab feedback serve`; the annotator's link is opened, a name given, the guideline read and the first pair
+judged, over HTTP. Then the help desk's simulated annotators answer the rest, and `trimtab run reward.toml` (with this
+checkout's interpreter, which has torch) trains the reward model. Writes docs/evidence/data/feedback_newcomer.json.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def first_vote(link: str) -> int:
         assert task, "no task was given"
         text = send(f"/task/{task[1]}", position="1")
         following = re.search(r'action="/task/([^"]+)"', text)
-        assert following and following[1] != task[1], "the first answer was not taken"
+        assert following, "no second task was given"
+        assert following[1] != task[1], "the first answer was not taken"
     return pages
 
 

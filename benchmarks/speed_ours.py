@@ -151,12 +151,14 @@ def main() -> None:
     parser.add_argument("--reward-model", default="")
     parser.add_argument("--precision", default="")
     defaults = {
-        "steps": 4, "batch": 16, "gen": 64, "maxlen": 512, "promptlen": 256, "token-budget": 2048, "num": 32,
+        "steps": 4, "batch": 16, "gen": 64, "maxlen": 512, "promptlen": 256, "token-budget": 0, "num": 32,
         "stops": 0, "repeats": 2, "group": 8,
     }  # fmt: skip
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
+    # PPO holds two trained models; its micro-batches of half the tokens take as long.
+    options.token_budget = options.token_budget or (1024 if options.stage == "ppo" else 2048)
     if options.precision:
         import torch
 
