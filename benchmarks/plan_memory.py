@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,8 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), help=", ".join(WORKLOADS))
     parser.add_argument("--data", type=Path, default=DATA / "plan.json")
     o = parser.parse_args()
+    o.rows, o.models, o.data = o.rows.resolve(), o.models.resolve(), o.data.resolve()
+    os.chdir(ROOT / "benchmarks")  # where GRPO's reward function is
     found = json.loads(o.data.read_text(encoding="utf-8")) if o.data.exists() else {}
     model = o.models.resolve() / "30m"
     with tempfile.TemporaryDirectory() as scratch:
