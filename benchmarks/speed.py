@@ -362,9 +362,13 @@ def picture(results: dict[str, dict[str, Any]]) -> Any:
             [(b, n) for n in names if (b := bound(results[n]))],
             {"symbol": "line-ns-open", "size": 18, "color": "#555", "line": {"width": 2}},
         ),
-        "the floor set beforehand, at the same precision": (
-            [(WORKLOADS[results[n]["workload"]].floor_same, n) for n in names],
+        "the floor against defaults": (
+            [(WORKLOADS[results[n]["workload"]].floor, n) for n in names],
             {"symbol": "triangle-right", "size": 11, "color": "#d62728"},
+        ),
+        "the floor at the same precision": (
+            [(WORKLOADS[results[n]["workload"]].floor_same, n) for n in names],
+            {"symbol": "triangle-right-open", "size": 11, "color": "#d62728"},
         ),
     }
     for label, (points, marker) in marks.items():

@@ -20,7 +20,7 @@ from trimtab.errors import DataError
 from trimtab.feedback import items, people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer
-from trimtab.feedback.assign import choose, next_lease, shown_order
+from trimtab.feedback.assign import choose, eligible, next_lease, num_eligible, shown_order
 from trimtab.feedback.ballots import reopen, save_draft, undo, vote
 from trimtab.feedback.items import apply_settings, policy_score
 from trimtab.feedback.project import Project
@@ -104,6 +104,10 @@ class Crowd(RuleBasedStateMachine):
             casts = list(cast_votes(connection))
             places = connection.execute(sa.select(t.queue.c.taken, t.queue.c.cap)).all()
             stored = set(connection.execute(sa.select(t.votes.c.id)).scalars())
+            for one in self.people:  # the short way of counting is the long one
+                assert num_eligible(self.store, connection, one) == len(
+                    connection.execute(eligible(self.store, one)).all()
+                )
         assert set(self.acknowledged.values()) <= stored
         assert len({(c.item_id, c.person_id) for c in casts}) == len(casts)
         if not self.unbanned:

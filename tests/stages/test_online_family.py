@@ -25,7 +25,7 @@ from trimtab.math.correction import SamplerCorrection
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.runs.run import Run
-from trimtab.stages import online, online_watch
+from trimtab.stages import online
 from trimtab.stages.online import kl_to_pay
 from trimtab.stages.online_parts import build_parts
 from trimtab.stages.online_sampling import draw, rollout_trees, shape
@@ -262,7 +262,7 @@ def test_a_truncated_sampler_is_weighed_back_to_the_policy(parts_of, base):
     trees = rollout_trees([g.rollouts for g in drawn.groups])
     with torch.no_grad():
         old = parts.policy(trees).logprobs
-    weights, metrics = rollout_metrics(drawn.rollouts, old, trees.sequence_ids, parts.settings, 0)
+    weights, metrics = rollout_metrics(drawn.rollouts, old, trees.sequence_ids, parts.settings)
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     with torch.no_grad():
         probs = model(**padded(drawn.rollouts)).logits.softmax(-1)
@@ -292,21 +292,26 @@ def test_a_single_update_does_not_score_the_policy_again(tmp_path, base, monkeyp
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("changed", [{"num_epochs": 2}, {"num_minibatches": 2}, {"precision": "bfloat16"}])
-def test_more_updates_or_another_precision_score_every_step(base, changed):
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"num_epochs": 2},
+        {"num_minibatches": 2},
+        {"precision": "bfloat16"},
+        {"sampling": {"top_k": 8}},
+        {"correction": {"kind": "truncate"}},
+        {"critic": {"warmup_steps": 3}},
+    ],
+)
+def test_more_updates_or_another_distribution_score_every_step(base, changed):
     settings = config.resolve(Settings, family(base, **changed), where="the test")
     assert all(settings.scores_old_policy(number) for number in range(3))
 
 
 def test_a_sampler_gone_stale_is_found_by_the_update(tmp_path, base, monkeypatch):
-    told = online_watch.sampled_logprobs
+    told = online.sampled_logprobs
     since = []
-
-    def stale(rollouts):
-        return told(rollouts) - 0.5 * len(since)
-
-    monkeypatch.setattr(online_watch, "sampled_logprobs", stale)
-    monkeypatch.setattr(online, "sampled_logprobs", stale)
+    monkeypatch.setattr(online, "sampled_logprobs", lambda rollouts: told(rollouts) - 0.5 * len(since))
     update = online.update_epochs
     monkeypatch.setattr(online, "update_epochs", lambda *args: (update(*args), since.append(1))[0])
     run_file = write_run_file(tmp_path / "run.toml", family(base))

@@ -27,7 +27,7 @@ from trimtab.stages.online_sampling import draw, rollout_trees, shape
 from trimtab.stages.online_settings import Settings
 from trimtab.stages.online_watch import (
     Clock,
-    require_agreement,
+    checked_difference,
     rollout_metrics,
     rollout_rows,
     sampled_logprobs,
@@ -70,14 +70,18 @@ def train_step(number: int, parts: Parts, run: Run) -> Metrics:
 
     trees = rollout_trees([group.rollouts for group in drawn.groups])
     budget = settings.token_budget
-    scored = settings.scores_old_policy(number)
-    old_logprobs = token_logprobs_of(parts.policy, trees, budget) if scored else sampled_logprobs(drawn.rollouts)  # [M]
+    old_logprobs = sampled_logprobs(drawn.rollouts)  # [M]
+    agreement: Metrics = {}
+    if settings.scores_old_policy(number):
+        sampled, old_logprobs = old_logprobs, token_logprobs_of(parts.policy, trees, budget)
+        difference = float((sampled - old_logprobs).abs().max())
+        # Before anything is trained.
+        agreement = checked_difference(difference, settings, f"step {number + 1}, before its updates")
     ref_logprobs = token_logprobs_of(parts.reference, trees, budget)
     values = torch.full_like(old_logprobs, torch.nan)
     if parts.critic is not None:
         values = token_values_of(parts.critic, trees, budget)
-    # Before anything is trained: it refuses a sampler that is not the policy.
-    correction, metrics = rollout_metrics(drawn.rollouts, old_logprobs, trees.sequence_ids, settings, number)
+    correction, metrics = rollout_metrics(drawn.rollouts, old_logprobs, trees.sequence_ids, settings)
     clock.lap("logprobs")
 
     log_ratio = old_logprobs - ref_logprobs
@@ -98,13 +102,12 @@ def train_step(number: int, parts: Parts, run: Run) -> Metrics:
         returns=values + advantages,
     )
     updates = update_epochs(number, batch.keep(drawn.finished) if settings.skip_truncated else batch, parts)
-    if not scored and (moved := updates.get("policy/log_ratio_max")):
-        require_agreement(moved.value, settings, f"step {number + 1}, in its only update")
-        metrics["rollout/logprob_difference"] = moved
+    if not agreement and (moved := updates.get("policy/log_ratio_max")):
+        agreement = checked_difference(moved.value, settings, f"step {number + 1}, in its only update")
     clock.lap("update")
 
     sequence_kl = sum_per_sequence(k1(log_ratio), trees.sequence_ids, trees.num_sequences)  # [B]
-    metrics |= drawn.metrics | shaping | updates | clock.metrics()
+    metrics |= agreement | drawn.metrics | shaping | updates | clock.metrics()
     if parts.critic is not None:
         metrics |= value_metrics(values, batch.returns)
     metrics |= {

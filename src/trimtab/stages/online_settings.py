@@ -210,8 +210,8 @@ class Settings:
 
         A single update sees the policy that sampled, and the sampler has said what it gave each token; the update
         itself then shows whether the two agree. The first step is scored all the same, so that a sampler that is not
-        the policy is refused before anything is trained.
+        the policy is refused before anything is trained; and so are those in which only the critic learns.
         """
-        single = self.num_epochs * self.num_minibatches == 1
+        single = self.num_epochs * self.num_minibatches == 1 and number >= max(1, self.critic.warmup_steps)
         same = self.precision == "float32" and self.correction is None and not self.sampling.truncates
-        return number == 0 or not (single and same)
+        return not (single and same)

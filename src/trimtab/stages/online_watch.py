@@ -24,21 +24,16 @@ in float32, from which a scorer in bfloat16 is a few hundredths away."""
 
 
 def rollout_metrics(
-    rollouts: Sequence[Rollout], old_logprobs: Tensor, sequence_ids: Tensor, settings: Settings, number: int
+    rollouts: Sequence[Rollout], old_logprobs: Tensor, sequence_ids: Tensor, settings: Settings
 ) -> tuple[Tensor, Metrics]:
-    """[M] what each token's loss is multiplied by, and lengths, ends and diversity of rollouts, with how far the
-    sampler's log-probabilities are from the scorer's (see `require_agreement`)."""
-    sampled = sampled_logprobs(rollouts)
-    difference = float((sampled - old_logprobs).abs().max())
-    require_agreement(difference, settings, f"step {number + 1}, before its updates")
+    """[M] what each token's loss is multiplied by, and lengths, ends and diversity of rollouts."""
     num = len(rollouts)
     correction = settings.correction or no_correction
-    weights, corrected = correction(old_logprobs, sampled, sequence_ids, num)
+    weights, corrected = correction(old_logprobs, sampled_logprobs(rollouts), sequence_ids, num)
     return weights, corrected | {
         "rollout/length_mean": Mean(sum(len(r.response_ids) for r in rollouts), num),
         "rollout/truncated_fraction": Mean(sum(r.finish_reason == "length" for r in rollouts), num),
         "rollout/distinct_2": Mean(distinct_n([r.response for r in rollouts], 2), 1),
-        "rollout/logprob_difference": Peak(difference),
         **event_metrics(rollouts),
     }
 
@@ -48,8 +43,8 @@ def sampled_logprobs(rollouts: Sequence[Rollout]) -> Tensor:
     return torch.tensor([x for r in rollouts for x in r.logprobs])
 
 
-def require_agreement(difference: float, settings: Settings, where: str) -> None:
-    """Refuses a sampler that is not the policy.
+def checked_difference(difference: float, settings: Settings, where: str) -> Metrics:
+    """The largest difference of sampler and policy on one token as a metric; refuses a sampler that is not the policy.
 
     Without a correction a difference above MAX_LOGPROB_DIFFERENCE raises EngineError, on the first step and on every
     other: training on it would be off-policy without anyone knowing, and a copy of the weights may go stale at any
@@ -63,6 +58,7 @@ def require_agreement(difference: float, settings: Settings, where: str) -> None
             fix="the sampler's weights, template or precision differ from the policy's; do not train on its samples, "
             "or weigh them with [correction]",
         )
+    return {"rollout/logprob_difference": Peak(difference)}
 
 
 def event_metrics(rollouts: Sequence[Rollout]) -> Metrics:
