@@ -25,16 +25,16 @@ def example(M=7, D=5, V=11, dtype=torch.float64, seed=0):
     return hidden, weight, bias, torch.randint(0, V, (M,), generator=generator)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize("tile", [(1, 1), (3, 4), (7, 5), (2, 11), (100, 100)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_values_and_gradients_are_those_of_all_logits_at_once(chunk, with_bias):
+def test_values_and_gradients_are_those_of_all_logits_at_once(tile, with_bias):
     hidden, weight, bias, targets = example()
     leaves = [t.requires_grad_() for t in (hidden, weight, *([bias] if with_bias else []))]
     bias = bias if with_bias else None
     up_logprobs, up_entropy = torch.randn(2, 7, dtype=torch.float64)
 
     expected = gather_logprobs(hidden, weight, targets, bias=bias, temperature=0.7)
-    actual = token_logprobs(hidden, weight, targets, bias=bias, temperature=0.7, chunk=chunk, with_entropy=True)
+    actual = token_logprobs(hidden, weight, targets, bias=bias, temperature=0.7, tile=tile, with_entropy=True)
     torch.testing.assert_close(actual, expected)
 
     grads = [
@@ -50,7 +50,7 @@ def test_gradients_pass_gradcheck(with_entropy):
 
     def function(hidden, weight, bias):
         results = token_logprobs(
-            hidden, weight, targets, bias=bias, temperature=1.3, chunk=3, with_entropy=with_entropy
+            hidden, weight, targets, bias=bias, temperature=1.3, tile=(3, 2), with_entropy=with_entropy
         )
         return results if with_entropy else results[0]
 
@@ -89,7 +89,7 @@ def test_a_trained_head_on_frozen_hidden_states_gets_its_gradient():
     hidden, weight, _, targets = example()
     weight.requires_grad_()
     (expected,) = torch.autograd.grad(gather_logprobs(hidden, weight, targets)[0].sum(), weight)
-    (actual,) = torch.autograd.grad(token_logprobs(hidden, weight, targets, chunk=2)[0].sum(), weight)
+    (actual,) = torch.autograd.grad(token_logprobs(hidden, weight, targets, tile=(2, 3))[0].sum(), weight)
     torch.testing.assert_close(actual, expected)
 
 
@@ -126,11 +126,11 @@ def test_autocast_does_not_lower_the_precision():
     assert torch.equal(kl, exact_kl(hidden, weight, hidden, weight + 0.1 * weight.flip(0)))
 
 
-def test_logprobs_do_not_depend_on_the_chunk_or_the_micro_batch():
+def test_logprobs_do_not_depend_on_the_tile_or_the_micro_batch():
     hidden, weight, _, targets = example(M=64, D=16, V=33, dtype=torch.float32)
     whole = token_logprobs(hidden, weight, targets)[0]
-    for chunk in (1, 5, 64):
-        torch.testing.assert_close(token_logprobs(hidden, weight, targets, chunk=chunk)[0], whole, rtol=0, atol=5e-6)
+    for tile in ((1, 33), (5, 7), (64, 1)):
+        torch.testing.assert_close(token_logprobs(hidden, weight, targets, tile=tile)[0], whole, rtol=0, atol=5e-6)
     parts = [token_logprobs(h, weight, t)[0] for h, t in zip(hidden.split(10), targets.split(10), strict=True)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=5e-6)
 
@@ -175,20 +175,20 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_all_logits_are_never_held_at_once_forward_or_backward():
-    M, D, V, chunk = 64, 4, 50, 8
+    M, D, V, tile = 64, 4, 50, (8, 25)
     hidden, weight, bias, targets = example(M, D, V)
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
     with LargestTensor() as largest:
-        logprobs, entropy = token_logprobs(hidden, weight, targets, bias=bias, chunk=chunk, with_entropy=True)
+        logprobs, entropy = token_logprobs(hidden, weight, targets, bias=bias, tile=tile, with_entropy=True)
         torch.autograd.grad(logprobs.sum() + entropy.sum(), leaves)
-        exact_kl(hidden, weight, hidden, weight, chunk=chunk)
-    assert largest.numel == chunk * V
+        exact_kl(hidden, weight, hidden, weight, tile=tile)
+    assert largest.numel == max(math.prod(tile), M * D)
 
 
 def test_exact_kl_agrees_with_scipy():
     hidden_p, weight_p, bias_p, _ = example()
     hidden_q, weight_q, _, _ = example(D=6, seed=1)  # another model, of another width
-    actual = exact_kl(hidden_p, weight_p, hidden_q, weight_q, bias_p=bias_p, temperature=0.8, chunk=3)
+    actual = exact_kl(hidden_p, weight_p, hidden_q, weight_q, bias_p=bias_p, temperature=0.8, tile=(3, 4))
     p = scipy_softmax((hidden_p @ weight_p.T + bias_p).numpy() / 0.8, axis=1)
     q = scipy_softmax((hidden_q @ weight_q.T).numpy() / 0.8, axis=1)
     expected = torch.tensor([scipy_entropy(a, b) for a, b in zip(p, q, strict=True)])

@@ -1,15 +1,18 @@
-"""Log-probabilities, entropy and exact KL from hidden states, a few rows of logits at a time; and the sampler's."""
+"""Log-probabilities, entropy and exact KL from hidden states, a tile of logits at a time; and the sampler's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.math.masking import at_least_float32
+
+TILE = (1024, 2048)
+"""Rows and vocabulary entries of the logits that exist at a time: 8 MB in float32."""
 
 
 def token_logprobs(
@@ -19,20 +22,26 @@ def token_logprobs(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
-    chunk: int = 256,
+    tile: tuple[int, int] = TILE,
     with_entropy: bool = False,
+    weight_gradient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log pi(target) [M] in nats and, where asked for, the entropy [M] of the same distribution.
 
         pi = softmax((hidden @ weight.T + bias) / temperature)
 
     `hidden` [M, D], `weight` [V, D], `bias` [V], `targets` [M]. Computed in float32 (float64 if given float64),
-    inside autocast too; logits exist for `chunk` rows at a time, in the backward pass as well, which computes them
-    again. Differentiable once, in hidden, weight and bias, through both results.
+    inside autocast too. Logits exist for one `tile` at a time, so many rows of so many vocabulary entries, in the
+    backward pass as well, which computes them again; a tile stays in the processor's cache from product to product,
+    and each entry of the head is read, and its gradient written, once. Differentiable once, in hidden, weight and
+    bias, through both results; with `weight_gradient` [V, D], float32, the gradient of the weight is added to it in
+    the backward pass and not returned.
     """
     return cast(
         tuple[Tensor, Tensor | None],
-        _TokenLogprobs.apply(hidden, weight, bias, targets, temperature, chunk, with_entropy),  # type: ignore[no-untyped-call]
+        _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, bias, targets, temperature, tile, with_entropy, weight_gradient
+        ),
     )
 
 
@@ -46,19 +55,20 @@ def exact_kl(
     bias_p: Tensor | None = None,
     bias_q: Tensor | None = None,
     temperature: float = 1.0,
-    chunk: int = 256,
+    tile: tuple[int, int] = TILE,
 ) -> Tensor:
     """KL(p || q) [M] in nats over the whole vocabulary, for the two models' hidden states at the same tokens.
 
-    No gradient. Never below 0: a sum that rounding took there is set to 0.
+    KL = E_p[logit_p - logit_q] - logsumexp(logit_p) + logsumexp(logit_q), each added up over the tiles. No gradient.
+    Never below 0: a sum that rounding took there is set to 0.
     """
-    weight_p, weight_q = at_least_float32(weight_p), at_least_float32(weight_q)
-    kl = torch.empty(len(hidden_p), dtype=weight_p.dtype, device=hidden_p.device)
-    for rows in _chunks(len(hidden_p), chunk):
-        logp = _log_softmax(hidden_p[rows], weight_p, bias_p, temperature)
-        logq = _log_softmax(hidden_q[rows], weight_q, bias_q, temperature)
-        kl[rows] = (logp.exp() * (logp - logq)).sum(-1)
-    return kl.clamp_(min=0)
+    p, q = _Head(hidden_p, weight_p, bias_p, temperature), _Head(hidden_q, weight_q, bias_q, temperature)
+    sum_p, sum_q = _RunningSoftmax(p), _RunningSoftmax(q)
+    for rows, entries in p.tiles(tile):
+        logits_p, logits_q = p.logits(rows, entries), q.logits(rows, entries)
+        sum_p.add(rows, logits_p, logits_p - logits_q)
+        sum_q.add(rows, logits_q)
+    return (sum_p.mean - sum_p.logsumexp + sum_q.logsumexp).clamp_(min=0).to(p.dtype)
 
 
 def truncated_logprobs(logits: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
@@ -98,19 +108,19 @@ def sample(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     return ids[:, 0]
 
 
-def sample_softmax(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids [B] drawn from softmax(logits [B, V]) and their log-probabilities [B], in nats: `sample` of the whole
-    distribution without forming it.
+def sample_softmax(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Token ids [B] drawn from softmax(logits [B, V] / temperature) and their log-probabilities [B], in nats: `sample`
+    of the whole distribution without forming it.
 
     The weights are summed block by block; a uniform first finds its block, then its token inside.
     """
     num_rows, vocabulary = logits.shape
     highest = logits.amax(-1, keepdim=True)
-    weights = (logits - highest).exp_()
+    weights = (logits - highest).div_(temperature).exp_()
     if vocabulary % _BLOCK:
         weights = torch.nn.functional.pad(weights, (0, -vocabulary % _BLOCK))
     blocks = weights.view(num_rows, -1, _BLOCK)
-    sums = blocks.sum(-1, dtype=torch.float64)
+    sums = blocks.sum(-1).double()
     cumulative = sums.cumsum(-1)
     total = cumulative[:, -1:]
     threshold = torch.minimum(uniforms.double()[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
@@ -120,7 +130,7 @@ def sample_softmax(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     ids = torch.searchsorted(inside.double().cumsum(-1), rest, right=True).clamp_(max=_BLOCK - 1)
     # Rounding may carry the threshold past the block's last token, or onto one of weight 0.
     ids = torch.where(inside.gather(1, ids) > 0, ids, inside.argmax(-1, keepdim=True)) + block * _BLOCK
-    logprobs = logits.gather(1, ids) - highest - total.log().to(logits.dtype)
+    logprobs = (logits.gather(1, ids) - highest) / temperature - total.log().to(logits.dtype)
     return ids[:, 0], logprobs[:, 0]
 
 
@@ -133,23 +143,70 @@ def draw(
     """Token ids [B] and their log-probabilities [B] under the distribution sampled from: logits [B, V] divided by the
     temperature and truncated as in `truncated_logprobs`. `uniforms` [B] in [0, 1] decide."""
     if top_p >= 1 and not 0 < top_k < logits.shape[-1]:
-        return sample_softmax(at_least_float32(logits) / temperature, uniforms)
+        return sample_softmax(at_least_float32(logits), uniforms, temperature)
     distribution = truncated_logprobs(logits, temperature=temperature, top_p=top_p, top_k=top_k)
     ids = sample(distribution, uniforms)
     return ids, distribution.gather(1, ids[:, None])[:, 0]
 
 
-def _chunks(num_rows: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, num_rows, size))
+class _Head:
+    """Hidden states and the head over them, whose logits [M, V] are computed tile by tile."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> None:
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.weight = weight
+        self.hidden = hidden.to(self.dtype)
+        self.bias = bias
+        if temperature != 1:
+            self.hidden = self.hidden / temperature
+            self.bias = None if bias is None else bias / temperature
+        self.buffer = self.hidden.new_empty(0)
+
+    def tiles(self, tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+        """Rows and vocabulary entries of every tile; all rows of some entries before the next entries."""
+        for entry in range(0, len(self.weight), tile[1]):
+            for row in range(0, len(self.hidden), tile[0]):
+                yield slice(row, row + tile[0]), slice(entry, entry + tile[1])
+
+    def logits(self, rows: slice, entries: slice, minus: Tensor | None = None) -> Tensor:
+        """The logits of one tile, less what `minus` [M] says of each row, in a buffer that the next call reuses."""
+        hidden, weight = self.hidden[rows], self.weight[entries].to(self.dtype)
+        size = len(hidden) * len(weight)
+        if len(self.buffer) < size:
+            self.buffer = self.buffer.new_empty(size)
+        logits = self.buffer[:size].view(len(hidden), len(weight))
+        with torch.autocast(hidden.device.type, enabled=False):
+            if minus is None:
+                torch.mm(hidden, weight.T, out=logits)
+            else:
+                torch.addmm(minus[rows, None], hidden, weight.T, beta=-1, out=logits)
+        return logits if self.bias is None else logits.add_(self.bias[entries])
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """Log-probabilities [rows, V]; `weight` in the precision to compute in."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = hidden.to(weight.dtype) @ weight.T
-    if bias is not None:
-        logits += bias
-    return logits.div_(temperature).log_softmax(-1)
+class _RunningSoftmax:
+    """The log of the summed exponentials of every row of logits, and a mean under their softmax, over tiles as they
+    come. Between tiles in float64: hundreds of float32 sums of 151,936 entries would add their roundings up."""
+
+    def __init__(self, head: _Head) -> None:
+        self.logsumexp = head.hidden.new_full((len(head.hidden),), -torch.inf, dtype=torch.float64)
+        self.mean = torch.zeros_like(self.logsumexp)
+
+    def add(self, rows: slice, logits: Tensor, mean_of: Tensor | Literal["logits", "nothing"] = "nothing") -> None:
+        """Takes in a tile of logits, which is overwritten, and of the values that the mean is of."""
+        highest = logits.amax(-1, keepdim=True)
+        shifted = logits.sub_(highest)
+        exps = shifted.exp() if mean_of == "logits" else shifted.exp_()
+        sums = exps.sum(-1).double()
+        before, here = self.logsumexp[rows], highest[:, 0].double() + sums.log()
+        total = torch.logaddexp(before, here)
+        if isinstance(mean_of, Tensor):
+            mean = exps.mul_(mean_of).sum(-1).double() / sums
+        elif mean_of == "logits":
+            mean = highest[:, 0] + exps.mul_(shifted).sum(-1).double() / sums
+        else:
+            mean = torch.zeros_like(here)
+        self.mean[rows] = self.mean[rows] * (before - total).exp() + mean * (here - total).exp()
+        self.logsumexp[rows] = total
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -161,58 +218,70 @@ class _TokenLogprobs(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         temperature: float,
-        chunk: int,
+        tile: tuple[int, int],
         with_entropy: bool,
+        weight_gradient: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        precise = at_least_float32(weight)
-        logprobs = precise.new_empty(len(hidden))
-        entropy = precise.new_empty(len(hidden)) if with_entropy else None
-        for rows in _chunks(len(hidden), chunk):
-            logp = _log_softmax(hidden[rows], precise, bias, temperature)
-            logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
-            if entropy is not None:
-                entropy[rows] = -logp.exp().mul_(logp).sum(-1)
-        ctx.save_for_backward(hidden, weight, bias, targets, entropy)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        head = _Head(hidden, weight, bias, temperature)
+        softmax = _RunningSoftmax(head)
+        of_targets = torch.zeros_like(softmax.logsumexp)
+        for rows, entries in head.tiles(tile):
+            logits = head.logits(rows, entries)
+            places = targets[rows, None] - entries.start
+            here = (places >= 0) & (places < logits.shape[1])
+            found = logits.gather(1, places.clamp(0, logits.shape[1] - 1))
+            of_targets[rows] += torch.where(here, found, 0.0)[:, 0]
+            softmax.add(rows, logits, "logits" if with_entropy else "nothing")
+        logprobs = (of_targets - softmax.logsumexp).to(head.dtype)
+        entropy = (softmax.logsumexp - softmax.mean).to(head.dtype) if with_entropy else None
+        ctx.save_for_backward(hidden, weight, bias, targets, softmax.logsumexp.to(head.dtype), entropy)
+        ctx.temperature, ctx.tile, ctx.weight_gradient = temperature, tile, weight_gradient
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, entropy = ctx.saved_tensors
+        # With y the target, d logp(y) / d logit_i = [i = y] - p_i and d entropy / d logit_i = -p_i (log p_i + entropy).
+        # All that is summed over the entries is p_i times something: g for the first, which may as well multiply the
+        # sum or the hidden state, and for the second a factor that differs from entry to entry.
+        hidden, weight, bias, targets, logsumexp, entropy = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        precise = at_least_float32(weight)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(precise) if need_weight else None
-        grad_bias = precise.new_zeros(len(weight)) if need_bias else None
+        head = _Head(hidden, weight, bias, ctx.temperature)
         if grad_logprobs is None:
-            grad_logprobs = precise.new_zeros(len(hidden))
+            grad_logprobs = torch.zeros_like(logsumexp)
+        each = grad_logprobs[:, None]
+        by_entry = grad_entropy is not None
+        rest = head.hidden if by_entry else head.hidden * each
+        grad_hidden = torch.zeros_like(head.hidden)
+        grad_weight = ctx.weight_gradient
+        if grad_weight is None:
+            grad_weight = head.hidden.new_zeros(weight.shape if need_weight else 0)
+        grad_bias = head.hidden.new_zeros(len(weight) if need_bias else 0)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _chunks(len(hidden), ctx.chunk):
-                # d logp(y) / d logit_i = [i = y] - p_i;   d entropy / d logit_i = -p_i (log p_i + entropy)
-                logp = _log_softmax(hidden[rows], precise, bias, ctx.temperature)
-                grad_logits = logp.exp()
-                outer = grad_logprobs[rows, None]
-                if grad_entropy is None:
-                    grad_logits *= -outer
+            for rows, entries in head.tiles(ctx.tile):
+                probs = head.logits(rows, entries, minus=logsumexp)
+                if grad_entropy is not None:
+                    factor = (probs + entropy[rows, None]).mul_(grad_entropy[rows, None]).add_(each[rows])
+                    probs.exp_().mul_(factor)
                 else:
-                    factor = logp.add_(entropy[rows, None]).mul_(grad_entropy[rows, None]).add_(outer)
-                    grad_logits *= factor.neg_()
-                grad_logits[torch.arange(len(grad_logits), device=targets.device), targets[rows]] += outer[:, 0]
-                grad_logits /= ctx.temperature
-                if grad_hidden is not None:
-                    grad_hidden[rows] = grad_logits @ precise
-                if grad_weight is not None:
-                    grad_weight.addmm_(grad_logits.T, hidden[rows].to(precise.dtype))
-                if grad_bias is not None:
-                    grad_bias += grad_logits.sum(0)
+                    probs.exp_()
+                if need_hidden:
+                    grad_hidden[rows].addmm_(probs, weight[entries].to(probs.dtype))
+                if need_weight:
+                    grad_weight[entries].addmm_(probs.T, rest[rows], alpha=-1)
+                if need_bias:
+                    grad_bias[entries] -= probs.sum(0) if by_entry else probs.T @ grad_logprobs[rows]
+        if need_hidden:
+            grad_hidden.mul_(-1 if by_entry else -each).addcmul_(weight[targets], each).div_(ctx.temperature)
+        if need_weight:
+            # index_put_ adds in a fixed order on every device, which index_add_ does not.
+            grad_weight.index_put_((targets,), head.hidden * each, accumulate=True)
+        if need_bias:
+            grad_bias.index_put_((targets,), grad_logprobs, accumulate=True).div_(ctx.temperature)
         return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
+            grad_hidden.to(hidden.dtype) if need_hidden else None,
+            grad_weight.to(weight.dtype) if need_weight and ctx.weight_gradient is None else None,
+            grad_bias.to(bias.dtype) if need_bias else None,
+            *[None] * 5,
         )

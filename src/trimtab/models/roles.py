@@ -15,6 +15,7 @@ from trimtab.data.trees import TokenTrees
 from trimtab.math.logprobs import exact_kl, token_logprobs
 from trimtab.models.adapters import adapter_parameters, using
 from trimtab.models.attention import backbone, is_decoder, use_rows
+from trimtab.models.embedding_gradients import gradients_in_place, takes_in_place
 from trimtab.models.precision import Precision, computing_in
 from trimtab.models.tree_attention import Place, hidden_states
 
@@ -45,6 +46,7 @@ class Role(nn.Module):
         self.pad_id = pad_id
         self.adapter = adapter
         self.precision: Precision = "float32"
+        self.in_place = False
         self.tree_form = use_rows(model)
 
     @contextmanager
@@ -59,6 +61,17 @@ class Role(nn.Module):
             return {n: p for n, p in self.named_parameters() if p.requires_grad}
         own = {n: p for n, p in self.named_parameters() if not n.startswith("model.")}
         return adapter_parameters(self.model, self.adapter) | own
+
+    @contextmanager
+    def gradients_in_place(self) -> Iterator[None]:
+        """Within it a backward pass adds the gradients of embedding and head to `.grad` without making them first."""
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.in_place = isinstance(self, Policy) and takes_in_place(head)
+        with gradients_in_place([embedding, head] if self.in_place else [embedding]):
+            try:
+                yield
+            finally:
+                self.in_place = False
 
     def checkpoint_activations(self) -> None:
         """Keep only the input of each block for the backward pass, and compute the rest again there."""
@@ -105,6 +118,7 @@ class Policy(Role):
             bias=self.head.bias,
             temperature=self.temperature,
             with_entropy=entropy,
+            weight_gradient=self.head.weight.grad if self.in_place else None,
         )
         values = self.value_head(hidden).squeeze(-1) if self.value_head is not None else None
         return TokenOutputs(logprobs, entropies, values)

@@ -1,0 +1,106 @@
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trimtab.data.trees import TokenTrees, sequence_tree
+from trimtab.models.embedding_gradients import gradients_in_place, takes_in_place
+from trimtab.models.roles import Policy, ScalarModel
+
+
+def policy(tied: bool, pad_id: int | None = 2) -> Policy:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+        pad_token_id=pad_id,
+    )
+    return Policy(LlamaForCausalLM(config), pad_id=0)
+
+
+def trees(*rows: list[int]) -> TokenTrees:
+    return TokenTrees.build([sequence_tree(row) for row in rows])
+
+
+MICRO_BATCHES = (trees([3, 4, 5, 4, 2, 9], [3, 8]), trees([4, 4, 4, 49]))  # 2 is the embedding's padding
+
+
+def gradients(role: Policy, in_place: bool) -> dict[str, torch.Tensor]:
+    role.zero_grad(set_to_none=True)
+    for micro in MICRO_BATCHES:
+        if in_place:
+            with role.gradients_in_place():
+                role(micro).logprobs.square().sum().backward()
+        else:
+            role(micro).logprobs.square().sum().backward()
+    return {name: p.grad for name, p in role.named_parameters()}
+
+
+@pytest.mark.parametrize("pad_id", [2, None])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_added_in_place_are_those_of_autograd(tied, pad_id):
+    role = policy(tied, pad_id)
+    torch.testing.assert_close(gradients(role, True), gradients(role, False), rtol=1e-5, atol=1e-6)
+
+
+def test_a_padding_row_gets_none_from_the_lookup():
+    role = policy(tied=False)
+    assert gradients(role, True)["model.model.embed_tokens.weight"][2].abs().max() == 0
+
+
+def test_no_gradient_of_the_vocabularys_size_is_made():
+    role, made = policy(tied=True), []
+    weight = role.head.weight
+    hook = weight.register_hook(made.append)
+    gradients(role, True)
+    assert set(made) == {None}
+    assert weight.grad.abs().sum() > 0
+    gradients(role, False)
+    assert made[-1].shape == weight.shape
+    hook.remove()
+
+
+def test_after_it_gradients_can_be_asked_for_again():
+    role = policy(tied=True)
+    gradients(role, True)
+    (found,) = torch.autograd.grad(role(MICRO_BATCHES[0]).logprobs.sum(), [role.head.weight])
+    assert found.abs().sum() > 0
+    assert "forward" not in vars(role.model.get_input_embeddings())
+
+
+def test_a_critics_embedding_is_added_to_as_well():
+    from transformers import LlamaForSequenceClassification
+
+    role = ScalarModel(LlamaForSequenceClassification(policy(True).model.config), pad_id=0)
+    weight = role.model.get_input_embeddings().weight
+    role(MICRO_BATCHES[0]).scores.sum().backward()
+    expected = weight.grad.clone()
+    weight.grad = None
+    with role.gradients_in_place():
+        role(MICRO_BATCHES[0]).scores.sum().backward()
+    torch.testing.assert_close(weight.grad, expected)
+
+
+class Scaled(nn.Embedding):
+    """An embedding with a forward of its own, as Gemma has."""
+
+
+def test_only_plain_trained_weights_in_float32_are_taken():
+    assert takes_in_place(nn.Embedding(3, 2))
+    assert takes_in_place(nn.Linear(3, 2))
+    frozen = nn.Embedding(3, 2).requires_grad_(False)
+    others = [
+        frozen,
+        nn.Embedding(3, 2).bfloat16(),
+        nn.Embedding(3, 2, max_norm=1.0),
+        Scaled(3, 2),
+        nn.Identity(),
+        None,
+    ]
+    assert not any(map(takes_in_place, others))
+    with gradients_in_place([m for m in others if m is not None]):
+        assert frozen.weight.grad is None
