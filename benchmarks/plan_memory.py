@@ -23,7 +23,15 @@ from spine import DATA, ROOT
 
 from trimtab.stages.plan import plan
 
-WORKLOADS = {"SFT, 30m": "sft", "reward, 30m": "reward", "DPO, 30m": "dpo", "PPO, 30m": "ppo", "GRPO, 30m": "grpo"}
+WORKLOADS = {
+    "SFT, 30m": ("sft", "30m"),
+    "reward, 30m": ("reward", "30m"),
+    "DPO, 30m": ("dpo", "30m"),
+    "GRPO, 30m": ("grpo", "30m"),
+    "PPO, 30m": ("ppo", "30m"),
+    "SFT, bigvocab": ("sft", "bigvocab"),
+    "PPO, bigvocab": ("ppo", "bigvocab"),
+}
 STAGES = {"dpo": "preference", "ppo": "online", "grpo": "online"}
 
 
@@ -51,12 +59,11 @@ def main() -> None:
     o.rows, o.models, o.data = o.rows.resolve(), o.models.resolve(), o.data.resolve()
     os.chdir(ROOT / "benchmarks")  # where GRPO's reward function is
     found = json.loads(o.data.read_text(encoding="utf-8")) if o.data.exists() else {}
-    model = o.models.resolve() / "30m"
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows.jsonl.gz"
-        choose_rows(o.rows, model, 16 * o.steps, 0, rows)
+        choose_rows(o.rows, o.models / "30m", 16 * o.steps, 0, rows)
         for name in o.workloads:
-            kind = WORKLOADS[name]
+            kind, model = WORKLOADS[name][0], o.models / WORKLOADS[name][1]
             options = SimpleNamespace(
                 token_budget=2048, batch=16, maxlen=512, steps=o.steps, gen=64, group=8, reward_model=f"{model}-rm"
             )

@@ -45,11 +45,11 @@ class Workload:
     stage: str
     model: str
     options: dict[str, int]
-    floor: float
-    """Times faster than the peer's defaults, where those leave a faster float32 path unused."""
-    floor_same: float
+    floor: float = 0
+    """Times faster than the peer's defaults, where those leave a faster float32 path unused; 0 for none."""
+    floor_same: float = 0
     """Times faster at the same precision."""
-    memory: float
+    memory: float = 0
     shortest_prompt: int = 0
     """Shortest prompt of the rows, in tokens; the longest is 256."""
 
@@ -67,6 +67,20 @@ WORKLOADS = {
     ),
     "generate, lengths spread by EOS, 30m": Workload(
         "generate", "30m", {"num": 128, "batch": 32, "gen": 128, "promptlen": 64, "stops": 128}, 3.0, 3.0, 1.0
+    ),
+    "SFT, 6m": Workload("sft", "6m", {"steps": 3, "batch": 16}),
+    "reward, 6m": Workload("reward", "6m", {"steps": 3, "batch": 16}),
+    "DPO, 6m": Workload("dpo", "6m", {"steps": 3, "batch": 16}),
+    "GRPO, 6m": Workload("grpo", "6m", {"steps": 3, "batch": 16, "group": 8, "gen": 64}, shortest_prompt=200),
+    "PPO, 6m": Workload("ppo", "6m", {"steps": 1, "batch": 16, "gen": 64}),
+    "generate, prompts of 32, 64 new, 6m": Workload(
+        "generate", "6m", {"num": 32, "batch": 32, "gen": 64, "promptlen": 32, "stops": 0}
+    ),
+    "generate, prompts of 128, 64 new, 30m": Workload(
+        "generate", "30m", {"num": 32, "batch": 32, "gen": 64, "promptlen": 128, "stops": 0}
+    ),
+    "generate, prompts of 256, 128 new, 30m": Workload(
+        "generate", "30m", {"num": 32, "batch": 32, "gen": 128, "promptlen": 256, "stops": 0}
     ),
 }
 
@@ -303,7 +317,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5, help="pairs to add to those in the data file")
     parser.add_argument("--fresh", action="store_true", help="forget the pairs in the data file")
     parser.add_argument("--max-foreign", type=float, default=MAX_FOREIGN, help="largest foreign load of a valid pair")
-    parser.add_argument("--precision", default="", help="the same float32 matmul precision for both")
+    parser.add_argument("--precision", default="", help="the same for both: a float32 matmul precision, or bfloat16")
     parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), help=", ".join(WORKLOADS))
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--picture", type=Path, help="where to draw the results, as PNG; needs Chromium")
@@ -343,8 +357,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         lines.append(
             f"| {name} | {r['peer_seconds']:.2f} s, {r['peer_rss_gb']:.2f} GB | {r['our_seconds']:.2f} s, "
             f"{r['our_rss_gb']:.2f} GB | **{r['ratio']:.2f}** ({r['ratio_low']:.2f} to {r['ratio_high']:.2f}, "
-            f"{len(r['pairs'])} pairs) | {work.floor}, {work.floor_same} | {f'{saved:.2f}' if saved else ''} | "
-            f"{f'{rate:.0%}' if saved else ''} | {r['memory']:.2f} (≤ {r['memory_ceiling']}) |"
+            f"{len(r['pairs'])} pairs) | {f'{work.floor}, {work.floor_same}' if work.floor else ''} | "
+            f"{f'{saved:.2f}' if saved else ''} | {f'{rate:.0%}' if saved else ''} | "
+            f"{r['memory']:.2f}{f' (≤ {work.memory})' if work.memory else ''} |"
         )
     return "\n".join(lines)
 
@@ -363,11 +378,11 @@ def picture(results: dict[str, dict[str, Any]]) -> Any:
             {"symbol": "line-ns-open", "size": 18, "color": "#555", "line": {"width": 2}},
         ),
         "the floor against defaults": (
-            [(WORKLOADS[results[n]["workload"]].floor, n) for n in names],
+            [(floor, n) for n in names if (floor := WORKLOADS[results[n]["workload"]].floor)],
             {"symbol": "triangle-right", "size": 11, "color": "#d62728"},
         ),
         "the floor at the same precision": (
-            [(WORKLOADS[results[n]["workload"]].floor_same, n) for n in names],
+            [(floor, n) for n in names if (floor := WORKLOADS[results[n]["workload"]].floor_same)],
             {"symbol": "triangle-right-open", "size": 11, "color": "#d62728"},
         ),
     }

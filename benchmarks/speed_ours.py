@@ -22,6 +22,7 @@ ADAMW = {"learning_rate": 1e-5, "schedule": "linear"}
 def settings_of(stage: str, model: str, rows: str, o: argparse.Namespace) -> dict[str, Any]:
     """The run file of a stage."""
     common = {"model": model, "optimizer": ADAMW, "token_budget": o.token_budget, "checkpoint_every": 10**6}
+    common |= {"precision": "bfloat16"} if getattr(o, "precision", "") == "bfloat16" else {}
     supervised = common | {"batch_size": o.batch, "max_tokens": o.maxlen, "shuffle": False}
     if stage == "sft":
         return supervised | {"data": rows, "chosen_as_demonstrations": True, "held_out": 0.0}
@@ -159,7 +160,7 @@ def main() -> None:
     options = parser.parse_args()
     # PPO holds two trained models; its micro-batches of half the tokens take as long.
     options.token_budget = options.token_budget or (1024 if options.stage == "ppo" else 2048)
-    if options.precision:
+    if options.precision and options.precision != "bfloat16":
         import torch
 
         torch.set_float32_matmul_precision(options.precision)

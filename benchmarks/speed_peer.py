@@ -1,6 +1,6 @@
 """The peer's side of `speed.py`: runs its benchmark script with the rows in order and every step's loss shown.
 
-    python benchmarks/speed_peer.py TRL_BENCH.py STAGE MODEL ROWS [its options] [--precision medium]
+    python benchmarks/speed_peer.py TRL_BENCH.py STAGE MODEL ROWS [its options] [--precision medium | bfloat16]
 
 Two things are changed to make the work the same, neither of them the peer's computation: rows come in the order of the
 file, and losses are printed with all their digits. `STAGE` "generate" times `model.generate` instead.
@@ -29,6 +29,19 @@ def in_order() -> None:
         return log(self, logs, *args, **kwargs)
 
     Trainer.log = log_and_print
+
+
+def in_bfloat16() -> None:
+    """Makes every Trainer run under autocast to bfloat16."""
+    from transformers import TrainingArguments
+
+    check = TrainingArguments.__post_init__
+
+    def check_with_bfloat16(self):
+        self.bf16 = True
+        check(self)
+
+    TrainingArguments.__post_init__ = check_with_bfloat16
 
 
 def generate(model_dir: str, rows: str, options: dict[str, int]) -> None:
@@ -76,7 +89,10 @@ def main() -> None:
         import torch
 
         at = rest.index("--precision")
-        torch.set_float32_matmul_precision(rest[at + 1])
+        if rest[at + 1] == "bfloat16":
+            in_bfloat16()
+        else:
+            torch.set_float32_matmul_precision(rest[at + 1])
         del rest[at : at + 2]
     if stage == "generate":
         generate(model, rows, {k.strip("-"): int(v) for k, v in zip(rest[::2], rest[1::2], strict=True)})

@@ -65,9 +65,10 @@ class Role(nn.Module):
     @contextmanager
     def gradients_in_place(self) -> Iterator[None]:
         """Within it a backward pass adds the gradients of embedding and head to `.grad` without making them first."""
-        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self.in_place = isinstance(self, Policy) and takes_in_place(head)
-        with gradients_in_place([embedding, head] if self.in_place else [embedding]):
+        head = self.head if isinstance(self, Policy) else None
+        self.in_place = takes_in_place(head)
+        embedding = self.model.get_input_embeddings()
+        with gradients_in_place([embedding, head]):
             try:
                 yield
             finally:

@@ -1,4 +1,5 @@
 """Keys and values of the sequences being decoded: a prompt once for its whole group, replies in rows that are refilled.
+A reply that shares its prompt with no other stands behind it in one row, and one product sees both.
 
 Rows 0 to n - 1 always hold the n replies still being written. A reply that ends gives its row to the last one, so no
 product is spent on finished sequences, and a waiting prompt starts as soon as there is room for it.
@@ -27,7 +28,7 @@ class SlotCache:
         self.group_size = group_size
         self._prompt_width = prompt_width
         self._reply_width = reply_width
-        self._layers: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._layers: dict[int, tuple[Tensor, ...]] = {}
         self.sequences = torch.empty(0, dtype=torch.int64)
         """[n] which sequence each row holds: prompt number * group_size + number in its group."""
         self.lengths = torch.empty(0, dtype=torch.int64)
@@ -66,7 +67,7 @@ class SlotCache:
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
             queries, keys, values = (strips.cut(x) for x in (query, key, value))
-            prompt_keys, prompt_values, _, _ = self._buffers(layer, key)
+            prompt_keys, prompt_values, *_ = self._buffers(layer, key)
             prompt_keys[first : first + len(prompts), :, :longest] = keys
             prompt_values[first : first + len(prompts), :, :longest] = values
             near = None
@@ -88,10 +89,35 @@ class SlotCache:
 
     def extend(self) -> Attend:
         """Attention for one more token of every reply: it sees its prompt, its reply so far and itself."""
-        places, lengths = self.lengths, self.lengths + 1
-        num_rows, num_prompts = len(lengths), len(self._prompt_lengths)
+        attend = self._extend_whole() if self.group_size == 1 else self._extend_shared()
+        self.lengths = self.lengths + 1
+        return attend
+
+    def _extend_whole(self) -> Attend:
         positions = self.positions
-        width, prompt_width = int(lengths.max()), int(self._prompt_lengths.max())
+        rows, width = torch.arange(len(positions)), int(positions.max()) + 1
+        slots, own = torch.arange(width), positions[:, None]
+        biases: dict[int | None, Tensor] = {}
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+            keys, values = self._buffers(layer, key)
+            keys[rows, :, positions] = key
+            values[rows, :, positions] = value
+            if window not in biases:
+                biases[window] = _unseen((slots <= own) & (slots > own - (window or width)))
+            # Query heads that share a key head stand side by side as if they were several tokens. Plain products are
+            # twice as fast here as the flash kernel, which is made for many queries.
+            queries = query.view(len(rows), key.shape[1], -1, key.shape[2]) * scaling
+            scores = queries @ keys[: len(rows), :, :width].transpose(-1, -2)
+            weights = scores.float().add_(biases[window]).softmax(-1).to(value.dtype)
+            return (weights @ values[: len(rows), :, :width]).view(query.shape)
+
+        return attend
+
+    def _extend_shared(self) -> Attend:
+        places, positions = self.lengths, self.positions
+        num_rows, num_prompts = len(places), len(self._prompt_lengths)
+        width, prompt_width = int(places.max()) + 1, int(self._prompt_lengths.max())
         rows = torch.arange(num_rows)
         cell = self._prompt_of * self.group_size + self.sequences % self.group_size
         biases: dict[int | None, Tensor] = {}
@@ -103,9 +129,7 @@ class SlotCache:
             if window not in biases:
                 biases[window] = self._bias(places, positions, prompt_width, width, window)
             kv_heads, size = key.shape[1:]
-            # Query heads that share a key head stand side by side as if they were several tokens, and so do the
-            # replies of one prompt: its keys are read once for all of them. Plain products are twice as fast here as
-            # the flash kernel, which is made for many queries.
+            # As above, and the replies of one prompt stand side by side too: its keys are read once for all of them.
             queries = query.view(num_rows, kv_heads, -1, size) * scaling
             by_prompt = _to_prompts(queries, cell, num_prompts, self.group_size)
             shared = by_prompt @ prompt_keys[:num_prompts, :, :prompt_width].transpose(-1, -2)
@@ -117,7 +141,6 @@ class SlotCache:
             output += weights[..., prompt_width:] @ values[:num_rows, :, :width]
             return output.reshape(num_rows, -1, size)
 
-        self.lengths = lengths
         return attend
 
     def _bias(self, places: Tensor, positions: Tensor, prompt_width: int, width: int, window: int | None) -> Tensor:
@@ -129,13 +152,16 @@ class SlotCache:
             oldest = (positions - window)[:, None]
             of_prompt &= prompt_slots > oldest
             own &= starts[:, None] + slots > oldest
-        seen = torch.cat([of_prompt, own], -1)[:, None, None]
-        return torch.zeros(seen.shape).masked_fill_(~seen, UNSEEN)
+        return _unseen(torch.cat([of_prompt, own], -1))
 
     def keep(self, alive: Tensor) -> Tensor:
         """Frees the rows of replies that are not `alive` [n]; returns [n'] the old row of each one that stays."""
-        order = self._close_gaps(alive, (2, 3))
+        whole = self.group_size == 1
+        order = self._close_gaps(alive, (0, 1) if whole else (2, 3))
         self.sequences, self.lengths = self.sequences[order], self.lengths[order]
+        if whole:
+            self._prompt_lengths, self._prompt_of = self._prompt_lengths[order], torch.arange(len(order))
+            return order
         self._prompt_of = self._prompt_of[order]
         in_use = torch.zeros(len(self._prompt_lengths), dtype=torch.bool)
         in_use[self._prompt_of] = True
@@ -159,14 +185,25 @@ class SlotCache:
         order[gaps] = movers
         return order
 
-    def _buffers(self, layer: int, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _buffers(self, layer: int, key: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of prompts, with the reply behind each or with those of the replies in two more."""
         if layer not in self._layers:
             heads, size = key.shape[1:]
-            prompts = (self.num_prompts, heads, self._prompt_width, size)
-            replies = (self.num_rows, heads, self._reply_width, size)
+            shapes = [
+                (self.num_prompts, heads, self._prompt_width, size),
+                (self.num_rows, heads, self._reply_width, size),
+            ]
+            if self.group_size == 1:
+                shapes = [(self.num_rows, heads, self._prompt_width + self._reply_width, size)]
             # Zeros, since what is masked is still multiplied, by zero: garbage could be infinite.
-            self._layers[layer] = tuple(key.new_zeros(s) for s in (prompts, prompts, replies, replies))  # type: ignore[assignment]
+            self._layers[layer] = tuple(key.new_zeros(shape) for shape in shapes for _ in range(2))
         return self._layers[layer]
+
+
+def _unseen(seen: Tensor) -> Tensor:
+    """[n, 1, 1, T] what is added to scores: 0 where a place is seen [n, T]."""
+    seen = seen[:, None, None]
+    return torch.zeros(seen.shape).masked_fill_(~seen, UNSEEN)
 
 
 def _to_prompts(x: Tensor, cell: Tensor, num_prompts: int, group_size: int) -> Tensor:
