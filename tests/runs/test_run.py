@@ -46,7 +46,8 @@ def test_a_new_run_records_its_settings_and_environment(tmp_path: Path):
 
 
 def test_a_run_with_other_settings_is_refused_by_key(tmp_path: Path):
-    opened(tmp_path).close()
+    with opened(tmp_path) as run:
+        run.log(1, {"loss/train": 1.0})
     with pytest.raises(ConfigError) as caught:
         opened(tmp_path, optimizer={"learning_rate": 2e-5}, target=3.0)
     assert "optimizer.learning_rate: 1e-05 there, 2e-05 now" in caught.value.problem
@@ -55,8 +56,15 @@ def test_a_run_with_other_settings_is_refused_by_key(tmp_path: Path):
     assert "--fresh" in caught.value.fix
 
 
+def test_a_run_that_has_written_nothing_takes_other_settings(tmp_path: Path):
+    opened(tmp_path, model="a wrong path").close()
+    with opened(tmp_path) as run:
+        assert tomllib.loads((run.directory / "settings.toml").read_text())["model"] == "m"
+
+
 def test_a_run_of_another_stage_is_refused(tmp_path: Path):
-    opened(tmp_path).close()
+    with opened(tmp_path) as run:
+        run.log(1, {"loss/train": 1.0})
     with pytest.raises(ConfigError, match="stage: 'sft' there, 'reward' now"):
         Run.open(tmp_path, stage="reward", settings=SETTINGS)
 

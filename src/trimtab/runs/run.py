@@ -63,7 +63,7 @@ class Run:
         """The run in `directory`: begun if there is none, else continued, or with resume=False emptied first.
 
         `settings` are those of `config.dump`. Raises ConfigError where another process has the run open, where the
-        directory holds something else, or a run of another stage or other settings.
+        directory holds something else, or a run of another stage or other settings that has begun to write.
         """
         directory = Path(directory)
         settings_file = directory / "settings.toml"
@@ -78,10 +78,11 @@ class Run:
         directory.mkdir(parents=True, exist_ok=True)
         lock = _locked(directory)
         try:
-            if settings_file.exists() and not resume:
+            text = config.to_toml({"stage": stage, **settings})
+            other = settings_file.exists() and settings_file.read_text(encoding="utf-8") != text
+            if not resume or (other and not _begun(directory)):
                 _empty(directory)
             _remove_unfinished(directory)
-            text = config.to_toml({"stage": stage, **settings})
             if settings_file.exists():
                 _check_same_settings(settings_file, tomllib.loads(text))
                 _note_environment(directory / "environment.json")
@@ -259,6 +260,11 @@ def _commit() -> str | None:
 
 def _strangers(directory: Path) -> list[str]:
     return sorted(p.name for p in directory.iterdir() if not p.name.startswith(".") and p.name != "environment.json")
+
+
+def _begun(directory: Path) -> bool:
+    """Whether there is anything to lose: a run that failed on a wrong path may be started again with the right one."""
+    return set(_strangers(directory)) > {"settings.toml"}
 
 
 def _locked(directory: Path) -> IO[str]:
