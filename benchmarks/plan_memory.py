@@ -65,7 +65,14 @@ def main() -> None:
         for name in o.workloads:
             kind, model = WORKLOADS[name][0], o.models / WORKLOADS[name][1]
             options = SimpleNamespace(
-                token_budget=2048, batch=16, maxlen=512, steps=o.steps, gen=64, group=8, reward_model=f"{model}-rm"
+                token_budget=2048,
+                batch=16,
+                maxlen=512,
+                steps=o.steps,
+                gen=64,
+                group=8,
+                precision="",
+                reward_model=f"{model}-rm",
             )
             used = f"{model}-rm" if kind == "reward" else str(model)
             table = settings_of(kind, used, str(rows), options) | {"stage": STAGES.get(kind, kind)}

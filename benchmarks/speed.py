@@ -259,7 +259,6 @@ def compare(name: str, work: Workload, o: argparse.Namespace, before: Sequence[d
         "ratio_low": ratios[0],
         "ratio_high": ratios[-1],
         "memory": statistics.median(p["memory"] for p in pairs),
-        "memory_ceiling": work.memory,
         "peer_seconds": statistics.median(p["seconds"]["peer"] for p in pairs),
         "our_seconds": statistics.median(p["seconds"]["ours"] for p in pairs),
         "peer_rss_gb": statistics.median(p["peer"]["rss_gb"] for p in pairs),

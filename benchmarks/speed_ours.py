@@ -21,8 +21,10 @@ ADAMW = {"learning_rate": 1e-5, "schedule": "linear"}
 
 def settings_of(stage: str, model: str, rows: str, o: argparse.Namespace) -> dict[str, Any]:
     """The run file of a stage."""
-    common = {"model": model, "optimizer": ADAMW, "token_budget": o.token_budget, "checkpoint_every": 10**6}
-    common |= {"precision": "bfloat16"} if getattr(o, "precision", "") == "bfloat16" else {}
+    common: dict[str, Any] = {"model": model, "optimizer": ADAMW, "token_budget": o.token_budget}
+    common["checkpoint_every"] = 10**6
+    if o.precision == "bfloat16":
+        common["precision"] = "bfloat16"
     supervised = common | {"batch_size": o.batch, "max_tokens": o.maxlen, "shuffle": False}
     if stage == "sft":
         return supervised | {"data": rows, "chosen_as_demonstrations": True, "held_out": 0.0}

@@ -141,19 +141,20 @@ def drawn_by(name, *, batch_size, form="own", group_size=3):
     return g, prompts, replies.finished()
 
 
+@pytest.mark.parametrize("group_size", [3, 1])
 @pytest.mark.parametrize("name", DECODERS)
-def test_every_architecture_draws_from_its_own_distribution_whatever_rows_it_is_given(name):
-    g, prompts, whole = drawn_by(name, batch_size=100)
+def test_every_architecture_draws_from_its_own_distribution_whatever_rows_it_is_given(name, group_size):
+    g, prompts, whole = drawn_by(name, batch_size=100, group_size=group_size)
     for i, (ids, logprobs, _) in enumerate(whole):
-        full = torch.tensor([prompts[i // 3] + ids])
+        full = torch.tensor([prompts[i // group_size] + ids])
         with torch.no_grad():
-            expected = causal(name)(input_ids=full).logits[0, len(prompts[i // 3]) - 1 : -1].log_softmax(-1)
+            expected = causal(name)(input_ids=full).logits[0, len(prompts[i // group_size]) - 1 : -1].log_softmax(-1)
         expected = expected.gather(1, torch.tensor(ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(logprobs), expected, atol=3e-5, rtol=1e-5)
     assert {len(ids) for ids, _, _ in whole} > {17}, "replies of many lengths, or no row was ever refilled"
     assert g.method == ("fused" if type(g.policy.model.base_model).__name__ in LLAMA_LIKE else "rows")
     for batch_size, form in ((3, "own"), (7, "own"), (100, "padded"), (6, "padded")):
-        other = drawn_by(name, batch_size=batch_size, form=form)[2]
+        other = drawn_by(name, batch_size=batch_size, form=form, group_size=group_size)[2]
         assert [(ids, stopped) for ids, _, stopped in other] == [(ids, stopped) for ids, _, stopped in whole]
 
 

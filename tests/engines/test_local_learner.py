@@ -5,7 +5,7 @@ import torch
 
 from tests.tiny import VOCAB, causal
 from trimtab.data.trees import TokenTrees, TreeBatch, response_tree
-from trimtab.engines.local_learner import AdamW, LocalLearner, clip_gradients
+from trimtab.engines.local_learner import NORM_BLOCK, AdamW, LocalLearner, clip_gradients
 from trimtab.errors import EngineError
 from trimtab.math.losses.sft import SFTLoss
 from trimtab.models.roles import Policy
@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where():
 
 def test_the_gradient_norm_is_that_of_float64_and_clipping_scales_to_it():
     draw = torch.Generator().manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (1000, 37)]
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (1000, 37, NORM_BLOCK + 5)]
     for p in parameters:
         p.grad = torch.randn(p.shape, generator=draw)
     exact = math.sqrt(sum(float(g) ** 2 for p in parameters for g in p.grad))

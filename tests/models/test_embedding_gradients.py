@@ -40,10 +40,12 @@ def gradients(role: Policy, in_place: bool) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in role.named_parameters()}
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pad_id", [2, None])
 @pytest.mark.parametrize("tied", [True, False])
-def test_gradients_added_in_place_are_those_of_autograd(tied, pad_id):
+def test_gradients_added_in_place_are_those_of_autograd(tied, pad_id, precision):
     role = policy(tied, pad_id)
+    role.precision = precision
     torch.testing.assert_close(gradients(role, True), gradients(role, False), rtol=1e-5, atol=1e-6)
 
 

@@ -243,8 +243,8 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         # With y the target, d logp(y) / d logit_i = [i = y] - p_i and d entropy / d logit_i = -p_i (log p_i + entropy).
-        # All that is summed over the entries is p_i times something: g for the first, which may as well multiply the
-        # sum or the hidden state, and for the second a factor that differs from entry to entry.
+        # The first is p_i times one number for the whole row, by which the sum over entries is multiplied afterwards
+        # and the hidden states before; the second is p_i times a factor for each entry, which multiplies p_i itself.
         hidden, weight, bias, targets, logsumexp, entropy = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         head = _Head(hidden, weight, bias, ctx.temperature)
@@ -252,7 +252,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_logprobs = torch.zeros_like(logsumexp)
         each = grad_logprobs[:, None]
         by_entry = grad_entropy is not None
-        rest = head.hidden if by_entry else head.hidden * each
+        multiplied = head.hidden if by_entry else head.hidden * each
         grad_hidden = torch.zeros_like(head.hidden)
         grad_weight = ctx.weight_gradient
         if grad_weight is None:
@@ -269,7 +269,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 if need_hidden:
                     grad_hidden[rows].addmm_(probs, weight[entries].to(probs.dtype))
                 if need_weight:
-                    grad_weight[entries].addmm_(probs.T, rest[rows], alpha=-1)
+                    grad_weight[entries].addmm_(probs.T, multiplied[rows], alpha=-1)
                 if need_bias:
                     grad_bias[entries] -= probs.sum(0) if by_entry else probs.T @ grad_logprobs[rows]
         if need_hidden:
