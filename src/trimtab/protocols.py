@@ -17,7 +17,7 @@ class Generator(Protocol):
     """Samples replies with the weights being trained."""
 
     @property
-    def method(self) -> str:
+    def sampler(self) -> str:
         """How it decodes, for the record."""
         ...
 

@@ -10,6 +10,7 @@ from trimtab.errors import DataError, EngineError
 from trimtab.math.logprobs import truncated_logprobs
 from trimtab.models.forward import token_logprobs_of
 from trimtab.models.fused import LLAMA_LIKE, FusedForward
+from trimtab.models.kernels import SWITCH, Kernels, find
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.stages.online_sampling import in_groups, rollout_trees
@@ -141,9 +142,15 @@ def drawn_by(name, *, batch_size, form="own", group_size=3):
     return g, prompts, replies.finished()
 
 
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
 @pytest.mark.parametrize("group_size", [3, 1])
 @pytest.mark.parametrize("name", DECODERS)
-def test_every_architecture_draws_from_its_own_distribution_whatever_rows_it_is_given(name, group_size):
+def test_every_architecture_draws_from_its_own_distribution_whatever_rows_it_is_given(
+    name, group_size, kernels, monkeypatch
+):
+    monkeypatch.setenv(SWITCH, kernels)
+    if kernels == "compiled" and not find(torch.zeros(1)).compiled:
+        pytest.skip("no C compiler with OpenMP on this machine")
     g, prompts, whole = drawn_by(name, batch_size=100, group_size=group_size)
     for i, (ids, logprobs, _) in enumerate(whole):
         full = torch.tensor([prompts[i // group_size] + ids])
@@ -153,6 +160,7 @@ def test_every_architecture_draws_from_its_own_distribution_whatever_rows_it_is_
         torch.testing.assert_close(torch.tensor(logprobs), expected, atol=3e-5, rtol=1e-5)
     assert {len(ids) for ids, _, _ in whole} > {17}, "replies of many lengths, or no row was ever refilled"
     assert g.method == ("fused" if type(g.policy.model.base_model).__name__ in LLAMA_LIKE else "rows")
+    assert g.sampler == (f"{g.method}, compiled" if kernels == "compiled" else g.method)
     for batch_size, form in ((3, "own"), (7, "own"), (100, "padded"), (6, "padded")):
         other = drawn_by(name, batch_size=batch_size, form=form, group_size=group_size)[2]
         assert [(ids, stopped) for ids, _, stopped in other] == [(ids, stopped) for ids, _, stopped in whole]
@@ -174,7 +182,7 @@ def test_the_fused_copy_follows_the_weights(model_dir):
 
 def test_a_copy_that_is_not_the_model_is_refused():
     model = Policy(causal("qwen3"), pad_id=0).model
-    fused = FusedForward(model, 8)
+    fused = FusedForward(model, 8, Kernels())
     fused.prove_fresh(model)
     with torch.no_grad():
         model.base_model.layers[1].mlp.down_proj.weight.add_(0.05)

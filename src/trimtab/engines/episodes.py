@@ -98,9 +98,9 @@ class EpisodeGenerator:
         self.max_tokens = sampling.max_new_tokens
 
     @property
-    def method(self) -> str:
+    def sampler(self) -> str:
         """How the turns are decoded."""
-        return f"{self.generator.method}, turn by turn"
+        return f"{self.generator.sampler}, turn by turn"
 
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
         """`group_size` episodes for each prompt. The n-th token that the policy chooses in an episode has a random

@@ -2,8 +2,9 @@
 
 Every reply has a row of a cache that was allocated once; a reply that ends gives its row to one that waits, a prompt
 is computed once for its group, and nothing is padded to the longest (`models/slots.py`). Llama-like models decode with
-a fused copy of their weights (`models/fused.py`), others with their own forward, and those whose attention cannot be
-replaced in padded rows (`padded_decoding.py`): the same replies, more slowly.
+a fused forward pass (`models/fused.py`), others with their own forward, and those whose attention cannot be
+replaced in padded rows (`padded_decoding.py`): the same replies, more slowly. Steps over the slots are computed in C
+where the machine can compile it (`models/kernels.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from trimtab.math.logprobs import draw
 from trimtab.models.adapters import using
 from trimtab.models.attention import Attend, backbone, row_states
 from trimtab.models.fused import FusedForward, supports_fusing
+from trimtab.models.kernels import Kernels, find
 from trimtab.models.roles import Policy
 from trimtab.models.slots import SlotCache
 from trimtab.types import Prompt, Rollout
@@ -95,10 +97,20 @@ class LocalGenerator:
 
     @property
     def method(self) -> Literal["fused", "rows", "padded"]:
-        """How this model decodes: a fused copy, its own forward over rows of slots, or padded rows."""
+        """How this model decodes: a fused forward pass, its own forward over rows of slots, or padded rows."""
         if not self.policy.tree_form:
             return "padded"
         return "fused" if supports_fusing(self.policy.model) else "rows"
+
+    @property
+    def sampler(self) -> str:
+        """The method, and whether its steps are compiled."""
+        return f"{self.method}, compiled" if self.method != "padded" and self.kernels.compiled else self.method
+
+    @property
+    def kernels(self) -> Kernels:
+        """What computes the steps: torch, or C where this machine and these weights allow it."""
+        return find(next(self.policy.model.parameters()))
 
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
         """`group_size` rollouts of each prompt. Every reply has random numbers of its own, made from the seed, its
@@ -166,7 +178,8 @@ class LocalGenerator:
         return text[: min((at for s in self.sampling.stop if (at := text.find(s)) >= 0), default=len(text))]
 
     def _decode(self, prompts: Sequence[Sequence[int]], group_size: int, replies: Replies) -> None:
-        forward = self._forward()
+        kernels = self.kernels
+        forward = self._forward(kernels)
         num_groups = self._num_groups(prompts, group_size, replies.width)
         slots = SlotCache(
             num_rows=num_groups * group_size,
@@ -175,6 +188,7 @@ class LocalGenerator:
             group_size=group_size,
             prompt_width=max(len(p) for p in prompts),
             reply_width=replies.width,
+            kernels=kernels,
         )
         # Taken from the end, the longest first, so that prompts of like lengths are decoded together.
         waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -213,13 +227,13 @@ class LocalGenerator:
                 self.policy.model, prompts[start : start + per_batch], group_size, draw_next, pad_id=self.chat.pad_id
             )
 
-    def _forward(self) -> Forward:
+    def _forward(self, kernels: Kernels) -> Forward:
         """The fastest forward pass for this model, with its weights as they are now."""
         model = self.policy.model
         if self.method == "rows":
             return Forward(lambda *row: row_states(backbone(model), *row), self.policy.head)
         # Made anew for every call, since weights change between calls in ways no version counter shows.
-        fused = FusedForward(model, self.sampling.batch_size)
+        fused = FusedForward(model, self.sampling.batch_size, kernels)
         fused.prove_fresh(model)
         return Forward(fused, fused.head)
 

@@ -1,6 +1,7 @@
-"""A forward pass for decoding: the weights of Llama-like models copied into fewer, larger products.
+"""A forward pass for decoding: Llama-like models in fewer, larger steps (`kernels.py`), the weights where they are or
+copied into another layout.
 
-The copy is made anew for every round of sampling and then proved fresh: both sides compute the same fixed sequence.
+It is made anew for every round of sampling and then proved fresh: both sides compute the same fixed sequence.
 Other architectures decode through their own forward, which gives the same numbers more slowly.
 """
 
@@ -11,45 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
 from trimtab.data.trees import TokenTrees, sequence_tree
 from trimtab.errors import EngineError
 from trimtab.models.adapters import weight_of
 from trimtab.models.attention import LLAMA_LIKE, Attend, backbone, row_states
+from trimtab.models.kernels import Kernels, Matrices
 from trimtab.models.tree_attention import tree_attention
-
-PACK_FROM = 1 << 16
-"""Matrices of at least this many entries are reordered for oneDNN, where torch has it: 1.4 to 2 times faster for the
-few rows of a decoding step, slower for small matrices. A rule and not a measurement, so that a resumed run rounds as
-the interrupted one did."""
-
-
-def has_onednn() -> bool:
-    """Whether this build of torch has oneDNN."""
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-
-
-class Matrix:
-    """A linear layer without gradient, laid out for products with few rows."""
-
-    def __init__(self, weights: list[Tensor], biases: list[Tensor | None], num_rows: int) -> None:
-        weight = torch.cat(weights)
-        present = [b.detach() for b in biases if b is not None]
-        self.bias = torch.cat(present) if present else None
-        self.weight = weight
-        packs = weight.device.type == "cpu" and weight.numel() >= PACK_FROM and has_onednn()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), num_rows) if packs else None
-        if self.packed is not None:
-            self.weight = weight.new_empty(0)  # a slice would hold on to all of it
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x @ weight.T + bias, [n, out]."""
-        if self.packed is None:
-            return linear(x, self.weight, self.bias)
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return result
 
 
 @dataclass(frozen=True)
@@ -57,12 +28,12 @@ class Layer:
     """One block: attention and gated MLP, each after a norm."""
 
     norm: Tensor
-    query_key_value: Matrix
+    query_key_value: Matrices
     query_key_norm: Tensor | None
-    output: Matrix
+    output: Matrices
     mlp_norm: Tensor
-    gate_up: Matrix
-    down: Matrix
+    gate_up: Matrices
+    down: Matrices
     scaling: float
     window: int | None
 
@@ -70,17 +41,18 @@ class Layer:
 class FusedForward:
     """Hidden states of flat rows of tokens, by a copy of the model's weights."""
 
-    def __init__(self, model: PreTrainedModel, num_rows: int) -> None:
+    def __init__(self, model: PreTrainedModel, num_rows: int, kernels: Kernels) -> None:
         """`num_rows` is the number of tokens of a usual step, a hint for the layout."""
+        self.kernels = kernels
         base: Any = model.base_model
         config = model.config.get_text_config()
         self.eps = config.rms_norm_eps
         self.embedding = base.embed_tokens.weight.detach()
         self.rotary = base.rotary_emb
         self.final_norm = base.norm.weight.detach()
-        self.layers = [_layer(block, num_rows) for block in base.layers]
+        self.layers = [_layer(block, num_rows, kernels) for block in base.layers]
         output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self.head = Matrix([weight_of(output)], [output.bias], num_rows)
+        self.head = kernels.matrices([weight_of(output)], [output.bias], num_rows)
         self.head_size: int = base.layers[0].self_attn.head_dim
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
@@ -88,22 +60,17 @@ class FusedForward:
     def __call__(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """[n, D] last hidden states of the tokens [n] at these positions."""
         x = self.embedding[input_ids]
-        cos, sin = (c[0, :, None] for c in self.rotary(x, position_ids[None]))
-        num_rotated = (self.num_heads + self.num_kv_heads) * self.head_size
-        half = self.head_size // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        cos, sin = (c[0] for c in self.rotary(x, position_ids[None]))
+        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         for index, layer in enumerate(self.layers):
-            states = layer.query_key_value(rms_norm(x, (x.shape[-1],), layer.norm, self.eps))
-            rotated = states[:, :num_rotated].view(len(x), -1, self.head_size)
-            if layer.query_key_norm is not None:
-                rotated = rms_norm(rotated, (self.head_size,), None, self.eps) * layer.query_key_norm
-            rotated = torch.addcmul(rotated * cos, rotated.roll(half, -1), sin)
-            value = states[:, num_rotated:].view(len(x), -1, self.head_size)
-            query, key = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
+            states = layer.query_key_value(x, "normed", norm=layer.norm, eps=self.eps)
+            states = states.view(len(x), -1, self.head_size)
+            self.kernels.rotate(states, self.num_heads + self.num_kv_heads, layer.query_key_norm, self.eps, cos, sin)
+            query, key, value = torch.split(states, heads, 1)
             mixed = attend(index, query, key, value, layer.scaling, layer.window)
-            x += layer.output(mixed.flatten(1))
-            gate, up = layer.gate_up(rms_norm(x, (x.shape[-1],), layer.mlp_norm, self.eps)).chunk(2, -1)
-            x += layer.down(silu(gate).mul_(up))
+            layer.output(mixed.flatten(1), add_to=x)
+            gate_up = layer.gate_up(x, "normed", norm=layer.mlp_norm, eps=self.eps)
+            layer.down(gate_up, "gated", add_to=x)
         return rms_norm(x, (x.shape[-1],), self.final_norm, self.eps)
 
     def prove_fresh(self, model: PreTrainedModel) -> None:
@@ -123,11 +90,11 @@ class FusedForward:
             )
 
 
-def _layer(block: Any, num_rows: int) -> Layer:
+def _layer(block: Any, num_rows: int, kernels: Kernels) -> Layer:
     attention, mlp = block.self_attn, block.mlp
 
-    def matrix(*modules: Any) -> Matrix:
-        return Matrix([weight_of(m) for m in modules], [m.bias for m in modules], num_rows)
+    def matrix(*modules: Any) -> Matrices:
+        return kernels.matrices([weight_of(m) for m in modules], [m.bias for m in modules], num_rows)
 
     norm = None
     if hasattr(attention, "q_norm"):

@@ -15,19 +15,28 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from trimtab.data.trees import Strips
 from trimtab.models.attention import UNSEEN, Attend
+from trimtab.models.kernels import CompiledKernels, Kernels
 
 
 class SlotCache:
     """Room for `num_rows` replies of `reply_width` tokens to `num_prompts` prompts of `prompt_width` tokens."""
 
     def __init__(
-        self, *, num_rows: int, num_prompts: int, group_size: int, prompt_width: int, reply_width: int
+        self,
+        *,
+        num_rows: int,
+        num_prompts: int,
+        group_size: int,
+        prompt_width: int,
+        reply_width: int,
+        kernels: Kernels,
     ) -> None:
         self.num_rows = num_rows
         self.num_prompts = num_prompts
         self.group_size = group_size
         self._prompt_width = prompt_width
         self._reply_width = reply_width
+        self._kernels = kernels
         self._layers: dict[int, tuple[Tensor, ...]] = {}
         self.sequences = torch.empty(0, dtype=torch.int64)
         """[n] which sequence each row holds: prompt number * group_size + number in its group."""
@@ -89,8 +98,32 @@ class SlotCache:
 
     def extend(self) -> Attend:
         """Attention for one more token of every reply: it sees its prompt, its reply so far and itself."""
-        attend = self._extend_whole() if self.group_size == 1 else self._extend_shared()
+        if isinstance(self._kernels, CompiledKernels):
+            attend = self._extend_compiled(self._kernels)
+        else:
+            attend = self._extend_whole() if self.group_size == 1 else self._extend_shared()
         self.lengths = self.lengths + 1
+        return attend
+
+    def _extend_compiled(self, kernels: CompiledKernels) -> Attend:
+        whole = self.group_size == 1
+        places = self.positions if whole else self.lengths
+        shared = {} if whole else {"prompt_of": self._prompt_of, "prompt_lengths": self._prompt_lengths}
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+            *prompts, keys, values = self._buffers(layer, key)
+            return kernels.attend(
+                query,
+                key,
+                value,
+                scaling=scaling,
+                window=window,
+                rows=(keys, values),
+                places=places,
+                prompts=(prompts[0], prompts[1]) if prompts else None,
+                **shared,
+            )
+
         return attend
 
     def _extend_whole(self) -> Attend:

@@ -57,7 +57,7 @@ def run(settings: Settings, run: Run) -> None:
     )
     run.save_model(lambda path: save_role(parts.policy, parts.chat.tokenizer, path, base=parts.base))
     run.finish(
-        {"num_steps": settings.num_steps, "sampler": parts.generator.method, "counts": parts.counts}
+        {"num_steps": settings.num_steps, "sampler": parts.generator.sampler, "counts": parts.counts}
         | last_metrics(run, "policy/kl", "reward/mean", "gold/mean")
     )
 

@@ -1,0 +1,229 @@
+/* What a decoding step computes for a few rows: products, rotated queries and keys, attention. Called by kernels.py.
+
+   Everything is float32 and dense. A result depends on its own row alone, not on how many rows or threads there are. */
+
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+enum { LANES = 16 };
+#elif defined(__AVX__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+enum { OUTS = 6, WIDE = 2 * LANES, CHUNK = 64, LINE = 16 };
+enum { PLAIN = 0, NORMED = 1, GATED = 2 };
+
+/* e^x for x <= 88, within 2 units in the last place: 2^n times a polynomial (minimax, as in Cephes' expf). */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+
+static inline float dot(const float *a, const float *b, int64_t n) {
+    vec even = {0}, odd = {0};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        even += *(const loose *)(a + i) * *(const loose *)(b + i);
+        odd += *(const loose *)(a + i + LANES) * *(const loose *)(b + i + LANES);
+    }
+    float sum = 0;
+    even += odd;
+    for (int lane = 0; lane < LANES; lane++) sum += even[lane];
+    for (; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+static inline float scale_of(const float *row, int64_t n, float eps) {
+    return 1.0f / sqrtf(dot(row, row, n) / (float)n + eps);
+}
+
+/* Entries `from` to `from + size` of what a row is multiplied as: itself, its norm, or silu(one half) times the other. */
+static inline void prepare(const float *row, int64_t k, int64_t from, int64_t size, int64_t form, const float *norm,
+                           float scale, float *made) {
+    const float *x = row + from;
+    if (form == NORMED)
+        for (int64_t i = 0; i < size; i++) made[i] = x[i] * scale * norm[from + i];
+    else if (form == GATED)
+        for (int64_t i = 0; i < size; i++) made[i] = x[i] / (1.0f + exponential(-x[i] > 87.0f ? 87.0f : -x[i])) * x[k + i];
+    else
+        memcpy(made, x, sizeof *x * (size_t)size);
+}
+
+/* OUTS weight rows times up to `vecs` vectors of columns; the rows after them are fetched meanwhile. */
+static inline __attribute__((always_inline)) void multiply(const float *const *w, const float *columns, int64_t k,
+                                                           int vecs, const float *ahead, float done[OUTS][WIDE]) {
+    vec sums[OUTS][2] = {0};
+    for (int64_t i = 0; i < k; i++) {
+        if (ahead && i % LINE == 0)
+            for (int o = 0; o < OUTS; o++) __builtin_prefetch(ahead + o * k + i);
+        vec low = *(const vec *)(columns + i * WIDE), high = *(const vec *)(columns + i * WIDE + LANES);
+        for (int o = 0; o < OUTS; o++) {
+            sums[o][0] += low * w[o][i];
+            if (vecs == 2) sums[o][1] += high * w[o][i];
+        }
+    }
+    memcpy(done, sums, sizeof sums);
+}
+
+/* y[n, sum of outs] = or += prepared x[n, k] times the matrices [outs[m], k] transposed, side by side.
+
+   Rows stand in the lanes: `room`, aligned, holds k columns of WIDE rows for each tile, and behind them a scale for each
+   row; each weight is read once, where the model has it, and multiplied with all rows. */
+void product(const float *x, int64_t n, int64_t k, int64_t form, const float *norm, float eps, int64_t matrices,
+             const float *const *weights, const float *const *biases, const int64_t *outs, float *y, int64_t add,
+             float *room, int64_t threads) {
+    int64_t tiles = (n + WIDE - 1) / WIDE, parts = (k + CHUNK - 1) / CHUNK, stride = form == GATED ? 2 * k : k;
+    int64_t width = 0;
+    for (int64_t m = 0; m < matrices; m++) width += outs[m];
+    float *scales = room + tiles * WIDE * k;
+#pragma omp parallel num_threads(threads)
+    {
+        if (form == NORMED) {
+#pragma omp for schedule(static)
+            for (int64_t r = 0; r < n; r++) scales[r] = scale_of(x + r * stride, k, eps);
+        }
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < tiles * parts; task++) {
+            int64_t first = task / parts * WIDE, from = task % parts * CHUNK;
+            int64_t size = k - from < CHUNK ? k - from : CHUNK;
+            float *to = room + first * k + from * WIDE, made[CHUNK] = {0};
+            for (int64_t r = 0; r < WIDE; r++) {
+                if (first + r < n) prepare(x + (first + r) * stride, k, from, size, form, norm, scales[first + r], made);
+                else memset(made, 0, sizeof made);
+                for (int64_t i = 0; i < size; i++) to[i * WIDE + r] = made[i];
+            }
+        }
+        for (int64_t m = 0, first = 0; m < matrices; first += outs[m++]) {
+            int64_t blocks = (outs[m] + OUTS - 1) / OUTS;
+#pragma omp for schedule(static) nowait
+            for (int64_t block = 0; block < blocks; block++) {
+                int64_t out = block * OUTS, valid = outs[m] - out < OUTS ? outs[m] - out : OUTS;
+                const float *w[OUTS], *next = block + 1 < blocks ? weights[m] + (out + OUTS) * k : NULL;
+                for (int o = 0; o < OUTS; o++) w[o] = weights[m] + (o < valid ? out + o : out) * k;
+                for (int64_t t = 0; t < tiles; t++) {
+                    int64_t rows = n - t * WIDE < WIDE ? n - t * WIDE : WIDE;
+                    float done[OUTS][WIDE], *to = y + t * WIDE * width + first + out;
+                    if (rows > LANES) multiply(w, room + t * WIDE * k, k, 2, t ? NULL : next, done);
+                    else multiply(w, room + t * WIDE * k, k, 1, t ? NULL : next, done);
+                    for (int64_t r = 0; r < rows; r++, to += width) {
+                        if (add)
+                            for (int o = 0; o < OUTS; o++) done[o][r] += o < valid ? to[o] : 0;
+                        if (biases[m])
+                            for (int o = 0; o < OUTS; o++) done[o][r] += o < valid ? biases[m][out + o] : 0;
+                        if (valid == OUTS)
+                            for (int o = 0; o < OUTS; o++) to[o] = done[o][r];
+                        else
+                            for (int o = 0; o < valid; o++) to[o] = done[o][r];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/* The first `heads` heads of every row of x[n, width], in place: normed where there is a norm [heads, size], and rotated
+   by cos and sin [n, size]. */
+void rotate(float *x, int64_t n, int64_t width, int64_t heads, int64_t size, const float *norm, float eps,
+            const float *cos, const float *sin, int64_t threads) {
+    int64_t half = size / 2;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < n; row++)
+        for (int64_t head = 0; head < heads; head++) {
+            float *low = x + row * width + head * size, *high = low + half;
+            const float *c = cos + row * size, *s = sin + row * size;
+            if (norm) {
+                float scale = scale_of(low, size, eps);
+                for (int64_t i = 0; i < size; i++) low[i] *= scale * norm[head * size + i];
+            }
+            for (int64_t i = 0; i < half; i++) {
+                float a = low[i], b = high[i];
+                low[i] = a * c[i] - b * s[i];
+                high[i] = b * c[half + i] + a * s[half + i];
+            }
+        }
+}
+
+/* scores[r, t] for the keys `from` to `to`; a query's scores are `room` apart from the next one's. */
+static void score(const float *queries, int64_t repeats, const float *keys, int64_t from, int64_t to, int64_t size,
+                  float scaling, float *scores, int64_t room) {
+    for (int64_t t = from; t < to; t++, scores++)
+        for (int64_t r = 0; r < repeats; r++) scores[r * room] = dot(queries + r * size, keys + t * size, size) * scaling;
+}
+
+/* sum[size] += weights times the values `from` to `to`. */
+static void gather(const float *weights, const float *values, int64_t from, int64_t to, int64_t size, float *sum) {
+    enum { KEPT = 8 };
+    int64_t first = 0;
+    for (; first + KEPT * LANES <= size; first += KEPT * LANES) {
+        vec kept[KEPT];
+        memcpy(kept, sum + first, sizeof kept);
+        for (int64_t t = from; t < to; t++)
+            for (int j = 0; j < KEPT; j++)
+                kept[j] += *(const loose *)(values + t * size + first + j * LANES) * weights[t - from];
+        memcpy(sum + first, kept, sizeof kept);
+    }
+    for (int64_t t = from; t < to; t++)
+        for (int64_t i = first; i < size; i++) sum[i] += weights[t - from] * values[t * size + i];
+}
+
+/* The next token of n replies, whose row i is in rows[i] and whose prompt, if any, is prompts[prompt_of[i]].
+
+   key and value [n, kv_heads, size], `stride` floats from row to row, are stored at places[i] of the rows [*, kv_heads,
+   row_room, size]. The queries [n, kv_heads * repeats, size] then see the prompt's keys, of prompts [*, kv_heads,
+   prompt_room, size], and those of the row up to the place, the last `window` of them all. `scores` is room for threads
+   * repeats * (prompt_room + row_room) floats. */
+void attend(const float *query, int64_t query_stride, const float *key, const float *value, int64_t stride, int64_t n, int64_t kv_heads,
+            int64_t repeats, int64_t size, float scaling, int64_t window, const float *prompt_keys,
+            const float *prompt_values, int64_t prompt_room, const int64_t *prompt_of, const int64_t *prompt_lengths,
+            float *row_keys, float *row_values, int64_t row_room, const int64_t *places, float *output, float *scores,
+            int64_t threads) {
+    int64_t room = prompt_room + row_room;
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
+    for (int64_t task = 0; task < n * kv_heads; task++) {
+        int64_t head = task / n, row = task % n; /* replies to one prompt come one after the other */
+        int64_t prompt = prompt_of ? prompt_of[row] : 0, length = prompt_of ? prompt_lengths[prompt] : 0;
+        int64_t end = places[row] + 1, oldest = length + end - window;
+        int64_t from = oldest < 0 ? 0 : oldest < length ? oldest : length, own = oldest > length ? oldest - length : 0;
+        int64_t seen = length - from, num = seen + end - own;
+        const float *keys = prompt_keys + (prompt * kv_heads + head) * prompt_room * size;
+        const float *values = prompt_values + (prompt * kv_heads + head) * prompt_room * size;
+        float *own_keys = row_keys + (row * kv_heads + head) * row_room * size;
+        float *own_values = row_values + (row * kv_heads + head) * row_room * size;
+        memcpy(own_keys + (end - 1) * size, key + row * stride + head * size, sizeof *key * (size_t)size);
+        memcpy(own_values + (end - 1) * size, value + row * stride + head * size, sizeof *value * (size_t)size);
+
+        const float *queries = query + row * query_stride + head * repeats * size;
+        float *weights = scores + omp_get_thread_num() * repeats * room;
+        score(queries, repeats, keys, from, length, size, scaling, weights, room);
+        score(queries, repeats, own_keys, own, end, size, scaling, weights + seen, room);
+        float *to = output + (row * kv_heads + head) * repeats * size;
+        memset(to, 0, sizeof *to * (size_t)(repeats * size));
+        for (int64_t r = 0; r < repeats; r++, weights += room, to += size) {
+            float highest = weights[0], sum = 0;
+            for (int64_t t = 1; t < num; t++) highest = weights[t] > highest ? weights[t] : highest;
+            for (int64_t t = 0; t < num; t++) weights[t] = exponential(weights[t] - highest);
+            for (int64_t t = 0; t < num; t++) sum += weights[t];
+            for (int64_t t = 0; t < num; t++) weights[t] /= sum;
+            gather(weights, values, from, length, size, to);
+            gather(weights + seen, own_values, own, end, size, to);
+        }
+    }
+}
