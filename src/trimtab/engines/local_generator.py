@@ -30,7 +30,7 @@ from trimtab.models.roles import Policy
 from trimtab.models.slots import SlotCache
 from trimtab.types import Prompt, Rollout
 
-PREFILL_TOKENS = 512
+PREFILL_TOKENS = 256
 """Prompts are started in rows of about this many tokens: enough for fast products, little memory."""
 
 
