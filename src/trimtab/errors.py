@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 
 class TrimtabError(Exception):
     """A mistake a person can repair. Printed by the command line without a traceback.
@@ -27,6 +29,16 @@ class DataError(TrimtabError):
 
 class EngineError(TrimtabError):
     """A model, device or library that cannot do what was asked, or a computation that went wrong."""
+
+
+def need(module: str, *, extra: str, setting: str, where: str) -> None:
+    """Raises EngineError with the command to type where an optional library is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise EngineError(
+            f"{setting} needs {module.replace('_', '-')}, which is not installed",
+            where=where,
+            fix=f"pip install 'trimtab[{extra}]'",
+        )
 
 
 class Interrupted(Exception):

@@ -110,6 +110,25 @@ def test_killed_and_run_again_adapters_end_with_the_same_bits(tmp_path, base, re
     assert not differences(whole, out)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_chain_on_a_base_of_few_bits(tmp_path, base, pairs, bits):
+    few = {"adapter": LORA | {"base_bits": bits}, "optimizer": FASTER}
+    reward = run_stage(
+        "reward", tmp_path / "reward", model=str(base), data=str(pairs), held_out=0.3, batch_size=3, **few
+    )
+    values = online_settings(base, reward / "model", critic={"init": "reward", "optimizer": FAST}, **few)
+    out = run_stage("online", tmp_path / "online", **values)
+    assert rows(out)[0]["policy/kl"] == pytest.approx(0, abs=1e-5)
+    assert rows(out)[0]["rollout/logprob_difference"] < 1e-3
+    assert rows(out)[1]["policy/kl"] != 0
+    assert summary(out)["sampler"].startswith("rows")
+    preferred = run_stage(
+        "preference", tmp_path / "preference", model=str(out / "model"), data=str(pairs), batch_size=3, **few
+    )
+    assert base_of(preferred / "model") == str(base)
+    assert rows(preferred)[0]["loss/train"] == pytest.approx(0.6931, abs=1e-3)  # the policy is its own reference
+
+
 def test_a_critic_from_another_base_is_refused(tmp_path, base, other, reward_run):
     values = online(base, reward_run / "model", critic={"init": "reward", "optimizer": FAST})
     result = trimtab("online", write_run_file(tmp_path / "run.toml", values), "--out", tmp_path / "run")

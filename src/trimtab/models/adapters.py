@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trimtab.errors import EngineError
+from trimtab.models.quantized import Bits
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -37,6 +38,8 @@ class LoRA:
     """The change is scaled by alpha / rank."""
     modules: tuple[str, ...] = ()
     """Names of the linear layers that get one, such as "q_proj"; empty takes all but the output head."""
+    base_bits: Bits = 32
+    """Bits of a weight of the frozen linear layers: 32, or rounded to 8 or 4 (needs `trimtab[quantized]`)."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
@@ -196,7 +199,7 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     """The names, without their place, of the linear layers of the blocks."""
     head = model.get_output_embeddings() if hasattr(model, "lm_head") else None  # type: ignore[no-untyped-call]
     skipped = {id(head), id(getattr(model, "score", None))}
-    kinds = ("Linear", "Conv1D")
+    kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
     names = {
         n.rsplit(".", 1)[-1]
         for n, m in model.named_modules()

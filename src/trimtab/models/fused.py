@@ -20,6 +20,7 @@ from trimtab.errors import EngineError
 from trimtab.models.adapters import weight_of
 from trimtab.models.attention import LLAMA_LIKE, Attend, backbone, row_states
 from trimtab.models.kernels import Kernels, Matrices
+from trimtab.models.quantized import is_quantized
 from trimtab.models.tree_attention import tree_attention
 
 
@@ -123,4 +124,5 @@ def _layer(block: Any, num_rows: int, kernels: Kernels) -> Layer:
 def supports_fusing(model: PreTrainedModel) -> bool:
     """Whether the model is built as `FusedForward` computes it."""
     config = model.config.get_text_config()
-    return type(model.base_model).__name__ in LLAMA_LIKE and config.hidden_act in ("silu", "swish")
+    known = type(model.base_model).__name__ in LLAMA_LIKE and config.hidden_act in ("silu", "swish")
+    return known and not is_quantized(model)

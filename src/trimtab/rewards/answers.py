@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from trimtab.errors import EngineError
+from trimtab.errors import need
 from trimtab.metrics import Metrics
 from trimtab.registry import register
 from trimtab.rewards.each import Score, fact, score_each
@@ -57,7 +56,7 @@ class ExactAnswer:
     def load(self, *, token_budget: int) -> ExactAnswerScorer:
         """The scorer. Raises EngineError where math-verify is wanted and not installed."""
         if self.maths:
-            need("math_verify", extra="math", setting="maths = true")
+            need("math_verify", extra="math", setting="maths = true", where="rewards")
         return ExactAnswerScorer(self)
 
 
@@ -110,16 +109,6 @@ def as_number(text: str) -> Fraction | None:
         return None
     value = Fraction(match["digits"].replace(",", "")) / under
     return -value if match["sign"] in ("-", "−") else value
-
-
-def need(module: str, *, extra: str, setting: str) -> None:
-    """Raises EngineError with the command to type where an optional library is not installed."""
-    if importlib.util.find_spec(module) is None:
-        raise EngineError(
-            f"{setting} needs {module.replace('_', '-')}, which is not installed",
-            where="rewards",
-            fix=f"pip install 'trimtab[{extra}]'",
-        )
 
 
 def _after_hashes(reply: str) -> str | None:

@@ -11,10 +11,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, need
 from trimtab.metrics import Metrics
 from trimtab.registry import register
-from trimtab.rewards.answers import need
 from trimtab.rewards.each import Score, score_each
 from trimtab.rewards.helper import Helper
 from trimtab.types import Rollout
@@ -118,7 +117,7 @@ class JsonSchema:
 
     def load(self, *, token_budget: int) -> JsonSchemaScorer:
         """The scorer. Raises ConfigError for a file that holds no schema."""
-        need("jsonschema", extra="json", setting="the reward json_schema")
+        need("jsonschema", extra="json", setting="the reward json_schema", where="rewards")
         scorer = JsonSchemaScorer(self, self._read())
         try:
             scorer.helper.ask("check_schema", scorer.schema)

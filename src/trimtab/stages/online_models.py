@@ -12,6 +12,7 @@ from trimtab.data.chat import Chat
 from trimtab.errors import ConfigError
 from trimtab.models.adapters import add_adapter, base_of, load_adapter, on_base, same_model
 from trimtab.models.load import load_causal, load_scalar
+from trimtab.models.quantized import quantize
 from trimtab.models.roles import Policy, ScalarModel, zero_head
 from trimtab.rewards.combined import CombinedReward, load_rewards
 from trimtab.rewards.model import RewardModel
@@ -57,6 +58,7 @@ def shared_models(settings: Settings, chat: Chat) -> Models:
     assert settings.adapter is not None
     lora, base = settings.adapter, base_of(settings.model) or settings.model
     shared = load_causal(base)
+    quantize(shared, lora.base_bits)
 
     def adapter(name: str, path: str | None) -> str:
         if path is not None:

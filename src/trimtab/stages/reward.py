@@ -22,6 +22,7 @@ from trimtab.models.adapters import LoRA, add_adapter, base_of, load_adapter
 from trimtab.models.forward import sequence_scores_of
 from trimtab.models.load import load_scalar, load_tokenizer, save_role
 from trimtab.models.precision import Precision
+from trimtab.models.quantized import quantize
 from trimtab.models.roles import ScalarModel
 from trimtab.runs.run import Run
 from trimtab.stages.supervised import Epochs, fit
@@ -142,6 +143,7 @@ def start_reward_model(settings: Settings, chat: Chat) -> tuple[ScalarModel, str
             load_scalar(settings.model, head_seed=head_seed), pad_id=chat.pad_id, gives="scores"
         ), settings.model
     model = load_scalar(base or settings.model, head_seed=head_seed)
+    quantize(model, settings.adapter.base_bits)
     if base is None:
         add_adapter(model, "reward", settings.adapter, seed=seeds.derive(settings.seed, "adapter", "reward"))
     else:

@@ -19,6 +19,7 @@ from trimtab.math.losses.sft import SFTLoss
 from trimtab.models.adapters import LoRA, add_adapter, base_of, load_adapter
 from trimtab.models.load import load_causal, load_tokenizer, save_role
 from trimtab.models.precision import Precision
+from trimtab.models.quantized import quantize
 from trimtab.models.roles import Policy
 from trimtab.runs.run import Run
 from trimtab.stages.supervised import Epochs, fit, last_metrics
@@ -129,6 +130,7 @@ def start_policy(path: str, adapter: LoRA | None, chat: Chat, *, seed: int) -> t
     if adapter is None:
         return Policy(load_causal(path), pad_id=chat.pad_id), path
     model = load_causal(base or path)
+    quantize(model, adapter.base_bits)
     if base is None:
         add_adapter(model, "policy", adapter, seed=seeds.derive(seed, "adapter", "policy"))
     else:

@@ -1,0 +1,62 @@
+"""The frozen base of adapters with 8 or 4 bits for each weight of its linear layers, by `bitsandbytes`.
+
+With 8 bits weights are scaled row by row, and their inputs rounded too, as in LLM.int8() (Dettmers et al.,
+arXiv:2208.07339); 4 bits are NormalFloat in blocks of 64, as in QLoRA (Dettmers et al., arXiv:2305.14314).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from trimtab.errors import need
+
+Bits = Literal[4, 8, 32]
+
+
+def quantize(model: PreTrainedModel, bits: Bits) -> None:
+    """Rounds the linear layers of the blocks to so many bits for good; embeddings, norms and heads stay as they are.
+    Nothing is done for 32."""
+    if bits == 32:
+        return
+    need("bitsandbytes", extra="quantized", setting=f"base_bits = {bits}", where="adapter")
+    model.requires_grad_(False)
+    heads = {id(model.get_output_embeddings()), id(getattr(model, "score", None))}  # type: ignore[no-untyped-call]
+    for name, module in list(model.named_modules()):
+        if type(module) in (nn.Linear, Conv1D) and id(module) not in heads:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, _rounded(module, bits))
+    # What stays is a view of the file as it was mapped into memory, and would hold on to all of it.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether some weights are held as integers."""
+    return not all(p.is_floating_point() for p in model.parameters())
+
+
+def _rounded(layer: nn.Module, bits: Bits) -> nn.Module:
+    import bitsandbytes.nn as bnb
+
+    weight, bias = cast(Tensor, layer.weight).detach(), cast("Tensor | None", layer.bias)
+    if isinstance(layer, Conv1D):  # its weight is [in, out]
+        weight = weight.T
+    weight = weight.contiguous()
+    made: Any
+    if bits == 4:
+        made = bnb.Linear4bit(
+            weight.shape[1], weight.shape[0], bias=bias is not None, compute_dtype=torch.float32, quant_type="nf4"
+        )
+        made.weight = bnb.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    else:
+        made = bnb.Linear8bitLt(weight.shape[1], weight.shape[0], bias=bias is not None, has_fp16_weights=False)
+        made.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return made.to(weight.device)  # type: ignore[no-any-return]  # moving it is what rounds it
