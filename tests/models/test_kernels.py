@@ -167,7 +167,7 @@ def looked_for_anew():
     kernels._library.cache_clear()
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", ""])
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "cc --no-such-flag"])
 @pytest.mark.usefixtures("looked_for_anew")
 def test_without_a_compiler_that_can_do_it_torch_computes(monkeypatch, tmp_path, compiler):
     monkeypatch.setenv("CC", compiler)
