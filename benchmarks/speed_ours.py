@@ -166,6 +166,8 @@ def main() -> None:
         import torch
 
         torch.set_float32_matmul_precision(options.precision)
+    if options.stage == "generate" and options.precision == "bfloat16":
+        raise SystemExit("replies are sampled in float32 whatever training's precision: nothing to compare")
     if options.stage == "generate":
         result = generate(options.model, options.rows, options)
     else:

@@ -55,19 +55,20 @@ static inline float scale_of(const float *row, int64_t n, float eps) {
     return 1.0f / sqrtf(dot(row, row, n) / (float)n + eps);
 }
 
-/* Entries `from` to `from + size` of what a row is multiplied as: itself, its norm, or silu(one half) times the other. */
-static inline void prepare(const float *row, int64_t k, int64_t from, int64_t size, int64_t form, const float *norm,
-                           float scale, float *made) {
-    const float *x = row + from;
+static inline float silu(float x) { return x / (1.0f + exponential(x < -87.0f ? 87.0f : -x)); }
+
+/* Entries of a row in the form it is multiplied in: itself, its norm, or silu of them times those k further on. */
+static inline void prepare(const float *x, int64_t k, int64_t size, int64_t form, const float *norm, float scale,
+                           float *made) {
     if (form == NORMED)
-        for (int64_t i = 0; i < size; i++) made[i] = x[i] * scale * norm[from + i];
+        for (int64_t i = 0; i < size; i++) made[i] = x[i] * scale * norm[i];
     else if (form == GATED)
-        for (int64_t i = 0; i < size; i++) made[i] = x[i] / (1.0f + exponential(-x[i] > 87.0f ? 87.0f : -x[i])) * x[k + i];
+        for (int64_t i = 0; i < size; i++) made[i] = silu(x[i]) * x[k + i];
     else
         memcpy(made, x, sizeof *x * (size_t)size);
 }
 
-/* OUTS weight rows times up to `vecs` vectors of columns; the rows after them are fetched meanwhile. */
+/* OUTS rows of weights times one or two vectors of columns; the rows of weights behind them are fetched meanwhile. */
 static inline __attribute__((always_inline)) void multiply(const float *const *w, const float *columns, int64_t k,
                                                            int vecs, const float *ahead, float done[OUTS][WIDE]) {
     vec sums[OUTS][2] = {0};
@@ -83,10 +84,25 @@ static inline __attribute__((always_inline)) void multiply(const float *const *w
     memcpy(done, sums, sizeof sums);
 }
 
+/* Columns of results to rows: to[r * width + o] = done[o][r], plus the bias, plus what is there where `add`. */
+static inline void store(float done[OUTS][WIDE], int64_t rows, int64_t valid, const float *bias, int64_t add, float *to,
+                         int64_t width) {
+    for (int64_t r = 0; r < rows; r++, to += width) {
+        if (add)
+            for (int o = 0; o < OUTS; o++) done[o][r] += o < valid ? to[o] : 0;
+        if (bias)
+            for (int o = 0; o < OUTS; o++) done[o][r] += o < valid ? bias[o] : 0;
+        if (valid == OUTS)
+            for (int o = 0; o < OUTS; o++) to[o] = done[o][r];
+        else
+            for (int o = 0; o < valid; o++) to[o] = done[o][r];
+    }
+}
+
 /* y[n, sum of outs] = or += prepared x[n, k] times the matrices [outs[m], k] transposed, side by side.
 
-   Rows stand in the lanes: `room`, aligned, holds k columns of WIDE rows for each tile, and behind them a scale for each
-   row; each weight is read once, where the model has it, and multiplied with all rows. */
+   Rows stand in the lanes: `room`, aligned, holds k columns of WIDE rows for each tile, and behind them a scale for
+   each row; each weight is read once, where the model has it, and multiplied with all rows. */
 void product(const float *x, int64_t n, int64_t k, int64_t form, const float *norm, float eps, int64_t matrices,
              const float *const *weights, const float *const *biases, const int64_t *outs, float *y, int64_t add,
              float *room, int64_t threads) {
@@ -105,10 +121,10 @@ void product(const float *x, int64_t n, int64_t k, int64_t form, const float *no
             int64_t first = task / parts * WIDE, from = task % parts * CHUNK;
             int64_t size = k - from < CHUNK ? k - from : CHUNK;
             float *to = room + first * k + from * WIDE, made[CHUNK] = {0};
-            for (int64_t r = 0; r < WIDE; r++) {
-                if (first + r < n) prepare(x + (first + r) * stride, k, from, size, form, norm, scales[first + r], made);
+            for (int64_t r = first; r < first + WIDE; r++, to++) {
+                if (r < n) prepare(x + r * stride + from, k, size, form, norm ? norm + from : NULL, scales[r], made);
                 else memset(made, 0, sizeof made);
-                for (int64_t i = 0; i < size; i++) to[i * WIDE + r] = made[i];
+                for (int64_t i = 0; i < size; i++) to[i * WIDE] = made[i];
             }
         }
         for (int64_t m = 0, first = 0; m < matrices; first += outs[m++]) {
@@ -123,24 +139,15 @@ void product(const float *x, int64_t n, int64_t k, int64_t form, const float *no
                     float done[OUTS][WIDE], *to = y + t * WIDE * width + first + out;
                     if (rows > LANES) multiply(w, room + t * WIDE * k, k, 2, t ? NULL : next, done);
                     else multiply(w, room + t * WIDE * k, k, 1, t ? NULL : next, done);
-                    for (int64_t r = 0; r < rows; r++, to += width) {
-                        if (add)
-                            for (int o = 0; o < OUTS; o++) done[o][r] += o < valid ? to[o] : 0;
-                        if (biases[m])
-                            for (int o = 0; o < OUTS; o++) done[o][r] += o < valid ? biases[m][out + o] : 0;
-                        if (valid == OUTS)
-                            for (int o = 0; o < OUTS; o++) to[o] = done[o][r];
-                        else
-                            for (int o = 0; o < valid; o++) to[o] = done[o][r];
-                    }
+                    store(done, rows, valid, biases[m] ? biases[m] + out : NULL, add, to, width);
                 }
             }
         }
     }
 }
 
-/* The first `heads` heads of every row of x[n, width], in place: normed where there is a norm [heads, size], and rotated
-   by cos and sin [n, size]. */
+/* The first `heads` heads of every row of x[n, width], in place: normed where there is a norm [heads, size], and
+   rotated by cos and sin [n, size]. */
 void rotate(float *x, int64_t n, int64_t width, int64_t heads, int64_t size, const float *norm, float eps,
             const float *cos, const float *sin, int64_t threads) {
     int64_t half = size / 2;
@@ -165,7 +172,8 @@ void rotate(float *x, int64_t n, int64_t width, int64_t heads, int64_t size, con
 static void score(const float *queries, int64_t repeats, const float *keys, int64_t from, int64_t to, int64_t size,
                   float scaling, float *scores, int64_t room) {
     for (int64_t t = from; t < to; t++, scores++)
-        for (int64_t r = 0; r < repeats; r++) scores[r * room] = dot(queries + r * size, keys + t * size, size) * scaling;
+        for (int64_t r = 0; r < repeats; r++)
+            scores[r * room] = dot(queries + r * size, keys + t * size, size) * scaling;
 }
 
 /* sum[size] += weights times the values `from` to `to`. */
@@ -190,8 +198,8 @@ static void gather(const float *weights, const float *values, int64_t from, int6
    row_room, size]. The queries [n, kv_heads * repeats, size] then see the prompt's keys, of prompts [*, kv_heads,
    prompt_room, size], and those of the row up to the place, the last `window` of them all. `scores` is room for threads
    * repeats * (prompt_room + row_room) floats. */
-void attend(const float *query, int64_t query_stride, const float *key, const float *value, int64_t stride, int64_t n, int64_t kv_heads,
-            int64_t repeats, int64_t size, float scaling, int64_t window, const float *prompt_keys,
+void attend(const float *query, int64_t query_stride, const float *key, const float *value, int64_t stride, int64_t n,
+            int64_t kv_heads, int64_t repeats, int64_t size, float scaling, int64_t window, const float *prompt_keys,
             const float *prompt_values, int64_t prompt_room, const int64_t *prompt_of, const int64_t *prompt_lengths,
             float *row_keys, float *row_values, int64_t row_room, const int64_t *places, float *output, float *scores,
             int64_t threads) {
