@@ -250,7 +250,6 @@ def compare(name: str, work: Workload, o: argparse.Namespace, before: Sequence[d
         facts = {"seconds": seconds, "ratio": ratio, "memory": memory, "foreign_load": foreign}
         pairs.append(facts | {side: {k: pair[side].get(k) for k in ("rss_gb", "losses", "laps")} for side in pair})
     ratios = sorted(p["ratio"] for p in pairs)
-    with_memory = [p for p in pairs if p["memory"] is not None]
     result = {
         "workload": name,
         "stage": work.stage,
@@ -259,11 +258,11 @@ def compare(name: str, work: Workload, o: argparse.Namespace, before: Sequence[d
         "ratio": statistics.median(ratios),
         "ratio_low": ratios[0],
         "ratio_high": ratios[-1],
-        "memory": statistics.median(p["memory"] for p in with_memory),
+        "memory": statistics.median(p["memory"] for p in pairs),
         "peer_seconds": statistics.median(p["seconds"]["peer"] for p in pairs),
         "our_seconds": statistics.median(p["seconds"]["ours"] for p in pairs),
-        "peer_rss_gb": statistics.median(p["peer"]["rss_gb"] for p in with_memory),
-        "our_rss_gb": statistics.median(p["ours"]["rss_gb"] for p in with_memory),
+        "peer_rss_gb": statistics.median(p["peer"]["rss_gb"] for p in pairs),
+        "our_rss_gb": statistics.median(p["ours"]["rss_gb"] for p in pairs),
         "products": products_of(work.stage, model, lengths, work.options),
         "machine": machine(),
         "pairs": pairs,
