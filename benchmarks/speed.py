@@ -361,11 +361,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         seconds = r["our_seconds"] * (
             r["options"]["num"] * r["options"]["gen"] / 1000 if r["stage"] == "generate" else 1
         )
+        many = len(r["pairs"])
+        spread = f"{r['ratio_low']:.2f} to {r['ratio_high']:.2f}, {many} pairs" if many > 1 else "1 pair"
         rate = r["products"][1] / seconds / r["machine"]["gemm_gflops"] / 1e9
         lines.append(
             f"| {name} | {r['peer_seconds']:.2f} s, {r['peer_rss_gb']:.2f} GB | {r['our_seconds']:.2f} s, "
-            f"{r['our_rss_gb']:.2f} GB | **{r['ratio']:.2f}** ({r['ratio_low']:.2f} to {r['ratio_high']:.2f}, "
-            f"{len(r['pairs'])} pairs) | {f'{work.floor}, {work.floor_same}' if work.floor else ''} | "
+            f"{r['our_rss_gb']:.2f} GB | **{r['ratio']:.2f}** ({spread}) | {f'{work.floor}, {work.floor_same}' if work.floor else ''} | "
             f"{f'{saved:.2f}' if saved else ''} | {f'{rate:.0%}' if saved else ''} | "
             f"{r['memory']:.2f}{f' (≤ {work.memory})' if work.memory else ''} |"
         )

@@ -6,6 +6,7 @@ arXiv:2208.07339); 4 bits are NormalFloat in blocks of 64, as in QLoRA (Dettmers
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, Literal, cast
 
 import torch
@@ -42,13 +43,11 @@ def is_quantized(model: PreTrainedModel) -> bool:
 
 
 def _rounded(layer: nn.Module, bits: Bits) -> nn.Module:
-    import bitsandbytes.nn as bnb
-
+    bnb: Any = importlib.import_module("bitsandbytes.nn")
     weight, bias = cast(Tensor, layer.weight).detach(), cast("Tensor | None", layer.bias)
     if isinstance(layer, Conv1D):  # its weight is [in, out]
         weight = weight.T
     weight = weight.contiguous()
-    made: Any
     if bits == 4:
         made = bnb.Linear4bit(
             weight.shape[1], weight.shape[0], bias=bias is not None, compute_dtype=torch.float32, quant_type="nf4"
