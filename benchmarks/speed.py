@@ -366,7 +366,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         rate = r["products"][1] / seconds / r["machine"]["gemm_gflops"] / 1e9
         lines.append(
             f"| {name} | {r['peer_seconds']:.2f} s, {r['peer_rss_gb']:.2f} GB | {r['our_seconds']:.2f} s, "
-            f"{r['our_rss_gb']:.2f} GB | **{r['ratio']:.2f}** ({spread}) | {f'{work.floor}, {work.floor_same}' if work.floor else ''} | "
+            f"{r['our_rss_gb']:.2f} GB | **{r['ratio']:.2f}** ({spread}) | "
+            f"{f'{work.floor}, {work.floor_same}' if work.floor else ''} | "
             f"{f'{saved:.2f}' if saved else ''} | {f'{rate:.0%}' if saved else ''} | "
             f"{r['memory']:.2f}{f' (≤ {work.memory})' if work.memory else ''} |"
         )
