@@ -401,7 +401,10 @@ def picture(results: dict[str, dict[str, Any]]) -> Any:
         figure.add_scatter(x=x, y=y, mode="markers", name=label, marker=marker)
     figure.update_xaxes(title="times faster than TRL", type="log", tickvals=[1, 1.5, 2, 3, 4, 5, 6, 8, 10])
     figure.update_layout(
-        template="plotly_white", margin={"l": 10, "r": 20, "t": 20, "b": 40}, legend={"orientation": "h", "y": -0.15}
+        template="plotly_white",
+        height=580,
+        margin={"l": 10, "r": 20, "t": 20, "b": 40},
+        legend={"orientation": "h", "y": -0.15},
     )
     return figure
 
