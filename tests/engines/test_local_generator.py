@@ -148,9 +148,9 @@ def drawn_by(name, *, batch_size, form="own", group_size=3):
 def test_every_architecture_draws_from_its_own_distribution_whatever_rows_it_is_given(
     name, group_size, kernels, monkeypatch
 ):
-    monkeypatch.setenv(SWITCH, kernels)
     if kernels == "compiled" and not find(torch.zeros(1)).compiled:
         pytest.skip("no C compiler with OpenMP on this machine")
+    monkeypatch.setenv(SWITCH, kernels)
     g, prompts, whole = drawn_by(name, batch_size=100, group_size=group_size)
     for i, (ids, logprobs, _) in enumerate(whole):
         full = torch.tensor([prompts[i // group_size] + ids])

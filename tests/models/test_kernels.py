@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
+from trimtab.errors import EngineError
 from trimtab.models import kernels
 from trimtab.models.kernels import SWITCH, CompiledKernels, Kernels, find
 
@@ -20,6 +21,13 @@ def compiled():
     if not found.compiled:
         pytest.skip("no C compiler with OpenMP on this machine")
     return found
+
+
+@pytest.fixture
+def looked_for_anew():
+    kernels._library.cache_clear()
+    yield
+    kernels._library.cache_clear()
 
 
 def product_in_float64(x, weights, biases, form, norm, eps):
@@ -160,11 +168,19 @@ def test_they_can_be_switched_off(monkeypatch):
     assert type(find(WEIGHT)) is Kernels
 
 
-@pytest.fixture
-def looked_for_anew():
-    kernels._library.cache_clear()
-    yield
-    kernels._library.cache_clear()
+def test_a_wrong_word_in_the_environment_is_answered_with_the_right_ones(monkeypatch):
+    monkeypatch.setenv(SWITCH, "off")
+    with pytest.raises(EngineError, match=r"TRIMTAB_KERNELS = 'off'[^$]*torch or compiled"):
+        find(WEIGHT)
+
+
+def test_what_is_asked_for_and_cannot_be_had_is_said(monkeypatch, looked_for_anew):
+    monkeypatch.setenv(SWITCH, "compiled")
+    with pytest.raises(EngineError, match="only float32 weights on a CPU"):
+        find(WEIGHT.double())
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(EngineError, match=r"no C compiler with OpenMP[^$]*install gcc"):
+        find(WEIGHT)
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "cc --no-such-flag"])

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
+from trimtab.errors import EngineError
+
 Form = Literal["plain", "normed", "gated"]
 """What rows are multiplied as: themselves, their norm, or silu of their first half times the second."""
 
@@ -39,7 +41,7 @@ MOST_LANES = 32
 """Rows are padded to a multiple of what two vectors of the widest processors hold."""
 NO_WINDOW = 1 << 62
 SWITCH = "TRIMTAB_KERNELS"
-"""Environment variable that leaves everything to torch where it is `torch`."""
+"""Environment variable: `torch` leaves everything to torch, `compiled` takes nothing else."""
 
 
 class Matrices:
@@ -204,11 +206,22 @@ class _CompiledMatrices(Matrices):
 
 
 def find(weight: Tensor) -> Kernels:
-    """The fastest kernels for a model with such weights."""
-    if weight.dtype == torch.float32 and weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        library = None if os.environ.get(SWITCH) == "torch" else _library()
-        if library is not None:
-            return CompiledKernels(library)
+    """The fastest kernels for a model with such weights, or those the environment asks for. Raises EngineError where
+    that cannot be had."""
+    asked = os.environ.get(SWITCH, "")
+    if asked not in ("", "torch", "compiled"):
+        raise EngineError(
+            f"{SWITCH} = {asked!r}", where="the environment", fix="set it to torch or compiled, or leave it out"
+        )
+    fits = weight.dtype == torch.float32 and weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    library = _library() if fits and asked != "torch" else None
+    if library is not None:
+        return CompiledKernels(library)
+    if asked == "compiled":
+        problem, fix = "no C compiler with OpenMP was found", "install gcc, or name a compiler in CC"
+        if not fits:
+            problem, fix = "only float32 weights on a CPU have compiled kernels", "leave the variable out"
+        raise EngineError(f"{SWITCH} = 'compiled', but {problem}", where="the environment", fix=fix)
     return Kernels()
 
 
