@@ -1,4 +1,5 @@
 import gzip
+import importlib.util
 import json
 import math
 import random
@@ -13,15 +14,12 @@ from hypothesis import strategies as st
 from trimtab import worlds
 from trimtab.data.layouts import load
 from trimtab.errors import EngineError
-from trimtab.rewards import answers
 from trimtab.rewards.answers import ExactAnswer, as_number, find_answer
 from trimtab.types import Prompt
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 real_data = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data sets in ../shared/data")
-with_maths = pytest.mark.skipif(
-    not answers.importlib.util.find_spec("math_verify"), reason="needs pip install 'trimtab[math]'"
-)
+with_maths = pytest.mark.skipif(not importlib.util.find_spec("math_verify"), reason="needs pip install 'trimtab[math]'")
 
 
 def scores(rollouts, **settings):
@@ -134,7 +132,7 @@ def test_the_worked_answers_of_gsm8k_are_right_and_their_neighbours_wrong(rollou
 
 
 def test_mathematics_without_its_library_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(answers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"pip install 'trimtab\[math\]'"):
         ExactAnswer(maths=True).load(token_budget=1)
 

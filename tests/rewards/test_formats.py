@@ -5,7 +5,6 @@ import time
 import pytest
 
 from trimtab.errors import ConfigError, EngineError
-from trimtab.rewards import answers
 from trimtab.rewards.formats import JsonSchema, ReasoningFormat, Regex, last_fenced
 
 with_schemas = pytest.mark.skipif(
@@ -123,7 +122,7 @@ def test_a_file_that_is_no_schema_is_refused_when_it_is_loaded(text, tmp_path):
 
 
 def test_schemas_without_their_library_say_what_to_install(monkeypatch):
-    monkeypatch.setattr(answers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"pip install 'trimtab\[json\]'"):
         JsonSchema(schema="x").load(token_budget=1)
 
