@@ -251,7 +251,7 @@ def _library() -> ctypes.CDLL | None:
 def _compiled(compiler: list[str]) -> Path:
     """The library for this source, compiler and processor; compiled if it was not yet."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
-    facts = [SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor().encode()]
+    facts = [SOURCE.read_bytes(), version, " ".join([*compiler, *FLAGS]).encode(), _processor().encode()]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
     path = folder / f"kernels-{hashlib.sha256(b'|'.join(facts)).hexdigest()[:16]}.so"
     if not path.exists():
