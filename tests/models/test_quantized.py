@@ -18,6 +18,7 @@ from trimtab.models.adapters import LoRA, add_adapter, load_adapter
 from trimtab.models.forward import token_logprobs_of
 from trimtab.models.load import load_causal, load_tokenizer, save_role
 from trimtab.models.quantized import is_quantized, quantize
+from trimtab.models.reference_cache import model_hash
 from trimtab.models.roles import Policy
 from trimtab.stages import sft
 
@@ -131,6 +132,20 @@ def test_without_the_library_the_command_is_named(monkeypatch):
     with pytest.raises(EngineError, match="base_bits = 4 needs bitsandbytes") as raised:
         quantize(causal("llama"), 4)
     assert raised.value.fix == "pip install 'trimtab[quantized]'"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bases_that_differ_in_scale_only_are_not_taken_for_each_other(bits):
+    hashes = set()
+    for factor in (1.0, 2.0):  # the rounded integers are the same
+        model = causal("qwen3")
+        with torch.no_grad():
+            model.base_model.layers[0].mlp.down_proj.weight.mul_(factor)
+        quantize(model, bits)
+        hashes.add(model_hash(Policy(model, pad_id=0)))
+        logprobs(Policy(model, pad_id=0))  # running it changes nothing of that
+        hashes.add(model_hash(Policy(model, pad_id=0)))
+    assert len(hashes) == 2
 
 
 def test_an_adapter_made_on_it_fits_the_base_as_it_was(tmp_path):

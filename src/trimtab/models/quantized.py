@@ -49,13 +49,15 @@ def _rounded(layer: nn.Module, bits: Bits) -> nn.Module:
         weight = weight.T
     weight = weight.contiguous()
     if bits == 4:
-        made = bnb.Linear4bit(
-            weight.shape[1], weight.shape[0], bias=bias is not None, compute_dtype=torch.float32, quant_type="nf4"
-        )
-        made.weight = bnb.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        kind: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4"}
+        made = bnb.Linear4bit(*weight.T.shape, bias=bias is not None, compute_dtype=torch.float32, **kind)
+        made.weight = bnb.Params4bit(weight, requires_grad=False, **kind)
     else:
-        made = bnb.Linear8bitLt(weight.shape[1], weight.shape[0], bias=bias is not None, has_fp16_weights=False)
+        made = bnb.Linear8bitLt(*weight.T.shape, bias=bias is not None, has_fp16_weights=False)
         made.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return made.to(weight.device)  # type: ignore[no-any-return]  # moving it is what rounds it
+    made = made.to(weight.device)  # moving it is what rounds it
+    # A buffer, so that whoever goes through a model's weights, as the hash of a reference does, sees the scales too.
+    made.register_buffer("scales", made.weight.quant_state.absmax if bits == 4 else made.weight.SCB, persistent=False)
+    return cast(nn.Module, made)
