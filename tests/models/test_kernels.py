@@ -10,7 +10,7 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, 
 
 from trimtab.errors import EngineError
 from trimtab.models import kernels
-from trimtab.models.kernels import SWITCH, CompiledKernels, Kernels, find
+from trimtab.models.kernels import GATED, SWITCH, CompiledKernels, Form, Kernels, find
 
 WEIGHT = torch.zeros(1)
 
@@ -52,13 +52,13 @@ def test_products_are_torchs(compiled, n, ins, outs, form):
     norm, start = torch.rand(ins), torch.randn(n, sum(outs))
     expected = product_in_float64(x, weights, biases, form, norm, 1e-6)
     matrices = compiled.matrices(weights, biases, n)
-    torch.testing.assert_close(matrices(x, form, norm=norm, eps=1e-6).double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(matrices(x, Form(form, norm, 1e-6)).double(), expected, atol=1e-5, rtol=1e-5)
     added = start.clone()
-    assert matrices(x, form, norm=norm, eps=1e-6, add_to=added) is added
+    assert matrices(x, Form(form, norm, 1e-6), add_to=added) is added
     torch.testing.assert_close(added.double(), start.double() + expected, atol=1e-5, rtol=1e-5)
     if all(b is None for b in biases):
         torch.testing.assert_close(
-            Kernels().matrices(weights, biases, n)(x, form, norm=norm, eps=1e-6).double(),
+            Kernels().matrices(weights, biases, n)(x, Form(form, norm, 1e-6)).double(),
             expected,
             atol=1e-5,
             rtol=1e-5,
@@ -68,7 +68,7 @@ def test_products_are_torchs(compiled, n, ins, outs, form):
 @pytest.mark.parametrize("value", [-1e4, -88.0, -50.0, 0.0, 50.0, 88.0, 1e4])
 def test_the_gate_saturates_as_silu_does(compiled, value):
     x = torch.tensor([[value, 1.0]])
-    result = compiled.matrices([torch.ones(1, 1)], [None], 1)(x, "gated")
+    result = compiled.matrices([torch.ones(1, 1)], [None], 1)(x, GATED)
     torch.testing.assert_close(result[0], silu(x[0, :1]), atol=1e-30, rtol=1e-6)
 
 
@@ -143,7 +143,7 @@ def test_a_row_comes_out_the_same_whatever_stands_beside_it_and_however_many_thr
         results = []
         for num_threads, size in itertools.product((1, 2, 3), (1, 7, 40)):
             torch.set_num_threads(num_threads)
-            results.append(torch.cat([matrices(part, "normed", norm=torch.ones(130)) for part in x.split(size)]))
+            results.append(torch.cat([matrices(part, Form("normed", torch.ones(130))) for part in x.split(size)]))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(r, results[0]) for r in results)
@@ -179,7 +179,7 @@ def test_what_is_asked_for_and_cannot_be_had_is_said(monkeypatch, looked_for_ane
     with pytest.raises(EngineError, match="only float32 weights on a CPU"):
         find(WEIGHT.double())
     monkeypatch.setenv("CC", "no-such-compiler")
-    with pytest.raises(EngineError, match=r"no C compiler with OpenMP[^$]*install gcc"):
+    with pytest.raises(EngineError, match=r"no C compiler with OpenMP[^$]*install gcc or name"):
         find(WEIGHT)
 
 

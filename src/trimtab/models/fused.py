@@ -19,7 +19,7 @@ from trimtab.data.trees import TokenTrees, sequence_tree
 from trimtab.errors import EngineError
 from trimtab.models.adapters import weight_of
 from trimtab.models.attention import LLAMA_LIKE, Attend, backbone, row_states
-from trimtab.models.kernels import Kernels, Matrices
+from trimtab.models.kernels import GATED, Form, Kernels, Matrices
 from trimtab.models.quantized import is_quantized
 from trimtab.models.tree_attention import tree_attention
 
@@ -28,11 +28,11 @@ from trimtab.models.tree_attention import tree_attention
 class Layer:
     """One block: attention and gated MLP, each after a norm."""
 
-    norm: Tensor
+    norm: Form
     query_key_value: Matrices
     query_key_norm: Tensor | None
     output: Matrices
-    mlp_norm: Tensor
+    mlp_norm: Form
     gate_up: Matrices
     down: Matrices
     scaling: float
@@ -51,7 +51,7 @@ class FusedForward:
         self.embedding = base.embed_tokens.weight.detach()
         self.rotary = base.rotary_emb
         self.final_norm = base.norm.weight.detach()
-        self.layers = [_layer(block, num_rows, kernels) for block in base.layers]
+        self.layers = [_layer(block, num_rows, kernels, self.eps) for block in base.layers]
         output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.head = kernels.matrices([weight_of(output)], [output.bias], num_rows)
         self.head_size: int = base.layers[0].self_attn.head_dim
@@ -64,14 +64,14 @@ class FusedForward:
         cos, sin = (c[0] for c in self.rotary(x, position_ids[None]))
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         for index, layer in enumerate(self.layers):
-            states = layer.query_key_value(x, "normed", norm=layer.norm, eps=self.eps)
+            states = layer.query_key_value(x, layer.norm)
             states = states.view(len(x), -1, self.head_size)
             self.kernels.rotate(states, self.num_heads + self.num_kv_heads, layer.query_key_norm, self.eps, cos, sin)
             query, key, value = torch.split(states, heads, 1)
             mixed = attend(index, query, key, value, layer.scaling, layer.window)
             layer.output(mixed.flatten(1), add_to=x)
-            gate_up = layer.gate_up(x, "normed", norm=layer.mlp_norm, eps=self.eps)
-            layer.down(gate_up, "gated", add_to=x)
+            gate_up = layer.gate_up(x, layer.mlp_norm)
+            layer.down(gate_up, GATED, add_to=x)
         return rms_norm(x, (x.shape[-1],), self.final_norm, self.eps)
 
     def prove_fresh(self, model: PreTrainedModel) -> None:
@@ -91,7 +91,7 @@ class FusedForward:
             )
 
 
-def _layer(block: Any, num_rows: int, kernels: Kernels) -> Layer:
+def _layer(block: Any, num_rows: int, kernels: Kernels, eps: float) -> Layer:
     attention, mlp = block.self_attn, block.mlp
 
     def matrix(*modules: Any) -> Matrices:
@@ -108,11 +108,11 @@ def _layer(block: Any, num_rows: int, kernels: Kernels) -> Layer:
             ]
         )
     return Layer(
-        norm=block.input_layernorm.weight.detach(),
+        norm=Form("normed", block.input_layernorm.weight.detach(), eps),
         query_key_value=matrix(attention.q_proj, attention.k_proj, attention.v_proj),
         query_key_norm=norm,
         output=matrix(attention.o_proj),
-        mlp_norm=block.post_attention_layernorm.weight.detach(),
+        mlp_norm=Form("normed", block.post_attention_layernorm.weight.detach(), eps),
         gate_up=matrix(mlp.gate_proj, mlp.up_proj),
         down=matrix(mlp.down_proj),
         scaling=attention.scaling,

@@ -1,4 +1,4 @@
-"""What a decoding step computes for a few rows: in torch, and in C (`kernels.c`), which is 1.3 to 2 times faster.
+"""What a decoding step computes for a few rows: in torch, and in C (`kernels.c`), in which it is faster.
 
 The C file is compiled by the machine's own compiler the first time it is wanted and kept in the user's cache. Where no
 compiler knows OpenMP, and for anything but float32 on a CPU, torch computes the same.
@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,17 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from trimtab.errors import EngineError
 
-Form = Literal["plain", "normed", "gated"]
-"""What rows are multiplied as: themselves, their norm, or silu of their first half times the second."""
+
+class Form(NamedTuple):
+    """What rows [n, k] are multiplied as: themselves; `normed`, divided by their root mean square, with `eps` added to
+    the mean square, and multiplied with `norm` [k]; or, of rows [n, 2 k], silu of the first half times the second."""
+
+    kind: Literal["plain", "normed", "gated"]
+    norm: Tensor | None = None
+    eps: float = 0.0
+
+
+PLAIN, GATED = Form("plain"), Form("gated")
 
 PACK_FROM = 1 << 16
 """Matrices of at least this many entries are reordered for oneDNN, where torch has it: 1.4 to 2 times faster for the
@@ -58,23 +67,11 @@ class Matrices:
         if self._packed is not None:
             self._weight = weight.new_empty(0)  # a slice would hold on to all of it
 
-    def __call__(
-        self,
-        x: Tensor,
-        form: Form = "plain",
-        *,
-        norm: Tensor | None = None,
-        eps: float = 0.0,
-        add_to: Tensor | None = None,
-    ) -> Tensor:
-        """[n, sum of outs] x in its form @ weight.T + bias, or `add_to` with that added to it.
-
-        `x` [n, k], or [n, 2 k] if `gated`; `normed` divides it by its root mean square, `eps` added to the mean square,
-        and multiplies it with `norm` [k].
-        """
-        if form == "normed":
-            x = rms_norm(x, (x.shape[-1],), norm, eps)
-        elif form == "gated":
+    def __call__(self, x: Tensor, form: Form = PLAIN, *, add_to: Tensor | None = None) -> Tensor:
+        """[n, sum of outs] x in its form @ weight.T + bias, or `add_to` with that added to it."""
+        if form.kind == "normed":
+            x = rms_norm(x, (x.shape[-1],), form.norm, form.eps)
+        elif form.kind == "gated":
             gate, up = x.chunk(2, -1)
             x = silu(gate).mul_(up)
         if self._packed is None:
@@ -184,23 +181,15 @@ class _CompiledMatrices(Matrices):
             (c_int64 * many)(*map(len, weights)),
         )
 
-    def __call__(
-        self,
-        x: Tensor,
-        form: Form = "plain",
-        *,
-        norm: Tensor | None = None,
-        eps: float = 0.0,
-        add_to: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, x: Tensor, form: Form = PLAIN, *, add_to: Tensor | None = None) -> Tensor:
         x, n, k = x.contiguous(), len(x), self._num_ins
         assert x.dtype == torch.float32
-        assert x.shape[1] == (2 * k if form == "gated" else k)
+        assert x.shape[1] == (2 * k if form.kind == "gated" else k)
         result = x.new_empty(n, self._num_outs) if add_to is None else add_to
         padded = -(-n // MOST_LANES) * MOST_LANES
         self._kernels.library.product(
-            _address(x), n, k, FORMS.index(form), _address(norm), eps, *self._arguments, _address(result),
-            add_to is not None, self._kernels.room(padded * (k + 1)), torch.get_num_threads(),
+            _address(x), n, k, FORMS.index(form.kind), _address(form.norm), form.eps, *self._arguments,
+            _address(result), add_to is not None, self._kernels.room(padded * (k + 1)), torch.get_num_threads(),
         )  # fmt: skip
         return result
 
@@ -218,7 +207,10 @@ def find(weight: Tensor) -> Kernels:
     if library is not None:
         return CompiledKernels(library)
     if asked == "compiled":
-        problem, fix = "no C compiler with OpenMP was found", "install gcc, or name a compiler in CC"
+        problem, fix = (
+            "no C compiler with OpenMP was found, or its result cannot be kept",
+            ("install gcc or name a compiler in CC, and see that XDG_CACHE_HOME (~/.cache) can be written"),
+        )
         if not fits:
             problem, fix = "only float32 weights on a CPU have compiled kernels", "leave the variable out"
         raise EngineError(f"{SWITCH} = 'compiled', but {problem}", where="the environment", fix=fix)
