@@ -2,6 +2,8 @@
 # make quickstart the whole loop, from no model to its dossier, in runs/quickstart
 # make test       formatter, linter, type checker and tests
 # make evidence   the proofs that take minutes
+# make lock       constraints.txt anew: every package of the tested set at its newest release, torch at TORCH
+# make newest     the suite on the newest releases, in an environment of its own, and what they are
 # make parity     the losses beside TRL's own, in an environment for each of its two releases
 # make bench      against TRL, in turns: needs PEER, PEER_PPO, BENCH and ROWS
 # make clean      removes .venv and caches; runs/ stays
@@ -10,10 +12,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
+# The release of torch that `lock` and `newest` take; its newest may be a CUDA build of several gigabytes.
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+
 # Scripts that measure what the docs claim; `make evidence` runs each after the slow tests.
 EVIDENCE ?= benchmarks/spine.py
 
-.PHONY: install quickstart test evidence parity bench clean
+.PHONY: install quickstart test evidence lock newest parity bench clean
 
 install: $(INSTALLED)
 
@@ -38,6 +43,21 @@ test: install
 evidence: install
 	$(BIN)/pytest -m slow
 	@set -e; for script in $(EVIDENCE); do echo "$$script"; $(BIN)/python "$$script"; done
+
+lock:
+	$(PYTHON) -m venv --clear .venv/lock
+	.venv/lock/bin/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)" -e ".[test]"
+	.venv/lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
+	rm -rf .venv/lock
+
+# Says what differs from constraints.txt (< locked, > newest) before the tests run and again after they fail.
+newest: export OMP_NUM_THREADS = 1
+newest:
+	$(PYTHON) -m venv --clear .venv/newest
+	.venv/newest/bin/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)" -e ".[test]"
+	@.venv/newest/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > .venv/newest/releases
+	@diff constraints.txt .venv/newest/releases && echo "the newest releases are the locked ones" || true
+	@.venv/newest/bin/pytest || { echo "fails with:"; diff constraints.txt .venv/newest/releases; exit 1; }
 
 # 1.12 is the last release with a PPO trainer. Tests that need the other release skip.
 parity:

@@ -30,7 +30,7 @@ def decode_padded(
 
     def step(input_ids: Tensor, position_ids: Tensor) -> Tensor:
         outputs = model.base_model(
-            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, cache=cache, use_cache=True
         )
         hidden: Tensor = outputs.last_hidden_state[:, -1]
         return hidden
