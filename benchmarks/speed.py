@@ -59,11 +59,17 @@ WORKLOADS = {
     "reward, 30m": Workload("reward", "30m", {"steps": 3, "batch": 16}, 3.5, 2.2, 0.6),
     "DPO, 30m": Workload("dpo", "30m", {"steps": 3, "batch": 16}, 3.5, 2.2, 0.6),
     "GRPO, 30m": Workload("grpo", "30m", {"steps": 3, "batch": 16, "group": 8, "gen": 64}, 3.5, 2.5, 0.6, 200),
+    "GRPO, groups of 16, 30m": Workload(
+        "grpo", "30m", {"steps": 3, "batch": 32, "group": 16, "gen": 64}, 3.5, 2.5, 0.6, 200
+    ),
     "PPO, 30m": Workload("ppo", "30m", {"steps": 1, "batch": 16, "gen": 64}, 2.8, 1.7, 0.6),
     "SFT, bigvocab": Workload("sft", "bigvocab", {"steps": 2, "batch": 16}, 6.0, 4.0, 0.5),
     "PPO, bigvocab": Workload("ppo", "bigvocab", {"steps": 1, "batch": 16, "gen": 64}, 5.0, 4.0, 0.35),
     "generate, equal lengths, 30m": Workload(
         "generate", "30m", {"num": 32, "batch": 32, "gen": 128, "promptlen": 64, "stops": 0}, 2.2, 2.2, 1.0
+    ),
+    "generate, 24 prompts, 96 new, 30m": Workload(
+        "generate", "30m", {"num": 24, "batch": 24, "gen": 96, "promptlen": 64, "stops": 0}, 2.2, 2.2, 1.0
     ),
     "generate, lengths spread by EOS, 30m": Workload(
         "generate", "30m", {"num": 128, "batch": 32, "gen": 128, "promptlen": 64, "stops": 128}, 3.0, 3.0, 1.0
