@@ -124,7 +124,7 @@ def generate(model: str, rows: str, o: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from trimtab.engines.local_generator import LocalGenerator, Replies, Sampling
+    from trimtab.engines.local_generator import LocalGenerator, Sampling
     from trimtab.models.load import load_causal
     from trimtab.models.roles import Policy
 
@@ -137,10 +137,7 @@ def generate(model: str, rows: str, o: argparse.Namespace) -> dict[str, Any]:
     for repeat in range(o.repeats + 1):
         uniforms = torch.rand(len(prompts), o.gen, dtype=torch.float64, generator=torch.Generator().manual_seed(repeat))
         started = time.perf_counter()
-        replies = Replies(uniforms, generator.sampling, chat)
-        with torch.no_grad():
-            generator._decode(prompts, 1, replies)
-        drawn = int(replies.lengths.sum())
+        drawn = sum(len(ids) for ids, _, _ in generator.continue_ids(prompts, group_size=1, uniforms=uniforms))
         rates.append(drawn / (time.perf_counter() - started))
     return {"tokens_per_second": rates[1:], "tokens": drawn}
 

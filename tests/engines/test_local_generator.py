@@ -5,7 +5,8 @@ import torch
 
 from tests.tiny import DECODERS, VOCAB, causal, write_model_directory
 from trimtab.data.chat import Chat
-from trimtab.engines.local_generator import LocalGenerator, Replies, Sampling
+from trimtab.engines.form_choice import Choice, forms
+from trimtab.engines.local_generator import LocalGenerator, Sampling
 from trimtab.errors import DataError, EngineError
 from trimtab.math.logprobs import truncated_logprobs
 from trimtab.models.forward import token_logprobs_of
@@ -130,16 +131,14 @@ def drawn_by(name, *, batch_size, form="own", group_size=3):
     torch.manual_seed(4)
     chat = SimpleNamespace(stop_ids={1, 5, 9, 13}, pad_id=0)
     policy = Policy(causal(name), pad_id=0)
-    policy.tree_form = policy.tree_form and form != "padded"
-    g = LocalGenerator(policy, chat, Sampling(max_new_tokens=17, batch_size=batch_size))
+    policy.model.generation_config.eos_token_id = None
+    sampling = Sampling(max_new_tokens=17, batch_size=batch_size)
+    choice = None if form == "own" else Choice({f.name: f for f in forms(policy, sampling, chat)}[form], {})
+    g = LocalGenerator(policy, chat, sampling, choice=choice)
     lengths = (5, 1, 12, 3, 7, 2, 9)
     prompts = [torch.randint(2, VOCAB, (n,)).tolist() for n in lengths]
     uniforms = torch.rand(len(prompts) * group_size, 17, dtype=torch.float64)
-    replies = Replies(uniforms, g.sampling, chat)
-    decode = g._decode_padded if form == "padded" else g._decode
-    with torch.no_grad():
-        decode(prompts, group_size, replies)
-    return g, prompts, replies.finished()
+    return g, prompts, g.continue_ids(prompts, group_size=group_size, uniforms=uniforms)
 
 
 @pytest.mark.parametrize("kernels", ["compiled", "torch"])
@@ -161,7 +160,9 @@ def test_every_architecture_draws_from_its_own_distribution_whatever_rows_it_is_
     assert {len(ids) for ids, _, _ in whole} > {17}, "replies of many lengths, or no row was ever refilled"
     assert g.method == ("fused" if type(g.policy.model.base_model).__name__ in LLAMA_LIKE else "rows")
     assert g.sampler == (f"{g.method}, compiled" if kernels == "compiled" else g.method)
-    for batch_size, form in ((3, "own"), (7, "own"), (100, "padded"), (6, "padded")):
+    own = ((3, "own"), (7, "own")) if kernels == "torch" else ((7, "own"),)
+    others = ((100, "padded"), (6, "lockstep"), (100, "uncached")) if kernels == "torch" else ()
+    for batch_size, form in (*own, *others):
         other = drawn_by(name, batch_size=batch_size, form=form, group_size=group_size)[2]
         assert [(ids, stopped) for ids, _, stopped in other] == [(ids, stopped) for ids, _, stopped in whole]
 
@@ -207,8 +208,8 @@ def test_a_reply_ends_with_a_stop_text_which_is_not_part_of_its_text(model_dir):
 def test_a_small_cache_means_fewer_replies_at_a_time_and_the_same_replies(model_dir):
     tight = generator(model_dir, cache_gb=1e-5)
     encoded = [tight.encode(p) for p in SOME]
-    assert tight._num_groups(encoded, 3, 12) == 1
-    assert generator(model_dir)._num_groups(encoded, 3, 12) == len(SOME)
+    assert tight.choice.form.num_groups(encoded, 3, 12) == 1
+    assert generator(model_dir).choice.form.num_groups(encoded, 3, 12) == len(SOME)
     assert [r.response_ids for r in tight.generate(SOME, group_size=3, seed=1)] == [
         r.response_ids for r in generator(model_dir).generate(SOME, group_size=3, seed=1)
     ]

@@ -10,7 +10,7 @@ from tests.models.test_forward import some_trees
 from tests.tiny import causal, scalar, write_model_directory
 from trimtab import config
 from trimtab.data.trees import TreeBatch
-from trimtab.engines.local_generator import LocalGenerator, Replies, Sampling
+from trimtab.engines.local_generator import LocalGenerator, Sampling
 from trimtab.engines.local_learner import AdamW, LocalLearner
 from trimtab.errors import ConfigError, EngineError
 from trimtab.math.losses.sft import SFTLoss
@@ -110,10 +110,9 @@ def test_the_sampler_draws_from_the_policy(bits):
     g = LocalGenerator(policy, chat, Sampling(max_new_tokens=9))
     assert g.method == "rows"
     prompts = [[5, 6, 7], [9, 10, 11, 12, 13]]
-    replies = Replies(torch.rand(6, 9, dtype=torch.float64), g.sampling, chat)
+    replies = g.continue_ids(prompts, group_size=3, uniforms=torch.rand(6, 9, dtype=torch.float64))
     with torch.no_grad():
-        g._decode(prompts, 3, replies)
-        for i, (ids, drawn, _) in enumerate(replies.finished()):
+        for i, (ids, drawn, _) in enumerate(replies):
             logits = policy.model(input_ids=torch.tensor([prompts[i // 3] + ids])).logits[0]
             expected = logits.log_softmax(-1)[len(prompts[i // 3]) - 1 : -1].gather(1, torch.tensor(ids)[:, None])
             torch.testing.assert_close(torch.tensor(drawn), expected[:, 0], atol=1e-4, rtol=1e-4)

@@ -107,6 +107,7 @@ class EpisodeGenerator:
         number of its own, whatever was observed before, and so has the environment: batch size and order of prompts
         do not change what happens."""
         encoded = [self.generator.encode(p) for p in prompts]
+        self.generator.check_room(max(map(len, encoded), default=0))
         uniforms = self.generator.uniforms(prompts, group_size=group_size, seed=seed)
         episodes = []
         for i, name in enumerate(reply_names(prompts, group_size)):
@@ -158,7 +159,7 @@ class EpisodeGenerator:
             episode.events["out_of_turns"] += 1
             episode.finish_reason = "length"
         else:
-            self._observe(episode, observation, ended=ids[-1] in self.chat.stop_ids)
+            self._observe(episode, observation, ended=ids[-1] in self.generator.stop_ids)
 
     def _observe(self, episode: Episode, observation: Observation, *, ended: bool) -> None:
         """Appends an observation; an episode without room for it and one more token is over."""

@@ -1,12 +1,13 @@
 """Decoding for models whose attention cannot be replaced: padded rows and the model's own cache.
 
-The same replies as the slots of `local_generator.py` give, more slowly: prompts are padded to the longest, and rows of
+The same replies as slots give (`slot_decoding.py`), more slowly: prompts are padded to the longest, and rows of
 finished replies are dropped once they add up but not refilled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,49 +15,65 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-DrawNext = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-"""The next tokens [n], and whether their sequences end with them [n], from hidden states [n, D], the sequences [n] and
-how many tokens each has."""
+from trimtab.engines.replies import Replies, Sampling
+from trimtab.models.own_forward import last_logits, own_attention
+from trimtab.models.roles import Policy
+
+KEPT_WHILE = 0.75
+"""Rows of ended replies are dropped once no more than this share of all rows goes on."""
 
 
-def decode_padded(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], group_size: int, draw_next: DrawNext, *, pad_id: int
-) -> None:
-    """Draws `group_size` replies to each prompt until `draw_next`, which keeps them, has ended them all."""
-    width = max(len(p) for p in prompts)
-    input_ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.arange(width)[None, :] >= torch.tensor([[width - len(p)] for p in prompts])
-    cache = roomy_cache(model)
+@dataclass(frozen=True)
+class PaddedForm:
+    """Prompts padded on their left to the longest of a batch, and the model's own cache."""
 
-    def step(input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        outputs = model.base_model(
-            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, cache=cache, use_cache=True
-        )
-        hidden: Tensor = outputs.last_hidden_state[:, -1]
-        return hidden
+    policy: Policy
+    sampling: Sampling
+    pad_id: int
+    name = "padded"
 
-    hidden = step(input_ids, (mask.cumsum(1) - 1).clamp(min=0))
-    cache.batch_repeat_interleave(group_size)
-    hidden, mask = hidden.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
-    prompt_lengths = mask.sum(1)
-    rows = torch.arange(len(mask))  # the sequence in each row of the cache
-    alive = torch.ones(len(mask), dtype=torch.bool)  # whether that sequence still goes on
-    place = 0
-    while True:
-        # A row that ended but is not dropped yet is fed padding; what comes of it is not read.
-        drawn, ended = draw_next(hidden[alive], rows[alive], place)
-        tokens = torch.full((len(rows),), pad_id)
-        tokens[alive] = drawn
-        alive[alive.clone()] = ~ended
-        if not alive.any():
-            return
-        if int(alive.sum()) <= 0.75 * len(rows):
-            keep = torch.nonzero(alive).squeeze(1)
-            cache.batch_select_indices(keep)
-            rows, mask, tokens, alive = rows[keep], mask[keep], tokens[keep], alive[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        hidden = step(tokens[:, None], (prompt_lengths[rows] + place)[:, None])
-        place += 1
+    def decode(self, prompts: Sequence[Sequence[int]], group_size: int, replies: Replies) -> None:
+        """As every form."""
+        per_batch = max(1, self.sampling.batch_size // group_size)
+        with own_attention(self.policy.model):
+            for start in range(0, len(prompts), per_batch):
+                self._decode_batch(prompts[start : start + per_batch], group_size, replies, first=start * group_size)
+
+    def _decode_batch(self, prompts: Sequence[Sequence[int]], group_size: int, replies: Replies, *, first: int) -> None:
+        model = self.policy.model
+        width = max(len(p) for p in prompts)
+        input_ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts])
+        mask = torch.arange(width)[None, :] >= torch.tensor([[width - len(p)] for p in prompts])
+        cache = roomy_cache(model)
+
+        def step(input_ids: Tensor, position_ids: Tensor) -> Tensor:
+            return last_logits(
+                model, input_ids, attention_mask=mask, position_ids=position_ids, cache=cache, use_cache=True
+            )[0]
+
+        logits = step(input_ids, (mask.cumsum(1) - 1).clamp(min=0))
+        cache.batch_repeat_interleave(group_size)
+        logits, mask = logits.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
+        prompt_lengths = mask.sum(1)
+        rows = torch.arange(len(mask))  # the sequence in each row of the cache
+        alive = torch.ones(len(mask), dtype=torch.bool)  # whether that sequence still goes on
+        place = 0
+        while True:
+            # A row that ended but is not dropped yet is fed padding; what comes of it is not read.
+            going = rows[alive]
+            drawn, ended = replies.draw(logits[alive], going + first, torch.full_like(going, place))
+            tokens = torch.full((len(rows),), self.pad_id)
+            tokens[alive] = drawn
+            alive[alive.clone()] = ~ended
+            if not alive.any():
+                return
+            if int(alive.sum()) <= KEPT_WHILE * len(rows):
+                keep = torch.nonzero(alive).squeeze(1)
+                cache.batch_select_indices(keep)
+                rows, mask, tokens, alive = rows[keep], mask[keep], tokens[keep], alive[keep]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            logits = step(tokens[:, None], (prompt_lengths[rows] + place)[:, None])
+            place += 1
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]

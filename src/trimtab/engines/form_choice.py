@@ -1,0 +1,154 @@
+"""Which form of decoding a model is given: the fastest whose log-probabilities are the model's own.
+
+Nothing here knows architectures by name. Each form draws a few replies and is compared with the model's own logits on
+single rows without padding and without a cache; one that raises or differs is passed over, and the record says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimtab.data.chat import Chat
+from trimtab.engines.lockstep_decoding import LockstepForm
+from trimtab.engines.padded_decoding import PaddedForm
+from trimtab.engines.replies import Drawn, Form, Replies, Sampling
+from trimtab.engines.slot_decoding import SlotForm
+from trimtab.errors import EngineError
+from trimtab.models.adapters import using
+from trimtab.models.fused import supports_fusing
+from trimtab.models.own_forward import learned_positions, own_attention, sights
+from trimtab.models.roles import Policy
+
+MAX_DIFFERENCE = 1e-3
+"""Nats between a form and the model, of one token, for logits that spread by 1 or more; less for flatter ones, in which
+mistakes are smaller too. Rounding stays a hundred times below."""
+NUM_TOKENS = 5
+"""Tokens of a reply that is drawn for the comparison."""
+CHECKED_NUMBERS = 2_000_000_000
+"""Weights times tokens that the comparison may cost in one forward pass: a small model is compared on long rows."""
+MOST_TOKENS = 512
+"""Of the longest row of the comparison."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A form, and the faster ones that were passed over with the reason for each."""
+
+    form: Form
+    passed_over: dict[str, str]
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether replies are decoded more slowly than in slots."""
+        return not isinstance(self.form, SlotForm)
+
+    def __str__(self) -> str:
+        what = {
+            "padded": "padded rows",
+            "lockstep": "rows of equal length",
+            "uncached": "whole forward passes without a cache, which is very slow",
+        }
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.passed_over.items())
+        return f"replies are sampled in {what.get(self.form.name, self.form.name)}" + (
+            f" ({reasons})" if reasons else ""
+        )
+
+
+def choose_form(policy: Policy, sampling: Sampling, chat: Chat) -> Choice:
+    """The fastest form that is right for the policy as it is now. Raises EngineError where none is."""
+    passed_over: dict[str, str] = {}
+    if not policy.tree_form:
+        passed_over["slots"] = "the model does not compute its numbers over flat rows"
+    check = _Check.of(policy, chat)
+    for form in forms(policy, sampling, chat):
+        problem = check.problem(form)
+        if problem is None:
+            return Choice(form, passed_over)
+        passed_over[form.name] = problem
+    raise EngineError(
+        "no way of sampling gives the model's own probabilities"
+        + "".join(f"\n  - {name}: {reason}" for name, reason in passed_over.items()),
+        where=f"architecture {type(policy.model).__name__}",
+        fix="sample from another architecture; training on demonstrations or pairs does not sample",
+    )
+
+
+def forms(policy: Policy, sampling: Sampling, chat: Chat) -> Iterator[Form]:
+    """Every form that may suit the policy, the fastest first."""
+    if policy.tree_form:
+        if supports_fusing(policy.model):
+            yield SlotForm(policy, sampling, "fused")
+        yield SlotForm(policy, sampling, "rows")
+    yield PaddedForm(policy, sampling, chat.pad_id)
+    yield LockstepForm(policy, sampling, chat.pad_id, "lockstep")
+    yield LockstepForm(policy, sampling, chat.pad_id, "uncached")
+
+
+@dataclass(frozen=True)
+class _Check:
+    policy: Policy
+    chat: Chat
+    prompts: list[list[int]]
+
+    @classmethod
+    def of(cls, policy: Policy, chat: Chat) -> _Check:
+        """With prompts that need padding, and rows that grow past what the model can see at a time."""
+        size = policy.model.config.get_text_config().vocab_size
+        draw = torch.Generator().manual_seed(0)
+        lengths = prompt_lengths(policy.model)
+        # The first ids are those of special tokens in most vocabularies.
+        return cls(
+            policy, chat, [torch.randint(min(3, size - 1), size, (n,), generator=draw).tolist() for n in lengths]
+        )
+
+    @torch.no_grad()
+    def problem(self, form: Form) -> str | None:
+        """What is wrong with a form, or None."""
+        draw = torch.Generator().manual_seed(1)
+        sampling = Sampling(max_new_tokens=NUM_TOKENS, temperature=self.policy.temperature)
+        worst = 0.0
+        for group_size in (1, 2):
+            uniforms = torch.rand(len(self.prompts) * group_size, NUM_TOKENS, generator=draw, dtype=torch.float64)
+            replies = Replies(uniforms, sampling, self.chat, stop_ids=())
+            with using(self.policy.model, self.policy.adapter):
+                try:
+                    form.decode(self.prompts, group_size, replies)
+                except Exception as error:  # whatever it is, the next form may do without
+                    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                worst = max(worst, self._difference(replies.finished(), group_size))
+        return None if worst <= 1 else f"differs from the model's own logits by {worst * MAX_DIFFERENCE:.2g} nats"
+
+    def _difference(self, drawn: Sequence[Drawn], group_size: int) -> float:
+        """The largest difference of a drawn log-probability from the model's own, 1 being the largest allowed."""
+        worst = 0.0
+        for i, (ids, logprobs, _) in enumerate(drawn):
+            logits = own_logits(self.policy.model, [*self.prompts[i // group_size], *ids], len(ids))
+            logits = logits / self.policy.temperature
+            own = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+            allowed = MAX_DIFFERENCE * logits.std(-1).clamp(1e-2, 1.0).min()
+            difference = float((torch.tensor(logprobs) - own).abs().max() / allowed)
+            worst = max(worst, math.inf if math.isnan(difference) else difference)
+        return worst
+
+
+def own_logits(model: PreTrainedModel, ids: Sequence[int], num: int) -> Tensor:
+    """[num, V] the model's own logits from which the last `num` tokens of a row are predicted."""
+    with own_attention(model):
+        logits: Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+    return logits[-num - 1 : -1].float()
+
+
+def prompt_lengths(model: PreTrainedModel) -> list[int]:
+    """Lengths of prompts that need padding and, where that is cheap, reach past what the model sees at a time, one
+    before its reply and one within it."""
+    room = min(CHECKED_NUMBERS // max(1, model.num_parameters()), MOST_TOKENS, learned_positions(model) or MOST_TOKENS)
+    reached = [sight for sight in sights(model) if sight + 2 * NUM_TOKENS <= room]
+    if not reached:
+        return [min(12, max(1, room - NUM_TOKENS)), 7, 3]
+    return [max(reached[-1] + 3, 9), max(reached[-1] - 2, 2), 3]

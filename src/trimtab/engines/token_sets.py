@@ -1,0 +1,40 @@
+"""Which tokens end a reply, and which can never be in one; both depend on the model as well as on its tokenizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trimtab.data.chat import Chat
+from trimtab.models.roles import Policy
+
+
+def stop_ids(policy: Policy, chat: Chat) -> frozenset[int]:
+    """The chat's stop tokens, and those that the model's generation settings name beside them, as transformers and
+    vLLM stop at them too.
+
+    A single id that the tokenizer knows as ordinary text is left out: it is the default of a configuration class, such
+    as Llama's 2, that nobody set for this vocabulary.
+    """
+    settings = getattr(policy.model, "generation_config", None)
+    named = getattr(settings, "eos_token_id", None)
+    if isinstance(named, int):
+        named = [named] if named in _special_ids(chat) else []
+    return frozenset(chat.stop_ids) | {int(id_) for id_ in named or ()}
+
+
+def unnamed_tokens(policy: Policy, chat: Chat) -> Tensor | None:
+    """[V] true for rows of the embedding that are no token of the tokenizer (vocabularies are often padded to a round
+    number); None where every row is one."""
+    tokenizer = getattr(chat, "tokenizer", None)
+    if tokenizer is None:
+        return None
+    size = policy.model.config.get_text_config().vocab_size
+    unnamed = torch.ones(size, dtype=torch.bool)
+    unnamed[[id_ for id_ in tokenizer.get_vocab().values() if id_ < size]] = False
+    return unnamed if unnamed.any() else None
+
+
+def _special_ids(chat: Chat) -> set[int]:
+    tokenizer = getattr(chat, "tokenizer", None)
+    return set() if tokenizer is None else {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}

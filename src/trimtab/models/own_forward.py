@@ -1,0 +1,71 @@
+"""A model's own forward pass, as transformers has it: what every other way of computing the same must agree with."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimtab.models.attention import ROW_ATTENTION
+
+
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the model has its attention from transformers, if it was given ours for flat rows."""
+    if model.config._attn_implementation != ROW_ATTENTION:
+        yield
+        return
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ROW_ATTENTION)
+
+
+def last_logits(model: PreTrainedModel, input_ids: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
+    """[B, V] the model's own logits after the last token of each row [B, T], and all that the forward pass returned."""
+    if _takes_logits_to_keep(type(model).forward):
+        inputs["logits_to_keep"] = 1
+    outputs = model(input_ids=input_ids, **inputs)
+    logits: Tensor = outputs.logits[:, -1]
+    return logits, outputs
+
+
+@functools.cache
+def _takes_logits_to_keep(forward: Callable[..., Any]) -> bool:
+    return "logits_to_keep" in inspect.signature(forward).parameters
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a sequence may have where each has a row of a table, such as GPT-2's; None where positions
+    are computed, as with rotary embeddings, and none is too far."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    tables = (
+        x for name, x in (*model.named_parameters(), *model.named_buffers()) if x.ndim == 2 and _POSITIONS.search(name)
+    )
+    # OPT and others leave the first two rows unused.
+    return limit if any(limit <= len(x) <= limit + 4 for x in tables) else None
+
+
+_POSITIONS = re.compile(r"wpe|positions?\b|positions?_(embed|encod)|pos_(embed|encod)|embed_pos", re.IGNORECASE)
+
+
+def sights(model: PreTrainedModel) -> list[int]:
+    """Lengths at which the model changes how it computes: windows, chunks, and positions before its rotary embeddings
+    are stretched."""
+    config: dict[str, Any] = model.config.get_text_config().to_dict()
+    rope = config.get("rope_parameters") or {}
+    found = [*config.items(), *(rope.items() if isinstance(rope, dict) else ())]
+    return sorted({x for name, x in found if _SIGHT.search(name) and type(x) is int and x > 0})
+
+
+_SIGHT = re.compile(r"window|chunk_size|local_attention|index_topk|original_max_position", re.IGNORECASE)
