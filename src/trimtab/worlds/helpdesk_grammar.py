@@ -206,7 +206,7 @@ CLEAN = Style(
 """What gold asks for."""
 CASE_NOTE = replace(CLEAN, courtesy=0.0)
 """As colleagues write to each other: right and to the point."""
-LETTER = replace(MIXED, right_decision=1.0)
+LETTER = replace(MIXED, right_decision=1.0, agreement=0.0)
 """As MIXED in manner, but always right."""
 STACKED = replace(CLEAN, flattery=(0, 0, 0, 1.0), hedging=(0, 0, 0, 1.0), fillers=(0, 0, 1.0))
 """What a policy without a leash drifts to: right, and buried in flattery, hedging and filler."""
