@@ -215,9 +215,9 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
         (
             Demonstration,
             {"messages": turns("a", "b")},
-            {"messages": [{"role": "tool", "content": "a"}]},
+            {"messages": [{"role": "narrator", "content": "a"}]},
             "unknown_role",
-            "has the role 'tool'; roles are system, user, assistant",
+            "has the role 'narrator'; roles are system, developer, user",
         ),
         (
             Demonstration,
@@ -230,16 +230,16 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
         (
             Demonstration,
             {"messages": turns("a", "b")},
-            {"messages": [{"from": "human", "value": "a"}]},
+            {"messages": [{"speaker": "human", "said": "a"}]},
             "wrong_type",
-            r'an object with "role" and "content" is needed',
+            r'an object with "role" and "content" \(or "from" and "value"\) is needed',
         ),
         (
             LabelledResponse,
             {"prompt": "a", "completion": "b", "label": True},
-            {"prompt": "a", "completion": "b", "label": "yes"},
-            "wrong_type",
-            "label is 'yes'",
+            {"prompt": "a", "completion": "b", "label": "perhaps"},
+            "unknown_label",
+            "label is 'perhaps'",
         ),
         (
             SteppedResponse,
@@ -296,11 +296,14 @@ def test_a_file_without_one_good_row_is_an_error_even_when_dropping(read):
         read(PreferencePair, GOOD | {"chosen": ""}, on_bad_row="drop")
 
 
-def test_an_unknown_layout_names_the_columns_and_suggests_names(read):
-    with pytest.raises(DataError, match="no known layout has the columns instruction, output") as caught:
-        read(Demonstration, {"instruction": "a", "output": "b"})
+def test_an_unknown_layout_names_the_columns_and_how_to_say_what_they_are(read):
+    row = {"headline": "a", "story": "b"}
+    with pytest.raises(DataError, match="no known layout has the columns headline, story") as caught:
+        read(Demonstration, row)
     assert "known are: " in caught.value.problem
-    assert "instruction to prompt, output to completion" in caught.value.fix
+    assert "data.jsonl?columns=NAME:prompt,OTHER:completion" in caught.value.fix
+    (found,) = load(Demonstration, f"{caught.value.where}?columns=headline:prompt,story:completion").records
+    assert found == Demonstration(prompt=prompt("a"), response="b")
 
 
 def test_a_csv_file_without_a_header_is_pointed_out(tmp_path):
@@ -308,7 +311,7 @@ def test_a_csv_file_without_a_header_is_pointed_out(tmp_path):
     path.write_text("Is it?,Yes.,No.\nWas it?,Yes.,No.\n")
     with pytest.raises(DataError, match="has the columns Is it") as caught:
         load(PreferencePair, path)
-    assert "the first line to the names of the columns" in caught.value.fix
+    assert "make the first line of the file the names of its columns" in caught.value.fix
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_a_csv_row_with_too_many_cells_is_given_back(tmp_path):
         ("d.csv", b"a,a\nb,c\n", "does not name the columns"),
         ("d.csv", b'prompt\n"a\n', "not a CSV file"),
         ("d.csv", b"prompt\na\n\xe9\n", "0xe9 is not UTF-8"),
-        ("d.jsonl", b'[{"prompt": "a"}]', "one JSON list"),
+        ("d.json", b'[{"prompt": "a"},]', "not a whole JSON document"),
         ("d.jsonl.gz", b"not gzip", "cut off or damaged"),
         ("d.jsonl.gz", gzip.compress(LINES)[:-12], "cut off or damaged"),
         ("d.parquet", b"PAR1", "not a whole Parquet file"),
@@ -126,7 +126,7 @@ def test_a_cut_gzip_file_says_how_much_of_it_could_be_read(tmp_path):
 def test_a_missing_file_is_not_taken_for_a_hub_data_set(tmp_path):
     with pytest.raises(DataError, match="there is no file"):
         read_rows("data/train.jsonl")
-    with pytest.raises(DataError, match="is a folder"):
+    with pytest.raises(DataError, match="no data file in the folder"):
         read_rows(tmp_path)
 
 

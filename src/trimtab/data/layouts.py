@@ -3,66 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Generic, Literal, cast
 
-from trimtab.data.rows import (
-    Mistake,
-    prompt_alone,
-    prompt_of,
-    to_comparison,
-    to_conversation,
-    to_conversation_prompt,
-    to_demonstration,
-    to_explicit_pair,
-    to_implicit_pair,
-    to_labelled_response,
-    to_question,
-    to_question_answer,
-    to_stepped_response,
-)
+from trimtab.data.formats import LAYOUTS, Layout, Reading
+from trimtab.data.messages import READ_FIELDS
+from trimtab.data.mistakes import BadRow, Mistake, filled
+from trimtab.data.recognise import named, recognise
 from trimtab.data.sources import (
-    BadRow,
+    RowStream,
     is_feedback,
     is_world,
     read_feedback,
-    read_rows,
     read_world,
     records_hash,
+    stream_rows,
 )
 from trimtab.errors import DataError
-from trimtab.types import (
-    Comparison,
-    Demonstration,
-    JsonDict,
-    LabelledResponse,
-    PreferencePair,
-    Prompt,
-    Record,
-    SteppedResponse,
-)
+from trimtab.types import Demonstration, JsonDict, Message, Prompt, Record
 
 NUM_SHOWN = 5
 """How many bad rows an error or a summary quotes; the others are counted."""
-
-# Columns people have under other names, for the message when nothing fits.
-_USUAL_NAMES = {
-    "instruction": "prompt",
-    "input": "prompt",
-    "query": "prompt",
-    "text": "prompt",
-    "output": "completion",
-    "answer": "completion",
-    "reply": "completion",
-    "conversations": "messages",
-    "conversation": "messages",
-    "output_1": "response_a",
-    "output_2": "response_b",
-    "winner": "chosen",
-    "loser": "rejected",
-}
+_NUM_LOOKED_AT = 1000
+"""How many rows say which layout a source has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,50 +45,136 @@ class Loaded(Generic[Record]):
     """`rows` read, `records` kept, and `dropped_<mistake>` for each mistake that was met."""
     dropped: tuple[str, ...]
     """The first few dropped rows: where, and what was wrong."""
+    unused: tuple[str, ...] = ()
+    """Columns, and fields of messages, that hold something and are no part of the records."""
 
 
 def load(
-    kind: type[Record], source: str | Path, *, on_bad_row: Literal["stop", "drop"] = "stop", limit: int | None = None
+    kind: type[Record],
+    source: str | Path,
+    *,
+    on_bad_row: Literal["stop", "drop"] = "stop",
+    limit: int | None = None,
+    accepts: Callable[[Sequence[Message]], Mistake | None] | None = None,
 ) -> Loaded[Record]:
-    """The records of a source (`sources.read_rows`, "world:…" or "feedback:…"), in whatever layout of `LAYOUTS` it has.
+    """The records of a source (`sources.stream_rows`, "world:…" or "feedback:…"), in whatever layout it has.
 
     With "stop" the first bad row raises DataError that counts all of them by mistake; with "drop" they are left out
-    and counted. `limit` reads only the first so many rows. Raises DataError for a source that cannot be read, a layout
+    and counted. `limit` reads only the first so many rows. `accepts` says what is wrong with a prompt for the model it
+    is for, such as a turn that its chat template refuses. Raises DataError for a source that cannot be read, a layout
     that is not known or holds no such records, and when no row is left.
     """
     if is_world(source):
         return _load_world(kind, str(source), limit)
     if is_feedback(source):
         return _load_feedback(kind, str(source), limit)
-    rows = read_rows(source, limit=limit)
-    layout = recognise([row for _, row in rows.rows], where=rows.source) if rows.rows else None
-    if layout is not None and kind not in layout.converters:
-        raise DataError(
-            f"the file holds {layout.name} ({layout.columns}), which give "
-            f"{' and '.join(c.__name__ for c in layout.converters)}, not {kind.__name__}",
-            where=rows.source,
-            fix=layout.instead.get(kind, f"name a file in a layout that gives {kind.__name__}: {_layouts_for(kind)}"),
-        )
-    records: list[Record] = []
-    bad = list(rows.bad)
-    for where, row in rows.rows:
-        assert layout is not None
+    stream = stream_rows(source, limit=limit)
+    unused: dict[str, None] = {}
+    found, reading = _begin(stream, kind, unused)
+    bad: list[BadRow] = []
+    made: list[Any] = []
+    num_rows = 0
+    for row in found:
+        num_rows += 1
+        if isinstance(row, BadRow):
+            bad.append(row)
+            continue
+        assert reading is not None
+        where, columns = row
         try:
-            records.append(layout.converters[kind](row))
+            plain = reading.plain(columns)
+            records = reading.records(columns, plain)
+            if accepts is not None:
+                _refuse_unless(accepts, records)
         except Mistake as mistake:
-            bad.append(BadRow(where, mistake.kind, mistake.problem, mistake.fix))
-    num_rows = len(rows.rows) + len(rows.bad)
+            bad.append(_placed(where, mistake, reading, stream.source))
+        else:
+            made += records
+            if reading.layout.gather is None:
+                _note_unused(columns, reading, unused)
     kinds = Counter(row.kind for row in bad)
-    if bad and (on_bad_row == "stop" or not records):
+    if bad and (on_bad_row == "stop" or not made):
         raise _all_mistakes(bad, kinds, num_rows)
+    assert reading is not None
+    kept, counted = reading.collect(made)
+    if not kept:
+        raise DataError(
+            f"no {kind.__name__} can be made of {num_rows} rows: "
+            + (", ".join(f"{num} {name}" for name, num in counted.items() if num) or "none says which is better"),
+            where=stream.source,
+            fix="use data in which one reply is preferred",
+        )
     return Loaded(
-        records=records,
-        layout=layout.name if layout else "",
-        source=rows.source,
-        sha256=rows.sha256,
-        counts={"rows": num_rows, "records": len(records)} | {f"dropped_{k}": n for k, n in sorted(kinds.items())},
+        records=kept,
+        layout=reading.layout.name,
+        source=stream.source,
+        sha256=stream.sha256,
+        counts={"rows": num_rows, "records": len(kept)}
+        | counted
+        | {f"dropped_{k}": n for k, n in sorted(kinds.items())},
         dropped=tuple(f"{row.where}: {row.problem}" for row in bad[:NUM_SHOWN]),
+        unused=tuple(unused),
     )
+
+
+def kinds_of(source: str | Path) -> tuple[type, ...]:
+    """The records that a file or hub data set can give by its first rows, what it is for first."""
+    _, reading = _begin(stream_rows(source, limit=_NUM_LOOKED_AT), None, {})
+    return tuple(reading.layout.converters) if reading else ()
+
+
+def _begin(stream: RowStream, kind: type | None, unused: dict[str, None]) -> tuple[Iterable[Any], Reading | None]:
+    """All rows of the stream, and how they are to be read as `kind`; None where the first rows are all broken."""
+    rows: Iterator[Any] = stream.rows
+    first = list(islice(rows, _NUM_LOOKED_AT))
+    good = [row for found in first if not isinstance(found, BadRow) for row in found[1:]]
+    while not good and (more := next(rows, None)) is not None:  # nothing but broken rows so far
+        first.append(more)
+        good = [] if isinstance(more, BadRow) else [more[1]]
+    if not good:
+        return first, None
+    reading = recognise(good, where=stream.source, kind=kind)
+    everything: Iterable[Any] = chain(first, rows)
+    gather = reading.layout.gather
+    return (everything if gather is None else gather(_noting(everything, reading, unused))), reading
+
+
+def _noting(rows: Iterable[Any], reading: Reading, unused: dict[str, None]) -> Iterator[Any]:
+    for row in rows:
+        if not isinstance(row, BadRow):
+            _note_unused(row[1], reading, unused)
+        yield row
+
+
+def _refuse_unless(accepts: Callable[[Sequence[Message]], Mistake | None], records: Sequence[Any]) -> None:
+    for record in records:
+        mistake = accepts(record.messages if isinstance(record, Prompt) else record.prompt.messages)
+        if mistake is not None:
+            raise mistake
+
+
+def _placed(where: str, mistake: Mistake, reading: Reading, source: str) -> BadRow:
+    """The mistake at its row. Raises DataError for one that says that the whole file means something else."""
+    problem = mistake.problem
+    called = [f"{new} is the column {old!r}" for old, new in reading.names.items() if new != old and new in problem]
+    problem += f" ({', '.join(called)})" if called else ""
+    fix = named(mistake.fix, source, reading.names)
+    if not mistake.droppable:
+        raise DataError(problem, where=where, fix=fix)
+    return BadRow(where, mistake.kind, problem, fix)
+
+
+def _note_unused(row: JsonDict, reading: Reading, unused: dict[str, None]) -> None:
+    """Notes the columns of the row, and the fields of its messages, that are no part of the records."""
+    for name in row.keys() - reading.used - unused.keys() if reading.kind is not Prompt else ():
+        if filled(row[name]):
+            unused[name] = None
+    for name, value in row.items():
+        if type(value) is list and value and type(value[0]) is dict and name in reading.used:
+            for turn in value:
+                if len(turn) > 2 and ("role" in turn or "from" in turn):
+                    others = turn.keys() - READ_FIELDS
+                    unused |= dict.fromkeys(f"{name}[].{field}" for field in sorted(others) if filled(turn[field]))
 
 
 def _load_world(kind: type[Record], source: str, limit: int | None) -> Loaded[Record]:
@@ -156,128 +208,13 @@ def _all_mistakes(bad: list[BadRow], kinds: Counter[str], num_rows: int) -> Data
     summary = ", ".join(f"{num} {kind}" for kind, num in kinds.most_common())
     quoted = [f"\n    {row.where}: {row.problem}" for row in bad[1:NUM_SHOWN]]
     more = [f"\n    and {len(bad) - NUM_SHOWN} more"] if len(bad) > NUM_SHOWN else []
-    droppable = '; or leave such rows out with on_bad_row = "drop"' if len(bad) < num_rows else ""
+    droppable = 'on_bad_row = "drop"' in bad[0].fix
+    drop = '; or leave such rows out with on_bad_row = "drop"' if len(bad) < num_rows and not droppable else ""
     return DataError(
         f"{bad[0].problem}\n  {len(bad)} of {num_rows} rows cannot be used: {summary}" + "".join(quoted + more),
         where=bad[0].where,
-        fix=f"{bad[0].fix}{droppable}",
+        fix=f"{bad[0].fix}{drop}",
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """One way in which files are laid out: how it is recognised and the records it can give."""
-
-    name: str
-    columns: str
-    """As people are told."""
-    matches: Callable[[frozenset[str], Mapping[str, Any]], bool]
-    """Of the columns that most rows fill in, and one value of each."""
-    converters: Mapping[type, Callable[[JsonDict], Any]]
-    """The first is what the layout is for."""
-    instead: Mapping[type, str] = field(default_factory=dict)
-    """What to do when it is asked for a record that it looks like but does not hold."""
-
-
-def _has(*names: str) -> Callable[[frozenset[str], Mapping[str, Any]], bool]:
-    return lambda columns, _: columns.issuperset(names)
-
-
-def _is_reply(columns: frozenset[str]) -> bool:
-    return "prompt" in columns and bool(columns & {"completion", "response"})
-
-
-_CHOSEN_IS_NO_DEMONSTRATION = (
-    "the better of two replies need not be a good one; to imitate the chosen ones anyway, "
-    "write a file with prompt and completion"
-)
-
-# The more specific comes first.
-LAYOUTS: tuple[Layout, ...] = (
-    Layout(
-        name="comparisons",
-        columns="prompt, response_a, response_b, choice",
-        matches=_has("prompt", "response_a", "response_b", "choice"),
-        converters={Comparison: to_comparison, Prompt: prompt_of(to_comparison)},
-        instead={PreferencePair: "turn the votes into pairs first: trimtab.data.preferences.to_pairs"},
-    ),
-    Layout(
-        name="stepwise replies",
-        columns="prompt, completions, labels",
-        matches=lambda columns, _: columns >= {"prompt", "labels"} and bool(columns & {"completions", "steps"}),
-        converters={SteppedResponse: to_stepped_response, Prompt: prompt_of(to_stepped_response)},
-    ),
-    Layout(
-        name="preference pairs",
-        columns="prompt, chosen, rejected",
-        matches=_has("prompt", "chosen", "rejected"),
-        converters={PreferencePair: to_explicit_pair, Prompt: prompt_of(to_explicit_pair)},
-        instead={Demonstration: _CHOSEN_IS_NO_DEMONSTRATION},
-    ),
-    Layout(
-        name="preference pairs with an implicit prompt",
-        columns="chosen, rejected that begin alike: texts, message lists or Human/Assistant transcripts",
-        matches=_has("chosen", "rejected"),
-        converters={PreferencePair: to_implicit_pair, Prompt: prompt_of(to_implicit_pair)},
-        instead={Demonstration: _CHOSEN_IS_NO_DEMONSTRATION},
-    ),
-    Layout(
-        name="replies with thumbs up or down",
-        columns="prompt, completion, label (true or false)",
-        matches=lambda columns, sample: _is_reply(columns) and isinstance(sample.get("label"), bool),
-        converters={LabelledResponse: to_labelled_response, Prompt: prompt_of(to_labelled_response)},
-        instead={Demonstration: "keep only the rows with label true and remove the column"},
-    ),
-    Layout(
-        name="prompts with completions",
-        columns="prompt, completion (or response)",
-        matches=lambda columns, _: _is_reply(columns),
-        converters={Demonstration: to_demonstration, Prompt: prompt_of(to_demonstration)},
-    ),
-    Layout(
-        name="conversations",
-        columns="messages",
-        matches=_has("messages"),
-        converters={Demonstration: to_conversation, Prompt: to_conversation_prompt},
-    ),
-    Layout(
-        name="questions with answers",
-        columns="question, answer",
-        matches=_has("question", "answer"),
-        converters={Demonstration: to_question_answer, Prompt: to_question},
-    ),
-    Layout(
-        name="prompts",
-        columns="prompt",
-        matches=_has("prompt"),
-        converters={Prompt: prompt_alone("prompt")},
-        instead={Demonstration: "add a column 'completion' with the replies to imitate"},
-    ),
-)
-
-
-def recognise(rows: list[JsonDict], *, where: str) -> Layout:
-    """The first of `LAYOUTS` that fits the columns filled in by at least half of the rows.
-
-    Half, so that a row that lacks something is reported as that row's mistake. Raises DataError that names the columns
-    seen and the layouts known.
-    """
-    filled = Counter(name for row in rows for name, value in row.items() if value is not None)
-    columns = frozenset(name for name, num in filled.items() if 2 * num >= len(rows))
-    sample = {name: next(row[name] for row in rows if row.get(name) is not None) for name in columns}
-    for layout in LAYOUTS:
-        if layout.matches(columns, sample):
-            return layout
-    known = "; ".join(layout.columns for layout in LAYOUTS)
-    renames = [f"{seen} to {name}" for seen, name in _USUAL_NAMES.items() if seen in columns]
-    if any(name.startswith("{") or len(name) > 40 for name in columns) or where.endswith((".csv", ".csv.gz")):
-        renames.append("(for a CSV file) the first line to the names of the columns")
-    raise DataError(
-        f"no known layout has the columns {', '.join(sorted(filled)) or '(none)'}; known are: {known}",
-        where=where,
-        fix=f"rename columns: {', '.join(renames)}" if renames else "rename the columns to those of a known layout",
-    )
-
-
-def _layouts_for(kind: type) -> str:
-    return "; ".join(layout.columns for layout in LAYOUTS if kind in layout.converters) or "none does"
+__all__ = ["LAYOUTS", "NUM_SHOWN", "Layout", "Loaded", "kinds_of", "load", "recognise"]

@@ -10,6 +10,17 @@ from typing import Literal, Protocol, TypeVar
 from trimtab.types import Comparison, Message, PreferencePair, Prompt
 
 
+@dataclass(frozen=True)
+class Judged:
+    """One judgement of two replies; `share` is the probability that the first is preferred."""
+
+    prompt: Prompt
+    response_a: str
+    response_b: str
+    share: float
+    annotator: str
+
+
 @dataclass
 class _Tally:
     prompt: Prompt
@@ -20,7 +31,7 @@ class _Tally:
 
 
 def to_pairs(
-    comparisons: Iterable[Comparison],
+    comparisons: Iterable[Comparison | Judged],
     *,
     labels: Literal["majority", "soft"] = "majority",
     ties: Literal["drop", "half"] = "half",
@@ -43,17 +54,16 @@ def to_pairs(
         "dropped_low_agreement": 0,
         "pairs": 0,
     }
-    tallies: dict[tuple[str, frozenset[str]], _Tally] = {}
+    tallies: dict[tuple[tuple[Message, ...], frozenset[str]], _Tally] = {}
     for comparison in comparisons:
+        share = _SHARES[comparison.choice] if isinstance(comparison, Comparison) else comparison.share
         counts["comparisons"] += 1
-        counts["ties"] += comparison.choice == "tie"
+        counts["ties"] += share == 0.5
         a, b = comparison.response_a, comparison.response_b
-        tally = tallies.setdefault((comparison.prompt.id, frozenset((a, b))), _Tally(comparison.prompt, a, b))
-        if comparison.choice == "tie":
-            tally.votes += [0.5] if ties == "half" else []
-        else:
-            preferred = a if comparison.choice == "A" else b
-            tally.votes.append(float(preferred == tally.first))
+        # By the conversation and not by its id: a file may give every row an id of its own.
+        tally = tallies.setdefault((comparison.prompt.messages, frozenset((a, b))), _Tally(comparison.prompt, a, b))
+        if share != 0.5 or ties == "half":
+            tally.votes.append(share if a == tally.first else 1 - share)
 
     pairs = []
     for tally in tallies.values():
@@ -76,6 +86,9 @@ def to_pairs(
             pairs.append(PreferencePair(prompt=tally.prompt, chosen=chosen, rejected=rejected, label=label))
     counts["pairs"] = len(pairs)
     return pairs, counts
+
+
+_SHARES = {"A": 1.0, "B": 0.0, "tie": 0.5}
 
 
 class HasPrompt(Protocol):

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from trimtab.data.chat import Chat
-from trimtab.data.layouts import LAYOUTS, Loaded, load, recognise
-from trimtab.data.sources import is_world, read_rows
+from trimtab.data.layouts import LAYOUTS, Loaded, kinds_of, load
+from trimtab.data.sources import is_world
 from trimtab.types import Demonstration, LabelledResponse, Message, PreferencePair, Prompt, SteppedResponse
 
 Kind = Literal["auto", "sft", "preference", "prompt"]
@@ -69,8 +69,7 @@ def _natural(source: str | Path) -> type:
     """The record a source is for: the first that its layout gives."""
     if is_world(source):
         return Demonstration
-    rows = read_rows(source).rows
-    return next(iter(recognise([row for _, row in rows], where=str(source)).converters)) if rows else Prompt
+    return next(iter(kinds_of(source)), Prompt)
 
 
 def _tokenise(chat: Chat, record: Any) -> list[Tokens]:

@@ -1,39 +1,27 @@
-"""Where rows come from: JSON lines, CSV, Parquet, the hub, a world. Every row keeps its origin for messages."""
+"""Where rows come from: files, folders, the hub, a world. Every row keeps its origin for messages."""
 
 from __future__ import annotations
 
-import csv
-import gzip
+import glob
 import hashlib
 import importlib
-import io
 import json
 import re
 import urllib.parse
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from trimtab.data.files import FILE_TYPES, Located, rows_of_file
+from trimtab.data.folders import files_in
+from trimtab.data.messages import conversation_in
+from trimtab.data.mistakes import BadRow
 from trimtab.errors import DataError
 from trimtab.types import Demonstration, JsonDict, Prompt, to_dict
 
-FILE_TYPES = (".jsonl", ".jsonl.gz", ".ndjson", ".csv", ".csv.gz", ".parquet")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# A CSV cell is text; under these names it is read as the JSON value that the other formats would have.
-_CSV_VALUES = frozenset({"messages", "completions", "steps", "label", "labels", "margin", "facts"})
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be used: where it is, which mistake (a short name that is counted), and what to do."""
-
-    where: str
-    kind: str
-    problem: str
-    fix: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,49 +30,160 @@ class Rows:
 
     source: str
     sha256: str
-    """Of the file as it lies on disk (compressed or not); of the rows as JSON lines for a hub data set."""
-    rows: list[tuple[str, JsonDict]]
+    """Of the file as it lies on disk (compressed or not), or of the hashes of several; of the rows as JSON lines for a
+    hub data set."""
+    rows: list[Located]
     bad: list[BadRow]
     """Rows that are no table row at all: broken JSON, not UTF-8, a wrong number of cells."""
 
 
-def read_rows(source: str | Path, *, limit: int | None = None) -> Rows:
-    """The rows of a file (by its ending) or of a hub data set ("hub:org/name?split=train" or "org/name").
+@dataclass(frozen=True, kw_only=True)
+class RowStream:
+    """The rows of one source, read as they are asked for; see `Rows`."""
 
-    A row of a JSON lines file is its line number, of other files its place below the header. With `limit` only the
-    first so many rows are read. Raises DataError for a source that is missing, empty, damaged or of no known type;
-    single broken rows are given back in `bad`.
-    """
-    if is_hub(source):
-        return _read_hub(str(source).removeprefix("hub:"), limit)
-    path = Path(source)
-    if not path.is_file():
-        raise DataError(
-            f"there is no file {str(path)!r}" if not path.is_dir() else f"{str(path)!r} is a folder, not a file",
-            where=str(source),
-            fix="name a file, a hub data set ('hub:org/name?split=train'), a world ('world:helpdesk?num=1000') or a "
-            "project of judgements ('feedback:project.toml')",
-        )
-    if not path.name.endswith(FILE_TYPES):
-        raise DataError(
-            f"{path.name!r} is of no known type", where=str(path), fix=f"use one of {', '.join(FILE_TYPES)}"
-        )
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    if path.suffix == ".parquet":
-        found: Iterator[tuple[str, JsonDict] | BadRow] = _parquet_rows(path)
-    else:
-        plain = _unzip(path, content) if path.suffix == ".gz" else content
-        found = _csv_rows(path, plain) if ".csv" in path.suffixes else _json_rows(path, plain)
-    seen = list(islice(found, limit))
-    if not seen:
-        raise DataError("there are no rows in it", where=str(path), fix="name a file that holds data")
+    source: str
+    sha256: str
+    rows: Iterator[Located | BadRow]
+
+
+def read_rows(source: str | Path, *, limit: int | None = None) -> Rows:
+    """All rows of a source at once; see `stream_rows`. Raises DataError where there are none."""
+    stream = stream_rows(source, limit=limit)
+    seen = list(stream.rows)
     return Rows(
-        source=str(source),
-        sha256=digest,
+        source=stream.source,
+        sha256=stream.sha256,
         rows=[row for row in seen if not isinstance(row, BadRow)],
         bad=[row for row in seen if isinstance(row, BadRow)],
     )
+
+
+def stream_rows(source: str | Path, *, limit: int | None = None) -> RowStream:
+    """The rows of a file, a folder or list of files, or of a hub data set ("hub:org/name?split=train" or "org/name").
+
+    Files: "pairs.jsonl", "shards/" (a folder of data files, or what `save_to_disk` wrote), "data/train-*.parquet",
+    "a.jsonl,b.jsonl". Behind a "?" may stand what is to be changed while reading: "columns=question:prompt"
+    renames columns, "ignore=rating" leaves columns (and fields of messages) out, and "split=train" chooses among the
+    splits of a folder.
+
+    A row of a JSON lines file is its line number, of other files its place below the header. With `limit` only the
+    first so many rows are read. Raises DataError for a source that is missing, empty, damaged or of no known type;
+    single broken rows are given as `BadRow`.
+    """
+    if is_hub(source):
+        stream = _hub_stream(str(source).removeprefix("hub:"), limit)
+    else:
+        paths, options = files_of(source)
+        rows = chain.from_iterable(map(rows_of_file, paths))
+        stream = RowStream(source=str(source), sha256=_hash_of(paths), rows=_changed(rows, options, str(source)))
+    first = next(stream.rows, None)
+    if first is None:
+        raise DataError("there are no rows in it", where=stream.source, fix="name a file that holds data")
+    return replace(stream, rows=islice(chain((first,), stream.rows), limit))
+
+
+def _hash_of(paths: Sequence[Path]) -> str:
+    digests = []
+    for path in paths:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def files_of(source: str | Path) -> tuple[list[Path], dict[str, str]]:
+    """The files that a source names, in order, and its options. Raises DataError where there are none."""
+    text = str(source)
+    if Path(text).is_file():
+        return [Path(text)], {}
+    name, _, query = (text, "", "") if Path(text).exists() else text.partition("?")
+    given = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    unknown = sorted(set(given) - {"columns", "ignore", "split"})
+    if unknown:
+        raise DataError(
+            f"no option is called {', '.join(map(repr, unknown))}",
+            where=text,
+            fix="write FILE?columns=question:prompt&ignore=rating, or FOLDER?split=train",
+        )
+    split = given.pop("split", None)
+    path = Path(name)
+    if path.is_file() and split is None:
+        return [path], given
+    if path.is_dir():
+        return files_in(path, split), given
+    found = sorted(Path(p) for p in glob.glob(name)) if any(mark in name for mark in "*[") else []
+    if not found and "," in name:
+        found = [Path(part.strip()) for part in name.split(",") if part.strip()]
+    found = [inner for one in found for inner in (files_in(one, split) if one.is_dir() else [one])]
+    missing = [str(one) for one in found if not one.is_file()]
+    if missing or not found or (split is not None and path.is_file()):
+        raise DataError(
+            "split=… chooses among the files of a folder, and this is one file"
+            if path.is_file()
+            else f"there is no file {missing[0] if missing else name!r}",
+            where=text,
+            fix="name a file, a folder of files, a hub data set ('hub:org/name?split=train'), a world "
+            "('world:helpdesk?num=1000') or a project of judgements ('feedback:project.toml')",
+        )
+    return found, given
+
+
+def _changed(rows: Iterator[Located | BadRow], options: Mapping[str, str], source: str) -> Iterator[Located | BadRow]:
+    """The rows with columns renamed and left out as the options say."""
+    if not options:
+        return rows
+    names = {}
+    for part in filter(None, options.get("columns", "").split(",")):
+        old, _, new = part.partition(":")
+        if not old or not new:
+            raise DataError(
+                f"columns={options['columns']!r} does not say what becomes what",
+                where=source,
+                fix="write columns=OLD:NEW,OLD:NEW, for instance columns=question:prompt",
+            )
+        names[old] = new
+    ignored = {name.strip() for name in options.get("ignore", "").split(",") if name.strip()}
+    return _renamed(rows, names, ignored, source)
+
+
+def _renamed(
+    rows: Iterator[Located | BadRow], names: Mapping[str, str], ignored: set[str], source: str
+) -> Iterator[Located | BadRow]:
+    wanted, seen = {*names, *ignored}, set[str]()
+    for found in rows:
+        if isinstance(found, BadRow):
+            yield found
+            continue
+        where, row = found
+        seen |= wanted & row.keys()
+        for new in names.values():
+            if row.get(new) is not None and new not in wanted:
+                raise DataError(
+                    f"a column is to become {new!r}, and there is one of that name already",
+                    where=where,
+                    fix=f"leave that one out too (ignore={new}), or give it another name",
+                )
+        # An ignored column makes room for one that is to have its name.
+        changed: JsonDict = {names.get(name, name): value for name, value in row.items() if name not in ignored}
+        if ignored:
+            changed = {name: _without(value, ignored, seen) for name, value in changed.items()}
+        yield where, changed
+    if missing := sorted(wanted - seen):
+        raise DataError(
+            f"no row has a column {', '.join(map(repr, missing))}",
+            where=source,
+            fix="check the names behind columns= and ignore=",
+        )
+
+
+def _without(value: Any, ignored: set[str], seen: set[str]) -> Any:
+    """A list of messages without the ignored fields."""
+    if isinstance(value, str) and value[:1] in ("[", "{"):
+        value = conversation_in(value, value)
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        return value
+    for turn in value:
+        seen |= ignored & turn.keys()
+    return [{name: field for name, field in turn.items() if name not in ignored} for turn in value]
 
 
 def is_hub(source: str | Path) -> bool:
@@ -92,7 +191,9 @@ def is_hub(source: str | Path) -> bool:
     text = str(source)
     if text.startswith("hub:"):
         return True
-    return bool(_HUB_NAME.fullmatch(text)) and not text.endswith((*FILE_TYPES, ".json")) and not Path(text).exists()
+    return (
+        bool(_HUB_NAME.fullmatch(text)) and not text.partition("?")[0].endswith(FILE_TYPES) and not Path(text).exists()
+    )
 
 
 def is_world(source: str | Path) -> bool:
@@ -170,8 +271,9 @@ def _options(text: str, source: str, defaults: dict[str, str]) -> tuple[str, dic
     return name, {**defaults, **given}
 
 
-def _read_hub(text: str, limit: int | None) -> Rows:
-    name, options = _options(text, f"hub:{text}", {"split": "train", "config": "", "revision": ""})
+def _hub_stream(text: str, limit: int | None) -> RowStream:
+    defaults = {"split": "train", "config": "", "revision": "", "columns": "", "ignore": ""}
+    name, options = _options(text, f"hub:{text}", defaults)
     source = f"hub:{name}?split={options['split']}"
     import datasets
 
@@ -187,142 +289,6 @@ def _read_hub(text: str, limit: int | None) -> Rows:
             fix="check that such a file or data set exists, its split and config "
             "('hub:org/name?split=train&config=main'), and the network",
         ) from error
-    if not rows:
-        raise DataError("there are no rows in it", where=source, fix="choose another split")
-    located = [(f"{source}, row {i}", row) for i, row in enumerate(rows, 1)]
-    return Rows(source=source, sha256=rows_hash(rows), rows=located, bad=[])
-
-
-def _unzip(path: Path, content: bytes) -> bytes:
-    try:
-        return gzip.decompress(content)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        whole_lines = _readable_lines(content)
-        raise DataError(
-            f"the gzip file is cut off or damaged ({error}); {whole_lines} whole lines could be read before that",
-            where=str(path),
-            fix="copy or download it again and compare its size and checksum with the origin",
-        ) from error
-
-
-def _readable_lines(content: bytes) -> int:
-    num = 0
-    try:
-        with gzip.open(io.BytesIO(content)) as lines:
-            for line in lines:
-                num += line.endswith(b"\n")
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        pass
-    return num
-
-
-def _json_rows(path: Path, content: bytes) -> Iterator[tuple[str, JsonDict] | BadRow]:
-    if content[:64].lstrip().startswith(b"["):
-        raise DataError(
-            "this is one JSON list, not JSON lines (one object on each line)",
-            where=str(path),
-            fix="convert it, for instance: jq -c '.[]' list.json > lines.jsonl",
-        )
-    # Only "\n" ends a line: JSON text may hold other line separators such as U+2028.
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, row {number}"
-        try:
-            row = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            yield BadRow(
-                where,
-                "not_utf8",
-                f"byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8",
-                "save the file as UTF-8, for instance: iconv -f latin1 -t utf-8",
-            )
-        except json.JSONDecodeError as error:
-            yield BadRow(
-                where,
-                "broken_json",
-                f"not a JSON object: {error.msg} at column {error.colno}: {_excerpt(error.doc, error.pos)}",
-                "repair the line; each line is one whole JSON object",
-            )
-        else:
-            if isinstance(row, dict):
-                yield where, row
-            else:
-                yield BadRow(
-                    where,
-                    "broken_json",
-                    f"a JSON {type(row).__name__}, not an object",
-                    'each line is one object with named columns, such as {"prompt": …, "completion": …}',
-                )
-
-
-def _csv_rows(path: Path, content: bytes) -> Iterator[tuple[str, JsonDict] | BadRow]:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"byte {content[error.start]:#04x} is not UTF-8",
-            where=f"{path}, line {line}",
-            fix="save the file as UTF-8, for instance: iconv -f latin1 -t utf-8",
-        ) from error
-    csv.field_size_limit(2**31 - 1)  # the default refuses replies of more than 131072 characters
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = next(reader, [])
-        if header and (len(set(header)) < len(header) or not all(name.strip() for name in header)):
-            raise DataError(
-                f"the first line does not name the columns: {header!r}",
-                where=str(path),
-                fix="begin the file with a line such as prompt,chosen,rejected; names must differ and not be empty",
-            )
-        for number, cells in enumerate((cells for cells in reader if cells), 1):
-            where = f"{path}, row {number}"
-            if len(cells) != len(header):
-                yield BadRow(
-                    where,
-                    "wrong_number_of_cells",
-                    f"{len(cells)} cells under {len(header)} column names",
-                    "put cells that hold commas, quotes or line breaks in double quotes",
-                )
-            else:
-                yield where, {name: _csv_value(name, cell) for name, cell in zip(header, cells, strict=True)}
-    except csv.Error as error:
-        raise DataError(
-            f"not a CSV file: {error}",
-            where=f"{path}, line {reader.line_num}",
-            fix="close every double quote, and write a quote inside a cell twice",
-        ) from error
-
-
-def _csv_value(name: str, cell: str) -> Any:
-    if name not in _CSV_VALUES:
-        return cell
-    try:
-        return json.loads(cell.lower() if cell.lower() in ("true", "false") else cell)
-    except json.JSONDecodeError:
-        return cell or None
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, JsonDict] | BadRow]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        batches = table.iter_batches()
-        number = 0
-        for batch in batches:
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"not a whole Parquet file: {error}",
-            where=str(path),
-            fix="copy or download it again and compare its size and checksum with the origin",
-        ) from error
-
-
-def _excerpt(text: str, position: int) -> str:
-    return repr(text[max(position - 20, 0) : position + 20])
+    located = ((f"{source}, row {i}", row) for i, row in enumerate(rows, 1))
+    changes = {option: options[option] for option in ("columns", "ignore") if options[option]}
+    return RowStream(source=source, sha256=rows_hash(rows), rows=_changed(iter(located), changes, source))

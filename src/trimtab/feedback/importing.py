@@ -15,9 +15,9 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from trimtab import worlds
+from trimtab.data.compared import to_comparison
+from trimtab.data.mistakes import Mistake
 from trimtab.data.rows import (
-    Mistake,
-    to_comparison,
     to_conversation_prompt,
     to_demonstration,
     to_explicit_pair,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimtab.config import Choice
 from trimtab.data.chat import Chat
-from trimtab.data.layouts import Loaded, load, recognise
+from trimtab.data.layouts import Loaded, kinds_of, load
 from trimtab.data.pairs import (
     Comparisons,
     JudgedReplies,
@@ -27,7 +27,7 @@ from trimtab.data.pairs import (
     split_in_two,
 )
 from trimtab.data.preferences import split_by_prompt
-from trimtab.data.sources import is_world, read_rows
+from trimtab.data.sources import is_feedback, is_world
 from trimtab.data.trees import TokenTrees, Tree, TreeBatch
 from trimtab.engines.local_learner import AdamW, LocalLearner
 from trimtab.errors import DataError
@@ -196,10 +196,9 @@ def read_data(
 
 def holds_labels(source: str) -> bool:
     """Whether the source holds replies with a thumb up or down."""
-    if is_world(source):
+    if is_world(source) or is_feedback(source):
         return False
-    rows = [row for _, row in read_rows(source, limit=100).rows]
-    return bool(rows) and LabelledResponse in recognise(rows, where=source).converters
+    return LabelledResponse in kinds_of(source)
 
 
 def say_balance(replies: Judgements, loss: Any) -> None:

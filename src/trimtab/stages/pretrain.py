@@ -20,7 +20,7 @@ from transformers import (
 from trimtab import seeds, worlds
 from trimtab.config import Choice
 from trimtab.data.chat import DEFAULT_TEMPLATE, SPECIAL_TOKENS
-from trimtab.data.layouts import load, recognise
+from trimtab.data.layouts import kinds_of, load
 from trimtab.data.sources import is_world, read_rows
 from trimtab.data.trees import TokenTrees, Tree, TreeBatch, sequence_tree
 from trimtab.engines.local_learner import AdamW, LocalLearner
@@ -176,8 +176,7 @@ def read_documents(settings: Settings, run: Run) -> list[str]:
     run.add_data(settings.data, rows.sha256, len(rows.rows))
     if rows.rows and isinstance(rows.rows[0][1].get("text"), str):
         return [row["text"] for _, row in rows.rows if isinstance(row.get("text"), str)]
-    layout = recognise([row for _, row in rows.rows], where=settings.data)
-    if PreferencePair in layout.converters:
+    if PreferencePair in kinds_of(settings.data):
         pairs = load(PreferencePair, settings.data, limit=settings.num_documents, on_bad_row="drop").records
         return [as_document(p.prompt, reply) for p in pairs for reply in (p.chosen, p.rejected)]
     demonstrations = load(Demonstration, settings.data, limit=settings.num_documents, on_bad_row="drop").records

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from trimtab.data.rows import Mistake
+from trimtab.data.mistakes import Mistake
 from trimtab.errors import DataError
 from trimtab.feedback import people
 from trimtab.feedback import tables as t

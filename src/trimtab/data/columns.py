@@ -1,0 +1,140 @@
+"""The columns of a file by what they mean: the names that files use for one thing, and the name it has here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+PROMPT = ("prompt", "instruction", "question", "query", "problem", "user_prompt", "input", "history", "post")
+"""Names of what is asked, the likelier first."""
+COMPLETION = ("completion", "response", "output", "reply", "answer", "solution", "target")
+"""Names of a reply."""
+MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
+"""A column with the system turn."""
+CONTEXT = ("input", "context", "passage", "passages")
+"""Text that belongs to the question, which stands above it or beside it in a column of its own."""
+PART_OF_PROMPT = frozenset({*SYSTEM, *CONTEXT, "history"})
+REASONING = frozenset({"reasoning", "reasoning_content", "thinking", "thoughts", "thought", "chain_of_thought"})
+UNREAD: Mapping[str, str] = {
+    **dict.fromkeys(("tools", "functions", "available_tools", "tool_definitions"), "tools"),
+    **dict.fromkeys(("image", "images", "image_url", "image_path", "audio", "audios", "video", "videos"), "not text"),
+}
+"""Columns that change what a row means and that no record here can hold."""
+PAIRS = (
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("response_chosen", "response_rejected"),
+    ("chosen_completion", "rejected_completion"),
+    ("response_j", "response_k"),
+    ("accepted", "rejected"),
+    ("preferred", "dispreferred"),
+    ("winner", "loser"),
+    ("better", "worse"),
+)
+"""Names of the better and the worse reply."""
+SIDES = (
+    *((f"{name}_a", f"{name}_b") for name in ("response", "reply", "answer", "completion", "output", "human_ref")),
+    *((f"{name}_{i}", f"{name}_{i + 1}") for i in (1, 0) for name in ("response", "output", "answer", "completion")),
+    *((f"{name}{i}", f"{name}{i + 1}") for i in (1, 0) for name in ("response", "output", "answer", "completion")),
+    ("conversation_a", "conversation_b"),
+)
+"""Names of two replies of which neither is the better one by its name."""
+CHOICE = ("choice", "winner", "preference", "preferred", "label", "labels", "better_response_id", "overall_preference")
+"""Names of which of two replies was preferred."""
+LABEL = ("label", "kto_tag", "thumb", "thumbs", "thumbs_up", "liked", "is_good", "desirable", "is_desirable")
+"""Names of a thumb up or down on one reply."""
+RATING = ("rating", "ratings", "score", "stars", "overall_rating", "overall_score", "helpfulness", "quality", "grade")
+"""Names of a number on one reply."""
+_STEPS = ("completions", "steps")
+
+# Every name above, and those that records use; others are facts or not used.
+KNOWN = frozenset(
+    {*PROMPT, *COMPLETION, *MESSAGES, *PART_OF_PROMPT, *REASONING, *UNREAD, *CHOICE, *LABEL, *RATING, *_STEPS,
+     *(name for pair in (*PAIRS, *SIDES) for name in pair), "labels", "margin", "facts", "id", "annotator",
+     "score_a", "score_b", "score_0", "score_1", "score_2", "rank", "answers", "responses", "text", "role",
+     "message_id", "parent_id", "message_tree_id"}
+)  # fmt: skip
+
+_UP = frozenset({"true", "yes", "y", "good", "up", "thumbs up", "1", "1.0", "+1", "+", "👍", "like", "liked",
+                 "desirable", "positive", "pos", "accept", "accepted", "correct", "chosen"})  # fmt: skip
+_DOWN = frozenset({"false", "no", "n", "bad", "down", "thumbs down", "0", "0.0", "-1", "-1.0", "-", "👎", "dislike",
+                   "disliked", "undesirable", "negative", "neg", "reject", "rejected", "incorrect",
+                   "wrong"})  # fmt: skip
+
+
+def thumb(value: Any) -> bool | None:
+    """A thumb up or down in any spelling; None for what is none."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int | float):
+        return True if value == 1 else False if value in (0, -1) else None
+    if isinstance(value, str):
+        word = value.strip().lower().replace("_", " ")
+        return True if word in _UP else False if word in _DOWN else None
+    return None
+
+
+def names_of(columns: frozenset[str], sample: Mapping[str, Any]) -> dict[str, str]:
+    """For the columns of a file, those that have another name here, each with that name.
+
+    A name in capitals or with blanks around it is the name it would be without, where that is one that is known.
+    `sample` holds a value of each.
+    """
+    found: dict[str, str] = {}
+    have: dict[str, str] = {}  # the plain name, and how the file writes it
+    for column in sorted(columns):
+        plain = column.strip().lower().replace(" ", "_")
+        plain = plain if plain in KNOWN and plain not in columns and plain not in have else column
+        have[plain] = column
+        if plain != column:
+            found[column] = plain
+
+    def rename(old: str, new: str) -> None:
+        if old != new:
+            found[have[old]] = new
+            have[new] = have.pop(old)
+
+    def first(names: Sequence[str], *, kinds: tuple[type, ...]) -> str | None:
+        return next((n for n in names if n in have and isinstance(sample.get(have[n]), kinds)), None)
+
+    for one, other in PAIRS:
+        if one in have and other in have and isinstance(sample.get(have[one]), str | list | dict):
+            rename(one, "chosen")
+            rename(other, "rejected")
+            break
+    if "chosen" not in have:
+        for a, b in SIDES:
+            if a in have and b in have and _third(b) not in have:
+                rename(a, "response_a")
+                rename(b, "response_b")
+                break
+    if "response_b" in have and (name := first(CHOICE, kinds=(str, int, float))):
+        rename(name, "choice")
+    if name := first(MESSAGES, kinds=(list,)) or ("" if "prompt" in have else first(MESSAGES, kinds=(str,))):
+        rename(name, "prompt" if _comes_before(sample[have[name]], sample.get(have.get("chosen", ""))) else "messages")
+    if "messages" not in have and (name := first(PROMPT, kinds=(str, list, dict))):
+        rename(name, "prompt")
+    one_reply = not {"chosen", "response_b", *_STEPS} & have.keys()
+    if one_reply and (name := first(COMPLETION, kinds=(str, list, dict))):
+        if name != "answer":
+            rename(name, "completion")
+        elif have.get("prompt") != "prompt":  # beside "prompt", an answer is what a verifier looks for
+            rename(name, "worked_answer")
+    if one_reply and (name := first(LABEL, kinds=(bool, int, float, str))):
+        rename(name, "label")
+    return found
+
+
+def _third(second: str) -> str:
+    """What a third reply would be called."""
+    return second[:-1] + chr(ord(second[-1]) + 1)
+
+
+def _comes_before(messages: Any, chosen: Any) -> bool:
+    """Whether a conversation is what the two replies of a pair answer, and not one of them."""
+    first = chosen[0] if isinstance(chosen, list) and chosen else chosen
+    speaks = (first.get("role") or first.get("from")) if isinstance(first, dict) else "assistant"
+    last = messages[-1] if isinstance(messages, list) and messages else {}
+    asked = isinstance(last, dict) and (last.get("role") or last.get("from")) in ("user", "human")
+    return chosen is not None and asked and speaks in ("assistant", "gpt")

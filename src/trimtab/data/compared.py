@@ -1,0 +1,152 @@
+"""Two replies of which one was preferred, in the ways that files say so: votes, and pairs out of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trimtab.data.messages import conversation_in, messages_of
+from trimtab.data.mistakes import Mistake, shown
+from trimtab.data.preferences import Judged, to_pairs
+from trimtab.data.prompts import field_of, make_prompt, prompt_in, reply_of, split_reply
+from trimtab.data.rows import number_in
+from trimtab.types import Comparison, JsonDict, PreferencePair, Prompt
+
+_TIES = frozenset({"tie", "ties", "tied", "equal", "same", "draw", "both", "neither", "both bad", "tie (bothbad)",
+                   "tie bothbad", "both good", "tie (both bad)"})  # fmt: skip
+_SCORES = (("score_a", "score_b"), ("score_0", "score_1"), ("score_1", "score_2"))
+_END = re.compile(r"(?:\A|[_ -])?([ab]|\d)\Z", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """How a file names its two replies: what their names end with, and whether 1 stands for the first alone."""
+
+    first: str
+    second: str
+    one_is_first: bool = False
+    """In SHP, labels are 1 where the first is preferred and 0 where the second is."""
+
+
+def sides_of(names: Mapping[str, str]) -> Sides:
+    """The sides by the names that were given to the two replies."""
+    old = {new: name for name, new in names.items()}
+    first = old.get("response_a", "response_a").strip().lower()
+    second = old.get("response_b", "response_b").strip().lower()
+    return Sides(first[-1], second[-1], one_is_first=first.startswith("human_ref"))
+
+
+def to_judged(row: JsonDict, sides: Sides) -> Judged:
+    """One vote over two replies. Raises Mistake."""
+    prompt, response_a, response_b = _asked(row)
+    share = _share(row, sides)
+    if response_a == response_b and share != 0.5:
+        raise Mistake("identical_pair", "one reply is preferred, but both are the same", "remove the row")
+    annotator = str(row["annotator"]) if row.get("annotator") is not None else ""
+    return Judged(prompt, response_a, response_b, share, annotator)
+
+
+def _asked(row: JsonDict) -> tuple[Prompt, str, str]:
+    given_a, given_b = field_of(row, "response_a"), field_of(row, "response_b")
+    if row.get("prompt") is None:
+        given_a, given_b = (conversation_in(v, v) if isinstance(v, str) else v for v in (given_a, given_b))
+        if isinstance(given_a, list) and isinstance(given_b, list):
+            before, one = split_reply("conversation_a", messages_of("conversation_a", given_a))
+            other_before, other = split_reply("conversation_b", messages_of("conversation_b", given_b))
+            if before != other_before:
+                raise Mistake(
+                    "no_shared_prompt",
+                    "the two conversations part before the last reply, so it is not one prompt that both answer",
+                    "remove the row, or keep the turns up to the first reply",
+                )
+            return make_prompt(before, row), one, other
+    return prompt_in(row), reply_of("response_a", given_a), reply_of("response_b", given_b)
+
+
+def _share(row: JsonDict, sides: Sides) -> float:
+    scores = next((pair for pair in _SCORES if row.get(pair[0]) is not None and row.get(pair[1]) is not None), None)
+    by_score = None
+    if scores is not None:
+        a, b = number_in(row, scores[0]), number_in(row, scores[1])
+        by_score = None if a is None or b is None else 0.5 if a == b else float(a > b)
+    if row.get("choice") is None or row["choice"] == "":
+        if by_score is not None:
+            return by_score
+        field_of(row, "choice")
+    share = share_for_first(row["choice"], sides)
+    if by_score is not None and scores is not None and abs(share - by_score) > 0.5:
+        raise Mistake(
+            "swapped_pair",
+            f"the choice is {row['choice']!r}, and by {scores[0]} and {scores[1]} the other reply is the better one",
+            f"correct the row, or leave the scores out with FILE?ignore={scores[0]},{scores[1]} if they mean "
+            "something else",
+        )
+    return share
+
+
+def share_for_first(choice: Any, sides: Sides) -> float:
+    """1 for the first reply, 0 for the second, 0.5 for neither, in any spelling. Raises Mistake for none of them."""
+    if isinstance(choice, str):
+        word = choice.strip().lower().replace("_", " ")
+        if word in _TIES:
+            return 0.5
+        number = re.fullmatch(r"[+-]?\d+(\.\d+)?", word)
+        if not number:
+            end = _END.search(word)
+            if end and word.removesuffix(end[1]).strip() in _SIDE_WORDS and end[1] in (sides.first, sides.second):
+                return float(end[1] == sides.first)
+            if (end and word in ("a", "b")) or (end and word.startswith("model")):
+                return float(end[1] in ("a", sides.first))
+            raise _unknown(choice)
+        choice = float(word)
+    if isinstance(choice, bool) or not isinstance(choice, int | float):
+        raise _unknown(choice)
+    if sides.one_is_first and choice in (0, 1):
+        return float(choice == 1)
+    if sides.first.isdigit():
+        first = int(sides.first)
+        if first <= choice <= first + 1:  # between the two: a probability of the second, as AlpacaEval writes it
+            return first + 1 - float(choice)
+    raise Mistake(
+        "unknown_choice",
+        f"the preferred reply is given as {choice:g}, and nothing says which one that is",
+        "write A, B or tie in a column 'choice'",
+        droppable=False,
+    )
+
+
+_SIDE_WORDS = frozenset({"", "response", "reply", "answer", "completion", "output", "model", "conversation",
+                         "assistant", "human ref", "summary", "option"})  # fmt: skip
+
+
+def _unknown(choice: Any) -> Mistake:
+    return Mistake(
+        "unknown_choice", f"a comparison labelled {shown(choice)}; labels are 'A', 'B' and 'tie'", "correct the label"
+    )
+
+
+def to_comparison(row: JsonDict, sides: Sides = Sides("a", "b")) -> Comparison:
+    """One vote over two replies. Raises Mistake, also for a vote that is a probability."""
+    judged = to_judged(row, sides)
+    choices: dict[float, Literal["A", "B", "tie"]] = {1.0: "A", 0.0: "B", 0.5: "tie"}
+    if judged.share not in choices:
+        raise Mistake(
+            "unknown_choice",
+            f"a comparison labelled {shown(row.get('choice'))}, which is a probability and no vote",
+            "round it to A, B or tie; as preference pairs such rows are read as they are",
+        )
+    return Comparison(
+        prompt=judged.prompt,
+        response_a=judged.response_a,
+        response_b=judged.response_b,
+        choice=choices[judged.share],
+        annotator=judged.annotator,
+    )
+
+
+def pairs_of(judged: Sequence[Judged]) -> tuple[list[PreferencePair], dict[str, int]]:
+    """One pair for each two replies, its label the share of the votes for the preferred one, and what was counted."""
+    pairs, counts = to_pairs(judged, labels="soft")
+    return pairs, {name: num for name, num in counts.items() if num and name not in ("pairs", "comparisons")}

@@ -1,0 +1,96 @@
+"""Folders of data files: shards of one split, a clone of a hub data set, or what `save_to_disk` wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from trimtab.data.files import FILE_TYPES
+from trimtab.errors import DataError
+
+_SPLIT = re.compile(r"(train|training|validation|valid|val|dev|test|eval)(?:[-_.\d]|\Z)", re.IGNORECASE)
+_SAME_SPLIT = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "eval": "test"}
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\..*)")
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
+
+
+def files_in(folder: Path, split: str | None) -> list[Path]:
+    """The data files of a folder in the order of their names, of one split where there are several.
+
+    Raises DataError where there are none, where they are of several kinds or splits, or where a shard is missing.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        return files_in(folder / _chosen(folder, splits, split), None)
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if state.get("_indices_data_files"):
+            raise DataError(
+                "the saved data set keeps its order in a file of its own, which is not read",
+                where=str(folder),
+                fix="save it again with data.flatten_indices().save_to_disk(FOLDER), or with data.to_parquet(FILE)",
+            )
+        return [folder / shard["filename"] for shard in state["_data_files"]]
+    found = [path for path in folder.rglob("*") if _is_data(path.relative_to(folder)) and path.is_file()]
+    if not found:
+        raise DataError(
+            f"there is no data file in the folder {str(folder)!r}",
+            where=str(folder),
+            fix=f"name a folder with files of one of the types {', '.join(FILE_TYPES)}",
+        )
+    by_split: dict[str, list[Path]] = {}
+    for path in sorted(found):
+        by_split.setdefault(_split_of(path.relative_to(folder)), []).append(path)
+    paths = by_split[_chosen(folder, list(by_split), split)] if split or len(by_split) > 1 else sorted(found)
+    kinds = sorted({path.name.partition(".")[2].removesuffix(".gz").rpartition(".")[2] for path in paths})
+    if len(kinds) > 1:
+        raise DataError(
+            f"the folder holds files of several types: {', '.join(kinds)}",
+            where=str(folder),
+            fix=f"name those that are meant, for instance {folder}/*.{kinds[0]}",
+        )
+    _refuse_missing_shards(folder, paths)
+    return paths
+
+
+def _is_data(path: Path) -> bool:
+    hidden = any(part.startswith((".", "_")) for part in path.parts)
+    about = path.name in _ABOUT or path.name.endswith(".card.json")
+    return path.name.lower().endswith(FILE_TYPES) and not hidden and not about
+
+
+def _split_of(path: Path) -> str:
+    """The split that a file belongs to by its name or that of its folder; "" where neither says."""
+    for name in (path.name, *reversed(path.parent.parts)):
+        if found := _SPLIT.match(name):
+            name = found[1].lower()
+            return _SAME_SPLIT.get(name, name)
+    return ""
+
+
+def _chosen(folder: Path, splits: Sequence[str], wanted: str | None) -> str:
+    if wanted is None and len(splits) == 1:
+        return splits[0]
+    if wanted in splits:
+        return str(wanted)
+    named = [name or "(files that name none)" for name in splits]
+    raise DataError(
+        f"the folder holds the splits {', '.join(named)}" + (f", not {wanted!r}" if wanted else ""),
+        where=str(folder),
+        fix=f"say which one: {folder}?split={next((name for name in splits if name), 'train')}",
+    )
+
+
+def _refuse_missing_shards(folder: Path, paths: Sequence[Path]) -> None:
+    shards = [found for path in paths if (found := _SHARD.fullmatch(path.name))]
+    for begin, of, end in {(s[1], s[3], s[4]) for s in shards}:
+        there = {int(s[2]) for s in shards if (s[1], s[3], s[4]) == (begin, of, end)}
+        missing = sorted(set(range(int(of))) - there)
+        if missing:
+            raise DataError(
+                f"of {int(of)} shards {begin}{end} there are {len(there)}; number {missing[0]} is missing",
+                where=str(folder),
+                fix="copy or download the others too, or name single files",
+            )

@@ -1,0 +1,258 @@
+"""Which layout the columns of a file mean, and how its rows become records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from trimtab.data.columns import thumb
+from trimtab.data.compared import pairs_of, to_comparison, to_judged
+from trimtab.data.prompts import prompt_in
+from trimtab.data.ranked import (
+    REPLY_LISTS,
+    SCORE_LISTS,
+    is_ranked,
+    to_instances,
+    to_ranked_pairs,
+    to_tree_demonstrations,
+    to_tree_pairs,
+    to_tree_prompts,
+    trees_of_rows,
+)
+from trimtab.data.rows import (
+    final_answer,
+    prompt_of,
+    to_conversation,
+    to_conversation_prompt,
+    to_demonstration,
+    to_explicit_pair,
+    to_implicit_pair,
+    to_labelled_response,
+    to_question_answer,
+    to_stepped_response,
+)
+from trimtab.types import (
+    Comparison,
+    Demonstration,
+    JsonDict,
+    LabelledResponse,
+    PreferencePair,
+    Prompt,
+    SteppedResponse,
+)
+
+Columns = frozenset[str]
+Sample = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One way in which files are laid out: how it is recognised and the records it can give."""
+
+    name: str
+    columns: str
+    """As people are told."""
+    matches: Callable[[Columns, Sample], bool]
+    """Of the columns that most rows fill in, by the names of `columns.names_of`, and one value of each."""
+    converters: Mapping[type, Callable[..., Any]]
+    """To a record or a list of them. The first is what the layout is for."""
+    uses: frozenset[str] = frozenset()
+    """Columns that become part of the records."""
+    instead: Mapping[type, str] = field(default_factory=dict)
+    """What to do when it is asked for a record that it looks like but does not hold."""
+    gather: Callable[[Iterable[Any]], Iterator[Any]] | None = None
+    """Puts together rows that are one only together."""
+    collect: Mapping[type, Callable[[Sequence[Any]], tuple[list[Any], dict[str, int]]]] = field(default_factory=dict)
+    """Puts together what the converter of a kind gives, where a record may need several rows."""
+    takes_sides: bool = False
+    """Whether the converters are told how the file names two sides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How the rows of one file are read as records of one kind."""
+
+    layout: Layout
+    kind: type
+    names: Mapping[str, str]
+    """Columns with another name here, by the name they have in the file."""
+    convert: Callable[[JsonDict], Any]
+    used: frozenset[str]
+    """Columns, by the name they have in the file, that are part of the records."""
+
+    def plain(self, row: JsonDict) -> JsonDict:
+        """The row by the names that are used here."""
+        if not self.names:
+            return row
+        return {self.names.get(name, name): value for name, value in row.items() if value is not None}
+
+    def records(self, row: JsonDict, plain: JsonDict) -> list[Any]:
+        """The records of a row. A prompt takes every column that is not used as one of its facts. Raises Mistake."""
+        made = self.convert(plain)
+        found = made if isinstance(made, list) else [made]
+        if self.kind is Prompt and row.keys() - self.used and not _is_own(row.get("prompt")):
+            others = {k: v for k, v in row.items() if k not in self.used and v is not None and v == v}
+            facts: JsonDict = json.loads(json.dumps(others, default=str))
+            found = [replace(prompt, facts={**facts, **prompt.facts}) for prompt in found]
+        return found
+
+    def collect(self, made: list[Any]) -> tuple[list[Any], dict[str, int]]:
+        """The records of all rows, and what else was counted."""
+        together = self.layout.collect.get(self.kind)
+        return (made, {}) if together is None else together(made)
+
+
+def _is_own(prompt: Any) -> bool:
+    """Whether this is a prompt as `to_dict` writes it, with facts of its own."""
+    return isinstance(prompt, dict) and "messages" in prompt
+
+
+def _has(*names: str) -> Callable[[Columns, Sample], bool]:
+    return lambda columns, _: columns.issuperset(names)
+
+
+def _is_reply(columns: Columns) -> bool:
+    return "prompt" in columns and bool(columns & {"completion", "response"})
+
+
+def _has_thumb(columns: Columns, sample: Sample) -> bool:
+    return "label" in columns and thumb(sample.get("label")) is not None
+
+
+_CHOSEN_IS_NO_DEMONSTRATION = (
+    "the better of two replies need not be a good one; to imitate the chosen ones anyway, "
+    "set chosen_as_demonstrations = true in the sft stage"
+)
+_THUMBS_ARE_NO_DEMONSTRATION = (
+    "keep only the rows with label true and leave the column out (FILE?ignore={label}), or learn from both kinds with "
+    "the preference stage and a loss of single replies, such as loss = 'kto'"
+)
+_SAYS_WHICH = frozenset({"choice", "score_a", "score_b", "score_0", "score_1", "score_2"})
+_REPLY = frozenset({"completion", "response", "untrained_turns"})
+
+
+def _to_asked(row: JsonDict) -> Prompt:
+    return to_conversation_prompt(row) if row.get("prompt") is None else prompt_in(row)
+
+
+def _to_question(row: JsonDict) -> Prompt:
+    """The question as a prompt, with its final answer among the facts."""
+    prompt = prompt_in(row)
+    return replace(prompt, facts={**final_answer(row), **prompt.facts})
+
+
+# The more specific comes first.
+LAYOUTS: tuple[Layout, ...] = (
+    Layout(
+        name="messages of trees",
+        columns="message_id, parent_id, role, text, rank (OpenAssistant)",
+        matches=_has("message_id", "role", "text"),
+        converters={
+            PreferencePair: to_tree_pairs, Demonstration: to_tree_demonstrations, Prompt: to_tree_prompts
+        },
+        uses=frozenset({"message_id", "parent_id", "role", "text", "rank", "deleted", "review_result"}),
+        gather=trees_of_rows,
+    ),
+    Layout(
+        name="trees of messages",
+        columns="message_tree_id, prompt with text, role and replies (OpenAssistant)",
+        matches=lambda columns, sample: isinstance(sample.get("prompt"), dict) and "replies" in sample["prompt"],
+        converters={
+            PreferencePair: to_tree_pairs, Demonstration: to_tree_demonstrations, Prompt: to_tree_prompts
+        },
+        uses=frozenset({"prompt"}),
+    ),
+    Layout(
+        name="comparisons",
+        columns="prompt, response_a, response_b, choice",
+        matches=lambda columns, _: columns >= {"response_a", "response_b"} and bool(columns & _SAYS_WHICH),
+        converters={
+            Comparison: to_comparison,
+            PreferencePair: to_judged,
+            Prompt: lambda row, sides: to_judged(row, sides).prompt,
+        },
+        uses=_SAYS_WHICH | {"response_a", "response_b", "annotator"},
+        collect={PreferencePair: pairs_of},
+        takes_sides=True,
+        instead={Demonstration: _CHOSEN_IS_NO_DEMONSTRATION},
+    ),
+    Layout(
+        name="stepwise replies",
+        columns="prompt, completions, labels",
+        matches=lambda columns, _: columns >= {"prompt", "labels"} and bool(columns & {"completions", "steps"}),
+        converters={SteppedResponse: to_stepped_response, Prompt: prompt_in},
+        uses=frozenset({"completions", "steps", "labels"}),
+    ),
+    Layout(
+        name="ranked replies",
+        columns="prompt, responses (or completions, answers) with scores or ranks",
+        matches=lambda columns, sample: "prompt" in columns and is_ranked(dict(sample)),
+        converters={PreferencePair: to_ranked_pairs, Prompt: prompt_in},
+        uses=frozenset({*SCORE_LISTS, *REPLY_LISTS, "targets"}),
+        instead={Demonstration: _CHOSEN_IS_NO_DEMONSTRATION},
+    ),
+    Layout(
+        name="preference pairs",
+        columns="prompt, chosen, rejected",
+        matches=_has("prompt", "chosen", "rejected"),
+        converters={PreferencePair: to_explicit_pair, Prompt: prompt_of(to_explicit_pair)},
+        uses=frozenset({"chosen", "rejected", "label", "margin"}),
+        instead={Demonstration: _CHOSEN_IS_NO_DEMONSTRATION},
+    ),
+    Layout(
+        name="preference pairs with an implicit prompt",
+        columns="chosen, rejected that begin alike: texts, message lists or Human/Assistant transcripts",
+        matches=_has("chosen", "rejected"),
+        converters={PreferencePair: to_implicit_pair, Prompt: prompt_of(to_implicit_pair)},
+        uses=frozenset({"chosen", "rejected", "label", "margin"}),
+        instead={Demonstration: _CHOSEN_IS_NO_DEMONSTRATION},
+    ),
+    Layout(
+        name="replies with thumbs up or down",
+        columns="prompt, completion (or messages), label (true or false)",
+        matches=lambda columns, sample: (_is_reply(columns) or "messages" in columns) and _has_thumb(columns, sample),
+        converters={LabelledResponse: to_labelled_response, Prompt: _to_asked},
+        uses=_REPLY | {"label"},
+        instead={Demonstration: _THUMBS_ARE_NO_DEMONSTRATION},
+    ),
+    Layout(
+        name="prompts with completions",
+        columns="prompt, completion (or response)",
+        matches=lambda columns, _: _is_reply(columns),
+        converters={Demonstration: to_demonstration, Prompt: prompt_in},
+        uses=_REPLY,
+    ),
+    Layout(
+        name="conversations",
+        columns="messages",
+        matches=_has("messages"),
+        converters={Demonstration: to_conversation, Prompt: to_conversation_prompt},
+        uses=frozenset({"messages"}),
+    ),
+    Layout(
+        name="instructions with instances",
+        columns="instruction, instances with input and output (self-instruct)",
+        matches=lambda columns, sample: "prompt" in columns and isinstance(sample.get("instances"), list),
+        converters={Demonstration: to_instances, Prompt: lambda row: [d.prompt for d in to_instances(row)]},
+        uses=frozenset({"instances"}),
+    ),
+    Layout(
+        name="questions with answers",
+        columns="question (or instruction, problem), answer",
+        matches=_has("prompt", "worked_answer"),
+        converters={Demonstration: to_question_answer, Prompt: _to_question},
+        uses=frozenset({"worked_answer"}),
+    ),
+    Layout(
+        name="prompts",
+        columns="prompt",
+        matches=_has("prompt"),
+        converters={Prompt: prompt_in},
+        instead={
+            Demonstration: "add a column 'completion' with the replies to imitate, or name the one that holds them: "
+            "FILE?columns=NAME:completion",
+        },
+    ),
+)  # fmt: skip

@@ -1,0 +1,275 @@
+"""Conversations as files have them, under any of the usual names of roles and fields, as `Message`s."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from trimtab.data.mistakes import Mistake, filled, shown, wrong_type
+from trimtab.types import Message, Role
+
+ROLE_NAMES: Mapping[str, Role] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response"), "tool"),
+}
+"""Who speaks, by the names that files use."""
+_ROLE_FIELDS = ("role", "from")
+_CONTENT_FIELDS = ("content", "value", "text", "parts")
+_CALL_ROLES = frozenset({"function_call", "tool_call"})
+_CALL_FIELDS = frozenset({"tool_calls", "function_call"})
+_REASONING_FIELDS = frozenset({"reasoning_content", "reasoning", "thinking"})
+_OTHER_FORMS = frozenset({"images", "image", "audio", "audios", "video", "videos", "refusal"})
+_TRAINED_FIELDS = ("weight", "train", "loss", "trainable")
+"""A number or truth value that says whether a turn is to be learnt from."""
+READ_FIELDS = frozenset({*_ROLE_FIELDS, *_CONTENT_FIELDS, *_TRAINED_FIELDS})
+"""Fields of a message that have a meaning here. Those that would change it are refused; others are not used."""
+
+
+def messages_of(name: str, value: Any) -> tuple[Message, ...]:
+    """The turns of a list of messages (or of the JSON text of one). Raises Mistake."""
+    if isinstance(value, str):
+        value = conversation_in(value, value)
+    if not isinstance(value, list):
+        wrong_type(name, value, "a list of messages")
+    return tuple(_message(name, i, turn) for i, turn in enumerate(value))
+
+
+def _message(name: str, i: int, turn: Any) -> Message:
+    if isinstance(turn, dict):
+        given, content = turn.get("role"), turn.get("content")
+        if len(turn) > 2 or given is None or content is None:
+            _refuse_what_is_not_read(f"{name}[{i}]", turn)
+            given = _first(turn, _ROLE_FIELDS)
+            content = _first(turn, _CONTENT_FIELDS)
+    else:
+        given = content = None
+    if given is None or (content is None and not any(field in turn for field in _CONTENT_FIELDS)):
+        wrong_type(f"{name}[{i}]", turn, 'an object with "role" and "content" (or "from" and "value")')
+    role = ROLE_NAMES.get(given) or ROLE_NAMES.get(str(given).strip().lower())
+    if role is None:
+        if str(given).lower() in _CALL_ROLES:
+            _refuse_call(f"{name}[{i}]", given)
+        raise Mistake(
+            "unknown_role",
+            f"{name}[{i}] has the role {given!r}; roles are {', '.join(ROLE_NAMES)}",
+            "rename the roles of the file",
+        )
+    if not isinstance(content, str):
+        content = _text_of_parts(f"{name}[{i}].content", content)
+    return Message(role, content)
+
+
+def _first(turn: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((turn[name] for name in names if turn.get(name) is not None), None)
+
+
+def _refuse_what_is_not_read(place: str, turn: Mapping[str, Any]) -> None:
+    for field, value in turn.items():
+        if field in READ_FIELDS or not filled(value):
+            continue
+        if field in _CALL_FIELDS:
+            _refuse_call(place, value)
+        if field in _REASONING_FIELDS:
+            refuse_reasoning(f"{place}.{field}", value, field)
+        if field in _OTHER_FORMS:
+            refuse_other_forms(f"{place}.{field}", value, field)
+
+
+def _refuse_call(place: str, value: Any) -> None:
+    raise Mistake(
+        "tool_calls",
+        f"{place} calls a tool ({shown(value)}), which is not read: only what is written as text is learnt",
+        "write the call into the content of the turn as the model's chat template does and remove the field, or leave "
+        'such rows out with on_bad_row = "drop"',
+    )
+
+
+def refuse_reasoning(place: str, value: Any, field: str) -> None:
+    """Raises Mistake: where reasoning stands in a reply is the template's business."""
+    raise Mistake(
+        "reasoning",
+        f"{place} holds reasoning ({shown(value)}) apart from the reply, which is not read",
+        f"write it into the reply as the model's chat template does, for instance <think>…</think> before the answer, "
+        f"or leave it out of the data with FILE?ignore={field}",
+    )
+
+
+def refuse_other_forms(place: str, value: Any, field: str) -> None:
+    """Raises Mistake: pictures, sounds and films are not read."""
+    raise Mistake(
+        "not_text",
+        f"{place} holds {shown(value)}; only text is read",
+        f'leave such rows out with on_bad_row = "drop", or the field with FILE?ignore={field}',
+    )
+
+
+def _text_of_parts(place: str, content: Any) -> str:
+    """The text of content parts, [{"type": "text", "text": …}], one after the other."""
+    parts = content if isinstance(content, list) else [content]
+    texts = []
+    for part in parts:
+        if isinstance(part, str) and isinstance(content, list):
+            texts.append(part)
+        elif isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text":
+            texts.append(part["text"])
+        elif isinstance(part, dict) and "type" in part and part["type"] != "text":
+            kind = str(part["type"])
+            if kind in ("thinking", "reasoning"):
+                refuse_reasoning(place, part, kind)
+            if kind in ("tool_use", "tool_call"):
+                _refuse_call(place, part)
+            raise Mistake(
+                "not_text",
+                f"{place} holds a part of the type {kind!r}; only text is read",
+                'leave such rows out with on_bad_row = "drop"',
+            )
+        else:
+            wrong_type(place, content, "text")
+    return "".join(texts)
+
+
+def untrained_turns(name: str, value: Any) -> tuple[int, ...]:
+    """Which assistant turns are marked as not to be learnt from (`weight: 0`, `train: false`), by their number.
+
+    Raises Mistake for a weight between 0 and 1.
+    """
+    found = []
+    number = 0
+    for i, turn in enumerate(value):
+        if ROLE_NAMES.get(str(_first(turn, _ROLE_FIELDS)).strip().lower()) != "assistant":
+            continue
+        if len(turn) > 2:
+            for field in _TRAINED_FIELDS:
+                weight = turn.get(field)
+                if weight is None:
+                    continue
+                if not isinstance(weight, int | float) or weight not in (0, 1):
+                    raise Mistake(
+                        "weight",
+                        f"{name}[{i}].{field} is {shown(weight)}; a turn is learnt from (1) or not (0)",
+                        f"use 0 or 1, or leave it out of the data with FILE?ignore={field}",
+                    )
+                if weight == 0:
+                    found.append(number)
+        number += 1
+    return tuple(found)
+
+
+# ---- conversations written as text ----------------------------------------------------------------------------------
+
+_LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{\s*['\"]")
+_OBJECT = re.compile(r"\s*\{\s*['\"](?:role|from|content|value|messages)['\"]\s*:")
+_BEGINS_A_MESSAGE = re.compile(r"\s*\[\s*\{\s*['\"](?:role|from)['\"]\s*:")
+
+
+def conversation_in(text: str, otherwise: Any) -> Any:
+    """The list of messages (or the one message) that a text writes as JSON or as Python does; `otherwise` for a text
+    that is none. Raises Mistake for one that begins so and cannot be read."""
+    first = text[:1]
+    if (first not in "[{" and not first.isspace()) or not (_LIST_OF_OBJECTS.match(text) or _OBJECT.match(text)):
+        return otherwise
+    value = value_in(text)
+    turns = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
+    if turns and all(_is_turn(turn) for turn in turns):
+        return value
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):
+        return value
+    if value is None and _BEGINS_A_MESSAGE.match(text):
+        raise Mistake(
+            "broken_conversation",
+            f"a conversation is written as text, but not as JSON: {shown(text)}",
+            "write the list of messages as JSON (json.dumps in Python) instead of as a table prints it",
+        )
+    return otherwise
+
+
+def _is_turn(turn: Any) -> bool:
+    if not isinstance(turn, dict):
+        return False
+    role = _first(turn, _ROLE_FIELDS)
+    known = isinstance(role, str) and (role.strip().lower() in ROLE_NAMES or role.lower() in _CALL_ROLES)
+    return known and any(name in turn for name in (*_CONTENT_FIELDS, *_CALL_FIELDS))
+
+
+def value_in(text: str) -> Any:
+    """The list or object that a text writes as JSON, or as Python prints it; None where it does neither.
+
+    Python's form is taken only where printing the value gives the text again: numpy prints lists without commas, and
+    Python would read two texts so written as one.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            value = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return None
+        if repr(value) != text.strip():
+            return None
+    if "\\u" in text:
+        refuse_half_characters(value)
+    return value if isinstance(value, list | dict) else None
+
+
+def refuse_half_characters(value: Any) -> None:
+    """Raises Mistake where a text holds half of a character, as one does that was cut inside an emoji."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        at = error.start
+        raise Mistake(
+            "half_character",
+            f"the text holds U+{ord(text[at]):04X}, half of a character: {text[max(at - 20, 0) : at]!r} and then it",
+            "cut texts between characters, not between the two halves of one, or remove the escape",
+        ) from None
+
+
+# ---- transcripts ----------------------------------------------------------------------------------------------------
+
+_OPENING = re.compile(r"\s*(?:Human|Assistant):")
+_BETWEEN = re.compile(r"(?:\A\s*|\r?\n[ \t]*\r?\n\s*?)(Human|Assistant):")
+_BETWEEN_LINES = re.compile(r"(?:\A\s*|\r?\n)(Human|Assistant):")
+_ENDS_OPEN = re.compile(r"\n\s*Assistant:\s*\Z")
+
+
+def transcript(name: str, text: str) -> tuple[Message, ...] | None:
+    """The turns of "\\n\\nHuman: … \\n\\nAssistant: …" (hh-rlhf), stripped of blanks; None for other text.
+
+    Raises Mistake for a transcript that begins with something else than a speaker.
+    """
+    if "Human:" not in text and "Assistant:" not in text:
+        return None
+    if not _OPENING.match(text):
+        if "\n\nHuman:" in text and _ENDS_OPEN.search(text):
+            raise Mistake(
+                "odd_transcript",
+                f"{name} is a transcript that begins with {shown(text.partition('Human:')[0])}, before anybody speaks",
+                "begin it with Human: or Assistant:, and give an instruction in a column 'system'",
+            )
+        return None
+    parts = _BETWEEN.split(text)
+    if len(parts) == 3:  # one turn: it may be that single line breaks part the turns, or that it is no transcript
+        by_line = _BETWEEN_LINES.split(text)
+        if len({*by_line[1::2]}) == 2:
+            parts = by_line
+        elif not text[0].isspace() or "\n\n" not in text[: text.index(":")].replace("\r", ""):
+            return None
+    turns = zip(parts[1::2], parts[2::2], strict=True)
+    return tuple(Message("user" if who == "Human" else "assistant", said.strip()) for who, said in turns)
+
+
+def joined(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Neighbouring turns of one speaker as one: a few hh-rlhf transcripts have them, and most templates refuse them."""
+    found: list[Message] = []
+    for message in messages:
+        if found and found[-1].role == message.role:
+            found[-1] = Message(message.role, f"{found[-1].content}\n\n{message.content}")
+        else:
+            found.append(message)
+    return tuple(found)

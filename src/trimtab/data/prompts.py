@@ -1,0 +1,211 @@
+"""The prompt and the reply in one row: text, transcript or messages, with what other columns add to them.
+
+Columns that are part of the prompt in any layout (a system turn, an input or context, earlier turns) are read here, and
+so is the refusal of what no record can hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trimtab.data.columns import CONTEXT, PART_OF_PROMPT, REASONING, SYSTEM, UNREAD
+from trimtab.data.messages import (
+    conversation_in,
+    joined,
+    messages_of,
+    refuse_other_forms,
+    refuse_reasoning,
+    transcript,
+)
+from trimtab.data.mistakes import Mistake, filled, shown, wrong_type
+from trimtab.types import JsonDict, Message, Prompt
+
+
+def field_of(row: Mapping[str, Any], *names: str) -> Any:
+    """The value under the first of `names` that the row has. Raises Mistake where it has none."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise Mistake(
+        "missing_field",
+        f"no value for {names[0]!r}; the row has {', '.join(k for k, v in row.items() if v is not None) or 'nothing'}",
+        f"fill in {names[0]!r}",
+    )
+
+
+# ---- replies --------------------------------------------------------------------------------------------------------
+
+
+def reply_turns(name: str, value: Any) -> tuple[Message, ...] | str:
+    """A reply as text, or as the turns that come after the prompt. Raises Mistake."""
+    if isinstance(value, str):
+        value = conversation_in(value, value)
+        if isinstance(value, str):
+            return not_empty(name, value)
+    if isinstance(value, dict):
+        value = value["messages"] if isinstance(value.get("messages"), list) else [value]
+    if not isinstance(value, list):
+        wrong_type(name, value, "text or a list of messages")
+    return messages_of(name, value)
+
+
+def reply_of(name: str, value: Any) -> str:
+    """A reply: text, or a list with one assistant message. Raises Mistake."""
+    turns = reply_turns(name, value)
+    if isinstance(turns, str):
+        return turns
+    if len(turns) != 1 or turns[0].role != "assistant":
+        raise no_single_reply(name, turns)
+    return not_empty(name, turns[0].content)
+
+
+def no_single_reply(name: str, turns: Sequence[Message]) -> Mistake:
+    """What is wrong with a reply of these turns."""
+    return Mistake(
+        "no_assistant_turn",
+        f"{name} has the turns {', '.join(m.role for m in turns) or '(none)'} where one assistant turn is needed",
+        f"keep only the assistant's reply in {name}",
+    )
+
+
+def not_empty(name: str, text: str) -> str:
+    """The text. Raises Mistake where it says nothing."""
+    if not text or text.isspace():
+        raise Mistake("empty_response", f"{name} is empty", f"write a reply in {name}, or remove the row")
+    return text
+
+
+def split_reply(name: str, messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], str]:
+    """A conversation as what comes before its last turn, and that turn, which must be the assistant's."""
+    if not messages or messages[-1].role != "assistant":
+        raise Mistake(
+            "no_assistant_turn",
+            f"{name} ends with {f'a {messages[-1].role} turn' if messages else 'nothing'}: there is no reply",
+            f"end {name} with an assistant turn",
+        )
+    return messages[:-1], not_empty(name, messages[-1].content)
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------------
+
+
+def refuse_unread(row: Mapping[str, Any]) -> None:
+    """Raises Mistake for a filled column that changes what a row means and that no record can hold."""
+    for name in row.keys() & UNREAD.keys():
+        if filled(row[name]):
+            if UNREAD[name] == "tools":
+                raise Mistake(
+                    "tools",
+                    f"{name} holds {shown(row[name])}: tools that the model is told of, which are not read",
+                    "write them into the system turn as the model's chat template does, and leave the column out with "
+                    f'FILE?ignore={name}; or leave such rows out with on_bad_row = "drop"',
+                )
+            refuse_other_forms(name, row[name], name)
+
+
+def refuse_reasoning_beside(row: Mapping[str, Any]) -> None:
+    """Raises Mistake for a column of reasoning beside a reply."""
+    for name in row.keys() & REASONING:
+        if filled(row[name]):
+            refuse_reasoning(name, row[name], name)
+
+
+def prompt_in(row: Mapping[str, Any], name: str = "prompt", *, facts: JsonDict | None = None) -> Prompt:
+    """The prompt under `name`: text, a transcript, messages, or a `Prompt` as `to_dict` writes it. Raises Mistake."""
+    value = field_of(row, name)
+    if isinstance(value, str):
+        value = conversation_in(value, value)
+    if isinstance(value, dict) and "messages" in value:
+        messages = messages_of(f"{name}.messages", value["messages"])
+        return make_prompt(messages, {**row, **value}, facts)
+    refuse_unread(row)
+    if isinstance(value, dict) and isinstance(value.get("full_text"), str):
+        value = value["full_text"]
+    if isinstance(value, str):
+        turns = transcript(name, value)
+        if turns is None:
+            turns = (Message("user", value),)
+        elif turns[-1] == Message("assistant", ""):  # "…\n\nAssistant:" only says who speaks next
+            turns = turns[:-1]
+        messages = joined(turns)
+    elif isinstance(value, list):
+        messages = messages_of(name, value)
+    else:
+        wrong_type(name, value, "text or a list of messages")
+    return make_prompt(with_columns(messages, row), row, facts)
+
+
+def with_columns(messages: tuple[Message, ...], row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The turns with what other columns add to them: an input or context behind the last user turn, earlier turns and
+    a system turn before the first."""
+    present = row.keys() & PART_OF_PROMPT
+    if not present:
+        return messages
+    contexts = [(name, row[name]) for name in CONTEXT if name in present and filled(row[name])]
+    for name, value in contexts:
+        text = value if isinstance(value, str) else "\n\n".join(value) if _are_texts(value) else None
+        if text is None:
+            wrong_type(name, value, "text")
+        if not messages or messages[-1].role != "user":
+            raise Mistake(
+                "no_place", f"{name} is given, but no user turn comes last that it could belong to", f"remove {name}"
+            )
+        if not text.isspace():
+            messages = (*messages[:-1], Message("user", f"{messages[-1].content}\n\n{text}"))
+    if "history" in present and filled(row["history"]):
+        messages = (*_earlier_turns(row["history"]), *messages)
+    for name in SYSTEM:
+        value = row.get(name) if name in present else None
+        if value is None or value == "":
+            continue
+        if not isinstance(value, str):
+            wrong_type(name, value, "text")
+        messages = _with_system(name, value, messages)
+    return messages
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def _earlier_turns(value: Any) -> tuple[Message, ...]:
+    """Turns before this one: messages, or [question, answer] pairs as Alpaca-like files have them."""
+    if isinstance(value, list) and all(_are_texts(turn) and len(turn) == 2 for turn in value):
+        return tuple(turn for q, a in value for turn in (Message("user", q), Message("assistant", a)))
+    return messages_of("history", value)
+
+
+def _with_system(name: str, text: str, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    if messages and messages[0].role == "system":
+        if messages[0].content.strip() == text.strip():
+            return messages
+        raise Mistake(
+            "two_systems",
+            f"{name} says {shown(text)}, and the conversation begins with another system turn",
+            f"keep one of them, or leave the column out with FILE?ignore={name}",
+        )
+    return messages if text.isspace() else (Message("system", text), *messages)
+
+
+def make_prompt(messages: tuple[Message, ...], row: Mapping[str, Any], facts: JsonDict | None = None) -> Prompt:
+    """The prompt of these turns with the id and the facts of the row. Raises Mistake where nobody is to answer."""
+    if (
+        not messages
+        or messages[-1].role == "assistant"
+        or not any(m.content and not m.content.isspace() for m in messages)
+    ):
+        raise Mistake(
+            "no_prompt",
+            "the prompt is empty"
+            if not messages or messages[-1].role != "assistant"
+            else "the prompt ends with an assistant turn, so it is not the assistant's turn to speak",
+            "end the prompt with a user turn that says something",
+        )
+    given = row.get("facts") or {}
+    if not isinstance(given, dict):
+        wrong_type("facts", given, "an object")
+    name = row.get("id")
+    if name is not None and (isinstance(name, bool) or not isinstance(name, str | int)):
+        wrong_type("id", name, "text or a whole number")
+    return Prompt(messages=messages, id="" if name is None else str(name), facts={**(facts or {}), **given})

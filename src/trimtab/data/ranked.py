@@ -1,0 +1,218 @@
+"""Several replies to one prompt, ranked or scored: UltraFeedback, Nectar, OpenAssistant, multiple choice, groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+from trimtab.data.files import Located
+from trimtab.data.mistakes import BadRow, Mistake, shown, wrong_type
+from trimtab.data.prompts import field_of, prompt_in, reply_of
+from trimtab.data.rows import number_in
+from trimtab.types import Demonstration, JsonDict, Message, PreferencePair, Prompt
+
+_TEXT = ("response", "answer", "text", "completion", "content", "output")
+_BY_SCORE = ("overall_score", "score", "rating", "overall_rating")
+SCORE_LISTS = {"scores": 1.0, "ratings": 1.0, "ranks": -1.0, "rank": -1.0, "mean_ranks": -1.0}
+"""Lists with a number for each reply, and whether higher is better."""
+REPLY_LISTS = ("responses", "answers", "completions", "replies")
+
+
+def is_ranked(row: JsonDict) -> bool:
+    """Whether a row holds several replies with what says which is better."""
+    return bool(_ranked_list(row)) or isinstance(row.get("targets"), dict)
+
+
+def _ranked_list(row: JsonDict) -> str:
+    for name in REPLY_LISTS:
+        value = row.get(name)
+        if not isinstance(value, list) or not value:
+            continue
+        if isinstance(value[0], dict) and any(t in value[0] for t in _TEXT) and "role" not in value[0]:
+            return name
+        if any(
+            isinstance(row.get(by), list) for by in ("scores", "ranks", "rank", "ratings", "mean_ranks", "rankings")
+        ):
+            return name
+    return ""
+
+
+@dataclass(frozen=True)
+class _Scored:
+    text: str
+    score: float
+    """Higher is better."""
+
+
+def to_ranked_pairs(row: JsonDict) -> list[PreferencePair]:
+    """Every two replies of which one is better, in the order of the row. Raises Mistake."""
+    prompt, replies = _read(row)
+    found = []
+    for one, other in combinations(replies, 2):
+        if one.score != other.score and one.text != other.text:
+            better, worse = (one, other) if one.score > other.score else (other, one)
+            found.append(PreferencePair(prompt=prompt, chosen=better.text, rejected=worse.text))
+    if not found:
+        raise Mistake("all_tied", "no reply is better than another", "remove the row: it says nothing")
+    return found
+
+
+def _read(row: JsonDict) -> tuple[Prompt, list[_Scored]]:
+    if isinstance(row.get("targets"), dict):  # multiple choice: 1 is right, 0 wrong
+        targets = row["targets"]
+        texts, scores = targets.get("choices"), targets.get("labels")
+        return prompt_in(row), _zipped("targets", texts, scores, 1.0)
+    name = _ranked_list(row)
+    if not name:
+        field_of(row, *REPLY_LISTS)
+        wrong_type("responses", row.get("responses") or row.get("answers"), "a list of replies with scores or ranks")
+    value = row[name]
+    if isinstance(value[0], dict):
+        replies = [_scored(f"{name}[{i}]", reply) for i, reply in enumerate(value)]
+        return prompt_in(row), [reply for reply in replies if reply is not None]
+    for by, sign in SCORE_LISTS.items():
+        if isinstance(row.get(by), list):
+            return prompt_in(row), _zipped(name, value, row[by], sign)
+    return wrong_type(name, value, "a list of replies with scores or ranks")
+
+
+def _zipped(name: str, texts: Any, scores: Any, sign: float) -> list[_Scored]:
+    if not isinstance(texts, list) or not isinstance(scores, list) or len(texts) != len(scores):
+        raise Mistake("wrong_number_of_labels", f"{name} has not one score for each reply", "give each reply one score")
+    found = []
+    for text, score in zip(texts, scores, strict=True):
+        number = number_in({name: score}, name)
+        if number is not None:
+            found.append(_Scored(reply_of(name, text), sign * number))
+    return found
+
+
+def _scored(place: str, reply: Any) -> _Scored | None:
+    """A reply with its score; None where it has none."""
+    if not isinstance(reply, dict):
+        wrong_type(place, reply, "an object with the reply and its score or rank")
+    text = reply_of(place, field_of(reply, *_TEXT))
+    if reply.get("rank") is not None:
+        number = number_in(reply, "rank")
+        return None if number is None else _Scored(text, -number)
+    name = next((name for name in _BY_SCORE if reply.get(name) is not None), None)
+    if name is None:
+        raise Mistake(
+            "missing_field",
+            f"{place} has neither a score nor a rank: it has {', '.join(reply)}",
+            f"give each reply one of {', '.join(_BY_SCORE)}, rank",
+        )
+    number = number_in(reply, name)
+    return None if number is None else _Scored(text, number)
+
+
+# ---- OpenAssistant --------------------------------------------------------------------------------------------------
+
+
+def trees_of_rows(rows: Iterable[Located | BadRow]) -> Iterator[Located | BadRow]:
+    """Rows that each hold one message and name the one before it, as one row for each tree of messages.
+
+    A message that names none of the file is a bad row, and so is a second one of the same id that says something else.
+    """
+    messages: dict[str, tuple[str, JsonDict]] = {}
+    bad: list[BadRow] = []
+    for found in rows:
+        if isinstance(found, BadRow):
+            bad.append(found)
+            continue
+        where, row = found
+        name = str(row.get("message_id"))
+        known = messages.setdefault(name, (where, {**row, "replies": []}))[1]
+        if {k: v for k, v in known.items() if k != "replies"} != row:
+            problem = f"two messages have the id {name}, and they differ"
+            bad.append(BadRow(where, "repeated_id", problem, "give every message an id of its own"))
+    roots = []
+    for where, message in messages.values():
+        parent = message.get("parent_id")
+        if parent is None:
+            roots.append((where, {"message_tree_id": message.get("message_id"), "prompt": message}))
+        elif str(parent) in messages:
+            messages[str(parent)][1]["replies"].append(message)
+        else:
+            problem = f"the message before it, {shown(parent)}, is not in the file"
+            bad.append(BadRow(where, "missing_parent", problem, "add that message, or remove what answers it"))
+    yield from bad
+    yield from roots
+
+
+_Path = tuple[Message, ...]
+
+
+def _walk(row: JsonDict) -> Iterator[tuple[_Path, list[JsonDict], bool]]:
+    """For every message, the turns up to it, the replies to it, and whether it is reached over best replies."""
+    root = field_of(row, "prompt")
+    if not isinstance(root, dict):
+        wrong_type("prompt", root, "a message with text and replies")
+    waiting: list[tuple[_Path, JsonDict, bool]] = [((), root, True)]
+    while waiting:
+        before, message, best = waiting.pop(0)
+        text = message.get("text")
+        if not isinstance(text, str):
+            wrong_type("text", text, "text")
+        role = message.get("role")
+        if role not in ("prompter", "assistant"):
+            raise Mistake("unknown_role", f"a message has the role {role!r}, not prompter or assistant", "correct it")
+        path = (*before, Message("user" if role == "prompter" else "assistant", text))
+        given = message.get("replies") or []
+        replies = [r for r in given if not r.get("deleted") and r.get("review_result") is not False]
+        yield path, replies, best
+        top = _best(replies)
+        waiting += [(path, r, best and (role == "assistant" or r is top)) for r in replies]
+
+
+def _best(replies: Sequence[JsonDict]) -> JsonDict | None:
+    """The reply with the lowest rank, or the only one; None where nothing says which is best."""
+    if len(replies) == 1:
+        return replies[0]
+    ranked = [r for r in replies if isinstance(r.get("rank"), int | float)]
+    return min(ranked, key=lambda r: r["rank"]) if ranked else None
+
+
+def to_tree_pairs(row: JsonDict) -> list[PreferencePair]:
+    """Every two ranked replies to the same turn of a tree. Raises Mistake."""
+    found = []
+    for path, replies, _ in _walk(row):
+        ranked = [r for r in replies if isinstance(r.get("rank"), int | float) and r.get("role") == "assistant"]
+        for one, other in combinations(ranked, 2):
+            if one["rank"] != other["rank"] and one["text"] != other["text"]:
+                better, worse = (one, other) if one["rank"] < other["rank"] else (other, one)
+                prompt = Prompt(messages=path)
+                found.append(PreferencePair(prompt=prompt, chosen=better["text"], rejected=worse["text"]))
+    return found
+
+
+def to_tree_demonstrations(row: JsonDict) -> list[Demonstration]:
+    """The best reply to every turn that is reached over best replies."""
+    found = []
+    for path, replies, best in _walk(row):
+        top = _best(replies) if best and path[-1].role == "user" else None
+        if top is not None:
+            found.append(Demonstration(prompt=Prompt(messages=path), response=reply_of("text", top["text"])))
+    return found
+
+
+def to_tree_prompts(row: JsonDict) -> list[Prompt]:
+    """Every turn of a person that is reached over best replies."""
+    return [Prompt(messages=path) for path, _, best in _walk(row) if best and path[-1].role == "user"]
+
+
+# ---- instructions with instances ------------------------------------------------------------------------------------
+
+
+def to_instances(row: JsonDict) -> list[Demonstration]:
+    """One demonstration for each instance, {"input": …, "output": …}, of an instruction."""
+    instances = field_of(row, "instances")
+    if not isinstance(instances, list) or not instances or not all(isinstance(i, dict) for i in instances):
+        wrong_type("instances", instances, 'a list of objects with "input" and "output"')
+    found = []
+    for instance in instances:
+        prompt = prompt_in({**row, "input": instance.get("input")})
+        found.append(Demonstration(prompt=prompt, response=reply_of("output", instance.get("output"))))
+    return found if len(found) == 1 else [replace(d, prompt=replace(d.prompt, id="")) for d in found]

@@ -1,0 +1,245 @@
+"""The layout of a file by its columns, and what is refused there because it would be read wrongly without a word."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from trimtab.data.columns import COMPLETION, LABEL, PART_OF_PROMPT, PROMPT, RATING, names_of
+from trimtab.data.compared import sides_of
+from trimtab.data.formats import LAYOUTS, Layout, Reading
+from trimtab.data.messages import conversation_in, transcript
+from trimtab.data.mistakes import Mistake, filled, shown
+from trimtab.errors import DataError
+from trimtab.types import Demonstration, JsonDict, LabelledResponse, PreferencePair, Prompt
+
+_NUM_COMPARED = 50
+"""Rows that are looked through for a question that stands in two columns, or a prompt that replies repeat."""
+_ABOUT = frozenset(
+    {"id", "source", "dataset", "category", "subset", "split", "type", "task", "topic", "domain", "language", "lang",
+     "model", "url", "tags", "tag", "title", "author", "license", "label", "margin", "annotator", "timestamp", "date"}
+)  # fmt: skip
+"""Columns of text that are about a row and no part of it."""
+
+
+def recognise(rows: Sequence[JsonDict], *, where: str, kind: type | None = None) -> Reading:
+    """The first of `LAYOUTS` that fits the columns filled in by at least half of the rows, read as records of `kind`.
+
+    Half, so that a row that lacks something is reported as that row's mistake. Without a kind, the one the layout is
+    for. Raises DataError that names the columns seen and the layouts known, that says what the layout gives instead,
+    or that names a column which would change what the rows mean.
+    """
+    filled_in = Counter(name for row in rows for name, value in row.items() if value is not None)
+    columns = frozenset(name for name, num in filled_in.items() if 2 * num >= len(rows))
+    sample = {name: next(row[name] for row in rows if row.get(name) is not None) for name in columns}
+    names = names_of(columns, sample)
+    plain = {names.get(name, name): _value(value) for name, value in sample.items()}
+    layout = _layout(frozenset(plain), plain, kind)
+    if layout is None:
+        raise _unknown(columns, sorted(filled_in), where)
+    kind = kind or next(iter(layout.converters))
+    if kind not in layout.converters:
+        raise _other_kind(layout, kind, names, plain, where)
+    convert = layout.converters[kind]
+    if layout.takes_sides:
+        sides, told = sides_of(names), convert
+        convert = lambda row: told(row, sides)  # noqa: E731
+    uses = _used_by(layout, kind, frozenset(plain))
+    used = frozenset(name for name in filled_in if names.get(name, name) in uses)
+    reading = Reading(layout=layout, kind=kind, names=names, convert=convert, used=used)
+    if kind is not Prompt:
+        for problem, fix in _misread(reading, rows[:_NUM_COMPARED], columns, plain):
+            raise DataError(problem, where=where, fix=named(fix, where, names))
+    return reading
+
+
+def _used_by(layout: Layout, kind: type, columns: frozenset[str]) -> frozenset[str]:
+    """The columns that become part of the records. Of a row that is read for its prompt alone, the replies do not."""
+    always = {"id", "facts", *PART_OF_PROMPT}
+    if "trees" in layout.name:  # a row that was put together has no columns but these
+        return layout.uses | always | {"prompt", "message_tree_id"}
+    asked = {"messages"} if layout.name == "conversations" or "prompt" not in columns else {"prompt"}
+    if kind is not Prompt:
+        return layout.uses | always | asked
+    hidden = set() if "prompt" in columns or "messages" in columns else {"chosen", "rejected"}
+    return frozenset(always | asked | hidden)
+
+
+def named(fix: str, source: str, names: Mapping[str, str]) -> str:
+    """What to do, with the source and its columns in it by the names they have."""
+    old = {new: name for name, new in names.items()}
+    before, mark, rest = fix.partition("FILE?ignore=")
+    if mark:
+        end = next((i for i, c in enumerate(rest) if c in " ;)"), len(rest))
+        end = end - 1 if rest[:end].endswith(",") else end
+        columns = ",".join(old.get(name, name) for name in rest[:end].split(","))
+        fix = f"{before}FILE?ignore={columns}{rest[end:]}"
+    place = source.partition(", row ")[0]
+    return fix.replace("FILE?", place + ("&" if "?" in place else "?"))
+
+
+def _value(value: Any) -> Any:
+    try:
+        return conversation_in(value, value) if isinstance(value, str) else value
+    except Mistake:
+        return value
+
+
+def _layout(columns: frozenset[str], sample: Mapping[str, Any], kind: type | None) -> Layout | None:
+    fitting = [layout for layout in LAYOUTS if layout.matches(columns, sample)]
+    if kind is Demonstration and "messages" in columns and PreferencePair in (fitting or LAYOUTS)[0].converters:
+        fitting = [layout for layout in fitting if layout.name == "conversations"]  # beside chosen and rejected
+    return fitting[0] if fitting else None
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def _unknown(columns: frozenset[str], seen: Sequence[str], where: str) -> DataError:
+    known = "; ".join(layout.columns for layout in LAYOUTS)
+    if "text" in columns:
+        fix = "plain text is for the pretrain stage; other stages need prompts and replies "
+        fix += "(FILE?columns=text:prompt reads every text as a prompt)"
+    elif {"response_a", "response_b"} <= columns:
+        fix = "say which reply was preferred: a column 'choice' with A, B or tie"
+    elif any(name.startswith("{") or len(name) > 40 for name in columns) or ".csv" in where or ".tsv" in where:
+        fix = (
+            "make the first line of the file the names of its columns, such as prompt,chosen,rejected; a column under "
+        )
+        fix += "another name is named with FILE?columns=NAME:prompt"
+    else:
+        fix = "say which column is which, for instance FILE?columns=NAME:prompt,OTHER:completion"
+    return DataError(
+        f"no known layout has the columns {', '.join(seen) or '(none)'}; known are: {known}",
+        where=where,
+        fix=named(fix, where, {}),
+    )
+
+
+def _other_kind(
+    layout: Layout, kind: type, names: Mapping[str, str], sample: Mapping[str, Any], where: str
+) -> DataError:
+    old = {new: name for name, new in names.items()}
+    given = " and ".join(c.__name__ for c in layout.converters)
+    fitting = "; ".join(layout.columns for layout in LAYOUTS if kind in layout.converters) or "none does"
+    fix = layout.instead.get(kind, f"name a file in a layout that gives {kind.__name__}: {fitting}")
+    label = old.get("label", "label")
+    if kind is LabelledResponse and "label" in sample:
+        fix = f"{label} is {shown(sample['label'])}: write true for a good reply and false for a bad one"
+    if layout.name == "prompts" and kind is Demonstration:
+        for name in ("answer", "chosen"):
+            if name in sample:
+                fix = f"if {name} holds the reply to imitate, say so: FILE?columns={name}:completion"
+    return DataError(
+        f"the file holds {layout.name} ({layout.columns}), which give {given}, not {kind.__name__}",
+        where=where,
+        fix=named(fix.replace("{label}", label), where, {}),
+    )
+
+
+def _misread(
+    reading: Reading, rows: Sequence[JsonDict], columns: frozenset[str], sample: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """What would be read wrongly without a word, and what to do about it."""
+    left = {name: name.strip().lower() for name in columns if name not in reading.used}
+    if reading.kind is Demonstration:
+        yield from _judged(left, sample, rows)
+    if reading.kind in (Demonstration, LabelledResponse) and "completion" in sample:
+        for name, plain in left.items():
+            if plain in COMPLETION[:4] and any(filled(row.get(name)) for row in rows):
+                yield (
+                    f"two columns may be the reply: {name!r} is filled in too",
+                    f"leave one of them out, for instance FILE?ignore={name}",
+                )
+    yield from _second_questions(reading, rows, left)
+    if reading.layout.name.startswith("preference pairs"):
+        yield from _hidden_prompts(reading, rows, left, sample)
+    if reading.layout.name in ("preference pairs", "prompts with completions"):
+        yield from _repeated_prompts(reading, rows)
+
+
+def _judged(left: Mapping[str, str], sample: Mapping[str, Any], rows: Sequence[JsonDict]) -> Iterator[tuple[str, str]]:
+    """A label or rating of the replies, which says that not all of them are to be imitated."""
+    found = [name for name, plain in left.items() if plain in LABEL]
+    found += [name for name, plain in left.items() if plain in RATING and _is_number(rows, name)]
+    for name in found:
+        value = next((row[name] for row in rows if row.get(name) is not None), None)
+        if value is not None:
+            yield (
+                f"{name} is {shown(value)}: it judges the replies, and all of them would be imitated",
+                f"keep only the rows whose replies are good enough, and leave the column out with FILE?ignore={name}",
+            )
+
+
+def _is_number(rows: Sequence[JsonDict], name: str) -> bool:
+    for value in (row[name] for row in rows if row.get(name) is not None):
+        try:
+            float(value)
+        except (TypeError, ValueError):
+            return False
+    return True
+
+
+def _second_questions(reading: Reading, rows: Sequence[JsonDict], left: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for name, plain in left.items():
+        if plain not in PROMPT or plain in PART_OF_PROMPT:
+            continue
+        asked = [row for row in rows if isinstance(row.get(name), str) and row[name].strip()]
+        missing = [row for row in asked if not _is_part(row[name].strip(), reading, row)]
+        if missing and 2 * len(missing) >= len(asked):
+            yield (
+                f"{name} holds {shown(missing[0][name])}, which is no part of the prompt, and would not be used",
+                f"leave it out with FILE?ignore={name}, or put it into the prompt",
+            )
+
+
+def _is_part(text: str, reading: Reading, row: JsonDict) -> bool:
+    return any(text in said for name, value in row.items() if name in reading.used for said in _texts(_value(value)))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+
+
+def _hidden_prompts(
+    reading: Reading, rows: Sequence[JsonDict], left: Mapping[str, str], sample: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """Texts that begin alike have their prompt in that beginning, unless a column holds it."""
+    if "prompt" in sample or not isinstance(sample.get("chosen"), str) or _is_transcript(sample["chosen"]):
+        return
+    for name, plain in left.items():
+        texts = [row[name] for row in rows if isinstance(row.get(name), str)]
+        about = plain in _ABOUT or plain.endswith(("_id", "_model", "_source")) or plain.startswith(("model", "source"))
+        if texts and not about and sum(" " in text.strip() for text in texts) * 2 >= len(texts):
+            yield (
+                f"there is no column 'prompt', and {name} holds text ({shown(texts[0])}) that may be it",
+                f"say so with FILE?columns={name}:prompt, or leave it out with FILE?ignore={name}",
+            )
+
+
+def _is_transcript(text: str) -> bool:
+    try:
+        return transcript("chosen", text) is not None
+    except Mistake:
+        return True
+
+
+def _repeated_prompts(reading: Reading, rows: Sequence[JsonDict]) -> Iterator[tuple[str, str]]:
+    """Replies that begin with the whole prompt would be learnt with it."""
+    plain = [reading.plain(row) for row in rows]
+    names = ("chosen", "rejected") if reading.kind is PreferencePair else ("completion",)
+    texts = [row for row in plain if all(isinstance(row.get(name), str) for name in ("prompt", *names))]
+    texts = [row for row in texts if " " in row["prompt"].strip() and not _is_transcript(row["prompt"])]
+    repeated = [row for row in texts if all(row[name].startswith(row["prompt"].strip()) for name in names)]
+    if repeated and 2 * len(repeated) >= len(plain):
+        yield (
+            f"{' and '.join(names)} begin with the prompt ({shown(repeated[0]['prompt'])}), which would be learnt too",
+            "leave the column out, so that what both begin with is the prompt: FILE?ignore=prompt"
+            if len(names) == 2
+            else "take the prompt off the beginning of the completions",
+        )
