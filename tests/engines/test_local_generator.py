@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,8 @@ from tests.tiny import DECODERS, VOCAB, causal, write_model_directory
 from trimtab.data.chat import Chat
 from trimtab.engines.form_choice import Choice, forms
 from trimtab.engines.local_generator import LocalGenerator, Sampling
-from trimtab.errors import DataError, EngineError
+from trimtab.engines.slot_decoding import SlotForm
+from trimtab.errors import ConfigError, DataError, EngineError
 from trimtab.math.logprobs import truncated_logprobs
 from trimtab.models.forward import token_logprobs_of
 from trimtab.models.fused import LLAMA_LIKE, FusedForward
@@ -133,7 +135,7 @@ def drawn_by(name, *, batch_size, form="own", group_size=3):
     policy = Policy(causal(name), pad_id=0)
     policy.model.generation_config.eos_token_id = None
     sampling = Sampling(max_new_tokens=17, batch_size=batch_size)
-    choice = None if form == "own" else Choice({f.name: f for f in forms(policy, sampling, chat)}[form], {})
+    choice = None if form == "own" else Choice(name, {f.name: f for f in forms(policy, sampling, chat)}[form], {})
     g = LocalGenerator(policy, chat, sampling, choice=choice)
     lengths = (5, 1, 12, 3, 7, 2, 9)
     prompts = [torch.randint(2, VOCAB, (n,)).tolist() for n in lengths]
@@ -213,6 +215,57 @@ def test_a_small_cache_means_fewer_replies_at_a_time_and_the_same_replies(model_
     assert [r.response_ids for r in tight.generate(SOME, group_size=3, seed=1)] == [
         r.response_ids for r in generator(model_dir).generate(SOME, group_size=3, seed=1)
     ]
+
+
+def test_a_reply_stops_where_the_models_generation_settings_say_too(model_dir):
+    g = generator(model_dir)
+    letter = g.chat.tokenizer.convert_tokens_to_ids("a")
+    ends = {letter: g.chat.stop_ids, (letter,): g.chat.stop_ids | {letter}, (): g.chat.stop_ids}
+    for named, expected in ends.items():
+        # A single id that is ordinary text is the default of a configuration class and not an end.
+        g.policy.model.generation_config.eos_token_id = list(named) if isinstance(named, tuple) else named
+        assert LocalGenerator(g.policy, g.chat, g.sampling).stop_ids == expected
+
+
+def test_rows_of_the_embedding_that_are_no_token_are_never_drawn(model_dir):
+    g = generator(model_dir, max_new_tokens=30)
+    tokens = len(g.chat.tokenizer)
+    assert LocalGenerator(g.policy, g.chat, g.sampling)._unnamed is None
+    g.policy.model.resize_token_embeddings(tokens + 200, mean_resizing=False)
+    padded = Policy(g.policy.model, pad_id=g.chat.pad_id)
+    for sampling in (g.sampling, replace(g.sampling, top_p=0.99)):
+        wide = LocalGenerator(padded, g.chat, sampling)  # which compares its numbers with the whole softmax
+        rollouts = wide.generate(SOME, group_size=8, seed=0)
+        assert max(i for r in rollouts for i in r.response_ids) < tokens
+        assert wide.difference < 1e-4
+
+
+def test_sequences_beyond_the_models_positions_are_refused_before_anything_is_computed():
+    chat = SimpleNamespace(stop_ids={1}, pad_id=0)
+    policy = Policy(causal("gpt2"), pad_id=0)
+    g = LocalGenerator(policy, chat, Sampling(max_new_tokens=100))
+    g.check_room(28)
+    with pytest.raises(ConfigError, match="need 129 positions; the model has 128"):
+        g.check_room(29)
+    LocalGenerator(Policy(causal("llama"), pad_id=0), chat, Sampling(max_new_tokens=10**6)).check_room(10**6)
+
+
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 1}, {"top_p": 0.8}])
+def test_a_sampler_that_is_not_the_policy_is_refused(model_dir, truncation, monkeypatch):
+    g = generator(model_dir, **truncation)
+    g.generate(SOME, group_size=2, seed=0)
+    assert g.difference < 1e-4
+    decode = SlotForm.decode
+
+    def with_other_weights(form, *arguments):
+        weight = g.policy.model.base_model.layers[0].mlp.down_proj.weight
+        weight.data.add_(0.1)
+        decode(form, *arguments)
+        weight.data.sub_(0.1)
+
+    monkeypatch.setattr(SlotForm, "decode", with_other_weights)
+    with pytest.raises(EngineError, match="sampler and policy disagree by"):
+        g.generate(SOME, group_size=2, seed=0)
 
 
 def test_no_prompts_give_no_rollouts(model_dir):

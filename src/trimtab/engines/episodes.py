@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trimtab import seeds
 from trimtab.data.chat import Chat
+from trimtab.engines.form_choice import Choice
 from trimtab.engines.local_generator import Drawn, LocalGenerator, Sampling, reply_names
 from trimtab.errors import EngineError, TrimtabError
 from trimtab.models.roles import Policy
@@ -89,9 +90,18 @@ class EpisodeGenerator:
     """
 
     def __init__(
-        self, policy: Policy, chat: Chat, sampling: Sampling, environment: Environment, limits: EpisodeLimits
+        self,
+        policy: Policy,
+        chat: Chat,
+        sampling: Sampling,
+        environment: Environment,
+        limits: EpisodeLimits,
+        *,
+        choice: Choice | None = None,
     ) -> None:
-        self.generator = LocalGenerator(policy, chat, replace(sampling, stop=(*sampling.stop, *environment.stop)))
+        """`choice` as for `LocalGenerator`."""
+        stopping = replace(sampling, stop=(*sampling.stop, *environment.stop))
+        self.generator = LocalGenerator(policy, chat, stopping, choice=choice, watched=False)
         self.chat = chat
         self.environment = environment
         self.limits = limits

@@ -7,6 +7,7 @@ single rows without padding and without a cache; one that raises or differs is p
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ MOST_TOKENS = 512
 class Choice:
     """A form, and the faster ones that were passed over with the reason for each."""
 
+    architecture: str
     form: Form
     passed_over: dict[str, str]
 
@@ -49,19 +51,21 @@ class Choice:
         return not isinstance(self.form, SlotForm)
 
     def __str__(self) -> str:
-        what = {
-            "padded": "padded rows",
-            "lockstep": "rows of equal length",
-            "uncached": "whole forward passes without a cache, which is very slow",
-        }
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.passed_over.items())
-        return f"replies are sampled in {what.get(self.form.name, self.form.name)}" + (
-            f" ({reasons})" if reasons else ""
-        )
+        way = WAYS.get(self.form.name, self.form.name)
+        return f"replies of {self.architecture} are sampled in {way}" + (f" ({reasons})" if reasons else "")
+
+
+WAYS = {
+    "padded": "padded rows, slower than in slots",
+    "lockstep": "rows of equal length, slower than in slots",
+    "uncached": "whole forward passes without a cache, which is very slow",
+}
 
 
 def choose_form(policy: Policy, sampling: Sampling, chat: Chat) -> Choice:
-    """The fastest form that is right for the policy as it is now. Raises EngineError where none is."""
+    """The fastest form that is right for the policy as it is now; a slow one is named on stderr, with the reason.
+    Raises EngineError where none is right."""
     passed_over: dict[str, str] = {}
     if not policy.tree_form:
         passed_over["slots"] = "the model does not compute its numbers over flat rows"
@@ -69,7 +73,10 @@ def choose_form(policy: Policy, sampling: Sampling, chat: Chat) -> Choice:
     for form in forms(policy, sampling, chat):
         problem = check.problem(form)
         if problem is None:
-            return Choice(form, passed_over)
+            choice = Choice(type(policy.model).__name__, form, passed_over)
+            if choice.is_slow:
+                print(f"note: {choice}", file=sys.stderr)
+            return choice
         passed_over[form.name] = problem
     raise EngineError(
         "no way of sampling gives the model's own probabilities"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trimtab import seeds
 from trimtab.data.chat import Chat
+from trimtab.engines.agreement import logprob_difference, refuse_difference
 from trimtab.engines.form_choice import Choice, choose_form
 from trimtab.engines.replies import Drawn, Replies, Sampling
 from trimtab.engines.slot_decoding import SlotForm
@@ -31,12 +32,18 @@ __all__ = ["Drawn", "LocalGenerator", "Replies", "Sampling", "reply_names"]
 class LocalGenerator:
     """Draws from the policy as it is at each call."""
 
-    def __init__(self, policy: Policy, chat: Chat, sampling: Sampling, *, choice: Choice | None = None) -> None:
-        """`choice` is that of another generator of the same policy; without one it is made when first needed."""
+    def __init__(
+        self, policy: Policy, chat: Chat, sampling: Sampling, *, choice: Choice | None = None, watched: bool = True
+    ) -> None:
+        """`choice` is that of another generator of the same policy; without one it is made when first needed. Unless
+        `watched`, somebody else compares what was drawn with the policy."""
         self.policy = policy
         self.chat = chat
         self.sampling = sampling
         self._choice = choice
+        self._watched = watched
+        self.difference = 0.0
+        """The largest difference of sampler and policy so far, in nats on one token of the replies looked at."""
         self.stop_ids = stop_ids(policy, chat)
         """Tokens that end a reply."""
         self._unnamed = unnamed_tokens(policy, chat)
@@ -60,6 +67,11 @@ class LocalGenerator:
         """The method, and whether its steps are compiled."""
         form = self.choice.form
         return f"{form.name}, compiled" if isinstance(form, SlotForm) and form.kernels.compiled else form.name
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """For the summary of a stage: how replies were decoded, and how far from the policy their numbers were."""
+        return {"sampler": self.sampler, "logprob_difference": self.difference}
 
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
         """`group_size` rollouts of each prompt. Every reply has random numbers of its own, made from the seed, its
@@ -107,6 +119,10 @@ class LocalGenerator:
         form = self.choice.form
         with torch.no_grad(), using(self.policy.model, self.policy.adapter):
             form.decode(prefixes, group_size, replies)
+        if self._watched:
+            difference = logprob_difference(self.policy, prefixes, group_size, replies)
+            self.difference = max(self.difference, difference)
+            refuse_difference(difference, self.policy.precision, where=f"the sampler, {self.sampler}")
         return replies.finished()
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -129,7 +145,7 @@ class LocalGenerator:
             fix = f"set sampling.max_new_tokens to at most {room}" if room > 0 else "use shorter prompts"
             raise ConfigError(
                 f"a prompt of {longest_prompt} tokens and a reply of up to {longest} need {longest_prompt + longest} "
-                f"positions; the model has learned {self.positions}",
+                f"positions; the model has {self.positions}",
                 where="sampling.max_new_tokens and the longest prompt",
                 fix=f"{fix}, or leave long prompts out with sampling.max_prompt_tokens",
             )

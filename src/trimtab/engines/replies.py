@@ -85,7 +85,8 @@ class Replies:
     ) -> None:
         """`uniforms` [B, T] are the random numbers, one a token; `limits` [B] end a reply before T tokens.
 
-        `stop_ids` are the chat's unless given. Tokens that are true in `unnamed` [V] are never drawn.
+        `stop_ids` are the chat's unless given. Tokens that are true in `unnamed` [V] are never drawn; without
+        truncation log-probabilities stay those of the policy, whose softmax runs over its whole embedding.
         """
         self.uniforms = uniforms
         self.width = uniforms.shape[1] if limits is None else int(limits.max())
@@ -94,6 +95,10 @@ class Replies:
         self.chat = chat
         self.tokens = torch.zeros(uniforms.shape, dtype=torch.int64)
         self.logprobs = torch.zeros(uniforms.shape)
+        self.policy_logprobs = self.logprobs
+        """As `logprobs`, but under the whole softmax, which the policy is scored by, if sampling truncates."""
+        if sampling.truncates:
+            self.policy_logprobs = torch.zeros(uniforms.shape)
         self.lengths = torch.zeros(len(uniforms), dtype=torch.int64)
         self.stopped = torch.zeros(len(uniforms), dtype=torch.bool)
         self._stop_ids = torch.tensor(sorted(chat.stop_ids if stop_ids is None else stop_ids), dtype=torch.int64)
@@ -104,16 +109,20 @@ class Replies:
     def draw(self, logits: Tensor, sequences: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """The next tokens [n] of these sequences [n] at these places [n], from logits [n, V]; and whether a sequence
         has ended with it [n]."""
-        logits, lost = self._named(logits.float())
+        logits = logits.float()
+        named = logits if self._unnamed is None else logits.masked_fill(self._unnamed, -torch.inf)
         tokens, logprobs = draw(
-            logits,
+            named,
             self.uniforms[sequences, places],
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             top_k=self.sampling.top_k,
         )
         self.tokens[sequences, places] = tokens
-        self.logprobs[sequences, places] = logprobs + lost
+        self.logprobs[sequences, places] = logprobs
+        if self.sampling.truncates or self._unnamed is not None:
+            whole = (logits / self.sampling.temperature).log_softmax(-1)
+            self.policy_logprobs[sequences, places] = whole.gather(1, tokens[:, None])[:, 0]
         self.lengths[sequences] = places + 1
         stopped = torch.isin(tokens, self._stop_ids)
         if self.sampling.stop:
@@ -125,17 +134,6 @@ class Replies:
         """Every reply."""
         columns = (self.tokens.tolist(), self.logprobs.tolist(), self.lengths.tolist(), self.stopped.tolist())
         return [(ids[:n], logprobs[:n], stopped) for ids, logprobs, n, stopped in zip(*columns, strict=True)]
-
-    def _named(self, logits: Tensor) -> tuple[Tensor, Tensor | float]:
-        """The logits without the tokens that may not be drawn, and what is to be added to log-probabilities under
-        them so that they are those of the policy, whose softmax runs over its whole embedding."""
-        if self._unnamed is None:
-            return logits, 0.0
-        named = logits.masked_fill(self._unnamed, -torch.inf)
-        if self.sampling.truncates:
-            return named, 0.0
-        sums = [(x / self.sampling.temperature).logsumexp(-1) for x in (named, logits)]
-        return named, sums[0] - sums[1]
 
     def _holds_stop(self, sequence: Tensor, place: Tensor) -> bool:
         end = int(place) + 1

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from trimtab.data.trees import TokenTrees, sequence_tree
 from trimtab.errors import EngineError
-from trimtab.models.adapters import weight_of
+from trimtab.models.adapters import is_adapted, weight_of
 from trimtab.models.attention import LLAMA_LIKE, Attend, backbone, row_states
 from trimtab.models.kernels import GATED, Form, Kernels, Matrices
 from trimtab.models.quantized import is_quantized
@@ -125,4 +125,13 @@ def supports_fusing(model: PreTrainedModel) -> bool:
     """Whether the model is built as `FusedForward` computes it."""
     config = model.config.get_text_config()
     known = type(model.base_model).__name__ in LLAMA_LIKE and config.hidden_act in ("silu", "swish")
-    return known and not is_quantized(model)
+    return known and not is_quantized(model) and all(map(_is_plain, model.modules()))
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether `weight_of` is all that the layer does: a new DoRA, bias or embedding adapter changes nothing until it is
+    trained, so that comparing numbers would not find it."""
+    if not is_adapted(module):
+        return True
+    flags = [*getattr(module, "use_dora", {}).values(), *getattr(module, "lora_bias", {}).values()]
+    return not any(flags) and not len(getattr(module, "lora_embedding_A", ()))

@@ -58,7 +58,8 @@ def run(settings: Settings, run: Run) -> None:
     """Writes train.jsonl and held_out.jsonl (preference pairs) into the run directory."""
     world = worlds.load(settings.world)
     chat = Chat(load_tokenizer(settings.model))
-    generator = LocalGenerator(Policy(load_causal(settings.model), pad_id=chat.pad_id), chat, settings.sampling)
+    policy = Policy(load_causal(settings.model), pad_id=chat.pad_id, temperature=settings.sampling.temperature)
+    generator = LocalGenerator(policy, chat, settings.sampling)
     run.add_data(f"world:{settings.world}", "", settings.num_prompts + settings.num_held_out_prompts)
     summary: dict[str, object] = {}
     annotators: Annotators | None = None
@@ -89,7 +90,7 @@ def run(settings: Settings, run: Run) -> None:
             f"{name}_bayes_accuracy": annotators.bayes_accuracy(pairs),
         }
     assert annotators is not None
-    run.finish(summary | {"annotator_scale": annotators.scale})
+    run.finish(summary | {"annotator_scale": annotators.scale} | generator.facts)
 
 
 def sampled_pairs(rollouts: Sequence[Rollout]) -> tuple[list[tuple[Prompt, str, str]], int]:

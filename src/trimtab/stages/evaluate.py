@@ -72,11 +72,13 @@ def run(settings: Settings, run: Run) -> None:
     temperature = settings.sampling.temperature
     policy = Policy(load_causal(settings.model), pad_id=chat.pad_id, temperature=temperature)
     baseline = Policy(load_causal(settings.baseline), pad_id=chat.pad_id, temperature=temperature)
-    replies = {
-        name: LocalGenerator(model, chat, settings.sampling).generate(
-            loaded.records, group_size=1, seed=seeds.derive(settings.seed, "evaluate")
-        )
+    generators = {
+        name: LocalGenerator(model, chat, settings.sampling)
         for name, model in (("policy", policy), ("baseline", baseline))
+    }
+    replies = {
+        name: generator.generate(loaded.records, group_size=1, seed=seeds.derive(settings.seed, "evaluate"))
+        for name, generator in generators.items()
     }
     judges = load_judges(settings)
     scores = {
@@ -85,7 +87,8 @@ def run(settings: Settings, run: Run) -> None:
     }
     prompt_ids = [p.id for p in loaded.records]
     summary: dict[str, object] = {
-        name: describe(rollouts, scores[name], prompt_ids) for name, rollouts in replies.items()
+        name: describe(rollouts, scores[name], prompt_ids) | generators[name].facts
+        for name, rollouts in replies.items()
     }
     summary["kl"] = kl_to_baseline(policy, baseline, replies["policy"], settings.token_budget)
     for judge in judges:
@@ -93,7 +96,7 @@ def run(settings: Settings, run: Run) -> None:
         summary[f"win_rate_by_{judge}"] = win_rate(ours, theirs, groups=prompt_ids).named("win_rate")
         summary[f"{judge}_difference"] = paired_difference(ours, theirs, groups=prompt_ids).named("difference")
     if settings.best_of:
-        summary["best_of"] = best_of_baseline(settings, baseline, chat, loaded.records)
+        summary["best_of"] = best_of_baseline(settings, generators["baseline"], loaded.records)
     run.rewind(-1)  # a run killed between here and its end has written the samples already
     run.add_samples(0, sample_rows(replies, scores, settings.num_samples))
     run.finish(summary)
@@ -138,13 +141,11 @@ def kl_to_baseline(
     return bootstrap_mean(sampled).named("kl_sampled") | bootstrap_mean(exact).named("kl_exact")
 
 
-def best_of_baseline(settings: Settings, baseline: Policy, chat: Chat, prompts: Sequence[Prompt]) -> dict[str, object]:
+def best_of_baseline(settings: Settings, baseline: LocalGenerator, prompts: Sequence[Prompt]) -> dict[str, object]:
     """Unbiased gold of best-of-n of the baseline, chosen by gold itself: how good its own best replies are."""
     assert settings.world is not None
     chosen = prompts[: settings.best_of_prompts]
-    rollouts = LocalGenerator(baseline, chat, settings.sampling).generate(
-        chosen, group_size=settings.best_of, seed=seeds.derive(settings.seed, "best of")
-    )
+    rollouts = baseline.generate(chosen, group_size=settings.best_of, seed=seeds.derive(settings.seed, "best of"))
     gold = GoldScorer(worlds.load(settings.world)).score(rollouts)[0].numpy().reshape(len(chosen), settings.best_of)
     curve = best_of_n_curve(gold, gold, sizes_up_to(settings.best_of))
     return {

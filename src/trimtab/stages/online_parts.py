@@ -15,6 +15,7 @@ from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
 from trimtab.data.trees import TokenTrees, TreeBatch, per, response_tree
 from trimtab.engines.episodes import EpisodeGenerator
+from trimtab.engines.form_choice import choose_form
 from trimtab.engines.local_generator import LocalGenerator, Sampling
 from trimtab.engines.local_learner import LocalLearner
 from trimtab.errors import DataError
@@ -184,10 +185,14 @@ def build_parts(settings: Settings, run: Run) -> Parts:
     mix = settings.pretraining_mix
     environment = settings.environment.load() if settings.environment is not None else None
 
+    choice = choose_form(policy, settings.sampling, chat)
+
     def generator(sampling: Sampling) -> Generator:
         if environment is None:
-            return LocalGenerator(policy, chat, sampling)
-        return EpisodeGenerator(policy, chat, sampling, environment, settings.episodes)
+            # The step compares every reply; under truncation it cannot, for the two are different distributions.
+            watched = sampling.truncates and settings.correction is None
+            return LocalGenerator(policy, chat, sampling, choice=choice, watched=watched)
+        return EpisodeGenerator(policy, chat, sampling, environment, settings.episodes, choice=choice)
 
     return Parts(
         settings=settings,

@@ -8,19 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trimtab.engines.agreement import MAX_LOGPROB_DIFFERENCE
 from trimtab.errors import EngineError
 from trimtab.evals.text import distinct_n
 from trimtab.math.correction import no_correction
 from trimtab.math.losses.value import explained_variance
 from trimtab.metrics import Mean, Metrics, Peak, Total, mean_of, merge
-from trimtab.models.precision import Precision
 from trimtab.rewards.gold import GoldScorer
 from trimtab.stages.online_settings import Settings
 from trimtab.types import Rollout
-
-MAX_LOGPROB_DIFFERENCE: dict[Precision, float] = {"float32": 0.01, "bfloat16": 0.5}
-"""Nats, of one token. In float32 the local sampler and scorer differ by rounding only, about 1e-5; replies are sampled
-in float32, from which a scorer in bfloat16 is a few hundredths away."""
 
 
 def rollout_metrics(

@@ -22,10 +22,9 @@ from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
 from trimtab.engines.local_generator import LocalGenerator, Sampling
 from trimtab.errors import ConfigError, DataError
-from trimtab.metrics import Metrics, Total, mean_of
+from trimtab.metrics import Metrics, Peak, Total, mean_of
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
-from trimtab.protocols import Generator
 from trimtab.rewards.combined import CombinedReward, load_rewards
 from trimtab.rewards.gold import GoldScorer
 from trimtab.runs.loop import run_steps
@@ -106,7 +105,7 @@ class Parts:
 
     settings: Settings
     asked: Sequence[Asked]
-    generator: Generator
+    generator: LocalGenerator
     rewards: CombinedReward | None
     world: GoldScorer | None
     replies: Replies
@@ -146,7 +145,7 @@ def run(settings: Settings, run: Run) -> None:
             "num_steps": num_steps,
             "num_planned_steps": num_planned,
             "replies_per_prompt": settings.replies_per_prompt,
-            "sampler": parts.generator.sampler,
+            **parts.generator.facts,
             "counts": parts.counts | (dict(choice.counts) if choice else {}) | written,
         }
         | (describe(parts.replies.read(), choice) if choice else {})
@@ -176,6 +175,7 @@ def sample_step(number: int, parts: Parts, run: Run) -> Metrics:
         best
         | metrics
         | {
+            "rollout/logprob_difference": Peak(parts.generator.difference),
             "rollout/length_mean": mean_of(r.length for r in replies),
             "rollout/truncated_fraction": mean_of(not r.finished for r in replies),
             "time/generate_seconds": Total(generated - started),
