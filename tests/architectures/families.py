@@ -75,7 +75,9 @@ SIZES: dict[str, Any] = {
     # Latent and sparse attention.
     **dict.fromkeys(["q_lora_rank", "kv_lora_rank"], 16),
     "index_topk": 4,
-    "index_n_heads": 2,
+    # A key counts zero if every indexing head finds it negative: with few heads many tie, and which of them are taken
+    # depends on the length of the row.
+    "index_n_heads": 16,
     "index_head_dim": 16,
     # Embeddings for each layer, and layers that share.
     "hidden_size_per_layer_input": 8,

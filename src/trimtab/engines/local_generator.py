@@ -43,7 +43,7 @@ class LocalGenerator:
         self._choice = choice
         self._watched = watched
         self.difference = 0.0
-        """The largest difference of sampler and policy so far, in nats on one token of the replies looked at."""
+        """The largest difference of sampler and policy, in nats on one token of the replies last looked at."""
         self.stop_ids = stop_ids(policy, chat)
         """Tokens that end a reply."""
         self._unnamed = unnamed_tokens(policy, chat)
@@ -67,11 +67,6 @@ class LocalGenerator:
         """The method, and whether its steps are compiled."""
         form = self.choice.form
         return f"{form.name}, compiled" if isinstance(form, SlotForm) and form.kernels.compiled else form.name
-
-    @property
-    def facts(self) -> dict[str, object]:
-        """For the summary of a stage: how replies were decoded, and how far from the policy their numbers were."""
-        return {"sampler": self.sampler, "logprob_difference": self.difference}
 
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
         """`group_size` rollouts of each prompt. Every reply has random numbers of its own, made from the seed, its
@@ -120,9 +115,8 @@ class LocalGenerator:
         with torch.no_grad(), using(self.policy.model, self.policy.adapter):
             form.decode(prefixes, group_size, replies)
         if self._watched:
-            difference = logprob_difference(self.policy, prefixes, group_size, replies)
-            self.difference = max(self.difference, difference)
-            refuse_difference(difference, self.policy.precision, where=f"the sampler, {self.sampler}")
+            self.difference = logprob_difference(self.policy, prefixes, group_size, replies)
+            refuse_difference(self.difference, self.policy.precision, where=f"the sampler, {self.sampler}")
         return replies.finished()
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -87,10 +87,11 @@ def run(settings: Settings, run: Run) -> None:
             f"num_{name}_pairs": len(voted),
             f"num_{name}_identical_pairs": identical,
             f"{name}_agreement": annotators.expected_agreement(pairs),
+            f"{name}_logprob_difference": generator.difference,
             f"{name}_bayes_accuracy": annotators.bayes_accuracy(pairs),
         }
     assert annotators is not None
-    run.finish(summary | {"annotator_scale": annotators.scale} | generator.facts)
+    run.finish(summary | {"annotator_scale": annotators.scale} | {"sampler": generator.sampler})
 
 
 def sampled_pairs(rollouts: Sequence[Rollout]) -> tuple[list[tuple[Prompt, str, str]], int]:

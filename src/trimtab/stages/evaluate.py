@@ -87,7 +87,7 @@ def run(settings: Settings, run: Run) -> None:
     }
     prompt_ids = [p.id for p in loaded.records]
     summary: dict[str, object] = {
-        name: describe(rollouts, scores[name], prompt_ids) | generators[name].facts
+        name: describe(rollouts, scores[name], prompt_ids) | sampled_by(generators[name])
         for name, rollouts in replies.items()
     }
     summary["kl"] = kl_to_baseline(policy, baseline, replies["policy"], settings.token_budget)
@@ -123,6 +123,11 @@ def describe(
     truncated = sum(r.finish_reason == "length" for r in rollouts) / len(rollouts)
     numbers |= {"length_mean": float(np.mean(lengths)), "truncated_fraction": truncated, "num_replies": len(rollouts)}
     return numbers | text_stats([r.response for r in rollouts])
+
+
+def sampled_by(generator: LocalGenerator) -> dict[str, object]:
+    """How replies were decoded, and how far the sampler's log-probabilities were from the policy's."""
+    return {"sampler": generator.sampler, "logprob_difference": generator.difference}
 
 
 def kl_to_baseline(

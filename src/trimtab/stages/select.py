@@ -145,7 +145,7 @@ def run(settings: Settings, run: Run) -> None:
             "num_steps": num_steps,
             "num_planned_steps": num_planned,
             "replies_per_prompt": settings.replies_per_prompt,
-            **parts.generator.facts,
+            "sampler": parts.generator.sampler,
             "counts": parts.counts | (dict(choice.counts) if choice else {}) | written,
         }
         | (describe(parts.replies.read(), choice) if choice else {})
