@@ -30,7 +30,7 @@ class Prompt:
 
     messages: tuple[Message, ...]
     id: str = ""
-    """Stable name; `prompt_id(messages)` unless the source gave one. Splits are made by it."""
+    """Stable name; `prompt_id(messages)` unless the source gave one. Splits are made by the messages."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What a verifier or a world needs to score a reply (JSON values only). Never shown to a model."""
 

@@ -34,7 +34,7 @@ SIDEWAYS = {
 }
 NO_TORCH = ["cli", "config", "settings_help", "registry", "types", "metrics", "errors", "seeds"]
 NO_TORCH_PACKAGES = ["runs", "evals", "worlds", "environments", "reports", "feedback"]
-NO_TORCH_MODULES = ["data.sources", "data.preferences"]
+NO_TORCH_MODULES = ["data.sources", "data.preferences", "data.split"]
 
 
 def name_of(path: Path) -> str:

@@ -1,11 +1,10 @@
-"""Votes to preference pairs, and records to a training and a held-out part."""
+"""Votes to preference pairs."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import Literal
 
 from trimtab.types import Comparison, Message, PreferencePair, Prompt
 
@@ -39,7 +38,8 @@ def to_pairs(
 ) -> tuple[list[PreferencePair], dict[str, int]]:
     """One pair for each two replies that were compared, in the order in which they first appear, and what was counted.
 
-    Votes over the same two replies are put together, whichever was shown as A. The share of votes for the preferred
+    Votes over the same two replies to the same messages are put together, whichever was shown as A and whatever ids
+    the rows have. The share of votes for the preferred
     one is its `label` with "soft"; with "majority" the label is 1. A tie counts as half a vote for each side, or not
     at all. Left out and counted are pairs of identical replies, pairs without a vote that counts, even votes, and
     pairs with a share below `min_agreement`.
@@ -89,37 +89,3 @@ def to_pairs(
 
 
 _SHARES = {"A": 1.0, "B": 0.0, "tie": 0.5}
-
-
-class HasPrompt(Protocol):
-    """A record about one prompt."""
-
-    @property
-    def prompt(self) -> Prompt: ...
-
-
-P = TypeVar("P", bound=Prompt | HasPrompt)
-
-
-def split_by_prompt(records: Sequence[P], held_out: float = 0.1) -> tuple[list[P], list[P]]:
-    """The records to train on and those held out, about the share `held_out` of all prompts.
-
-    All records of a prompt go to one side. The side depends only on the prompt's id, not on the other records, so a
-    prompt is held out from every file it is in and stays so as data is added; of few prompts all may fall on one
-    side. Equal conversations under several ids go by the smallest of them.
-    """
-    ids: dict[tuple[Message, ...], str] = {}
-    for record in records:
-        prompt = record if isinstance(record, Prompt) else record.prompt
-        ids[prompt.messages] = min(prompt.id, ids.get(prompt.messages, prompt.id))
-    train: list[P] = []
-    rest: list[P] = []
-    for record in records:
-        prompt = record if isinstance(record, Prompt) else record.prompt
-        (rest if _place(ids[prompt.messages]) < held_out else train).append(record)
-    return train, rest
-
-
-def _place(name: str) -> float:
-    """A number in [0, 1) that is the same for a name on every machine."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64

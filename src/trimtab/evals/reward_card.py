@@ -26,7 +26,7 @@ from trimtab.evals.stats import (
     win_rate,
 )
 from trimtab.evals.text import words
-from trimtab.types import PreferencePair
+from trimtab.types import PreferencePair, prompt_id
 
 LENGTH_MATCHED = 0.1
 """Two replies are of equal length when they differ by less than this share of the longer one."""
@@ -120,7 +120,7 @@ def reward_card(
     chosen_lengths = np.array([len(words(pair.chosen)) for pair in pairs], dtype=np.float64)
     rejected_lengths = np.array([len(words(pair.rejected)) for pair in pairs], dtype=np.float64)
 
-    prompts = [pair.prompt.id for pair in pairs]
+    prompts = [prompt_id(pair.prompt.messages) for pair in pairs]  # rows of one prompt may have ids of their own
     accuracy = ordering_accuracy(chosen, rejected, prompts)
     longer = ordering_accuracy(chosen_lengths, rejected_lengths, prompts)
     card: dict[str, Any] = {

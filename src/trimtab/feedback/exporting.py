@@ -149,7 +149,7 @@ def _rows(
         rows = [{"messages": [*_messages(d.prompt), {"role": "assistant", "content": d.response}]} for d in written]
         return rows, counts
     if layout == "groups":
-        return labels.groups(connection, settings.labels, split), {}
+        return labels.groups(connection, settings.labels, split)
     if layout == "comparisons":
         return [
             {

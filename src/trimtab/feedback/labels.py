@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from sqlalchemy import Connection
 
+from trimtab.data.split import place_of_name, place_of_prompt
 from trimtab.feedback.aggregate import Method, aggregate, share_of_a
+from trimtab.feedback.ballots import JUDGED
 from trimtab.feedback.project import Labels
+from trimtab.feedback.store import digest
 from trimtab.feedback.vote_table import votes_from_rows
 from trimtab.feedback.votes import Cast, cast_votes, ranked_pairs
 from trimtab.types import (
@@ -24,6 +26,7 @@ from trimtab.types import (
     Prompt,
     SteppedResponse,
     from_dict,
+    prompt_id,
 )
 
 Split = Literal["all", "train", "held_out"]
@@ -34,6 +37,8 @@ _METHODS: dict[str, Method] = {
     "one_coin": "one_coin",
     "mace": "mace",
 }
+_WORTH = {"A": 1.0, "B": 0.0, "tie": 0.5, "both_bad": 0.5}
+"""The share for A that a decision stands for."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class _Judgement:
     """One choice between two replies: of a pair, or out of a ranking."""
 
     key: str
+    """Of the prompt and both replies."""
     prompt: Prompt
     a: str
     b: str
@@ -57,11 +63,8 @@ def votes_in(connection: Connection, settings: Labels, split: Split, kinds: Sequ
     either. Votes of train people on held-out prompts, and the reverse, are in neither.
     """
     chosen = []
-    for cast in cast_votes(connection, judged_only=True):
-        if cast.kind not in kinds:
-            continue
-        prompt_out = _place(cast.prompt_id) < settings.held_out_prompts
-        person_out = _place(cast.annotator) < settings.held_out_annotators
+    for cast, prompt_out in _placed(cast_votes(connection, judged_only=True), settings, kinds):
+        person_out = place_of_name(cast.annotator) < settings.held_out_annotators
         keep = {
             "all": True,
             "train": not prompt_out and not person_out,
@@ -72,23 +75,73 @@ def votes_in(connection: Connection, settings: Labels, split: Split, kinds: Sequ
     return chosen
 
 
+def decisions_in(connection: Connection, settings: Labels, split: Split, kinds: Sequence[str]) -> dict[str, Cast]:
+    """The newest decision on each adjudicated item, by the item's hash.
+
+    A decision is the project's and not a person's: it is in the split of its prompt, whoever made it. The choice
+    "cannot_judge" decides that the item gives no label.
+    """
+    found = _placed(cast_votes(connection, purposes=("adjudication",)), settings, kinds)
+    wanted = {"all": (True, False), "train": (False,), "held_out": (True,)}[split]
+    return {cast.item_sha256: cast for cast, prompt_out in found if prompt_out in wanted}
+
+
+def _placed(casts: Iterable[Cast], settings: Labels, kinds: Sequence[str]) -> Iterator[tuple[Cast, bool]]:
+    """The votes on items of these kinds, each with whether its prompt is held out."""
+    out: dict[int, bool] = {}
+    for cast in casts:
+        if cast.kind in kinds:
+            if cast.item_id not in out:
+                messages = from_dict(Prompt, cast.prompt).messages
+                out[cast.item_id] = place_of_prompt(messages) < settings.held_out_prompts
+            yield cast, out[cast.item_id]
+
+
+def _by_item(
+    connection: Connection, settings: Labels, split: Split, kinds: Sequence[str]
+) -> tuple[list[list[Cast]], Counter[str]]:
+    """The votes on each item, in the order in which items were first judged, and counts. Of an adjudicated item the
+    decision alone."""
+    casts = votes_in(connection, settings, split, kinds)
+    groups: dict[str, list[Cast]] = defaultdict(list)
+    for cast in casts:
+        groups[cast.item_sha256].append(cast)
+    counts = Counter(votes=len(casts))
+    for item, decision in decisions_in(connection, settings, split, kinds).items():
+        groups[item] = [decision]
+        if decision.answer.choice in JUDGED:
+            counts["adjudicated"] += 1
+        else:
+            counts["dropped_left_out_items"] += 1
+            del groups[item]
+    return list(groups.values()), counts
+
+
+def _too_few(group: Sequence[Cast], settings: Labels) -> bool:
+    return len(group) < settings.min_votes and group[0].purpose != "adjudication"
+
+
 def preference_pairs(
     connection: Connection, settings: Labels, split: Split = "all"
 ) -> tuple[list[PreferencePair], dict[str, int]]:
     """A pair for each two replies on which the votes lean, in the order in which they were first judged, and counts.
 
-    An adjudicated item has the adjudicator's choice; an edited reply is preferred to the one it was made from.
+    An adjudicated item has the adjudicator's choice and its strength, whatever became of its votes; an edited reply is
+    preferred to the one it was made from.
     """
-    casts = votes_in(connection, settings, split, ("pairs", "ranking"))
+    kinds = ("pairs", "ranking")
+    casts = votes_in(connection, settings, split, kinds)
+    decisions = decisions_in(connection, settings, split, kinds)
     counts = Counter(votes=len(casts))
-    judgements = [j for cast in casts for j in _judgements(cast, settings)]
-    decided = _adjudicated(connection, settings)
+    left_out = {item for item, decision in decisions.items() if decision.answer.choice not in JUDGED}
+    if left_out:
+        counts["dropped_left_out_items"] = len(left_out)
+        casts = [cast for cast in casts if cast.item_sha256 not in left_out]
     kept = []
-    for judgement in judgements:
-        choice = judgement.choice
-        if choice == "both_bad" and settings.both_bad == "drop":
+    for judgement in (j for cast in casts for j in _judgements(cast, settings)):
+        if judgement.choice == "both_bad" and settings.both_bad == "drop":
             counts["dropped_both_bad_votes"] += 1
-        elif choice == "tie" and settings.ties == "drop":
+        elif judgement.choice in ("tie", "both_bad") and settings.ties == "drop":
             counts["dropped_tie_votes"] += 1
         else:
             kept.append(judgement)
@@ -96,13 +149,18 @@ def preference_pairs(
     for judgement in kept:
         by_key[judgement.key].append(judgement)
     shares = _shares(kept, settings)
+    decided = [j for item, cast in decisions.items() if item not in left_out for j in _judgements(cast, settings)]
+    for judgement in decided:
+        by_key[judgement.key] = [judgement]
+        shares[judgement.key] = _WORTH[judgement.choice]
     pairs = []
     for key, group in by_key.items():
         counts["judged_pairs"] += 1
-        share_a = decided.get(key, shares[key])
+        adjudicated = group[0].cast.purpose == "adjudication"
+        share_a = shares[key]
         first = group[0]
         share = max(share_a, 1 - share_a)
-        if key not in decided and len(group) < settings.min_votes:
+        if not adjudicated and len(group) < settings.min_votes:
             counts["dropped_few_votes"] += 1
         elif np.isclose(share_a, 0.5):
             counts["dropped_even_votes"] += 1
@@ -110,7 +168,7 @@ def preference_pairs(
             counts["dropped_low_agreement"] += 1
         else:
             chosen, rejected = (first.a, first.b) if share_a > 0.5 else (first.b, first.a)
-            counts["adjudicated"] += key in decided
+            counts["adjudicated"] += adjudicated
             pairs.append(
                 PreferencePair(
                     prompt=first.prompt,
@@ -120,20 +178,31 @@ def preference_pairs(
                     label=1.0 if settings.rule == "majority" else float(share),
                 )
             )
-    for cast in votes_in(connection, settings, split, ("edit",)):
+    edited, edit_counts = _edited_pairs(connection, settings, split)
+    counts.update(edit_counts)
+    counts["pairs"] = len(pairs) + len(edited)
+    return pairs + edited, dict(counts)
+
+
+def _edited_pairs(connection: Connection, settings: Labels, split: Split) -> tuple[list[PreferencePair], Counter[str]]:
+    """Each edited reply over the one it was made from, where anything was changed."""
+    found, counts = _by_item(connection, settings, split, ("edit",))
+    pairs = []
+    for cast in (cast for group in found for cast in group):
         original = cast.replies[0]["text"]
         if cast.answer.text and cast.answer.text != original:
             prompt = from_dict(Prompt, cast.prompt)
             pairs.append(PreferencePair(prompt=prompt, chosen=cast.answer.text, rejected=original))
-            counts["edited_replies"] += 1
-    counts["pairs"] = len(pairs)
-    return pairs, dict(counts)
+    del counts["votes"]
+    return pairs, counts + Counter(edited_replies=len(pairs))
 
 
 def comparisons(connection: Connection, settings: Labels, split: Split = "all") -> list[Comparison]:
-    """Every vote over two replies by itself; "both bad" as a tie where the project says so, else left out."""
+    """Every vote over two replies by itself, of an adjudicated item the decision; "both bad" as a tie where the project
+    says so, else left out."""
     found = []
-    for cast in votes_in(connection, settings, split, ("pairs", "ranking")):
+    groups, _ = _by_item(connection, settings, split, ("pairs", "ranking"))
+    for cast in sorted((cast for group in groups for cast in group), key=lambda cast: cast.id):
         for j in _judgements(cast, settings):
             choice = "tie" if j.choice == "both_bad" and settings.both_bad == "tie" else j.choice
             if choice in ("A", "B", "tie"):
@@ -153,13 +222,10 @@ def labelled_responses(
     connection: Connection, settings: Labels, points: int, split: Split = "all"
 ) -> tuple[list[LabelledResponse], dict[str, int]]:
     """Each rated reply with a thumb: up where the mean rating on [0, 1] is above `positive_from`."""
-    groups: dict[str, list[Cast]] = defaultdict(list)
-    for cast in votes_in(connection, settings, split, ("rating",)):
-        groups[cast.item_sha256].append(cast)
-    counts = Counter(votes=sum(map(len, groups.values())))
+    groups, counts = _by_item(connection, settings, split, ("rating",))
     found = []
-    for group in groups.values():
-        if len(group) < settings.min_votes:
+    for group in groups:
+        if _too_few(group, settings):
             counts["dropped_few_votes"] += 1
             continue
         mean = float(np.mean([((c.answer.rating or 1) - 1) / (points - 1) for c in group]))
@@ -180,19 +246,16 @@ def stepped_responses(
 
     Steps after the first error of every annotator have no marks; the reply is cut off after its last marked step.
     """
-    groups: dict[str, list[Cast]] = defaultdict(list)
-    for cast in votes_in(connection, settings, split, ("steps",)):
-        groups[cast.item_sha256].append(cast)
-    counts = Counter(votes=sum(map(len, groups.values())))
+    groups, counts = _by_item(connection, settings, split, ("steps",))
     found = []
-    for group in groups.values():
+    for group in groups:
         labels: list[bool] = []
         for marks in zip(*(c.answer.steps for c in group), strict=True):
             given = [m for m in marks if m is not None]
             if not given:
                 break
             labels.append(2 * sum(m >= 0 for m in given) > len(given))
-        if len(group) < settings.min_votes or not labels:
+        if _too_few(group, settings) or not labels:
             counts["dropped_few_votes"] += 1
             continue
         counts["steps_after_the_first_error"] += len(group[0].replies) - len(labels)
@@ -205,20 +268,19 @@ def stepped_responses(
 def demonstrations(
     connection: Connection, settings: Labels, split: Split = "all"
 ) -> tuple[list[Demonstration], dict[str, int]]:
-    """Every reply that people wrote or edited."""
-    casts = votes_in(connection, settings, split, ("demonstration", "edit"))
+    """Every reply that people wrote or edited; of an adjudicated item the adjudicator's alone."""
+    groups, counts = _by_item(connection, settings, split, ("demonstration", "edit"))
+    casts = [cast for group in groups for cast in group]
     found = [Demonstration(prompt=from_dict(Prompt, c.prompt), response=c.answer.text) for c in casts if c.answer.text]
-    return found, {"votes": len(casts), "dropped_deleted_texts": len(casts) - len(found), "demonstrations": len(found)}
+    return found, counts | {"dropped_deleted_texts": len(casts) - len(found), "demonstrations": len(found)}
 
 
-def groups(connection: Connection, settings: Labels, split: Split = "all") -> list[JsonDict]:
-    """Each ranked set of replies with every annotator's ranking (places from best to worst, ties together) and the mean
-    rank of each reply, 1 the best."""
-    by_item: dict[str, list[Cast]] = defaultdict(list)
-    for cast in votes_in(connection, settings, split, ("ranking",)):
-        by_item[cast.item_sha256].append(cast)
+def groups(connection: Connection, settings: Labels, split: Split = "all") -> tuple[list[JsonDict], dict[str, int]]:
+    """Each ranked set of replies with every annotator's ranking (places from best to worst, ties together; of an
+    adjudicated one the decision) and the mean rank of each reply, 1 the best; and counts."""
+    by_item, counts = _by_item(connection, settings, split, ("ranking",))
     rows = []
-    for casts in by_item.values():
+    for casts in by_item:
         ranks = np.array([_ranks(c.answer.ranking) for c in casts])
         rows.append(
             {
@@ -231,7 +293,7 @@ def groups(connection: Connection, settings: Labels, split: Split = "all") -> li
                 "mean_ranks": ranks.mean(axis=0).tolist(),
             }
         )
-    return rows
+    return rows, dict(counts)
 
 
 def _ranks(ranking: Sequence[Sequence[int]]) -> list[float]:
@@ -250,44 +312,48 @@ def _judgements(cast: Cast, settings: Labels) -> Iterable[_Judgement]:
     texts = [reply["text"] for reply in cast.replies]
     if cast.kind == "ranking":
         for a, b, choice in ranked_pairs(cast.answer.ranking):
-            yield _Judgement(f"{cast.item_sha256}/{a}-{b}", prompt, texts[a], texts[b], choice, 0.0, cast)
+            yield _judgement(prompt, texts[a], texts[b], choice, 0.0, cast)
         return
     margin = 0.0
     if settings.margins and cast.answer.strength is not None:
         margin = settings.margins[min(cast.answer.strength, len(settings.margins)) - 1]
-    yield _Judgement(cast.item_sha256, prompt, texts[0], texts[1], cast.answer.choice, margin, cast)
+    yield _judgement(prompt, texts[0], texts[1], cast.answer.choice, margin, cast)
+
+
+def _judgement(prompt: Prompt, a: str, b: str, choice: str, margin: float, cast: Cast) -> _Judgement:
+    """With the sides in one order, so that the same two replies are one pair in whatever items they stand."""
+    if b < a:
+        a, b, choice = b, a, {"A": "B", "B": "A"}.get(choice, choice)
+    return _Judgement(digest([prompt_id(prompt.messages), a, b]), prompt, a, b, choice, margin, cast)
 
 
 def _shares(judgements: Sequence[_Judgement], settings: Labels) -> dict[str, float]:
-    """How strongly A of each pair is preferred, by the rule."""
-    if not judgements:
-        return {}
+    """How strongly A of each pair is preferred, by the rule.
+
+    By shares a tie (and "both bad" where it counts) is half a vote for each side. The models of annotators are fitted
+    to the votes for a side: what is true of a pair is A or B, about which a tie says nothing, nor does it say that its
+    author is unreliable. A third class, chosen seldom or never, would take its part of every belief (with MACE, whose
+    classes are equally likely beforehand, nearly all of it).
+    """
+    method = _METHODS[settings.rule]
     rows = [
-        (f"vote {j.cast.id}", {"item": j.key, "annotator": j.cast.annotator, "choice": j.choice}) for j in judgements
+        (f"vote {j.cast.id}", {"item": j.key, "annotator": j.cast.annotator, "choice": _side(j)})
+        for j in judgements
+        if method == "majority" or _side(j) != "tie"
     ]
-    votes = votes_from_rows(rows, order=("A", "tie", "both_bad", "B"))
-    if not votes.pairwise:  # nobody chose a side
-        return dict.fromkeys((j.key for j in judgements), 0.5)
-    share = share_of_a(votes, aggregate(votes, _METHODS[settings.rule]))
-    return dict(zip(votes.items, share.tolist(), strict=True))
+    shares = {j.key: 0.5 for j in judgements}
+    votes = votes_from_rows(rows)
+    if votes.pairwise:  # somebody chose a side
+        share = share_of_a(votes, aggregate(votes, method))
+        shares |= dict(zip(votes.items, share.tolist(), strict=True))
+    return shares
 
 
-def _adjudicated(connection: Connection, settings: Labels) -> dict[str, float]:
-    """The share for A that an adjudicator's choice stands for."""
-    worth = {"A": 1.0, "B": 0.0, "tie": 0.5, "both_bad": 0.5}
-    decided: dict[str, float] = {}
-    for cast in cast_votes(connection, purposes=("adjudication",), judged_only=True):
-        if cast.kind in ("pairs", "ranking"):
-            decided |= {j.key: worth[j.choice] for j in _judgements(cast, settings)}
-    return decided
+def _side(judgement: _Judgement) -> str:
+    return "tie" if judgement.choice == "both_bad" else judgement.choice
 
 
 def _margin(group: Sequence[_Judgement], side: str) -> float:
     """Mean margin of the votes towards the preferred side; a vote for the other side counts against it."""
     signed = [j.margin if j.choice == side else -j.margin for j in group]
     return max(0.0, float(np.mean(signed)))
-
-
-def _place(name: str) -> float:
-    """As `data.preferences.split_by_prompt` places a prompt: the same prompts are held out from every source."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64

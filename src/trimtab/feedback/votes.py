@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Row
 
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer, restored
@@ -16,6 +16,9 @@ from trimtab.feedback.ballots import JUDGED
 from trimtab.feedback.store import open_store
 from trimtab.feedback.vote_table import Votes, votes_from_rows
 from trimtab.types import JsonDict
+
+_FEW = 1000
+"""Items that are named one by one; of more, all are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +47,19 @@ class Cast:
 
 
 def cast_votes(
-    connection: Connection, *, purposes: Sequence[str] = ("task",), banned: bool = False, judged_only: bool = False
+    connection: Connection,
+    *,
+    purposes: Sequence[str] = ("task",),
+    banned: bool = False,
+    judged_only: bool = False,
+    item_id: int | None = None,
+    after: int = 0,
+    limit: int | None = None,
 ) -> Iterator[Cast]:
-    """The votes that count, in the order they were given; those of banned people only on request."""
+    """The votes that count, in the order they were given; those of banned people only on request.
+
+    `item_id` reads those of one item, `after` and `limit` a page of them.
+    """
     later = t.votes.alias("later")
     replaced = sa.exists().where(
         later.c.person_id == t.votes.c.person_id,
@@ -55,41 +68,36 @@ def cast_votes(
         later.c.id > t.votes.c.id,
     )
     rows = (
-        sa.select(
-            t.votes,
-            t.items.c.sha256.label("item_sha256"),
-            t.items.c.kind,
-            t.items.c.prompt_id,
-            t.items.c.prompt,
-            t.items.c.replies,
-            t.items.c.gold,
-            t.items.c.slice,
-            t.people.c.name,
-            t.writings.c.rationale,
-            t.writings.c.text,
-        )
-        .join(t.items, t.items.c.id == t.votes.c.item_id)
+        sa.select(t.votes, t.people.c.name, t.writings.c.rationale, t.writings.c.text)
         .join(t.people, t.people.c.id == t.votes.c.person_id)
         .outerjoin(t.writings, t.writings.c.vote_id == t.votes.c.id)
         .where(t.votes.c.purpose.in_(purposes), t.votes.c.choice.notin_(("undone", "skip")), ~replaced)
         .order_by(t.votes.c.id)
+        .limit(limit)
     )
     if not banned:
         rows = rows.where(t.people.c.state != "banned")
     if judged_only:
         rows = rows.where(t.votes.c.choice.in_(JUDGED))
-    for row in connection.execute(rows):
+    if item_id is not None:
+        rows = rows.where(t.votes.c.item_id == item_id)
+    if after:
+        rows = rows.where(t.votes.c.id > after)
+    found = connection.execute(rows).all()
+    items = _items(connection, {row.item_id for row in found})
+    for row in found:
+        item = items[row.item_id]
         yield Cast(
             id=row.id,
             item_id=row.item_id,
-            item_sha256=row.item_sha256,
-            kind=row.kind,
+            item_sha256=item.sha256,
+            kind=item.kind,
             purpose=row.purpose,
-            prompt_id=row.prompt_id,
-            prompt=row.prompt,
-            replies=row.replies,
-            gold=row.gold,
-            slice=row.slice,
+            prompt_id=item.prompt_id,
+            prompt=item.prompt,
+            replies=item.replies,
+            gold=item.gold,
+            slice=item.slice,
             person_id=row.person_id,
             annotator=row.name,
             answer=restored(row._mapping, row.rationale or "", row.text or ""),
@@ -100,6 +108,14 @@ def cast_votes(
             propensity=row.propensity,
             created_at=row.created_at,
         )
+
+
+def _items(connection: Connection, wanted: set[int]) -> dict[int, Row[Any]]:
+    """The items by number. Each is read once, not once for each of its votes."""
+    rows = sa.select(t.items)
+    if len(wanted) <= _FEW:
+        rows = rows.where(t.items.c.id.in_(wanted))
+    return {row.id: row for row in connection.execute(rows)}
 
 
 def table_row(cast: Cast) -> JsonDict:

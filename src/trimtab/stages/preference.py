@@ -26,8 +26,8 @@ from trimtab.data.pairs import (
     mismatch,
     split_in_two,
 )
-from trimtab.data.preferences import split_by_prompt
 from trimtab.data.sources import is_feedback, is_world
+from trimtab.data.split import split_by_prompt
 from trimtab.data.trees import TokenTrees, Tree, TreeBatch
 from trimtab.engines.local_learner import AdamW, LocalLearner
 from trimtab.errors import DataError

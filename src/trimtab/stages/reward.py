@@ -12,7 +12,7 @@ from trimtab.config import Choice
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
 from trimtab.data.pairs import Comparisons, group_pairs
-from trimtab.data.preferences import split_by_prompt
+from trimtab.data.split import split_by_prompt
 from trimtab.data.trees import TokenTrees, response_tree
 from trimtab.engines.local_learner import AdamW, LocalLearner
 from trimtab.errors import DataError
