@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from tests.feedback.conftest import Make
 from tests.feedback.projects import add, answer_next, item, lease, make_project, make_store, person
 from trimtab.data.layouts import load
+from trimtab.data.sources import read_rows
 from trimtab.errors import DataError
 from trimtab.feedback import items, people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer, from_form, from_position, to_position
 from trimtab.feedback.ballots import adjudicate, vote
 from trimtab.feedback.board import disagreements, make_board
-from trimtab.feedback.exporting import LAYOUTS, export, write_export
+from trimtab.feedback.exporting import LAYOUTS, export, to_bytes, write_export
 from trimtab.feedback.importing import Options, import_source
 from trimtab.feedback.project import Task, load_project
 from trimtab.feedback.simulate import simulate
@@ -368,11 +369,12 @@ def test_a_card_says_where_rows_come_from(tmp_path: Path):
     store.close()
 
 
-def test_a_dump_comes_back_without_loss(make: Make, tmp_path: Path):
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_dump_comes_back_without_loss(make: Make, tmp_path: Path, ending: str):
     folder = tmp_path / "first"
     folder.mkdir()
     store = busy_store(folder)
-    path = tmp_path / "dump.jsonl"
+    path = tmp_path / f"dump.{ending}"
     write_export(store, "dump", path)
     again = make({"assignment": {"overlap": 3}, "task": {"scale": 4, "flags": ["rude"]}})
     counts = import_source(again, str(path))
@@ -384,6 +386,34 @@ def test_a_dump_comes_back_without_loss(make: Make, tmp_path: Path):
     with pytest.raises(DataError, match="has items already"):
         import_source(again, str(path))
     store.close()
+
+
+def test_a_dump_in_a_table_of_texts_comes_back_too(small: Make, tmp_path: Path):
+    store = small({"assignment": {"overlap": 3}})
+    add(store, 2)
+    answered(store, A, TIE, Answer(choice="skip", reason="other"))
+    write_export(store, "dump", tmp_path / "dump.csv")
+    again = small({"assignment": {"overlap": 3}})
+    import_source(again, str(tmp_path / "dump.csv"))
+    assert export(again, "dump").rows == export(store, "dump").rows
+    assert verify(again) == []
+
+
+def test_no_column_is_lost_because_the_first_row_lacks_it(tmp_path: Path):
+    rows = [
+        {"a": 1},
+        {"a": 2, "b": [], "flags": ["rude"], "object": {"x": 1}, "number": 1},
+        {"b": ["x"], "object": {"y": None}, "messages": [{"role": "user", "content": "q"}], "number": 0.5, "none": {}},
+    ]
+    (tmp_path / "rows.parquet").write_bytes(to_bytes(rows, "rows.parquet"))
+    back = [row for _, row in read_rows(tmp_path / "rows.parquet").rows]
+    names = ["a", "b", "flags", "object", "number", "messages", "none"]
+    assert [list(row) for row in back] == [names] * 3
+    assert [row["flags"] for row in back] == [None, ["rude"], None]
+    assert [row["b"] for row in back] == [None, [], ["x"]]
+    assert back[2]["messages"] == [{"role": "user", "content": "q"}]  # of one shape: as it is
+    assert [row["object"] for row in back] == [None, '{"x": 1}', '{"y": null}']  # else as JSON text, nothing added
+    assert [row["number"] for row in back] == [None, 1.0, 0.5]
 
 
 # --- the board and the simulated crowd ---

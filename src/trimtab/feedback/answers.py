@@ -265,3 +265,39 @@ def agrees(answer: Answer, gold: Mapping[str, Any]) -> bool:
         return answer.rating is not None and abs(answer.rating - int(gold["rating"])) <= allowed
     first_wrong = [next((i for i, s in enumerate(steps) if s == -1), -1) for steps in (answer.steps, gold["steps"])]
     return bool(first_wrong[0] == first_wrong[1])
+
+
+_GOLD = {
+    "pairs": '{"choice": "A"}',
+    "ranking": '{"ranking": [[2], [0, 1]]} (places from best to worst, counted from 0)',
+    "rating": '{"rating": 2}',
+    "steps": '{"steps": [1, 1, -1, null]} (1 right, 0 neutral, -1 wrong)',
+}
+"""What the expected answer of each kind looks like; `why` may say more to whoever takes the quiz."""
+
+
+def checked_gold(gold: Mapping[str, Any], *, num_replies: int, task: Task) -> JsonDict:
+    """The expected answer of a gold or quiz item, if somebody could give it. Raises DataError that shows its form."""
+    where = "the expected answer"
+    if task.kind not in _GOLD:
+        raise DataError(
+            f"an expected answer to {task.kind!r}", where=where, fix="ask what people write without --gold and --quiz"
+        )
+    fix = f'write gold as {_GOLD[task.kind]}, with "why" if you like'
+    known = {name: value for name, value in gold.items() if name not in ("why", "points")}
+    try:
+        answer = Answer(
+            choice=known.get("choice", "done"),
+            strength=1 if known.get("choice") in ("A", "B") else None,
+            ranking=tuple(tuple(tier) for tier in known.get("ranking", ())),
+            rating=known.get("rating"),
+            steps=tuple(known.get("steps", ())),
+        )
+        check(answer, kind=task.kind, num_replies=num_replies, task=replace(task, rationale="off"))
+    except (TypeError, DataError) as error:
+        problem = error.problem if isinstance(error, DataError) else "not of the right form"
+        raise DataError(f"gold is {dict(gold)!r}: {problem}", where=where, fix=fix) from None
+    wanted = task.kind if answer.choice == "done" else "choice"
+    if known.keys() - {"choice", wanted} or answer.choice == "skip":
+        raise DataError(f"gold is {dict(gold)!r}", where=where, fix=fix)
+    return {**gold, "points": task.rating_scale} if wanted == "rating" else dict(gold)

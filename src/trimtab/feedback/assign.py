@@ -110,7 +110,7 @@ def eligible(store: Store, person: Person) -> sa.Select[Any]:
         t.leases.c.state != "expired",
     )  # fmt: skip
     rows = sa.select(t.queue.c.item_id, t.queue.c.score, t.queue.c.taken, t.queue.c.arm).where(
-        t.queue.c.open, t.queue.c.taken < t.queue.c.cap, ~met.exists()
+        _waiting(), ~met.exists()
     )
     own_prompts = store.project.settings.assignment.own_prompts
     if person.opted_out or not own_prompts:
@@ -120,13 +120,19 @@ def eligible(store: Store, person: Person) -> sa.Select[Any]:
     return rows
 
 
+def _waiting() -> sa.ColumnElement[bool]:
+    """Of the queue: open, with a place left, and not decided by an adjudicator."""
+    decided = sa.select(t.votes.c.item_id).where(t.votes.c.purpose == "adjudication")
+    return t.queue.c.open & (t.queue.c.taken < t.queue.c.cap) & t.queue.c.item_id.notin_(decided)
+
+
 def num_eligible(store: Store, connection: Connection, person: Person) -> int:
     """How many items this person can be given."""
     if person.opted_out or not store.project.settings.assignment.own_prompts:
         rows = eligible(store, person).subquery()
         return int(connection.execute(sa.select(sa.func.count()).select_from(rows)).scalar_one())
     # The same for everyone but what they have met: two counts by index instead of a look at every item.
-    waiting = (t.queue.c.open) & (t.queue.c.taken < t.queue.c.cap)
+    waiting = _waiting()
     everyone = sa.select(sa.func.count()).select_from(t.queue).where(waiting)
     met = (
         sa.select(sa.func.count())

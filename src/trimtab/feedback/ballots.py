@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,7 +14,15 @@ from trimtab.feedback import tables as t
 from trimtab.feedback.answers import TAXONOMY, Answer, agrees, check, restored
 from trimtab.feedback.assign import Lease, lease_of
 from trimtab.feedback.people import Person, by_id
-from trimtab.feedback.store import Store, append_audit, guideline, row_digest, writing_digest
+from trimtab.feedback.store import (
+    AuditEntry,
+    Store,
+    append_audit,
+    append_audits,
+    guideline,
+    row_digest,
+    writing_digest,
+)
 from trimtab.feedback.webhooks import notify
 
 MAX_UNDO = 20
@@ -133,7 +141,12 @@ def reopen(store: Store, person: Person, vote_id: int) -> Lease:
 
 
 def adjudicate(store: Store, person: Person, item_id: int, answer: Answer, *, key: str) -> Receipt:
-    """Stores a decision about an item beside its votes, which stay as they are. From then on they cannot be edited."""
+    """Stores a decision about an item beside its votes, which stay as they are. From then on they cannot be edited, and
+    the item is given to nobody else. The choice "cannot_judge" leaves the item out of all labels.
+
+    The same `key` of the same person for the same item is the same decision: sent again it adds nothing.
+    """
+    key = f"decision-{person.id}-{item_id}-{key}"
     with store.write() as connection:
         known = connection.execute(sa.select(t.votes.c.id).where(t.votes.c.key == key)).first()
         if known is not None:
@@ -145,7 +158,8 @@ def adjudicate(store: Store, person: Person, item_id: int, answer: Answer, *, ke
             raise DataError("no cause was chosen", where="the adjudication", fix=f"choose {', '.join(TAXONOMY)}")
         if answer.choice == "skip":
             raise DataError("an adjudication decides", where="the adjudication", fix="choose an answer")
-        answer = check(answer, kind=item.kind, num_replies=len(item.replies), task=store.project.settings.task)
+        task = replace(store.project.settings.task, cannot_judge=True)
+        answer = check(answer, kind=item.kind, num_replies=len(item.replies), task=task)
         before = latest(connection, person.id, item.id, "adjudication")
         vote_id = _add(
             store,
@@ -173,20 +187,48 @@ def latest(connection: Connection, person_id: int, item_id: int, purpose: str) -
     ).first()
 
 
-def insert_vote(
-    connection: Connection, at: float, values: Mapping[str, Any], *, rationale: str = "", text: str = ""
-) -> int:
-    """Adds a row to the votes with what was written, and logs its hash; returns its number."""
-    writing = writing_digest(rationale, text) if rationale or text else None
-    key = connection.execute(
-        t.votes.insert().values(**values, writing_sha256=writing, created_at=at)
-    ).inserted_primary_key
-    assert key is not None
-    if writing is not None:
-        connection.execute(t.writings.insert().values(vote_id=key[0], rationale=rationale, text=text))
-    row = connection.execute(sa.select(t.votes).where(t.votes.c.id == key[0])).one()
-    append_audit(connection, at, row.person_id, "vote", row.id, {"sha256": row_digest(row)})
-    return int(row.id)
+@dataclass(frozen=True)
+class NewVote:
+    """A row for the votes, with what was written."""
+
+    at: float
+    values: Mapping[str, Any]
+    rationale: str = ""
+    text: str = ""
+
+
+def insert_votes(connection: Connection, new: Sequence[NewVote]) -> list[int]:
+    """Adds rows to the votes with what was written, and logs their hashes; returns their numbers."""
+    if not new:
+        return []
+    written = [bool(vote.rationale or vote.text) for vote in new]
+    rows = [
+        {
+            **vote.values,
+            "writing_sha256": writing_digest(vote.rationale, vote.text) if has_words else None,
+            "created_at": vote.at,
+        }
+        for vote, has_words in zip(new, written, strict=True)
+    ]
+    connection.execute(t.votes.insert(), rows)
+    found = connection.execute(sa.select(t.votes).where(t.votes.c.key.in_([row["key"] for row in rows]))).all()
+    by_key = {row.key: row for row in found}
+    added = [by_key[row["key"]] for row in rows]
+    words = [
+        {"vote_id": row.id, "rationale": vote.rationale, "text": vote.text}
+        for row, vote, has_words in zip(added, new, written, strict=True)
+        if has_words
+    ]
+    if words:
+        connection.execute(t.writings.insert(), words)
+    append_audits(
+        connection,
+        [
+            AuditEntry(vote.at, row.person_id, "vote", row.id, {"sha256": row_digest(row)})
+            for row, vote in zip(added, new, strict=True)
+        ],
+    )
+    return [int(row.id) for row in added]
 
 
 def _add(
@@ -226,7 +268,7 @@ def _add(
         "arm": arm,
         "propensity": propensity,
     }
-    return insert_vote(connection, store.now(), values, rationale=answer.rationale, text=answer.text)
+    return insert_votes(connection, [NewVote(store.now(), values, answer.rationale, answer.text)])[0]
 
 
 def _reopen(store: Store, connection: Connection, person: Person, row: Row[Any], *, withdraw: bool) -> Lease:

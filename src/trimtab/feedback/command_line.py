@@ -89,6 +89,7 @@ def serve(project: Path | None, host: str | None, port: int | None) -> None:
 @click.option("--quiz", "purpose", flag_value="quiz", help="Questions of the quiz, with an expected answer.")
 @click.option("--slice", "part", default="", help="Name of the slice of rows that name none.")
 @click.option("--with-votes", is_flag=True, help="Take the choices of a comparisons file as votes.")
+@click.option("--columns", default="", help="The file's columns: prompt=question,response_a=first,choice=winner.")
 @click.option("--on-bad-row", type=click.Choice(["stop", "drop"]), default="stop", show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), help="Read only the first rows.")
 @click.option("--model", help="Sample replies of this checkpoint to the prompts of SOURCE (needs trimtab[train]).")
@@ -102,6 +103,7 @@ def import_(
     purpose: str | None,
     part: str,
     with_votes: bool,
+    columns: str,
     on_bad_row: str,
     limit: int | None,
     model: str | None,
@@ -117,10 +119,15 @@ def import_(
     store = _module("store").open_store(project)
     importing = _module("importing")
     if source is None:
-        _tell(importing.seed_items(store))
+        _tell(importing.seed_items(store) or {"new items: the project's data is in the store": 0})
         return
     options = importing.Options(
-        purpose=purpose or "task", slice=part, with_votes=with_votes, on_bad_row=on_bad_row, limit=limit
+        purpose=purpose or "task",
+        slice=part,
+        with_votes=with_votes,
+        on_bad_row=on_bad_row,
+        limit=limit,
+        columns=_module("commands").parse_columns(columns),
     )
     if model is None:
         _tell(importing.import_source(store, source, options))
@@ -158,7 +165,8 @@ def export(project: Path, layout: str, out: Path | None, split: str, show_layout
     out = out or Path(f"{layout}.jsonl")
     card = exporting.write_export(_open(project), layout, out, split=split)
     click.echo(f"{out}: {card['counts']['rows']} rows")
-    _tell({name: num for name, num in card["counts"].items() if name != "rows"})
+    if counted := {name: num for name, num in card["counts"].items() if name != "rows"}:
+        _tell(counted)
 
 
 @click.command()
@@ -268,7 +276,7 @@ def adjudicate(
     )
     import secrets
 
-    receipt = _module("ballots").adjudicate(store, person, item, answer, key=f"adjudicate-{secrets.token_hex(12)}")
+    receipt = _module("ballots").adjudicate(store, person, item, answer, key=secrets.token_hex(12))
     click.echo(f"decision {receipt.vote_id}")
 
 
@@ -310,7 +318,8 @@ def scores(project: Path, file: Path) -> None:
     if rows.bad or bad:
         raise DataError("a row without item or scores", where=bad or rows.bad[0].where, fix="see the command's help")
     num = _module("items").set_scores(_open(project), {row["item"]: row["scores"] for _, row in rows.rows})
-    click.echo(f"{num} items")
+    unknown = f", {len(rows.rows) - num} rows name no item of the project" if num < len(rows.rows) else ""
+    click.echo(f"{num} items{unknown}")
 
 
 @click.command()

@@ -30,7 +30,7 @@ def agreement(
     """Prints the agreement of a source's votes and writes its page and, beside it, the figures as JSON."""
     votes = read_votes(
         source,
-        columns=_columns(columns),
+        columns=parse_columns(columns),
         annotator_columns=_names(annotator_columns),
         missing=_names(missing),
         order=_names(order),
@@ -143,14 +143,14 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _columns(text: str) -> dict[str, str]:
+def parse_columns(text: str) -> dict[str, str]:
+    """The columns of "item=COLUMN,choice=COLUMN". Raises ConfigError for anything else."""
     found = {}
     for part in _names(text):
         name, equals, column = part.partition("=")
         if not (name and equals and column):
-            raise ConfigError(
-                f"{part!r} names no column", where="--columns", fix="write item=COLUMN,annotator=COLUMN,choice=COLUMN"
-            )
+            fix = "write NAME=COLUMN,NAME=COLUMN, such as item=id,choice=winner"
+            raise ConfigError(f"{part!r} names no column", where="--columns", fix=fix)
         found[name.strip()] = column.strip()
     return found
 

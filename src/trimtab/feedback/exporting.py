@@ -120,12 +120,53 @@ def _cell(value: Any) -> str:
 
 
 def _parquet(rows: Sequence[JsonDict]) -> bytes:
+    """A table with every column that any row has. A column of one shape (texts, numbers, lists of messages) keeps it;
+    one whose objects differ from row to row, as answers and facts do, holds them as JSON text."""
     import pyarrow
     import pyarrow.parquet
 
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: _of_one_shape([row.get(name) for row in rows]) for name in names}
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), buffer)
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
     return buffer.getvalue()
+
+
+def _of_one_shape(values: list[Any]) -> list[Any]:
+    shape: Any = None
+    try:
+        for value in values:
+            shape = _common(shape, _shape(value))
+    except ValueError:
+        return [None if v is None else json.dumps(v, ensure_ascii=False) for v in values]
+    return values
+
+
+def _shape(value: Any) -> Any:
+    """The kind of a value; None for one that says nothing. Raises ValueError for an object or list that Parquet cannot
+    hold, or not without adding to it."""
+    if isinstance(value, dict):
+        if not value:
+            raise ValueError
+        return {name: _shape(member) for name, member in value.items()}
+    if isinstance(value, list):
+        shape: Any = None
+        for member in value:
+            shape = _common(shape, _shape(member))
+        return [shape]
+    return None if value is None else type(value)
+
+
+def _common(a: Any, b: Any) -> Any:
+    if a is None or b is None or a == b:
+        return b if a is None else a
+    if isinstance(a, list) and isinstance(b, list):
+        return [_common(a[0], b[0])]
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return {name: _common(a[name], b[name]) for name in a}
+    if {a, b} == {int, float} if isinstance(a, type) and isinstance(b, type) else False:
+        return float
+    raise ValueError
 
 
 def _rows(
@@ -229,7 +270,7 @@ def _potato(connection: Connection, question: str) -> Iterable[JsonDict]:
 
 
 def dump(connection: Connection) -> Iterable[JsonDict]:
-    """Every guideline, person (without password), item and vote; `importing.restore` makes them anew."""
+    """Every guideline, person (without password), item and vote; `restoring.restore` makes them anew."""
     yield {"record": "dump", "version": 1}
     for row in connection.execute(sa.select(t.guidelines).order_by(t.guidelines.c.version)):
         yield {"record": "guideline", "text": row.text}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import parse_qsl
 
 import sqlalchemy as sa
-from sqlalchemy import Connection
 
 from trimtab import worlds
 from trimtab.data.compared import to_comparison
@@ -26,13 +27,13 @@ from trimtab.data.rows import (
 from trimtab.data.sources import is_world, read_rows, read_world
 from trimtab.errors import DataError
 from trimtab.feedback import tables as t
-from trimtab.feedback.answers import Answer
-from trimtab.feedback.ballots import insert_vote
-from trimtab.feedback.items import NUM_REPLIES, NewItem, NewReply, Purpose, add_items, item_row, reply_hash
-from trimtab.feedback.people import add_person, by_name
-from trimtab.feedback.project import Kind
-from trimtab.feedback.store import Store, add_guideline, append_audit, guideline, row_digest
-from trimtab.types import JsonDict, Prompt
+from trimtab.feedback.answers import checked_gold
+from trimtab.feedback.imported_votes import GivenVote, add_votes, vote_of_row
+from trimtab.feedback.items import NUM_REPLIES, NewItem, NewReply, Purpose, add_items, check_scores, reply_hash
+from trimtab.feedback.project import Kind, Task
+from trimtab.feedback.restoring import restore
+from trimtab.feedback.store import Store
+from trimtab.types import JsonDict, Message, Prompt
 
 _SOURCE_COLUMNS = ("model", "checkpoint", "sampling", "seed", "finish_reason")
 _MOST_MISTAKES = 5
@@ -48,6 +49,8 @@ class Options:
     """The slice of every row that names none."""
     with_votes: bool = False
     """Take the choices of a comparisons file as votes of the annotators it names."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """The file's names of columns: {"prompt": "instruction+input"} joins two with an empty line."""
     limit: int | None = None
     """Read only the first rows."""
     on_bad_row: str = "stop"
@@ -60,31 +63,46 @@ def import_source(
     """Adds what a source holds; returns counts of rows, items and what was left out.
 
     A source is a file or hub data set in any layout of `trimtab.data.layouts`, rollouts of `trimtab generate`, rows
-    with `prompt` and `responses`, a dump, or a world. Raises DataError with the first mistakes.
+    with `prompt` and `responses`, a dump, or a world. Everything is read and checked before anything is added. Raises
+    DataError with the first mistakes.
     """
     options = options or Options()
-    kind = store.project.settings.task.kind
+    task = store.project.settings.task
+    if options.with_votes and (task.kind != "pairs" or options.purpose != "task"):
+        raise DataError(
+            f"votes of a file for {task.kind if task.kind != 'pairs' else options.purpose!r} items",
+            where=source,
+            fix="a file's choices are votes between two replies: import them into a project of kind 'pairs', without "
+            "--gold or --quiz; or leave --with-votes away",
+        )
     if is_world(source):
-        return add_items(store, _from_world(source, kind), actor=actor)
+        return add_items(store, _from_world(source, task.kind), actor=actor)
     found = read_rows(source, limit=options.limit)
     if found.rows and found.rows[0][1].get("record") == "dump":
         return restore(store, [row for _, row in found.rows], actor=actor)
     mistakes = [(bad.where, bad.problem, bad.fix) for bad in found.bad]
     new: list[tuple[str, NewItem]] = []
-    votes: list[tuple[str, NewItem, JsonDict]] = []
-    samples: dict[str, list[tuple[str, JsonDict, Prompt, NewReply]]] = {}
+    votes: list[GivenVote] = []
+    counts = {"rows": len(found.rows) + len(found.bad)}
+    samples: dict[tuple[Message, ...], list[tuple[str, JsonDict, Prompt, NewReply]]] = {}
+    not_judged = 0
     for where, row in found.rows:
         try:
-            if _is_sample(row, kind):
+            row = renamed(row, options.columns)
+            if _is_sample(row, task.kind):
                 demonstration = to_demonstration(row)
                 reply = NewReply(text=demonstration.response, source=_source(row))
-                samples.setdefault(demonstration.prompt.id, []).append((where, row, demonstration.prompt, reply))
+                group = samples.setdefault(demonstration.prompt.messages, [])
+                group.append((where, row, demonstration.prompt, reply))
                 continue
-            for item in items_of_row(row, kind, options):
+            asked = list(items_of_row(row, task, options))
+            for item in asked:
                 item.refuse(where)
-                new.append((where, item))
-                if options.with_votes and row.get("choice") is not None:
-                    votes.append((where, item, row))
+            if options.with_votes:
+                given = vote_of_row(row, asked, task)
+                votes += [given] if given is not None else []
+                not_judged += given is None
+            new += [(where, item) for item in asked]
         except Mistake as mistake:
             mistakes.append((where, mistake.problem, mistake.fix))
         except DataError as error:
@@ -93,18 +111,40 @@ def import_source(
         where, row, prompt, _ = group[0]
         replies = list({reply.text: reply for _, _, _, reply in group}.values())
         try:
-            for item in _of_replies(prompt, replies, row, kind, options):
+            for item in _of_replies(prompt, replies, row, task, options):
                 item.refuse(where)
                 new.append((where, item))
         except (DataError, Mistake) as error:
             mistakes.append((where, error.problem, error.fix))
     if mistakes and (options.on_bad_row == "stop" or not new):
-        raise _all_mistakes(mistakes, len(found.rows) + len(found.bad))
-    counts = {"rows": len(found.rows) + len(found.bad), "dropped_bad_row": len(mistakes)}
+        raise _all_mistakes(mistakes, counts["rows"])
+    counts["dropped_bad_row"] = len(mistakes)
     counts |= add_items(store, new, actor=actor)
-    if votes:
-        counts["votes"] = _add_votes(store, votes)
+    if options.with_votes:
+        counts |= add_votes(store, votes) | {"not_judged": not_judged}
     return counts
+
+
+def renamed(row: JsonDict, columns: Mapping[str, str]) -> JsonDict:
+    """The row with the columns it was said to have, beside its own. Raises Mistake for a column that is not there."""
+    named = dict(row)
+    for name, source in columns.items():
+        parts = source.split("+")
+        if absent := [part for part in parts if part not in row]:
+            raise Mistake(
+                "missing_field",
+                f"no column is called {', '.join(map(repr, absent))}; there are {', '.join(row)}",
+                "write --columns NAME=COLUMN with columns of the file",
+            )
+        if len(parts) == 1:
+            named[name] = row[parts[0]]
+        else:
+            named[name] = "\n\n".join(str(row[part]) for part in parts if row[part] not in (None, ""))
+    for source in columns.values():
+        for part in source.split("+"):
+            if part not in columns:  # it has been used under its new name
+                named.pop(part, None)
+    return named
 
 
 def _all_mistakes(mistakes: Sequence[tuple[str, str, str]], num_rows: int) -> DataError:
@@ -124,71 +164,128 @@ def _is_sample(row: JsonDict, kind: Kind) -> bool:
     return has_reply and kind in ("pairs", "ranking") and not any(row.get(name) is not None for name in others)
 
 
-def items_of_row(row: JsonDict, kind: Kind, options: Options) -> Iterator[NewItem]:
-    """The items of one row of any layout that holds its replies together. Raises Mistake."""
+def items_of_row(row: JsonDict, task: Task, options: Options) -> Iterator[NewItem]:
+    """The items of one row of any layout that holds its replies together. Raises Mistake and DataError."""
+    kind = task.kind
+    responses = _json(row, "responses", list)
     if row.get("response_a") is not None:
         comparison = to_comparison({**row, "choice": row["choice"] if row.get("choice") in ("A", "B") else "tie"})
         replies = [
             NewReply(text=text, source=_source(row) | _model(row, f"model_{side}"))
             for side, text in (("a", comparison.response_a), ("b", comparison.response_b))
         ]
-        yield from _of_replies(comparison.prompt, replies, row, kind, options)
+        yield from _of_replies(comparison.prompt, replies, _with_gold(row, row.get("choice"), options), task, options)
     elif row.get("chosen") is not None and row.get("rejected") is not None:
         pair = to_explicit_pair(row) if row.get("prompt") is not None else to_implicit_pair(row)
         # Which of the two is A must not say which was chosen.
         texts = sorted((pair.chosen, pair.rejected), key=reply_hash)
-        gold = {"choice": "A" if texts[0] == pair.chosen else "B"} if options.purpose != "task" else {}
+        row = _with_gold(row, "A" if texts[0] == pair.chosen else "B", options)
         replies = [NewReply(text=text, source=_source(row)) for text in texts]
-        yield from _of_replies(pair.prompt, replies, {**row, **({"gold": gold} if gold else {})}, kind, options)
-    elif isinstance(row.get("responses"), list):
+        yield from _of_replies(pair.prompt, replies, row, task, options)
+    elif responses is not None:
         prompt = _prompt(row)
-        replies = [_reply(value, row) for value in row["responses"]]
-        yield from _of_replies(prompt, replies, row, kind, options)
+        replies = [_reply(value, row) for value in responses]
+        yield from _of_replies(prompt, replies, row, task, options)
     elif kind == "steps":
         steps = row.get("completions") or row.get("steps")
         if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
             raise Mistake("missing_field", "no steps", "give a list of texts in 'steps'")
-        yield _item(kind, _prompt(row), [NewReply(text=s, source=_source(row)) for s in steps], row, options)
+        yield _item(_prompt(row), [NewReply(text=s, source=_source(row)) for s in steps], row, task, options)
     elif kind == "demonstration":
-        yield _item(kind, _prompt(row), [], row, options)
+        yield _item(_prompt(row), [], row, task, options)
     else:
         demonstration = to_demonstration(row)
         reply = NewReply(text=demonstration.response, source=_source(row))
-        yield from _of_replies(demonstration.prompt, [reply], row, kind, options)
+        yield from _of_replies(demonstration.prompt, [reply], row, task, options)
+
+
+def _with_gold(row: JsonDict, choice: Any, options: Options) -> JsonDict:
+    """The row, whose choice is what a gold or quiz item expects if it says nothing else."""
+    if options.purpose == "task" or row.get("gold") not in (None, "") or not choice:
+        return row
+    return {**row, "gold": {"choice": choice}}
 
 
 def _of_replies(
-    prompt: Prompt, replies: Sequence[NewReply], row: JsonDict, kind: Kind, options: Options
+    prompt: Prompt, replies: Sequence[NewReply], row: JsonDict, task: Task, options: Options
 ) -> Iterator[NewItem]:
     """Pairs of every two replies, a ranking of all, or an item for each, as the project asks."""
-    fewest, most = NUM_REPLIES[kind]
-    if kind == "demonstration":
-        yield _item(kind, prompt, [], row, options)
-    elif kind == "pairs" and len(replies) > 2:
-        for pair in combinations(replies, 2):
-            yield _item(kind, prompt, pair, {**row, "scores": None}, options)
+    fewest, most = NUM_REPLIES[task.kind]
+    parts: list[tuple[int, ...]]
+    if task.kind == "demonstration":
+        parts = [()]
+    elif task.kind == "pairs" and len(replies) > 2:
+        parts = list(combinations(range(len(replies)), 2))
     elif most == 1:
-        for reply in replies:
-            yield _item(kind, prompt, [reply], row, options)
+        parts = [(i,) for i in range(len(replies))]
     elif len(replies) < fewest:
         raise Mistake("too_few_replies", f"{len(replies)} different replies", f"give at least {fewest} of each prompt")
     else:
-        yield _item(kind, prompt, replies, row, options)
+        parts = [tuple(range(len(replies)))]
+    if len(parts) > 1 and row.get("gold"):
+        raise Mistake(
+            "wrong_gold",
+            f"one expected answer for the {len(parts)} items of {len(replies)} replies",
+            "give each item a row of its own",
+        )
+    scores = _json(row, "scores", dict) or {}
+    for name, values in scores.items():
+        check_scores(name, values, len(replies), where="scores")
+    for part in parts:
+        of_part = {name: [values[i] for i in part] for name, values in scores.items()}
+        yield _item(prompt, [replies[i] for i in part], {**row, "scores": of_part}, task, options)
 
 
-def _item(kind: Kind, prompt: Prompt, replies: Sequence[NewReply], row: Mapping[str, Any], options: Options) -> NewItem:
+def _item(prompt: Prompt, replies: Sequence[NewReply], row: Mapping[str, Any], task: Task, options: Options) -> NewItem:
+    gold = _json(row, "gold", dict)
     return NewItem(
-        kind=kind,
+        kind=task.kind,
         prompt=prompt,
         replies=tuple(replies),
         purpose=options.purpose,
-        gold=row.get("gold") or {},
+        gold=checked_gold(gold, num_replies=len(replies), task=task) if gold else {},
         slice=str(row.get("slice") or options.slice),
-        sensitive=bool(row.get("sensitive", False)),
+        sensitive=_truth(row, "sensitive"),
         author=str(row.get("author") or ""),
-        scores=row.get("scores") or {},
-        given=float(row.get("priority") or 0.0),
+        scores=_json(row, "scores", dict) or {},
+        given=_number(row, "priority"),
     )
+
+
+def _json(row: Mapping[str, Any], name: str, kind: type) -> Any:
+    """A value of a column, which a CSV file holds as JSON text; None for an empty cell. Raises Mistake for another."""
+    value = row.get(name)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = json.loads(value) if value.strip() else None
+    if value is None or isinstance(value, kind):
+        return value
+    examples = {
+        "gold": 'an object such as {"choice": "A"}',
+        "scores": 'an object such as {"reward-model": [0.3, -1.2]}',
+        "responses": "a list of replies",
+    }
+    raise Mistake("wrong_type", f"{name!r} is {row[name]!r}", f"give {examples[name]}")
+
+
+def _truth(row: Mapping[str, Any], name: str) -> bool:
+    value = row.get(name)
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}
+    text = "" if value is None else str(value).strip().lower().removesuffix(".0")
+    if text not in known:
+        raise Mistake("wrong_type", f"{name!r} is {value!r}", "write true or false")
+    return known[text]
+
+
+def _number(row: Mapping[str, Any], name: str) -> float:
+    value = row.get(name)
+    try:
+        number = 0.0 if value in (None, "") else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise Mistake("wrong_type", f"{name!r} is {value!r}", "give a finite number")
+    return number
 
 
 def _prompt(row: JsonDict) -> Prompt:
@@ -231,176 +328,28 @@ def _from_world(source: str, kind: Kind) -> Iterator[tuple[str, NewItem]]:
             yield f"{source}, prompt {i + 1}", NewItem(kind=kind, prompt=prompt, replies=replies)
 
 
-# --- votes given elsewhere ---
-
-
-def _add_votes(store: Store, votes: Iterable[tuple[str, NewItem, JsonDict]]) -> int:
-    """Stores the choices of a file as votes; the same file again adds none."""
-    num = 0
-    task = store.project.settings.task
-    with store.write() as connection:
-        version = guideline(connection).version
-        for where, item, row in votes:
-            name = str(row.get("annotator") or "imported")
-            person = by_name(connection, name) or add_person(connection, store.now(), name, "annotator")
-            sha256 = item_row(item, 0.0)["sha256"]
-            item_id = connection.execute(sa.select(t.items.c.id).where(t.items.c.sha256 == sha256)).scalar_one()
-            key = f"import-{hashlib.sha256(f'{sha256}/{name}'.encode()).hexdigest()}"
-            if connection.execute(sa.select(t.votes.c.id).where(t.votes.c.key == key)).first():
-                continue
-            choice = str(row["choice"])
-            if choice not in ("A", "B", "tie", "both_bad", "cannot_judge"):
-                raise DataError(f"the choice {choice!r}", where=where, fix="use A, B, tie, both_bad or cannot_judge")
-            strength = min(int(row.get("strength") or 1), max(1, task.scale // 2)) if choice in ("A", "B") else None
-            answer = Answer(choice=choice, strength=strength, rationale=str(row.get("rationale") or ""))
-            left = row.get("shown_left")
-            values = {
-                "item_id": item_id,
-                "person_id": person.id,
-                "lease_id": _done_lease(store, connection, item_id, person.id, "task", []),
-                "purpose": "task",
-                "choice": choice,
-                "strength": strength,
-                "item_a": reply_hash(item.replies[0].text),
-                "item_b": reply_hash(item.replies[1].text),
-                "shown_left": left if left in ("A", "B") else None,
-                "shown_order": [],
-                "answer": answer.stored(),
-                "seconds": float(row["seconds"]) if row.get("seconds") is not None else None,
-                "guideline_version": version,
-                "key": key,
-                "replaces": None,
-            }
-            insert_vote(connection, store.now(), values, rationale=answer.rationale)
-            num += 1
-    return num
-
-
-def _done_lease(
-    store: Store,
-    connection: Connection,
-    item_id: int,
-    person_id: int,
-    purpose: str,
-    order: list[int],
-    state: str = "done",
-) -> int:
-    """The lease that a vote given elsewhere would have had."""
-    here = (t.leases.c.person_id == person_id) & (t.leases.c.item_id == item_id) & (t.leases.c.purpose == purpose)
-    known = connection.execute(sa.select(t.leases.c.id, t.leases.c.state).where(here)).first()
-    takes, took = state == "done", known is not None and known.state in ("open", "done")
-    if purpose == "task" and takes != took:
-        change = 1 if takes else -1
-        connection.execute(t.queue.update().where(t.queue.c.item_id == item_id).values(taken=t.queue.c.taken + change))
-    if known is not None:
-        connection.execute(t.leases.update().where(here).values(state=state, shown_order=order))
-        return int(known.id)
-    now = store.now()
-    position = connection.execute(
-        sa.select(sa.func.count()).select_from(t.leases).where(t.leases.c.person_id == person_id)
-    ).scalar_one()
-    key = connection.execute(
-        t.leases.insert().values(
-            token=secrets.token_urlsafe(18),
-            item_id=item_id,
-            person_id=person_id,
-            purpose=purpose,
-            state=state,
-            standing=False,
-            position=position,
-            shown_order=order,
-            draft={},
-            created_at=now,
-            opened_at=now,
-            expires_at=now,
-        )
-    ).inserted_primary_key
-    assert key is not None
-    return int(key[0])
-
-
-# --- a dump made anew ---
-
-
-def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None) -> dict[str, int]:
-    """Makes the project of a dump in a store without items. Raises DataError where there are some."""
-    counts = {"rows": len(rows), "items": 0, "votes": 0, "people": 0}
-    with store.write() as connection:
-        if connection.execute(sa.select(t.items.c.id)).first() is not None:
-            raise DataError(
-                "the store has items already", where="the dump", fix="restore into a new project file and store"
-            )
-        append_audit(connection, store.now(), actor, "restore", "", {"rows": len(rows)})
-        people: dict[str, int] = {}
-        items: dict[str, int] = {}
-        votes: dict[str, int] = {}
-        versions = 0
-        for row in rows:
-            values = {k: v for k, v in row.items() if k != "record"}
-            if row["record"] == "guideline":
-                versions += 1
-                if versions > 1 or values["text"] != guideline(connection).text:
-                    add_guideline(connection, store.now(), actor, values["text"])
-            elif row["record"] == "person":
-                known = by_name(connection, values["name"])
-                person = known or add_person(connection, values["created_at"], values["name"], values["role"])
-                people[values["name"]] = person.id
-                kept = {k: values[k] for k in ("state", "qualified", "opted_out")}
-                connection.execute(t.people.update().where(t.people.c.id == person.id).values(**kept))
-                counts["people"] += 1
-            elif row["record"] == "item":
-                queue = values.pop("queue", None)
-                values["prompt_id"] = values["prompt"]["id"]
-                key = connection.execute(t.items.insert().values(**values)).inserted_primary_key
-                assert key is not None
-                items[values["sha256"]] = key[0]
-                if queue is not None:
-                    connection.execute(t.queue.insert().values(item_id=key[0], taken=0, **queue))
-                added = connection.execute(sa.select(t.items).where(t.items.c.id == key[0])).one()
-                append_audit(connection, store.now(), actor, "item", key[0], {"sha256": row_digest(added)})
-                counts["items"] += 1
-            elif row["record"] == "vote":
-                votes[values["key"]] = _restore_vote(store, connection, values, items, people, votes)
-                counts["votes"] += 1
-        for person_id in (
-            connection.execute(sa.select(t.people.c.id).where(t.people.c.state == "banned")).scalars().all()
-        ):
-            done = sa.select(t.leases.c.item_id).where(
-                t.leases.c.person_id == person_id, t.leases.c.purpose == "task", t.leases.c.state == "done"
-            )
-            connection.execute(t.queue.update().where(t.queue.c.item_id.in_(done)).values(taken=t.queue.c.taken - 1))
-    return counts
-
-
-def _restore_vote(
-    store: Store,
-    connection: Connection,
-    values: JsonDict,
-    items: Mapping[str, int],
-    people: Mapping[str, int],
-    votes: Mapping[str, int],
-) -> int:
-    item_id, person_id = items[values.pop("item")], people[values.pop("person")]
-    rationale, text = values.pop("rationale", ""), values.pop("text", "")
-    created_at = values.pop("created_at")
-    lease = None
-    if values["purpose"] != "adjudication":
-        state = {"skip": "skipped", "undone": "expired"}.get(values["choice"], "done")
-        lease = _done_lease(store, connection, item_id, person_id, values["purpose"], values["shown_order"], state)
-    replaces = votes[values.pop("replaces")] if values.get("replaces") is not None else values.pop("replaces", None)
-    row = {**values, "item_id": item_id, "person_id": person_id, "lease_id": lease, "replaces": replaces}
-    return insert_vote(connection, created_at, row, rationale=rationale, text=text)
+# --- the project's own data ---
 
 
 def seed_items(store: Store) -> dict[str, int]:
-    """Imports the project's own `data` where the store has no items yet; counts of all of it."""
-    with store.read() as connection:
-        if connection.execute(sa.select(t.items.c.id)).first() is not None:
-            return {}
+    """Imports the project's own `data` as far as the store does not have it; returns counts of what was done.
+
+    A source that was imported whole is noted with the hash of its content, after its last item was added: a start
+    that was cut short is made up for by the next, and a file that has grown since adds what is new.
+    """
     total: dict[str, int] = {}
     for source in store.project.settings.data:
         here = store.project.directory / source
         named = str(here) if not is_world(source) and not Path(source).is_absolute() and here.is_file() else source
-        for name, num in import_source(store, named).items():
-            total[name] = total.get(name, 0) + num
+        done = hashlib.sha256(Path(named).read_bytes()).hexdigest() if Path(named).is_file() else "whole"
+        name = f"data:{source}"
+        with store.read() as connection:
+            known = connection.execute(sa.select(t.facts.c.value).where(t.facts.c.name == name)).scalar()
+        if known == done:
+            continue
+        for counted, num in import_source(store, named).items():
+            total[counted] = total.get(counted, 0) + num
+        with store.write() as connection:
+            connection.execute(t.facts.delete().where(t.facts.c.name == name))
+            connection.execute(t.facts.insert().values(name=name, value=done))
     return total

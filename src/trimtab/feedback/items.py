@@ -1,4 +1,4 @@
-"""Items: what is judged. Never changed once added; equal content is one item."""
+"""Items: what is judged. Never changed once added; the same question is one item."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from sqlalchemy import Connection, Row
 from trimtab.errors import DataError
 from trimtab.feedback import tables as t
 from trimtab.feedback.project import Kind, Policy
-from trimtab.feedback.store import Store, append_audit, checked_text, digest, row_digest
+from trimtab.feedback.store import (
+    AuditEntry,
+    Store,
+    append_audit,
+    append_audits,
+    checked_values,
+    digest,
+    row_digest,
+)
 from trimtab.types import JsonDict, Prompt, from_dict, to_dict
 
 Purpose = Literal["task", "gold", "quiz"]
@@ -26,7 +34,8 @@ NUM_REPLIES: Mapping[Kind, tuple[int, int]] = {
     "edit": (1, 1),
 }
 """Fewest and most replies of an item of each kind; the "replies" of a steps item are its steps."""
-_CHUNK = 500
+CHUNK = 500
+"""Rows that are added in one transaction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +76,11 @@ class NewItem:
                 where=where,
                 fix="give that many, or set [task] kind to what the file holds",
             )
-        for text in (*(m.content for m in self.prompt.messages), *(r.text for r in self.replies)):
-            checked_text(text, where=where)
+        for value in (
+            *(m.content for m in self.prompt.messages), *(r.text for r in self.replies), self.prompt.id,
+            self.prompt.facts, *(r.source for r in self.replies), self.gold, self.slice, self.author,
+        ):  # fmt: skip
+            checked_values(value, where=where)
         if any(not r.text.strip() for r in self.replies):
             raise DataError("an empty reply", where=where, fix="remove the row, or the reply")
         if self.kind in ("pairs", "ranking") and len({r.text for r in self.replies}) < len(self.replies):
@@ -76,14 +88,22 @@ class NewItem:
         if self.purpose != "task" and not self.gold:
             raise DataError(f"a {self.purpose} item without an expected answer", where=where, fix="add a column 'gold'")
         for name, scores in self.scores.items():
-            if len(scores) != len(self.replies) or not all(math.isfinite(s) for s in scores):
-                raise DataError(
-                    f"{name!r} gives {list(scores)!r} for {len(self.replies)} replies",
-                    where=where,
-                    fix="give one finite score for each reply",
-                )
+            check_scores(name, scores, len(self.replies), where=where)
         if not math.isfinite(self.given):
             raise DataError(f"the score {self.given!r}", where=where, fix="give a finite number")
+
+
+def check_scores(name: str, scores: Any, num_replies: int, *, where: str) -> None:
+    """Raises DataError unless they are one finite number for each reply."""
+    known = isinstance(scores, list | tuple) and all(
+        isinstance(s, int | float) and not isinstance(s, bool) and math.isfinite(s) for s in scores
+    )
+    if not known or len(scores) != num_replies:
+        raise DataError(
+            f"{name!r} gives the scores {scores!r} for {num_replies} replies",
+            where=where,
+            fix='give one finite score for each reply, such as {"reward-model": [0.3, -1.2]}',
+        )
 
 
 def add_items(store: Store, new: Iterable[tuple[str, NewItem]], *, actor: int | None = None) -> dict[str, int]:
@@ -98,7 +118,7 @@ def add_items(store: Store, new: Iterable[tuple[str, NewItem]], *, actor: int | 
         item.refuse(where)
         counts["items"] += 1
         pending.append(item)
-        if len(pending) == _CHUNK:
+        if len(pending) == CHUNK:
             _add(store, pending, counts, actor)
             pending = []
     _add(store, pending, counts, actor)
@@ -106,39 +126,50 @@ def add_items(store: Store, new: Iterable[tuple[str, NewItem]], *, actor: int | 
 
 
 def _add(store: Store, pending: list[NewItem], counts: dict[str, int], actor: int | None) -> None:
-    settings = store.project.settings.assignment
+    now = store.now()
+    rows: dict[str, JsonDict] = {}
+    items: dict[str, NewItem] = {}
+    for item in pending:
+        row = item_row(item, now)
+        rows.setdefault(row["sha256"], row)
+        items.setdefault(row["sha256"], item)
     with store.write() as connection:
-        for item in pending:
-            row = item_row(item, store.now())
-            known = connection.execute(sa.select(t.items.c.id).where(t.items.c.sha256 == row["sha256"])).first()
-            if known is not None:
-                counts["dropped_known_item"] += 1
-                continue
-            item_id = connection.execute(t.items.insert().values(**row)).inserted_primary_key[0]  # type: ignore[index]
-            added = connection.execute(sa.select(t.items).where(t.items.c.id == item_id)).one()
-            append_audit(connection, store.now(), actor, "item", item_id, {"sha256": row_digest(added)})
-            counts["added"] += 1
-            if item.purpose == "task":
-                connection.execute(
-                    t.queue.insert().values(
-                        item_id=item_id,
-                        cap=settings.overlap,
-                        taken=0,
-                        open=True,
-                        scores={name: list(scores) for name, scores in item.scores.items()},
-                        given=item.given,
-                        score=policy_score(settings.policy, item.scores, item.given),
-                    )
-                )
+        known = connection.execute(sa.select(t.items.c.sha256).where(t.items.c.sha256.in_(rows))).scalars().all()
+        for sha256 in known:
+            del rows[sha256]
+        counts["dropped_known_item"] += len(pending) - len(rows)
+        counts["added"] += len(rows)
+        if not rows:
+            return
+        connection.execute(t.items.insert(), list(rows.values()))
+        added = connection.execute(sa.select(t.items).where(t.items.c.sha256.in_(rows)).order_by(t.items.c.id)).all()
+        append_audits(
+            connection, [AuditEntry(now, actor, "item", row.id, {"sha256": row_digest(row)}) for row in added]
+        )
+        queued = [_queue_row(row.id, items[row.sha256], store) for row in added if row.purpose == "task"]
+        if queued:
+            connection.execute(t.queue.insert(), queued)
+
+
+def _queue_row(item_id: int, item: NewItem, store: Store) -> JsonDict:
+    settings = store.project.settings.assignment
+    return {
+        "item_id": item_id,
+        "cap": settings.overlap,
+        "taken": 0,
+        "open": True,
+        "scores": {name: list(scores) for name, scores in item.scores.items()},
+        "given": item.given,
+        "score": policy_score(settings.policy, item.scores, item.given),
+    }
 
 
 def item_row(item: NewItem, at: float) -> JsonDict:
     """The item as a row of the table."""
     replies = [{"text": r.text, "sha256": reply_hash(r.text), "source": dict(r.source)} for r in item.replies]
     prompt = to_dict(item.prompt)
-    content = [item.kind, item.purpose, prompt, [r["text"] for r in replies], dict(item.gold)]
     return {
-        "sha256": digest(content),
+        "sha256": _identity(item),
         "kind": item.kind,
         "purpose": item.purpose,
         "prompt_id": item.prompt.id,
@@ -150,6 +181,23 @@ def item_row(item: NewItem, at: float) -> JsonDict:
         "author": item.author,
         "created_at": at,
     }
+
+
+def _identity(item: NewItem) -> str:
+    """The hash of what is asked: two rows that ask the same are one item.
+
+    The prompt counts by its messages, since rows often have an id each. Replies that are compared count as a set:
+    which of them a file calls A is no other question.
+    """
+    texts = [r.text for r in item.replies]
+    gold = dict(item.gold)
+    if item.kind in ("pairs", "ranking"):
+        if gold.get("choice") in ("A", "B"):
+            gold["choice"] = reply_hash(texts["AB".index(gold["choice"])])
+        if "ranking" in gold:
+            gold["ranking"] = [sorted(reply_hash(texts[place]) for place in tier) for tier in gold["ranking"]]
+        texts = sorted(texts)
+    return digest([item.kind, item.purpose, [[m.role, m.content] for m in item.prompt.messages], texts, gold])
 
 
 def reply_hash(text: str) -> str:
@@ -170,14 +218,9 @@ def set_scores(store: Store, scores: Mapping[str, Mapping[str, Sequence[float]]]
     with store.write() as connection:
         rows = connection.execute(sa.select(t.items, t.queue.c.given).join(t.queue).where(t.items.c.sha256.in_(scores)))
         for row in rows.all():
-            new = {name: list(values) for name, values in scores[row.sha256].items()}
+            new = dict(scores[row.sha256])
             for name, values in new.items():
-                if len(values) != len(row.replies):
-                    raise DataError(
-                        f"{len(values)} scores of {name!r} for {len(row.replies)} replies",
-                        where=f"item {row.sha256}",
-                        fix="give one score for each reply",
-                    )
+                check_scores(name, values, len(row.replies), where=f"item {row.sha256}")
             value = policy_score(policy, new, row.given)
             connection.execute(t.queue.update().where(t.queue.c.item_id == row.id).values(scores=new, score=value))
             num += 1

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -159,23 +160,46 @@ def _bring_up_to_date(store: Store) -> None:
 # --- the audit log ---
 
 
+@dataclass(frozen=True)
+class AuditEntry:
+    """Something to log: who did what to what."""
+
+    at: float
+    actor: int | None
+    action: str
+    subject: object
+    detail: Mapping[str, Any]
+
+
 def append_audit(
     connection: Connection, at: float, actor: int | None, action: str, subject: object, detail: Mapping[str, Any]
 ) -> None:
     """Adds an entry whose hash covers the one before it. Only the writer may do this."""
+    append_audits(connection, [AuditEntry(at, actor, action, subject, detail)])
+
+
+def append_audits(connection: Connection, entries: Sequence[AuditEntry]) -> None:
+    """Adds entries in order, each with the hash of the one before it. Only the writer may do this."""
+    if not entries:
+        return
     last = connection.execute(
         sa.select(t.audit.c.seq, t.audit.c.sha256).order_by(t.audit.c.seq.desc()).limit(1)
     ).first()
-    entry = {
-        "seq": last.seq + 1 if last else 1,
-        "at": at,
-        "actor": actor,
-        "action": action,
-        "subject": str(subject),
-        "detail": dict(detail),
-        "previous": last.sha256 if last else "",
-    }
-    connection.execute(t.audit.insert().values(**entry, sha256=digest(entry)))
+    seq, previous, rows = (last.seq, last.sha256, []) if last else (0, "", [])
+    for new in entries:
+        seq += 1
+        entry = {
+            "seq": seq,
+            "at": new.at,
+            "actor": new.actor,
+            "action": new.action,
+            "subject": str(new.subject),
+            "detail": dict(new.detail),
+            "previous": previous,
+        }
+        previous = digest(entry)
+        rows.append({**entry, "sha256": previous})
+    connection.execute(t.audit.insert(), rows)
 
 
 def verify(store: Store, *, head: str | None = None) -> list[str]:
@@ -309,3 +333,21 @@ def checked_text(text: str, *, where: str) -> str:
             fix="remove it; it usually comes from a broken download or a wrong encoding",
         )
     return text
+
+
+def checked_values(value: Any, *, where: str) -> None:
+    """Raises DataError for a value that JSON or the database has no word for, however deep it lies: a number that is
+    not finite, half of a surrogate pair, a date, bytes."""
+    if isinstance(value, str):
+        checked_text(value, where=where)
+    elif isinstance(value, Mapping):
+        for name, member in value.items():
+            checked_values(name, where=where)
+            checked_values(member, where=where)
+    elif isinstance(value, list | tuple):
+        for member in value:
+            checked_values(member, where=where)
+    elif (isinstance(value, float) and not math.isfinite(value)) or not (
+        value is None or isinstance(value, bool | int | float)
+    ):
+        raise DataError(f"the value {value!r}", where=where, fix="write texts, finite numbers, true, false or null")

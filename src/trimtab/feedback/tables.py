@@ -62,6 +62,12 @@ votes = sa.Table(
     sa.Column("propensity", sa.Double),
     _at(),
     sa.Index("votes_latest", "person_id", "item_id", "purpose", "id"),
+    sa.Index(
+        "votes_decisions",
+        "item_id",
+        sqlite_where=sa.text("purpose = 'adjudication'"),
+        postgresql_where=sa.text("purpose = 'adjudication'"),
+    ),
 )
 
 audit = sa.Table(
@@ -167,6 +173,7 @@ invites = sa.Table(
     _id(),
     _text("token_sha256", unique=True),
     _text("role"),
+    sa.Column("person_id", sa.Integer),  # whose new password it sets; None for somebody new
     sa.Column("uses_left", sa.Integer, nullable=False),
     _at(),
     _at("expires_at"),

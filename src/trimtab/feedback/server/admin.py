@@ -114,8 +114,8 @@ def _adjudication(request: Request, visit: Visit, item_id: int, *, status: int =
         item = connection.execute(sa.select(t.items).where(t.items.c.id == item_id)).first()
         if item is None:
             raise HTTPException(404, "no such item")
-        votes = [c for c in cast_votes(connection, banned=True) if c.item_id == item_id]
-        decisions = [c for c in cast_votes(connection, purposes=("adjudication",)) if c.item_id == item_id]
+        votes = list(cast_votes(connection, banned=True, item_id=item_id))
+        decisions = list(cast_votes(connection, purposes=("adjudication",), item_id=item_id))
         current = guideline(connection)
     order = _order(visit, item_id, len(item.replies), item.kind)
     return page(
@@ -158,7 +158,7 @@ def decide(request: Request, visit: Adjudicating, item_id: int, form: PostedForm
     try:
         answer = from_form(form, kind=item.kind, order=order, task=store.project.settings.task)
         answer = replace(answer, taxonomy=field(form, "taxonomy"), reason=field(form, "reason").strip())
-        adjudicate(store, visit.someone, item_id, answer, key=f"adjudicate-{field(form, 'key')[:64]}")
+        adjudicate(store, visit.someone, item_id, answer, key=field(form, "key")[:64])
     except DataError as error:
         return _adjudication(request, visit, item_id, status=422, error=f"{error.problem}: {error.fix}")
     return to("/admin/adjudicate")

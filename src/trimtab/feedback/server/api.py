@@ -179,7 +179,7 @@ def decide(request: Request, person: Adjudicator, item_id: int, body: DecisionBo
     order = list(range(len(item.replies))) or [0]
     answer: Answer = from_form(_form(body), kind=item.kind, order=order, task=store.project.settings.task)
     answer = replace(answer, taxonomy=body.taxonomy, reason=body.reason)
-    receipt = adjudicate(store, person, item_id, answer, key=f"adjudicate-{body.key}")
+    receipt = adjudicate(store, person, item_id, answer, key=body.key)
     return {"vote": receipt.vote_id, "duplicate": receipt.duplicate}
 
 
@@ -202,7 +202,7 @@ def import_items(request: Request, person: Admin, body: ItemsBody) -> dict[str, 
     for number, row in enumerate(body.rows, 1):
         where = f"row {number}"
         try:
-            new += [(where, item) for item in items_of_row(row, store.project.settings.task.kind, options)]
+            new += [(where, item) for item in items_of_row(row, store.project.settings.task, options)]
         except Mistake as mistake:
             raise DataError(mistake.problem, where=where, fix=mistake.fix) from None
     return add_items(store, new, actor=person.id)
@@ -227,8 +227,8 @@ def put_scores(request: Request, person: Admin, body: ScoresBody) -> dict[str, i
 def list_votes(request: Request, person: Admin, after: int = 0, limit: Page = 1000) -> list[dict[str, Any]]:
     """Votes that count, in the order they were given, from the one after `after`."""
     with store_of(request).read() as connection:
-        found = [as_dict(c) for c in cast_votes(connection, purposes=("task", "gold", "reask", "adjudication"))]
-    return [row for row in found if row["id"] > after][:limit]
+        purposes = ("task", "gold", "reask", "adjudication")
+        return [as_dict(c) for c in cast_votes(connection, purposes=purposes, after=after, limit=limit)]
 
 
 @router.get("/people")

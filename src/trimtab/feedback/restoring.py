@@ -1,0 +1,183 @@
+"""A dump made into a project again, from any file type it was written to."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from trimtab.errors import DataError
+from trimtab.feedback import tables as t
+from trimtab.feedback.ballots import NewVote, insert_votes
+from trimtab.feedback.people import add_person, by_name
+from trimtab.feedback.store import Store, add_guideline, append_audit, guideline, row_digest
+from trimtab.types import JsonDict
+
+
+def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None) -> dict[str, int]:
+    """Makes the project of a dump in a store without items. Raises DataError where there are some.
+
+    Passwords are in no dump: people come back without one and need a link to set it (`people.make_link`).
+    """
+    counts = {"rows": len(rows), "items": 0, "votes": 0, "people": 0}
+    with store.write() as connection:
+        if connection.execute(sa.select(t.items.c.id)).first() is not None:
+            raise DataError(
+                "the store has items already", where="the dump", fix="restore into a new project file and store"
+            )
+        append_audit(connection, store.now(), actor, "restore", "", {"rows": len(rows)})
+        people: dict[str, int] = {}
+        items: dict[str, int] = {}
+        votes: dict[str, int] = {}
+        versions = 0
+        for row in rows:
+            values = record_values(row)
+            if row["record"] == "guideline":
+                versions += 1
+                if versions > 1 or values["text"] != guideline(connection).text:
+                    add_guideline(connection, store.now(), actor, values["text"])
+            elif row["record"] == "person":
+                known = by_name(connection, values["name"])
+                person = known or add_person(connection, values["created_at"], values["name"], values["role"])
+                people[values["name"]] = person.id
+                kept = {k: values[k] for k in ("state", "qualified", "opted_out")}
+                connection.execute(t.people.update().where(t.people.c.id == person.id).values(**kept))
+                counts["people"] += 1
+            elif row["record"] == "item":
+                queue = values.pop("queue", None)
+                values["prompt_id"] = values["prompt"]["id"]
+                key = connection.execute(t.items.insert().values(**values)).inserted_primary_key
+                assert key is not None
+                items[values["sha256"]] = key[0]
+                if queue:
+                    connection.execute(t.queue.insert().values(item_id=key[0], taken=0, **queue))
+                added = connection.execute(sa.select(t.items).where(t.items.c.id == key[0])).one()
+                append_audit(connection, store.now(), actor, "item", key[0], {"sha256": row_digest(added)})
+                counts["items"] += 1
+            elif row["record"] == "vote":
+                votes[values["key"]] = _restore_vote(store, connection, values, items, people, votes)
+                counts["votes"] += 1
+        for person_id in (
+            connection.execute(sa.select(t.people.c.id).where(t.people.c.state == "banned")).scalars().all()
+        ):
+            done = sa.select(t.leases.c.item_id).where(
+                t.leases.c.person_id == person_id, t.leases.c.purpose == "task", t.leases.c.state == "done"
+            )
+            connection.execute(t.queue.update().where(t.queue.c.item_id.in_(done)).values(taken=t.queue.c.taken - 1))
+    return counts
+
+
+_JSON, _TEXT = sa.Column("", sa.JSON), sa.Column("", sa.Text, nullable=False)
+_NUMBER_OF_ANOTHER = {"id", "item_id", "person_id", "lease_id", "writing_sha256"}
+COLUMNS: Mapping[str, Mapping[str, sa.Column[Any]]] = {
+    "dump": {"version": sa.Column("", sa.Integer)},
+    "guideline": {"text": _TEXT},
+    "person": {name: t.people.c[name] for name in ("name", "role", "state", "qualified", "opted_out", "created_at")},
+    "item": {c.name: c for c in t.items.c if c.name not in ("id", "prompt_id")} | {"queue": _JSON},
+    "vote": {c.name: c for c in t.votes.c if c.name not in _NUMBER_OF_ANOTHER}
+    | {"item": _TEXT, "person": _TEXT, "replaces": sa.Column("", sa.Text), "rationale": _TEXT, "text": _TEXT},
+}
+"""What each kind of record of a dump holds. In a table (CSV, Parquet) every row has the columns of all kinds."""
+
+
+def record_values(row: Mapping[str, Any]) -> JsonDict:
+    """What a row of a dump says, whichever file type it comes from: CSV has texts only, Parquet has JSON as text."""
+    columns = COLUMNS.get(str(row.get("record")))
+    if columns is None:
+        raise DataError(
+            f"a record of the kind {row.get('record')!r}",
+            where="the dump",
+            fix=f"restore a file that `feedback export --layout dump` wrote, with records {', '.join(COLUMNS)}",
+        )
+    try:
+        return {name: _cell(row.get(name), column) for name, column in columns.items()}
+    except ValueError as error:
+        raise DataError(
+            f"a {row['record']} record that cannot be read: {error}", where="the dump", fix="export the dump again"
+        ) from None
+
+
+def _cell(value: Any, column: sa.Column[Any]) -> Any:
+    kind = column.type
+    if isinstance(value, str) and isinstance(kind, sa.JSON):
+        return json.loads(value) if value else None
+    if isinstance(value, str) and not isinstance(kind, sa.Text):
+        if value == "":
+            return None
+        if isinstance(kind, sa.Boolean):
+            return (
+                {"true": True, "false": False}[value.lower()]
+                if value.lower() in ("true", "false")
+                else bool(int(value))
+            )
+        return int(value) if isinstance(kind, sa.Integer) else float(value)
+    if isinstance(kind, sa.Text):
+        return (value or None) if column.nullable else (value or "")
+    return value
+
+
+def _restore_vote(
+    store: Store,
+    connection: Connection,
+    values: JsonDict,
+    items: Mapping[str, int],
+    people: Mapping[str, int],
+    votes: Mapping[str, int],
+) -> int:
+    item_id, person_id = items[values.pop("item")], people[values.pop("person")]
+    rationale, text = values.pop("rationale"), values.pop("text")
+    created_at = values.pop("created_at")
+    lease = None
+    if values["purpose"] != "adjudication":
+        state = {"skip": "skipped", "undone": "expired"}.get(values["choice"], "done")
+        lease = _done_lease(store, connection, item_id, person_id, values["purpose"], values["shown_order"], state)
+    replaces = votes[values.pop("replaces")] if values.get("replaces") is not None else values.pop("replaces", None)
+    row = {**values, "item_id": item_id, "person_id": person_id, "lease_id": lease, "replaces": replaces}
+    return insert_votes(connection, [NewVote(created_at, row, rationale, text)])[0]
+
+
+def _done_lease(
+    store: Store,
+    connection: Connection,
+    item_id: int,
+    person_id: int,
+    purpose: str,
+    order: list[int],
+    state: str = "done",
+) -> int:
+    """The lease that a vote given elsewhere would have had."""
+    here = (t.leases.c.person_id == person_id) & (t.leases.c.item_id == item_id) & (t.leases.c.purpose == purpose)
+    known = connection.execute(sa.select(t.leases.c.id, t.leases.c.state).where(here)).first()
+    takes, took = state == "done", known is not None and known.state in ("open", "done")
+    if purpose == "task" and takes != took:
+        change = 1 if takes else -1
+        connection.execute(t.queue.update().where(t.queue.c.item_id == item_id).values(taken=t.queue.c.taken + change))
+    if known is not None:
+        connection.execute(t.leases.update().where(here).values(state=state, shown_order=order))
+        return int(known.id)
+    now = store.now()
+    position = connection.execute(
+        sa.select(sa.func.count()).select_from(t.leases).where(t.leases.c.person_id == person_id)
+    ).scalar_one()
+    key = connection.execute(
+        t.leases.insert().values(
+            token=secrets.token_urlsafe(18),
+            item_id=item_id,
+            person_id=person_id,
+            purpose=purpose,
+            state=state,
+            standing=False,
+            position=position,
+            shown_order=order,
+            draft={},
+            created_at=now,
+            opened_at=now,
+            expires_at=now,
+        )
+    ).inserted_primary_key
+    assert key is not None
+    return int(key[0])

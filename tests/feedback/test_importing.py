@@ -1,0 +1,289 @@
+"""Importing: nothing is lost when it is cut short, nothing is stored twice, and mistakes come before any change."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from tests.feedback.conftest import Make
+from tests.feedback.projects import make_store
+from trimtab.errors import DataError
+from trimtab.feedback import items
+from trimtab.feedback import tables as t
+from trimtab.feedback.importing import Options, import_source, seed_items
+from trimtab.feedback.store import verify
+from trimtab.feedback.vote_table import read_votes
+from trimtab.feedback.votes import cast_votes
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def pair(i: int, **more: Any) -> dict[str, Any]:
+    return {"prompt": f"p{i}", "response_a": "x", "response_b": "y", **more}
+
+
+def num_items(store) -> int:
+    with store.read() as connection:
+        return int(connection.execute(sa.select(sa.func.count()).select_from(t.items)).scalar_one())
+
+
+# --- the project's own data ---
+
+
+def test_a_first_import_that_is_cut_short_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path / "rows.jsonl", [pair(i) for i in range(10)])
+    monkeypatch.setattr(items, "CHUNK", 4)
+    store = make_store(tmp_path, {"data": ["rows.jsonl"]})
+    add_items, done = items._add, []
+
+    def killed(*args: Any) -> None:
+        if done:
+            raise KeyboardInterrupt
+        done.append(add_items(*args))
+
+    monkeypatch.setattr(items, "_add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        seed_items(store)
+    assert num_items(store) == 4
+    monkeypatch.setattr(items, "_add", add_items)
+    assert seed_items(store)["added"] == 6
+    assert seed_items(store) == {}
+    write(tmp_path / "rows.jsonl", [pair(i) for i in range(12)])  # the file has grown
+    assert seed_items(store)["added"] == 2
+    store.close()
+
+
+def test_a_bad_row_of_the_second_file_does_not_end_the_import_for_good(tmp_path: Path):
+    write(tmp_path / "a.jsonl", [pair(1)])
+    write(tmp_path / "b.jsonl", [{"prompt": "p"}])
+    store = make_store(tmp_path, {"data": ["a.jsonl", "b.jsonl"]})
+    with pytest.raises(DataError):
+        seed_items(store)
+    write(tmp_path / "b.jsonl", [pair(2)])
+    assert seed_items(store)["added"] == 1
+    assert num_items(store) == 2
+    store.close()
+
+
+# --- one question is one item ---
+
+
+def test_sides_and_ids_of_rows_make_no_other_question(small: Make, tmp_path: Path):
+    rows = [pair(1, id="row 1"), {"prompt": "p1", "response_a": "y", "response_b": "x", "id": "row 2"}, pair(1, id="3")]
+    counts = import_source(small(), write(tmp_path / "rows.jsonl", rows))
+    assert counts["added"] == 1
+    assert counts["dropped_known_item"] == 2
+
+
+def test_gold_of_exchanged_sides_is_the_same_gold_and_another_answer_is_not(small: Make, tmp_path: Path):
+    turned = {"prompt": "p1", "response_a": "y", "response_b": "x"}
+    rows = [pair(1, gold={"choice": "A"}), {**turned, "gold": {"choice": "B"}}, pair(2, choice="tie")]
+    store = small()
+    assert import_source(store, write(tmp_path / "rows.jsonl", rows), Options(purpose="gold"))["added"] == 2
+
+
+def test_samples_of_one_prompt_are_compared_whatever_ids_their_rows_have(small: Make, tmp_path: Path):
+    rows = [{"prompt": "p", "id": str(i), "response": text} for i, text in enumerate("xyz")]
+    rows += [{"prompt": "another", "id": "0", "response": text} for text in "uv"]
+    assert import_source(small(), write(tmp_path / "rows.jsonl", rows))["added"] == 3 + 1
+
+
+# --- votes given elsewhere ---
+
+SAID = ["a", "both_bad", "tie", "left", "1", "", "A "]
+
+
+def test_choices_that_are_none_are_named_before_anything_is_stored(small: Make, tmp_path: Path):
+    path = write(tmp_path / "rows.jsonl", [pair(i, choice=said, annotator="ann") for i, said in enumerate(SAID)])
+    store = small()
+    with pytest.raises(DataError, match="4 of 7 rows cannot be used") as error:
+        import_source(store, path, Options(with_votes=True))
+    assert "'left'" in str(error.value)
+    assert num_items(store) == 0
+    counts = import_source(store, path, Options(with_votes=True, on_bad_row="drop"))
+    assert (counts["votes"], counts["dropped_bad_row"], counts["not_judged"]) == (2, 4, 1)
+    with store.read() as connection:
+        assert [cast.answer.choice for cast in cast_votes(connection)] == ["both_bad", "tie"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"strength": "high"}, {"strength": 3}, {"strength": 0}, {"strength": 1.5}, {"seconds": "fast"},
+        {"seconds": -1}, {"shown_left": "left"}, {"rationale": "\ud83d"}, {"annotator": "\ud83d"},
+    ],
+)  # fmt: skip
+def test_everything_else_of_a_vote_is_checked_too(small: Make, tmp_path: Path, more: dict):
+    store = small({"task": {"scale": 4}})
+    path = write(tmp_path / "rows.jsonl", [pair(1, **{"choice": "A", "annotator": "ann", **more})])
+    with pytest.raises(DataError, match=r"strength|seconds|shown_left|D83D"):
+        import_source(store, path, Options(with_votes=True))
+    assert num_items(store) == 0
+
+
+@pytest.mark.parametrize("kind", ["ranking", "rating", "edit", "demonstration", "steps"])
+def test_projects_without_sides_refuse_the_votes_of_a_file(tmp_path: Path, kind: str):
+    store = make_store(tmp_path, {"task": {"kind": kind}})
+    path = write(tmp_path / "rows.jsonl", [pair(1, choice="A", annotator="ann")])
+    with pytest.raises(DataError, match="votes of a file"):
+        import_source(store, path, Options(with_votes=True))
+    assert num_items(store) == 0
+    store.close()
+
+
+def test_a_file_without_choices_has_no_votes_and_says_so(small: Make, tmp_path: Path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": "x", "rejected": "y"}])
+    with pytest.raises(DataError, match="no vote over two replies"):
+        import_source(small(), path, Options(with_votes=True))
+
+
+def test_votes_over_exchanged_sides_are_about_the_same_replies(make: Make, tmp_path: Path):
+    turned = {"prompt": "p1", "response_a": "y", "response_b": "x"}
+    rows = [
+        pair(1, choice="A", annotator="ann", shown_left="A"),
+        {**turned, "choice": "B", "annotator": "bob", "shown_left": "A"},
+        {**turned, "choice": "tie", "annotator": "eve"},
+    ]
+    store = make({"assignment": {"overlap": 3}})
+    counts = import_source(store, write(tmp_path / "rows.jsonl", rows), Options(with_votes=True))
+    assert (counts["added"], counts["votes"]) == (1, 3)
+    with store.read() as connection:
+        assert [(c.answer.choice, c.shown_left) for c in cast_votes(connection)] == [
+            ("A", "A"),
+            ("A", "B"),
+            ("tie", None),
+        ]
+    assert verify(store) == []
+
+
+def test_a_second_vote_measures_consistency_and_a_third_is_counted_as_left_out(make: Make, tmp_path: Path):
+    said = [("ann", "A"), ("ann", "B"), ("ann", "B"), ("bob", "A")]
+    path = write(tmp_path / "rows.jsonl", [pair(1, choice=choice, annotator=name) for name, choice in said])
+    store = make({"assignment": {"overlap": 2}})
+    counts = import_source(store, path, Options(with_votes=True))
+    assert (counts["votes"], counts["repeated_votes"], counts["dropped_repeated_vote"]) == (3, 1, 1)
+    again = import_source(store, path, Options(with_votes=True))
+    assert (again["votes"], again["dropped_known_vote"], again["dropped_repeated_vote"]) == (0, 3, 1)
+    with store.read() as connection:
+        assert [c.answer.choice for c in cast_votes(connection)] == ["A", "A"]
+        assert [c.answer.choice for c in cast_votes(connection, purposes=("reask",))] == ["B"]
+    assert len(read_votes(store.project.path)) == 3
+    assert verify(store) == []
+
+
+# --- columns of a file ---
+
+
+def test_columns_of_another_name_are_named(small: Make, tmp_path: Path):
+    rows = [{"instruction": "Add", "input": "1 2", "one": "3", "two": "4", "winner": "A", "who": "ann"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    columns = {"prompt": "instruction+input", "response_a": "one", "response_b": "two", "choice": "winner"}
+    store = small()
+    counts = import_source(store, path, Options(columns={**columns, "annotator": "who"}, with_votes=True))
+    assert counts["votes"] == 1
+    with store.read() as connection:
+        (cast,) = cast_votes(connection)
+    assert (cast.prompt["messages"][0]["content"], cast.annotator) == ("Add\n\n1 2", "ann")
+    with pytest.raises(DataError, match="no column is called 'three'"):
+        import_source(small(), path, Options(columns={**columns, "response_b": "three"}))
+
+
+# --- what else a row says ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "gold"),
+    [
+        ("pairs", "A"), ("pairs", {"choice": "left"}), ("pairs", {"answer": "A"}), ("pairs", {"choice": "skip"}),
+        ("pairs", {"choice": ["A"]}), ("rating", {"label": 5}), ("rating", {"rating": 3}), ("rating", {"rating": "2"}),
+        ("ranking", {"ranking": [[0]]}), ("ranking", {"ranking": 3}), ("edit", {"text": "x"}),
+        ("steps", {"steps": [1]}),
+    ],
+)  # fmt: skip
+def test_an_expected_answer_that_nobody_can_give_is_refused(tmp_path: Path, kind: str, gold: object):
+    store = make_store(tmp_path, {"task": {"kind": kind}})
+    rows: dict[str, dict[str, object]] = {
+        "pairs": pair(1), "ranking": {"prompt": "p", "responses": ["x", "y"]},
+        "steps": {"prompt": "p", "steps": ["x", "y"]},
+    }  # fmt: skip
+    row = {**rows.get(kind, {"prompt": "p", "completion": "x"}), "gold": gold}
+    with pytest.raises(DataError, match=r"gold|expected answer"):
+        import_source(store, write(tmp_path / "rows.jsonl", [row]), Options(purpose="quiz"))
+    store.close()
+
+
+def test_expected_answers_of_every_kind_are_taken(tmp_path: Path):
+    for kind, row in {
+        "pairs": pair(1, gold={"choice": "both_bad", "why": "neither"}),
+        "ranking": {"prompt": "p", "responses": ["x", "y", "z"], "gold": {"ranking": [[1], [0, 2]]}},
+        "rating": {"prompt": "p", "completion": "x", "gold": {"rating": 2}},
+        "steps": {"prompt": "p", "steps": ["x", "y"], "gold": {"steps": [-1, None]}},
+    }.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        store = make_store(folder, {"task": {"kind": kind}})
+        assert import_source(store, write(folder / "r.jsonl", [row]), Options(purpose="gold"))["added"] == 1
+        store.close()
+
+
+def test_cells_of_a_csv_file_mean_what_they_say(small: Make, tmp_path: Path):
+    rows = [
+        {"sensitive": "False", "priority": "2.5", "gold": "", "scores": '{"rm": [1, 0]}'},
+        {"sensitive": "0", "priority": "", "gold": "", "scores": ""},
+        {"sensitive": "true", "priority": "1", "gold": "", "scores": ""},
+    ]
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*pair(0), *rows[0]])
+        writer.writeheader()
+        writer.writerows(pair(i) | row for i, row in enumerate(rows))
+    store = small({"assignment": {"policy": "given"}})
+    assert import_source(store, str(tmp_path / "rows.csv"))["added"] == 3
+    with store.read() as connection:
+        found = connection.execute(
+            sa.select(t.items.c.sensitive, t.queue.c.given, t.queue.c.scores).join(t.queue)
+        ).all()
+    assert [tuple(row) for row in found] == [(False, 2.5, {"rm": [1, 0]}), (False, 0.0, {}), (True, 1.0, {})]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"priority": "high"}, {"sensitive": "perhaps"}, {"scores": [1, 2]}, {"scores": {"rm": "12"}},
+        {"scores": {"rm": [1, float("nan")]}}, {"seed": float("nan")}, {"sampling": {"t": float("inf")}},
+        {"facts": {"x": float("nan")}}, {"slice": "\ud83d"}, {"id": "\ud83d"},
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_stored_are_named_with_their_row(small: Make, tmp_path: Path, more: dict):
+    path = write(tmp_path / "rows.jsonl", [pair(0), pair(1, **more)])
+    with pytest.raises(DataError) as error:
+        import_source(small(), path)
+    assert "row 2" in error.value.where
+    assert import_source(small(), path, Options(on_bad_row="drop"))["dropped_bad_row"] == 1
+
+
+def test_scores_of_many_replies_go_with_each_pair(small: Make, tmp_path: Path):
+    store = small({"assignment": {"policy": "uncertainty"}})
+    row = {"prompt": "p", "responses": ["x", "y", "z"], "scores": {"rm": [3, 1, 2]}}
+    import_source(store, write(tmp_path / "rows.jsonl", [row]))
+    with store.read() as connection:
+        scores = [row.scores["rm"] for row in connection.execute(sa.select(t.queue))]
+    assert scores == [[3, 1], [3, 2], [1, 2]]
+
+
+def test_many_votes_are_imported_in_few_steps(small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # statements grow with transactions and not with votes
+    said = [pair(i, choice="AB"[(i + k) % 2], annotator=f"a{k}") for i in range(200) for k in range(3)]
+    store = small()
+    statements: list[str] = []
+    sa.event.listen(store.engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    counts = import_source(store, write(tmp_path / "rows.jsonl", said), Options(with_votes=True))
+    assert counts["votes"] == 600
+    assert len(statements) < 100
