@@ -16,13 +16,13 @@ from trimtab.models.roles import Policy
 MAX_LOGPROB_DIFFERENCE: dict[Precision, float] = {"float32": 0.01, "bfloat16": 0.5}
 """Nats, of one token. In float32 the local sampler and scorer differ by rounding only, about 1e-5; replies are sampled
 in float32, from which a scorer in bfloat16 is a few hundredths away."""
-NUM_TOKENS = 1024
-"""Tokens of prompts and replies that are scored to be compared: a small part of what is computed to sample them."""
+NUM_TOKENS = 256
+"""Tokens of prompts and replies that are scored to be compared: a hundredth of what is computed to sample a batch."""
 
 
 def logprob_difference(policy: Policy, prompts: Sequence[Sequence[int]], group_size: int, replies: Replies) -> float:
     """The largest difference between the policy's log-probability of a token and the sampler's, in nats, over some of
-    the replies: the longest, the shortest and others, evenly."""
+    the replies: the longest, the shortest and, if they are short, others between."""
     if policy.temperature != replies.sampling.temperature:
         raise EngineError(
             f"the policy has temperature {policy.temperature} and its sampler {replies.sampling.temperature}",
@@ -50,7 +50,7 @@ def refuse_difference(difference: float, precision: Precision, *, where: str) ->
 def _some(lengths: Sequence[int]) -> Iterator[int]:
     """The numbers of the longest, the shortest and evenly chosen rows between, up to `NUM_TOKENS` but two at least."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    spread = order[:: max(1, len(order) // 16)]
+    spread = order[:: max(1, len(order) // 8)]
     left = NUM_TOKENS
     for count, i in enumerate(dict.fromkeys([order[-1], *spread])):
         left -= lengths[i]
