@@ -193,6 +193,31 @@ def test_a_copy_that_is_not_the_model_is_refused():
         fused.prove_fresh(model)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"lora_bias": True}, {"target_modules": ["embed_tokens", "q_proj"]}, {"bias": "all"}],
+    ids=["dora", "bias", "embedding", "biases of the base"],
+)
+def test_adapters_that_are_more_than_an_addition_to_a_weight_are_sampled_from_all_the_same(options):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = causal("qwen2" if "lora_bias" in options else "qwen3")
+    inject_adapter_in_model(LoraConfig(r=4, **{"target_modules": ["q_proj", "v_proj"], **options}), model, "policy")
+    g = LocalGenerator(
+        Policy(model, pad_id=0, adapter="policy"),
+        SimpleNamespace(stop_ids={1}, pad_id=0),
+        Sampling(max_new_tokens=9),
+    )
+    assert g.method == ("fused" if "bias" in options else "rows"), "before training it computes what its base does"
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+    g.continue_ids([[5, 6, 7], [9, 10]], group_size=3, uniforms=torch.rand(6, 9, dtype=torch.float64))
+    assert 0 < g.difference < 1e-4
+
+
 def test_a_reply_ends_with_a_stop_text_which_is_not_part_of_its_text(model_dir):
     free = generator(model_dir, max_new_tokens=40).generate(SOME, group_size=4, seed=3)
     letter = free[0].response[3]

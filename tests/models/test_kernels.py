@@ -1,6 +1,7 @@
 """The compiled kernels compute what torch computes, whatever the shapes, and give way where they cannot be had."""
 
 import itertools
+import os
 import subprocess
 import sys
 
@@ -181,6 +182,20 @@ def test_what_is_asked_for_and_cannot_be_had_is_said(monkeypatch, looked_for_ane
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(EngineError, match=r"no C compiler with OpenMP[^$]*install gcc or name"):
         find(WEIGHT)
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.usefixtures("compiled", "looked_for_anew")
+def test_vectors_of_every_width_compute_the_same(monkeypatch, lanes):
+    # The compiler makes the width of another processor out of what this one has.
+    width = {4: "-U__AVX512F__ -U__AVX__", 8: "-U__AVX512F__ -D__AVX__", 16: "-D__AVX512F__"}[lanes]
+    monkeypatch.setenv("CC", f"{os.environ.get('CC') or 'cc'} {width}")
+    found = find(WEIGHT)
+    assert found.compiled
+    for n in (1, 5, 16, 33):
+        test_products_are_torchs(found, n, 100, (37, 5), "normed")
+        test_products_are_torchs(found, n, 64, (64, 32, 32), "gated")
+    test_what_is_not_a_number_stays_so(found)
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "cc --no-such-flag"])
