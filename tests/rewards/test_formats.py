@@ -139,3 +139,23 @@ def test_schemas_without_their_library_say_what_to_install(monkeypatch):
 )
 def test_the_last_block_between_fences_is_found(reply, code):
     assert last_fenced(reply) == code
+
+
+@pytest.mark.parametrize(
+    ("opened", "reply", "words"),
+    [
+        (
+            False,
+            "I add.</think><answer>4</answer>",
+            "set opened = true if the chat template ends the prompt with the tag",
+        ),
+        (True, "<think>I add.</think><answer>4</answer>", "set opened = false if the chat template leaves the tag"),
+    ],
+)
+def test_replies_that_fit_the_other_way_to_begin_are_noted(opened, reply, words, rollout, caplog):
+    values, _ = ReasoningFormat(opened=opened).load(token_budget=1).score([rollout(reply), rollout("4")])
+    assert values.tolist() == [0, 0]
+    assert words in caplog.text
+    caplog.clear()
+    assert ReasoningFormat(opened=not opened).load(token_budget=1).score([rollout(reply)])[0].item() == 1
+    assert not caplog.text

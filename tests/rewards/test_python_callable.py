@@ -1,4 +1,5 @@
 import math
+import signal
 import sys
 
 import pytest
@@ -17,6 +18,16 @@ def odd(prompt, response, facts):
     if response == "raise": raise RuntimeError("cannot say")
     return {"none": None, "inf": math.inf, "nan": math.nan, "text": "5", "huge": 10**400}.get(response, 2)
 def two(prompt, response): return 1
+def exits(prompt, response, facts): raise SystemExit(3)
+def prints(prompt, response, facts): print("seen", response); return 1
+def hangs(prompt, response, facts):
+    while True:
+        try: pass
+        except Exception: pass
+def sleeps(prompt, response, facts):
+    import time
+    try: time.sleep(60)
+    except Exception: return 1
 class Scorer:
     def __call__(self, prompt, response, facts): return 7
     @staticmethod
@@ -30,6 +41,10 @@ number = 3
 def module(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(MODULE)
     (tmp_path / "broken_rewards.py").write_text("1 / 0")
+    (tmp_path / "exits.py").write_text("raise SystemExit(4)")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "json.py").write_text("from beside import seven\ndef f(prompt, response, facts): return seven")
+    (tmp_path / "deep" / "beside.py").write_text("seven = 7")
     monkeypatch.chdir(tmp_path)
     yield
     sys.modules.pop("my_rewards", None)
@@ -70,6 +85,12 @@ def test_a_batch_in_which_nothing_can_be_judged_has_no_mean(module, rollout):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("my_rewards.py:lenght", "did you mean 'length'"),
+        ("./my_rewards:length", "did you mean my_rewards.py"),
+        ("nowhere/my_rewards.py:length", "there is no file 'nowhere/my_rewards.py'"),
+        ("broken_rewards.py:f", "ZeroDivisionError"),
+        ("exits.py:f", "SystemExit: 4"),
+        ("exits:f", "SystemExit: 4"),
         ("my_rewards", "form module:name"),
         ("my_rewards:", "form module:name"),
         ("no_such_module_here:f", "No module named"),
@@ -83,3 +104,40 @@ def test_a_batch_in_which_nothing_can_be_judged_has_no_mean(module, rollout):
 def test_a_bad_name_says_what_is_wrong_when_it_is_loaded(name, words, module):
     with pytest.raises(ConfigError, match=words):
         PythonCallable(function=name).load(token_budget=1)
+
+
+@pytest.mark.parametrize("name", ["my_rewards.py:length", "./my_rewards.py:length"])
+def test_the_function_may_be_named_by_its_file(name, module, rollout):
+    assert scores(name, [rollout("hello", bonus=1)]).tolist() == [6.0]
+
+
+def test_a_file_sees_its_neighbours_and_may_be_called_like_a_known_module(module, rollout, tmp_path):
+    assert scores("deep/json.py:f", [rollout("any")]).tolist() == [7.0]
+    assert scores(f"{tmp_path}/deep/json.py:f", [rollout("any")]).tolist() == [7.0]
+    assert "deep" not in sys.modules["json"].__file__
+    sys.modules.pop("beside")
+
+
+def test_a_function_that_exits_is_named_and_ends_nothing(module, rollout, caplog):
+    assert torch.isnan(scores("my_rewards:exits", [rollout("any")])).all()
+    assert "my_rewards:exits called sys.exit(3) instead of returning a number" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["hangs", "sleeps"])
+def test_a_function_that_hangs_is_named_and_stopped(name, module, rollout, caplog):
+    scorer = PythonCallable(function=f"my_rewards:{name}", seconds=0.1).load(token_budget=1)
+    assert torch.isnan(scorer.score([rollout("any")])[0]).all()
+    assert f"my_rewards:{name} gave no answer within 0.1 s" in caplog.text
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_what_a_function_prints_is_named_and_kept_out_of_the_output(module, rollout, capsys):
+    assert scores("my_rewards:prints", [rollout("a"), rollout("b")]).tolist() == [1.0, 1.0]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "my_rewards:prints: seen a\nmy_rewards:prints: seen b\n"
+
+
+def test_no_time_is_refused():
+    with pytest.raises(ValueError, match="leaves no time"):
+        PythonCallable(function="my_rewards:length", seconds=0)

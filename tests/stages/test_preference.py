@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from tests.stages.commands import FAST, rows, run_stage, summary, trimtab, witho
 from tests.stages.test_resume import differences, kill_after, num_rows, start, wait_for_rows
 from trimtab import cli, config
 from trimtab.math.losses.preference.pairs import DPO
+from trimtab.math.losses.preference.replies import KTO
 from trimtab.models.adapters import base_of
 from trimtab.stages import plan
-from trimtab.stages.preference import Settings
+from trimtab.stages.preference import Settings, say_balance
 
 FASTER = FAST | {"learning_rate": 1e-2}
 
@@ -233,6 +235,14 @@ def test_an_adapter_that_was_trained_before_is_its_own_reference(tmp_path, base,
         "preference", tmp_path / "base", **settings(trained_adapter, pairs, **changed, reference=str(base), max_steps=1)
     )
     assert abs(rows(to_base)[0]["policy/chosen_reward"]) > 1e-2
+
+
+@pytest.mark.parametrize(("good", "bad", "missing"), [(8, 0, "bad"), (0, 8, "good")])
+def test_replies_of_one_kind_only_are_said_to_teach_no_difference(good, bad, missing, capsys):
+    say_balance(SimpleNamespace(totals=(good, bad)), KTO())
+    said = capsys.readouterr().err
+    assert f"{good} good and {bad} bad replies: no {missing} reply counts" in said
+    assert "to 1" not in said
 
 
 def test_activation_checkpoints_and_precision_are_settings(tmp_path, base, pairs):

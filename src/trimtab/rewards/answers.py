@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
+from decimal import Decimal
 from typing import Literal
 
 from torch import Tensor
 
-from trimtab.errors import need
+from trimtab.errors import DataError, need
 from trimtab.metrics import Metrics
 from trimtab.registry import register
 from trimtab.rewards.each import Score, fact, score_each
 from trimtab.rewards.helper import Helper
-from trimtab.types import Rollout
+from trimtab.rewards.written import amount_of, as_number, clean, same_text
+from trimtab.types import Prompt, Rollout
 
 Form = Literal["hashes", "boxed", "last_number"]
 
-_NUMBER = re.compile(
-    r"[$€£¥]?\s*(?P<sign>[-+−]?)\s*[$€£¥]?\s*(?P<digits>\d[\d,]*(?:\.\d*)?|\.\d+)(?:\s*/\s*(?P<under>\d+))?\s*%?"
-)
-_GROUPED = re.compile(r"\d{1,3}(,\d{3})+(\.\d*)?")
 _IN_TEXT = re.compile(r"(?<![\w.])[-+−]?[$€£¥]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-_IN_LATEX = {"\\$": "$", "\\%": "%", "{,}": ",", "\\!": "", "\\,": ""}
-"""How a plain number is written in LaTeX."""
 _SEVERAL = ("$", "\\(", "\\)", "\\[", "\\]", "\\boxed", "\n")
 """What would end one formula and begin another: an answer is one."""
-_LONGEST_NUMBER = 200
-"""Characters; more is no number, however many digits it has."""
+
+__all__ = ["ExactAnswer", "ExactAnswerScorer", "as_number", "find_answer"]
 
 
 @register("reward", "exact_answer")
@@ -43,7 +39,7 @@ class ExactAnswer:
     """Where the final answer stands, the first form that occurs: "#### 42" to the end of that line, "\\boxed{42}", or
     the last number of the reply. The last of several in one form counts."""
     maths: bool = False
-    """Compare what are not two plain numbers as mathematics, by math-verify (the extra "math"); else as texts."""
+    """Compare what is not equal as numbers, lists or text as mathematics too, by math-verify (the extra "math")."""
     seconds: float = 5.0
     """Processor time for one comparison of mathematics; a reply that takes longer is not judged."""
     weight: float = 1.0
@@ -72,17 +68,32 @@ class ExactAnswerScorer:
         return score_each("exact_answer", rollouts, self._judge)
 
     def _judge(self, rollout: Rollout) -> Score:
-        right = str(fact(rollout.prompt, self.settings.fact))
+        right = self._right(rollout.prompt)
         given = find_answer(rollout.response, self.settings.forms)
         return Score(float(given is not None and self._same(right, given)), {"found": float(given is not None)})
 
+    def _right(self, prompt: Prompt) -> str:
+        """The right answer as a text. Raises DataError for a fact that is none: empty, a list, not a number."""
+        name = self.settings.fact
+        value = fact(prompt, name)
+        text = str(value).strip() if isinstance(value, str | int) else ""
+        if isinstance(value, float) and math.isfinite(value):
+            text = f"{Decimal(repr(value)):f}"
+        if "####" in text or "\\boxed" in text:
+            text = find_answer(text, ("hashes", "boxed")) or ""
+        if not text:
+            raise DataError(
+                f"the fact {name!r} is {str(value)[:80]!r}, which is no answer",
+                where=f"prompt {prompt.id}",
+                fix="give one text or number, such as 72; a worked answer may end with '#### 72' or hold \\boxed{72}",
+            )
+        return text
+
     def _same(self, right: str, given: str) -> bool:
-        numbers = as_number(right), as_number(given)
-        if None not in numbers:
-            return numbers[0] == numbers[1]
-        if _plain(right) == _plain(given):
+        if same_text(right, given):
             return True
-        if not self.settings.maths or any(mark in _plain(given) for mark in _SEVERAL):
+        both_numbers = amount_of(clean(right)) is not None and amount_of(clean(given)) is not None
+        if not self.settings.maths or both_numbers or any(mark in _plain(given) for mark in _SEVERAL):
             return False
         return bool(self.helper.ask("same_maths", _plain(right), _plain(given)))
 
@@ -96,21 +107,6 @@ def find_answer(reply: str, forms: Sequence[Form]) -> str | None:
     return None
 
 
-def as_number(text: str) -> Fraction | None:
-    """The exact value of a plain number: 1,234.50, $5, 3/4, 50% (which is 50), 1{,}000; None for anything else."""
-    for latex, plain in _IN_LATEX.items():
-        text = text.replace(latex, plain)
-    text = text.strip().rstrip(".")
-    match = _NUMBER.fullmatch(text) if len(text) <= _LONGEST_NUMBER else None
-    if match is None or ("," in match["digits"] and not _GROUPED.fullmatch(match["digits"])):
-        return None
-    under = int(match["under"] or 1)
-    if not under:
-        return None
-    value = Fraction(match["digits"].replace(",", "")) / under
-    return -value if match["sign"] in ("-", "−") else value
-
-
 def _after_hashes(reply: str) -> str | None:
     _, hashes, rest = reply.rpartition("####")
     answer = rest.lstrip().partition("\n")[0].strip()
@@ -118,11 +114,13 @@ def _after_hashes(reply: str) -> str | None:
 
 
 def _boxed(reply: str) -> str | None:
-    """What the braces of the last \\boxed hold, if they close."""
-    start = reply.rfind("\\boxed{")
-    if start < 0:
+    """What the braces of the last \\boxed or \\fbox hold, if they close; of "\\boxed 72" the word behind it."""
+    found = list(re.finditer(r"\\(?:boxed|fbox)(?:\s*(?=\{)|\s+(?P<word>[^\s{}$\\]+))", reply))
+    if not found:
         return None
-    depth, first = 0, start + len("\\boxed")
+    if found[-1]["word"]:
+        return found[-1]["word"]
+    depth, first = 0, found[-1].end()
     for i, character in enumerate(reply[first:], first):
         depth += (character == "{") - (character == "}")
         if not depth:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from trimtab.rewards.each import Score, score_each
 from trimtab.rewards.helper import Helper
 from trimtab.types import Rollout
 
+_log = logging.getLogger("trimtab.rewards")
 _FENCED = re.compile(r"^```[^\S\n]*([\w+-]*)[^\n]*\n(.*?)^```[^\S\n]*$", re.DOTALL | re.MULTILINE)
 
 
@@ -80,8 +82,23 @@ class ReasoningFormat:
         return self
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] 1 or 0."""
-        return score_each("reasoning_format", rollouts, lambda r: Score(float(self.holds(r.response))))
+        """[B] 1 or 0; the log says when the setting `opened` does not fit how the replies begin."""
+        scores, metrics = score_each("reasoning_format", rollouts, lambda r: Score(float(self.holds(r.response))))
+        other = replace(self, opened=not self.opened)
+        num_other = sum(other.holds(r.response) for r in rollouts)
+        if num_other > scores.sum():
+            _log.warning(
+                "reward reasoning_format: %d of %d replies have the form %s <%s> before them and %d as they are; "
+                "set opened = %s if the chat template %s",
+                num_other,
+                len(rollouts),
+                "with an opening" if other.opened else "without an opening",
+                self.reasoning,
+                int(scores.sum()),
+                str(other.opened).lower(),
+                "ends the prompt with the tag" if other.opened else "leaves the tag to the reply",
+            )
+        return scores, metrics
 
     def holds(self, reply: str) -> bool:
         """Whether a reply has the form."""

@@ -205,10 +205,17 @@ def say_balance(replies: Judgements, loss: Any) -> None:
     """Says on stderr when good and bad replies weigh very differently (KTO, arXiv:2402.01306, section 4.2: their total
     weights are best within 1 to 4/3 of each other)."""
     good, bad = replies.totals
-    ratio = loss.desirable_weight * good / max(loss.undesirable_weight * bad, 1e-9)
-    if not 0.75 <= ratio <= 4 / 3:
+    good_weight, bad_weight = loss.desirable_weight * good, loss.undesirable_weight * bad
+    if not good_weight or not bad_weight:
+        missing = "good" if bad_weight else "bad"
         print(
-            f"note: {good:.0f} good and {bad:.0f} bad replies weigh as {ratio:.2f} to 1; "
+            f"note: {good:.0f} good and {bad:.0f} bad replies: no {missing} reply counts, so nothing is learnt about "
+            f"what sets good apart from bad; add replies with the label {str(missing == 'good').lower()}",
+            file=sys.stderr,
+        )
+    elif not 0.75 <= good_weight / bad_weight <= 4 / 3:
+        print(
+            f"note: {good:.0f} good and {bad:.0f} bad replies weigh as {good_weight / bad_weight:.2f} to 1; "
             "loss.desirable_weight and loss.undesirable_weight can even that out",
             file=sys.stderr,
         )
