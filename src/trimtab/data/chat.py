@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, Literal, cast
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from trimtab.data.mistakes import Mistake
 from trimtab.data.words import Words
 from trimtab.errors import ConfigError, DataError
 from trimtab.types import Message, Role
@@ -101,6 +103,7 @@ class Chat:
         self.tokenizer = tokenizer
         if tokenizer.chat_template is None:
             tokenizer.chat_template = default_template(tokenizer)
+        self._refusals: dict[tuple[Role, ...], Mistake | None] = {}
         self._skeletons: dict[tuple[tuple[Role, ...], bool], _Skeleton | None] = {}
         added = {token.content: (id_, token.special) for id_, token in tokenizer.added_tokens_decoder.items()}
         self._special = {text: id_ for text, (id_, special) in added.items() if special}
@@ -191,6 +194,37 @@ class Chat:
         kept = [id_ for id_ in ids if id_ not in self.stop_ids]
         text = cast(str, self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         return text.removeprefix(self._lead).removesuffix(self._before_end)
+
+    def refusal(self, messages: Sequence[Message]) -> Mistake | None:
+        """What is wrong with a prompt for this template, by its roles: it refuses them, or leaves one of the turns out.
+
+        Found once for each order of roles, since that is what templates look at.
+        """
+        roles = tuple(m.role for m in messages)
+        if roles not in self._refusals:
+            self._refusals[roles] = self._find_refusal(messages)
+        return self._refusals[roles]
+
+    def _find_refusal(self, messages: Sequence[Message]) -> Mistake | None:
+        try:
+            self._render(messages, True)
+        except DataError as error:
+            return Mistake("template_refuses", error.problem, error.fix)
+        try:
+            marked = self._render([Message(m.role, _MARK.format(i)) for i, m in enumerate(messages)], True)
+        except DataError:
+            return None  # contents decide what this template takes
+        # Earlier replies may be rewritten, without their reasoning say; all else must be shown to the model.
+        for i, message in enumerate(messages):
+            mark = _MARK.format(i).strip()
+            if message.role != "assistant" and mark not in marked and json.dumps(mark)[1:-1] not in marked:
+                return Mistake(
+                    "template_leaves_out",
+                    f"the model's chat template leaves out the {message.role} turn (turn {i + 1} of {len(messages)})",
+                    f"put the text of the {message.role} turn into a user turn, "
+                    "or give the tokenizer a chat template that writes it",
+                )
+        return None
 
     # ---- studying the template, once ------------------------------------------------------------------------------
 

@@ -251,10 +251,14 @@ _CSV_VALUES = frozenset(
 # Replies and prompts are texts even where they look like lists; `messages.conversation_in` knows conversations.
 _CSV_TEXTS = frozenset(
     {"prompt", "instruction", "question", "query", "problem", "input", "context", "system", "text", "chosen",
-     "rejected", "completion", "response", "output", "answer", "reply", "solution", "response_a", "response_b"}
+     "rejected", "completion", "response", "output", "answer", "reply", "solution", "response_a", "response_b",
+     "rationale", "comment", "note"}
 )  # fmt: skip
-_FORMULA = re.compile(r"'+ *[=+\-@\t\r]")
 _MISSING = frozenset({"nan", "NaN", "<NA>"})
+_TAKEN_FOR_ELSE = r"(?: *[=+\-@\t\r]|(?:nan|NaN|<NA>)\Z)"
+NEEDS_APOSTROPHE = re.compile(f"'*{_TAKEN_FOR_ELSE}")
+"""A text that begins with an apostrophe in a CSV file, so that nothing takes it for a formula or a missing value."""
+_HAS_APOSTROPHE = re.compile(f"'+{_TAKEN_FOR_ELSE}")
 
 
 def _csv_rows(path: Path) -> Iterator[Located | BadRow]:
@@ -322,8 +326,8 @@ def _header(path: Path, names: list[str]) -> list[str]:
 
 
 def _csv_value(name: str, cell: str) -> Any:
-    if cell[:1] == "'" and _FORMULA.match(cell):
-        return cell[1:]  # the apostrophe only keeps spreadsheets from taking the text for a formula
+    if cell[:1] == "'" and _HAS_APOSTROPHE.match(cell):
+        return cell[1:]
     if cell in _MISSING:
         return None
     if name in _CSV_VALUES:

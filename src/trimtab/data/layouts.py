@@ -48,6 +48,12 @@ class Loaded(Generic[Record]):
     unused: tuple[str, ...] = ()
     """Columns, and fields of messages, that hold something and are no part of the records."""
 
+    @property
+    def report(self) -> JsonDict:
+        """What a run should say of the reading: the layout, what was not used, and rows left out by mistake."""
+        dropped = {n.removeprefix("dropped_"): num for n, num in self.counts.items() if n.startswith("dropped_")}
+        return {"layout": self.layout, "not_used": list(self.unused), "dropped": dropped}
+
 
 def load(
     kind: type[Record],

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import LAYOUTS, Loaded, kinds_of, load
-from trimtab.data.sources import is_world
+from trimtab.data.sources import is_feedback, is_world
 from trimtab.types import Demonstration, LabelledResponse, Message, PreferencePair, Prompt, SteppedResponse
 
 Kind = Literal["auto", "sft", "preference", "prompt"]
@@ -35,7 +35,9 @@ def show(source: str | Path, model_dir: str | Path, *, kind: Kind = "auto", rows
     from transformers import AutoTokenizer
 
     chat = Chat(AutoTokenizer.from_pretrained(model_dir))
-    loaded: Loaded[Any] = load(_RECORDS[kind] if kind != "auto" else _natural(source), source, on_bad_row="drop")
+    loaded: Loaded[Any] = load(
+        _RECORDS[kind] if kind != "auto" else _natural(source), source, on_bad_row="drop", accepts=chat.refusal
+    )
     examples = [_tokenise(chat, record) for record in loaded.records]
     for number, example in enumerate(examples[:rows], 1):
         for title, ids, mask in example:
@@ -45,6 +47,8 @@ def show(source: str | Path, model_dir: str | Path, *, kind: Kind = "auto", rows
     console.print(Text("⟦…⟧ is what is trained" if any(examples[0][0][2]) else "a prompt is not trained on"))
     console.print()
     console.print(_summary(loaded))
+    if loaded.unused:
+        console.print(Text(visible(f"not used: {', '.join(loaded.unused)}", newline="⏎"), style="yellow"))
     for line in loaded.dropped:
         console.print(Text(f"left out: {visible(line, newline='⏎')}", style="yellow"))
     console.print()
@@ -69,6 +73,8 @@ def _natural(source: str | Path) -> type:
     """The record a source is for: the first that its layout gives."""
     if is_world(source):
         return Demonstration
+    if is_feedback(source):
+        return PreferencePair
     return next(iter(kinds_of(source)), Prompt)
 
 

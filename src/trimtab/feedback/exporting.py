@@ -15,6 +15,9 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 import trimtab
+from trimtab.data.files import NEEDS_APOSTROPHE
+from trimtab.data.mistakes import Mistake
+from trimtab.data.rows import to_explicit_pair, to_labelled_response, to_stepped_response
 from trimtab.errors import DataError
 from trimtab.feedback import labels
 from trimtab.feedback import tables as t
@@ -40,7 +43,6 @@ LAYOUTS: dict[Layout, str] = {
     "potato": "Potato's instances with their label annotations",
     "dump": "everything but passwords, to import again without loss",
 }
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def _jsonl(rows: Sequence[JsonDict]) -> bytes:
 
 
 def _csv(rows: Sequence[JsonDict]) -> bytes:
-    """Cells that a spreadsheet would take for a formula begin with an apostrophe, which it does not show."""
+    """Cells that a spreadsheet would take for a formula begin with an apostrophe, which it does not show and the data
+    readers take off."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -116,7 +119,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     text = str(value)
-    return "'" + text if text.lstrip(" ").startswith(_FORMULA) else text
+    return "'" + text if NEEDS_APOSTROPHE.match(text) else text
 
 
 def _parquet(rows: Sequence[JsonDict]) -> bytes:
@@ -175,16 +178,23 @@ def _rows(
     settings = project.settings
     if layout in ("preference", "conversational", "implicit"):
         pairs, counts = labels.preference_pairs(connection, settings.labels, split)
-        return [_pair_row(pair, layout, bool(settings.labels.margins)) for pair in pairs], counts
+        margins = bool(settings.labels.margins)
+        rows = [_pair_row(pair, layout, margins) for pair in pairs]
+        if layout == "preference" and not _read_back(rows, pairs, to_explicit_pair, "chosen", "rejected"):
+            rows = [_pair_row(pair, "conversational", margins) for pair in pairs]
+        return rows, counts
     if layout == "unpaired":
         found, counts = labels.labelled_responses(connection, settings.labels, settings.task.rating_scale, split)
         rows = [{"prompt": _text(r.prompt), "completion": r.response, "label": r.label} for r in found]
+        if not _read_back(rows, found, to_labelled_response, "response"):
+            rows = [{"prompt": _messages(r.prompt), "completion": _said(r.response), "label": r.label} for r in found]
         return rows, counts
     if layout == "stepwise":
         stepped, counts = labels.stepped_responses(connection, settings.labels, split)
-        return [
-            {"prompt": _text(r.prompt), "completions": list(r.steps), "labels": list(r.labels)} for r in stepped
-        ], counts
+        rows = [{"prompt": _text(r.prompt), "completions": list(r.steps), "labels": list(r.labels)} for r in stepped]
+        if not _read_back(rows, stepped, to_stepped_response):
+            rows = [row | {"prompt": _messages(r.prompt)} for row, r in zip(rows, stepped, strict=True)]
+        return rows, counts
     if layout == "sft":
         written, counts = labels.demonstrations(connection, settings.labels, split)
         rows = [{"messages": [*_messages(d.prompt), {"role": "assistant", "content": d.response}]} for d in written]
@@ -214,8 +224,7 @@ def _rows(
 
 
 def _pair_row(pair: Any, layout: str, with_margin: bool) -> JsonDict:
-    chosen = [{"role": "assistant", "content": pair.chosen}]
-    rejected = [{"role": "assistant", "content": pair.rejected}]
+    chosen, rejected = _said(pair.chosen), _said(pair.rejected)
     row: JsonDict
     if layout == "preference":
         row = {"prompt": _text(pair.prompt), "chosen": pair.chosen, "rejected": pair.rejected}
@@ -231,18 +240,33 @@ def _messages(prompt: Prompt) -> list[JsonDict]:
     return [{"role": m.role, "content": m.content} for m in prompt.messages]
 
 
+def _said(reply: str) -> list[JsonDict]:
+    return [{"role": "assistant", "content": reply}]
+
+
 def _text(prompt: Prompt) -> str:
     """A single question as it is; a conversation as a Human/Assistant transcript, which the readers know."""
     if len(prompt.messages) == 1:
         return prompt.messages[0].content
     names = {"user": "Human", "assistant": "Assistant"}
-    if any(m.role not in names for m in prompt.messages):
-        raise DataError(
-            "a prompt with a system message has no form as text",
-            where=f"prompt {prompt.id}",
-            fix="export the layout 'conversational'",
-        )
-    return "".join(f"\n\n{names[m.role]}: {m.content}" for m in prompt.messages) + "\n\nAssistant:"
+    turns = "".join(f"\n\n{names.get(m.role, m.role)}: {m.content}" for m in prompt.messages)
+    return turns + "\n\nAssistant:"
+
+
+def _read_back(
+    rows: Sequence[JsonDict], records: Sequence[Any], convert: Callable[[JsonDict], Any], *replies: str
+) -> bool:
+    """Whether the readers find in these rows what they were written from. A system turn, or a text with blanks around
+    it or a speaker's name in it, has no form in a transcript; then all prompts and replies are written as messages."""
+    try:
+        found = [convert(row) for row in rows]
+    except Mistake:
+        return False
+    return all(
+        here.prompt.messages == record.prompt.messages
+        and all(getattr(here, name) == getattr(record, name) for name in replies)
+        for here, record in zip(found, records, strict=True)
+    )
 
 
 def _potato(connection: Connection, question: str) -> Iterable[JsonDict]:

@@ -129,21 +129,25 @@ class Run:
         """Appends rows of JSON values to samples.jsonl, each under the step that `log` gets for the same work."""
         _append(self.directory / "samples.jsonl", [{"step": step, **row} for row in rows])
 
-    def add_data(self, source: str | Path, sha256: str, rows: int) -> None:
-        """Records in data.json what was read.
+    def add_data(self, source: str | Path, sha256: str, rows: int, reading: Mapping[str, Any] | None = None) -> None:
+        """Records in data.json what was read and how: with `not_used`, columns that are no part of the records, and
+        `dropped`, rows left out by mistake, which are said on stderr too.
 
         Raises DataError where a resumed run finds other data than it began with.
         """
         path = self.directory / "data.json"
         seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         entry = {"sha256": sha256, "rows": rows}
-        if seen.setdefault(str(source), entry) != entry:
+        before = seen.get(str(source), entry)
+        if {name: before[name] for name in entry} != entry:
             raise DataError(
                 f"{source} is not the data this run began with ({rows} rows now, {seen[str(source)]['rows']} then)",
                 where=str(path),
                 fix="restore the data, or begin again with --fresh or another --out",
             )
+        seen[str(source)] = entry | dict(reading or {})
         _write(path, _json_text(seen))
+        say_reading(str(source), rows, reading or {})
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None], keep: int = 2) -> None:
         """Makes checkpoints/step-<step> out of what `write` puts into the directory it is given, all or nothing.
@@ -393,6 +397,16 @@ def _end_of_step(path: Path, step: int) -> int:
                 break
             end += len(line)
     return end
+
+
+def say_reading(source: str, kept: int, reading: Mapping[str, Any]) -> None:
+    """Says on stderr what was not used of a source, and which rows were left out."""
+    if dropped := reading.get("dropped"):
+        kinds = ", ".join(f"{num} {name.replace('_', ' ')}" for name, num in dropped.items())
+        num = sum(dropped.values())
+        print(f"note: {source}: {num:,} of {num + kept:,} rows are left out ({kinds})", file=sys.stderr)
+    if names := reading.get("not_used"):
+        print(f"note: {source}: not used: {', '.join(names)}", file=sys.stderr)
 
 
 def _write(path: Path, text: str) -> None:

@@ -66,9 +66,11 @@ class Settings:
 
 def run(settings: Settings, run: Run) -> None:
     """Writes the numbers to summary.json and replies of both models to samples.jsonl."""
-    loaded = load(Prompt, settings.prompts, on_bad_row=settings.on_bad_row, limit=settings.num_prompts)
-    run.add_data(settings.prompts, loaded.sha256, len(loaded.records))
     chat = Chat(load_tokenizer(settings.model))
+    loaded = load(
+        Prompt, settings.prompts, on_bad_row=settings.on_bad_row, limit=settings.num_prompts, accepts=chat.refusal
+    )
+    run.add_data(settings.prompts, loaded.sha256, len(loaded.records), loaded.report)
     temperature = settings.sampling.temperature
     policy = Policy(load_causal(settings.model), pad_id=chat.pad_id, temperature=temperature)
     baseline = Policy(load_causal(settings.baseline), pad_id=chat.pad_id, temperature=temperature)

@@ -153,8 +153,9 @@ class Parts:
 def build_parts(settings: Settings, run: Run) -> Parts:
     """Loads models and data. Raises an error that teaches for whatever cannot be used."""
     chat = Chat(load_tokenizer(settings.model))
-    loaded = load(Prompt, settings.prompts, on_bad_row=settings.on_bad_row, limit=settings.limit)
-    run.add_data(settings.prompts, loaded.sha256, len(loaded.records))
+    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
+    loaded = load(Prompt, settings.prompts, limit=settings.limit, **options)
+    run.add_data(settings.prompts, loaded.sha256, len(loaded.records), loaded.report)
     prompts = [p for p in loaded.records if len(chat.encode_prompt(p.messages)) <= settings.sampling.max_prompt_tokens]
     if not prompts:
         raise DataError(
@@ -208,7 +209,7 @@ def build_parts(settings: Settings, run: Run) -> Parts:
         critic=critic,
         policy_learner=policy_learner,
         critic_learner=critic_learner,
-        demonstrations=load(Demonstration, mix.data).records if mix else (),
+        demonstrations=load(Demonstration, mix.data, **options).records if mix else (),
         world=world,
         state=state,
         counts=dict(loaded.counts) | {"dropped_long_prompts": len(loaded.records) - len(prompts)},

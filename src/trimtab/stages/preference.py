@@ -170,14 +170,15 @@ def read_data(
     """What to train on and what to validate on, grouped by prompt; what was dropped and what the loss has no place for
     is added to `counts`."""
     kind: type[Any] = LabelledResponse if loss.reads == "replies" and holds_labels(settings.data) else PreferencePair
-    loaded: Loaded[Any] = load(kind, settings.data, on_bad_row=settings.on_bad_row, limit=settings.limit)
-    run.add_data(settings.data, loaded.sha256, len(loaded.records))
+    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
+    loaded: Loaded[Any] = load(kind, settings.data, limit=settings.limit, **options)
+    run.add_data(settings.data, loaded.sha256, len(loaded.records), loaded.report)
     counts |= loaded.counts
     if settings.held_out_data is None:
         train, held_out = split_by_prompt(loaded.records, held_out=settings.held_out)
     else:
-        judged: Loaded[Any] = load(kind, settings.held_out_data, on_bad_row=settings.on_bad_row)
-        run.add_data(settings.held_out_data, judged.sha256, len(judged.records))
+        judged: Loaded[Any] = load(kind, settings.held_out_data, **options)
+        run.add_data(settings.held_out_data, judged.sha256, len(judged.records), judged.report)
         train, held_out = loaded.records, judged.records
     fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
     if kind is LabelledResponse:

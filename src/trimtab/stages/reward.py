@@ -84,14 +84,15 @@ class Settings:
 def run(settings: Settings, run: Run) -> None:
     """Trains, calibrates and judges the reward model; writes it to `run.model_dir` and its card to summary.json."""
     chat = Chat(load_tokenizer(settings.model))
-    loaded = load(PreferencePair, settings.data, on_bad_row=settings.on_bad_row, limit=settings.limit)
-    run.add_data(settings.data, loaded.sha256, len(loaded.records))
+    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
+    loaded = load(PreferencePair, settings.data, limit=settings.limit, **options)
+    run.add_data(settings.data, loaded.sha256, len(loaded.records), loaded.report)
     counts: dict[str, int] = dict(loaded.counts)
     if settings.held_out_data is None:
         train, held_out = split_by_prompt(loaded.records, held_out=settings.held_out)
     else:
-        judged = load(PreferencePair, settings.held_out_data, on_bad_row=settings.on_bad_row)
-        run.add_data(settings.held_out_data, judged.sha256, len(judged.records))
+        judged = load(PreferencePair, settings.held_out_data, **options)
+        run.add_data(settings.held_out_data, judged.sha256, len(judged.records), judged.report)
         train, held_out = loaded.records, judged.records
     fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
     judged_by = group_pairs(held_out, chat, **fit_in)
@@ -159,7 +160,9 @@ def calibrate(model: ScalarModel, chat: Chat, settings: Settings, train: Compari
     if settings.demonstrations is None:
         shift = float(scores[batch.chosen_ids].mean())
     else:
-        demonstrations = load(Demonstration, settings.demonstrations, limit=1000).records
+        demonstrations = load(
+            Demonstration, settings.demonstrations, limit=1000, on_bad_row=settings.on_bad_row, accepts=chat.refusal
+        ).records
         shown = [
             response_tree(chat.encode_prompt(d.prompt.messages), [chat.encode_response(d.response)])
             for d in demonstrations

@@ -258,16 +258,16 @@ def load_asked(settings: Settings, chat: Chat, run: Run) -> tuple[list[Asked], d
     """
     source = settings.demonstrations or settings.prompts
     assert source is not None
-    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "limit": settings.limit}
+    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "limit": settings.limit, "accepts": chat.refusal}
     if settings.demonstrations is not None:
         demonstrations = load(Demonstration, source, **options)
         found = [Asked(d.prompt, d.response) for d in demonstrations.records]
-        sha256, counts = demonstrations.sha256, Counter(demonstrations.counts)
+        sha256, counts, report = demonstrations.sha256, Counter(demonstrations.counts), demonstrations.report
     else:
         prompts = load(Prompt, source, **options)
         found = [Asked(p, None) for p in prompts.records]
-        sha256, counts = prompts.sha256, Counter(prompts.counts)
-    run.add_data(source, sha256, len(found))
+        sha256, counts, report = prompts.sha256, Counter(prompts.counts), prompts.report
+    run.add_data(source, sha256, len(found), report)
     asked: dict[str, Asked] = {}
     for one in found:
         before = asked.setdefault(one.prompt.id, one)

@@ -35,7 +35,8 @@ class Settings:
     data: str
     """Demonstrations: a file, a hub id or a world."""
     chosen_as_demonstrations: bool = False
-    """Read preference pairs and imitate their chosen replies. These are only the better of two, not good examples."""
+    """Read preference pairs and imitate their chosen replies, each once, but for those that are rejected in another
+    pair. These are only the better of two, not good examples."""
     held_out: float = 0.05
     """Share of the prompts kept for the validation loss."""
     limit: int | None = None
@@ -80,7 +81,7 @@ def run(settings: Settings, run: Run) -> None:
     """Trains and writes the model to `run.model_dir`."""
     tokenizer = load_tokenizer(settings.model)
     chat = Chat(tokenizer)
-    demonstrations, counts = read_demonstrations(settings, run)
+    demonstrations, counts = read_demonstrations(settings, chat, run)
     train, held_out = split_by_prompt(demonstrations, held_out=settings.held_out)
     trees = demonstration_trees(train, chat, settings, counts)
     validation = demonstration_trees(held_out, chat, settings, counts)
@@ -138,15 +139,18 @@ def start_policy(path: str, adapter: LoRA | None, chat: Chat, *, seed: int) -> t
     return Policy(model, pad_id=chat.pad_id, adapter="policy"), base or path
 
 
-def read_demonstrations(settings: Settings, run: Run) -> tuple[list[Demonstration], dict[str, int]]:
+def read_demonstrations(settings: Settings, chat: Chat, run: Run) -> tuple[list[Demonstration], dict[str, int]]:
     """The demonstrations and the counts of what was read and dropped."""
-    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "limit": settings.limit}
+    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "limit": settings.limit, "accepts": chat.refusal}
     if settings.chosen_as_demonstrations:
         pairs = load(PreferencePair, settings.data, **options)
-        run.add_data(settings.data, pairs.sha256, len(pairs.records))
-        return [Demonstration(prompt=p.prompt, response=p.chosen) for p in pairs.records], dict(pairs.counts)
+        run.add_data(settings.data, pairs.sha256, len(pairs.records), pairs.report)
+        beaten = {(p.prompt.messages, p.rejected) for p in pairs.records}
+        best = {(p.prompt.messages, p.chosen): p for p in pairs.records}
+        chosen = [p for reply, p in best.items() if reply not in beaten]
+        return [Demonstration(prompt=p.prompt, response=p.chosen) for p in chosen], dict(pairs.counts)
     loaded = load(Demonstration, settings.data, **options)
-    run.add_data(settings.data, loaded.sha256, len(loaded.records))
+    run.add_data(settings.data, loaded.sha256, len(loaded.records), loaded.report)
     return loaded.records, dict(loaded.counts)
 
 
@@ -158,6 +162,7 @@ def demonstration_trees(
     for d in demonstrations:
         if settings.train_on == "all":
             ids, mask = chat.encode_conversation((*d.prompt.messages, Message("assistant", d.response)))
+            mask = without_turns(mask, d.untrained_turns)
             if len(ids) > settings.max_tokens:
                 counts["dropped_too_long"] = counts.get("dropped_too_long", 0) + 1
             else:
@@ -174,3 +179,16 @@ def demonstration_trees(
         if tree is not None:
             trees.append(tree)
     return trees
+
+
+def without_turns(mask: Sequence[bool], turns: Sequence[int]) -> list[bool]:
+    """The mask without the assistant turns of these numbers: each run of trained tokens is one turn.
+
+    Where the template rewrites earlier turns only the last one is trained, and there is nothing to take out.
+    """
+    starts = [i for i, trained in enumerate(mask) if trained and not (i and mask[i - 1])]
+    found = list(mask)
+    for turn in turns if len(starts) > max(turns, default=0) + 1 else ():
+        end = next((i for i in range(starts[turn], len(mask)) if not mask[i]), len(mask))
+        found[starts[turn] : end] = [False] * (end - starts[turn])
+    return found
