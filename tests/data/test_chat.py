@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import json
 from collections import Counter
 
 import pytest
@@ -7,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.data.chat import DEFAULT_TEMPLATE, SPECIAL_TOKENS, Chat, fit
+from trimtab.data.layouts import load
 from trimtab.errors import ConfigError, DataError
-from trimtab.types import Message
+from trimtab.types import Demonstration, Message
 
 from .conftest import CHATML, byte_level
 
@@ -267,3 +270,35 @@ def test_a_template_that_cannot_go_on_after_a_reply_is_refused():
     tokenizer = byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], once, eos_token="<|im_end|>")
     with pytest.raises(DataError, match="does not write a user turn after a reply"):
         Chat(tokenizer).encode_user_turn("So?", ended=True)
+
+
+def test_a_prompt_that_the_template_refuses_or_cuts_is_told_by_its_roles(tokenizers):
+    system, asked, answered = Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Yo")
+    llama2 = Chat(tokenizers["llama2"])
+    assert llama2.refusal([asked]) is None
+    refused = llama2.refusal([system, asked])
+    assert refused is not None
+    assert refused.kind == "template_refuses"
+    assert "must alternate" in refused.problem
+
+    deaf = copy.deepcopy(tokenizers["ours"])
+    deaf.chat_template = DEFAULT_TEMPLATE.replace("in messages", "in messages if message['role'] != 'system'")
+    left_out = Chat(deaf).refusal([system, asked])
+    assert left_out is not None
+    assert left_out.kind == "template_leaves_out"
+    assert "leaves out the system turn (turn 1 of 2)" in left_out.problem
+    # a template that drops the reasoning of earlier replies leaves nothing out that a person wrote
+    assert Chat(tokenizers["thinking"]).refusal([asked, answered, asked]) is None
+
+
+def test_a_row_that_the_template_refuses_is_a_bad_row_with_its_place(tokenizers, tmp_path):
+    rows = [{"prompt": "Hi", "completion": "Yo"}, {"system": "Be brief.", "prompt": "Hi", "completion": "Yo"}]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refusal = Chat(tokenizers["llama2"]).refusal
+    with pytest.raises(DataError, match="refuses the conversation") as caught:
+        load(Demonstration, path, accepts=refusal)
+    assert caught.value.where == f"{path}, row 2"
+    loaded = load(Demonstration, path, accepts=refusal, on_bad_row="drop")
+    assert loaded.counts == {"rows": 2, "records": 1, "dropped_template_refuses": 1}
+    assert loaded.report == {"layout": "prompts with completions", "not_used": [], "dropped": {"template_refuses": 1}}

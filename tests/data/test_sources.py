@@ -123,6 +123,147 @@ def test_a_cut_gzip_file_says_how_much_of_it_could_be_read(tmp_path):
         read_rows(path)
 
 
+TABLE = [{"prompt": "a", "completion": "b, c"}, {"prompt": "d; e", "completion": "f"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("d.json", json.dumps(TABLE)),
+        ("d.jsonl", json.dumps(TABLE, indent=1)),
+        ("d.json", json.dumps({"version": 1, "data": TABLE})),
+        ("d.json", "".join(json.dumps(row) + "\n" for row in TABLE)),
+        ("d.jsonl", "".join(json.dumps(row, indent=2) + "\n" for row in TABLE)),
+        ("d.tsv", "prompt\tcompletion\na\tb, c\nd; e\tf\n"),
+        ("d.csv", "prompt\tcompletion\na\tb, c\nd; e\tf\n"),
+        ("d.csv", 'prompt;completion\na;b, c\n"d; e";f\n'),
+        ("d.csv", 'sep=;\r\nprompt;completion\r\na;b, c\r\n"d; e";f\r\n'),
+        ("d.csv", "prompt|completion\na|b, c\nd; e|f\n"),
+        ("d.CSV", 'prompt,completion\na,"b, c"\nd; e,f\n'),
+    ],
+)
+def test_json_documents_and_other_separators_are_read(tmp_path, name, content):
+    rows = read_rows(write(tmp_path / name, content.encode()))
+    assert [row for _, row in rows.rows] == TABLE
+    assert not rows.bad
+
+
+def test_the_row_numbers_that_pandas_writes_are_a_column_of_their_own(tmp_path):
+    ((_, row),) = read_rows(write(tmp_path / "d.csv", b",prompt\n0,a\n")).rows
+    assert row == {"Unnamed: 0": "0", "prompt": "a"}
+
+
+LIKE_FORMULAS = ("- a list", "=1+1", "+3", "@you", " - b", "'-c", "''=d", "\tx", "NaN", "'NaN", "it's", "'q'")
+
+
+@pytest.mark.parametrize("text", LIKE_FORMULAS)
+def test_a_csv_cell_that_looks_like_a_formula_comes_back_as_it_was(tmp_path, text):
+    from trimtab.feedback.exporting import to_bytes
+
+    content = to_bytes([{"prompt": text, "chosen": [text], "n": 1}], "d.csv")
+    ((_, row),) = read_rows(write(tmp_path / "d.csv", content)).rows
+    assert row["prompt"] == text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("[1, 2]", [1, 2]), ("['a', 'b']", ["a", "b"]), ("['a' 'b']", "['a' 'b']"), ("[True, False]", [True, False])],
+)
+def test_a_list_in_a_csv_cell_is_read_where_no_text_is_meant(tmp_path, text, value):
+    ((_, row),) = read_rows(write(tmp_path / "d.csv", f'prompt,steps\n"{text}","{text}"\n'.encode())).rows
+    assert row == {"prompt": text, "steps": value}
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        (b'{"prompt": "cut \\ud83d"}', "half_character"),
+        (b'{"prompt": [{"role": "user", "content": "\\uDE00 cut"}]}', "half_character"),
+        (b'{"cut \\ud83d": 1}', "half_character"),
+        (b'{"prompt": "a", "prompt": "b"}', "repeated_name"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "broken_json"),
+        (b'{"a":' * 100_000, "broken_json"),
+    ],
+)
+def test_rows_of_other_faults_have_kinds_of_their_own(tmp_path, line, kind):
+    rows = read_rows(write(tmp_path / "d.jsonl", b'{"prompt": "whole \\ud83d\\ude00"}\n' + line + b"\n"))
+    assert [row for _, row in rows.rows] == [{"prompt": "whole 😀"}]
+    assert [(bad.where[-5:], bad.kind) for bad in rows.bad] == [("row 2", kind)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fix"),
+    [
+        ("d.txt", b"a", "a text file has no columns"),
+        ("d.jsonl.zst", b"a", "zstd -d"),
+        ("d.xlsx", b"a", "save the sheet as CSV"),
+        ("d.pkl", b"a", "a pickle can run code"),
+        ("d.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), "iconv -f utf-16"),
+        ("d.csv", "prompt\na\n".encode("utf-16"), "iconv -f utf-16"),
+        ("d.json", b'{"prompt": {"0": "a"}, "completion": {"0": "b"}}', "orient='records'"),
+        ("d.jsonl.gz", b'{"prompt": "a"}\n', "take .gz off its name"),
+    ],
+)
+def test_what_is_not_read_names_the_way_out(tmp_path, name, content, fix):
+    with pytest.raises(DataError) as caught:
+        read_rows(write(tmp_path / name, content))
+    assert fix in caught.value.fix
+
+
+def names(rows) -> list[str]:
+    return [row["prompt"] for _, row in rows.rows]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for i in (0, 1):
+        write(folder / f"train-0000{i}-of-00002.jsonl", f'{{"prompt": "{i}"}}\n'.encode())
+    return folder
+
+
+def test_folders_patterns_and_lists_of_shards_are_one_source(shards):
+    first, second = sorted(shards.iterdir())
+    for source in (shards, f"{shards}/*.jsonl", f"{first},{second}", f"{first}, {second}"):
+        rows = read_rows(source)
+        assert names(rows) == ["0", "1"]
+        assert [where for where, _ in rows.rows] == [f"{first}, row 1", f"{second}, row 1"]
+    assert read_rows(shards).sha256 == read_rows(f"{first},{second}").sha256 != read_rows(f"{second},{first}").sha256
+    assert names(read_rows(shards, limit=1)) == ["0"]
+    assert names(read_rows(f"{shards}?columns=prompt:prompt")) == ["0", "1"]
+
+
+def test_a_folder_with_several_splits_asks_which(shards):
+    write(shards / "test.jsonl", b'{"prompt": "t"}\n')
+    with pytest.raises(DataError, match="the splits test, train") as caught:
+        read_rows(shards)
+    assert f"{shards}?split=test" in caught.value.fix
+    assert names(read_rows(f"{shards}?split=train")) == ["0", "1"]
+
+
+def test_a_folder_that_lacks_a_shard_or_mixes_types_is_refused(shards):
+    write(shards / "train.csv", b"prompt\na\n")
+    with pytest.raises(DataError, match="several types: csv, jsonl"):
+        read_rows(shards)
+    (shards / "train.csv").unlink()
+    (shards / "train-00000-of-00002.jsonl").unlink()
+    with pytest.raises(DataError, match="number 0 is missing"):
+        read_rows(shards)
+
+
+def test_a_saved_data_set_is_read(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_list(TABLE).save_to_disk(tmp_path / "one")
+    assert [row for _, row in read_rows(tmp_path / "one").rows] == TABLE
+    both = datasets.DatasetDict({name: datasets.Dataset.from_list(TABLE) for name in ("train", "test")})
+    both.save_to_disk(tmp_path / "both")
+    with pytest.raises(DataError, match="the splits train, test"):
+        read_rows(tmp_path / "both")
+    assert [row for _, row in read_rows(f"{tmp_path}/both?split=test").rows] == TABLE
+
+
 def test_a_missing_file_is_not_taken_for_a_hub_data_set(tmp_path):
     with pytest.raises(DataError, match="there is no file"):
         read_rows("data/train.jsonl")

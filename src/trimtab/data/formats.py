@@ -92,10 +92,10 @@ class Reading:
         """The records of a row. A prompt takes every column that is not used as one of its facts. Raises Mistake."""
         made = self.convert(plain)
         found = made if isinstance(made, list) else [made]
-        if self.kind is Prompt and row.keys() - self.used and not _is_own(row.get("prompt")):
+        if self.kind is Prompt and self.layout.gather is None and not _is_own(row.get("prompt")):
             others = {k: v for k, v in row.items() if k not in self.used and v is not None and v == v}
-            facts: JsonDict = json.loads(json.dumps(others, default=str))
-            found = [replace(prompt, facts={**facts, **prompt.facts}) for prompt in found]
+            facts: JsonDict = json.loads(json.dumps(others, default=str)) if others else {}
+            found = found if not facts else [replace(prompt, facts={**facts, **prompt.facts}) for prompt in found]
         return found
 
     def collect(self, made: list[Any]) -> tuple[list[Any], dict[str, int]]:

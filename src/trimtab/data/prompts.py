@@ -82,7 +82,10 @@ def split_reply(name: str, messages: tuple[Message, ...]) -> tuple[tuple[Message
         raise Mistake(
             "no_assistant_turn",
             f"{name} ends with {f'a {messages[-1].role} turn' if messages else 'nothing'}: there is no reply",
-            f"end {name} with an assistant turn",
+            f"end {name} with an assistant turn"
+            if name != "messages"
+            else "end messages with an assistant turn, or say which column holds the reply: "
+            "FILE?columns=messages:prompt,NAME:completion",
         )
     return messages[:-1], not_empty(name, messages[-1].content)
 
@@ -144,9 +147,7 @@ def with_columns(messages: tuple[Message, ...], row: Mapping[str, Any]) -> tuple
         return messages
     contexts = [(name, row[name]) for name in CONTEXT if name in present and filled(row[name])]
     for name, value in contexts:
-        text = value if isinstance(value, str) else "\n\n".join(value) if _are_texts(value) else None
-        if text is None:
-            wrong_type(name, value, "text")
+        text = _running_text(name, value)
         if not messages or messages[-1].role != "user":
             raise Mistake(
                 "no_place", f"{name} is given, but no user turn comes last that it could belong to", f"remove {name}"
@@ -163,6 +164,15 @@ def with_columns(messages: tuple[Message, ...], row: Mapping[str, Any]) -> tuple
             wrong_type(name, value, "text")
         messages = _with_system(name, value, messages)
     return messages
+
+
+def _running_text(name: str, value: Any) -> str:
+    """A text, or several as paragraphs; passages may be lists of lines."""
+    if _are_texts(value):
+        return "\n\n".join(value)
+    if isinstance(value, list) and all(_are_texts(lines) for lines in value):
+        return "\n\n".join("\n".join(lines) for lines in value)
+    return value if isinstance(value, str) else wrong_type(name, value, "text")
 
 
 def _are_texts(value: Any) -> bool:

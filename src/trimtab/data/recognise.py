@@ -101,6 +101,9 @@ def _unknown(columns: frozenset[str], seen: Sequence[str], where: str) -> DataEr
     if "text" in columns:
         fix = "plain text is for the pretrain stage; other stages need prompts and replies "
         fix += "(FILE?columns=text:prompt reads every text as a prompt)"
+    elif "turns" in columns:
+        fix = "turns holds what a person says turn after turn, and the replies between are not in the file; write the "
+        fix += "first as the prompt: jq -c '.prompt = .turns[0]' (behind zcat for a .gz file)"
     elif {"response_a", "response_b"} <= columns:
         fix = "say which reply was preferred: a column 'choice' with A, B or tie"
     elif any(name.startswith("{") or len(name) > 40 for name in columns) or ".csv" in where or ".tsv" in where:

@@ -108,11 +108,14 @@ def _probability(value: Any) -> float:
     """The label of a pair: the probability that chosen is preferred; nothing and true are 1."""
     if value is None or value == "" or value is True:
         return 1.0
-    label = number_in({"label": 0.0 if value is False else value}, "label")
-    if label is None or not 0.5 <= label <= 1:
+    try:
+        label = float(value)
+    except (TypeError, ValueError):
+        label = math.nan
+    if not 0.5 <= label <= 1:
         raise Mistake(
             "label_out_of_range",
-            f"label is {label:g}, but the probability that chosen is preferred is from 0.5 to 1",
+            f"label is {shown(value)}, but the probability that chosen is preferred is from 0.5 to 1",
             "swap chosen and rejected where it is below 0.5, and give a probability, not a score; a column that means "
             "something else is left out with FILE?ignore=label",
         )

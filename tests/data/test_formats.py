@@ -1,0 +1,399 @@
+"""Layouts that people have: each is read as what it means."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from trimtab.data.layouts import kinds_of, load
+from trimtab.errors import DataError
+from trimtab.types import Comparison, Demonstration, LabelledResponse, Message, PreferencePair, Prompt, SteppedResponse
+
+
+def prompt(*contents: str, system: str = "", **more) -> Prompt:
+    roles = ("user", "assistant")
+    turns = [Message(roles[i % 2], text) for i, text in enumerate(contents)]
+    return Prompt(messages=tuple([Message("system", system)] if system else []) + tuple(turns), **more)
+
+
+def shown(*contents: str, **more) -> Demonstration:
+    return Demonstration(prompt=prompt(*contents[:-1], **more), response=contents[-1])
+
+
+def pair(asked: Prompt, chosen: str = "Yes.", rejected: str = "No.", **more) -> PreferencePair:
+    return PreferencePair(prompt=asked, chosen=chosen, rejected=rejected, **more)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def said(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(*rows: dict, name: str = "data.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+DEMONSTRATIONS = {
+    "alpaca": ({"instruction": "Add.", "input": "2 and 3", "output": "5"}, shown("Add.\n\n2 and 3", "5")),
+    "alpaca without input": ({"instruction": "Add.", "input": "", "output": "5"}, shown("Add.", "5")),
+    "alpaca with system and history": (
+        {"system": "Be brief.", "history": [["a", "b"]], "instruction": "c", "input": "", "output": "d"},
+        shown("a", "b", "c", "d", system="Be brief."),
+    ),
+    "dolly": (
+        {"instruction": "Who?", "context": "Bob did it.", "response": "Bob", "category": "closed_qa"},
+        shown("Who?\n\nBob did it.", "Bob"),
+    ),
+    "passages": ({"question": "Who?", "passages": ["One.", "Two."], "answer": "Bob"}, "facts"),
+    "input and output": ({"input": "Hi", "output": "Hello"}, shown("Hi", "Hello")),
+    "prompt, input and completion": (
+        {"prompt": "Translate", "input": "cheese", "completion": "fromage"},
+        shown("Translate\n\ncheese", "fromage"),
+    ),
+    "problem and solution": ({"problem": "1+1?", "solution": "It is 2."}, shown("1+1?", "It is 2.")),
+    "system column": (
+        {"system": "In French.", "prompt": "Hi", "completion": "Salut"},
+        shown("Hi", "Salut", system="In French."),
+    ),
+    "system prompt beside messages": (
+        {"system_prompt": "In French.", "messages": [user("Hi"), said("Salut")]},
+        shown("Hi", "Salut", system="In French."),
+    ),
+    "the same system twice": (
+        {"system": "Brief.", "messages": [{"role": "system", "content": "Brief."}, user("Hi"), said("Yo")]},
+        shown("Hi", "Yo", system="Brief."),
+    ),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        shown("Hi", "Hello"),
+    ),
+    "sharegpt renamed": (
+        {"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        shown("Hi", "Hello"),
+    ),
+    "other names of roles": (
+        {
+            "messages": [
+                {"role": "developer", "content": "Brief."},
+                {"role": "human", "content": "Hi"},
+                {"role": "model", "parts": [{"text": "Yo"}]},
+            ]
+        },
+        shown("Hi", "Yo", system="Brief."),
+    ),
+    "content parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+                said("c"),
+            ]
+        },
+        shown("ab", "c"),
+    ),
+    "no tools, calls or pictures": (
+        {
+            "messages": [{**user("Hi"), "tool_calls": None}, said("Yo", tool_calls=[], reasoning_content="")],
+            "tools": [],
+            "images": None,
+        },
+        shown("Hi", "Yo"),
+    ),
+    "messages as JSON text": ({"messages": json.dumps([user("Hi"), said("Yo")])}, shown("Hi", "Yo")),
+    "prompt and completion as JSON text": (
+        {"prompt": json.dumps([user("Hi")]), "completion": json.dumps([said("Yo")])},
+        shown("Hi", "Yo"),
+    ),
+    "prompt as Python text": ({"prompt": repr([user("Hi")]), "completion": "Yo"}, shown("Hi", "Yo")),
+    "several turns of completion": (
+        {"prompt": [user("a")], "completion": [said("b"), user("c"), said("d")]},
+        shown("a", "b", "c", "d"),
+    ),
+    "ultrachat": (
+        {"prompt": "Hi", "prompt_id": "7", "messages": [user("Hi"), said("Yo")]},
+        shown("Hi", "Yo"),
+    ),
+    "names in capitals": ({"Prompt": "Hi", " completion ": "Yo"}, shown("Hi", "Yo")),
+    "messages beside chosen and rejected": (
+        {
+            "prompt": "Hi",
+            "messages": [user("Hi"), said("Yo")],
+            "chosen": [user("Hi"), said("Yo")],
+            "rejected": [user("Hi"), said("No")],
+        },
+        shown("Hi", "Yo"),
+    ),
+    "instances": (
+        {"instruction": "Add.", "instances": [{"input": "2 and 3", "output": "5"}]},
+        shown("Add.\n\n2 and 3", "5"),
+    ),
+    "json that is no conversation": ({"prompt": "List.", "completion": '[{"a": 1}]'}, shown("List.", '[{"a": 1}]')),
+}
+
+
+@pytest.mark.parametrize("name", DEMONSTRATIONS)
+def test_demonstrations_are_read_from_the_layouts_people_have(file, name):
+    row, expected = DEMONSTRATIONS[name]
+    if expected == "facts":
+        expected = shown("Who?\n\nOne.\n\nTwo.", "Bob", facts={"answer": "Bob"})
+    assert load(Demonstration, file(row)).records == [expected]
+
+
+PAIRS = {
+    "question": ({"question": "Is it?", "chosen": "Yes.", "rejected": "No."}, pair(prompt("Is it?"))),
+    "instruction, replies that begin alike": (
+        {"instruction": "2+2?", "chosen": "Sure! 4.", "rejected": "Sure! 5."},
+        pair(prompt("2+2?"), "Sure! 4.", "Sure! 5."),
+    ),
+    "orca": (
+        {"system": "Be brief.", "question": "Is it?", "chosen": "Yes.", "rejected": "No."},
+        pair(prompt("Is it?", system="Be brief.")),
+    ),
+    "instruction and input": (
+        {"instruction": "Is it?", "input": "It.", "chosen": "Yes.", "rejected": "No."},
+        pair(prompt("Is it?\n\nIt.")),
+    ),
+    "stack exchange": ({"question": "Is it?", "response_j": "Yes.", "response_k": "No."}, pair(prompt("Is it?"))),
+    "winner and loser": ({"prompt": "Is it?", "winner": "Yes.", "loser": "No."}, pair(prompt("Is it?"))),
+    "sharegpt pair": (
+        {
+            "conversations": [{"from": "human", "value": "Is it?"}],
+            "chosen": {"from": "gpt", "value": "Yes."},
+            "rejected": {"from": "gpt", "value": "No."},
+        },
+        pair(prompt("Is it?")),
+    ),
+    "ultrafeedback binarised": (
+        {
+            "prompt": "Is it?",
+            "chosen": [user("Is it?"), said("Yes.")],
+            "rejected": [user("Is it?"), said("No.")],
+            "score_chosen": 8.0,
+            "score_rejected": 2.0,
+        },
+        pair(prompt("Is it?")),
+    ),
+    "several turns": (
+        {
+            "prompt": [user("a")],
+            "chosen": [said("b"), user("Is it?"), said("Yes.")],
+            "rejected": [said("b"), user("Is it?"), said("No.")],
+        },
+        pair(prompt("a", "b", "Is it?")),
+    ),
+    "JSON text": (
+        {
+            "prompt": json.dumps([user("Is it?")]),
+            "chosen": json.dumps([said("Yes.")]),
+            "rejected": json.dumps([said("No.")]),
+        },
+        pair(prompt("Is it?")),
+    ),
+    "implicit JSON text": (
+        {"chosen": json.dumps([user("Is it?"), said("Yes.")]), "rejected": json.dumps([user("Is it?"), said("No.")])},
+        pair(prompt("Is it?")),
+    ),
+    "hh with the blank behind the last speaker": (
+        {
+            "prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: Is it?\n\nAssistant:",
+            "chosen": " Yes.",
+            "rejected": " No.",
+        },
+        pair(prompt("a", "b", "Is it?")),
+    ),
+    "hh that repeats the prompt": (
+        {
+            "prompt": "\n\nHuman: Is it?\n\nAssistant:",
+            "chosen": "\n\nHuman: Is it?\n\nAssistant: Yes.",
+            "rejected": "\n\nHuman: Is it?\n\nAssistant: No.",
+        },
+        pair(prompt("Is it?")),
+    ),
+    "hh begun by the assistant": (
+        {
+            "chosen": "\n\nAssistant: Hi.\n\nHuman: Is it?\n\nAssistant: Yes.",
+            "rejected": "\n\nAssistant: Hi.\n\nHuman: Is it?\n\nAssistant: No.",
+        },
+        pair(Prompt(messages=(Message("assistant", "Hi."), Message("user", "Is it?")))),
+    ),
+    "hh with the line ends of Windows": (
+        {
+            "chosen": "\r\n\r\nHuman: Is it?\r\n\r\nAssistant: Yes.",
+            "rejected": "\r\n\r\nHuman: Is it?\r\n\r\nAssistant: No.",
+        },
+        pair(prompt("Is it?")),
+    ),
+    "hh with single line breaks": (
+        {"chosen": "Human: Is it?\nAssistant: Yes.", "rejected": "Human: Is it?\nAssistant: No."},
+        pair(prompt("Is it?")),
+    ),
+    "ultrafeedback": (
+        {
+            "instruction": "Is it?",
+            "completions": [{"response": "No.", "overall_score": 2.0}, {"response": "Yes.", "overall_score": 8.0}],
+        },
+        pair(prompt("Is it?")),
+    ),
+    "nectar": (
+        {
+            "prompt": "\n\nHuman: Is it?\n\nAssistant: ",
+            "answers": [{"answer": "Yes.", "rank": 1.0}, {"answer": "No.", "rank": 2.0}],
+        },
+        pair(prompt("Is it?")),
+    ),
+    "groups with mean ranks": (
+        {"prompt": "Is it?", "responses": ["No.", "Yes."], "mean_ranks": [2.0, 1.0]},
+        pair(prompt("Is it?")),
+    ),
+    "multiple choice": (
+        {"input": "Is it?", "targets": {"choices": ["Yes.", "No."], "labels": [1, 0]}},
+        pair(prompt("Is it?")),
+    ),
+    "shp": (
+        {"history": "Is it?", "human_ref_A": "No.", "human_ref_B": "Yes.", "labels": 0, "score_A": 2, "score_B": 10},
+        pair(prompt("Is it?")),
+    ),
+    "webgpt": (
+        {"question": {"full_text": "Is it?"}, "answer_0": "No.", "answer_1": "Yes.", "score_0": -1, "score_1": 1},
+        pair(prompt("Is it?")),
+    ),
+    "votes": ({"prompt": "Is it?", "response_a": "No.", "response_b": "Yes.", "choice": "B"}, pair(prompt("Is it?"))),
+    "a label of the sides": (
+        {"prompt": "Is it?", "response_a": "Yes.", "response_b": "No.", "label": "a"},
+        pair(prompt("Is it?")),
+    ),
+    "numbered outputs": (
+        {"input": "Is it?", "output_1": "No.", "output_2": "Yes.", "label": 2},
+        pair(prompt("Is it?")),
+    ),
+    "a probability of the second": (
+        {"instruction": "Is it?", "output_1": "Yes.", "output_2": "No.", "preference": 1.25},
+        pair(prompt("Is it?"), label=0.75),
+    ),
+    "better of two by its number": (
+        {"prompt": "Is it?", "response_0": "No.", "response_1": "Yes.", "better_response_id": 1},
+        pair(prompt("Is it?")),
+    ),
+    "arena": (
+        {
+            "conversation_a": [user("Is it?"), said("Yes.")],
+            "conversation_b": [user("Is it?"), said("No.")],
+            "winner": "model_a",
+        },
+        pair(prompt("Is it?")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_preference_pairs_are_read_from_the_layouts_people_have(file, name):
+    row, expected = PAIRS[name]
+    assert load(PreferencePair, file(row)).records == [expected]
+
+
+@pytest.mark.parametrize(
+    ("label", "up"),
+    [(True, True), (1, True), (0, False), (1.0, True), ("True", True), ("false", False), ("good", True), ("bad", False),
+     ("yes", True), ("no", False), ("👍", True), ("thumbs_down", False), (-1, False)],
+)  # fmt: skip
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+def test_a_thumb_is_read_in_every_spelling_and_not_imitated(file, label, up, column):
+    path = file({"prompt": "Hi", "completion": "Yo", column: label})
+    assert load(LabelledResponse, path).records == [LabelledResponse(prompt=prompt("Hi"), response="Yo", label=up)]
+    with pytest.raises(DataError, match="thumbs up or down") as caught:
+        load(Demonstration, path)
+    assert f"data.jsonl?ignore={column}" in caught.value.fix
+    assert load(Demonstration, f"{path}?ignore={column}").records == [shown("Hi", "Yo")]
+
+
+def test_a_conversation_with_a_thumb_is_a_labelled_reply(file):
+    path = file({"messages": [user("Hi"), said("Yo")], "label": 0})
+    assert load(LabelledResponse, path).records == [LabelledResponse(prompt=prompt("Hi"), response="Yo", label=False)]
+
+
+@pytest.mark.parametrize("labels", [[True, False], [1, 0], ["+", "-"], ["true", "false"], [1.0, 0.0]])
+def test_step_labels_are_read_in_every_spelling(file, labels):
+    (found,) = load(SteppedResponse, file({"prompt": "Hi", "completions": ["a", "b"], "labels": labels})).records
+    assert found == SteppedResponse(prompt=prompt("Hi"), steps=("a", "b"), labels=(True, False))
+
+
+def test_all_pairs_of_a_ranking_are_made_but_for_ties(file):
+    replies = [{"response": text, "overall_score": score} for text, score in (("a", 3), ("b", 1), ("c", 3))]
+    found = load(PreferencePair, file({"instruction": "Hi", "completions": replies})).records
+    assert [(p.chosen, p.rejected) for p in found] == [("a", "b"), ("c", "b")]
+
+
+def test_votes_over_two_replies_become_one_pair_with_their_share(file):
+    votes = [("Yes.", "No.", "A"), ("No.", "Yes.", "B"), ("Yes.", "No.", "B"), ("Yes.", "No.", "A")]
+    # an id a row, as exports of votes have, keeps nothing apart
+    rows = [
+        {"prompt": "Is it?", "response_a": a, "response_b": b, "choice": c, "id": str(i)}
+        for i, (a, b, c) in enumerate(votes)
+    ]
+    loaded = load(PreferencePair, file(*rows))
+    assert [(p.chosen, p.rejected, p.label) for p in loaded.records] == [("Yes.", "No.", 0.75)]
+    assert len(load(Comparison, file(*rows)).records) == 4
+
+
+TREE = [
+    {"message_id": "1", "parent_id": None, "text": "Hi", "role": "prompter", "rank": None},
+    {"message_id": "2", "parent_id": "1", "text": "Hello", "role": "assistant", "rank": 0},
+    {"message_id": "3", "parent_id": "1", "text": "Go", "role": "assistant", "rank": 1},
+    {"message_id": "4", "parent_id": "3", "text": "Why?", "role": "prompter", "rank": 0},
+    {"message_id": "5", "parent_id": "4", "text": "So.", "role": "assistant", "rank": 0},
+    {"message_id": "6", "parent_id": "1", "text": "Spam", "role": "assistant", "rank": 2, "deleted": True},
+]
+
+
+def nested(rows):
+    def node(row):
+        replies = [node(r) for r in rows if r["parent_id"] == row["message_id"]]
+        return {k: v for k, v in row.items() if k not in ("message_id", "parent_id")} | {"replies": replies}
+
+    return {"message_tree_id": "1", "prompt": node(rows[0])}
+
+
+@pytest.mark.parametrize("rows", [TREE, TREE[::-1], [nested(TREE)]], ids=["rows", "children first", "tree"])
+def test_trees_of_messages_give_ranked_pairs_and_the_best_replies(file, rows):
+    path = file(*rows)
+    assert load(PreferencePair, path).records == [pair(prompt("Hi"), "Hello", "Go")]
+    assert load(Demonstration, path).records == [shown("Hi", "Hello")]
+    assert load(Prompt, path).records == [prompt("Hi")]
+
+
+def test_messages_without_the_one_they_answer_are_bad_rows(file):
+    loaded = load(PreferencePair, file(*TREE[:3], {**TREE[3], "parent_id": "9"}), on_bad_row="drop")
+    assert loaded.counts["dropped_missing_parent"] == 1
+    assert "row 4" in loaded.dropped[0]
+
+
+def test_every_column_beside_the_prompt_is_a_fact_of_it(file):
+    row = {"prompt": "1+1?", "completion": "It is 2.", "answer": "2", "level": 3}
+    assert load(Prompt, file(row)).records == [
+        prompt("1+1?", facts={"completion": "It is 2.", "answer": "2", "level": 3})
+    ]
+
+
+def test_turns_marked_as_not_to_be_learnt_are_kept_apart(file):
+    turns = [user("a"), said("b", weight=0), user("c"), said("d", weight=1)]
+    (found,) = load(Demonstration, file({"messages": turns})).records
+    assert found == Demonstration(prompt=prompt("a", "b", "c"), response="d", untrained_turns=(0,))
+
+
+def test_what_is_not_used_is_named(file):
+    row = {"messages": [{**user("a"), "name": "Ann"}, said("b")], "source": "x", "score_model": 3, "empty": None}
+    assert set(load(Demonstration, file(row)).unused) == {"messages[].name", "source", "score_model"}
+
+
+def test_the_kinds_of_a_source_are_those_of_its_layout(file):
+    assert kinds_of(file({"prompt": "a", "completion": "b", "label": 1}))[0] is LabelledResponse
+    assert kinds_of(file({"chosen": "a b", "rejected": "a c"}))[0] is PreferencePair

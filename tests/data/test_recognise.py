@@ -1,0 +1,207 @@
+"""What would be read wrongly without a word is refused, with a way out that works when it is followed."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from trimtab.data.layouts import load
+from trimtab.errors import DataError
+from trimtab.types import Comparison, Demonstration, LabelledResponse, PreferencePair, Prompt, SteppedResponse
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def said(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(*rows: dict):
+        path = tmp_path / "data.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+CALL = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
+PAIR = {"prompt": "Hi", "chosen": "Yo", "rejected": "No"}
+REPLY = {"prompt": "Hi", "completion": "Yo"}
+
+ROWS = {
+    "tools": (Demonstration, REPLY, {"tools": CALL}, "tools holds"),
+    "functions of a pair": (PreferencePair, PAIR, {"functions": CALL}, "functions holds"),
+    "pictures": (Demonstration, REPLY, {"images": ["cat.png"]}, "only text is read"),
+    "a picture of a prompt": (Prompt, {"prompt": "Hi"}, {"image": "cat.png"}, "only text is read"),
+    "reasoning": (Demonstration, REPLY, {"thinking": "Hm."}, "holds reasoning"),
+    "reasoning of a pair": (PreferencePair, PAIR, {"reasoning": "Hm."}, "holds reasoning"),
+    "two systems": (
+        Demonstration,
+        {"messages": [{"role": "system", "content": "a"}, user("b"), said("c")]},
+        {"system": "d"},
+        "begins with another system turn",
+    ),
+    "scores that say the contrary": (PreferencePair, PAIR, {"score_chosen": 1, "score_rejected": 2}, "the better one"),
+    "ratings that say the contrary": (PreferencePair, PAIR, {"chosen-rating": 1, "rejected-rating": 2}, "better one"),
+    "label of a pair": (PreferencePair, PAIR, {"label": 0}, "label is 0"),
+    "a category as label of a pair": (PreferencePair, PAIR, {"label": "x"}, "label is 'x'"),
+    "a vote against the scores": (
+        Comparison,
+        {"prompt": "Hi", "response_a": "a", "response_b": "b", "choice": "A"},
+        {"score_a": 1, "score_b": 2},
+        "the other reply is the better one",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_column_that_changes_what_a_row_means_is_a_bad_row_and_can_be_left_out(file, name):
+    kind, row, more, message = ROWS[name]
+    with pytest.raises(DataError, match=message) as caught:
+        load(kind, file(row, row | more))
+    assert caught.value.where.endswith("data.jsonl, row 2")
+    assert len(load(kind, file(row, row | more), on_bad_row="drop").records) == 1
+    (source,) = re.findall(r"\S*data\.jsonl\?ignore=[\w,-]+", caught.value.fix)
+    assert len(load(kind, source).records) == 2
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (said("Let me look.", tool_calls=CALL), "calls a tool"),
+        (said(None, tool_calls=CALL), "calls a tool"),
+        (said("4", function_call={"name": "f"}), "calls a tool"),
+        ({"from": "function_call", "value": "{}"}, "calls a tool"),
+        (said("4", reasoning_content="Two and two."), "holds reasoning"),
+        (said([{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "4"}]), "holds reasoning"),
+        (said([{"type": "image"}, {"type": "text", "text": "4"}]), "a part of the type 'image'"),
+        (said("4", weight=0.5), "weight is 0.5"),
+        (said("4", weight=0), "the last reply of messages is marked as not to be learnt from"),
+        (said("", refusal="No."), "only text is read"),
+        (said(None), "content is None"),
+    ],
+)
+def test_a_field_of_a_message_that_changes_its_meaning_is_a_bad_row(file, turn, message):
+    good = {"messages": [user("a"), said("b")]}
+    path = file(good, {"messages": [user("a"), turn]})
+    with pytest.raises(DataError, match=message) as caught:
+        load(Demonstration, path)
+    assert caught.value.where.endswith("row 2")
+    assert len(load(Demonstration, path, on_bad_row="drop").records) == 1
+
+
+FILES = {
+    "rating": (Demonstration, REPLY | {"rating": 2}, "judges the replies", "ignore=rating"),
+    "score as text": (Demonstration, REPLY | {"score": "2.5"}, "judges the replies", "ignore=score"),
+    "stars as label": (Demonstration, REPLY | {"label": 4}, "judges the replies", "ignore=label"),
+    "two replies": (Demonstration, REPLY | {"output": "No"}, "two columns may be the reply", "ignore=output"),
+    "two questions": (Demonstration, REPLY | {"question": "Who?"}, "no part of the prompt", "ignore=question"),
+    "a question beside messages": (
+        Demonstration,
+        {"query": "Who?", "messages": [user("a"), said("b")]},
+        "no part of the prompt",
+        "ignore=query",
+    ),
+    "a hidden prompt": (
+        PreferencePair,
+        {"request": "What is it?", "chosen": "It is a.", "rejected": "It is b."},
+        "that may be it",
+        "columns=request:prompt",
+    ),
+    "replies that repeat the prompt": (
+        PreferencePair,
+        {"prompt": "Question: Hi", "chosen": "Question: Hi Yo", "rejected": "Question: Hi No"},
+        "begin with the prompt",
+        "ignore=prompt",
+    ),
+    "an answer to a prompt": (
+        Demonstration,
+        {"prompt": "Hi", "answer": "Yo"},
+        "holds prompts",
+        "columns=answer:completion",
+    ),
+    "a lone chosen": (Demonstration, {"prompt": "Hi", "chosen": "Yo"}, "holds prompts", "columns=chosen:completion"),
+    "plain text": (Prompt, {"text": "Once upon a time"}, "no known layout", "columns=text:prompt"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_may_mean_something_else_is_refused_and_the_way_out_works(file, name):
+    kind, row, message, option = FILES[name]
+    path = file(row, row)
+    for on_bad_row in ("stop", "drop"):
+        with pytest.raises(DataError, match=message) as caught:
+            load(kind, path, on_bad_row=on_bad_row)
+        assert f"{path}?{option}" in caught.value.fix
+    assert load(kind, f"{path}?{option}").records
+
+
+def test_a_rating_is_no_thumb_even_where_other_rows_look_like_thumbs(file):
+    rows = [REPLY | {"label": label} for label in (1, 5, 0)]
+    with pytest.raises(DataError, match="label is 5") as caught:
+        load(LabelledResponse, file(*rows), on_bad_row="drop")
+    assert caught.value.where.endswith("row 2")
+
+
+def test_step_labels_with_a_neutral_one_are_refused(file):
+    rows = [{"prompt": "Hi", "completions": ["a", "b"], "labels": labels} for labels in ([1, 0], [1, -1])]
+    with pytest.raises(DataError, match="may be neutral"):
+        load(SteppedResponse, file(*rows), on_bad_row="drop")
+
+
+def test_a_choice_that_may_be_either_side_is_refused(file):
+    row = {"prompt": "Hi", "response_a": "a", "response_b": "b", "choice": 1}
+    with pytest.raises(DataError, match="nothing says which one that is"):
+        load(PreferencePair, file(row), on_bad_row="drop")
+
+
+def test_a_short_reply_that_happens_to_begin_like_its_prompt_is_read(file):
+    assert load(Demonstration, file({"prompt": "Hi", "completion": "Hi there!"})).records
+
+
+def test_a_question_that_the_prompt_contains_is_only_not_used(file):
+    row = {"prompt": "Answer: Who is it?", "question": "Who is it?", "completion": "Me"}
+    assert load(Demonstration, file(row)).unused == ("question",)
+
+
+def test_pairs_for_imitation_name_the_setting(file):
+    with pytest.raises(DataError) as caught:
+        load(Demonstration, file(PAIR))
+    assert "chosen_as_demonstrations = true" in caught.value.fix
+
+
+def test_a_mistake_names_the_column_as_the_file_does(file):
+    with pytest.raises(DataError, match=r"completion is empty \(completion is the column 'output'\)"):
+        load(Demonstration, file({"instruction": "Hi", "output": " "}))
+
+
+@pytest.mark.parametrize(
+    "text", ["[{'role': 'user', 'content': 'a'}\n {'role': 'b'}]", '[{"role": "user", "content": ']
+)
+def test_a_conversation_that_a_table_printed_is_not_taken_for_text(file, text):
+    with pytest.raises(DataError, match="a conversation is written as text, but not as JSON"):
+        load(Demonstration, file({"prompt": text, "completion": "b"}))
+
+
+def test_a_transcript_with_something_before_the_first_speaker_is_a_bad_row(file):
+    head = "Be brief.\n\nHuman: Hi\n\nAssistant:"
+    with pytest.raises(DataError, match="before anybody speaks"):
+        load(PreferencePair, file({"prompt": head, "chosen": " Yo", "rejected": " No"}))
+
+
+def test_options_that_say_nothing_are_refused(file):
+    path = file(REPLY)
+    with pytest.raises(DataError, match="no row has a column 'compltion'"):
+        load(Demonstration, f"{path}?ignore=compltion")
+    with pytest.raises(DataError, match="no option is called 'rows'"):
+        load(Demonstration, f"{path}?rows=3")
+    with pytest.raises(DataError, match="there is one of that name already"):
+        load(Demonstration, f"{file(REPLY | {'answer': 'x'})}?columns=answer:completion")
+    with pytest.raises(DataError, match="does not say what becomes what"):
+        load(Demonstration, f"{path}?columns=prompt")
