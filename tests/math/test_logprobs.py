@@ -12,9 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trimtab.math.logprobs import draw, exact_kl, sample, sample_softmax, token_logprobs, truncated_logprobs
 
 
-def gather_logprobs(hidden, weight, targets, *, bias=None, temperature=1.0):
+def gather_logprobs(hidden, weight, targets, *, bias=None, temperature=1.0, scale=1.0, cap=None):
     """The textbook way, all logits at once."""
-    logits = torch.nn.functional.linear(hidden, weight, bias) / temperature
+    logits = scale * torch.nn.functional.linear(hidden, weight, bias)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    logits = logits / temperature
     logprobs = logits.log_softmax(-1)
     return logprobs.gather(1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
 
@@ -42,6 +45,24 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(tile, with_bias):
         for logprobs, entropy in (actual, expected)
     ]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("tile", [(3, 4), (100, 100)])
+@pytest.mark.parametrize("with_entropy", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [{"scale": 0.3}, {"cap": 1.5}, {"scale": 2.5, "cap": 1.5, "temperature": 0.7}])
+def test_scaled_and_capped_logits_have_the_values_and_gradients_of_autograd(shape, with_bias, with_entropy, tile):
+    hidden, weight, bias, targets = example()
+    leaves = [t.requires_grad_() for t in (hidden, weight, *([bias] if with_bias else []))]
+    shape = shape | {"bias": bias if with_bias else None}
+    up_logprobs, up_entropy = torch.randn(2, 7, dtype=torch.float64)
+    expected = gather_logprobs(hidden, weight, targets, **shape)
+    actual = token_logprobs(hidden, weight, targets, tile=tile, with_entropy=with_entropy, **shape)
+    torch.testing.assert_close(actual[0], expected[0])
+    sums = []
+    for logprobs, entropy in (actual, expected):
+        sums.append((up_logprobs * logprobs).sum() + ((up_entropy * entropy).sum() if with_entropy else 0))
+    torch.testing.assert_close(*(torch.autograd.grad(x, leaves) for x in sums))
 
 
 @pytest.mark.parametrize("with_entropy", [True, False])
@@ -193,6 +214,16 @@ def test_exact_kl_agrees_with_scipy():
     q = scipy_softmax((hidden_q @ weight_q.T).numpy() / 0.8, axis=1)
     expected = torch.tensor([scipy_entropy(a, b) for a, b in zip(p, q, strict=True)])
     torch.testing.assert_close(actual, expected)
+
+
+def test_exact_kl_of_models_that_scale_and_cap_differently():
+    hidden_p, weight_p, bias_p, _ = example()
+    hidden_q, weight_q, _, _ = example(D=6, seed=1)
+    shapes = {"shape_p": (0.3, 1.5), "shape_q": (2.0, None)}
+    actual = exact_kl(hidden_p, weight_p, hidden_q, weight_q, bias_p=bias_p, temperature=0.8, tile=(3, 4), **shapes)
+    p = scipy_softmax(1.5 * (0.3 * (hidden_p @ weight_p.T + bias_p) / 1.5).tanh().numpy() / 0.8, axis=1)
+    q = scipy_softmax(2.0 * (hidden_q @ weight_q.T).numpy() / 0.8, axis=1)
+    torch.testing.assert_close(actual, torch.tensor([scipy_entropy(a, b) for a, b in zip(p, q, strict=True)]))
 
 
 def test_exact_kl_is_never_negative_and_zero_for_the_same_model():

@@ -22,13 +22,17 @@ def token_logprobs(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    scale: float = 1.0,
+    cap: float | None = None,
     tile: tuple[int, int] = TILE,
     with_entropy: bool = False,
     weight_gradient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log pi(target) [M] in nats and, where asked for, the entropy [M] of the same distribution.
 
-        pi = softmax((hidden @ weight.T + bias) / temperature)
+        pi = softmax(logits / temperature),   logits = scale (hidden @ weight.T + bias)
+
+    With a cap, x in place of the logits is cap tanh(x / cap), as Gemma 2 has it (arXiv:2408.00118, section 2).
 
     `hidden` [M, D], `weight` [V, D], `bias` [V], `targets` [M]. Computed in float32 (float64 if given float64),
     inside autocast too. Logits exist for one `tile` at a time, so many rows of so many vocabulary entries, in the
@@ -40,7 +44,7 @@ def token_logprobs(
     return cast(
         tuple[Tensor, Tensor | None],
         _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, bias, targets, temperature, tile, with_entropy, weight_gradient
+            hidden, weight, bias, targets, (temperature, scale, cap), tile, with_entropy, weight_gradient
         ),
     )
 
@@ -55,14 +59,18 @@ def exact_kl(
     bias_p: Tensor | None = None,
     bias_q: Tensor | None = None,
     temperature: float = 1.0,
+    shape_p: tuple[float, float | None] = (1.0, None),
+    shape_q: tuple[float, float | None] = (1.0, None),
     tile: tuple[int, int] = TILE,
 ) -> Tensor:
-    """KL(p || q) [M] in nats over the whole vocabulary, for the two models' hidden states at the same tokens.
+    """KL(p || q) [M] in nats over the whole vocabulary, for the two models' hidden states at the same tokens; shapes
+    are scale and cap, as in `token_logprobs`.
 
     KL = E_p[logit_p - logit_q] - logsumexp(logit_p) + logsumexp(logit_q), each added up over the tiles. No gradient.
     Never below 0: a sum that rounding took there is set to 0.
     """
-    p, q = _Head(hidden_p, weight_p, bias_p, temperature), _Head(hidden_q, weight_q, bias_q, temperature)
+    p = _Head(hidden_p, weight_p, bias_p, (temperature, *shape_p))
+    q = _Head(hidden_q, weight_q, bias_q, (temperature, *shape_q))
     sum_p, sum_q = _RunningSoftmax(p), _RunningSoftmax(q)
     for rows, entries in p.tiles(tile):
         logits_p, logits_q = p.logits(rows, entries), q.logits(rows, entries)
@@ -149,17 +157,25 @@ def draw(
     return ids, distribution.gather(1, ids[:, None])[:, 0]
 
 
-class _Head:
-    """Hidden states and the head over them, whose logits [M, V] are computed tile by tile."""
+_Shape = tuple[float, float, float | None]
+"""Temperature, scale and cap."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> None:
+
+class _Head:
+    """Hidden states and the head over them, whose logits [M, V] are computed tile by tile: divided by the temperature,
+    and capped if they are."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: _Shape) -> None:
+        temperature, scale, cap = shape
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self.weight = weight
         self.hidden = hidden.to(self.dtype)
         self.bias = bias
-        if temperature != 1:
-            self.hidden = self.hidden / temperature
-            self.bias = None if bias is None else bias / temperature
+        self.temperature, self.scale = temperature, scale
+        self.cap = None if cap is None else cap / temperature
+        if temperature != 1 or scale != 1:
+            self.hidden = self.stretch(self.hidden.clone())
+            self.bias = None if bias is None else self.stretch(bias.clone())
         self.buffer = self.hidden.new_empty(0)
 
     def tiles(self, tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
@@ -176,11 +192,26 @@ class _Head:
             self.buffer = self.buffer.new_empty(size)
         logits = self.buffer[:size].view(len(hidden), len(weight))
         with torch.autocast(hidden.device.type, enabled=False):
-            if minus is None:
+            if minus is None or self.cap is not None:
                 torch.mm(hidden, weight.T, out=logits)
             else:
                 torch.addmm(minus[rows, None], hidden, weight.T, beta=-1, out=logits)
-        return logits if self.bias is None else logits.add_(self.bias[entries])
+        if self.bias is not None:
+            logits.add_(self.bias[entries])
+        if self.cap is not None:
+            logits.div_(self.cap).tanh_().mul_(self.cap)
+            if minus is not None:
+                logits.sub_(minus[rows, None])
+        return logits
+
+    def stretch(self, x: Tensor) -> Tensor:
+        """`x` times scale / temperature, in place: what a logit gains, uncapped, for what the product gains."""
+        x = x.div_(self.temperature) if self.temperature != 1 else x
+        return x.mul_(self.scale) if self.scale != 1 else x
+
+    def bend(self, logits: Tensor) -> Tensor | None:
+        """What the cap leaves of a logit's slope, 1 - tanh^2; None without one."""
+        return None if self.cap is None else 1 - (logits / self.cap).square_()
 
 
 class _RunningSoftmax:
@@ -217,12 +248,12 @@ class _TokenLogprobs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        temperature: float,
+        shape: _Shape,
         tile: tuple[int, int],
         with_entropy: bool,
         weight_gradient: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        head = _Head(hidden, weight, bias, temperature)
+        head = _Head(hidden, weight, bias, shape)
         softmax = _RunningSoftmax(head)
         of_targets = torch.zeros_like(softmax.logsumexp)
         for rows, entries in head.tiles(tile):
@@ -234,8 +265,9 @@ class _TokenLogprobs(torch.autograd.Function):
             softmax.add(rows, logits, "logits" if with_entropy else "nothing")
         logprobs = (of_targets - softmax.logsumexp).to(head.dtype)
         entropy = (softmax.logsumexp - softmax.mean).to(head.dtype) if with_entropy else None
-        ctx.save_for_backward(hidden, weight, bias, targets, softmax.logsumexp.to(head.dtype), entropy)
-        ctx.temperature, ctx.tile, ctx.weight_gradient = temperature, tile, weight_gradient
+        of_targets = of_targets.to(head.dtype)
+        ctx.save_for_backward(hidden, weight, bias, targets, softmax.logsumexp.to(head.dtype), of_targets, entropy)
+        ctx.shape, ctx.tile, ctx.weight_gradient = shape, tile, weight_gradient
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -245,12 +277,15 @@ class _TokenLogprobs(torch.autograd.Function):
         # With y the target, d logp(y) / d logit_i = [i = y] - p_i and d entropy / d logit_i = -p_i (log p_i + entropy).
         # The first is p_i times one number for the whole row, by which the sum over entries is multiplied afterwards
         # and the hidden states before; the second is p_i times a factor for each entry, which multiplies p_i itself.
-        hidden, weight, bias, targets, logsumexp, entropy = ctx.saved_tensors
+        # A cap multiplies the derivative in each logit, the target's too, by what it leaves of the slope there.
+        hidden, weight, bias, targets, logsumexp, of_targets, entropy = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        head = _Head(hidden, weight, bias, ctx.temperature)
+        head = _Head(hidden, weight, bias, ctx.shape)
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(logsumexp)
         each = grad_logprobs[:, None]
+        bend = head.bend(of_targets)
+        of_target = grad_logprobs if bend is None else grad_logprobs * bend
         by_entry = grad_entropy is not None
         multiplied = head.hidden if by_entry else head.hidden * each
         grad_hidden = torch.zeros_like(head.hidden)
@@ -261,11 +296,14 @@ class _TokenLogprobs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, entries in head.tiles(ctx.tile):
                 probs = head.logits(rows, entries, minus=logsumexp)
+                bend = None if head.cap is None else head.bend(probs + logsumexp[rows, None])
                 if grad_entropy is not None:
                     factor = (probs + entropy[rows, None]).mul_(grad_entropy[rows, None]).add_(each[rows])
                     probs.exp_().mul_(factor)
                 else:
                     probs.exp_()
+                if bend is not None:
+                    probs.mul_(bend)
                 if need_hidden:
                     grad_hidden[rows].addmm_(probs, weight[entries].to(probs.dtype))
                 if need_weight:
@@ -273,12 +311,13 @@ class _TokenLogprobs(torch.autograd.Function):
                 if need_bias:
                     grad_bias[entries] -= probs.sum(0) if by_entry else probs.T @ grad_logprobs[rows]
         if need_hidden:
-            grad_hidden.mul_(-1 if by_entry else -each).addcmul_(weight[targets], each).div_(ctx.temperature)
+            grad_hidden.mul_(-1 if by_entry else -each).addcmul_(weight[targets], of_target[:, None])
+            head.stretch(grad_hidden)
         if need_weight:
             # index_put_ adds in a fixed order on every device, which index_add_ does not.
-            grad_weight.index_put_((targets,), head.hidden * each, accumulate=True)
+            grad_weight.index_put_((targets,), head.hidden * of_target[:, None], accumulate=True)
         if need_bias:
-            grad_bias.index_put_((targets,), grad_logprobs, accumulate=True).div_(ctx.temperature)
+            head.stretch(grad_bias.index_put_((targets,), of_target, accumulate=True))
         return (
             grad_hidden.to(hidden.dtype) if need_hidden else None,
             grad_weight.to(weight.dtype) if need_weight and ctx.weight_gradient is None else None,
