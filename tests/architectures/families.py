@@ -118,7 +118,7 @@ PARTICULAR: dict[str, Family] = {
     **{t: Family(t, {"layer_types": _MIXED}) for t in ("gemma3_text", "olmo3", "cohere2", "ministral", "gpt_oss")},
     "qwen2 with windows": Family("qwen2", {"layer_types": _MIXED}),
     "qwen2_moe": Family("qwen2_moe", {"layer_types": _MIXED}),
-    "gemma4_text": Family("gemma4_text", {"layer_types": _MIXED}),
+    "gemma4_text": Family("gemma4_text", {"layer_types": _MIXED, "final_logit_softcapping": 2.0}),
     # Caps and scales small enough to be felt.
     "gemma2": Family("gemma2", {"layer_types": _MIXED, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 2.0}),
     "gemma3n_text": Family("gemma3n_text", {"layer_types": _MIXED, "final_logit_softcapping": 2.0}),
@@ -144,7 +144,10 @@ PARTICULAR: dict[str, Family] = {
     },
     "granitemoehybrid": Family("granitemoehybrid", {"logits_scaling": 3.0, "layer_types": ["mamba", "attention"] * 2}),
     # Latent attention has as many key heads as query heads.
-    **{t: Family(t, _LATENT) for t in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "youtu")},
+    **{
+        t: Family(t, _LATENT)
+        for t in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "youtu", "minicpm3")
+    },
     **{t: Family(t, _LATENT) for t in ("axk1", "glm_moe_dsa")},
     # States and attention.
     "mamba2": Family("mamba2", {"num_heads": 8}),

@@ -3,7 +3,6 @@ import torch
 
 from tests.tiny import DECODERS, VOCAB, causal, scalar
 from trimtab.data.trees import TokenTrees, response_tree, sequence_tree
-from trimtab.models.attention import is_decoder, supports_rows
 from trimtab.models.forward import exact_kl_of, sequence_scores_of, token_logprobs_of
 from trimtab.models.roles import Policy, ScalarModel
 from trimtab.models.tree_attention import masked_attention, tree_attention
@@ -24,7 +23,7 @@ def some_trees(seed=0):
     )
 
 
-def as_role(model, kind, *, tree_form):
+def as_role(model, kind, *, tree_form=True):
     role = kind(model, pad_id=0)
     role.tree_form = tree_form
     return role
@@ -48,7 +47,8 @@ def test_logprobs_are_those_of_transformers_on_each_sequence_alone(name):
                     place = len(tree.prompt) + offset
                     if trained and place:
                         expected.append(logprobs[place - 1, full[0, place]])
-    role = as_role(model, Policy, tree_form=supports_rows(model))
+    role = Policy(model, pad_id=0)
+    assert role.tree_form
     torch.testing.assert_close(token_logprobs_of(role, trees, 10**9), torch.stack(expected), atol=2e-5, rtol=1e-5)
 
 
@@ -57,7 +57,6 @@ def test_gradients_of_tree_and_padded_rows_agree(name):
     gradients = []
     for tree_form in (True, False):
         role = as_role(causal(name), Policy, tree_form=tree_form)
-        assert supports_rows(role.model)
         outputs = role(some_trees(), entropy=True)
         (outputs.logprobs.sum() + 0.1 * outputs.entropy.sum()).backward()
         gradients.append({n: p.grad for n, p in role.named_parameters() if p.grad is not None})
@@ -65,13 +64,6 @@ def test_gradients_of_tree_and_padded_rows_agree(name):
     assert tree.keys() == padded.keys()
     whole = [torch.cat([g[n].flatten() for n in sorted(g)]) for g in (tree, padded)]
     assert relative_difference(*whole) < 1e-5
-
-
-def test_a_model_that_caps_its_scores_is_not_given_trees():
-    model = causal("llama")
-    assert supports_rows(model)
-    model.config.attn_logit_softcapping = 50.0
-    assert not supports_rows(model)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
@@ -96,8 +88,8 @@ def test_attention_in_parts_is_attention_under_the_mask(heads):
 
 
 def test_an_encoder_is_recognised():
-    assert is_decoder(scalar("llama"))
-    assert not is_decoder(scalar("bert"))
+    assert ScalarModel(scalar("llama"), pad_id=0).is_decoder
+    assert not ScalarModel(scalar("bert"), pad_id=0).is_decoder
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
@@ -111,7 +103,7 @@ def test_scores_are_those_of_transformers_and_do_not_depend_on_padding_or_batch(
             for tree in trees.trees
             for b in tree.branches
         ]
-    role = as_role(model, ScalarModel, tree_form=supports_rows(model))
+    role = ScalarModel(model, pad_id=0)
     for budget in (1, 25, 10**9):
         torch.testing.assert_close(sequence_scores_of(role, trees, budget), torch.stack(alone), atol=2e-5, rtol=1e-5)
 

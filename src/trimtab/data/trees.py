@@ -164,10 +164,11 @@ class TokenTrees:
         ends = list(accumulate(t.num_tokens for t in self.trees))
         return Strips.build([(end - t.num_tokens, t.num_tokens) for t, end in zip(self.trees, ends, strict=True)])
 
-    def visible(self, window: int | None = None) -> Tensor:
+    def visible(self, window: int | Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
         """[P, L, L] true where a token of a tree (second axis) sees another (third): its prompt and the earlier tokens
-        of its own branch, of these with a window only those less than `window` positions back. Places past a tree's
-        end see place 0 so that no softmax runs over nothing."""
+        of its own branch, of these with a window only those less than `window` positions back, or those that it says
+        are seen, called with the positions of both. Places past a tree's end see place 0 so that no softmax runs over
+        nothing."""
         strips = self.strips
         place = torch.arange(strips.rows.shape[1])
         nodes = torch.where(strips.filled, self.node_ids[strips.rows], -1)
@@ -175,7 +176,8 @@ class TokenTrees:
         visible = same_path & (place <= place[:, None]) & strips.filled[:, None, :]
         if window is not None:
             positions = self.position_ids[strips.rows]
-            visible &= positions[:, None, :] > positions[:, :, None] - window
+            asking, seen = positions[:, :, None], positions[:, None, :]
+            visible &= window(asking, seen) if callable(window) else seen > asking - window
         visible[:, :, 0] |= ~strips.filled
         return visible
 

@@ -98,11 +98,11 @@ class SlotForm:
         """The fastest forward pass for this model, with its weights as they are now."""
         model = self.policy.model
         if self.name == "rows":
-            return Forward(lambda *row: row_states(backbone(model), *row), self.policy.head)
+            return Forward(lambda *row: row_states(backbone(model), *row), self.policy.logits)
         # Made anew for every call, since weights change between calls in ways no version counter shows.
         fused = FusedForward(model, self.sampling.batch_size, kernels)
         fused.prove_fresh(model)
-        return Forward(fused, fused.head)
+        return Forward(fused, lambda hidden: self.policy.shaped(fused.head(hidden)))
 
 
 def start_prompts(forward: Forward, slots: SlotCache, prompts: Sequence[Sequence[int]], waiting: list[int]) -> Tensor:

@@ -2,17 +2,28 @@
 
 The linear layers of the model see one row [1, N] without padding. Only attention knows what the tokens are to each
 other: branches of token trees here, replies being decoded in `models/slots.py`. Each is an `Attend`.
+
+Nothing that a model hands to its attention is dropped. Its mask is taken as the function of positions that the model
+builds it from, so windows and chunks are the model's own; attention sinks are passed on; anything else is refused, and
+`models/forms.py` then finds a form in which transformers itself computes the attention.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from trimtab.errors import EngineError
 
 LLAMA_LIKE = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 """Models whose blocks are x + attention(norm(x)), then x + gated MLP(norm(x))."""
@@ -20,16 +31,49 @@ ROW_ATTENTION = "trimtab_rows"
 UNSEEN = -1e30
 """Added to the score of a key that is not seen: its weight is 0, and a row that sees nothing stays finite."""
 
+Visible = Callable[[Tensor, Tensor], Tensor]
+"""Whether tokens at the first positions see those at the second, for two tensors that broadcast; true for none after
+them. Such as chunked attention, in which positions 8 to 15 see each other and nothing before."""
+Window = int | Visible | None
+"""What a token sees of those before it: all, the `int` nearest (itself among them), or what a function says."""
+
 
 class Attend(Protocol):
     """Attention among the tokens of a row."""
 
     def __call__(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        window: Window,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """[N, H, D] for query [N, H, D], key and value [N, KV heads, D]; with a window, a token sees only those less
-        than `window` positions before it."""
+        """[N, H, D] for query [N, H, D], key and value [N, KV heads, D]; with a window, a token sees only those that
+        it shows. `sinks` [H] are the scores of one more key for each head, whose value is zero."""
         ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a mask stands for while a flat row is computed. It rides on the mask, which every model hands to its
+    attention, while many do not hand on further arguments."""
+
+    attend: Attend
+    window: Window
+
+
+_attending: ContextVar[Attend | None] = ContextVar("attending", default=None)
+_ROW = "trimtab_row"
+_HARMLESS = {
+    # Said for kernels that mask by themselves; the mask says it too.
+    *("sliding_window", "is_causal", "position_ids"),
+    # About what is returned or counted beside the hidden states.
+    *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch"),
+    *("use_cache", "cache", "cache_position", "logits_to_keep", "deterministic"),
+}
 
 
 def row_attention(
@@ -40,25 +84,117 @@ def row_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    attend: Attend | None = None,
-    sliding_window: int | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention output [1, N, H, D] of one flat row as `attend` has it; without it, plain sdpa on padded rows."""
-    if attend is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
-        )
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    """Attention output [1, N, H, D] of one flat row as its `Attend` has it; of padded rows where none is computed.
+
+    Raises EngineError for whatever else a model hands to its attention that could change the result.
+    """
+    unknown = sorted(k for k, v in kwargs.items() if v is not None and k not in _HARMLESS)
+    if dropout:
+        unknown.append("dropout")
+    if unknown:
+        raise _refusal(module, f"is given {', '.join(unknown)}, which is not computed here")
+    row: Row | None = getattr(attention_mask, _ROW, None)
+    if row is None:
+        if _attending.get() is not None:
+            raise _refusal(module, "is given a mask of its own")
+        return _padded_attention(module, query, key, value, attention_mask, scaling, softcap, s_aux, kwargs), None
+    if softcap is not None or kwargs.get("is_causal") is False:
+        raise _refusal(module, "caps its scores" if softcap is not None else "sees later tokens")
+    size = value.shape[-1]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # The keys of latent attention are longer than its values: zeros at the end change no score and no output.
+    width = max(size, query.shape[-1])
+    query, key, value = (pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (query, key, value))
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     # Under autocast norms and rotations leave float32, where the value is still as the linear layer gave it.
     query, key = query.to(value.dtype), key.to(value.dtype)
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return attend(layer, query, key, value, scaling, sliding_window)[None], None
+    return row.attend(layer, query, key, value, scaling, row.window, s_aux)[None, ..., :size], None
+
+
+def row_mask(*, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> Tensor | None:
+    """The mask of a flat row: no entries, but what the model wants to be seen. Without a row, the mask of sdpa."""
+    attend = _attending.get()
+    if attend is None:
+        mask: Tensor | None = sdpa_mask(mask_function=mask_function, **kwargs)
+        return mask
+    marker = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=kwargs.get("device"))
+    if not kwargs.get("use_vmap"):  # else a function that need not understand tensors of positions
+        setattr(marker, _ROW, Row(attend, _window(mask_function, kwargs.get("local_size"))))
+    return marker
 
 
 AttentionInterface.register(ROW_ATTENTION, row_attention)
-AttentionMaskInterface.register(ROW_ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ROW_ATTENTION, row_mask)
+
+
+def _window(mask_function: Callable[..., Any], size: int | None) -> Window:
+    """The mask function of transformers, of batch, head and two indices, as a window."""
+    if mask_function is causal_mask_function:
+        return None
+
+    def visible(asking: Tensor, seen: Tensor) -> Tensor:
+        first = torch.zeros((), dtype=torch.int64, device=asking.device)
+        found: Tensor = mask_function(first, first, asking, seen)
+        return found & (seen <= asking)
+
+    if size is None:
+        return visible
+    # A window is the same everywhere, so its edges at a few positions tell it from chunks of that size.
+    asking = torch.tensor([0, size - 1, size, size + 1, 2 * size, 3 * size + 1])[:, None]
+    seen = asking + torch.tensor([0, -1, 1 - size, -size, -size - 1])
+    agree = visible(asking, seen) == (seen > asking - size)
+    return size if bool((agree | (seen < 0)).all()) else visible
+
+
+def _padded_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    if softcap is None and sinks is None:
+        output: Tensor = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)[0]
+        return output
+    later = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    seen = ~later.triu(1 + key.shape[2] - query.shape[2]) if mask is None else mask
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return softmax_attention(query, key, value, seen, scaling, sinks=sinks, softcap=softcap).transpose(1, 2)
+
+
+def softmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    scaling: float,
+    *,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention [B, H, L, D] by its definition, over the keys that `seen` [B, 1, L, T] shows.
+
+    With `softcap` c a score s is c tanh(s / c); `sinks` [H] are the scores of one more key without a value.
+    """
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = query.float() @ key.float().transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, UNSEEN)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    return scores.softmax(-1)[..., : key.shape[2]].to(value.dtype) @ value
 
 
 def attention_with_lse(
@@ -89,42 +225,63 @@ def merge_attention(first: Tensor, first_lse: Tensor, second: Tensor, second_lse
     return torch.lerp(first, second, weight), lse
 
 
-def supports_rows(model: PreTrainedModel) -> bool:
-    """Whether the model is a decoder whose attention can be replaced, and replaced by what is known here."""
-    config = model.config.get_text_config()
-    known = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
-    capped = getattr(config, "attn_logit_softcapping", None)
-    decoder = not getattr(config, "is_encoder_decoder", False) and is_decoder(model)
-    return bool(decoder and model._supports_attention_backend and known and not capped)
-
-
-def use_rows(model: PreTrainedModel) -> bool:
-    """Gives the model attention over flat rows where it supports it, and says whether it does."""
-    if supported := supports_rows(model):
-        model.set_attn_implementation(ROW_ATTENTION)
-    return supported
-
-
-def is_decoder(model: PreTrainedModel) -> bool:
-    """Whether the model attends to earlier tokens only. Read from its attention layers, as configs do not say it."""
-    flags = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    return bool(flags) and all(flags)
-
-
 def backbone(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its head."""
-    return cast(PreTrainedModel, model.base_model)
+    base = model.base_model
+    if base is model:  # where the class names another place than the one its decoder is in
+        base = getattr(model, "model", None) or model.get_decoder()  # type: ignore[no-untyped-call]
+    return cast(PreTrainedModel, base)
+
+
+def num_layers(model: PreTrainedModel) -> int:
+    """The blocks of the model."""
+    number: int = model.config.get_text_config().num_hidden_layers
+    return number
+
+
+@contextmanager
+def attending(attend: Attend) -> Iterator[None]:
+    """Within it attention of a model that is set to `ROW_ATTENTION` is `attend`'s."""
+    token = _attending.set(attend)
+    try:
+        yield
+    finally:
+        _attending.reset(token)
 
 
 def row_states(backbone: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
-    """[N, D] last hidden states of one flat row of tokens."""
-    # A mask with four axes is passed through untouched; without one transformers would build its own, N by N.
-    untouched = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
-    hidden: Tensor = backbone(
-        input_ids=input_ids[None],
-        position_ids=position_ids[None],
-        attention_mask=untouched,
-        attend=attend,
-        use_cache=False,
-    ).last_hidden_state
+    """[N, D] last hidden states of one flat row of tokens. Raises EngineError unless every layer attended by `attend`,
+    once."""
+    layers: list[int] = []
+
+    def counted(
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        window: Window,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        layers.append(layer)
+        return attend(layer, query, key, value, scaling, window, sinks)
+
+    with attending(counted):
+        hidden: Tensor = backbone(
+            input_ids=input_ids[None],
+            position_ids=position_ids[None],
+            # Without one transformers would take the row for several packed sequences.
+            attention_mask=torch.ones_like(input_ids[None]),
+            use_cache=False,
+        ).last_hidden_state
+    if sorted(layers) != list(range(num_layers(backbone))):
+        raise _refusal(backbone, f"was computed here in the layers {sorted(layers)}, of {num_layers(backbone)}")
     return hidden[0]
+
+
+def _refusal(module: torch.nn.Module, what: str) -> EngineError:
+    return EngineError(
+        f"the attention of this model {what}, so it cannot be computed over a shared row",
+        where=f"architecture {type(module).__name__}",
+        fix="load the model from its directory, where a form that computes it is found; please report this otherwise",
+    )

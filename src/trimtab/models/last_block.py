@@ -28,7 +28,9 @@ def reads_rows(backbone: PreTrainedModel) -> bool:
     """Whether `reading` has an effect: blocks are x + attention(norm(x)) and then x + mlp(norm(x)), and are not run a
     second time in the backward pass, when it is over."""
     model: Any = backbone
-    return type(model).__name__ in LLAMA_LIKE and not (model.layers[-1].gradient_checkpointing and model.training)
+    return type(model).__name__ in LLAMA_LIKE and not (
+        model.layers[-1].gradient_checkpointing and model.layers[-1].training
+    )
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trimtab.data.trees import TokenTrees
+from trimtab.errors import EngineError
 from trimtab.math.logprobs import exact_kl, token_logprobs
 from trimtab.models.adapters import adapter_parameters, using
-from trimtab.models.attention import backbone, is_decoder, use_rows
+from trimtab.models.attention import backbone
+from trimtab.models.checkpointing import checkpoint_blocks
 from trimtab.models.embedding_gradients import gradients_in_place, takes_in_place
+from trimtab.models.forms import Form, Place, hidden_states, proved
+from trimtab.models.logits import head_of, logit_shape
 from trimtab.models.precision import Precision, computing_in
-from trimtab.models.tree_attention import Place, hidden_states
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,37 @@ class Role(nn.Module):
         self.adapter = adapter
         self.precision: Precision = "float32"
         self.in_place = False
-        self.tree_form = use_rows(model)
+        facts = proved(model)
+        self.form: Form = facts.form
+        self.causal = facts.causal
+        self.length_limit = facts.length_limit
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within it the model is this role's: its adapter is applied, or none, and products are in its precision."""
         with using(self.model, self.adapter), computing_in(self.precision):
             yield
+
+    @property
+    def tree_form(self) -> bool:
+        """Whether trees are computed as one shared row; setting it false takes padded rows instead."""
+        return self.form == "tree"
+
+    @tree_form.setter
+    def tree_form(self, value: bool) -> None:
+        if value != self.tree_form:
+            self.form = "tree" if value else "padded"
+
+    def states(self, trees: TokenTrees, places: list[Place]) -> list[Tensor]:
+        """The last hidden states at each of `places`, computed in the role's form."""
+        return hidden_states(
+            backbone(self.model),
+            trees,
+            places,
+            form=self.form,
+            pad_id=self.pad_id,
+            length_limit=self.length_limit,
+        )
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What a learner of this role changes: its adapter and heads, or every weight that takes gradients."""
@@ -76,8 +104,7 @@ class Role(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Keep only the input of each block for the backward pass, and compute the rest again there."""
-        self.model.activation_checkpointing_enable()
-        self.model.train()
+        checkpoint_blocks(self.model)
 
 
 class Policy(Role):
@@ -94,34 +121,48 @@ class Policy(Role):
     ) -> None:
         """`temperature` divides the logits, as in sampling. A value head starts at zero."""
         super().__init__(model, pad_id=pad_id, adapter=adapter)
+        if not self.causal:
+            raise EngineError(
+                "what this model says of a token changes with the tokens after it",
+                where=f"architecture {type(model).__name__}",
+                fix="use a decoder as policy and reference; an encoder can be a reward model",
+            )
+        self.shaped = logit_shape(model)
         self.temperature = temperature
         self.value_head = zero_head(model) if with_value_head else None
 
     @property
     def head(self) -> nn.Linear:
         """The output embedding, [V, D]."""
-        return cast(nn.Linear, self.model.get_output_embeddings())  # type: ignore[no-untyped-call]
+        return cast(nn.Linear, head_of(self.model))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, V] the model's logits for hidden states [n, D]: its head's output, scaled and capped as it does that."""
+        raw: Tensor = self.head(hidden)
+        return self.shaped(raw)
 
     def hidden(self, trees: TokenTrees) -> Tensor:
         """[M, D] the hidden states that predict the trained tokens."""
         with self.active():
-            model = backbone(self.model)
-            [hidden] = hidden_states(model, trees, ["predict_from"], tree_form=self.tree_form, pad_id=self.pad_id)
+            [hidden] = self.states(trees, ["predict_from"])
             return hidden
 
-    def forward(self, trees: TokenTrees, *, entropy: bool = False) -> TokenOutputs:
-        """Log-probabilities of the trained tokens; their entropy when asked; values where there is a value head."""
+    def forward(self, trees: TokenTrees, *, entropy: bool = False, temperature: float | None = None) -> TokenOutputs:
+        """Log-probabilities of the trained tokens, at the role's temperature if no other is given; their entropy when
+        asked; values where there is a value head."""
         hidden = self.hidden(trees)
         logprobs, entropies = token_logprobs(
             hidden,
             self.head.weight,
             trees.targets,
             bias=self.head.bias,
-            temperature=self.temperature,
+            temperature=self.temperature if temperature is None else temperature,
+            scale=self.shaped.scale,
+            cap=self.shaped.cap,
             with_entropy=entropy,
             weight_gradient=self.head.weight.grad if self.in_place else None,
         )
-        values = self.value_head(hidden).squeeze(-1) if self.value_head is not None else None
+        values = self.value_head(hidden.float()).squeeze(-1) if self.value_head is not None else None
         return TokenOutputs(logprobs, entropies, values)
 
     @torch.no_grad()
@@ -135,6 +176,8 @@ class Policy(Role):
             bias_p=self.head.bias,
             bias_q=reference.head.bias,
             temperature=self.temperature,
+            shape_p=(self.shaped.scale, self.shaped.cap),
+            shape_q=(reference.shaped.scale, reference.shaped.cap),
         )
 
 
@@ -155,9 +198,17 @@ class ScalarModel(Role):
         super().__init__(model, pad_id=pad_id, adapter=adapter)
         self.own_head = head
         self.gives = gives
-        self.is_decoder = is_decoder(model) and (head is not None or hasattr(model, "score"))
         # transformers reads the score at the last token that is not padding, and needs to know which one that is.
         model.config.pad_token_id = pad_id
+        model.config.get_text_config().pad_token_id = pad_id
+        self.is_decoder = self.causal and (head is not None or reads_last_token(model))
+        if gives == "values" and not self.is_decoder:
+            raise EngineError(
+                "this model gives a score of a whole reply but no values of its tokens: "
+                + ("its head is not read at single tokens" if self.causal else "it sees later tokens"),
+                where=f"the critic, architecture {type(model).__name__}",
+                fix="set critic.init = 'policy' or 'value_head', or critic.path to a decoder",
+            )
 
     @property
     def head(self) -> nn.Linear:
@@ -173,24 +224,64 @@ class ScalarModel(Role):
         return found
 
     def forward(self, trees: TokenTrees) -> ScoreOutputs:
-        """Values and scores of the trees."""
+        """Values and scores of the trees, in float32 whatever the precision of the products before the head."""
         with self.active():
-            if self.is_decoder:
-                places: list[Place] = [] if self.gives == "scores" else ["predict_from"]
-                places += [] if self.gives == "values" else ["last_tokens"]
-                states = hidden_states(
-                    backbone(self.model), trees, places, tree_form=self.tree_form, pad_id=self.pad_id
-                )
-                read = {place: self.head(x).squeeze(-1).float() for place, x in zip(places, states, strict=True)}
-                return ScoreOutputs(
-                    values=read.get("predict_from", torch.full((trees.num_trained,), torch.nan)),
-                    scores=read.get("last_tokens", torch.full((trees.num_sequences,), torch.nan)),
-                )
-            rows = trees.padded(self.pad_id)
-            mask = rows.attention_mask.long()
-            scores = self.model(input_ids=rows.input_ids, attention_mask=mask).logits[:, 0].float()
-        # An encoder sees the whole reply at every position: it has a score, but no value before a token.
-        return ScoreOutputs(values=scores.new_full((trees.num_trained,), torch.nan), scores=scores)
+            if not self.is_decoder:
+                # An encoder sees the whole reply at every position: it has a score, but no value before a token.
+                scores = self._pooled(trees)
+                return ScoreOutputs(values=scores.new_full((trees.num_trained,), torch.nan), scores=scores)
+            places: list[Place] = [] if self.gives == "scores" else ["predict_from"]
+            places += [] if self.gives == "values" else ["last_tokens"]
+            states = self.states(trees, places)
+            with torch.autocast(states[0].device.type, enabled=False):
+                read = {place: self.head(x.float()).squeeze(-1) for place, x in zip(places, states, strict=True)}
+        return ScoreOutputs(
+            values=read.get("predict_from", torch.full((trees.num_trained,), torch.nan)),
+            scores=read.get("last_tokens", torch.full((trees.num_sequences,), torch.nan)),
+        )
+
+    def _pooled(self, trees: TokenTrees) -> Tensor:
+        """[B] scores as the model pools them itself."""
+        rows = trees.padded(self.pad_id)
+        with last_products_in_float32(self.model):
+            if self.form == "alone":
+                pairs = zip(rows.input_ids, rows.attention_mask, strict=True)
+                logits = torch.cat([self.model(input_ids=ids[mask][None]).logits for ids, mask in pairs])
+            else:
+                logits = self.model(input_ids=rows.input_ids, attention_mask=rows.attention_mask.long()).logits
+        return logits[:, 0].float()
+
+
+@torch.no_grad()
+def reads_last_token(model: PreTrainedModel) -> bool:
+    """Whether the model's score is its linear head applied to the hidden state of the last token."""
+    head = getattr(model, "score", None)
+    if not callable(head):
+        return False
+    config = model.config.get_text_config()
+    ids = (torch.arange(3, 9) % config.vocab_size)[None]
+    ids = torch.where(ids == model.config.pad_token_id, (ids + 7) % config.vocab_size, ids)
+    theirs = model(input_ids=ids).logits.flatten()
+    ours = head(backbone(model)(input_ids=ids).last_hidden_state[:, -1]).flatten()
+    return theirs.shape == ours.shape and bool(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4))
+
+
+@contextmanager
+def last_products_in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Within it linear layers with one output compute in float32, inside autocast too."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+    for layer in layers:
+        layer.forward = partial(_linear_in_float32, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _linear_in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.functional.linear(x.float(), layer.weight, layer.bias)
 
 
 def zero_head(model: PreTrainedModel) -> nn.Linear:

@@ -7,15 +7,19 @@ product is spent on finished sequences, and a waiting prompt starts as soon as t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from trimtab.data.trees import Strips
-from trimtab.models.attention import UNSEEN, Attend
+from trimtab.errors import EngineError
+from trimtab.models.attention import UNSEEN, Attend, Window
 from trimtab.models.kernels import CompiledKernels, Kernels
+
+AttendWithin = Callable[[int, Tensor, Tensor, Tensor, float, int | None], Tensor]
+"""Attention within windows at most."""
 
 
 class SlotCache:
@@ -94,7 +98,7 @@ class SlotCache:
             )
             return strips.back(output)
 
-        return attend
+        return _of_windows(attend)
 
     def extend(self) -> Attend:
         """Attention for one more token of every reply: it sees its prompt, its reply so far and itself."""
@@ -103,9 +107,9 @@ class SlotCache:
         else:
             attend = self._extend_whole() if self.group_size == 1 else self._extend_shared()
         self.lengths = self.lengths + 1
-        return attend
+        return _of_windows(attend)
 
-    def _extend_compiled(self, kernels: CompiledKernels) -> Attend:
+    def _extend_compiled(self, kernels: CompiledKernels) -> AttendWithin:
         whole = self.group_size == 1
         places = self.positions if whole else self.lengths
         shared = {} if whole else {"prompt_of": self._prompt_of, "prompt_lengths": self._prompt_lengths}
@@ -126,7 +130,7 @@ class SlotCache:
 
         return attend
 
-    def _extend_whole(self) -> Attend:
+    def _extend_whole(self) -> AttendWithin:
         positions = self.positions
         rows, width = torch.arange(len(positions)), int(positions.max()) + 1
         slots, own = torch.arange(width), positions[:, None]
@@ -147,7 +151,7 @@ class SlotCache:
 
         return attend
 
-    def _extend_shared(self) -> Attend:
+    def _extend_shared(self) -> AttendWithin:
         places, positions = self.lengths, self.positions
         num_rows, num_prompts = len(places), len(self._prompt_lengths)
         width, prompt_width = int(places.max()) + 1, int(self._prompt_lengths.max())
@@ -231,6 +235,30 @@ class SlotCache:
             # Zeros, since what is masked is still multiplied, by zero: garbage could be infinite.
             self._layers[layer] = tuple(key.new_zeros(shape) for shape in shapes for _ in range(2))
         return self._layers[layer]
+
+
+def _of_windows(attend: AttendWithin) -> Attend:
+    """`attend` for every model; it refuses what is not computed over slots."""
+
+    def checked(
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        window: Window,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        if sinks is not None or callable(window):
+            what = "attention sinks" if sinks is not None else "a mask that is no window"
+            raise EngineError(
+                f"this model has {what}, which sampling over slots does not compute",
+                where=f"layer {layer}",
+                fix="sample with another engine; please report this",
+            )
+        return attend(layer, query, key, value, scaling, window)
+
+    return checked
 
 
 def _unseen(seen: Tensor) -> Tensor:

@@ -1,132 +1,157 @@
 """Attention over token trees: each token sees its prompt and the earlier tokens of its own branch.
 
-The definition lays the trees side by side and masks. Where there is no window and torch has its flash kernel, the
-same result comes from parts that need no mask: causal attention inside prompts and branches, and at each fork all
-branches over the keys of their prompt, merged by what the exponentials of each part sum to.
+The definition lays the trees side by side and masks. Where torch has its flash kernel the same result comes from parts
+whose outputs are merged by what their exponentials sum to: causal attention inside prompts and branches and, at each
+fork, all branches over the keys of their prompt, none of which needs a mask; under a window, the trees with theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import PreTrainedModel
 
 from trimtab.data.trees import Strips, TokenTrees, TreeParts
-from trimtab.models.attention import UNSEEN, Attend, attention_with_lse, merge_attention, row_states
-from trimtab.models.last_block import reading
+from trimtab.models.attention import UNSEEN, Attend, Window, attention_with_lse, merge_attention, softmax_attention
 
 
 def tree_attention(trees: TokenTrees) -> Attend:
     """Attention among the tokens of `trees`."""
-    masks: dict[int | None, Tensor] = {}
+    masks: dict[Window, Tensor] = {}
+    parts: dict[Window, list[Part]] = {}
 
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-        if window is None and query.device.type == "cpu":
-            return _PartedAttention.apply(query, key, value, trees.parts, scaling)  # type: ignore[no-any-return,no-untyped-call]
-        if window not in masks:
+    def attend(
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        window: Window,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        if window is not None and window not in masks:
             masks[window] = trees.visible(window)[:, None]
-        return masked_attention(query, key, value, trees.strips, masks[window], scaling)
+        if query.device.type == "cpu" and (window is None or sinks is not None):
+            if window not in parts:
+                parts[window] = _parts(trees.parts) if window is None else [_whole(trees.strips, masks[window], query)]
+            return _PartedAttention.apply(query, key, value, sinks, parts[window], scaling)  # type: ignore[no-any-return,no-untyped-call]
+        if window not in masks:
+            masks[window] = trees.visible()[:, None]
+        return masked_attention(query, key, value, trees.strips, masks[window], scaling, sinks)
 
     return attend
 
 
 def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, strips: Strips, visible: Tensor, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    strips: Strips,
+    visible: Tensor,
+    scaling: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention [N, H, D] within each strip, over the keys that `visible` [P, 1, L, L] shows: the definition."""
-    output = scaled_dot_product_attention(
-        strips.cut(query),
-        strips.cut(key),
-        strips.cut(value),
-        attn_mask=visible,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    cut = (strips.cut(query), strips.cut(key), strips.cut(value))
+    if sinks is not None:
+        output = softmax_attention(*cut, visible, scaling, sinks=sinks)
+    else:
+        output = scaled_dot_product_attention(
+            *cut, attn_mask=visible, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
     return torch.empty_like(query).index_copy(0, strips.tokens, strips.back(output))
 
 
-Place = Literal["predict_from", "last_tokens"]
-"""Where hidden states are read: at the M tokens that predict a trained one, or at the B ends of sequences."""
+@dataclass(frozen=True)
+class Part:
+    """Queries of some strips over the keys of others, a strip a row."""
+
+    asking: Strips
+    seen: Strips
+    causal: bool
+    bias: Tensor | None
+    """[C, 1, L or 1, T] added to the scores: what hides keys."""
+    merges: bool
+    """Whether the same queries have seen other keys in an earlier part."""
 
 
-def hidden_states(
-    backbone: PreTrainedModel, trees: TokenTrees, places: Sequence[Place], *, tree_form: bool, pad_id: int
-) -> list[Tensor]:
-    """Last hidden states at each of `places`, [M, D] or [B, D].
+def _parts(parts: TreeParts) -> list[Part]:
+    """Chains first, then forks, whose tokens are all in chains."""
+    chains = [Part(chain, chain, True, None, False) for chain in parts.chains]
+    forks = [Part(branches, prompts, False, _padding(prompts), True) for branches, prompts in parts.forks]
+    return chains + forks
 
-    `tree_form` runs the shared row; otherwise sequences run as padded rows, with the same numbers to rounding.
-    """
-    if tree_form:
-        wanted = [getattr(trees, place) for place in places]
-        rows, found = torch.unique(torch.cat(wanted), return_inverse=True)
-        with reading(backbone, rows, trees.num_tokens):
-            hidden = row_states(backbone, trees.input_ids, trees.position_ids, tree_attention(trees))
-        if len(hidden) == trees.num_tokens:
-            return [hidden.index_select(0, where) for where in wanted]
-        return [hidden.index_select(0, where) for where in found.split([len(w) for w in wanted])]
-    padded = trees.padded(pad_id)
-    hidden = backbone(
-        input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
-    ).last_hidden_state
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    return [hidden.index_select(0, getattr(padded, place)) for place in places]
+
+def _whole(strips: Strips, visible: Tensor, like: Tensor) -> Part:
+    """The trees side by side under their mask [P, 1, L, L], as one part."""
+    bias = torch.zeros(visible.shape, dtype=like.dtype).masked_fill_(~visible, UNSEEN)
+    return Part(strips, strips, False, bias, False)
 
 
 class _PartedAttention(torch.autograd.Function):
     """Attention in parts. Backward runs the kernel's own backward on each part with the merged output and
-    log-sum-exp, from which it forms the weights of the whole: exp(score - lse)."""
+    log-sum-exp, from which it forms the weights of the whole: exp(score - lse). A sink is a part too: one key with the
+    score `sinks` [H] and the value 0."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: TreeParts, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        parts: list[Part],
+        scaling: float,
+    ) -> Tensor:
         output = torch.empty_like(query)
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-        for chain in parts.chains:
-            part, part_lse = attention_with_lse(*_cut(query, key, value, chain, chain), None, scaling, causal=True)
-            output[chain.tokens] = chain.back(part)
-            lse[chain.tokens] = chain.back(part_lse)
-        for branches, prompts in parts.forks:
-            part, part_lse = attention_with_lse(
-                *_cut(query, key, value, branches, prompts), _padding(prompts, query), scaling
-            )
-            tokens = branches.tokens
-            output[tokens], lse[tokens] = merge_attention(
-                output[tokens], lse[tokens], branches.back(part), branches.back(part_lse)
-            )
-        ctx.save_for_backward(query, key, value, output, lse)
+        for p in parts:
+            states = _cut(query, key, value, p.asking, p.seen)
+            part, part_lse = attention_with_lse(*states, _like(p.bias, query), scaling, causal=p.causal)
+            tokens = p.asking.tokens
+            part, part_lse = p.asking.back(part), p.asking.back(part_lse)
+            if p.merges:
+                part, part_lse = merge_attention(output[tokens], lse[tokens], part, part_lse)
+            output[tokens], lse[tokens] = part, part_lse
+        if sinks is not None:
+            output, lse = merge_attention(output, lse, torch.zeros_like(output), sinks.float().expand_as(lse))
+        ctx.save_for_backward(query, key, value, sinks, output, lse)
         ctx.parts, ctx.scaling = parts, scaling
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, lse = ctx.saved_tensors
+        query, key, value, sinks, output, lse = ctx.saved_tensors
         grads = [torch.zeros_like(x) for x in (query, key, value)]
-        pairs = [(chain, chain, True) for chain in ctx.parts.chains]
-        pairs += [(branches, prompts, False) for branches, prompts in ctx.parts.forks]
-        for asking, seen, causal in pairs:
-            empty = ~asking.filled
+        for p in ctx.parts:
+            empty = ~p.asking.filled
             part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 # An empty place asks nothing: no gradient comes from it, and exp(score - lse) is 0.
-                asking.cut(grad_output).masked_fill(empty[:, None, :, None], 0),
-                *_cut(query, key, value, asking, seen),
-                asking.cut(output),
-                asking.cut(lse[..., None])[..., 0].masked_fill(empty[:, None], -UNSEEN),
+                p.asking.cut(grad_output).masked_fill(empty[:, None, :, None], 0),
+                *_cut(query, key, value, p.asking, p.seen),
+                p.asking.cut(output),
+                p.asking.cut(lse[..., None])[..., 0].masked_fill(empty[:, None], -UNSEEN),
                 0.0,
-                causal,
-                attn_mask=None if causal else _padding(seen, query),
+                p.causal,
+                attn_mask=_like(p.bias, query),
                 scale=ctx.scaling,
             )
-            for grad, strips, x in zip(grads, (asking, seen, seen), part, strict=True):
+            for grad, strips, x in zip(grads, (p.asking, p.seen, p.seen), part, strict=True):
                 heads = grad.shape[1]
                 if x.shape[1] != heads:  # the gradients of all query heads that read one key head
                     x = x.unflatten(1, (heads, -1)).sum(2)
                 grad.index_add_(0, strips.tokens, strips.back(x))
-        return (*grads, None, None)
+        grad_sinks = None
+        if sinks is not None and ctx.needs_input_grad[3]:
+            # d output / d sink = -weight of the sink * output, since its value is zero.
+            weight = (sinks.float() - lse).exp()
+            grad_sinks = -(weight * (grad_output.float() * output.float()).sum(-1)).sum(0).to(sinks.dtype)
+        return (*grads, grad_sinks, None, None)
 
 
 def _cut(query: Tensor, key: Tensor, value: Tensor, asking: Strips, seen: Strips) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,9 +162,12 @@ def _cut(query: Tensor, key: Tensor, value: Tensor, asking: Strips, seen: Strips
     return asking.cut(query), keys, values
 
 
-def _padding(strips: Strips, like: Tensor) -> Tensor | None:
+def _padding(strips: Strips) -> Tensor | None:
     """[C, 1, 1, L] what hides the empty places of `strips` from everyone; None where there are none."""
     if bool(strips.filled.all()):
         return None
-    bias = torch.zeros(strips.filled.shape, dtype=like.dtype).masked_fill_(~strips.filled, UNSEEN)
-    return bias[:, None, None]
+    return torch.zeros(strips.filled.shape).masked_fill_(~strips.filled, UNSEEN)[:, None, None]
+
+
+def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(x.dtype)

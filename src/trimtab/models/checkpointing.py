@@ -1,0 +1,45 @@
+"""Activations computed again in the backward pass instead of kept, and nothing else that training mode would wake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from trimtab.errors import EngineError
+
+
+def checkpoint_blocks(model: PreTrainedModel) -> None:
+    """From now on the model keeps only the input of each block for the backward pass.
+
+    Transformers does so for blocks in training mode. The rest of the model stays in evaluation mode, and so does a
+    block while it computes: dropout that a family writes as a function, noise of routers and the like never run.
+    Raises EngineError for a model without such blocks.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise EngineError(
+            "this model cannot compute its activations again",
+            where=f"architecture {type(model).__name__}",
+            fix="set checkpoint_activations = false",
+        )
+    model.activation_checkpointing_enable()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and not module.training:
+            module.training = True
+            block: Any = module
+            block._gradient_checkpointing_func = partial(_run, module, block._gradient_checkpointing_func)
+
+
+def _run(block: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
+    def in_evaluation(*args: Any) -> Any:
+        block.training = False
+        try:
+            return forward(*args)
+        finally:
+            block.training = True
+
+    return checkpoint(in_evaluation, *args)

@@ -1,0 +1,293 @@
+"""The form in which a model is computed over token trees, found and proved when the model is first used.
+
+Each form is compared with the model's plain hidden states: transformers, its eager attention, one unpadded row at a
+time. The first that agrees is taken.
+
+- tree: the shared row, attention following the tree;
+- padded: every sequence a row of its own, padded on the right, with transformers' own attention;
+- alone: every sequence a batch of its own, for models in which padding or row-mates are felt.
+
+The rows are longer than the model's windows, which are narrowed for the proof: all forms build their masks from the
+same setting, so a wide window needs no long row. Rows past the length at which rotary embeddings begin to stretch are
+always computed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimtab.data.trees import TokenTrees, response_tree
+from trimtab.errors import EngineError
+from trimtab.models.attention import ROW_ATTENTION, backbone, row_states
+from trimtab.models.last_block import reading
+from trimtab.models.positions import forget_lengths, length_limit
+from trimtab.models.tree_attention import tree_attention
+
+Form = Literal["tree", "padded", "alone"]
+Place = Literal["predict_from", "last_tokens"]
+"""Where hidden states are read: at the M tokens that predict a trained one, or at the B ends of sequences."""
+
+LENGTHS = ((7, (9, 4)), (5, (6,)))
+"""Tokens of the prompts and replies of the proof; the longest row has 16."""
+NARROW = 4
+"""Windows and chunks during the proof."""
+TOLERANCE = 3e-4
+"""Largest difference of a hidden state relative to its length. Rounding stays below 2e-5; a lost window, sink or mask
+moves the states of trained models by 1e-2 and more."""
+TRIES = 3
+"""Proofs with other tokens before a form is given up: rounding may send a token to another expert, and rarely does."""
+
+
+@dataclass(frozen=True)
+class Proved:
+    """What is known of a model after the proof."""
+
+    form: Form
+    attention: str
+    """The attention implementation that goes with the form."""
+    causal: bool
+    """Whether a token's state does not depend on those after it."""
+    length_limit: int | None
+    """Rows longer than this are computed alone."""
+
+
+_PROVED: WeakKeyDictionary[PreTrainedModel, Proved] = WeakKeyDictionary()
+
+
+def proved(model: PreTrainedModel) -> Proved:
+    """The form of this model, which is set up for it. The proof is made once. Raises EngineError when no form gives
+    the plain hidden states, or when the model cannot be run at all."""
+    if (known := _PROVED.get(model)) is None:
+        known = _PROVED[model] = _prove(model)
+        _attend_with(model, known.attention)
+    return known
+
+
+def hidden_states(
+    backbone: PreTrainedModel,
+    trees: TokenTrees,
+    places: Sequence[Place],
+    *,
+    form: Form,
+    pad_id: int,
+    length_limit: int | None = None,
+) -> list[Tensor]:
+    """Last hidden states at each of `places`, [M, D] or [B, D], the same in every form to rounding.
+
+    Trees with a sequence longer than `length_limit` are computed alone in every form.
+    """
+    if length_limit is not None and form != "alone":
+        return _by_length(backbone, trees, places, form=form, pad_id=pad_id, limit=length_limit)
+    if form == "tree":
+        return _tree_states(backbone, trees, places)
+    padded = trees.padded(pad_id)
+    if form == "padded":
+        hidden = run_rows(backbone, padded.input_ids, padded.attention_mask)
+    else:
+        hidden = alone(lambda row: run_rows(backbone, row), padded.input_ids, padded.attention_mask)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    return [hidden.index_select(0, getattr(padded, place)) for place in places]
+
+
+def alone(run: Callable[[Tensor], Tensor], input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """What `run` gives for each row [1, T] without its padding, put together with zeros in its places [B, T, D]."""
+    rows = []
+    for ids, mask in zip(input_ids, attention_mask, strict=True):
+        states = run(ids[mask][None])[0]
+        rows.append(torch.cat([states, states.new_zeros(int((~mask).sum()), states.shape[-1])]))
+    return torch.stack(rows)
+
+
+def run_rows(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """[B, T, D] last hidden states of rows, as transformers computes them."""
+    mask = None if attention_mask is None else attention_mask.long()
+    hidden: Tensor = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden
+
+
+def _tree_states(backbone: PreTrainedModel, trees: TokenTrees, places: Sequence[Place]) -> list[Tensor]:
+    wanted = [getattr(trees, place) for place in places]
+    rows, found = torch.unique(torch.cat(wanted), return_inverse=True)
+    with reading(backbone, rows, trees.num_tokens):
+        hidden = row_states(backbone, trees.input_ids, trees.position_ids, tree_attention(trees))
+    if len(hidden) == trees.num_tokens:
+        return [hidden.index_select(0, where) for where in wanted]
+    return [hidden.index_select(0, where) for where in found.split([len(w) for w in wanted])]
+
+
+def _by_length(
+    backbone: PreTrainedModel, trees: TokenTrees, places: Sequence[Place], *, form: Form, pad_id: int, limit: int
+) -> list[Tensor]:
+    longest = [len(t.prompt) + max(len(b.ids) for b in t.branches) for t in trees.trees]
+    groups: dict[Form, list[int]] = {form: [], "alone": []}
+    for i, length in enumerate(longest):
+        groups[form if length <= limit else "alone"].append(i)
+    if not groups["alone"]:
+        return hidden_states(backbone, trees, places, form=form, pad_id=pad_id)
+    parts: list[tuple[list[int], list[Tensor]]] = []
+    for kind, indices in groups.items():
+        if indices:
+            some = trees.select(indices)
+            parts.append((indices, hidden_states(backbone, some, places, form=kind, pad_id=pad_id)))
+    axes = {"predict_from": "token", "last_tokens": "sequence"}
+    return [
+        torch.cat([states[i] for _, states in parts])[
+            torch.argsort(torch.cat([trees.index_of(axes[place], indices) for indices, _ in parts]))
+        ]
+        for i, place in enumerate(places)
+    ]
+
+
+def _prove(model: PreTrainedModel) -> Proved:
+    base, own = backbone(model), model.config._attn_implementation
+    forget_lengths(model)
+    training = model.training
+    model.train(False)
+
+    @cache
+    def plain(attempt: int) -> tuple[TokenTrees, Tensor]:
+        trees = _some_trees(model, attempt)
+        return trees, _plain(model, base, trees, own)
+
+    try:
+        with torch.no_grad(), _narrow_windows(model):
+            for form, attention in _candidates(model, own):
+                if any(_agrees(model, base, form, attention, *plain(attempt)) for attempt in range(TRIES)):
+                    return Proved(form, attention, _is_causal(*plain(0)), length_limit(model))
+    finally:
+        _attend_with(model, own)
+        model.train(training)
+    raise EngineError(
+        "this model gives other hidden states each time that it is run on the same row",
+        where=_name(model),
+        fix="use another architecture; what makes equal inputs differ is not known here",
+    )
+
+
+def _candidates(model: PreTrainedModel, own: str) -> list[tuple[Form, str]]:
+    found: list[tuple[Form, str]] = []
+    encodes = getattr(model.config, "is_encoder_decoder", False)
+    if model._supports_attention_backend and not encodes:
+        found.append(("tree", ROW_ATTENTION))
+    for form in ("padded", "alone"):
+        found += [(form, own), (form, "eager")]
+    return list(dict.fromkeys(found))
+
+
+def _plain(model: PreTrainedModel, base: PreTrainedModel, trees: TokenTrees, own: str) -> Tensor:
+    """The plain hidden states of all tokens of all sequences, one after the other."""
+    if not _attend_with(model, "eager"):
+        _attend_with(model, own)
+    try:
+        return _all_states(base, trees, "alone")
+    except Exception as error:
+        raise EngineError(
+            f"transformers cannot run this model on one plain row: {type(error).__name__}: {_first_line(error)}",
+            where=_name(model),
+            fix="use a decoder that gives `last_hidden_state` for `input_ids`, or the release of transformers it needs",
+        ) from error
+
+
+def _agrees(
+    model: PreTrainedModel, base: PreTrainedModel, form: Form, attention: str, trees: TokenTrees, plain: Tensor
+) -> bool:
+    if not _attend_with(model, attention):
+        return False
+    try:
+        states = _all_states(base, trees, form)
+    except Exception:  # whatever a model raises in a form that does not suit it; the next form is tried
+        return False
+    difference = (states - plain).norm(dim=-1) / plain.norm(dim=-1).clamp_min(1e-12)
+    return bool((difference <= TOLERANCE).all())
+
+
+def _all_states(base: PreTrainedModel, trees: TokenTrees, form: Form) -> Tensor:
+    """Hidden states of all tokens of all sequences, one after the other."""
+    padded = trees.padded(0)
+    if form == "padded":
+        return run_rows(base, padded.input_ids, padded.attention_mask)[padded.attention_mask]
+    if form == "alone":
+        states = alone(lambda row: run_rows(base, row), padded.input_ids, padded.attention_mask)
+        return states[padded.attention_mask]
+    hidden = row_states(base, trees.input_ids, trees.position_ids, tree_attention(trees))
+    rows, start = [], 0
+    for tree in trees.trees:
+        (_, prompt), *branches = tree.nodes()
+        for at, length in branches:
+            rows += [*range(start, start + prompt), *range(start + at, start + at + length)]
+        start += tree.num_tokens
+    return hidden[torch.tensor(rows)]
+
+
+def _is_causal(trees: TokenTrees, states: Tensor) -> bool:
+    """Whether the prompt's states are the same before either of its replies."""
+    first = trees.trees[0]
+    num_prompt, row = len(first.prompt), len(first.prompt) + len(first.branches[0].ids)
+    one, other = states[:num_prompt], states[row : row + num_prompt]
+    return bool(((one - other).norm(dim=-1) <= TOLERANCE * one.norm(dim=-1)).all())
+
+
+def _some_trees(model: PreTrainedModel, seed: int) -> TokenTrees:
+    """Trees of random tokens, no longer than the model's positions allow."""
+    config = model.config.get_text_config()
+    longest = max(prompt + max(replies) for prompt, replies in LENGTHS)
+    share = min(1.0, _room(config, length_limit(model)) / longest)
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(n: int) -> list[int]:
+        found = torch.randint(
+            min(3, config.vocab_size - 1), config.vocab_size, (max(1, int(n * share)),), generator=draw
+        )
+        padding = getattr(config, "pad_token_id", None)
+        return [i if i != padding else max(0, i - 1) for i in found.tolist()]
+
+    return TokenTrees.build([response_tree(ids(prompt), [ids(n) for n in replies]) for prompt, replies in LENGTHS])
+
+
+def _room(config: Any, limit: int | None) -> int:
+    positions = getattr(config, "max_position_embeddings", None)
+    return min(n for n in (positions, limit, 1 << 30) if isinstance(n, int) and n > 0)
+
+
+@contextmanager
+def _narrow_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Within it windows and chunks that masks are built from are `NARROW`, if the configuration lets them be set."""
+    config = model.config.get_text_config()
+    before: dict[str, int] = {}
+    for key in ("sliding_window", "attention_chunk_size"):
+        size = getattr(config, key, None)
+        if isinstance(size, int) and size > NARROW:
+            setattr(config, key, NARROW)
+            before[key] = size
+    try:
+        yield
+    finally:
+        for key, size in before.items():
+            setattr(config, key, size)
+
+
+def _attend_with(model: PreTrainedModel, attention: str) -> bool:
+    """Sets the attention implementation; false where the model does not have it."""
+    try:
+        model.set_attn_implementation(attention)
+    except (ValueError, ImportError):
+        return False
+    return bool(model.config._attn_implementation == attention)
+
+
+def _name(model: PreTrainedModel) -> str:
+    path = getattr(model.config, "_name_or_path", "")
+    return f"{path}, architecture {type(model).__name__}" if path else f"architecture {type(model).__name__}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
