@@ -127,7 +127,7 @@ class _Check:
                 try:
                     form.decode(self.prompts, group_size, replies)
                 except Exception as error:  # whatever it is, the next form may do without
-                    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
                 worst = max(worst, self._difference(replies.finished(), group_size))
         return None if worst <= 1 else f"differs from the model's own logits by {worst * MAX_DIFFERENCE:.2g} nats"
 

@@ -7,7 +7,7 @@ same replies at different speeds, each to the models whose probabilities it gets
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -129,6 +129,12 @@ class LocalGenerator:
                 fix="raise sampling.max_prompt_tokens, or drop long prompts with max_prompt_tokens of the data",
             )
         return ids
+
+    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
+        """Raises ConfigError where the longest of the prompts leaves no room for the longest reply: a stage asks before
+        it begins."""
+        if self.positions is not None:
+            self.check_room(max((len(self.chat.encode_prompt(p.messages)) for p in prompts), default=0))
 
     def check_room(self, longest_prompt: int) -> None:
         """Raises ConfigError where a prompt of so many tokens and the longest reply have more positions than the model

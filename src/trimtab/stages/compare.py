@@ -63,11 +63,12 @@ def run(settings: Settings, run: Run) -> None:
     run.add_data(f"world:{settings.world}", "", settings.num_prompts + settings.num_held_out_prompts)
     summary: dict[str, object] = {}
     annotators: Annotators | None = None
-    for name, split, num in (
-        ("train", "train", settings.num_prompts),
-        ("held_out", "test", settings.num_held_out_prompts),
-    ):
-        prompts = world.prompts(split, num, seed=settings.seed)  # type: ignore[arg-type]
+    asked = {
+        "train": world.prompts("train", settings.num_prompts, seed=settings.seed),
+        "held_out": world.prompts("test", settings.num_held_out_prompts, seed=settings.seed),
+    }
+    generator.check_prompts(prompt for prompts in asked.values() for prompt in prompts)
+    for name, prompts in asked.items():
         num_replies = settings.replies_per_prompt if name == "train" else 2
         seed = seeds.derive(settings.seed, "compare", name)
         pairs, identical = sampled_pairs(generator.generate(prompts, group_size=num_replies, seed=seed))

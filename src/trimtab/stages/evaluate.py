@@ -78,6 +78,8 @@ def run(settings: Settings, run: Run) -> None:
         name: LocalGenerator(model, chat, settings.sampling)
         for name, model in (("policy", policy), ("baseline", baseline))
     }
+    for generator in generators.values():
+        generator.check_prompts(loaded.records)
     replies = {
         name: generator.generate(loaded.records, group_size=1, seed=seeds.derive(settings.seed, "evaluate"))
         for name, generator in generators.items()

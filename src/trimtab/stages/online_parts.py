@@ -195,6 +195,7 @@ def build_parts(settings: Settings, run: Run) -> Parts:
             return LocalGenerator(policy, chat, sampling, choice=choice, watched=watched)
         return EpisodeGenerator(policy, chat, sampling, environment, settings.episodes, choice=choice)
 
+    LocalGenerator(policy, chat, settings.sampling, choice=choice).check_prompts(prompts)
     return Parts(
         settings=settings,
         chat=chat,

@@ -240,10 +240,12 @@ def build_parts(settings: Settings, run: Run) -> Parts:
             fix=f"name the sum of all rewards or one of them: {', '.join(known)}",
         )
     policy = Policy(load_causal(settings.model), pad_id=chat.pad_id, temperature=settings.sampling.temperature)
+    generator = LocalGenerator(policy, chat, settings.sampling)
+    generator.check_prompts(a.prompt for a in asked)
     return Parts(
         settings=settings,
         asked=asked,
-        generator=LocalGenerator(policy, chat, settings.sampling),
+        generator=generator,
         rewards=rewards,
         world=GoldScorer(worlds.load(settings.world)) if settings.world else None,
         replies=Replies(run.directory / "replies.jsonl"),

@@ -1,0 +1,61 @@
+"""What every stage that samples owes its user before and while it samples."""
+
+import pytest
+
+from tests.stages.commands import PROMPTS, SHORT, run_stage, summary, trimtab, write_run_file
+from trimtab.engines import local_generator
+from trimtab.engines.slot_decoding import SlotForm
+
+SMALL = {"sampling": SHORT}
+GRPO = {"advantage": {"name": "grpo"}, "rewards": [{"name": "length", "max_tokens": 3}], "group_size": 2}
+
+
+def stages(base):
+    model = str(base)
+    return {
+        "compare": {"model": model, "world": "arithmetic", "num_prompts": 4, "num_held_out_prompts": 4},
+        "evaluate": {"model": model, "baseline": model, "prompts": PROMPTS, "world": "arithmetic"},
+        "select": {"model": model, "prompts": PROMPTS, "rewards": GRPO["rewards"], "replies_per_prompt": 2},
+        "online": {"model": model, "prompts": PROMPTS, "prompts_per_step": 2, "num_steps": 1, **GRPO},
+    }
+
+
+@pytest.mark.parametrize("stage", ["compare", "evaluate", "select", "online"])
+def test_replies_beyond_the_positions_of_the_model_are_refused_before_any_is_sampled(
+    stage, base, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(local_generator, "learned_positions", lambda model: 20)
+    monkeypatch.delattr(local_generator.LocalGenerator, "continue_ids")
+    run_file = write_run_file(tmp_path / "run.toml", stages(base)[stage] | SMALL)
+    result = trimtab(stage, run_file, "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "and a reply of up to 8 need" in result.output
+    assert "positions; the model has 20" in result.output
+
+
+@pytest.mark.parametrize("stage", ["compare", "evaluate", "select", "online", "generate"])
+def test_a_sampler_that_is_not_the_policy_stops_every_stage(stage, base, tmp_path, monkeypatch):
+    decode = SlotForm.decode
+
+    def with_other_weights(form, prompts, *arguments):
+        weight = form.policy.model.base_model.layers[0].mlp.down_proj.weight
+        changed = 0.1 if len(arguments[1].uniforms[0]) == 8 else 0.0  # the choice of the form has shorter replies
+        weight.data.add_(changed)
+        decode(form, prompts, *arguments)
+        weight.data.sub_(changed)
+
+    monkeypatch.setattr(SlotForm, "decode", with_other_weights)
+    if stage == "generate":
+        result = trimtab("generate", "--model", base, "--prompt", "Hello", "--max-new-tokens", 8)
+    else:
+        run_file = write_run_file(tmp_path / "run.toml", stages(base)[stage] | SMALL)
+        result = trimtab(stage, run_file, "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "sampler and policy disagree by" in result.output
+
+
+def test_the_summary_says_how_replies_were_decoded_and_how_near_the_policy(base, tmp_path):
+    found = summary(run_stage("evaluate", tmp_path / "evaluate", **stages(base)["evaluate"], **SMALL))
+    for model in ("policy", "baseline"):
+        assert found[model]["sampler"].startswith("fused")
+        assert 0 < found[model]["logprob_difference"] < 1e-4
