@@ -19,7 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from trimtab.models.load import save_model
+from trimtab.models.save import save_model
 from trimtab.stages.pretrain import train_tokenizer
 
 VOCAB = 64

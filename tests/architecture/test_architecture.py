@@ -23,7 +23,7 @@ LAYERS = {
     **dict.fromkeys(["engines", "rewards"], 5),
     **dict.fromkeys(["models", "protocols", "environments", "feedback"], 4),
     **dict.fromkeys(["data", "math", "worlds", "reports"], 3),
-    **dict.fromkeys(["runs", "config", "settings_help"], 2),
+    **dict.fromkeys(["runs", "config", "settings_help", "hub"], 2),
     **dict.fromkeys(["types", "metrics", "registry", "errors", "evals", "seeds"], 1),
 }
 SIDEWAYS = {

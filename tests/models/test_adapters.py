@@ -12,8 +12,9 @@ from trimtab.errors import EngineError
 from trimtab.math.losses.sft import SFTLoss
 from trimtab.models.adapters import LoRA, add_adapter, load_adapter, save_adapter, using
 from trimtab.models.forward import sequence_scores_of, token_logprobs_of
-from trimtab.models.load import load_causal, load_scalar, load_tokenizer, save_role
+from trimtab.models.load import load_causal, load_scalar, load_tokenizer
 from trimtab.models.roles import Policy, ScalarModel, zero_head
+from trimtab.models.save import save_role
 
 LORA = LoRA(rank=4, alpha=8)
 

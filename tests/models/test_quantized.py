@@ -16,10 +16,11 @@ from trimtab.errors import ConfigError, EngineError
 from trimtab.math.losses.sft import SFTLoss
 from trimtab.models.adapters import LoRA, add_adapter, load_adapter
 from trimtab.models.forward import token_logprobs_of
-from trimtab.models.load import load_causal, load_tokenizer, save_role
+from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.quantized import is_quantized, quantize
 from trimtab.models.reference_cache import model_hash
 from trimtab.models.roles import Policy
+from trimtab.models.save import save_role
 from trimtab.stages import sft
 
 ARCHITECTURES = ["qwen3", "gpt2", "mistral_windowed", "gemma3_windowed"]

@@ -11,7 +11,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 from tests.stages.commands import FAST, run_stage
 from tests.tiny import write_model_directory
 from trimtab import worlds
-from trimtab.models.load import load_causal, load_tokenizer, save_model
+from trimtab.models.load import load_causal, load_tokenizer
+from trimtab.models.save import save_model
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from tests.stages.commands import FAST, online_settings, rows, run_stage, summar
 from tests.stages.test_resume import differences, kill_after, start, wait_for_rows
 from trimtab import config
 from trimtab.data.chat import Chat
-from trimtab.models.adapters import base_of
+from trimtab.hub import base_of
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.stages.online_models import load_models
 from trimtab.stages.online_settings import Settings

@@ -12,9 +12,9 @@ from tests.preference_batches import LOSSES, make
 from tests.stages.commands import FAST, rows, run_stage, summary, trimtab, without_times, write_run_file
 from tests.stages.test_resume import differences, kill_after, num_rows, start, wait_for_rows
 from trimtab import cli, config
+from trimtab.hub import base_of
 from trimtab.math.losses.preference.pairs import DPO
 from trimtab.math.losses.preference.replies import KTO
-from trimtab.models.adapters import base_of
 from trimtab.stages import plan
 from trimtab.stages.preference import Settings, say_balance
 

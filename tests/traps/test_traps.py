@@ -57,8 +57,9 @@ from trimtab.math.losses.policy import PPO
 from trimtab.metrics import Metrics
 from trimtab.models.adapters import LoRA, add_adapter, save_adapter, using
 from trimtab.models.forward import token_logprobs_of
-from trimtab.models.load import load_causal, load_scalar, load_tokenizer, save_model
+from trimtab.models.load import load_causal, load_scalar, load_tokenizer
 from trimtab.models.roles import Policy
+from trimtab.models.save import save_model
 from trimtab.rewards.combined import CombinedReward, Part
 from trimtab.rewards.model import RewardModelScorer
 from trimtab.stages.online import minibatches
@@ -80,7 +81,8 @@ def pad_is_eos(tmp_path_factory, base):
     directory = tmp_path_factory.mktemp("traps") / "pad_is_eos"
     model, tokenizer = load_causal(base), load_tokenizer(base)
     tokenizer.pad_token = tokenizer.eos_token
-    save_model(model, tokenizer, directory)
+    model.save_pretrained(directory)  # as others write it
+    tokenizer.save_pretrained(directory)
     again = load_tokenizer(directory)
     assert again.pad_token_id == again.eos_token_id
     return directory

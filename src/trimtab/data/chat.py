@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.data.mistakes import Mistake
+from trimtab.data.tokenizers import ModelFacts, choose_pad
 from trimtab.data.words import Words
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import ConfigError, DataError, EngineError
 from trimtab.types import Message, Role
 
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
@@ -94,10 +95,14 @@ class Chat:
     end_id: int
     """The token that ends a reply."""
     stop_ids: frozenset[int]
-    """The end token of the template and the eos token; a sampler stops at either."""
+    """The end token of the template, the eos token, and those of the model's generation settings; a sampler stops at
+    any."""
     pad_id: int
-    """Never one of `stop_ids`: the tokenizer's pad token, else its unk token, else an added token whose name says
-    pad, unused or reserved, else the first id that does not stop. Padding never enters a loss."""
+    """Never one of `stop_ids`, and one that the model has a row for: the tokenizer's pad token, else its unk token,
+    else an added token whose name says pad, unused or reserved, else another special token, else the first id that does
+    not stop. Padding never enters a loss."""
+    pad_is_spare: bool
+    """Whether the pad token is no word, so that it can be written into a tokenizer as its pad token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -110,15 +115,24 @@ class Chat:
         self._special_pattern = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
         self.words = Words(tokenizer)
         self._study(added)
-        self.pad_id = _choose_pad(tokenizer, self.stop_ids)
+        facts: ModelFacts | None = getattr(tokenizer, "model_facts", None)
+        if facts is not None:
+            self.stop_ids |= facts.stop_ids
+            self._refuse_missing_rows(facts.num_rows)
+        num_ids = len(tokenizer) if facts is None else min(len(tokenizer), facts.num_rows)
+        self.pad_id, self.pad_is_spare = choose_pad(tokenizer, self.stop_ids, num_ids)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids up to where the assistant is to speak. Raises DataError where the template refuses the roles."""
         return self._encode_parts(self._prompt_parts(messages, self._render(messages, True)))[0]
 
-    def encode_response(self, text: str) -> list[int]:
-        """The ids of a reply with its end token, as the template writes it. They are the same after every prompt."""
-        return self._encode_parts(self._response_parts(text, self._render(_exchange(text), False)))[0]
+    def encode_response(self, text: str, *, ended: bool = True) -> list[int]:
+        """The ids of a reply with its end token, as the template writes it. They are the same after every prompt.
+        Without `ended`, those of a reply that was cut off, as far as it goes."""
+        parts = self._response_parts(text, self._render(_exchange(text), False))
+        if not ended:
+            parts = [replace(parts[0], text=parts[0].text.removesuffix(self._before_end))]
+        return self._encode_parts(parts)[0]
 
     def encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Ids, and the response mask: true for each assistant turn and its end token.
@@ -265,6 +279,27 @@ class Chat:
                 fix="set the eos_token of the tokenizer (tokenizer_config.json)",
             )
         self.stop_ids = frozenset({self.end_id} if eos_id is None else {self.end_id, eos_id})
+
+    def _refuse_missing_rows(self, num_rows: int) -> None:
+        """Special tokens that no conversation holds may have no row, as the image token of a text model has none."""
+        if len(self.tokenizer) <= num_rows:
+            return
+        written = {*self.encode_prompt([_ASKED]), *self.encode_response("a")}
+        special = set(self._special.values())
+        missing = {
+            text: id_
+            for text, id_ in self.tokenizer.get_vocab().items()
+            if id_ >= num_rows and (id_ in written or id_ not in special)
+        }
+        if missing:
+            first = min(missing, key=lambda text: missing[text])
+            raise EngineError(
+                f"the tokenizer has {len(missing)} tokens that the model has no row for, such as {first!r} with id "
+                f"{missing[first]}; the model has {num_rows} rows (vocab_size)",
+                where=self.tokenizer.name_or_path or "the tokenizer",
+                fix="resize the model once, model.resize_token_embeddings(len(tokenizer)), and save both; or take the "
+                "tokens out of the tokenizer",
+            )
 
     def _skeleton(self, roles: tuple[Role, ...], generation_prompt: bool) -> _Skeleton | None:
         """None where the template does not write every content once and in order."""
@@ -460,15 +495,6 @@ def _strip(text: str, left: bool, right: bool) -> str:
 
 def _interleave(pieces: Sequence[str], contents: Sequence[str]) -> str:
     return pieces[0] + "".join(content + piece for content, piece in zip(contents, pieces[1:], strict=True))
-
-
-def _choose_pad(tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]) -> int:
-    candidates: list[int | None] = [tokenizer.pad_token_id, tokenizer.unk_token_id]
-    candidates += [
-        id_ for id_, t in tokenizer.added_tokens_decoder.items() if re.search("pad|unused|reserved", t.content.lower())
-    ]
-    candidates += range(len(tokenizer))
-    return next(id_ for id_ in candidates if id_ is not None and id_ not in stop_ids)
 
 
 def _describe(messages: Sequence[Message]) -> str:

@@ -16,6 +16,7 @@ from rich.text import Text
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import LAYOUTS, Loaded, kinds_of, load
 from trimtab.data.sources import is_feedback, is_world
+from trimtab.data.tokenizers import load_tokenizer
 from trimtab.types import Demonstration, LabelledResponse, Message, PreferencePair, Prompt, SteppedResponse
 
 Kind = Literal["auto", "sft", "preference", "prompt"]
@@ -32,9 +33,7 @@ def show(source: str | Path, model_dir: str | Path, *, kind: Kind = "auto", rows
 
     Bad rows are left out, counted and listed. Raises DataError as `layouts.load` does.
     """
-    from transformers import AutoTokenizer
-
-    chat = Chat(AutoTokenizer.from_pretrained(model_dir))
+    chat = Chat(load_tokenizer(model_dir))
     loaded: Loaded[Any] = load(
         _RECORDS[kind] if kind != "auto" else _natural(source), source, on_bad_row="drop", accepts=chat.refusal
     )

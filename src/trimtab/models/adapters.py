@@ -6,10 +6,12 @@ while it runs; the base alone is what no adapter is active for.
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trimtab.errors import EngineError
+from trimtab.data.tokenizers import first_line
+from trimtab.errors import ConfigError, EngineError
+from trimtab.hub import ADAPTER_FILE as CONFIG_FILE
+from trimtab.hub import ADAPTER_WEIGHTS as WEIGHTS_FILE
+from trimtab.hub import BESIDE_FILE, base_of, find_model, lasting_name, read_json
 from trimtab.models.quantized import Bits
+from trimtab.models.weights import check_file
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 """What peft puts before the names of a model's own weights in a file."""
 
@@ -53,56 +59,19 @@ def is_adapted(module: nn.Module) -> bool:
     return peft is not None and isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
 
 
-def base_of(path: str | Path) -> str | None:
-    """The base model that an adapter directory names; None for a directory that is a model of its own."""
-    file = Path(path) / CONFIG_FILE
-    if not file.exists():
-        return None
-    if not (Path(path) / WEIGHTS_FILE).exists():
-        raise EngineError(
-            f"{CONFIG_FILE} without {WEIGHTS_FILE}",
-            where=str(path),
-            fix="save the adapter as safetensors; other formats can run code and are not read",
-        )
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise EngineError(
-            "the adapter does not say which base model it belongs to",
-            where=str(file),
-            fix="set base_model_name_or_path in it",
-        )
-    return str(base)
+def adapter_weights(path: str | Path) -> dict[str, Tensor]:
+    """Everything in the file of an adapter directory, by the names of peft. Embeddings that peft repeats there under
+    the names of its wrappers are left out."""
+    file = Path(find_model(path)) / WEIGHTS_FILE
+    check_file(file)
+    weights = load_file(file)
+    repeated = (".original_module.", ".modules_to_save.")
+    return {k: v for k, v in weights.items() if not any(r in k and k.replace(r, ".") in weights for r in repeated)}
 
 
-def same_model(a: str | Path, b: str | Path) -> bool:
-    """Whether two names mean one model: the same hub id, or paths of one directory."""
-    return str(a) == str(b) or Path(a).resolve() == Path(b).resolve()
-
-
-def on_base(path: str | Path, base: str | Path) -> bool:
-    """Whether the directory is an adapter of this base."""
-    other = base_of(path)
-    return other is not None and same_model(other, base)
-
-
-def merge_adapter(model: PreTrainedModel, path: str | Path) -> None:
-    """Adds the adapter of a directory to the weights of its base `model` for good, and puts its head in place."""
-    head = load_adapter(model, "merged", path)
-    for name, module in list(model.named_modules()):
-        if is_adapted(module):
-            module.merge(adapter_names=["merged"])
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, module.get_base_layer())
-    del model.peft_config
-    unknown = set(head) - set(dict(model.named_parameters()))
-    if unknown:
-        raise EngineError(
-            f"the adapter holds weights that its base has no place for: {', '.join(sorted(unknown))}",
-            where=str(path),
-            fix="adapters of linear layers and a score head are read; load others with peft and save them merged",
-        )
-    model.load_state_dict(head, strict=False)
-    model.requires_grad_(True)
+def is_reward_adapter(path: str | Path) -> bool:
+    """Whether an adapter directory was made for a sequence classifier, as those of reward models are."""
+    return read_json(Path(find_model(path)) / CONFIG_FILE).get("task_type") == "SEQ_CLS"
 
 
 def add_adapter(model: PreTrainedModel, name: str, settings: LoRA, *, seed: int) -> None:
@@ -114,25 +83,46 @@ def add_adapter(model: PreTrainedModel, name: str, settings: LoRA, *, seed: int)
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
-        target_modules=list(settings.modules) if settings.modules else linear_layers(model),
+        target_modules=_known_layers(model, settings.modules) if settings.modules else linear_layers(model),
     )
     _inject(config, model, name, seed)
 
 
-def load_adapter(model: PreTrainedModel, name: str, path: str | Path) -> dict[str, Tensor]:
-    """The adapter of a directory under a name of its own on its base `model`, which is frozen; returns the weights
-    stored beside it, such as a score head."""
-    from peft import LoraConfig, set_peft_model_state_dict
+def load_adapter(model: PreTrainedModel, name: str, path: str | Path, *, with_head: bool = False) -> dict[str, Tensor]:
+    """The adapter of a directory under a name of its own on its base `model`, which is frozen and may be shared; its
+    dropout is off. Returns the weights of the score head stored beside it, for a model `with_head`.
 
-    base_of(path)
+    Raises EngineError, with the names, for an adapter that brings more than low-rank changes of linear layers: they
+    would change the base for all who share it.
+    """
+    from peft import set_peft_model_state_dict
+
+    if not with_head and is_reward_adapter(path):
+        raise reward_model_as_policy(path, "the adapter of a reward model")
+    config, weights = read_adapter(model, path)
+    head = {key.removeprefix(_PREFIX): value for key, value in weights.items() if is_head(key)} if with_head else {}
+    own = {key.removeprefix(_PREFIX): value for key, value in weights.items() if _changes_a_layer(key)}
+    beside = {key.removeprefix(_PREFIX) for key in weights} - set(own) - set(head) - _of_base(model, weights)
+    if parts := [*_further_parts(config), *([f"weights beside the LoRA ({some(beside)})"] if beside else [])]:
+        raise EngineError(
+            f"the adapter brings more than low-rank changes of linear layers: {', '.join(parts)}",
+            where=str(path),
+            fix=f"make a whole model of it with `trimtab export --model {path} --out DIRECTORY`, and name that",
+        )
     model.requires_grad_(False)
-    config: Any = LoraConfig.from_pretrained(str(path))
-    config.modules_to_save, config.inference_mode = None, False
-    weights = {key.removeprefix(_PREFIX): value for key, value in load_file(Path(path) / WEIGHTS_FILE).items()}
-    own = {key: value for key, value in weights.items() if "lora_" in key}
-    _inject(config, model, name, seed=0)
-    set_peft_model_state_dict(model, own, adapter_name=name)
-    return {key: value for key, value in weights.items() if key not in own}
+    config.modules_to_save, config.inference_mode, config.lora_dropout = None, False, 0.0
+    try:
+        _inject(config, model, name, seed=0)
+        loaded: Any = set_peft_model_state_dict(model, own, adapter_name=name)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise does_not_fit(
+            path, f"peft cannot put it onto its base: {type(error).__name__}, {first_line(error)}"
+        ) from error
+    if loaded.unexpected_keys:
+        raise does_not_fit(path, f"it holds weights that its base has no place for: {some(loaded.unexpected_keys)}")
+    if lacking := [key for key in loaded.missing_keys if f".{name}." in key]:
+        raise does_not_fit(path, f"its file lacks weights that its configuration names: {some(lacking)}")
+    return head
 
 
 def save_adapter(
@@ -142,7 +132,7 @@ def save_adapter(
     from peft import get_peft_model_state_dict
 
     config: Any = model.peft_config[name]
-    config.base_model_name_or_path = base
+    config.base_model_name_or_path = lasting_name(base)
     config.task_type = "SEQ_CLS" if head else "CAUSAL_LM"
     config.modules_to_save = sorted({key.split(".")[0] for key in head}) if head else None
     config.inference_mode = True
@@ -152,6 +142,9 @@ def save_adapter(
     save_file({_PREFIX + k: v.detach().contiguous().clone() for k, v in tensors.items()}, directory / WEIGHTS_FILE)
     config.save_pretrained(str(directory))
     config.modules_to_save = None
+    if Path(base).is_dir():
+        beside = os.path.relpath(Path(base).resolve(), directory.resolve())
+        (directory / BESIDE_FILE).write_text(json.dumps({"beside": beside}) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -181,7 +174,7 @@ def adapter_parameters(model: PreTrainedModel, name: str) -> dict[str, nn.Parame
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight of a linear layer as it is applied now: with its active adapter, if it has one."""
+    """The weight of a linear layer as it is applied now: with its active adapter, if it has one. Without gradients."""
     layer: Any = linear
     if not is_adapted(linear):
         weight: Tensor = layer.weight.detach()
@@ -189,23 +182,153 @@ def weight_of(linear: nn.Module) -> Tensor:
     weight = layer.get_base_layer().weight.detach()
     if layer.disable_adapters:
         return weight
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            weight = weight + layer.get_delta_weight(name).detach()
-    return weight
+    with torch.no_grad():
+        for name in layer.active_adapters:
+            if name in layer.lora_variant:  # DoRA, which scales the rows of what it changes
+                weight = layer.lora_variant[name].merge_safe(layer, name, weight)
+            elif name in layer.lora_A:
+                weight = weight + layer.get_delta_weight(name)
+    return weight.detach()
 
 
-def linear_layers(model: PreTrainedModel) -> list[str]:
-    """The names, without their place, of the linear layers of the blocks."""
+def trained_weight_of(linear: nn.Module, adapter: str | None) -> Tensor:
+    """The weight of a linear layer with the adapter of this name, if it has it; gradients reach the adapter."""
+    layer: Any = linear
+    if not is_adapted(linear):
+        plain: Tensor = layer.weight
+        return plain
+    base: Tensor = layer.get_base_layer().weight
+    if adapter is None or adapter not in layer.lora_A:
+        return base
+    changed: Tensor = base + layer.get_delta_weight(adapter)
+    return changed
+
+
+def linear_layers(model: PreTrainedModel, *, with_output: bool = False) -> list[str]:
+    """The names, without their place, of the linear layers of the blocks; `with_output` of the output head too."""
     head = model.get_output_embeddings() if hasattr(model, "lm_head") else None  # type: ignore[no-untyped-call]
-    skipped = {id(head), id(getattr(model, "score", None))}
+    skipped = {id(getattr(model, "score", None))} | (set() if with_output else {id(head)})
     kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
     names = {
         n.rsplit(".", 1)[-1]
         for n, m in model.named_modules()
-        if (type(m).__name__ in kinds and id(m) not in skipped and "lora_" not in n) or is_adapted(m)
+        if id(m) not in skipped and ((type(m).__name__ in kinds and "lora_" not in n) or is_adapted(m))
     }
     return sorted(names - {"base_layer"})
+
+
+def _known_layers(model: PreTrainedModel, chosen: tuple[str, ...]) -> list[str]:
+    """The chosen names. Raises ConfigError for one that no linear layer has, with the names there are."""
+    known = linear_layers(model, with_output=True)
+    wrong = [name for name in chosen if name.rsplit(".", 1)[-1] not in known]
+    if not wrong:
+        return list(chosen)
+    near = difflib.get_close_matches(wrong[0], known, 1)
+    raise ConfigError(
+        f"no linear layer of this {type(model).__name__} is named {wrong[0]!r}",
+        where="adapter.modules",
+        fix=(f"did you mean {near[0]!r}? " if near else "") + f"its layers: {', '.join(known)}",
+    )
+
+
+# --- what a directory holds ---
+
+
+def read_adapter(model: PreTrainedModel, path: str | Path) -> tuple[Any, dict[str, Tensor]]:
+    """Configuration and weights of an adapter, without those of an output head if the model, a scalar one, has none."""
+    from peft import PeftConfig
+
+    base_of(path)
+    try:
+        config: Any = PeftConfig.from_pretrained(find_model(path))
+    except Exception as error:
+        raise does_not_fit(path, f"peft cannot read its configuration: {first_line(error)}") from error
+    if config.is_prompt_learning:
+        raise EngineError(
+            f"an adapter of the kind {config.peft_type.value} changes the prompt, not weights",
+            where=str(path),
+            fix="use a low-rank adapter (LoRA), or the base itself",
+        )
+    weights = adapter_weights(path)
+    if hasattr(model, "lm_head") or model.get_output_embeddings() is not None:  # type: ignore[no-untyped-call]
+        return config, weights
+    for field in ("target_modules", "modules_to_save"):
+        if isinstance(names := getattr(config, field, None), list | set):
+            setattr(config, field, type(names)(n for n in names if n.rsplit(".", 1)[-1] not in _OUTPUTS) or None)
+    return config, {key: value for key, value in weights.items() if not set(key.split(".")) & _OUTPUTS}
+
+
+_OUTPUTS = {"lm_head", "embed_out"}
+_LOW_RANK = {
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "use_rslora"),
+    *("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core"),
+    *("runtime_config", "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+    *("revision", "inference_mode"),
+}
+"""Settings of LoRA that change only the low-rank matrices; any other is a part of its own."""
+
+
+def _further_parts(config: Any) -> list[str]:
+    """What an adapter sets beyond low-rank changes of linear layers, by name."""
+    from peft import LoraConfig
+
+    if config.peft_type.value != "LORA":
+        return [f"the kind {config.peft_type.value}"]
+    plain, parts = LoraConfig(), []
+    for name, value in vars(config).items():
+        if name not in _LOW_RANK and value and value != getattr(plain, name, None):
+            parts.append(f"{name} = {value!r:.60}")
+    if not isinstance(config.init_lora_weights, bool) and str(config.init_lora_weights).lower() not in _INITS:
+        parts.append(f"init_lora_weights = {config.init_lora_weights!r}, which changes the base")
+    return parts
+
+
+_INITS = ("gaussian", "orthogonal", "eva", "lora_ga", "mica")
+
+
+def _changes_a_layer(key: str) -> bool:
+    """Whether a name in an adapter file is that of a low-rank change of a linear layer."""
+    return "lora_" in key and "lora_embedding_" not in key
+
+
+def _of_base(model: PreTrainedModel, weights: dict[str, Tensor]) -> set[str]:
+    """The embeddings in an adapter file that are just those of the base: peft writes them beside an adapter of one."""
+    there = {n.replace(".base_layer", ""): p for n, p in model.named_parameters(remove_duplicate=False)}
+    names = {key.removeprefix(_PREFIX): value for key, value in weights.items() if ".base_layer." in key}
+    found = {name: (there.get(name.replace(".base_layer", "")), value) for name, value in names.items()}
+    return {name for name, (own, value) in found.items() if own is not None and torch.equal(own, value.to(own.dtype))}
+
+
+def is_head(key: str) -> bool:
+    """Whether a name in an adapter file is that of a score head."""
+    return key.removeprefix(_PREFIX).split(".")[0] in ("score", "classifier")
+
+
+def reward_model_as_policy(path: str | Path, what: str) -> EngineError:
+    """The answer to a reward model in the place of a language model."""
+    return EngineError(
+        f"this is {what}, which writes no text",
+        where=str(path),
+        fix="name a causal language model here, such as one that `trimtab sft` wrote; "
+        "a reward model belongs under rewards, reward_model or `trimtab score`",
+    )
+
+
+def does_not_fit(path: str | Path, why: str) -> EngineError:
+    """The answer to an adapter that is not one of its base."""
+    return EngineError(
+        f"the adapter cannot be used: {why}",
+        where=str(path),
+        fix="check that base_model_name_or_path in its adapter_config.json is the model it was trained on, or merge it "
+        "with the library that wrote it and name the whole model",
+    )
+
+
+def some(names: Iterable[str]) -> str:
+    """The first of some names, and how many more there are."""
+    listed = sorted(name.removeprefix(_PREFIX) for name in names)
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
 
 
 def _inject(config: Any, model: PreTrainedModel, name: str, seed: int) -> None:

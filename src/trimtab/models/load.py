@@ -1,51 +1,63 @@
-"""Models in and out: ordinary Hugging Face directories, safetensors only, no code from them ever run."""
+"""Models in: ordinary Hugging Face directories, safetensors only, no code from them ever run.
+
+What is loaded is looked at: the right kind of model, whole weights, a head that was trained. A directory that something
+is wrong with is refused in a sentence, before anything is computed with it.
+"""
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from trimtab.data.tokenizers import first_line, load_config
+from trimtab.data.tokenizers import load_tokenizer as load_tokenizer
 from trimtab.errors import EngineError
-from trimtab.models.adapters import base_of, merge_adapter, save_adapter
+from trimtab.hub import base_of, find_model, read_json
+from trimtab.models.adapters import adapter_weights, is_head, is_reward_adapter, reward_model_as_policy
 from trimtab.models.forms import proved
 from trimtab.models.logits import logit_shape
-from trimtab.models.roles import Policy, ScalarModel
+from trimtab.models.merge import merge_adapter
+from trimtab.models.quantized import is_quantized
+from trimtab.models.weights import check_weights, stored_dtype
 
 transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+# peft imports it wherever it is installed, and it says what optional kernels it has not found.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory or hub id; an adapter without one has its base's."""
-    if (base := base_of(path)) is not None and not (Path(path) / "tokenizer_config.json").exists():
-        return load_tokenizer(base)
-    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, path)
-    return tokenizer
+_CLASSIFIER = "ForSequenceClassification"
 
 
 def load_causal(path: str | Path) -> PreTrainedModel:
     """A causal language model in float32 with dropout off, compared with its own plain logits: what is computed here of
     its hidden states (`models/forms.py`) and of its head (`models/logits.py`) is what transformers computes.
 
-    An adapter directory gives its base with the adapter merged.
+    An adapter directory gives its base with the adapter merged. Raises EngineError for a reward model.
     """
     if (base := base_of(path)) is not None:
+        if is_reward_adapter(path):
+            raise reward_model_as_policy(path, "the adapter of a reward model")
         model = load_causal(base)
         merge_adapter(model, path)
         return model
-    model = _prepared(_load_plain(AutoModelForCausalLM, path))
+    kinds = load_config(path).architectures or []
+    if any(kind.endswith(_CLASSIFIER) for kind in kinds):
+        raise reward_model_as_policy(path, f"a reward model or classifier ({', '.join(kinds)})")
+    model, info = _load(AutoModelForCausalLM, path)
+    if missing := _missing(model, info):
+        raise EngineError(
+            f"the directory lacks weights of a {type(model).__name__}, such as {missing[0]}: "
+            f"{len(missing)} of them would be random",
+            where=str(path),
+            fix="name a causal language model saved with its output head, such as one that `trimtab sft` wrote",
+        )
+    _prepared(model)
+    _refuse_not_finite(model, path)
     proved(model)
     logit_shape(model)
     return model
@@ -60,83 +72,100 @@ def load_scalar(path: str | Path, *, head_seed: int | None = None, zero_head: bo
     adapter and head merged.
     """
     if (base := base_of(path)) is not None:
-        model = load_scalar(base, head_seed=0)
+        brings_head = is_reward_adapter(path) and any(map(is_head, adapter_weights(path)))
+        if not brings_head and head_seed is None and not is_classifier(base):
+            raise _no_head(path, "the adapter brings none, and its base has none")
+        model = load_scalar(base, head_seed=0 if head_seed is None else head_seed, zero_head=zero_head)
         merge_adapter(model, path)
         model.config.update(reward_facts(path))
         return _prepared(model)
-    model, missing = _load_plain(AutoModelForSequenceClassification, path, num_labels=1, output_loading_info=True)
-    new = [name for name in missing["missing_keys"] if not name.endswith("position_ids")]
-    if new:
-        if head_seed is None:
-            raise EngineError(
-                f"the model has no trained score head (missing: {', '.join(sorted(new))})",
-                where=str(path),
-                fix="train one with `trimtab reward`, or name a directory that the reward stage wrote",
-            )
-        draw = torch.Generator().manual_seed(head_seed)
-        parameters = dict(model.named_parameters())
-        for name in sorted(new):
-            weight = parameters[name].data
-            if zero_head or weight.ndim < 2:
-                weight.zero_()
-            else:
-                weight.normal_(0.0, (weight.shape[1] + 1) ** -0.5, generator=draw)
+    config = load_config(path)
+    if is_classifier(path) and config.num_labels != 1:
+        raise EngineError(
+            f"a classifier with {config.num_labels} labels; a reward model gives one score, so one label is needed",
+            where=str(path),
+            fix="name a sequence classifier with num_labels = 1, or train one from a language model: `trimtab reward`",
+        )
+    model, info = _load(AutoModelForSequenceClassification, path, num_labels=1)
+    new = _missing(model, info)
+    of_backbone = [name for name in new if name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name]
+    if of_backbone:
+        raise EngineError(
+            f"the directory lacks weights of a {type(model).__name__}, such as {of_backbone[0]}",
+            where=str(path),
+            fix="copy or download it again, or name another model",
+        )
+    if new and head_seed is None:
+        raise _no_head(path, f"missing: {', '.join(new)}")
+    _fill_head(model, new, head_seed or 0, zero_head)
     return _prepared(model)
+
+
+def is_classifier(path: str | Path) -> bool:
+    """Whether the directory or hub id is a sequence classifier, as every reward model is, or an adapter with such a
+    head."""
+    if (base := base_of(path)) is not None:
+        return is_reward_adapter(path) or is_classifier(base)
+    return any(kind.endswith(_CLASSIFIER) for kind in load_config(path).architectures or [])
 
 
 def reward_facts(path: str | Path) -> dict[str, float]:
     """What the reward stage wrote about a reward adapter: its shift and temperature."""
-    file = Path(path) / "reward.json"
-    facts: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return facts
+    file = Path(find_model(path)) / "reward.json"
+    return read_json(file) if file.exists() else {}
 
 
-def save_role(role: Policy | ScalarModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, base: str) -> None:
-    """The role's model as a directory; a role that is an adapter as an adapter of `base`, its head beside it."""
-    if role.adapter is None:
-        save_model(role.model, tokenizer, directory)
-        return
-    head = None
-    if isinstance(role, ScalarModel):
-        head = {f"score.{n}": p.detach() for n, p in role.head.named_parameters()}
-        facts = {k: v for k, v in role.model.config.to_dict().items() if k.startswith("reward_")}
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "reward.json").write_text(json.dumps(facts), encoding="utf-8")
-    save_adapter(role.model, role.adapter, directory, base=base, head=head)
-    tokenizer.save_pretrained(directory)
-
-
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """The model and its tokenizer as a Hugging Face directory; the pad token is written into the configuration."""
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-def _load(auto_class: Any, path: str | Path, **options: Any) -> Any:
-    name = str(path)
-    if "/" not in name.strip("/") and not Path(name).exists():
-        raise EngineError(
-            f"no model directory {name!r}", where="the model setting", fix="name a directory, or a hub id as org/name"
-        )
-    if auto_class is not AutoTokenizer:
-        options |= {"use_safetensors": True}
-    try:
-        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        fix = "check the path; a model needs config.json, model.safetensors and a tokenizer"
-        if os.environ.get("HF_HUB_OFFLINE"):
-            fix += " (HF_HUB_OFFLINE is set, so hub ids are not fetched)"
-        raise EngineError(f"cannot load {name!r}: {str(error).splitlines()[0]}", where=name, fix=fix) from error
-
-
-def _load_plain(auto_class: Any, path: str | Path, **options: Any) -> Any:
+def _load(auto_class: Any, path: str | Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model in float32. One that chooses its attention for good when it is made gets the eager kind, which is the
     definition: those of Falcon with ALiBi differ by 0.1 nats."""
-    loaded = _load(auto_class, path, dtype=torch.float32, **options)
-    model = loaded[0] if isinstance(loaded, tuple) else loaded
-    if model.config._attn_implementation != "eager" and not model._can_set_attn_implementation():
-        return _load(auto_class, path, dtype=torch.float32, attn_implementation="eager", **options)
-    return loaded
+    name = find_model(path)
+    check_weights(name)
+    options |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    try:
+        model, info = auto_class.from_pretrained(name, trust_remote_code=False, **options)
+        if model.config._attn_implementation != "eager" and not model._can_set_attn_implementation():
+            options["attn_implementation"] = "eager"
+            model, info = auto_class.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:  # foreign files fail in many ways, and none of them is a bug of ours
+        raise EngineError(
+            f"the model cannot be loaded: {first_line(error)}",
+            where=str(path),
+            fix="a model needs config.json, model.safetensors and a tokenizer that belong together; "
+            "copy or download it again, or name another one",
+        ) from error
+    if is_quantized(model):
+        raise EngineError(
+            "its weights are stored as integers (a quantised model), which cannot be trained or scored exactly",
+            where=str(path),
+            fix="name the model it was made from; adapter.base_bits = 4 or 8 rounds a base when it is loaded",
+        )
+    model.written_dtype = stored_dtype(name) or load_config(path).dtype or torch.float32
+    return model, info
+
+
+def _missing(model: PreTrainedModel, info: dict[str, Any]) -> list[str]:
+    """Trained weights that the files lack; tied ones and buffers are made, and lack nothing."""
+    return sorted(set(info["missing_keys"]) & set(dict(model.named_parameters())))
+
+
+@torch.no_grad()
+def _fill_head(model: PreTrainedModel, names: list[str], seed: int, zero: bool) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    parameters = dict(model.named_parameters())
+    for name in names:
+        weight = parameters[name].data
+        if zero or weight.ndim < 2:
+            weight.zero_()
+        else:
+            weight.normal_(0.0, (weight.shape[1] + 1) ** -0.5, generator=draw)
+
+
+def _no_head(path: str | Path, why: str) -> EngineError:
+    return EngineError(
+        f"the model has no trained score head ({why})",
+        where=str(path),
+        fix="train one with `trimtab reward`, or name a directory that the reward stage wrote",
+    )
 
 
 def _prepared(model: PreTrainedModel) -> PreTrainedModel:
@@ -145,3 +174,27 @@ def _prepared(model: PreTrainedModel) -> PreTrainedModel:
             module.p = 0.0
     model.train(False)
     return model
+
+
+@torch.no_grad()
+def _refuse_not_finite(model: PreTrainedModel, path: str | Path) -> None:
+    """Raises EngineError for a model whose outputs are nan, with the weights that are to blame."""
+    ids = torch.arange(3, 7)[None] % model.config.get_text_config().vocab_size
+    if not model(input_ids=ids).logits.isfinite().all():
+        raise _not_finite(model, path)
+
+
+def _not_finite(model: PreTrainedModel, path: str | Path) -> EngineError:
+    damaged = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if damaged:
+        return EngineError(
+            f"{len(damaged)} of its weights hold nan or infinity, such as {damaged[0]}: the file is damaged, or its "
+            "training broke down",
+            where=str(path),
+            fix="copy or download it again, or name an earlier checkpoint",
+        )
+    return EngineError(
+        "its logits are nan or infinite though its weights are finite",
+        where=f"{path}, architecture {type(model).__name__}",
+        fix="copy or download it again, or name another model",
+    )

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from trimtab.data.trees import TokenTrees
 from trimtab.errors import EngineError
 from trimtab.math.logprobs import exact_kl, token_logprobs
-from trimtab.models.adapters import adapter_parameters, using
+from trimtab.models.adapters import adapter_parameters, trained_weight_of, using
 from trimtab.models.attention import backbone
 from trimtab.models.checkpointing import checkpoint_blocks
 from trimtab.models.embedding_gradients import gradients_in_place, takes_in_place
@@ -141,6 +141,11 @@ class Policy(Role):
         raw: Tensor = self.head(hidden)
         return self.shaped(raw)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D] the weight of the output embedding with this role's adapter, if that changes it."""
+        return trained_weight_of(self.head, self.adapter)
+
     def hidden(self, trees: TokenTrees) -> Tensor:
         """[M, D] the hidden states that predict the trained tokens."""
         with self.active():
@@ -153,7 +158,7 @@ class Policy(Role):
         hidden = self.hidden(trees)
         logprobs, entropies = token_logprobs(
             hidden,
-            self.head.weight,
+            self.head_weight,
             trees.targets,
             bias=self.head.bias,
             temperature=self.temperature if temperature is None else temperature,
@@ -167,14 +172,21 @@ class Policy(Role):
 
     @torch.no_grad()
     def kl_to(self, reference: Policy, trees: TokenTrees) -> Tensor:
-        """[M] exact KL(self || reference) of the next-token distribution at every trained token, in nats."""
+        """[M] exact KL(self || reference) of the next-token distribution at every trained token, in nats.
+
+        Embeddings of one tokenizer may have different numbers of rows, filled up to a round number; the tokens compared
+        are those that both have.
+        """
+        ours, theirs = self.head_weight, reference.head_weight
+        rows = min(len(ours), len(theirs))
+        biases = [bias if bias is None else bias[:rows] for bias in (self.head.bias, reference.head.bias)]
         return exact_kl(
             self.hidden(trees),
-            self.head.weight,
+            ours[:rows],
             reference.hidden(trees),
-            reference.head.weight,
-            bias_p=self.head.bias,
-            bias_q=reference.head.bias,
+            theirs[:rows],
+            bias_p=biases[0],
+            bias_q=biases[1],
             temperature=self.temperature,
             shape_p=(self.shaped.scale, self.shaped.cap),
             shape_q=(reference.shaped.scale, reference.shaped.cap),

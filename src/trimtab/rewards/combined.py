@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from trimtab import registry
 from trimtab.data.chat import Chat
+from trimtab.errors import EngineError
+from trimtab.hub import on_base
 from trimtab.metrics import Mean, Metrics, Total, mean_of, merge
-from trimtab.models.adapters import load_adapter, on_base
+from trimtab.models.adapters import load_adapter
 from trimtab.models.load import load_tokenizer, reward_facts
 from trimtab.models.roles import ScalarModel
 from trimtab.protocols import Reward
@@ -98,7 +100,13 @@ def _numbered(rewards: Sequence[Any]) -> Iterator[str]:
 
 def _on_shared_base(shared: PreTrainedModel, name: str, path: str, token_budget: int) -> RewardModelScorer:
     """A reward model as an adapter and a head on the shared base."""
-    weights = load_adapter(shared, name, path)
+    weights = load_adapter(shared, name, path, with_head=True)
+    if "score.weight" not in weights:
+        raise EngineError(
+            f"the adapter brings no trained score head ({', '.join(weights) or 'nothing beside its LoRA'})",
+            where=path,
+            fix="train one with `trimtab reward`, or name a directory that the reward stage wrote",
+        )
     weight = weights["score.weight"]
     head = nn.Linear(weight.shape[1], 1, bias="score.bias" in weights)
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from torch import Tensor
 
@@ -42,6 +43,9 @@ class RewardModelScorer:
         self.chat = chat
         self.token_budget = token_budget
         self.shift = shift
+        embedding: Any = model.model.get_input_embeddings()
+        self.num_rows = int(embedding.num_embeddings)
+        """Ids from here on the model cannot read."""
 
     @classmethod
     def from_directory(cls, path: str, *, token_budget: int) -> RewardModelScorer:
@@ -54,16 +58,22 @@ class RewardModelScorer:
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] calibrated rewards of the exact tokens that were sampled.
 
-        A rollout's own ids are used when they are what this tokenizer makes of the prompt; otherwise the text is
-        encoded anew with this model's template.
+        A rollout's own ids are used if those of its prompt are what this tokenizer makes of it, and the model has a row
+        for each; otherwise the text is encoded anew with this model's template. A reply that was cut off gets no end
+        token.
         """
         sequences = []
         for prompt, group in groupby(rollouts, key=lambda r: r.prompt):
             prompt_ids = tuple(self.chat.encode_prompt(prompt.messages))
-            for r in group:
-                own = r.prompt_ids == prompt_ids
-                sequences.append((prompt_ids, r.response_ids if own else tuple(self.chat.encode_response(r.response))))
+            sequences += [(prompt_ids, self._response_ids(r, prompt_ids)) for r in group]
         return self._score_ids(sequences), {}
+
+    def _response_ids(self, rollout: Rollout, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
+        ids = rollout.response_ids
+        if rollout.prompt_ids == prompt_ids and max(ids, default=0) < self.num_rows:
+            return ids
+        ended = rollout.finish_reason != "length"
+        return tuple(self.chat.encode_response(rollout.response, ended=ended))
 
     def score_texts(self, pairs: Sequence[tuple[Prompt, str]]) -> Tensor:
         """[B] calibrated rewards of finished replies given as text."""

@@ -19,6 +19,7 @@ from trimtab.math.masking import sum_per_sequence
 from trimtab.models.forward import exact_kl_of, token_logprobs_of
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
+from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.rewards.gold import GoldScorer
 from trimtab.rewards.model import RewardModelScorer
 from trimtab.runs.run import Run
@@ -73,6 +74,14 @@ def run(settings: Settings, run: Run) -> None:
     run.add_data(settings.prompts, loaded.sha256, len(loaded.records), loaded.report)
     temperature = settings.sampling.temperature
     policy = Policy(load_causal(settings.model), pad_id=chat.pad_id, temperature=temperature)
+    refuse_other_vocabulary(
+        chat.tokenizer,
+        settings.baseline,
+        role="baseline",
+        where="baseline and model",
+        fix="compare with a model of the policy's own family and tokenizer; for another, sample both with "
+        "`trimtab generate` and score the files with `trimtab score`",
+    )
     baseline = Policy(load_causal(settings.baseline), pad_id=chat.pad_id, temperature=temperature)
     generators = {
         name: LocalGenerator(model, chat, settings.sampling)

@@ -19,7 +19,7 @@ from trimtab.math.kl import ESTIMATORS, k1, k3
 from trimtab.math.masking import sum_per_sequence, whiten
 from trimtab.metrics import Mean, Metrics, Total, merge
 from trimtab.models.forward import exact_kl_of, token_logprobs_of, token_values_of
-from trimtab.models.load import save_role
+from trimtab.models.save import save_role
 from trimtab.runs.loop import run_steps
 from trimtab.runs.run import Run
 from trimtab.stages.online_parts import Parts, PolicyBatch, build_parts

@@ -10,10 +10,12 @@ from transformers import PreTrainedModel
 from trimtab import seeds
 from trimtab.data.chat import Chat
 from trimtab.errors import ConfigError
-from trimtab.models.adapters import add_adapter, base_of, load_adapter, on_base, same_model
+from trimtab.hub import base_of, on_base, same_model
+from trimtab.models.adapters import add_adapter, load_adapter
 from trimtab.models.load import load_causal, load_scalar
 from trimtab.models.quantized import quantize
 from trimtab.models.roles import Policy, ScalarModel, zero_head
+from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.rewards.combined import CombinedReward, load_rewards
 from trimtab.rewards.model import RewardModel
 from trimtab.stages.online_settings import Settings
@@ -42,14 +44,39 @@ def full_models(settings: Settings, chat: Chat) -> Models:
     options: dict[str, Any] = {"pad_id": chat.pad_id, "temperature": settings.sampling.temperature}
     value_head = settings.advantage.needs_critic and settings.critic.init == "value_head"
     policy = Policy(load_causal(settings.model), with_value_head=value_head, **options)
-    reference = Policy(load_causal(settings.reference or settings.model), **options)
+    reference = Policy(_other_causal(settings.reference or settings.model, chat), **options)
     reference.requires_grad_(False)
     critic: Policy | ScalarModel | None = policy if value_head else None
     if settings.advantage.needs_critic and not value_head:
         start = critic_start(settings)
+        refuse_other_critic(start, chat)
         model = load_scalar(start, head_seed=seeds.derive(settings.seed, "critic"), zero_head=True)
         critic = ScalarModel(model, pad_id=chat.pad_id, gives="values")
     return Models(policy, reference, critic, _rewards(settings), settings.model)
+
+
+def _other_causal(path: str, chat: Chat) -> PreTrainedModel:
+    """A reference of its own: it reads the policy's token ids."""
+    refuse_other_vocabulary(
+        chat.tokenizer,
+        path,
+        role="reference",
+        where="reference and model",
+        fix="name a reference of the policy's own family and tokenizer, usually the model that the policy starts from",
+    )
+    return load_causal(path)
+
+
+def refuse_other_critic(path: str, chat: Chat) -> None:
+    """Raises ConfigError where the critic would read the policy's token ids in a vocabulary of its own."""
+    refuse_other_vocabulary(
+        chat.tokenizer,
+        path,
+        role="critic",
+        where="critic and model",
+        fix="set critic.init = 'policy' (or 'value_head'), so that the critic starts from the policy; "
+        "the reward model can stay, for it is given the text",
+    )
 
 
 def shared_models(settings: Settings, chat: Chat) -> Models:
@@ -62,7 +89,7 @@ def shared_models(settings: Settings, chat: Chat) -> Models:
 
     def adapter(name: str, path: str | None) -> str:
         if path is not None:
-            load_adapter(shared, name, path)
+            load_adapter(shared, name, path, with_head=name == "critic")
         else:
             add_adapter(shared, name, lora, seed=seeds.derive(settings.seed, "adapter", name))
         return name
@@ -81,7 +108,7 @@ def shared_models(settings: Settings, chat: Chat) -> Models:
     elif on_base(reference_path, base):
         reference = Policy(shared, adapter=adapter("reference", reference_path), **options)
     else:
-        reference = Policy(load_causal(reference_path), **options)
+        reference = Policy(_other_causal(reference_path, chat), **options)
         reference.requires_grad_(False)
     critic: Policy | ScalarModel | None = policy if value_head else None
     if settings.advantage.needs_critic and not value_head:

@@ -32,14 +32,17 @@ from trimtab.data.trees import TokenTrees, Tree, TreeBatch
 from trimtab.engines.local_learner import AdamW, LocalLearner
 from trimtab.errors import DataError
 from trimtab.evals.stats import wilson
+from trimtab.hub import same_model
 from trimtab.math.losses.preference import PreferenceLoss
 from trimtab.math.losses.preference.pairs import DPO
-from trimtab.models.adapters import LoRA, same_model
+from trimtab.models.adapters import LoRA
 from trimtab.models.forward import token_logprobs_of
-from trimtab.models.load import load_causal, load_tokenizer, save_role
+from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.precision import Precision
 from trimtab.models.reference_cache import reference_logprobs
 from trimtab.models.roles import Policy
+from trimtab.models.save import save_role
+from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.runs.run import Run
 from trimtab.stages.sft import start_policy
 from trimtab.stages.supervised import Epochs, fit, last_metrics
@@ -314,6 +317,13 @@ def start_reference(settings: Settings, policy: Policy, base: str, chat: Chat) -
     elif same_model(path, settings.model):
         return policy
     else:
+        refuse_other_vocabulary(
+            chat.tokenizer,
+            path,
+            role="reference",
+            where="reference and model",
+            fix="name a reference of the policy's own family and tokenizer, usually the model that it starts from",
+        )
         reference = Policy(load_causal(path), pad_id=chat.pad_id)
     reference.precision = settings.precision
     return reference

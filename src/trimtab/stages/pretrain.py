@@ -25,8 +25,9 @@ from trimtab.data.sources import is_world, read_rows
 from trimtab.data.trees import TokenTrees, Tree, TreeBatch, sequence_tree
 from trimtab.engines.local_learner import AdamW, LocalLearner
 from trimtab.math.losses.sft import SFTLoss
-from trimtab.models.load import load_causal, save_model
+from trimtab.models.load import load_causal
 from trimtab.models.roles import Policy
+from trimtab.models.save import save_model
 from trimtab.runs.run import Run
 from trimtab.stages.supervised import Epochs, fit, last_metrics
 from trimtab.types import Demonstration, Message, PreferencePair, Prompt

@@ -17,13 +17,15 @@ from trimtab.data.trees import TokenTrees, response_tree
 from trimtab.engines.local_learner import AdamW, LocalLearner
 from trimtab.errors import DataError
 from trimtab.evals.reward_card import reward_card
+from trimtab.hub import base_of
 from trimtab.math.losses.reward import RewardLoss
-from trimtab.models.adapters import LoRA, add_adapter, base_of, load_adapter
+from trimtab.models.adapters import LoRA, add_adapter, load_adapter
 from trimtab.models.forward import sequence_scores_of
-from trimtab.models.load import load_scalar, load_tokenizer, save_role
+from trimtab.models.load import load_scalar, load_tokenizer
 from trimtab.models.precision import Precision
 from trimtab.models.quantized import quantize
 from trimtab.models.roles import ScalarModel
+from trimtab.models.save import save_role
 from trimtab.runs.run import Run
 from trimtab.stages.supervised import Epochs, fit
 from trimtab.types import Demonstration, PreferencePair
@@ -148,7 +150,8 @@ def start_reward_model(settings: Settings, chat: Chat) -> tuple[ScalarModel, str
     if base is None:
         add_adapter(model, "reward", settings.adapter, seed=seeds.derive(settings.seed, "adapter", "reward"))
     else:
-        load_adapter(model, "reward", settings.model)
+        head = load_adapter(model, "reward", settings.model, with_head=True)
+        model.load_state_dict(head, strict=False)
     return ScalarModel(model, pad_id=chat.pad_id, adapter="reward", gives="scores"), base or settings.model
 
 

@@ -15,12 +15,14 @@ from trimtab.data.split import split_by_prompt
 from trimtab.data.trees import TokenTrees, Tree, TreeBatch, sequence_tree
 from trimtab.engines.local_learner import AdamW, LocalLearner
 from trimtab.errors import DataError
+from trimtab.hub import base_of
 from trimtab.math.losses.sft import SFTLoss
-from trimtab.models.adapters import LoRA, add_adapter, base_of, load_adapter
-from trimtab.models.load import load_causal, load_tokenizer, save_role
+from trimtab.models.adapters import LoRA, add_adapter, load_adapter
+from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.precision import Precision
 from trimtab.models.quantized import quantize
 from trimtab.models.roles import Policy
+from trimtab.models.save import save_role
 from trimtab.runs.run import Run
 from trimtab.stages.supervised import Epochs, fit, last_metrics
 from trimtab.types import Demonstration, Message, PreferencePair

@@ -1,0 +1,129 @@
+"""Tokenizers of model directories, with what the files beside them say that a conversation depends on."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from trimtab.errors import DataError, EngineError
+from trimtab.hub import ADAPTER_WEIGHTS, base_of, find_model
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model directory says about the ids of its tokenizer."""
+
+    stop_ids: frozenset[int]
+    """Where its generation settings end a reply, besides the tokenizer's eos token."""
+    num_rows: int
+    """Rows of its embedding: ids from here on cannot be read."""
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or hub id, with its `ModelFacts`; an adapter without one has its base's."""
+    base, name = base_of(path), find_model(path)
+    own = base is None or (Path(name) / "tokenizer_config.json").exists()
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name if own else find_model(str(base)), trust_remote_code=False
+        )
+    except Exception as error:  # foreign files fail in many ways, and none of them is a bug of ours
+        raise EngineError(
+            f"no tokenizer can be loaded: {first_line(error)}",
+            where=str(path),
+            fix="a model directory needs tokenizer.json (or the files of its kind) and tokenizer_config.json beside "
+            "its weights; save the tokenizer there with save_pretrained",
+        ) from error
+    tokenizer.model_facts = facts_of(tokenizer, name, base)
+    return tokenizer
+
+
+def facts_of(tokenizer: PreTrainedTokenizerBase, name: str, base: str | None) -> ModelFacts:
+    """The facts of a model, or of an adapter of the model `base`."""
+    whole = name if base is None else base
+    while (next_base := base_of(whole)) is not None:
+        whole = next_base
+    config = load_config(whole)
+    rows = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
+    if base is not None:
+        rows = max(rows, _rows_in(Path(name) / ADAPTER_WEIGHTS))
+    return ModelFacts(_stop_ids(tokenizer, find_model(whole), config), rows)
+
+
+def load_config(path: str | Path) -> Any:
+    """The transformers configuration of a model directory or hub id. Raises EngineError for one that cannot be read."""
+    name = find_model(path)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise EngineError(
+            f"its config.json cannot be used: {first_line(error)}",
+            where=str(path),
+            fix="copy or download the model again; one that needs code of its own, or a newer transformers, is refused",
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error that says something, with the kind of error where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") and len(lines) > 1 else lines[0].removesuffix(":")
+
+
+def choose_pad(tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], num_ids: int) -> tuple[int, bool]:
+    """The id that pads, and whether it is spare: no word that a text could hold."""
+    added = tokenizer.added_tokens_decoder.items()
+    spare: list[int | None] = [tokenizer.pad_token_id, tokenizer.unk_token_id]
+    spare += [id_ for id_, t in added if re.search("pad|unused|reserved", t.content.lower())]
+    special = [id_ for id_, t in added if t.special]
+    spare += sorted(special, key=lambda id_: (id_ == tokenizer.bos_token_id, id_))
+    for candidates in (spare, range(num_ids)):
+        for id_ in candidates:
+            if id_ is not None and id_ < num_ids and id_ not in stop_ids:
+                return id_, candidates is spare
+    raise DataError(
+        f"every one of the {num_ids} ids that the model can read ends a reply, so none can pad",
+        where=tokenizer.name_or_path or "the tokenizer",
+        fix="correct eos_token_id in generation_config.json, or use another model",
+    )
+
+
+def _stop_ids(tokenizer: PreTrainedTokenizerBase, name: str, config: Any) -> frozenset[int]:
+    """Ids on which transformers ends a reply. Those that no generation settings were written for come from the
+    configuration, where they are the default of its class as often as not, and count if they are special tokens."""
+    try:
+        generation = GenerationConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        generation = config
+    found = generation.eos_token_id
+    ids = [] if found is None else [found] if isinstance(found, int) else found
+    if generation is config or getattr(generation, "_from_model_config", False):
+        special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ids = [id_ for id_ in ids if id_ in special]
+    return frozenset(ids)
+
+
+def _rows_in(weights: Path) -> int:
+    """Rows of the largest embedding or head that an adapter brings; 0 for none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, "numpy") as file:
+            names = [n for n in file.keys() if n.endswith(".weight") and "lora_" not in n]  # noqa: SIM118
+            shapes = [file.get_slice(n).get_shape() for n in names if n.split(".")[-2] in EMBEDDINGS]
+    except (SafetensorError, OSError) as error:
+        raise EngineError(
+            f"the weights of the adapter cannot be read: {first_line(error)}",
+            where=str(weights),
+            fix="copy or download the adapter again",
+        ) from error
+    return max((shape[0] for shape in shapes), default=0)
+
+
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+"""What models call their input and output embeddings."""

@@ -1,0 +1,109 @@
+"""Adapters merged into their base for good, with every part they bring."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trimtab.data.tokenizers import EMBEDDINGS, first_line
+from trimtab.models.adapters import does_not_fit, read_adapter, some
+
+
+def merge_adapter(model: PreTrainedModel, path: str | Path) -> None:
+    """Puts the adapter of a directory into the weights of its base `model` for good, with every part it brings: changes
+    of any kind that peft can merge, layers saved whole, biases, single rows of embeddings, a score head.
+
+    What comes out is compared with what peft computes without merging. Raises EngineError, with the names, for an
+    adapter that holds what the base has no place for or lacks what it says it has.
+    """
+    from peft import PeftModel, set_peft_model_state_dict
+
+    config, weights = read_adapter(model, path)
+    _make_rows_for(model, weights)
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's advice to who trains; what matters of it is checked below
+            adapted: Any = PeftModel(model, config, adapter_name="merged")
+            loaded: Any = set_peft_model_state_dict(adapted, weights, adapter_name="merged")
+    except Exception as error:  # foreign files fail in many ways, and none of them is a bug of ours
+        raise does_not_fit(
+            path, f"peft cannot put it onto its base: {type(error).__name__}, {first_line(error)}"
+        ) from error
+    if loaded.unexpected_keys:
+        raise does_not_fit(path, f"it holds weights that its base has no place for: {some(loaded.unexpected_keys)}")
+    if lacking := _lacking(adapted, loaded.missing_keys):
+        raise does_not_fit(path, f"its file lacks weights that its configuration names: {some(lacking)}")
+    adapted.eval()
+    _untie(model)
+    before = _logits(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted.merge_and_unload()
+    except Exception as error:
+        raise does_not_fit(path, f"peft cannot merge it: {first_line(error)}") from error
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    model._hf_peft_config_loaded = False
+    _tie_again(model)
+    after = _logits(model)
+    difference = float((after - before).abs().max())
+    if not difference <= 1e-3 * max(1.0, float(before.abs().max())):
+        raise does_not_fit(
+            path, f"merged, it gives logits that differ by {difference:.3g} from those it gives unmerged"
+        )
+    model.requires_grad_(True)
+
+
+def _lacking(adapted: nn.Module, missing: list[str]) -> list[str]:
+    """The weights of the adapter that its file lacks; one that is tied to another came with that."""
+    parameters = dict(adapted.named_parameters(remove_duplicate=False))
+    there = {id(p) for name, p in parameters.items() if name not in missing}
+    own = [name for name in missing if ".merged." in name or name.endswith(".merged")]
+    return [name for name in own if id(parameters.get(name)) not in there]
+
+
+def _make_rows_for(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """Gives the base the rows that an adapter was trained with, where tokens were added for it."""
+    embedding: Any = model.get_input_embeddings()
+    rows = [len(value) for key, value in weights.items() if key.split(".")[-2] in EMBEDDINGS and "lora_" not in key]
+    if rows and max(rows) != embedding.num_embeddings:
+        model.resize_token_embeddings(max(rows), mean_resizing=False)
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Gives every layer weights of its own, so that a change of one is no change of another."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) in seen:
+                    module._parameters[name] = nn.Parameter(parameter.detach().clone())
+                seen.add(id(parameter))
+
+
+def _tie_again(model: PreTrainedModel) -> None:
+    """Ties input and output embedding where they were and are still equal; else says in the configuration that they
+    are not."""
+    output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embedding: Any = model.get_input_embeddings()
+    configs = (model.config, model.config.get_text_config())
+    if output is None or not any(getattr(c, "tie_word_embeddings", False) for c in configs):
+        return
+    if torch.equal(output.weight, embedding.weight):
+        output.weight = embedding.weight
+    else:
+        for config in configs:
+            config.tie_word_embeddings = False
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel) -> Tensor:
+    ids = torch.arange(3, 11)[None] % model.config.get_text_config().vocab_size
+    logits: Tensor = model(input_ids=ids).logits
+    return logits.float()

@@ -1,0 +1,150 @@
+"""Models out: what is written behaves in transformers, vLLM and TRL as it does here.
+
+- A reply stops where it stops here: the end token of the template stands in `eos_token_id` of config.json and
+  generation_config.json, beside the ones that were there.
+- There is one pad token, the same in tokenizer and configuration, and no reply ends with it: transformers reads the
+  score of a padded text at the last token that is not the pad token.
+- Weights have the dtype that the model was stored in, rounded from the float32 in which they are trained. A bfloat16
+  model is not twice as large for having been trained; `trimtab export --dtype float32` writes whatever was asked for.
+- The tokenizer carries the chat template that was trained, and an adapter the absolute path of its base.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from trimtab.data.chat import Chat
+from trimtab.hub import MODEL_FILE, read_json
+from trimtab.models.adapters import save_adapter
+from trimtab.models.roles import Policy, ScalarModel
+
+PAD_TOKEN = "<|pad|>"
+"""Given to a tokenizer that has no token to spare."""
+
+
+def save_role(role: Policy | ScalarModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, base: str) -> None:
+    """The role's model as a directory; a role that is an adapter as an adapter of `base`, its head beside it."""
+    if role.adapter is None:
+        save_model(role.model, tokenizer, directory)
+        return
+    head = None
+    if isinstance(role, ScalarModel):
+        head = {f"score.{n}": p.detach() for n, p in role.head.named_parameters()}
+        facts = {k: v for k, v in role.model.config.to_dict().items() if k.startswith("reward_")}
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "reward.json").write_text(json.dumps(facts), encoding="utf-8")
+    save_adapter(role.model, role.adapter, directory, base=base, head=head)
+    written = copy.deepcopy(tokenizer)
+    chat = Chat(written)
+    pad_id = _set_pad(chat, written)
+    written.save_pretrained(directory)
+    if not isinstance(role, ScalarModel):  # for whoever generates with base and adapter
+        settings: Any = GenerationConfig
+        settings(eos_token_id=_stop_ids(chat), pad_token_id=pad_id).save_pretrained(directory)
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """The model and its tokenizer as a Hugging Face directory, in `dtype`, or else in the one it was stored in."""
+    written = copy.deepcopy(tokenizer)
+    chat = Chat(written)
+    pad_id = _set_pad(chat, written)
+    if pad_id is None and not model.can_generate():
+        pad_id = _add_pad(model, written)
+    _set_ids(model, _stop_ids(chat), chat.tokenizer.eos_token_id if pad_id is None else pad_id)
+    if pad_id is None:
+        written.pad_token = written.eos_token
+    dtype = dtype or written_dtype(model)
+    model.save_pretrained(directory, state_dict=None if dtype == torch.float32 else _cast(model, dtype))
+    if dtype != torch.float32:
+        file = directory / MODEL_FILE
+        file.write_text(json.dumps(_with_dtype(read_json(file), dtype), indent=2) + "\n", encoding="utf-8")
+    written.save_pretrained(directory)
+
+
+def written_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype that the model was stored in; float32 for one that was made here."""
+    found = getattr(model, "written_dtype", torch.float32)
+    return found if found in (torch.bfloat16, torch.float16) else torch.float32
+
+
+@torch.no_grad()
+def round_as_written(model: PreTrainedModel) -> None:
+    """Rounds the weights as writing the model will, so that what is measured from here on is what is written."""
+    dtype = written_dtype(model)
+    if dtype != torch.float32:
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+
+
+def _set_pad(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Makes the pad token of the conversations that of the tokenizer. None where only a word is left for it, which a
+    text could hold."""
+    if not chat.pad_is_spare:
+        return None
+    if tokenizer.pad_token_id != chat.pad_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chat.pad_id)
+    return chat.pad_id
+
+
+def _add_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """A pad token of its own, and a row for it where the embedding has none to spare."""
+    tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    embedding: Any = model.get_input_embeddings()
+    if len(tokenizer) > embedding.num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return int(tokenizer.pad_token_id)
+
+
+def _stop_ids(chat: Chat) -> int | list[int]:
+    """Every id that ends a reply, the end token of the template first."""
+    ids = [chat.end_id, *sorted(chat.stop_ids - {chat.end_id})]
+    return ids[0] if len(ids) == 1 else ids
+
+
+def _set_ids(model: PreTrainedModel, stop_ids: int | list[int], pad_id: int) -> None:
+    configs: dict[int, Any] = {id(c): c for c in (model.config, model.config.get_text_config())}
+    for config in configs.values():
+        config.eos_token_id, config.pad_token_id = stop_ids, pad_id
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    generation.eos_token_id, generation.pad_token_id = stop_ids, pad_id
+    generation._from_model_config = False
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        # Published settings often hold a temperature without do_sample, which transformers reads but does not write.
+        generation.do_sample = True
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in another dtype; those that share memory still do."""
+    done: dict[int, Tensor] = {}
+    cast = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor = done.setdefault(tensor.data_ptr(), tensor.to(dtype))
+        cast[name] = tensor
+    return cast
+
+
+def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The configuration with this dtype, in the parts it is made of too."""
+    name = str(dtype).removeprefix("torch.")
+    return {
+        key: name if key == "dtype" else _with_dtype(value, dtype) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }

@@ -1,0 +1,68 @@
+"""Do two models mean the same by a token id? Asked when they are loaded, since none of them would ever say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from trimtab.data.tokenizers import ModelFacts, facts_of, load_tokenizer
+from trimtab.errors import ConfigError
+from trimtab.hub import base_of, find_model, same_model
+
+
+def refuse_other_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, path: str | Path, *, role: str, where: str, fix: str
+) -> None:
+    """Raises ConfigError unless the model in `path`, which is to read the token ids of this tokenizer, reads them as
+    the same text and has a row for each. A model without a tokenizer of its own is compared by its rows.
+
+    Special tokens may have other names, as reserved ones of one family have; ordinary ones may not differ.
+    """
+    own: ModelFacts | None = getattr(tokenizer, "model_facts", None)
+    if same_model(path, tokenizer.name_or_path):
+        return
+    other = load_tokenizer(path) if has_tokenizer(path) else None
+    num_rows = _num_rows(path, tokenizer) if other is None else other.model_facts.num_rows
+    if other is not None and (difference := vocabulary_difference(tokenizer, other)):
+        raise ConfigError(
+            f"the {role} {str(path)!r} would read the policy's token ids in another vocabulary: {difference}",
+            where=where,
+            fix=fix,
+        )
+    needed = len(tokenizer) if own is None else own.num_rows
+    if num_rows < needed:
+        raise ConfigError(
+            f"the {role} {str(path)!r} has {num_rows} rows in its embedding and the policy {needed}: it could not read "
+            "every token that the policy writes",
+            where=where,
+            fix=fix,
+        )
+
+
+def vocabulary_difference(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
+    """What differs between the tokens of two tokenizers that are not special; empty if nothing does."""
+    named = {*tokenizer.added_tokens_decoder, *other.added_tokens_decoder}
+    ours = {id_: text for text, id_ in tokenizer.get_vocab().items() if id_ not in named}
+    theirs = {id_: text for text, id_ in other.get_vocab().items() if id_ not in named}
+    differing = [id_ for id_ in sorted(ours.keys() | theirs.keys()) if ours.get(id_) != theirs.get(id_)]
+    if not differing:
+        return ""
+    first = differing[0]
+    return (
+        f"{len(differing)} of {len(ours)} ids stand for other text, such as {first}, which is {ours.get(first)!r} here "
+        f"and {theirs.get(first)!r} there"
+    )
+
+
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether a model directory holds a tokenizer, or names a base that does; a hub id is taken to."""
+    name = Path(find_model(path))
+    if not name.is_dir() or any((name / file).exists() for file in ("tokenizer_config.json", "tokenizer.json")):
+        return True
+    base = base_of(path)
+    return base is not None and has_tokenizer(base)
+
+
+def _num_rows(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    return facts_of(tokenizer, find_model(path), base_of(path)).num_rows

@@ -1,0 +1,95 @@
+"""Files of weights, looked at before they are loaded: what is wrong with one is said in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from trimtab.data.tokenizers import first_line
+from trimtab.errors import EngineError
+from trimtab.hub import read_json
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_POINTER = b"version https://git-lfs"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
+
+
+def check_weights(directory: str | Path) -> None:
+    """Raises EngineError unless the safetensors of a model directory are all there and whole. A hub id is taken as it
+    is: what is downloaded is checked by who downloads it."""
+    path = Path(directory)
+    if not path.is_dir():
+        return
+    if (path / INDEX).exists():
+        names = sorted(set(read_json(path / INDEX).get("weight_map", {}).values()))
+        if missing := [name for name in names if not (path / name).exists()]:
+            raise EngineError(
+                f"{len(missing)} of {len(names)} files of weights are not there: {', '.join(missing[:3])}",
+                where=str(path),
+                fix="copy or download the directory again",
+            )
+    elif (path / WEIGHTS).exists():
+        names = [WEIGHTS]
+    else:
+        raise _no_safetensors(path)
+    for name in names:
+        check_file(path / name)
+
+
+def check_file(file: Path) -> None:
+    """Raises EngineError unless the file is a whole safetensors file."""
+    again = "copy or download it again"
+    if file.stat().st_size == 0:
+        raise EngineError(f"{file.name} is empty", where=str(file), fix=again)
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise EngineError(
+                f"{file.name} is no file of weights but a pointer of Git LFS to one",
+                where=str(file),
+                fix="fetch what it points to: git lfs install && git lfs pull, in the directory of the model",
+            )
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise EngineError(
+            f"{file.name} is damaged or cut short: {first_line(error)}",
+            where=f"{file}, {file.stat().st_size} bytes",
+            fix=again,
+        ) from error
+
+
+def stored_dtype(directory: str | Path) -> torch.dtype | None:
+    """The dtype of most of the numbers in a model directory; None for a hub id."""
+    path = Path(directory)
+    if not path.is_dir():
+        return None
+    sizes: dict[str, int] = {}
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                part = weights.get_slice(name)
+                sizes[part.get_dtype()] = sizes.get(part.get_dtype(), 0) + int(torch.tensor(part.get_shape()).prod())
+    return _DTYPES.get(max(sizes, key=lambda d: sizes[d])) if sizes else None
+
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def _no_safetensors(path: Path) -> EngineError:
+    pickles = sorted(file.name for kind in _PICKLES for file in path.glob(kind))
+    if pickles:
+        return EngineError(
+            f"the weights are {', '.join(pickles[:3])}, a format that can run code or that is not read; "
+            "safetensors are needed",
+            where=str(path),
+            fix="if you trust the file, convert it once, in Python: AutoModelForCausalLM.from_pretrained(directory)"
+            ".save_pretrained(directory)",
+        )
+    return EngineError(
+        f"there is no {WEIGHTS}",
+        where=str(path),
+        fix="copy or download the weights into the directory, as safetensors",
+    )

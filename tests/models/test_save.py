@@ -1,0 +1,201 @@
+"""What is written behaves in plain transformers as it does here: ends, padding, dtype, template."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from tests.tiny import TEXTS
+from trimtab.data.chat import Chat
+from trimtab.data.trees import TokenTrees, response_tree
+from trimtab.models.forward import sequence_scores_of
+from trimtab.models.load import load_causal, load_scalar, load_tokenizer
+from trimtab.models.roles import ScalarModel
+from trimtab.models.save import round_as_written, save_model
+from trimtab.types import Message
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+ENDS_IN_EOS = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+
+
+def tokenizer(special, template, **roles):
+    """A byte-level tokenizer with these special tokens, and these of them as eos_token and so on."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(TEXTS, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe, **roles)
+    made.chat_template = template
+    return made
+
+
+BASES = {
+    "end of the template is not eos": lambda: tokenizer(
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], CHATML, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    ),
+    "pad is eos, and unk is there": lambda: tokenizer(
+        ["<unk>", "</s>"], ENDS_IN_EOS, eos_token="</s>", pad_token="</s>", unk_token="<unk>"
+    ),
+    "eos is the only special token": lambda: tokenizer(["<|endoftext|>"], ENDS_IN_EOS, eos_token="<|endoftext|>"),
+}
+
+
+def write_base(directory, tok, *, dtype=torch.float32, rows=None, kind=LlamaConfig):
+    torch.manual_seed(0)
+    size = {"vocab_size": rows or len(tok), "eos_token_id": tok.eos_token_id, "bos_token_id": None}
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    if kind is GPT2Config:
+        shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 96}
+    model = AutoModelForCausalLM.from_config(kind(**size, **shape))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.ndim > 1 else 1.0)
+    model.to(dtype).save_pretrained(directory)
+    tok.save_pretrained(directory)
+    return directory
+
+
+def rewrite(base, out):
+    save_model(load_causal(base), load_tokenizer(base), out)
+    return out
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_reply_ends_in_transformers_where_it_ends_here(name, tmp_path):
+    out = rewrite(write_base(tmp_path / "base", BASES[name]()), tmp_path / "out")
+    chat = Chat(load_tokenizer(out))
+    model, tok = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    for settings in (GenerationConfig.from_pretrained(out), model.generation_config, model.config):
+        ids = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        assert set(ids) == chat.stop_ids
+        assert tok.eos_token_id in ids
+    head = model.get_output_embeddings()
+    with torch.no_grad():  # after anything, the likeliest token is the end of the template
+        head.weight = torch.nn.Parameter(torch.zeros_like(head.weight))
+        head.bias = torch.nn.Parameter(torch.nn.functional.one_hot(torch.tensor(chat.end_id), len(head.weight)).float())
+    prompt = torch.tensor([chat.encode_prompt([Message("user", "Hello")])])
+    written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=9, do_sample=False)
+    assert written[0, prompt.shape[1] :].tolist() == [chat.end_id]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_reward_model_scores_a_padded_batch_in_transformers_as_each_text_here(name, tmp_path):
+    base = write_base(tmp_path / "base", BASES[name]())
+    model, tok = load_scalar(base, head_seed=0), load_tokenizer(base)
+    chat = Chat(tok)
+    replies = ["Oslo.", "The capital of Norway is Oslo, I think, and so on!", "!!!!"]
+    role = ScalarModel(model, pad_id=chat.pad_id)
+    tree = response_tree(chat.encode_prompt([Message("user", "Hi")]), [chat.encode_response(r) for r in replies])
+    expected = sequence_scores_of(role, TokenTrees.build([tree]), 10**9)
+    save_model(model, tok, tmp_path / "out")
+
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.pad_token_id == plain.config.pad_token_id
+    assert theirs.pad_token_id not in chat.stop_ids
+    rows = [{"input_ids": [*tree.prompt, *branch.ids]} for branch in tree.branches]
+    batch = theirs.pad(rows, return_tensors="pt")
+    with torch.no_grad():
+        together = plain(**batch).logits[:, 0]
+        alone = torch.cat([plain(torch.tensor([row["input_ids"]])).logits[:, 0] for row in rows])
+    torch.testing.assert_close(together, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(alone, expected, atol=1e-4, rtol=1e-4)
+    again = ScalarModel(load_scalar(tmp_path / "out"), pad_id=Chat(load_tokenizer(tmp_path / "out")).pad_id)
+    torch.testing.assert_close(sequence_scores_of(again, TokenTrees.build([tree]), 10**9), expected)
+
+
+def test_generation_settings_say_where_a_reply_ends_and_stay(tmp_path):
+    base = write_base(tmp_path / "base", BASES["end of the template is not eos"]())
+    settings = GenerationConfig(eos_token_id=[0, 7], temperature=0.6, top_p=0.9)
+    settings.do_sample = True
+    settings.save_pretrained(base)
+    assert Chat(load_tokenizer(base)).stop_ids == {0, 2, 7}
+    # As published: a temperature without do_sample, which transformers reads with a warning and refuses to write.
+    file = base / "generation_config.json"
+    file.write_text(file.read_text().replace('"do_sample": true,', ""))
+    out = rewrite(base, tmp_path / "out")
+    written = GenerationConfig.from_pretrained(out)
+    assert (set(written.eos_token_id), written.temperature, written.top_p) == ({0, 2, 7}, 0.6, 0.9)
+    assert Chat(load_tokenizer(out)).stop_ids == {0, 2, 7}
+
+
+def test_an_eos_id_that_only_the_class_of_the_configuration_chose_ends_nothing(tmp_path):
+    tok = BASES["eos is the only special token"]()
+    base = write_base(tmp_path / "base", tok)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.config.eos_token_id = model.generation_config.eos_token_id = 2  # the default of Llama's, here a "!"-like word
+    model.generation_config._from_model_config = True
+    model.save_pretrained(base)
+    assert Chat(load_tokenizer(base)).stop_ids == {tok.eos_token_id}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scalar", [False, True])
+def test_weights_are_written_in_the_dtype_they_were_stored_in(tmp_path, dtype, scalar):
+    base = write_base(tmp_path / "base", BASES["pad is eos, and unk is there"](), dtype=dtype)
+    model = load_scalar(base, head_seed=0) if scalar else load_causal(base)
+    assert model.dtype == torch.float32
+    before = model.get_input_embeddings().weight.detach().clone()
+    with torch.no_grad():
+        model.get_input_embeddings().weight += 1e-5  # less than bfloat16 can hold
+    save_model(model, load_tokenizer(base), tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {dtype}  # noqa: SIM118
+    kind = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    assert kind.from_pretrained(tmp_path / "out", dtype="auto").dtype == dtype
+    again = (load_scalar if scalar else load_causal)(tmp_path / "out").get_input_embeddings().weight
+    torch.testing.assert_close(again, model.get_input_embeddings().weight.to(dtype).float(), rtol=0, atol=0)
+    round_as_written(model)
+    torch.testing.assert_close(again, model.get_input_embeddings().weight, rtol=0, atol=0)
+    assert not torch.equal(before, again) or dtype == torch.bfloat16
+    save_model(model, load_tokenizer(base), tmp_path / "asked", dtype=torch.float32)
+    assert kind.from_pretrained(tmp_path / "asked", dtype="auto").dtype == torch.float32
+
+
+def test_a_pad_token_that_the_model_has_no_row_for_is_not_chosen(tmp_path):
+    tok = tokenizer(["<s>", "</s>"], ENDS_IN_EOS, eos_token="</s>", bos_token="<s>")
+    rows = len(tok)
+    tok.add_special_tokens({"pad_token": "[PAD]"})
+    base = write_base(tmp_path / "base", tok, rows=rows)
+    chat = Chat(load_tokenizer(base))
+    assert chat.pad_id < rows
+    save_model(load_scalar(base, head_seed=0), load_tokenizer(base), tmp_path / "out")
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "out").pad_token_id
+        == load_scalar(tmp_path / "out").config.pad_token_id
+    )
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+
+
+def test_the_live_tokenizer_is_left_as_it_is(tmp_path):
+    base = write_base(tmp_path / "base", BASES["eos is the only special token"]())
+    tok = load_tokenizer(base)
+    save_model(load_scalar(base, head_seed=0), tok, tmp_path / "out")
+    assert tok.pad_token is None
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(tok) + 1
+
+
+def test_gpt2_has_the_pad_of_its_end_token_only_where_no_score_depends_on_it(tmp_path):
+    out = rewrite(
+        write_base(tmp_path / "base", BASES["eos is the only special token"](), kind=GPT2Config), tmp_path / "out"
+    )
+    tok, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    assert tok.pad_token_id == tok.eos_token_id == model.config.pad_token_id
+    assert model.get_input_embeddings().num_embeddings == len(tok)
