@@ -57,9 +57,12 @@ def load_causal(path: str | Path) -> PreTrainedModel:
             fix="name a causal language model saved with its output head, such as one that `trimtab sft` wrote",
         )
     _prepared(model)
-    _refuse_not_finite(model, path)
-    proved(model)
-    logit_shape(model)
+    try:
+        proved(model)
+        logit_shape(model)
+    except EngineError as error:
+        _refuse_damage(model, path, error)
+        raise
     return model
 
 
@@ -176,25 +179,13 @@ def _prepared(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@torch.no_grad()
-def _refuse_not_finite(model: PreTrainedModel, path: str | Path) -> None:
-    """Raises EngineError for a model whose outputs are nan, with the weights that are to blame."""
-    ids = torch.arange(3, 7)[None] % model.config.get_text_config().vocab_size
-    if not model(input_ids=ids).logits.isfinite().all():
-        raise _not_finite(model, path)
-
-
-def _not_finite(model: PreTrainedModel, path: str | Path) -> EngineError:
+def _refuse_damage(model: PreTrainedModel, path: str | Path, seen: EngineError) -> None:
+    """Raises EngineError if nan or infinity among the weights is why a model does not compute what it should."""
     damaged = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if damaged:
-        return EngineError(
+        raise EngineError(
             f"{len(damaged)} of its weights hold nan or infinity, such as {damaged[0]}: the file is damaged, or its "
             "training broke down",
             where=str(path),
             fix="copy or download it again, or name an earlier checkpoint",
-        )
-    return EngineError(
-        "its logits are nan or infinite though its weights are finite",
-        where=f"{path}, architecture {type(model).__name__}",
-        fix="copy or download it again, or name another model",
-    )
+        ) from seen
