@@ -1,11 +1,11 @@
 # make install    a virtual environment in .venv with everything the tests need; a second time it takes no time
 # make quickstart the whole loop, from no model to its dossier, in runs/quickstart
 # make test       formatter, linter, type checker and tests
-# make evidence   the proofs that take minutes
+# make evidence   the slow tests, then every script that measures what the docs claim: hours; EVIDENCE names some
 # make lock       constraints.txt anew: every package of the tested set at its newest release, torch at TORCH
 # make newest     the suite on the newest releases, in an environment of its own, and what they are
 # make parity     the losses beside TRL's own, in an environment for each of its two releases
-# make bench      against TRL, in turns: needs PEER, PEER_PPO, BENCH and ROWS
+# make bench      against TRL, in turns: needs PEER, PEER_PPO and ROWS
 # make clean      removes .venv and caches; runs/ stays
 
 PYTHON ?= python3
@@ -15,10 +15,12 @@ INSTALLED := .venv/installed
 # The release of torch that `lock` and `newest` take; its newest may be a CUDA build of several gigabytes.
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 
-# Scripts that measure what the docs claim; `make evidence` runs each after the slow tests.
-EVIDENCE ?= benchmarks/spine.py
+# Scripts that measure what the docs claim, each into docs/evidence/data; `make evidence` runs them after the slow tests.
+# speed.py and plan_memory.py are not among them: they need another program and rows (`make bench`).
+EVIDENCE ?= $(addprefix benchmarks/,spine.py algorithms.py tools.py hh.py real_data.py agreement.py feedback_load.py \
+  feedback_newcomer.py sandbox.py)
 
-.PHONY: install quickstart test evidence lock newest parity bench clean
+.PHONY: install quickstart test evidence lock newest parity bench bench-needs clean
 
 install: $(INSTALLED)
 
@@ -40,6 +42,7 @@ test: install
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+evidence: export TRIMTAB_EVIDENCE = 1
 evidence: install
 	$(BIN)/pytest -m slow
 	@set -e; for script in $(EVIDENCE); do echo "$$script"; $(BIN)/python "$$script"; done
@@ -67,9 +70,14 @@ parity:
 	  .venv/trl-$$trl/bin/python -m pytest -m parity tests/parity; \
 	done
 
-# The peer's interpreters and scripts are yours to name; benchmarks/speed.py says how to make them.
-bench: install
-	$(BIN)/python benchmarks/speed.py --peer $(PEER) --peer-ppo $(PEER_PPO) --bench $(BENCH) --rows $(ROWS)
+# The peer's interpreters are yours to name, or those that `make parity` has made.
+PEER ?= $(wildcard .venv/trl-1.16.0/bin/python)
+PEER_PPO ?= $(wildcard .venv/trl-1.12.0/bin/python)
+bench: bench-needs install
+	$(BIN)/python benchmarks/speed.py --peer $(PEER) --peer-ppo $(PEER_PPO) --rows $(ROWS)
+
+bench-needs:
+	@$(if $(and $(PEER),$(PEER_PPO),$(ROWS)),,echo "make bench needs PEER=PYTHON with trl 1.16.0, PEER_PPO=PYTHON with trl 1.12.0 (make parity makes both in .venv), and ROWS=harmless-base/test.jsonl.gz of Anthropic/hh-rlhf" >&2 && exit 1)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

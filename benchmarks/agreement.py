@@ -1,6 +1,6 @@
 """Agreement coefficients against published examples and known values of public data, as JSON.
 
-    python benchmarks/agreement.py --data ../shared/data
+    python benchmarks/agreement.py [--data FOLDER]
 
 Writes `docs/evidence/data/agreement.json`: each value, what it should be, and how long a large table takes.
 """
@@ -131,14 +131,14 @@ def plain(name: str, value: float, known: str) -> dict:
 def main() -> None:
     """Computes and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="Where the public data lie.")
+    parser.add_argument("--data", type=Path, help="folder of the public data sets; without it theirs stay as they are")
     options = parser.parse_args()
-    if not options.data.is_dir():
+    if options.data and not options.data.is_dir():
         parser.error(f"there is no folder {options.data}; its README names the public data sets")
     result = {
         "command": "python benchmarks/agreement.py",
         "published": published(),
-        "data": public(options.data),
+        "data": public(options.data) if options.data else json.loads(OUT.read_text(encoding="utf-8"))["data"],
         "speed": speed(),
     }
     OUT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 """The pipeline on real human preferences: what `docs/evidence/spine.md` reports of it, as JSON.
 
-    python benchmarks/hh.py --out runs/hh
+    python benchmarks/hh.py [--rows HH_JSONL_GZ]
 
-A run that has finished is not repeated.
+The rows come from the hub, or from the file that is named. A run that has finished is not repeated.
 """
 
 from __future__ import annotations
@@ -22,11 +22,25 @@ OF_REWARD_MODEL = ("accuracy", "accuracy_low", "accuracy_high", "longer_wins", "
 def main() -> None:
     """Runs and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--rows", default="", help="harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; without it, the hub"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "hh")
     parser.add_argument("overrides", nargs="*", help="key=value, passed on to the pipeline")
     options = parser.parse_args()
     pipeline = ROOT / "examples" / "hh" / "pipeline.toml"
-    command = [sys.executable, "-m", "trimtab", "run", str(pipeline), "--out", str(options.out), *options.overrides]
+    rows = [f"variables.rows={Path(options.rows).resolve()}"] if options.rows else []
+    command = [
+        sys.executable,
+        "-m",
+        "trimtab",
+        "run",
+        str(pipeline),
+        "--out",
+        str(options.out),
+        *rows,
+        *options.overrides,
+    ]
     if not (options.out / "summary.json").exists():
         subprocess.run(command, check=True, cwd=ROOT)
     summary = json.loads((options.out / "summary.json").read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ The weights of each shape are so many that they come from memory, as in a decodi
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import time
@@ -31,6 +32,7 @@ def rate(multiply: Callable[[], object], operations: float) -> float:
 
 def main() -> None:
     """Measures every shape at several numbers of rows."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if not find(torch.zeros(1)).compiled:
         raise SystemExit(f"no compiled kernels: this needs a C compiler with OpenMP, and {SWITCH} not to be 'torch'")
     x = torch.randn(2048, 2048)

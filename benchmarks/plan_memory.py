@@ -2,7 +2,8 @@
 
     python benchmarks/plan_memory.py --rows HH_JSONL_GZ
 
-Uses the models that `speed.py` prepares. The run has `--steps` steps of other rows than the rehearsal saw last.
+Uses the models of `make_models.py`, which are made if they are not there. The run has `--steps` steps of other rows
+than the rehearsal saw last.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from make_models import make
 from speed import choose_rows
 from speed_ours import settings_of
 from spine import DATA, ROOT
@@ -50,13 +52,14 @@ def measure(values: dict[str, Any]) -> float:
 def main() -> None:
     """Writes predicted and measured peaks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--rows", type=Path, required=True, help="harmless-base/test.jsonl.gz of Anthropic/hh-rlhf")
     parser.add_argument("--models", type=Path, default=ROOT / "runs" / "bench" / "models")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), help=", ".join(WORKLOADS))
     parser.add_argument("--data", type=Path, default=DATA / "plan.json")
     o = parser.parse_args()
     o.rows, o.models, o.data = o.rows.resolve(), o.models.resolve(), o.data.resolve()
+    make(o.rows, o.models)
     os.chdir(ROOT / "benchmarks")  # where GRPO's reward function is
     found = json.loads(o.data.read_text(encoding="utf-8")) if o.data.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:

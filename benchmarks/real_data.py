@@ -1,12 +1,14 @@
 """DPO on hh-rlhf and GRPO on GSM8K as the examples have them, the second killed once: figures of `algorithms.md`.
 
-    python benchmarks/real_data.py
+    python benchmarks/real_data.py [--hh HH_JSONL_GZ] [--gsm8k GSM8K_JSONL_GZ]
 
-Pipelines that have finished are not repeated; both runs start afresh. Writes docs/evidence/data/real.json.
+The data come from the hub, or from files that are named. Pipelines that have finished are not repeated; both runs
+start afresh. Writes docs/evidence/data/real.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import signal
@@ -32,11 +34,20 @@ def trimtab(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "trimtab", *arguments]
 
 
-def pipeline(name: str) -> None:
+def pipeline(name: str, rows: str) -> None:
     """Makes the model that a run starts from, unless it is there."""
     out = f"runs/{name}"
     if not (ROOT / out / "sft" / "model").exists():
-        subprocess.run(trimtab("run", f"examples/{name}/pipeline.toml", "--out", out), check=True, cwd=ROOT)
+        subprocess.run(
+            trimtab("run", f"examples/{name}/pipeline.toml", *given("variables.rows", rows), "--out", out),
+            check=True,
+            cwd=ROOT,
+        )
+
+
+def given(key: str, value: str) -> list[str]:
+    """The override, if there is a value for it."""
+    return [f"{key}={value}"] if value else []
 
 
 def lines_of(run: Path) -> list[str]:
@@ -45,22 +56,24 @@ def lines_of(run: Path) -> list[str]:
     return file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
 
 
-def dpo() -> dict[str, Any]:
+def dpo(rows: str) -> dict[str, Any]:
     """Figures of the DPO run."""
-    pipeline("hh")
+    pipeline("hh", rows)
     out = ROOT / "runs" / "hh" / "dpo"
     shutil.rmtree(out, ignore_errors=True)
-    subprocess.run(trimtab("preference", "examples/hh/dpo.toml", "--out", str(out)), check=True, cwd=ROOT)
+    subprocess.run(
+        trimtab("preference", "examples/hh/dpo.toml", *given("data", rows), "--out", str(out)), check=True, cwd=ROOT
+    )
     summary = json.loads((out / "summary.json").read_text("utf-8"))
     return {name: summary[name] for name in DPO_VALUES}
 
 
-def grpo() -> dict[str, Any]:
+def grpo(rows: str) -> dict[str, Any]:
     """Figures of the GRPO run, which is killed after KILL_AFTER steps and started again by the same command."""
-    pipeline("gsm8k")
+    pipeline("gsm8k", rows)
     out = ROOT / "runs" / "gsm8k" / "grpo"
     shutil.rmtree(out, ignore_errors=True)
-    command = trimtab("online", "examples/gsm8k/grpo.toml", "--out", str(out))
+    command = trimtab("online", "examples/gsm8k/grpo.toml", *given("prompts", rows), "--out", str(out))
     began = time.perf_counter()
     with subprocess.Popen(command, cwd=ROOT) as process:
         while len(lines_of(out)) < KILL_AFTER and process.poll() is None:
@@ -83,7 +96,14 @@ def grpo() -> dict[str, Any]:
 
 def main() -> None:
     """Runs both and writes what they gave."""
-    result = {"hh_dpo": dpo(), "gsm8k_grpo": grpo()}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--hh", default="", help="harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; without it, the hub"
+    )
+    parser.add_argument("--gsm8k", default="", help="train.jsonl.gz of openai/gsm8k; without it, the hub")
+    options = parser.parse_args()
+    hh, gsm8k = (str(Path(path).resolve()) if path else "" for path in (options.hh, options.gsm8k))
+    result = {"hh_dpo": dpo(hh), "gsm8k_grpo": grpo(gsm8k)}
     DATA.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
 

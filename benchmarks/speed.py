@@ -1,10 +1,12 @@
 """trimtab and TRL on the same work, in turns: seconds, ratios and peak memory, as JSON, a table and a picture.
 
-    python benchmarks/speed.py --peer PYTHON --peer-ppo PYTHON --bench DIR --rows HH_JSONL_GZ
+    python benchmarks/speed.py --peer PYTHON --peer-ppo PYTHON --rows HH_JSONL_GZ
 
 PYTHON are interpreters with TRL 1.16, and 1.12 for PPO, each of an environment made with
-`pip install -c constraints.txt torch trl==1.16.0` (or 1.12.0); DIR holds `trl_bench.py` and `make_model.py`. Every
-timing is printed with the share of a core that other processes took meanwhile; a pair above 0.1 is run again.
+`pip install -c constraints.txt torch trl==1.16.0` (or 1.12.0); `make parity` makes both in .venv/trl-1.16.0 and
+.venv/trl-1.12.0. HH_JSONL_GZ is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf. `make_models.py` makes the models and
+`speed_peer.py` runs the peer. Every timing is printed with the share of a core that other processes took meanwhile; a
+pair above 0.1 is run again.
 """
 
 from __future__ import annotations
@@ -24,16 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spine import write_png
-
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "benchmarks"
 DATA = ROOT / "docs" / "evidence" / "data" / "speed.json"
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
-"""The models' own template without the line end after a turn, which the peer trains on and we do not."""
 MAX_FOREIGN = 0.1
 MAX_PROMPT, MAX_TOKENS = 256, 512
 
@@ -118,24 +113,6 @@ def seconds_of(stage: str, result: dict[str, Any], options: dict[str, int]) -> f
     if stage == "ppo" and "total_s" in result:  # its trainer calls no step callback
         return result["total_s"] / options["steps"]
     return statistics.median(result["steps_s"])
-
-
-def prepare(out: Path, bench: Path, rows: Path) -> None:
-    """Models with one template for both sides, and reward models with one head."""
-    if (out / "bigvocab-rm" / "config.json").exists():
-        return
-    subprocess.run([sys.executable, str(bench / "make_model.py"), str(rows), str(out)], check=True)
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    for name in ("6m", "30m", "bigvocab"):
-        tokenizer = AutoTokenizer.from_pretrained(out / name)
-        tokenizer.chat_template = TEMPLATE
-        tokenizer.save_pretrained(out / name)
-        torch.manual_seed(0)
-        model = AutoModelForSequenceClassification.from_pretrained(out / name, num_labels=1, dtype=torch.float32)
-        model.save_pretrained(out / f"{name}-rm")
-        tokenizer.save_pretrained(out / f"{name}-rm")
 
 
 def choose_rows(source: Path, model: Path, num: int, shortest: int, out: Path) -> list[tuple[int, int, int]]:
@@ -233,7 +210,7 @@ def compare(name: str, work: Workload, o: argparse.Namespace, before: Sequence[d
     ours = [sys.executable, "speed_ours.py", work.stage, used, str(rows), *flags]
     ours += ["--reward-model", f"{model}-rm"] if work.stage == "ppo" else []
     peer_python = o.peer_ppo if work.stage == "ppo" else o.peer
-    peer = [peer_python, "speed_peer.py", str(o.bench / "trl_bench.py"), work.stage, used, str(rows), *flags]
+    peer = [peer_python, "speed_peer.py", work.stage, used, str(rows), *flags]
     if work.stage == "generate":
         peer += ["--repeats", "2"]
     else:
@@ -325,8 +302,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", required=True, help="an interpreter with TRL 1.16")
     parser.add_argument("--peer-ppo", default="", help="an interpreter with TRL 1.12")
-    parser.add_argument("--bench", type=Path, required=True)
-    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--rows", type=Path, required=True, help="harmless-base/test.jsonl.gz of Anthropic/hh-rlhf")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench")
     parser.add_argument("--pairs", type=int, default=5, help="pairs to add to those in the data file")
     parser.add_argument("--fresh", action="store_true", help="forget the pairs in the data file")
@@ -336,9 +312,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--picture", type=Path, help="where to draw the results, as PNG; needs Chromium")
     o = parser.parse_args()
-    o.out, o.bench, o.rows = o.out.resolve(), o.bench.resolve(), o.rows.resolve()
+    o.out, o.rows = o.out.resolve(), o.rows.resolve()
     o.out.mkdir(parents=True, exist_ok=True)
-    prepare(o.out / "models", o.bench, o.rows)
+    # Imported here: the peer's interpreter imports this file too, for `split`.
+    from make_models import make
+
+    make(o.rows, o.out / "models")
     known = json.loads(o.data.read_text(encoding="utf-8")) if o.data.exists() else {"workloads": {}}
     for name in o.workloads:
         key = f"{name} ({o.precision})" if o.precision else name
@@ -348,6 +327,8 @@ def main() -> None:
         o.data.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     print(table(known["workloads"]))
     if o.picture:
+        from spine import write_png
+
         write_png(picture(known["workloads"]), o.picture)
 
 

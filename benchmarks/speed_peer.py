@@ -1,18 +1,26 @@
-"""The peer's side of `speed.py`: runs its benchmark script with the rows in order and every step's loss shown.
+"""The peer's side of `speed.py`: one stage by TRL's own trainer on a fixed workload; prints one JSON line.
 
-    python benchmarks/speed_peer.py TRL_BENCH.py STAGE MODEL ROWS [its options] [--precision medium | bfloat16]
+    python benchmarks/speed_peer.py STAGE MODEL ROWS [--steps N --batch B --micro M --gen L --group G --precision P]
 
-Two things are changed to make the work the same, neither of them the peer's computation: rows come in the order of the
-file, and losses are printed with all their digits. `STAGE` "generate" times `model.generate` instead.
+Run it with an interpreter that has TRL 1.16, or 1.12 for `ppo` (the last release with that trainer). The trainers are
+used as their documentation says; two things are set so that the work is the same: rows come in the order of the file,
+and losses are printed with all their digits. `generate` times `model.generate` instead.
 """
 
 from __future__ import annotations
 
+import argparse
+import gzip
+import itertools
 import json
+import os
 import resource
-import runpy
-import sys
+import tempfile
 import time
+from pathlib import Path
+
+OPTIONS = {"steps": 4, "batch": 16, "micro": 8, "gen": 64, "group": 8, "maxlen": 512, "promptlen": 256, "num": 32,
+           "stops": 0, "repeats": 2}  # fmt: skip
 
 
 def in_order() -> None:
@@ -82,24 +90,135 @@ def peak_rss_gb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
+def pairs_of(rows: str) -> list[dict[str, list[dict[str, str]]]]:
+    """The rows as TRL's conversational preference data."""
+    from speed import split
+
+    found = []
+    with gzip.open(rows, "rt", encoding="utf-8") as file:
+        for line in file:
+            chosen, rejected = (split(json.loads(line)[side]) for side in ("chosen", "rejected"))
+            found.append({"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]})
+    return found
+
+
+def trainer_of(o: argparse.Namespace, scratch: str, callbacks: list):
+    """TRL's trainer of the stage, as its documentation says."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer, pairs = AutoTokenizer.from_pretrained(o.model), pairs_of(o.rows)
+    shared = {
+        "output_dir": scratch,
+        "per_device_train_batch_size": o.micro,
+        "gradient_accumulation_steps": o.batch // o.micro,
+        "learning_rate": 1e-5,
+        "seed": 0,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    steps, both = {"max_steps": o.steps}, {"processing_class": tokenizer, "callbacks": callbacks}
+
+    def policy():
+        return AutoModelForCausalLM.from_pretrained(o.model, dtype=torch.float32)
+
+    def scores():
+        return AutoModelForSequenceClassification.from_pretrained(o.model, num_labels=1, dtype=torch.float32)
+
+    if o.stage == "sft":
+        from trl import SFTConfig, SFTTrainer
+
+        data = Dataset.from_list([{"prompt": p["prompt"], "completion": p["chosen"]} for p in pairs])
+        return SFTTrainer(policy(), SFTConfig(max_length=o.maxlen, **steps, **shared), train_dataset=data, **both)
+    if o.stage == "reward":
+        from trl import RewardConfig, RewardTrainer
+
+        settings = RewardConfig(max_length=o.maxlen, **steps, **shared)
+        return RewardTrainer(scores(), settings, train_dataset=Dataset.from_list(pairs), **both)
+    if o.stage == "dpo":
+        from trl import DPOConfig, DPOTrainer
+
+        settings = DPOConfig(max_length=o.maxlen, **steps, **shared)
+        return DPOTrainer(policy(), policy(), args=settings, train_dataset=Dataset.from_list(pairs), **both)
+    if o.stage == "grpo":
+        from trl import GRPOConfig, GRPOTrainer
+
+        settings = GRPOConfig(num_generations=o.group, max_completion_length=o.gen, beta=0.04, **steps, **shared)
+        data = Dataset.from_list([{"prompt": p["prompt"]} for p in pairs])
+        return GRPOTrainer(policy(), length_reward, settings, train_dataset=data, **both)
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    tokenizer.padding_side = "left"
+    encoded = [tokenizer.apply_chat_template(p["prompt"], add_generation_prompt=True)["input_ids"] for p in pairs]
+    data = Dataset.from_dict({"input_ids": encoded})
+    settings = PPOConfig(
+        total_episodes=o.steps * o.batch, num_ppo_epochs=4, num_mini_batches=1, response_length=o.gen,
+        local_rollout_forward_batch_size=o.micro, num_sample_generations=0, stop_token="eos", **shared,
+    )  # fmt: skip
+    models = {"model": policy(), "ref_model": policy(), "reward_model": scores(), "value_model": scores()}
+    eval_data = data.select(range(min(8, len(data))))
+    return PPOTrainer(settings, train_dataset=data, eval_dataset=eval_data, **models, **both)
+
+
+def length_reward(completions, **columns):
+    """What GRPO is rewarded by on both sides: characters of the reply, in hundreds."""
+    return [len(c[0]["content"]) / 100 for c in completions]
+
+
+def train(o: argparse.Namespace) -> None:
+    """Prints seconds of each step, of all, and peak memory."""
+    import torch
+    from transformers import TrainerCallback
+
+    marks: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            marks.append(time.perf_counter())
+
+        def on_train_end(self, *args, **kwargs):
+            marks.append(time.perf_counter())
+
+    in_order()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = trainer_of(o, scratch, [Clock()])
+        began = time.perf_counter()
+        trainer.train()
+        total = time.perf_counter() - began
+    steps = [end - begin for begin, end in itertools.pairwise(marks)]
+    print(json.dumps({"steps_s": steps, "total_s": total, "rss_gb": peak_rss_gb()}))
+
+
 def main() -> None:
     """Runs one stage."""
-    script, stage, model, rows, *rest = sys.argv[1:]
-    if "--precision" in rest:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["sft", "reward", "dpo", "grpo", "ppo", "generate"])
+    parser.add_argument("model", type=lambda path: str(Path(path)))
+    parser.add_argument("rows")
+    parser.add_argument("--precision", default="", help="a float32 matmul precision, or bfloat16")
+    for name, value in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    if options.precision == "bfloat16":
+        in_bfloat16()
+    elif options.precision:
         import torch
 
-        at = rest.index("--precision")
-        if rest[at + 1] == "bfloat16":
-            in_bfloat16()
-        else:
-            torch.set_float32_matmul_precision(rest[at + 1])
-        del rest[at : at + 2]
-    if stage == "generate":
-        generate(model, rows, {k.strip("-"): int(v) for k, v in zip(rest[::2], rest[1::2], strict=True)})
-        return
-    in_order()
-    sys.argv = [script, stage, model, rows, *rest]
-    runpy.run_path(script, run_name="__main__")
+        torch.set_float32_matmul_precision(options.precision)
+    if options.stage == "generate":
+        generate(options.model, options.rows, vars(options))
+    else:
+        train(options)
 
 
 if __name__ == "__main__":

@@ -299,6 +299,33 @@ def test_a_hub_data_set_is_read_through_datasets(monkeypatch):
     assert rows.sha256 == hashlib.sha256(expected).hexdigest()
 
 
+def test_one_folder_of_a_hub_data_set_is_read(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config, **options):
+        asked.append(options)
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    read_rows("hub:org/name?data_dir=harmless&split=test")
+    assert asked == [{"split": "test", "revision": None, "data_dir": "harmless"}]
+
+
+def test_a_hub_data_set_without_a_network_says_which_file_to_copy_and_what_to_set(monkeypatch):
+    import datasets
+
+    def load_dataset(*_, **__):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError) as caught:
+        read_rows("hub:org/name?data_dir=harmless&split=test")
+    assert "copy its file (harmless, test) here" in caught.value.fix
+    assert "variables.rows=FILE" in caught.value.fix
+
+
 def test_a_hub_data_set_that_cannot_be_read_is_explained(monkeypatch):
     import datasets
 

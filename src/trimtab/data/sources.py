@@ -272,22 +272,28 @@ def _options(text: str, source: str, defaults: dict[str, str]) -> tuple[str, dic
 
 
 def _hub_stream(text: str, limit: int | None) -> RowStream:
-    defaults = {"split": "train", "config": "", "revision": "", "columns": "", "ignore": ""}
+    defaults = {"split": "train", "config": "", "data_dir": "", "revision": "", "columns": "", "ignore": ""}
     name, options = _options(text, f"hub:{text}", defaults)
     source = f"hub:{name}?split={options['split']}"
     import datasets
 
     try:
         table = datasets.load_dataset(
-            name, options["config"] or None, split=options["split"], revision=options["revision"] or None
+            name,
+            options["config"] or None,
+            split=options["split"],
+            revision=options["revision"] or None,
+            **({"data_dir": options["data_dir"]} if options["data_dir"] else {}),
         )
         rows: list[JsonDict] = [dict(row) for row in islice(table, limit)]
     except Exception as error:  # whatever the library raises, it is about this name: unknown, gated, offline, no split
         raise DataError(
             f"the hub data set {name!r} could not be read: {type(error).__name__}: {error}",
             where=source,
-            fix="check that such a file or data set exists, its split and config "
-            "('hub:org/name?split=train&config=main'), and the network",
+            fix="check that such a file or data set exists, its split, config and folder "
+            "('hub:org/name?split=train&config=main&data_dir=folder'), and the network; without a network, copy its "
+            f"file ({options['data_dir'] or name}, {options['split']}) here and give that in its place: data=FILE, "
+            "prompts=FILE, or variables.rows=FILE for the examples",
         ) from error
     located = ((f"{source}, row {i}", row) for i, row in enumerate(rows, 1))
     changes = {option: options[option] for option in ("columns", "ignore") if options[option]}
