@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.architectures.families import causal as family
 from tests.tiny import DECODERS, VOCAB, causal, write_model_directory
 from trimtab.data.chat import Chat
 from trimtab.engines.form_choice import Choice, forms
@@ -269,10 +270,21 @@ def test_sequences_beyond_the_models_positions_are_refused_before_anything_is_co
     chat = SimpleNamespace(stop_ids={1}, pad_id=0)
     policy = Policy(causal("gpt2"), pad_id=0)
     g = LocalGenerator(policy, chat, Sampling(max_new_tokens=100))
-    g.check_room(28)
-    with pytest.raises(ConfigError, match="need 129 positions; the model has 128"):
-        g.check_room(29)
-    LocalGenerator(Policy(causal("llama"), pad_id=0), chat, Sampling(max_new_tokens=10**6)).check_room(10**6)
+    g.check_room(28, 100)
+    with pytest.raises(ConfigError, match=r"need 129 positions; the model has 128[^$]*max_new_tokens to at most 99"):
+        g.continue_ids([[5] * 29], group_size=1, uniforms=torch.rand(1, 100, dtype=torch.float64))
+    LocalGenerator(Policy(causal("llama"), pad_id=0), chat, Sampling()).check_room(10**6, 10**6)
+
+
+def test_rows_whose_positions_depend_on_their_length_are_sampled_as_far_as_they_do_not():
+    policy = Policy(family("phi3 with long positions"), pad_id=0)
+    g = LocalGenerator(policy, SimpleNamespace(stop_ids=(), pad_id=0), Sampling(max_new_tokens=9))
+    uniforms = torch.rand(4, 9, dtype=torch.float64)
+    g.continue_ids([[5, 6, 7, 8, 9, 10, 11], [9, 8, 7]], group_size=2, uniforms=uniforms)
+    assert 0 < g.difference < 1e-4
+    with pytest.raises(EngineError, match=r"past 16 the positions of this model depend on the length of the whole row"):
+        g.continue_ids([[5] * 8, [9]], group_size=2, uniforms=uniforms)
+    g.continue_ids([[5] * 8, [9]], group_size=2, uniforms=uniforms, limits=torch.tensor([8, 2, 9, 9]))
 
 
 @pytest.mark.parametrize("truncation", [{}, {"top_k": 1}, {"top_p": 0.8}])

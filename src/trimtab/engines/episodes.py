@@ -117,7 +117,6 @@ class EpisodeGenerator:
         number of its own, whatever was observed before, and so has the environment: batch size and order of prompts
         do not change what happens."""
         encoded = [self.generator.encode(p) for p in prompts]
-        self.generator.check_room(max(map(len, encoded), default=0))
         uniforms = self.generator.uniforms(prompts, group_size=group_size, seed=seed)
         episodes = []
         for i, name in enumerate(reply_names(prompts, group_size)):

@@ -22,8 +22,9 @@ from trimtab.engines.replies import Drawn, Form, Replies, Sampling
 from trimtab.engines.slot_decoding import SlotForm
 from trimtab.errors import EngineError
 from trimtab.models.adapters import using
+from trimtab.models.forms import narrow_windows
 from trimtab.models.fused import supports_fusing
-from trimtab.models.own_forward import learned_positions, own_attention, sights
+from trimtab.models.own_forward import learned_positions, own_attention
 from trimtab.models.roles import Policy
 
 MAX_DIFFERENCE = 1e-3
@@ -31,10 +32,6 @@ MAX_DIFFERENCE = 1e-3
 mistakes are smaller too. Rounding stays a hundred times below."""
 NUM_TOKENS = 5
 """Tokens of a reply that is drawn for the comparison."""
-CHECKED_NUMBERS = 2_000_000_000
-"""Weights times tokens that the comparison may cost in one forward pass: a small model is compared on long rows."""
-MOST_TOKENS = 512
-"""Of the longest row of the comparison."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,8 @@ def choose_form(policy: Policy, sampling: Sampling, chat: Chat) -> Choice:
         passed_over["slots"] = "the model does not compute its numbers over flat rows"
     check = _Check.of(policy, chat)
     for form in forms(policy, sampling, chat):
-        problem = check.problem(form)
+        with narrow_windows(policy.model):
+            problem = check.problem(form)
         if problem is None:
             choice = Choice(type(policy.model).__name__, form, passed_over)
             if choice.is_slow:
@@ -108,7 +106,7 @@ class _Check:
         """With prompts that need padding, and rows that grow past what the model can see at a time."""
         size = policy.model.config.get_text_config().vocab_size
         draw = torch.Generator().manual_seed(0)
-        lengths = prompt_lengths(policy.model)
+        lengths = prompt_lengths(policy)
         # The first ids are those of special tokens in most vocabularies.
         return cls(
             policy, chat, [torch.randint(min(3, size - 1), size, (n,), generator=draw).tolist() for n in lengths]
@@ -151,11 +149,9 @@ def own_logits(model: PreTrainedModel, ids: Sequence[int], num: int) -> Tensor:
     return logits[-num - 1 : -1].float()
 
 
-def prompt_lengths(model: PreTrainedModel) -> list[int]:
-    """Lengths of prompts that need padding and, where that is cheap, reach past what the model sees at a time, one
-    before its reply and one within it."""
-    room = min(CHECKED_NUMBERS // max(1, model.num_parameters()), MOST_TOKENS, learned_positions(model) or MOST_TOKENS)
-    reached = [sight for sight in sights(model) if sight + 2 * NUM_TOKENS <= room]
-    if not reached:
-        return [min(12, max(1, room - NUM_TOKENS)), 7, 3]
-    return [max(reached[-1] + 3, 9), max(reached[-1] - 2, 2), 3]
+def prompt_lengths(policy: Policy) -> list[int]:
+    """Lengths of prompts that need padding; one is longer than the windows of the comparison before its reply, the
+    others become so. Rows have as many positions as the model has, if those are few."""
+    limits = [n for n in (learned_positions(policy.model), policy.length_limit) if n is not None]
+    room = min(limits, default=1 << 30) - NUM_TOKENS
+    return [max(1, min(length, room)) for length in (12, 2, 7)]

@@ -20,7 +20,7 @@ from trimtab.engines.form_choice import Choice, choose_form
 from trimtab.engines.replies import Drawn, Replies, Sampling
 from trimtab.engines.slot_decoding import SlotForm
 from trimtab.engines.token_sets import stop_ids, unnamed_tokens
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import ConfigError, DataError, EngineError
 from trimtab.models.adapters import using
 from trimtab.models.own_forward import learned_positions
 from trimtab.models.roles import Policy
@@ -72,7 +72,6 @@ class LocalGenerator:
         """`group_size` rollouts of each prompt. Every reply has random numbers of its own, made from the seed, its
         prompt's id and its number in the group, so batch size and order of prompts do not change what is drawn."""
         encoded = [self.encode(p) for p in prompts]
-        self.check_room(max(map(len, encoded), default=0))
         uniforms = self.uniforms(prompts, group_size=group_size, seed=seed)
         return [
             Rollout(
@@ -110,6 +109,9 @@ class LocalGenerator:
         """
         if not prefixes:
             return []
+        widths = [uniforms.shape[1]] * len(prefixes) if limits is None else limits.view(-1, group_size).amax(1).tolist()
+        lengths = zip(map(len, prefixes), widths, strict=True)
+        self.check_room(*max(lengths, key=sum))
         replies = Replies(uniforms, self.sampling, self.chat, limits, stop_ids=self.stop_ids, unnamed=self._unnamed)
         form = self.choice.form
         with torch.no_grad(), using(self.policy.model, self.policy.adapter):
@@ -131,23 +133,33 @@ class LocalGenerator:
         return ids
 
     def check_prompts(self, prompts: Iterable[Prompt]) -> None:
-        """Raises ConfigError where the longest of the prompts leaves no room for the longest reply: a stage asks before
-        it begins."""
-        if self.positions is not None:
-            self.check_room(max((len(self.chat.encode_prompt(p.messages)) for p in prompts), default=0))
+        """Raises an error where the longest of the prompts leaves no room for the longest reply: a stage asks before it
+        begins."""
+        if self.positions is not None or self.policy.length_limit is not None:
+            longest = max((len(self.chat.encode_prompt(p.messages)) for p in prompts), default=0)
+            self.check_room(longest, self.sampling.max_new_tokens)
 
-    def check_room(self, longest_prompt: int) -> None:
-        """Raises ConfigError where a prompt of so many tokens and the longest reply have more positions than the model
-        has learned."""
-        longest = self.sampling.max_new_tokens
-        if self.positions is not None and longest_prompt + longest > self.positions:
-            room = self.positions - longest_prompt
-            fix = f"set sampling.max_new_tokens to at most {room}" if room > 0 else "use shorter prompts"
+    def check_room(self, longest_prompt: int, longest_reply: int) -> None:
+        """Raises ConfigError where so many tokens have more positions than the model has learned, and EngineError where
+        their probabilities would depend on how long the reply becomes."""
+        num = longest_prompt + longest_reply
+        asked = f"a prompt of {longest_prompt} tokens and a reply of up to {longest_reply} need {num} positions"
+        stretched = self.policy.length_limit
+        room = min(n for n in (self.positions, stretched, num) if n is not None) - longest_prompt
+        fix = f"set sampling.max_new_tokens to at most {room}" if room > 0 else "use shorter prompts"
+        fix += ", or leave long prompts out with sampling.max_prompt_tokens"
+        if self.positions is not None and num > self.positions:
             raise ConfigError(
-                f"a prompt of {longest_prompt} tokens and a reply of up to {longest} need {longest_prompt + longest} "
-                f"positions; the model has {self.positions}",
+                f"{asked}; the model has {self.positions}",
                 where="sampling.max_new_tokens and the longest prompt",
-                fix=f"{fix}, or leave long prompts out with sampling.max_prompt_tokens",
+                fix=fix,
+            )
+        if stretched is not None and num > stretched:
+            raise EngineError(
+                f"{asked}; past {stretched} the positions of this model depend on the length of the whole row, so a "
+                "token would be scored by other numbers than it was drawn by",
+                where=f"sampling.max_new_tokens, architecture {type(self.policy.model).__name__}",
+                fix=fix,
             )
 
     def text(self, ids: Sequence[int]) -> str:

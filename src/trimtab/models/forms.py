@@ -159,7 +159,7 @@ def _prove(model: PreTrainedModel) -> Proved:
         return trees, _plain(model, base, trees, own)
 
     try:
-        with torch.no_grad(), _narrow_windows(model):
+        with torch.no_grad(), narrow_windows(model):
             for form, attention in _candidates(model, own):
                 if any(_agrees(model, base, form, attention, *plain(attempt)) for attempt in range(TRIES)):
                     return Proved(form, attention, _is_causal(*plain(0)), length_limit(model))
@@ -259,20 +259,22 @@ def _room(config: Any, limit: int | None) -> int:
 
 
 @contextmanager
-def _narrow_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Within it windows and chunks that masks are built from are `NARROW`, if the configuration lets them be set."""
-    config = model.config.get_text_config()
-    before: dict[str, int] = {}
-    for key in ("sliding_window", "attention_chunk_size"):
-        size = getattr(config, key, None)
-        if isinstance(size, int) and size > NARROW:
-            setattr(config, key, NARROW)
-            before[key] = size
+def narrow_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Within it windows and chunks that masks are built from are `NARROW`, if the configuration lets them be set, and
+    those that layers have noted too."""
+    holders = [model.config.get_text_config(), *model.modules()]
+    before: list[tuple[Any, str, int]] = []
+    for holder in holders:
+        for key in ("sliding_window", "attention_chunk_size"):
+            size = getattr(holder, key, None)
+            if type(size) is int and size > NARROW:
+                before.append((holder, key, size))
+                setattr(holder, key, NARROW)
     try:
         yield
     finally:
-        for key, size in before.items():
-            setattr(config, key, size)
+        for holder, key, size in before:
+            setattr(holder, key, size)
 
 
 def _attend_with(model: PreTrainedModel, attention: str) -> bool:

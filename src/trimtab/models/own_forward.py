@@ -57,15 +57,3 @@ def learned_positions(model: PreTrainedModel) -> int | None:
 
 
 _POSITIONS = re.compile(r"wpe|positions?\b|positions?_(embed|encod)|pos_(embed|encod)|embed_pos", re.IGNORECASE)
-
-
-def sights(model: PreTrainedModel) -> list[int]:
-    """Lengths at which the model changes how it computes: windows, chunks, and positions before its rotary embeddings
-    are stretched."""
-    config: dict[str, Any] = model.config.get_text_config().to_dict()
-    rope = config.get("rope_parameters") or {}
-    found = [*config.items(), *(rope.items() if isinstance(rope, dict) else ())]
-    return sorted({x for name, x in found if _SIGHT.search(name) and type(x) is int and x > 0})
-
-
-_SIGHT = re.compile(r"window|chunk_size|local_attention|index_topk|original_max_position", re.IGNORECASE)
