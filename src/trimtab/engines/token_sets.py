@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,14 +15,13 @@ def stop_ids(policy: Policy, chat: Chat) -> frozenset[int]:
     """The chat's stop tokens, and those that the model's generation settings name beside them, as transformers and
     vLLM stop at them too.
 
-    A single id that the tokenizer knows as ordinary text is left out: it is the default of a configuration class, such
-    as Llama's 2, that nobody set for this vocabulary.
+    What is only in the model's configuration may be the default of its class, such as Llama's 2, which nobody set for
+    this vocabulary: such an id counts if it is a special token.
     """
-    settings = getattr(policy.model, "generation_config", None)
-    named = getattr(settings, "eos_token_id", None)
-    if isinstance(named, int):
-        named = [named] if named in _special_ids(chat) else []
-    return frozenset(chat.stop_ids) | {int(id_) for id_ in named or ()}
+    model = policy.model
+    named = _ids(getattr(model, "generation_config", None)) - _ids(model.config) - _ids(model.config.get_text_config())
+    configured = _ids(getattr(model, "generation_config", None)) & _special_ids(chat)
+    return frozenset(chat.stop_ids) | named | configured
 
 
 def unnamed_tokens(policy: Policy, chat: Chat) -> Tensor | None:
@@ -33,6 +34,11 @@ def unnamed_tokens(policy: Policy, chat: Chat) -> Tensor | None:
     unnamed = torch.ones(size, dtype=torch.bool)
     unnamed[[id_ for id_ in tokenizer.get_vocab().values() if id_ < size]] = False
     return unnamed if unnamed.any() else None
+
+
+def _ids(settings: Any) -> set[int]:
+    found = getattr(settings, "eos_token_id", None)
+    return set() if found is None else {found} if isinstance(found, int) else {int(i) for i in found}
 
 
 def _special_ids(chat: Chat) -> set[int]:
