@@ -13,9 +13,9 @@ Where a coefficient does not exist the result says why in words: it is never nan
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,7 +37,8 @@ class Agreement:
 
     name: str
     interval: Interval
-    """`count` is the number of items it rests on; value nan where undefined, bounds nan where they are unknown."""
+    """`count` is the number of items it rests on, or of the groups they are in; value nan where undefined, bounds nan
+    where they are unknown."""
     undefined: str = ""
     """Why there is no value; empty where there is one."""
     note: str = ""
@@ -52,14 +53,15 @@ class Agreement:
         return f"{self.interval.value:.3f}{bounds} (n={self.interval.count})"
 
 
-def raw_agreement(table: Floats, *, num_resamples: int = 1000, seed: int = 0) -> Agreement:
+def raw_agreement(table: Floats, *, groups: Ints | None = None, num_resamples: int = 1000, seed: int = 0) -> Agreement:
     """Chance that two annotators drawn from those of an item chose alike, averaged over items with two votes or more.
 
-    `table` [I, q] are counts of votes. It is the P-bar of Fleiss and the observed agreement of Gwet.
+    `table` [I, q] are counts of votes. It is the P-bar of Fleiss and the observed agreement of Gwet. Here and below
+    items of one group in `groups` [I] are resampled together.
     """
-    rated = table[table.sum(axis=1) >= 2]
+    rated, groups = _rows_with(table.sum(axis=1) >= 2, table, groups)
     why = "" if rated.size else _no_overlap(table)
-    return _with_interval("raw agreement", _raw, rated, why, num_resamples=num_resamples, seed=seed)
+    return _with_interval("raw agreement", _raw, rated, why, groups=groups, num_resamples=num_resamples, seed=seed)
 
 
 def fleiss_kappa(
@@ -67,6 +69,7 @@ def fleiss_kappa(
     *,
     swap: Ints | None = None,
     categories: Sequence[str] = (),
+    groups: Ints | None = None,
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Agreement:
@@ -82,12 +85,20 @@ def fleiss_kappa(
         return _undefined("Fleiss' kappa", _no_overlap(table))
     found, times = np.unique(several, return_counts=True)
     size = found[np.argmax(times)]
-    rated = table[sizes == size]
+    rated, groups = _rows_with(sizes == size, table, groups)
     left_out = int((sizes > 0).sum()) - len(rated)
     note = f"on the items with exactly {size:.0f} votes; {left_out} others left out" if left_out else ""
     why = _no_variation(rated, categories)
     return _with_interval(
-        "Fleiss' kappa", _fleiss, rated, why, swap=swap, note=note, num_resamples=num_resamples, seed=seed
+        "Fleiss' kappa",
+        _fleiss,
+        rated,
+        why,
+        swap=swap,
+        groups=groups,
+        note=note,
+        num_resamples=num_resamples,
+        seed=seed,
     )
 
 
@@ -98,6 +109,7 @@ def krippendorff_alpha(
     values: Floats | None = None,
     swap: Ints | None = None,
     categories: Sequence[str] = (),
+    groups: Ints | None = None,
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Agreement:
@@ -111,7 +123,7 @@ def krippendorff_alpha(
     """
     if scale in ("interval", "ratio") and values is None:
         raise ValueError(f"a {scale} scale needs the values of its categories")
-    rated = table[table.sum(axis=1) >= 2]
+    rated, groups = _rows_with(table.sum(axis=1) >= 2, table, groups)
     why = _no_overlap(table) if not rated.size else _no_variation(rated, categories)
     return _with_interval(
         f"Krippendorff's alpha ({scale})",
@@ -119,6 +131,7 @@ def krippendorff_alpha(
         rated,
         why,
         swap=swap,
+        groups=groups,
         num_resamples=num_resamples,
         seed=seed,
     )
@@ -131,6 +144,7 @@ def gwet_ac(
     values: Floats | None = None,
     swap: Ints | None = None,
     categories: Sequence[str] = (),
+    groups: Ints | None = None,
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Agreement:
@@ -145,23 +159,33 @@ def gwet_ac(
     why = "" if (table.sum(axis=1) >= 2).any() else _no_overlap(table)
     if not why and table.shape[1] < 2:
         why = _no_variation(table, categories)
-    rated = table[table.sum(axis=1) >= 1]
+    several = table.sum(axis=1) >= 2
+    counted = int(several.sum()) if groups is None else np.unique(groups[several]).size
+    rated, groups = _rows_with(table.sum(axis=1) >= 1, table, groups)
     matrix = agreement_weights(table.shape[1], weights, values)
-    found = _with_interval(name, _gwet(matrix), rated, why, swap=swap, num_resamples=num_resamples, seed=seed)
-    used = Interval(found.interval.value, found.interval.low, found.interval.high, int((table.sum(axis=1) >= 2).sum()))
+    found = _with_interval(
+        name, _gwet(matrix), rated, why, swap=swap, groups=groups, num_resamples=num_resamples, seed=seed
+    )
+    used = Interval(found.interval.value, found.interval.low, found.interval.high, counted)
     return Agreement(name=name, interval=used, undefined=found.undefined, note=found.note)
 
 
-def leave_one_out(table: Floats, *, num_resamples: int = 1000, seed: int = 0) -> Agreement:
+def leave_one_out(table: Floats, *, groups: Ints | None = None, num_resamples: int = 1000, seed: int = 0) -> Agreement:
     """Chance that a vote is the majority of the item's other votes: what one person scores, to compare a model with.
 
     Where the others are evenly split, one of their favourites is drawn (Dubois et al., arXiv:2305.14387). Averaged
     over items with two votes or more.
     """
-    rated = table[table.sum(axis=1) >= 2]
+    rated, groups = _rows_with(table.sum(axis=1) >= 2, table, groups)
     why = "" if rated.size else _no_overlap(table)
     return _with_interval(
-        "one against the majority of the others", _leave_one_out, rated, why, num_resamples=num_resamples, seed=seed
+        "one against the majority of the others",
+        _leave_one_out,
+        rated,
+        why,
+        groups=groups,
+        num_resamples=num_resamples,
+        seed=seed,
     )
 
 
@@ -174,6 +198,7 @@ def cohen_kappa(
     values: Floats | None = None,
     swap: Ints | None = None,
     categories: Sequence[str] = (),
+    groups: Ints | None = None,
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Agreement:
@@ -188,22 +213,23 @@ def cohen_kappa(
     n = first.size
     if not n:
         return _undefined(name, "no overlap: the two annotators share no item")
-    cells = np.bincount(first * num_categories + second, minlength=num_categories**2).astype(np.float64)
+    places = first * num_categories + second
+    cells = np.bincount(places, minlength=num_categories**2).astype(np.float64)
     used = np.union1d(first, second)
     if used.size == 1:
         return _undefined(name, f"no variation: every vote is {_quoted(categories, int(used[0]))}", n)
     matrix = agreement_weights(num_categories, weights, values)
 
     def kappa(tables: Floats) -> Floats:
-        square = tables.reshape(-1, num_categories, num_categories) / n
+        square = tables.reshape(-1, num_categories, num_categories) / tables.sum(axis=1)[:, None, None]
         if swap is not None:
             square = (square + square[:, swap][:, :, swap]) / 2
         chance = np.einsum("bk,kl,bl->b", square.sum(axis=2), matrix, square.sum(axis=1))
         return _beyond_chance(np.einsum("bkl,kl->b", square, matrix), chance)
 
     value = float(kappa(cells[None])[0])
-    drawn = np.random.default_rng(seed).multinomial(n, cells / n, size=num_resamples).astype(np.float64)
-    return _finish(name, value, kappa(drawn), n, "")
+    drawn = [kappa(part) for part in _resampled(places, cells.size, groups, num_resamples, seed)]
+    return _finish(name, value, drawn, n, "", groups)
 
 
 def agreement_weights(num_categories: int, kind: Weights, values: Floats | None = None) -> Floats:
@@ -269,15 +295,17 @@ def annotator_pairs(votes: Votes, *, num_resamples: int = 1000, seed: int = 0) -
     for i, j in zip(*np.nonzero(np.triu(shared, 1)), strict=True):
         both = judged[i] & judged[j]
         first, second = chosen[i, both], chosen[j, both]
-        same = np.array([np.sum(first == second), np.sum(first != second)], dtype=np.float64)
-        drawn = np.random.default_rng(seed).binomial(int(same.sum()), same[0] / same.sum(), size=num_resamples)
-        raw = _finish("agreement", same[0] / same.sum(), drawn / same.sum(), int(same.sum()), "")
+        groups = None if votes.group is None else votes.group[both]
+        apart = (first != second).astype(np.int64)
+        drawn = [part[:, 0] / part.sum(axis=1) for part in _resampled(apart, 2, groups, num_resamples, seed)]
+        raw = _finish("agreement", 1 - float(apart.mean()), drawn, apart.size, "", groups)
         kappa = cohen_kappa(
             first,
             second,
             q,
             swap=votes.swap,
             categories=votes.categories,
+            groups=groups,
             num_resamples=num_resamples,
             seed=seed,
         )
@@ -374,6 +402,10 @@ def _beyond_chance(observed: Floats, chance: Floats) -> Floats:
 # --- intervals and words ---
 
 
+def _rows_with(mask: Any, table: Floats, groups: Ints | None) -> tuple[Floats, Ints | None]:
+    return table[mask], None if groups is None else groups[mask]
+
+
 def _with_interval(
     name: str,
     statistic: Statistic,
@@ -381,33 +413,59 @@ def _with_interval(
     why: str,
     *,
     swap: Ints | None = None,
+    groups: Ints | None = None,
     note: str = "",
     num_resamples: int,
     seed: int,
 ) -> Agreement:
-    """The statistic of the items' count rows, with a percentile bootstrap over items."""
+    """The statistic of the items' count rows, with a percentile bootstrap over items, or over groups of them."""
     n = len(rated)
     if why:
         return _undefined(name, why, n)
-    rows, times = np.unique(rated, axis=0, return_counts=True)
+    rows, kinds, times = np.unique(rated, axis=0, return_inverse=True, return_counts=True)
     both = rows if swap is None else np.concatenate([rows, rows[:, swap]])
 
     def of(weights: Floats) -> Floats:
         return statistic(both, weights if swap is None else np.concatenate([weights, weights], axis=1) / 2)
 
     value = float(of(times[None].astype(np.float64))[0])
+    drawn = [of(part) for part in _resampled(kinds.ravel(), len(rows), groups, num_resamples, seed, cells=both.size)]
+    return _finish(name, value, drawn, n, note, groups)
+
+
+def _resampled(
+    kinds: Ints, num_kinds: int, groups: Ints | None, num_resamples: int, seed: int, *, cells: int = 1
+) -> Iterator[Floats]:
+    """How often each kind of item is in each resample, [B, kinds], in blocks that fit into memory.
+
+    Items are drawn by themselves, or where `groups` are given whole groups: votes about one ranking or one prompt
+    share its difficulty, and drawn one by one would seem to say more than they do.
+    """
+    if groups is None:
+        profiles, times = None, np.bincount(kinds, minlength=num_kinds)
+    else:
+        of, number = np.unique(groups, return_inverse=True)
+        counts = np.bincount(number * num_kinds + kinds, minlength=of.size * num_kinds).reshape(-1, num_kinds)
+        profiles, times = np.unique(counts, axis=0, return_counts=True)
     generator = np.random.default_rng(seed)
-    block = max(1, _CELLS // max(1, both.size))
-    drawn = [
-        of(generator.multinomial(n, times / n, size=min(block, num_resamples - done)).astype(np.float64))
-        for done in range(0, num_resamples, block)
-    ]
-    return _finish(name, value, np.concatenate(drawn) if drawn else np.empty(0), n, note)
+    total = int(times.sum())
+    block = max(1, _CELLS // max(1, cells, times.size))
+    for done in range(0, num_resamples, block):
+        drawn = generator.multinomial(total, times / total, size=min(block, num_resamples - done)).astype(np.float64)
+        yield drawn if profiles is None else drawn @ profiles
 
 
-def _finish(name: str, value: float, drawn: Floats, n: int, note: str) -> Agreement:
+def _finish(
+    name: str, value: float, parts: Sequence[Floats], n: int, note: str, groups: Ints | None = None
+) -> Agreement:
+    """`parts` are blocks of resampled values. With groups `n` counts them: they are what is independent."""
+    drawn = np.concatenate(parts) if parts else np.empty(0)
+    one = "one item: no interval"
+    if groups is not None:
+        items, n = n, np.unique(groups).size
+        note = "; ".join(filter(None, [note, f"{items} pairs of {n} rankings or prompts, resampled whole"]))
+        one = "one ranking or prompt: no interval"
     if n < 2:
-        one = "one item: no interval"
         return Agreement(
             name=name, interval=Interval(value, math.nan, math.nan, n), note="; ".join(filter(None, [note, one]))
         )

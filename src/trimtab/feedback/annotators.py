@@ -20,7 +20,8 @@ _RIDGE = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotatorCard:
-    """What the votes of one annotator look like beside those of the others. Shares carry Wilson intervals."""
+    """What the votes of one annotator look like beside those of the others. Shares carry Wilson intervals, of
+    as many votes as they are worth where several are about one ranking or prompt."""
 
     name: str
     num_votes: int
@@ -63,18 +64,16 @@ def annotator_cards(votes: Votes, *, confidence: float = 0.95) -> list[Annotator
     hasty = hasty_votes(votes)
     timed = ~np.isnan(votes.seconds)
     neither = np.array([c in ("tie", "both_bad") for c in votes.categories])[votes.choice]
-    same, repeats = _repeats(votes)
-    runs = [_longest_run(_answers(votes)[votes.annotator == r]) for r in range(num)]
+    same, repeats, repeated = _repeats(votes)
+    alone = _first_of_groups(votes)
+    runs = [_longest_run(_answers(votes)[alone & (votes.annotator == r)]) for r in range(num)]
     everybody = _shares_of_answers(votes)
     strict = 1 - (1 - confidence) / num
     everyone_hasty = hasty[timed].mean() if timed.any() else math.nan
 
-    def per(values: Floats, who: Ints, level: float) -> list[Interval]:
+    def per(values: Floats, who: Ints, effects: Floats, level: float) -> list[Interval]:
         sums, sizes = np.bincount(who, weights=values, minlength=num), np.bincount(who, minlength=num)
-        return [
-            wilson(min(float(s), float(n)), int(n), confidence=level) if n else _UNKNOWN
-            for s, n in zip(sums, sizes, strict=True)
-        ]
+        return [_share(s, int(n), effect, level) for s, n, effect in zip(sums, sizes, effects, strict=True)]
 
     who = votes.annotator
     columns = {
@@ -84,16 +83,25 @@ def annotator_cards(votes: Votes, *, confidence: float = 0.95) -> list[Annotator
         "hasty": (hasty[timed].astype(np.float64), who[timed]),
         "consistency": (same, repeats),
     }
-    shown = {name: per(values, index, confidence) for name, (values, index) in columns.items()}
-    sure = {name: per(values, index, strict) for name, (values, index) in columns.items()}
+    groups = {
+        "agreement": first.group_of_votes[judged],
+        "left": votes.group_of_votes[decided],
+        "ties": votes.group_of_votes if votes.pairwise else np.empty(0, dtype=np.int64),
+        "hasty": votes.group_of_votes[timed],
+        "consistency": votes.group_of_votes[repeated],
+    }
+    effect = {name: _design_effects(*columns[name], groups[name], num) for name in columns}
+    shown = {name: per(*columns[name], effect[name], confidence) for name in columns}
+    sure = {name: per(*columns[name], effect[name], strict) for name in columns}
     mean_agreement = float(right[judged].mean()) if judged.any() else math.nan
     cards = []
     for r, name in enumerate(votes.annotators):
         mine = who == r
         size = int(mine.sum())
         lefts, of = int(left[mine & decided].sum()), int((mine & decided).sum())
-        p_left = float(scipy.stats.binomtest(lefts, of).pvalue) if of else math.nan
-        p_run = _run_p_value(runs[r], size, everybody) if of else math.nan
+        fewer = effect["left"][r]
+        p_left = float(scipy.stats.binomtest(round(lefts / fewer), round(of / fewer)).pvalue) if of else math.nan
+        p_run = _run_p_value(runs[r], int((mine & alone).sum()), everybody) if of else math.nan
         flags = []
         if sure["agreement"][r].high < mean_agreement:
             flags.append(f"agrees with the others less than usual ({shown['agreement'][r].value:.0%})")
@@ -108,7 +116,7 @@ def annotator_cards(votes: Votes, *, confidence: float = 0.95) -> list[Annotator
                 name=name,
                 num_votes=size,
                 left_p_value=p_left,
-                left_bias=bias[r],
+                left_bias=_widened(bias[r], effect["left"][r]),
                 median_seconds=float(np.median(votes.seconds[mine & timed])) if (mine & timed).any() else math.nan,
                 longest_run=runs[r],
                 run_p_value=p_run,
@@ -120,6 +128,54 @@ def annotator_cards(votes: Votes, *, confidence: float = 0.95) -> list[Annotator
 
 
 _UNKNOWN = Interval(math.nan, math.nan, math.nan, 0)
+
+
+def _share(successes: float, n: int, effect: float, level: float) -> Interval:
+    """Wilson's interval of as many independent votes as these are worth."""
+    if not n:
+        return _UNKNOWN
+    worth = max(1, round(n / effect))
+    bounds = wilson(min(float(successes) * worth / n, float(worth)), worth, confidence=level)
+    return Interval(float(successes) / n, bounds.low, bounds.high, n)
+
+
+def _design_effects(values: Floats, who: Ints, groups: Ints, num: int) -> Floats:
+    """For each annotator how many times the variance of independent votes that of a share is (Kish 1965), at least 1.
+
+    The variance is that of a ratio over groups, G / (G - 1) sum_g (s_g - p n_g)² / n²; without any between groups (one
+    group, or all votes alike) a group counts as one vote.
+    """
+    effects = np.ones(num)
+    cells, number = np.unique(np.stack([who, groups], axis=1), axis=0, return_inverse=True)
+    if len(cells) == who.size:  # every vote is a group of its own
+        return effects
+    sums = np.bincount(number.ravel(), weights=values, minlength=len(cells))
+    sizes = np.bincount(number.ravel(), minlength=len(cells))
+    for r in range(num):
+        mine = cells[:, 0] == r
+        n, g = sizes[mine].sum(), int(mine.sum())
+        if not n:
+            continue
+        p = sums[mine].sum() / n
+        spread = ((sums[mine] - p * sizes[mine]) ** 2).sum()
+        known = g > 1 and 0 < p < 1
+        effects[r] = max(1.0, g / (g - 1) * spread / (n * p * (1 - p))) if known else n / g
+    return effects
+
+
+def _first_of_groups(votes: Votes) -> NDArray[np.bool_]:
+    """The first vote of each annotator in each group: the pairs of one ranking are one answer, not a run of them."""
+    key = votes.group_of_votes * len(votes.annotators) + votes.annotator
+    first = np.zeros(len(votes), dtype=bool)
+    again = _repeats(votes)[2] if votes.group is None else np.zeros(len(votes), dtype=bool)
+    first[np.unique(key, return_index=True)[1]] = True
+    return first | again
+
+
+def _widened(interval: Interval, effect: float) -> Interval:
+    """A symmetric interval for an estimate whose variance is so many times larger."""
+    half = (interval.high - interval.low) / 2 * math.sqrt(effect)
+    return Interval(interval.value, interval.value - half, interval.value + half, interval.count)
 
 
 def left_bias(votes: Votes) -> list[Interval]:
@@ -212,12 +268,12 @@ def _with_the_others(votes: Votes) -> tuple[Floats, NDArray[np.bool_]]:
     return favourite[np.arange(len(votes)), votes.choice] / favourite.sum(axis=1), others.sum(axis=1) > 0
 
 
-def _repeats(votes: Votes) -> tuple[Floats, Ints]:
-    """Of each repeated vote: 1 where it is the annotator's first on the item again, and who it is."""
+def _repeats(votes: Votes) -> tuple[Floats, Ints, NDArray[np.bool_]]:
+    """Of each repeated vote: 1 where it is the annotator's first on the item again, and who it is; and which [V]."""
     key = votes.item * len(votes.annotators) + votes.annotator
     _, first, index = np.unique(key, return_index=True, return_inverse=True)
     again = first[index] != np.arange(len(votes))
-    return (votes.choice == votes.choice[first][index])[again].astype(np.float64), votes.annotator[again]
+    return (votes.choice == votes.choice[first][index])[again].astype(np.float64), votes.annotator[again], again
 
 
 def _answers(votes: Votes) -> Ints:

@@ -26,7 +26,8 @@ from trimtab.types import JsonDict
 
 KEPT_SECONDS = 10.0
 """How long a computed board is shown before it is computed anew."""
-_RESAMPLES = 200
+LIVE_RESAMPLES = 200
+"""Of the intervals on the page, which is computed over and over; `feedback status` takes as many as `agreement`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class Board:
         }
 
 
-def make_board(store: Store) -> Board:
+def make_board(store: Store, *, num_resamples: int = LIVE_RESAMPLES) -> Board:
     """The board as of now."""
     with store.read() as connection:
         votes = votes_as_table(connection)
@@ -109,7 +110,7 @@ def make_board(store: Store) -> Board:
             ).all()
         )
     try:
-        found = study(votes, num_resamples=_RESAMPLES) if len(votes) else None
+        found = study(votes, num_resamples=num_resamples) if len(votes) else None
     except DataError:
         found = None
     cards = {card.name: card for card in (annotator_cards(votes) if len(votes) else [])}

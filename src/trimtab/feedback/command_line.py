@@ -174,7 +174,7 @@ def export(project: Path, layout: str, out: Path | None, split: str, show_layout
 @click.option("--json", "as_json", is_flag=True, help="Everything the board shows, as JSON.")
 def status(project: Path, as_json: bool) -> None:
     """Say how far a project is: the board as text."""
-    board = _module("board").make_board(_open(project))
+    board = _module("board").make_board(_open(project), num_resamples=1000)
     if as_json:
         click.echo(json.dumps(board.to_dict(), indent=2))
         return

@@ -111,7 +111,7 @@ def study(votes: Votes, *, as_given: bool = False, num_resamples: int = 1000, se
     decided = _decided(first)
     noise = None
     if decided is not None:
-        raw = said(raw_agreement(decided.table(), **options))
+        raw = said(raw_agreement(decided.table(), groups=decided.group, **options))
         if "tie" in first.categories or "both_bad" in first.categories:
             coefficients.insert(1, replace(raw, name="raw agreement without ties"))
         noise = noise_from_agreement(raw)
@@ -125,7 +125,7 @@ def study(votes: Votes, *, as_given: bool = False, num_resamples: int = 1000, se
         coefficients=tuple(coefficients),
         noise=noise,
         slices=tuple(
-            (name, said(raw_agreement(part.table(), **options)), said(_alpha(part, options)))
+            (name, said(raw_agreement(part.table(), groups=part.group, **options)), said(_alpha(part, options)))
             for i, name in enumerate(votes.slices)
             for part in [first.chosen(first.slice == i)]
         ),
@@ -140,15 +140,16 @@ def study(votes: Votes, *, as_given: bool = False, num_resamples: int = 1000, se
 
 
 def _alpha(votes: Votes, options: dict[str, Any]) -> Agreement:
-    return krippendorff_alpha(votes.table(), swap=votes.swap, categories=votes.categories, **options)
+    shared: dict[str, Any] = {"swap": votes.swap, "categories": votes.categories, "groups": votes.group, **options}
+    return krippendorff_alpha(votes.table(), **shared)
 
 
 def _coefficients(votes: Votes, options: dict[str, Any]) -> list[Agreement]:
     table = votes.table()
-    shared: dict[str, Any] = {"swap": votes.swap, "categories": votes.categories, **options}
+    shared: dict[str, Any] = {"swap": votes.swap, "categories": votes.categories, "groups": votes.group, **options}
     found = [
-        raw_agreement(table, **options),
-        leave_one_out(table, **options),
+        raw_agreement(table, groups=votes.group, **options),
+        leave_one_out(table, groups=votes.group, **options),
         krippendorff_alpha(table, **shared),
         fleiss_kappa(table, **shared),
         gwet_ac(table, **shared),
@@ -183,6 +184,8 @@ def _cohen(votes: Votes, shared: dict[str, Any]) -> Agreement:
     chosen = np.full((2, len(votes.items)), -1, dtype=np.int64)
     chosen[votes.annotator, votes.item] = votes.choice
     both = (chosen >= 0).all(axis=0)
+    if votes.group is not None:
+        shared = {**shared, "groups": votes.group[both]}
     return cohen_kappa(chosen[0, both], chosen[1, both], q, **shared)
 
 

@@ -25,7 +25,7 @@ PAIRWISE = ("A", "tie", "both_bad", "B")
 """Choices between two replies, in their order as a scale. They name sides of the item, never of the screen."""
 NOT_JUDGED = ("", "cannot_judge", "skip")
 """Choices that are no judgement. They are counted and left out."""
-COLUMNS = ("item", "annotator", "choice", "shown_left", "seconds", "slice", "strength", "model_a", "model_b")
+COLUMNS = ("item", "annotator", "choice", "shown_left", "seconds", "slice", "strength", "model_a", "model_b", "group")
 STYLE = ("words", "headers", "list items", "bold spans")
 """What `style_of` counts, in this order."""
 _MISTAKES_SHOWN = 3
@@ -61,6 +61,9 @@ class Votes:
     """[I], characters of both replies; nan where the replies are not known."""
     models: tuple[tuple[str, str], ...] | None = None
     """[I], who wrote sides A and B."""
+    group: Ints | None = None
+    """[I], items that are resampled together since they are not independent: the pairs of one ranking or of one
+    prompt. None where every item is by itself."""
     style: Floats | None = None
     """[I, 4], `style_difference` of side A from side B; None where the replies are not known."""
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -73,6 +76,11 @@ class Votes:
     def pairwise(self) -> bool:
         """The votes choose between two sides, A and B."""
         return {"A", "B"} <= set(self.categories) <= set(PAIRWISE)
+
+    @property
+    def group_of_votes(self) -> Ints:
+        """[V], what votes are not independent within: the item's group, or the vote's item."""
+        return self.item if self.group is None else self.group[self.item]
 
     @property
     def values(self) -> Floats | None:
@@ -145,7 +153,8 @@ def read_votes(
     """The votes of a feedback project (its TOML file) or of a table (JSON lines, CSV, Parquet, hub).
 
     A table has the columns item, annotator, choice and, where known, shown_left (the side, A or B, that was on the
-    left), seconds, slice, strength, model_a and model_b; or it has the comparisons layout (prompt, response_a,
+    left), seconds, slice, strength, model_a, model_b and group (items of one ranking or prompt, whose votes depend on
+    each other); or it has the comparisons layout (prompt, response_a,
     response_b, choice, annotator), whose votes over the same two replies are put together whichever was A.
 
     `columns` names the columns of another table, several joined with "+" ("item": "document+system").
@@ -200,6 +209,8 @@ class _Reader:
         self._votes: list[tuple[int, int, str, float, float, float, int]] = []
         self._facts: list[tuple[tuple[str, str] | None, tuple[str, str] | None]] = []
         """Models and replies of each item."""
+        self._groups: list[str | None] = []
+        """The group of each item."""
         self._mistakes: list[tuple[str, str]] = []
         self._num_rows = self._num_not_judged = 0
 
@@ -232,6 +243,8 @@ class _Reader:
         number = self._items.setdefault(name, len(self._items))
         if number == len(self._facts):
             self._facts.append((known_models, texts))
+            asked = None if texts is None else _item_name(row["prompt"], ())
+            self._groups.append(_text(row.get("group")) or asked)
         elif self._facts[number] != (known_models, texts):
             self._mistakes.append((where, f"item {name!r} had other replies or models in an earlier row"))
             return
@@ -286,6 +299,7 @@ class _Reader:
             slice=np.array(numbers[6], dtype=np.int64),
             characters=np.array([math.nan if t is None else float(len(t[0]) + len(t[1])) for t in replies]),
             models=tuple(m for m in models if m) if models and all(models) else None,
+            group=_numbered(self._groups),
             style=_styles(replies),
             counts={"rows": self._num_rows, "votes": len(self._votes), "not_judged": self._num_not_judged},
         )
@@ -373,8 +387,15 @@ def _replies(row: JsonDict) -> tuple[str, str] | None:
     return None
 
 
-def _item_name(prompt: Any, replies: tuple[str, str]) -> str:
-    """Sixteen hex digits of the SHA-256 of a prompt and its two replies."""
+def _numbered(groups: Sequence[str | None]) -> Ints | None:
+    """The groups by number, an item without one being its own; None where no two items share one."""
+    numbers: dict[object, int] = {}
+    found = [numbers.setdefault((i,) if name is None else name, len(numbers)) for i, name in enumerate(groups)]
+    return np.array(found, dtype=np.int64) if len(numbers) < len(groups) else None
+
+
+def _item_name(prompt: Any, replies: Sequence[str]) -> str:
+    """Sixteen hex digits of the SHA-256 of a prompt and its replies."""
     text = json.dumps([prompt, *replies], ensure_ascii=False, sort_keys=True, default=str)
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
 

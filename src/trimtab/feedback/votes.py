@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Row
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer, restored
 from trimtab.feedback.ballots import JUDGED
-from trimtab.feedback.store import open_store
+from trimtab.feedback.store import digest, open_store
 from trimtab.feedback.vote_table import Votes, votes_from_rows
 from trimtab.types import JsonDict
 
@@ -136,6 +136,7 @@ def table_row(cast: Cast) -> JsonDict:
         "kind": cast.kind,
         "purpose": cast.purpose,
         "prompt_id": cast.prompt_id,
+        "group": group_of(cast),
         "shown_order": list(cast.shown_order),
         "guideline_version": cast.guideline_version,
         "arm": cast.arm,
@@ -148,6 +149,11 @@ def table_row(cast: Cast) -> JsonDict:
     if all(models):
         row |= dict(zip(("model_a", "model_b"), models, strict=False))
     return row
+
+
+def group_of(cast: Cast) -> str:
+    """The name of the prompt by its messages: judgements about one prompt are not independent of each other."""
+    return digest([[m["role"], m["content"]] for m in cast.prompt["messages"]])[:16]
 
 
 def _category(cast: Cast) -> str:
@@ -169,14 +175,20 @@ def votes_as_table(connection: Connection, *, purposes: Sequence[str] = ("task",
 
 
 def _rows(connection: Connection, purposes: Sequence[str]) -> Iterator[tuple[str, JsonDict]]:
-    columns = ("item", "annotator", "choice", "shown_left", "seconds", "slice", "strength", "model_a", "model_b")
+    columns = (
+        "item", "annotator", "choice", "shown_left", "seconds", "slice", "strength", "model_a", "model_b", "group",
+    )  # fmt: skip
     for cast in cast_votes(connection, purposes=purposes):
         where = f"vote {cast.id}"
         if cast.kind == "ranking" and cast.answer.choice == "done":
             for a, b, choice in ranked_pairs(cast.answer.ranking):
-                left = "A" if cast.shown_order.index(a) < cast.shown_order.index(b) else "B"
                 name = f"{cast.item_sha256}/{a}-{b}"
-                yield where, {"item": name, "annotator": cast.annotator, "choice": choice, "shown_left": left}
+                row: JsonDict = {"item": name, "annotator": cast.annotator, "choice": choice, "group": group_of(cast)}
+                if cast.shown_order:
+                    row["shown_left"] = "A" if cast.shown_order.index(a) < cast.shown_order.index(b) else "B"
+                if cast.slice:
+                    row["slice"] = cast.slice
+                yield where, row
         elif cast.kind in ("pairs", "rating", "steps"):
             row = {name: value for name, value in table_row(cast).items() if name in columns and value is not None}
             if cast.kind == "pairs":
