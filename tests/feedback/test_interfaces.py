@@ -89,7 +89,7 @@ def test_the_interface_describes_itself(small: Make):
     described = TestClient(create_app(store)).get("/api/openapi.json").json()
     assert described["paths"]["/api/v1/next"]["get"]["security"]
     assert all(path.startswith("/api/v1/") for path in described["paths"])
-    assert len(described["paths"]) == 19
+    assert len(described["paths"]) == 23
 
 
 class Receiver:

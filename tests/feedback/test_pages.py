@@ -43,7 +43,8 @@ def test_the_back_button_and_a_second_tab_give_one_vote(small: Make):
     csrf = ann.csrf()
     ann.post(f"/task/{token}", position="1")
     second = ann.post(f"/task/{token}", csrf, position="2")  # the same page, sent again with another answer
-    assert second.status_code == 200
+    assert second.status_code == 409
+    assert "that answer stands" in second.text
     assert len(votes(store)) == 1
 
 

@@ -26,6 +26,7 @@ from trimtab.types import Message, Prompt
 ANYBODY, SIGNED_IN, JUDGES, ADMINS = "0123", "123", "23", "3"
 PAGES = {
     ("GET", "/"): ANYBODY,
+    ("GET", "/session"): SIGNED_IN,
     ("GET", "/sign-in"): ANYBODY,
     ("POST", "/sign-in"): ANYBODY,
     ("GET", "/join"): ANYBODY,
@@ -53,6 +54,10 @@ PAGES = {
     ("POST", "/admin/invites"): ADMINS,
     ("POST", "/admin/people/{person_id}/state"): ADMINS,
     ("POST", "/admin/people/{person_id}/delete"): ADMINS,
+    ("POST", "/admin/people/{person_id}/link"): ADMINS,
+    ("POST", "/admin/people/{person_id}/role"): ADMINS,
+    ("POST", "/admin/people/{person_id}/sign-out"): ADMINS,
+    ("POST", "/admin/invites/{invite_id}/revoke"): ADMINS,
     ("GET", "/admin/export"): ADMINS,
     ("GET", "/admin/export/file"): ADMINS,
     ("GET", "/admin/guideline"): ADMINS,
@@ -77,13 +82,26 @@ API = {
     ("POST", "/api/v1/invites"): ADMINS,
     ("PUT", "/api/v1/people/{person_id}/state"): ADMINS,
     ("DELETE", "/api/v1/people/{person_id}"): ADMINS,
+    ("PUT", "/api/v1/people/{person_id}/role"): ADMINS,
+    ("POST", "/api/v1/people/{person_id}/link"): ADMINS,
+    ("DELETE", "/api/v1/people/{person_id}/sessions"): ADMINS,
+    ("GET", "/api/v1/invites"): ADMINS,
+    ("DELETE", "/api/v1/invites/{invite_id}"): ADMINS,
     ("PUT", "/api/v1/guideline"): ADMINS,
     ("PUT", "/api/v1/queue"): ADMINS,
     ("GET", "/api/v1/export/{layout}"): ADMINS,
     ("GET", "/api/v1/audit"): ADMINS,
     ("POST", "/api/v1/audit/verify"): ADMINS,
 }
-_VALUES = {"token": "x" * 24, "vote_id": "999", "item_id": "999", "person_id": "999", "part": "keys", "layout": "votes"}
+_VALUES = {
+    "token": "x" * 24,
+    "invite_id": "999",
+    "vote_id": "999",
+    "item_id": "999",
+    "person_id": "999",
+    "part": "keys",
+    "layout": "votes",
+}
 
 
 def filled(path: str) -> str:
@@ -235,7 +253,7 @@ def test_cookies_and_headers_of_every_answer(small: Make):
     ann = Browser(small({"server": {"https": True}}))
     response = ann.client.get("/sign-in")
     cookie = response.headers["set-cookie"].lower()
-    assert all(word in cookie for word in ("httponly", "samesite=strict", "secure"))
+    assert all(word in cookie for word in ("httponly", "samesite=lax", "secure"))
     for path in ("/sign-in", "/nowhere", "/static/app.js", "/api/openapi.json", "/task"):
         headers = ann.client.get(path, follow_redirects=False).headers
         assert headers["content-security-policy"] == HEADERS["Content-Security-Policy"]

@@ -22,6 +22,10 @@ _BLOCK = 8
 """Pairs in a row with as many of each side on the left."""
 REASK_AFTER = 10
 """Answers between an item and the same item with its sides swapped."""
+_LOOKED_AT = 20
+"""Leases that ran out last, among which a begun answer is looked for."""
+_WORDS = ("text", "rationale", "reason")
+"""Parts of a draft that are work to write again."""
 TAKES_A_PLACE = ("open", "done")
 """States of a lease that count towards the cap of an item."""
 
@@ -83,6 +87,9 @@ def next_lease(store: Store, connection: Connection, person: Person) -> Lease | 
             return None
         quiz = _unseen(connection, person, "quiz", random)
         return _lease(store, connection, person, quiz, "quiz", position) if quiz is not None else None
+    begun = _begun(store, connection, person)
+    if begun is not None:
+        return begun
     draw = random.random()
     rates = settings.assignment
     if draw < rates.gold_rate:
@@ -94,6 +101,28 @@ def next_lease(store: Store, connection: Connection, person: Person) -> Lease | 
         if again is not None:
             return _lease(store, connection, person, again, "reask", position)
     return _from_queue(store, connection, person, position, random)
+
+
+def _begun(store: Store, connection: Connection, person: Person) -> Lease | None:
+    """A task that the person had begun to answer when its lease ran out, with what they wrote, while it can be had."""
+    now, minutes = store.now(), store.project.settings.assignment.lease_minutes
+    late = sa.select(t.leases).where(
+        t.leases.c.person_id == person.id, t.leases.c.state == "expired", t.leases.c.purpose != "quiz"
+    )
+    rows = connection.execute(late.order_by(t.leases.c.expires_at.desc()).limit(_LOOKED_AT)).all()
+    for row in rows:
+        if not any(row.draft.get(name) for name in _WORDS):
+            continue
+        if row.purpose == "task":
+            wanted = eligible(store, person).where(t.queue.c.item_id == row.item_id)
+            if connection.execute(wanted).first() is None:
+                continue
+            here = t.queue.update().where(t.queue.c.item_id == row.item_id)
+            connection.execute(here.values(taken=t.queue.c.taken + 1))
+        again = {"state": "open", "opened_at": now, "expires_at": now + minutes * 60}
+        connection.execute(t.leases.update().where(t.leases.c.id == row.id).values(**again))
+        return lease_of(connection.execute(sa.select(t.leases).where(t.leases.c.id == row.id)).one())
+    return None
 
 
 def reclaim(store: Store, connection: Connection) -> int:
@@ -149,9 +178,10 @@ def reached_daily_limit(store: Store, connection: Connection, person: Person) ->
     if not limit:
         return False
     since = store.now() - 24 * 3600
-    mine = sa.select(sa.func.count()).select_from(t.votes).where(t.votes.c.person_id == person.id)
-    given = mine.where(t.votes.c.created_at > since, ~t.votes.c.choice.in_(("skip", "undone")))
-    return bool(connection.execute(given).scalar_one() >= limit)
+    mine = sa.select(t.votes.c.item_id, t.votes.c.purpose).where(t.votes.c.person_id == person.id)
+    given = mine.where(t.votes.c.created_at > since, ~t.votes.c.choice.in_(("skip", "undone"))).distinct().subquery()
+    num = connection.execute(sa.select(sa.func.count()).select_from(given)).scalar_one()  # a changed answer is one
+    return bool(num >= limit)
 
 
 def _from_queue(

@@ -43,7 +43,9 @@ class Receipt:
 
     vote_id: int
     duplicate: bool
-    """The same answer was stored before: nothing was added."""
+    """An answer to the same task was stored before: nothing was added."""
+    differs: bool = False
+    """The one stored before is another answer."""
     right: bool | None = None
     """Of a quiz question: whether it agreed with the expected answer."""
 
@@ -57,9 +59,14 @@ def vote(store: Store, person: Person, token: str, answer: Answer, *, measured: 
     """
     task, now = store.project.settings.task, store.now()
     with store.write() as connection:
-        known = connection.execute(sa.select(t.votes.c.id, t.votes.c.person_id).where(t.votes.c.key == token)).first()
+        known = connection.execute(
+            sa.select(t.votes, t.writings.c.rationale, t.writings.c.text)
+            .outerjoin(t.writings, t.writings.c.vote_id == t.votes.c.id)
+            .where(t.votes.c.key == token)
+        ).first()
         if known is not None and known.person_id == person.id:
-            return Receipt(known.id, duplicate=True)
+            stored = restored(known._mapping, known.rationale or "", known.text or "")
+            return Receipt(known.id, duplicate=True, differs=replace(stored, seconds=answer.seconds) != answer)
         _still_takes_part(connection, person)
         found = connection.execute(
             sa.select(t.leases).where(t.leases.c.token == token, t.leases.c.person_id == person.id)
@@ -106,12 +113,25 @@ def vote(store: Store, person: Person, token: str, answer: Answer, *, measured: 
 
 
 def save_draft(store: Store, person: Person, token: str, draft: Mapping[str, Any]) -> bool:
-    """Keeps an unfinished answer, to go on with anywhere; False where the task is no longer open."""
+    """Keeps an unfinished answer, to go on with anywhere; False where it cannot be given any more.
+
+    Whoever writes is at work: the lease begins anew. One that ran out is taken up again while there is a place, and
+    where there is none the draft is kept all the same.
+    """
+    now, minutes = store.now(), store.project.settings.assignment.lease_minutes
     with store.write(durable=False) as connection:
-        here = t.leases.update().where(
-            t.leases.c.token == token, t.leases.c.person_id == person.id, t.leases.c.state == "open"
-        )
-        return connection.execute(here.values(draft=dict(draft))).rowcount == 1
+        here = (t.leases.c.token == token) & (t.leases.c.person_id == person.id)
+        row = connection.execute(sa.select(t.leases).where(here, t.leases.c.state.in_(("open", "expired")))).first()
+        if row is None:
+            return False
+        values: dict[str, Any] = {"draft": dict(draft)}
+        in_time = row.state == "open" or row.purpose != "task" or _has_place(connection, row.item_id)
+        if in_time:
+            if row.state == "expired" and row.purpose == "task":
+                _places(connection, row.item_id, +1)
+            values |= {"state": "open", "expires_at": now + minutes * 60}
+        connection.execute(t.leases.update().where(here).values(**values))
+        return in_time
 
 
 def undo(store: Store, person: Person) -> Lease:
@@ -332,7 +352,7 @@ def _take_place_again(connection: Connection, lease: Lease) -> None:
         raise Late(
             "this one took longer than it is kept for, and others have answered it meanwhile",
             where="the answer",
-            fix="go on with the next one; nothing else was lost",
+            fix="go on with the next one",
         )
     _places(connection, lease.item_id, +1)
 

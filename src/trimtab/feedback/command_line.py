@@ -197,30 +197,66 @@ def status(project: Path, as_json: bool) -> None:
 @click.option("--uses", default=1, show_default=True, type=click.IntRange(1, 1000), help="People who can join with it.")
 @click.option("--hours", default=168.0, show_default=True, help="How long it is good for.")
 @click.option("--address", help="Address of the server, for a whole link.")
-def invite(project: Path, role: str, uses: int, hours: float, address: str | None) -> None:
-    """Make an invitation."""
-    store = _module("store").open_store(project)
-    server = store.project.settings.server
-    made = _module("people").make_invite(store, role, uses=uses, hours=hours)
-    click.echo(f"{(address or f'http://{server.host}:{server.port}').rstrip('/')}/join#{made}")
+@click.option("--list", "show_open", is_flag=True, help="List the invitations and links that can still be used.")
+@click.option("--revoke", type=int, help="Make the invitation of this number useless.")
+def invite(
+    project: Path, role: str, uses: int, hours: float, address: str | None, show_open: bool, revoke: int | None
+) -> None:
+    """Make an invitation, or list or revoke them."""
+    store, people = _module("store").open_store(project), _module("people")
+    if revoke is not None:
+        people.revoke_invite(store, revoke)
+    if show_open or revoke is not None:
+        for row in people.open_invites(store):
+            click.echo(f"{row.id:4} {row.role:12} {row.uses_left:4} uses  {row.name or ''}".rstrip())
+        return
+    click.echo(f"{_join_address(store, address)}#{people.make_invite(store, role, uses=uses, hours=hours)}")
 
 
 @click.command()
 @_project
 @click.argument("name", required=False)
 @click.option("--state", type=click.Choice(["active", "paused", "banned"]), help="Let in, pause or ban NAME.")
+@click.option("--role", type=click.Choice(["annotator", "adjudicator", "admin"]), help="Give NAME another role.")
+@click.option("--link", is_flag=True, help="Make a link with which NAME sets a new password.")
+@click.option("--links", is_flag=True, help="Make such a link for everybody who has no password.")
+@click.option("--sign-out", is_flag=True, help="End NAME's sessions and tokens.")
+@click.option("--address", help="Address of the server, for whole links.")
 @click.option("--delete", is_flag=True, help="Delete NAME's name and words; their choices stay without a name.")
-def people(project: Path, name: str | None, state: str | None, delete: bool) -> None:
-    """List people, or pause, ban or delete one."""
+def people(
+    project: Path, name: str | None, state: str | None, role: str | None, link: bool, links: bool, sign_out: bool,
+    address: str | None, delete: bool,
+) -> None:  # fmt: skip
+    """List people, or change one: state, role, password, sessions, deletion."""
+    from trimtab.errors import ConfigError
+
     store, module = _open(project), _module("people")
+    if not name and (state or role or link or sign_out or delete):
+        raise ConfigError("nobody is named", where="trimtab feedback people", fix="write the name after the project")
     person = _person(store, name) if name else None
+    if person is not None and role:
+        module.set_role(store, person.id, role)
+    if person is not None and sign_out:
+        module.end_sessions(store, person.id)
     if person is not None and state:
         module.set_state(store, person.id, state)
     if person is not None and delete:
         module.delete_person(store, person.id)
     with store.read() as connection:
-        for one in module.everyone(connection):
-            click.echo(f"{one.id:4} {one.name:24} {one.role:12} {one.state}")
+        everyone = module.everyone(connection)
+    without = [p for p in everyone if not p.has_password and p.state not in ("banned", "deleted")]
+    for one in [person] if link and person is not None else without if links else []:
+        click.echo(f"{one.name}: {_join_address(store, address)}#{module.make_link(store, one.id)}")
+    if link or links:
+        return
+    for one in everyone:
+        remark = "" if one.has_password or one.state == "deleted" else "  no password"
+        click.echo(f"{one.id:4} {one.name:24} {one.role:12} {one.state}{remark}")
+
+
+def _join_address(store: Any, address: str | None) -> str:
+    server = store.project.settings.server
+    return f"{(address or f'http://{server.host}:{server.port}').rstrip('/')}/join"
 
 
 def _person(store: Any, name: str) -> Any:
@@ -288,7 +324,8 @@ def guideline(project: Path, file: Path | None) -> None:
     store, module = _open(project), _module("store")
     if file is not None:
         with store.write() as connection:
-            version = module.add_guideline(connection, store.now(), None, file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
+            version = _module("webhooks").publish_guideline(store, connection, None, text)
         click.echo(f"version {version}")
         return
     with store.read() as connection:

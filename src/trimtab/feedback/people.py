@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 from trimtab.errors import DataError
 from trimtab.feedback import tables as t
 from trimtab.feedback.store import Store, append_audit, checked_text
+from trimtab.feedback.webhooks import notify
 
 Role = Literal["annotator", "adjudicator", "admin"]
 ROLES: tuple[Role, ...] = ("annotator", "adjudicator", "admin")
@@ -37,6 +38,7 @@ class Person:
     warned: bool
     keys: dict[str, str]
     view: dict[str, Any]
+    has_password: bool = True
 
     @property
     def may_adjudicate(self) -> bool:
@@ -47,8 +49,9 @@ class Person:
 def person_of(row: Any) -> Person:
     """The person of a row of the table."""
     return Person(
-        row.id, row.name, row.role, row.state, row.qualified, row.opted_out, row.warned, dict(row.keys_), dict(row.view)
-    )
+        row.id, row.name, row.role, row.state, row.qualified, row.opted_out, row.warned, dict(row.keys_),
+        dict(row.view), bool(row.password),
+    )  # fmt: skip
 
 
 _PERSON = [c.label("keys_") if c.name == "keys" else c for c in t.people.c]  # Row has a method of that name
@@ -71,8 +74,49 @@ def make_invite(store: Store, role: Role, *, uses: int = 1, hours: float = 168.0
     return token
 
 
+def make_link(store: Store, person_id: int, *, hours: float = 168.0, actor: int | None = None) -> str:
+    """The token of a link with which somebody who is known sets a new password: who forgot theirs, who came with a dump
+    or with imported votes. Raises DataError for somebody who may not sign in."""
+    token, now = secrets.token_urlsafe(24), store.now()
+    with store.write() as connection:
+        person = by_id(connection, person_id)
+        if person.state in ("banned", "deleted"):
+            raise DataError(
+                f"{person.name!r} is {person.state}", where="the link", fix="let them in first: --state active"
+            )
+        row = {"token_sha256": _hash(token), "role": person.role, "person_id": person_id, "uses_left": 1}
+        connection.execute(t.invites.insert().values(**row, created_at=now, expires_at=now + hours * 3600))
+        append_audit(connection, now, actor, "password_link", person_id, {})
+    return token
+
+
+def revoke_invite(store: Store, invite_id: int, *, actor: int | None = None) -> None:
+    """Makes an invitation or link useless. Raises DataError where there is none of that number."""
+    with store.write() as connection:
+        here = t.invites.update().where(t.invites.c.id == invite_id, t.invites.c.uses_left > 0)
+        if not connection.execute(here.values(uses_left=0)).rowcount:
+            raise DataError(f"no open invitation {invite_id}", where="the invitations", fix="see the list of them")
+        append_audit(connection, store.now(), actor, "invite_revoked", invite_id, {})
+
+
+def open_invites(store: Store) -> list[Any]:
+    """Rows of invitations and links that can still be used, with the name of the person where there is one."""
+    rows = sa.select(t.invites, t.people.c.name).outerjoin(t.people, t.people.c.id == t.invites.c.person_id)
+    still = rows.where(t.invites.c.uses_left > 0, t.invites.c.expires_at > store.now()).order_by(t.invites.c.id)
+    with store.read() as connection:
+        return list(connection.execute(still))
+
+
+def can_be_administered(connection: Connection) -> bool:
+    """Whether there is an admin who can sign in."""
+    able = sa.select(t.people.c.id).where(
+        t.people.c.role == "admin", t.people.c.password != "", t.people.c.state.notin_(("banned", "deleted"))
+    )
+    return connection.execute(able).first() is not None
+
+
 def join(store: Store, token: str, name: str, password: str) -> Person:
-    """The new person of an invitation. Raises DataError that says what to correct."""
+    """The new person of an invitation, or the known one of a link. Raises DataError that says what to correct."""
     name = checked_text(" ".join(name.split()), where="the name")
     if not 1 <= len(name) <= 60 or name.startswith("deleted-"):
         raise DataError("the name needs 1 to 60 letters", where="joining", fix="choose another name")
@@ -87,10 +131,23 @@ def join(store: Store, token: str, name: str, password: str) -> Person:
             raise DataError(
                 "the invitation is not known, used up or too old", where="joining", fix="ask for a new invitation"
             )
-        if connection.execute(sa.select(t.people.c.id).where(t.people.c.name == name)).first():
-            raise DataError("somebody has this name already", where="joining", fix="choose another, or sign in")
+        known = by_name(connection, name)
+        if invite.person_id is not None and (known is None or known.id != invite.person_id):
+            raise DataError(
+                "this link is for another name", where="joining", fix="write the name under which you took part before"
+            )
+        if invite.person_id is None and known is not None:
+            fix = (
+                "sign in; if it is you and you have no password, ask an admin for a link to set one; or choose another"
+            )
+            raise DataError("somebody has this name already", where="joining", fix=fix)
         connection.execute(t.invites.update().where(t.invites.c.id == invite.id).values(uses_left=invite.uses_left - 1))
-        return add_person(connection, now, name, invite.role, password=hashed)
+        if known is not None:
+            _set_password(connection, now, known.id, hashed)
+            return by_id(connection, known.id)
+        person = add_person(connection, now, name, invite.role, password=hashed)
+        notify(store, connection, "person_joined", {"person": person.id, "role": person.role})
+        return person
 
 
 def add_person(
@@ -167,12 +224,26 @@ def change_password(store: Store, person: Person, old: str, new: str) -> None:
     with store.read() as connection:
         row = connection.execute(sa.select(t.people.c.password).where(t.people.c.id == person.id)).one()
     if row.password and not check_password(old, row.password):
-        raise DataError("the old password is not right", where="the account", fix="ask an admin for a new invitation")
+        fix = "try again, or ask an admin for a link that sets a new one"
+        raise DataError("the old password is not right", where="the account", fix=fix)
     hashed = hash_password(new)
     with store.write() as connection:
-        connection.execute(t.people.update().where(t.people.c.id == person.id).values(password=hashed))
-        connection.execute(t.sessions.delete().where(t.sessions.c.person_id == person.id))
-        append_audit(connection, store.now(), person.id, "password", person.id, {})
+        _set_password(connection, store.now(), person.id, hashed)
+
+
+def _set_password(connection: Connection, at: float, person_id: int, hashed: str) -> None:
+    """Sets the hash of a password and ends every session and token."""
+    connection.execute(t.people.update().where(t.people.c.id == person_id).values(password=hashed))
+    connection.execute(t.sessions.delete().where(t.sessions.c.person_id == person_id))
+    append_audit(connection, at, person_id, "password", person_id, {})
+
+
+def end_sessions(store: Store, person_id: int, *, actor: int | None = None) -> int:
+    """Signs somebody out everywhere and makes their tokens of the REST interface useless; returns how many."""
+    with store.write() as connection:
+        num = connection.execute(t.sessions.delete().where(t.sessions.c.person_id == person_id)).rowcount
+        append_audit(connection, store.now(), actor, "sessions_ended", person_id, {"sessions": num})
+    return num
 
 
 # --- states ---
@@ -203,6 +274,24 @@ def set_state(store: Store, person_id: int, state: State, *, actor: int | None =
         if state == "banned":
             connection.execute(t.sessions.delete().where(t.sessions.c.person_id == person_id))
         append_audit(connection, store.now(), actor, "person_state", person_id, {"from": person.state, "to": state})
+        notify(store, connection, "person_state", {"person": person_id, "state": state})
+
+
+def set_role(store: Store, person_id: int, role: Role, *, actor: int | None = None) -> None:
+    """Gives somebody another role. Raises DataError for the last admin who can sign in."""
+    if role not in ROLES:
+        raise DataError(f"no role is called {role!r}", where=f"person {person_id}", fix=f"use {', '.join(ROLES)}")
+    with store.write() as connection:
+        person = by_id(connection, person_id)
+        if person.role == role:
+            return
+        before = can_be_administered(connection)
+        connection.execute(t.people.update().where(t.people.c.id == person_id).values(role=role))
+        if before and not can_be_administered(connection):
+            raise DataError(
+                f"{person.name!r} is the last admin", where="the role", fix="make somebody else an admin first"
+            )
+        append_audit(connection, store.now(), actor, "role", person_id, {"from": person.role, "to": role})
 
 
 def delete_person(store: Store, person_id: int, *, actor: int | None = None) -> None:

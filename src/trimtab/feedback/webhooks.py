@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from http.client import HTTPException
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from trimtab.errors import ConfigError
 from trimtab.feedback import tables as t
 from trimtab.feedback.project import Event, secret
-from trimtab.feedback.store import Store, canonical
+from trimtab.feedback.store import Store, add_guideline, canonical, guideline
 
 RETRY_SECONDS = (5, 30, 120, 600, 3600, 6 * 3600, 24 * 3600)
 """Waits between attempts; after the last the delivery is given up."""
@@ -39,26 +42,47 @@ def notify(store: Store, connection: Connection, event: Event, body: Mapping[str
             )
 
 
-def deliver_due(store: Store, post: Post | None = None) -> int:
-    """Tries every delivery whose time has come; returns how many arrived."""
+def publish_guideline(store: Store, connection: Connection, actor: int | None, text: str) -> int:
+    """Adds a version of the guideline and tells of it; returns its number. The same text again is the same version."""
+    current = guideline(connection)
+    if text == current.text:
+        return int(current.version)
+    version = add_guideline(connection, store.now(), actor, text)
+    notify(store, connection, "guideline", {"version": version})
+    return version
+
+
+def deliver_due(store: Store, post: Post | None = None, *, stopping: threading.Event | None = None) -> int:
+    """Tries every delivery whose time has come; returns how many arrived.
+
+    Whatever goes wrong with one is its own problem, noted and tried again later. An address that did not answer is
+    asked once a round; nothing more is sent once `stopping` is set.
+    """
     with store.read() as connection:
         due = connection.execute(sa.select(t.deliveries).where(t.deliveries.c.next_at <= store.now())).all()
     num = 0
     hooks = {hook.url: hook for hook in store.project.settings.webhooks}
+    silent: set[str] = set()
     for row in due:
+        if stopping is not None and stopping.is_set():
+            break
+        if row.url in silent:
+            continue
         problem = ""
         hook = hooks.get(row.url)
         if hook is None:
             problem = "the project names this address no longer"
         else:
             body = canonical({**row.body, "delivery": row.id}).encode()
-            key = secret(f"env:{hook.secret_env}", where=f"{store.project.path}, webhooks").encode()
-            headers = {"Content-Type": "application/json", "X-Trimtab-Signature": signature(key, body)}
             try:
+                key = secret(f"env:{hook.secret_env}", where=f"{store.project.path}, webhooks").encode()
+                headers = {"Content-Type": "application/json", "X-Trimtab-Signature": signature(key, body)}
                 status = (post or _post)(row.url, body, headers)
                 problem = "" if 200 <= status < 300 else f"status {status}"
-            except OSError as error:  # refused, no such host, timed out, TLS
+            except (OSError, HTTPException, ValueError, ConfigError) as error:
+                # refused, no such host, timed out, TLS; an answer that is no HTTP; a bad address; no secret
                 problem = f"{type(error).__name__}: {error}"[:300]
+                silent.add(row.url)
         if not problem:
             values: dict[str, Any] = {"delivered_at": store.now(), "next_at": None}
             num += 1

@@ -25,9 +25,9 @@ from trimtab.feedback.labels import Split
 from trimtab.feedback.server.charts import columns, intervals
 from trimtab.feedback.server.pages import page, to
 from trimtab.feedback.server.security import Adjudicating, Administering, PostedForm, Visit, field
-from trimtab.feedback.store import add_guideline, audit_head, guideline, verify
+from trimtab.feedback.store import audit_head, guideline, verify
 from trimtab.feedback.votes import cast_votes
-from trimtab.feedback.webhooks import notify
+from trimtab.feedback.webhooks import publish_guideline
 from trimtab.types import Prompt, from_dict
 
 router = APIRouter(prefix="/admin")
@@ -176,9 +176,7 @@ def people_page(request: Request, visit: Administering) -> HTMLResponse:
 def _people(request: Request, visit: Visit, *, link: str = "", status: int = 200) -> HTMLResponse:
     with visit.store.read() as connection:
         everyone = people.everyone(connection)
-        invites = connection.execute(
-            sa.select(t.invites).where(t.invites.c.uses_left > 0, t.invites.c.expires_at > visit.store.now())
-        ).all()
+    invites = people.open_invites(visit.store)
     return page(request, visit, "people.html", everyone=everyone, invites=invites, link=link, status=status)
 
 
@@ -190,7 +188,40 @@ def invite(request: Request, visit: Administering, form: PostedForm) -> HTMLResp
         raise HTTPException(422, "uses are 1 to 1000 and hours 1 to 2000")
     role = cast(people.Role, field(form, "role"))
     token = people.make_invite(visit.store, role, uses=int(uses), hours=float(hours), actor=visit.someone.id)
-    return _people(request, visit, link=f"{request.url.scheme}://{request.url.netloc}/join#{token}")
+    return _people(request, visit, link=_link(request, token))
+
+
+def _link(request: Request, token: str) -> str:
+    return f"{request.url.scheme}://{request.url.netloc}/join#{token}"
+
+
+@router.post("/invites/{invite_id}/revoke")
+def revoke_invite(visit: Administering, invite_id: int, form: PostedForm) -> Response:
+    """Makes an invitation useless."""
+    people.revoke_invite(visit.store, invite_id, actor=visit.someone.id)
+    return to("/admin/people")
+
+
+@router.post("/people/{person_id}/link")
+def password_link(request: Request, visit: Administering, person_id: int, form: PostedForm) -> HTMLResponse:
+    """Makes a link that sets somebody's new password and shows it this once."""
+    token = people.make_link(visit.store, person_id, actor=visit.someone.id)
+    return _people(request, visit, link=_link(request, token))
+
+
+@router.post("/people/{person_id}/role")
+def set_role(visit: Administering, person_id: int, form: PostedForm) -> Response:
+    """Gives somebody another role."""
+    _not_oneself(visit, person_id)
+    people.set_role(visit.store, person_id, cast(people.Role, field(form, "role")), actor=visit.someone.id)
+    return to("/admin/people")
+
+
+@router.post("/people/{person_id}/sign-out")
+def sign_out_everywhere(visit: Administering, person_id: int, form: PostedForm) -> Response:
+    """Ends the sessions and tokens of somebody."""
+    people.end_sessions(visit.store, person_id, actor=visit.someone.id)
+    return to("/admin/people")
 
 
 @router.post("/people/{person_id}/state")
@@ -199,8 +230,6 @@ def set_state(request: Request, visit: Administering, person_id: int, form: Post
     board_of(request).forget()
     _not_oneself(visit, person_id)
     people.set_state(visit.store, person_id, cast(people.State, field(form, "state")), actor=visit.someone.id)
-    with visit.store.write() as connection:
-        notify(visit.store, connection, "person_state", {"person": person_id, "state": field(form, "state")})
     return to("/admin/people")
 
 
@@ -265,9 +294,7 @@ def new_guideline(visit: Administering, form: PostedForm) -> Response:
     if not text:
         raise HTTPException(422, "the guideline is empty")
     with visit.store.write() as connection:
-        if text != guideline(connection).text:
-            version = add_guideline(connection, visit.store.now(), visit.someone.id, text)
-            notify(visit.store, connection, "guideline", {"version": version})
+        publish_guideline(visit.store, connection, visit.someone.id, text)
     return to("/admin/guideline")
 
 

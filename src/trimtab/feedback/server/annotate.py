@@ -6,7 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, HTTPException, Request
-from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
 from trimtab.errors import DataError
 from trimtab.feedback import people
@@ -17,8 +17,8 @@ from trimtab.feedback.ballots import Late, reopen, save_draft, undo, vote
 from trimtab.feedback.progress import progress_of
 from trimtab.feedback.project import Task
 from trimtab.feedback.server.keys import ACTIONS, checked_keys
-from trimtab.feedback.server.pages import page, set_cookie, to
-from trimtab.feedback.server.security import AnyVisit, PostedForm, SignedIn, Visit, field, limit_sign_ins
+from trimtab.feedback.server.pages import page, set_cookie, to, written
+from trimtab.feedback.server.security import AnyVisit, Form, PostedForm, SignedIn, Visit, field, limit_sign_ins
 from trimtab.feedback.store import guideline
 from trimtab.types import Prompt, from_dict
 
@@ -96,6 +96,12 @@ def _signed_in(visit: Visit, person: people.Person) -> RedirectResponse:
     return response
 
 
+@router.get("/session")
+def session(visit: SignedIn) -> Response:
+    """The token that forms need now, for a page that was opened under another session of the same person."""
+    return JSONResponse({"csrf": visit.csrf})
+
+
 # --- one task after the other ---
 
 
@@ -129,17 +135,26 @@ def answer(request: Request, visit: SignedIn, token: str, form: PostedForm) -> R
             .join(t.items)
             .where(t.leases.c.token == token, t.leases.c.person_id == person.id)
         ).first()
-    if row is None:  # answered in another tab, and opened anew since
-        return to("/task")
+    kept = written(form)
+    if row is None:  # answered in another tab and opened anew since, or somebody else signed in
+        if not kept:
+            return to("/task")
+        text = "This task is not in your hands any more: it was opened anew in another tab, or somebody else signed in."
+        return page(request, visit, "notice.html", status=409, title="Not stored", text=text, kept=kept)
     try:
         given = from_form(form, kind=row.kind, order=row.shown_order, task=store.project.settings.task)
         receipt = vote(store, person, token, given)
     except Late as late:
-        return page(request, visit, "notice.html", status=409, title="Too late for this one", text=_said(late))
+        title = "Too late for this one"
+        return page(request, visit, "notice.html", status=409, title=title, text=_said(late), kept=kept)
     except DataError as error:
+        save_draft(store, person, token, _draft_of(form))
         with store.write() as connection:
             lease = next_lease(store, connection, person)
         return _task_page(request, visit, lease, status=422, error=_said(error))
+    if receipt.differs:
+        text = "You answered this one before, in another tab, and that answer stands. Change it under My answers."
+        return page(request, visit, "notice.html", status=409, title="Answered already", text=text, kept=kept)
     return to(f"/quiz/{receipt.vote_id}" if receipt.right is not None else "/task")
 
 
@@ -155,6 +170,13 @@ def draft(visit: SignedIn, token: str, form: PostedForm) -> Response:
         ).first()
     if row is None:
         raise HTTPException(404, "no such task")
+    if not save_draft(store, visit.someone, token, _draft_of(form)):
+        return Response("Others have answered this one meanwhile. What you wrote is kept; copy it.", status_code=409)
+    return Response(status_code=204)
+
+
+def _draft_of(form: Form) -> dict[str, Any]:
+    """What is filled in so far, as it is kept."""
     kept: dict[str, Any] = {}
     for name in ("rationale", "reason", "text"):
         if field(form, name):
@@ -165,8 +187,7 @@ def draft(visit: SignedIn, token: str, form: PostedForm) -> Response:
         for name in form
         if name.startswith(("rank_", "step_", "criterion_")) or name in ("rating", "position", "seconds")
     }
-    save_draft(store, visit.someone, token, kept)
-    return Response(status_code=204)
+    return kept
 
 
 @router.post("/undo")
@@ -175,7 +196,7 @@ def undo_last(request: Request, visit: SignedIn, form: PostedForm) -> Response:
     try:
         undo(visit.store, visit.someone)
     except DataError as error:
-        return page(request, visit, "notice.html", status=422, title="Nothing to undo", text=_said(error))
+        return page(request, visit, "notice.html", status=422, title="Nothing to undo", text=_said(error), kept=[])
     return to("/task")
 
 
@@ -368,7 +389,9 @@ def edit(request: Request, visit: SignedIn, vote_id: int, form: PostedForm) -> R
     try:
         reopen(visit.store, visit.someone, vote_id)
     except DataError as error:
-        return page(request, visit, "notice.html", status=422, title="This cannot be changed", text=_said(error))
+        return page(
+            request, visit, "notice.html", status=422, title="This cannot be changed", text=_said(error), kept=[]
+        )
     return to("/task")
 
 

@@ -25,8 +25,9 @@ from trimtab.feedback.people import Person
 from trimtab.feedback.progress import counts
 from trimtab.feedback.server.admin import board_of
 from trimtab.feedback.server.security import api_person, store_of
-from trimtab.feedback.store import add_guideline, audit_head, guideline, verify
+from trimtab.feedback.store import audit_head, guideline, verify
 from trimtab.feedback.votes import as_dict, cast_votes
+from trimtab.feedback.webhooks import publish_guideline
 
 router = APIRouter(prefix="/api/v1")
 Annotator = Annotated[Person, Depends(api_person("annotator"))]
@@ -68,6 +69,12 @@ class InviteBody(_Body):
     role: people.Role = "annotator"
     uses: int = Field(1, ge=1, le=1000)
     hours: float = Field(168, gt=0, le=2000)
+
+
+class RoleBody(_Body):
+    """A person's role."""
+
+    role: people.Role
 
 
 class StateBody(_Body):
@@ -236,7 +243,8 @@ def list_people(request: Request, person: Admin) -> list[dict[str, Any]]:
     """Everyone with role and state."""
     with store_of(request).read() as connection:
         everyone = people.everyone(connection)
-    return [{"id": p.id, "name": p.name, "role": p.role, "state": p.state, "qualified": p.qualified} for p in everyone]
+    names = ("id", "name", "role", "state", "qualified", "has_password")
+    return [{name: getattr(p, name) for name in names} for p in everyone]
 
 
 @router.post("/invites", status_code=201)
@@ -256,6 +264,40 @@ def set_state(request: Request, person: Admin, person_id: int, body: StateBody) 
     return {"id": person_id, "state": body.state}
 
 
+@router.put("/people/{person_id}/role")
+def set_role(request: Request, person: Admin, person_id: int, body: RoleBody) -> dict[str, Any]:
+    """Gives somebody another role."""
+    if person_id == person.id:
+        raise HTTPException(422, "this would lock you out; ask another admin")
+    people.set_role(store_of(request), person_id, body.role, actor=person.id)
+    return {"id": person_id, "role": body.role}
+
+
+@router.post("/people/{person_id}/link", status_code=201)
+def password_link(request: Request, person: Admin, person_id: int) -> dict[str, str]:
+    """The token of a link that sets somebody's new password; it is told this once."""
+    return {"token": people.make_link(store_of(request), person_id, actor=person.id)}
+
+
+@router.delete("/people/{person_id}/sessions")
+def end_sessions(request: Request, person: Admin, person_id: int) -> dict[str, int]:
+    """Signs somebody out everywhere and makes their tokens useless."""
+    return {"sessions": people.end_sessions(store_of(request), person_id, actor=person.id)}
+
+
+@router.get("/invites")
+def list_invites(request: Request, person: Admin) -> list[dict[str, Any]]:
+    """Invitations and links that can still be used."""
+    names = ("id", "role", "name", "uses_left", "expires_at")
+    return [{name: row._mapping[name] for name in names} for row in people.open_invites(store_of(request))]
+
+
+@router.delete("/invites/{invite_id}", status_code=204, response_class=Response)
+def revoke_invite(request: Request, person: Admin, invite_id: int) -> None:
+    """Makes an invitation or link useless."""
+    people.revoke_invite(store_of(request), invite_id, actor=person.id)
+
+
 @router.delete("/people/{person_id}", status_code=204, response_class=Response)
 def delete_person(request: Request, person: Admin, person_id: int) -> None:
     """Deletes the name and the words of somebody; their choices stay without a name."""
@@ -269,7 +311,7 @@ def put_guideline(request: Request, person: Admin, body: GuidelineBody) -> dict[
     """A new version of the guideline."""
     store = store_of(request)
     with store.write() as connection:
-        return {"version": add_guideline(connection, store.now(), person.id, body.text)}
+        return {"version": publish_guideline(store, connection, person.id, body.text)}
 
 
 @router.put("/queue")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,13 +16,14 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 
 import trimtab
 from trimtab.errors import DataError
 from trimtab.feedback.assign import reclaim
 from trimtab.feedback.server import admin, annotate, api
-from trimtab.feedback.server.pages import WEB, page, to
-from trimtab.feedback.server.security import Guard, Limiter, SignInFirst, visit_of
+from trimtab.feedback.server.pages import WEB, page, to, written
+from trimtab.feedback.server.security import BadForm, Form, Guard, Limiter, SignInFirst, read_form, visit_of
 from trimtab.feedback.store import Store
 from trimtab.feedback.webhooks import deliver_due
 
@@ -31,15 +34,17 @@ THREADS = 4
 """Requests at work at once. Python runs one at a time: more would only share its turns, and all end late."""
 
 
-def create_app(store: Store) -> FastAPI:
-    """The web app of a store."""
+def create_app(store: Store, *, host: str | None = None) -> FastAPI:
+    """The web app of a store; `host` is the address it listens on, if another than the project names."""
     settings = store.project.settings.server
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
-        chores = asyncio.create_task(_chores(store))
+        stopping = threading.Event()
+        chores = asyncio.create_task(_chores(store, stopping))
         yield
+        stopping.set()
         chores.cancel()
 
     app = FastAPI(
@@ -57,32 +62,66 @@ def create_app(store: Store) -> FastAPI:
         app.include_router(part, include_in_schema=False)
     app.include_router(api.router)
     app.add_exception_handler(SignInFirst, _sign_in_first)
+    app.add_exception_handler(BadForm, _bad_form)
     app.add_exception_handler(StarletteHTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _not_valid)
     app.add_exception_handler(DataError, _data_error)
     names = ["127.0.0.1", "localhost", "[::1]", "testserver", *settings.names]
-    if settings.host not in ("0.0.0.0", "::"):
-        names.append(settings.host)
+    for listens in (settings.host, host or settings.host):
+        if listens not in ("0.0.0.0", "::"):
+            names.append(f"[{listens}]" if ":" in listens else listens)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
     app.add_middleware(Guard, requests_per_minute=settings.requests_per_minute)
     return app
 
 
-async def _chores(store: Store) -> None:
+async def _chores(store: Store, stopping: threading.Event) -> None:
+    """Rounds until the server stops. One that fails is told of, and the next comes all the same."""
+    said = ""
     while True:
-        await asyncio.to_thread(_one_round, store)
+        try:
+            await asyncio.to_thread(_one_round, store, stopping)
+            said = ""
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+            if problem != said:
+                print(f"taking back leases and sending webhooks failed: {problem}", file=sys.stderr, flush=True)
+            said = problem
         await asyncio.sleep(CHORES_EVERY)
 
 
-def _one_round(store: Store) -> None:
+def _one_round(store: Store, stopping: threading.Event) -> None:
     with store.write(durable=False) as connection:
         reclaim(store, connection)
     if store.project.settings.webhooks:
-        deliver_due(store)
+        deliver_due(store, stopping=stopping)
 
 
-def _sign_in_first(request: Request, _: Exception) -> Response:
-    return to("/sign-in")
+async def _sign_in_first(request: Request, _: Exception) -> Response:
+    """The way to sign in; what was filled in is not lost on it."""
+    if request.method == "GET":
+        return to("/sign-in")
+    if "hx-request" in request.headers:  # the page stays as it is, and says what to do
+        return Response("sign in first", status_code=401)
+    form = await _form_of(request)
+    if not written(form):
+        return to("/sign-in")
+    text = "You are not signed in any more. Sign in in another tab, go back and send again."
+    return _answer(request, 401, text, {}, kept=form)
+
+
+def _bad_form(request: Request, error: Exception) -> Response:
+    assert isinstance(error, BadForm)
+    if "hx-request" in request.headers:
+        return Response(str(error.detail), status_code=401)
+    return _answer(request, 403, str(error.detail), {}, kept=error.form)
+
+
+async def _form_of(request: Request) -> Form:
+    try:
+        return await read_form(request)
+    except (StarletteHTTPException, ClientDisconnect):
+        return {}
 
 
 def _http_error(request: Request, error: Exception) -> Response:
@@ -101,10 +140,10 @@ def _data_error(request: Request, error: Exception) -> Response:
     return _answer(request, 422, f"{error.problem}; {error.fix}", {})
 
 
-def _answer(request: Request, status: int, text: str, headers: dict[str, str]) -> Response:
+def _answer(request: Request, status: int, text: str, headers: dict[str, str], *, kept: Form | None = None) -> Response:
     if request.url.path.startswith("/api/"):
         return JSONResponse({"error": text}, status_code=status, headers=headers)
-    response: Any = page(request, visit_of(request), "error.html", status=status, text=text)
+    response: Any = page(request, visit_of(request), "error.html", status=status, text=text, kept=written(kept or {}))
     assert isinstance(response, HTMLResponse)
     response.headers.update(headers)
     return response

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,24 +69,37 @@ def page(request: Request, visit: Visit, template: str, /, *, status: int = 200,
 
 
 def keep_cookie(request: Request, visit: Visit, response: HTMLResponse) -> HTMLResponse:
-    """The response, which tells the browser the token of its visit where it came without one."""
+    """The response, which tells the browser the token of its visit where it came without one.
+
+    Only where a page was asked for: a form sent by another site comes without the cookie, and an answer that set a
+    fresh one would sign the browser out.
+    """
     fresh = getattr(request.state, "fresh_token", None)
-    if fresh is not None:
+    if fresh is not None and request.method == "GET":
         set_cookie(response, visit, fresh)
     return response
 
 
 def set_cookie(response: HTMLResponse | RedirectResponse, visit: Visit, token: str) -> None:
-    """Gives the browser a session token that scripts cannot read and other sites cannot send."""
+    """Gives the browser a session token that scripts cannot read.
+
+    A link on another site brings it along ("lax"), so that whoever follows one stays signed in; a form does not.
+    """
     server = visit.store.project.settings.server
     response.set_cookie(
         COOKIE,
         token,
         max_age=int(server.session_hours * 3600),
         httponly=True,
-        samesite="strict",
+        samesite="lax",
         secure=server.https,
     )
+
+
+def written(form: Mapping[str, Sequence[str]]) -> list[str]:
+    """What a person wrote in their own words in a form that could not be taken, to give it back to them."""
+    texts = [form[name][-1] for name in ("text", "rationale", "reason") if form.get(name)]
+    return [text for text in texts if text.strip()]
 
 
 def to(path: str) -> RedirectResponse:

@@ -28,7 +28,7 @@ HEADERS = {
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=(), payment=(), usb=()",
@@ -43,8 +43,10 @@ class SignInFirst(Exception):
 class BadForm(HTTPException):
     """A form that did not come from one of our pages, or too long ago."""
 
-    def __init__(self, problem: str) -> None:
+    def __init__(self, problem: str, form: Mapping[str, Sequence[str]]) -> None:
         super().__init__(403, problem)
+        self.form = form
+        """What was filled in, so that it can be given back."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,27 @@ async def read_form(request: Request) -> Form:
 
 async def checked_form(request: Request, visit: AnyVisit, form: Annotated[Form, Depends(read_form)]) -> Form:
     """The form, if it came from one of our own pages."""
-    origin = request.headers.get("origin")
-    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
-        raise BadForm("the form came from another site")
+    if not _from_our_pages(request, visit.store):
+        raise BadForm("the form came from another site", form)
     if not hmac.compare_digest(_one(form, "csrf").encode("utf-8", "replace"), visit.csrf.encode()):
-        raise BadForm("the page is too old; go back, reload it and send again")
+        raise BadForm("the page is too old; go back, reload it and send again", form)
     return form
+
+
+def _from_our_pages(request: Request, store: Store) -> bool:
+    """What the browser says of the page that sent a form. The form's own token is checked besides."""
+    origin = request.headers.get("origin")
+    if origin is None:
+        return True
+    if origin == "null":  # the browser keeps it to itself, but says whether it was another site's
+        return request.headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
+    host = origin.partition("://")[2]
+    # A proxy may put its own name into Host; the project's names are then what people see.
+    return (
+        host == request.headers.get("host")
+        or host.rpartition(":")[0] in store.project.settings.server.names
+        or (host in store.project.settings.server.names)
+    )
 
 
 PostedForm = Annotated[Form, Depends(checked_form)]

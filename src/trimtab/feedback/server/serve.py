@@ -12,9 +12,8 @@ from trimtab.errors import ConfigError
 from trimtab.feedback import people
 from trimtab.feedback.importing import seed_items
 from trimtab.feedback.items import apply_settings
-from trimtab.feedback.people import everyone
 from trimtab.feedback.server.app import create_app
-from trimtab.feedback.store import open_store
+from trimtab.feedback.store import Store, open_store
 
 
 def serve(
@@ -41,17 +40,30 @@ def serve(
     apply_settings(store)
     shown_host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     address = f"http://{f'[{shown_host}]' if ':' in shown_host else shown_host}:{listener.getsockname()[1]}"
-    with store.read() as connection:
-        first = not everyone(connection)
-    if first:
-        show("Nobody has joined yet. Open this as admin:")
-        show(f"  {address}/join#{people.make_invite(store, 'admin')}")
-        show("and send this to annotators (50 can join with it within a week):")
-        show(f"  {address}/join#{people.make_invite(store, 'annotator', uses=50)}")
+    _show_ways_in(store, address, show)
     show(f"{store.project.settings.name} is at {address} (Ctrl-C stops it; every answer is stored at once)")
     config = uvicorn.Config(
-        create_app(store), log_level="warning", access_log=False, server_header=False, proxy_headers=settings.https,
-        timeout_graceful_shutdown=5,
+        create_app(store, host=host), log_level="warning", access_log=False, server_header=False,
+        proxy_headers=settings.https, timeout_graceful_shutdown=5,
     )  # fmt: skip
     uvicorn.Server(config).run(sockets=[listener])
     store.close()
+
+
+def _show_ways_in(store: Store, address: str, show: Callable[[str], None]) -> None:
+    """Prints what the first admin needs, also where people came without passwords: with a dump, or imported votes."""
+    with store.read() as connection:
+        if people.can_be_administered(connection):
+            return
+        everyone = people.everyone(connection)
+    admins = [p for p in everyone if p.role == "admin" and p.state not in ("banned", "deleted")]
+    if admins:
+        show(f"No admin has a password yet. With this {admins[0].name!r} sets one:")
+        show(f"  {address}/join#{people.make_link(store, admins[0].id)}")
+        show("and gives the others links under People, or with: trimtab feedback people PROJECT --links")
+        return
+    show("No admin has joined yet. Open this as admin:" if everyone else "Nobody has joined yet. Open this as admin:")
+    show(f"  {address}/join#{people.make_invite(store, 'admin')}")
+    if not everyone:
+        show("and send this to annotators (50 can join with it within a week):")
+        show(f"  {address}/join#{people.make_invite(store, 'annotator', uses=50)}")

@@ -41,6 +41,18 @@
 
   const scope = () => one("dialog[open]") || one("details.menu[open]") || document;
 
+  // What a key may mean: what it writes, without Caps Lock, and where it stands. Layouts without these letters (Cyrillic,
+  // Greek) and rows that write digits with Shift only (AZERTY) reach every answer by the place of the key.
+  const keysOf = (event) => {
+    const keys = [event.key];
+    if (event.key.length === 1 && !event.shiftKey) keys.push(event.key.toLowerCase());
+    if (event.getModifierState("CapsLock") && event.key.length === 1) keys.push(event.key.toLowerCase());
+    const place = /^(?:Key([A-Z])|Digit([0-9]))$/.exec(event.code);
+    if (place?.[2] && !event.shiftKey) keys.push(place[2]);
+    if (place?.[1] && !/^[\x20-\x7e]$/.test(event.key)) keys.push(place[1].toLowerCase());
+    return keys;
+  };
+
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
     const target = event.target;
@@ -55,9 +67,14 @@
       return;
     }
     if ((event.key === "Enter" || event.key === " ") && target.matches("button, a, summary, input")) return;
-    const quoted = `"${CSS.escape(event.key)}"`;
-    const field = all(`[data-focus-key=${quoted}]`, scope()).find(reachable);
-    const element = all(`[data-key=${quoted}]`, scope()).find(reachable);
+    let field;
+    let element;
+    for (const key of keysOf(event)) {
+      const quoted = `"${CSS.escape(key)}"`;
+      field = all(`[data-focus-key=${quoted}]`, scope()).find(reachable);
+      element = all(`[data-key=${quoted}]`, scope()).find(reachable);
+      if (field || element) break;
+    }
     if (!field && !element) return;
     event.preventDefault();
     if (event.repeat) return; // a key held down answers once
@@ -128,17 +145,45 @@
     true,
   );
 
-  const tell = (text) => {
+  const tell = (text, link) => {
     const banner = one("#offline");
     if (!banner) return;
     banner.textContent = text;
     banner.hidden = !text;
+    if (link) {
+      const way = document.createElement("a");
+      Object.assign(way, { href: link, target: "_blank", textContent: "Sign in" });
+      banner.append(" ", way);
+    }
+  };
+
+  // The session ended, or another one began in another tab. What is on the page stays there: it takes the token of the
+  // session there is now, or asks to sign in elsewhere first.
+  let renewedAt = -Infinity;
+  const renew = async (form) => {
+    const answer = await fetch("/session").catch(() => null);
+    if (!answer?.ok || answer.redirected) {
+      tell("You are not signed in any more. Nothing on this page is lost: sign in in another tab, then send again.", "/sign-in");
+      return;
+    }
+    const { csrf } = await answer.json();
+    for (const field of all("input[name=csrf]")) field.value = csrf;
+    if (performance.now() - renewedAt < TRY_AGAIN_AFTER) return tell("This did not work. Copy what you wrote and reload the page.");
+    renewedAt = performance.now();
+    tell("");
+    if (!form) keep();
+    else if (submitter && submitter.isConnected && submitter.form === form) form.requestSubmit(submitter);
+    else form.requestSubmit();
   };
 
   const tryAgain = (event) => {
     const form = event.detail.elt;
-    if (!form.matches("form")) return; // a draft is kept at the next letter
     const status = event.detail.xhr?.status;
+    if (status === 401) {
+      renew(form.matches("form") ? form : null);
+      return;
+    }
+    if (!form.matches("form")) return; // a draft is kept at the next letter
     if (status && status < 500 && status !== 429) {
       tell("This did not work. Reload the page and try again.");
       return;
@@ -157,7 +202,9 @@
   };
   for (const name of ["htmx:sendError", "htmx:timeout", "htmx:responseError"]) document.addEventListener(name, tryAgain);
   document.addEventListener("htmx:afterRequest", (event) => {
-    if (event.detail.successful) tell("");
+    const answer = event.detail.xhr;
+    if (answer?.status === 409 && event.detail.elt.matches("[hx-post]")) tell(answer.responseText);
+    else if (event.detail.successful) tell("");
   });
 
   // --- views of the replies ---
