@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trimtab.data.chat import Chat
@@ -16,7 +17,7 @@ from trimtab.models.forward import sequence_scores_of
 from trimtab.models.load import load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel
 from trimtab.registry import register
-from trimtab.types import Prompt, Rollout
+from trimtab.types import Message, Prompt, Rollout
 
 
 @register("reward", "model")
@@ -35,14 +36,23 @@ class RewardModel:
 
 
 class RewardModelScorer:
-    """Scores text with a reward model's own tokenizer and chat template, whatever the policy's are."""
+    """Scores text with a reward model's own tokenizer and chat template, whatever the policy's are.
 
-    def __init__(self, model: ScalarModel, chat: Chat, *, token_budget: int, shift: float) -> None:
-        """`shift` is subtracted from every score."""
+    A score is read where the model learned to give it. Models of the reward stage read at the end token of the reply.
+    Any other is read as `tokenizer.apply_chat_template` and its own forward pass have it: after whatever the template
+    writes behind a reply (ChatML writes a line break there), and before padding tokens at the end.
+    """
+
+    def __init__(
+        self, model: ScalarModel, chat: Chat, *, token_budget: int, shift: float, ending: tuple[int, ...] | None = None
+    ) -> None:
+        """`shift` is subtracted from every score; `ending` are the ids behind the text of a finished reply, those
+        of `chat` if not given."""
         self.model = model
         self.chat = chat
         self.token_budget = token_budget
         self.shift = shift
+        self.ending = (chat.end_id,) if ending is None else ending
         embedding: Any = model.model.get_input_embeddings()
         self.num_rows = int(embedding.num_embeddings)
         """Ids from here on the model cannot read."""
@@ -52,15 +62,16 @@ class RewardModelScorer:
         """A frozen reward model. Raises EngineError where the directory has no trained score head."""
         chat = Chat(load_tokenizer(path))
         model = load_scalar(path)
-        shift = float(getattr(model.config, "reward_shift", 0.0))
-        return cls(ScalarModel(model, pad_id=chat.pad_id, gives="scores"), chat, token_budget=token_budget, shift=shift)
+        shift = getattr(model.config, "reward_shift", None)
+        ending = None if shift is not None else template_ending(chat, getattr(model.config, "pad_token_id", None))
+        role = ScalarModel(model, pad_id=chat.pad_id, gives="scores")
+        return cls(role, chat, token_budget=token_budget, shift=float(shift or 0.0), ending=ending)
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] calibrated rewards of the exact tokens that were sampled.
 
         A rollout's own ids are used if those of its prompt are what this tokenizer makes of it, and the model has a row
-        for each; otherwise the text is encoded anew with this model's template. A reply that was cut off gets no end
-        token.
+        for each; otherwise the text is encoded anew with this model's template. A reply that was cut off has no ending.
         """
         sequences = []
         for prompt, group in groupby(rollouts, key=lambda r: r.prompt):
@@ -70,18 +81,44 @@ class RewardModelScorer:
 
     def _response_ids(self, rollout: Rollout, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
         ids = rollout.response_ids
-        if rollout.prompt_ids == prompt_ids and max(ids, default=0) < self.num_rows:
-            return ids
         ended = rollout.finish_reason != "length"
-        return tuple(self.chat.encode_response(rollout.response, ended=ended))
+        if rollout.prompt_ids != prompt_ids or max(ids, default=0) >= self.num_rows:
+            ids = tuple(self.chat.encode_response(rollout.response, ended=ended))
+        return ids[:-1] + self.ending if ended and ids[-1:] == (self.chat.end_id,) else ids
 
     def score_texts(self, pairs: Sequence[tuple[Prompt, str]]) -> Tensor:
         """[B] calibrated rewards of finished replies given as text."""
         sequences = [
-            (tuple(self.chat.encode_prompt(p.messages)), tuple(self.chat.encode_response(t))) for p, t in pairs
+            (tuple(self.chat.encode_prompt(p.messages)), tuple(self.chat.encode_response(t))[:-1] + self.ending)
+            for p, t in pairs
         ]
         return self._score_ids(sequences)
 
     def _score_ids(self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:
-        trees = [response_tree(p, [r for _, r in g]) for p, g in groupby(sequences, key=lambda s: s[0])]
-        return sequence_scores_of(self.model, TokenTrees.build(trees), self.token_budget) - self.shift
+        """Each different sequence is scored once, so that equal ones have equal scores, to the last bit."""
+        replies: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
+        for prompt, reply in sequences:
+            replies.setdefault(prompt, {}).setdefault(reply or (self.chat.end_id,), 0)
+        place = count()
+        for of_prompt in replies.values():
+            of_prompt.update({reply: next(place) for reply in of_prompt})
+        trees = TokenTrees.build([response_tree(prompt, of_prompt) for prompt, of_prompt in replies.items()])
+        scores = sequence_scores_of(self.model, trees, self.token_budget)
+        where = [replies[prompt][reply or (self.chat.end_id,)] for prompt, reply in sequences]
+        return scores[torch.tensor(where, dtype=torch.int64)] - self.shift
+
+
+def template_ending(chat: Chat, pad_id: int | None) -> tuple[int, ...]:
+    """The ids that a chat template writes behind the text of a reply, without padding tokens at their end: a forward
+    pass of transformers reads a score at the last token that is no padding."""
+    messages = (Message("user", "a"), Message("assistant", "b"))
+    turns = [{"role": m.role, "content": m.content} for m in messages]
+    encoded: Any = chat.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)
+    whole: list[int] = encoded["input_ids"]
+    before = chat.encode_prompt(messages[:1]) + chat.encode_response("b")[:-1]
+    if whole[: len(before)] != before:
+        return (chat.end_id,)
+    ending = whole[len(before) :]
+    while ending and ending[-1] == pad_id:
+        ending.pop()
+    return tuple(ending)

@@ -94,10 +94,11 @@ def run(settings: Settings, run: Run) -> None:
         for name, generator in generators.items()
     }
     judges = load_judges(settings)
-    scores = {
-        name: {judge: scorer.score(rollouts)[0].numpy() for judge, scorer in judges.items()}
-        for name, rollouts in replies.items()
-    }
+    scores: dict[str, dict[str, np.ndarray]] = {"policy": {}, "baseline": {}}
+    for judge, scorer in judges.items():
+        # In one call, in which equal replies to a prompt have one score: as a tie, not as a coin flip of rounding.
+        both = scorer.score([*replies["policy"], *replies["baseline"]])[0].numpy()
+        scores["policy"][judge], scores["baseline"][judge] = np.split(both, [len(replies["policy"])])
     prompt_ids = [p.id for p in loaded.records]
     summary: dict[str, object] = {
         name: describe(rollouts, scores[name], prompt_ids) | sampled_by(generators[name])

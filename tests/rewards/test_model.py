@@ -1,0 +1,105 @@
+"""A reward model gives the score that it was trained to give, at the place it was trained at."""
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from tests.tiny import scalar, write_model_directory
+from trimtab.models.load import load_scalar, load_tokenizer, save_model
+from trimtab.rewards.model import RewardModelScorer, template_ending
+from trimtab.types import Message, Prompt, Rollout
+
+LINE_BREAK_BEHIND = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+PROMPT = Prompt(messages=(Message("user", "I want a refund!"),))
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A reward model that trimtab did not train, whose template writes a line break behind each turn."""
+
+    def make(template=LINE_BREAK_BEHIND, pad=None):
+        policy = write_model_directory(tmp_path / "policy")
+        tokenizer = load_tokenizer(policy)
+        tokenizer.chat_template = template
+        model = load_scalar(policy, head_seed=0)
+        with torch.no_grad():
+            model.score.weight.mul_(20)
+        model.config.pad_token_id = tokenizer.pad_token_id if pad is None else getattr(tokenizer, pad)
+        save_model(model, tokenizer, tmp_path / "reward")
+        return tmp_path / "reward"
+
+    return make
+
+
+def plain_score(path, reply):
+    tokenizer, model = load_tokenizer(path), AutoModelForSequenceClassification.from_pretrained(path)
+    turns = [{"role": "user", "content": PROMPT.text}, {"role": "assistant", "content": reply}]
+    with torch.no_grad():
+        return model(**tokenizer.apply_chat_template(turns, return_dict=True, return_tensors="pt")).logits[0, 0]
+
+
+@pytest.mark.parametrize("pad", [None, "eos_token_id"])
+@pytest.mark.parametrize("template", [LINE_BREAK_BEHIND, LINE_BREAK_BEHIND.replace("eos_token }}\n", "eos_token }}")])
+def test_models_of_others_are_read_as_their_template_and_forward_pass_have_it(foreign, template, pad):
+    path = foreign(template, pad)
+    scorer = RewardModelScorer.from_directory(str(path), token_budget=4096)
+    for reply in ("We can refund it.", "No"):
+        torch.testing.assert_close(scorer.score_texts([(PROMPT, reply)])[0], plain_score(path, reply))
+
+
+def test_models_of_the_reward_stage_are_read_at_the_end_token(foreign):
+    path = foreign()
+    model = load_scalar(path)
+    model.config.update({"reward_shift": 0.5})
+    save_model(model, load_tokenizer(path), path)
+    scorer = RewardModelScorer.from_directory(str(path), token_budget=4096)
+    assert scorer.ending == (scorer.chat.end_id,)
+    assert scorer.shift == 0.5
+    assert template_ending(scorer.chat, None)[0] == scorer.chat.end_id
+    assert len(template_ending(scorer.chat, None)) > 1
+
+
+def rollout(chat, reply, *, reason, own):
+    ids = chat.encode_response(reply)
+    return Rollout(
+        prompt=PROMPT,
+        response=reply,
+        prompt_ids=tuple(chat.encode_prompt(PROMPT.messages)) if own else (5,),
+        response_ids=tuple(ids if reason == "stop" else ids[:-1]),
+        logprobs=(0.0,) * (len(ids) - (reason != "stop")),
+        finish_reason=reason,
+    )
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_a_reply_has_the_same_score_from_its_ids_and_from_its_text(foreign, reason):
+    scorer = RewardModelScorer.from_directory(str(foreign()), token_budget=4096)
+    replies = [rollout(scorer.chat, "We can refund it.", reason=reason, own=own) for own in (True, False)]
+    scores, _ = scorer.score(replies)
+    assert scores[0] == scores[1]
+    finished = scorer.score_texts([(PROMPT, "We can refund it.")])[0]
+    assert (scores[0] == finished) == (reason == "stop")
+
+
+def test_equal_replies_have_equal_scores_to_the_last_bit(foreign):
+    scorer = RewardModelScorer.from_directory(str(foreign()), token_budget=40)
+    texts = ["We can refund it.", "No", "We can refund it. " * 5, "Thank you"] * 3
+    scores = scorer.score_texts([(PROMPT, text) for text in texts])
+    assert torch.equal(scores[:4], scores[4:8])
+    assert torch.equal(scores[:4], scores[8:])
+    assert len(set(scores.tolist())) == 4
+
+
+def test_scores_and_values_are_float32_when_products_are_bfloat16():
+    from tests.models.test_forward import some_trees
+    from trimtab.models.roles import ScalarModel
+
+    for name in ("llama", "bert"):
+        role = ScalarModel(scalar(name), pad_id=0)
+        role.precision = "bfloat16"
+        scores = role(some_trees()).scores
+        assert scores.dtype == torch.float32
+        assert not torch.equal(scores, scores.bfloat16().float())
