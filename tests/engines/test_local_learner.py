@@ -111,3 +111,13 @@ def test_schedules_by_hand(schedule, expected):
     cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.25))
     expected = [cosine if e is None else e for e in expected]
     assert [adam.rate_at(i, 10) for i in (0, 1, 2, 4)] == pytest.approx(expected)
+
+
+def test_demonstrations_mixed_into_a_policys_updates_are_learned_at_temperature_1():
+    losses = []
+    for temperature in (1.0, 0.5):
+        one = learner()
+        one.role.temperature = temperature
+        metrics = one.update([(batch(), [SFTLoss()])])
+        losses.append((metrics["loss/train"].value, metrics["optimizer/policy_gradient_norm"].value))
+    assert losses[0] == losses[1]

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from tests.architectures import families
 from tests.tiny import DECODERS, VOCAB, causal, scalar
 from trimtab.data.trees import TokenTrees, response_tree, sequence_tree
+from trimtab.errors import EngineError
 from trimtab.models.forward import exact_kl_of, sequence_scores_of, token_logprobs_of
 from trimtab.models.roles import Policy, ScalarModel
 from trimtab.models.tree_attention import masked_attention, tree_attention
@@ -124,3 +126,16 @@ def test_exact_kl_is_the_kl_of_the_two_softmaxes():
 def test_a_value_head_on_the_policy_starts_at_zero():
     policy = Policy(causal(), pad_id=0, with_value_head=True)
     assert policy(some_trees()).values.abs().max() == 0
+
+
+def test_a_critic_that_gives_no_values_is_refused_with_the_way_out():
+    with pytest.raises(
+        EngineError, match=r"no values of its tokens: it sees later tokens(.|\n)*critic.init = 'policy'"
+    ):
+        ScalarModel(scalar("bert"), pad_id=0, gives="values")
+
+
+def test_decoders_of_every_make_give_values():
+    for name in ("bloom", "mpt", "openai-gpt"):
+        model = ScalarModel(families.scalar(name), pad_id=0, gives="values")
+        assert model(some_trees()).values.isfinite().all()

@@ -111,8 +111,10 @@ class LocalLearner:
         for batch, losses in work:
             scales = [loss.coef / float(loss.weight(batch)) for loss in losses]
             wants_entropy = any(getattr(loss, "needs_entropy", False) for loss in losses)
+            # A loss may be one of the model itself, whatever temperature the policy samples at.
+            temperature = next((t for loss in losses if (t := getattr(loss, "at_temperature", None)) is not None), None)
             for micro in batch.pieces(self.token_budget):
-                outputs = self._forward(micro.trees, wants_entropy)
+                outputs = self._forward(micro.trees, wants_entropy, temperature)
                 total = torch.zeros(())
                 for loss, scale in zip(losses, scales, strict=True):
                     value, metrics = loss(outputs, micro)
@@ -123,9 +125,9 @@ class LocalLearner:
                     total.backward()  # type: ignore[no-untyped-call]
         return parts
 
-    def _forward(self, trees: TokenTrees, wants_entropy: bool) -> Any:
+    def _forward(self, trees: TokenTrees, wants_entropy: bool, temperature: float | None) -> Any:
         if isinstance(self.role, Policy):
-            return self.role(trees, entropy=wants_entropy)
+            return self.role(trees, entropy=wants_entropy, temperature=temperature)
         return self.role(trees)
 
     def _require_finite(self, value: float, what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,7 +20,10 @@ def cross_entropy(logprobs: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SFTLoss:
-    """Cross-entropy of the trained tokens."""
+    """Cross-entropy of the trained tokens, under the model itself: at temperature 1 also where it is mixed into the
+    updates of a policy that samples at another (Ouyang et al., arXiv:2203.02155, eq. 2)."""
+
+    at_temperature: ClassVar[float] = 1.0
 
     coef: float = 1.0
     """Share in the sum of losses."""
