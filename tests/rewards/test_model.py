@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from tests.tiny import scalar, write_model_directory
-from trimtab.models.load import load_scalar, load_tokenizer, save_model
+from trimtab.models.load import load_scalar, load_tokenizer
+from trimtab.models.save import save_model
 from trimtab.rewards.model import RewardModelScorer, template_ending
 from trimtab.types import Message, Prompt, Rollout
 
