@@ -28,7 +28,15 @@ from trimtab.feedback.simulate import simulate
 from trimtab.feedback.store import Store, open_store, verify
 from trimtab.feedback.vote_table import read_votes
 from trimtab.feedback.votes import cast_votes, ranked_pairs
-from trimtab.types import Comparison, Demonstration, LabelledResponse, PreferencePair, SteppedResponse
+from trimtab.types import (
+    Comparison,
+    Demonstration,
+    LabelledResponse,
+    Message,
+    PreferencePair,
+    Prompt,
+    SteppedResponse,
+)
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -335,17 +343,39 @@ def test_what_is_written_is_read_back_by_our_readers(tmp_path: Path):
     store = busy_store(tmp_path)
     expected = pairs_of(store)
     for layout in ("preference", "conversational", "implicit"):
-        for ending in ("jsonl", "parquet") if layout != "preference" else ("jsonl", "parquet", "csv"):
+        for ending in ("jsonl", "parquet", "csv"):
             path = tmp_path / f"{layout}.{ending}"
             write_export(store, layout, path)
             back = load(PreferencePair, path).records
-            assert [(p.prompt.text, p.chosen, p.rejected) for p in back] == [
-                (p.prompt.text, p.chosen, p.rejected) for p in expected
+            assert [(p.prompt.messages, p.prompt.id, p.chosen, p.rejected, p.label, p.margin) for p in back] == [
+                (p.prompt.messages, p.prompt.id, p.chosen, p.rejected, p.label, p.margin) for p in expected
             ]
-            if ending == "jsonl":
-                assert [p.label for p in back] == pytest.approx([p.label for p in expected])
     write_export(store, "comparisons", tmp_path / "c.jsonl")
     assert load(Comparison, tmp_path / "c.jsonl").records == load(Comparison, f"feedback:{store.project.path}").records
+    store.close()
+
+
+ODD_TURNS = [
+    [("user", "=1+1, or -2?")],
+    [("system", "Be brief."), ("user", "Hi")],
+    [("user", "Hi "), ("assistant", "\n\nHuman: no"), ("user", "Bye")],
+    [("user", "\n\nHuman: quoted\n\nAssistant: this")],
+]
+
+
+@pytest.mark.parametrize("turns", ODD_TURNS)
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
+@pytest.mark.parametrize("layout", ["preference", "conversational", "implicit", "comparisons"])
+def test_odd_texts_come_back_equal_in_every_format(tmp_path: Path, turns, ending, layout):
+    store = make_store(tmp_path, {"task": {"kind": "pairs"}, "labels": {"min_votes": 1}})
+    asked = Prompt(messages=tuple(Message(role, text) for role, text in turns))
+    replies = tuple(items.NewReply(text=text, source={}) for text in ("- one\r\n- two", " '+3 é😀 "))
+    items.add_items(store, [("row 1", items.NewItem(kind="pairs", prompt=asked, replies=replies))])
+    answer_next(store, person(store, "Ann"), Answer(choice="A", strength=1))
+    path = tmp_path / f"out.{ending}"
+    write_export(store, layout, path)
+    (pair,) = load(PreferencePair, path).records
+    assert (pair.prompt.messages, pair.chosen, pair.rejected) == (asked.messages, "- one\r\n- two", " '+3 é😀 ")
     store.close()
 
 

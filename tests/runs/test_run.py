@@ -193,6 +193,24 @@ def test_data_that_changed_under_a_run_is_refused(tmp_path: Path):
             run.add_data("a.jsonl", "22ff", 11)
 
 
+def test_what_was_not_used_and_left_out_is_recorded_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    reading = {
+        "layout": "pairs",
+        "not_used": ["source", "messages[].name"],
+        "dropped": {"empty_response": 2, "tools": 1},
+    }
+    with opened(tmp_path) as run:
+        run.add_data("a.jsonl", "00ff", 9_997, reading)
+        run.add_data("a.jsonl", "00ff", 9_997)  # how it was read may change, what was read may not
+        run.add_data("a.jsonl", "00ff", 9_997, reading)
+        assert (
+            json.loads((tmp_path / "data.json").read_text())["a.jsonl"] == {"sha256": "00ff", "rows": 9_997} | reading
+        )
+    said = capsys.readouterr().err
+    assert "a.jsonl: 3 of 10,000 rows are left out (2 empty response, 1 tools)" in said
+    assert "a.jsonl: not used: source, messages[].name" in said
+
+
 def test_going_on_in_another_environment_is_said_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     opened(tmp_path).close()
     path = tmp_path / "environment.json"

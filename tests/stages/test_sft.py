@@ -75,3 +75,14 @@ def test_when_nothing_fits_the_error_says_what_to_change(tmp_path, base):
     result = trimtab("sft", run_file, "--out", tmp_path / "run")
     assert result.exit_code == 2
     assert "raise max_tokens (now 4)" in result.output
+
+
+def test_turns_marked_as_not_to_be_learnt_from_leave_the_mask():
+    from trimtab.stages.sft import without_turns
+
+    mask = [False, True, True, False, True, False, True]
+    assert without_turns(mask, (1,)) == [False, True, True, False, False, False, True]
+    assert without_turns(mask, (0,)) == [False, False, False, False, True, False, True]
+    assert without_turns(mask, ()) == mask
+    # where the template rewrites earlier turns only the last is in the mask
+    assert without_turns([False, True], (0,)) == [False, True]

@@ -128,8 +128,12 @@ def _other_kind(
     fitting = "; ".join(layout.columns for layout in LAYOUTS if kind in layout.converters) or "none does"
     fix = layout.instead.get(kind, f"name a file in a layout that gives {kind.__name__}: {fitting}")
     label = old.get("label", "label")
-    if kind is LabelledResponse and "label" in sample:
-        fix = f"{label} is {shown(sample['label'])}: write true for a good reply and false for a bad one"
+    judged = next((name for name in ("label", *RATING) if name in sample), None)
+    if kind in (LabelledResponse, PreferencePair) and layout.name == "prompts with completions" and judged is not None:
+        fix = (
+            f"if {old.get(judged, judged)} ({shown(sample[judged])}) judges the replies, write true for a good one and "
+        )
+        fix += "false for a bad one in a column 'label', which losses of single replies (such as 'kto') learn from"
     if layout.name == "prompts" and kind is Demonstration:
         for name in ("answer", "chosen"):
             if name in sample:
