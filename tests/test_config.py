@@ -284,3 +284,27 @@ toml_values = st.recursive(
 @given(st.dictionaries(st.text(max_size=5), toml_values, max_size=4))
 def test_what_the_toml_writer_writes_the_standard_reader_reads(values: dict[str, Any]):
     assert tomllib.loads(config.to_toml(values)) == values
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a = 1\npacked = True\n", ["line 2: packed = True", "write packed = true"]),
+        ("model = runs/base/model\n", ["line 1: model = runs/base/model", 'model = "runs/base/model"']),
+        ("limit = None\n", ["line 1: limit = None", '"none"']),
+        ("model: runs/base\n", ["line 1: model: runs/base", "write key = value"]),
+        ("a = 1\na = 2\n", ["not TOML"]),
+        ('a = "open\n', ['line 1: a = "open']),
+        ("stops = [1,\n", ["not TOML"]),
+    ],
+)
+def test_a_line_that_is_not_toml_is_quoted_with_what_is_meant(tmp_path: Path, text: str, said: list[str]):
+    (tmp_path / "broken.toml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        config.load_run_file(tmp_path / "broken.toml")
+    for words in said:
+        assert words in str(caught.value)
+
+
+def test_true_as_python_writes_it_is_answered_with_ours():
+    assert "write true" in mistakes({"packed": "True"})

@@ -19,7 +19,9 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from trimtab import registry
+from trimtab.bounds import out_of_range
 from trimtab.errors import ConfigError
+from trimtab.foreign_keys import ours_for
 
 T = TypeVar("T")
 
@@ -46,8 +48,36 @@ def load_run_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"no run file {str(path)!r}", where="the command line", fix=_near_files(path))
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not TOML: {error}", where=str(path), fix="correct that line (https://toml.io)") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not TOML: {error}", where=str(path), fix="save the file as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise not_toml(error, path) from error
+
+
+def not_toml(error: tomllib.TOMLDecodeError, path: Path) -> ConfigError:
+    """The error for a file that is not TOML: it quotes the line, and says what is usually meant by such a one."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    place = re.search(r"line (\d+)", str(error))
+    at_end = "end of document" in str(error) and lines
+    number = int(place[1]) if place else len(lines) if at_end else 0
+    line = lines[number - 1].strip() if 0 < number <= len(lines) else ""
+    quoted = f"\n  line {number}: {line}" if line else ""
+    return ConfigError(f"not TOML: {error}{quoted}", where=str(path), fix=_toml_hint(line, path))
+
+
+def _toml_hint(line: str, path: Path) -> str:
+    """What to write instead of the line."""
+    key, equals, value = (part.strip() for part in line.partition("="))
+    if path.suffix in (".yaml", ".yml", ".json") or (not equals and re.match(r"[\w.-]+:(\s|$)", line)):
+        return "run files are TOML: write key = value, and [table] on a line of its own (https://toml.io)"
+    word = value.partition("#")[0].strip().rstrip(",")
+    if word in ("True", "False"):
+        return f"write {key} = {word.lower()}"
+    if word in ("None", "null", "nil"):
+        return f'write {key} = "none", or leave the key out'
+    if equals and re.fullmatch(r"[^\W\d][^\"'\[\]{}]*|[./~][^\"'\[\]{}]*", word):
+        return f'put the text in quotes: {key} = "{word}"'
+    return "correct that line (https://toml.io)"
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -92,13 +122,23 @@ def resolve_tables(
     mistakes: list[str] = []
     resolved = {path: _table(cls, values[path], None, path, mistakes) for path, cls in classes.items()}
     if mistakes:
-        raise ConfigError(_listed(mistakes), where=where, fix="correct these in the run file or its overrides")
+        raise refused(mistakes, where=where)
     return resolved
 
 
+def refused(mistakes: list[str], *, where: str) -> ConfigError:
+    """The one error for all mistakes of a run file."""
+    return ConfigError(_listed(mistakes), where=where, fix="correct these in the run file or its overrides")
+
+
 def dump(settings: Any) -> dict[str, Any]:
-    """The settings as TOML values: `resolve(type(settings), dump(settings))` gives equal settings back."""
-    return _dumped_table(settings, None)
+    """The settings as TOML values: `resolve(type(settings), dump(settings))` gives equal settings back.
+
+    Settings made in Python are checked here as a run file is when it is read: raises the same ConfigError.
+    """
+    values = _dumped_table(settings, None)
+    resolve(type(settings), values, where=f"{type(settings).__module__}.{type(settings).__qualname__}")
+    return values
 
 
 def to_toml(values: Mapping[str, Any]) -> str:
@@ -120,12 +160,15 @@ def _table(cls: type, values: Any, default: Any, path: str, mistakes: list[str])
         if key not in known:
             mistakes.append(_unknown_key(_join(path, key), path, cls, values))
     arguments = {}
+    ours = cls.__module__.startswith("trimtab.")  # names mean what they mean in this package only
     for name, field in known.items():
-        standing = _default(field, default)
+        standing, full = _default(field, default), _join(path, name)
         if name in values:
-            arguments[name] = _value(hints[name], values[name], standing, _join(path, name), mistakes)
+            arguments[name] = _value(hints[name], values[name], standing, full, mistakes)
+            if ours and (problem := out_of_range(full, arguments[name])):
+                mistakes.append(f"{full}: {problem}")
         elif standing is MISSING:
-            mistakes.append(f"{_join(path, name)}: missing, and it has no default")
+            mistakes.append(missing(full))
         else:
             arguments[name] = standing
     if len(mistakes) > before:
@@ -152,18 +195,22 @@ def _value(hint: Any, value: Any, default: Any, path: str, mistakes: list[str]) 
         return None
     if dataclasses.is_dataclass(hint):
         return _table(typing.cast(type, hint), value, default, path, mistakes)
-    return _leaf(hint, value, path, mistakes)
+    return leaf(hint, value, path, mistakes)
 
 
-def _leaf(hint: Any, value: Any, path: str, mistakes: list[str]) -> Any:
-    """Strict as JSON: "3" and 1.5 are not whole numbers, 3 is a fine float, a list is a fine tuple, a string a path."""
+def leaf(hint: Any, value: Any, path: str, mistakes: list[str]) -> Any:
+    """The value of a plain type; None, and a mistake, if it has another type.
+
+    Strict as JSON: "3" and 1.5 are not whole numbers, 3 is a fine float, a list is a fine tuple, a string a path.
+    """
     try:
         return TypeAdapter(hint).validate_json(json.dumps(value, default=os.fspath), strict=True)
     except TypeError:
         mistakes.append(f"{path}: {value} is a date or time; put it in quotes")
     except ValidationError as error:
         wanted = " or ".join(dict.fromkeys(e["msg"].removeprefix("Input ") for e in error.errors()))
-        mistakes.append(f"{path}: {wanted}, not {value!r}")
+        meant = f"; write {value.lower()}" if hint is bool and value in ("True", "False") else ""
+        mistakes.append(f"{path}: {wanted}, not {value!r}{meant}")
     return None
 
 
@@ -312,8 +359,21 @@ def _listed(mistakes: list[str]) -> str:
 
 def _unknown_key(full: str, path: str, cls: type, values: Mapping[str, Any]) -> str:
     siblings = [_join(path, field.name) for field in _fields(cls)]
-    deeper = [p for p in _key_paths(cls, values, path) if p not in siblings]
+    return unknown_key(full, siblings, list(_key_paths(cls, values, path)))
+
+
+def missing(full: str) -> str:
+    """The mistake of a key that a run file must have."""
+    return f"{full}: missing, and it has no default"
+
+
+def unknown_key(full: str, siblings: Sequence[str], everything: Sequence[str]) -> str:
+    """The mistake of a key that no setting has, with the one that is meant. `siblings` are the keys of its table, and
+    `everything` those of the tables below too, all as full paths."""
     key = full.rpartition(".")[2]
+    deeper = sorted((p for p in everything if p not in siblings), key=lambda p: p.count("."))
+    if ours := ours_for(key, [*siblings, *deeper]):
+        return f"{full}: unknown key; {ours}"
     same_name = [p for p in deeper if p.rpartition(".")[2] == key]
     close = same_name or difflib.get_close_matches(full, siblings, 1) or difflib.get_close_matches(full, deeper, 1)
     hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(siblings))}"

@@ -7,8 +7,20 @@ import functools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import trimtab
+
+
+class SettingsField(NamedTuple):
+    """A field of a settings class as its source has it."""
+
+    module: str
+    """Where it is declared: names in its annotation are those of that module."""
+    annotation: ast.expr
+    default: ast.expr | None
+    """The default as an expression, that of `field(...)` included; None if there is none."""
+    doc: str
 
 
 def settings_help(
@@ -18,11 +30,10 @@ def settings_help(
 
     `defaults` are those of the field that holds the class, where they differ from the class's own.
     """
-    module, node = _definition(module, class_name)
+    module, node = definition(module, class_name)
     assert isinstance(node, ast.ClassDef), f"{class_name} is no class"
-    for name, (declared_in, field, doc) in _fields(module, node).items():
-        annotation = ast.unparse(field.annotation)
-        value = _default(field)
+    for name, (declared_in, annotated, value, doc) in settings_fields(module, node).items():
+        annotation = ast.unparse(annotated)
         default = (defaults or {}).get(name) or (ast.unparse(value) if value else None)
         key, said = prefix + name, f" = {default}" if default else ", required"
         inner = _keywords(value)
@@ -34,7 +45,7 @@ def settings_help(
                 given = inner if default and default.startswith(f"{of}(") else None
                 yield from ((line, f"[{choice}] {text}") for line, text in settings_help(home, of, f"{key}.", given))
             continue
-        home, meaning = _definition(declared_in, annotation.removesuffix(" | None"))
+        home, meaning = definition(declared_in, annotation.removesuffix(" | None"))
         if isinstance(meaning, ast.ClassDef):
             yield f"{key}: table{' = None' if default == 'None' else ''}", doc
             yield from settings_help(home, meaning.name, f"{key}.", inner)
@@ -42,6 +53,7 @@ def settings_help(
             yield f"{key}: {ast.unparse(meaning) if meaning else annotation}{said}", doc
 
 
+@functools.cache
 def registered(kind: str) -> dict[str, tuple[str, str]]:
     """Module and class of each name that `registry.names` would give, found without importing any."""
     pattern = re.compile(rf"""^@(?:registry\.)?register\("{kind}", "([^"]+)"\)\n(?:@.*\n)*class (\w+)""", re.MULTILINE)
@@ -53,20 +65,25 @@ def registered(kind: str) -> dict[str, tuple[str, str]]:
     }
 
 
-def _fields(module: str, node: ast.ClassDef) -> dict[str, tuple[str, ast.AnnAssign, str]]:
-    """The fields of a settings class: module, declaration and documentation line, those of its bases first."""
-    found: dict[str, tuple[str, ast.AnnAssign, str]] = {}
+def settings_fields(module: str, node: ast.ClassDef) -> dict[str, SettingsField]:
+    """The fields of a settings class that a run file may set, those of its bases first."""
+    found: dict[str, SettingsField] = {}
     for name in map(ast.unparse, node.bases):
-        home, base = _definition(module, name)
+        home, base = definition(module, name)
         if isinstance(base, ast.ClassDef):
-            found |= _fields(home, base)
+            found |= settings_fields(home, base)
     for field, after in zip(node.body, [*node.body[1:], None], strict=True):
-        if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.unparse(field.annotation):
-            found[ast.unparse(field.target)] = module, field, _docstring(after)
+        if not isinstance(field, ast.AnnAssign):
+            continue
+        name = ast.unparse(field.target)
+        if "ClassVar" in ast.unparse(field.annotation):
+            found.pop(name, None)  # a class that settles a setting of its base takes it from the run file
+        else:
+            found[name] = SettingsField(module, field.annotation, _default(field), _docstring(after))
     return found
 
 
-def _definition(module: str, name: str) -> tuple[str, ast.ClassDef | ast.expr | None]:
+def definition(module: str, name: str) -> tuple[str, ast.ClassDef | ast.expr | None]:
     """Where in the package a name is defined, imports followed, and as what; None where it is not ours."""
     for node in _parsed(module).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
@@ -75,7 +92,7 @@ def _definition(module: str, name: str) -> tuple[str, ast.ClassDef | ast.expr | 
             return module, node.value
         if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
             home = node.module or ""
-            return _definition(home, name) if home.startswith("trimtab.") else (module, None)
+            return definition(home, name) if home.startswith("trimtab.") else (module, None)
     return module, None
 
 

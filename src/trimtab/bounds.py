@@ -1,0 +1,115 @@
+"""What every number of a run file may be, by its name: one name has one meaning, and so one range, in all stages.
+
+The range is checked where the value is read, before anything is imported or loaded. What only two settings together can
+say (`min_tokens` and `max_tokens`, say) is left to the `__post_init__` of their class.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`; the ends themselves belong to it unless they are open."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+    infinite: bool = False
+    """Whether `inf` is a value too: of a bound, it means that there is none."""
+
+    def holds(self, value: float) -> bool:
+        """Whether the value lies in the range; nan never does."""
+        if math.isinf(value) and not self.infinite:
+            return False
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below
+
+    @property
+    def words(self) -> str:
+        """As it is said after "must be"."""
+        least = "" if self.low == -math.inf else f"{'above' if self.low_open else 'at least'} {self.low:g}"
+        most = "" if self.high == math.inf else f"{'below' if self.high_open else 'at most'} {self.high:g}"
+        return " and ".join(part for part in (least, most) if part) or "a finite number"
+
+
+ANY = Range()
+COUNT = Range(1)
+OR_NONE = Range(0)
+"""A count or an amount of which there may be none."""
+AMOUNT = Range(0, low_open=True)
+SHARE = Range(0, 1)
+BOUND = Range(0, low_open=True, infinite=True)
+
+RANGES: dict[str, Range] = {
+    # data and models
+    **dict.fromkeys(["limit", "num_documents", "num_prompts", "num_held_out_prompts", "max_tokens", "rank"], COUNT),
+    **dict.fromkeys(["num_layers", "hidden_size", "num_heads", "mlp_size"], COUNT),
+    "max_positions": Range(2),
+    "vocab_size": Range(261),  # every byte and the special tokens
+    "held_out": Range(0, 1, high_open=True),
+    "alpha": AMOUNT,
+    "base_bits": Range(4, 32),
+    # steps and batches
+    **dict.fromkeys(["num_steps", "max_steps", "batch_size", "token_budget", "checkpoint_every"], COUNT),
+    **dict.fromkeys(
+        ["prompts_per_step", "group_size", "num_minibatches", "replies_per_prompt", "best_of_prompts"], COUNT
+    ),
+    **dict.fromkeys(["validate_every", "sample_every", "num_samples", "best_of", "warmup_steps", "seed"], OR_NONE),
+    "num_epochs": AMOUNT,
+    # optimizers
+    **dict.fromkeys(["learning_rate", "eps"], AMOUNT),
+    **dict.fromkeys(["beta1", "beta2", "warmup_fraction"], Range(0, 1, high_open=True)),
+    "weight_decay": OR_NONE,
+    "max_gradient_norm": BOUND,
+    # sampling and episodes
+    **dict.fromkeys(["max_new_tokens", "max_prompt_tokens", "max_turns", "max_observation_tokens"], COUNT),
+    **dict.fromkeys(["temperature", "cache_gb"], AMOUNT),
+    "top_p": Range(0, 1, low_open=True),
+    "top_k": OR_NONE,
+    "max_rounds": Range(2),
+    "num_passages": COUNT,
+    # losses
+    **dict.fromkeys(["coef", "centering_coef", "nll_coef", "margin_coef", "odds_coef", "entropy_coef"], OR_NONE),
+    **dict.fromkeys(["beta", "tau", "desirable_weight", "undesirable_weight"], AMOUNT),
+    "label_smoothing": Range(0, 0.5, high_open=True),
+    "divergence_alpha": Range(0, 1, low_open=True, high_open=True),
+    "ld_alpha": SHARE,
+    "length": COUNT,
+    "clip_low": SHARE,
+    "clip_high": Range(0, infinite=True),
+    "dual_clip": Range(1, low_open=True),
+    **dict.fromkeys(["max_ratio", "clip", "high", "stop_kl"], BOUND),
+    "low": Range(0, 1, high_open=True),
+    # advantages and the KL
+    "gamma": OR_NONE,
+    "advantage.gamma": SHARE,
+    "lam": SHARE,
+    **dict.fromkeys(["target", "horizon"], AMOUNT),
+    # rewards
+    "weight": ANY,
+    "missing_eos_penalty": OR_NONE,
+    **dict.fromkeys(["min_tokens", "per_token", "most"], OR_NONE),
+    **dict.fromkeys(["buffer_tokens", "n", "memory_mb", "num_processes", "file_mb", "num_parallel"], COUNT),
+    "seconds": AMOUNT,
+    "free": Range(0, 1, high_open=True),
+    "top_fraction": Range(0, 1, low_open=True),
+    # annotators
+    **dict.fromkeys(["num_annotators", "votes_per_pair"], COUNT),
+    "agreement": Range(0.5, 1, low_open=True),
+}
+"""By name, or by the name of the table and the name in it where a name alone says too little."""
+
+
+def out_of_range(path: str, value: object) -> str:
+    """What is wrong with a number under a key path, or ""."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    table, _, name = path.rpartition(".")
+    within = f"{table.rpartition('.')[2]}.{name}"
+    allowed = RANGES.get(within) or RANGES.get(name) or ANY
+    return "" if allowed.holds(value) else f"{name} = {value!r}; it must be {allowed.words}"
