@@ -23,16 +23,33 @@ LAYERS = {
     **dict.fromkeys(["engines", "rewards"], 5),
     **dict.fromkeys(["models", "protocols", "environments", "feedback"], 4),
     **dict.fromkeys(["data", "math", "worlds", "reports"], 3),
-    **dict.fromkeys(["runs", "config", "settings_help", "hub"], 2),
+    **dict.fromkeys(["runs", "config", "settings_help", "settings_check", "hub"], 2),
     **dict.fromkeys(["types", "metrics", "registry", "errors", "evals", "seeds"], 1),
+    **dict.fromkeys(["bounds", "files", "foreign_keys"], 1),
 }
 SIDEWAYS = {
     ("data", "worlds"),  # "world:helpdesk" is a source
     ("runs", "config"),  # settings.toml is written and compared
+    ("settings_check", "config"),  # says mistakes in its words
+    ("settings_check", "settings_help"),  # reads the same source
+    ("files", "errors"),
     ("registry", "errors"),
     ("evals", "types"),  # statistics of pairs and replies
 }
-NO_TORCH = ["cli", "config", "settings_help", "registry", "types", "metrics", "errors", "seeds"]
+NO_TORCH = [
+    "cli",
+    "config",
+    "settings_help",
+    "settings_check",
+    "bounds",
+    "files",
+    "foreign_keys",
+    "registry",
+    "types",
+    "metrics",
+    "errors",
+    "seeds",
+]
 NO_TORCH_PACKAGES = ["runs", "evals", "worlds", "environments", "reports", "feedback"]
 NO_TORCH_MODULES = ["data.sources", "data.preferences", "data.split"]
 

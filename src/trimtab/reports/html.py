@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.evals.stats import Interval
+from trimtab.files import write_whole, writing
 from trimtab.reports import charts, headline
 from trimtab.reports.collect import PipelineRecord, RunRecord, Series, collect
 from trimtab.reports.frame import Panels, document, folded, grid, settings_table, table
@@ -69,14 +70,15 @@ _STAGE_SAYS: Mapping[str, str] = {
 }
 
 
-def write_report(directory: Path) -> Path:
-    """The report.html it writes into a run or pipeline directory. Raises DataError for any other directory."""
+def write_report(directory: Path, out: Path | None = None) -> Path:
+    """The page it writes: report.html in a run or pipeline directory, or `out`. Raises DataError for any other
+    directory, and EngineError where the page cannot be written."""
     page = render(collect(directory))
-    path = directory / "report.html"
-    writing = directory / ".writing-report.html"
     # a lone surrogate, which JSON can carry, has no UTF-8 form
-    writing.write_bytes(page.encode("utf-8", errors="replace"))
-    writing.replace(path)
+    path, text = out or directory / "report.html", page.encode("utf-8", errors="replace").decode()
+    with writing("the page", path, kept=f"the run is whole: trimtab report {directory} --out PAGE.html"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
     return path
 
 

@@ -15,12 +15,24 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from trimtab.errors import EngineError, Interrupted
+from trimtab.errors import ConfigError, EngineError, Interrupted
 from trimtab.metrics import Metrics, Total, to_values
 from trimtab.runs.run import Run
 
 _QUIET_SECONDS = 10.0
 """Where output is not a terminal, a line of progress is printed this often."""
+
+SHOWN = {
+    "reward/mean": "reward",
+    "gold/mean": "gold",
+    "policy/kl": "KL",
+    "loss/train": "loss",
+    "reward/accuracy": "accuracy",
+    "policy/accuracy": "accuracy",
+    "select/best_reward": "best reward",
+    "rollout/length_mean": "length",
+}
+"""The metrics that a line of progress shows, those that are logged, by the name it gives them; at most four."""
 
 
 class LoopState(Protocol):
@@ -46,12 +58,18 @@ def run_steps(
 
     Killed at any instant and called again, it leaves the same state and the same rows, `time/` metrics aside. What a
     step adds to the samples goes under i + 1 too, and nothing is logged before the first step: first measurements
-    belong into step 1. The first metric that is not a time is shown with the progress.
+    belong into step 1. What the step is about is shown with the progress (`SHOWN`).
 
-    Raises Interrupted after Ctrl-C, with the step in hand finished and saved (a second Ctrl-C stops at once), and
-    EngineError as `step` raised it, the last good checkpoint named in its fix.
+    Raises Interrupted after Ctrl-C or SIGTERM, with the step in hand finished and saved (a second one stops at once),
+    and EngineError as `step` raised it, the last good checkpoint named in its fix.
     """
     done = _resume(run, state)
+    if done > num_steps:
+        raise ConfigError(
+            f"{run.directory} has done {done} steps, and {num_steps} are asked for",
+            where="the length of the run",
+            fix="ask for as many steps or more, or begin again with --fresh",
+        )
     with _interrupts() as interrupted, _progress(description, done, num_steps) as show:
         for i in range(done, num_steps):
             began = time.perf_counter()
@@ -68,7 +86,8 @@ def run_steps(
             if stop:
                 break
         if interrupted():
-            raise Interrupted(f"stopped after step {done} of {num_steps}, saved in {run.directory}")
+            said = f"stopped after step {done} of {num_steps}, saved in {run.directory}"
+            raise Interrupted(said, signal_number=interrupted())
 
 
 def _resume(run: Run, state: LoopState) -> int:
@@ -91,24 +110,37 @@ def _naming_checkpoint(error: EngineError, run: Run, step: int) -> EngineError:
 
 
 @contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Within, Ctrl-C is noted instead of raised, the first time."""
-    asked = threading.Event()
+def _interrupts() -> Iterator[Callable[[], int]]:
+    """Within, Ctrl-C and SIGTERM (which batch systems and containers send) are noted instead of raised, the first time.
+    The function given has the number of the signal, or 0."""
+    asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield asked.is_set
+        yield lambda: 0
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def note(_signal: int, _frame: FrameType | None) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, before)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+        restore()
         print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
-    signal.signal(signal.SIGINT, note)
+    for number in before:
+        signal.signal(number, note)
     try:
-        yield asked.is_set
+        yield lambda: asked[0] if asked else 0
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
+
+
+def shown_with_progress(metrics: Metrics) -> str:
+    """The metrics that say how a step went, such as "  reward 1.2  KL 3.4"; the first one of any others."""
+    values = {name: value for name, value in to_values(metrics).items() if not name.startswith("time/")}
+    known = [f"  {word} {values[name]:.3g}" for name, word in SHOWN.items() if name in values]
+    return "".join(known[:4]) or next((f"  {name} {value:.4g}" for name, value in values.items()), "")
 
 
 @contextmanager
@@ -119,8 +151,7 @@ def _progress(description: str, done: int, num_steps: int) -> Iterator[Callable[
 
     def status(step: int, metrics: Metrics) -> str:
         rate = (step - done) / (time.perf_counter() - began)
-        shown = next((f"  {k} {v:.4g}" for k, v in to_values(metrics).items() if not k.startswith("time/")), "")
-        return f"{rate:.3g} steps/s{shown}"
+        return f"{rate:.3g} steps/s{shown_with_progress(metrics)}"
 
     if not console.is_terminal:
 

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import fcntl
-import functools
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import trimtab
 from trimtab import config
-from trimtab.errors import ConfigError, DataError, EngineError
+from trimtab.errors import ConfigError, DataError
+from trimtab.files import (
+    WRITING,
+    append_rows,
+    discard,
+    disk_problem,
+    json_text,
+    read_json,
+    remove,
+    sync,
+    sync_tree,
+    unwritable,
+    write_whole,
+    writing,
+)
 from trimtab.metrics import Metric
+from trimtab.runs.environment import environment
+from trimtab.runs.resume import Changes, Place, changes
 from trimtab.runs.trackers import Tracker, Writer
 
-WRITING = ".writing-"
-"""Prefix of what is not yet whole. Never read, and removed when a run is opened."""
 SUMS = "SHA256SUMS"
 # Checkpoints go first and settings last: a `--fresh` cut short leaves a run that starts over, never half a run.
 _CONTENTS = (
@@ -32,6 +41,7 @@ _CONTENTS = (
     *("start", "start.writing", "train.jsonl", "held_out.jsonl", "replies.jsonl", "best.jsonl", "pairs.jsonl"),
     *("tensorboard", "wandb", "environment.json", "settings.toml"),
 )
+_GOES_ON = "the same command goes on from what was saved"
 
 
 class Run:
@@ -62,40 +72,87 @@ class Run:
     ) -> Run:
         """The run in `directory`: begun if there is none, else continued, or with resume=False emptied first.
 
-        `settings` are those of `config.dump`. Raises ConfigError where another process has the run open, where the
-        directory holds something else, or a run of another stage or other settings that has begun to write.
+        `settings` are those of `config.dump`. A run may go on with other settings of how it is computed, from another
+        place, and to a greater length (`runs.resume`), which is recorded. Raises ConfigError where another process has
+        the run open, where the directory holds something else, or a run of another stage or other settings that has
+        begun to write.
         """
         directory = Path(directory)
-        settings_file = directory / "settings.toml"
-        if directory.exists() and not directory.is_dir():
-            raise ConfigError(f"{directory} is a file", where="the run directory", fix="give another directory")
-        if directory.exists() and not settings_file.exists() and _strangers(directory):
-            raise ConfigError(
-                f"{directory} holds {', '.join(_strangers(directory)[:3])} and no run",
-                where="the run directory",
-                fix="give a directory that is empty or does not exist yet",
-            )
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = _locked(directory)
+        _refuse_strangers(directory)
+        with writing("the run directory", directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = _locked(directory)
         try:
-            text = config.to_toml({"stage": stage, **settings})
-            other = settings_file.exists() and settings_file.read_text(encoding="utf-8") != text
-            if not resume or (other and not _begun(directory)):
-                _empty(directory)
-            _remove_unfinished(directory)
-            if settings_file.exists():
-                _check_same_settings(settings_file, tomllib.loads(text))
-                _note_environment(directory / "environment.json")
-            else:
-                _write(directory / "environment.json", _json_text(environment()))
-                _write(settings_file, text)
             run = cls(directory, stage, settings, lock)
+            with writing("the record of the run", directory):
+                run._begin_or_go_on(resume)
             if not run.finished:
                 run._writers = [tracker.start(directory, settings) for tracker in trackers]
         except BaseException:
             lock.close()
             raise
         return run
+
+    def _begin_or_go_on(self, resume: bool) -> None:
+        """Makes settings.toml and environment.json what they are to be, or raises what stands against it."""
+        directory, settings_file = self.directory, self.directory / "settings.toml"
+        text = config.to_toml({"stage": self.stage, **self.settings})
+        if not resume or (settings_file.exists() and not _begun(directory) and _text_of(settings_file) != text):
+            _empty(directory)
+        _remove_unfinished(directory)
+        record = directory / "environment.json"
+        here = Place.of(directory)
+        if not settings_file.exists():
+            write_whole(record, json_text({**environment(), "place": vars(here)}))
+            write_whole(settings_file, text)
+            return
+        found = self._changes(here)
+        now = environment()
+        began = (
+            read_json(record, fix="restore it, or remove it: the run goes on, without the record of where it began")
+            if record.exists()
+            else now
+        )
+        other = {key: value for key, value in now.items() if began.get(key, value) != value}
+        if other and other not in began.get("resumed_with", []):
+            print(f"warning: the run began with another {', '.join(other)}; numbers may differ", file=sys.stderr)
+            began.setdefault("resumed_with", []).append(other)
+        if found and (found.length or not self.finished):
+            self._take_over(found, text, began)
+        if began.get("place") != vars(here) or other or found or not record.exists():
+            write_whole(record, json_text({**began, "place": vars(here)}))
+
+    def _changes(self, here: Place) -> Changes:
+        """How the settings there differ from those now. Raises ConfigError for what may not differ."""
+        settings_file = self.directory / "settings.toml"
+        try:
+            before = tomllib.loads(settings_file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"settings.toml is damaged: {error}",
+                where=str(settings_file),
+                fix="restore it, give another directory with --out, or begin again there with --fresh",
+            ) from error
+        now = tomllib.loads(config.to_toml({"stage": self.stage, **self.settings}))
+        record = self.directory / "environment.json"
+        place = read_json(record, fix="restore it, or remove it").get("place") if record.exists() else None
+        then = Place(**place) if isinstance(place, dict) and set(place) == set(vars(here)) else None
+        return changes(before, now, then=then, here=here, num_done=self._num_done(), finished=self.finished)
+
+    def _take_over(self, found: Changes, text: str, began: dict[str, Any]) -> None:
+        """Goes on with other settings: they are written, and what they were is recorded with the step."""
+        if found.recorded:
+            step = self._num_done()
+            began.setdefault("changed_settings", []).append({"after_step": step, "settings": found.recorded})
+            print(f"note: the run goes on after step {step} with {found.said}", file=sys.stderr)
+        if found.length:  # first: a kill in between leaves a run that is to be finished again, of either length
+            discard(self.directory / "summary.json")
+        write_whole(self.directory / "settings.toml", text)
+
+    def _num_done(self) -> int:
+        """The step of the newest checkpoint; 0 where there is none."""
+        steps = _checkpoints(self.directory / "checkpoints")
+        return int(steps[-1].name.removeprefix("step-")) if steps else 0
 
     def __enter__(self) -> Run:
         return self
@@ -121,13 +178,17 @@ class Run:
         A value that is not finite becomes null, since JSON has no word for it.
         """
         values = {name: m if isinstance(m, int | float) else m.value for name, m in metrics.items()}
-        _append(self.directory / "metrics.jsonl", [{"step": step, **values}])
+        self._append("metrics.jsonl", [{"step": step, **values}])
         for writer in self._writers:
             writer.log(step, values)
 
     def add_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rows of JSON values to samples.jsonl, each under the step that `log` gets for the same work."""
-        _append(self.directory / "samples.jsonl", [{"step": step, **row} for row in rows])
+        self._append("samples.jsonl", [{"step": step, **row} for row in rows])
+
+    def _append(self, name: str, rows: list[Mapping[str, Any]]) -> None:
+        with writing(name, self.directory / name, kept=_GOES_ON):
+            append_rows(self.directory / name, rows)
 
     def add_data(self, source: str | Path, sha256: str, rows: int, reading: Mapping[str, Any] | None = None) -> None:
         """Records in data.json what was read and how: with `not_used`, columns that are no part of the records, and
@@ -136,18 +197,51 @@ class Run:
         Raises DataError where a resumed run finds other data than it began with.
         """
         path = self.directory / "data.json"
-        seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        lost = "restore it, or begin again with --fresh: it says which data the run began with"
+        seen = read_json(path, fix=lost) if path.exists() else {}
         entry = {"sha256": sha256, "rows": rows}
-        before = seen.get(str(source), entry)
-        if {name: before[name] for name in entry} != entry:
+        name = str(source)
+        known = next((other for other in seen if other == name or self._is_same_source(other, name)), None)
+        before = entry if known is None else seen[known]
+        if {key: before.get(key) for key in entry} != entry:
             raise DataError(
-                f"{source} is not the data this run began with ({rows} rows now, {seen[str(source)]['rows']} then)",
+                f"{source} is not the data this run began with ({rows} rows now, {before.get('rows')} then)",
                 where=str(path),
                 fix="restore the data, or begin again with --fresh or another --out",
             )
-        seen[str(source)] = entry | dict(reading or {})
-        _write(path, _json_text(seen))
-        say_reading(str(source), rows, reading or {})
+        whole = entry | dict(reading or {})
+        if known is None or seen[known] != whole:
+            with writing("data.json", path, kept=_GOES_ON):
+                write_whole(path, json_text({**seen, known or name: whole}))
+        say_reading(name, rows, reading or {})
+
+    def _is_same_source(self, before: str, now: str) -> bool:
+        """Whether two names are one file: the run may have been moved, or its file named in another way."""
+        here = Place.of(self.directory)
+        inside = here.beside(now)
+        if here.resolved(before) == here.resolved(now):
+            return True
+        return inside is not None and before.endswith(inside.removeprefix("../")) and not os.path.exists(before)
+
+    def note_path(self, name: str, taken: str) -> None:
+        """Records which of several ways of computing the run takes, such as ("sampler", "fused, compiled").
+
+        They give the same numbers but for rounding; a resumed run that must take another one says so and records it.
+        """
+        record = self.directory / "environment.json"
+        noted = read_json(record, fix="restore it, or remove it") if record.exists() else {}
+        before = noted.setdefault("paths", {}).get(name)
+        other = {f"paths.{name}": taken}
+        if before == taken or other in noted.get("resumed_with", []):
+            return
+        if before is None:
+            noted["paths"][name] = taken
+        else:
+            noted.setdefault("resumed_with", []).append(other)
+            said = f"the run began with the {name} {before!r} and goes on with {taken!r}; last digits may differ"
+            print(f"warning: {said}", file=sys.stderr)
+        with writing("environment.json", record, kept=_GOES_ON):
+            write_whole(record, json_text(noted))
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None], keep: int = 2) -> None:
         """Makes checkpoints/step-<step> out of what `write` puts into the directory it is given, all or nothing.
@@ -155,28 +249,29 @@ class Run:
         The newest `keep` checkpoints stay. Raises EngineError where the disk does not take it; the last one stays good.
         """
         checkpoints = self.directory / "checkpoints"
-        writing = checkpoints / f"{WRITING}{step}"
+        aside = checkpoints / f"{WRITING}{step}"
         try:
-            writing.mkdir(parents=True)
-            write(writing)
-            (writing / SUMS).write_text(_sums(writing), encoding="utf-8")
-            _sync_tree(writing)
+            aside.mkdir(parents=True)
+            write(aside)
+            (aside / SUMS).write_text(_sums(aside), encoding="utf-8")
+            sync_tree(aside)
             # A checkpoint promises that the rows of its steps are on disk too.
             for name in ("metrics.jsonl", "samples.jsonl"):
                 if (self.directory / name).exists():
-                    _sync(self.directory / name)
-            _discard(checkpoints / _step_name(step))
-            writing.rename(checkpoints / _step_name(step))
-            _sync(checkpoints)
-        except OSError as error:
-            shutil.rmtree(writing, ignore_errors=True)
-            raise EngineError(
-                f"the checkpoint of step {step} could not be written: {error}",
-                where=str(checkpoints),
-                fix="make room or correct the permissions; the same command goes on from the checkpoint before",
+                    sync(self.directory / name)
+            discard(checkpoints / _step_name(step))
+            aside.rename(checkpoints / _step_name(step))
+            sync(checkpoints)
+        except Exception as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            if not (problem := disk_problem(error)):
+                raise
+            what = f"the checkpoint of step {step}"
+            raise unwritable(
+                what, problem, checkpoints, "the same command goes on from the checkpoint before"
             ) from error
         for old in _checkpoints(checkpoints)[:-keep]:
-            _discard(old)
+            discard(old)
 
     def load_checkpoint(self) -> tuple[int, Path] | None:
         """Step and directory of the newest checkpoint whose checksums hold; None where there is none.
@@ -187,7 +282,7 @@ class Run:
             if not (problem := _damage(path)):
                 return int(path.name.removeprefix("step-")), path
             aside = path.with_name(path.name.replace("step", "damaged"))
-            _discard(aside)
+            discard(aside)
             path.rename(aside)
             print(f"warning: checkpoint {path} is damaged ({problem}); moved to {aside.name}", file=sys.stderr)
         return None
@@ -202,64 +297,52 @@ class Run:
 
     def save_model(self, write: Callable[[Path], None]) -> None:
         """Makes model/ out of what `write` puts into the directory it is given; a model/ before it is replaced."""
-        writing = self.directory / f"{WRITING}model"
-        writing.mkdir()
-        write(writing)
-        _sync_tree(writing)
-        _discard(self.model_dir)
-        writing.rename(self.model_dir)
-        _sync(self.directory)
+        aside = self.directory / f"{WRITING}model"
+        with writing("the model", self.model_dir, kept=_GOES_ON):
+            try:
+                remove(aside)
+                aside.mkdir()
+                write(aside)
+                sync_tree(aside)
+                discard(self.model_dir)
+                aside.rename(self.model_dir)
+                sync(self.directory)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json and closes the run: the last thing a stage does."""
-        _write(self.directory / "summary.json", _json_text(summary))
+        with writing("summary.json", self.directory / "summary.json", kept=_GOES_ON):
+            write_whole(self.directory / "summary.json", json_text(summary))
         self.close()
 
-
-def environment() -> dict[str, Any]:
-    """What the numbers of a run may depend on besides its settings and data."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": _cpu_model(),
-        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")},
-        "torch": _version("torch"),
-        "transformers": _version("transformers"),
-        "trimtab": trimtab.__version__,
-        "commit": _commit(),
-    }
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor())
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-@functools.cache
-def _commit() -> str | None:
-    """The commit the package was run from, with "-dirty" if changed since; None where it is not in a checkout."""
-    package = Path(trimtab.__file__).parent
-    git = ["git", "-C", str(package)]
-    try:
-        # A package installed below somebody else's checkout is not tracked by it.
-        subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], check=True, capture_output=True)
-        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    def kept(self) -> str:
+        """What of this run is not lost if it stops now, in a sentence."""
+        if self.finished:
+            return f"{self.directory} is finished"
+        if done := self._num_done():
+            return f"{self.directory} goes on after step {done}"
+        return f"nothing of {self.directory} was saved yet: this stage begins again"
 
 
 # --- opening ---
+
+
+def _refuse_strangers(directory: Path) -> None:
+    """Raises ConfigError where the directory is none, or holds something that is no run."""
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is a file", where="the run directory", fix="give another directory")
+    if directory.exists() and not (directory / "settings.toml").exists() and _strangers(directory):
+        raise ConfigError(
+            f"{directory} holds {', '.join(_strangers(directory)[:3])} and no run",
+            where="the run directory",
+            fix="give a directory that is empty or does not exist yet",
+        )
+
+
+def _text_of(path: Path) -> str:
+    return path.read_bytes().decode("utf-8", errors="replace")
 
 
 def _strangers(directory: Path) -> list[str]:
@@ -292,45 +375,14 @@ def _locked(directory: Path) -> IO[str]:
 
 def _empty(directory: Path) -> None:
     for name in _CONTENTS:
-        _discard(directory / name)
-    _sync(directory)
+        discard(directory / name)
+    sync(directory)
 
 
 def _remove_unfinished(directory: Path) -> None:
     for place in (directory, directory / "checkpoints"):
         for path in place.glob(f"{WRITING}*"):
-            _remove(path)
-
-
-def _check_same_settings(path: Path, now: Mapping[str, Any]) -> None:
-    before = dict(_flat(tomllib.loads(path.read_text(encoding="utf-8"))))
-    after = dict(_flat(now))
-    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    if keys:
-        changes = "".join(f"\n  - {k}: {before.get(k, 'unset')!r} there, {after.get(k, 'unset')!r} now" for k in keys)
-        raise ConfigError(
-            f"{path.parent} holds a run with other settings:{changes}",
-            where=str(path),
-            fix="give another directory with --out, or begin again there with --fresh",
-        )
-
-
-def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
-
-
-def _note_environment(path: Path) -> None:
-    began = json.loads(path.read_text(encoding="utf-8"))
-    now = environment()
-    changed = {key: value for key, value in now.items() if began.get(key) != value}
-    if changed and changed not in began.get("resumed_with", []):
-        print(f"warning: the run began with another {', '.join(changed)}; numbers may differ", file=sys.stderr)
-        began.setdefault("resumed_with", []).append(changed)
-        _write(path, _json_text(began))
+            remove(path)
 
 
 # --- checkpoints ---
@@ -369,21 +421,6 @@ def _damage(directory: Path) -> str:
     return f"{', '.join(names)} does not match {SUMS}" if differing else ""
 
 
-# --- files ---
-
-
-def _json_text(value: Any) -> str:
-    # dumps writes NaN and Infinity, which are not JSON; reading them back turns both into null.
-    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    return json.dumps(finite, ensure_ascii=False, sort_keys=True, indent=2) + "\n"
-
-
-def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    finite = json.loads(json.dumps(rows), parse_constant=lambda _: None)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in finite))
-
-
 def _end_of_step(path: Path, step: int) -> int:
     """The byte at which the first row after `step`, or the first row that is not whole, begins."""
     end = 0
@@ -407,41 +444,3 @@ def say_reading(source: str, kept: int, reading: Mapping[str, Any]) -> None:
         print(f"note: {source}: {num:,} of {num + kept:,} rows are left out ({kinds})", file=sys.stderr)
     if names := reading.get("not_used"):
         print(f"note: {source}: not used: {', '.join(names)}", file=sys.stderr)
-
-
-def _write(path: Path, text: str) -> None:
-    """Replaces a file at once: whoever reads it, now or after a power cut, sees all of the old or all of the new."""
-    writing = path.with_name(WRITING + path.name)
-    writing.write_text(text, encoding="utf-8")
-    _sync(writing)
-    writing.replace(path)
-    _sync(path.parent)
-
-
-def _discard(path: Path) -> None:
-    """Removes a file or tree that may not exist; one half removed never shows under its own name."""
-    if path.exists():
-        aside = path.with_name(f"{WRITING}old-{path.name}")
-        _remove(aside)
-        path.rename(aside)
-        _remove(aside)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync_tree(directory: Path) -> None:
-    for path in [*directory.rglob("*"), directory]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,7 @@ from trimtab import seeds
 from trimtab.errors import DataError
 from trimtab.evals.overoptimisation import best_of_each, best_of_n_kl, curve_of, sizes_up_to
 from trimtab.evals.stats import bootstrap_mean
-from trimtab.runs.run import WRITING
+from trimtab.files import WRITING
 from trimtab.types import Demonstration, PreferencePair, Prompt, to_dict
 
 Pairs = Literal["none", "worst", "random", "demonstration"]

@@ -1,0 +1,165 @@
+"""What may differ when a run goes on: how it is computed, where it lies, and that it becomes longer; nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import ConfigError
+
+HOW = frozenset(
+    {
+        *("token_budget", "checkpoint_every", "checkpoint_activations", "validate_every", "reference_cache"),
+        *("sample_every", "num_samples", "trackers", "engine", "num_parallel"),
+        *("sampling.batch_size", "sampling.cache_gb"),
+    }
+)
+"""Settings of how a run is computed, kept and watched, not of what it computes: a resumed run may have others. By the
+name of a key, or of a table with all that is in it."""
+
+LENGTHS = {
+    **dict.fromkeys(["pretrain", "sft", "reward", "preference"], ("max_steps", "num_epochs")),
+    "online": ("num_steps",),
+    "select": ("max_steps",),
+}
+"""The settings of each stage that say how long it trains. They may grow, also after the run has finished."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run lay, and from where its command was given: what relative paths in its settings are relative to."""
+
+    directory: str
+    cwd: str
+
+    @classmethod
+    def of(cls, directory: Path) -> Place:
+        """The place of a run opened now."""
+        return cls(os.path.abspath(directory), os.getcwd())
+
+    def resolved(self, path: str) -> str:
+        """The path, absolute."""
+        return os.path.realpath(os.path.join(self.cwd, path))
+
+    def beside(self, path: str) -> str | None:
+        """The path as seen from the run, if it lies in the run's directory or in that of a run beside it."""
+        relative = os.path.relpath(self.resolved(path), os.path.realpath(self.directory))
+        return None if relative.startswith(f"..{os.sep}..") or relative == ".." else relative
+
+
+@dataclass(frozen=True)
+class Changes:
+    """The settings that a run goes on with, where they are not those it began with: key to (before, now)."""
+
+    how: Mapping[str, tuple[Any, Any]]
+    length: Mapping[str, tuple[Any, Any]]
+    moved: bool
+    """Whether paths are written in another way, for the run was moved or is called from elsewhere."""
+
+    def __bool__(self) -> bool:
+        return bool(self.how or self.length or self.moved)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """As environment.json keeps them."""
+        return {key: {"before": then, "now": now} for key, (then, now) in {**self.how, **self.length}.items()}
+
+    @property
+    def said(self) -> str:
+        """As the console has them."""
+        return ", ".join(f"{key} {_word(a)} → {_word(b)}" for key, (a, b) in {**self.how, **self.length}.items())
+
+
+def changes(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    then: Place | None,
+    here: Place,
+    num_done: int,
+    finished: bool,
+) -> Changes:
+    """What differs between the settings a run began with and those it is to go on with.
+
+    `num_done` are the steps that its newest checkpoint holds. Raises ConfigError that names every key that must not
+    differ, or a length below what is done.
+    """
+    old, new = dict(_flat(before)), dict(_flat(now))
+    lengths = LENGTHS.get(str(now.get("stage")), ())
+    how, length, wrong, moved = {}, {}, {}, False
+    for key in {**old, **new}:
+        pair = (old.get(key), new.get(key))
+        if pair[0] == pair[1]:
+            continue
+        if _same_place(*pair, then=then, here=here):
+            moved = True
+        elif is_how(key):
+            how[key] = pair
+        elif key in lengths and _may_become(key, *pair, num_done=num_done, finished=finished):
+            length[key] = pair
+        else:
+            wrong[key] = pair
+    if wrong:
+        listed = "".join(f"\n  - {k}: {_quoted(a)} there, {_quoted(b)} now" for k, (a, b) in wrong.items())
+        growing = f"; {' and '.join(lengths)} may grow" if set(wrong) & set(lengths) else ""
+        raise ConfigError(
+            f"{here.directory if then is None else _shown(here)} holds a run with other settings:{listed}",
+            where=str(Path(_shown(here)) / "settings.toml"),
+            fix=f"give another directory with --out, or begin again there with --fresh{growing}",
+        )
+    return Changes(how, length, moved)
+
+
+def is_how(key: str) -> bool:
+    """Whether a key path says how a run is computed and not what it computes."""
+    parts = key.split(".")
+    return any(".".join(parts[i:j]) in HOW for i in range(len(parts)) for j in range(i + 1, min(i + 3, len(parts) + 1)))
+
+
+def _may_become(key: str, before: Any, now: Any, *, num_done: int, finished: bool) -> bool:
+    """Whether a run of one length may become one of another: longer always, shorter if it has not come so far yet."""
+    unlimited = key == "max_steps"  # unset is the whole run
+    old, new = (float("inf") if unlimited and not isinstance(v, int | float) else v for v in (before, now))
+    if not isinstance(old, int | float) or not isinstance(new, int | float):
+        return False
+    return new > old or (not finished and key != "num_epochs" and new >= num_done)
+
+
+def _same_place(before: Any, now: Any, *, then: Place | None, here: Place) -> bool:
+    """Whether two settings are one path: the same file or directory, or the same place beside a run that was moved."""
+    if not isinstance(before, str) or not isinstance(now, str) or "\n" in before + now:
+        return False
+    if os.sep not in before + now and not os.path.exists(here.resolved(now)):
+        return False
+    if (then or here).resolved(before) == here.resolved(now):
+        return True
+    beside = here.beside(now)
+    return then is not None and beside is not None and then.beside(before) == beside
+
+
+def _flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Key paths and values; entries of a list of tables by their number."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from _flat(value, f"{path}.{key}" if path else key)
+    elif isinstance(values, list | tuple) and values and all(isinstance(v, Mapping) for v in values):
+        for number, value in enumerate(values):
+            yield from _flat(value, f"{path}.{number}")
+    else:
+        yield path, list(values) if isinstance(values, tuple) else values
+
+
+def _shown(here: Place) -> str:
+    relative = os.path.relpath(here.directory, here.cwd)
+    return here.directory if relative.startswith("..") else relative
+
+
+def _word(value: Any) -> str:
+    return "unset" if value is None else str(value)
+
+
+def _quoted(value: Any) -> str:
+    return repr("unset" if value is None else value)
