@@ -5,16 +5,29 @@ from __future__ import annotations
 import difflib
 import importlib
 import shlex
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
 
 import trimtab
-from trimtab.errors import ConfigError, Interrupted, TrimtabError
+from trimtab.errors import (
+    EXTRAS,
+    ConfigError,
+    EngineError,
+    Interrupted,
+    Terminated,
+    TrimtabError,
+    not_installed,
+)
 from trimtab.feedback.command_line import add_to
+from trimtab.files import disk_problem, unwritable
 from trimtab.settings_help import settings_help
 
 STAGES = {
@@ -33,34 +46,33 @@ STAGES = {
 """Each stage command: the module with its `Settings` and `run`, and its line of help."""
 
 
-_TRAINING = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "peft")
-
-
 class _Commands(click.Group):
     """Turns mistakes into messages and exit codes; tracebacks are for bugs."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _sigterm_raised():
+                return super().invoke(ctx)
         except TrimtabError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
         except ModuleNotFoundError as missing:
-            if missing.name not in _TRAINING:
+            if (wanting := _not_installed(missing, ctx)) is None:
                 raise
-            install = TrimtabError(
-                f"{missing.name} is not installed",
-                where="this command trains or runs a model",
-                fix="pip install 'trimtab[train]'",
-            )
-            click.echo(f"error: {install}", err=True)
+            click.echo(f"error: {wanting}", err=True)
             ctx.exit(2)
         except Interrupted as stop:
             click.echo(f"{stop}\nto go on: {_same_command()}", err=True)
-            ctx.exit(130)
-        except KeyboardInterrupt:
+            ctx.exit(128 + stop.signal_number)
+        except KeyboardInterrupt as stop:
             click.echo("stopped at once; what was not saved yet is done again by the same command", err=True)
-            ctx.exit(130)
+            ctx.exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))
+        except Exception as error:
+            if not (problem := disk_problem(error)):
+                raise
+            refused = unwritable("what this command writes", problem, Path.cwd(), "what was saved before is as it was")
+            click.echo(f"error: {refused}", err=True)
+            ctx.exit(2)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -76,10 +88,47 @@ class _Commands(click.Group):
         return list(self.commands)
 
 
+@contextmanager
+def _sigterm_raised() -> Iterator[None]:
+    """Within, SIGTERM ends a command as Ctrl-C does, so that what is open is closed and what is kept is said."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _not_installed(missing: ModuleNotFoundError, ctx: click.Context) -> EngineError | None:
+    """What to install for a library of an extra; None if the module belongs to none."""
+    module = (missing.name or "").partition(".")[0]
+    preferred = ("feedback",) if ctx.invoked_subcommand == "feedback" else ()
+    extra = next((name for name in (*preferred, *EXTRAS) if module in EXTRAS[name]), None)
+    if extra is None:
+        return None
+    return not_installed(module, extra=extra, needed_by="this command", where=f"trimtab {ctx.invoked_subcommand}")
+
+
 class _StageCommand(click.Command):
     """A command whose help ends with the settings of its stage."""
 
     module: str
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Answers `--learning-rate 1e-4` with the key to write."""
+        try:
+            return super().parse_args(ctx, list(args))
+        except click.NoSuchOption as wrong:
+            place = next((i for i, word in enumerate(args) if word.partition("=")[0] == wrong.option_name), -1)
+            given = args[place].partition("=")[2] or "".join(args[place + 1 : place + 2]) if place >= 0 else ""
+            check = importlib.import_module("trimtab.settings_check")
+            raise check.option_as_override(self.module, wrong.option_name, given) from wrong
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Settings (keys of the run file, or key=value)"):
@@ -145,13 +194,23 @@ def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None) -> None:
     config = importlib.import_module("trimtab.config")
     console = importlib.import_module("rich.console")
     values = config.apply_overrides(config.load_run_file(run_file), overrides)
-    if stage is not None:
-        values = {"stages": {stage: {**values, "stage": stage}}}
     where = " ".join([str(run_file), *overrides])
     if "stages" not in values:
-        raise ConfigError("a run file of a single stage", where=where, fix="say which: --stage sft")
+        stage = stage or values.get("stage") or _stage_of(values, where)
+        values = {"stages": {stage: {**values, "stage": stage}}}
     planning = importlib.import_module("trimtab.stages.plan")
     planning.show(planning.plan(values, where=where), console.Console(width=120))
+
+
+def _stage_of(values: dict[str, Any], where: str) -> str:
+    """The stage whose settings these are. Raises ConfigError where they could be those of several or of none."""
+    check = importlib.import_module("trimtab.settings_check")
+    able = check.nearest_stage(values, {name: module for name, (module, _) in STAGES.items()})
+    if len(able) == 1:
+        return str(able[0])
+    which = " or ".join(f"--stage {name}" for name in able or STAGES)
+    could = "the settings could be those of several stages" if able else "the settings are those of no stage"
+    raise ConfigError(f"a run file of a single stage: {could}", where=where, fix=f"say which: {which}")
 
 
 def _run_pipeline(run_file: Path, overrides: tuple[str, ...], out: Path) -> None:
@@ -164,9 +223,16 @@ def _run_pipeline(run_file: Path, overrides: tuple[str, ...], out: Path) -> None
 
 
 def _tell(out: Path) -> None:
-    """The verdict on a pipeline, as its page has it."""
+    """The verdict on a pipeline or a run, as its page has it."""
     headline = importlib.import_module("trimtab.reports.headline")
-    record = importlib.import_module("trimtab.reports.collect").collect(out)
+    collecting = importlib.import_module("trimtab.reports.collect")
+    record = collecting.collect(out)
+    if isinstance(record, collecting.RunRecord):
+        verdict = headline.run_verdict(record)
+        if verdict is not None:
+            for sentence in (verdict.title, *verdict.sentences):
+                click.echo(sentence)
+        return
     verdict = headline.pipeline_verdict(record)
     click.echo()
     for sentence in (verdict.title, *verdict.sentences):
@@ -214,23 +280,34 @@ def stage_command(name: str, module: str, help_line: str) -> click.Command:
 def _run_stage(name: str, module: str, run_file: Path, overrides: tuple[str, ...], out: Path, fresh: bool) -> None:
     config = importlib.import_module("trimtab.config")
     values = config.apply_overrides(config.load_run_file(run_file), overrides)
+    where = " ".join([str(run_file), *overrides])
     if (meant := values.pop("stage", name)) != name:  # settings.toml of a run directory says its stage
         raise ConfigError(f"a run file of the stage {meant!r}", where=str(run_file), fix=f"use trimtab {meant}")
+    if "stages" in values:
+        raise ConfigError("a run file of a pipeline", where=str(run_file), fix=f"use trimtab run {run_file}")
+    if module.startswith("trimtab."):  # before its libraries, which take seconds to import
+        importlib.import_module("trimtab.settings_check").check({"": (module, values)}, where=where)
     stage = importlib.import_module(module)
-    settings = config.resolve(stage.Settings, values, where=" ".join([str(run_file), *overrides]))
+    settings = config.resolve(stage.Settings, values, where=where)
+    if module.startswith("trimtab.") and (fresh or not (out / "summary.json").exists()):
+        importlib.import_module("trimtab.stages.preflight").check_stage(name, settings, where=where)
     runs = importlib.import_module("trimtab.runs.run")
-    with runs.Run.open(
-        out,
-        stage=name,
-        settings=config.dump(settings),
-        resume=not fresh,
-        trackers=getattr(settings, "trackers", ()),
-    ) as run:
+    trackers = getattr(settings, "trackers", ())
+    with runs.Run.open(out, stage=name, settings=config.dump(settings), resume=not fresh, trackers=trackers) as run:
         if run.finished:
             click.echo(f"{out} is finished; --fresh begins it again")
         else:
-            stage.run(settings, run)
+            _run_open(stage, settings, run)
+    _tell(out)
     _write_report(out)
+
+
+def _run_open(stage: Any, settings: Any, run: Any) -> None:
+    try:
+        stage.run(settings, run)
+    except KeyboardInterrupt as stop:
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        raise Interrupted(f"stopped at once; {run.kept()}", signal_number=number) from stop
 
 
 for _name, (_module, _help) in STAGES.items():
@@ -369,13 +446,16 @@ def show(source: str, model: str, kind: str, rows: int) -> None:
 
 @main.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-def report(directory: Path) -> None:
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="The page.  [default: report.html in the directory]"
+)
+def report(directory: Path, out: Path | None) -> None:
     """Write the page of a run or a pipeline."""
-    _write_report(directory)
+    _write_report(directory, out)
 
 
-def _write_report(directory: Path) -> None:
-    path = importlib.import_module("trimtab.reports.html").write_report(directory)
+def _write_report(directory: Path, out: Path | None = None) -> None:
+    path = importlib.import_module("trimtab.reports.html").write_report(directory, out)
     click.echo(f"report: {path}")
 
 

@@ -18,23 +18,29 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
 import os
+import re
 import resource
+import signal
 import sys
 import time
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from trimtab import config
-from trimtab.errors import ConfigError
+from trimtab import config, settings_check
+from trimtab.errors import ConfigError, Interrupted, Terminated
+from trimtab.files import json_text, read_json, write_whole, writing
+from trimtab.runs.resume import LENGTHS
 from trimtab.runs.run import Run
+from trimtab.stages import preflight
 
 STAGES = ("pretrain", "sft", "compare", "reward", "preference", "online", "select", "evaluate")
 TOP_LEVEL = ("seed", "variables", "stages")
+RESERVED = ("pipeline.toml", "summary.json", "report.html")
 
 
 def run_pipeline(values: Mapping[str, Any], out: Path, *, where: str = "the pipeline file") -> dict[str, Any]:
@@ -45,8 +51,12 @@ def run_pipeline(values: Mapping[str, Any], out: Path, *, where: str = "the pipe
     console = Console(stderr=True, highlight=False)
     values = expand(values, where=where)
     stages = resolve_stages(values, out, where=where)
-    out.mkdir(parents=True, exist_ok=True)
-    write_aside(out / "pipeline.toml", config.to_toml(dict(values)))
+    refuse_other_contents(out, list(stages), where=where)
+    preflight.check(stages, out, where=where)
+    refuse_stale(stages, out)
+    with writing("the pipeline's directory", out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "pipeline.toml", config.to_toml(dict(values)))
     for number, (name, (stage, settings)) in enumerate(stages.items(), start=1):
         title = f"[{number}/{len(stages)}] {name}"
         trackers = getattr(settings, "trackers", ())
@@ -55,12 +65,74 @@ def run_pipeline(values: Mapping[str, Any], out: Path, *, where: str = "the pipe
                 console.print(f"{title}: finished before", style="dim")
                 continue
             console.print(title, style="bold")
-            started = time.perf_counter()
-            importlib.import_module(f"trimtab.stages.{stage}").run(settings, run)
-            add_to_summary(run.directory, {"seconds": time.perf_counter() - started})
+            run_stage(stage, settings, run)
     summary = summarise(values, {name: stage for name, (stage, _) in stages.items()}, out)
     write_json(out / "summary.json", summary)
     return summary
+
+
+def run_stage(stage: str, settings: Any, run: Run) -> None:
+    """Runs one stage to its end and notes how long it took. Raises Interrupted, with what is kept, for Ctrl-C."""
+    started = time.perf_counter()
+    try:
+        importlib.import_module(f"trimtab.stages.{stage}").run(settings, run)
+    except KeyboardInterrupt as stop:
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        kept = f"stopped at once; {run.kept()}, and finished stages stay"
+        raise Interrupted(kept, signal_number=number) from stop
+    add_to_summary(run.directory, {"seconds": time.perf_counter() - started})
+
+
+def refuse_other_contents(out: Path, names: Sequence[str], *, where: str) -> None:
+    """Raises ConfigError where the directory holds a run of one stage, or a pipeline with other stages: their records
+    would be overwritten. A pipeline to which stages were added goes on."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file", where="the pipeline's directory", fix="give another directory with --out")
+    fix = "give another directory with --out"
+    if (out / "settings.toml").exists():
+        raise ConfigError(f"{out} holds the run of a single stage", where=str(out / "settings.toml"), fix=fix)
+    file = out / "pipeline.toml"
+    if not file.exists():
+        return
+    try:
+        there = tomllib.loads(file.read_text(encoding="utf-8")).get("stages", {})
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        return  # written anew, from the file that this command was given
+    begun = [name for name in there if name not in names and (out / name).is_dir()]
+    if begun:
+        raise ConfigError(
+            f"{out} holds another pipeline, whose stages {', '.join(begun)} are not in this one", where=where, fix=fix
+        )
+
+
+def refuse_stale(stages: Mapping[str, tuple[str, Any]], out: Path) -> None:
+    """Raises ConfigError where a stage would become longer whose result a later stage has used already."""
+    for name, (stage, settings) in stages.items():
+        grown = would_grow(out / name, stage, settings)
+        uses = str(out / name) + os.sep
+        used_by = [
+            later
+            for later, (_, its) in list(stages.items())[list(stages).index(name) + 1 :]
+            if grown and (out / later / "settings.toml").exists() and uses in config.to_toml(config.dump(its))
+        ]
+        if used_by:
+            raise ConfigError(
+                f"{name} is to be made longer, but {', '.join(used_by)} began with it as it is",
+                where=str(out / name),
+                fix=f"remove {', '.join(str(out / later) for later in used_by)}, or give another directory with --out",
+            )
+
+
+def would_grow(directory: Path, stage: str, settings: Any) -> bool:
+    """Whether these settings ask more of a finished run than it has done."""
+    if not (directory / "summary.json").exists() or not (directory / "settings.toml").exists():
+        return False
+    try:
+        before = tomllib.loads((directory / "settings.toml").read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        return False  # said when the run is opened
+    now = tomllib.loads(config.to_toml(config.dump(settings)))
+    return any(before.get(key) != now.get(key) for key in LENGTHS.get(stage, ()))
 
 
 def expand(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -111,9 +183,15 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
             where=where,
             fix=f"{nearest(sorted(unknown)[0], TOP_LEVEL)}a pipeline has seed, [variables] and [stages.NAME] tables",
         )
-    classes, resolved = {}, {}
+    resolved: dict[str, Any] = {}
     earlier: set[str] = set()
     for name, table in tables.items():
+        if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name) or name in RESERVED:
+            raise ConfigError(
+                f"a stage called {name!r}",
+                where=where,
+                fix="a stage is a directory of the pipeline: name it with letters, digits, _ and - only",
+            )
         stage = table.get("stage") if isinstance(table, Mapping) else None
         if stage not in STAGES:
             hint = nearest(str(stage), STAGES)
@@ -125,8 +203,11 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
             settings.setdefault("seed", values["seed"])
         key = f"stages.{name}"
         resolved[key] = substitute(settings, key, values.get("variables", {}), earlier, out, where)
-        classes[key] = importlib.import_module(f"trimtab.stages.{stage}").Settings
         earlier.add(name)
+    modules = {f"stages.{name}": f"trimtab.stages.{table['stage']}" for name, table in tables.items()}
+    # Before the stages are imported, which takes seconds: a mistake is to be answered at once.
+    settings_check.check({key: (modules[key], table) for key, table in resolved.items()}, where=where)
+    classes = {key: importlib.import_module(module).Settings for key, module in modules.items()}
     settings_of = config.resolve_tables(classes, resolved, where=where)
     return {name: (table["stage"], settings_of[f"stages.{name}"]) for name, table in tables.items()}
 
@@ -161,7 +242,8 @@ def substitute(value: Any, key: str, variables: Mapping[str, Any], earlier: set[
 
 def summarise(values: Mapping[str, Any], stages: Mapping[str, str], out: Path) -> dict[str, Any]:
     """The summary of all stages, with what a reader asks for first under `reward_model` and `policy`."""
-    summaries = {name: json.loads((out / name / "summary.json").read_text(encoding="utf-8")) for name in stages}
+    again = "remove it: the same command finishes the stage again from its last checkpoint"
+    summaries = {name: read_json(out / name / "summary.json", fix=again) for name in stages}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     summary: dict[str, Any] = {
         "seed": values.get("seed"),
@@ -200,16 +282,12 @@ def policy_summary(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 def add_to_summary(directory: Path, values: Mapping[str, Any]) -> None:
     """Adds `values` to a finished stage's summary.json."""
     path = directory / "summary.json"
-    write_json(path, json.loads(path.read_text(encoding="utf-8")) | dict(values))
+    write_json(
+        path, read_json(path, fix="remove it: the stage is finished again from its last checkpoint") | dict(values)
+    )
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """The value as a JSON file."""
-    write_aside(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Writes aside and renames, so that a reader never sees half a file."""
-    aside = path.with_name(path.name + ".writing")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    with writing(path.name, path):
+        write_whole(path, json_text(value))

@@ -1,0 +1,277 @@
+"""What a run reads, looked at before anything is trained: files and their columns, models, functions, libraries.
+
+A pipeline that is to stop at a missing file of its last stage would otherwise say so after hours. Only beginnings are
+read here; the stage itself reads the whole, and has the last word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trimtab import config, registry, worlds
+from trimtab.data.layouts import load
+from trimtab.data.sources import is_world, read_rows, read_world
+from trimtab.errors import EXTRAS, ConfigError, DataError, EngineError, TrimtabError, need
+from trimtab.rewards.gold import GoldReward
+from trimtab.rewards.model import RewardModel
+from trimtab.rewards.python_callable import PythonCallable, load_function
+from trimtab.types import Demonstration, LabelledResponse, PreferencePair, Prompt
+
+NUM_ROWS = 1000
+"""Rows of a file that are looked at."""
+
+ModelKind = Literal["policy", "reward model", "any"]
+
+MAKES: dict[str, tuple[ModelKind | None, tuple[str, ...]]] = {
+    **dict.fromkeys(["pretrain", "sft", "preference"], ("policy", ("metrics.jsonl",))),
+    "online": ("policy", ("metrics.jsonl", "samples.jsonl")),
+    "reward": ("reward model", ("metrics.jsonl",)),
+    "compare": (None, ("train.jsonl", "held_out.jsonl")),
+    "select": (None, ("best.jsonl", "pairs.jsonl", "replies.jsonl", "metrics.jsonl", "samples.jsonl")),
+    "evaluate": (None, ("samples.jsonl",)),
+}
+"""The model and the files that each stage writes."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Data that a stage reads."""
+
+    key: str
+    source: str
+    kinds: tuple[type, ...]
+    """Any of these records; none where any text will do."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that a stage loads."""
+
+    key: str
+    path: str
+    kind: ModelKind
+
+
+def check(stages: Mapping[str, tuple[str, Any]], out: Path, *, where: str) -> None:
+    """Raises one error with all that is missing or does not fit in the stages of a pipeline in `out`, by their names.
+    Finished ones are left out."""
+    earlier: dict[str, str] = {}
+    found: list[tuple[str, TrimtabError]] = []
+    for name, (stage, settings) in stages.items():
+        if not (out / name / "summary.json").exists():
+            made = {str(out / before): kind for before, kind in earlier.items()}
+            found += [(f"stages.{name}.{key}", error) for key, error in _problems(stage, settings, made)]
+        earlier[name] = stage
+    _raise(found, where)
+
+
+def check_stage(stage: str, settings: Any, *, where: str) -> None:
+    """The same for a single stage."""
+    _raise(list(_problems(stage, settings, {})), where)
+
+
+def _raise(found: list[tuple[str, TrimtabError]], where: str) -> None:
+    if not found:
+        return
+    if len(found) > 1:
+        lines = [f"{key}: {error.problem} ({error.where}); {error.fix}" for key, error in found]
+        raise config.refused(lines, where=where)
+    key, error = found[0]
+    raise type(error)(error.problem, where=f"{error.where} ({key})", fix=error.fix)
+
+
+def _problems(stage: str, settings: Any, made: Mapping[str, str]) -> Iterator[tuple[str, TrimtabError]]:
+    """Every key whose value cannot be used, and why. `made` are the directories of earlier stages, and their kinds."""
+    looks: list[Source | Model] = [*_sources(stage, settings), *_models(stage, settings)]
+    for look in looks:
+        try:
+            if isinstance(look, Source):
+                _check_source(look, settings, made)
+            else:
+                _check_model(look, made)
+        except TrimtabError as error:
+            yield look.key, error
+    for key, name in _worlds(settings):
+        try:
+            worlds.load(name)
+        except TrimtabError as error:
+            yield key, error
+    for number, reward in enumerate(getattr(settings, "rewards", ())):
+        if isinstance(reward, PythonCallable):
+            try:
+                load_function(reward.function)
+            except TrimtabError as error:
+                yield f"rewards.{number}.function", error
+    for tracker in getattr(settings, "trackers", ()):
+        name = registry.name_of("tracker", type(tracker))
+        try:
+            if name in EXTRAS:
+                need(name, extra=name, setting=f"the tracker {name!r}", where="trackers")
+        except TrimtabError as error:
+            yield "trackers", error
+
+
+# --- data ---
+
+
+def _sources(stage: str, settings: Any) -> Iterator[Source]:
+    """What the stage reads, and as what."""
+    pairs: tuple[type, ...] = (PreferencePair,)
+    if stage == "preference" and settings.loss.reads == "replies":
+        pairs = (LabelledResponse, PreferencePair)
+    if stage == "sft" and not settings.chosen_as_demonstrations:
+        pairs = (Demonstration,)
+    kinds: dict[str, tuple[type, ...]] = {
+        "data": () if stage == "pretrain" else pairs,
+        "held_out_data": pairs,
+        "prompts": (Prompt,),
+        "demonstrations": (Demonstration,),
+    }
+    for key, wanted in kinds.items():
+        if (source := getattr(settings, key, None)) is not None:
+            yield Source(key, source, wanted)
+    if (mix := getattr(settings, "pretraining_mix", None)) is not None:
+        yield Source("pretraining_mix.data", mix.data, (Demonstration,))
+
+
+def _check_source(look: Source, settings: Any, made: Mapping[str, str]) -> None:
+    """Raises the error of data that cannot be read as what it is to be."""
+    if (step := _made_by(look.source, made)) is not None:
+        stage, file = step
+        if file not in MAKES[stage][1]:
+            raise DataError(
+                f"the stage {stage} writes no {file!r}",
+                where=look.source,
+                fix=f"it writes {', '.join(MAKES[stage][1])}",
+            )
+        return
+    if is_world(look.source):
+        read_world(re.sub(r"\bnum=\d+", "num=1", look.source), demonstrations=Demonstration in look.kinds)
+        return
+    if not look.kinds:
+        read_rows(look.source, limit=NUM_ROWS)
+        return
+    drops = getattr(settings, "on_bad_row", "stop") == "drop"
+    limit = min(getattr(settings, "limit", None) or NUM_ROWS, NUM_ROWS)
+    errors = []
+    for kind in look.kinds:
+        try:
+            load(kind, look.source, on_bad_row="drop" if drops else "stop", limit=limit)
+            return
+        except DataError as error:
+            errors.append(error)
+    # With rows that may be dropped, those at the beginning say nothing of the others.
+    if not (drops and "rows cannot be used" in errors[-1].problem):
+        raise errors[-1]
+
+
+def _worlds(settings: Any) -> Iterator[tuple[str, str]]:
+    """The worlds that settings name."""
+    if (name := getattr(settings, "world", None)) is not None:
+        yield "world", name
+    for number, reward in enumerate(getattr(settings, "rewards", ())):
+        if isinstance(reward, GoldReward):
+            yield f"rewards.{number}.world", reward.world
+
+
+# --- models ---
+
+
+def _models(stage: str, settings: Any) -> Iterator[Model]:
+    """The models that the stage loads, and as what."""
+    kinds: dict[str, ModelKind] = {
+        "model": "any" if stage == "reward" else "policy",
+        "reference": "policy",
+        "baseline": "policy",
+        "reward_model": "reward model",
+    }
+    for key, kind in kinds.items():
+        if (path := getattr(settings, key, None)) is not None:
+            yield Model(key, path, kind)
+    for number, reward in enumerate(getattr(settings, "rewards", ())):
+        if isinstance(reward, RewardModel):
+            yield Model(f"rewards.{number}.path", reward.path, "reward model")
+    critic = getattr(settings, "critic", None)
+    if critic is not None and critic.path is not None and settings.advantage.needs_critic:
+        yield Model("critic.path", critic.path, "any")
+
+
+def _check_model(look: Model, made: Mapping[str, str]) -> None:
+    """Raises the error of a model directory that is not there, is none, or holds a model of another kind."""
+    if (step := _made_by(look.path, made)) is not None:
+        stage, file = step
+        makes = MAKES[stage][0]
+        if file != "model" or makes is None:
+            able = [kind for kind, (model, _) in MAKES.items() if model is not None]
+            raise ConfigError(
+                f"the stage {stage} writes no model {file!r}" if makes else f"the stage {stage} writes no model",
+                where=look.path,
+                fix=f"name a stage that does, as @NAME: {', '.join(able)}",
+            )
+        _require_kind(look, makes)
+        return
+    path = Path(look.path)
+    if not path.exists():
+        if _is_a_path(look.path):
+            raise EngineError(f"there is no directory {look.path!r}", where=look.path, fix=_near(path))
+        return  # a hub id
+    if not (path / "config.json").exists():
+        if (path / "adapter_config.json").exists():
+            return
+        inner = path / "model"
+        meant = f"did you mean {str(inner)!r}? " if (inner / "config.json").exists() else ""
+        raise EngineError(
+            f"{look.path!r} is no model: it has no config.json",
+            where=look.path,
+            fix=f"{meant}a model directory holds config.json, model.safetensors and a tokenizer",
+        )
+    try:
+        described = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        architectures = described.get("architectures") or [""]
+    except (ValueError, AttributeError) as error:
+        raise EngineError(
+            f"config.json is damaged: {error}", where=str(path / "config.json"), fix="copy or download the model again"
+        ) from error
+    if architectures[0].endswith("ForSequenceClassification"):
+        _require_kind(look, "reward model")
+    elif architectures[0].endswith(("ForCausalLM", "LMHeadModel")):
+        _require_kind(look, "policy")
+
+
+def _require_kind(look: Model, kind: ModelKind) -> None:
+    if look.kind in ("any", kind):
+        return
+    made_by = {"policy": "pretrain, sft, preference or online", "reward model": "reward"}[look.kind]
+    raise EngineError(
+        f"{look.path!r} is a {kind}, and {look.key} is to be a {look.kind}",
+        where=look.path,
+        fix=f"name a {look.kind}, such as model/ of a run of {made_by}",
+    )
+
+
+def _is_a_path(name: str) -> bool:
+    """Whether a name that does not exist can only be a path: a hub id is "name" or "org/name"."""
+    parts = name.split("/")
+    return len(parts) > 2 or name.startswith((".", "/", "~")) or (len(parts) == 2 and Path(parts[0]).is_dir())
+
+
+def _near(path: Path) -> str:
+    """The nearest directory that is there."""
+    below = next(parent for parent in (path.parent, *path.parents) if parent.exists())
+    names = sorted(p.name for p in below.iterdir() if p.is_dir() and not p.name.startswith("."))[:8]
+    there = f"; {str(below)!r} holds {', '.join(names)}" if names else f"; {str(below)!r} holds no directory"
+    return f"check the path, which is read from {os.getcwd()}{there}"
+
+
+def _made_by(path: str, made: Mapping[str, str]) -> tuple[str, str] | None:
+    """The stage that is to write this path, and the path below its directory; None for what no earlier stage writes."""
+    for directory, stage in made.items():
+        if path.startswith(directory + os.sep):
+            return stage, path.removeprefix(directory + os.sep)
+    return None
