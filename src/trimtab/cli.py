@@ -337,10 +337,13 @@ def generate(**options: Any) -> None:
 
 @main.command()
 @_model
-@click.option("--data", required=True, help="Prompts with replies: a file of `trimtab generate` or a data set.")
-@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="JSON lines to write.")
+@click.option("--data", required=True, help="Replies (a file of `trimtab generate`, a data set), or preference pairs.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON lines to write; pairs need none.")
 def score(**options: Any) -> None:
-    """Write the rewards a reward model gives to replies."""
+    """Score replies with a reward model, or judge it on preference pairs.
+
+    Replies are written with their rewards. Of pairs, the card is printed: how often the model orders them as labelled.
+    """
     importlib.import_module("trimtab.stages.use").score_file(**options)
 
 

@@ -154,7 +154,7 @@ def test_each_alarm_states_its_number(columns, words):
 
 def test_a_single_run_is_summed_up_by_its_stage(pipeline):
     runs = {run.name: run for run in collect(pipeline).runs}
-    assert "Validation loss went from" in headline.run_verdict(runs["sft"]).sentences[0]
+    assert "Validation loss fell from" in " ".join(headline.run_verdict(runs["sft"]).sentences)
     assert "of held-out pairs" in headline.run_verdict(runs["reward"]).sentences[0]
     assert headline.run_verdict(runs["evaluate"]).standing == "good"
     assert headline.run_verdict(RunRecord(name="new", stage="sft")) is None
@@ -178,3 +178,23 @@ def test_a_selection_says_what_choosing_gave_and_cost():
 def test_replies_that_no_reward_could_judge_are_an_alarm():
     run = run_with(reward__model_failed=[0.0, 0.0], reward__exact_answer_failed=[2.0, 1.0])
     assert headline.alarms(run) == ("3 replies could not be judged by the reward exact_answer",)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (0.6212, 0.6178, "The gold score stayed at 0.62"),
+        (0.62, 0.55, "The gold score fell from 0.62 to 0.55"),
+        (0.55, 0.62, "The gold score rose from 0.55 to 0.62"),
+        (-0.141, -0.139, "The gold score stayed at -0.14"),
+    ],
+)
+def test_two_numbers_that_read_the_same_have_stayed(before: float, after: float, said: str):
+    policy = {"judge": "gold", "gold_sft": before, "gold_final": after}
+    record = PipelineRecord(name="p", runs=(), summary={"policy": policy})
+    assert headline.pipeline_verdict(record).sentences[0].startswith(said)
+
+
+def test_a_change_that_rounds_to_nothing_has_no_sign():
+    assert headline._signed(-0.001) == headline._signed(0.001) == "0.00"
+    assert headline._signed(-0.006) == "-0.01"

@@ -55,9 +55,63 @@ def test_killed_before_its_end_and_run_again_it_has_no_sample_twice(tmp_path, ba
     assert (out / "summary.json").read_bytes() == first
 
 
+def test_any_reward_scores_by_its_name_and_its_figures_are_printed(tmp_path, base, other):
+    rewards = ["exact_answer", {"name": "length", "max_tokens": 4, "weight": 0.5}]
+    values = settings(other, base, rewards=rewards)
+    del values["world"]
+    result = trimtab("evaluate", write_run_file(tmp_path / "run.toml", values), "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    found = summary(tmp_path / "run")
+    assert found["judges"] == ["exact_answer", "length", "reward"]
+    policy = found["policy"]
+    # The weighted sum, as online training adds rewards up; nan where one could not judge.
+    parts = policy["exact_answer"] + 0.5 * policy["length"]
+    assert policy["reward"] == pytest.approx(parts, abs=1e-6) or policy["num_exact_answer_failed"]
+    assert found["length_difference"]["difference"] == pytest.approx(
+        policy["length"] - found["baseline"]["length"], abs=1e-6
+    )
+    for judge in ("exact_answer", "length"):
+        assert f"{judge}: {policy[judge]:.2f}" in result.output
+    assert {"exact_answer", "baseline_exact_answer"} <= rows(tmp_path / "run", "samples.jsonl")[0].keys()
+
+
+def test_a_model_is_measured_alone_and_the_figure_is_that_of_its_replies(tmp_path, base):
+    values = settings(base, base, rewards=["exact_answer"], num_samples=12)
+    for key in ("world", "baseline"):
+        del values[key]
+    result = trimtab("evaluate", write_run_file(tmp_path / "run.toml", values), "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    found = summary(tmp_path / "run")
+    assert "baseline" not in found
+    assert "kl" not in found
+    scores = [row["exact_answer"] for row in rows(tmp_path / "run", "samples.jsonl")]
+    assert found["policy"]["exact_answer"] == pytest.approx(sum(scores) / len(scores))
+    assert "The policy was measured." in result.output
+    assert "exact_answer: 0.00" in result.output
+    assert ">Baseline" not in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_reply_that_cannot_be_judged_is_left_out_and_counted(tmp_path, base, other):
+    function = "tests.stages.reward_functions:patient"
+    values = settings(other, base, rewards=[{"name": "callable", "function": function}])
+    del values["world"]
+    out = run_stage("evaluate", tmp_path / "run", **values)
+    found = summary(out)
+    failed = found["policy"]["num_callable_failed"]
+    assert 0 < failed < 12
+    known = [row["callable"] for row in rows(out, "samples.jsonl") if row["callable"] is not None]
+    assert len(known) == 12 - failed
+    assert found["policy"]["callable"] == pytest.approx(sum(known) / len(known))
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
-    [({"world": None}, "nothing to score by"), ({"world": None, "best_of": 4, "reward_model": "x"}, "needs world")],
+    [
+        ({"world": None}, "nothing to score by"),
+        ({"world": None, "best_of": 4, "rewards": ["exact_answer"]}, "needs world and baseline"),
+        ({"reward_model": "x", "rewards": ["exact_answer"]}, "name the reward model among the rewards"),
+        ({"rewards": ["exact_anser"]}, "did you mean 'exact_answer'?"),
+    ],
 )
 def test_a_mistake_is_answered_with_what_to_change(tmp_path, base, changed, said):
     values = {k: v for k, v in settings(base, base, **changed).items() if v is not None}

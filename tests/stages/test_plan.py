@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.stages.commands import FAST, SHORT, summary, trimtab, write_run_file
+from tests.stages.commands import FAST, SHORT, online_settings, summary, trimtab, write_run_file
 from tests.stages.test_pipeline import PIPELINE, STAGES
 from trimtab.stages.plan import FEW_PROMPTS, FEW_STEPS, cut_short, duration, plan
 
@@ -57,12 +57,40 @@ def test_plan_says_what_it_needs(tmp_path, base):
     file = write_run_file(tmp_path / "sft.toml", {"model": str(base), "data": "world:arithmetic?num=40"})
     result = trimtab("plan", file)
     assert result.exit_code == 2
-    assert "--stage sft" in result.output
+    assert "--stage sft or --stage reward or --stage preference" in result.output
+    nothing = trimtab("plan", file, "batch_sise=3")
+    assert "those of no stage" in nothing.output
     missing = trimtab("plan", file, "--stage", "sft", "data=nowhere.jsonl")
     assert missing.exit_code == 2
-    assert "the rehearsal ended with" in missing.output
+    assert "there is no file 'nowhere.jsonl'" in missing.output
     wrong = trimtab("plan", file, "--stage", "sft", "batch_sise=3")
     assert "batch_size" in wrong.output
+
+
+def test_the_stage_of_a_file_is_known_by_its_keys(tmp_path, base, reward_run):
+    file = write_run_file(tmp_path / "online.toml", online_settings(base, reward_run / "model", model="nowhere"))
+    result = trimtab("plan", file)
+    assert "stages.online.model" in result.output
+
+
+@pytest.mark.parametrize("max_steps", [1, 5])
+def test_a_run_that_is_to_stop_early_is_planned_so(base, max_steps):
+    stages = {
+        "sft": {
+            "stage": "sft",
+            "model": str(base),
+            "data": "world:arithmetic?num=40",
+            "batch_size": 4,
+            "max_steps": max_steps,
+        }
+    }
+    (found,) = plan({"stages": stages}, where="the test")
+    assert found.num_steps == max_steps
+
+
+def test_a_rehearsal_is_no_longer_than_the_run():
+    assert cut_short("sft", {"max_steps": 2}, None) == {"max_steps": 2}
+    assert cut_short("online", {"num_steps": 1}, None)["num_steps"] == 1
 
 
 def test_a_rehearsal_is_short_and_trains_the_policy():

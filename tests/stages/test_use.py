@@ -73,3 +73,22 @@ def test_a_model_without_a_score_head_cannot_score(tmp_path, base):
     result = trimtab("score", "--model", base, "--data", "world:arithmetic?num=2", "--out", tmp_path / "x.jsonl")
     assert result.exit_code == 2
     assert "no trained score head" in result.output
+
+
+def test_a_reward_model_is_judged_on_further_pairs(tmp_path, reward_run, pairs):
+    out = tmp_path / "scored.jsonl"
+    result = trimtab("score", "--model", reward_run / "model", "--data", pairs, "--out", out)
+    assert result.exit_code == 0, result.output
+    scored = rows(tmp_path, "scored.jsonl")
+    margins = [row["reward_chosen"] - row["reward_rejected"] for row in scored]
+    right = sum((margin > 0) + 0.5 * (margin == 0) for margin in margins)
+    assert f"It is right about {right:g} of 20 pairs, ties half." in result.output
+    assert f"orders {100 * right / 20:.0f}%" in result.output
+    alone = trimtab("score", "--model", reward_run / "model", "--data", pairs)
+    assert alone.output == result.output
+
+
+def test_replies_are_scored_into_a_file(tmp_path, reward_run):
+    result = trimtab("score", "--model", reward_run / "model", "--data", "world:arithmetic?num=2")
+    assert result.exit_code == 2
+    assert "--out FILE.jsonl" in result.output

@@ -110,7 +110,16 @@ def bounds(estimate: Interval, show_one: Callable[[float], str] = show) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.2f}"
+    text = f"{value:+.2f}"
+    return text if text.strip("+-0.") else "0.00"
+
+
+def _moved(before: str, after: str, *, rose: bool, bounds: str = "") -> str:
+    """How a number went, by what is shown of it: two values that read the same have stayed."""
+    shown = f"{after} {bounds}".rstrip()
+    if before == after:
+        return f"stayed at {shown}"
+    return f"{'rose' if rose else 'fell'} from {before} to {shown}"
 
 
 def _with_bounds(estimate: Interval, show_one: Callable[[float], str] = show) -> str:
@@ -139,7 +148,9 @@ class Comparison:
     """A policy against its baseline on the same prompts."""
 
     judge: str
-    """ "gold", or "reward" where there is no gold score: then the reward model marks its own work."""
+    """ "gold" if there is a gold score, else "reward" or the name of the first reward."""
+    learned: bool
+    """Whether the judge is a reward model, which may be wrong, and marks its own work after training against it."""
     difference: Interval | None
     wins: Interval | None
 
@@ -148,7 +159,8 @@ def comparison(run: RunRecord) -> Comparison:
     """What an evaluate run found, from its summary; the difference from its samples where the summary has none."""
     rows = [(number(row, "gold"), number(row, "baseline_gold"), str(row.get("prompt"))) for row in run.samples]
     scored = [(after, before, prompt) for after, before, prompt in rows if after is not None and before is not None]
-    judge = "gold" if scored or "win_rate_by_gold" in run.summary else "reward"
+    judges = judges_of(run)
+    judge = "gold" if scored else judges[0] if judges else "reward"
     difference = interval(section(run.summary, f"{judge}_difference"), "difference")
     wins = interval(section(run.summary, f"win_rate_by_{judge}"), "win_rate")
     count = int(number(section(run.summary, "policy"), "num_replies") or 0)
@@ -156,7 +168,16 @@ def comparison(run: RunRecord) -> Comparison:
     if difference is None and scored:
         after, before, prompts = zip(*scored, strict=True)
         difference = paired_difference(after, before, groups=prompts)
-    return Comparison(judge, difference, replace(wins, count=count) if wins is not None else None)
+    learned = judge == "reward" or judge.startswith("model")
+    return Comparison(judge, learned, difference, replace(wins, count=count) if wins is not None else None)
+
+
+def judges_of(run: RunRecord) -> list[str]:
+    """What an evaluate run scored replies by, gold first, then the reward of several or the reward model."""
+    named = run.summary.get("judges")
+    there = [str(name) for name in named] if isinstance(named, list) else []
+    known = [name for name in ("gold", "reward") if name in section(run.summary, "policy")]
+    return list(dict.fromkeys([*known, *there]))
 
 
 def evaluation(runs: Sequence[RunRecord]) -> RunRecord | None:
@@ -219,29 +240,35 @@ def pipeline_verdict(record: PipelineRecord) -> Verdict:
     policy = section(record.summary, "policy")
     evaluated = evaluation(record.runs)
     difference = comparison(evaluated).difference if evaluated is not None else None
-    judge = "reward" if "reward_final" in policy and "gold_final" not in policy else "gold"
-    what = "gold score" if judge == "gold" else "reward"
+    judge = str(
+        policy.get("judge") or ("reward" if "reward_final" in policy and "gold_final" not in policy else "gold")
+    )
+    learned = judge == "reward" or judge.startswith("model")
+    what = "gold score" if judge == "gold" else "reward" if learned else f"score by {judge}"
     before, final, wins = number(policy, f"{judge}_sft"), interval(policy, f"{judge}_final"), _wins_over_sft(policy)
     sentences = []
     if final is not None and before is not None:
-        moved = "rose" if final.value > before else "fell" if final.value < before else "stayed"
+        moved = _moved(score(before), score(final.value), rose=final.value > before, bounds=bounds(final, score))
         paired = f"; {_change(difference)}" if difference is not None else ""
-        sentences.append(f"The {what} {moved} from {score(before)} to {_with_bounds(final, score)}{paired}.")
+        sentences.append(f"The {what} {moved}{paired}.")
+    elif final is not None:
+        sentences.append(f"The {what} is {_with_bounds(final, score)}.")
     elif difference is not None:
         sentences.append(f"Gold score: {_change(difference)}.")
     best, kl = _best_of(policy), number(policy, "kl")
     if best is not None and final is not None:
-        verb = "more than" if final.value > best[1] else "less than" if final.value < best[1] else "exactly what"
+        more = "more than" if final.value > best[1] else "less than"
+        verb = "what" if score(final.value) == score(best[1]) else more
         cost = f", at {show(kl)} nats of KL" if kl is not None else ""
         perfect = f"perfect choice among {best[0]} supervised replies would give ({score(best[1])})"
         sentences.append(f"That is {verb} {perfect}{cost}.")
     if wins is not None:
         shown = _with_bounds(wins, percent)
         sentences.append(f"The final policy beats the supervised model on {shown} of prompts.")
-    sentences += _reward_model_sentences(section(record.summary, "reward_model"))
+    sentences += reward_model_sentences(section(record.summary, "reward_model"))
     for run in record.runs:
         sentences += _hacking_sentences(run)
-    if judge == "reward":
+    if learned:
         return Verdict("neutral", "Only the reward model has judged this so far.", tuple(sentences))
     standing = _standing(difference, before, final, wins)
     open_title = "No clear change is shown." if sentences else "There is not enough here to judge yet."
@@ -261,32 +288,61 @@ def run_verdict(run: RunRecord) -> Verdict | None:
     title = f"{run.stage.capitalize()} {'finished' if run.finished else 'is not finished'}."
     if run.stage == "evaluate":
         found = comparison(run)
-        standing = _standing(found.difference, None, None, found.wins) if found.judge == "gold" else "neutral"
+        alone = found.difference is None and found.wins is None
+        standing = "neutral" if found.learned or alone else _standing(found.difference, None, None, found.wins)
         title = {
             "good": "The policy is better than its baseline.",
             "bad": "The policy is worse than its baseline.",
-            "neutral": "Only the reward model has judged this so far.",
+            "neutral": "The policy was measured." if alone else "Only the reward model has judged this so far.",
         }.get(standing, "No clear difference from the baseline.")
+        sentences += _scores(run)
         if found.difference is not None:
-            sentences.append(f"{'Gold score' if found.judge == 'gold' else 'Reward'}: {_change(found.difference)}.")
+            sentences.append(f"{_judge_name(found.judge)}: {_change(found.difference)}.")
         if found.wins is not None:
             sentences.append(f"It beats the baseline on {_with_bounds(found.wins, percent)} of prompts.")
     elif run.stage == "reward":
-        sentences += _reward_model_sentences(run.summary)
+        sentences += reward_model_sentences(run.summary)
     elif run.stage == "select":
         sentences += _selection_sentences(run.summary)
     else:
         sentences += _preference_sentences(run)
-        told = (("loss/validation", "Validation loss"), ("reward/mean", "Mean reward"), ("gold/mean", "Gold"))
+        told = (
+            ("loss/train", "Training loss"),
+            ("loss/validation", "Validation loss"),
+            ("reward/mean", "Mean reward"),
+            ("gold/mean", "Gold"),
+        )
         for name, what in told:
             series = run.metrics.get(name)
-            if series is not None and len(series) > 1:
+            if series is not None and len(series):
                 start, end = series.mean_of_first(), series.mean_of_last()
-                sentences.append(f"{what} went from {show(start)} to {show(end)}.")
+                moved = _moved(show(start), show(end), rose=end > start)
+                sentences.append(f"{what} {moved}." if len(series) > 1 else f"{what} is {show(end)}.")
         if (kl := run.metrics.get("policy/kl")) is not None:
             sentences.append(f"The policy ended {show(kl.mean_of_last())} nats of KL from its reference.")
         sentences += _hacking_sentences(run)
     return Verdict(standing, title, tuple(sentences)) if sentences else None
+
+
+def _judge_name(judge: str) -> str:
+    return {"gold": "Gold score", "reward": "Reward"}.get(judge, judge)
+
+
+def _scores(run: RunRecord) -> list[str]:
+    """The score of the policy by every judge, and of its baseline."""
+    policy, baseline = section(run.summary, "policy"), section(run.summary, "baseline")
+    sentences = []
+    for judge in judges_of(run):
+        ours, theirs, num = interval(policy, judge), interval(baseline, judge), number(policy, "num_replies")
+        failed = number(policy, f"num_{judge}_failed") or 0
+        if ours is None:
+            sentences.append(f"{_judge_name(judge)}: none of {show(num)} replies could be judged.")
+            continue
+        against = f", baseline {_with_bounds(theirs, score)}" if theirs is not None else ""
+        left_out = f", {show(failed)} that could not be judged left out" if failed else ""
+        judged = show((num or 0) - failed)
+        sentences.append(f"{_judge_name(judge)}: {_with_bounds(ours, score)} on {judged} prompts{against}{left_out}.")
+    return sentences
 
 
 def _preference_sentences(run: RunRecord) -> list[str]:
@@ -335,7 +391,8 @@ def _standing(
     return "good" if low > null else "bad" if high < null else "unclear"
 
 
-def _reward_model_sentences(card: Mapping[str, Any]) -> list[str]:
+def reward_model_sentences(card: Mapping[str, Any]) -> list[str]:
+    """What the card of a reward model says of it."""
     accuracy = interval(card, "accuracy")
     if accuracy is None:
         return []

@@ -326,7 +326,8 @@ def _rows(values: Mapping[str, Any], name: str, *needed: str) -> list[dict[str, 
 def _evaluation(run: RunRecord, make: Panels) -> Html:
     ours, theirs = dict(_numbers(section(run.summary, "policy"))), dict(_numbers(section(run.summary, "baseline")))
     names = dict.fromkeys([*ours, *theirs])
-    sides = [(name, theirs.get(name, "–"), ours.get(name, "–")) for name in names]
+    heads = ("", "baseline", "policy") if theirs else ("", "policy")
+    sides = [(name, *([theirs.get(name, "–")] if theirs else []), ours.get(name, "–")) for name in names]
     apart = {key: value for key, value in run.summary.items() if key not in ("policy", "baseline", "best_of")}
     between = list(_numbers(apart))
     panels = []
@@ -338,7 +339,7 @@ def _evaluation(run: RunRecord, make: Panels) -> Html:
             )
         )
     return join(
-        table(("", "baseline", "policy"), sides) if sides else None,
+        table(heads, sides) if sides else None,
         table((), between) if between else None,
         grid(panels),
     )
@@ -374,7 +375,7 @@ def _before_after(run: RunRecord) -> Html:
             tag("div", _text(row.get("prompt")), class_="prompt"),
             tag(
                 "div",
-                _side(before, row.get("baseline_response"), row, "baseline_"),
+                _side(before, row.get("baseline_response"), row, "baseline_") if "baseline_response" in row else None,
                 _side(after, row.get("response"), row, ""),
                 class_="sides",
             ),
@@ -384,7 +385,7 @@ def _before_after(run: RunRecord) -> Html:
     ]
     rest = cards[NUM_OPEN_SAMPLES:]
     chosen = f"{len(shown)} of the {len(run.samples)} {which}, drawn at random rather than chosen"
-    how = f"{chosen}: expect some failures. Gold is true quality from 0 to 1; reward is what the reward model says."
+    how = f"{chosen}: expect some failures. Gold is true quality from 0 to 1; reward is what the run's rewards give."
     return join(
         tag("p", how, class_="soft"),
         cards[:NUM_OPEN_SAMPLES],
@@ -394,7 +395,8 @@ def _before_after(run: RunRecord) -> Html:
 
 def _side(who: str, response: object, row: Mapping[str, Any], prefix: str) -> Html:
     scores = []
-    for name in ("gold", "reward"):
+    judges = [key for key in row if key not in ("step", "kl", "length") and not key.startswith("baseline_")]
+    for name in judges:
         value, other = number(row, prefix + name), number(row, name if prefix else f"baseline_{name}")
         if value is not None:
             rank = None if prefix or other is None or value == other else "up" if value > other else "down"

@@ -1,14 +1,20 @@
-"""Evaluation: one checkpoint against another on the same prompts, every difference with its interval."""
+"""Evaluation: one checkpoint on prompts it was not trained on, against another if one is named, with intervals.
+
+Replies are scored by a world, by a reward model, or by any reward that online training knows: accuracy on exact answers
+is `rewards = ["exact_answer"]`. A reply that a reward cannot judge has no score: it is left out on both sides, and
+counted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from trimtab import seeds, worlds
+from trimtab.config import Choice
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
 from trimtab.engines.local_generator import LocalGenerator, Sampling
@@ -20,6 +26,7 @@ from trimtab.models.forward import exact_kl_of, token_logprobs_of
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.models.vocabulary import refuse_other_vocabulary
+from trimtab.rewards.combined import load_rewards
 from trimtab.rewards.gold import GoldScorer
 from trimtab.rewards.model import RewardModelScorer
 from trimtab.runs.run import Run
@@ -33,8 +40,8 @@ class Settings:
 
     model: str
     """The checkpoint to evaluate."""
-    baseline: str
-    """The checkpoint to compare it with, usually the SFT model; also what the KL is taken to."""
+    baseline: str | None = None
+    """The checkpoint to compare it with, usually the SFT model; also what the KL is taken to. None compares nothing."""
     prompts: str
     """Prompts that no stage has trained on: a file, a hub id or a world's test split."""
     num_prompts: int = 200
@@ -45,6 +52,8 @@ class Settings:
     """Score by this world's gold."""
     reward_model: str | None = None
     """Score by this reward model."""
+    rewards: Annotated[tuple[Any, ...], Choice("reward")] = ()
+    """Score by these, each under its name; several also by their weighted sum, as online training adds them up."""
     best_of: int = 0
     """Also sample the baseline this often for each prompt and report best-of-n by gold; 0 does not. Needs world."""
     best_of_prompts: int = 64
@@ -59,56 +68,64 @@ class Settings:
     """Seed of the replies; both models draw with the same random numbers."""
 
     def __post_init__(self) -> None:
-        if self.best_of and self.world is None:
-            raise ValueError(f"best_of = {self.best_of} ranks by gold and needs world")
-        if self.world is None and self.reward_model is None:
-            raise ValueError("set world or reward_model: there is nothing to score by")
+        if self.best_of and (self.world is None or self.baseline is None):
+            raise ValueError(
+                f"best_of = {self.best_of} ranks replies of the baseline by gold: it needs world and baseline"
+            )
+        if self.world is None and self.reward_model is None and not self.rewards:
+            raise ValueError("set world, reward_model or rewards: there is nothing to score by")
+        if self.reward_model is not None and self.rewards:
+            raise ValueError("reward_model with rewards: name the reward model among the rewards")
+
+
+Scores = Mapping[str, np.ndarray]
+"""The scores of one model's replies by the name of the judge, nan for what it could not judge."""
 
 
 def run(settings: Settings, run: Run) -> None:
-    """Writes the numbers to summary.json and replies of both models to samples.jsonl."""
+    """Writes the numbers to summary.json and replies to samples.jsonl."""
     chat = Chat(load_tokenizer(settings.model))
     loaded = load(
         Prompt, settings.prompts, on_bad_row=settings.on_bad_row, limit=settings.num_prompts, accepts=chat.refusal
     )
     run.add_data(settings.prompts, loaded.sha256, len(loaded.records), loaded.report)
-    temperature = settings.sampling.temperature
-    policy = Policy(load_causal(settings.model), pad_id=chat.pad_id, temperature=temperature)
-    refuse_other_vocabulary(
-        chat.tokenizer,
-        settings.baseline,
-        role="baseline",
-        where="baseline and model",
-        fix="compare with a model of the policy's own family and tokenizer; for another, sample both with "
-        "`trimtab generate` and score the files with `trimtab score`",
-    )
-    baseline = Policy(load_causal(settings.baseline), pad_id=chat.pad_id, temperature=temperature)
-    generators = {
-        name: LocalGenerator(model, chat, settings.sampling)
-        for name, model in (("policy", policy), ("baseline", baseline))
-    }
+    models = {"policy": load_policy(settings.model, chat, settings)}
+    if settings.baseline is not None:
+        refuse_other_vocabulary(
+            chat.tokenizer,
+            settings.baseline,
+            role="baseline",
+            where="baseline and model",
+            fix="compare with a model of the policy's own family and tokenizer; for another, measure each by itself, "
+            "without a baseline",
+        )
+        models["baseline"] = load_policy(settings.baseline, chat, settings)
+    score = load_judges(settings)
+    generators = {name: LocalGenerator(model, chat, settings.sampling) for name, model in models.items()}
     for generator in generators.values():
         generator.check_prompts(loaded.records)
     replies = {
         name: generator.generate(loaded.records, group_size=1, seed=seeds.derive(settings.seed, "evaluate"))
         for name, generator in generators.items()
     }
-    judges = load_judges(settings)
-    scores: dict[str, dict[str, np.ndarray]] = {"policy": {}, "baseline": {}}
-    for judge, scorer in judges.items():
-        # In one call, in which equal replies to a prompt have one score: as a tie, not as a coin flip of rounding.
-        both = scorer.score([*replies["policy"], *replies["baseline"]])[0].numpy()
-        scores["policy"][judge], scores["baseline"][judge] = np.split(both, [len(replies["policy"])])
+    for name, generator in generators.items():
+        run.note_path(f"sampler of {name}", generator.sampler)
+    # In one call, in which equal replies to a prompt have one score: as a tie, not as a coin flip of rounding.
+    together = score([reply for rollouts in replies.values() for reply in rollouts])
+    num = len(loaded.records)
+    scores = {
+        name: {judge: values[i * num : (i + 1) * num] for judge, values in together.items()}
+        for i, name in enumerate(replies)
+    }
     prompt_ids = [p.id for p in loaded.records]
     summary: dict[str, object] = {
         name: describe(rollouts, scores[name], prompt_ids) | sampled_by(generators[name])
         for name, rollouts in replies.items()
     }
-    summary["kl"] = kl_to_baseline(policy, baseline, replies["policy"], settings.token_budget)
-    for judge in judges:
-        ours, theirs = scores["policy"][judge], scores["baseline"][judge]
-        summary[f"win_rate_by_{judge}"] = win_rate(ours, theirs, groups=prompt_ids).named("win_rate")
-        summary[f"{judge}_difference"] = paired_difference(ours, theirs, groups=prompt_ids).named("difference")
+    summary["judges"] = list(scores["policy"])
+    if "baseline" in models:
+        summary |= compare(scores["policy"], scores["baseline"], prompt_ids)
+        summary["kl"] = kl_to_baseline(models["policy"], models["baseline"], replies["policy"], settings.token_budget)
     if settings.best_of:
         summary["best_of"] = best_of_baseline(settings, generators["baseline"], loaded.records)
     run.rewind(-1)  # a run killed between here and its end has written the samples already
@@ -116,23 +133,55 @@ def run(settings: Settings, run: Run) -> None:
     run.finish(summary)
 
 
-def load_judges(settings: Settings) -> dict[str, GoldScorer | RewardModelScorer]:
-    """What replies are scored by: "gold", "reward" or both."""
+def load_policy(path: str, chat: Chat, settings: Settings) -> Policy:
+    """A checkpoint to sample from."""
+    return Policy(load_causal(path), pad_id=chat.pad_id, temperature=settings.sampling.temperature)
+
+
+def load_judges(settings: Settings) -> Callable[[Sequence[Rollout]], dict[str, np.ndarray]]:
+    """What gives every reply its scores: by "gold", by "reward", and by the rewards under their names."""
     judges: dict[str, GoldScorer | RewardModelScorer] = {}
     if settings.world is not None:
         judges["gold"] = GoldScorer(worlds.load(settings.world))
     if settings.reward_model is not None:
         judges["reward"] = RewardModelScorer.from_directory(settings.reward_model, token_budget=settings.token_budget)
-    return judges
+    combined = load_rewards(settings.rewards, token_budget=settings.token_budget) if settings.rewards else None
+
+    def score(rollouts: Sequence[Rollout]) -> dict[str, np.ndarray]:
+        scores = {name: judge.score(rollouts)[0].numpy() for name, judge in judges.items()}
+        if combined is not None:
+            total, by_name, _ = combined.score_parts(rollouts)
+            scores |= {name: values.numpy() for name, values in by_name.items() if name not in scores}
+            if len(by_name) > 1:
+                scores["reward"] = total.numpy()
+        return scores
+
+    return score
 
 
-def describe(
-    rollouts: Sequence[Rollout], scores: dict[str, np.ndarray], prompt_ids: Sequence[str]
-) -> dict[str, object]:
+def compare(ours: Scores, theirs: Scores, prompt_ids: Sequence[str]) -> dict[str, object]:
+    """How often the policy is above its baseline on the same prompts, and by how much, by each judge."""
+    found: dict[str, object] = {}
+    for judge in ours:
+        judged = np.isfinite(ours[judge]) & np.isfinite(theirs[judge])
+        groups = [prompt for prompt, known in zip(prompt_ids, judged, strict=True) if known]
+        if not groups:
+            continue
+        a, b = ours[judge][judged], theirs[judge][judged]
+        found[f"win_rate_by_{judge}"] = win_rate(a, b, groups=groups).named("win_rate")
+        found[f"{judge}_difference"] = paired_difference(a, b, groups=groups).named("difference")
+    return found
+
+
+def describe(rollouts: Sequence[Rollout], scores: Scores, prompt_ids: Sequence[str]) -> dict[str, object]:
     """Scores with their intervals, lengths and text statistics of one model's replies."""
     numbers: dict[str, object] = {}
     for judge, values in scores.items():
-        numbers |= bootstrap_mean(values, groups=prompt_ids).named(judge)
+        judged = np.isfinite(values)
+        numbers[f"num_{judge}_failed"] = int((~judged).sum())
+        if judged.any():
+            groups = [prompt for prompt, known in zip(prompt_ids, judged, strict=True) if known]
+            numbers |= bootstrap_mean(values[judged], groups=groups).named(judge)
     lengths = [len(r.response_ids) for r in rollouts]
     truncated = sum(r.finish_reason == "length" for r in rollouts) / len(rollouts)
     numbers |= {"length_mean": float(np.mean(lengths)), "truncated_fraction": truncated, "num_replies": len(rollouts)}
@@ -174,18 +223,15 @@ def best_of_baseline(settings: Settings, baseline: LocalGenerator, prompts: Sequ
 
 
 def sample_rows(
-    replies: dict[str, list[Rollout]], scores: dict[str, dict[str, np.ndarray]], num: int
+    replies: Mapping[str, Sequence[Rollout]], scores: Mapping[str, Scores], num: int
 ) -> list[dict[str, object]]:
-    """Rows of samples.jsonl: the first prompts, not the best, with both models' replies and scores."""
+    """Rows of samples.jsonl: the first prompts, not the best, with the replies and scores of every model."""
     rows = []
-    for i, (ours, theirs) in enumerate(zip(replies["policy"][:num], replies["baseline"][:num], strict=True)):
-        row: dict[str, object] = {
-            "prompt": ours.prompt.text,
-            "response": ours.response,
-            "baseline_response": theirs.response,
-        }
-        for judge in scores["policy"]:
-            row[judge] = float(scores["policy"][judge][i])
-            row[f"baseline_{judge}"] = float(scores["baseline"][judge][i])
+    for i, ours in enumerate(replies["policy"][:num]):
+        row: dict[str, object] = {"prompt": ours.prompt.text}
+        for name, prefix in (("policy", ""), ("baseline", "baseline_")):
+            if name in replies:
+                row[f"{prefix}response"] = replies[name][i].response
+                row |= {f"{prefix}{judge}": float(values[i]) for judge, values in scores[name].items()}
         rows.append(row)
     return rows

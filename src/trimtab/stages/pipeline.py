@@ -262,18 +262,18 @@ def summarise(values: Mapping[str, Any], stages: Mapping[str, str], out: Path) -
 
 def policy_summary(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of an evaluate stage by which a policy is judged."""
-    policy, baseline = evaluation["policy"], evaluation["baseline"]
-    judge = "gold" if "gold" in policy else "reward"
-    numbers = {
-        f"{judge}_sft": baseline[judge],
-        f"{judge}_final": policy[judge],
-        f"{judge}_final_low": policy[f"{judge}_low"],
-        f"{judge}_final_high": policy[f"{judge}_high"],
-        "kl": evaluation["kl"]["kl_exact"],
-        "kl_sampled": evaluation["kl"]["kl_sampled"],
+    policy, baseline = evaluation["policy"], evaluation.get("baseline", {})
+    judge = next(name for name in ("gold", "reward", *evaluation["judges"]) if name in evaluation["judges"])
+    found = {
+        f"{judge}_sft": baseline.get(judge),
+        f"{judge}_final": policy.get(judge),
+        f"{judge}_final_low": policy.get(f"{judge}_low"),
+        f"{judge}_final_high": policy.get(f"{judge}_high"),
+        "kl": evaluation.get("kl", {}).get("kl_exact"),
+        "kl_sampled": evaluation.get("kl", {}).get("kl_sampled"),
     }
-    rate = evaluation[f"win_rate_by_{judge}"]
-    numbers |= {f"{name}_vs_sft": value for name, value in rate.items()}
+    numbers: dict[str, Any] = {"judge": judge} | {name: value for name, value in found.items() if value is not None}
+    numbers |= {f"{name}_vs_sft": value for name, value in evaluation.get(f"win_rate_by_{judge}", {}).items()}
     for point in evaluation.get("best_of", {}).get("curve", ()):
         numbers[f"gold_best_of_{point['n']}"] = point["gold"]
     return numbers

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trimtab.errors import EngineError
+from trimtab.stages import preflight
 from trimtab.stages.pipeline import expand, resolve_stages, run_pipeline
 
 FEW_STEPS = 3
@@ -51,7 +52,8 @@ class StagePlan:
 
 def plan(values: Mapping[str, Any], *, where: str) -> list[StagePlan]:
     """Rehearses the pipeline in a process of its own. Raises what a mistake in the file or the run raises."""
-    resolve_stages(values, Path("runs/plan"), where=where)
+    place = Path("runs/plan")
+    preflight.check(resolve_stages(values, place, where=where), place, where=where)
     with tempfile.TemporaryDirectory(prefix="trimtab-plan-") as scratch:
         file = Path(scratch) / "values.json"
         file.write_text(json.dumps(values), encoding="utf-8")
@@ -71,10 +73,11 @@ def cut_short(stage: str, table: dict[str, Any], settings: Any) -> dict[str, Any
     """The table of a stage with a few steps, or a few prompts, instead of all; `settings` are those it resolves to."""
     table = dict(table) | ({"trackers": []} if "trackers" in table else {})
     if stage in ("pretrain", "sft", "reward", "preference", "select"):
-        return table | {"max_steps": FEW_STEPS}
+        return table | {"max_steps": min(FEW_STEPS, table.get("max_steps") or FEW_STEPS)}
     if stage == "online":
         # Every step as the late ones are: the critic's warm-up would leave the policy's update out.
-        return table | {"num_steps": FEW_STEPS, "critic": dict(table.get("critic", {})) | {"warmup_steps": 0}}
+        few = min(FEW_STEPS, table.get("num_steps", FEW_STEPS))
+        return table | {"num_steps": few, "critic": dict(table.get("critic", {})) | {"warmup_steps": 0}}
     share = share_of_prompts(settings)
     return table | {name: math.ceil(share * getattr(settings, name)) for name in _PROMPTS[stage]}
 
@@ -124,7 +127,7 @@ def estimate(name: str, stage: str, settings: Any, directory: Path, *, share_of_
     num_steps = per_step = tokens = None
     if rows:
         planned = settings.num_steps if stage == "online" else summary["num_planned_steps"] / share_of_data
-        num_steps = math.ceil(planned)
+        num_steps = min(math.ceil(planned), getattr(settings, "max_steps", None) or math.ceil(planned))
         steps = [row["time/step_seconds"] for row in rows]
         per_step = statistics.median(steps[1:] or steps)
         seconds += per_step * num_steps - sum(steps)
@@ -166,6 +169,7 @@ def weights(stage: str, settings: Any, directory: Path) -> dict[str, float]:
                 sizes["critic"] = file_gb(settings.model) * 4
     elif stage == "evaluate":
         sizes = {"policy": file_gb(settings.model), "baseline": file_gb(settings.baseline)}
+        sizes["reward model"] = file_gb(settings.reward_model)
     else:
         sizes["policy"] = file_gb(start)
     for number, reward in enumerate(r for r in getattr(settings, "rewards", ()) if hasattr(r, "path")):
@@ -176,11 +180,11 @@ def weights(stage: str, settings: Any, directory: Path) -> dict[str, float]:
 
 
 def file_gb(directory: str | Path | None) -> float:
-    """GB of the weights in a model directory, at four bytes an entry."""
+    """GB of the weights in a model directory, at four bytes an entry; 0 where there is none."""
     from safetensors import safe_open
 
     num = 0
-    for file in sorted(Path(directory or ".").glob("*.safetensors")):
+    for file in sorted(Path(directory).glob("*.safetensors")) if directory is not None else ():
         with safe_open(file, "pt") as tensors:
             num += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
     return num * 4 / 2**30

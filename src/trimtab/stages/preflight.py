@@ -256,9 +256,9 @@ def _require_kind(look: Model, kind: ModelKind) -> None:
 
 
 def _is_a_path(name: str) -> bool:
-    """Whether a name that does not exist can only be a path: a hub id is "name" or "org/name"."""
+    """Whether a name that does not exist can only be a path: a hub id is "org/name"."""
     parts = name.split("/")
-    return len(parts) > 2 or name.startswith((".", "/", "~")) or (len(parts) == 2 and Path(parts[0]).is_dir())
+    return len(parts) != 2 or name.startswith((".", "/", "~")) or Path(parts[0]).is_dir()
 
 
 def _near(path: Path) -> str:

@@ -10,13 +10,20 @@ from typing import Any
 
 from trimtab import config, seeds
 from trimtab.data.chat import Chat
-from trimtab.data.layouts import load
+from trimtab.data.layouts import load, recognise
+from trimtab.data.sources import is_feedback, is_world, read_rows
 from trimtab.engines.local_generator import LocalGenerator, Sampling
 from trimtab.errors import ConfigError
+from trimtab.evals.reward_card import reward_card
+from trimtab.files import write_out
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
+from trimtab.reports.headline import reward_model_sentences
 from trimtab.rewards.model import RewardModelScorer
-from trimtab.types import Demonstration, Message, Prompt, to_dict
+from trimtab.types import Demonstration, Message, PreferencePair, Prompt, to_dict
+
+TOKEN_BUDGET = 4096
+"""Tokens of one forward pass of a reward model."""
 
 
 def _generator(model: str, *, temperature: float, top_k: int = 0, **sampled: Any) -> LocalGenerator:
@@ -58,21 +65,54 @@ def generate_file(
         for r in rollouts:
             show(r.response)
     else:
-        lines = [json.dumps(to_dict(r), ensure_ascii=False) + "\n" for r in rollouts]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("".join(lines), encoding="utf-8")
+        write_out(out, "".join(json.dumps(to_dict(r), ensure_ascii=False) + "\n" for r in rollouts))
     return len(rollouts)
 
 
-def score_file(*, model: str, data: str, out: Path) -> int:
-    """Writes the rows of `data` (replies in any layout, or rollouts) with the model's score; returns how many."""
+def score_file(*, model: str, data: str, out: Path | None, show: Callable[[str], None] = print) -> int:
+    """Scores the rows of `data` with a reward model; returns how many. They go to `out` as JSON lines, if it is given.
+
+    Replies (in any layout, or rollouts) each get a `reward`. Preference pairs get one for each side, and the card of
+    the reward model on them is shown: how often it orders them as they are labelled, and what might explain it.
+    """
+    if holds_pairs(data):
+        return _score_pairs(model, data, out, show)
+    if out is None:
+        raise ConfigError("replies are scored into a file", where="score", fix="--out FILE.jsonl")
     demonstrations = load(Demonstration, data).records
-    scorer = RewardModelScorer.from_directory(model, token_budget=4096)
+    scorer = RewardModelScorer.from_directory(model, token_budget=TOKEN_BUDGET)
     rewards = scorer.score_texts([(d.prompt, d.response) for d in demonstrations]).tolist()
     rows = [to_dict(d) | {"reward": reward} for d, reward in zip(demonstrations, rewards, strict=True)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_out(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return len(rows)
+
+
+def _score_pairs(model: str, data: str, out: Path | None, show: Callable[[str], None]) -> int:
+    pairs = load(PreferencePair, data).records
+    scorer = RewardModelScorer.from_directory(model, token_budget=TOKEN_BUDGET)
+    sides = {
+        name: scorer.score_texts([(pair.prompt, getattr(pair, name)) for pair in pairs]).double().numpy()
+        for name in ("chosen", "rejected")
+    }
+    card = reward_card(pairs, score_chosen=sides["chosen"], score_rejected=sides["rejected"])
+    for sentence in reward_model_sentences(card):
+        show(sentence)
+    show(f"It is right about {card['accuracy'] * len(pairs):g} of {len(pairs)} pairs, ties half.")
+    if out is not None:
+        rewards = zip(pairs, sides["chosen"].tolist(), sides["rejected"].tolist(), strict=True)
+        rows = [to_dict(pair) | {"reward_chosen": a, "reward_rejected": b} for pair, a, b in rewards]
+        write_out(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return len(pairs)
+
+
+def holds_pairs(source: str) -> bool:
+    """Whether the source holds pairs of replies rather than replies."""
+    if is_world(source):
+        return False
+    if is_feedback(source):
+        return True
+    rows = [row for _, row in read_rows(source, limit=100).rows]
+    return bool(rows) and PreferencePair in recognise(rows, where=source).converters
 
 
 def chat(

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from trimtab.files import WRITING
 from trimtab.types import Prompt
 from trimtab.worlds.annotators import Annotators, Pair, calibrate
 from trimtab.worlds.world import SPLITS, Split, World
@@ -71,9 +72,11 @@ def _reply(text: str) -> dict[str, str]:
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    with path.open("w", encoding="utf-8") as file:
+    aside = path.with_name(WRITING + path.name)
+    with aside.open("w", encoding="utf-8") as file:
         num = 0
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             num += 1
+    aside.replace(path)
     return num
