@@ -10,8 +10,8 @@ from typing import Any
 
 from trimtab import config, seeds
 from trimtab.data.chat import Chat
-from trimtab.data.layouts import load, recognise
-from trimtab.data.sources import is_feedback, is_world, read_rows
+from trimtab.data.layouts import kinds_of, load
+from trimtab.data.sources import is_feedback, is_world
 from trimtab.engines.local_generator import LocalGenerator, Sampling
 from trimtab.errors import ConfigError
 from trimtab.evals.reward_card import reward_card
@@ -109,10 +109,7 @@ def holds_pairs(source: str) -> bool:
     """Whether the source holds pairs of replies rather than replies."""
     if is_world(source):
         return False
-    if is_feedback(source):
-        return True
-    rows = [row for _, row in read_rows(source, limit=100).rows]
-    return bool(rows) and PreferencePair in recognise(rows, where=source).converters
+    return is_feedback(source) or PreferencePair in kinds_of(source)
 
 
 def chat(
