@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import re
 import resource
+import signal
 import subprocess
 import sys
+import time
+import tomllib
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from trimtab import cli, config, registry
-from trimtab.errors import DataError, Interrupted
+from trimtab.errors import EXTRAS, DataError, Interrupted
 from trimtab.runs.run import Run
 from trimtab.settings_help import registered, settings_help
 
@@ -219,3 +224,82 @@ def test_without_torch_a_command_that_trains_says_what_to_install(command: list[
     assert done.returncode == 2, done.stderr
     assert "pip install 'trimtab[train]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "command"),
+    [
+        ("jinja2", "train", ["chat", "--model", "x"]),
+        ("datasets", "train", ["data", "show", "hub:a/b", "--model", "x"]),
+        ("peft", "train", ["probe"]),
+        ("jinja2", "feedback", ["feedback", "serve", "p.toml"]),
+        ("bitsandbytes", "quantized", ["probe"]),
+    ],
+)
+def test_a_missing_library_is_answered_with_the_command_that_installs_it(module: str, extra: str, command: list[str]):
+    @click.group(cls=cli._Commands)
+    def group() -> None: ...
+
+    @group.command(command[0], context_settings={"ignore_unknown_options": True})
+    @click.argument("words", nargs=-1)
+    def fail(words: tuple[str, ...]) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    result = CliRunner().invoke(group, command)
+    assert result.exit_code == 2
+    assert f"needs {module}, which is not installed" in result.stderr
+    assert f"pip install 'trimtab[{extra}]'" in result.stderr
+    assert f"pip install '{Path(__file__).parents[1]}[{extra}]'" in result.stderr
+
+
+def test_every_extra_brings_the_modules_that_are_asked_for():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for extra, modules in EXTRAS.items():
+        named = {re.match(r"[\w-]+", line)[0].replace("-", "_").removesuffix("_py") for line in extras[extra]}
+        assert set(modules) == named, extra
+
+
+def test_a_module_that_no_extra_brings_is_a_bug_and_travels_on():
+    @click.group(cls=cli._Commands)
+    def group() -> None: ...
+
+    @group.command()
+    def fail() -> None:
+        raise ModuleNotFoundError("No module named 'nonesuch'", name="nonesuch")
+
+    assert isinstance(CliRunner().invoke(group, ["fail"]).exception, ModuleNotFoundError)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stage_without_checkpoints_that_is_stopped_says_what_is_kept(
+    stage: types.ModuleType, run_file: Path, tmp_path: Path, sent: signal.Signals
+):
+    def run(settings: Settings, run: Run) -> None:
+        os.kill(os.getpid(), sent)
+        time.sleep(10)
+
+    stage.run = run
+    result = invoke("probe", run_file, "--out", tmp_path / "out")
+    assert result.exit_code == 128 + sent
+    assert f"stopped at once; nothing of {tmp_path / 'out'} was saved yet: this stage begins again" in result.stderr
+    assert "to go on: trimtab" in result.stderr
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_stage_tells_its_figures_at_the_end(stage: types.ModuleType, run_file: Path, tmp_path: Path):
+    result = invoke("probe", run_file, "--out", tmp_path / "out")
+    assert "Training loss is 1." in result.output
+
+
+def test_a_pipeline_given_to_a_stage_is_sent_to_run(stage: types.ModuleType, run_file: Path):
+    run_file.write_text("[stages.a]\nstage = 'sft'\n")
+    assert f"use trimtab run {run_file}" in invoke("probe", run_file).stderr
+
+
+def test_the_page_of_a_run_goes_where_it_is_asked(stage: types.ModuleType, run_file: Path, tmp_path: Path):
+    invoke("probe", run_file, "--out", tmp_path / "out")
+    (tmp_path / "out" / "report.html").unlink()
+    assert invoke("report", tmp_path / "out", "--out", tmp_path / "pages" / "p.html").exit_code == 0
+    assert (tmp_path / "pages" / "p.html").exists()
+    assert not (tmp_path / "out" / "report.html").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from trimtab import registry
@@ -122,3 +124,20 @@ def test_every_class_of_the_package_has_what_its_kind_offers(kind):
     for name in registry.names(kind):
         cls = registry.find(kind, name, where="")
         assert registry._of_kind(kind, cls, name, where="") is cls
+
+
+def test_a_class_that_was_imported_is_named_by_its_module(file, monkeypatch):
+    monkeypatch.syspath_prepend(file.parent)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    import mine
+
+    assert registry.name_of("advantage", mine.Mine) == "mine:Mine"
+    assert find("mine:Mine") is mine.Mine
+
+
+def test_a_class_of_a_notebook_is_answered_with_where_to_put_it():
+    cell: dict = {"__name__": "__main__"}
+    exec(MINE, cell)
+    with pytest.raises(ConfigError, match="Mine is a class of a notebook") as caught:
+        registry.name_of("advantage", cell["Mine"])
+    assert "from my_advantage import Mine" in caught.value.fix

@@ -38,6 +38,8 @@ _OFFERS: dict[str, tuple[str, ...]] = {
     "world": ("draw_prompt", "write_reply", "gold", "features"),
 }
 _REGISTERED: dict[str, dict[str, type]] = {}
+_USER_MODULE = "trimtab_user_"
+"""Before the path of a file, in the name of the module it is loaded as."""
 
 
 def register(kind: str, name: str) -> Callable[[type[T]], type[T]]:
@@ -124,7 +126,7 @@ def _line_of(error: BaseException, place: str) -> str:
 
 
 def _module_of_file(path: Path) -> ModuleType:
-    name = f"trimtab_user_{path.resolve()}"
+    name = f"{_USER_MODULE}{path.resolve()}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
@@ -140,5 +142,23 @@ def _module_of_file(path: Path) -> ModuleType:
 
 
 def name_of(kind: str, cls: type) -> str:
-    """The name `cls` is registered under."""
-    return next(name for name in names(kind) if _REGISTERED[kind][name] is cls)
+    """The name a run file finds `cls` by: the one it is registered under, or its place, as "package.module:Class".
+
+    Raises ConfigError for a class that no run file could name, such as one made in a notebook: its run could not be
+    recorded, and neither resumed nor repeated.
+    """
+    for name in names(kind):
+        if _REGISTERED[kind][name] is cls:
+            return name
+    module, where = cls.__module__, f"{cls.__module__}.{cls.__qualname__}"
+    if module != "__main__" and getattr(sys.modules.get(module), cls.__qualname__, None) is cls:
+        place = module.removeprefix(_USER_MODULE) if module.startswith(_USER_MODULE) else module
+        name = f"{place}:{cls.__qualname__}"
+        register(kind, name)(_of_kind(kind, cls, name, where=where))
+        return name
+    raise ConfigError(
+        f"{cls.__qualname__} is a class of a notebook or a script, where no run file finds a {kind.replace('_', ' ')}",
+        where=where,
+        fix=f"put it into a file of its own and import it: %%writefile my_{kind}.py in a notebook, then "
+        f"from my_{kind} import {cls.__qualname__}",
+    )

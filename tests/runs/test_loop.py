@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from tests.runs.hash_chain import Chain, run_chain
-from trimtab.errors import EngineError
-from trimtab.metrics import Metrics
-from trimtab.runs.loop import run_steps
+from trimtab.errors import ConfigError, EngineError
+from trimtab.metrics import Mean, Metrics, Total
+from trimtab.runs.loop import run_steps, shown_with_progress
 from trimtab.runs.run import Run
 
 SCRIPT = Path(__file__).with_name("hash_chain.py")
@@ -98,12 +98,13 @@ def test_a_run_killed_before_any_of_its_file_operations_ends_as_an_uninterrupted
         check_whole(directory, 3)
 
 
-def test_ctrl_c_saves_the_step_in_hand_and_the_same_command_goes_on(tmp_path: Path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_in_hand_and_the_same_command_goes_on(tmp_path: Path, sent: signal.Signals):
     process = start(tmp_path / "run", STEPS, 1000, 0.02)
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=10)
+    process.send_signal(sent)
+    output, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "stopping after this step" in errors
     done = len(rows(tmp_path / "run" / "metrics.jsonl"))
@@ -180,3 +181,22 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path: Path):
             run_steps(run, chain, num_steps=9, step=step, checkpoint_every=2, description="chain")
         assert run.load_checkpoint() == (2, tmp_path / "run" / "checkpoints" / "step-00000002")
         assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_progress_says_what_the_step_was_about():
+    online = {
+        "rollout/length_mean": Mean(30, 1),
+        "time/step_seconds": Total(1.0),
+        "reward/mean": Mean(3, 2),
+        "policy/kl": Mean(0.25, 1),
+    }
+    assert shown_with_progress(online) == "  reward 1.5  KL 0.25  length 30"
+    assert shown_with_progress({"chain/value": Mean(1, 2)}) == "  chain/value 0.5"
+    assert shown_with_progress({"time/step_seconds": Total(1.0)}) == ""
+
+
+def test_a_run_that_has_come_further_than_is_asked_is_refused(tmp_path: Path):
+    with Run.open(tmp_path, stage="chain", settings={}) as run:
+        run_steps(run, Chain(), num_steps=4, step=lambda i: {}, checkpoint_every=1, description="chain")
+        with pytest.raises(ConfigError, match="has done 4 steps, and 3 are asked for"):
+            run_steps(run, Chain(), num_steps=3, step=lambda i: {}, checkpoint_every=1, description="chain")

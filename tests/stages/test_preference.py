@@ -276,7 +276,7 @@ def test_killed_once_and_run_again_it_ends_with_the_same_bits(tmp_path, base, ot
     ("changed", "said"),
     [
         ({"loss": "dop"}, "did you mean 'dpo'"),
-        ({"loss": {"name": "dpo", "beta": -1.0}}, "beta is -1.0"),
+        ({"loss": {"name": "dpo", "beta": -1.0}}, "beta = -1.0; it must be above 0"),
         ({"loss": {"name": "simpo", "gama": 1.0}}, "gamma"),
         ({"max_tokens": 8, "on_too_long": "drop"}, "no example is left"),
         ({"loss": "kto", "limit": 1, "held_out": 0.0}, "a single prompt to train on"),

@@ -147,7 +147,7 @@ def test_repeated_and_long_prompts_are_counted(tmp_path, base, reward_run):
         ({"replies_per_prompt": 1}, "at least 2"),
         ({"pairs": "demonstration"}, "needs demonstrations"),
         ({"filter": {"at_least": {"goal": 1.0}}}, "name the sum of all rewards or one of them: reward, model"),
-        ({"filter": {"top_fraction": 0.0}}, "share above 0"),
+        ({"filter": {"top_fraction": 0.0}}, "it must be above 0 and at most 1"),
         ({"filter": {"at_least": {"reward": 1e6}}}, "passes the filter"),
         ({"pairs": "worse"}, "'worst', 'random'"),
     ],

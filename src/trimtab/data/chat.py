@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from collections.abc import Sequence
@@ -27,6 +28,17 @@ _TURNS = (
 )
 DEFAULT_TEMPLATE = _TURNS.replace("END", "'<|end|>'")
 """For tokenizers with `SPECIAL_TOKENS`; `default_template` is the same for others."""
+
+TODAY = datetime.date(2024, 7, 26)
+"""What a template that asks for the date is told, on every day: the default of the templates of Llama 3."""
+
+_DIRECTIVES = ("%-d", "%-m", *(f"%{letter}" for letter in "YymdBbAaHIMSpjeFDTcxX"))
+_DATE_MACRO = (
+    "{%- macro strftime_now(format) -%}{{- format"
+    + "".join(f" | replace('{d}', '{TODAY.strftime(d)}')" for d in _DIRECTIVES)
+    + " -}}{%- endmacro -%}"
+)
+"""Defines strftime_now for a template, with `TODAY` for the date."""
 
 # Stands for the content of turn i while a template is studied. No template writes tabs or private-use characters of
 # its own, so what is left of the tabs says whether the template strips contents.
@@ -340,9 +352,16 @@ class Chat:
             return error
 
     def _apply_template(self, turns: list[Any], generation_prompt: bool) -> Any:
-        # Some templates write today's date unless they are given one: a run must not change at midnight.
+        # Some templates write today's date, unless they are given one or by asking for it: a run must not change at
+        # midnight. A template takes no functions from outside, but a macro of its own stands before those it has.
+        template = self.tokenizer.chat_template
+        asks = isinstance(template, str) and "strftime_now" in template
         return self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=generation_prompt, date_string="26 Jul 2024"
+            turns,
+            chat_template=_DATE_MACRO + template if asks else None,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            date_string=TODAY.strftime("%d %b %Y"),
         )
 
     # ---- text to ids ----------------------------------------------------------------------------------------------

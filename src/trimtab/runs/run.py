@@ -37,7 +37,16 @@ from trimtab.runs.trackers import Tracker, Writer
 SUMS = "SHA256SUMS"
 # Checkpoints go first and settings last: a `--fresh` cut short leaves a run that starts over, never half a run.
 _CONTENTS = (
-    *("summary.json", "checkpoints", "model", "metrics.jsonl", "samples.jsonl", "report.html", "data.json"),
+    *(
+        "summary.json",
+        "checkpoints",
+        "model",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "report.html",
+        "data.json",
+        "snapshots",
+    ),
     *("start", "start.writing", "train.jsonl", "held_out.jsonl", "replies.jsonl", "best.jsonl", "pairs.jsonl"),
     *("tensorboard", "wandb", "environment.json", "settings.toml"),
 )

@@ -16,7 +16,6 @@ import numpy as np
 from trimtab import seeds, worlds
 from trimtab.config import Choice
 from trimtab.data.chat import Chat
-from trimtab.data.layouts import load
 from trimtab.engines.local_generator import LocalGenerator, Sampling
 from trimtab.evals.overoptimisation import best_of_n_curve, sizes_up_to
 from trimtab.evals.stats import bootstrap_mean, paired_difference, win_rate
@@ -30,7 +29,9 @@ from trimtab.rewards.combined import load_rewards
 from trimtab.rewards.gold import GoldScorer
 from trimtab.rewards.model import RewardModelScorer
 from trimtab.runs.run import Run
+from trimtab.stages.noise import seed_noise
 from trimtab.stages.online_sampling import in_groups, rollout_trees
+from trimtab.stages.reading import read
 from trimtab.types import Prompt, Rollout
 
 
@@ -85,10 +86,8 @@ Scores = Mapping[str, np.ndarray]
 def run(settings: Settings, run: Run) -> None:
     """Writes the numbers to summary.json and replies to samples.jsonl."""
     chat = Chat(load_tokenizer(settings.model))
-    loaded = load(
-        Prompt, settings.prompts, on_bad_row=settings.on_bad_row, limit=settings.num_prompts, accepts=chat.refusal
-    )
-    run.add_data(settings.prompts, loaded.sha256, len(loaded.records), loaded.report)
+    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
+    loaded = read(Prompt, settings.prompts, run, limit=settings.num_prompts, **options)
     models = {"policy": load_policy(settings.model, chat, settings)}
     if settings.baseline is not None:
         refuse_other_vocabulary(
@@ -110,6 +109,7 @@ def run(settings: Settings, run: Run) -> None:
     }
     for name, generator in generators.items():
         run.note_path(f"sampler of {name}", generator.sampler)
+    seed_noise(settings.seed, "evaluate")  # of judges that draw any
     # In one call, in which equal replies to a prompt have one score: as a tie, not as a coin flip of rounding.
     together = score([reply for rollouts in replies.values() for reply in rollouts])
     num = len(loaded.records)

@@ -22,6 +22,7 @@ from trimtab.models.forward import exact_kl_of, token_logprobs_of, token_values_
 from trimtab.models.save import save_role
 from trimtab.runs.loop import run_steps
 from trimtab.runs.run import Run
+from trimtab.stages.noise import seed_noise
 from trimtab.stages.online_parts import Parts, PolicyBatch, build_parts
 from trimtab.stages.online_sampling import draw, rollout_trees, shape
 from trimtab.stages.online_settings import Settings
@@ -44,6 +45,7 @@ def run(settings: Settings, run: Run) -> None:
 
     def step(number: int) -> Metrics:
         started = time.perf_counter()
+        seed_noise(settings.seed, "online", number)
         metrics = train_step(number, parts, run)
         return metrics | {"time/step_seconds": Total(time.perf_counter() - started)}
 

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from trimtab import worlds
 from trimtab.data.chat import Chat
-from trimtab.data.layouts import load
 from trimtab.data.trees import TokenTrees, TreeBatch, per, response_tree
 from trimtab.engines.episodes import EpisodeGenerator
 from trimtab.engines.form_choice import choose_form
 from trimtab.engines.local_generator import LocalGenerator, Sampling
 from trimtab.engines.local_learner import LocalLearner
-from trimtab.errors import DataError
+from trimtab.errors import ConfigError, DataError
 from trimtab.math.advantages import Estimator
 from trimtab.math.losses.policy import EntropyBonus, KLPenalty
 from trimtab.math.losses.sft import SFTLoss
@@ -31,6 +30,7 @@ from trimtab.rewards.gold import GoldScorer
 from trimtab.runs.run import Run
 from trimtab.stages.online_models import load_models
 from trimtab.stages.online_settings import Settings
+from trimtab.stages.reading import read
 from trimtab.stages.supervised import Epochs
 from trimtab.types import Demonstration, Prompt
 
@@ -154,14 +154,19 @@ def build_parts(settings: Settings, run: Run) -> Parts:
     """Loads models and data. Raises an error that teaches for whatever cannot be used."""
     chat = Chat(load_tokenizer(settings.model))
     options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
-    loaded = load(Prompt, settings.prompts, limit=settings.limit, **options)
-    run.add_data(settings.prompts, loaded.sha256, len(loaded.records), loaded.report)
+    loaded = read(Prompt, settings.prompts, run, limit=settings.limit, **options)
     prompts = [p for p in loaded.records if len(chat.encode_prompt(p.messages)) <= settings.sampling.max_prompt_tokens]
     if not prompts:
         raise DataError(
             f"none of {len(loaded.records)} prompts has at most {settings.sampling.max_prompt_tokens} tokens",
             where=settings.prompts,
             fix="raise sampling.max_prompt_tokens",
+        )
+    if len(prompts) < settings.prompts_per_step:
+        raise ConfigError(
+            f"prompts_per_step = {settings.prompts_per_step} of {len(prompts)} prompts: a step would hold some twice",
+            where=f"prompts_per_step and {settings.prompts}",
+            fix="give more prompts, or lower prompts_per_step",
         )
     models, advantage = load_models(settings, chat), settings.advantage
     policy, critic = models.policy, models.critic
@@ -210,7 +215,7 @@ def build_parts(settings: Settings, run: Run) -> Parts:
         critic=critic,
         policy_learner=policy_learner,
         critic_learner=critic_learner,
-        demonstrations=load(Demonstration, mix.data, **options).records if mix else (),
+        demonstrations=read(Demonstration, mix.data, run, **options).records if mix else (),
         world=world,
         state=state,
         counts=dict(loaded.counts) | {"dropped_long_prompts": len(loaded.records) - len(prompts)},

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimtab.config import Choice
 from trimtab.data.chat import Chat
-from trimtab.data.layouts import Loaded, kinds_of, load
+from trimtab.data.layouts import Loaded, kinds_of
 from trimtab.data.pairs import (
     Comparisons,
     JudgedReplies,
@@ -44,6 +44,7 @@ from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.runs.run import Run
+from trimtab.stages.reading import read
 from trimtab.stages.sft import start_policy
 from trimtab.stages.supervised import Epochs, fit, last_metrics
 from trimtab.types import LabelledResponse, PreferencePair
@@ -174,14 +175,12 @@ def read_data(
     is added to `counts`."""
     kind: type[Any] = LabelledResponse if loss.reads == "replies" and holds_labels(settings.data) else PreferencePair
     options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
-    loaded: Loaded[Any] = load(kind, settings.data, limit=settings.limit, **options)
-    run.add_data(settings.data, loaded.sha256, len(loaded.records), loaded.report)
+    loaded: Loaded[Any] = read(kind, settings.data, run, limit=settings.limit, **options)
     counts |= loaded.counts
     if settings.held_out_data is None:
         train, held_out = split_by_prompt(loaded.records, held_out=settings.held_out)
     else:
-        judged: Loaded[Any] = load(kind, settings.held_out_data, **options)
-        run.add_data(settings.held_out_data, judged.sha256, len(judged.records), judged.report)
+        judged: Loaded[Any] = read(kind, settings.held_out_data, run, **options)
         train, held_out = loaded.records, judged.records
     fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
     if kind is LabelledResponse:

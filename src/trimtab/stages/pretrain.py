@@ -24,6 +24,7 @@ from trimtab.data.layouts import kinds_of, load
 from trimtab.data.sources import is_world, read_rows
 from trimtab.data.trees import TokenTrees, Tree, TreeBatch, sequence_tree
 from trimtab.engines.local_learner import AdamW, LocalLearner
+from trimtab.errors import DataError
 from trimtab.math.losses.sft import SFTLoss
 from trimtab.models.load import load_causal
 from trimtab.models.roles import Policy
@@ -142,6 +143,12 @@ def run(settings: Settings, run: Run) -> None:
     model = load_causal(start)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
     trees = document_trees(documents, tokenizer, settings.max_tokens)
+    if not trees:
+        raise DataError(
+            f"none of {len(documents)} documents has a token to learn from",
+            where=settings.data,
+            fix="give texts of more than one token, and max_tokens of at least 2",
+        )
     epochs = Epochs(
         num_examples=len(trees), batch_size=settings.batch_size, num_epochs=settings.num_epochs, seed=settings.seed
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,6 @@ import numpy as np
 from trimtab import seeds
 from trimtab.config import Choice
 from trimtab.data.chat import Chat
-from trimtab.data.layouts import load
 from trimtab.data.pairs import Comparisons, group_pairs
 from trimtab.data.split import split_by_prompt
 from trimtab.data.trees import TokenTrees, response_tree
@@ -27,6 +27,7 @@ from trimtab.models.quantized import quantize
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import save_role
 from trimtab.runs.run import Run
+from trimtab.stages.reading import read
 from trimtab.stages.supervised import Epochs, fit
 from trimtab.types import Demonstration, PreferencePair
 
@@ -87,14 +88,15 @@ def run(settings: Settings, run: Run) -> None:
     """Trains, calibrates and judges the reward model; writes it to `run.model_dir` and its card to summary.json."""
     chat = Chat(load_tokenizer(settings.model))
     options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
-    loaded = load(PreferencePair, settings.data, limit=settings.limit, **options)
-    run.add_data(settings.data, loaded.sha256, len(loaded.records), loaded.report)
+    loaded = read(PreferencePair, settings.data, run, limit=settings.limit, **options)
     counts: dict[str, int] = dict(loaded.counts)
+    demonstrations = None
+    if settings.demonstrations is not None:  # before the first step, so that a run that could not end is not begun
+        demonstrations = read(Demonstration, settings.demonstrations, run, limit=1000, **options).records
     if settings.held_out_data is None:
         train, held_out = split_by_prompt(loaded.records, held_out=settings.held_out)
     else:
-        judged = load(PreferencePair, settings.held_out_data, **options)
-        run.add_data(settings.held_out_data, judged.sha256, len(judged.records), judged.report)
+        judged = read(PreferencePair, settings.held_out_data, run, **options)
         train, held_out = loaded.records, judged.records
     fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
     judged_by = group_pairs(held_out, chat, **fit_in)
@@ -131,7 +133,7 @@ def run(settings: Settings, run: Run) -> None:
         description="reward",
         max_steps=settings.max_steps,
     )
-    moments = calibrate(model, chat, settings, train_on)
+    moments = calibrate(model, chat, settings, train_on, demonstrations)
     model.model.config.update({f"reward_{name}": value for name, value in moments.items()})
     run.save_model(lambda path: save_role(model, chat.tokenizer, path, base=base))
     run.finish(judge(model, train_on, judged_by, settings) | moments | {"counts": counts} | steps)
@@ -155,17 +157,20 @@ def start_reward_model(settings: Settings, chat: Chat) -> tuple[ScalarModel, str
     return ScalarModel(model, pad_id=chat.pad_id, adapter="reward", gives="scores"), base or settings.model
 
 
-def calibrate(model: ScalarModel, chat: Chat, settings: Settings, train: Comparisons) -> dict[str, float]:
+def calibrate(
+    model: ScalarModel,
+    chat: Chat,
+    settings: Settings,
+    train: Comparisons,
+    demonstrations: Sequence[Demonstration] | None,
+) -> dict[str, float]:
     """The shift that makes demonstrations average zero (Ouyang et al., arXiv:2203.02155, section 3.5), and the mean
     and deviation of the shifted reward over the replies compared in training."""
     batch = train.batch(range(min(len(train.trees), 1000)))
     scores = sequence_scores_of(model, batch.trees, settings.token_budget).double()
-    if settings.demonstrations is None:
+    if demonstrations is None:
         shift = float(scores[batch.chosen_ids].mean())
     else:
-        demonstrations = load(
-            Demonstration, settings.demonstrations, limit=1000, on_bad_row=settings.on_bad_row, accepts=chat.refusal
-        ).records
         shown = [
             response_tree(chat.encode_prompt(d.prompt.messages), [chat.encode_response(d.response)])
             for d in demonstrations

@@ -19,7 +19,6 @@ from torch import Tensor
 from trimtab import seeds, worlds
 from trimtab.config import Choice
 from trimtab.data.chat import Chat
-from trimtab.data.layouts import load
 from trimtab.engines.local_generator import LocalGenerator, Sampling
 from trimtab.errors import ConfigError, DataError
 from trimtab.metrics import Metrics, Peak, Total, mean_of
@@ -29,6 +28,8 @@ from trimtab.rewards.combined import CombinedReward, load_rewards
 from trimtab.rewards.gold import GoldScorer
 from trimtab.runs.loop import run_steps
 from trimtab.runs.run import Run
+from trimtab.stages.noise import seed_noise
+from trimtab.stages.reading import read
 from trimtab.stages.selection import (
     Asked,
     Filter,
@@ -155,6 +156,7 @@ def run(settings: Settings, run: Run) -> None:
 def sample_step(number: int, parts: Parts, run: Run) -> Metrics:
     """Samples and scores the replies to some prompts and appends them to replies.jsonl."""
     settings, started = parts.settings, time.perf_counter()
+    seed_noise(settings.seed, "select", number)
     asked = parts.asked[number * settings.prompts_per_step :][: settings.prompts_per_step]
     # One seed for every step: a reply's random numbers come from its prompt and its place in the group.
     rollouts = parts.generator.generate(
@@ -262,14 +264,13 @@ def load_asked(settings: Settings, chat: Chat, run: Run) -> tuple[list[Asked], d
     assert source is not None
     options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "limit": settings.limit, "accepts": chat.refusal}
     if settings.demonstrations is not None:
-        demonstrations = load(Demonstration, source, **options)
+        demonstrations = read(Demonstration, source, run, **options)
         found = [Asked(d.prompt, d.response) for d in demonstrations.records]
-        sha256, counts, report = demonstrations.sha256, Counter(demonstrations.counts), demonstrations.report
+        counts = Counter(demonstrations.counts)
     else:
-        prompts = load(Prompt, source, **options)
+        prompts = read(Prompt, source, run, **options)
         found = [Asked(p, None) for p in prompts.records]
-        sha256, counts, report = prompts.sha256, Counter(prompts.counts), prompts.report
-    run.add_data(source, sha256, len(found), report)
+        counts = Counter(prompts.counts)
     asked: dict[str, Asked] = {}
     for one in found:
         before = asked.setdefault(one.prompt.id, one)

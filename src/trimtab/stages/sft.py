@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 from trimtab import seeds
 from trimtab.config import Choice
 from trimtab.data.chat import Chat
-from trimtab.data.layouts import load
 from trimtab.data.pairs import fitted_tree
 from trimtab.data.split import split_by_prompt
 from trimtab.data.trees import TokenTrees, Tree, TreeBatch, sequence_tree
@@ -24,6 +23,7 @@ from trimtab.models.quantized import quantize
 from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
 from trimtab.runs.run import Run
+from trimtab.stages.reading import read
 from trimtab.stages.supervised import Epochs, fit, last_metrics
 from trimtab.types import Demonstration, Message, PreferencePair
 
@@ -145,14 +145,12 @@ def read_demonstrations(settings: Settings, chat: Chat, run: Run) -> tuple[list[
     """The demonstrations and the counts of what was read and dropped."""
     options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "limit": settings.limit, "accepts": chat.refusal}
     if settings.chosen_as_demonstrations:
-        pairs = load(PreferencePair, settings.data, **options)
-        run.add_data(settings.data, pairs.sha256, len(pairs.records), pairs.report)
+        pairs = read(PreferencePair, settings.data, run, **options)
         beaten = {(p.prompt.messages, p.rejected) for p in pairs.records}
         best = {(p.prompt.messages, p.chosen): p for p in pairs.records}
         chosen = [p for reply, p in best.items() if reply not in beaten]
         return [Demonstration(prompt=p.prompt, response=p.chosen) for p in chosen], dict(pairs.counts)
-    loaded = load(Demonstration, settings.data, **options)
-    run.add_data(settings.data, loaded.sha256, len(loaded.records), loaded.report)
+    loaded = read(Demonstration, settings.data, run, **options)
     return loaded.records, dict(loaded.counts)
 
 

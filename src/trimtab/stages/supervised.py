@@ -19,6 +19,7 @@ from trimtab.metrics import Mean, Metrics, Total, merge
 from trimtab.protocols import Loss
 from trimtab.runs.loop import run_steps
 from trimtab.runs.run import Run
+from trimtab.stages.noise import seed_noise
 
 MakeBatch = Callable[[Sequence[int]], TreeBatch]
 """Makes a batch of the examples with these numbers."""
@@ -112,6 +113,7 @@ def fit(
 
     def step(number: int) -> Metrics:
         started = time.perf_counter()
+        seed_noise(epochs.seed, description, number)
         batch = prepared(make_batch(epochs.examples(number)))
         metrics = learner.update([(batch, [loss])])
         seconds = time.perf_counter() - started

@@ -1,0 +1,59 @@
+"""Data as a run reads it: recorded, and taken once from a source that lives on."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, cast
+
+from trimtab.data.layouts import Loaded, load
+from trimtab.data.sources import is_feedback
+from trimtab.files import json_text, read_json, write_whole, writing
+from trimtab.runs.run import Run
+from trimtab.types import Record, from_dict, to_dict
+
+
+def read(kind: type[Record], source: str, run: Run, **options: Any) -> Loaded[Record]:
+    """What `load` gives, with its hash in the run's data.json.
+
+    A project of judgements grows while a run goes on. Its records are written into the run when they are first read, so
+    that a resumed run trains on what it began with; a new run sees the project as it is by then.
+    """
+    loaded = (_snapshot if is_feedback(source) else _whole)(kind, source, run, **options)
+    run.add_data(source, loaded.sha256, len(loaded.records), loaded.report)
+    return loaded
+
+
+def _whole(kind: type[Record], source: str, _run: Run, **options: Any) -> Loaded[Record]:
+    return load(kind, source, **options)
+
+
+def _snapshot(kind: type[Record], source: str, run: Run, **options: Any) -> Loaded[Record]:
+    name = hashlib.sha256(f"{kind.__name__} {source}".encode()).hexdigest()[:16]
+    path: Path = run.directory / "snapshots" / f"{name}.json"
+    if path.exists():
+        kept = read_json(path, fix="restore it, or begin again with --fresh: it holds the judgements as they were")
+        records = cast("list[Record]", [from_dict(kind, row) for row in kept["records"]])
+        return Loaded(
+            records=records,
+            layout=kept["layout"],
+            source=source,
+            sha256=kept["sha256"],
+            counts=kept["counts"],
+            dropped=tuple(kept["dropped"]),
+            unused=tuple(kept["unused"]),
+        )
+    loaded = load(kind, source, **options)
+    kept = {
+        "source": source,
+        "layout": loaded.layout,
+        "sha256": loaded.sha256,
+        "counts": loaded.counts,
+        "dropped": list(loaded.dropped),
+        "unused": list(loaded.unused),
+        "records": [to_dict(record) for record in loaded.records],
+    }
+    with writing("the judgements", path):
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, json_text(kept))
+    return loaded
