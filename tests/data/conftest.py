@@ -85,7 +85,7 @@ def wrap(
 
 def make(name: str) -> PreTrainedTokenizerFast:
     if name == "ours":
-        from trimtab.data.chat import SPECIAL_TOKENS
+        from trimtab.data.templates import SPECIAL_TOKENS
 
         return byte_level([*SPECIAL_TOKENS], None, eos_token="<|end|>", pad_token="<|pad|>")
     if name == "chatml":  # pad is eos, and turns end with another token

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.data.chat import DEFAULT_TEMPLATE, SPECIAL_TOKENS, Chat, fit
+from trimtab.data.chat import Chat, fit
 from trimtab.data.layouts import load
+from trimtab.data.templates import DEFAULT_TEMPLATE, SPECIAL_TOKENS
 from trimtab.errors import ConfigError, DataError
 from trimtab.types import Demonstration, Message
 

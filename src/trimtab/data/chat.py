@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 from collections.abc import Sequence
@@ -13,54 +12,17 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.data.mistakes import Mistake
+from trimtab.data.templates import TODAY, dated, default_template
 from trimtab.data.tokenizers import ModelFacts, choose_pad
 from trimtab.data.words import Words
 from trimtab.errors import ConfigError, DataError, EngineError
 from trimtab.types import Message, Role
-
-SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
-"""Of the tokenizers that trimtab trains, in the order of their ids; `<|end|>` is their eos token."""
-
-_TURNS = (
-    "{%- for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + END + '\\n' }}{% endfor %}"
-    "{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-)
-DEFAULT_TEMPLATE = _TURNS.replace("END", "'<|end|>'")
-"""For tokenizers with `SPECIAL_TOKENS`; `default_template` is the same for others."""
-
-TODAY = datetime.date(2024, 7, 26)
-"""What a template that asks for the date is told, on every day: the default of the templates of Llama 3."""
-
-_DIRECTIVES = ("%-d", "%-m", *(f"%{letter}" for letter in "YymdBbAaHIMSpjeFDTcxX"))
-_DATE_MACRO = (
-    "{%- macro strftime_now(format) -%}{{- format"
-    + "".join(f" | replace('{d}', '{TODAY.strftime(d)}')" for d in _DIRECTIVES)
-    + " -}}{%- endmacro -%}"
-)
-"""Defines strftime_now for a template, with `TODAY` for the date."""
 
 # Stands for the content of turn i while a template is studied. No template writes tabs or private-use characters of
 # its own, so what is left of the tabs says whether the template strips contents.
 _MARK = "\t\ue000{}\ue001\t"
 _ASKED = Message("user", "a")
 _MARKS = re.compile("(\t?)\ue000([0-9]+)\ue001(\t?)")
-
-
-def default_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template for a tokenizer without one: `DEFAULT_TEMPLATE` with its own end token, and bos if it adds one.
-
-    Role markers that are no tokens of it are written as plain text. Raises DataError where there is no end token.
-    """
-    if "<|end|>" not in tokenizer.get_vocab() and tokenizer.eos_token is None:
-        raise DataError(
-            "the tokenizer has neither a chat template nor an eos token, so a reply could never end",
-            where=tokenizer.name_or_path or "the tokenizer",
-            fix="set its eos_token (tokenizer_config.json), or use another model",
-        )
-    turns = DEFAULT_TEMPLATE if "<|end|>" in tokenizer.get_vocab() else _TURNS.replace("END", "eos_token")
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return "{{ bos_token }}" + turns if adds_bos else turns
 
 
 @dataclass(frozen=True)
@@ -353,12 +315,10 @@ class Chat:
 
     def _apply_template(self, turns: list[Any], generation_prompt: bool) -> Any:
         # Some templates write today's date, unless they are given one or by asking for it: a run must not change at
-        # midnight. A template takes no functions from outside, but a macro of its own stands before those it has.
-        template = self.tokenizer.chat_template
-        asks = isinstance(template, str) and "strftime_now" in template
+        # midnight.
         return self.tokenizer.apply_chat_template(
             turns,
-            chat_template=_DATE_MACRO + template if asks else None,
+            chat_template=dated(self.tokenizer.chat_template),
             tokenize=False,
             add_generation_prompt=generation_prompt,
             date_string=TODAY.strftime("%d %b %Y"),

@@ -19,9 +19,9 @@ from transformers import (
 
 from trimtab import seeds, worlds
 from trimtab.config import Choice
-from trimtab.data.chat import DEFAULT_TEMPLATE, SPECIAL_TOKENS
 from trimtab.data.layouts import kinds_of, load
 from trimtab.data.sources import is_world, read_rows
+from trimtab.data.templates import DEFAULT_TEMPLATE, SPECIAL_TOKENS
 from trimtab.data.trees import TokenTrees, Tree, TreeBatch, sequence_tree
 from trimtab.engines.local_learner import AdamW, LocalLearner
 from trimtab.errors import DataError
