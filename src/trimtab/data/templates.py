@@ -29,8 +29,8 @@ _DATE_MACRO = (
     + "".join(f" | replace('{d}', '{TODAY.strftime(d)}')" for d in _DIRECTIVES)
     + " -}}{%- endmacro -%}"
 )
-"""Defines strftime_now for a template, with `TODAY` for the date. A template takes no function from outside, but a macro of
-its own stands before those it has."""
+"""Defines strftime_now for a template, with `TODAY` for the date. A template takes no function from outside, but
+its own macro stands before what it has."""
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str:
