@@ -113,6 +113,7 @@ DEMONSTRATIONS = {
         {"prompt": json.dumps([user("Hi")]), "completion": json.dumps([said("Yo")])},
         shown("Hi", "Yo"),
     ),
+    "one message as prompt": ({"prompt": user("Hi"), "completion": said("Yo")}, shown("Hi", "Yo")),
     "prompt as Python text": ({"prompt": repr([user("Hi")]), "completion": "Yo"}, shown("Hi", "Yo")),
     "several turns of completion": (
         {"prompt": [user("a")], "completion": [said("b"), user("c"), said("d")]},
@@ -163,6 +164,18 @@ PAIRS = {
         pair(prompt("Is it?\n\nIt.")),
     ),
     "stack exchange": ({"question": "Is it?", "response_j": "Yes.", "response_k": "No."}, pair(prompt("Is it?"))),
+    "context alone": ({"context": [user("Is it?")], "chosen": "Yes.", "rejected": "No."}, pair(prompt("Is it?"))),
+    "one of three winners": (
+        {
+            "prompt": "Is it?",
+            "response_a": "No.",
+            "response_b": "Yes.",
+            "winner_model_a": 0,
+            "winner_model_b": 1,
+            "winner_tie": 0,
+        },
+        pair(prompt("Is it?")),
+    ),
     "winner and loser": ({"prompt": "Is it?", "winner": "Yes.", "loser": "No."}, pair(prompt("Is it?"))),
     "sharegpt pair": (
         {
@@ -305,7 +318,7 @@ def test_preference_pairs_are_read_from_the_layouts_people_have(file, name):
     [(True, True), (1, True), (0, False), (1.0, True), ("True", True), ("false", False), ("good", True), ("bad", False),
      ("yes", True), ("no", False), ("👍", True), ("thumbs_down", False), (-1, False)],
 )  # fmt: skip
-@pytest.mark.parametrize("column", ["label", "kto_tag"])
+@pytest.mark.parametrize("column", ["label", "kto_tag", "is_correct", "Feedback"])
 def test_a_thumb_is_read_in_every_spelling_and_not_imitated(file, label, up, column):
     path = file({"prompt": "Hi", "completion": "Yo", column: label})
     assert load(LabelledResponse, path).records == [LabelledResponse(prompt=prompt("Hi"), response="Yo", label=up)]

@@ -41,6 +41,8 @@ ROWS = {
     "a picture of a prompt": (Prompt, {"prompt": "Hi"}, {"image": "cat.png"}, "only text is read"),
     "reasoning": (Demonstration, REPLY, {"thinking": "Hm."}, "holds reasoning"),
     "reasoning of a pair": (PreferencePair, PAIR, {"reasoning": "Hm."}, "holds reasoning"),
+    "a weight of the row": (Demonstration, REPLY, {"weight": 0}, "weight is 0"),
+    "a weight of a pair": (PreferencePair, PAIR, {"sample_weight": 0.5}, "sample_weight is 0.5"),
     "two systems": (
         Demonstration,
         {"messages": [{"role": "system", "content": "a"}, user("b"), said("c")]},
@@ -99,6 +101,7 @@ def test_a_field_of_a_message_that_changes_its_meaning_is_a_bad_row(file, turn, 
 FILES = {
     "rating": (Demonstration, REPLY | {"rating": 2}, "judges the replies", "ignore=rating"),
     "score as text": (Demonstration, REPLY | {"score": "2.5"}, "judges the replies", "ignore=score"),
+    "a word as quality": (Demonstration, REPLY | {"quality": "bad"}, "judges the replies", "ignore=quality"),
     "stars as label": (Demonstration, REPLY | {"label": 4}, "judges the replies", "ignore=label"),
     "two replies": (Demonstration, REPLY | {"output": "No"}, "two columns may be the reply", "ignore=output"),
     "two questions": (Demonstration, REPLY | {"question": "Who?"}, "no part of the prompt", "ignore=question"),
@@ -113,6 +116,12 @@ FILES = {
         {"request": "What is it?", "chosen": "It is a.", "rejected": "It is b."},
         "that may be it",
         "columns=request:prompt",
+    ),
+    "a title": (
+        PreferencePair,
+        {"title": "What is it?", "chosen": "It is a.", "rejected": "It is b."},
+        "that may be it",
+        "columns=title:prompt",
     ),
     "replies that repeat the prompt": (
         PreferencePair,

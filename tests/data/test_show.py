@@ -13,6 +13,7 @@ from trimtab.data.show import show, visible
 def model_dir(tokenizers, tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     tokenizers["ours"].save_pretrained(directory)
+    (directory / "config.json").write_text('{"model_type": "gpt2"}')
     return directory
 
 
@@ -50,6 +51,12 @@ def test_layout_counts_dropped_rows_and_lengths_are_told(model_dir, tmp_path):
     assert "row 21: chosen is empty" in text
     assert "median" in text
     assert "█" in text
+
+
+def test_what_is_not_used_is_named(model_dir, tmp_path):
+    turns = [{"role": "user", "content": "a", "name": "Ann"}, {"role": "assistant", "content": "b"}]
+    text = shown([{"messages": turns, "topic": "x"}], model_dir, tmp_path)
+    assert "not used: topic, messages[].name" in text
 
 
 def test_a_prompt_has_nothing_to_train_on(model_dir, tmp_path):

@@ -184,10 +184,8 @@ class Chat:
         return text.removeprefix(self._lead).removesuffix(self._before_end)
 
     def refusal(self, messages: Sequence[Message]) -> Mistake | None:
-        """What is wrong with a prompt for this template, by its roles: it refuses them, or leaves one of the turns out.
-
-        Found once for each order of roles, since that is what templates look at.
-        """
+        """What is wrong with a prompt for this template: it refuses the roles, or leaves a turn out. Found once for each
+        order of roles, since that is what templates look at."""
         roles = tuple(m.role for m in messages)
         if roles not in self._refusals:
             self._refusals[roles] = self._find_refusal(messages)
@@ -198,20 +196,17 @@ class Chat:
             self._render(messages, True)
         except DataError as error:
             return Mistake("template_refuses", error.problem, error.fix)
+        marks = [_MARK.format(i) for i in range(len(messages))]
         try:
-            marked = self._render([Message(m.role, _MARK.format(i)) for i, m in enumerate(messages)], True)
+            marked = self._render([Message(m.role, mark) for m, mark in zip(messages, marks, strict=True)], True)
         except DataError:
             return None  # contents decide what this template takes
         # Earlier replies may be rewritten, without their reasoning say; all else must be shown to the model.
-        for i, message in enumerate(messages):
-            mark = _MARK.format(i).strip()
+        for i, (message, mark) in enumerate(zip(messages, map(str.strip, marks), strict=True), 1):
             if message.role != "assistant" and mark not in marked and json.dumps(mark)[1:-1] not in marked:
-                return Mistake(
-                    "template_leaves_out",
-                    f"the model's chat template leaves out the {message.role} turn (turn {i + 1} of {len(messages)})",
-                    f"put the text of the {message.role} turn into a user turn, "
-                    "or give the tokenizer a chat template that writes it",
-                )
+                problem = f"the chat template leaves out the {message.role} turn (turn {i} of {len(messages)})"
+                fix = "put its text into a user turn, or give the tokenizer a chat template that writes it"
+                return Mistake("template_leaves_out", problem, fix)
         return None
 
     # ---- studying the template, once ------------------------------------------------------------------------------

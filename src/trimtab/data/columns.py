@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PROMPT = ("prompt", "instruction", "question", "query", "problem", "user_prompt", "input", "history", "post")
+PROMPT = ("prompt", "instruction", "question", "query", "problem", "user_prompt", "input", "context", "history", "post")
 """Names of what is asked, the likelier first."""
 COMPLETION = ("completion", "response", "output", "reply", "answer", "solution", "target")
 """Names of a reply."""
@@ -15,6 +15,7 @@ SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
 CONTEXT = ("input", "context", "passage", "passages")
 """Text that belongs to the question, which stands above it or beside it in a column of its own."""
 PART_OF_PROMPT = frozenset({*SYSTEM, *CONTEXT, "history"})
+WEIGHT = frozenset({"weight", "sample_weight", "loss_weight"})
 REASONING = frozenset({"reasoning", "reasoning_content", "thinking", "thoughts", "thought", "chain_of_thought"})
 UNREAD: Mapping[str, str] = {
     **dict.fromkeys(("tools", "functions", "available_tools", "tool_definitions"), "tools"),
@@ -42,7 +43,8 @@ SIDES = (
 """Names of two replies of which neither is the better one by its name."""
 CHOICE = ("choice", "winner", "preference", "preferred", "label", "labels", "better_response_id", "overall_preference")
 """Names of which of two replies was preferred."""
-LABEL = ("label", "kto_tag", "thumb", "thumbs", "thumbs_up", "liked", "is_good", "desirable", "is_desirable")
+LABEL = ("label", "kto_tag", "thumb", "thumbs", "thumbs_up", "liked", "is_good", "desirable", "is_desirable",
+         "feedback", "accepted", "is_accepted", "upvoted", "correct", "is_correct")  # fmt: skip
 """Names of a thumb up or down on one reply."""
 RATING = ("rating", "ratings", "score", "stars", "overall_rating", "overall_score", "helpfulness", "quality", "grade")
 """Names of a number on one reply."""
@@ -52,15 +54,16 @@ _STEPS = ("completions", "steps")
 KNOWN = frozenset(
     {*PROMPT, *COMPLETION, *MESSAGES, *PART_OF_PROMPT, *REASONING, *UNREAD, *CHOICE, *LABEL, *RATING, *_STEPS,
      *(name for pair in (*PAIRS, *SIDES) for name in pair), "labels", "margin", "facts", "id", "annotator",
+     "winner_model_a", "winner_model_b", "winner_tie",
      "score_a", "score_b", "score_0", "score_1", "score_2", "rank", "answers", "responses", "text", "role",
      "message_id", "parent_id", "message_tree_id"}
 )  # fmt: skip
 
-_UP = frozenset({"true", "yes", "y", "good", "up", "thumbs up", "1", "1.0", "+1", "+", "👍", "like", "liked",
-                 "desirable", "positive", "pos", "accept", "accepted", "correct", "chosen"})  # fmt: skip
-_DOWN = frozenset({"false", "no", "n", "bad", "down", "thumbs down", "0", "0.0", "-1", "-1.0", "-", "👎", "dislike",
-                   "disliked", "undesirable", "negative", "neg", "reject", "rejected", "incorrect",
-                   "wrong"})  # fmt: skip
+_UP = frozenset({"true", "yes", "y", "good", "up", "thumbs up", "thumb up", "1", "1.0", "+1", "+", "👍", "like",
+                 "liked", "upvote", "desirable", "positive", "pos", "accept", "accepted", "correct", "chosen"})  # fmt: skip
+_DOWN = frozenset({"false", "no", "n", "bad", "down", "thumbs down", "thumb down", "0", "0.0", "-1", "-1.0", "-", "👎",
+                   "dislike", "disliked", "downvote", "undesirable", "negative", "neg", "reject", "rejected",
+                   "incorrect", "wrong"})  # fmt: skip
 
 
 def thumb(value: Any) -> bool | None:
@@ -121,7 +124,8 @@ def names_of(columns: frozenset[str], sample: Mapping[str, Any]) -> dict[str, st
             rename(name, "completion")
         elif have.get("prompt") != "prompt":  # beside "prompt", an answer is what a verifier looks for
             rename(name, "worked_answer")
-    if one_reply and (name := first(LABEL, kinds=(bool, int, float, str))):
+    name = first(LABEL, kinds=(bool, int, float, str)) if one_reply else None
+    if name is not None and (name in LABEL[:2] or thumb(sample[have[name]]) is not None):
         rename(name, "label")
     return found
 

@@ -71,6 +71,11 @@ def _share(row: JsonDict, sides: Sides) -> float:
     if scores is not None:
         a, b = number_in(row, scores[0]), number_in(row, scores[1])
         by_score = None if a is None or b is None else 0.5 if a == b else float(a > b)
+    if row.get("choice") is None and row.get("winner_model_a") is not None:
+        won = [bool(number_in(row, f"winner_{name}")) for name in ("model_a", "model_b", "tie")]
+        if sum(won) != 1:
+            raise Mistake("unknown_choice", "not one of winner_model_a, winner_model_b and winner_tie is 1", "set one")
+        return (1.0, 0.0, 0.5)[won.index(True)]
     if row.get("choice") is None or row["choice"] == "":
         if by_score is not None:
             return by_score

@@ -129,7 +129,9 @@ _THUMBS_ARE_NO_DEMONSTRATION = (
     "keep only the rows with label true and leave the column out (FILE?ignore={label}), or learn from both kinds with "
     "the preference stage and a loss of single replies, such as loss = 'kto'"
 )
-_SAYS_WHICH = frozenset({"choice", "score_a", "score_b", "score_0", "score_1", "score_2"})
+_SAYS_WHICH = frozenset(
+    {"choice", "winner_model_a", "winner_model_b", "winner_tie", "score_a", "score_b", "score_0", "score_1", "score_2"}
+)
 _REPLY = frozenset({"completion", "response", "untrained_turns"})
 
 

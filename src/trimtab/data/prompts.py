@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trimtab.data.columns import CONTEXT, PART_OF_PROMPT, REASONING, SYSTEM, UNREAD
+from trimtab.data.columns import CONTEXT, PART_OF_PROMPT, REASONING, SYSTEM, UNREAD, WEIGHT
 from trimtab.data.messages import (
     conversation_in,
     joined,
@@ -20,6 +20,8 @@ from trimtab.data.messages import (
 )
 from trimtab.data.mistakes import Mistake, filled, shown, wrong_type
 from trimtab.types import JsonDict, Message, Prompt
+
+_BESIDE_REPLY = REASONING | WEIGHT
 
 
 def field_of(row: Mapping[str, Any], *names: str) -> Any:
@@ -107,11 +109,17 @@ def refuse_unread(row: Mapping[str, Any]) -> None:
             refuse_other_forms(name, row[name], name)
 
 
-def refuse_reasoning_beside(row: Mapping[str, Any]) -> None:
-    """Raises Mistake for a column of reasoning beside a reply."""
-    for name in row.keys() & REASONING:
-        if filled(row[name]):
+def refuse_beside_reply(row: Mapping[str, Any]) -> None:
+    """Raises Mistake for a column of reasoning beside a reply, or one that weighs the row."""
+    for name in row.keys() & _BESIDE_REPLY:
+        if name in REASONING and filled(row[name]):
             refuse_reasoning(name, row[name], name)
+        if name in WEIGHT and filled(row[name]) and row[name] not in (1, "1", "1.0"):
+            raise Mistake(
+                "weight",
+                f"{name} is {shown(row[name])}; every row is learnt from alike",
+                f"remove rows that are not to be learnt from, and leave the column out with FILE?ignore={name}",
+            )
 
 
 def prompt_in(row: Mapping[str, Any], name: str = "prompt", *, facts: JsonDict | None = None) -> Prompt:
@@ -119,6 +127,8 @@ def prompt_in(row: Mapping[str, Any], name: str = "prompt", *, facts: JsonDict |
     value = field_of(row, name)
     if isinstance(value, str):
         value = conversation_in(value, value)
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        value = [value]
     if isinstance(value, dict) and "messages" in value:
         messages = messages_of(f"{name}.messages", value["messages"])
         return make_prompt(messages, {**row, **value}, facts)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trimtab.data.columns import COMPLETION, LABEL, PART_OF_PROMPT, PROMPT, RATING, names_of
+from trimtab.data.columns import COMPLETION, LABEL, PART_OF_PROMPT, PROMPT, RATING, names_of, thumb
 from trimtab.data.compared import sides_of
 from trimtab.data.formats import LAYOUTS, Layout, Reading
 from trimtab.data.messages import conversation_in, transcript
@@ -18,7 +18,7 @@ _NUM_COMPARED = 50
 """Rows that are looked through for a question that stands in two columns, or a prompt that replies repeat."""
 _ABOUT = frozenset(
     {"id", "source", "dataset", "category", "subset", "split", "type", "task", "topic", "domain", "language", "lang",
-     "model", "url", "tags", "tag", "title", "author", "license", "label", "margin", "annotator", "timestamp", "date"}
+     "model", "url", "tags", "tag", "author", "license", "label", "margin", "annotator", "timestamp", "date"}
 )  # fmt: skip
 """Columns of text that are about a row and no part of it."""
 
@@ -104,8 +104,6 @@ def _unknown(columns: frozenset[str], seen: Sequence[str], where: str) -> DataEr
     elif "turns" in columns:
         fix = "turns holds what a person says turn after turn, and the replies between are not in the file; write the "
         fix += "first as the prompt: jq -c '.prompt = .turns[0]' (behind zcat for a .gz file)"
-    elif {"response_a", "response_b"} <= columns:
-        fix = "say which reply was preferred: a column 'choice' with A, B or tie"
     elif any(name.startswith("{") or len(name) > 40 for name in columns) or ".csv" in where or ".tsv" in where:
         fix = (
             "make the first line of the file the names of its columns, such as prompt,chosen,rejected; a column under "
@@ -134,6 +132,8 @@ def _other_kind(
             f"if {old.get(judged, judged)} ({shown(sample[judged])}) judges the replies, write true for a good one and "
         )
         fix += "false for a bad one in a column 'label', which losses of single replies (such as 'kto') learn from"
+    if kind is PreferencePair and "response_b" in sample:
+        fix = "say which reply was preferred: a column 'choice' with A, B or tie"
     if layout.name == "prompts" and kind is Demonstration:
         for name in ("answer", "chosen"):
             if name in sample:
@@ -169,7 +169,8 @@ def _misread(
 def _judged(left: Mapping[str, str], sample: Mapping[str, Any], rows: Sequence[JsonDict]) -> Iterator[tuple[str, str]]:
     """A label or rating of the replies, which says that not all of them are to be imitated."""
     found = [name for name, plain in left.items() if plain in LABEL]
-    found += [name for name, plain in left.items() if plain in RATING and _is_number(rows, name)]
+    found = [name for name in found if left[name] in LABEL[:2] or _judges(rows, name)]
+    found += [name for name, plain in left.items() if plain in RATING and _judges(rows, name)]
     for name in found:
         value = next((row[name] for row in rows if row.get(name) is not None), None)
         if value is not None:
@@ -179,8 +180,11 @@ def _judged(left: Mapping[str, str], sample: Mapping[str, Any], rows: Sequence[J
             )
 
 
-def _is_number(rows: Sequence[JsonDict], name: str) -> bool:
+def _judges(rows: Sequence[JsonDict], name: str) -> bool:
+    """Whether every value of a column is a number or a thumb."""
     for value in (row[name] for row in rows if row.get(name) is not None):
+        if thumb(value) is not None:
+            continue
         try:
             float(value)
         except (TypeError, ValueError):

@@ -18,7 +18,7 @@ from trimtab.data.prompts import (
     no_single_reply,
     not_empty,
     prompt_in,
-    refuse_reasoning_beside,
+    refuse_beside_reply,
     refuse_unread,
     reply_of,
     reply_turns,
@@ -77,7 +77,7 @@ def _pair(row: JsonDict, prompt: Prompt, chosen: str, rejected: str) -> Preferen
         raise Mistake(
             "identical_pair", f"chosen and rejected are the same: {shown(chosen)}", "remove the row: it says nothing"
         )
-    refuse_reasoning_beside(row)
+    refuse_beside_reply(row)
     if row.keys() & _SCORE_COLUMNS:
         _refuse_swapped(row)
     label = _probability(row.get("label"))
@@ -228,7 +228,7 @@ def _plain_text_pair(row: JsonDict, chosen: str, rejected: str) -> PreferencePai
 def _answered(row: JsonDict, reply: Any) -> tuple[Prompt, str, tuple[int, ...]]:
     """The prompt and the last reply to it, where the reply may be several turns, and the turns not to learn from."""
     prompt = prompt_in(row)
-    refuse_reasoning_beside(row)
+    refuse_beside_reply(row)
     turns = reply_turns("completion", reply)
     if isinstance(turns, str):
         if _is_transcript(row["prompt"]):
@@ -289,7 +289,7 @@ def to_conversation(row: JsonDict) -> Demonstration:
     """A conversation that ends with the reply to imitate."""
     value = _list_of_messages(row)
     refuse_unread(row)
-    refuse_reasoning_beside(row)
+    refuse_beside_reply(row)
     messages, reply = split_reply("messages", messages_of("messages", value))
     last = sum(m.role == "assistant" for m in messages)
     untrained = _before_last("messages", untrained_turns("messages", value), 0, last)
