@@ -1,12 +1,15 @@
 """PPO through the command line, option by option; `test_online_arithmetic.py` recomputes the numbers themselves."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.stages.commands import FAST, online_settings, rows, run_stage, summary, trimtab, write_run_file
+from trimtab.engines.local_generator import Sampling
 from trimtab.stages import online, online_watch
+from trimtab.stages.online_watch import say_truncation
 
 GOLD = {"name": "gold", "world": "arithmetic"}
 
@@ -203,6 +206,16 @@ def test_a_mistake_is_answered_with_what_to_change(tmp_path, base, changed, said
     result = trimtab("online", run_file, "--out", tmp_path / "run")
     assert result.exit_code == 2
     assert said in result.output
+
+
+@pytest.mark.parametrize(
+    ("sampling", "correction", "noted"),
+    [({}, None, False), ({"top_p": 0.9}, None, True), ({"top_k": 5}, None, True), ({"top_p": 0.9}, "truncate", False)],
+)
+def test_replies_of_a_truncated_distribution_are_said_to_be_unweighed(sampling, correction, noted, capsys):
+    settings = SimpleNamespace(sampling=Sampling(**sampling), correction=correction)
+    say_truncation(settings)
+    assert ("trained on unweighed" in capsys.readouterr().err) == noted
 
 
 def test_a_finished_run_is_left_alone_and_fresh_begins_again(tmp_path, base, reward_run):

@@ -34,7 +34,8 @@ class Limits:
     memory_mb: int = 512
     """Address space of each process."""
     num_processes: int = 4
-    """Processes and threads at a time, the first among them. All together may use so many times memory_mb."""
+    """Processes and threads at a time, the first among them. All together, with up to three processes of the
+    sandbox itself, may use so many times memory_mb."""
     file_mb: int = 16
     """Largest file, and all files together; also of what a program prints."""
 

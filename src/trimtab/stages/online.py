@@ -32,6 +32,7 @@ from trimtab.stages.online_watch import (
     rollout_metrics,
     rollout_rows,
     sampled_logprobs,
+    say_truncation,
     value_metrics,
 )
 from trimtab.stages.supervised import last_metrics
@@ -41,6 +42,7 @@ __all__ = ["Settings", "run", "train_step"]
 
 def run(settings: Settings, run: Run) -> None:
     """Trains to the last step and writes the policy to `run.model_dir`."""
+    say_truncation(settings)
     parts = build_parts(settings, run)
 
     def step(number: int) -> Metrics:

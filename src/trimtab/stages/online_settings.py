@@ -140,7 +140,8 @@ class Settings:
     dynamic_sampling: DynamicSampling | None = None
     """Replace groups whose replies all have the same reward; None trains on them."""
     correction: SamplerCorrection | None = None
-    """Weigh tokens by how the policy and the sampler differ; None requires that they agree."""
+    """Weigh tokens by how the policy and the sampler differ; None requires that they agree, except under
+    top-p and top-k, where they differ by definition and replies are then trained on unweighed."""
 
     environment: Annotated[Any, Choice("environment")] | None = None
     """What answers the policy between its turns, such as tools; None for replies of one turn."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 
@@ -37,6 +38,18 @@ def rollout_metrics(
 def sampled_logprobs(rollouts: Sequence[Rollout]) -> Tensor:
     """[M] the sampler's log-probability of every token it drew."""
     return torch.tensor([x for r in rollouts for x in r.logprobs])
+
+
+def say_truncation(settings: Settings) -> None:
+    """Says on stderr when replies come from a truncated distribution and nothing weighs them."""
+    sampling = settings.sampling
+    if sampling.truncates and settings.correction is None:
+        print(
+            f"note: with sampling.top_p = {sampling.top_p} and sampling.top_k = {sampling.top_k} replies "
+            "are drawn from another distribution than the policy's, and are trained on unweighed; to weigh them: "
+            "correction.kind=truncate, or leave both settings at their defaults",
+            file=sys.stderr,
+        )
 
 
 def checked_difference(difference: float, settings: Settings, where: str) -> Metrics:

@@ -63,7 +63,7 @@ class Settings:
     held_out_data: str | None = None
     """Data to validate on; without it, a share of `data` split by prompt."""
     held_out: float = 0.1
-    """That share. Ignored when held_out_data is given."""
+    """The share of the prompts that is held out. Ignored when held_out_data is given."""
     limit: int | None = None
     """Use only the first rows."""
     on_bad_row: Literal["stop", "drop"] = "stop"

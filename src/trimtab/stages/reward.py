@@ -43,7 +43,7 @@ class Settings:
     held_out_data: str | None = None
     """Pairs to judge the model by; without it, a share of `data` split by prompt."""
     held_out: float = 0.1
-    """That share. Ignored when held_out_data is given."""
+    """The share of the prompts that is held out. Ignored when held_out_data is given."""
     demonstrations: str | None = None
     """Demonstrations whose mean reward is shifted to zero; without them, the chosen replies of the training pairs."""
     limit: int | None = None

@@ -176,7 +176,7 @@ class RobustDPO(GapLoss):
     """DPO for labels of which a known share is wrong: see `robust_dpo`."""
 
     label_smoothing: float = 0.1
-    """That share."""
+    """The share of flipped labels that is assumed."""
 
     def of_gap(self, gap: Tensor, labels: Tensor) -> Tensor:
         return expected(lambda a, b: robust_dpo(a - b, self.label_smoothing), gap, torch.zeros_like(gap), labels)

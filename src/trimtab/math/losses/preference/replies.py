@@ -179,7 +179,8 @@ class KTO(ReplyLoss):
     max(0, mean log-ratio of prompts with the replies to other prompts), which moves no gradient."""
 
     baseline: Literal["mismatched", "none"] = "mismatched"
-    """That estimate; or none, which makes it APO-zero on unpaired replies (arXiv:2408.06266)."""
+    """What a reply is measured from: the estimate, or none, which makes it APO-zero on unpaired replies
+    (arXiv:2408.06266)."""
 
     @property
     def needs_mismatched(self) -> bool:
