@@ -184,8 +184,8 @@ class Chat:
         return text.removeprefix(self._lead).removesuffix(self._before_end)
 
     def refusal(self, messages: Sequence[Message]) -> Mistake | None:
-        """What is wrong with a prompt for this template: it refuses the roles, or leaves a turn out. Found once for each
-        order of roles, since that is what templates look at."""
+        """What is wrong with a prompt for this template: it refuses the roles, or leaves a turn out. Found once for
+        each order of roles, since that is what templates look at."""
         roles = tuple(m.role for m in messages)
         if roles not in self._refusals:
             self._refusals[roles] = self._find_refusal(messages)

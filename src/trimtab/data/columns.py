@@ -60,7 +60,8 @@ KNOWN = frozenset(
 )  # fmt: skip
 
 _UP = frozenset({"true", "yes", "y", "good", "up", "thumbs up", "thumb up", "1", "1.0", "+1", "+", "👍", "like",
-                 "liked", "upvote", "desirable", "positive", "pos", "accept", "accepted", "correct", "chosen"})  # fmt: skip
+                 "liked", "upvote", "desirable", "positive", "pos", "accept", "accepted", "correct",
+                 "chosen"})  # fmt: skip
 _DOWN = frozenset({"false", "no", "n", "bad", "down", "thumbs down", "thumb down", "0", "0.0", "-1", "-1.0", "-", "👎",
                    "dislike", "disliked", "downvote", "undesirable", "negative", "neg", "reject", "rejected",
                    "incorrect", "wrong"})  # fmt: skip
