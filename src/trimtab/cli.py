@@ -357,6 +357,21 @@ def chat(**options: Any) -> None:
     importlib.import_module("trimtab.stages.use").chat(**options)
 
 
+@main.command()
+@_model
+@_directory("Where the whole model is written: a new directory.", required=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["as stored", "float32", "bfloat16", "float16"]),
+    default="as stored",
+    show_default=True,
+    help="Of the weights; as stored is that of the model or base.",
+)
+def export(model: str, out: Path, dtype: str) -> None:
+    """Write a checkpoint as a whole model, an adapter merged."""
+    click.echo(importlib.import_module("trimtab.stages.export").export(model=model, out=out, dtype=dtype))
+
+
 # --- human judgements ---
 
 

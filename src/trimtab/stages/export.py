@@ -1,0 +1,28 @@
+"""A checkpoint as a whole model in its own directory: an adapter merged into its base, ends and padding complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from trimtab.errors import ConfigError
+from trimtab.models.load import is_classifier, load_causal, load_scalar, load_tokenizer
+from trimtab.models.save import save_model
+
+Dtype = Literal["as stored", "float32", "bfloat16", "float16"]
+
+
+def export(*, model: str, out: Path, dtype: Dtype = "as stored") -> str:
+    """Writes the policy or reward model `model` to `out` and says what was written. The directory must be new or empty.
+
+    An adapter of any kind that peft can merge is merged, with every part it brings.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{str(out)!r} is there and not empty", where="--out", fix="name a new directory")
+    tokenizer = load_tokenizer(model)
+    scalar = is_classifier(model)
+    loaded = load_scalar(model) if scalar else load_causal(model)
+    save_model(loaded, tokenizer, out, dtype=None if dtype == "as stored" else getattr(torch, dtype))
+    return f"{out}: a {'reward model' if scalar else 'language model'}, {type(loaded).__name__}"
