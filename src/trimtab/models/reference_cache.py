@@ -65,9 +65,10 @@ def model_hash(policy: Policy) -> str:
             name = name.replace(f".{policy.adapter}.", ".")
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))
-    if policy.adapter is not None:  # alpha is not among the weights
-        lora: Any = model.peft_config[policy.adapter]
-        digest.update(json.dumps([lora.r, lora.lora_alpha, lora.use_rslora]).encode())
+    if policy.adapter is not None:  # how much an adapter counts is not among its weights
+        layers: Any = model.named_modules()
+        scaling = [(n, m.scaling[policy.adapter]) for n, m in layers if policy.adapter in getattr(m, "lora_A", ())]
+        digest.update(json.dumps(sorted(scaling)).encode())
     return digest.hexdigest()
 
 
