@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.data.mistakes import Mistake
 from trimtab.data.templates import TODAY, dated, default_template
-from trimtab.data.tokenizers import ModelFacts, choose_pad
+from trimtab.data.tokenizers import ModelFacts, choose_pad, refuse_missing_rows
 from trimtab.data.words import Words
-from trimtab.errors import ConfigError, DataError, EngineError
+from trimtab.errors import ConfigError, DataError
 from trimtab.types import Message, Role
 
 # Stands for the content of turn i while a template is studied. No template writes tabs or private-use characters of
@@ -92,7 +92,7 @@ class Chat:
         facts: ModelFacts | None = getattr(tokenizer, "model_facts", None)
         if facts is not None:
             self.stop_ids |= facts.stop_ids
-            self._refuse_missing_rows(facts.num_rows)
+            refuse_missing_rows(tokenizer, facts.num_rows, {*self.encode_prompt([_ASKED]), *self.encode_response("a")})
         num_ids = len(tokenizer) if facts is None else min(len(tokenizer), facts.num_rows)
         self.pad_id, self.pad_is_spare = choose_pad(tokenizer, self.stop_ids, num_ids)
 
@@ -248,27 +248,6 @@ class Chat:
                 fix="set the eos_token of the tokenizer (tokenizer_config.json)",
             )
         self.stop_ids = frozenset({self.end_id} if eos_id is None else {self.end_id, eos_id})
-
-    def _refuse_missing_rows(self, num_rows: int) -> None:
-        """Special tokens that no conversation holds may have no row, as the image token of a text model has none."""
-        if len(self.tokenizer) <= num_rows:
-            return
-        written = {*self.encode_prompt([_ASKED]), *self.encode_response("a")}
-        special = set(self._special.values())
-        missing = {
-            text: id_
-            for text, id_ in self.tokenizer.get_vocab().items()
-            if id_ >= num_rows and (id_ in written or id_ not in special)
-        }
-        if missing:
-            first = min(missing, key=lambda text: missing[text])
-            raise EngineError(
-                f"the tokenizer has {len(missing)} tokens that the model has no row for, such as {first!r} with id "
-                f"{missing[first]}; the model has {num_rows} rows (vocab_size)",
-                where=self.tokenizer.name_or_path or "the tokenizer",
-                fix="resize the model once, model.resize_token_embeddings(len(tokenizer)), and save both; or take the "
-                "tokens out of the tokenizer",
-            )
 
     def _skeleton(self, roles: tuple[Role, ...], generation_prompt: bool) -> _Skeleton | None:
         """None where the template does not write every content once and in order."""

@@ -75,6 +75,28 @@ def first_line(error: Exception) -> str:
     return " ".join(lines[:2]) if lines[0].endswith(":") and len(lines) > 1 else lines[0].removesuffix(":")
 
 
+def refuse_missing_rows(tokenizer: PreTrainedTokenizerBase, num_rows: int, written: set[int]) -> None:
+    """Raises EngineError for tokens without a row in the model that conversations can hold. `written` are the ids of a
+    conversation; special tokens that are in none may lack a row, as the image token of a text model does."""
+    if len(tokenizer) <= num_rows:
+        return
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    missing = {
+        text: id_
+        for text, id_ in tokenizer.get_vocab().items()
+        if id_ >= num_rows and (id_ in written or id_ not in special)
+    }
+    if missing:
+        first = min(missing, key=lambda text: missing[text])
+        raise EngineError(
+            f"the tokenizer has {len(missing)} tokens that the model has no row for, such as {first!r} with id "
+            f"{missing[first]}; the model has {num_rows} rows (vocab_size)",
+            where=tokenizer.name_or_path or "the tokenizer",
+            fix="resize the model once, model.resize_token_embeddings(len(tokenizer)), and save both; or take the "
+            "tokens out of the tokenizer",
+        )
+
+
 def choose_pad(tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], num_ids: int) -> tuple[int, bool]:
     """The id that pads, and whether it is spare: no word that a text could hold."""
     added = tokenizer.added_tokens_decoder.items()

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from trimtab.data.chat import Chat
 from trimtab.data.trees import TokenTrees, response_tree
+from trimtab.errors import EngineError
 from trimtab.metrics import Metrics
 from trimtab.models.forward import sequence_scores_of
+from trimtab.models.lengths import positions_of
 from trimtab.models.load import load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel
 from trimtab.registry import register
@@ -56,6 +58,7 @@ class RewardModelScorer:
         embedding: Any = model.model.get_input_embeddings()
         self.num_rows = int(embedding.num_embeddings)
         """Ids from here on the model cannot read."""
+        self.positions = positions_of(model.model)
 
     @classmethod
     def from_directory(cls, path: str, *, token_budget: int) -> RewardModelScorer:
@@ -96,6 +99,13 @@ class RewardModelScorer:
 
     def _score_ids(self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:
         """Each different sequence is scored once, so that equal ones have equal scores, to the last bit."""
+        longest = max((len(prompt) + len(response) for prompt, response in sequences), default=0)
+        if self.positions is not None and longest > self.positions:
+            raise EngineError(
+                f"a prompt and reply of {longest} tokens; the reward model has learned {self.positions} positions",
+                where=str(self.model.model.config._name_or_path or "the reward model"),
+                fix="lower sampling.max_new_tokens or max_prompt_tokens, or use a reward model that reads longer texts",
+            )
         replies: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
         for prompt, reply in sequences:
             replies.setdefault(prompt, {}).setdefault(reply or (self.chat.end_id,), 0)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from trimtab import worlds
 from trimtab.data.chat import Chat
-from trimtab.data.trees import TokenTrees, TreeBatch, per, response_tree
+from trimtab.data.pairs import fitted_tree
+from trimtab.data.trees import TokenTrees, Tree, TreeBatch, per
 from trimtab.engines.episodes import EpisodeGenerator
 from trimtab.engines.form_choice import choose_form
 from trimtab.engines.local_generator import LocalGenerator, Sampling
@@ -22,6 +23,7 @@ from trimtab.math.advantages import Estimator
 from trimtab.math.losses.policy import EntropyBonus, KLPenalty
 from trimtab.math.losses.sft import SFTLoss
 from trimtab.math.rewards import RunningMoments
+from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_tokenizer
 from trimtab.models.roles import Policy, ScalarModel
 from trimtab.protocols import Generator, Learner, Loss
@@ -94,7 +96,8 @@ class Parts:
     critic: Policy | ScalarModel | None
     policy_learner: LocalLearner
     critic_learner: LocalLearner | None
-    demonstrations: Sequence[Demonstration]
+    mixed: Sequence[Tree]
+    """The demonstrations of the pretraining mix."""
     world: GoldScorer | None
     state: OnlineState
     base: str
@@ -135,19 +138,31 @@ class Parts:
         if mix is None or learner is not self.policy_learner:
             return []
         update = (number * self.settings.num_epochs + epoch) * self.settings.num_minibatches + index
-        chosen = [
-            self.demonstrations[i] for i in self._passes(len(self.demonstrations), mix.batch_size).examples(update)
-        ]
-        trees = TokenTrees.build(
-            [
-                response_tree(self.chat.encode_prompt(d.prompt.messages), [self.chat.encode_response(d.response)])
-                for d in chosen
-            ]
-        )
+        chosen = self._passes(len(self.mixed), mix.batch_size).examples(update)
+        trees = TokenTrees.build([self.mixed[i] for i in chosen])
         return [(TreeBatch(trees=trees), [SFTLoss(coef=mix.coef)])]
 
     def _passes(self, num_examples: int, batch_size: int) -> Epochs:
         return Epochs(num_examples=num_examples, batch_size=batch_size, num_epochs=1e9, seed=self.settings.seed)
+
+
+def read_mix(settings: Settings, chat: Chat, run: Run, counts: dict[str, int]) -> list[Tree]:
+    """The demonstrations of the pretraining mix that fit; what was cut or dropped is added to `counts`."""
+    mix = settings.pretraining_mix
+    if mix is None:
+        return []
+    loaded = read(Demonstration, mix.data, run, on_bad_row=settings.on_bad_row, accepts=chat.refusal)
+    own: dict[str, int] = {}
+    fit_in: dict[str, Any] = {"max_tokens": mix.max_tokens, "on_too_long": "truncate_prompt_left", "counts": own}
+    trees = [fitted_tree(chat, d.prompt, [d.response], **fit_in) for d in loaded.records]
+    counts |= {f"mix_{name}": num for name, num in own.items()}
+    if not any(trees):
+        raise DataError(
+            f"none of {len(trees)} demonstrations has at most max_tokens = {mix.max_tokens} tokens",
+            where=f"pretraining_mix, {mix.data}",
+            fix="raise pretraining_mix.max_tokens, or give shorter demonstrations",
+        )
+    return [tree for tree in trees if tree is not None]
 
 
 def build_parts(settings: Settings, run: Run) -> Parts:
@@ -168,8 +183,12 @@ def build_parts(settings: Settings, run: Run) -> Parts:
             where=f"prompts_per_step and {settings.prompts}",
             fix="give more prompts, or lower prompts_per_step",
         )
+    counts: dict[str, int] = {}
+    mixed = read_mix(settings, chat, run, counts)
     models, advantage = load_models(settings, chat), settings.advantage
     policy, critic = models.policy, models.critic
+    fix = "set pretraining_mix.max_tokens = LIMIT, or use another model"
+    refuse_long(policy.model, mixed, where="pretraining_mix", fix=fix)
     updates = settings.num_steps * settings.num_epochs * settings.num_minibatches
     policy_learner = LocalLearner(
         policy, settings.optimizer, token_budget=settings.token_budget, num_updates=updates, name="policy"
@@ -188,7 +207,6 @@ def build_parts(settings: Settings, run: Run) -> Parts:
     learners = [policy_learner] + ([critic_learner] if critic_learner else [])
     state = OnlineState(learners, settings.kl.initial, RunningMoments())
     world = GoldScorer(worlds.load(settings.world)) if settings.world else None
-    mix = settings.pretraining_mix
     environment = settings.environment.load() if settings.environment is not None else None
 
     choice = choose_form(policy, settings.sampling, chat)
@@ -215,8 +233,8 @@ def build_parts(settings: Settings, run: Run) -> Parts:
         critic=critic,
         policy_learner=policy_learner,
         critic_learner=critic_learner,
-        demonstrations=read(Demonstration, mix.data, run, **options).records if mix else (),
+        mixed=mixed,
         world=world,
         state=state,
-        counts=dict(loaded.counts) | {"dropped_long_prompts": len(loaded.records) - len(prompts)},
+        counts=dict(loaded.counts) | counts | {"dropped_long_prompts": len(loaded.records) - len(prompts)},
     )

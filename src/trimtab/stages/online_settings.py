@@ -92,6 +92,8 @@ class PretrainingMix:
     """Weight of the loss; both losses are means over tokens."""
     batch_size: int = 16
     """Demonstrations of one update."""
+    max_tokens: int = 1024
+    """Longest prompt and reply together; longer prompts are cut on the left, longer replies dropped, both counted."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ from trimtab.math.losses.preference import PreferenceLoss
 from trimtab.math.losses.preference.pairs import DPO
 from trimtab.models.adapters import LoRA
 from trimtab.models.forward import token_logprobs_of
+from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.precision import Precision
 from trimtab.models.reference_cache import reference_logprobs
@@ -46,7 +47,7 @@ from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.runs.run import Run
 from trimtab.stages.reading import read
 from trimtab.stages.sft import start_policy
-from trimtab.stages.supervised import Epochs, fit, last_metrics
+from trimtab.stages.supervised import FIT, Epochs, fit, last_metrics
 from trimtab.types import LabelledResponse, PreferencePair
 
 
@@ -125,6 +126,7 @@ def run(settings: Settings, run: Run) -> None:
     )
     num_steps = epochs.num_steps if settings.max_steps is None else min(settings.max_steps, epochs.num_steps)
     policy, base = start_policy(settings.model, settings.adapter, chat, seed=settings.seed)
+    refuse_long(policy.model, [*train.trees, *held_out.trees], where=settings.data, fix=FIT)
     policy.precision = settings.precision
     used = sorted({i for step in range(num_steps) for i in epochs.examples(step)})
     make_batch, validation = make_batches(settings, loss, policy, base, chat, train, used, held_out, run)

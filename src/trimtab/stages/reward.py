@@ -11,9 +11,9 @@ import numpy as np
 from trimtab import seeds
 from trimtab.config import Choice
 from trimtab.data.chat import Chat
-from trimtab.data.pairs import Comparisons, group_pairs
+from trimtab.data.pairs import Comparisons, fitted_tree, group_pairs
 from trimtab.data.split import split_by_prompt
-from trimtab.data.trees import TokenTrees, response_tree
+from trimtab.data.trees import TokenTrees, Tree
 from trimtab.engines.local_learner import AdamW, LocalLearner
 from trimtab.errors import DataError
 from trimtab.evals.reward_card import reward_card
@@ -21,14 +21,15 @@ from trimtab.hub import base_of
 from trimtab.math.losses.reward import RewardLoss
 from trimtab.models.adapters import LoRA, add_adapter, load_adapter
 from trimtab.models.forward import sequence_scores_of
+from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_scalar, load_tokenizer
 from trimtab.models.precision import Precision
 from trimtab.models.quantized import quantize
 from trimtab.models.roles import ScalarModel
-from trimtab.models.save import save_role
+from trimtab.models.save import round_as_written, save_role
 from trimtab.runs.run import Run
 from trimtab.stages.reading import read
-from trimtab.stages.supervised import Epochs, fit
+from trimtab.stages.supervised import FIT, Epochs, fit
 from trimtab.types import Demonstration, PreferencePair
 
 
@@ -90,9 +91,6 @@ def run(settings: Settings, run: Run) -> None:
     options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
     loaded = read(PreferencePair, settings.data, run, limit=settings.limit, **options)
     counts: dict[str, int] = dict(loaded.counts)
-    demonstrations = None
-    if settings.demonstrations is not None:  # before the first step, so that a run that could not end is not begun
-        demonstrations = read(Demonstration, settings.demonstrations, run, limit=1000, **options).records
     if settings.held_out_data is None:
         train, held_out = split_by_prompt(loaded.records, held_out=settings.held_out)
     else:
@@ -107,7 +105,9 @@ def run(settings: Settings, run: Run) -> None:
             where=settings.data,
             fix="give more pairs, another held_out share, or a larger max_tokens",
         )
+    shown = calibration_trees(settings, chat, run, counts)
     model, base = start_reward_model(settings, chat)
+    refuse_long(model.model, [*train_on.trees, *judged_by.trees, *shown], where=settings.data, fix=FIT)
     model.precision = settings.precision
     if settings.checkpoint_activations:
         model.checkpoint_activations()
@@ -133,7 +133,9 @@ def run(settings: Settings, run: Run) -> None:
         description="reward",
         max_steps=settings.max_steps,
     )
-    moments = calibrate(model, chat, settings, train_on, demonstrations)
+    if model.adapter is None:
+        round_as_written(model.model)
+    moments = calibrate(model, shown, settings, train_on)
     model.model.config.update({f"reward_{name}": value for name, value in moments.items()})
     run.save_model(lambda path: save_role(model, chat.tokenizer, path, base=base))
     run.finish(judge(model, train_on, judged_by, settings) | moments | {"counts": counts} | steps)
@@ -157,25 +159,35 @@ def start_reward_model(settings: Settings, chat: Chat) -> tuple[ScalarModel, str
     return ScalarModel(model, pad_id=chat.pad_id, adapter="reward", gives="scores"), base or settings.model
 
 
-def calibrate(
-    model: ScalarModel,
-    chat: Chat,
-    settings: Settings,
-    train: Comparisons,
-    demonstrations: Sequence[Demonstration] | None,
-) -> dict[str, float]:
+def calibration_trees(settings: Settings, chat: Chat, run: Run, counts: dict[str, int]) -> list[Tree]:
+    """The demonstrations whose mean score becomes zero, read before anything is trained; those that do not fit are
+    counted."""
+    if settings.demonstrations is None:
+        return []
+    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
+    loaded = read(Demonstration, settings.demonstrations, run, limit=1000, **options)
+    own: dict[str, int] = {}
+    fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": own}
+    trees = [fitted_tree(chat, d.prompt, [d.response], **fit_in) for d in loaded.records]
+    counts |= {f"demonstrations_{name}": num for name, num in own.items()}
+    if not any(trees):
+        raise DataError(
+            f"none of {len(trees)} demonstrations has at most max_tokens = {settings.max_tokens} tokens",
+            where=settings.demonstrations,
+            fix="raise max_tokens, or leave demonstrations out",
+        )
+    return [tree for tree in trees if tree is not None]
+
+
+def calibrate(model: ScalarModel, shown: Sequence[Tree], settings: Settings, train: Comparisons) -> dict[str, float]:
     """The shift that makes demonstrations average zero (Ouyang et al., arXiv:2203.02155, section 3.5), and the mean
     and deviation of the shifted reward over the replies compared in training."""
     batch = train.batch(range(min(len(train.trees), 1000)))
     scores = sequence_scores_of(model, batch.trees, settings.token_budget).double()
-    if demonstrations is None:
-        shift = float(scores[batch.chosen_ids].mean())
-    else:
-        shown = [
-            response_tree(chat.encode_prompt(d.prompt.messages), [chat.encode_response(d.response)])
-            for d in demonstrations
-        ]
+    if shown:
         shift = float(sequence_scores_of(model, TokenTrees.build(shown), settings.token_budget).double().mean())
+    else:
+        shift = float(scores[batch.chosen_ids].mean())
     return {"shift": shift, "mean": float(scores.mean()) - shift, "std": float(scores.std(correction=0))}
 
 

@@ -17,6 +17,7 @@ from trimtab.errors import DataError
 from trimtab.hub import base_of
 from trimtab.math.losses.sft import SFTLoss
 from trimtab.models.adapters import LoRA, add_adapter, load_adapter
+from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.precision import Precision
 from trimtab.models.quantized import quantize
@@ -24,7 +25,7 @@ from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
 from trimtab.runs.run import Run
 from trimtab.stages.reading import read
-from trimtab.stages.supervised import Epochs, fit, last_metrics
+from trimtab.stages.supervised import FIT, Epochs, fit, last_metrics
 from trimtab.types import Demonstration, Message, PreferencePair
 
 
@@ -101,6 +102,7 @@ def run(settings: Settings, run: Run) -> None:
         shuffle=settings.shuffle,
     )
     policy, base = start_policy(settings.model, settings.adapter, chat, seed=settings.seed)
+    refuse_long(policy.model, [*trees, *validation], where=settings.data, fix=FIT)
     policy.precision = settings.precision
     if settings.checkpoint_activations:
         policy.checkpoint_activations()

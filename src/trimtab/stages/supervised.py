@@ -21,6 +21,9 @@ from trimtab.runs.loop import run_steps
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
 
+FIT = "set max_tokens = LIMIT, so that longer examples are cut or dropped as on_too_long says, or use another model"
+"""What to do about examples beyond the positions of a model."""
+
 MakeBatch = Callable[[Sequence[int]], TreeBatch]
 """Makes a batch of the examples with these numbers."""
 
