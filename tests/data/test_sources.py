@@ -271,6 +271,11 @@ def test_a_missing_file_is_not_taken_for_a_hub_data_set(tmp_path):
         read_rows(tmp_path)
 
 
+def test_a_limit_that_reads_nothing_is_refused(data_file):
+    with pytest.raises(DataError, match="a limit of -5 reads no row"):
+        read_rows(data_file, limit=-5)
+
+
 def test_hub_names_are_told_from_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_hub("hub:openai/gsm8k?split=train")

@@ -54,3 +54,21 @@ def test_a_world_needs_a_number_of_documents(tmp_path):
     result = trimtab("pretrain", run_file, "--out", tmp_path / "run")
     assert result.exit_code == 2
     assert "num_documents" in result.output
+
+
+def test_rows_without_a_text_and_columns_that_are_not_used_are_said(tmp_path, capsys):
+    from trimtab.data.sources import read_rows
+    from trimtab.stages.pretrain import plain_texts
+
+    class Recorder:
+        """What a run is told of its data."""
+
+        def add_data(self, *told):
+            self.told = told
+
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "a", "source": "x"}\n{"text": " "}\n{"no": 1}\n{"text": \n')
+    run = Recorder()
+    assert plain_texts(read_rows(path), run) == ["a"]
+    dropped = {"broken_json": 1, "without_text": 2}
+    assert run.told[2:] == (1, {"layout": "plain text", "not_used": ["no", "source"], "dropped": dropped})

@@ -70,6 +70,8 @@ def stream_rows(source: str | Path, *, limit: int | None = None) -> RowStream:
     first so many rows are read. Raises DataError for a source that is missing, empty, damaged or of no known type;
     single broken rows are given as `BadRow`.
     """
+    if limit is not None and limit < 1:
+        raise DataError(f"a limit of {limit} reads no row", where=str(source), fix="set a limit of at least 1, or none")
     if is_hub(source):
         stream = _hub_stream(str(source).removeprefix("hub:"), limit)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -19,8 +20,8 @@ from transformers import (
 
 from trimtab import seeds, worlds
 from trimtab.config import Choice
-from trimtab.data.layouts import kinds_of, load
-from trimtab.data.sources import is_world, read_rows
+from trimtab.data.layouts import Loaded, kinds_of, load
+from trimtab.data.sources import Rows, is_world, read_rows
 from trimtab.data.templates import DEFAULT_TEMPLATE, SPECIAL_TOKENS
 from trimtab.data.trees import TokenTrees, Tree, TreeBatch, sequence_tree
 from trimtab.engines.local_learner import AdamW, LocalLearner
@@ -181,14 +182,26 @@ def read_documents(settings: Settings, run: Run) -> list[str]:
         name = settings.data.removeprefix("world:").partition("?")[0]
         return worlds.load(name).documents(settings.num_documents, seed=settings.seed)
     rows = read_rows(settings.data, limit=settings.num_documents)
-    run.add_data(settings.data, rows.sha256, len(rows.rows))
-    if rows.rows and isinstance(rows.rows[0][1].get("text"), str):
-        return [row["text"] for _, row in rows.rows if isinstance(row.get("text"), str)]
-    if PreferencePair in kinds_of(settings.data):
-        pairs = load(PreferencePair, settings.data, limit=settings.num_documents, on_bad_row="drop").records
-        return [as_document(p.prompt, reply) for p in pairs for reply in (p.chosen, p.rejected)]
-    demonstrations = load(Demonstration, settings.data, limit=settings.num_documents, on_bad_row="drop").records
-    return [as_document(d.prompt, d.response) for d in demonstrations]
+    first = rows.rows[0][1] if rows.rows else {}
+    if isinstance(first.get("text"), str) and "message_id" not in first:
+        return plain_texts(rows, run)
+    kind: type[Any] = PreferencePair if PreferencePair in kinds_of(settings.data) else Demonstration
+    loaded: Loaded[Any] = load(kind, settings.data, limit=settings.num_documents, on_bad_row="drop")
+    run.add_data(settings.data, loaded.sha256, len(loaded.records), loaded.report)
+    if kind is PreferencePair:
+        return [as_document(p.prompt, reply) for p in loaded.records for reply in (p.chosen, p.rejected)]
+    return [as_document(d.prompt, d.response) for d in loaded.records]
+
+
+def plain_texts(rows: Rows, run: Run) -> list[str]:
+    """The texts of the rows; those without one are counted and said."""
+    texts = [row["text"] for _, row in rows.rows if isinstance(row.get("text"), str) and row["text"].strip()]
+    dropped = Counter(bad.kind for bad in rows.bad)
+    dropped["without_text"] = len(rows.rows) - len(texts)
+    others = sorted({name for _, row in rows.rows for name in row} - {"text"})
+    reading = {"layout": "plain text", "not_used": others, "dropped": {k: num for k, num in dropped.items() if num}}
+    run.add_data(rows.source, rows.sha256, len(texts), reading)
+    return texts
 
 
 def as_document(prompt: Prompt, reply: str) -> str:
