@@ -1,10 +1,14 @@
 """What every stage that samples owes its user before and while it samples."""
 
+import json
+
 import pytest
+import torch
 
 from tests.stages.commands import PROMPTS, SHORT, run_stage, summary, trimtab, write_run_file
 from trimtab.engines import local_generator
 from trimtab.engines.slot_decoding import SlotForm
+from trimtab.models.kernels import SWITCH, find
 
 SMALL = {"sampling": SHORT}
 GRPO = {"advantage": {"name": "grpo"}, "rewards": [{"name": "length", "max_tokens": 3}], "group_size": 2}
@@ -59,3 +63,16 @@ def test_the_summary_says_how_replies_were_decoded_and_how_near_the_policy(base,
     for model in ("policy", "baseline"):
         assert found[model]["sampler"].startswith("fused")
         assert 0 < found[model]["logprob_difference"] < 1e-4
+
+
+def test_a_resume_that_must_take_another_path_says_so_and_records_it(base, tmp_path, monkeypatch):
+    if not find(torch.zeros(1)).compiled:
+        pytest.skip("no C compiler with OpenMP on this machine")
+    settings = stages(base)["select"] | SMALL | {"prompts_per_step": 2}
+    run_file, out = write_run_file(tmp_path / "run.toml", settings), tmp_path / "run"
+    assert trimtab("select", run_file, "max_steps=1", "--out", out).exit_code == 0
+    assert json.loads((out / "environment.json").read_text())["paths"] == {"sampler": "fused, compiled"}
+    monkeypatch.setenv(SWITCH, "torch")
+    result = trimtab("select", run_file, "max_steps=2", "--out", out)
+    assert "the run began with the sampler 'fused, compiled' and goes on with 'fused'" in result.output
+    assert {"paths.sampler": "fused"} in json.loads((out / "environment.json").read_text())["resumed_with"]

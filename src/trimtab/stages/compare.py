@@ -61,6 +61,7 @@ def run(settings: Settings, run: Run) -> None:
     policy = Policy(load_causal(settings.model), pad_id=chat.pad_id, temperature=settings.sampling.temperature)
     generator = LocalGenerator(policy, chat, settings.sampling)
     run.add_data(f"world:{settings.world}", "", settings.num_prompts + settings.num_held_out_prompts)
+    run.note_path("sampler", generator.sampler)
     summary: dict[str, object] = {}
     annotators: Annotators | None = None
     asked = {

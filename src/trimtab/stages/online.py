@@ -44,6 +44,7 @@ def run(settings: Settings, run: Run) -> None:
     """Trains to the last step and writes the policy to `run.model_dir`."""
     say_truncation(settings)
     parts = build_parts(settings, run)
+    run.note_path("sampler", parts.generator.sampler)
 
     def step(number: int) -> Metrics:
         started = time.perf_counter()

@@ -117,6 +117,7 @@ class Parts:
 def run(settings: Settings, run: Run) -> None:
     """Writes replies.jsonl and, chosen from it, best.jsonl (demonstrations) and pairs.jsonl (preference pairs)."""
     parts = build_parts(settings, run)
+    run.note_path("sampler", parts.generator.sampler)
     num_planned = math.ceil(len(parts.asked) / settings.prompts_per_step)
     num_steps = min(num_planned, settings.max_steps or num_planned)
     run_steps(
