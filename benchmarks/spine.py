@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,39 @@ def curve(directory: Path) -> list[tuple[float, float, float]]:
     rows = [json.loads(line) for line in lines]
     columns = [moving_mean([r[name] for r in rows], WINDOW) for name in ("policy/kl", "reward/mean", "gold/mean")]
     return [(max(0.0, float(k)), float(r), float(g)) for k, r, g in zip(*columns, strict=True)]
+
+
+def table(result: dict) -> str:
+    """The table of the page: a line for each seed, and their means with Student's intervals."""
+    lines = [
+        "| seed | gold SFT | gold PPO | best of 64 | gap closed | KL (nats) | wins against SFT | "
+        "reward model / Bayes | fall without leash | seconds | GB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows, falls = result["seeds"], {int(s): h["fall_fraction"] for s, h in result["without_the_leash"].items()}
+    for r in rows:
+        fall = f"{falls[r['seed']]:.0%}" if r["seed"] in falls else ""
+        lines.append(
+            f"| {r['seed']} | {r['gold_sft']:.3f} | {r['gold_final']:.3f} [{r['gold_final_low']:.3f}, "
+            f"{r['gold_final_high']:.3f}] | {r['gold_best_of_64']:.3f} | {r['gap_closed']:.0%} | {r['kl']:.1f} | "
+            f"{r['win_rate_vs_sft']:.0%} | {r['reward_model_accuracy']:.1%} / {r['bayes_accuracy']:.1%} | {fall} | "
+            f"{r['seconds']:.0f} | {r['peak_rss_gb']:.2f} |"
+        )
+    if len(rows) > 1:
+
+        def mean(name: str, digits: str, *, interval: bool = True) -> str:
+            found = result["over_seeds"][name]
+            low, high = (f"{found[f'{name}_{end}']:{digits}}" for end in ("low", "high"))
+            return f"{found[name]:{digits}} [{low}, {high}]" if interval else f"{found[name]:{digits}}"
+
+        wins, bayes = (statistics.mean(r[n] for r in rows) for n in ("win_rate_vs_sft", "bayes_accuracy"))
+        lines.append(
+            f"| mean | {mean('gold_sft', '.3f', interval=False)} | {mean('gold_final', '.3f')} | "
+            f"{mean('gold_best_of_64', '.3f', interval=False)} | {mean('gap_closed', '.0%')} | {mean('kl', '.1f')} | "
+            f"{wins:.0%} | {mean('reward_model_accuracy', '.1%', interval=False)} / {bayes:.1%} | "
+            f"{statistics.mean(falls.values()):.0%} | | |"
+        )
+    return "\n".join(lines)
 
 
 def picture(out: Path, seeds: list[int]) -> go.Figure:
@@ -143,10 +177,7 @@ def main() -> None:
     result = {"seeds": rows, "over_seeds": over_seeds, "without_the_leash": hacking, "moving_mean_steps": WINDOW}
     (DATA / "spine.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     write_png(picture(options.out, options.seeds), ROOT / "docs" / "evidence" / "overoptimisation.png")
-    names = list(rows[0])
-    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
-    for r in rows:
-        print("| " + " | ".join(f"{r[n]:.3f}" if isinstance(r[n], float) else str(r[n]) for n in names) + " |")
+    print(table(result))
     print(json.dumps(over_seeds, indent=1))
     print(json.dumps(hacking, indent=1))
 

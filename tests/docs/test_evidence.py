@@ -1,0 +1,56 @@
+"""The tables of the evidence pages are those that the scripts of the repository write from the committed data."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EVIDENCE = ROOT / "docs" / "evidence"
+
+
+def data(name):
+    return json.loads((EVIDENCE / "data" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A function that imports a benchmark."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def assert_on_page(page, table):
+    text = (EVIDENCE / f"{page}.md").read_text(encoding="utf-8").splitlines()
+    missing = [line for line in table.splitlines() if line not in text]
+    assert not missing, f"{page}.md lacks what its script writes from its data:\n" + "\n".join(missing)
+
+
+def test_the_table_of_speed_is_that_of_its_data(script):
+    assert_on_page("speed", script("speed").table(data("speed")["workloads"]))
+
+
+def test_the_table_of_the_quickstart_over_seeds_is_that_of_its_data(script):
+    assert_on_page("spine", script("spine").table(data("spine")))
+
+
+def test_the_table_of_all_algorithms_is_that_of_its_data(script):
+    found = data("algorithms")
+    assert_on_page("algorithms", script("algorithms").table(found["runs"], found["over_seeds"]))
+
+
+def test_memory_as_planned_is_that_of_its_data():
+    text = (EVIDENCE / "speed.md").read_text(encoding="utf-8")
+    for name, found in data("plan").items():
+        cells = f"| {found['predicted_gb']:.2f} GB | {found['measured_gb']:.2f} GB | {found['ratio']:.2f} |"
+        assert any(line.startswith(f"| {name}") and line.endswith(cells) for line in text.splitlines()), (name, cells)
+
+
+def test_every_file_of_data_is_made_by_a_script_or_a_test_of_this_repository():
+    scripts = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").rglob("test_*.py")]
+    sources = "".join(path.read_text(encoding="utf-8") for path in scripts if path != Path(__file__))
+    for path in (EVIDENCE / "data").glob("*.json"):
+        assert path.name in sources, path.name
