@@ -165,6 +165,10 @@ PAIRS = {
     ),
     "stack exchange": ({"question": "Is it?", "response_j": "Yes.", "response_k": "No."}, pair(prompt("Is it?"))),
     "context alone": ({"context": [user("Is it?")], "chosen": "Yes.", "rejected": "No."}, pair(prompt("Is it?"))),
+    "votes on a transcript": (
+        {"prompt": "\n\nHuman: Is it?\n\nAssistant:", "response_a": " Yes.", "response_b": " No.", "choice": "A"},
+        pair(prompt("Is it?")),
+    ),
     "one of three winners": (
         {
             "prompt": "Is it?",
@@ -259,7 +263,7 @@ PAIRS = {
     "nectar": (
         {
             "prompt": "\n\nHuman: Is it?\n\nAssistant: ",
-            "answers": [{"answer": "Yes.", "rank": 1.0}, {"answer": "No.", "rank": 2.0}],
+            "answers": [{"answer": " Yes.", "rank": 1.0}, {"answer": "No.", "rank": 2.0}],
         },
         pair(prompt("Is it?")),
     ),

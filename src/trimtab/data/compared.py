@@ -62,7 +62,8 @@ def _asked(row: JsonDict) -> tuple[Prompt, str, str]:
                     "remove the row, or keep the turns up to the first reply",
                 )
             return make_prompt(before, row), one, other
-    return prompt_in(row), reply_of("response_a", given_a), reply_of("response_b", given_b)
+    asked = field_of(row, "prompt")
+    return prompt_in(row), reply_of("response_a", given_a, asked), reply_of("response_b", given_b, asked)
 
 
 def _share(row: JsonDict, sides: Sides) -> float:

@@ -264,6 +264,11 @@ def transcript(name: str, text: str) -> tuple[Message, ...] | None:
     return tuple(Message("user" if who == "Human" else "assistant", said.strip()) for who, said in turns)
 
 
+def is_transcript(value: Any) -> bool:
+    """Whether a prompt is one; the blank behind its last "Assistant:" is then no part of the reply."""
+    return isinstance(value, str) and "Assistant:" in value and transcript("prompt", value) is not None
+
+
 def joined(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """Neighbouring turns of one speaker as one: a few hh-rlhf transcripts have them, and most templates refuse them."""
     found: list[Message] = []

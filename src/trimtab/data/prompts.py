@@ -12,6 +12,7 @@ from typing import Any
 from trimtab.data.columns import CONTEXT, PART_OF_PROMPT, REASONING, SYSTEM, UNREAD, WEIGHT
 from trimtab.data.messages import (
     conversation_in,
+    is_transcript,
     joined,
     messages_of,
     refuse_other_forms,
@@ -52,11 +53,12 @@ def reply_turns(name: str, value: Any) -> tuple[Message, ...] | str:
     return messages_of(name, value)
 
 
-def reply_of(name: str, value: Any) -> str:
-    """A reply: text, or a list with one assistant message. Raises Mistake."""
+def reply_of(name: str, value: Any, to: Any = None) -> str:
+    """A reply: text, or a list with one assistant message; without blanks around it where it is text that goes on with
+    the transcript `to`. Raises Mistake."""
     turns = reply_turns(name, value)
     if isinstance(turns, str):
-        return turns
+        return not_empty(name, turns.strip()) if is_transcript(to) else turns
     if len(turns) != 1 or turns[0].role != "assistant":
         raise no_single_reply(name, turns)
     return not_empty(name, turns[0].content)

@@ -48,6 +48,7 @@ class _Scored:
 
 def to_ranked_pairs(row: JsonDict) -> list[PreferencePair]:
     """Every two replies of which one is better, in the order of the row. Raises Mistake."""
+    field_of(row, "prompt")
     prompt, replies = _read(row)
     found = []
     for one, other in combinations(replies, 2):
@@ -63,37 +64,37 @@ def _read(row: JsonDict) -> tuple[Prompt, list[_Scored]]:
     if isinstance(row.get("targets"), dict):  # multiple choice: 1 is right, 0 wrong
         targets = row["targets"]
         texts, scores = targets.get("choices"), targets.get("labels")
-        return prompt_in(row), _zipped("targets", texts, scores, 1.0)
+        return prompt_in(row), _zipped(row, "targets", texts, scores, 1.0)
     name = _ranked_list(row)
     if not name:
         field_of(row, *REPLY_LISTS)
         wrong_type("responses", row.get("responses") or row.get("answers"), "a list of replies with scores or ranks")
     value = row[name]
     if isinstance(value[0], dict):
-        replies = [_scored(f"{name}[{i}]", reply) for i, reply in enumerate(value)]
+        replies = [_scored(row, f"{name}[{i}]", reply) for i, reply in enumerate(value)]
         return prompt_in(row), [reply for reply in replies if reply is not None]
     for by, sign in SCORE_LISTS.items():
         if isinstance(row.get(by), list):
-            return prompt_in(row), _zipped(name, value, row[by], sign)
+            return prompt_in(row), _zipped(row, name, value, row[by], sign)
     return wrong_type(name, value, "a list of replies with scores or ranks")
 
 
-def _zipped(name: str, texts: Any, scores: Any, sign: float) -> list[_Scored]:
+def _zipped(row: JsonDict, name: str, texts: Any, scores: Any, sign: float) -> list[_Scored]:
     if not isinstance(texts, list) or not isinstance(scores, list) or len(texts) != len(scores):
         raise Mistake("wrong_number_of_labels", f"{name} has not one score for each reply", "give each reply one score")
     found = []
     for text, score in zip(texts, scores, strict=True):
         number = number_in({name: score}, name)
         if number is not None:
-            found.append(_Scored(reply_of(name, text), sign * number))
+            found.append(_Scored(reply_of(name, text, row["prompt"]), sign * number))
     return found
 
 
-def _scored(place: str, reply: Any) -> _Scored | None:
+def _scored(row: JsonDict, place: str, reply: Any) -> _Scored | None:
     """A reply with its score; None where it has none."""
     if not isinstance(reply, dict):
         wrong_type(place, reply, "an object with the reply and its score or rank")
-    text = reply_of(place, field_of(reply, *_TEXT))
+    text = reply_of(place, field_of(reply, *_TEXT), row["prompt"])
     if reply.get("rank") is not None:
         number = number_in(reply, "rank")
         return None if number is None else _Scored(text, -number)

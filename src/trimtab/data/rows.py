@@ -10,7 +10,14 @@ from dataclasses import replace
 from typing import Any, cast
 
 from trimtab.data.columns import SYSTEM, thumb
-from trimtab.data.messages import conversation_in, joined, messages_of, transcript, untrained_turns
+from trimtab.data.messages import (
+    conversation_in,
+    is_transcript,
+    joined,
+    messages_of,
+    transcript,
+    untrained_turns,
+)
 from trimtab.data.mistakes import Mistake, shown, wrong_type
 from trimtab.data.prompts import (
     field_of,
@@ -137,16 +144,12 @@ def to_explicit_pair(row: JsonDict) -> PreferencePair:
         chosen = reply_of("chosen", row["chosen"])
     if isinstance(rejected, tuple):
         rejected = reply_of("rejected", row["rejected"])
-    if _is_transcript(row["prompt"]):
+    if is_transcript(row["prompt"]):
         chosen_turns, rejected_turns = transcript("chosen", chosen), transcript("rejected", rejected)
         if chosen_turns and rejected_turns:  # whole transcripts, which repeat the prompt
             return _conversations_pair(row, joined(chosen_turns), joined(rejected_turns))
         chosen, rejected = not_empty("chosen", chosen.strip()), not_empty("rejected", rejected.strip())
     return _pair(row, prompt_in(row), chosen, rejected)
-
-
-def _is_transcript(value: Any) -> bool:
-    return isinstance(value, str) and "Assistant:" in value and transcript("prompt", value) is not None
 
 
 def _conversations_pair(row: JsonDict, chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> PreferencePair:
@@ -231,7 +234,7 @@ def _answered(row: JsonDict, reply: Any) -> tuple[Prompt, str, tuple[int, ...]]:
     refuse_beside_reply(row)
     turns = reply_turns("completion", reply)
     if isinstance(turns, str):
-        if _is_transcript(row["prompt"]):
+        if is_transcript(row["prompt"]):
             turns = not_empty("completion", turns.strip())
         return prompt, turns, ()
     if not turns or turns[0].role != "assistant":
