@@ -50,3 +50,16 @@ def test_the_run_file_trains_and_logs_every_part(tmp_path, base):
         assert 0 <= row["reward/exact_answer_found"] <= 1
         assert "policy/kl" in row
     assert summary(out)["num_steps"] == 2
+
+
+def test_held_out_accuracy_is_one_command(tmp_path, base, other):
+    data = tmp_path / "test.jsonl"
+    problems = [{"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(4)]
+    data.write_text("".join(json.dumps(p) + "\n" for p in problems))
+    changed = {"model": other, "baseline": base, "prompts": data} | {f"sampling.{k}": v for k, v in SHORT.items()}
+    overrides = [f"{key}={value}" for key, value in changed.items()]
+    result = trimtab("evaluate", EXAMPLES / "evaluate.toml", *overrides, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert summary(tmp_path / "run")["judges"] == ["exact_answer"]
+    assert "exact_answer: 0.00 [0.00, 0." in result.output
+    assert "on 4 prompts, baseline 0.00" in result.output

@@ -52,6 +52,7 @@ def run(settings: Settings, run: Run) -> None:
         metrics = train_step(number, parts, run)
         return metrics | {"time/step_seconds": Total(time.perf_counter() - started)}
 
+    run.note_path("sampler", parts.generator.sampler)
     run_steps(
         run,
         parts.state,
