@@ -469,6 +469,13 @@ def test_simulated_annotators_vote_as_people_do(make: Make):
     assert verify(store) == []
 
 
+def test_simulated_annotators_say_what_they_need(small: Make):
+    store = small()
+    add(store, 2)
+    with pytest.raises(DataError, match="does not say which replies are right"):
+        simulate(store, num_annotators=2)
+
+
 def test_the_board_of_an_empty_project_says_nothing_wrong(small: Make):
     board = make_board(small())
     assert board.study is None

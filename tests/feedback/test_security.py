@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -492,3 +493,25 @@ def test_answers_given_before_a_state_change_stay_out_of_reach(small: Make):
     browser.client.cookies.set(COOKIE, token)
     browser.get("/guideline")
     assert browser.client.get(f"/quiz/{receipt.vote_id}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n\n".join(["|" * 200 + "\n" + "|-" * 200 + "|\n" + "|\n" * 330] * 6),
+        "> " + "|" * 200 + "\n> " + "|-" * 200 + "|\n" + "> |\n" * 2000,
+        "```php\n<?php " + "$" * 9_000 + "\n```",
+        "```php\n<?php " + "$" * 4_500 + "\n```\n\n```php\n<?php " + "$" * 4_500 + "\n```",
+    ],
+)
+def test_no_text_holds_up_every_page(text: str):
+    began = time.process_time()
+    shown = render(text)
+    assert time.process_time() - began < 1.5
+    assert len(shown) < 200_000
+
+
+def test_tables_and_code_of_usual_size_are_drawn():
+    table = render("| a | b |\n|---|---|\n" + "| 1 | 2 |\n" * 50)
+    assert table.count("<tr>") == 51
+    assert 'class="c-k' in render("```python\ndef f(x):\n    return x\n```")

@@ -22,6 +22,7 @@ from trimtab.reports.markup import Html, join, tag
 
 MAX_ROWS = 40
 """Annotators, pairs and slices drawn in one chart; tables hold more."""
+_BRACKETS = "Brackets are 95% intervals; those of coefficients from a bootstrap over items, or rankings and prompts."
 _MEANS = {
     "raw agreement": "Two annotators drawn from an item's chose alike so often. Chance is in it.",
     "one against": "What one person scores against the others: the figure to compare a judge or reward model with.",
@@ -45,7 +46,7 @@ def render(study: Study, *, title: str) -> str:
 
 def body(study: Study, make: Panels, *, title: str) -> Html:
     """The page inside its frame, for other pages to hold."""
-    line = f"{study.num_votes:,} votes by {study.num_annotators} annotators on {study.num_items:,} items"
+    line = counted(study)
     flagged = [f"{card.name}: {flag}" for card in study.annotators for flag in card.flags]
     return join(
         tag("header", tag("h1", title), tag("p", line, class_="soft")),
@@ -59,9 +60,23 @@ def body(study: Study, make: Panels, *, title: str) -> Html:
         tag("ul", [tag("li", note) for note in study.notes], class_="soft") if study.notes else None,
         tag(
             "footer",
-            tag("p", "Brackets are 95% intervals; those of coefficients from a bootstrap over items.", class_="soft"),
+            tag(
+                "p",
+                _BRACKETS,
+                class_="soft",
+            ),
         ),
     )
+
+
+def counted(study: Study) -> str:
+    """How many votes there are of whom on what."""
+
+    def several(num: int, noun: str) -> str:
+        return f"{num:,} {noun}{'' if num == 1 else 's'}"
+
+    votes, people = several(study.num_votes, "vote"), several(study.num_annotators, "annotator")
+    return f"{votes} by {people} on {several(study.num_items, 'item')}"
 
 
 def headline(study: Study) -> str:

@@ -113,7 +113,7 @@ def vote(store: Store, person: Person, token: str, answer: Answer, *, measured: 
 
 
 def save_draft(store: Store, person: Person, token: str, draft: Mapping[str, Any]) -> bool:
-    """Keeps an unfinished answer, to go on with anywhere; False where it cannot be given any more.
+    """Keeps an unfinished answer, to go on with anywhere; False where others have answered the item meanwhile.
 
     Whoever writes is at work: the lease begins anew. One that ran out is taken up again while there is a place, and
     where there is none the draft is kept all the same.
@@ -122,8 +122,8 @@ def save_draft(store: Store, person: Person, token: str, draft: Mapping[str, Any
     with store.write(durable=False) as connection:
         here = (t.leases.c.token == token) & (t.leases.c.person_id == person.id)
         row = connection.execute(sa.select(t.leases).where(here, t.leases.c.state.in_(("open", "expired")))).first()
-        if row is None:
-            return False
+        if row is None:  # the answer itself was faster
+            return True
         values: dict[str, Any] = {"draft": dict(draft)}
         in_time = row.state == "open" or row.purpose != "task" or _has_place(connection, row.item_id)
         if in_time:

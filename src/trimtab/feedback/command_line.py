@@ -61,7 +61,7 @@ def _copy_example(directory: Path) -> None:
     package = Path(trimtab.__file__).parent
     examples = package / "examples" if (package / "examples").is_dir() else package.parents[1] / "examples"
     directory.mkdir(parents=True, exist_ok=True)
-    for name in ("project.toml", "guideline.md"):
+    for name in ("project.toml", "guideline.md", "reward.toml"):
         shutil.copyfile(examples / "feedback" / name, directory / name)
     click.echo(f"{directory / 'project.toml'}: edit it, then trimtab feedback serve {directory / 'project.toml'}")
 

@@ -56,7 +56,7 @@ def cost(plan: Campaign, *, half_width: float, votes_per_item: int, pilot: str) 
 
 
 def _study_lines(found: Study) -> list[str]:
-    lines = [f"{found.num_votes:,} votes by {found.num_annotators} annotators on {found.num_items:,} items", ""]
+    lines = [agreement_page.counted(found), ""]
     rows: list[Sequence[str]] = [
         (one.name, one.text + (f"  ({one.note})" if one.note else "")) for one in found.coefficients
     ]

@@ -46,6 +46,12 @@ def simulate(
     store = replace(store, durable=False)
     with store.read() as connection:
         rows = connection.execute(sa.select(t.items).order_by(t.items.c.id).limit(_CALIBRATION_PAIRS)).all()
+    if strange := next((row for row in rows if not row.prompt["facts"]), None):
+        raise DataError(
+            f"the prompt {prompt_of(strange).text[:60]!r} does not say which replies are right",
+            where=str(store.project.path),
+            fix=f"simulated annotators vote by a world's true reward: give the project its items, world:{world_name}",
+        )
     pairs = [(prompt_of(row), row.replies[0]["text"], row.replies[1]["text"]) for row in rows]
     people = calibrate(world, world.biases, pairs, agreement=agreement)
     crowd = [_person(store, f"simulated {i + 1}") for i in range(num_annotators)]

@@ -15,6 +15,7 @@ import latex2mathml.converter
 import nh3
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from markdown_it.utils import OptionsDict
 from markupsafe import Markup
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from pygments import highlight
@@ -24,8 +25,10 @@ from pygments.util import ClassNotFound
 
 MAX_MATH = 2_000
 """Letters of one formula; a longer one is shown as its source."""
-MAX_HIGHLIGHTED = 20_000
-"""Letters of one block of code that is coloured."""
+MAX_HIGHLIGHTED = 6_000
+"""Letters of code that are coloured, of all blocks of a text: some lexers take time that grows with the square."""
+MAX_CELLS = 3_000
+"""Cells of all tables of a text. A row that is not finished is filled up with empty ones: few letters make many."""
 _MAX_NESTING = 30
 
 _MATH_ELEMENTS = {
@@ -50,6 +53,8 @@ _ATTRIBUTES = {
     "code": {"class"},
 }
 _CLASS = re.compile(r"[a-z][a-z0-9-]{0,20}( [a-z][a-z0-9-]{0,20}){0,2}")
+_DELIMITERS = set("|:- >\t*+.0123456789")
+"""What a line that begins a table may hold, with the signs of lists and quotes before it."""
 _INVISIBLE = {
     ord(c): f"⟨U+{ord(c):04X}⟩"
     for c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200b\u200e\u200f\u2060\ufeff\u00ad"
@@ -60,7 +65,25 @@ _INVISIBLE = {
 @functools.lru_cache(maxsize=4096)
 def render(text: str) -> Markup:
     """The text as safe HTML."""
-    return Markup(_clean(_parser().render(visible(text))))
+    shown = visible(text)
+    parser = _parser(_num_cells(shown) <= MAX_CELLS)
+    tokens = parser.parse(shown)
+    num_coloured = sum(len(token.content) for token in tokens if token.type == "fence")
+    options: Any = {**parser.options, **({} if num_coloured <= MAX_HIGHLIGHTED else {"highlight": None})}
+    return Markup(_clean(str(parser.renderer.render(tokens, OptionsDict(options), {}))))
+
+
+def _num_cells(text: str) -> int:
+    """At least as many cells as the tables of the text have: columns of each line under which one can begin, times the
+    lines down to the next empty one."""
+    num = columns = 0
+    for line in text.splitlines():
+        if not line.strip(" >\t"):
+            columns = 0
+        elif "|" in line and "-" in line and set(line) <= _DELIMITERS:
+            columns = max(columns, line.count("|") + 1)
+        num += columns
+    return num
 
 
 def visible(text: str) -> str:
@@ -87,9 +110,9 @@ def _attribute(_: str, name: str, value: str) -> str | None:
 
 
 @functools.cache
-def _parser() -> MarkdownIt:
+def _parser(tables: bool) -> MarkdownIt:
     parser = MarkdownIt("commonmark", {"html": False, "breaks": True, "highlight": _highlighted, "maxNesting": 60})
-    parser.enable(["table", "strikethrough"])
+    parser.enable(["table", "strikethrough"] if tables else ["strikethrough"])
     parser.use(dollarmath_plugin, allow_space=False, allow_digits=False, double_inline=True, renderer=_math)
     parser.add_render_rule("link_open", _link_open)
     parser.add_render_rule("link_close", _link_close)
@@ -99,7 +122,7 @@ def _parser() -> MarkdownIt:
 
 def _highlighted(code: str, language: str, _: str) -> str:
     """Code with a class for each kind of word; plain where the language is not known."""
-    if not language or len(code) > MAX_HIGHLIGHTED or not re.fullmatch(r"[\w+#.-]{1,30}", language):
+    if not language or not re.fullmatch(r"[\w+#.-]{1,30}", language):
         return html.escape(code)
     try:
         lexer = get_lexer_by_name(language)
