@@ -203,3 +203,11 @@ def test_metrics_have_a_title_a_unit_and_a_hint():
             assert told.how_to_read.endswith(".")
             assert "No description" not in told.how_to_read
     assert meaning("something/new_thing").title == "Something: new thing"
+
+
+def test_what_was_not_used_of_a_source_and_what_was_left_out_is_told():
+    from trimtab.reports.html import _reading
+
+    one = {"sha256": "00", "rows": 3, "not_used": ["topic", "messages[].name"], "dropped": {"empty_response": 2}}
+    assert _reading(one) == ("topic, messages[].name", "2 empty response")
+    assert _reading({"rows": 3}) == ("–", "–")

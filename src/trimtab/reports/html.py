@@ -455,13 +455,13 @@ def _details(run: RunRecord) -> Html:
     numbers = list(_numbers(run.summary)) if run.stage != "evaluate" else []
     known = {source: one if isinstance(one, Mapping) else {} for source, one in run.data.items()}
     sources = [
-        (source, show(number(one, "rows")), tag("code", str(one.get("sha256", "–"))[:16]))
+        (source, show(number(one, "rows")), tag("code", str(one.get("sha256", "–"))[:16]), *_reading(one))
         for source, one in known.items()
     ]
     blocks = [
         ("Summary", table((), numbers) if numbers else None),
         ("Settings", settings_table(run.settings) if run.settings else None),
-        ("Data", table(("source", "rows", "SHA-256 (first 16)"), sources) if sources else None),
+        ("Data", table(("source", "rows", "SHA-256 (first 16)", "not used", "left out"), sources) if sources else None),
         ("Environment", settings_table(run.environment) if run.environment else None),
     ]
     there = [(title, body) for title, body in blocks if body is not None]
@@ -471,6 +471,14 @@ def _details(run: RunRecord) -> Html:
     names = ", ".join(title if i == 0 else title.lower() for i, (title, _) in enumerate(there))
     rest = [join(tag("h3", title), body) for title, body in there]
     return join(opened, folded(names, rest) if rest else None)
+
+
+def _reading(one: Mapping[str, Any]) -> tuple[str, str]:
+    """The columns of a source that were not used, and its rows that were left out, by mistake."""
+    dropped = one.get("dropped")
+    kinds = dropped.items() if isinstance(dropped, Mapping) else ()
+    left_out = ", ".join(f"{num} {str(name).replace('_', ' ')}" for name, num in kinds)
+    return ", ".join(map(str, one.get("not_used") or ())) or "–", left_out or "–"
 
 
 def _numbers(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
