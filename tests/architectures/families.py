@@ -76,8 +76,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["q_lora_rank", "kv_lora_rank"], 16),
     "index_topk": 4,
     # A key counts zero if every indexing head finds it negative: with few heads many tie, and which of them are taken
-    # depends on the length of the row.
-    "index_n_heads": 16,
+    # depends on the length of the row, in transformers' own forward too.
+    "index_n_heads": 32,
     "index_head_dim": 16,
     # Embeddings for each layer, and layers that share.
     "hidden_size_per_layer_input": 8,

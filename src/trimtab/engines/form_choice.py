@@ -120,7 +120,9 @@ class _Check:
         worst = 0.0
         for group_size in (1, 2):
             uniforms = torch.rand(len(self.prompts) * group_size, NUM_TOKENS, generator=draw, dtype=torch.float64)
-            replies = Replies(uniforms, sampling, self.chat, stop_ids=())
+            # Of different lengths, so that rows of ended replies are given up while others go on.
+            limits = NUM_TOKENS - torch.arange(len(uniforms)) % (NUM_TOKENS - 1)
+            replies = Replies(uniforms, sampling, self.chat, limits, stop_ids=())
             with using(self.policy.model, self.policy.adapter):
                 try:
                     form.decode(self.prompts, group_size, replies)

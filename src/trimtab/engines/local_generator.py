@@ -63,6 +63,10 @@ class LocalGenerator:
         return self.choice.form.name
 
     @property
+    def _name(self) -> str:
+        return f"the sampler ({self.sampler}), architecture {type(self.policy.model).__name__}"
+
+    @property
     def sampler(self) -> str:
         """The method, and whether its steps are compiled."""
         form = self.choice.form
@@ -118,7 +122,7 @@ class LocalGenerator:
             form.decode(prefixes, group_size, replies)
         if self._watched:
             self.difference = logprob_difference(self.policy, prefixes, group_size, replies)
-            refuse_difference(self.difference, self.policy.precision, where=f"the sampler, {self.sampler}")
+            refuse_difference(self.difference, self.policy.precision, where=self._name)
         return replies.finished()
 
     def encode(self, prompt: Prompt) -> list[int]:
