@@ -74,14 +74,17 @@ def cache(directory, name, files):
 ASK = "from trimtab.hub import base_of, find_model; print(find_model({0!r})); print(base_of({0!r}))"
 
 
-def asked(name, directory, **environment):
+READ = "from trimtab.data.sources import read_rows; read_rows({0!r})"
+
+
+def asked(name, directory, code=ASK, **environment):
     """What a new process finds, in which no hub can be reached."""
     variables = os.environ | {
         "HF_HUB_CACHE": str(directory),
         "HF_ENDPOINT": "http://127.0.0.1:9",
         "HF_HUB_OFFLINE": "0",
     }
-    command = [sys.executable, "-c", ASK.format(name)]
+    command = [sys.executable, "-c", code.format(name)]
     return subprocess.run(command, env=variables | environment, capture_output=True, text=True, check=False)
 
 
@@ -97,3 +100,9 @@ def test_a_hub_that_cannot_be_reached_is_answered_in_seconds_and_the_cache_is_us
     files = {"adapter_config.json": json.dumps({"base_model_name_or_path": str(base)}), "adapter_model.safetensors": ""}
     snapshot = cache(tmp_path, "org/adapter", files)
     assert asked("org/adapter", tmp_path, HF_HUB_OFFLINE="1").stdout.split() == [str(snapshot), str(base)]
+
+
+def test_a_data_set_of_a_hub_that_cannot_be_reached_is_not_asked_for_again_and_again(tmp_path):
+    answer = asked("org/data", tmp_path, code=READ)
+    assert "the hub data set 'org/data' could not be read" in answer.stderr
+    assert "Retrying" not in answer.stderr

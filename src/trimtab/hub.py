@@ -10,7 +10,10 @@ import difflib
 import json
 import os
 import re
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -181,8 +184,7 @@ def _on_hub(name: str) -> str:
 
     kept = [try_to_load_from_cache(name, file) for file in (ADAPTER_FILE, MODEL_FILE)]
     cached = next((str(Path(file).parent) for file in kept if isinstance(file, str)), None)
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    files, problem = (None, "HF_HUB_OFFLINE is set") if offline else _ask_hub("model", name)
+    files, problem = (None, "HF_HUB_OFFLINE is set") if _offline() else _ask_hub("model", name)
     if files is None:
         if cached is not None:
             return cached
@@ -197,15 +199,30 @@ def _on_hub(name: str) -> str:
     return name
 
 
-def hub_has(kind: str, name: str) -> None:
-    """Raises EngineError, within seconds, unless the hub can be reached and has this "model" or "dataset"."""
-    files, problem = _ask_hub(kind, name)
-    if files is None:
-        raise EngineError(
-            f"there is no file {name!r}, and as a hub id it cannot be fetched: {problem}",
-            where=f"the name of the {kind}",
-            fix="copy it here and name its path, or run where there is a network",
-        )
+@contextmanager
+def without_retries(kind: str, name: str) -> Iterator[None]:
+    """Within it the libraries of the hub read this "model" or "dataset" from their caches alone, if the hub cannot be
+    reached now: they would try again for half a minute before they did."""
+    from huggingface_hub import constants
+
+    files, problem = (None, "") if _offline() else _ask_hub(kind, name)
+    reached = files is not None or problem.startswith(_NOT_THERE)
+    libraries: list[Any] = [constants, *(sys.modules[n] for n in ("datasets.config",) if n in sys.modules)]
+    before = [library.HF_HUB_OFFLINE for library in libraries]
+    for library in libraries:
+        library.HF_HUB_OFFLINE = library.HF_HUB_OFFLINE or not reached
+    try:
+        yield
+    finally:
+        for library, value in zip(libraries, before, strict=True):
+            library.HF_HUB_OFFLINE = value
+
+
+_NOT_THERE = "the hub has no"
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _ask_hub(kind: str, name: str) -> tuple[list[str] | None, str]:
@@ -221,7 +238,7 @@ def _ask_hub(kind: str, name: str) -> tuple[list[str] | None, str]:
             info: Any = HfApi().repo_info(name, repo_type=kind, timeout=HUB_SECONDS)
             answer.append(([file.rfilename for file in info.siblings or ()], ""))
         except RepositoryNotFoundError:
-            answer.append((None, f"the hub has no {kind} of this name, or it is private (hf auth login)"))
+            answer.append((None, f"{_NOT_THERE} {kind} of this name, or it is private (hf auth login)"))
         except Exception as error:  # whatever the network and its libraries raise
             answer.append((None, f"the hub cannot be reached ({type(error).__name__})"))
 

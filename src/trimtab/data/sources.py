@@ -14,6 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from trimtab import hub
 from trimtab.data.files import FILE_TYPES, Located, rows_of_file
 from trimtab.data.folders import files_in
 from trimtab.data.messages import conversation_in
@@ -280,13 +281,14 @@ def _hub_stream(text: str, limit: int | None) -> RowStream:
     import datasets
 
     try:
-        table = datasets.load_dataset(
-            name,
-            options["config"] or None,
-            split=options["split"],
-            revision=options["revision"] or None,
-            **({"data_dir": options["data_dir"]} if options["data_dir"] else {}),
-        )
+        with hub.without_retries("dataset", name):
+            table = datasets.load_dataset(
+                name,
+                options["config"] or None,
+                split=options["split"],
+                revision=options["revision"] or None,
+                **({"data_dir": options["data_dir"]} if options["data_dir"] else {}),
+            )
         rows: list[JsonDict] = [dict(row) for row in islice(table, limit)]
     except Exception as error:  # whatever the library raises, it is about this name: unknown, gated, offline, no split
         raise DataError(
