@@ -211,3 +211,8 @@ def test_what_was_not_used_of_a_source_and_what_was_left_out_is_told():
     one = {"sha256": "00", "rows": 3, "not_used": ["topic", "messages[].name"], "dropped": {"empty_response": 2}}
     assert _reading(one) == ("topic, messages[].name", "2 empty response")
     assert _reading({"rows": 3}) == ("–", "–")
+
+
+def test_every_metric_of_an_optimizer_is_described():
+    for name in ("policy_updates", "critic_updates", "policy_learning_rate", "critic_gradient_norm"):
+        assert "No description" not in meaning(f"optimizer/{name}").how_to_read

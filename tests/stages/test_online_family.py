@@ -532,7 +532,7 @@ def test_where_every_reply_is_cut_off_skipping_them_leaves_the_policy_where_it_i
         ({"correction": {"high": 0.9}}, "1 must lie between them"),
         ({"correction": {"kind": "truncate", "low": 0.5}}, "only kind = 'mask' has a lower bound"),
         ({"loss": {"name": "gspo", "clip_low": 0.0}}, "clip_low"),
-        ({"advantage": {"name": "reinforce_pp", "gamma": 1.5}}, "gamma is 1.5"),
+        ({"advantage": {"name": "reinforce_pp", "gamma": 1.5}}, "gamma = 1.5; it must be at least 0 and at most 1"),
     ],
     ids=str,
 )

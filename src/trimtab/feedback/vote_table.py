@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimtab.data.sources import read_rows
-from trimtab.errors import DataError, EngineError
+from trimtab.errors import DataError, EngineError, install
 from trimtab.evals.stats import Floats
 from trimtab.types import JsonDict
 
@@ -317,7 +317,7 @@ def _project_votes(path: Path) -> Votes:
         raise EngineError(
             f"a project needs {missing.name}, which is not installed",
             where=str(path),
-            fix="pip install 'trimtab[feedback]'",
+            fix=install("feedback"),
         ) from missing
     votes: Votes = store.votes_of(path)
     return votes

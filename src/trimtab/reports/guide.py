@@ -129,6 +129,7 @@ _MEANINGS: tuple[tuple[str, str, str, str], ...] = (
     (r"rollout/.*", "", "", "Of the sampled replies."),
     (r"select/best_reward", "Best reward", "units of reward", "Of the best reply of each prompt of the step."),
     (r"kl/coef", "KL coefficient", "reward per nat", "Weight of the leash, raised when KL passes its target."),
+    (r"optimizer/.*_updates", "", "steps", "Optimizer steps made within one step of the run."),
     (r"optimizer/.*learning_rate", "", "no unit", "Follows the schedule of the settings."),
     (
         r"optimizer/.*gradient_norm",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from trimtab.errors import EngineError
+from trimtab.errors import EngineError, install
 from trimtab.registry import register
 
 
@@ -106,5 +106,5 @@ def _library(name: Literal["tensorboard", "wandb"]) -> Any:
         raise EngineError(
             f"the tracker {name!r} needs the library {name}, which is not installed",
             where="trackers",
-            fix=f"pip install 'trimtab[{name}]', or remove the tracker from the run file",
+            fix=f"{install(name)}; or remove the tracker from the run file",
         ) from error
