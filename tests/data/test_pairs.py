@@ -37,7 +37,7 @@ def test_all_pairs_of_a_prompt_share_its_tree_and_each_reply_stands_once(chat):
     )
     assert [len(tree.branches) for tree in found.trees] == [3, 2]
     assert found.compared[0] == (Compared(0, 1, 0.5, 1.0), Compared(2, 0, 0.0, 0.8))
-    assert [p.chosen for p in found.pairs] == ["one", "three", "yes"]
+    assert [p.chosen for p in found.pairs()] == ["one", "three", "yes"]
     batch = found.batch()
     assert batch.chosen_ids.tolist() == [0, 2, 3]
     assert batch.rejected_ids.tolist() == [1, 0, 4]
@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_counted_by_its_pairs(chat):
     long = "It is four. " * 30
     pairs = [pair("Which?", long, "two"), pair("Which?", "two", "three"), pair("Other?", "yes", "no")]
     found, counts = grouped(chat, pairs, max_tokens=60, on_too_long="drop")
-    assert [p.prompt.text for p in found.pairs] == ["Other?"]
+    assert [p.prompt.text for p in found.pairs()] == ["Other?"]
     assert counts == {"dropped_too_long": 2}
 
 
@@ -86,16 +86,16 @@ def test_judgements_of_a_prompt_share_its_tree_and_are_counted_by_reply(chat):
     replies = [LabelledResponse(prompt=prompt(q), response=r, label=good) for q, r, good in judged]
     found = group_replies(replies, chat, max_tokens=100, on_too_long="drop", counts={})
     assert [len(tree.branches) for tree in found.trees] == [2, 1]
-    assert found.desirable == [(1.0, 0.0), (1.0,)]
-    assert found.undesirable == [(1.0, 1.0), (0.0,)]
+    assert list(found.desirable) == [(1.0, 0.0), (1.0,)]
+    assert list(found.undesirable) == [(1.0, 1.0), (0.0,)]
     assert found.totals == (2.0, 2.0)
 
 
 def test_a_pair_is_a_good_and_a_bad_reply_by_the_share_of_its_votes(chat):
     found, _ = grouped(chat, [pair("Which?", "one", "two", label=0.75), pair("Which?", "one", "three")])
     judged = split_in_two(found)
-    assert judged.desirable == [(1.75, 0.25, 0.0)]
-    assert judged.undesirable == [(0.25, 0.75, 1.0)]
+    assert list(judged.desirable) == [(1.75, 0.25, 0.0)]
+    assert list(judged.undesirable) == [(0.25, 0.75, 1.0)]
 
 
 def test_each_prompt_is_set_beside_the_replies_to_another(chat):

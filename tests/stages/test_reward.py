@@ -86,3 +86,27 @@ def test_without_held_out_pairs_there_is_no_card_and_the_error_says_so(tmp_path,
     result = trimtab("reward", run_file, "--out", tmp_path / "run")
     assert result.exit_code == 2
     assert "0 to judge by" in result.output
+
+
+def test_demonstrations_are_fitted_and_counted_before_training(tmp_path, base, pairs):
+    """They were read after the last step, so a run whose demonstrations were too long could never end."""
+    texts = [("What is 1 + 1? " * 200, "#### 2"), ("What is 2 + 3?", "It is 5. " * 200), ("What is 3 + 3?", "6")]
+    demonstrations = tmp_path / "demonstrations.jsonl"
+    demonstrations.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in texts))
+    run = settings(base, pairs, demonstrations=str(demonstrations), max_tokens=200)
+    counts = summary(run_stage("reward", tmp_path / "run", **run))["counts"]
+    assert counts["demonstrations_truncated_too_long"] == counts["demonstrations_dropped_too_long"] == 1
+    demonstrations.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in texts[1:2]))
+    result = trimtab("reward", write_run_file(tmp_path / "run.toml", run), "--out", tmp_path / "none")
+    assert "none of 1 demonstrations has at most max_tokens = 200 tokens" in result.output
+    assert not (tmp_path / "none" / "metrics.jsonl").exists()
+
+
+def test_rows_with_one_id_and_several_prompts_are_named(tmp_path, base):
+    data = tmp_path / "pairs.jsonl"
+    texts = [(1, "What is 2+2?"), (2, "Why?"), (1, "Capital of France?")]
+    rows_ = [{"id": i, "prompt": p, "chosen": "yes", "rejected": "no"} for i, p in texts]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows_))
+    result = trimtab("reward", write_run_file(tmp_path / "run.toml", settings(base, data)), "--out", tmp_path / "run")
+    assert "the id '1' is that of another prompt: here 'Capital of France?'" in result.output
+    assert f"{data}, row 3" in result.output

@@ -77,12 +77,12 @@ def test_when_nothing_fits_the_error_says_what_to_change(tmp_path, base):
     assert "raise max_tokens (now 4)" in result.output
 
 
-def test_turns_marked_as_not_to_be_learnt_from_leave_the_mask():
-    from trimtab.stages.sft import without_turns
-
-    mask = [False, True, True, False, True, False, True]
-    assert without_turns(mask, (1,)) == [False, True, True, False, False, False, True]
-    assert without_turns(mask, (0,)) == [False, False, False, False, True, False, True]
-    assert without_turns(mask, ()) == mask
-    # where the template rewrites earlier turns only the last is in the mask
-    assert without_turns([False, True], (0,)) == [False, True]
+def test_many_lost_examples_are_said_at_once(tmp_path, base):
+    """293 of 300 were dropped without a word."""
+    data = tmp_path / "shown.jsonl"
+    lines = [{"prompt": f"What is {i} + {i}?", "completion": "2 " * (1 if i < 7 else 60)} for i in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    run_file = write_run_file(tmp_path / "run.toml", settings(base, data, max_tokens=40, held_out=0.0))
+    result = trimtab("sft", run_file, "--out", tmp_path / "run")
+    assert "note: 33 of 40 records are left out: they are longer than max_tokens = 40" in result.output
+    assert summary(tmp_path / "run")["counts"]["dropped_too_long"] == 33

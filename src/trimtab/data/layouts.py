@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Generic, Literal, cast
@@ -51,8 +51,13 @@ class Loaded(Generic[Record]):
     @property
     def report(self) -> JsonDict:
         """What a run should say of the reading: the layout, what was not used, and rows left out by mistake."""
-        dropped = {n.removeprefix("dropped_"): num for n, num in self.counts.items() if n.startswith("dropped_")}
-        return {"layout": self.layout, "not_used": list(self.unused), "dropped": dropped}
+        return report(self.layout, self.unused, self.counts)
+
+
+def report(layout: str, unused: Sequence[str], counts: Mapping[str, int]) -> JsonDict:
+    """See `Loaded.report`."""
+    dropped = {name.removeprefix("dropped_"): num for name, num in counts.items() if name.startswith("dropped_")}
+    return {"layout": layout, "not_used": list(unused), "dropped": dropped}
 
 
 def load(
@@ -74,53 +79,130 @@ def load(
         return _load_world(kind, str(source), limit)
     if is_feedback(source):
         return _load_feedback(kind, str(source), limit)
-    stream = stream_rows(source, limit=limit)
-    unused: dict[str, None] = {}
-    found, reading = _begin(stream, kind, unused)
-    bad: list[BadRow] = []
+    stream = stream_records(kind, source, limit=limit, accepts=accepts)
     made: list[Any] = []
-    num_rows = 0
-    for row in found:
-        num_rows += 1
-        if isinstance(row, BadRow):
-            bad.append(row)
-            continue
-        assert reading is not None
-        where, columns = row
-        try:
-            plain = reading.plain(columns)
-            records = reading.records(columns, plain)
-            if accepts is not None:
-                _refuse_unless(accepts, records)
-        except Mistake as mistake:
-            bad.append(_placed(where, mistake, reading, stream.source))
-        else:
-            made += records
-            if reading.layout.gather is None:
-                _note_unused(columns, reading, unused)
-    kinds = Counter(row.kind for row in bad)
-    if bad and (on_bad_row == "stop" or not made):
-        raise _all_mistakes(bad, kinds, num_rows)
-    assert reading is not None
-    kept, counted = reading.collect(made)
+    seen = Seen()
+    for where, found in stream.rows:
+        if seen.add(where, found):
+            made += cast("list[Any]", found)
+    seen.refuse(on_bad_row, num_records=len(made))
+    kept, counted = stream.collect(made)
     if not kept:
         raise DataError(
-            f"no {kind.__name__} can be made of {num_rows} rows: "
+            f"no {kind.__name__} can be made of {seen.num_rows} rows: "
             + (", ".join(f"{num} {name}" for name, num in counted.items() if num) or "none says which is better"),
             where=stream.source,
             fix="use data in which one reply is preferred",
         )
     return Loaded(
         records=kept,
-        layout=reading.layout.name,
+        layout=stream.layout,
         source=stream.source,
         sha256=stream.sha256,
-        counts={"rows": num_rows, "records": len(kept)}
-        | counted
-        | {f"dropped_{k}": n for k, n in sorted(kinds.items())},
-        dropped=tuple(f"{row.where}: {row.problem}" for row in bad[:NUM_SHOWN]),
-        unused=tuple(unused),
+        counts=seen.counts(len(kept), counted),
+        dropped=tuple(f"{row.where}: {row.problem}" for row in seen.bad),
+        unused=tuple(stream.unused),
     )
+
+
+@dataclass
+class Seen:
+    """What is remembered of the rows of a source: their number, and what was wrong with which."""
+
+    num_rows: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Bad rows by their mistake."""
+    bad: list[BadRow] = field(default_factory=list)
+    """The first few of them."""
+
+    def add(self, where: str, found: Any) -> bool:
+        """Counts a row. True if it holds records."""
+        self.num_rows += 1
+        if isinstance(found, BadRow):
+            self.kinds[found.kind] += 1
+            self.bad = [*self.bad, found][:NUM_SHOWN]
+        return not isinstance(found, BadRow)
+
+    def refuse(self, on_bad_row: str, *, num_records: int) -> None:
+        """Raises DataError for bad rows that are not to be dropped, or where nothing else is left."""
+        if self.bad and (on_bad_row == "stop" or not num_records):
+            raise _all_mistakes(self.bad, self.kinds, self.num_rows)
+
+    def counts(self, num_records: int, others: dict[str, int]) -> dict[str, int]:
+        """The counts of `Loaded`."""
+        dropped = {f"dropped_{kind}": num for kind, num in sorted(self.kinds.items())}
+        return {"rows": self.num_rows, "records": num_records} | others | dropped
+
+
+@dataclass
+class RecordStream:
+    """The rows of a source as records, made as they are asked for."""
+
+    source: str
+    sha256: str
+    layout: str
+    rows: Iterator[tuple[str, Any]]
+    """Where each row stands, and its records or what is wrong with it; None for a row that is not `wanted`."""
+    collect: Callable[[list[Any]], tuple[list[Any], dict[str, int]]]
+    """The records of all rows, and what else was counted, out of the records of each."""
+    by_row: bool
+    """Whether every row is read alone."""
+    unused: dict[str, None]
+    """See `Loaded.unused`; known once the rows are read."""
+
+
+def stream_records(
+    kind: type,
+    source: str | Path,
+    *,
+    limit: int | None = None,
+    accepts: Callable[[Sequence[Message]], Mistake | None] | None = None,
+    wanted: Callable[[int], bool] | None = None,
+) -> RecordStream:
+    """The rows of a file or hub data set as records of a kind; see `load`. `wanted` says of which rows, by their number
+    from 0, records are made at all."""
+    stream = stream_rows(source, limit=limit)
+    unused: dict[str, None] = {}
+    found, reading = _begin(stream, kind, unused)
+
+    def rows() -> Iterator[tuple[str, Any]]:
+        for number, row in enumerate(found):
+            if isinstance(row, BadRow):
+                yield row.where, row
+            elif wanted is not None and not wanted(number):
+                yield row[0], None
+            else:
+                assert reading is not None
+                yield row[0], _made(row[0], row[1], reading, stream.source, accepts, unused)
+
+    return RecordStream(
+        source=stream.source,
+        sha256=stream.sha256,
+        layout=reading.layout.name if reading else "",
+        rows=rows(),
+        collect=reading.collect if reading else lambda made: (made, {}),
+        by_row=reading is None or (reading.layout.gather is None and kind not in reading.layout.collect),
+        unused=unused,
+    )
+
+
+def _made(
+    where: str,
+    columns: JsonDict,
+    reading: Reading,
+    source: str,
+    accepts: Callable[[Sequence[Message]], Mistake | None] | None,
+    unused: dict[str, None],
+) -> list[Any] | BadRow:
+    try:
+        records = reading.records(columns, reading.plain(columns))
+        if accepts is not None:
+            _refuse_unless(accepts, records)
+    except Mistake as mistake:
+        return _placed(where, mistake, reading, source)
+    if reading.layout.gather is None:
+        _note_unused(columns, reading, unused)
+    return records
 
 
 def kinds_of(source: str | Path) -> tuple[type, ...]:
@@ -211,13 +293,14 @@ def _load_feedback(kind: type[Record], source: str, limit: int | None) -> Loaded
 
 
 def _all_mistakes(bad: list[BadRow], kinds: Counter[str], num_rows: int) -> DataError:
+    num_bad = kinds.total()
     summary = ", ".join(f"{num} {kind}" for kind, num in kinds.most_common())
     quoted = [f"\n    {row.where}: {row.problem}" for row in bad[1:NUM_SHOWN]]
-    more = [f"\n    and {len(bad) - NUM_SHOWN} more"] if len(bad) > NUM_SHOWN else []
+    more = [f"\n    and {num_bad - NUM_SHOWN} more"] if num_bad > NUM_SHOWN else []
     droppable = 'on_bad_row = "drop"' in bad[0].fix
-    drop = '; or leave such rows out with on_bad_row = "drop"' if len(bad) < num_rows and not droppable else ""
+    drop = '; or leave such rows out with on_bad_row = "drop"' if num_bad < num_rows and not droppable else ""
     return DataError(
-        f"{bad[0].problem}\n  {len(bad)} of {num_rows} rows cannot be used: {summary}" + "".join(quoted + more),
+        f"{bad[0].problem}\n  {num_bad} of {num_rows} rows cannot be used: {summary}" + "".join(quoted + more),
         where=bad[0].where,
         fix=f"{bad[0].fix}{drop}",
     )

@@ -3,48 +3,110 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trimtab.data.chat import Chat
 from trimtab.data.chat import fit as fit_prompt
+from trimtab.data.tokens import Array, Lazy, TokenTable, table_of
 from trimtab.data.trees import TokenTrees, Tree, TreeBatch, per, response_tree
-from trimtab.types import LabelledResponse, PreferencePair, Prompt
+from trimtab.types import LabelledResponse, PreferencePair
 
 WhenTooLong = Literal["drop", "truncate_prompt_left"]
 
 
-def fitted_tree(
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """The prompts of a table whose replies fit, each with the numbers of its records."""
+
+    table: TokenTable
+    order: Array
+    """Numbers of the records, those of a prompt together."""
+    starts: Array
+    """Where those of each prompt begin, and the end of the last."""
+    max_tokens: int
+    on_too_long: WhenTooLong
+    bos_id: int | None
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def records(self, group: int) -> list[int]:
+        """The numbers of the records of a prompt."""
+        found: list[int] = self.order[self.starts[group] : self.starts[group + 1]].tolist()
+        return found
+
+    def column(self, name: str) -> Array:
+        """A column of all records of all prompts, prompt after prompt."""
+        return np.asarray(self.table.columns[name][self.order])
+
+    def tree(self, group: int) -> tuple[Tree, list[list[int]]]:
+        """A prompt with its replies, each once, and for each of its records which of them are its own."""
+        records = self.records(group)
+        replies: dict[int, list[int]] = {}
+        own = []
+        for record in records:
+            found = self.table.replies(record)
+            own.append([text for text, _ in found])
+            for text, ids in found:
+                replies.setdefault(text, ids)
+        places = {text: i for i, text in enumerate(replies)}
+        fitted = fit_prompt(
+            self.table.prompt(records[0]),
+            max(replies.values(), key=len),
+            max_length=self.max_tokens,
+            on_too_long=self.on_too_long,
+            bos_id=self.bos_id,
+        )
+        return response_tree(fitted.prompt_ids, replies.values()), [[places[text] for text in texts] for texts in own]
+
+
+def group(
+    table: TokenTable,
     chat: Chat,
-    prompt: Prompt,
-    responses: Sequence[str],
     *,
     max_tokens: int,
     on_too_long: WhenTooLong,
     counts: dict[str, int],
-) -> Tree | None:
-    """The prompt with its replies, or None where they do not fit; what happened is added to `counts`.
+    alone: bool = False,
+) -> Groups:
+    """The records of each prompt together (or each `alone`), without prompts whose replies do not fit; what happened is
+    added to `counts`, by records.
 
     A reply is never cut, since its end would be lost; all replies of a prompt share one truncation of it.
     """
-    encoded = [chat.encode_response(r) for r in responses]
-    fitted = fit_prompt(
-        chat.encode_prompt(prompt.messages),
-        max(encoded, key=len),
-        max_length=max_tokens,
+    fit_prompt([], [], max_length=max_tokens)  # refuses one that leaves no room
+    order, starts = (table.chosen, np.arange(len(table) + 1)) if alone else table.by_prompt()
+    bos_id = chat.tokenizer.bos_token_id
+    sizes = np.diff(starts)
+    kept = np.ones(len(sizes), bool)
+    if len(sizes):
+        whole = table.part(order)
+        firsts = table.part(order[starts[:-1]])
+        room = max_tokens - np.maximum.reduceat(whole.longest(), starts[:-1])
+        too_long = firsts.of("num_prompt") > room
+        num_kept = firsts.first_ids() == bos_id if bos_id is not None else np.zeros(len(sizes), bool)
+        dropped = too_long & (np.bool_(on_too_long == "drop") | (room <= num_kept))
+        for name, which in (("dropped", dropped), ("truncated", too_long & ~dropped)):
+            if num := int(sizes[which].sum()):
+                counts[f"{name}_too_long"] = counts.get(f"{name}_too_long", 0) + num
+        kept = ~dropped
+    return Groups(
+        table=table,
+        order=order[np.repeat(kept, sizes)],
+        starts=np.concatenate([[0], np.cumsum(sizes[kept])]),
+        max_tokens=max_tokens,
         on_too_long=on_too_long,
-        bos_id=chat.tokenizer.bos_token_id,
+        bos_id=bos_id,
     )
-    if fitted.outcome != "kept":
-        name = f"{fitted.outcome}_too_long"
-        counts[name] = counts.get(name, 0) + 1
-    return None if fitted.outcome == "dropped" else response_tree(fitted.prompt_ids, encoded)
 
 
 # --- pairs ---
@@ -130,42 +192,73 @@ class TargetedPairs(ReferencePairs):
     rejected_targets: Tensor = dataclasses.field(metadata=_PER_PAIR)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparisons:
-    """Pairs grouped by prompt: a tree for each prompt with the replies that were compared, each reply once."""
+    """Pairs grouped by prompt: a tree for each prompt with the replies that were compared, each reply once.
 
-    pairs: list[PreferencePair]
-    """The pairs that fit, prompt after prompt: the order of `PairBatch.chosen_ids` over the whole set."""
-    trees: list[Tree]
-    compared: list[tuple[Compared, ...]]
+    Trees are made when they are asked for.
+    """
+
+    groups: Groups
+
+    @property
+    def trees(self) -> Sequence[Tree]:
+        """A tree for each prompt."""
+        return Lazy(len(self.groups), lambda i: self.groups.tree(i)[0])
+
+    @property
+    def compared(self) -> Sequence[tuple[Compared, ...]]:
+        """The pairs of each tree."""
+        return Lazy(len(self.groups), lambda i: self._compared(i, self.groups.tree(i)[1]))
+
+    @property
+    def num_pairs(self) -> int:
+        """The pairs that fit."""
+        return len(self.groups.order)
+
+    @property
+    def labels(self) -> Array:
+        """The label of each pair, in the order of `pairs`."""
+        return self.groups.column("label")
+
+    @property
+    def margins(self) -> Array:
+        """The margin of each pair, nan where it has none."""
+        return self.groups.column("margin")
+
+    def pairs(self, limit: int | None = None) -> list[PreferencePair]:
+        """The pairs that fit, or the first of them, prompt after prompt: the order of `PairBatch.chosen_ids` over the
+        whole set. Read from their source where they are not in memory."""
+        return self.groups.table.part(self.groups.order[:limit]).records()
 
     def batch(self, indices: Sequence[int] | None = None) -> PairBatch:
         """The prompts with these numbers, or all, as one batch."""
-        indices = range(len(self.trees)) if indices is None else indices
+        found = [(i, *self.groups.tree(i)) for i in (range(len(self.groups)) if indices is None else indices)]
         return PairBatch(
-            trees=TokenTrees.build([self.trees[i] for i in indices]),
-            compared=tuple(self.compared[i] for i in indices),
+            trees=TokenTrees.build([tree for _, tree, _ in found]),
+            compared=tuple(self._compared(i, own) for i, _, own in found),
+        )
+
+    def _compared(self, group: int, own: Sequence[Sequence[int]]) -> tuple[Compared, ...]:
+        records = self.groups.records(group)
+        margins, labels = (self.groups.table.columns[name][records].tolist() for name in ("margin", "label"))
+        return tuple(
+            Compared(chosen, rejected, 0.0 if math.isnan(margin) else margin, label)
+            for (chosen, rejected), margin, label in zip(own, margins, labels, strict=True)
         )
 
 
 def group_pairs(
-    pairs: Iterable[PreferencePair], chat: Chat, *, max_tokens: int, on_too_long: WhenTooLong, counts: dict[str, int]
+    pairs: Iterable[PreferencePair] | TokenTable,
+    chat: Chat,
+    *,
+    max_tokens: int,
+    on_too_long: WhenTooLong,
+    counts: dict[str, int],
 ) -> Comparisons:
     """The pairs of each prompt together; prompts whose replies do not fit are counted by their pairs."""
-    grouped: dict[str, list[PreferencePair]] = {}
-    for pair in pairs:
-        grouped.setdefault(pair.prompt.id, []).append(pair)
-    kept = Comparisons([], [], [])
-    for group in grouped.values():
-        replies = {r: i for i, r in enumerate(dict.fromkeys(r for pair in group for r in (pair.chosen, pair.rejected)))}
-        tree = _counted_tree(chat, group[0].prompt, list(replies), len(group), max_tokens, on_too_long, counts)
-        if tree is not None:
-            kept.pairs.extend(group)
-            kept.trees.append(tree)
-            kept.compared.append(
-                tuple(Compared(replies[p.chosen], replies[p.rejected], p.margin or 0.0, p.label) for p in group)
-            )
-    return kept
+    table = pairs if isinstance(pairs, TokenTable) else table_of(chat, PreferencePair, pairs)
+    return Comparisons(group(table, chat, max_tokens=max_tokens, on_too_long=on_too_long, counts=counts))
 
 
 # --- replies judged one by one ---
@@ -216,23 +309,20 @@ class BaselinedReplies(JudgedReplies):
     baseline: Tensor = per("sequence")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Judgements:
     """Judged replies grouped by prompt, each reply once."""
 
-    trees: list[Tree]
-    desirable: list[tuple[float, ...]]
+    trees: Sequence[Tree]
+    desirable: Sequence[tuple[float, ...]]
     """For each tree, the judgements that call its replies good; shares where votes are shares."""
-    undesirable: list[tuple[float, ...]]
-
-    @property
-    def totals(self) -> tuple[float, float]:
-        """Good and bad judgements in all."""
-        return sum(map(sum, self.desirable)), sum(map(sum, self.undesirable))
+    undesirable: Sequence[tuple[float, ...]]
+    totals: tuple[float, float]
+    """Good and bad judgements in all."""
 
 
 def group_replies(
-    replies: Iterable[LabelledResponse],
+    replies: Iterable[LabelledResponse] | TokenTable,
     chat: Chat,
     *,
     max_tokens: int,
@@ -240,66 +330,62 @@ def group_replies(
     counts: dict[str, int],
 ) -> Judgements:
     """The judged replies of each prompt together; prompts that do not fit are counted by their judgements."""
-    grouped: dict[str, list[LabelledResponse]] = {}
-    for reply in replies:
-        grouped.setdefault(reply.prompt.id, []).append(reply)
-    kept = Judgements([], [], [])
-    for group in grouped.values():
-        texts = list(dict.fromkeys(reply.response for reply in group))
-        tree = _counted_tree(chat, group[0].prompt, texts, len(group), max_tokens, on_too_long, counts)
-        if tree is not None:
-            judged = [[r.label for r in group if r.response == text] for text in texts]
-            kept.trees.append(tree)
-            kept.desirable.append(tuple(float(sum(labels)) for labels in judged))
-            kept.undesirable.append(tuple(float(len(labels) - sum(labels)) for labels in judged))
-    return kept
+    table = replies if isinstance(replies, TokenTable) else table_of(chat, LabelledResponse, replies)
+    groups = group(table, chat, max_tokens=max_tokens, on_too_long=on_too_long, counts=counts)
+
+    def judged(i: int, good: bool) -> tuple[float, ...]:
+        tree, own = groups.tree(i)
+        found = [0.0] * len(tree.branches)
+        for (reply,), label in zip(own, table.columns["label"][groups.records(i)].tolist(), strict=True):
+            found[reply] += label if good else 1 - label
+        return tuple(found)
+
+    labels = groups.column("label")
+    return Judgements(
+        Lazy(len(groups), lambda i: groups.tree(i)[0]),
+        Lazy(len(groups), lambda i: judged(i, True)),
+        Lazy(len(groups), lambda i: judged(i, False)),
+        totals=(float(labels.sum()), float((1 - labels).sum())),
+    )
 
 
 def split_in_two(comparisons: Comparisons) -> Judgements:
     """Each pair as two judgements: of a pair with label q, the chosen reply is good by q and bad by 1 - q, the
     rejected one the other way round."""
-    desirable, undesirable = [], []
-    for tree, pairs in zip(comparisons.trees, comparisons.compared, strict=True):
-        good, bad = [0.0] * len(tree.branches), [0.0] * len(tree.branches)
-        for pair in pairs:
-            good[pair.chosen] += pair.label
-            bad[pair.chosen] += 1 - pair.label
-            good[pair.rejected] += 1 - pair.label
-            bad[pair.rejected] += pair.label
-        desirable.append(tuple(good))
-        undesirable.append(tuple(bad))
-    return Judgements(comparisons.trees, desirable, undesirable)
+
+    def judged(i: int, good: bool) -> tuple[float, ...]:
+        found = [0.0] * len(comparisons.trees[i].branches)
+        for pair in comparisons.compared[i]:
+            found[pair.chosen] += pair.label if good else 1 - pair.label
+            found[pair.rejected] += 1 - pair.label if good else pair.label
+        return tuple(found)
+
+    size = len(comparisons.trees)
+    return Judgements(
+        comparisons.trees,
+        Lazy(size, lambda i: judged(i, True)),
+        Lazy(size, lambda i: judged(i, False)),
+        totals=(float(comparisons.num_pairs), float(comparisons.num_pairs)),
+    )
 
 
-def mismatch(trees: Sequence[Tree], *, max_tokens: int, bos_id: int | None) -> list[Tree]:
+def mismatch(trees: Sequence[Tree], *, max_tokens: int, bos_id: int | None) -> Sequence[Tree]:
     """Each prompt with the replies to another prompt, half the set away: neighbours in a file are often alike.
 
     The pairing is one for the whole set, so that the reference reads each of these trees once.
     """
-    found = []
-    for i, tree in enumerate(trees):
+
+    def mixed(i: int) -> Tree:
         replies = trees[(i + len(trees) // 2) % len(trees)].branches
         longest = max((b.ids for b in replies), key=len)
         fitted = fit_prompt(
-            list(tree.prompt), list(longest), max_length=max_tokens, on_too_long="truncate_prompt_left", bos_id=bos_id
+            list(trees[i].prompt),
+            list(longest),
+            max_length=max_tokens,
+            on_too_long="truncate_prompt_left",
+            bos_id=bos_id,
         )
         assert fitted.outcome != "dropped", "every reply leaves room for a token of its own prompt"
-        found.append(Tree(tuple(fitted.prompt_ids), replies))
-    return found
+        return Tree(tuple(fitted.prompt_ids), replies)
 
-
-def _counted_tree(
-    chat: Chat,
-    prompt: Prompt,
-    replies: Sequence[str],
-    num_records: int,
-    max_tokens: int,
-    on_too_long: WhenTooLong,
-    counts: dict[str, int],
-) -> Tree | None:
-    """`fitted_tree` of a prompt that stands for several records."""
-    outcomes: dict[str, int] = {}
-    tree = fitted_tree(chat, prompt, replies, max_tokens=max_tokens, on_too_long=on_too_long, counts=outcomes)
-    for name, num in outcomes.items():
-        counts[name] = counts.get(name, 0) + num * num_records
-    return tree
+    return Lazy(len(trees), mixed)

@@ -341,11 +341,15 @@ def split_by_tokens(trees: TokenTrees, token_budget: int) -> list[list[int]]:
 
     Grouping changes speed and memory, never a result: losses are sums divided by a weight known beforehand.
     """
-    order = sorted(range(len(trees.trees)), key=lambda i: trees.trees[i].num_tokens)
+    return split_sizes([tree.num_tokens for tree in trees.trees], token_budget)
+
+
+def split_sizes(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
+    """`split_by_tokens` of trees with these numbers of tokens."""
     groups: list[list[int]] = []
     room = 0
-    for i in order:
-        size = trees.trees[i].num_tokens
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__):
+        size = sizes[i]
         if not groups or size > room:
             groups.append([])
             room = token_budget

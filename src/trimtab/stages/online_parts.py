@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from trimtab import worlds
 from trimtab.data.chat import Chat
-from trimtab.data.pairs import fitted_tree
+from trimtab.data.pairs import group
+from trimtab.data.tokens import Lazy
 from trimtab.data.trees import TokenTrees, Tree, TreeBatch, per
 from trimtab.engines.episodes import EpisodeGenerator
 from trimtab.engines.form_choice import choose_form
@@ -32,7 +34,8 @@ from trimtab.rewards.gold import GoldScorer
 from trimtab.runs.run import Run
 from trimtab.stages.online_models import load_models
 from trimtab.stages.online_settings import Settings
-from trimtab.stages.reading import read
+from trimtab.stages.reading import prepare_data, read
+from trimtab.stages.sft import FEW, say_lost
 from trimtab.stages.supervised import Epochs
 from trimtab.types import Demonstration, Prompt
 
@@ -146,23 +149,32 @@ class Parts:
         return Epochs(num_examples=num_examples, batch_size=batch_size, num_epochs=1e9, seed=self.settings.seed)
 
 
-def read_mix(settings: Settings, chat: Chat, run: Run, counts: dict[str, int]) -> list[Tree]:
-    """The demonstrations of the pretraining mix that fit; what was cut or dropped is added to `counts`."""
+def read_mix(settings: Settings, chat: Chat, run: Run, counts: dict[str, int]) -> Sequence[Tree]:
+    """The demonstrations of the pretraining mix, fitted; what was dropped or truncated is counted.
+
+    Raises DataError when none is left."""
     mix = settings.pretraining_mix
     if mix is None:
-        return []
-    loaded = read(Demonstration, mix.data, run, on_bad_row=settings.on_bad_row, accepts=chat.refusal)
-    own: dict[str, int] = {}
-    fit_in: dict[str, Any] = {"max_tokens": mix.max_tokens, "on_too_long": "truncate_prompt_left", "counts": own}
-    trees = [fitted_tree(chat, d.prompt, [d.response], **fit_in) for d in loaded.records]
-    counts |= {f"mix_{name}": num for name, num in own.items()}
-    if not any(trees):
+        return ()
+    prepared = prepare_data(Demonstration, mix.data, run, chat, on_bad_row=settings.on_bad_row, by_prompt=False)
+    found: dict[str, int] = {"records": len(prepared.table)}
+    groups = group(
+        prepared.table,
+        chat,
+        max_tokens=mix.max_tokens,
+        on_too_long="truncate_prompt_left",
+        counts=found,
+        alone=True,
+    )
+    say_lost(found, mix)
+    counts |= {f"mix_{name}": num for name, num in found.items() if name != "records"}
+    if not len(groups):
         raise DataError(
-            f"none of {len(trees)} demonstrations has at most max_tokens = {mix.max_tokens} tokens",
+            f"none of {len(prepared.table)} demonstrations has at most max_tokens = {mix.max_tokens} tokens",
             where=f"pretraining_mix, {mix.data}",
             fix="raise pretraining_mix.max_tokens, or give shorter demonstrations",
         )
-    return [tree for tree in trees if tree is not None]
+    return Lazy(len(groups), lambda i: groups.tree(i)[0])
 
 
 def build_parts(settings: Settings, run: Run) -> Parts:
@@ -183,7 +195,11 @@ def build_parts(settings: Settings, run: Run) -> Parts:
             where=f"prompts_per_step and {settings.prompts}",
             fix="give more prompts, or lower prompts_per_step",
         )
-    counts: dict[str, int] = {}
+    counts = dict(loaded.counts) | {"dropped_long_prompts": len(loaded.records) - len(prompts)}
+    if (num := counts["dropped_long_prompts"]) > FEW:
+        longest = settings.sampling.max_prompt_tokens
+        note = f"note: {num:,} of {len(loaded.records):,} prompts are left out: they are longer than"
+        print(f"{note} sampling.max_prompt_tokens = {longest}", file=sys.stderr)
     mixed = read_mix(settings, chat, run, counts)
     models, advantage = load_models(settings, chat), settings.advantage
     policy, critic = models.policy, models.critic
@@ -236,5 +252,5 @@ def build_parts(settings: Settings, run: Run) -> Parts:
         mixed=mixed,
         world=world,
         state=state,
-        counts=dict(loaded.counts) | counts | {"dropped_long_prompts": len(loaded.records) - len(prompts)},
+        counts=counts,
     )

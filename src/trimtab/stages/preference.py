@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trimtab.config import Choice
 from trimtab.data.chat import Chat
-from trimtab.data.layouts import Loaded, kinds_of
+from trimtab.data.layouts import kinds_of
 from trimtab.data.pairs import (
     Comparisons,
     JudgedReplies,
@@ -27,27 +31,28 @@ from trimtab.data.pairs import (
     split_in_two,
 )
 from trimtab.data.sources import is_feedback, is_world
-from trimtab.data.split import split_by_prompt
-from trimtab.data.trees import TokenTrees, Tree, TreeBatch
+from trimtab.data.tokens import Lazy
+from trimtab.data.trees import TokenTrees, Tree
 from trimtab.engines.local_learner import AdamW, LocalLearner
-from trimtab.errors import DataError
+from trimtab.errors import DataError, EngineError
 from trimtab.evals.stats import wilson
 from trimtab.hub import same_model
 from trimtab.math.losses.preference import PreferenceLoss
+from trimtab.math.losses.preference.common import PairLoss
 from trimtab.math.losses.preference.pairs import DPO
 from trimtab.models.adapters import LoRA
 from trimtab.models.forward import token_logprobs_of
 from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.precision import Precision
-from trimtab.models.reference_cache import reference_logprobs
+from trimtab.models.reference_cache import model_hash, reference_logprobs
 from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.runs.run import Run
-from trimtab.stages.reading import read
-from trimtab.stages.sft import start_policy
-from trimtab.stages.supervised import FIT, Epochs, fit, last_metrics
+from trimtab.stages.reading import prepare_data
+from trimtab.stages.sft import say_lost, start_policy
+from trimtab.stages.supervised import FIT, Epochs, MakeBatch, Validation, fit, last_metrics
 from trimtab.types import LabelledResponse, PreferencePair
 
 
@@ -111,6 +116,7 @@ def run(settings: Settings, run: Run) -> None:
     loss: PreferenceLoss = settings.loss
     counts: dict[str, int] = {}
     train, held_out = read_data(settings, loss, chat, run, counts)
+    say_lost(counts, settings)
     if not train.trees:
         raise DataError(
             "no example is left to train on",
@@ -126,9 +132,9 @@ def run(settings: Settings, run: Run) -> None:
     )
     num_steps = epochs.num_steps if settings.max_steps is None else min(settings.max_steps, epochs.num_steps)
     policy, base = start_policy(settings.model, settings.adapter, chat, seed=settings.seed)
-    refuse_long(policy.model, [*train.trees, *held_out.trees], where=settings.data, fix=FIT)
+    refuse_long(policy.model, chain(train.trees, held_out.trees), where=settings.data, fix=FIT)
     policy.precision = settings.precision
-    used = sorted({i for step in range(num_steps) for i in epochs.examples(step)})
+    used = epochs.used(num_steps)
     make_batch, validation = make_batches(settings, loss, policy, base, chat, train, used, held_out, run)
     if settings.checkpoint_activations:
         policy.checkpoint_activations()
@@ -159,10 +165,8 @@ def run(settings: Settings, run: Run) -> None:
 def held_out_accuracy(held_out: Comparisons | Judgements, last: dict[str, float]) -> dict[str, float]:
     """The share of held-out pairs (or replies) that the implied reward puts right, with its interval and their number.
     Pairs with even votes have no right side and are left out."""
-    if isinstance(held_out, Comparisons):
-        num = sum(pair.label != 0.5 for pair in held_out.pairs)
-    else:
-        num = round(sum(held_out.totals))
+    decided = int((held_out.labels != 0.5).sum()) if isinstance(held_out, Comparisons) else None
+    num = round(sum(held_out.totals)) if isinstance(held_out, Judgements) else decided or 0
     found = wilson(min(num, last.get("policy/validation_accuracy", 0.0) * num), num)
     return found.named("accuracy") | {"num_held_out": num}
 
@@ -176,23 +180,23 @@ def read_data(
     """What to train on and what to validate on, grouped by prompt; what was dropped and what the loss has no place for
     is added to `counts`."""
     kind: type[Any] = LabelledResponse if loss.reads == "replies" and holds_labels(settings.data) else PreferencePair
-    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
-    loaded: Loaded[Any] = read(kind, settings.data, run, limit=settings.limit, **options)
-    counts |= loaded.counts
+    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row}
+    prepared = prepare_data(kind, settings.data, run, chat, limit=settings.limit, **options)
+    counts |= prepared.counts
     if settings.held_out_data is None:
-        train, held_out = split_by_prompt(loaded.records, held_out=settings.held_out)
+        train, held_out = prepared.table.split(settings.held_out)
     else:
-        judged: Loaded[Any] = read(kind, settings.held_out_data, run, **options)
-        train, held_out = loaded.records, judged.records
+        judged = prepare_data(kind, settings.held_out_data, run, chat, **options)
+        train, held_out = prepared.table, judged.table
     fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
     if kind is LabelledResponse:
         replies = group_replies(train, chat, **fit_in)
         say_balance(replies, settings.loss)
         return replies, group_replies(held_out, chat, **fit_in)
     pairs, held_out_pairs = group_pairs(train, chat, **fit_in), group_pairs(held_out, chat, **fit_in)
-    if not loss.uses_margins and (num := sum(pair.margin is not None for pair in pairs.pairs)):
+    if not loss.uses_margins and (num := int((~np.isnan(pairs.margins)).sum())):
         counts["margins_not_used"] = num
-    if not loss.uses_labels and (num := sum(pair.label != 1 for pair in pairs.pairs)):
+    if not loss.uses_labels and (num := int((pairs.labels != 1).sum())):
         counts["soft_labels_not_used"] = num
     if loss.reads == "replies":
         return split_in_two(pairs), split_in_two(held_out_pairs)
@@ -239,38 +243,89 @@ def make_batches(
     used: Sequence[int],
     held_out: Comparisons | Judgements,
     run: Run,
-) -> tuple[Callable[[Sequence[int]], TreeBatch], TreeBatch | None]:
-    """What makes the batch of some examples, and the validation batch. Reads the examples in `used` with the reference
-    once, before any weight changes."""
+) -> tuple[MakeBatch, Validation | None]:
+    """What makes the batch of some examples, and the validation data. Reads the examples in `used` with the reference
+    once, before any weight changes, and those held out when they are first judged: a run that is to take a few steps of
+    a large set need not wait for them."""
     reference = start_reference(settings, policy, base, chat) if loss.needs_reference else None
-    cache = Path(settings.reference_cache) if settings.reference_cache else run.directory.parent / ".reference"
+    directory = Path(settings.reference_cache) if settings.reference_cache else run.directory.parent / ".reference"
 
-    def said(trees: Sequence[Tree], places: Sequence[int]) -> dict[int, Tensor]:
-        if reference is None:
+    def said(by: Policy | None, trees: Sequence[Tree], places: Sequence[int]) -> dict[int, Tensor]:
+        if by is None:
             return {}
-        wanted = [trees[i] for i in places]
-        found = reference_logprobs(reference, wanted, token_budget=settings.token_budget, directory=cache)
+        wanted = Lazy(len(places), lambda i: trees[places[i]])
+        found = reference_logprobs(by, wanted, token_budget=settings.token_budget, directory=directory)
         return dict(zip(places, found, strict=True))
 
-    def maker(examples: Comparisons | Judgements, places: Sequence[int]) -> Callable[[Sequence[int]], TreeBatch]:
-        ref = said(examples.trees, places)
+    def maker(by: Policy | None, examples: Comparisons | Judgements, places: Sequence[int]) -> MakeBatch:
+        ref = said(by, examples.trees, places)
         if isinstance(examples, Comparisons):
             return lambda indices: pair_batch(examples, indices, ref)
         if not loss.needs_mismatched:
             return lambda indices: reply_batch(examples, indices, ref)
-        if len(examples.trees) < 2:
-            part = "train on" if examples is train else "validate on"
+        mixed = mismatch(examples.trees, max_tokens=settings.max_tokens, bos_id=chat.tokenizer.bos_token_id)
+        mixed_ref = said(by, mixed, places)
+        return lambda indices: mismatched_batch(reply_batch(examples, indices, ref), indices, mixed, mixed_ref)
+
+    if loss.needs_mismatched:
+        check_mismatched(settings, train, held_out)
+    make_batch = maker(reference, train, used)
+    if not held_out.trees:
+        return make_batch, None
+    again = late_reference(settings, policy, reference, chat)
+
+    @cache
+    def make_held_out() -> MakeBatch:
+        with again() as by:
+            return maker(by, held_out, range(len(held_out.trees)))
+
+    validation = Validation(
+        lambda: [tree.num_tokens for tree in held_out.trees],
+        lambda indices: make_held_out()(indices),
+        whole=getattr(type(loss), "prepare", None) is not PairLoss.prepare,
+    )
+    return make_batch, validation
+
+
+def check_mismatched(settings: Settings, train: Comparisons | Judgements, held_out: Comparisons | Judgements) -> None:
+    """Raises DataError for a single prompt, beside which no replies of another could be set."""
+    for part, examples in (("train on", train), ("validate on", held_out)):
+        if len(examples.trees) == 1:
             raise DataError(
                 f"a single prompt to {part}, and no other whose replies could be set beside it",
                 where=settings.held_out_data or settings.data if examples is held_out else settings.data,
                 fix="give more prompts, hold out another share or none, or set loss.baseline = 'none'",
             )
-        mixed = mismatch(examples.trees, max_tokens=settings.max_tokens, bos_id=chat.tokenizer.bos_token_id)
-        mixed_ref = said(mixed, places)
-        return lambda indices: mismatched_batch(reply_batch(examples, indices, ref), indices, mixed, mixed_ref)
 
-    everything = range(len(held_out.trees))
-    return maker(train, used), maker(held_out, everything)(everything) if held_out.trees else None
+
+def late_reference(
+    settings: Settings, policy: Policy, reference: Policy | None, chat: Chat
+) -> Callable[[], AbstractContextManager[Policy | None]]:
+    """What gives the reference as it was before training. Where it is the policy itself that is a copy, loaded anew and
+    kept no longer than it is used."""
+    digest = model_hash(policy) if reference is policy else ""
+
+    @contextmanager
+    def again() -> Iterator[Policy | None]:
+        if reference is not policy:
+            was = reference.model.training if reference is not None else False
+            if reference is not None:
+                reference.model.eval()  # type: ignore[no-untyped-call]
+            yield reference
+            if reference is not None:
+                reference.model.train(was)
+            return
+        copy, _ = start_policy(settings.model, settings.adapter, chat, seed=settings.seed)
+        copy.precision = settings.precision
+        if model_hash(copy) != digest:
+            raise EngineError(
+                "the model on disk is not the one that this run began with, so the reference is lost",
+                where=settings.model,
+                fix="restore it and start the same command again: it goes on from the last checkpoint",
+            )
+        yield copy
+
+    return again
 
 
 def pair_batch(pairs: Comparisons, indices: Sequence[int], ref: dict[int, Tensor]) -> PairBatch:

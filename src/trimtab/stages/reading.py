@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+from trimtab.data.chat import Chat
 from trimtab.data.layouts import Loaded, load
+from trimtab.data.prepare import Prepared, prepare, prepare_loaded
 from trimtab.data.sources import is_feedback
 from trimtab.files import json_text, read_json, write_whole, writing
 from trimtab.runs.run import Run
@@ -22,6 +24,28 @@ def read(kind: type[Record], source: str, run: Run, **options: Any) -> Loaded[Re
     loaded = (_snapshot if is_feedback(source) else _whole)(kind, source, run, **options)
     run.add_data(source, loaded.sha256, len(loaded.records), loaded.report)
     return loaded
+
+
+def prepare_data(
+    kind: type,
+    source: str,
+    run: Run,
+    chat: Chat,
+    *,
+    on_bad_row: Literal["stop", "drop"],
+    limit: int | None = None,
+    by_prompt: bool = True,
+) -> Prepared:
+    """What `prepare` gives, with its hash in the run's data.json; of a project of judgements as it was when the run
+    began."""
+    options: dict[str, Any] = {"on_bad_row": on_bad_row, "limit": limit}
+    if is_feedback(source):
+        loaded: Loaded[Any] = _snapshot(kind, source, run, accepts=chat.refusal, **options)
+        prepared = prepare_loaded(kind, loaded, chat, on_bad_row=on_bad_row, by_prompt=by_prompt)
+    else:
+        prepared = prepare(kind, source, chat, by_prompt=by_prompt, **options)
+    run.add_data(source, prepared.sha256, len(prepared.table), prepared.report)
+    return prepared
 
 
 def _whole(kind: type[Record], source: str, _run: Run, **options: Any) -> Loaded[Record]:

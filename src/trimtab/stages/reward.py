@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -11,12 +12,13 @@ import numpy as np
 from trimtab import seeds
 from trimtab.config import Choice
 from trimtab.data.chat import Chat
-from trimtab.data.pairs import Comparisons, fitted_tree, group_pairs
-from trimtab.data.split import split_by_prompt
-from trimtab.data.trees import TokenTrees, Tree
+from trimtab.data.pairs import Comparisons, group, group_pairs
+from trimtab.data.tokens import Lazy
+from trimtab.data.trees import TokenTrees, Tree, split_sizes
 from trimtab.engines.local_learner import AdamW, LocalLearner
 from trimtab.errors import DataError
 from trimtab.evals.reward_card import reward_card
+from trimtab.evals.stats import Floats
 from trimtab.hub import base_of
 from trimtab.math.losses.reward import RewardLoss
 from trimtab.models.adapters import LoRA, add_adapter, load_adapter
@@ -28,9 +30,13 @@ from trimtab.models.quantized import quantize
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import round_as_written, save_role
 from trimtab.runs.run import Run
-from trimtab.stages.reading import read
-from trimtab.stages.supervised import FIT, Epochs, fit
+from trimtab.stages.reading import prepare_data
+from trimtab.stages.sft import say_lost
+from trimtab.stages.supervised import FIT, Epochs, Validation, fit
 from trimtab.types import Demonstration, PreferencePair
+
+NUM_SHOWN = 1000
+"""Demonstrations whose rewards are averaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +52,8 @@ class Settings:
     held_out: float = 0.1
     """The share of the prompts that is held out. Ignored when held_out_data is given."""
     demonstrations: str | None = None
-    """Demonstrations whose mean reward is shifted to zero; without them, the chosen replies of the training pairs."""
+    """Demonstrations whose mean reward is shifted to zero, the first 1000 of them, fitted to max_tokens; without them,
+    the chosen replies of the training pairs."""
     limit: int | None = None
     """Use only the first pairs."""
     on_bad_row: Literal["stop", "drop"] = "stop"
@@ -88,26 +95,27 @@ class Settings:
 def run(settings: Settings, run: Run) -> None:
     """Trains, calibrates and judges the reward model; writes it to `run.model_dir` and its card to summary.json."""
     chat = Chat(load_tokenizer(settings.model))
-    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
-    loaded = read(PreferencePair, settings.data, run, limit=settings.limit, **options)
-    counts: dict[str, int] = dict(loaded.counts)
+    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row}
+    prepared = prepare_data(PreferencePair, settings.data, run, chat, limit=settings.limit, **options)
+    counts: dict[str, int] = dict(prepared.counts)
     if settings.held_out_data is None:
-        train, held_out = split_by_prompt(loaded.records, held_out=settings.held_out)
+        train, held_out = prepared.table.split(settings.held_out)
     else:
-        judged = read(PreferencePair, settings.held_out_data, run, **options)
-        train, held_out = loaded.records, judged.records
+        judged = prepare_data(PreferencePair, settings.held_out_data, run, chat, **options)
+        train, held_out = prepared.table, judged.table
     fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
     judged_by = group_pairs(held_out, chat, **fit_in)
     train_on = group_pairs(train, chat, **fit_in)
+    say_lost(counts, settings)
     if not train_on.trees or not judged_by.trees:
         raise DataError(
-            f"{len(train_on.pairs)} pairs to train on and {len(judged_by.pairs)} to judge by; both are needed",
+            f"{train_on.num_pairs} pairs to train on and {judged_by.num_pairs} to judge by; both are needed",
             where=settings.data,
             fix="give more pairs, another held_out share, or a larger max_tokens",
         )
-    shown = calibration_trees(settings, chat, run, counts)
+    shown = read_demonstrations(settings, chat, run, counts)
     model, base = start_reward_model(settings, chat)
-    refuse_long(model.model, [*train_on.trees, *judged_by.trees, *shown], where=settings.data, fix=FIT)
+    refuse_long(model.model, chain(train_on.trees, judged_by.trees, shown), where=settings.data, fix=FIT)
     model.precision = settings.precision
     if settings.checkpoint_activations:
         model.checkpoint_activations()
@@ -127,7 +135,7 @@ def run(settings: Settings, run: Run) -> None:
         settings.loss,
         train_on.batch,
         epochs,
-        validation=judged_by.batch(),
+        validation=Validation(lambda: [tree.num_tokens for tree in judged_by.trees], judged_by.batch),
         validate_every=settings.validate_every,
         checkpoint_every=settings.checkpoint_every,
         description="reward",
@@ -135,7 +143,7 @@ def run(settings: Settings, run: Run) -> None:
     )
     if model.adapter is None:
         round_as_written(model.model)
-    moments = calibrate(model, shown, settings, train_on)
+    moments = calibrate(model, settings, train_on, shown)
     model.model.config.update({f"reward_{name}": value for name, value in moments.items()})
     run.save_model(lambda path: save_role(model, chat.tokenizer, path, base=base))
     run.finish(judge(model, train_on, judged_by, settings) | moments | {"counts": counts} | steps)
@@ -159,27 +167,28 @@ def start_reward_model(settings: Settings, chat: Chat) -> tuple[ScalarModel, str
     return ScalarModel(model, pad_id=chat.pad_id, adapter="reward", gives="scores"), base or settings.model
 
 
-def calibration_trees(settings: Settings, chat: Chat, run: Run, counts: dict[str, int]) -> list[Tree]:
-    """The demonstrations whose mean score becomes zero, read before anything is trained; those that do not fit are
-    counted."""
+def read_demonstrations(settings: Settings, chat: Chat, run: Run, counts: dict[str, int]) -> Sequence[Tree]:
+    """The demonstrations whose mean reward is to be zero, fitted as the pairs are; what was dropped or truncated is
+    counted. Raises DataError when none is left: before training, for it could not be finished."""
     if settings.demonstrations is None:
-        return []
-    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
-    loaded = read(Demonstration, settings.demonstrations, run, limit=1000, **options)
-    own: dict[str, int] = {}
-    fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": own}
-    trees = [fitted_tree(chat, d.prompt, [d.response], **fit_in) for d in loaded.records]
-    counts |= {f"demonstrations_{name}": num for name, num in own.items()}
-    if not any(trees):
+        return ()
+    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "limit": NUM_SHOWN, "by_prompt": False}
+    prepared = prepare_data(Demonstration, settings.demonstrations, run, chat, **options)
+    found: dict[str, int] = {"records": len(prepared.table)}
+    fits: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long}
+    groups = group(prepared.table, chat, **fits, counts=found, alone=True)
+    say_lost(found, settings)
+    counts |= {f"demonstrations_{name}": num for name, num in found.items() if name != "records"}
+    if not len(groups):
         raise DataError(
-            f"none of {len(trees)} demonstrations has at most max_tokens = {settings.max_tokens} tokens",
+            f"none of {len(prepared.table)} demonstrations has at most max_tokens = {settings.max_tokens} tokens",
             where=settings.demonstrations,
-            fix="raise max_tokens, or leave demonstrations out",
+            fix="raise max_tokens, give shorter demonstrations, or leave demonstrations out",
         )
-    return [tree for tree in trees if tree is not None]
+    return Lazy(len(groups), lambda i: groups.tree(i)[0])
 
 
-def calibrate(model: ScalarModel, shown: Sequence[Tree], settings: Settings, train: Comparisons) -> dict[str, float]:
+def calibrate(model: ScalarModel, settings: Settings, train: Comparisons, shown: Sequence[Tree]) -> dict[str, float]:
     """The shift that makes demonstrations average zero (Ouyang et al., arXiv:2203.02155, section 3.5), and the mean
     and deviation of the shifted reward over the replies compared in training."""
     batch = train.batch(range(min(len(train.trees), 1000)))
@@ -193,14 +202,29 @@ def calibrate(model: ScalarModel, shown: Sequence[Tree], settings: Settings, tra
 
 def judge(model: ScalarModel, train: Comparisons, held_out: Comparisons, settings: Settings) -> dict[str, object]:
     """The reward model's card on the held-out pairs."""
-    batch = held_out.batch()
-    scores = sequence_scores_of(model, batch.trees, settings.token_budget).double()
-    known = [pair.prompt.facts.get("probability_chosen") for pair in held_out.pairs]
+    chosen, rejected = scores_of_pairs(model, held_out, settings)
+    pairs = held_out.pairs()
+    known = [pair.prompt.facts.get("probability_chosen") for pair in pairs]
     return reward_card(
-        held_out.pairs,
-        score_chosen=scores[batch.chosen_ids].numpy(),
-        score_rejected=scores[batch.rejected_ids].numpy(),
-        training_pairs=train.pairs[:4000],  # a bag of words has little to learn from more
+        pairs,
+        score_chosen=chosen,
+        score_rejected=rejected,
+        training_pairs=train.pairs(4000),  # a bag of words has little to learn from more
         probability_chosen=None if None in known else np.array(known, dtype=float),
         seed=settings.seed,
     )
+
+
+def scores_of_pairs(model: ScalarModel, pairs: Comparisons, settings: Settings) -> tuple[Floats, Floats]:
+    """The scores of the chosen and the rejected reply of each pair, in the pieces that one batch would be split in."""
+    trees = pairs.trees
+    groups = split_sizes([tree.num_tokens for tree in trees], settings.token_budget)
+    found: list[list[tuple[float, float]]] = [[] for _ in trees]
+    for members in groups:
+        batch = pairs.batch(members)
+        scores = sequence_scores_of(model, batch.trees, settings.token_budget).double()
+        both = iter(zip(scores[batch.chosen_ids].tolist(), scores[batch.rejected_ids].tolist(), strict=True))
+        for i, compared in zip(members, batch.compared, strict=True):
+            found[i] = [next(both) for _ in compared]
+    chosen, rejected = np.array([scores for of_tree in found for scores in of_tree]).reshape(-1, 2).T
+    return chosen, rejected

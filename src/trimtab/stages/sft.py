@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from trimtab import seeds
 from trimtab.config import Choice
 from trimtab.data.chat import Chat
-from trimtab.data.pairs import fitted_tree
-from trimtab.data.split import split_by_prompt
+from trimtab.data.pairs import group
+from trimtab.data.tokens import Lazy, TokenTable
 from trimtab.data.trees import TokenTrees, Tree, TreeBatch, sequence_tree
 from trimtab.engines.local_learner import AdamW, LocalLearner
 from trimtab.errors import DataError
@@ -24,9 +26,12 @@ from trimtab.models.quantized import quantize
 from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
 from trimtab.runs.run import Run
-from trimtab.stages.reading import read
-from trimtab.stages.supervised import FIT, Epochs, fit, last_metrics
-from trimtab.types import Demonstration, Message, PreferencePair
+from trimtab.stages.reading import prepare_data
+from trimtab.stages.supervised import FIT, Epochs, MakeBatch, Validation, fit, last_metrics
+from trimtab.types import Demonstration, PreferencePair
+
+FEW = 5
+"""Records left out that are counted and not spoken of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +90,10 @@ def run(settings: Settings, run: Run) -> None:
     tokenizer = load_tokenizer(settings.model)
     chat = Chat(tokenizer)
     demonstrations, counts = read_demonstrations(settings, chat, run)
-    train, held_out = split_by_prompt(demonstrations, held_out=settings.held_out)
+    train, held_out = demonstrations.split(settings.held_out)
     trees = demonstration_trees(train, chat, settings, counts)
     validation = demonstration_trees(held_out, chat, settings, counts)
+    say_lost(counts, settings)
     if not trees:
         raise DataError(
             f"no example of {len(demonstrations)} is left to train on",
@@ -102,7 +108,7 @@ def run(settings: Settings, run: Run) -> None:
         shuffle=settings.shuffle,
     )
     policy, base = start_policy(settings.model, settings.adapter, chat, seed=settings.seed)
-    refuse_long(policy.model, [*trees, *validation], where=settings.data, fix=FIT)
+    refuse_long(policy.model, chain(trees, validation), where=settings.data, fix=FIT)
     policy.precision = settings.precision
     if settings.checkpoint_activations:
         policy.checkpoint_activations()
@@ -117,9 +123,11 @@ def run(settings: Settings, run: Run) -> None:
         run,
         learner,
         SFTLoss(),
-        lambda indices: TreeBatch(trees=TokenTrees.build([trees[i] for i in indices])),
+        batch_of(trees),
         epochs,
-        validation=TreeBatch(trees=TokenTrees.build(validation)) if validation else None,
+        validation=Validation(lambda: [tree.num_tokens for tree in validation], batch_of(validation))
+        if validation
+        else None,
         validate_every=settings.validate_every,
         checkpoint_every=settings.checkpoint_every,
         description="sft",
@@ -143,54 +151,46 @@ def start_policy(path: str, adapter: LoRA | None, chat: Chat, *, seed: int) -> t
     return Policy(model, pad_id=chat.pad_id, adapter="policy"), base or path
 
 
-def read_demonstrations(settings: Settings, chat: Chat, run: Run) -> tuple[list[Demonstration], dict[str, int]]:
+def read_demonstrations(settings: Settings, chat: Chat, run: Run) -> tuple[TokenTable, dict[str, int]]:
     """The demonstrations and the counts of what was read and dropped."""
-    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "limit": settings.limit, "accepts": chat.refusal}
-    if settings.chosen_as_demonstrations:
-        pairs = read(PreferencePair, settings.data, run, **options)
-        beaten = {(p.prompt.messages, p.rejected) for p in pairs.records}
-        best = {(p.prompt.messages, p.chosen): p for p in pairs.records}
-        chosen = [p for reply, p in best.items() if reply not in beaten]
-        return [Demonstration(prompt=p.prompt, response=p.chosen) for p in chosen], dict(pairs.counts)
-    loaded = read(Demonstration, settings.data, run, **options)
-    return loaded.records, dict(loaded.counts)
+    kind = PreferencePair if settings.chosen_as_demonstrations else Demonstration
+    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "limit": settings.limit}
+    prepared = prepare_data(kind, settings.data, run, chat, by_prompt=False, **options)
+    table = prepared.table.best_replies() if settings.chosen_as_demonstrations else prepared.table
+    return table, dict(prepared.counts)
 
 
-def demonstration_trees(
-    demonstrations: Sequence[Demonstration], chat: Chat, settings: Settings, counts: dict[str, int]
-) -> list[Tree]:
+def demonstration_trees(table: TokenTable, chat: Chat, settings: Settings, counts: dict[str, int]) -> Sequence[Tree]:
     """A tree for each demonstration; what was dropped or truncated is added to `counts`."""
-    trees = []
-    for d in demonstrations:
-        if settings.train_on == "all":
-            ids, mask = chat.encode_conversation((*d.prompt.messages, Message("assistant", d.response)))
-            mask = without_turns(mask, d.untrained_turns)
-            if len(ids) > settings.max_tokens:
-                counts["dropped_too_long"] = counts.get("dropped_too_long", 0) + 1
-            else:
-                trees.append(sequence_tree(ids, mask))
-            continue
-        tree = fitted_tree(
-            chat,
-            d.prompt,
-            [d.response],
-            max_tokens=settings.max_tokens,
-            on_too_long=settings.on_too_long,
-            counts=counts,
+    if settings.train_on == "last":
+        fits = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long}
+        groups = group(table, chat, **fits, counts=counts, alone=True)  # type: ignore[arg-type]
+        return Lazy(len(groups), lambda i: groups.tree(i)[0])
+    sizes = table.of("num_prompt") + table.longest()
+    if num := int((sizes > settings.max_tokens).sum()):
+        counts["dropped_too_long"] = counts.get("dropped_too_long", 0) + num
+    kept = table.chosen[sizes <= settings.max_tokens].tolist()
+    return Lazy(len(kept), lambda i: conversation_tree(table, kept[i]))
+
+
+def conversation_tree(table: TokenTable, record: int) -> Tree:
+    """A demonstration of which every reply is trained."""
+    _, reply = table.replies(record)[0]
+    prompt = table.prompt(record)
+    mask = table.prompt_mask(record)
+    return sequence_tree(prompt + reply, mask + [True] * len(reply))
+
+
+def batch_of(trees: Sequence[Tree]) -> MakeBatch:
+    """What makes a batch of the trees with some numbers."""
+    return lambda indices: TreeBatch(trees=TokenTrees.build([trees[i] for i in indices]))
+
+
+def say_lost(counts: Mapping[str, int], settings: Any) -> None:
+    """Says on stderr at once when more than a few records are too long."""
+    if (num := counts.get("dropped_too_long", 0)) > FEW:
+        print(
+            f"note: {num:,} of {counts['records']:,} records are left out: they are longer than max_tokens = "
+            f"{settings.max_tokens}",
+            file=sys.stderr,
         )
-        if tree is not None:
-            trees.append(tree)
-    return trees
-
-
-def without_turns(mask: Sequence[bool], turns: Sequence[int]) -> list[bool]:
-    """The mask without the assistant turns of these numbers: each run of trained tokens is one turn.
-
-    Where the template rewrites earlier turns only the last one is trained, and there is nothing to take out.
-    """
-    starts = [i for i, trained in enumerate(mask) if trained and not (i and mask[i - 1])]
-    found = list(mask)
-    for turn in turns if len(starts) > max(turns, default=0) + 1 else ():
-        end = next((i for i in range(starts[turn], len(mask)) if not mask[i]), len(mask))
-        found[starts[turn] : end] = [False] * (end - starts[turn])
-    return found

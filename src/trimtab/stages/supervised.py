@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from trimtab import seeds
-from trimtab.data.trees import TreeBatch
+from trimtab.data.trees import TreeBatch, split_sizes
 from trimtab.engines.local_learner import LocalLearner
 from trimtab.metrics import Mean, Metrics, Total, merge
 from trimtab.protocols import Loss
@@ -59,13 +62,41 @@ class Epochs:
         """The example numbers at these places of the whole run's order."""
         places = range(start, end)
         orders = {epoch: self._order(epoch) for epoch in {p // self.num_examples for p in places}}
-        return [orders[p // self.num_examples][p % self.num_examples] for p in places]
+        return [int(orders[p // self.num_examples][p % self.num_examples]) for p in places]
 
-    def _order(self, epoch: int) -> list[int]:
-        if not self.shuffle:
-            return list(range(self.num_examples))
-        order: list[int] = seeds.generator(self.seed, "order", epoch).permutation(self.num_examples).tolist()
-        return order
+    def used(self, num_steps: int) -> list[int]:
+        """The example numbers of the first steps, each once, ascending."""
+        return sorted(set(self.take(0, min(num_steps * self.batch_size, self._total))))
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        return _order_of(self.num_examples, self.seed, epoch) if self.shuffle else np.arange(self.num_examples)
+
+
+@lru_cache(maxsize=4)
+def _order_of(num_examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of an epoch. Remembered, for each step of the epoch asks for a part of it."""
+    return seeds.generator(seed, "order", epoch).permutation(num_examples)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Held-out examples, of which batches are made when they are judged."""
+
+    sizes: Callable[[], Sequence[int]]
+    """Tokens of each example."""
+    make_batch: MakeBatch
+    whole: bool = False
+    """Whether `prepare` has to see all examples in one batch."""
+
+    def pieces(self, token_budget: int, prepared: Callable[[TreeBatch], TreeBatch]) -> Iterator[TreeBatch]:
+        """The examples in pieces of at most `token_budget` tokens, as `TreeBatch.pieces` makes them of all."""
+        sizes = self.sizes()
+        if self.whole:
+            yield from prepared(self.make_batch(range(len(sizes)))).pieces(token_budget)
+            return
+        groups = split_sizes(sizes, token_budget)
+        for group in [list(range(len(sizes)))] if len(groups) == 1 else groups:
+            yield prepared(self.make_batch(group))
 
 
 def last_metrics(run: Run, *prefixes: str) -> dict[str, float]:
@@ -97,7 +128,7 @@ def fit(
     make_batch: MakeBatch,
     epochs: Epochs,
     *,
-    validation: TreeBatch | None,
+    validation: Validation | None,
     validate_every: int,
     checkpoint_every: int,
     description: str,
@@ -126,7 +157,7 @@ def fit(
         }
         last = number + 1 == num_steps
         if validation is not None and (last or (validate_every and (number + 1) % validate_every == 0)):
-            metrics |= validate(learner, loss, prepared(validation))
+            metrics |= validate(learner, loss, validation, prepared)
         return metrics
 
     run_steps(
@@ -141,10 +172,12 @@ def fit(
 
 
 @torch.no_grad()
-def validate(learner: LocalLearner, loss: Loss, batch: TreeBatch) -> Metrics:
+def validate(
+    learner: LocalLearner, loss: Loss, validation: Validation, prepared: Callable[[TreeBatch], TreeBatch]
+) -> Metrics:
     """The loss's own metrics on held-out data, with `validation` in their names."""
     parts = []
-    for micro in batch.pieces(learner.token_budget):
+    for micro in validation.pieces(learner.token_budget, prepared):
         parts.append(loss(learner.role(micro.trees), micro)[1])
     return {_validation_name(name): metric for name, metric in merge(parts).items()}
 

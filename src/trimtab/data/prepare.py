@@ -1,0 +1,409 @@
+"""A source as a table of token ids: read and tokenised in blocks, on every core where it is large, and kept.
+
+Each process reads the whole source and makes records and tokens of its own blocks only: reading is a tenth of the work,
+and so no text crosses from one process to another. Blocks are put together in the order of the source, so the table is
+the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from trimtab import types
+from trimtab.data import kept
+from trimtab.data.chat import Chat
+from trimtab.data.layouts import NUM_SHOWN, Loaded, RecordStream, Seen, load, report, stream_records
+from trimtab.data.mistakes import BadRow
+from trimtab.data.progress import showing_rows
+from trimtab.data.sources import files_of, is_feedback, is_hub, is_world
+from trimtab.data.tokens import REPLIES, Array, Columns, TokenTable, id_of_two, tokenise
+from trimtab.errors import DataError, TrimtabError
+
+SMALL = 4_000_000
+"""Bytes of a source that is tokenised in memory by this process, in a second, and not kept."""
+BLOCK = 2000
+"""Rows of a block."""
+MAX_PROCESSES = 8
+"""Every process reads the whole source, so more of them gain little."""
+
+Read = Callable[[Array], list[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What `prepare` gives back. Of what was read and dropped it says what `layouts.Loaded` says."""
+
+    table: TokenTable
+    layout: str
+    source: str
+    sha256: str
+    counts: dict[str, int]
+    dropped: tuple[str, ...]
+    unused: tuple[str, ...] = ()
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """See `Loaded.report`."""
+        return report(self.layout, self.unused, self.counts)
+
+
+@dataclass(frozen=True)
+class Records:
+    """Where records of a kind are read."""
+
+    kind: type
+    source: str | Path
+    limit: int | None
+    chat: Chat
+
+    def stream(self, wanted: Callable[[int], bool] | None = None) -> RecordStream:
+        """See `layouts.stream_records`."""
+        return stream_records(self.kind, self.source, limit=self.limit, accepts=self.chat.refusal, wanted=wanted)
+
+
+@dataclass
+class _Block:
+    """Some rows of a source as columns."""
+
+    columns: Columns
+    seen: Seen
+    unused: list[str] = field(default_factory=list)
+
+
+def prepare(
+    kind: type,
+    source: str | Path,
+    chat: Chat,
+    *,
+    on_bad_row: Literal["stop", "drop"] = "stop",
+    limit: int | None = None,
+    by_prompt: bool = True,
+) -> Prepared:
+    """The records that `layouts.load` gives, tokenised. A conversation that the chat template refuses is a bad row too,
+    and so is one whose id another prompt has, if records are put together `by_prompt`.
+
+    Raises what `load` raises.
+    """
+    records_of = Records(kind, source, limit, chat)
+    if is_world(source) or is_feedback(source):
+        loaded = _loaded(records_of, on_bad_row)
+        return prepare_loaded(kind, loaded, chat, on_bad_row=on_bad_row, by_prompt=by_prompt)
+    size = None if is_hub(source) else sum(path.stat().st_size for path in files_of(source)[0])
+    stream = records_of.stream()
+    if not stream.by_row:
+        loaded = _loaded(records_of, on_bad_row)
+        return prepare_loaded(kind, loaded, chat, on_bad_row=on_bad_row, by_prompt=by_prompt)
+    large = size is None or size > SMALL
+    key = key_of(records_of, stream.sha256) if large else None
+    found = kept.read(key) if key is not None else None
+    if found is None or (on_bad_row == "stop" and found[1]["kinds"]):
+        found = _build(_Work(records_of), key, on_bad_row, num_processes() if large else 1)
+    columns, note = found
+    seen = Seen(note["num_rows"], Counter(note["kinds"]), [BadRow(*row) for row in note["bad"]])
+    return _prepared(
+        columns=columns,
+        kind=kind,
+        read=_read_again(records_of, stream.sha256, columns),
+        place=lambda record: _place(records_of, int(columns["row"][record])),
+        seen=seen,
+        on_bad_row=on_bad_row,
+        by_prompt=by_prompt,
+        layout=stream.layout,
+        source=stream.source,
+        sha256=stream.sha256,
+        unused=tuple(note["unused"]),
+        others={},
+    )
+
+
+def num_processes() -> int:
+    """Processes that tokenise a large source: one a core, where a process can be split in two."""
+    if sys.platform != "linux" or multiprocessing.current_process().daemon:
+        return 1
+    return min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+
+
+def _prepared(
+    *,
+    columns: Columns,
+    kind: type,
+    read: Read,
+    place: Callable[[int], str],
+    seen: Seen,
+    on_bad_row: str,
+    by_prompt: bool,
+    others: dict[str, int],
+    **facts: Any,
+) -> Prepared:
+    table = TokenTable(columns, REPLIES[kind], REPLIES[kind], read, np.arange(len(columns["row"])))
+    wrong = table.with_an_id_of_another_prompt() if by_prompt else []
+    if wrong:
+        if on_bad_row == "stop":
+            record, other = wrong[0]
+            one, two = read(np.array([record, other]))
+            error = id_of_two(one.prompt, two.prompt, where=place(record), other=place(other))
+            raise _counted(error, len(wrong), len(table))
+        table = table.part(np.setdiff1d(table.chosen, [record for record, _ in wrong]))
+        for record, _ in wrong:
+            seen.kinds["id_of_another_prompt"] += 1
+            if len(seen.bad) < NUM_SHOWN:
+                seen.bad.append(BadRow(place(record), "id_of_another_prompt", "its id is that of another prompt", ""))
+    return Prepared(
+        table=table,
+        counts=seen.counts(len(table), others),
+        dropped=tuple(f"{row.where}: {row.problem}" for row in seen.bad),
+        **facts,
+    )
+
+
+def _counted(error: DataError, num: int, num_records: int) -> DataError:
+    """The error, with how many rows are like the one it names."""
+    return DataError(
+        f"{error.problem}\n  {num} of {num_records} rows have the id of another prompt",
+        where=error.where,
+        fix=f'{error.fix} (FILE?ignore=id); or leave such rows out with on_bad_row = "drop"',
+    )
+
+
+def _loaded(records_of: Records, on_bad_row: Literal["stop", "drop"]) -> Loaded[Any]:
+    return load(
+        records_of.kind,
+        records_of.source,
+        on_bad_row=on_bad_row,
+        limit=records_of.limit,
+        accepts=records_of.chat.refusal,
+    )
+
+
+def prepare_loaded(
+    kind: type, loaded: Loaded[Any], chat: Chat, *, on_bad_row: Literal["stop", "drop"] = "stop", by_prompt: bool = True
+) -> Prepared:
+    """What `prepare` gives of records that are in memory."""
+    records = loaded.records
+    columns, refused = tokenise(chat, records, range(len(records)))
+    seen = Seen(num_rows=loaded.counts["rows"])
+    for record, error in refused.items():
+        seen.kinds["template_refuses"] += 1
+        seen.bad = [*seen.bad, _refused(f"{loaded.source}, record {record + 1}", error)][:NUM_SHOWN]
+    seen.refuse(on_bad_row, num_records=len(columns["row"]))
+    others = {name: num for name, num in loaded.counts.items() if name not in ("rows", "records")}
+    found = _prepared(
+        columns=columns,
+        kind=kind,
+        read=lambda chosen: [records[row] for row in columns["row"][chosen]],
+        place=lambda record: f"{loaded.source}, record {int(columns['row'][record]) + 1}",
+        seen=seen,
+        on_bad_row=on_bad_row,
+        by_prompt=by_prompt,
+        layout=loaded.layout,
+        source=loaded.source,
+        sha256=loaded.sha256,
+        unused=loaded.unused,
+        others=others,
+    )
+    return dataclasses.replace(found, dropped=(*loaded.dropped, *found.dropped)[:NUM_SHOWN])
+
+
+def _refused(where: str, error: DataError) -> BadRow:
+    return BadRow(where, "template_refuses", error.problem, error.fix)
+
+
+# ---- building -------------------------------------------------------------------------------------------------------
+
+
+def _build(work: _Work, key: str | None, on_bad_row: str, processes: int) -> tuple[Columns, dict[str, Any]]:
+    keeper = kept.Keeper(key)
+    seen, unused, num_records = Seen(), dict[str, None](), 0
+    try:
+        with showing_rows(work.records.source, work.records.limit, quiet=key is None) as show:
+            for block in _in_order(work, processes) if processes > 1 else work.blocks(0, 1):
+                keeper.add(block.columns)
+                num_records += len(block.columns["row"])
+                seen.num_rows += block.seen.num_rows
+                seen.kinds.update(block.seen.kinds)
+                seen.bad = [*seen.bad, *block.seen.bad][:NUM_SHOWN]
+                unused |= dict.fromkeys(block.unused)
+                show(seen.num_rows)
+        seen.refuse(on_bad_row, num_records=num_records)
+        note = {
+            "num_rows": seen.num_rows,
+            "kinds": dict(seen.kinds),
+            "bad": [dataclasses.astuple(row) for row in seen.bad],
+            "unused": list(unused),
+        }
+        return keeper.finish(note), note
+    except BaseException:
+        keeper.discard()
+        raise
+
+
+@dataclass(frozen=True)
+class _Work:
+    records: Records
+
+    def blocks(self, part: int, num_parts: int) -> Iterator[_Block]:
+        """Every `num_parts`-th block, beginning with the one of number `part`."""
+
+        def own(row: int) -> bool:
+            return row // BLOCK % num_parts == part
+
+        stream = self.records.stream(own)
+        found: list[tuple[int, str, Any]] = []
+        for row, (where, records) in enumerate(stream.rows):
+            if own(row):
+                found.append((row, where, records))
+            if found and (row + 1) % BLOCK == 0:
+                yield self._block(found, stream.unused)
+                found = []
+        if found:
+            yield self._block(found, stream.unused)
+
+    def _block(self, found: Sequence[tuple[int, str, Any]], unused: dict[str, None]) -> _Block:
+        records, rows = [], []
+        for row, _, of_row in found:
+            if not isinstance(of_row, BadRow):
+                records += of_row
+                rows += [row] * len(of_row)
+        columns, errors = tokenise(self.records.chat, records, rows)
+        refused = {rows[i]: error for i, error in errors.items()}
+        seen = Seen()
+        for row, where, of_row in found:
+            seen.add(where, _refused(where, refused[row]) if row in refused else of_row)
+        return _Block(columns, seen, list(unused))
+
+
+def _in_order(work: _Work, processes: int) -> Iterator[_Block]:
+    """The blocks that so many processes make, in the order of the source."""
+    context = multiprocessing.get_context("fork")
+    ends, children = [], []
+    for part in range(processes):
+        end, other_end = context.Pipe(duplex=False)
+        child = context.Process(target=_send_blocks, args=(work, part, processes, other_end), daemon=True)
+        with warnings.catch_warnings():
+            # Of threads that might hold a lock: those of torch and of the tokenizer, which the child does not use.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child.start()
+        other_end.close()
+        ends.append(end)
+        children.append(child)
+    try:
+        number = 0
+        while True:
+            block = _received(ends[number % processes], children[number % processes])
+            if block is None:
+                break
+            yield block
+            number += 1
+    finally:
+        for child in children:
+            child.kill()
+            child.join()
+
+
+def _received(end: Connection, child: Any) -> _Block | None:
+    try:
+        found = end.recv()
+    except EOFError:
+        child.join()
+        raise DataError(
+            f"a process that tokenises ended with {child.exitcode}",
+            where="reading the data",
+            fix="see whether memory ran out (-9 is a kill); fewer cores need less: taskset -c 0 trimtab …",
+        ) from None
+    if isinstance(found, tuple):
+        error, problem, where, fix = found
+        raise error(problem, where=where, fix=fix)
+    block: _Block | None = found
+    return block
+
+
+def _send_blocks(work: _Work, part: int, num_parts: int, end: Connection) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process of its own already
+    try:
+        for block in work.blocks(part, num_parts):
+            end.send(block)
+        end.send(None)
+    except TrimtabError as error:
+        end.send((type(error), error.problem, error.where, error.fix))
+    except (BrokenPipeError, KeyboardInterrupt):
+        pass
+    end.close()
+
+
+# ---- reading again ---------------------------------------------------------------------------------------------------
+
+
+def _read_again(records_of: Records, sha256: str, columns: Columns) -> Read:
+    """What gives the records with some numbers, by reading those rows of the source again."""
+
+    def read(chosen: Array) -> list[Any]:
+        rows = columns["row"][chosen]
+        places = chosen - np.searchsorted(columns["row"], rows)  # a row may give several records
+        wanted = set(rows.tolist())
+        stream = records_of.stream(wanted.__contains__)
+        if stream.sha256 != sha256:
+            raise DataError(
+                "the data is another than when it was tokenised",
+                where=stream.source,
+                fix="do not change data while a run reads it; restore it and start the same command again",
+            )
+        last = max(wanted, default=-1)
+        found = {}
+        for row, (_, records) in enumerate(stream.rows):
+            if row in wanted:
+                found[row] = records
+            if row >= last:
+                break
+        return [found[row][place] for row, place in zip(rows.tolist(), places.tolist(), strict=True)]
+
+    return read
+
+
+def _place(records_of: Records, row: int) -> str:
+    """Where a row stands, as people are told."""
+    stream = records_of.stream(lambda number: False)
+    return next(where for number, (where, _) in enumerate(stream.rows) if number == row)
+
+
+# ---- the name of what is kept ----------------------------------------------------------------------------------------
+
+
+def key_of(records_of: Records, sha256: str) -> str | None:
+    """The name of what a source gives: a hash of its content, of the tokenizer with its template, of the versions of
+    the libraries, and of the code that reads and tokenises. None for a tokenizer that cannot be told apart."""
+    chat = records_of.chat
+    backend = getattr(chat.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    rules = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    name, _, options = str(records_of.source).partition("?")
+    how = [
+        [records_of.kind.__name__, records_of.limit, sha256],
+        [Path(name).name if "," not in name else name, options],
+        [rules, chat.tokenizer.chat_template, chat.tokenizer.special_tokens_map, type(chat.tokenizer).__name__],
+        [importlib.metadata.version(library) for library in ("tokenizers", "transformers", "jinja2")],
+        _code_hash(),
+    ]
+    return hashlib.sha256(json.dumps(how, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _code_hash() -> str:
+    digest = hashlib.sha256()
+    for path in [*sorted(Path(__file__).parent.glob("*.py")), Path(types.__file__)]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

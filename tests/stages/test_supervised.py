@@ -1,0 +1,43 @@
+"""The order of examples, and held-out examples in pieces."""
+
+import pytest
+
+from tests.data.conftest import make
+from trimtab.data.chat import Chat
+from trimtab.data.pairs import group_pairs
+from trimtab.stages.supervised import Epochs, Validation
+from trimtab.types import Message, PreferencePair, Prompt
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_examples_of_the_first_steps_are_those_that_the_steps_take(shuffle):
+    epochs = Epochs(num_examples=23, batch_size=5, num_epochs=2.5, seed=3, shuffle=shuffle)
+    for num_steps in (1, 4, 7, epochs.num_steps):
+        taken = [i for step in range(num_steps) for i in epochs.examples(step)]
+        assert epochs.used(num_steps) == sorted(set(taken))
+    assert sorted(i for step in range(5) for i in epochs.examples(step))[:23] != []
+    assert sorted(epochs.take(0, 23)) == list(range(23))
+    assert (epochs.take(0, 23) == list(range(23))) != shuffle
+    assert (epochs.take(0, 23) == epochs.take(23, 46)) != shuffle
+
+
+@pytest.mark.parametrize("budget", [20, 60, 10_000])
+@pytest.mark.parametrize("whole", [True, False])
+def test_held_out_examples_come_in_the_pieces_of_one_batch(budget, whole):
+    pairs = [
+        PreferencePair(prompt=Prompt(messages=(Message("user", "Hi " * (7 * i % 5)),)), chosen="a " * i, rejected="b")
+        for i in range(1, 13)
+    ]
+    comparisons = group_pairs(pairs, Chat(make("ours")), max_tokens=200, on_too_long="drop", counts={})
+    validation = Validation(lambda: [tree.num_tokens for tree in comparisons.trees], comparisons.batch, whole=whole)
+    seen = []
+
+    def prepared(batch):
+        seen.append(len(batch.trees.trees))
+        return batch
+
+    pieces = list(validation.pieces(budget, prepared))
+    expected = list(comparisons.batch().pieces(budget))
+    assert [piece.trees.trees for piece in pieces] == [piece.trees.trees for piece in expected]
+    assert [piece.labels.tolist() for piece in pieces] == [piece.labels.tolist() for piece in expected]
+    assert seen == ([len(comparisons.trees)] if whole else [len(piece.trees.trees) for piece in expected])
