@@ -76,3 +76,14 @@ def test_markup_and_control_characters_of_the_data_are_shown_and_not_obeyed(mode
 def test_visible_leaves_ordinary_text_alone():
     assert visible("naïve ☃ [b] 漢字") == "naïve ☃ [b] 漢字"
     assert visible("a\r\tb\x7f") == "a␍␉b\\u{7f}"
+
+
+def test_only_the_first_rows_are_read_unless_all_are_asked_for(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("trimtab.data.show.NUM_MEASURED", 20)
+    rows = [{"prompt": f"Question {i}?", "completion": "yes"} for i in range(50)] + [{"prompt": "Why?"}]
+    first = shown(rows, model_dir, tmp_path, rows=1)
+    assert "first 20 rows; --all reads every row" in first
+    assert "missing field" not in first
+    everything = shown(rows, model_dir, tmp_path, rows=1, whole=True)
+    assert "--all" not in everything
+    assert "dropped missing field" in everything

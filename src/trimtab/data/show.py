@@ -21,6 +21,8 @@ from trimtab.types import Demonstration, LabelledResponse, Message, PreferencePa
 
 Kind = Literal["auto", "sft", "preference", "prompt"]
 _RECORDS: dict[str, type] = {"sft": Demonstration, "preference": PreferencePair, "prompt": Prompt}
+NUM_MEASURED = 1000
+"""Rows that are counted and measured unless all are asked for."""
 _BAR = 40
 _NUM_BINS = 10
 
@@ -28,15 +30,23 @@ Tokens = tuple[str, list[int], list[bool]]
 """A title, token ids, and which of them are trained."""
 
 
-def show(source: str | Path, model_dir: str | Path, *, kind: Kind = "auto", rows: int = 3, console: Console) -> None:
-    """Prints the first `rows` examples and a summary of the whole source.
+def show(
+    source: str | Path,
+    model_dir: str | Path,
+    *,
+    kind: Kind = "auto",
+    rows: int = 3,
+    whole: bool = False,
+    console: Console,
+) -> None:
+    """Prints the first `rows` examples and a summary of the first thousand rows, or of the `whole` source.
 
     Bad rows are left out, counted and listed. Raises DataError as `layouts.load` does.
     """
     chat = Chat(load_tokenizer(model_dir))
-    loaded: Loaded[Any] = load(
-        _RECORDS[kind] if kind != "auto" else _natural(source), source, on_bad_row="drop", accepts=chat.refusal
-    )
+    record = _RECORDS[kind] if kind != "auto" else _natural(source)
+    limit = None if whole else max(rows, NUM_MEASURED)
+    loaded: Loaded[Any] = load(record, source, on_bad_row="drop", accepts=chat.refusal, limit=limit)
     examples = [_tokenise(chat, record) for record in loaded.records]
     for number, example in enumerate(examples[:rows], 1):
         for title, ids, mask in example:
@@ -50,6 +60,8 @@ def show(source: str | Path, model_dir: str | Path, *, kind: Kind = "auto", rows
         console.print(Text(visible(f"not used: {', '.join(loaded.unused)}", newline="⏎"), style="yellow"))
     for line in loaded.dropped:
         console.print(Text(f"left out: {visible(line, newline='⏎')}", style="yellow"))
+    if limit is not None and loaded.counts.get("rows", 0) >= limit:
+        console.print(Text(f"counts and lengths are of the first {limit:,} rows; --all reads every row", style="dim"))
     console.print()
     for part in _lengths([sequence for example in examples for sequence in example]):
         console.print(part)
