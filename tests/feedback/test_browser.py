@@ -268,6 +268,8 @@ def test_two_tabs_and_the_back_button_give_one_vote(browser, start: Start):
     first = ann.token()
     ann.answer("1")
     other.keyboard.press("2")
+    other.wait_for_selector("text=that answer stands")  # another answer than the first is not dropped without a word
+    other.keyboard.press("Enter")
     other.wait_for_selector(f"#task:not([action='{first}'])")
     assert len(votes(server)) == 1
     before = ann.token()
