@@ -26,7 +26,7 @@ SMALL = {
     "reward": ["limit=40", "num_epochs=1"],
     "preference": ["limit=40", "num_epochs=1"],
     "online": ["limit=24", "num_steps=1", "sampling.max_new_tokens=12", "prompts_per_step=4"],
-    "select": ["limit=6", "sampling.max_new_tokens=12"],
+    "select": ["limit=24", "sampling.max_new_tokens=12"],
     "evaluate": ["num_prompts=4", "sampling.max_new_tokens=12"],
 }  # fmt: skip
 MORE = {
@@ -39,6 +39,7 @@ MORE = {
     "examples/hh/dpo.toml": ["data=hh.jsonl.gz"],
     "examples/gsm8k/pipeline.toml": ["variables.rows=gsm8k.jsonl.gz"],
     "examples/gsm8k/grpo.toml": ["prompts=gsm8k.jsonl.gz"],
+    "examples/gsm8k/evaluate.toml": ["prompts=gsm8k.jsonl.gz"],
 }  # fmt: skip
 # In this order: later ones start from what earlier ones have made.
 COMMANDS = [
@@ -48,6 +49,7 @@ COMMANDS = [
     "trimtab preference examples/hh/dpo.toml",
     "trimtab run examples/gsm8k/pipeline.toml --out runs/gsm8k",
     "trimtab online examples/gsm8k/grpo.toml",
+    "trimtab evaluate examples/gsm8k/evaluate.toml",
     "trimtab run examples/arithmetic/grpo.toml --out runs/arithmetic",
     "trimtab run examples/tools/pipeline.toml",
 ]
