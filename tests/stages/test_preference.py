@@ -300,7 +300,7 @@ def test_the_shipped_run_file_is_one_of_this_stage():
     file = cli.examples_dir() / "hh" / "dpo.toml"
     found = config.resolve(Settings, config.load_run_file(file), where=str(file))
     assert found.loss == DPO(beta=0.1)
-    assert found.data.endswith("harmless-base/test.jsonl.gz")
+    assert found.data.startswith("hub:Anthropic/hh-rlhf?data_dir=harmless-base")
 
 
 def test_a_plan_counts_the_reading_of_the_reference(tmp_path, base, pairs):
