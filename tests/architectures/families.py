@@ -172,9 +172,28 @@ PARTICULAR: dict[str, Family] = {
 """Families that need more than their model type, by name."""
 
 
+COMPOSITE = {
+    *(
+        "dots3_note",
+        "emu3",
+        "fuyu",
+        "gemma3",
+        "gemma3n",
+        "gemma4",
+        "gemma4_assistant",
+        "gemma4_unified",
+        "git",
+        "llama4",
+    ),
+    *("gemma4_unified_assistant", "got_ocr2", "mllama", "moss_transcribe_diarize", "musicgen", "musicgen_melody"),
+    *("phi4_multimodal", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "blt", "whisper"),
+}
+"""Models of pictures, sound or bytes around a decoder, whose text models are families of their own."""
+
+
 def every_family() -> dict[str, Family]:
     """The causal families of transformers by name, and the particular ones beside them."""
-    return {t: Family(t) for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} | PARTICULAR
+    return {t: Family(t) for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if t not in COMPOSITE} | PARTICULAR
 
 
 PROMISED = (

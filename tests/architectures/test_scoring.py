@@ -5,6 +5,7 @@ import torch
 
 from tests.architectures import families
 from trimtab.data.trees import TokenTrees
+from trimtab.errors import EngineError
 from trimtab.models.forward import sequence_scores_of, token_logprobs_of
 from trimtab.models.load import load_causal, load_scalar
 from trimtab.models.roles import Policy, ScalarModel
@@ -63,3 +64,22 @@ def test_reward_models_are_read_as_transformers_reads_single_rows(name, tmp_path
     scores = sequence_scores_of(model, TokenTrees.build(some), 10**9)
     torch.testing.assert_close(scores, expected, atol=families.TOLERANCE, rtol=1e-4)
     assert model(TokenTrees.build(some)).values.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(families.every_family()) - set(families.PROMISED)))
+def test_every_other_family_is_scored_rightly_or_refused_by_name(name, tmp_path):
+    some = families.trees()
+    try:
+        plain = families.causal(name)
+        expected = families.plain_logprobs(plain, some).detach()
+    except Exception as error:
+        pytest.skip(f"transformers cannot run a tiny model of it: {type(error).__name__}: {error}")
+    try:
+        policy = Policy(load_causal(families.write(plain, tmp_path)), pad_id=families.PAD)
+    except EngineError as error:
+        if "architecture" not in error.where:
+            raise
+        return
+    logprobs = token_logprobs_of(policy, TokenTrees.build(some), 10**9)
+    torch.testing.assert_close(logprobs, expected, atol=families.TOLERANCE, rtol=1e-4)
