@@ -203,6 +203,8 @@ def page(rows: dict[str, Row], versions: dict[str, str]) -> str:
         ", ".join(untested) + ".",
         "",
     ]
+    if left := sorted(set(families.every_family()) - set(rows)):
+        lines += [f"## Not in this table yet: {len(left)}", "", "`--only` adds them: " + ", ".join(left) + ".", ""]
     return "\n".join(lines)
 
 

@@ -36,8 +36,8 @@ Form = Literal["tree", "padded", "alone"]
 Place = Literal["predict_from", "last_tokens"]
 """Where hidden states are read: at the M tokens that predict a trained one, or at the B ends of sequences."""
 
-LENGTHS = ((7, (9, 4)), (5, (6,)))
-"""Tokens of the prompts and replies of the proof; the longest row has 16."""
+LENGTHS = ((7, (9, 2)), (3, (1,)))
+"""Tokens of the prompts and replies of the proof: the longest row has 16, the shortest 4 and much padding."""
 NARROW = 4
 """Windows and chunks during the proof."""
 TOLERANCE = 3e-4
