@@ -94,7 +94,7 @@ def make_model(directory: Path, data: Path) -> None:
     """A tiny Llama with a tokenizer of 8,192 tokens, trained on the first rows."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from trimtab.models.load import save_model
+    from trimtab.models.save import save_model
     from trimtab.stages.pretrain import train_tokenizer
 
     with data.open(encoding="utf-8") as file:
