@@ -21,12 +21,12 @@ RUN_FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "examples").rglob(
 SMALL = {
     "pretrain": ["num_documents=200", "num_epochs=1", "vocab_size=400", "architecture.num_layers=1",
                  "architecture.hidden_size=32", "architecture.mlp_size=32"],
-    "sft": ["limit=32", "num_epochs=1"],
+    "sft": ["limit=600", "num_epochs=1"],
     "compare": ["num_prompts=60", "num_held_out_prompts=40", "replies_per_prompt=2", "sampling.max_new_tokens=12"],
     "reward": ["limit=40", "num_epochs=1"],
     "preference": ["limit=40", "num_epochs=1"],
     "online": ["limit=24", "num_steps=1", "sampling.max_new_tokens=12", "prompts_per_step=4"],
-    "select": ["limit=24", "sampling.max_new_tokens=12"],
+    "select": ["limit=40", "sampling.max_new_tokens=64"],
     "evaluate": ["num_prompts=4", "sampling.max_new_tokens=12"],
 }  # fmt: skip
 MORE = {
