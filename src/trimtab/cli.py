@@ -456,11 +456,20 @@ def data() -> None:
     help="What to read the rows as.",
 )
 @click.option("--rows", default=3, show_default=True, type=click.IntRange(min=1), help="Rows to show.")
+@click.option(
+    "--train-on",
+    type=click.Choice(["last", "all"]),
+    default="last",
+    show_default=True,
+    help="Which assistant turns of a demonstration are trained, as in the sft stage.",
+)
 @click.option("--all", "whole", is_flag=True, help="Count and measure every row, not only the first thousand.")
-def show(source: str, model: str, kind: str, rows: int, whole: bool) -> None:
+def show(source: str, model: str, kind: str, rows: int, train_on: str, whole: bool) -> None:
     """Show rows as tokens, those trained on marked."""
     console = importlib.import_module("rich.console").Console()
-    importlib.import_module("trimtab.data.show").show(source, model, kind=kind, rows=rows, whole=whole, console=console)
+    importlib.import_module("trimtab.data.show").show(
+        source, model, kind=kind, rows=rows, train_on=train_on, whole=whole, console=console
+    )
 
 
 @main.command()

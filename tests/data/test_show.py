@@ -36,11 +36,24 @@ def test_what_is_trained_is_in_brackets_with_its_end_token(model_dir, tmp_path):
     assert "Five 1." not in text
 
 
-def test_every_assistant_turn_of_a_demonstration_is_in_brackets(model_dir, tmp_path):
-    said = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    rows = [{"messages": [{"role": role, "content": content} for role, content in said]}]
+TURNS = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+
+
+def test_the_turns_that_the_sft_stage_trains_are_in_brackets(model_dir, tmp_path):
+    rows = [{"messages": [{"role": role, "content": content} for role, content in TURNS]}]
     text = shown(rows, model_dir, tmp_path)
+    assert "⟦b" not in text
+    assert "⟦d<|end|>⟧" in text
+    text = shown(rows, model_dir, tmp_path, train_on="all")
     assert "⟦b<|end|>⟧" in text
+    assert "⟦d<|end|>⟧" in text
+
+
+def test_a_turn_of_weight_zero_is_never_in_brackets(model_dir, tmp_path):
+    rows = [{"messages": [{"role": role, "content": content} for role, content in TURNS]}]
+    rows[0]["messages"][1]["weight"] = 0
+    text = shown(rows, model_dir, tmp_path, train_on="all")
+    assert "⟦b" not in text
     assert "⟦d<|end|>⟧" in text
 
 

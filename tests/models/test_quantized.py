@@ -131,7 +131,7 @@ def test_without_the_library_the_command_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match="base_bits = 4 needs bitsandbytes") as raised:
         quantize(causal("llama"), 4)
-    assert raised.value.fix == "pip install 'trimtab[quantized]'"
+    assert raised.value.fix.startswith("pip install 'trimtab[quantized]'")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -17,6 +17,7 @@ from trimtab.data.chat import Chat
 from trimtab.data.layouts import LAYOUTS, Loaded, kinds_of, load
 from trimtab.data.sources import is_feedback, is_world
 from trimtab.data.tokenizers import load_tokenizer
+from trimtab.data.tokens import without_turns
 from trimtab.types import Demonstration, LabelledResponse, Message, PreferencePair, Prompt, SteppedResponse
 
 Kind = Literal["auto", "sft", "preference", "prompt"]
@@ -37,17 +38,19 @@ def show(
     kind: Kind = "auto",
     rows: int = 3,
     whole: bool = False,
+    train_on: Literal["last", "all"] = "last",
     console: Console,
 ) -> None:
     """Prints the first `rows` examples and a summary of the first thousand rows, or of the `whole` source.
 
-    Bad rows are left out, counted and listed. Raises DataError as `layouts.load` does.
+    `train_on` says which assistant turns of a demonstration are marked as trained, as in the sft stage; turns that the
+    source marks as not to be learnt from never are. Bad rows are left out, counted and listed. Raises DataError as `layouts.load` does.
     """
     chat = Chat(load_tokenizer(model_dir))
     record = _RECORDS[kind] if kind != "auto" else _natural(source)
     limit = None if whole else max(rows, NUM_MEASURED)
     loaded: Loaded[Any] = load(record, source, on_bad_row="drop", accepts=chat.refusal, limit=limit)
-    examples = [_tokenise(chat, record) for record in loaded.records]
+    examples = [_tokenise(chat, record, train_on) for record in loaded.records]
     for number, example in enumerate(examples[:rows], 1):
         for title, ids, mask in example:
             console.print(Text(f"{number}. {title}", style="bold"))
@@ -89,14 +92,17 @@ def _natural(source: str | Path) -> type:
     return next(iter(kinds_of(source)), Prompt)
 
 
-def _tokenise(chat: Chat, record: Any) -> list[Tokens]:
+def _tokenise(chat: Chat, record: Any, train_on: Literal["last", "all"]) -> list[Tokens]:
     if isinstance(record, Prompt):
         ids = chat.encode_prompt(record.messages)
         return [("prompt", ids, [False] * len(ids))]
-    if isinstance(record, Demonstration):
+    if isinstance(record, Demonstration) and train_on == "all":
         conversation = [*record.prompt.messages, Message("assistant", record.response)]
-        return [("demonstration", *chat.encode_conversation(conversation))]
-    if isinstance(record, PreferencePair):
+        ids, mask = chat.encode_conversation(conversation)
+        return [("demonstration", ids, without_turns(mask, record.untrained_turns))]
+    if isinstance(record, Demonstration):
+        replies = [("demonstration", record.response)]
+    elif isinstance(record, PreferencePair):
         replies = [("chosen", record.chosen), ("rejected", record.rejected)]
     elif isinstance(record, LabelledResponse):
         replies = [("thumbs up" if record.label else "thumbs down", record.response)]

@@ -12,7 +12,6 @@ import click
 
 import trimtab
 
-_EXTRA = "this needs the web and database libraries: pip install 'trimtab[feedback]'"
 _project = click.argument("project", type=click.Path(path_type=Path))
 _file = click.Path(dir_okay=False, path_type=Path)
 DEFAULT_PROJECT = Path("feedback/project.toml")
@@ -33,9 +32,13 @@ def _module(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "trimtab":
             raise
-        from trimtab.errors import EngineError
+        from trimtab.errors import EngineError, install
 
-        raise EngineError(f"{error.name} is not installed", where="trimtab feedback", fix=_EXTRA) from None
+        raise EngineError(
+            f"{error.name} is not installed",
+            where="trimtab feedback",
+            fix=f"this needs the web and database libraries: {install('feedback')}",
+        ) from None
 
 
 def _open(project: Path) -> Any:
