@@ -44,7 +44,8 @@ def show(
     """Prints the first `rows` examples and a summary of the first thousand rows, or of the `whole` source.
 
     `train_on` says which assistant turns of a demonstration are marked as trained, as in the sft stage; turns that the
-    source marks as not to be learnt from never are. Bad rows are left out, counted and listed. Raises DataError as `layouts.load` does.
+    source marks as not to be learnt from never are. Bad rows are left out, counted and listed. Raises DataError as
+    `layouts.load` does.
     """
     chat = Chat(load_tokenizer(model_dir))
     record = _RECORDS[kind] if kind != "auto" else _natural(source)
