@@ -55,17 +55,17 @@ def register(kind: str, name: str) -> Callable[[type[T]], type[T]]:
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """Every registered name of a kind, sorted."""
+    """Every name of a kind that the package registers, sorted; classes of a user's files have a place and no name."""
     for module in _HOMES.get(kind, ()):
         importlib.import_module(module)
-    return tuple(sorted(_REGISTERED.get(kind, {})))
+    return tuple(sorted(name for name in _REGISTERED.get(kind, {}) if ":" not in name))
 
 
 def find(kind: str, name: str, *, where: str) -> type:
     """The class registered under `name`, or the one that "file.py:Class" or "package.module:Class" names, which is then
     known by that name. Raises ConfigError with the nearest known name."""
     known = names(kind)
-    if name in known:
+    if name in _REGISTERED.get(kind, {}):
         return _REGISTERED[kind][name]
     if ":" in name:
         return register(kind, name)(_of_kind(kind, _named_class(name, where=where), name, where=where))

@@ -249,7 +249,9 @@ def test_a_score_is_read_at_the_end_of_the_reply_and_never_at_padding(tmp_path, 
     """trl#3750, trl#5338: the score came from the first pad, or from whatever padding the longest reply made."""
     policy_dir = base if padding == "its own" else pad_is_eos
     directory = tmp_path / "reward"
-    save_model(load_scalar(policy_dir, head_seed=0), load_tokenizer(policy_dir), directory)
+    model = load_scalar(policy_dir, head_seed=0)
+    model.config.reward_shift = 0.0  # as the reward stage writes; models of others are read where they were trained
+    save_model(model, load_tokenizer(policy_dir), directory)
     scorer = RewardModelScorer.from_directory(str(directory), token_budget=10**9)
     rollouts, _, chat = sampled(policy_dir)
     ends = [(*r.response_ids[: 1 + i % 7], chat.end_id) for i, r in enumerate(rollouts)]

@@ -174,6 +174,8 @@ class HackingSummary:
     final_gold: float
     fall_fraction: float
     """(peak - final) / |peak|; 0 where gold ended at its peak."""
+    fall_error: float
+    """Standard error of peak - final for a given peak, from the differences of neighbouring points."""
     proxy_kept_rising: bool
     """The proxy ended above where it stood when gold peaked."""
 
@@ -181,21 +183,25 @@ class HackingSummary:
 def hacking_summary(points: Sequence[tuple[float, float, float]], *, window: int = 1) -> HackingSummary:
     """Summary of a run given as (kl, proxy, gold) in the order of training.
 
-    With `window` > 1 proxy and gold are first averaged over that many neighbouring points (the window is centred and
-    shrinks at the ends): the highest of many noisy points is too high.
+    With `window` > 1 proxy and gold are first averaged over that many neighbouring points, for the highest of many
+    noisy points is too high and the last one is as noisy. Peak and end are means of whole windows.
     """
     if not points:
         raise ValueError("no points")
     kl, proxy, gold = np.asarray(points, dtype=np.float64).T
-    proxy, gold = moving_mean(proxy, window), moving_mean(gold, window)
+    window = min(window, len(gold))
+    noise = float(np.sqrt(np.mean(np.diff(gold) ** 2) / 2)) if len(gold) > 1 else 0.0
+    whole = slice(window // 2, window // 2 + len(gold) - window + 1)
+    kl, proxy, gold = kl[whole], moving_mean(proxy, window)[whole], moving_mean(gold, window)[whole]
     peak = int(gold.argmax())
     fall = float(gold[peak] - gold[-1])
     return HackingSummary(
         peak_gold=float(gold[peak]),
-        peak_index=peak,
+        peak_index=peak + window // 2,
         peak_kl=float(kl[peak]),
         final_gold=float(gold[-1]),
         fall_fraction=fall / abs(float(gold[peak])) if fall else 0.0,
+        fall_error=noise * math.sqrt(2 / window),
         proxy_kept_rising=bool(proxy[-1] > proxy[peak]),
     )
 

@@ -11,14 +11,18 @@ import numpy as np
 
 from trimtab.evals.overoptimisation import HackingSummary, hacking_summary
 from trimtab.evals.stats import Interval, paired_difference
-from trimtab.reports.charts import smoothing_window
 from trimtab.reports.collect import PipelineRecord, RunRecord, finite
 
 Standing = Literal["good", "bad", "unclear", "neutral"]
 """What the numbers say of a model; neutral where they do not compare two."""
 
 FALL = 0.05
-"""Gold counts as fallen when it ends this share below its peak: less is within the noise of one step's rollouts."""
+"""Gold counts as fallen when it ends this share below its peak, if noise alone would not make it fall as far."""
+CHANCE = 4
+"""Standard errors by which gold must fall. The peak is the best of many: of 2,000 runs of 30 steps in which gold only
+wavers, two fall further."""
+MOST_AVERAGED = 15
+"""Steps that are averaged to tell whether gold has fallen, at most; a fifth of a short run."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def _with_bounds(estimate: Interval, show_one: Callable[[float], str] = show) ->
 
 
 def hacking(run: RunRecord) -> HackingSummary | None:
-    """Gold against proxy over a run, smoothed as its charts are; None where one of them was not logged."""
+    """Gold against proxy over a run, averaged over neighbouring steps; None where one of them was not logged."""
     columns = [run.metrics.get(name) for name in ("policy/kl", "reward/mean", "gold/mean")]
     by_step: list[dict[float, float]] = []
     for column in columns:
@@ -140,7 +144,14 @@ def hacking(run: RunRecord) -> HackingSummary | None:
     steps = sorted(set(by_step[0]) & set(by_step[1]) & set(by_step[2]))
     points = [(by_step[0][s], by_step[1][s], by_step[2][s]) for s in steps]
     points = [point for point in points if not any(math.isnan(value) for value in point)]
-    return hacking_summary(points, window=smoothing_window(len(points))) if points else None
+    return hacking_summary(points, window=min(MOST_AVERAGED, len(points) // 5 | 1)) if points else None
+
+
+def has_fallen(summary: HackingSummary | None) -> bool:
+    """Whether gold ended below its peak by more than chance makes it."""
+    if summary is None or summary.fall_fraction < FALL:
+        return False
+    return summary.peak_gold - summary.final_gold > CHANCE * summary.fall_error
 
 
 @dataclass(frozen=True)
@@ -407,7 +418,7 @@ def reward_model_sentences(card: Mapping[str, Any]) -> list[str]:
 
 def _hacking_sentences(run: RunRecord) -> list[str]:
     summary = hacking(run)
-    if summary is None or summary.fall_fraction < FALL:
+    if summary is None or not has_fallen(summary):
         return []
     reward = "kept rising: it was being gamed" if summary.proxy_kept_rising else "fell too"
     peak, fall = f"{score(summary.peak_gold)} (KL {show(summary.peak_kl)})", percent(summary.fall_fraction)
@@ -447,7 +458,7 @@ def alarms(run: RunRecord) -> tuple[str, ...]:
             reward = name.removeprefix("reward/").removesuffix("_failed")
             found.append(f"{show(failed)} replies could not be judged by the reward {reward}")
     summary = hacking(run)
-    if summary is not None and summary.fall_fraction >= FALL and summary.proxy_kept_rising:
+    if summary is not None and has_fallen(summary) and summary.proxy_kept_rising:
         fall = percent(summary.fall_fraction)
         found.append(f"gold ended {fall} below its peak while the reward kept rising (above {percent(FALL)})")
     accuracy, longer = interval(run.summary, "accuracy"), number(run.summary, "longer_wins")
