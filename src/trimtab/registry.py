@@ -147,8 +147,9 @@ def name_of(kind: str, cls: type) -> str:
     Raises ConfigError for a class that no run file could name, such as one made in a notebook: its run could not be
     recorded, and neither resumed nor repeated.
     """
-    for name in names(kind):
-        if _REGISTERED[kind][name] is cls:
+    names(kind)  # loads the modules that register them
+    for name, registered in sorted(_REGISTERED.get(kind, {}).items()):
+        if registered is cls:
             return name
     module, where = cls.__module__, f"{cls.__module__}.{cls.__qualname__}"
     if module != "__main__" and getattr(sys.modules.get(module), cls.__qualname__, None) is cls:
