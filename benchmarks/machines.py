@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -53,7 +54,8 @@ def measured(command: list[str], environment: dict[str, str], threads: int) -> d
 
 def quickstart(out: Path, environment: dict[str, str]) -> dict[str, Any]:
     """The whole loop with two threads, and the figures of its summary."""
-    command = [sys.executable, "-m", "trimtab", "quickstart", "--fresh", "--out", str(out)]
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "trimtab", "quickstart", "--out", str(out)]
     found = measured(command, environment, threads=2)
     if found["exit_status"] == 0:
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
