@@ -137,6 +137,10 @@ DEMONSTRATIONS = {
         {"instruction": "Add.", "instances": [{"input": "2 and 3", "output": "5"}]},
         shown("Add.\n\n2 and 3", "5"),
     ),
+    "a solution beside what it arrives at": (
+        {"problem": "2+2?", "solution": "Two and two are 4.", "answer": "4"},
+        shown("2+2?", "Two and two are 4."),
+    ),
     "json that is no conversation": ({"prompt": "List.", "completion": '[{"a": 1}]'}, shown("List.", '[{"a": 1}]')),
 }
 
@@ -296,6 +300,22 @@ PAIRS = {
         {"instruction": "Is it?", "output_1": "Yes.", "output_2": "No.", "preference": 1.25},
         pair(prompt("Is it?"), label=0.75),
     ),
+    "below zero is the first": (
+        {"context": [user("Is it?")], "response1": "Yes.", "response2": "No.", "overall_preference": -1},
+        pair(prompt("Is it?")),
+    ),
+    "above zero is the second": (
+        {"context": [user("Is it?")], "response1": "No.", "response2": "Yes.", "overall_preference": 1},
+        pair(prompt("Is it?")),
+    ),
+    "preferred and other output of an input": (
+        {
+            "input": {"messages": [user("Is it?")], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [said("Yes.")],
+            "non_preferred_output": [said("No.")],
+        },
+        pair(prompt("Is it?")),
+    ),
     "better of two by its number": (
         {"prompt": "Is it?", "response_0": "No.", "response_1": "Yes.", "better_response_id": 1},
         pair(prompt("Is it?")),
@@ -391,6 +411,11 @@ def test_messages_without_the_one_they_answer_are_bad_rows(file):
     loaded = load(PreferencePair, file(*TREE[:3], {**TREE[3], "parent_id": "9"}), on_bad_row="drop")
     assert loaded.counts["dropped_missing_parent"] == 1
     assert "row 4" in loaded.dropped[0]
+
+
+def test_the_answer_beside_a_solution_is_a_fact_of_the_prompt(file):
+    [found] = load(Prompt, file({"problem": "2+2?", "solution": "Two and two are 4.", "answer": "4"})).records
+    assert found.facts == {"solution": "Two and two are 4.", "answer": "4"}
 
 
 def test_every_column_beside_the_prompt_is_a_fact_of_it(file):

@@ -7,8 +7,8 @@ from typing import Any
 
 PROMPT = ("prompt", "instruction", "question", "query", "problem", "user_prompt", "input", "context", "history", "post")
 """Names of what is asked, the likelier first."""
-COMPLETION = ("completion", "response", "output", "reply", "answer", "solution", "target")
-"""Names of a reply."""
+COMPLETION = ("completion", "response", "output", "reply", "solution", "answer", "target")
+"""Names of a reply. A solution comes before an answer, which beside it is what the solution arrives at."""
 MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
 SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
 """A column with the system turn."""
@@ -30,6 +30,7 @@ PAIRS = (
     ("response_j", "response_k"),
     ("accepted", "rejected"),
     ("preferred", "dispreferred"),
+    ("preferred_output", "non_preferred_output"),
     ("winner", "loser"),
     ("better", "worse"),
 )
@@ -52,12 +53,15 @@ _STEPS = ("completions", "steps")
 
 # Every name above, and those that records use; others are facts or not used.
 KNOWN = frozenset(
-    {*PROMPT, *COMPLETION, *MESSAGES, *PART_OF_PROMPT, *REASONING, *UNREAD, *CHOICE, *LABEL, *RATING, *_STEPS,
+    {*PROMPT, *COMPLETION, *MESSAGES, *PART_OF_PROMPT, *REASONING, *WEIGHT, *UNREAD, *CHOICE, *LABEL, *RATING, *_STEPS,
      *(name for pair in (*PAIRS, *SIDES) for name in pair), "labels", "margin", "facts", "id", "annotator",
      "winner_model_a", "winner_model_b", "winner_tie",
      "score_a", "score_b", "score_0", "score_1", "score_2", "rank", "answers", "responses", "text", "role",
      "message_id", "parent_id", "message_tree_id"}
 )  # fmt: skip
+
+_CHANGES_A_ROW = frozenset({*PART_OF_PROMPT, *REASONING, *WEIGHT, *UNREAD})
+"""What is used or refused in any row that has it, whatever the layout."""
 
 _UP = frozenset({"true", "yes", "y", "good", "up", "thumbs up", "thumb up", "1", "1.0", "+1", "+", "👍", "like",
                  "liked", "upvote", "desirable", "positive", "pos", "accept", "accepted", "correct",
@@ -79,11 +83,12 @@ def thumb(value: Any) -> bool | None:
     return None
 
 
-def names_of(columns: frozenset[str], sample: Mapping[str, Any]) -> dict[str, str]:
+def names_of(columns: frozenset[str], sample: Mapping[str, Any], rare: frozenset[str] = frozenset()) -> dict[str, str]:
     """For the columns of a file, those that have another name here, each with that name.
 
     A name in capitals or with blanks around it is the name it would be without, where that is one that is known.
-    `sample` holds a value of each.
+    `sample` holds a value of each. `rare` are columns that few rows fill in: they decide nothing, but a system turn
+    in capitals is one in these rows too.
     """
     found: dict[str, str] = {}
     have: dict[str, str] = {}  # the plain name, and how the file writes it
@@ -92,6 +97,10 @@ def names_of(columns: frozenset[str], sample: Mapping[str, Any]) -> dict[str, st
         plain = plain if plain in KNOWN and plain not in columns and plain not in have else column
         have[plain] = column
         if plain != column:
+            found[column] = plain
+    for column in sorted(rare):
+        plain = column.strip().lower().replace(" ", "_")
+        if plain in _CHANGES_A_ROW and plain not in have and plain not in rare:
             found[column] = plain
 
     def rename(old: str, new: str) -> None:

@@ -28,6 +28,8 @@ class Sides:
     second: str
     one_is_first: bool = False
     """In SHP, labels are 1 where the first is preferred and 0 where the second is."""
+    signed: bool = False
+    """In HelpSteer3, a preference below 0 is for the first, one above for the second."""
 
 
 def sides_of(names: Mapping[str, str]) -> Sides:
@@ -35,7 +37,8 @@ def sides_of(names: Mapping[str, str]) -> Sides:
     old = {new: name for name, new in names.items()}
     first = old.get("response_a", "response_a").strip().lower()
     second = old.get("response_b", "response_b").strip().lower()
-    return Sides(first[-1], second[-1], one_is_first=first.startswith("human_ref"))
+    signed = old.get("choice", "").strip().lower() == "overall_preference"
+    return Sides(first[-1], second[-1], one_is_first=first.startswith("human_ref"), signed=signed)
 
 
 def to_judged(row: JsonDict, sides: Sides) -> Judged:
@@ -109,6 +112,8 @@ def share_for_first(choice: Any, sides: Sides) -> float:
         choice = float(word)
     if isinstance(choice, bool) or not isinstance(choice, int | float):
         raise _unknown(choice)
+    if sides.signed:
+        return 0.5 if choice == 0 else float(choice < 0)
     if sides.one_is_first and choice in (0, 1):
         return float(choice == 1)
     if sides.first.isdigit():
