@@ -214,3 +214,62 @@ def test_options_that_say_nothing_are_refused(file):
         load(Demonstration, f"{file(REPLY | {'answer': 'x'})}?columns=answer:completion")
     with pytest.raises(DataError, match="does not say what becomes what"):
         load(Demonstration, f"{path}?columns=prompt")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("label", "down", "label is 'down': it judges the replies"),
+        ("rating", 1, "rating is 1: it judges the replies"),
+        ("question", "Which one is it?", "question holds 'Which one is it"),
+        ("output", "No", "two columns may be the reply"),
+    ],
+)
+def test_what_few_rows_fill_in_says_no_less_of_those(file, column, value, message):
+    """The columns that half of the rows have say the layout; a thumb is often given to one reply in ten."""
+    rows = [{"prompt": f"Question {i}?", "completion": "Yo"} for i in range(9)]
+    path = file(*rows, {"prompt": "Is it?", "completion": "Yes", column: value})
+    with pytest.raises(DataError, match=message) as error:
+        load(Demonstration, path)
+    assert f"{path}?ignore={column}" in error.value.fix
+    assert len(load(Demonstration, f"{path}?ignore={column}").records) == 10
+
+
+def test_a_column_in_capitals_that_few_rows_fill_in_changes_these_rows(file):
+    rows = [{"prompt": f"Question {i}?", "completion": "Yo"} for i in range(9)]
+    found = load(Demonstration, file(*rows, {"prompt": "Hi", "completion": "Yo", "System": "Be rude."}))
+    assert [m.role for m in found.records[9].prompt.messages] == ["system", "user"]
+    assert found.unused == ()
+    with pytest.raises(DataError, match=r"weight is 0.*weight is the column 'Weight'"):
+        load(Demonstration, file(*rows, {"prompt": "Hi", "completion": "Yo", "Weight": 0}))
+
+
+def test_a_row_with_two_columns_of_one_meaning_is_a_bad_row(file):
+    """The later column was taken, in that row alone."""
+    rows = [{"prompt": f"Question {i}?", "response": "Yo"} for i in range(9)]
+    path = file(*rows, {"prompt": "Hi", "response": "one", "completion": "other"})
+    with pytest.raises(DataError, match="response is read as 'completion', and this row fills in a column of that"):
+        load(Demonstration, path)
+    assert load(Demonstration, f"{path}?ignore=completion").records[9].response == "one"
+
+
+def test_a_label_that_may_be_a_category_is_asked_about(file):
+    path = file(REPLY | {"label": "science"}, REPLY | {"label": "history"})
+    with pytest.raises(DataError, match="label is 'science': if it judges the replies") as error:
+        load(Demonstration, path)
+    assert f"leave it out with {path}?ignore=label" in error.value.fix
+
+
+@pytest.mark.parametrize("prompt", [{"messages": [user("Hi")]}, json.dumps({"messages": [user("Hi")]})])
+def test_columns_beside_a_prompt_that_is_an_object_count(file, prompt):
+    row = {"prompt": prompt, "completion": "Yo", "system": "Be brief.", "input": "a, b"}
+    [found] = load(Demonstration, file(row)).records
+    assert [m.content for m in found.prompt.messages] == ["Be brief.", "Hi\n\na, b"]
+
+
+def test_tools_in_a_prompt_that_is_an_object_are_refused(file):
+    path = file({"prompt": {"messages": [user("Hi")], "tools": CALL}, "completion": "Yo"})
+    with pytest.raises(DataError, match="tools holds") as error:
+        load(Demonstration, path)
+    assert f"{path}?ignore=tools" in error.value.fix
+    assert load(Demonstration, f"{path}?ignore=tools").records[0].response == "Yo"

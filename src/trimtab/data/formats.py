@@ -9,6 +9,7 @@ from typing import Any
 
 from trimtab.data.columns import thumb
 from trimtab.data.compared import pairs_of, to_comparison, to_judged
+from trimtab.data.mistakes import Mistake
 from trimtab.data.prompts import prompt_in
 from trimtab.data.ranked import (
     REPLY_LISTS,
@@ -90,6 +91,8 @@ class Reading:
 
     def records(self, row: JsonDict, plain: JsonDict) -> list[Any]:
         """The records of a row. A prompt takes every column that is not used as one of its facts. Raises Mistake."""
+        if self.names and len(plain) < sum(value is not None for value in row.values()):
+            raise _two_of_one_name(self.names, row)
         made = self.convert(plain)
         found = made if isinstance(made, list) else [made]
         if self.kind is Prompt and self.layout.gather is None and not _is_own(row.get("prompt")):
@@ -102,6 +105,16 @@ class Reading:
         """The records of all rows, and what else was counted."""
         together = self.layout.collect.get(self.kind)
         return (made, {}) if together is None else together(made)
+
+
+def _two_of_one_name(names: Mapping[str, str], row: JsonDict) -> Mistake:
+    """What is wrong with a row that fills in a column that few rows have, beside the one that is read as it."""
+    old = next(name for name, new in names.items() if row.get(name) is not None and row.get(new) is not None)
+    return Mistake(
+        "two_columns",
+        f"{old} is read as {names[old]!r}, and this row fills in a column of that name too",
+        f"leave that one out: FILE? with ignore={names[old]} behind it",
+    )
 
 
 def _is_own(prompt: Any) -> bool:

@@ -132,8 +132,9 @@ def prompt_in(row: Mapping[str, Any], name: str = "prompt", *, facts: JsonDict |
     if isinstance(value, dict) and ("role" in value or "from" in value):
         value = [value]
     if isinstance(value, dict) and "messages" in value:
+        refuse_unread({**row, **value})
         messages = messages_of(f"{name}.messages", value["messages"])
-        return make_prompt(messages, {**row, **value}, facts)
+        return make_prompt(with_columns(messages, row), {**row, **value}, facts)
     refuse_unread(row)
     if isinstance(value, dict) and isinstance(value.get("full_text"), str):
         value = value["full_text"]

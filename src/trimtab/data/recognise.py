@@ -33,7 +33,7 @@ def recognise(rows: Sequence[JsonDict], *, where: str, kind: type | None = None)
     filled_in = Counter(name for row in rows for name, value in row.items() if value is not None)
     columns = frozenset(name for name, num in filled_in.items() if 2 * num >= len(rows))
     sample = {name: next(row[name] for row in rows if row.get(name) is not None) for name in columns}
-    names = names_of(columns, sample)
+    names = names_of(columns, sample, frozenset(filled_in) - columns)
     plain = {names.get(name, name): _value(value) for name, value in sample.items()}
     layout = _layout(frozenset(plain), plain, kind)
     if layout is None:
@@ -49,7 +49,7 @@ def recognise(rows: Sequence[JsonDict], *, where: str, kind: type | None = None)
     used = frozenset(name for name in filled_in if names.get(name, name) in uses)
     reading = Reading(layout=layout, kind=kind, names=names, convert=convert, used=used)
     if kind is not Prompt:
-        for problem, fix in _misread(reading, rows[:_NUM_COMPARED], columns, plain):
+        for problem, fix in _misread(reading, rows, columns, plain):
             raise DataError(problem, where=where, fix=named(fix, where, names))
     return reading
 
@@ -149,9 +149,11 @@ def _misread(
     reading: Reading, rows: Sequence[JsonDict], columns: frozenset[str], sample: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """What would be read wrongly without a word, and what to do about it."""
-    left = {name: name.strip().lower() for name in columns if name not in reading.used}
+    # Of all rows, for a thumb or a rating that few replies have says no less of those.
+    left = {name: name.strip().lower() for row in rows for name in row if name not in reading.used}
     if reading.kind is Demonstration:
-        yield from _judged(left, sample, rows)
+        yield from _judged(left, rows)
+    rows = rows[:_NUM_COMPARED]
     if reading.kind in (Demonstration, LabelledResponse) and "completion" in sample:
         for name, plain in left.items():
             if plain in COMPLETION[:4] and any(filled(row.get(name)) for row in rows):
@@ -161,22 +163,29 @@ def _misread(
                 )
     yield from _second_questions(reading, rows, left)
     if reading.layout.name.startswith("preference pairs"):
-        yield from _hidden_prompts(reading, rows, left, sample)
+        common = {name: plain for name, plain in left.items() if name in columns}
+        yield from _hidden_prompts(reading, rows, common, sample)
     if reading.layout.name in ("preference pairs", "prompts with completions"):
         yield from _repeated_prompts(reading, rows)
 
 
-def _judged(left: Mapping[str, str], sample: Mapping[str, Any], rows: Sequence[JsonDict]) -> Iterator[tuple[str, str]]:
+def _judged(left: Mapping[str, str], rows: Sequence[JsonDict]) -> Iterator[tuple[str, str]]:
     """A label or rating of the replies, which says that not all of them are to be imitated."""
     found = [name for name, plain in left.items() if plain in LABEL]
     found = [name for name in found if left[name] in LABEL[:2] or _judges(rows, name)]
     found += [name for name, plain in left.items() if plain in RATING and _judges(rows, name)]
     for name in found:
         value = next((row[name] for row in rows if row.get(name) is not None), None)
-        if value is not None:
+        if value is not None and _judges(rows, name):
             yield (
                 f"{name} is {shown(value)}: it judges the replies, and all of them would be imitated",
                 f"keep only the rows whose replies are good enough, and leave the column out with FILE?ignore={name}",
+            )
+        elif value is not None:
+            yield (
+                f"{name} is {shown(value)}: if it judges the replies, not all of them are to be imitated",
+                f"leave it out with FILE?ignore={name} if it is about something else; if not, keep only the rows whose "
+                f"replies are good enough and then leave it out",
             )
 
 

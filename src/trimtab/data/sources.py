@@ -179,9 +179,12 @@ def _renamed(
 
 
 def _without(value: Any, ignored: set[str], seen: set[str]) -> Any:
-    """A list of messages without the ignored fields."""
+    """A list of messages, or a prompt with one in it, without the ignored fields."""
     if isinstance(value, str) and value[:1] in ("[", "{"):
         value = conversation_in(value, value)
+    if isinstance(value, dict) and "messages" in value:
+        seen |= ignored & value.keys()
+        return {name: _without(inner, ignored, seen) for name, inner in value.items() if name not in ignored}
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return value
     for turn in value:
