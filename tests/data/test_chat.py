@@ -14,7 +14,7 @@ from trimtab.data.templates import DEFAULT_TEMPLATE, SPECIAL_TOKENS
 from trimtab.errors import ConfigError, DataError
 from trimtab.types import Demonstration, Message
 
-from .conftest import CHATML, byte_level
+from .conftest import CHATML, byte_level, make
 
 NAMES = ("ours", "chatml", "thinking", "llama3", "llama2", "plain", "base")
 # Of the templates that close a turn with a special token and write contents as they are (but for blanks).
@@ -303,3 +303,13 @@ def test_a_row_that_the_template_refuses_is_a_bad_row_with_its_place(tokenizers,
     loaded = load(Demonstration, path, accepts=refusal, on_bad_row="drop")
     assert loaded.counts == {"rows": 2, "records": 1, "dropped_template_refuses": 1}
     assert loaded.report == {"layout": "prompts with completions", "not_used": [], "dropped": {"template_refuses": 1}}
+
+
+def test_a_conversation_refused_for_its_contents_says_nothing_of_others():
+    """The first of the file decided for all with the same order of roles."""
+    tokenizer = make("chatml")
+    refuses = "{% if 'no' in messages[0]['content'] %}{{ raise_exception('no no') }}{% endif %}"
+    tokenizer.chat_template = refuses + tokenizer.chat_template
+    chat = Chat(tokenizer)
+    assert chat.refusal([Message("user", "no")]).kind == "template_refuses"
+    assert chat.refusal([Message("user", "yes")]) is None

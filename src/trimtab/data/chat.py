@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import jinja2
@@ -96,6 +97,11 @@ class Chat:
         num_ids = len(tokenizer) if facts is None else min(len(tokenizer), facts.num_rows)
         self.pad_id, self.pad_is_spare = choose_pad(tokenizer, self.stop_ids, num_ids)
 
+    @cached_property
+    def highest_id(self) -> int:
+        """The largest id of the tokenizer: more than it has tokens, where ids are left out."""
+        return max(self.tokenizer.get_vocab().values())
+
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids up to where the assistant is to speak. Raises DataError where the template refuses the roles."""
         return self._encode_parts(self._prompt_parts(messages, self._render(messages, True)))[0]
@@ -184,18 +190,19 @@ class Chat:
         return text.removeprefix(self._lead).removesuffix(self._before_end)
 
     def refusal(self, messages: Sequence[Message]) -> Mistake | None:
-        """What is wrong with a prompt for this template: it refuses the roles, or leaves a turn out. Found once for
-        each order of roles, since that is what templates look at."""
+        """What is wrong with a prompt for this template: it refuses the conversation, or leaves a turn out. What is
+        accepted is so for each order of roles, since that is what templates look at; what is refused may be so for
+        its contents, and says nothing of others."""
         roles = tuple(m.role for m in messages)
         if roles not in self._refusals:
-            self._refusals[roles] = self._find_refusal(messages)
+            try:
+                self._render(messages, True)
+            except DataError as error:
+                return Mistake("template_refuses", error.problem, error.fix)
+            self._refusals[roles] = self._left_out(messages)
         return self._refusals[roles]
 
-    def _find_refusal(self, messages: Sequence[Message]) -> Mistake | None:
-        try:
-            self._render(messages, True)
-        except DataError as error:
-            return Mistake("template_refuses", error.problem, error.fix)
+    def _left_out(self, messages: Sequence[Message]) -> Mistake | None:
         marks = [_MARK.format(i) for i in range(len(messages))]
         try:
             marked = self._render([Message(m.role, mark) for m, mark in zip(messages, marks, strict=True)], True)

@@ -75,7 +75,7 @@ def tokenise(chat: Chat, records: Sequence[Any], rows: Sequence[int]) -> tuple[C
         columns["num_mask"].append(len(learnt))
         mask += learnt
     columns["ids"], columns["mask"] = ids, mask
-    dtypes = DTYPES | {"ids": "<u2"} if len(chat.tokenizer) <= 2**16 else DTYPES
+    dtypes = DTYPES | {"ids": "<u2"} if chat.highest_id < 2**16 else DTYPES
     return {name: np.array(values, dtypes[name]) for name, values in columns.items()}, refused
 
 
