@@ -5,12 +5,16 @@ What is kept is named by a hash of everything it follows from, so nothing is eve
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,10 +63,11 @@ class Keeper:
         self._files: dict[str, IO[bytes]] = {}
         self._directory: Path | None = None
         if key is not None:
+            room()  # a bound that is no number is said before the work
             try:
                 _remove_abandoned()
-                self._directory = folder() / f".writing-{os.getpid()}-{key}"
-                self._directory.mkdir(parents=True, exist_ok=True)
+                self._directory = folder() / f".writing-{uuid.uuid4().hex}"
+                self._directory.mkdir(parents=True)
                 self._files = {name: (self._directory / name).open("wb") for name in DTYPES}
             except OSError as error:
                 print(f"note: nothing can be kept in {folder()} ({error}); tokens stay in memory", file=sys.stderr)
@@ -82,7 +87,7 @@ class Keeper:
                 raise _no_room(error) from error
 
     def finish(self, note: Mapping[str, Any]) -> Columns:
-        """All pieces together, kept with a note of JSON values."""
+        """All pieces together, kept with a note of JSON values, unless another process kept the same meanwhile."""
         if self._directory is None or self._key is None:
             names = self._pieces[0] if self._pieces else {}
             columns = {name: np.concatenate([piece[name] for piece in self._pieces]) for name in names}
@@ -93,15 +98,28 @@ class Keeper:
                 file.close()
             meta = {"columns": self._sizes, "note": note}
             (self._directory / _META).write_text(json.dumps(meta), encoding="utf-8")
-            target = folder() / self._key
-            shutil.rmtree(target, ignore_errors=True)
-            self._directory.rename(target)
+            # Mapped before they get their name: from then on another process may remove them, and a map stays.
+            columns = {
+                name: _mapped(self._directory / name, dtype, size) for name, (dtype, size) in self._sizes.items()
+            }
+            if read(self._key) is None:
+                self._give_name()
         except OSError as error:
             raise _no_room(error) from error
+        shutil.rmtree(self._directory, ignore_errors=True)  # where it was not given its name
         bound(self._key)
-        found = read(self._key)
-        assert found is not None, f"{target} was written a moment ago"
-        return found[0]
+        return columns
+
+    def _give_name(self) -> None:
+        assert self._directory is not None
+        assert self._key is not None
+        target = folder() / self._key
+        shutil.rmtree(target, ignore_errors=True)
+        try:
+            self._directory.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
     def discard(self) -> None:
         """Removes what was not finished."""
@@ -111,26 +129,39 @@ class Keeper:
             shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def bound(newest: str) -> None:
-    """Removes what was not used for longest until the rest fits the bound. A map that is in use stays readable."""
+def room() -> float:
+    """How many bytes may be kept. Raises ConfigError where that is no number."""
     given = os.environ.get(BOUND, str(DEFAULT_GB))
     try:
-        room = float(given) * 1e9
+        return float(given) * 1e9
     except ValueError:
         raise ConfigError(
             f"{BOUND} is {given!r}, not a number", where="the environment", fix=f"set it to GB, such as {BOUND}=20"
         ) from None
-    found = sorted(folder().glob(f"*/{_META}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for meta in sorted(found, key=lambda path: path.parent.name != newest):
-        room -= sum(path.stat().st_size for path in meta.parent.iterdir())
-        if room < 0 and meta.parent.name != newest:
-            shutil.rmtree(meta.parent, ignore_errors=True)
+
+
+def bound(newest: str) -> None:
+    """Removes what was not used for longest until the rest fits the bound. A map that is in use stays readable."""
+    left = room()
+    for _, directory, size in sorted(_by_age(newest)):
+        left -= size
+        if left < 0 and directory.name != newest:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _by_age(newest: str) -> Iterator[tuple[float, Path, int]]:
+    """Of all that is kept: how long ago it was used (`newest` first of all), where it is, and its bytes."""
+    for meta in folder().glob(f"*/{_META}"):
+        with suppress(OSError):  # another process removed it
+            age = -math.inf if meta.parent.name == newest else -meta.stat().st_mtime
+            yield age, meta.parent, sum(path.stat().st_size for path in meta.parent.iterdir())
 
 
 def _remove_abandoned() -> None:
     for directory in folder().glob(".writing-*"):
-        if time.time() - directory.stat().st_mtime > _ABANDONED_SECONDS:
-            shutil.rmtree(directory, ignore_errors=True)
+        with suppress(FileNotFoundError):  # it has got its name
+            if time.time() - directory.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def _no_room(error: OSError) -> EngineError:
