@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +15,10 @@ from tests.data.conftest import make
 from trimtab.data import kept, prepare
 from trimtab.data.chat import Chat
 from trimtab.data.pairs import group_pairs, group_replies
+from trimtab.data.tokens import table_of
 from trimtab.errors import ConfigError, DataError, EngineError
 from trimtab.stages.sft import demonstration_trees
-from trimtab.types import Demonstration, LabelledResponse, PreferencePair
+from trimtab.types import Demonstration, LabelledResponse, Message, PreferencePair, Prompt
 
 WORDS = [
     *[
@@ -321,6 +323,92 @@ def test_what_is_kept_is_bounded(tmp_path, large, cache, monkeypatch):
     monkeypatch.setenv(kept.BOUND, "much")
     with pytest.raises(ConfigError, match="not a number"):
         prepare.prepare(PreferencePair, write(tmp_path / "4.jsonl", pair_rows(seed=4)), chat, on_bad_row="drop")
+
+
+def test_a_bound_that_is_no_number_is_said_before_the_work(tmp_path, large, monkeypatch):
+    monkeypatch.setenv(kept.BOUND, "much")
+    monkeypatch.setattr(prepare, "tokenise", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(prepare, "num_processes", lambda: 1)
+    with pytest.raises(ConfigError, match="not a number"):
+        prepare.prepare(PreferencePair, write(tmp_path / "pairs.jsonl", pair_rows()), Chat(make("ours")))
+
+
+def test_two_processes_may_keep_the_same_and_a_third_remove_it(cache):
+    """Runs of a sweep begin together. The second ended with "make room", and a removal between with an assertion."""
+    columns = {name: np.arange(5).astype(dtype) for name, dtype in kept.DTYPES.items()}
+    one, two = kept.Keeper("a" * 32), kept.Keeper("a" * 32)
+    one.add(columns)
+    two.add(columns)
+    first, second = one.finish({}), two.finish({})
+    assert [path.name for path in cache.iterdir()] == ["a" * 32]
+    shutil.rmtree(cache)
+    for found in (first, second):
+        assert all((found[name] == columns[name]).all() for name in columns)
+
+
+def test_what_a_kept_table_follows_from_is_in_its_name(tmp_path):
+    chat = Chat(make("ours"))
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": "a"}])
+    copy = write(tmp_path / "rows.ndjson", [{"prompt": "a"}])
+    (tmp_path / "shards").mkdir()
+    write(tmp_path / "shards" / "a.csv", ["prompt"])
+
+    def key(kind=PreferencePair, source=rows, limit=None, sha256="0"):
+        return prepare.key_of(prepare.Records(kind, source, limit, chat), sha256)
+
+    shards = key(source=tmp_path / "shards")
+    (tmp_path / "shards" / "a.csv").rename(tmp_path / "shards" / "a.tsv")
+    keys = [
+        key(), key(kind=Demonstration), key(limit=3), key(sha256="1"), key(source=f"{rows}?ignore=id"),
+        key(source=f"{rows}?columns=q:prompt"), key(source=copy), shards, key(source=tmp_path / "shards"),
+    ]  # fmt: skip
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[0]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_file_that_changes_while_it_is_read_is_refused_and_not_kept(tmp_path, large, cache, monkeypatch, processes):
+    """Its tokens were kept under the hash of what it was before."""
+    path = write(
+        tmp_path / "pairs.jsonl", [{"prompt": f"Question {i}?", "chosen": "y", "rejected": "n"} for i in range(20)]
+    )
+    plain, real = path.read_text(), prepare.tokenise
+    monkeypatch.setattr(prepare, "num_processes", lambda: processes)
+
+    def while_it_is_written(chat, records, rows):
+        path.write_text(plain + plain)
+        return real(chat, records, rows)
+
+    monkeypatch.setattr(prepare, "tokenise", while_it_is_written)
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare.prepare(PreferencePair, path, Chat(make("ours")))
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_rows_that_give_no_record_are_refused(tmp_path, sized, request):
+    if sized:
+        request.getfixturevalue("large")
+    said = [{"text": text, "role": "assistant", "replies": []} for text in ("a", "b")]  # nobody ranked them
+    path = write(
+        tmp_path / "trees.jsonl",
+        [{"message_tree_id": "1", "prompt": {"text": "Hi", "role": "prompter", "replies": said}}],
+    )
+    with pytest.raises(DataError, match="no PreferencePair can be made of 1 rows"):
+        prepare.prepare(PreferencePair, path, Chat(make("ours")))
+
+
+def test_ids_above_the_number_of_tokens_are_kept_whole():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<|end|>": 1, "far": 70_000}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    chat = Chat(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|end|>", unk_token="<unk>"))
+    table = table_of(
+        chat, Demonstration, [Demonstration(prompt=Prompt(messages=(Message("user", "Why?"),)), response="far far")]
+    )
+    assert table.replies(0)[0][1] == [70_000, 70_000, 1]
 
 
 def test_where_nothing_can_be_kept_tokens_stay_in_memory(tmp_path, large, monkeypatch, capsys):

@@ -88,12 +88,7 @@ def load(
     seen.refuse(on_bad_row, num_records=len(made))
     kept, counted = stream.collect(made)
     if not kept:
-        raise DataError(
-            f"no {kind.__name__} can be made of {seen.num_rows} rows: "
-            + (", ".join(f"{num} {name}" for name, num in counted.items() if num) or "none says which is better"),
-            where=stream.source,
-            fix="use data in which one reply is preferred",
-        )
+        raise none_made(kind, stream.source, seen.num_rows, counted)
     return Loaded(
         records=kept,
         layout=stream.layout,
@@ -102,6 +97,16 @@ def load(
         counts=seen.counts(len(kept), counted),
         dropped=tuple(f"{row.where}: {row.problem}" for row in seen.bad),
         unused=tuple(stream.unused),
+    )
+
+
+def none_made(kind: type, source: str, num_rows: int, counted: Mapping[str, int]) -> DataError:
+    """What is raised where rows that are not wrong give no record."""
+    return DataError(
+        f"no {kind.__name__} can be made of {num_rows} rows: "
+        + (", ".join(f"{num} {name}" for name, num in counted.items() if num) or "none says which is better"),
+        where=source,
+        fix="use data in which one reply is preferred",
     )
 
 
@@ -254,7 +259,7 @@ def _placed(where: str, mistake: Mistake, reading: Reading, source: str) -> BadR
 
 def _note_unused(row: JsonDict, reading: Reading, unused: dict[str, None]) -> None:
     """Notes the columns of the row, and the fields of its messages, that are no part of the records."""
-    for name in row.keys() - reading.used - unused.keys() if reading.kind is not Prompt else ():
+    for name in sorted(row.keys() - reading.used - unused.keys()) if reading.kind is not Prompt else ():
         if filled(row[name]):
             unused[name] = None
     for name, value in row.items():

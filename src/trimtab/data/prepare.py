@@ -27,7 +27,7 @@ import numpy as np
 from trimtab import types
 from trimtab.data import kept
 from trimtab.data.chat import Chat
-from trimtab.data.layouts import NUM_SHOWN, Loaded, RecordStream, Seen, load, report, stream_records
+from trimtab.data.layouts import NUM_SHOWN, Loaded, RecordStream, Seen, load, none_made, report, stream_records
 from trimtab.data.mistakes import BadRow
 from trimtab.data.progress import showing_rows
 from trimtab.data.sources import files_of, is_feedback, is_hub, is_world
@@ -42,6 +42,7 @@ MAX_PROCESSES = 8
 """Every process reads the whole source, so more of them gain little."""
 
 Read = Callable[[Array], list[Any]]
+Stamp = tuple[str, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,8 @@ def prepare(
     if is_world(source) or is_feedback(source):
         loaded = _loaded(records_of, on_bad_row)
         return prepare_loaded(kind, loaded, chat, on_bad_row=on_bad_row, by_prompt=by_prompt)
-    size = None if is_hub(source) else sum(path.stat().st_size for path in files_of(source)[0])
+    work = _Work(records_of, _stamps(source))
+    size = None if is_hub(source) else sum(size for _, size, _ in work.stamps)
     stream = records_of.stream()
     if not stream.by_row:
         loaded = _loaded(records_of, on_bad_row)
@@ -112,8 +114,10 @@ def prepare(
     key = key_of(records_of, stream.sha256) if large else None
     found = kept.read(key) if key is not None else None
     if found is None or (on_bad_row == "stop" and found[1]["kinds"]):
-        found = _build(_Work(records_of), key, on_bad_row, num_processes() if large else 1)
+        found = _build(work, key, on_bad_row, num_processes() if large else 1)
     columns, note = found
+    if not len(columns["row"]):
+        raise none_made(kind, stream.source, note["num_rows"], {})
     seen = Seen(note["num_rows"], Counter(note["kinds"]), [BadRow(*row) for row in note["bad"]])
     return _prepared(
         columns=columns,
@@ -240,6 +244,7 @@ def _build(work: _Work, key: str | None, on_bad_row: str, processes: int) -> tup
                 unused |= dict.fromkeys(block.unused)
                 show(seen.num_rows)
         seen.refuse(on_bad_row, num_records=num_records)
+        work.refuse_changed()
         note = {
             "num_rows": seen.num_rows,
             "kinds": dict(seen.kinds),
@@ -252,9 +257,26 @@ def _build(work: _Work, key: str | None, on_bad_row: str, processes: int) -> tup
         raise
 
 
+def _stamps(source: str | Path) -> tuple[Stamp, ...]:
+    """Name, size and time of change of each file; none for a hub data set."""
+    files = () if is_hub(source) else files_of(source)[0]
+    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+
 @dataclass(frozen=True)
 class _Work:
     records: Records
+    stamps: tuple[Stamp, ...]
+    """Of the files when their hash was asked for."""
+
+    def refuse_changed(self) -> None:
+        """Raises DataError where a file is another than it was: what was read is then not what the hash is of."""
+        if _stamps(self.records.source) != self.stamps:
+            raise DataError(
+                "the data was changed while it was read",
+                where=str(self.records.source),
+                fix="wait until it is written, or name a copy, and start again",
+            )
 
     def blocks(self, part: int, num_parts: int) -> Iterator[_Block]:
         """Every `num_parts`-th block, beginning with the one of number `part`."""
@@ -391,10 +413,11 @@ def key_of(records_of: Records, sha256: str) -> str | None:
     if backend is None:
         return None
     rules = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-    name, _, options = str(records_of.source).partition("?")
+    source = str(records_of.source)
+    names = [source] if is_hub(source) else [path.name for path in files_of(source)[0]]
     how = [
         [records_of.kind.__name__, records_of.limit, sha256],
-        [Path(name).name if "," not in name else name, options],
+        [names, source.partition("?")[2]],  # a name's ending says how the file is read
         [rules, chat.tokenizer.chat_template, chat.tokenizer.special_tokens_map, type(chat.tokenizer).__name__],
         [importlib.metadata.version(library) for library in ("tokenizers", "transformers", "jinja2")],
         _code_hash(),
