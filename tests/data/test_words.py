@@ -71,6 +71,19 @@ def test_added_tokens_that_take_blanks_are_left_to_the_tokenizer():
     assert Words(tokenizer).encode(strings) == one_by_one(tokenizer, strings, False)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_added_tokens_that_overlap_are_found_as_the_tokenizer_finds_them(plain):
+    """As letters, a special token hid the ones inside it from the tokenizer and not from the words."""
+    from tokenizers import AddedToken
+
+    tokenizer = make("chatml")
+    overlapping = ["im_st", "|>", "a Hello", " a", "xyz", "xy", "yzw"]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in overlapping])
+    random_ = random.Random(4)
+    strings = ["".join(random_.choices([*PIECES, *overlapping * 3, "w"], k=8)) for _ in range(600)]
+    assert Words(tokenizer).encode(strings, plain=plain) == one_by_one(tokenizer, strings, plain)
+
+
 def test_the_memory_is_bounded(tokenizers, monkeypatch):
     monkeypatch.setattr(words, "MAX_PIECES", 50)
     found = Words(tokenizers["ours"])

@@ -58,9 +58,8 @@ class Words:
             return
         self._needs_nfc = rules["normalizer"] is not None
         tokens = rules["added_tokens"]
-        special = [t for t in tokens if t["special"]]
-        self._split = {False: _one_of(tokens), True: _one_of(t for t in tokens if not t["special"])}
-        self._odd = {False: _one_of(filter(_is_odd, tokens)), True: _one_of(filter(_is_odd, _without(tokens, special)))}
+        self._split = _one_of(tokens)
+        self._odd = _one_of(filter(_is_odd, tokens))
         self._added_ids = {t["content"]: (int(t["id"]),) for t in tokens}
         self._first: dict[str, tuple[int, ...]] = {}
         """Ids of a piece at the beginning of a text."""
@@ -68,15 +67,16 @@ class Words:
         """Ids of a piece and the blank before it."""
 
     def encode(self, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
-        """The ids of each text; with `plain`, special tokens in it are letters."""
-        if not self.by_words:
+        """The ids of each text; with `plain`, special tokens in it are letters: few texts have one, and the tokenizer
+        finds other added tokens in it or not by rules of its own."""
+        if plain or not self.by_words:
             return self._by_tokenizer(texts, plain)
-        wholes = [i for i, text in enumerate(texts) if not self._may_be_cut(text, plain)]
+        wholes = [i for i, text in enumerate(texts) if not self._may_be_cut(text)]
         found = dict(zip(wholes, self._by_tokenizer([texts[i] for i in wholes], plain), strict=True))
         later: dict[int, list[str]] = {}
         for i, text in enumerate(texts):
             if i not in found:
-                split = self._split[plain].split(text)
+                split = self._split.split(text)
                 try:
                     found[i] = self._join(split)
                 except KeyError:
@@ -85,8 +85,8 @@ class Words:
         found |= {i: self._join(split) for i, split in later.items()}
         return [found[i] for i in range(len(texts))]
 
-    def _may_be_cut(self, text: str, plain: bool) -> bool:
-        if self._odd[plain].search(text):
+    def _may_be_cut(self, text: str) -> bool:
+        if self._odd.search(text):
             return False
         return not self._needs_nfc or text.isascii() or unicodedata.is_normalized("NFC", text)
 
@@ -179,10 +179,6 @@ def _is_known(pre_tokenizer: dict[str, Any] | None) -> bool:
 def _is_odd(token: dict[str, Any]) -> bool:
     """Whether the token takes blanks beside it, wants word boundaries, or is looked for in a normalised text."""
     return bool(token["lstrip"] or token["rstrip"] or token["single_word"] or token["normalized"])
-
-
-def _without(tokens: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [t for t in tokens if t not in others]
 
 
 def _one_of(tokens: Iterable[dict[str, Any]]) -> re.Pattern[str]:
