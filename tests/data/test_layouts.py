@@ -10,6 +10,7 @@ import pytest
 
 from trimtab import worlds
 from trimtab.data.layouts import load
+from trimtab.data.mistakes import Mistake
 from trimtab.errors import DataError
 from trimtab.types import (
     Comparison,
@@ -395,3 +396,19 @@ def test_verifiers_find_what_they_need_in_the_facts():
 def test_loaded_cannot_be_changed(read):
     with pytest.raises(dataclasses.FrozenInstanceError):
         read(PreferencePair, GOOD).source = "other"
+
+
+def test_a_world_and_a_project_are_asked_about_their_prompts_too():
+    """A system turn that the model's template leaves out is no row that a file alone can have."""
+    first, second = (prompt.messages for prompt in load(Prompt, "world:helpdesk?num=2").records)
+
+    def accepts(messages):
+        return Mistake("template_leaves_out", "the system turn", "-") if messages == first else None
+
+    with pytest.raises(DataError, match=r"the system turn\n  1 of 2 rows") as error:
+        load(Prompt, "world:helpdesk?num=2", accepts=accepts)
+    assert error.value.where == "world:helpdesk?num=2, record 1"
+    found = load(Prompt, "world:helpdesk?num=2", accepts=accepts, on_bad_row="drop")
+    assert [prompt.messages for prompt in found.records] == [second]
+    assert found.counts == {"rows": 2, "records": 1, "dropped_template_leaves_out": 1}
+    assert found.dropped == ("world:helpdesk?num=2, record 1: the system turn",)

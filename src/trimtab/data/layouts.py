@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Generic, Literal, cast
@@ -27,6 +27,8 @@ from trimtab.types import Demonstration, JsonDict, Message, Prompt, Record
 
 NUM_SHOWN = 5
 """How many bad rows an error or a summary quotes; the others are counted."""
+Accepts = Callable[[Sequence[Message]], Mistake | None]
+"""What is wrong with the turns of a prompt, if anything is."""
 _NUM_LOOKED_AT = 1000
 """How many rows say which layout a source has."""
 
@@ -66,7 +68,7 @@ def load(
     *,
     on_bad_row: Literal["stop", "drop"] = "stop",
     limit: int | None = None,
-    accepts: Callable[[Sequence[Message]], Mistake | None] | None = None,
+    accepts: Accepts | None = None,
 ) -> Loaded[Record]:
     """The records of a source (`sources.stream_rows`, "world:…" or "feedback:…"), in whatever layout it has.
 
@@ -75,10 +77,9 @@ def load(
     is for, such as a turn that its chat template refuses. Raises DataError for a source that cannot be read, a layout
     that is not known or holds no such records, and when no row is left.
     """
-    if is_world(source):
-        return _load_world(kind, str(source), limit)
-    if is_feedback(source):
-        return _load_feedback(kind, str(source), limit)
+    if is_world(source) or is_feedback(source):
+        whole = (_load_world if is_world(source) else _load_feedback)(kind, str(source), limit)
+        return whole if accepts is None else _accepted(whole, accepts, on_bad_row)
     stream = stream_records(kind, source, limit=limit, accepts=accepts)
     made: list[Any] = []
     seen = Seen()
@@ -161,7 +162,7 @@ def stream_records(
     source: str | Path,
     *,
     limit: int | None = None,
-    accepts: Callable[[Sequence[Message]], Mistake | None] | None = None,
+    accepts: Accepts | None = None,
     wanted: Callable[[int], bool] | None = None,
 ) -> RecordStream:
     """The rows of a file or hub data set as records of a kind; see `load`. `wanted` says of which rows, by their number
@@ -196,7 +197,7 @@ def _made(
     columns: JsonDict,
     reading: Reading,
     source: str,
-    accepts: Callable[[Sequence[Message]], Mistake | None] | None,
+    accepts: Accepts | None,
     unused: dict[str, None],
 ) -> list[Any] | BadRow:
     try:
@@ -239,11 +240,30 @@ def _noting(rows: Iterable[Any], reading: Reading, unused: dict[str, None]) -> I
         yield row
 
 
-def _refuse_unless(accepts: Callable[[Sequence[Message]], Mistake | None], records: Sequence[Any]) -> None:
+def _refuse_unless(accepts: Accepts, records: Sequence[Any]) -> None:
     for record in records:
         mistake = accepts(record.messages if isinstance(record, Prompt) else record.prompt.messages)
         if mistake is not None:
             raise mistake
+
+
+def _accepted(loaded: Loaded[Record], accepts: Accepts, on_bad_row: str) -> Loaded[Record]:
+    """What was loaded without the records that are not accepted, which count as bad rows do."""
+    seen: Seen = Seen(num_rows=loaded.counts["rows"])
+    kept: list[Record] = []
+    for number, record in enumerate(loaded.records, 1):
+        try:
+            _refuse_unless(accepts, [record])
+        except Mistake as mistake:
+            seen.kinds[mistake.kind] += 1
+            where = f"{loaded.source}, record {number}"
+            seen.bad = [*seen.bad, BadRow(where, mistake.kind, mistake.problem, mistake.fix)][:NUM_SHOWN]
+        else:
+            kept.append(record)
+    seen.refuse(on_bad_row, num_records=len(kept))
+    others = {name: num for name, num in loaded.counts.items() if name not in ("rows", "records")}
+    dropped = tuple(f"{row.where}: {row.problem}" for row in seen.bad)
+    return replace(loaded, records=kept, counts=seen.counts(len(kept), others), dropped=dropped)
 
 
 def _placed(where: str, mistake: Mistake, reading: Reading, source: str) -> BadRow:
