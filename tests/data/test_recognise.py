@@ -273,3 +273,12 @@ def test_tools_in_a_prompt_that_is_an_object_are_refused(file):
         load(Demonstration, path)
     assert f"{path}?ignore=tools" in error.value.fix
     assert load(Demonstration, f"{path}?ignore=tools").records[0].response == "Yo"
+
+
+def test_a_dialogue_that_is_a_text_is_no_list_of_messages(file):
+    path = file({"dialogue": "#Ann#: Hi #Bob#: Yo", "summary": "They greet."})
+    with pytest.raises(DataError, match="no known layout has the columns dialogue, summary") as error:
+        load(Demonstration, path)
+    assert f"{path}?columns=NAME:prompt,OTHER:completion" in error.value.fix
+    [found] = load(Demonstration, f"{path}?columns=dialogue:prompt,summary:completion").records
+    assert found.response == "They greet."

@@ -124,7 +124,8 @@ def names_of(columns: frozenset[str], sample: Mapping[str, Any], rare: frozenset
                 break
     if "response_b" in have and (name := first(CHOICE, kinds=(str, int, float))):
         rename(name, "choice")
-    if name := first(MESSAGES, kinds=(list,)) or ("" if "prompt" in have else first(MESSAGES, kinds=(str,))):
+    name = first(MESSAGES, kinds=(list,)) or ("" if "prompt" in have else first(MESSAGES, kinds=(str,)))
+    if name and str(sample[have[name]]).lstrip()[:1] in ("[", "{"):  # not a dialogue that is a text
         rename(name, "prompt" if _comes_before(sample[have[name]], sample.get(have.get("chosen", ""))) else "messages")
     if "messages" not in have and (name := first(PROMPT, kinds=(str, list, dict))):
         rename(name, "prompt")
