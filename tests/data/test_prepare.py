@@ -59,7 +59,7 @@ def large(monkeypatch):
     """Every source counts as large: blocks, two processes, kept."""
     monkeypatch.setattr(prepare, "SMALL", 0)
     monkeypatch.setattr(prepare, "BLOCK", 7)
-    monkeypatch.setattr(prepare, "num_processes", lambda: 2)
+    monkeypatch.setattr(prepare, "num_processes", lambda _: 2)
 
 
 @pytest.fixture(params=["ours", "llama3", "llama2"], scope="module")
@@ -328,7 +328,7 @@ def test_what_is_kept_is_bounded(tmp_path, large, cache, monkeypatch):
 def test_a_bound_that_is_no_number_is_said_before_the_work(tmp_path, large, monkeypatch):
     monkeypatch.setenv(kept.BOUND, "much")
     monkeypatch.setattr(prepare, "tokenise", lambda *_: pytest.fail("it began"))
-    monkeypatch.setattr(prepare, "num_processes", lambda: 1)
+    monkeypatch.setattr(prepare, "num_processes", lambda _: 1)
     with pytest.raises(ConfigError, match="not a number"):
         prepare.prepare(PreferencePair, write(tmp_path / "pairs.jsonl", pair_rows()), Chat(make("ours")))
 
@@ -346,7 +346,7 @@ def test_two_processes_may_keep_the_same_and_a_third_remove_it(cache):
         assert all((found[name] == columns[name]).all() for name in columns)
 
 
-def test_what_a_kept_table_follows_from_is_in_its_name(tmp_path):
+def test_what_a_kept_table_follows_from_is_in_its_name(tmp_path, monkeypatch):
     chat = Chat(make("ours"))
     rows = write(tmp_path / "rows.jsonl", [{"prompt": "a"}])
     copy = write(tmp_path / "rows.ndjson", [{"prompt": "a"}])
@@ -364,6 +364,19 @@ def test_what_a_kept_table_follows_from_is_in_its_name(tmp_path):
     ]  # fmt: skip
     assert len(set(keys)) == len(keys)
     assert key() == keys[0]
+    for name in ("_code_hash", "importlib.metadata.version"):
+        with monkeypatch.context() as changed:
+            changed.setattr(f"trimtab.data.prepare.{name}", lambda *_: "another")
+            assert key() not in keys
+
+
+def test_a_json_document_is_held_in_memory_by_one_process_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.os, "sched_getaffinity", lambda _: range(4))
+    rows = [{"prompt": "Hi", "completion": "Yo"}]
+    document, lines = tmp_path / "rows.json", write(tmp_path / "lines.json", rows)
+    document.write_text(json.dumps(rows, indent=1))
+    assert prepare.num_processes(lines) == 4
+    assert prepare.num_processes(document) == prepare.num_processes(f"{lines},{document}") == 1
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -373,7 +386,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused_and_not_kept(tmp_path, 
         tmp_path / "pairs.jsonl", [{"prompt": f"Question {i}?", "chosen": "y", "rejected": "n"} for i in range(20)]
     )
     plain, real = path.read_text(), prepare.tokenise
-    monkeypatch.setattr(prepare, "num_processes", lambda: processes)
+    monkeypatch.setattr(prepare, "num_processes", lambda _: processes)
 
     def while_it_is_written(chat, records, rows):
         path.write_text(plain + plain)

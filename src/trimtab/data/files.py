@@ -137,6 +137,13 @@ def _is_document(first: bytes) -> bool:
     return begin.startswith(b"[") or begin == b"{" or (begin.startswith(b"{") and begin.endswith((b"[", b"{", b",")))
 
 
+def is_document(path: Path) -> bool:
+    """Whether a file is one JSON document over many rows, which is held in memory whole to be read."""
+    if not ending_of(path).startswith((".json", ".ndjson")):
+        return False
+    return _is_document(next((line for line in _begin(path) if line.strip()), b""))
+
+
 def _is_alone(rest: Iterator[bytes]) -> bool:
     return not any(line.strip() for line in rest)
 

@@ -27,6 +27,7 @@ import numpy as np
 from trimtab import types
 from trimtab.data import kept
 from trimtab.data.chat import Chat
+from trimtab.data.files import is_document
 from trimtab.data.layouts import NUM_SHOWN, Loaded, RecordStream, Seen, load, none_made, report, stream_records
 from trimtab.data.mistakes import BadRow
 from trimtab.data.progress import showing_rows
@@ -110,33 +111,36 @@ def prepare(
     if not stream.by_row:
         loaded = _loaded(records_of, on_bad_row)
         return prepare_loaded(kind, loaded, chat, on_bad_row=on_bad_row, by_prompt=by_prompt)
+    facts: dict[str, Any] = {"layout": stream.layout, "source": stream.source, "sha256": stream.sha256}
+    del stream  # and with it the file, which may be in memory whole
     large = size is None or size > SMALL
-    key = key_of(records_of, stream.sha256) if large else None
+    key = key_of(records_of, facts["sha256"]) if large else None
     found = kept.read(key) if key is not None else None
     if found is None or (on_bad_row == "stop" and found[1]["kinds"]):
-        found = _build(work, key, on_bad_row, num_processes() if large else 1)
+        found = _build(work, key, on_bad_row, num_processes(source) if large else 1)
     columns, note = found
     if not len(columns["row"]):
-        raise none_made(kind, stream.source, note["num_rows"], {})
+        raise none_made(kind, facts["source"], note["num_rows"], {})
     seen = Seen(note["num_rows"], Counter(note["kinds"]), [BadRow(*row) for row in note["bad"]])
     return _prepared(
         columns=columns,
         kind=kind,
-        read=_read_again(records_of, stream.sha256, columns),
+        read=_read_again(records_of, facts["sha256"], columns),
         place=lambda record: _place(records_of, int(columns["row"][record])),
         seen=seen,
         on_bad_row=on_bad_row,
         by_prompt=by_prompt,
-        layout=stream.layout,
-        source=stream.source,
-        sha256=stream.sha256,
         unused=tuple(note["unused"]),
         others={},
+        **facts,
     )
 
 
-def num_processes() -> int:
-    """Processes that tokenise a large source: one a core, where a process can be split in two."""
+def num_processes(source: str | Path) -> int:
+    """Processes that tokenise a large source: one a core, where a process can be split in two. One for JSON documents,
+    which each would hold in memory whole."""
+    if not is_hub(source) and any(map(is_document, files_of(source)[0])):
+        return 1
     if sys.platform != "linux" or multiprocessing.current_process().daemon:
         return 1
     return min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
