@@ -169,10 +169,13 @@ def test_rows_are_compared_where_there_is_no_other_text(base, tmp_path):
     save_model(wider, own, tmp_path / "wider")
     compared(own, tmp_path / "wider")
     assert load_tokenizer(tmp_path / "wider").model_facts.num_rows == len(own) + 40
+    compared(load_tokenizer(tmp_path / "wider"), base)  # rows that fill up are never sampled
+    more = load_tokenizer(tmp_path / "wider")
+    more.add_special_tokens({"additional_special_tokens": ["<|more|>"]})
     with pytest.raises(
-        ConfigError, match=re.escape(f"has {len(own)} rows in its embedding and the policy {len(own) + 40}")
+        ConfigError, match=re.escape(f"has {len(own)} rows in its embedding and the policy's tokens need {len(more)}")
     ):
-        compared(load_tokenizer(tmp_path / "wider"), base)
+        compared(more, base)
     for file in (tmp_path / "wider").glob("token*"):
         file.unlink()  # a model without a tokenizer
     compared(own, tmp_path / "wider")

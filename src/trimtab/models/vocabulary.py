@@ -15,7 +15,7 @@ def refuse_other_vocabulary(
     tokenizer: PreTrainedTokenizerBase, path: str | Path, *, role: str, where: str, fix: str
 ) -> None:
     """Raises ConfigError unless the model in `path`, which is to read the token ids of this tokenizer, reads them as
-    the same text and has a row for each. A model without a tokenizer of its own is compared by its rows.
+    the same text and has a row for each token. A model without a tokenizer of its own is compared by its rows.
 
     Special tokens may have other names, as reserved ones of one family have; ordinary ones may not differ.
     """
@@ -30,11 +30,12 @@ def refuse_other_vocabulary(
             where=where,
             fix=fix,
         )
-    needed = len(tokenizer) if own is None else own.num_rows
+    # Rows that fill an embedding up to a round number are no tokens: nothing is sampled from them.
+    needed = 1 + max(id_ for id_ in tokenizer.get_vocab().values() if own is None or id_ < own.num_rows)
     if num_rows < needed:
         raise ConfigError(
-            f"the {role} {str(path)!r} has {num_rows} rows in its embedding and the policy {needed}: it could not read "
-            "every token that the policy writes",
+            f"the {role} {str(path)!r} has {num_rows} rows in its embedding and the policy's tokens need {needed}: it "
+            "could not read every token that the policy writes",
             where=where,
             fix=fix,
         )
