@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.models.test_forward import some_trees
@@ -208,6 +209,17 @@ def saved(base, path, name):
     model = load_causal(base)
     add_adapter(model, "policy", LoRA(rank=4), seed=0)
     save_role(Policy(model, pad_id=0, adapter="policy"), load_tokenizer(base), path, base=name)
+
+
+def test_an_adapter_that_broke_down_in_training_is_refused_on_a_shared_base_too(base, tmp_path):
+    saved(base, tmp_path / "adapter", str(base))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights[sorted(weights)[0]][0, 0] = torch.nan
+    save_file(weights, file)
+    for load in (load_causal, lambda path: load_adapter(load_causal(base), "policy", path)):
+        with pytest.raises(EngineError, match=r"1 of its weights hold nan or infinity, such as .*lora_A"):
+            load(tmp_path / "adapter")
 
 
 def test_the_base_is_found_from_everywhere_and_after_a_move(tmp_path, monkeypatch):

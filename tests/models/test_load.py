@@ -16,6 +16,7 @@ from tests.tiny import write_model_directory
 from trimtab.data.chat import Chat
 from trimtab.errors import ConfigError, EngineError
 from trimtab.models.load import load_causal, load_scalar, load_tokenizer
+from trimtab.models.roles import ScalarModel
 from trimtab.models.save import save_model
 from trimtab.models.vocabulary import refuse_other_vocabulary
 
@@ -96,9 +97,17 @@ def test_weights_that_are_not_whole(damaged, damage, says):
     damage(damaged / "model.safetensors")
     with pytest.raises(EngineError, match=says):
         load_causal(damaged)
-    if damage is not with_nan:
-        with pytest.raises(EngineError, match=says):
-            load_scalar(damaged, head_seed=0)
+    with pytest.raises(EngineError, match=says):
+        ScalarModel(load_scalar(damaged, head_seed=0), pad_id=0)
+
+
+def test_a_score_head_that_broke_down_in_training_is_refused_before_anything_is_scored(base, tmp_path):
+    reward = write_reward_model(base, tmp_path / "reward")
+    weights = load_file(reward / "model.safetensors")
+    weights["score.weight"][0, 3] = torch.inf
+    save_file(weights, reward / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EngineError, match=r"1 of its weights hold nan or infinity, such as score\.weight"):
+        load_scalar(reward)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "adapter_config.json"])

@@ -28,7 +28,7 @@ from trimtab.hub import ADAPTER_FILE as CONFIG_FILE
 from trimtab.hub import ADAPTER_WEIGHTS as WEIGHTS_FILE
 from trimtab.hub import BESIDE_FILE, base_of, find_model, lasting_name, read_json
 from trimtab.models.quantized import Bits
-from trimtab.models.weights import check_file
+from trimtab.models.weights import check_file, refuse_damage
 
 _PREFIX = "base_model.model."
 """What peft puts before the names of a model's own weights in a file."""
@@ -61,10 +61,11 @@ def is_adapted(module: nn.Module) -> bool:
 
 def adapter_weights(path: str | Path) -> dict[str, Tensor]:
     """Everything in the file of an adapter directory, by the names of peft. Embeddings that peft repeats there under
-    the names of its wrappers are left out."""
+    the names of its wrappers are left out. Raises EngineError if the file is damaged."""
     file = Path(find_model(path)) / WEIGHTS_FILE
     check_file(file)
     weights = load_file(file)
+    refuse_damage(weights.items(), str(path))
     repeated = (".original_module.", ".modules_to_save.")
     return {k: v for k, v in weights.items() if not any(r in k and k.replace(r, ".") in weights for r in repeated)}
 

@@ -31,6 +31,7 @@ from trimtab.models.attention import ROW_ATTENTION, backbone, row_states
 from trimtab.models.last_block import reading
 from trimtab.models.positions import forget_lengths, length_limit
 from trimtab.models.tree_attention import tree_attention
+from trimtab.models.weights import refuse_damage
 
 Form = Literal["tree", "padded", "alone"]
 Place = Literal["predict_from", "last_tokens"]
@@ -166,6 +167,7 @@ def _prove(model: PreTrainedModel) -> Proved:
     finally:
         _attend_with(model, own)
         model.train(training)
+    refuse_damage(model.named_parameters(), _name(model))
     raise EngineError(
         "this model gives other hidden states each time that it is run on the same row",
         where=_name(model),

@@ -23,7 +23,7 @@ from trimtab.models.forms import proved
 from trimtab.models.logits import logit_shape
 from trimtab.models.merge import merge_adapter
 from trimtab.models.quantized import is_quantized
-from trimtab.models.weights import check_weights, stored_dtype
+from trimtab.models.weights import check_weights, refuse_damage, stored_dtype
 
 transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -61,7 +61,7 @@ def load_causal(path: str | Path) -> PreTrainedModel:
         proved(model)
         logit_shape(model)
     except EngineError as error:
-        _refuse_damage(model, path, error)
+        refuse_damage(model.named_parameters(), str(path), seen=error)
         raise
     return model
 
@@ -101,6 +101,9 @@ def load_scalar(path: str | Path, *, head_seed: int | None = None, zero_head: bo
     if new and head_seed is None:
         raise _no_head(path, f"missing: {', '.join(new)}")
     _fill_head(model, new, head_seed or 0, zero_head)
+    # Of the backbone it is asked when the model is first run; the head is not run until something is scored.
+    body = f"{model.base_model_prefix}."
+    refuse_damage(((n, p) for n, p in model.named_parameters() if not n.startswith(body)), str(path))
     return _prepared(model)
 
 
@@ -177,15 +180,3 @@ def _prepared(model: PreTrainedModel) -> PreTrainedModel:
             module.p = 0.0
     model.train(False)
     return model
-
-
-def _refuse_damage(model: PreTrainedModel, path: str | Path, seen: EngineError) -> None:
-    """Raises EngineError if nan or infinity among the weights is why a model does not compute what it should."""
-    damaged = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-    if damaged:
-        raise EngineError(
-            f"{len(damaged)} of its weights hold nan or infinity, such as {damaged[0]}: the file is damaged, or its "
-            "training broke down",
-            where=str(path),
-            fix="copy or download it again, or name an earlier checkpoint",
-        ) from seen

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from trimtab.data.tokenizers import first_line
 from trimtab.errors import EngineError
@@ -59,6 +61,18 @@ def check_file(file: Path) -> None:
             where=f"{file}, {file.stat().st_size} bytes",
             fix=again,
         ) from error
+
+
+def refuse_damage(weights: Iterable[tuple[str, Tensor]], where: str, *, seen: Exception | None = None) -> None:
+    """Raises EngineError if there is nan or infinity among the named weights; `seen` is what it led to."""
+    damaged = [name for name, weight in weights if not weight.isfinite().all()]
+    if damaged:
+        raise EngineError(
+            f"{len(damaged)} of its weights hold nan or infinity, such as {damaged[0]}: the file is damaged, or its "
+            "training broke down",
+            where=where,
+            fix="copy or download it again, or name an earlier checkpoint",
+        ) from seen
 
 
 def stored_dtype(directory: str | Path) -> torch.dtype | None:
