@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DeepseekV3Config,
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
@@ -167,6 +168,29 @@ def test_weights_are_written_in_the_dtype_they_were_stored_in(tmp_path, dtype, s
     assert not torch.equal(before, again) or dtype == torch.bfloat16
     save_model(model, load_tokenizer(base), tmp_path / "asked", dtype=torch.float32)
     assert kind.from_pretrained(tmp_path / "asked", dtype="auto").dtype == torch.float32
+
+
+def test_what_a_router_chooses_by_stays_float32_as_transformers_keeps_it(tmp_path):
+    tok = BASES["pad is eos, and unk is there"]()
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8}
+    widths = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16}
+    sizes = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+    config = DeepseekV3Config(
+        vocab_size=len(tok), num_hidden_layers=1, first_k_dense_replace=0, **experts, **heads, **widths, **sizes
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    gate = model.model.layers[0].mlp.gate
+    with torch.no_grad():
+        gate.e_score_correction_bias.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))  # none of them a bfloat16 number
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.written_dtype = torch.bfloat16
+    save_model(model, tok, tmp_path)
+    round_as_written(model)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+        assert torch.equal(tensor, before[name]) == ("gate." in name or "norm" in name), name
 
 
 def test_a_pad_token_that_the_model_has_no_row_for_is_not_chosen(tmp_path):

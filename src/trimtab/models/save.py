@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,8 @@ def written_dtype(model: PreTrainedModel) -> torch.dtype:
 def round_as_written(model: PreTrainedModel) -> None:
     """Rounds the weights as writing the model will, so that what is measured from here on is what is written."""
     dtype = written_dtype(model)
-    if dtype != torch.float32:
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(dtype))
+    for _, tensor in _rounded(model, dtype):
+        tensor.copy_(tensor.to(dtype))
 
 
 def _set_pad(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -130,14 +130,23 @@ def _set_ids(model: PreTrainedModel, stop_ids: int | list[int], pad_id: int) -> 
         generation.do_sample = True
 
 
+def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """What is rounded when the model is written in `dtype`: all but what its class keeps in float32 whatever the rest
+    has, such as the weights and biases by which a router chooses experts."""
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and dtype != torch.float32 and not any(part in name for part in kept):
+            yield name, tensor
+
+
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights in another dtype; those that share memory still do."""
     done: dict[int, Tensor] = {}
-    cast = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            tensor = done.setdefault(tensor.data_ptr(), tensor.to(dtype))
-        cast[name] = tensor
+    cast: dict[str, Tensor] = model.state_dict()
+    for name, tensor in _rounded(model, dtype):
+        cast[name] = done.setdefault(tensor.data_ptr(), tensor.to(dtype))
     return cast
 
 
