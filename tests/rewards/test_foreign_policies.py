@@ -48,3 +48,20 @@ def test_an_id_that_the_reward_model_has_no_row_for_is_read_as_text(scorer):
     ids = scorer.chat.encode_response(TEXT, ended=False)
     beyond = rollout(prompt_ids, [*ids, scorer.num_rows + 5], "length")
     assert scorer.score([beyond])[0].tolist() == scorer.score([rollout(prompt_ids, ids, "length")])[0].tolist()
+
+
+def test_ids_that_are_another_text_here_are_not_read_although_the_prompt_is_the_same(scorer):
+    prompt_ids = scorer.chat.encode_prompt(PROMPT.messages)
+    ids = scorer.chat.encode_response(TEXT, ended=False)
+    other = rollout(prompt_ids, [id_ + 1 for id_ in ids], "length")
+    assert scorer.score([other])[0].tolist() == scorer.score([rollout(prompt_ids, ids, "length")])[0].tolist()
+
+
+def test_a_finished_reply_is_read_at_the_end_that_was_learned_whatever_ended_it(scorer):
+    prompt_ids = scorer.chat.encode_prompt(PROMPT.messages)
+    ids = scorer.chat.encode_response(TEXT, ended=False)
+    [other_end] = scorer.chat.stop_ids - {scorer.chat.end_id}
+    learned = scorer.score_texts([(PROMPT, TEXT)]).tolist()
+    assert scorer.score([rollout(prompt_ids, [*ids, other_end], "stop")])[0].tolist() == learned
+    stopped = [*ids, *scorer.chat.encode_response("\nUser:", ended=False)]  # the text ends before a stop text
+    assert scorer.score([rollout(prompt_ids, stopped, "stop")])[0].tolist() == learned

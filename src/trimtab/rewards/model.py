@@ -73,8 +73,9 @@ class RewardModelScorer:
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] calibrated rewards of the exact tokens that were sampled.
 
-        A rollout's own ids are used if those of its prompt are what this tokenizer makes of it, and the model has a row
-        for each; otherwise the text is encoded anew with this model's template. A reply that was cut off has no ending.
+        A rollout's own ids are used if this tokenizer makes those of its prompt, reads those of its reply as the same
+        text, and the model has a row for each; otherwise the text is encoded anew with this model's template. A reply
+        that was cut off has no ending; one that ended, on whichever token, has the one that the model learned.
         """
         sequences = []
         for prompt, group in groupby(rollouts, key=lambda r: r.prompt):
@@ -85,9 +86,16 @@ class RewardModelScorer:
     def _response_ids(self, rollout: Rollout, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
         ids = rollout.response_ids
         ended = rollout.finish_reason != "length"
-        if rollout.prompt_ids != prompt_ids or max(ids, default=0) >= self.num_rows:
+        if rollout.prompt_ids != prompt_ids or not self._reads(rollout):
             ids = tuple(self.chat.encode_response(rollout.response, ended=ended))
-        return ids[:-1] + self.ending if ended and ids[-1:] == (self.chat.end_id,) else ids
+        return ids[:-1] + self.ending if ended and self.chat.stop_ids.intersection(ids[-1:]) else ids
+
+    def _reads(self, rollout: Rollout) -> bool:
+        """Whether the ids of a reply are its text here: tokenizers that differ may agree on a short prompt, and a reply
+        that ended on a stop text goes on behind its text. Between turns an environment writes more than text."""
+        if max(rollout.response_ids, default=0) >= self.num_rows:
+            return False
+        return bool(rollout.observations) or self.chat.decode_response(rollout.response_ids) == rollout.response
 
     def score_texts(self, pairs: Sequence[tuple[Prompt, str]]) -> Tensor:
         """[B] calibrated rewards of finished replies given as text."""
