@@ -156,6 +156,25 @@ def test_a_run_named_by_its_absolute_path_or_moved_goes_on(tmp_path: Path, monke
         run.add_data("data.jsonl", "11", 2)
 
 
+def test_the_same_words_from_elsewhere_may_not_mean_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for place in (here, there):
+        (place / "m").mkdir(parents=True)  # the model of SETTINGS
+    monkeypatch.chdir(here)
+    opened(here / "run").close()
+    shutil.copytree(here, tmp_path / "copied")
+    (here / "run" / "metrics.jsonl").write_text("")
+    monkeypatch.chdir(there)
+    with pytest.raises(ConfigError, match=rf"(?s)model: '{here / 'm'}' there, '{there / 'm'}' now"):
+        opened(here / "run")
+    (there / "m").rmdir()
+    (there / "m").symlink_to(here / "m")
+    opened(here / "run").close()
+    monkeypatch.chdir(tmp_path / "copied")  # with the model it began with
+    (tmp_path / "copied" / "run" / "metrics.jsonl").write_text("")
+    opened(tmp_path / "copied" / "run").close()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

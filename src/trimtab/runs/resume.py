@@ -89,10 +89,13 @@ def changes(
     """
     old, new = dict(_flat(before)), dict(_flat(now))
     lengths = LENGTHS.get(str(now.get("stage")), ())
-    how, length, wrong, moved = {}, {}, {}, False
+    how, length, moved = {}, {}, False
+    wrong: dict[str, tuple[Any, Any]] = {}
     for key in {**old, **new}:
         pair = (old.get(key), new.get(key))
         if pair[0] == pair[1]:
+            if others := _two_places(key, pair[0], then=then, here=here):
+                wrong[key] = others
             continue
         if _same_place(*pair, then=then, here=here):
             moved = True
@@ -138,6 +141,34 @@ def _same_place(before: Any, now: Any, *, then: Place | None, here: Place) -> bo
         return True
     beside = here.beside(now)
     return then is not None and beside is not None and then.beside(before) == beside
+
+
+def _two_places(key: str, value: Any, *, then: Place | None, here: Place) -> tuple[str, str] | None:
+    """What a relative path meant and what it means, if both are there and not the same, for the command is given from
+    elsewhere. A run that was copied with all that it is called from and reads has its own."""
+    if then is None or not isinstance(value, str) or "\n" in value:
+        return None
+    if os.sep not in value and key.rpartition(".")[2] not in _PATHS:
+        return None
+    before, now = then.resolved(value), here.resolved(value)
+    if before == now or not os.path.exists(before) or not os.path.exists(now):
+        return None
+    moved_along = os.path.relpath(then.cwd, then.directory) == os.path.relpath(here.cwd, here.directory)
+    return None if moved_along else (before, now)
+
+
+_PATHS = {
+    "model",
+    "reference",
+    "baseline",
+    "reward_model",
+    "path",
+    "data",
+    "held_out_data",
+    "prompts",
+    "demonstrations",
+}
+"""Settings that may name a file or directory without a separator."""
 
 
 def _flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
