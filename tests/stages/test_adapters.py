@@ -67,6 +67,10 @@ def test_all_four_models_share_one_base(sft_adapter, reward_adapter, base):
     roles = [models.policy, models.reference, models.critic, models.rewards.parts[0].reward.model]
     assert len({id(role.model) for role in roles}) == 1
     assert [role.adapter for role in roles] == ["policy", "reference", "critic", "reward_model"]
+    critic, reward = roles[2], roles[3]  # a critic that starts as the reward model has its head, not a new one
+    assert torch.equal(critic.head.weight, reward.head.weight)
+    assert critic.head.weight.any()
+    assert critic.head.weight.data_ptr() != reward.head.weight.data_ptr()
     num_base = sum(p.numel() for p in load_causal(str(base)).parameters())
     assert sum(p.numel() for p in models.policy.model.parameters()) < 2 * num_base
 

@@ -302,3 +302,14 @@ def zero_head(model: PreTrainedModel) -> nn.Linear:
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
+
+
+@torch.no_grad()
+def head_of_weights(weights: dict[str, Tensor]) -> nn.Linear:
+    """The scalar head stored beside an adapter: "score.weight" [1, D] and, if there, "score.bias"."""
+    weight, bias = weights["score.weight"], weights.get("score.bias")
+    head = nn.Linear(weight.shape[1], 1, bias=bias is not None)
+    head.weight.copy_(weight)
+    if bias is not None:
+        head.bias.copy_(bias)
+    return head

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimtab import registry
@@ -17,7 +17,7 @@ from trimtab.hub import on_base
 from trimtab.metrics import Mean, Metrics, Total, mean_of, merge
 from trimtab.models.adapters import load_adapter
 from trimtab.models.load import load_tokenizer, reward_facts
-from trimtab.models.roles import ScalarModel
+from trimtab.models.roles import ScalarModel, head_of_weights
 from trimtab.protocols import Reward
 from trimtab.rewards.model import RewardModel, RewardModelScorer
 from trimtab.types import Rollout
@@ -107,12 +107,6 @@ def _on_shared_base(shared: PreTrainedModel, name: str, path: str, token_budget:
             where=path,
             fix="train one with `trimtab reward`, or name a directory that the reward stage wrote",
         )
-    weight = weights["score.weight"]
-    head = nn.Linear(weight.shape[1], 1, bias="score.bias" in weights)
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        if head.bias is not None:
-            head.bias.copy_(weights["score.bias"])
     chat = Chat(load_tokenizer(path))
-    model = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=head, gives="scores")
+    model = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=head_of_weights(weights), gives="scores")
     return RewardModelScorer(model, chat, token_budget=token_budget, shift=reward_facts(path).get("reward_shift", 0.0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimtab import seeds
@@ -14,7 +15,7 @@ from trimtab.hub import base_of, on_base, same_model
 from trimtab.models.adapters import add_adapter, load_adapter
 from trimtab.models.load import load_causal, load_scalar
 from trimtab.models.quantized import quantize
-from trimtab.models.roles import Policy, ScalarModel, zero_head
+from trimtab.models.roles import Policy, ScalarModel, head_of_weights, zero_head
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.rewards.combined import CombinedReward, load_rewards
 from trimtab.rewards.model import RewardModel
@@ -87,9 +88,12 @@ def shared_models(settings: Settings, chat: Chat) -> Models:
     shared = load_causal(base)
     quantize(shared, lora.base_bits)
 
+    heads: dict[str, dict[str, Tensor]] = {}
+    """The score heads that adapters brought, by the adapter's name."""
+
     def adapter(name: str, path: str | None) -> str:
         if path is not None:
-            load_adapter(shared, name, path, with_head=name == "critic")
+            heads[name] = load_adapter(shared, name, path, with_head=name == "critic")
         else:
             add_adapter(shared, name, lora, seed=seeds.derive(settings.seed, "adapter", name))
         return name
@@ -120,7 +124,10 @@ def shared_models(settings: Settings, chat: Chat) -> Models:
                 fix="train the reward model with an adapter on that base, or set critic.init = 'policy'",
             )
         name = adapter("critic", start if on_base(start, base) else None)
-        critic = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=zero_head(shared), gives="values")
+        # A critic that starts from a reward model starts from its head too, as one with weights of its own does.
+        brought = heads.get(name, {})
+        head = head_of_weights(brought) if "score.weight" in brought else zero_head(shared)
+        critic = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=head, gives="values")
     return Models(policy, reference, critic, _rewards(settings, shared, base), base)
 
 
