@@ -1,6 +1,7 @@
 """PPO through the command line, option by option; `test_online_arithmetic.py` recomputes the numbers themselves."""
 
 import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +51,7 @@ def test_two_steps_log_what_reports_read(plain, base, reward_run):
     assert before.keys() == after.keys()
     assert any((before[name] != after[name]).any() for name in before)
     assert summary(plain)["num_steps"] == 2
+    assert json.loads((plain / "environment.json").read_text())["paths"].keys() == {"sampler", "form"}
 
 
 def test_every_prompt_comes_once_before_any_comes_again(plain):

@@ -45,6 +45,7 @@ def run(settings: Settings, run: Run) -> None:
     say_truncation(settings)
     parts = build_parts(settings, run)
     run.note_path("sampler", parts.generator.sampler)
+    run.note_path("form", parts.policy.form)
 
     def step(number: int) -> Metrics:
         started = time.perf_counter()
@@ -52,7 +53,6 @@ def run(settings: Settings, run: Run) -> None:
         metrics = train_step(number, parts, run)
         return metrics | {"time/step_seconds": Total(time.perf_counter() - started)}
 
-    run.note_path("sampler", parts.generator.sampler)
     run_steps(
         run,
         parts.state,

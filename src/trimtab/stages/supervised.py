@@ -139,7 +139,7 @@ def fit(
     numbers of steps. Validation metrics are named
     `OWNER/validation_QUANTITY`, measured every `validate_every` steps and after the last one. `prepare` sees every
     batch before it is split, the validation data each time it is judged."""
-
+    run.note_path("form", learner.role.form)
     num_steps = epochs.num_steps if max_steps is None else min(max_steps, epochs.num_steps)
 
     def prepared(batch: TreeBatch) -> TreeBatch:
