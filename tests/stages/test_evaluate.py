@@ -110,6 +110,7 @@ def test_a_reply_that_cannot_be_judged_is_left_out_and_counted(tmp_path, base, o
         ({"world": None}, "nothing to score by"),
         ({"world": None, "best_of": 4, "rewards": ["exact_answer"]}, "needs world and baseline"),
         ({"reward_model": "x", "rewards": ["exact_answer"]}, "name the reward model among the rewards"),
+        ({"rewards": [{"name": "gold", "world": "arithmetic"}]}, "both are called gold"),
         ({"rewards": ["exact_anser"]}, "did you mean 'exact_answer'?"),
     ],
 )

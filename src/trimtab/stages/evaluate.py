@@ -26,7 +26,7 @@ from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.rewards.combined import load_rewards
-from trimtab.rewards.gold import GoldScorer
+from trimtab.rewards.gold import GoldReward, GoldScorer
 from trimtab.rewards.model import RewardModelScorer
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
@@ -77,6 +77,8 @@ class Settings:
             raise ValueError("set world, reward_model or rewards: there is nothing to score by")
         if self.reward_model is not None and self.rewards:
             raise ValueError("reward_model with rewards: name the reward model among the rewards")
+        if self.world is not None and any(isinstance(r, GoldReward) for r in self.rewards):
+            raise ValueError("world with the reward gold: both are called gold; leave one of them out")
 
 
 Scores = Mapping[str, np.ndarray]
@@ -151,7 +153,7 @@ def load_judges(settings: Settings) -> Callable[[Sequence[Rollout]], dict[str, n
         scores = {name: judge.score(rollouts)[0].numpy() for name, judge in judges.items()}
         if combined is not None:
             total, by_name, _ = combined.score_parts(rollouts)
-            scores |= {name: values.numpy() for name, values in by_name.items() if name not in scores}
+            scores |= {name: values.numpy() for name, values in by_name.items()}
             if len(by_name) > 1:
                 scores["reward"] = total.numpy()
         return scores
