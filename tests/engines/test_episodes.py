@@ -11,6 +11,7 @@ from trimtab import seeds
 from trimtab.data.chat import Chat
 from trimtab.engines.episodes import EpisodeGenerator, EpisodeLimits
 from trimtab.engines.local_generator import LocalGenerator, Sampling
+from trimtab.engines.slot_decoding import SlotForm
 from trimtab.errors import DataError, EngineError
 from trimtab.math.logprobs import draw
 from trimtab.models.forward import token_logprobs_of
@@ -270,3 +271,22 @@ def test_limits_below_one_are_refused():
 
 def test_no_prompts_give_no_episodes(model_dir):
     assert generator(model_dir, Scripted()).generate([], group_size=2, seed=0) == []
+
+
+def test_a_watched_sampler_is_compared_with_the_policy_at_every_turn(model_dir, monkeypatch):
+    policy, chat = policy_and_chat(model_dir)
+    sampling = Sampling(max_new_tokens=30, top_k=8)  # what it gives is not comparable, and what it is made from is
+    watched = EpisodeGenerator(policy, chat, sampling, Scripted(num=1), EpisodeLimits(), watched=True)
+    watched.generate(SOME, group_size=1, seed=5)
+    assert 0 < watched.generator.difference < 1e-4
+    decode = SlotForm.decode
+
+    def with_other_weights(form, *arguments):
+        weight = form.policy.model.base_model.layers[0].mlp.down_proj.weight
+        weight.data.add_(0.1)
+        decode(form, *arguments)
+        weight.data.sub_(0.1)
+
+    monkeypatch.setattr(SlotForm, "decode", with_other_weights)
+    with pytest.raises(EngineError, match="sampler and policy disagree by"):
+        watched.generate(SOME, group_size=1, seed=5)

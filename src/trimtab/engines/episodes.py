@@ -98,10 +98,11 @@ class EpisodeGenerator:
         limits: EpisodeLimits,
         *,
         choice: Choice | None = None,
+        watched: bool = False,
     ) -> None:
-        """`choice` as for `LocalGenerator`."""
+        """`choice` and `watched` as for `LocalGenerator`."""
         stopping = replace(sampling, stop=(*sampling.stop, *environment.stop))
-        self.generator = LocalGenerator(policy, chat, stopping, choice=choice, watched=False)
+        self.generator = LocalGenerator(policy, chat, stopping, choice=choice, watched=watched)
         self.chat = chat
         self.environment = environment
         self.limits = limits

@@ -228,11 +228,11 @@ def build_parts(settings: Settings, run: Run) -> Parts:
     choice = choose_form(policy, settings.sampling, chat)
 
     def generator(sampling: Sampling) -> Generator:
+        # The step compares every reply; under truncation it cannot, for the two are different distributions.
+        options: dict[str, Any] = {"choice": choice, "watched": sampling.truncates and settings.correction is None}
         if environment is None:
-            # The step compares every reply; under truncation it cannot, for the two are different distributions.
-            watched = sampling.truncates and settings.correction is None
-            return LocalGenerator(policy, chat, sampling, choice=choice, watched=watched)
-        return EpisodeGenerator(policy, chat, sampling, environment, settings.episodes, choice=choice)
+            return LocalGenerator(policy, chat, sampling, **options)
+        return EpisodeGenerator(policy, chat, sampling, environment, settings.episodes, **options)
 
     LocalGenerator(policy, chat, settings.sampling, choice=choice).check_prompts(prompts)
     return Parts(
