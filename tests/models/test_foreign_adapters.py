@@ -144,6 +144,18 @@ def test_a_new_adapter_on_the_output_head_alone_learns(base):
     assert float(model.lm_head.lora_B["policy"].weight.grad.abs().max()) > 0
 
 
+def test_tied_embeddings_stay_tied_unless_the_adapter_changes_one_of_them(base, tmp_path):
+    tied = AutoModelForCausalLM.from_pretrained(base)
+    tied.config.tie_word_embeddings = True
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    save_model(tied, load_tokenizer(base), tmp_path / "tied")
+    for target, stays in (("q_proj", True), ("lm_head", False)):
+        write(tmp_path / "tied", tmp_path / target, lora(target_modules=[target]))
+        merged = load_causal(tmp_path / target)
+        assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == stays
+        assert merged.config.tie_word_embeddings == stays
+
+
 def test_what_peft_cannot_merge_is_refused(base, tmp_path):
     write(base, tmp_path / "adapter", lora(lora_bias=True))
     with pytest.raises(EngineError, match=r"cannot merge it: Impossible to merge LoRA with `lora_bias"):

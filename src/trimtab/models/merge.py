@@ -24,6 +24,7 @@ def merge_adapter(model: PreTrainedModel, path: str | Path) -> None:
     from peft import PeftModel, set_peft_model_state_dict
 
     config, weights = read_adapter(model, path)
+    tied = _is_tied(model)
     _make_rows_for(model, weights)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -50,7 +51,8 @@ def merge_adapter(model: PreTrainedModel, path: str | Path) -> None:
     if hasattr(model, "peft_config"):
         del model.peft_config
     model._hf_peft_config_loaded = False
-    _tie_again(model)
+    if tied:
+        _tie_again(model)
     after = _logits(model)
     difference = float((after - before).abs().max())
     if not difference <= 1e-3 * max(1.0, float(before.abs().max())):
@@ -87,19 +89,23 @@ def _untie(model: PreTrainedModel) -> None:
                 seen.add(id(parameter))
 
 
-def _tie_again(model: PreTrainedModel) -> None:
-    """Ties input and output embedding where they were and are still equal; else says in the configuration that they
-    are not."""
+def _is_tied(model: PreTrainedModel) -> bool:
+    """Whether input and output embedding are one."""
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     embedding: Any = model.get_input_embeddings()
-    configs = (model.config, model.config.get_text_config())
-    if output is None or not any(getattr(c, "tie_word_embeddings", False) for c in configs):
-        return
-    if torch.equal(output.weight, embedding.weight):
+    return output is not None and output.weight is embedding.weight
+
+
+def _tie_again(model: PreTrainedModel) -> None:
+    """Ties input and output embedding if they are still equal; the configuration, which says that they are not as soon
+    as they are two for a moment, says which."""
+    output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embedding: Any = model.get_input_embeddings()
+    equal = torch.equal(output.weight, embedding.weight)
+    if equal:
         output.weight = embedding.weight
-    else:
-        for config in configs:
-            config.tie_word_embeddings = False
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = equal
 
 
 @torch.no_grad()
