@@ -8,6 +8,7 @@ from tests.models.test_forward import some_trees
 from tests.tiny import causal
 from trimtab.data.trees import TokenTrees, Tree, response_tree
 from trimtab.errors import EngineError
+from trimtab.models import attention
 from trimtab.models.attention import backbone
 from trimtab.models.forms import proved
 from trimtab.models.forward import token_logprobs_of
@@ -23,6 +24,13 @@ def test_rows_are_shared_and_windows_are_as_they_were_after_the_proof():
     wide.config.sliding_window = 4096
     assert proved(wide).form == "tree"
     assert wide.config.sliding_window == 4096
+
+
+def test_a_window_that_is_lost_is_found_however_wide_it_is(monkeypatch):
+    monkeypatch.setattr(attention, "_window", lambda *_: None)
+    wide = causal("mistral_windowed")
+    wide.config.sliding_window = 4096
+    assert proved(wide).form == "padded"
 
 
 def spoil(model, change):

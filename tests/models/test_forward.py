@@ -139,3 +139,12 @@ def test_decoders_of_every_make_give_values():
     for name in ("bloom", "mpt", "openai-gpt"):
         model = ScalarModel(families.scalar(name), pad_id=0, gives="values")
         assert model(some_trees()).values.isfinite().all()
+
+
+def test_exact_kl_is_over_the_tokens_that_both_embeddings_have():
+    narrow, wide = causal("llama", 0), causal("llama", 1)
+    trees = some_trees()
+    expected = Policy(narrow, pad_id=0).kl_to(Policy(wide, pad_id=0), trees)
+    wide.resize_token_embeddings(VOCAB + 8, mean_resizing=False)  # rows that fill up
+    torch.testing.assert_close(Policy(narrow, pad_id=0).kl_to(Policy(wide, pad_id=0), trees), expected)
+    assert (Policy(wide, pad_id=0).kl_to(Policy(narrow, pad_id=0), trees) > 0).all()
