@@ -364,6 +364,10 @@ def test_what_a_kept_table_follows_from_is_in_its_name(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert len(set(keys)) == len(keys)
     assert key() == keys[0]
+    chat.tokenizer.bos_token = "<|user|>"  # templates write it
+    assert key() not in keys
+    chat.tokenizer.bos_token = None
+    assert key() == keys[0]
     for name in ("_code_hash", "importlib.metadata.version"):
         with monkeypatch.context() as changed:
             changed.setattr(f"trimtab.data.prepare.{name}", lambda *_: "another")

@@ -104,6 +104,8 @@ def test_prompts_and_replies_together_are_those_of_each_alone(tokenizers, name):
     ]
     assert [ids for ids, _ in chat.encode_prompts(prompts)] == [chat.encode_prompt(p) for p in prompts]
     assert chat.encode_responses(strings) == [chat.encode_response(t) for t in strings]
+    over_the_seam = [f"{blank}{t}" for t in strings[:40] for blank in ("\n", "\n\n", " ")]  # tokens may reach over it
+    assert chat.encode_responses(over_the_seam) == [chat.encode_response(t) for t in over_the_seam]
     for prompt, (ids, mask) in zip(prompts, chat.encode_prompts(prompts), strict=True):
         reply = chat.encode_response("x")
         whole = (ids + reply, mask + [True] * len(reply))
