@@ -242,13 +242,13 @@ def main() -> None:
         make_model(model, files[0][0])
     before = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"files": {}}
     found = before["files"]
-    for path, _ in files:
+    machine = {"cpus": len(os.sched_getaffinity(0)), "processor": platform.processor() or platform.machine()}
+    for path, _ in files:  # each is written when it is known: the largest take an hour
         load = round(os.getloadavg()[0], 1)
         measures = measure(path, model, out, options.peer)
         found[path.stem] = {**found.get(path.stem, {}), **measures, "load_before": load}
-    machine = {"cpus": len(os.sched_getaffinity(0)), "processor": platform.processor() or platform.machine()}
-    result = {"command": "python benchmarks/size.py", "machine": machine, "files": found}
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        result = {"command": "python benchmarks/size.py", "machine": machine, "files": found}
+        RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
