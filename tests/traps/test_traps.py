@@ -255,7 +255,7 @@ def test_a_score_is_read_at_the_end_of_the_reply_and_never_at_padding(tmp_path, 
     scorer = RewardModelScorer.from_directory(str(directory), token_budget=10**9)
     rollouts, _, chat = sampled(policy_dir)
     ends = [(*r.response_ids[: 1 + i % 7], chat.end_id) for i, r in enumerate(rollouts)]
-    rollouts = [replaced(r, end) for r, end in zip(rollouts, ends, strict=True)]
+    rollouts = [replaced(r, end, chat.decode_response(end[:-1])) for r, end in zip(rollouts, ends, strict=True)]
     together, _ = scorer.score(rollouts)
     plain = AutoModelForSequenceClassification.from_pretrained(directory).eval()
     for rollout, score in zip(rollouts, together.tolist(), strict=True):
@@ -265,10 +265,10 @@ def test_a_score_is_read_at_the_end_of_the_reply_and_never_at_padding(tmp_path, 
             assert float(plain.score(hidden.last_hidden_state[0, -1])) == pytest.approx(score, abs=1e-5)
 
 
-def replaced(rollout, response_ids):
+def replaced(rollout, response_ids, response=None):
     return Rollout(
         prompt=rollout.prompt,
-        response=rollout.response,
+        response=rollout.response if response is None else response,
         prompt_ids=rollout.prompt_ids,
         response_ids=response_ids,
         logprobs=(0.0,) * len(response_ids),
