@@ -280,7 +280,12 @@ def test_a_stage_without_checkpoints_that_is_stopped_says_what_is_kept(
         time.sleep(10)
 
     stage.run = run
-    result = invoke("probe", run_file, "--out", tmp_path / "out")
+    # A shell starts what it puts into the background with SIGINT ignored; these tests may have been started so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = invoke("probe", run_file, "--out", tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 128 + sent
     assert f"stopped at once; nothing of {tmp_path / 'out'} was saved yet: this stage begins again" in result.stderr
     assert "to go on: trimtab" in result.stderr
