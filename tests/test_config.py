@@ -237,6 +237,8 @@ def test_a_run_file_that_is_not_there_is_answered_with_near_ones(tmp_path: Path)
         config.load_run_file(tmp_path / "onlin.toml")
     with pytest.raises(ConfigError, match="there is no directory"):
         config.load_run_file(tmp_path / "nowhere" / "online.toml")
+    with pytest.raises(ConfigError, match="a run file comes first and settings of the form key=value after it"):
+        config.load_run_file("model=runs/base/model")
 
 
 def test_a_run_file_that_is_not_toml_is_refused_with_the_line(tmp_path: Path):

@@ -399,6 +399,8 @@ def _key_paths(cls: type, values: Mapping[str, Any], path: str) -> Iterator[str]
 
 
 def _near_files(path: Path) -> str:
+    if re.match(r"[A-Za-z_][\w.]*=", str(path)):
+        return "a run file comes first and settings of the form key=value after it; the file may be empty"
     if not path.parent.is_dir():
         return f"there is no directory {str(path.parent)!r} either; check the path"
     files = [p.name for p in path.parent.iterdir() if p.suffix == ".toml"]
