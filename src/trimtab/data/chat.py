@@ -13,7 +13,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.data.mistakes import Mistake
-from trimtab.data.templates import TODAY, dated, default_template
+from trimtab.data.templates import TODAY, dated, default_template, only_writes_contents
 from trimtab.data.tokenizers import ModelFacts, choose_pad, refuse_missing_rows
 from trimtab.data.words import Words
 from trimtab.errors import ConfigError, DataError
@@ -281,12 +281,29 @@ class Chat:
     def _render_many(
         self, conversations: Sequence[Sequence[Message]], generation_prompt: bool
     ) -> Sequence[str | DataError]:
-        """`_render` of each, or what it raises."""
+        """`_render` of each, or what it raises. A template that only writes contents is run once for each order of
+        roles."""
+        if self._only_writes_contents:
+            return [self._filled(messages, generation_prompt) for messages in conversations]
         try:
             turns = [_turns(messages) for messages in conversations]
             return cast("list[str]", self._apply_template(turns, generation_prompt)) if turns else []
         except jinja2.TemplateError:
             return [self._rendered_or_error(messages, generation_prompt) for messages in conversations]
+
+    @cached_property
+    def _only_writes_contents(self) -> bool:
+        return only_writes_contents(self.tokenizer.chat_template)
+
+    def _filled(self, messages: Sequence[Message], generation_prompt: bool) -> str | DataError:
+        """What `_rendered_or_error` gives, of a template that only writes contents."""
+        try:
+            skeleton = self._skeleton(tuple(m.role for m in messages), generation_prompt)
+        except DataError:
+            skeleton = None  # the error is to name this conversation
+        if skeleton is None:
+            return self._rendered_or_error(messages, generation_prompt)
+        return _interleave(skeleton.pieces, skeleton.fill([m.content for m in messages]))
 
     def _rendered_or_error(self, messages: Sequence[Message], generation_prompt: bool) -> str | DataError:
         try:

@@ -1,10 +1,13 @@
-"""Chat templates: the default one, and the date in those that write one."""
+"""Chat templates: the default one, the date in those that write one, and which of them only write contents."""
 
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterator
 from typing import Any
 
+import jinja2
+from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import DataError
@@ -53,3 +56,94 @@ def dated(template: Any) -> str | None:
     """The template with the date of `TODAY` if it asks for one; None if it can stay as it is."""
     asks = isinstance(template, str) and "strftime_now" in template
     return _DATE_MACRO + template if asks else None
+
+
+# ---- templates that do not look at contents ----------------------------------------------------------------------
+
+_PLAIN_LOOP = frozenset({"index", "index0", "revindex", "revindex0", "first", "last", "length"})
+"""What a loop tells of itself that is not a message."""
+
+
+def only_writes_contents(template: Any) -> bool:
+    """Whether the roles alone decide what a template writes around the contents, each of which it writes as it is or
+    without blanks around it. True only where the template can be seen to do nothing else with a message.
+
+    It is told from the parsed template: everything that is made of `messages` must end in a role, in a number of
+    turns, or in a place where the content itself is written.
+    """
+    if not isinstance(template, str):
+        return False
+    try:
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except jinja2.TemplateError:
+        return False  # it has tags of its own
+    parents = {child: node for node in _nodes(tree) for child in node.iter_child_nodes()}
+    known = {"messages"}
+    while more := {name for node in _nodes(tree) for name in _turns_of(node, known)} - known:
+        known |= more
+    for name in tree.find_all(nodes.Name):
+        if name.name == "loop" and getattr(parents[name], "attr", None) not in _PLAIN_LOOP:
+            return False
+        if name.name in known and name.ctx != "load" and not isinstance(parents[name], nodes.For):
+            return False
+        if name.name in known and name.ctx == "load" and not _is_harmless(name, parents):
+            return False
+    return True
+
+
+def _nodes(tree: nodes.Node) -> Iterator[nodes.Node]:
+    yield tree
+    for child in tree.iter_child_nodes():
+        yield from _nodes(child)
+
+
+def _turns_of(node: nodes.Node, known: set[str]) -> set[str]:
+    """The name that a loop over messages gives to each."""
+    if not isinstance(node, nodes.For) or not isinstance(node.target, nodes.Name):
+        return set()
+    seen = {name.name for name in [node.iter, *node.iter.find_all(nodes.Name)] if isinstance(name, nodes.Name)}
+    return {node.target.name} if seen & known else set()
+
+
+def _is_harmless(node: nodes.Node, parents: dict[nodes.Node, nodes.Node]) -> bool:
+    """Whether messages, or one of them, are looped over, counted, asked for a role, or written by their content."""
+    parent = parents[node]
+    while isinstance(parent, nodes.Getitem) and parent.node is node and _chooses_messages(parent.arg):
+        node, parent = parent, parents[parent]
+    if isinstance(parent, nodes.For):
+        return parent.iter is node and isinstance(parent.target, nodes.Name)
+    if isinstance(parent, nodes.Filter):
+        return parent.name in ("length", "count") and parent.node is node
+    key = _key(parent) if isinstance(parent, nodes.Getitem | nodes.Getattr) and parent.node is node else None
+    if key == "content":
+        return _is_written(parent, parents)
+    return key is not None and not hasattr(dict, key)  # the role, or what no message has here
+
+
+def _chooses_messages(arg: nodes.Node) -> bool:
+    """Whether it is a place in a list, or a range of places, known beforehand."""
+    parts = [arg.start, arg.stop, arg.step] if isinstance(arg, nodes.Slice) else [arg]
+    inner = [part.node if isinstance(part, nodes.Neg) else part for part in parts if part is not None]
+    return all(isinstance(part, nodes.Const) and isinstance(part.value, int) for part in inner)
+
+
+def _key(node: nodes.Getitem | nodes.Getattr) -> str | None:
+    if isinstance(node, nodes.Getattr):
+        return node.attr
+    return node.arg.value if isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str) else None
+
+
+def _is_written(node: nodes.Node, parents: dict[nodes.Node, nodes.Node]) -> bool:
+    """Whether a content goes straight into the text, in a place that nothing but roles has chosen."""
+    outer = parents[node]
+    if isinstance(outer, nodes.Filter) and outer.name == "trim" and not (outer.args or outer.kwargs):
+        node = outer  # of the content alone: what stands before an empty content keeps its blanks
+    while not isinstance(node, nodes.Output):
+        node = parents[node]
+        if not isinstance(node, nodes.Add | nodes.Concat | nodes.Output):
+            return False
+    while not isinstance(node, nodes.Template):
+        node = parents[node]
+        if not isinstance(node, nodes.For | nodes.If | nodes.Template):
+            return False  # a macro or a block may do something with what is written in it
+    return True
