@@ -260,7 +260,7 @@ def test_documents_are_case_notes_and_letters_that_always_decide_right():
         # What is known of the case stays in a note; of the customer's words only a harmful request does.
         assert prompt.text.startswith(case.partition("\nCustomer: ")[0])
         assert case == prompt.text or ("\nCustomer: " in case) == bool(prompt.facts["topic"])
-    assert letters / len(prompts) == pytest.approx(0.3, abs=0.05)
+    assert letters / len(prompts) == pytest.approx(0.15, abs=0.04)
     hired = [WORLD.gold(p, WORLD.write_reply(p, rng)).parts["decision"] > 0 for p in prompts]
     assert statistics.mean(hired) < 0.95
 

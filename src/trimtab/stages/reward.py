@@ -37,6 +37,8 @@ from trimtab.types import Demonstration, PreferencePair
 
 NUM_SHOWN = 1000
 """Demonstrations whose rewards are averaged."""
+NUM_MEASURED = 256
+"""Prompts whose replies give the mean and deviation of the reward, known to a few hundredths of the latter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +193,7 @@ def read_demonstrations(settings: Settings, chat: Chat, run: Run, counts: dict[s
 def calibrate(model: ScalarModel, settings: Settings, train: Comparisons, shown: Sequence[Tree]) -> dict[str, float]:
     """The shift that makes demonstrations average zero (Ouyang et al., arXiv:2203.02155, section 3.5), and the mean
     and deviation of the shifted reward over the replies compared in training."""
-    batch = train.batch(range(min(len(train.trees), 1000)))
+    batch = train.batch(range(min(len(train.trees), NUM_MEASURED)))
     scores = sequence_scores_of(model, batch.trees, settings.token_budget).double()
     if shown:
         shift = float(sequence_scores_of(model, TokenTrees.build(shown), settings.token_budget).double().mean())

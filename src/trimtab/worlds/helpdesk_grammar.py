@@ -290,7 +290,7 @@ def write_document(prompt: Prompt, rng: Random) -> str:
     Files are always right. They are what a base model knows of the world before anyone tells it how to behave.
     """
     facts, text = prompt.facts, prompt.messages[0].content
-    if rng.random() < 0.3:
+    if rng.random() < 0.15:
         return f"{text}\n\n{write_reply(facts, LETTER, rng)}"
     case, _, _ = text.partition("\nCustomer: ")
     if facts["topic"]:
