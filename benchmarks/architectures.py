@@ -40,6 +40,8 @@ DATA = ROOT / "docs" / "evidence" / "data" / "architectures.json"
 PAGE = ROOT / "docs" / "architectures.md"
 MEMORY = 6 << 30
 NUM_NEW = 8
+NOTICEABLE = 1e-5
+"""Nats; a larger difference is told from rounding by the same model in float64."""
 PROMPT_LENGTHS = (14, 3, 8)
 
 Row = dict[str, Any]
@@ -104,6 +106,11 @@ def row(name: str) -> Row:
     shape = policy.shaped
     found: Row = {"form": policy.form, "logprobs": float((logprobs - expected).abs().max())}
     found["gradient"] = gradient_difference(policy, plain)
+    if found["logprobs"] > NOTICEABLE:
+        with torch.no_grad():
+            exact = families.plain_logprobs(plain.double(), some)
+        plain.float()
+        found |= {"rounding": float((expected - exact).abs().max()), "error": float((logprobs - exact).abs().max())}
     found |= {k: v for k, v in (("scale", shape.scale), ("cap", shape.cap)) if v not in (1.0, None)}
     return found | reward_model(name) | sampler(policy, plain)
 
@@ -181,7 +188,8 @@ def page(rows: dict[str, Row], versions: dict[str, str]) -> str:
         f"## Right: {len(right)} families",
         "",
         "Log-probabilities and samples: largest difference in nats. Gradient: largest relative difference of a",
-        "parameter's.",
+        "parameter's. Where log-probabilities differ by more than 1e-5, how far plain transformers in float32 and what",
+        "is computed here are from plain transformers in float64.",
         "",
         "| family | form | log-probabilities | gradient | scores of a reward model | critic | sampler | samples |",
         "|---|---|---|---|---|---|---|---|",
@@ -189,7 +197,8 @@ def page(rows: dict[str, Row], versions: dict[str, str]) -> str:
     for name, r in right.items():
         scores = figure(r.get("scores")) if "scores" in r else "no class" if "scores_refused" not in r else "refused"
         critic = {True: "yes", False: "no", None: ""}[r.get("critic")]
-        cells = [name, r["form"], figure(r["logprobs"]), figure(r["gradient"]), scores, critic]
+        errors = f" (errors {figure(r['rounding'])} and {figure(r['error'])})" if "rounding" in r else ""
+        cells = [name, r["form"], figure(r["logprobs"]) + errors, figure(r["gradient"]), scores, critic]
         cells += [r.get("sampler", "refused"), figure(r.get("sampled"))]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"## Refused as a policy, by name: {len(refused)}", "", "| family | why |", "|---|---|"]
