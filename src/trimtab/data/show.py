@@ -18,6 +18,7 @@ from trimtab.data.layouts import LAYOUTS, Loaded, kinds_of, load
 from trimtab.data.sources import is_feedback, is_world
 from trimtab.data.tokenizers import load_tokenizer
 from trimtab.data.tokens import without_turns
+from trimtab.errors import DataError
 from trimtab.types import Demonstration, LabelledResponse, Message, PreferencePair, Prompt, SteppedResponse
 
 Kind = Literal["auto", "sft", "preference", "prompt"]
@@ -51,7 +52,7 @@ def show(
     record = _RECORDS[kind] if kind != "auto" else _natural(source)
     limit = None if whole else max(rows, NUM_MEASURED)
     loaded: Loaded[Any] = load(record, source, on_bad_row="drop", accepts=chat.refusal, limit=limit)
-    examples = [_tokenise(chat, record, train_on) for record in loaded.records]
+    examples = _tokenised(chat, loaded.records, train_on)
     for number, example in enumerate(examples[:rows], 1):
         for title, ids, mask in example:
             console.print(Text(f"{number}. {title}", style="bold"))
@@ -93,33 +94,51 @@ def _natural(source: str | Path) -> type:
     return next(iter(kinds_of(source)), Prompt)
 
 
-def _tokenise(chat: Chat, record: Any, train_on: Literal["last", "all"]) -> list[Tokens]:
+def _tokenised(chat: Chat, records: Sequence[Any], train_on: Literal["last", "all"]) -> list[list[Tokens]]:
+    """The token sequences of each record."""
+    if records and isinstance(records[0], Demonstration) and train_on == "all":
+        return [[_whole_conversation(chat, record)] for record in records]
+    prompts = _prompts(chat, [record if isinstance(record, Prompt) else record.prompt for record in records])
+    titled = [_replies(record) for record in records]
+    responses = iter(chat.encode_responses([reply for replies in titled for _, reply in replies]))
+    found: list[list[Tokens]] = []
+    for prompt_ids, replies in zip(prompts, titled, strict=True):
+        before = [False] * len(prompt_ids)
+        both = [(title, next(responses)) for title, _ in replies]
+        found.append([(title, prompt_ids + ids, before + [True] * len(ids)) for title, ids in both])
+        if not replies:
+            found[-1] = [("prompt", prompt_ids, before)]
+    return found
+
+
+def _whole_conversation(chat: Chat, record: Demonstration) -> Tokens:
+    ids, mask = chat.encode_conversation([*record.prompt.messages, Message("assistant", record.response)])
+    return "demonstration", ids, without_turns(mask, record.untrained_turns)
+
+
+def _prompts(chat: Chat, prompts: Sequence[Prompt]) -> list[list[int]]:
+    found: list[list[int]] = []
+    for encoded in chat.encode_prompts([prompt.messages for prompt in prompts]):
+        if isinstance(encoded, DataError):
+            raise encoded
+        found.append(encoded[0])
+    return found
+
+
+def _replies(record: Any) -> list[tuple[str, str]]:
+    """The replies of a record with their titles; none of a prompt."""
     if isinstance(record, Prompt):
-        ids = chat.encode_prompt(record.messages)
-        return [("prompt", ids, [False] * len(ids))]
-    if isinstance(record, Demonstration) and train_on == "all":
-        conversation = [*record.prompt.messages, Message("assistant", record.response)]
-        ids, mask = chat.encode_conversation(conversation)
-        return [("demonstration", ids, without_turns(mask, record.untrained_turns))]
+        return []
     if isinstance(record, Demonstration):
-        replies = [("demonstration", record.response)]
-    elif isinstance(record, PreferencePair):
-        replies = [("chosen", record.chosen), ("rejected", record.rejected)]
-    elif isinstance(record, LabelledResponse):
-        replies = [("thumbs up" if record.label else "thumbs down", record.response)]
-    elif isinstance(record, SteppedResponse):
-        replies = [("steps " + " ".join("✓" if ok else "✗" for ok in record.labels), "\n".join(record.steps))]
-    else:
-        replies = [
-            (f"reply A (choice: {record.choice})", record.response_a),
-            (f"reply B (choice: {record.choice})", record.response_b),
-        ]
-    prompt_ids = chat.encode_prompt(record.prompt.messages)
-    both = [(title, chat.encode_response(reply)) for title, reply in replies]
-    return [
-        (title, prompt_ids + response_ids, [False] * len(prompt_ids) + [True] * len(response_ids))
-        for title, response_ids in both
-    ]
+        return [("demonstration", record.response)]
+    if isinstance(record, PreferencePair):
+        return [("chosen", record.chosen), ("rejected", record.rejected)]
+    if isinstance(record, LabelledResponse):
+        return [("thumbs up" if record.label else "thumbs down", record.response)]
+    if isinstance(record, SteppedResponse):
+        return [("steps " + " ".join("✓" if ok else "✗" for ok in record.labels), "\n".join(record.steps))]
+    choice = f"(choice: {record.choice})"
+    return [(f"reply A {choice}", record.response_a), (f"reply B {choice}", record.response_b)]
 
 
 def _marked(chat: Chat, ids: Sequence[int], mask: Sequence[bool]) -> Text:
