@@ -106,3 +106,23 @@ def test_only_plain_trained_weights_in_float32_are_taken():
     assert not any(map(takes_in_place, others))
     with gradients_in_place(others):
         assert frozen.weight.grad is None
+
+
+def test_gradients_of_several_threads_are_the_same_every_time():
+    threads = torch.get_num_threads()
+    embedding = nn.Embedding(7, 64)  # so few rows that every thread adds to each of them
+    ids = torch.randint(0, 7, (4000,), generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(4000, 64, generator=torch.Generator().manual_seed(1))
+    found = []
+    try:
+        torch.set_num_threads(2)
+        for _ in range(20):
+            embedding.zero_grad(set_to_none=True)
+            with gradients_in_place([embedding]):
+                (embedding(ids) * weights).sum().backward()
+            found.append(embedding.weight.grad.clone())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    expected = torch.zeros(7, 64, dtype=torch.float64).index_add_(0, ids, weights.double())
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-4)

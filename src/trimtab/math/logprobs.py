@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.math.masking import at_least_float32
+from trimtab.math.row_sums import add_to_rows
 
 TILE = (1024, 2048)
 """Rows and vocabulary entries of the logits that exist at a time: 8 MB in float32."""
@@ -314,10 +315,10 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_hidden.mul_(-1 if by_entry else -each).addcmul_(weight[targets], of_target[:, None])
             head.stretch(grad_hidden)
         if need_weight:
-            # index_put_ adds in a fixed order on every device, which index_add_ does not.
-            grad_weight.index_put_((targets,), head.hidden * of_target[:, None], accumulate=True)
+            add_to_rows(grad_weight, targets, head.hidden * of_target[:, None])
         if need_bias:
-            head.stretch(grad_bias.index_put_((targets,), of_target, accumulate=True))
+            add_to_rows(grad_bias, targets, of_target)
+            head.stretch(grad_bias)
         return (
             grad_hidden.to(hidden.dtype) if need_hidden else None,
             grad_weight.to(weight.dtype) if need_weight and ctx.weight_gradient is None else None,

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trimtab.math.row_sums import add_to_rows
+
 
 @contextmanager
 def gradients_in_place(modules: list[nn.Module | None]) -> Iterator[None]:
@@ -68,6 +70,5 @@ class _Lookup(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         if ctx.padding_idx is not None:
             grad = grad.masked_fill((ids == ctx.padding_idx)[..., None], 0)
-        # index_put_ adds in a fixed order on every device, which index_add_ does not.
-        ctx.weight.grad.index_put_((ids,), grad.to(ctx.weight.grad.dtype), accumulate=True)
+        add_to_rows(ctx.weight.grad, ids, grad)
         return None, None, None
