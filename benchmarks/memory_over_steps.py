@@ -42,16 +42,8 @@ def main() -> None:
     settings = options.quickstart / "ppo_no_leash" / "settings.toml"
     out = options.quickstart / "memory_over_steps"
     shutil.rmtree(out, ignore_errors=True)
-    command = [
-        sys.executable,
-        "-m",
-        "trimtab",
-        "online",
-        str(settings),
-        f"num_steps={options.steps}",
-        "--out",
-        str(out),
-    ]
+    stage = [sys.executable, "-m", "trimtab", "online", str(settings)]
+    command = [*stage, f"num_steps={options.steps}", "--out", str(out)]
     largest: dict[int, float] = {}
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:

@@ -250,10 +250,13 @@ def test_the_base_is_found_from_everywhere_and_after_a_move(tmp_path, monkeypatc
 def test_a_relative_base_that_others_wrote_is_looked_for_beside_the_adapter(base, tmp_path, monkeypatch):
     model = write_model_directory(tmp_path / "project" / "models" / "base")
     write(model, tmp_path / "project" / "out" / "adapter", lora())
+    expected = load_causal(tmp_path / "project" / "out" / "adapter").state_dict()
     file = tmp_path / "project" / "out" / "adapter" / "adapter_config.json"
     file.write_text(file.read_text().replace(str(model), "models/base"))
     monkeypatch.chdir(tmp_path)
-    load_causal("project/out/adapter")
+    found = load_causal("project/out/adapter").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
 def test_an_adapter_that_does_not_fit_its_base_is_refused(base, tmp_path):

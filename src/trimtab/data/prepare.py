@@ -367,7 +367,7 @@ def _send_blocks(work: _Work, part: int, num_parts: int, end: Connection) -> Non
     except TrimtabError as error:
         end.send((type(error), error.problem, error.where, error.fix))
     except (BrokenPipeError, KeyboardInterrupt):
-        pass
+        pass  # nobody waits for more blocks: the parent ended, or says itself that it was stopped
     end.close()
 
 

@@ -105,9 +105,8 @@ def _tokenised(chat: Chat, records: Sequence[Any], train_on: Literal["last", "al
     for prompt_ids, replies in zip(prompts, titled, strict=True):
         before = [False] * len(prompt_ids)
         both = [(title, next(responses)) for title, _ in replies]
-        found.append([(title, prompt_ids + ids, before + [True] * len(ids)) for title, ids in both])
-        if not replies:
-            found[-1] = [("prompt", prompt_ids, before)]
+        whole = [(title, prompt_ids + ids, before + [True] * len(ids)) for title, ids in both]
+        found.append(whole or [("prompt", prompt_ids, before)])
     return found
 
 
