@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -15,6 +16,17 @@ from trimtab.errors import DataError, EngineError
 
 WRITING = ".writing-"
 """Prefix of what is not yet whole. Never read, and removed when a run is opened."""
+
+NUM_SUGGESTED = 3
+
+
+def files_like(path: Path) -> list[Path]:
+    """The files beside a missing one whose names are most like its own, the likest first."""
+    if not path.parent.is_dir():
+        return []
+    names = [other.name for other in path.parent.iterdir() if other.is_file()]
+    return [path.parent / name for name in difflib.get_close_matches(path.name, names, n=NUM_SUGGESTED)]
+
 
 _OF_THE_DISK = re.compile(r"os error (\d+)|PytorchStreamWriter failed")
 

@@ -265,10 +265,14 @@ def test_a_saved_data_set_is_read(tmp_path):
 
 
 def test_a_missing_file_is_not_taken_for_a_hub_data_set(tmp_path):
-    with pytest.raises(DataError, match="there is no file"):
-        read_rows("data/train.jsonl")
     with pytest.raises(DataError, match="no data file in the folder"):
         read_rows(tmp_path)
+    with pytest.raises(DataError, match=r"there is no file 'data/train\.jsonl'"):
+        read_rows("data/train.jsonl")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(DataError, match=r"did you mean .*train\.jsonl\? Or name a file"):
+        read_rows(tmp_path / "folder" / "trian.jsonl")
 
 
 def test_a_limit_that_reads_nothing_is_refused(data_file):
@@ -361,3 +365,11 @@ def test_a_mistake_in_the_options_of_a_world_is_explained(options):
 def test_reading_data_does_not_load_torch():
     code = "import sys, trimtab.data.layouts, trimtab.data.preferences; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_line_that_is_no_json_is_quoted_where_it_breaks(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"\n{"prompt": c}\n{"prompt": "d"}\n')
+    whole, wrong = (read_rows(path).bad[i].problem for i in (0, 1))
+    assert 'the line ends after \'{"prompt": "b"\'' in whole
+    assert "at column 12: '{\"prompt\": c}'" in wrong

@@ -161,8 +161,11 @@ def _bad_line(where: str, line: bytes, error: Exception) -> BadRow:
     if isinstance(error, _RepeatedNameError):
         return BadRow(where, "repeated_name", str(error), "leave one of them, or rename one")
     if isinstance(error, json.JSONDecodeError):
-        text = repr(error.doc[max(error.pos - 20, 0) : error.pos + 20])
-        problem = f"not a JSON object: {error.msg} at column {error.colno}: {text}"
+        text = error.doc.rstrip()
+        around = repr(text[max(error.pos - 20, 0) : error.pos + 20])
+        problem = f"not a JSON object: {error.msg} at column {error.pos + 1}: {around}"
+        if error.pos >= len(text):
+            problem = f"not a whole JSON object: the line ends after {text[-20:]!r} ({error.msg})"
     else:
         problem = f"not a JSON object that can be read: {error}"
     return BadRow(where, "broken_json", problem, "repair the line; each line is one whole JSON object")

@@ -20,6 +20,7 @@ from trimtab.data.folders import files_in
 from trimtab.data.messages import conversation_in
 from trimtab.data.mistakes import BadRow
 from trimtab.errors import DataError
+from trimtab.files import files_like
 from trimtab.types import Demonstration, JsonDict, Prompt, to_dict
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -117,14 +118,15 @@ def files_of(source: str | Path) -> tuple[list[Path], dict[str, str]]:
     if not found and "," in name:
         found = [Path(part.strip()) for part in name.split(",") if part.strip()]
     found = [inner for one in found for inner in (files_in(one, split) if one.is_dir() else [one])]
-    missing = [str(one) for one in found if not one.is_file()]
+    missing = [one for one in found if not one.is_file()]
     if missing or not found or (split is not None and path.is_file()):
         raise DataError(
             "split=… chooses among the files of a folder, and this is one file"
             if path.is_file()
-            else f"there is no file {missing[0] if missing else name!r}",
+            else f"there is no file {str(missing[0]) if missing else name!r}",
             where=text,
-            fix="name a file, a folder of files, a hub data set ('hub:org/name?split=train'), a world "
+            fix="".join(f"did you mean {other}? Or " for other in files_like(missing[0] if missing else path)[:1])
+            + "name a file, a folder of files, a hub data set ('hub:org/name?split=train'), a world "
             "('world:helpdesk?num=1000') or a project of judgements ('feedback:project.toml')",
         )
     return found, given
