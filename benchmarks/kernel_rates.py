@@ -1,6 +1,6 @@
 """Products of few rows: compiled, by oneDNN with reordered weights, and as torch has them, in turns.
 
-    python benchmarks/kernels.py
+    python benchmarks/kernel_rates.py
 
 The weights of each shape are so many that they come from memory, as in a decoding step. Prints 10⁹ operations a second.
 """
