@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from trimtab.feedback.aggregate import aggregate
-from trimtab.feedback.agreement import Agreement, cohen_kappa, fleiss_kappa, gwet_ac, krippendorff_alpha
-from trimtab.feedback.ratings import ELO_PER_UNIT, Games, rate
-from trimtab.feedback.study import study
-from trimtab.feedback.vote_table import Votes, read_votes, votes_from_rows
+from trimtab.feedback.vote_files import read_votes
+from trimtab.votes.aggregate import aggregate
+from trimtab.votes.agreement import Agreement, cohen_kappa, fleiss_kappa, gwet_ac, krippendorff_alpha
+from trimtab.votes.ratings import ELO_PER_UNIT, Games, rate
+from trimtab.votes.study import study
+from trimtab.votes.table import VoteTable, votes_from_rows
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "evidence" / "data" / "agreement.json"
@@ -97,7 +98,7 @@ def convabuse(data: Path):
     )
 
 
-def table_of(triples) -> Votes:
+def table_of(triples) -> VoteTable:
     """Votes of (item, annotator, choice)."""
     return votes_from_rows([("", dict(zip(("item", "annotator", "choice"), one, strict=True))) for one in triples])
 

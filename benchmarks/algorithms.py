@@ -26,9 +26,9 @@ import numpy as np
 import plotly.graph_objects as go
 from spine import DATA, ROOT, write_png
 
-from trimtab.config import to_toml
+from trimtab.core.config import to_toml
 from trimtab.evals.overoptimisation import best_of_each, best_of_n_kl, sizes_up_to
-from trimtab.evals.stats import bootstrap_mean, t_interval
+from trimtab.stats import bootstrap_mean, t_interval
 
 N = 16
 """Replies that best-of-N chooses from in the table; the curve goes to LARGEST."""

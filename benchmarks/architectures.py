@@ -29,9 +29,9 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from tests.architectures import families  # noqa: E402
-from trimtab.data.trees import TokenTrees, response_tree  # noqa: E402
-from trimtab.engines.local_generator import LocalGenerator, Sampling  # noqa: E402
-from trimtab.errors import TrimtabError  # noqa: E402
+from trimtab.batches.trees import TokenTrees, response_tree  # noqa: E402
+from trimtab.core.errors import TrimtabError  # noqa: E402
+from trimtab.engines.local.sampler import LocalSampler, Sampling  # noqa: E402
 from trimtab.models.forward import sequence_scores_of  # noqa: E402
 from trimtab.models.load import load_causal, load_scalar  # noqa: E402
 from trimtab.models.roles import Policy, ScalarModel  # noqa: E402
@@ -147,7 +147,7 @@ def sampler(policy: Policy, plain: torch.nn.Module) -> Row:
     prompts = [torch.randint(3, families.VOCAB, (n,), generator=draw).tolist() for n in PROMPT_LENGTHS]
     worst = 0.0
     try:
-        generator = LocalGenerator(policy, chat, Sampling(max_new_tokens=NUM_NEW))
+        generator = LocalSampler(policy, chat, Sampling(max_new_tokens=NUM_NEW))
         for group_size in (1, 3):
             uniforms = torch.rand(len(prompts) * group_size, NUM_NEW, generator=draw, dtype=torch.float64)
             drawn = generator.continue_ids(prompts, group_size=group_size, uniforms=uniforms)

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.feedback.running import Running  # noqa: E402
-from trimtab import config  # noqa: E402
+from trimtab.core import config  # noqa: E402
 from trimtab.feedback import people  # noqa: E402
 from trimtab.feedback.ballots import JUDGED  # noqa: E402
 from trimtab.feedback.importing import seed_items  # noqa: E402

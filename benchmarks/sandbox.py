@@ -19,7 +19,6 @@ import sys
 import tempfile
 import textwrap
 import time
-import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,11 +28,9 @@ NOBODY = 65534
 
 
 def load_sandbox():
-    """The sandbox alone: the rewards beside it would load torch, which another user may not be able to read."""
+    """The sandbox alone, for another user too."""
     sys.path[:0] = [str(ROOT), str(ROOT / "src")]
-    package = sys.modules["trimtab.rewards"] = types.ModuleType("trimtab.rewards")
-    package.__path__ = [str(ROOT / "src" / "trimtab" / "rewards")]
-    from trimtab.rewards import sandbox
+    from trimtab.sandbox import sandbox
 
     return sandbox
 
@@ -77,7 +74,7 @@ def measure(seconds):
                     else:
                         code, tests = textwrap.dedent(text), forgery_tests(783461)
                     started = time.perf_counter()
-                    exam = sandbox.examine(code, tests)
+                    report = sandbox.examine(code, tests)
                     taken = time.perf_counter() - started
                     left = {
                         "processes": len(processes()),
@@ -85,18 +82,20 @@ def measure(seconds):
                         "connections": connections(server),
                         "secret_changed": not secret.exists() or secret.read_text() != "the secret",
                     }
-                    achieved = exam.message if kind == "attack" and exam.message.startswith("AssertionError") else ""
-                    false_verdicts = sum(exam.passed) if kind == "forgery" else 0
+                    achieved = (
+                        report.message if kind == "attack" and report.message.startswith("AssertionError") else ""
+                    )
+                    false_verdicts = sum(report.passed) if kind == "forgery" else 0
                     honest = unhurried.examine(HONEST, ["assert answer() == 42"]).passed == (True,)
-                    contained = honest and not (achieved or false_verdicts or any(left.values()) or exam.refused)
+                    contained = honest and not (achieved or false_verdicts or any(left.values()) or report.refused)
                     rows.append(
                         {
                             "walls": wall,
                             "kind": kind,
                             "name": name,
                             "outcome": "contained" if contained else "NOT CONTAINED",
-                            "ended": "out of time" if exam.timed_out else "by itself",
-                            "said": exam.message[:200],
+                            "ended": "out of time" if report.timed_out else "by itself",
+                            "said": report.message[:200],
                             "seconds": round(taken, 2),
                             "left_behind": left,
                             "false_verdicts": false_verdicts,
@@ -123,7 +122,7 @@ def exams_per_second(sandbox, code, num=64):
         started = time.perf_counter()
         exams = list(pool.map(lambda _: sandbox.examine(code, ["assert answer() == 42"]), range(num)))
         taken = time.perf_counter() - started
-    assert all(exam.passed == (True,) for exam in exams)
+    assert all(report.passed == (True,) for report in exams)
     return round(num / taken, 1)
 
 

@@ -80,7 +80,7 @@ def timed_reference(module: Any) -> list[float]:
 
 def train(stage: str, model: str, rows: str, o: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each step, its loss, and peak memory, of a stage run from its settings."""
-    from trimtab import config
+    from trimtab.core import config
     from trimtab.runs.run import Run
     from trimtab.stages import online, preference, reward, sft
 
@@ -124,13 +124,13 @@ def generate(model: str, rows: str, o: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from trimtab.engines.local_generator import LocalGenerator, Sampling
+    from trimtab.engines.local.sampler import LocalSampler, Sampling
     from trimtab.models.load import load_causal
     from trimtab.models.roles import Policy
 
     prompts, stops, pad = prompts_and_stops(model, rows, vars(o))
     chat = SimpleNamespace(stop_ids=set(stops), pad_id=pad)
-    generator = LocalGenerator(
+    generator = LocalSampler(
         Policy(load_causal(model), pad_id=pad), chat, Sampling(max_new_tokens=o.gen, batch_size=o.batch)
     )
     rates = []

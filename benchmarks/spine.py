@@ -20,7 +20,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from trimtab.evals.overoptimisation import hacking_summary
-from trimtab.evals.stats import moving_mean, t_interval
+from trimtab.stats import moving_mean, t_interval
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "docs" / "evidence" / "data"

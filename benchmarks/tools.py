@@ -22,14 +22,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from trimtab import worlds
+from trimtab.core.types import Prompt
 from trimtab.data.chat import Chat
-from trimtab.engines.episodes import EpisodeGenerator, EpisodeLimits
-from trimtab.engines.local_generator import LocalGenerator, Sampling
+from trimtab.engines.episodes import EpisodeLimits, EpisodeSampler
+from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.environments import ReAct
-from trimtab.evals.stats import t_interval
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
-from trimtab.types import Prompt
+from trimtab.stats import t_interval
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "docs" / "evidence" / "data" / "tools.json"
@@ -60,9 +60,9 @@ def test(model: Path, prompts: list[Prompt], *, with_tools: bool) -> dict[str, f
     policy, chat = policy_of(model)
     if with_tools:
         environment = ReAct(corpus="world:catalogue").load()
-        generator = EpisodeGenerator(policy, chat, SAMPLING, environment, LIMITS)
+        generator = EpisodeSampler(policy, chat, SAMPLING, environment, LIMITS)
     else:
-        generator = LocalGenerator(policy, chat, SAMPLING)
+        generator = LocalSampler(policy, chat, SAMPLING)
     rollouts = generator.generate(prompts, group_size=1, seed=0)
     world = worlds.load("catalogue")
     gold = [world.gold(r.prompt, r.response).total for r in rollouts]
@@ -78,17 +78,17 @@ def test(model: Path, prompts: list[Prompt], *, with_tools: bool) -> dict[str, f
 def cost(model: Path, prompts: list[Prompt]) -> dict[str, float]:
     """How long a batch of episodes takes, and how much of that is computing earlier turns again."""
     policy, chat = policy_of(model)
-    generator = EpisodeGenerator(policy, chat, SAMPLING, ReAct(corpus="world:catalogue").load(), LIMITS)
+    generator = EpisodeSampler(policy, chat, SAMPLING, ReAct(corpus="world:catalogue").load(), LIMITS)
     inner, again = generator.generator, {"seconds": 0.0, "tokens": 0}
     first = True
 
     def watched(prefixes, **options):
         nonlocal first
-        drawn = LocalGenerator.continue_ids(inner, prefixes, **options)
+        drawn = LocalSampler.continue_ids(inner, prefixes, **options)
         if not first and prefixes:
             started = time.process_time()
             ones = torch.ones(len(prefixes), dtype=torch.int64)
-            LocalGenerator.continue_ids(inner, prefixes, group_size=1, uniforms=options["uniforms"], limits=ones)
+            LocalSampler.continue_ids(inner, prefixes, group_size=1, uniforms=options["uniforms"], limits=ones)
             again["seconds"] += time.process_time() - started
             again["tokens"] += sum(map(len, prefixes))
         first = False

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import torch
 
-from trimtab import registry
-from trimtab.data.pairs import Compared, JudgedReplies, MismatchedReplies, ReferencePairs
-from trimtab.data.trees import TokenTrees, response_tree
+from trimtab.batches.pairs import Compared, ReferencePairs
+from trimtab.batches.replies import JudgedReplies, MismatchedReplies
+from trimtab.batches.trees import TokenTrees, response_tree
+from trimtab.core import registry
 
 LOSSES = registry.names("preference_loss")
 

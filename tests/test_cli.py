@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -20,10 +19,12 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from trimtab import cli, config, registry
-from trimtab.errors import EXTRAS, DataError, Interrupted
+from trimtab import cli
+from trimtab.core import config, registry, settings_check
+from trimtab.core.errors import EXTRAS, DataError, Interrupted
+from trimtab.core.settings_help import registered, settings_help
 from trimtab.runs.run import Run
-from trimtab.settings_help import registered, settings_help
+from trimtab.stages.stage import Stage
 
 COMMAND = [sys.executable, "-c", "from trimtab.cli import main; main()"]
 
@@ -49,8 +50,12 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
     module = types.ModuleType("probe_stage")
     module.seen, module.Settings, module.run = [], Settings, run
+    module.STAGE = Stage(settings=Settings, run=lambda settings, opened: module.run(settings, opened))
     monkeypatch.setitem(sys.modules, "probe_stage", module)
-    commands = {**cli.main.commands, "probe": cli.stage_command("probe", "probe_stage", "A probe.")}
+    monkeypatch.setitem(registry.modules("stage"), "probe", "probe_stage")
+    monkeypatch.setattr(cli, "summary_of", lambda _module: "A probe.")
+    monkeypatch.setattr(settings_check, "check", lambda *_, **__: None)  # it reads the source of this package only
+    commands = {**cli.main.commands, "probe": cli.stage_command("probe")}
     monkeypatch.setattr(cli.main, "commands", commands)
     return module
 
@@ -93,11 +98,11 @@ def test_every_command_has_a_line_of_help():
         assert name in invoke("--help").output
 
 
-@pytest.mark.parametrize("name", cli.STAGES)
+@pytest.mark.parametrize("name", registry.modules("stage"))
 def test_the_help_of_a_stage_lists_every_setting_with_its_default(name: str):
-    module = cli.STAGES[name][0]
+    module = registry.modules("stage")[name]
     listed = {line.replace(",", " ").replace(":", " ").split()[0]: line for line, _ in settings_help(module)}
-    settings = importlib.import_module(module).Settings
+    settings = registry.descriptor("stage", name).settings
     assert set(config._key_paths(settings, {}, "")) <= set(listed)
     for field in config._fields(settings):
         if isinstance(field.default, int | float | str | None):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
 
-from trimtab.types import Message, Prompt
+from trimtab.core.types import Message, Prompt
 from trimtab.worlds import Arithmetic
 from trimtab.worlds.arithmetic import NAMES, THINGS
 

@@ -6,7 +6,7 @@ trimtab online run.toml 'environment="examples/extending/my_environment.py:Secon
 from dataclasses import dataclass
 from typing import ClassVar
 
-from trimtab.types import Observation, Prompt
+from trimtab.core.types import Observation, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)

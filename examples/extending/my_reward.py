@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trimtab.metrics import Metrics
+from trimtab.core.metrics import Metrics
+from trimtab.core.types import Rollout
 from trimtab.rewards.answers import find_answer
 from trimtab.rewards.each import Score, fact, score_each
-from trimtab.types import Rollout
 
 
 @dataclass(frozen=True, kw_only=True)

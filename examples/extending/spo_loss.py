@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trimtab.math.losses import PolicyBatch
+from trimtab.batches.rollouts import PolicyBatch
 from trimtab.math.losses.policy import PolicyLoss, held_by_clip, probability_ratio
 
 

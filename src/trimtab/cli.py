@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import shlex
 import signal
 import sys
@@ -12,12 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 import trimtab
-from trimtab.errors import (
+from trimtab.core import registry
+from trimtab.core.errors import (
     EXTRAS,
     ConfigError,
     EngineError,
@@ -26,24 +26,15 @@ from trimtab.errors import (
     TrimtabError,
     not_installed,
 )
+from trimtab.core.files import disk_problem, unwritable
+from trimtab.core.settings_help import settings_help, summary_of
 from trimtab.feedback.command_line import add_to
-from trimtab.files import disk_problem, unwritable
-from trimtab.settings_help import settings_help
 
-STAGES = {
-    "pretrain": ("trimtab.stages.pretrain", "Train a small language model from nothing, on plain text."),
-    "sft": ("trimtab.stages.sft", "Teach a model to reply, from demonstrations."),
-    "compare": ("trimtab.stages.compare", "Sample replies and have a world's annotators compare them."),
-    "reward": ("trimtab.stages.reward", "Train a reward model on preference pairs."),
-    "preference": (
-        "trimtab.stages.preference",
-        "Train a policy on preferences without a reward model: DPO and its family.",
-    ),
-    "online": ("trimtab.stages.online", "Train a policy against a reward, with PPO."),
-    "select": ("trimtab.stages.select", "Sample many replies and keep the best: best-of-N, rejection sampling, pairs."),
-    "evaluate": ("trimtab.stages.evaluate", "Measure a policy against a baseline, with intervals."),
-}
-"""Each stage command: the module with its `Settings` and `run`, and its line of help."""
+if TYPE_CHECKING:
+    from trimtab.data.show import Kind
+    from trimtab.runs.run import Run
+    from trimtab.stages.export import Dtype
+    from trimtab.stages.stage import Stage
 
 
 class _Commands(click.Group):
@@ -116,9 +107,11 @@ def _not_installed(missing: ModuleNotFoundError, ctx: click.Context) -> EngineEr
 
 
 class _StageCommand(click.Command):
-    """A command whose help ends with the settings of its stage."""
+    """A command whose help is that of its stage, and ends with its settings."""
 
-    module: str
+    def __init__(self, name: str, **options: Any) -> None:
+        self.module = registry.modules("stage")[name]
+        super().__init__(name, help=summary_of(self.module), **options)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Answers `--learning-rate 1e-4` with the key to write."""
@@ -127,8 +120,9 @@ class _StageCommand(click.Command):
         except click.NoSuchOption as wrong:
             place = next((i for i, word in enumerate(args) if word.partition("=")[0] == wrong.option_name), -1)
             given = args[place].partition("=")[2] or "".join(args[place + 1 : place + 2]) if place >= 0 else ""
-            check = importlib.import_module("trimtab.settings_check")
-            raise check.option_as_override(self.module, wrong.option_name, given) from wrong
+            from trimtab.core.settings_check import option_as_override
+
+            raise option_as_override(self.module, wrong.option_name, given) from wrong
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Settings (keys of the run file, or key=value)"):
@@ -185,51 +179,64 @@ def run_(run_file: Path, overrides: tuple[str, ...], out: Path | None) -> None:
 @main.command()
 @click.argument("run_file", type=click.Path(path_type=Path))
 @_overrides
-@click.option("--stage", type=click.Choice(list(STAGES)), help="The stage of a run file that is not a pipeline.")
+@click.option(
+    "--stage",
+    type=click.Choice(list(registry.modules("stage"))),
+    help="The stage of a run file that is not a pipeline.",
+)
 def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None) -> None:
     """Say what a run will take: time, memory and steps.
 
     Rehearses a few steps of every stage in a scratch directory, with the run's own data, models and batch sizes.
     """
-    config = importlib.import_module("trimtab.config")
-    console = importlib.import_module("rich.console")
-    values = config.apply_overrides(config.load_run_file(run_file), overrides)
-    where = " ".join([str(run_file), *overrides])
+    from rich.console import Console
+
+    values, where = _read(run_file, overrides)
     if "stages" not in values:
         stage = stage or values.get("stage") or _stage_of(values, where)
         values = {"stages": {stage: {**values, "stage": stage}}}
-    planning = importlib.import_module("trimtab.stages.plan")
-    planning.show(planning.plan(values, where=where), console.Console(width=120))
+    from trimtab.stages import plan as planning
+
+    planning.show(planning.plan(values, where=where), Console(width=120))
+
+
+def _read(run_file: Path, overrides: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    """The values of a run file with the overrides, and what to call them in messages."""
+    from trimtab.core import config
+
+    return config.apply_overrides(config.load_run_file(run_file), overrides), " ".join([str(run_file), *overrides])
 
 
 def _stage_of(values: dict[str, Any], where: str) -> str:
     """The stage whose settings these are. Raises ConfigError where they could be those of several or of none."""
-    check = importlib.import_module("trimtab.settings_check")
-    able = check.nearest_stage(values, {name: module for name, (module, _) in STAGES.items()})
+    from trimtab.core.settings_check import nearest_stage
+
+    stages = registry.modules("stage")
+    able = nearest_stage(values, stages)
     if len(able) == 1:
-        return str(able[0])
-    which = " or ".join(f"--stage {name}" for name in able or STAGES)
+        return able[0]
+    which = " or ".join(f"--stage {name}" for name in able or stages)
     could = "the settings could be those of several stages" if able else "the settings are those of no stage"
     raise ConfigError(f"a run file of a single stage: {could}", where=where, fix=f"say which: {which}")
 
 
 def _run_pipeline(run_file: Path, overrides: tuple[str, ...], out: Path) -> None:
-    config = importlib.import_module("trimtab.config")
-    values = config.apply_overrides(config.load_run_file(run_file), overrides)
-    where = " ".join([str(run_file), *overrides])
-    importlib.import_module("trimtab.stages.pipeline").run_pipeline(values, out, where=where)
+    from trimtab.stages.pipeline import run_pipeline
+
+    values, where = _read(run_file, overrides)
+    run_pipeline(values, out, where=where)
     _tell(out)
     _write_report(out)
 
 
 def _tell(out: Path) -> None:
     """The verdict on a pipeline or a run, as its page has it."""
-    headline = importlib.import_module("trimtab.reports.headline")
-    collecting = importlib.import_module("trimtab.reports.collect")
-    record = collecting.collect(out)
-    if isinstance(record, collecting.RunRecord):
-        verdict = headline.run_verdict(record)
-        if verdict is not None:
+    from trimtab.reports import headline
+    from trimtab.reports.collect import RunRecord, collect
+
+    record = collect(out)
+    if isinstance(record, RunRecord):
+        if (verdict := headline.run_verdict(record)) is not None:
             for sentence in (verdict.title, *verdict.sentences):
                 click.echo(sentence)
         return
@@ -252,16 +259,22 @@ def examples_dir() -> Path:
 # --- the stages ---
 
 
-def stage_command(name: str, module: str, help_line: str) -> click.Command:
-    """The command that runs one stage from a run file."""
+def stage_command(name: str) -> click.Command:
+    """The command that runs the stage of this name from a run file."""
 
     def invoke(run_file: Path, overrides: tuple[str, ...], out: Path | None, fresh: bool) -> None:
-        _run_stage(name, module, run_file, overrides, out or Path("runs") / run_file.stem, fresh)
+        directory = out or Path("runs") / run_file.stem
+        with _opened(name, run_file, overrides, directory, fresh) as (stage, settings, run):
+            if run.finished:
+                click.echo(f"{directory} is finished; --fresh begins it again")
+            else:
+                stage.run(settings, run)
+        _tell(directory)
+        _write_report(directory)
 
-    command = _StageCommand(
+    return _StageCommand(
         name,
         callback=invoke,
-        help=help_line,
         params=[
             click.Argument(["run_file"], type=click.Path(path_type=Path)),
             click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]..."),
@@ -273,45 +286,39 @@ def stage_command(name: str, module: str, help_line: str) -> click.Command:
             click.Option(["--fresh"], is_flag=True, help="Empty the run directory first, instead of going on there."),
         ],
     )
-    command.module = module
-    return command
 
 
-def _run_stage(name: str, module: str, run_file: Path, overrides: tuple[str, ...], out: Path, fresh: bool) -> None:
-    config = importlib.import_module("trimtab.config")
-    values = config.apply_overrides(config.load_run_file(run_file), overrides)
-    where = " ".join([str(run_file), *overrides])
+@contextmanager
+def _opened(
+    name: str, run_file: Path, overrides: tuple[str, ...], out: Path, fresh: bool
+) -> Iterator[tuple[Stage, Any, Run]]:
+    """Within, a stage with its settings and the run that is open in `out`. What can be checked has been checked."""
+    from trimtab.core import config, settings_check
+
+    values, where = _read(run_file, overrides)
     if (meant := values.pop("stage", name)) != name:  # settings.toml of a run directory says its stage
         raise ConfigError(f"a run file of the stage {meant!r}", where=str(run_file), fix=f"use trimtab {meant}")
     if "stages" in values:
         raise ConfigError("a run file of a pipeline", where=str(run_file), fix=f"use trimtab run {run_file}")
-    if module.startswith("trimtab."):  # before its libraries, which take seconds to import
-        importlib.import_module("trimtab.settings_check").check({"": (module, values)}, where=where)
-    stage = importlib.import_module(module)
-    settings = config.resolve(stage.Settings, values, where=where)
-    if module.startswith("trimtab.") and (fresh or not (out / "summary.json").exists()):
-        importlib.import_module("trimtab.stages.preflight").check_stage(name, settings, where=where)
-    runs = importlib.import_module("trimtab.runs.run")
-    trackers = getattr(settings, "trackers", ())
-    with runs.Run.open(out, stage=name, settings=config.dump(settings), resume=not fresh, trackers=trackers) as run:
-        if run.finished:
-            click.echo(f"{out} is finished; --fresh begins it again")
-        else:
-            _run_open(stage, settings, run)
-    _tell(out)
-    _write_report(out)
+    # Before the libraries of the stage, which take seconds to import.
+    settings_check.check({"": (registry.modules("stage")[name], values)}, where=where)
+    from trimtab.stages import preflight
+    from trimtab.stages.pipeline import open_run
+
+    stage = preflight.describe(name)
+    settings: Any = config.resolve(stage.settings, values, where=where)
+    if fresh or not (out / "summary.json").exists():
+        preflight.check_stage(name, settings, where=where)
+    with open_run(out, name, settings, resume=not fresh) as run:
+        try:
+            yield stage, settings, run
+        except KeyboardInterrupt as stop:
+            number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+            raise Interrupted(f"stopped at once; {run.kept()}", signal_number=number) from stop
 
 
-def _run_open(stage: Any, settings: Any, run: Any) -> None:
-    try:
-        stage.run(settings, run)
-    except KeyboardInterrupt as stop:
-        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-        raise Interrupted(f"stopped at once; {run.kept()}", signal_number=number) from stop
-
-
-for _name, (_module, _help) in STAGES.items():
-    main.add_command(stage_command(_name, _module, _help))
+for _name in registry.modules("stage"):
+    main.add_command(stage_command(_name))
 
 
 # --- the use of a model ---
@@ -332,7 +339,9 @@ for _name, (_module, _help) in STAGES.items():
 @_seed
 def generate(**options: Any) -> None:
     """Sample replies of a model to prompts."""
-    importlib.import_module("trimtab.stages.use").generate_file(**options)
+    from trimtab.stages.use import generate_file
+
+    generate_file(**options)
 
 
 @main.command()
@@ -344,7 +353,9 @@ def score(**options: Any) -> None:
 
     Replies are written with their rewards. Of pairs, the card is printed: how often the model orders them as labelled.
     """
-    importlib.import_module("trimtab.stages.use").score_file(**options)
+    from trimtab.stages.use import score_file
+
+    score_file(**options)
 
 
 @main.command()
@@ -354,7 +365,9 @@ def score(**options: Any) -> None:
 @_seed
 def chat(**options: Any) -> None:
     """Talk to a model."""
-    importlib.import_module("trimtab.stages.use").chat(**options)
+    from trimtab.stages import use
+
+    use.chat(**options)
 
 
 @main.command()
@@ -367,62 +380,31 @@ def chat(**options: Any) -> None:
     show_default=True,
     help="Of the weights; as stored is that of the model or base.",
 )
-def export(model: str, out: Path, dtype: str) -> None:
+def export(model: str, out: Path, dtype: Dtype) -> None:
     """Write a checkpoint as a whole model, an adapter merged."""
-    click.echo(importlib.import_module("trimtab.stages.export").export(model=model, out=out, dtype=dtype))
+    from trimtab.stages import export as exporting
+
+    click.echo(exporting.export(model=model, out=out, dtype=dtype))
 
 
 # --- human judgements ---
 
 
 @main.group()
-def feedback() -> None:
+@click.pass_context
+def feedback(ctx: click.Context) -> None:
     """Collect human judgements and know what they are worth."""
+    ctx.obj = _sample
+
+
+def _sample(**options: Any) -> None:
+    """Samples replies of a checkpoint, for a project that collects judgements of them."""
+    from trimtab.stages.use import generate_file
+
+    generate_file(**options)
 
 
 add_to(feedback)
-
-
-@feedback.command()
-@click.argument("source")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The page.  [NAME-agreement.html]")
-@click.option("--columns", default="", help="Columns of another table: item=doc+system,annotator=worker,choice=label.")
-@click.option("--annotator-columns", default="", help="Columns with one annotator's choices each, in a table of items.")
-@click.option("--missing", default="", help="Choices that are no judgement, with commas between them.")
-@click.option("--order", default="", help="Categories from low to high, where they have an order.")
-@click.option("--as-given", is_flag=True, help="A always means the same, such as a model: keep sides as they are.")
-@_seed
-def agreement(source: str, **options: Any) -> None:
-    """Say how far annotators agree, and write a page about it.
-
-    SOURCE is a feedback project, or a table of votes with the columns item, annotator, choice and, where known,
-    shown_left, seconds, slice, strength, model_a, model_b (JSON lines, CSV or Parquet), or comparisons.
-    """
-    importlib.import_module("trimtab.feedback.commands").agreement(source, **options)
-
-
-@feedback.command()
-@click.option("--items", default=2000, show_default=True, help="Different pairs to be judged.")
-@click.option("--overlap", default=1.0, show_default=True, help="Votes for each item on average.")
-@click.option("--minutes", default=1.0, show_default=True, help="Working time of one judgement.")
-@click.option("--wage", default=20.0, show_default=True, help="Pay for an hour, in your currency.")
-@click.option("--price", type=float, help="Pay for one judgement, instead of a wage.")
-@click.option("--fee", default=0.2, show_default=True, help="Share that a platform adds.")
-@click.option("--gold", default=0.05, show_default=True, help="Share of further judgements with a known answer.")
-@click.option("--repeats", default=0.03, show_default=True, help="Share of further judgements asked again.")
-@click.option("--adjudication", default=0.0, show_default=True, help="Share of further judgements to settle disputes.")
-@click.option("--annotators", default=5, show_default=True, help="People at work.")
-@click.option("--hours-per-day", default=4.0, show_default=True, help="Of judging, for each of them.")
-@click.option("--agreement", default=0.7, show_default=True, help="How often two of them are expected to agree.")
-@click.option("--half-width", default=0.03, show_default=True, help="Wanted half of a 95% interval.")
-@click.option("--votes-per-item", default=2, show_default=True, help="Of the items that agreement is measured on.")
-@click.option("--pilot", default="", help="Reward models so far, ITEMS:ACCURACY,…, to extrapolate.")
-def cost(half_width: float, votes_per_item: int, pilot: str, **plan: Any) -> None:
-    """Plan a campaign: what it costs and what it can show."""
-    campaign = importlib.import_module("trimtab.feedback.campaign").Campaign(**plan)
-    importlib.import_module("trimtab.feedback.commands").cost(
-        campaign, half_width=half_width, votes_per_item=votes_per_item, pilot=pilot
-    )
 
 
 # --- data and reports ---
@@ -435,7 +417,8 @@ def cost(half_width: float, votes_per_item: int, pilot: str, **plan: Any) -> Non
 @_seed
 def world(name: str, rows: int, out: Path, seed: int) -> None:
     """Write the data sets of a world as JSON lines."""
-    worlds = importlib.import_module("trimtab.worlds")
+    from trimtab import worlds
+
     for file, count in worlds.write_sets(worlds.load(name), rows, out, seed).items():
         click.echo(f"{out / file}: {count} rows")
 
@@ -464,12 +447,13 @@ def data() -> None:
     help="Which assistant turns of a demonstration are trained, as in the sft stage.",
 )
 @click.option("--all", "whole", is_flag=True, help="Count and measure every row, not only the first thousand.")
-def show(source: str, model: str, kind: str, rows: int, train_on: str, whole: bool) -> None:
+def show(source: str, model: str, kind: Kind, rows: int, train_on: Literal["last", "all"], whole: bool) -> None:
     """Show rows as tokens, those trained on marked."""
-    console = importlib.import_module("rich.console").Console()
-    importlib.import_module("trimtab.data.show").show(
-        source, model, kind=kind, rows=rows, train_on=train_on, whole=whole, console=console
-    )
+    from rich.console import Console
+
+    from trimtab.data import show as showing
+
+    showing.show(source, model, kind=kind, rows=rows, train_on=train_on, whole=whole, console=Console())
 
 
 @main.command()
@@ -483,8 +467,9 @@ def report(directory: Path, out: Path | None) -> None:
 
 
 def _write_report(directory: Path, out: Path | None = None) -> None:
-    path = importlib.import_module("trimtab.reports.html").write_report(directory, out)
-    click.echo(f"report: {path}")
+    from trimtab.reports.html import write_report
+
+    click.echo(f"report: {write_report(directory, out)}")
 
 
 def _same_command() -> str:

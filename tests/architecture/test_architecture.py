@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,43 +16,36 @@ import trimtab
 
 PACKAGE = Path(trimtab.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
+MODULE = re.compile(r"trimtab(\.[a-z_]\w*)+")
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
-LAYERS = {
-    **dict.fromkeys(["__main__"], 8),
-    **dict.fromkeys(["cli"], 7),
-    **dict.fromkeys(["stages"], 6),
-    **dict.fromkeys(["engines", "rewards"], 5),
-    **dict.fromkeys(["models", "protocols", "environments", "feedback"], 4),
-    **dict.fromkeys(["data", "math", "worlds", "reports"], 3),
-    **dict.fromkeys(["runs", "config", "settings_help", "settings_check", "hub"], 2),
-    **dict.fromkeys(["types", "metrics", "registry", "errors", "evals", "seeds"], 1),
-    **dict.fromkeys(["bounds", "files", "foreign_keys"], 1),
+FLOORS = {
+    **dict.fromkeys(["__main__"], 9),
+    **dict.fromkeys(["cli"], 8),
+    **dict.fromkeys(["stages", "feedback"], 7),
+    **dict.fromkeys(["rewards", "environments", "reports"], 6),
+    **dict.fromkeys(["engines", "sandbox"], 5),
+    **dict.fromkeys(["models", "evals"], 4),
+    **dict.fromkeys(["math", "data", "votes"], 3),
+    **dict.fromkeys(["batches", "stats", "worlds", "runs"], 2),
+    **dict.fromkeys(["core"], 1),
 }
-SIDEWAYS = {
-    ("data", "worlds"),  # "world:helpdesk" is a source
-    ("runs", "config"),  # settings.toml is written and compared
-    ("settings_check", "config"),  # says mistakes in its words
-    ("settings_check", "settings_help"),  # reads the same source
-    ("files", "errors"),
-    ("registry", "errors"),
-    ("evals", "types"),  # statistics of pairs and replies
-}
+"""Each room imports from floors below its own, wherever in a file the import stands and however it is written."""
+TABLE = "core.registry"
+"""The one file that names modules above its own floor, as strings: what a run file names is found there."""
 NO_TORCH = [
     "cli",
-    "config",
-    "settings_help",
-    "settings_check",
-    "bounds",
-    "files",
-    "foreign_keys",
-    "registry",
-    "types",
-    "metrics",
-    "errors",
-    "seeds",
+    "core",
+    "stats",
+    "votes",
+    "runs",
+    "evals",
+    "worlds",
+    "environments",
+    "reports",
+    "feedback",
+    "sandbox",
 ]
-NO_TORCH_PACKAGES = ["runs", "evals", "worlds", "environments", "reports", "feedback"]
 NO_TORCH_MODULES = ["data.sources", "data.preferences", "data.split"]
 
 
@@ -71,24 +66,56 @@ def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
+def named(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of each string that names a module of this package, as `import_module` takes it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and MODULE.fullmatch(node.value):
+            yield node.lineno, node.value
+
+
+def rooms_reached(path: Path, tree: ast.Module) -> Iterator[tuple[int, str, str]]:
+    """Line, room and name of whatever of this package a file imports or names."""
+    strings = () if name_of(path) == TABLE else named(tree)
+    for line, name in [*imported(tree), *strings]:
+        top, _, rest = name.partition(".")
+        room = rest.partition(".")[0]
+        if top == "trimtab" and room in FLOORS:
+            yield line, room, name
+
+
 def test_imports_point_down():
-    wrong = []
-    for path, tree in TREES.items():
-        source = package_of(path)
-        if source == "__init__":
-            continue
-        for line, name in imported(tree):
-            top, _, rest = name.partition(".")
-            target = rest.partition(".")[0]
-            if top != "trimtab" or target not in LAYERS or target == source or (source, target) in SIDEWAYS:
-                continue
-            if LAYERS[target] >= LAYERS[source]:
-                wrong.append(f"{name_of(path)}:{line} imports {name}")
+    wrong = [
+        f"{name_of(path)}:{line} reaches {name}"
+        for path, tree in TREES.items()
+        if (own := package_of(path)) != "__init__"
+        for line, room, name in rooms_reached(path, tree)
+        if room != own and FLOORS[room] >= FLOORS[own]
+    ]
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_package_has_a_layer():
-    assert {package_of(path) for path in FILES} - {"__init__", "examples"} <= set(LAYERS)
+def test_a_string_that_names_a_module_is_seen():
+    tree = ast.parse('load("trimtab.feedback.source"); print("trimtab: a word")')
+    assert [name for _, name in named(tree)] == ["trimtab.feedback.source"]
+
+
+def test_no_files_import_each_other_in_a_circle():
+    files = {f"trimtab.{name_of(path)}".removesuffix(".__init__"): path for path in FILES}
+
+    def file_of(name: str) -> str:
+        while name not in files:
+            name = name.rpartition(".")[0]
+        return name
+
+    reached = {
+        file: {file_of(name) for _, name in imported(TREES[path]) if name.partition(".")[0] == "trimtab"} - {file}
+        for file, path in files.items()
+    }
+    graphlib.TopologicalSorter(reached).prepare()  # raises CycleError, which says which
+
+
+def test_every_room_has_a_floor():
+    assert {package_of(path) for path in FILES} - {"__init__", "examples"} == set(FLOORS)
 
 
 def device_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -158,8 +185,8 @@ def test_the_search_for_devices_lets_followers_be(code: str):
 
 
 def test_what_must_answer_at_once_never_loads_torch():
-    in_packages = [name_of(path) for path in FILES if package_of(path) in NO_TORCH_PACKAGES]
-    modules = [f"trimtab.{name.removesuffix('.__init__')}" for name in [*NO_TORCH, *NO_TORCH_MODULES, *in_packages]]
+    in_rooms = [name_of(path) for path in FILES if package_of(path) in NO_TORCH]
+    modules = [f"trimtab.{name.removesuffix('.__init__')}" for name in [*NO_TORCH_MODULES, *in_rooms]]
     code = f"""
 import importlib, sys
 for module in {modules!r}:

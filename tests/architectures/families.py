@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from trimtab.data.trees import Tree, response_tree
+from trimtab.batches.trees import Tree, response_tree
 
 VOCAB = 64
 PAD, END, BEGIN = 0, 1, 2

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.architectures.families import PAD, TOLERANCE, VOCAB, causal, every_family, plain_logprobs
-from trimtab.data.trees import response_tree
-from trimtab.engines.local_generator import LocalGenerator, Sampling
-from trimtab.errors import EngineError
+from trimtab.batches.trees import response_tree
+from trimtab.core.errors import EngineError
+from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.models.roles import Policy
 
 CHAT = SimpleNamespace(stop_ids=(), pad_id=PAD)
@@ -33,7 +33,7 @@ FAST = {
 
 @pytest.mark.parametrize(("name", "form"), FAST.items())
 def test_a_family_is_sampled_from_its_own_distribution(name, form):
-    generator = LocalGenerator(Policy(causal(name), pad_id=PAD), CHAT, Sampling(max_new_tokens=NUM_NEW))
+    generator = LocalSampler(Policy(causal(name), pad_id=PAD), CHAT, Sampling(max_new_tokens=NUM_NEW))
     assert generator.method == form
     assert difference_of(generator, name) <= TOLERANCE
 
@@ -48,7 +48,7 @@ def test_every_other_family_too_or_it_is_refused(name):
         pytest.skip(f"transformers cannot run a tiny model of it: {type(error).__name__}: {error}")
     try:
         policy = Policy(model, pad_id=PAD)
-        generator = LocalGenerator(policy, CHAT, Sampling(max_new_tokens=NUM_NEW))
+        generator = LocalSampler(policy, CHAT, Sampling(max_new_tokens=NUM_NEW))
         assert difference_of(generator, name) <= TOLERANCE
     except EngineError as error:
         if "architecture" not in error.where:
@@ -69,12 +69,12 @@ def difference_of(generator, name):
 
 
 def test_the_console_says_when_a_slow_form_is_taken_and_why(capsys):
-    generator = LocalGenerator(Policy(causal("bloom"), pad_id=PAD), CHAT, Sampling(max_new_tokens=2))
+    generator = LocalSampler(Policy(causal("bloom"), pad_id=PAD), CHAT, Sampling(max_new_tokens=2))
     assert generator.sampler == "padded"
     said = capsys.readouterr().err
     assert said.startswith(
         "note: replies of BloomForCausalLM are sampled in padded rows, slower than in slots (slots: "
     )
-    fast = LocalGenerator(Policy(causal("llama"), pad_id=PAD), CHAT, Sampling(max_new_tokens=2))
+    fast = LocalSampler(Policy(causal("llama"), pad_id=PAD), CHAT, Sampling(max_new_tokens=2))
     assert fast.sampler.startswith("fused")
     assert not capsys.readouterr().err

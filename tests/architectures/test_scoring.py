@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.architectures import families
-from trimtab.data.trees import TokenTrees
-from trimtab.errors import EngineError
+from trimtab.batches.trees import TokenTrees
+from trimtab.core.errors import EngineError
 from trimtab.models.forward import sequence_scores_of, token_logprobs_of
 from trimtab.models.load import load_causal, load_scalar
 from trimtab.models.roles import Policy, ScalarModel

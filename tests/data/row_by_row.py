@@ -5,12 +5,12 @@ What `prepare` and `pairs` give is compared with it.
 
 from __future__ import annotations
 
+from trimtab.batches.pairs import Compared
+from trimtab.batches.trees import response_tree, sequence_tree
+from trimtab.core.types import Message
 from trimtab.data.chat import fit
 from trimtab.data.layouts import load
-from trimtab.data.pairs import Compared
 from trimtab.data.split import split_by_prompt
-from trimtab.data.trees import response_tree, sequence_tree
-from trimtab.types import Message
 
 
 def split(kind, source, *, held_out, **options):

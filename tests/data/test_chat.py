@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.types import Demonstration, Message
 from trimtab.data.chat import Chat, fit
 from trimtab.data.layouts import load
 from trimtab.data.templates import DEFAULT_TEMPLATE, SPECIAL_TOKENS
-from trimtab.errors import ConfigError, DataError
-from trimtab.types import Demonstration, Message
 
 from .conftest import CHATML, byte_level, make
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trimtab import types
+from trimtab.core import types
 from trimtab.data.formats import LAYOUTS
 from trimtab.data.layouts import load
 

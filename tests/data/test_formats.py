@@ -6,9 +6,17 @@ import json
 
 import pytest
 
+from trimtab.core.errors import DataError
+from trimtab.core.types import (
+    Comparison,
+    Demonstration,
+    LabelledResponse,
+    Message,
+    PreferencePair,
+    Prompt,
+    SteppedResponse,
+)
 from trimtab.data.layouts import kinds_of, load
-from trimtab.errors import DataError
-from trimtab.types import Comparison, Demonstration, LabelledResponse, Message, PreferencePair, Prompt, SteppedResponse
 
 
 def prompt(*contents: str, system: str = "", **more) -> Prompt:

@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 
 from trimtab import worlds
-from trimtab.data.layouts import load
-from trimtab.data.mistakes import Mistake
-from trimtab.errors import DataError
-from trimtab.types import (
+from trimtab.core.errors import DataError
+from trimtab.core.types import (
     Comparison,
     Demonstration,
     LabelledResponse,
@@ -22,6 +20,8 @@ from trimtab.types import (
     SteppedResponse,
     to_dict,
 )
+from trimtab.data.layouts import load
+from trimtab.data.mistakes import Mistake
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 real_data = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data sets in ../shared/data")

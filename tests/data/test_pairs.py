@@ -3,9 +3,10 @@
 import pytest
 
 from tests.data.conftest import CHATML, byte_level
+from trimtab.batches.pairs import Compared
+from trimtab.core.types import LabelledResponse, Message, PreferencePair, Prompt
 from trimtab.data.chat import Chat
-from trimtab.data.pairs import Compared, group_pairs, group_replies, mismatch, split_in_two
-from trimtab.types import LabelledResponse, Message, PreferencePair, Prompt
+from trimtab.data.pairs import group_pairs, group_replies, mismatch, split_in_two
 
 
 def prompt(text):

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from trimtab.core.types import Comparison, Message, PreferencePair, Prompt
 from trimtab.data.preferences import to_pairs
-from trimtab.types import Comparison, Message, PreferencePair, Prompt
 
 
 def prompt(text: str, **more) -> Prompt:

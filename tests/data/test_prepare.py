@@ -12,13 +12,13 @@ import pytest
 
 from tests.data import row_by_row
 from tests.data.conftest import make
+from trimtab.core.errors import ConfigError, DataError, EngineError
+from trimtab.core.types import Demonstration, LabelledResponse, Message, PreferencePair, Prompt
 from trimtab.data import kept, prepare
 from trimtab.data.chat import Chat
 from trimtab.data.pairs import group_pairs, group_replies
 from trimtab.data.tokens import table_of
-from trimtab.errors import ConfigError, DataError, EngineError
 from trimtab.stages.sft import demonstration_trees
-from trimtab.types import Demonstration, LabelledResponse, Message, PreferencePair, Prompt
 
 WORDS = [
     *[

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
+from trimtab.core.errors import DataError
+from trimtab.core.types import Comparison, Demonstration, LabelledResponse, PreferencePair, Prompt, SteppedResponse
 from trimtab.data.layouts import load
-from trimtab.errors import DataError
-from trimtab.types import Comparison, Demonstration, LabelledResponse, PreferencePair, Prompt, SteppedResponse
 
 
 def user(text):

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from trimtab.data.sources import is_hub, read_rows, read_world
-from trimtab.errors import DataError
-from trimtab.types import Demonstration, Prompt
+from trimtab.core.errors import DataError
+from trimtab.core.types import Demonstration, Prompt
+from trimtab.data.sources import is_hub, read_rows
+from trimtab.worlds.source import read_world
 
 ROWS = [{"prompt": "a ☃", "completion": "b\u2028c"}, {"prompt": "d", "completion": "e"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+from trimtab.core.types import Message, PreferencePair, Prompt
 from trimtab.data.split import split_by_prompt
-from trimtab.types import Message, PreferencePair, Prompt
 
 
 def prompt(text: str, **more) -> Prompt:

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
+from trimtab.core.types import Message
 from trimtab.data.chat import Chat
-from trimtab.types import Message
 
 TURNS = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"

@@ -5,9 +5,9 @@ from itertools import product
 import pytest
 
 from tests.data.conftest import make
+from trimtab.core.types import Message
 from trimtab.data.chat import Chat
 from trimtab.data.templates import DEFAULT_TEMPLATE, only_writes_contents
-from trimtab.types import Message
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ 'S: none<|end|>\\n' }}"

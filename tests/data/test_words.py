@@ -5,11 +5,11 @@ import random
 import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
 
+from trimtab.core.errors import DataError
+from trimtab.core.types import Message
 from trimtab.data import words
 from trimtab.data.chat import Chat
 from trimtab.data.words import Words
-from trimtab.errors import DataError
-from trimtab.types import Message
 
 from .conftest import NAMES, make
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from trimtab import config
+from trimtab.core import config
 
 ROOT = Path(__file__).parents[2]
 RUN_FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "examples").rglob("*.toml"))

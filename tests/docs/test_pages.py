@@ -13,7 +13,8 @@ from pathlib import Path
 import click
 import pytest
 
-from trimtab import cli, config
+from trimtab import cli
+from trimtab.core import config
 from trimtab.stages.pipeline import resolve_stages
 
 ROOT = Path(__file__).parents[2]

@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from tests.tiny import write_model_directory
-from trimtab import seeds
+from trimtab.core import seeds
+from trimtab.core.errors import DataError, EngineError
+from trimtab.core.types import Message, Observation, Prompt, from_dict, to_dict
 from trimtab.data.chat import Chat
-from trimtab.engines.episodes import EpisodeGenerator, EpisodeLimits
-from trimtab.engines.local_generator import LocalGenerator, Sampling
-from trimtab.engines.slot_decoding import SlotForm
-from trimtab.errors import DataError, EngineError
+from trimtab.engines.episodes import EpisodeLimits, EpisodeSampler
+from trimtab.engines.local.sampler import LocalSampler, Sampling
+from trimtab.engines.local.slots import SlotForm
 from trimtab.math.logprobs import draw
 from trimtab.models.forward import token_logprobs_of
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
-from trimtab.stages.online_sampling import in_groups, rollout_trees
-from trimtab.stages.online_watch import event_metrics
-from trimtab.types import Message, Observation, Prompt, from_dict, to_dict
+from trimtab.stages.online.checks import event_metrics
+from trimtab.stages.online.sampling import in_groups, rollout_trees
 
 
 @dataclass
@@ -57,7 +57,7 @@ def generator(model_dir, environment, *, form="own", max_turns=4, max_observatio
     policy, chat = policy_and_chat(model_dir)
     policy.tree_form = policy.tree_form and form == "own"
     limits = EpisodeLimits(max_turns=max_turns, max_observation_tokens=max_observation_tokens)
-    return EpisodeGenerator(policy, chat, Sampling(**{"max_new_tokens": 60} | sampling), environment, limits)
+    return EpisodeSampler(policy, chat, Sampling(**{"max_new_tokens": 60} | sampling), environment, limits)
 
 
 TEXTS = ("I want a refund!", "What is 12 + 30?", "Item: lamp. Policy: refund within 30 days.", "Thank you", "lamp")
@@ -66,7 +66,7 @@ SOME = [Prompt(messages=(Message("user", t),)) for t in TEXTS]
 
 def test_an_environment_that_ends_at_once_changes_nothing(model_dir):
     policy, chat = policy_and_chat(model_dir)
-    plain = LocalGenerator(policy, chat, Sampling(max_new_tokens=30)).generate(SOME, group_size=3, seed=5)
+    plain = LocalSampler(policy, chat, Sampling(max_new_tokens=30)).generate(SOME, group_size=3, seed=5)
     episodes = generator(model_dir, Scripted(num=0, stop=()), max_new_tokens=30).generate(SOME, group_size=3, seed=5)
     for one, other in zip(plain, episodes, strict=True):
         assert (one.response_ids, one.logprobs, one.finish_reason) == (
@@ -276,7 +276,7 @@ def test_no_prompts_give_no_episodes(model_dir):
 def test_a_watched_sampler_is_compared_with_the_policy_at_every_turn(model_dir, monkeypatch):
     policy, chat = policy_and_chat(model_dir)
     sampling = Sampling(max_new_tokens=30, top_k=8)  # what it gives is not comparable, and what it is made from is
-    watched = EpisodeGenerator(policy, chat, sampling, Scripted(num=1), EpisodeLimits(), watched=True)
+    watched = EpisodeSampler(policy, chat, sampling, Scripted(num=1), EpisodeLimits(), watched=True)
     watched.generate(SOME, group_size=1, seed=5)
     assert 0 < watched.generator.difference < 1e-4
     decode = SlotForm.decode

@@ -3,10 +3,10 @@
 import pytest
 
 from trimtab import worlds
+from trimtab.core.errors import DataError
+from trimtab.core.types import Message, Observation, Prompt
 from trimtab.environments.react import ReAct, read_corpus
 from trimtab.environments.tools import ToolError
-from trimtab.errors import DataError
-from trimtab.types import Message, Observation, Prompt
 
 PROMPT = Prompt(messages=(Message("user", "Price of 2 x blue lamp?"),))
 CATALOGUE = worlds.load("catalogue")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import scipy.optimize
 
+from trimtab.core.types import Message, PreferencePair, Prompt
 from trimtab.evals.reward_card import fit_bag_of_words, ordering_accuracy, reward_card
-from trimtab.evals.stats import wilson
 from trimtab.evals.text import words
-from trimtab.types import Message, PreferencePair, Prompt
+from trimtab.stats import wilson
 
 PROMPT = Prompt(messages=(Message("user", "Where is my parcel?"),))
 

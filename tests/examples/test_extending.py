@@ -14,10 +14,11 @@ import torch
 from tests.stages.commands import FAST, rows, run_stage, trimtab, write_run_file
 from tests.stages.test_online_invariance import CHANGES, compare, family_update
 from tests.tiny import write_model_directory
-from trimtab import cli, config, registry
+from trimtab import cli
+from trimtab.core import config, registry
+from trimtab.core.types import Message, Prompt, Rollout
 from trimtab.math.advantages import Episodes
-from trimtab.stages.online import Settings
-from trimtab.types import Message, Prompt, Rollout
+from trimtab.stages.online import OnlineSettings
 
 EXTENDING = cli.examples_dir() / "extending"
 PAGE = cli.examples_dir().parent / "docs" / "extending.md"
@@ -86,7 +87,7 @@ def test_each_shows_the_line_that_runs_it(tmp_path, base, monkeypatch, file):
 def test_every_run_file_on_the_page_is_read(base, monkeypatch, block):
     monkeypatch.chdir(EXTENDING.parents[1])
     values = settings_of(base) | tomllib.loads(block)
-    config.resolve(Settings, values, where="docs/extending.md")
+    config.resolve(OnlineSettings, values, where="docs/extending.md")
 
 
 def test_the_page_shows_the_examples_as_they_are():

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from trimtab import cli, config
+from trimtab import cli
+from trimtab.core import config
 
 ROOT = Path(__file__).parents[2]
 RUN_FILES = sorted(cli.examples_dir().rglob("*.toml"))

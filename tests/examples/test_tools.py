@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tests.stages.commands import rows, trimtab
-from trimtab import cli, config
+from trimtab import cli
+from trimtab.core import config
 from trimtab.stages.pipeline import resolve_stages
 
 FILE = cli.examples_dir() / "tools" / "pipeline.toml"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trimtab import config
+from trimtab.core import config
+from trimtab.core.types import Message, Prompt
 from trimtab.feedback import items, people
 from trimtab.feedback.answers import Answer
 from trimtab.feedback.assign import Lease, next_lease
@@ -13,7 +14,6 @@ from trimtab.feedback.ballots import Receipt, vote
 from trimtab.feedback.people import Person
 from trimtab.feedback.project import Kind
 from trimtab.feedback.store import Store, open_store
-from trimtab.types import Message, Prompt
 
 PASSWORD = "a long enough phrase"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trimtab.feedback.vote_table import Votes, votes_from_rows
+from trimtab.votes.table import VoteTable, votes_from_rows
 
 KRIPPENDORFF = """
 1 2 3 3 2 1 4 1 2 . . .
@@ -52,7 +52,7 @@ BASEBALL = {
 """Agresti, Categorical Data Analysis (2002), table 10.10: wins against each team, in the order of the keys."""
 
 
-def krippendorff_votes() -> Votes:
+def krippendorff_votes() -> VoteTable:
     lines = KRIPPENDORFF.split("\n")[1:-1]
     return votes_of(
         (str(i), f"coder {j}", mark)
@@ -62,7 +62,7 @@ def krippendorff_votes() -> Votes:
     )
 
 
-def anaesthetists() -> Votes:
+def anaesthetists() -> VoteTable:
     patients = ANAESTHETISTS.strip().replace("\n", "/").split("/")
     return votes_of(
         (str(i), f"observer {j}", mark)
@@ -72,7 +72,7 @@ def anaesthetists() -> Votes:
     )
 
 
-def votes_of(triples) -> Votes:
+def votes_of(triples) -> VoteTable:
     """Votes of (item, annotator, choice)."""
     return votes_from_rows(
         [(f"row {n}", dict(zip(("item", "annotator", "choice"), t, strict=True))) for n, t in enumerate(triples)]

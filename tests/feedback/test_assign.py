@@ -16,7 +16,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from tests.feedback.conftest import Make
 from tests.feedback.projects import add, answer_next, item, lease, make_store, person
-from trimtab.errors import DataError
+from trimtab.core.errors import DataError
 from trimtab.feedback import items, people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer

@@ -21,12 +21,12 @@ import pytest
 from tests.feedback.projects import PASSWORD, item, make_project
 from tests.feedback.running import Running
 from tests.feedback.test_security import HOSTILE
+from trimtab.core.types import Message, Prompt
 from trimtab.feedback import items, people
 from trimtab.feedback.importing import seed_items
 from trimtab.feedback.simulate import simulate
 from trimtab.feedback.store import open_store, verify
 from trimtab.feedback.votes import cast_votes
-from trimtab.types import Message, Prompt
 
 pytestmark = pytest.mark.slow
 Start = Callable[..., Running]

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from trimtab.errors import ConfigError
+from trimtab.core.errors import ConfigError
 from trimtab.feedback.campaign import (
     Campaign,
     fit_learning_curve,

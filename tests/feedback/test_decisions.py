@@ -11,13 +11,13 @@ import pytest
 
 from tests.feedback.conftest import Make
 from tests.feedback.projects import add, answer_next, lease, make_store, person
+from trimtab.core.types import Message, Prompt
 from trimtab.feedback import labels, people
 from trimtab.feedback.answers import Answer
 from trimtab.feedback.assign import num_eligible
 from trimtab.feedback.ballots import adjudicate
 from trimtab.feedback.exporting import export
-from trimtab.feedback.project import Labels
-from trimtab.types import Message, Prompt
+from trimtab.feedback.project import LabelSettings
 
 A, B = Answer(choice="A", strength=1), Answer(choice="B", strength=1)
 TIE, BAD, SKIP = Answer(choice="tie"), Answer(choice="both_bad"), Answer(choice="skip")
@@ -152,7 +152,7 @@ def simulated(rule: str, *, ties: float, both_bad: float = 0.0, num: int = 400) 
             cast: Any = SimpleNamespace(id=0, annotator=str(who))
             prompt = Prompt(messages=(Message("user", "q"),))
             judgements.append(labels._Judgement(str(i), prompt, "a", "b", choice, 0.0, cast))
-    found = labels._shares(judgements, Labels(rule=rule, both_bad="tie"))  # type: ignore[arg-type]
+    found = labels._shares(judgements, LabelSettings(rule=rule, both_bad="tie"))  # type: ignore[arg-type]
     share = np.array([found[str(i)] for i in range(num)])
     decided = ~np.isclose(share, 0.5)
     right = ((share > 0.5) == truth)[decided].mean()

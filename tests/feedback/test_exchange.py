@@ -13,9 +13,18 @@ from hypothesis import strategies as st
 
 from tests.feedback.conftest import Make
 from tests.feedback.projects import add, answer_next, item, lease, make_project, make_store, person
+from trimtab.core.errors import DataError
+from trimtab.core.types import (
+    Comparison,
+    Demonstration,
+    LabelledResponse,
+    Message,
+    PreferencePair,
+    Prompt,
+    SteppedResponse,
+)
 from trimtab.data.layouts import load
 from trimtab.data.sources import read_rows
-from trimtab.errors import DataError
 from trimtab.feedback import items, people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer, from_form, from_position, to_position
@@ -26,17 +35,8 @@ from trimtab.feedback.importing import Options, import_source
 from trimtab.feedback.project import Task, load_project
 from trimtab.feedback.simulate import simulate
 from trimtab.feedback.store import Store, open_store, verify
-from trimtab.feedback.vote_table import read_votes
+from trimtab.feedback.vote_files import read_votes
 from trimtab.feedback.votes import cast_votes, ranked_pairs
-from trimtab.types import (
-    Comparison,
-    Demonstration,
-    LabelledResponse,
-    Message,
-    PreferencePair,
-    Prompt,
-    SteppedResponse,
-)
 
 
 def write(path: Path, rows: list[dict]) -> str:

@@ -12,12 +12,12 @@ import sqlalchemy as sa
 
 from tests.feedback.conftest import Make
 from tests.feedback.projects import make_store
-from trimtab.errors import DataError
+from trimtab.core.errors import DataError
 from trimtab.feedback import items
 from trimtab.feedback import tables as t
 from trimtab.feedback.importing import Options, import_source, seed_items
 from trimtab.feedback.store import verify
-from trimtab.feedback.vote_table import read_votes
+from trimtab.feedback.vote_files import read_votes
 from trimtab.feedback.votes import cast_votes
 
 

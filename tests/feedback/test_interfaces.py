@@ -231,7 +231,7 @@ def test_mistakes_on_the_command_line_are_answered_in_words(tmp_path: Path, monk
 
 def test_the_client_asks_again_where_the_server_is_away(small: Make):
     client = Client("http://127.0.0.1:1", "token", attempts=1)
-    from trimtab.errors import EngineError
+    from trimtab.core.errors import EngineError
 
     with pytest.raises(EngineError, match="refused"):
         client.votes()

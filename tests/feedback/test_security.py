@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from tests.feedback.browsing import Browser
 from tests.feedback.conftest import Make
 from tests.feedback.projects import PASSWORD, add, answer_next, person
-from trimtab.errors import DataError
+from trimtab.core.errors import DataError
+from trimtab.core.types import Message, Prompt
 from trimtab.feedback import items, people
 from trimtab.feedback.exporting import to_bytes
 from trimtab.feedback.importing import import_source
 from trimtab.feedback.server.app import create_app
 from trimtab.feedback.server.rendering import render
 from trimtab.feedback.server.security import COOKIE, HEADERS, Limiter
-from trimtab.types import Message, Prompt
 
 # Who gets past the door: nobody signed in, annotators, adjudicators, admins.
 ANYBODY, SIGNED_IN, JUDGES, ADMINS = "0123", "123", "23", "3"

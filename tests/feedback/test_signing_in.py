@@ -8,7 +8,7 @@ import pytest
 
 from tests.feedback.conftest import Make
 from tests.feedback.projects import PASSWORD, add, answer_next, make_store, person
-from trimtab.errors import DataError
+from trimtab.core.errors import DataError
 from trimtab.feedback import people
 from trimtab.feedback.exporting import write_export
 from trimtab.feedback.importing import import_source

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from tests.feedback.conftest import Make
 from tests.feedback.projects import PASSWORD, add, answer_next, item, lease, person
-from trimtab.errors import ConfigError, DataError
+from trimtab.core.errors import ConfigError, DataError
 from trimtab.feedback import items, people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer

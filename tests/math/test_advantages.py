@@ -4,8 +4,8 @@ import statistics
 import pytest
 import torch
 
+from trimtab.core.registry import find
 from trimtab.math.advantages import GAE, GRPO, RLOO, Episodes, ReinforcePP, ReMax, gae, token_rewards
-from trimtab.registry import find
 
 
 def slow_gae(rewards, values, gamma, lam):

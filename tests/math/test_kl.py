@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.errors import ConfigError
+from trimtab.core.errors import ConfigError
+from trimtab.core.registry import find
 from trimtab.math.kl import ESTIMATORS, AdaptiveKL, FixedKL, k1, k2, k3
-from trimtab.registry import find
 
 
 def distributions(V=6, seed=0):

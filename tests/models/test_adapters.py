@@ -5,10 +5,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.models.test_forward import relative_difference, some_trees
 from tests.tiny import causal, scalar, write_model_directory
+from trimtab.batches.trees import TreeBatch
+from trimtab.core.errors import EngineError
 from trimtab.data.chat import Chat
-from trimtab.data.trees import TreeBatch
-from trimtab.engines.local_learner import AdamW, LocalLearner
-from trimtab.errors import EngineError
+from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.math.losses.sft import SFTLoss
 from trimtab.models.adapters import LoRA, add_adapter, load_adapter, save_adapter, using
 from trimtab.models.forward import sequence_scores_of, token_logprobs_of

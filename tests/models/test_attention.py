@@ -6,8 +6,8 @@ import torch
 from tests.architectures import families
 from tests.models.test_forward import relative_difference, some_trees
 from tests.tiny import causal
-from trimtab.data.trees import TokenTrees, response_tree
-from trimtab.errors import EngineError
+from trimtab.batches.trees import TokenTrees, response_tree
+from trimtab.core.errors import EngineError
 from trimtab.models.attention import ROW_ATTENTION, attending, backbone, row_attention, row_mask, row_states
 from trimtab.models.tree_attention import masked_attention, tree_attention
 

@@ -5,7 +5,7 @@ import torch
 
 from tests.architectures import families
 from tests.models.test_forward import some_trees
-from trimtab.errors import EngineError
+from trimtab.core.errors import EngineError
 from trimtab.models.roles import Policy
 
 DROPOUTS = {

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trimtab.data.trees import TokenTrees, sequence_tree
+from trimtab.batches.trees import TokenTrees, sequence_tree
 from trimtab.models.embedding_gradients import gradients_in_place, takes_in_place
 from trimtab.models.roles import Policy, ScalarModel
 

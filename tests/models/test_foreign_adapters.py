@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.models.test_forward import some_trees
 from tests.tiny import write_model_directory
-from trimtab.errors import ConfigError, EngineError
+from trimtab.core.errors import ConfigError, EngineError
 from trimtab.models.adapters import LoRA, add_adapter, load_adapter, using, weight_of
 from trimtab.models.forward import token_logprobs_of
 from trimtab.models.load import load_causal, load_scalar, load_tokenizer

@@ -6,8 +6,8 @@ import torch
 from tests.architectures import families
 from tests.models.test_forward import some_trees
 from tests.tiny import causal
-from trimtab.data.trees import TokenTrees, Tree, response_tree
-from trimtab.errors import EngineError
+from trimtab.batches.trees import TokenTrees, Tree, response_tree
+from trimtab.core.errors import EngineError
 from trimtab.models import attention
 from trimtab.models.attention import backbone
 from trimtab.models.forms import proved

@@ -3,8 +3,8 @@ import torch
 
 from tests.architectures import families
 from tests.tiny import DECODERS, VOCAB, causal, scalar
-from trimtab.data.trees import TokenTrees, response_tree, sequence_tree
-from trimtab.errors import EngineError
+from trimtab.batches.trees import TokenTrees, response_tree, sequence_tree
+from trimtab.core.errors import EngineError
 from trimtab.models.forward import exact_kl_of, sequence_scores_of, token_logprobs_of
 from trimtab.models.roles import Policy, ScalarModel
 from trimtab.models.tree_attention import masked_attention, tree_attention

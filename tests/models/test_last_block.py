@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.tiny import VOCAB, causal, scalar
-from trimtab.data.trees import TokenTrees, response_tree
+from trimtab.batches.trees import TokenTrees, response_tree
 from trimtab.models.last_block import reads_rows
 from trimtab.models.roles import Policy, ScalarModel
 

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, OPTConfig, RobertaConfig
 
 from tests.tiny import causal, scalar
-from trimtab.data.trees import response_tree
-from trimtab.errors import EngineError
+from trimtab.batches.trees import response_tree
+from trimtab.core.errors import EngineError
 from trimtab.models.lengths import positions_of, refuse_long
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}

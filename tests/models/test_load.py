@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tests.models.test_save import BASES, write_base
 from tests.tiny import write_model_directory
+from trimtab.core.errors import ConfigError, EngineError
 from trimtab.data.chat import Chat
-from trimtab.errors import ConfigError, EngineError
 from trimtab.models.load import load_causal, load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import save_model

@@ -4,7 +4,7 @@ import pytest
 
 from tests.architectures import families
 from tests.tiny import causal
-from trimtab.errors import EngineError
+from trimtab.core.errors import EngineError
 from trimtab.models.logits import LogitShape, logit_shape
 
 

@@ -8,11 +8,11 @@ import torch
 
 from tests.models.test_forward import some_trees
 from tests.tiny import causal, scalar, write_model_directory
-from trimtab import config
-from trimtab.data.trees import TreeBatch
-from trimtab.engines.local_generator import LocalGenerator, Sampling
-from trimtab.engines.local_learner import AdamW, LocalLearner
-from trimtab.errors import ConfigError, EngineError
+from trimtab.batches.trees import TreeBatch
+from trimtab.core import config
+from trimtab.core.errors import ConfigError, EngineError
+from trimtab.engines.local.learner import AdamW, LocalLearner
+from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.math.losses.sft import SFTLoss
 from trimtab.models.adapters import LoRA, add_adapter, load_adapter
 from trimtab.models.forward import token_logprobs_of
@@ -108,7 +108,7 @@ def test_an_adapter_learns_on_it_and_nothing_else_moves(bits):
 def test_the_sampler_draws_from_the_policy(bits):
     policy = Policy(quantized("qwen3", bits), pad_id=0)
     chat = SimpleNamespace(stop_ids={1}, pad_id=0)
-    g = LocalGenerator(policy, chat, Sampling(max_new_tokens=9))
+    g = LocalSampler(policy, chat, Sampling(max_new_tokens=9))
     assert g.method == "rows"
     prompts = [[5, 6, 7], [9, 10, 11, 12, 13]]
     replies = g.continue_ids(prompts, group_size=3, uniforms=torch.rand(6, 9, dtype=torch.float64))
@@ -121,10 +121,10 @@ def test_the_sampler_draws_from_the_policy(bits):
 
 def test_it_is_asked_for_in_the_run_file(tmp_path):
     asked = {"model": "m", "data": "d", "adapter": {"rank": 2, "base_bits": 4}}
-    settings = config.resolve(sft.Settings, asked, where="run.toml")
+    settings = config.resolve(sft.SFTSettings, asked, where="run.toml")
     assert settings.adapter.base_bits == 4
     with pytest.raises(ConfigError, match="base_bits"):
-        config.resolve(sft.Settings, asked | {"adapter": {"base_bits": 5}}, where="run.toml")
+        config.resolve(sft.SFTSettings, asked | {"adapter": {"base_bits": 5}}, where="run.toml")
 
 
 def test_without_the_library_the_command_is_named(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 
 from tests.preference_batches import random_trees
 from tests.tiny import causal
-from trimtab.data.trees import Branch, TokenTrees, Tree
+from trimtab.batches.trees import Branch, TokenTrees, Tree
 from trimtab.models import reference_cache
 from trimtab.models.adapters import LoRA, adapter_parameters, add_adapter
 from trimtab.models.forward import token_logprobs_of

@@ -18,13 +18,13 @@ from transformers import (
 )
 
 from tests.tiny import TEXTS
+from trimtab.batches.trees import TokenTrees, response_tree
+from trimtab.core.types import Message
 from trimtab.data.chat import Chat
-from trimtab.data.trees import TokenTrees, response_tree
 from trimtab.models.forward import sequence_scores_of
 from trimtab.models.load import load_causal, load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import round_as_written, save_model
-from trimtab.types import Message
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"

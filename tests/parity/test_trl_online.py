@@ -18,7 +18,7 @@ from trimtab.math.correction import SamplerCorrection
 from trimtab.math.kl import k1
 from trimtab.math.losses.policy import CISPO, GSPO, PPO, EntropyBonus, KLPenalty, Reinforce
 from trimtab.math.masking import sum_per_sequence
-from trimtab.rewards.combined import CombinedReward, Part
+from trimtab.rewards.combined import CombinedReward, RewardPart
 
 pytestmark = needs_trl("1.16")
 
@@ -289,7 +289,7 @@ def test_several_rewards_are_weighed_alike_in_what_is_trained_on_and_in_what_is_
         "GRPO", tmp_path, rollouts, reward_funcs=[lambda **_: one, lambda **_: two], reward_weights=[0.3, 2.0]
     )
     judged = theirs.judged()
-    combined = CombinedReward([Part("one", 0.3, Told(one)), Part("two", 2.0, Told(two))])
+    combined = CombinedReward([RewardPart("one", 0.3, Told(one)), RewardPart("two", 2.0, Told(two))])
     scores, metrics = combined.score([None] * len(LENGTHS))
     close(per_sequence(GRPO()(episodes(rollouts, scores)), rollouts), judged["advantages"])
     assert metrics["reward/mean"].value == pytest.approx(theirs.metric("reward"), rel=1e-5)
@@ -318,7 +318,9 @@ def test_a_reply_that_cannot_be_judged_is_left_out_of_its_group_by_both(tmp_path
     as_zero = torch.tensor([0.0 if t is None else t for t in told])
     close(theirs, per_sequence(GRPO(scale="none")(episodes(rollouts, as_zero)), rollouts))
     nan = torch.tensor([float("nan") if t is None else t for t in told])
-    total, _ = CombinedReward([Part("a", 1.0, Told(nan.tolist())), Part("b", 1.0, Told([1.0] * 8))]).score([None] * 8)
+    total, _ = CombinedReward([RewardPart("a", 1.0, Told(nan.tolist())), RewardPart("b", 1.0, Told([1.0] * 8))]).score(
+        [None] * 8
+    )
     assert total.isnan().tolist() == [i == 2 for i in range(8)]
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from trimtab.core import registry
+from trimtab.core.types import Message, PreferencePair, Prompt
 from trimtab.evals.reward_card import reward_card
-from trimtab.types import Message, PreferencePair, Prompt
 
 ITEMS = ("kettle", "lamp", "camera", "tent", "guitar", "router", "bike", "clock")
 GOLD_PARTS = ("decision", "brevity", "honesty", "tone", "no_echo")
@@ -26,8 +27,9 @@ def write_run(
     """A run directory; `settings` are TOML lines after the stage."""
     directory.mkdir(parents=True)
     (directory / "settings.toml").write_text(f'stage = "{stage}"\nseed = 0\n{settings}')
+    facts = {"stage": registry.descriptor("stage", stage).recorded} if stage in registry.modules("stage") else {}
     environment = {"python": "3.11.9", "torch": "2.13.0", "trimtab": "0.1.0", "threads": {"OMP_NUM_THREADS": "1"}}
-    (directory / "environment.json").write_text(json.dumps(environment))
+    (directory / "environment.json").write_text(json.dumps(environment | facts))
     data = {"world:helpdesk?split=train&num=2000": {"sha256": "9f86d081884c7d659a2feaa0c55ad015" * 2, "rows": 2000}}
     (directory / "data.json").write_text(json.dumps(data))
     for name, rows in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):

@@ -7,9 +7,9 @@ import plotly.graph_objects as go
 import pytest
 
 from tests.reports.fabricate import card, online_metrics
-from trimtab.evals.stats import Interval
 from trimtab.reports import charts
 from trimtab.reports.collect import RunRecord, Series
+from trimtab.stats import Interval
 
 
 def series(values, steps=None) -> Series:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from trimtab.errors import DataError
+from trimtab.core.errors import DataError
 from trimtab.reports import collect as collecting
 from trimtab.reports.collect import PipelineRecord, RunRecord, collect
 

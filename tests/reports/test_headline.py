@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from tests.reports.fabricate import online_metrics
-from trimtab.evals.stats import Interval
 from trimtab.reports import headline
 from trimtab.reports.collect import PipelineRecord, RunRecord, Series, collect
+from trimtab.stats import Interval
 
 
 def run_with(finished: bool = True, summary: dict | None = None, **columns: list[float]) -> RunRecord:

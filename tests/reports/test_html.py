@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.reports.fabricate import GOLD_PARTS, evaluate_samples, online_metrics, write_run
-from trimtab.errors import DataError
+from trimtab.core.errors import DataError
 from trimtab.reports.collect import PipelineRecord, RunRecord
 from trimtab.reports.guide import meaning
 from trimtab.reports.html import render, write_report

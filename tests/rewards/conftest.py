@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trimtab.types import Message, Prompt, Rollout
+from trimtab.core.types import Message, Prompt, Rollout
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab import worlds
+from trimtab.core.errors import EngineError
+from trimtab.core.types import Prompt
 from trimtab.data.layouts import load
-from trimtab.errors import EngineError
 from trimtab.rewards.answers import ExactAnswer, as_number, find_answer
-from trimtab.types import Prompt
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 real_data = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data sets in ../shared/data")

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from trimtab.errors import ConfigError, EngineError
+from trimtab.core.errors import ConfigError, EngineError
 from trimtab.rewards.formats import JsonSchema, ReasoningFormat, Regex, last_fenced
 
 with_schemas = pytest.mark.skipif(

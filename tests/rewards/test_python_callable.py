@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from trimtab.errors import ConfigError
+from trimtab.core.errors import ConfigError
 from trimtab.rewards.combined import load_rewards
 from trimtab.rewards.python_callable import PythonCallable
 from trimtab.rewards.shaping import Length

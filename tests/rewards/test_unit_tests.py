@@ -3,11 +3,11 @@ import resource
 
 import pytest
 
-from trimtab.config import dump, resolve
-from trimtab.errors import EngineError
+from trimtab.core.config import dump, resolve
+from trimtab.core.errors import EngineError
 from trimtab.rewards.combined import load_rewards
-from trimtab.rewards.sandbox import Limits
 from trimtab.rewards.unit_tests import UnitTests
+from trimtab.sandbox.sandbox import Limits
 
 ROOMY = Limits(seconds=20)
 TESTS = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]

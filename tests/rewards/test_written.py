@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from trimtab.core.types import Prompt
 from trimtab.data.layouts import load
 from trimtab.rewards.answers import ExactAnswer, as_number
 from trimtab.rewards.written import same_text
-from trimtab.types import Prompt
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 real_data = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data sets in ../shared/data")

@@ -11,11 +11,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from trimtab.errors import Interrupted
-from trimtab.metrics import Mean, Metrics, Total
-from trimtab.runs.loop import run_steps
+from trimtab.core.errors import Interrupted
+from trimtab.core.metrics import Mean, Metrics, Total
+from trimtab.runs.loop import stepping
 from trimtab.runs.run import Run, environment
 
 
@@ -38,6 +39,13 @@ class Chain:
         return int(self.digest[:12], 16) / 16**12
 
 
+def run_steps(run: Run, chain: Chain, *, num_steps: int, step: Callable[[int], Metrics], checkpoint_every: int) -> None:
+    """Calls `step` for each step that is still to be done."""
+    with stepping(run, chain, num_steps=num_steps, checkpoint_every=checkpoint_every, description="chain") as steps:
+        for number in steps:
+            steps.log(step(number))
+
+
 def run_chain(directory: Path, num_steps: int, checkpoint_every: int, step_seconds: float = 0.0) -> None:
     """One whole stage: open, step, save the model, finish."""
     settings = {"num_steps": num_steps, "checkpoint_every": checkpoint_every}
@@ -53,7 +61,7 @@ def run_chain(directory: Path, num_steps: int, checkpoint_every: int, step_secon
             time.sleep(step_seconds)
             return {"chain/value": Mean(value, 1.0), "time/total_seconds": Total(time.perf_counter() - began)}
 
-        run_steps(run, chain, num_steps=num_steps, step=step, checkpoint_every=checkpoint_every, description="chain")
+        run_steps(run, chain, num_steps=num_steps, step=step, checkpoint_every=checkpoint_every)
         run.save_model(lambda path: (path / "weights.txt").write_text(chain.digest) and None)
         run.finish({"digest": chain.digest})
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from tests.runs.hash_chain import Chain, run_chain
-from trimtab.errors import ConfigError, EngineError
-from trimtab.metrics import Mean, Metrics, Total
-from trimtab.runs.loop import run_steps, shown_with_progress
+from tests.runs.hash_chain import Chain, run_chain, run_steps
+from trimtab.core.errors import ConfigError, EngineError
+from trimtab.core.metrics import Mean, Metrics, Total
+from trimtab.runs.loop import shown_with_progress
 from trimtab.runs.run import Run
 
 SCRIPT = Path(__file__).with_name("hash_chain.py")
@@ -153,7 +153,7 @@ def test_an_engine_error_names_the_last_good_checkpoint(tmp_path: Path):
         return {}
 
     with Run.open(tmp_path / "run", stage="chain", settings={}) as run, pytest.raises(EngineError) as caught:
-        run_steps(run, chain, num_steps=9, step=step, checkpoint_every=2, description="chain")
+        run_steps(run, chain, num_steps=9, step=step, checkpoint_every=2)
     assert caught.value.problem == "the loss is nan"
     assert caught.value.where == f"the policy update, step 6 of {tmp_path / 'run'}"
     assert caught.value.fix.startswith("lower the learning rate; the last good checkpoint is ")
@@ -178,7 +178,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path: Path):
 
     with Run.open(tmp_path / "run", stage="chain", settings={}) as run:
         with pytest.raises(EngineError, match=r"step 4 could not be written: .*No space left on device"):
-            run_steps(run, chain, num_steps=9, step=step, checkpoint_every=2, description="chain")
+            run_steps(run, chain, num_steps=9, step=step, checkpoint_every=2)
         assert run.load_checkpoint() == (2, tmp_path / "run" / "checkpoints" / "step-00000002")
         assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 
@@ -197,6 +197,6 @@ def test_progress_says_what_the_step_was_about():
 
 def test_a_run_that_has_come_further_than_is_asked_is_refused(tmp_path: Path):
     with Run.open(tmp_path, stage="chain", settings={}) as run:
-        run_steps(run, Chain(), num_steps=4, step=lambda i: {}, checkpoint_every=1, description="chain")
+        run_steps(run, Chain(), num_steps=4, step=lambda i: {}, checkpoint_every=1)
         with pytest.raises(ConfigError, match="has done 4 steps, and 3 are asked for"):
-            run_steps(run, Chain(), num_steps=3, step=lambda i: {}, checkpoint_every=1, description="chain")
+            run_steps(run, Chain(), num_steps=3, step=lambda i: {}, checkpoint_every=1)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from trimtab import cli
-from trimtab.errors import ConfigError, DataError
-from trimtab.runs.resume import HOW, LENGTHS, is_how
+from trimtab.core import registry
+from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.settings_help import settings_help
+from trimtab.runs.resume import HOW, is_how
 from trimtab.runs.run import Run
-from trimtab.settings_help import settings_help
 
 SETTINGS: dict[str, Any] = {
     "model": "m",
@@ -27,7 +27,8 @@ SETTINGS: dict[str, Any] = {
 
 
 def opened(directory: Path, **changes: Any) -> Run:
-    return Run.open(directory, stage="sft", settings={**SETTINGS, **changes})
+    facts = registry.descriptor("stage", "sft")
+    return Run.open(directory, stage="sft", settings={**SETTINGS, **changes}, facts=facts)
 
 
 def write_one(path: Path) -> None:
@@ -85,7 +86,7 @@ def test_what_a_run_computes_may_not_change(begun: Path, changed: dict[str, Any]
 
 
 def test_every_setting_that_is_memory_and_speed_only_may_change():
-    for module, _ in cli.STAGES.values():
+    for module in registry.modules("stage").values():
         for line, said in settings_help(module):
             key = line.replace(" ", ":").partition(":")[0]
             if "memory and speed only" in said.lower() or "speed and memory only" in said.lower():
@@ -93,12 +94,12 @@ def test_every_setting_that_is_memory_and_speed_only_may_change():
 
 
 def test_every_setting_that_may_change_is_one():
-    known = [line for module, _ in cli.STAGES.values() for line, _ in settings_help(module)]
+    known = [line for module in registry.modules("stage").values() for line, _ in settings_help(module)]
     for key in HOW - {"engine"}:  # of engines to come
         assert any(f".{line}".split(" ")[0].strip(":,").endswith(f".{key}") for line in known), key
-    for stage, lengths in LENGTHS.items():
-        own = [line for line, _ in settings_help(cli.STAGES[stage][0])]
-        for key in lengths:
+    for stage, module in registry.modules("stage").items():
+        own = [line for line, _ in settings_help(module)]
+        for key in registry.descriptor("stage", stage).grows:
             assert any(line.startswith(f"{key}:") for line in own), (stage, key)
 
 

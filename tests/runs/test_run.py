@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from trimtab.errors import ConfigError, DataError
-from trimtab.metrics import Mean
+from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.metrics import Mean
+from trimtab.runs.facts import StageFacts
 from trimtab.runs.run import Run
 
 SETTINGS: dict[str, Any] = {"model": "m", "optimizer": {"learning_rate": 1e-5}, "target": None}
@@ -71,7 +72,8 @@ def test_a_run_of_another_stage_is_refused(tmp_path: Path):
 
 def test_fresh_empties_a_run_and_nothing_else(tmp_path: Path):
     (tmp_path / "work").mkdir()
-    with opened(tmp_path / "work" / "run") as run:
+    facts = StageFacts(writes=("start", "train.jsonl"))
+    with Run.open(tmp_path / "work" / "run", stage="sft", settings=SETTINGS, facts=facts) as run:
         run.log(1, {"loss/train": 1.0})
         run.save_checkpoint(1, write_one("x"))
         run.save_model(write_one("x"))

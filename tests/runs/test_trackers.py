@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.errors import EngineError
+from trimtab.core.errors import EngineError
 from trimtab.runs.run import Run
 from trimtab.runs.trackers import TensorBoard, WeightsAndBiases
 

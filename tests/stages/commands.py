@@ -7,7 +7,8 @@ from pathlib import Path
 
 from click.testing import CliRunner, Result
 
-from trimtab import cli, config
+from trimtab import cli
+from trimtab.core import config
 
 PROMPTS = "world:arithmetic?num=8"
 SHORT = {"max_new_tokens": 8}

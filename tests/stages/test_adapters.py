@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM
 
 from tests.stages.commands import FAST, online_settings, rows, run_stage, summary, trimtab, write_run_file
 from tests.stages.test_resume import differences, kill_after, start, wait_for_rows
-from trimtab import config
+from trimtab.core import config
+from trimtab.core.hub import base_of
 from trimtab.data.chat import Chat
-from trimtab.hub import base_of
 from trimtab.models.load import load_causal, load_tokenizer
-from trimtab.stages.online_models import load_models
-from trimtab.stages.online_settings import Settings
+from trimtab.stages.online.models import load_models
+from trimtab.stages.online.settings import OnlineSettings
 
 LORA = {"rank": 4, "alpha": 8.0}
 FASTER = FAST | {"learning_rate": 1e-2}
@@ -62,7 +62,7 @@ def test_sft_writes_an_adapter_that_learned(sft_adapter, base):
 
 def test_all_four_models_share_one_base(sft_adapter, reward_adapter, base):
     values = online(sft_adapter / "model", reward_adapter / "model", critic={"init": "reward", "optimizer": FAST})
-    settings = config.resolve(Settings, values, where="the test")
+    settings = config.resolve(OnlineSettings, values, where="the test")
     models = load_models(settings, Chat(load_tokenizer(str(base))))
     roles = [models.policy, models.reference, models.critic, models.rewards.parts[0].reward.model]
     assert len({id(role.model) for role in roles}) == 1

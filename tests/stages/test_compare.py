@@ -1,7 +1,7 @@
 from tests.stages.commands import SHORT, rows, run_stage, summary
 from trimtab import worlds
+from trimtab.core.types import PreferencePair
 from trimtab.data.layouts import load
-from trimtab.types import PreferencePair
 
 
 def test_pairs_are_written_where_the_reward_stage_reads_them(tmp_path, base):

@@ -3,9 +3,10 @@ import json
 import pytest
 
 from tests.stages.commands import FAST, SHORT, rows, summary, trimtab
-from trimtab import cli, config
+from trimtab import cli
+from trimtab.core import config
 from trimtab.rewards import ExactAnswer, Overlong, Regex
-from trimtab.stages.online import Settings
+from trimtab.stages.online import OnlineSettings
 from trimtab.stages.pipeline import resolve_stages
 
 EXAMPLES = cli.examples_dir() / "gsm8k"
@@ -13,7 +14,7 @@ EXAMPLES = cli.examples_dir() / "gsm8k"
 
 def test_the_run_file_verifies_answers():
     file = EXAMPLES / "grpo.toml"
-    found = config.resolve(Settings, config.load_run_file(file), where=str(file))
+    found = config.resolve(OnlineSettings, config.load_run_file(file), where=str(file))
     assert [type(r) for r in found.rewards] == [ExactAnswer, Regex, Overlong]
     assert found.sampling.max_new_tokens == found.rewards[2].max_tokens
     assert found.group_size > 1

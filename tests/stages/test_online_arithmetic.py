@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.stages.commands import online_settings, rows, run_stage
-from trimtab import seeds, worlds
+from trimtab import worlds
+from trimtab.core import seeds
 from trimtab.data.chat import Chat
-from trimtab.engines.local_generator import LocalGenerator, Sampling
+from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 
@@ -71,7 +72,7 @@ def sampled_again(base):
     policy = Policy(load_causal(base), pad_id=chat.pad_id, temperature=TEMPERATURE)
     prompts = worlds.load("arithmetic").prompts("train", 4)
     seed = seeds.derive(0, "rollouts", 0)
-    return LocalGenerator(policy, chat, Sampling(**SAMPLING)).generate(prompts, group_size=2, seed=seed)
+    return LocalSampler(policy, chat, Sampling(**SAMPLING)).generate(prompts, group_size=2, seed=seed)
 
 
 def padded(rollouts):

@@ -9,18 +9,18 @@ import torch
 
 from tests.stages.commands import FAST, online_settings, rows, run_stage, trimtab, without_times, write_run_file
 from tests.stages.test_online_invariance import CHANGES, FAMILY
+from trimtab.batches.rollouts import PolicyBatch
+from trimtab.core.types import Message, Observation, Prompt
 from trimtab.data.chat import Chat
-from trimtab.engines.episodes import EpisodeGenerator, EpisodeLimits
-from trimtab.engines.local_generator import Sampling
-from trimtab.engines.local_learner import AdamW, LocalLearner
+from trimtab.engines.episodes import EpisodeLimits, EpisodeSampler
+from trimtab.engines.local.learner import AdamW, LocalLearner
+from trimtab.engines.local.sampler import Sampling
 from trimtab.math.advantages import GAE, Episodes, token_rewards
 from trimtab.math.losses.policy import PPO, EntropyBonus, KLPenalty, Reinforce
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.stages import online
-from trimtab.stages.online_parts import PolicyBatch
-from trimtab.stages.online_sampling import in_groups, rollout_trees
-from trimtab.types import Message, Observation, Prompt
+from trimtab.stages.online.sampling import in_groups, rollout_trees
 
 TEXTS = ("I want a refund!", "What is 12 + 30?", "Item: lamp. Policy: refund within 30 days.", "Thank you")
 
@@ -43,7 +43,7 @@ def episodes(base):
     chat = Chat(load_tokenizer(base))
     limits = EpisodeLimits(max_turns=4)
     policy = Policy(load_causal(base), pad_id=chat.pad_id)
-    generator = EpisodeGenerator(policy, chat, Sampling(max_new_tokens=50), Interrupting(), limits)
+    generator = EpisodeSampler(policy, chat, Sampling(max_new_tokens=50), Interrupting(), limits)
     prompts = [Prompt(messages=(Message("user", text),)) for text in TEXTS]
     found = generator.generate(prompts, group_size=2, seed=3)
     assert sum(len(r.observations) for r in found) > 8
@@ -206,10 +206,10 @@ def test_a_run_in_an_environment_that_is_resumed_ends_as_one_that_was_not(tmp_pa
     settings = settings_of(base, num_steps=3, checkpoint_every=1, optimizer=FAST)
     whole = run_stage("online", tmp_path / "whole", **settings)
 
-    def die(number, *rest, step=online.train_step):
+    def die(number, step=online.train_step, **rest):
         if number == 2:
             raise Killed
-        return step(number, *rest)
+        return step(number, **rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(online, "train_step", die)

@@ -7,7 +7,8 @@ import tomllib
 import pytest
 
 from tests.stages.commands import rows, summary, trimtab
-from trimtab import cli, config
+from trimtab import cli
+from trimtab.core import config
 from trimtab.stages.pipeline import resolve_stages
 
 EXAMPLES = cli.examples_dir() / "online"

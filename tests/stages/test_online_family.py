@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,19 +19,25 @@ from tests.stages.commands import FAST, rows, run_stage, trimtab, write_run_file
 from tests.stages.test_online_arithmetic import mean, padded, places, token_logprobs
 from tests.stages.test_resume import differences, kill_after, num_rows, start, wait_for_rows
 from tests.tiny import write_model_directory
-from trimtab import config, seeds, worlds
+from trimtab import worlds
+from trimtab.core import config, seeds
 from trimtab.data.chat import Chat
-from trimtab.engines.local_generator import LocalGenerator, Sampling
+from trimtab.engines.local.learner import LocalLearner
+from trimtab.engines.local.sampler import LocalSampler, Sampling
+from trimtab.engines.local.scorer import LocalScorer
 from trimtab.math.correction import SamplerCorrection
+from trimtab.math.rewards import RunningMoments
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.runs.run import Run
-from trimtab.stages import online
-from trimtab.stages.online import kl_to_pay
-from trimtab.stages.online_parts import build_parts
-from trimtab.stages.online_sampling import draw, rollout_trees, shape
-from trimtab.stages.online_settings import Settings
-from trimtab.stages.online_watch import Clock, rollout_metrics
+from trimtab.stages.online import kl_per_token, make_engines
+from trimtab.stages.online.checks import Clock
+from trimtab.stages.online.data import read_prompts
+from trimtab.stages.online.models import load_models
+from trimtab.stages.online.samplers import make_samplers
+from trimtab.stages.online.sampling import RolloutBatch, RolloutSource, shape_rewards
+from trimtab.stages.online.settings import OnlineSettings
+from trimtab.stages.online.state import OnlineState
 
 ROOT = Path(__file__).parents[2]
 TEMPERATURE = 0.9  # that of test_online_arithmetic
@@ -60,17 +67,38 @@ def family(base, function="length", **changed):
     } | changed
 
 
+@dataclass
+class Loop:
+    """What the loop works with."""
+
+    settings: OnlineSettings
+    chat: Chat
+    policy: LocalLearner
+    reference: LocalScorer
+    source: RolloutSource
+    state: OnlineState
+
+    def sample(self, number: int) -> RolloutBatch:
+        return self.source.sample(number, self.state, Clock())
+
+
 @pytest.fixture
-def parts_of(tmp_path):
+def loop_of(tmp_path):
     """Builds what the loop works with, from a run file's settings; each call in a run of its own."""
     opened = []
 
     def build(**values):
-        settings = config.resolve(Settings, values, where="the test")
-        directory = tmp_path / f"parts-{len(opened)}"
-        run = Run.open(directory, stage="online", settings=config.dump(settings))
+        settings = config.resolve(OnlineSettings, values, where="the test")
+        run = Run.open(tmp_path / f"loop-{len(opened)}", stage="online", settings=config.dump(settings))
         opened.append(run)
-        return build_parts(settings, run)
+        chat = Chat(load_tokenizer(settings.model))
+        prompts = read_prompts(settings, chat, run, {})
+        models = load_models(settings, chat)
+        policy, reference, _ = make_engines(settings, models)
+        sampler, greedy = make_samplers(settings, models.policy, chat, prompts)
+        state = OnlineState([policy], prompts, settings.seed, settings.kl.initial, RunningMoments())
+        source = RolloutSource(sampler, greedy, models.rewards, None, settings)
+        return Loop(settings, chat, policy, reference, source, state)
 
     yield build
     for run in opened:
@@ -81,9 +109,9 @@ def parts_of(tmp_path):
 
 
 @pytest.mark.parametrize(("function", "max_rounds"), [("even", 4), ("even", 2), ("flat", 3), ("length", 4)])
-def test_groups_without_a_signal_are_replaced_by_those_of_further_prompts(parts_of, base, function, max_rounds):
+def test_groups_without_a_signal_are_replaced_by_those_of_further_prompts(loop_of, base, function, max_rounds):
     values = family(base, function, dynamic_sampling={"max_rounds": max_rounds})
-    parts, order = parts_of(**values), parts_of(**values).take_prompts(100)
+    loop, order = loop_of(**values), loop_of(**values).state.take_prompts(100)
     at = 0
     for number in range(3):
         before = at
@@ -92,13 +120,13 @@ def test_groups_without_a_signal_are_replaced_by_those_of_further_prompts(parts_
             prompts = order[at : at + 3 - len(kept)]
             at += len(prompts)
             purpose = ("rollouts", number) if rounds == 0 else ("rollouts", number, rounds)
-            replies = parts.generator.generate(prompts, group_size=3, seed=seeds.derive(0, *purpose))
+            replies = loop.source.sampler.generate(prompts, group_size=3, seed=seeds.derive(0, *purpose))
             for group in in_threes(replies):
                 worth = [getattr(reward_functions, function)(r.prompt, r.response, r.prompt.facts) for r in group]
                 (dull if len(set(worth)) == 1 else kept).append((list(group), worth))
             rounds += 1
         filled = dull[: 3 - len(kept)]
-        drawn = draw(number, parts, Clock())
+        drawn = loop.sample(number)
         assert [list(g.rollouts) for g in drawn.groups] == [g for g, _ in [*kept, *filled]]
         torch.testing.assert_close(drawn.rewards, torch.tensor([w for _, ws in [*kept, *filled] for w in ws]))
         assert drawn.group_ids.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -110,7 +138,7 @@ def test_groups_without_a_signal_are_replaced_by_those_of_further_prompts(parts_
             "replaced_groups": len(dull) - len(filled),
             "flat_groups": len(filled),
         }
-        assert parts.state.num_prompts_taken == at > before
+        assert loop.state.num_prompts_taken == at > before
         # What is logged of rewards is of every reply that was judged, the replaced ones too.
         assert drawn.metrics["reward/mean"].weight == 3 * (at - before)
 
@@ -178,9 +206,9 @@ def test_a_step_in_which_nothing_can_be_judged_stops_even_where_replies_may_be_l
     assert "none of 9 replies got a reward" in result.output
 
 
-def test_a_prompt_none_of_whose_replies_was_judged_is_refilled_with_dynamic_sampling(parts_of, base):
+def test_a_prompt_none_of_whose_replies_was_judged_is_refilled_with_dynamic_sampling(loop_of, base):
     values = family(base, "patient", on_failed_reward="drop", dynamic_sampling={"max_rounds": 6})
-    drawn = draw(0, parts_of(**values), Clock())
+    drawn = loop_of(**values).sample(0)
     assert len(drawn.groups) == 3
     assert all(g.rollouts[0].prompt.facts["answer"] % 2 == 0 for g in drawn.groups)
     assert drawn.metrics["rollout/unjudged"].value > 0
@@ -189,10 +217,10 @@ def test_a_prompt_none_of_whose_replies_was_judged_is_refilled_with_dynamic_samp
 # ---- baselines, shaping, corrections, KL ---------------------------------------------------------------------------
 
 
-def test_the_baseline_of_remax_is_the_worth_of_the_reply_that_transformers_decodes_greedily(parts_of, base):
+def test_the_baseline_of_remax_is_the_worth_of_the_reply_that_transformers_decodes_greedily(loop_of, base):
     shaping = {"clip": 2.0, "missing_eos_penalty": 7.0}
-    parts = parts_of(**family(base, advantage={"name": "remax"}, group_size=2, shaping=shaping))
-    drawn = draw(0, parts, Clock())
+    loop = loop_of(**family(base, advantage={"name": "remax"}, group_size=2, shaping=shaping))
+    drawn = loop.sample(0)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), load_tokenizer(base)
     expected = []
     for group in drawn.groups:
@@ -202,23 +230,23 @@ def test_the_baseline_of_remax_is_the_worth_of_the_reply_that_transformers_decod
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
             max_new_tokens=LENGTH,
-            eos_token_id=sorted(parts.chat.stop_ids),
+            eos_token_id=sorted(loop.chat.stop_ids),
             pad_token_id=tokenizer.pad_token_id,
         )[0, prompt.shape[1] :]
-        expected += [reward_functions.length(None, parts.chat.decode_response(ids.tolist()), {})] * 2
+        expected += [reward_functions.length(None, loop.chat.decode_response(ids.tolist()), {})] * 2
     torch.testing.assert_close(drawn.baselines, torch.tensor(expected))
-    rewards, baselines, _ = shape(drawn, parts)
+    rewards, baselines, _ = shape_rewards(drawn, loop.settings.shaping, loop.state)
     # Shaped as rewards are, but for the charge: it belongs to the reply that was cut off, not to its prompt.
     assert baselines.tolist() == [pytest.approx(min(e, 2.0)) for e in expected]
     cut = [7.0 if r.finish_reason == "length" else 0.0 for r in drawn.rollouts]
     torch.testing.assert_close(rewards, drawn.rewards.clamp(max=2.0) - torch.tensor(cut))
 
 
-def test_exact_kl_in_the_reward_is_that_of_the_two_softmaxes_at_every_sampled_token(parts_of, base, other):
-    parts = parts_of(**family(base, reference=str(other), kl_in="reward", kl_estimator="exact"))
-    drawn = draw(0, parts, Clock())
-    trees = rollout_trees([g.rollouts for g in drawn.groups])
-    paid = kl_to_pay(trees, torch.full((trees.num_trained,), torch.nan), parts)
+def test_exact_kl_in_the_reward_is_that_of_the_two_softmaxes_at_every_sampled_token(loop_of, base, other):
+    loop = loop_of(**family(base, reference=str(other), kl_in="reward", kl_estimator="exact"))
+    drawn = loop.sample(0)
+    none = torch.full((drawn.trees.num_trained,), torch.nan)
+    paid = kl_per_token(drawn.trees, none, loop.policy, loop.reference, loop.settings)
     policy, reference = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (base, other))
     with torch.no_grad():
         p = (policy(**padded(drawn.rollouts)).logits / TEMPERATURE).log_softmax(-1)
@@ -253,16 +281,16 @@ def test_weights_of_a_sampler_that_is_not_the_policy_by_hand(correction, weights
     assert metrics["rollout/ratio_bounded_fraction"].value == pytest.approx(bounded)
 
 
-def test_a_truncated_sampler_is_weighed_back_to_the_policy(parts_of, base):
+def test_a_truncated_sampler_is_weighed_back_to_the_policy(loop_of, base):
     """Under top-k, what is drawn has more probability than the policy gives it: the ratios are below 1, and their
     expectation is the policy's mass on the kept tokens."""
     values = family(base, sampling={"max_new_tokens": LENGTH, "top_k": 8}, correction={"kind": "truncate", "high": 2.0})
-    parts = parts_of(**values)
-    drawn = draw(0, parts, Clock())
-    trees = rollout_trees([g.rollouts for g in drawn.groups])
+    loop = loop_of(**values)
+    drawn = loop.sample(0)
+    trees = drawn.trees
     with torch.no_grad():
-        old = parts.policy(trees).logprobs
-    weights, metrics = rollout_metrics(drawn.rollouts, old, trees.sequence_ids, parts.settings)
+        old = loop.policy.role(trees).logprobs
+    weights, metrics = loop.settings.correction(old, drawn.logprobs, trees.sequence_ids, trees.num_sequences)
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     with torch.no_grad():
         probs = model(**padded(drawn.rollouts)).logits.softmax(-1)
@@ -278,13 +306,13 @@ def test_a_truncated_sampler_is_weighed_back_to_the_policy(parts_of, base):
 def test_a_single_update_does_not_score_the_policy_again(tmp_path, base, monkeypatch):
     """From the second step on only the reference is asked, and the model is the one that scoring first would give."""
     asked = []
-    score = online.token_logprobs_of
-    monkeypatch.setattr(online, "token_logprobs_of", lambda *args: asked.append(1) or score(*args))
+    score = LocalScorer.logprobs
+    monkeypatch.setattr(LocalScorer, "logprobs", lambda *args: asked.append(1) or score(*args))
     settings = family(base, kl_in="loss", kl={"name": "fixed", "coef": 0.04}, num_steps=3)
     out = run_stage("online", tmp_path / "short", **settings)
     assert len(asked) == 2 + 1 + 1
     assert all(row["rollout/logprob_difference"] == row["policy/log_ratio_max"] < 1e-4 for row in rows(out)[1:])
-    monkeypatch.setattr(Settings, "scores_old_policy", lambda *_: True)
+    monkeypatch.setattr(OnlineSettings, "scores_old_policy", lambda *_: True)
     long = run_stage("online", tmp_path / "long", **settings)
     assert len(asked) == 4 + 6
     expected = load_file(long / "model" / "model.safetensors")
@@ -304,16 +332,16 @@ def test_a_single_update_does_not_score_the_policy_again(tmp_path, base, monkeyp
     ],
 )
 def test_more_updates_or_another_distribution_score_every_step(base, changed):
-    settings = config.resolve(Settings, family(base, **changed), where="the test")
+    settings = config.resolve(OnlineSettings, family(base, **changed), where="the test")
     assert all(settings.scores_old_policy(number) for number in range(3))
 
 
 def test_a_sampler_gone_stale_is_found_by_the_update(tmp_path, base, monkeypatch):
-    told = online.sampled_logprobs
+    told = RolloutBatch.logprobs.func
     since = []
-    monkeypatch.setattr(online, "sampled_logprobs", lambda rollouts: told(rollouts) - 0.5 * len(since))
-    update = online.update_epochs
-    monkeypatch.setattr(online, "update_epochs", lambda *args: (update(*args), since.append(1))[0])
+    monkeypatch.setattr(RolloutBatch, "logprobs", property(lambda rollouts: told(rollouts) - 0.5 * len(since)))
+    update = LocalLearner.update
+    monkeypatch.setattr(LocalLearner, "update", lambda *args: (update(*args), since.append(1))[0])
     run_file = write_run_file(tmp_path / "run.toml", family(base))
     result = trimtab("online", run_file, "--out", tmp_path / "run")
     assert result.exit_code == 2
@@ -383,7 +411,7 @@ def sampled_again(base, samples, top_k=0, group_size=3):
     by_text = {p.text: p for p in worlds.load("arithmetic").prompts("train", 12)}
     prompts = [by_text[s["prompt"]] for s in samples[::3]]
     sampling = Sampling(max_new_tokens=LENGTH, temperature=TEMPERATURE, top_k=top_k)
-    found = LocalGenerator(policy, chat, sampling).generate(
+    found = LocalSampler(policy, chat, sampling).generate(
         prompts, group_size=group_size, seed=seeds.derive(0, "rollouts", 0)
     )
     if not top_k:

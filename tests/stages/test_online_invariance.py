@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from tests.tiny import VOCAB, causal, scalar
-from trimtab.data.trees import TokenTrees, response_tree
-from trimtab.engines.local_learner import AdamW, LocalLearner
+from trimtab.batches.rollouts import PolicyBatch
+from trimtab.batches.trees import TokenTrees, response_tree
+from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.math.losses.policy import CISPO, GSPO, PPO, EntropyBonus, KLPenalty, Reinforce
 from trimtab.math.losses.value import ValueLoss
 from trimtab.models.roles import Policy, ScalarModel
-from trimtab.stages.online_parts import PolicyBatch
 
 
 def batch():
@@ -107,7 +107,7 @@ def compare(updated, what, changed):
 def test_sequences_left_out_are_as_if_they_had_never_been_there():
     whole = batch()
     kept = torch.tensor([True, False, True, True, False, False, True, True, True, False])
-    part = whole.keep(kept)
+    part = whole.filter(kept)
     assert part.num_sequences == int(kept.sum())
     assert len(part.trees.trees) == 4  # both replies of the third prompt are gone
     tokens = kept[whole.sequence_ids]

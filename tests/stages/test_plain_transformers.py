@@ -7,12 +7,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.stages.commands import FAST, online_settings, run_stage
 from trimtab import worlds
 from trimtab.data.chat import Chat
-from trimtab.engines.local_generator import LocalGenerator, Sampling
+from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.models.forward import token_logprobs_of
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.rewards.model import RewardModelScorer
-from trimtab.stages.online_sampling import in_groups, rollout_trees
+from trimtab.stages.online.sampling import in_groups, rollout_trees
 
 
 @pytest.fixture(scope="module", params=["sft", "online"])
@@ -38,7 +38,7 @@ def test_a_policy_gives_the_same_logprobs_and_the_same_greedy_replies(policy_dir
     chat = Chat(load_tokenizer(policy_dir))
     policy = Policy(load_causal(policy_dir), pad_id=chat.pad_id)
     prompts = worlds.load("arithmetic").prompts("test", 4)
-    greedy = LocalGenerator(policy, chat, Sampling(max_new_tokens=8, top_k=1)).generate(prompts, group_size=1, seed=0)
+    greedy = LocalSampler(policy, chat, Sampling(max_new_tokens=8, top_k=1)).generate(prompts, group_size=1, seed=0)
     ours = token_logprobs_of(policy, rollout_trees(in_groups(greedy, 1)), 10**9)
 
     tokenizer = AutoTokenizer.from_pretrained(policy_dir)

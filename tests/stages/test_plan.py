@@ -4,7 +4,8 @@ import pytest
 
 from tests.stages.commands import FAST, SHORT, online_settings, summary, trimtab, write_run_file
 from tests.stages.test_pipeline import PIPELINE, STAGES
-from trimtab.stages.plan import FEW_PROMPTS, FEW_STEPS, cut_short, duration, plan
+from trimtab.stages.plan import cut_short, duration, plan
+from trimtab.stages.stage import FEW_PROMPTS, FEW_STEPS
 
 COMPARED = PIPELINE | {
     "stages": {

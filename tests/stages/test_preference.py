@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.preference_batches import LOSSES, make
 from tests.stages.commands import FAST, rows, run_stage, summary, trimtab, without_times, write_run_file
 from tests.stages.test_resume import differences, kill_after, num_rows, start, wait_for_rows
-from trimtab import cli, config
-from trimtab.hub import base_of
+from trimtab import cli
+from trimtab.core import config
+from trimtab.core.hub import base_of
 from trimtab.math.losses.preference.pairs import DPO
 from trimtab.math.losses.preference.replies import KTO
 from trimtab.stages import plan
-from trimtab.stages.preference import Settings, say_balance
+from trimtab.stages.preference import PreferenceSettings, say_balance
 
 FASTER = FAST | {"learning_rate": 1e-2}
 
@@ -298,7 +299,7 @@ def test_a_pair_loss_says_what_it_needs_of_labelled_replies(tmp_path, base, labe
 
 def test_the_shipped_run_file_is_one_of_this_stage():
     file = cli.examples_dir() / "hh" / "dpo.toml"
-    found = config.resolve(Settings, config.load_run_file(file), where=str(file))
+    found = config.resolve(PreferenceSettings, config.load_run_file(file), where=str(file))
     assert found.loss == DPO(beta=0.1)
     assert found.data.startswith("hub:Anthropic/hh-rlhf?data_dir=harmless-base")
 
@@ -310,7 +311,7 @@ def test_a_plan_counts_the_reading_of_the_reference(tmp_path, base, pairs):
         directory = run_stage("preference", tmp_path / name, **settings(base, pairs, batch_size=2, loss=name))
         values = {**summary(directory), "seconds": 0.0}
         (directory / "summary.json").write_text(json.dumps(values))
-        resolved = config.resolve(Settings, {k: v for k, v in table.items() if k != "stage"}, where="a test")
+        resolved = config.resolve(PreferenceSettings, {k: v for k, v in table.items() if k != "stage"}, where="a test")
         found[name] = plan.estimate(name, "preference", resolved, directory, share_of_data=1.0)
     for name, of_reference in (("dpo", 1 / 3), ("simpo", 0.0)):
         steps = [row["time/step_seconds"] for row in rows(tmp_path / name)]

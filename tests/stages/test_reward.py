@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.stages.commands import FAST, rows, run_stage, summary, trimtab, write_run_file
-from trimtab import seeds
+from trimtab.core import seeds
 from trimtab.models.load import load_scalar
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import trimtab
 from tests.stages.commands import summary
-from trimtab import cli, settings_check
-from trimtab.runs.resume import HOW, LENGTHS
+from trimtab.core import registry, settings_check
+from trimtab.runs.resume import HOW
 
+GROWS = [key for name in registry.modules("stage") for key in registry.descriptor("stage", name).grows]
 PAGE = (Path(trimtab.__file__).parents[2] / "docs" / "running.md").read_text(encoding="utf-8")
 
 
@@ -26,9 +27,11 @@ def test_the_python_block_trains(tmp_path, monkeypatch, base):
 
 
 def test_the_run_file_is_one_of_evaluate():
-    settings_check.check({"": (cli.STAGES["evaluate"][0], tomllib.loads(block("toml")))}, where="docs/running.md")
+    settings_check.check(
+        {"": (registry.modules("stage")["evaluate"], tomllib.loads(block("toml")))}, where="docs/running.md"
+    )
 
 
 def test_the_page_names_what_may_change():
-    for key in HOW - {"engine"} | {key for keys in LENGTHS.values() for key in keys}:
+    for key in HOW - {"engine"} | set(GROWS):
         assert f"`{key}`" in PAGE, key

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.stages.commands import PROMPTS, SHORT, run_stage, summary, trimtab, write_run_file
-from trimtab.engines import local_generator
-from trimtab.engines.slot_decoding import SlotForm
-from trimtab.models.kernels import SWITCH, find
+from trimtab.engines.local import sampler as local_generator
+from trimtab.engines.local.kernels import SWITCH, find
+from trimtab.engines.local.slots import SlotForm
 
 SMALL = {"sampling": SHORT}
 GRPO = {"advantage": {"name": "grpo"}, "rewards": [{"name": "length", "max_tokens": 3}], "group_size": 2}
@@ -29,7 +29,7 @@ def test_replies_beyond_the_positions_of_the_model_are_refused_before_any_is_sam
     stage, base, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(local_generator, "learned_positions", lambda model: 20)
-    monkeypatch.delattr(local_generator.LocalGenerator, "continue_ids")
+    monkeypatch.delattr(local_generator.LocalSampler, "continue_ids")
     run_file = write_run_file(tmp_path / "run.toml", stages(base)[stage] | SMALL)
     result = trimtab(stage, run_file, "--out", tmp_path / "run")
     assert result.exit_code == 2

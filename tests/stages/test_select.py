@@ -11,10 +11,11 @@ import pytest
 
 from tests.stages.commands import FAST, SHORT, rows, run_stage, summary, trimtab, without_times, write_run_file
 from tests.stages.test_resume import kill_after, start, wait_for_rows
-from trimtab import cli, config
+from trimtab import cli
+from trimtab.core import config, registry
+from trimtab.core.types import Demonstration, PreferencePair
 from trimtab.data.layouts import load
-from trimtab.stages.pipeline import STAGES, resolve_stages
-from trimtab.types import Demonstration, PreferencePair
+from trimtab.stages.pipeline import resolve_stages
 
 FILES = ("replies.jsonl", "best.jsonl", "pairs.jsonl")
 EXAMPLES = cli.examples_dir() / "selection"
@@ -244,7 +245,7 @@ SHIPPED = sorted(path.name for path in EXAMPLES.glob("*.toml"))
 
 def needs(name):
     stages = config.load_run_file(EXAMPLES / name)["stages"].values()
-    missing = {table["stage"] for table in stages if "stage" in table} - set(STAGES)
+    missing = {table["stage"] for table in stages if "stage" in table} - set(registry.modules("stage"))
     return pytest.param(name, marks=pytest.mark.skipif(bool(missing), reason=f"needs the stage {', '.join(missing)}"))
 
 

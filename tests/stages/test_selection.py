@@ -9,10 +9,19 @@ import math
 import numpy as np
 import pytest
 
+from trimtab.core.errors import DataError
+from trimtab.core.types import Demonstration, Message, PreferencePair, Prompt
 from trimtab.data.layouts import load
-from trimtab.errors import DataError
-from trimtab.stages.selection import Asked, Filter, Replies, Reply, choose, describe, write_demonstrations, write_pairs
-from trimtab.types import Demonstration, Message, PreferencePair, Prompt
+from trimtab.stages.selection import (
+    Filter,
+    PromptItem,
+    Reply,
+    ReplyFile,
+    choose,
+    describe,
+    write_demonstrations,
+    write_pairs,
+)
 
 
 def reply(text, reward, *, finished=True, gold=None, **parts):
@@ -20,7 +29,7 @@ def reply(text, reward, *, finished=True, gold=None, **parts):
 
 
 def asked(num, demonstration=None):
-    return [Asked(Prompt(messages=(Message("user", f"question {i}"),)), demonstration) for i in range(num)]
+    return [PromptItem(Prompt(messages=(Message("user", f"question {i}"),)), demonstration) for i in range(num)]
 
 
 ROWS = [
@@ -207,12 +216,12 @@ def test_a_prompt_that_could_not_be_judged_whole_is_left_out_of_the_curve():
 
 def test_replies_are_kept_as_far_as_was_saved(tmp_path):
     prompts, path = asked(3, "shown"), tmp_path / "replies.jsonl"
-    replies = Replies(path)
+    replies = ReplyFile(path)
     replies.append(prompts[:2], ROWS[:2])
     replies.save(tmp_path)
     replies.append(prompts[2:], ROWS[2:])  # and the process is killed
     path.write_bytes(path.read_bytes() + b'{"half a r')
-    again = Replies(path)
+    again = ReplyFile(path)
     again.load(tmp_path)
     again.append(prompts[2:], ROWS[2:])
     assert [[r.response for r in row] for row in again.read()] == [[r.response for r in row] for row in ROWS]
@@ -223,9 +232,9 @@ def test_replies_are_kept_as_far_as_was_saved(tmp_path):
 
 
 def test_replies_that_were_lost_are_missed(tmp_path):
-    replies = Replies(tmp_path / "replies.jsonl")
+    replies = ReplyFile(tmp_path / "replies.jsonl")
     replies.append(asked(1), ROWS[:1])
     replies.save(tmp_path)
     replies.path.unlink()
     with pytest.raises(DataError, match="holds 0 bytes"):
-        Replies(tmp_path / "replies.jsonl").load(tmp_path)
+        ReplyFile(tmp_path / "replies.jsonl").load(tmp_path)

@@ -3,10 +3,10 @@
 import pytest
 
 from tests.data.conftest import make
+from trimtab.core.types import Message, PreferencePair, Prompt
 from trimtab.data.chat import Chat
 from trimtab.data.pairs import group_pairs
 from trimtab.stages.supervised import Epochs, Validation
-from trimtab.types import Message, PreferencePair, Prompt
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -36,8 +36,8 @@ def test_held_out_examples_come_in_the_pieces_of_one_batch(budget, whole):
         seen.append(len(batch.trees.trees))
         return batch
 
-    pieces = list(validation.pieces(budget, prepared))
-    expected = list(comparisons.batch().pieces(budget))
+    pieces = list(validation.micro_batches(budget, prepared))
+    expected = list(comparisons.batch().micro_batches(budget))
     assert [piece.trees.trees for piece in pieces] == [piece.trees.trees for piece in expected]
     assert [piece.labels.tolist() for piece in pieces] == [piece.labels.tolist() for piece in expected]
     assert seen == ([len(comparisons.trees)] if whole else [len(piece.trees.trees) for piece in expected])

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.stages.commands import rows, trimtab
-from trimtab.types import Rollout, from_dict
+from trimtab.core.types import Rollout, from_dict
 
 PROMPT = "What is 12 + 30?"
 

@@ -38,7 +38,6 @@ The threads tell how it went wrong elsewhere. Those that are not tested here are
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,27 +46,28 @@ from transformers import AutoModelForSequenceClassification
 
 from tests.stages.commands import FAST, online_settings, rows, run_stage
 from tests.tiny import VOCAB, causal, write_model_directory
-from trimtab import config, worlds
+from trimtab import worlds
+from trimtab.batches.rollouts import PolicyBatch
+from trimtab.batches.trees import TokenTrees, response_tree
+from trimtab.core import config
+from trimtab.core.metrics import Metrics
+from trimtab.core.types import Rollout
 from trimtab.data.chat import Chat
-from trimtab.data.trees import TokenTrees, response_tree
-from trimtab.engines.local_generator import LocalGenerator, Sampling
-from trimtab.engines.local_learner import AdamW, LocalLearner
+from trimtab.engines.local.learner import AdamW, LocalLearner
+from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.math.advantages import GRPO, RLOO, Episodes, token_rewards
 from trimtab.math.losses.policy import PPO
-from trimtab.metrics import Metrics
 from trimtab.models.adapters import LoRA, add_adapter, save_adapter, using
 from trimtab.models.forward import token_logprobs_of
 from trimtab.models.load import load_causal, load_scalar, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.models.save import save_model
-from trimtab.rewards.combined import CombinedReward, Part
+from trimtab.rewards.combined import CombinedReward, RewardPart
 from trimtab.rewards.model import RewardModelScorer
-from trimtab.stages.online import minibatches
-from trimtab.stages.online_models import load_models
-from trimtab.stages.online_parts import PolicyBatch
-from trimtab.stages.online_sampling import rollout_trees
-from trimtab.stages.online_settings import Settings
-from trimtab.types import Rollout
+from trimtab.stages.online.models import load_models
+from trimtab.stages.online.objectives import minibatches
+from trimtab.stages.online.sampling import rollout_trees
+from trimtab.stages.online.settings import OnlineSettings
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def sampled(directory, *, num=4, group_size=3, max_new_tokens=8):
     chat = Chat(load_tokenizer(directory))
     policy = Policy(load_causal(directory), pad_id=chat.pad_id)
     prompts = worlds.load("arithmetic").prompts("train", num)
-    generator = LocalGenerator(policy, chat, Sampling(max_new_tokens=max_new_tokens))
+    generator = LocalSampler(policy, chat, Sampling(max_new_tokens=max_new_tokens))
     return generator.generate(prompts, group_size=group_size, seed=0), policy, chat
 
 
@@ -126,7 +126,7 @@ def test_replies_left_out_of_the_loss_are_left_out_of_its_denominator(aggregatio
     """trl#6439: cut-off replies gave no gradient and were still counted, which shrank every step."""
     trees = TokenTrees.build([response_tree(ids(3), [ids(5, 1), ids(2, 2)]), response_tree(ids(4), [ids(6, 3)])])
     kept = torch.tensor([True, False, True])
-    batch = policy_batch(trees).keep(kept)
+    batch = policy_batch(trees).filter(kept)
     alone = TokenTrees.build([response_tree(ids(3), [ids(5, 1)]), response_tree(ids(4), [ids(6, 3)])])
     loss = PPO(aggregation=aggregation, length=8 if aggregation == "constant_length" else None)
     assert float(loss.weight(batch)) == {"token_mean": 11, "sequence_mean": 2, "constant_length": 16}[aggregation]
@@ -297,7 +297,7 @@ def test_the_reference_of_an_adapter_that_was_trained_before_is_a_copy_and_stays
     """trl#4723, trl#6043, trl#6591: switching the adapter off gave the base as reference, with a KL from the start."""
     directory = trained_adapter(tmp_path / "adapter", base)
     values = grpo(directory, adapter={"rank": 4, "alpha": 8.0})
-    settings = config.resolve(Settings, values, where="the test")
+    settings = config.resolve(OnlineSettings, values, where="the test")
     models = load_models(settings, Chat(load_tokenizer(str(base))))
     trees = TokenTrees.build([response_tree(ids(4), [ids(6, 1), ids(3, 2)])])
     start = token_logprobs_of(models.policy, trees, 10**9)
@@ -354,9 +354,9 @@ class Told:
 
 def test_a_score_of_zero_is_a_score_all_the_way_to_the_advantage():
     """OpenRLHF#1219: 0.0 was taken for a missing score."""
-    total, metrics = CombinedReward([Part("a", 1.0, Told([0.0, -1.0])), Part("b", 1.0, Told([0.0, 0.0]))]).score(
-        [None] * 2
-    )
+    total, metrics = CombinedReward(
+        [RewardPart("a", 1.0, Told([0.0, -1.0])), RewardPart("b", 1.0, Told([0.0, 0.0]))]
+    ).score([None] * 2)
     assert total.tolist() == [0.0, -1.0]
     assert metrics["reward/mean"].value == -0.5
     assert metrics["reward/a_failed"].value == metrics["reward/b_failed"].value == 0
@@ -370,7 +370,7 @@ def test_a_score_of_zero_is_a_score_all_the_way_to_the_advantage():
 def test_a_score_that_is_missing_is_no_score_of_zero():
     """The other way round: what could not be judged is counted and never 0."""
     for missing in (math.nan, math.inf, -math.inf):
-        total, metrics = CombinedReward([Part("a", 2.0, Told([1.0, missing, 3.0]))]).score([None] * 3)
+        total, metrics = CombinedReward([RewardPart("a", 2.0, Told([1.0, missing, 3.0]))]).score([None] * 3)
         assert total.isnan().tolist() == [False, True, False]
         assert metrics["reward/a_failed"].value == 1
         assert metrics["reward/mean"].value == 4.0
@@ -396,9 +396,8 @@ def test_a_ragged_last_part_is_trained_on(tmp_path, base):
 def test_minibatches_hold_every_reply_once_however_the_prompts_divide(num_trees):
     """The same for the updates of a step."""
     trees = TokenTrees.build([response_tree([2, 3 + i], [ids(1 + i, i), ids(4, 9)]) for i in range(num_trees)])
-    parts = SimpleNamespace(settings=SimpleNamespace(seed=0))
     for num_minibatches in (1, 2):
-        made = list(minibatches(policy_batch(trees), num_minibatches, seed=(0, 0), parts=parts))
+        made = list(minibatches(policy_batch(trees), num_minibatches, seed=0, order=(0, 0)))
         assert len(made) == num_minibatches
         prompts = [tree.prompt for part in made for tree in part.trees.trees]
         assert sorted(prompts) == [tree.prompt for tree in trees.trees]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab import worlds
-from trimtab.errors import DataError
+from trimtab.core.errors import DataError
 from trimtab.worlds.annotators import Annotators, calibrate
 from trimtab.worlds.helpdesk_grammar import CLEAN, STACKED, write_reply
 from trimtab.worlds.sets import reply_pairs

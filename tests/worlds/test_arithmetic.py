@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from trimtab.types import Message, Prompt
+from trimtab.core.types import Message, Prompt
 from trimtab.worlds.arithmetic import Arithmetic, find_answer
 
 PROMPT = Prompt(messages=(Message("user", "What is 40 + 2?"),), facts={"answer": 42})

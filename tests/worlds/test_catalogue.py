@@ -6,8 +6,8 @@ import re
 import pytest
 
 from trimtab import worlds
+from trimtab.core.types import Message, Prompt
 from trimtab.environments.tools import BM25, calculate
-from trimtab.types import Message, Prompt
 from trimtab.worlds.catalogue import COLOURS, THINGS, Catalogue
 
 PROMPT = Prompt(messages=(Message("user", "Price of 2 x blue lamp?"),), facts={"answer": 946})

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from trimtab import worlds
-from trimtab.types import Message, Prompt
+from trimtab.core.types import Message, Prompt
 from trimtab.worlds.helpdesk_gold import WEIGHTS
 from trimtab.worlds.helpdesk_grammar import CLEAN, STACKED, right_decision, write_reply
 

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from trimtab import worlds
-from trimtab.types import Message, Prompt
+from trimtab.core.types import Message, Prompt
 from trimtab.worlds.helpdesk_gold import FALSE_AT_MOST, WEIGHTS
 from trimtab.worlds.helpdesk_grammar import (
     CLAIMS,

@@ -6,8 +6,8 @@ from typing import ClassVar
 import pytest
 
 from trimtab import worlds
-from trimtab.errors import ConfigError, DataError
-from trimtab.types import Message, Prompt, from_dict, prompt_id, to_dict
+from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.types import Message, Prompt, from_dict, prompt_id, to_dict
 
 NAMES = ("helpdesk", "arithmetic", "catalogue")
 

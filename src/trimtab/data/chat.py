@@ -12,12 +12,12 @@ from typing import Any, Literal, cast
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.types import Message, Role
 from trimtab.data.mistakes import Mistake
 from trimtab.data.templates import TODAY, dated, default_template, only_writes_contents
 from trimtab.data.tokenizers import ModelFacts, choose_pad, refuse_missing_rows
 from trimtab.data.words import Words
-from trimtab.errors import ConfigError, DataError
-from trimtab.types import Message, Role
 
 # Stands for the content of turn i while a template is studied. No template writes tabs or private-use characters of
 # its own, so what is left of the tabs says whether the template strips contents.
@@ -41,7 +41,7 @@ class _Skeleton:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _TemplatePart:
     """A text that is tokenised alone, or an end token."""
 
     text: str = ""
@@ -324,47 +324,47 @@ class Chat:
 
     # ---- text to ids ----------------------------------------------------------------------------------------------
 
-    def _prompt_parts(self, messages: Sequence[Message], rendered: str) -> list[_Part]:
+    def _prompt_parts(self, messages: Sequence[Message], rendered: str) -> list[_TemplatePart]:
         """A prompt in the parts that are tokenised alone: each earlier assistant turn as the reply it was."""
         skeleton = self._skeleton(tuple(m.role for m in messages), True)
         contents = skeleton.fill([m.content for m in messages]) if skeleton else ()
         if skeleton is None or _interleave(skeleton.pieces, contents) != rendered:
-            return [_Part(rendered + self._header)]  # contents decide what this template writes
+            return [_TemplatePart(rendered + self._header)]  # contents decide what this template writes
 
-        parts: list[_Part] = []
+        parts: list[_TemplatePart] = []
         text = skeleton.pieces[0]
         after = ""
         for message, content, piece in zip(messages, contents, skeleton.pieces[1:], strict=True):
             if message.role == "assistant":
                 lead = self._lead if text.endswith(self._lead) else ""
-                parts += [_Part(text.removesuffix(lead), after=after), *self._reply_parts(lead + content)]
+                parts += [_TemplatePart(text.removesuffix(lead), after=after), *self._reply_parts(lead + content)]
                 text, after = piece.removeprefix(self._before_end + self._end), self._end
             elif self._special_pattern.search(content):
-                parts += [_Part(text, after=after), _Part(content, plain=True)]
+                parts += [_TemplatePart(text, after=after), _TemplatePart(content, plain=True)]
                 text, after = piece, ""
             else:
                 text += content + piece
-        return [*parts, _Part(text + self._header, after=after)]
+        return [*parts, _TemplatePart(text + self._header, after=after)]
 
-    def _response_parts(self, text: str, rendered: str) -> list[_Part]:
+    def _response_parts(self, text: str, rendered: str) -> list[_TemplatePart]:
         if rendered.startswith(self._before_reply) and rendered.endswith(self._after_reply):
             return self._reply_parts(rendered[len(self._before_reply) : len(rendered) - len(self._after_reply)])
         return self._reply_parts(text)  # the generation prompt of this template begins the reply, with a thought say
 
-    def _reply_parts(self, written: str) -> list[_Part]:
-        return [self._inline_part(written + self._before_end), _Part(end_id=self.end_id, trained=True)]
+    def _reply_parts(self, written: str) -> list[_TemplatePart]:
+        return [self._inline_part(written + self._before_end), _TemplatePart(end_id=self.end_id, trained=True)]
 
-    def _inline_part(self, text: str) -> _Part:
+    def _inline_part(self, text: str) -> _TemplatePart:
         plain = bool(self._special_pattern.search(text))
-        return _Part(text, after="" if plain else self._context, plain=plain, trained=True)
+        return _TemplatePart(text, after="" if plain else self._context, plain=plain, trained=True)
 
-    def _encode_parts(self, parts: Sequence[_Part]) -> tuple[list[int], list[bool]]:
+    def _encode_parts(self, parts: Sequence[_TemplatePart]) -> tuple[list[int], list[bool]]:
         """The ids of the parts, and the mask of those that are trained."""
         return _put_together(
             parts, [self._encode(part.text, after=part.after, plain=part.plain) for part in parts if part.text]
         )
 
-    def _encode_many(self, examples: Sequence[Sequence[_Part]]) -> list[tuple[list[int], list[bool]]]:
+    def _encode_many(self, examples: Sequence[Sequence[_TemplatePart]]) -> list[tuple[list[int], list[bool]]]:
         """`_encode_parts` of each."""
         wanted = [part for parts in examples for part in parts if part.text]
         found: dict[int, list[int]] = {}
@@ -453,7 +453,7 @@ def _exchange(reply: str) -> list[Message]:
     return [_ASKED, Message("assistant", reply)]
 
 
-def _put_together(parts: Sequence[_Part], encoded: Sequence[list[int]]) -> tuple[list[int], list[bool]]:
+def _put_together(parts: Sequence[_TemplatePart], encoded: Sequence[list[int]]) -> tuple[list[int], list[bool]]:
     """Ids and mask of an example, from the ids of those of its parts that have a text."""
     ids: list[int] = []
     mask: list[bool] = []

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trimtab.core.types import Comparison, JsonDict, PreferencePair, Prompt
 from trimtab.data.messages import conversation_in, messages_of
 from trimtab.data.mistakes import Mistake, shown
 from trimtab.data.preferences import Judged, to_pairs
 from trimtab.data.prompts import field_of, make_prompt, prompt_in, reply_of, split_reply
 from trimtab.data.rows import number_in
-from trimtab.types import Comparison, JsonDict, PreferencePair, Prompt
 
 _TIES = frozenset({"tie", "ties", "tied", "equal", "same", "draw", "both", "neither", "both bad", "tie (bothbad)",
                    "tie bothbad", "both good", "tie (both bad)"})  # fmt: skip

@@ -12,10 +12,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from trimtab.core.errors import DataError
+from trimtab.core.types import JsonDict
 from trimtab.data.messages import refuse_half_characters, value_in
 from trimtab.data.mistakes import BadRow, Mistake
-from trimtab.errors import DataError
-from trimtab.types import JsonDict
 
 Located = tuple[str, JsonDict]
 """A row with its place, such as "pairs.jsonl, row 17"."""

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from trimtab.core.errors import DataError
 from trimtab.data.files import FILE_TYPES
-from trimtab.errors import DataError
 
 _SPLIT = re.compile(r"(train|training|validation|valid|val|dev|test|eval)(?:[-_.\d]|\Z)", re.IGNORECASE)
 _SAME_SPLIT = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "eval": "test"}

@@ -7,6 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from trimtab.core.types import (
+    Comparison,
+    Demonstration,
+    JsonDict,
+    LabelledResponse,
+    PreferencePair,
+    Prompt,
+    SteppedResponse,
+)
 from trimtab.data.columns import thumb
 from trimtab.data.compared import pairs_of, to_comparison, to_judged
 from trimtab.data.mistakes import Mistake
@@ -33,15 +42,6 @@ from trimtab.data.rows import (
     to_labelled_response,
     to_question_answer,
     to_stepped_response,
-)
-from trimtab.types import (
-    Comparison,
-    Demonstration,
-    JsonDict,
-    LabelledResponse,
-    PreferencePair,
-    Prompt,
-    SteppedResponse,
 )
 
 Columns = frozenset[str]
@@ -72,7 +72,7 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class LayoutReading:
     """How the rows of one file are read as records of one kind."""
 
     layout: Layout

@@ -20,8 +20,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from trimtab.core.errors import ConfigError, EngineError
 from trimtab.data.tokens import DTYPES, Array, Columns
-from trimtab.errors import ConfigError, EngineError
 
 BOUND = "TRIMTAB_DATA_CACHE_GB"
 """The environment variable that says how much may be kept, in GB of a thousand million bytes."""

@@ -9,21 +9,14 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Generic, Literal, cast
 
-from trimtab.data.formats import LAYOUTS, Layout, Reading
+from trimtab.core.errors import DataError
+from trimtab.core.source import Source
+from trimtab.core.types import JsonDict, Message, Prompt, Record, records_hash
+from trimtab.data.formats import LAYOUTS, Layout, LayoutReading
 from trimtab.data.messages import READ_FIELDS
 from trimtab.data.mistakes import BadRow, Mistake, filled
 from trimtab.data.recognise import named, recognise
-from trimtab.data.sources import (
-    RowStream,
-    is_feedback,
-    is_world,
-    read_feedback,
-    read_world,
-    records_hash,
-    stream_rows,
-)
-from trimtab.errors import DataError
-from trimtab.types import Demonstration, JsonDict, Message, Prompt, Record
+from trimtab.data.sources import RowStream, records_source, stream_rows
 
 NUM_SHOWN = 5
 """How many bad rows an error or a summary quotes; the others are counted."""
@@ -77,8 +70,8 @@ def load(
     is for, such as a turn that its chat template refuses. Raises DataError for a source that cannot be read, a layout
     that is not known or holds no such records, and when no row is left.
     """
-    if is_world(source) or is_feedback(source):
-        whole = (_load_world if is_world(source) else _load_feedback)(kind, str(source), limit)
+    if (own := records_source(source)) is not None:
+        whole = _load_records(own, kind, str(source), limit)
         return whole if accepts is None else _accepted(whole, accepts, on_bad_row)
     stream = stream_records(kind, source, limit=limit, accepts=accepts)
     made: list[Any] = []
@@ -195,7 +188,7 @@ def stream_records(
 def _made(
     where: str,
     columns: JsonDict,
-    reading: Reading,
+    reading: LayoutReading,
     source: str,
     accepts: Accepts | None,
     unused: dict[str, None],
@@ -217,7 +210,7 @@ def kinds_of(source: str | Path) -> tuple[type, ...]:
     return tuple(reading.layout.converters) if reading else ()
 
 
-def _begin(stream: RowStream, kind: type | None, unused: dict[str, None]) -> tuple[Iterable[Any], Reading | None]:
+def _begin(stream: RowStream, kind: type | None, unused: dict[str, None]) -> tuple[Iterable[Any], LayoutReading | None]:
     """All rows of the stream, and how they are to be read as `kind`; None where the first rows are all broken."""
     rows: Iterator[Any] = stream.rows
     first = list(islice(rows, _NUM_LOOKED_AT))
@@ -233,7 +226,7 @@ def _begin(stream: RowStream, kind: type | None, unused: dict[str, None]) -> tup
     return (everything if gather is None else gather(_noting(everything, reading, unused))), reading
 
 
-def _noting(rows: Iterable[Any], reading: Reading, unused: dict[str, None]) -> Iterator[Any]:
+def _noting(rows: Iterable[Any], reading: LayoutReading, unused: dict[str, None]) -> Iterator[Any]:
     for row in rows:
         if not isinstance(row, BadRow):
             _note_unused(row[1], reading, unused)
@@ -266,7 +259,7 @@ def _accepted(loaded: Loaded[Record], accepts: Accepts, on_bad_row: str) -> Load
     return replace(loaded, records=kept, counts=seen.counts(len(kept), others), dropped=dropped)
 
 
-def _placed(where: str, mistake: Mistake, reading: Reading, source: str) -> BadRow:
+def _placed(where: str, mistake: Mistake, reading: LayoutReading, source: str) -> BadRow:
     """The mistake at its row. Raises DataError for one that says that the whole file means something else."""
     problem = mistake.problem
     called = [f"{new} is the column {old!r}" for old, new in reading.names.items() if new != old and new in problem]
@@ -277,7 +270,7 @@ def _placed(where: str, mistake: Mistake, reading: Reading, source: str) -> BadR
     return BadRow(where, mistake.kind, problem, fix)
 
 
-def _note_unused(row: JsonDict, reading: Reading, unused: dict[str, None]) -> None:
+def _note_unused(row: JsonDict, reading: LayoutReading, unused: dict[str, None]) -> None:
     """Notes the columns of the row, and the fields of its messages, that are no part of the records."""
     for name in sorted(row.keys() - reading.used - unused.keys()) if reading.kind is not Prompt else ():
         if filled(row[name]):
@@ -290,29 +283,16 @@ def _note_unused(row: JsonDict, reading: Reading, unused: dict[str, None]) -> No
                     unused |= dict.fromkeys(f"{name}[].{field}" for field in sorted(others) if filled(turn[field]))
 
 
-def _load_world(kind: type[Record], source: str, limit: int | None) -> Loaded[Record]:
-    if kind not in (Prompt, Demonstration):
-        raise DataError(
-            f"a world gives Prompt and Demonstration, not {kind.__name__}",
-            where=source,
-            fix="make comparisons with the compare stage, which asks the world's annotators",
-        )
-    records = cast("list[Record]", read_world(source, demonstrations=cast(type, kind) is Demonstration))[:limit]
-    counts = {"rows": len(records), "records": len(records)}
-    return Loaded(
-        records=records, layout="a world", source=source, sha256=records_hash(records), counts=counts, dropped=()
-    )
-
-
-def _load_feedback(kind: type[Record], source: str, limit: int | None) -> Loaded[Record]:
-    found, sha256, counts = read_feedback(kind, source)
+def _load_records(own: Source, kind: type[Record], source: str, limit: int | None) -> Loaded[Record]:
+    """The records of a source that has its own; with a limit, the first of them and the hash of those."""
+    found, sha256, counts = own.read(kind, source)
     records = cast("list[Record]", found)[:limit]
     return Loaded(
         records=records,
-        layout="a feedback project",
+        layout=own.title,
         source=source,
-        sha256=sha256,
-        counts=counts | {"records": len(records)},
+        sha256=sha256 if len(records) == len(found) else records_hash(records),
+        counts={"rows": len(records)} | counts | {"records": len(records)},
         dropped=(),
     )
 

@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from trimtab.core.types import Message, Role
 from trimtab.data.mistakes import Mistake, filled, shown, wrong_type
-from trimtab.types import Message, Role
 
 ROLE_NAMES: Mapping[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
-from typing import Any, Literal, Self
+from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from trimtab.batches.pairs import Compared, PairBatch
+from trimtab.batches.trees import TokenTrees, Tree, response_tree
+from trimtab.core.types import LabelledResponse, PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.chat import fit as fit_prompt
 from trimtab.data.tokens import Array, Lazy, TokenTable, table_of
-from trimtab.data.trees import TokenTrees, Tree, TreeBatch, per, response_tree
-from trimtab.types import LabelledResponse, PreferencePair
 
 WhenTooLong = Literal["drop", "truncate_prompt_left"]
 
@@ -112,86 +108,6 @@ def group(
 # --- pairs ---
 
 
-@dataclass(frozen=True)
-class Compared:
-    """One pair among the branches of a tree: which is preferred to which, by what margin, and how surely."""
-
-    chosen: int
-    rejected: int
-    margin: float
-    label: float
-
-
-_PER_PAIR = {"pairs": True}
-"""Marks a field of a `PairBatch` that has one entry for each pair."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairBatch(TreeBatch):
-    """Prompts with their replies as trees, and the pairs that were compared.
-
-    All pairs of a prompt stay in one batch: K replies cost K forward passes for up to K (K - 1) / 2 pairs, and a reply
-    is not seen again in a later update, which would overfit it (Ouyang et al., arXiv:2203.02155, section 3.5).
-    """
-
-    compared: tuple[tuple[Compared, ...], ...]
-    """For each tree, its pairs."""
-
-    def select(self, indices: Sequence[int]) -> Self:
-        """The same batch with only these trees, in this order."""
-        starts = [0, *accumulate(len(pairs) for pairs in self.compared)]
-        places = torch.tensor([p for i in indices for p in range(starts[i], starts[i + 1])], dtype=torch.int64)
-        own: dict[str, Any] = {
-            f.name: getattr(self, f.name)[places] for f in dataclasses.fields(self) if f.metadata == _PER_PAIR
-        }
-        own["compared"] = tuple(self.compared[i] for i in indices)
-        return dataclasses.replace(super().select(indices), **own)
-
-    @cached_property
-    def chosen_ids(self) -> Tensor:
-        """[P] the sequence of each preferred reply."""
-        return self._sequences([[pair.chosen for pair in pairs] for pairs in self.compared])
-
-    @cached_property
-    def rejected_ids(self) -> Tensor:
-        """[P] the sequence of each other reply."""
-        return self._sequences([[pair.rejected for pair in pairs] for pairs in self.compared])
-
-    @cached_property
-    def margins(self) -> Tensor:
-        """[P] the margin of each pair; 0 where the data has none."""
-        return torch.tensor([pair.margin for pairs in self.compared for pair in pairs])
-
-    @cached_property
-    def labels(self) -> Tensor:
-        """[P] the probability that the chosen reply is preferred."""
-        return torch.tensor([pair.label for pairs in self.compared for pair in pairs])
-
-    def _sequences(self, branches: Sequence[Sequence[int]]) -> Tensor:
-        starts = [0, *accumulate(len(tree.branches) for tree in self.trees.trees)]
-        return torch.tensor([start + b for start, bs in zip(starts, branches, strict=False) for b in bs])
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReferencePairs(PairBatch):
-    """Pairs with what the reference says of every reply."""
-
-    ref_logprobs: Tensor = per("token")
-
-    def with_targets(self, chosen: Tensor, rejected: Tensor) -> TargetedPairs:
-        """The same with numbers [P] that were found over the whole update."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(ReferencePairs)}
-        return TargetedPairs(**fields, chosen_targets=chosen, rejected_targets=rejected)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetedPairs(ReferencePairs):
-    """Pairs that know what the order of all pairs of the update sets against their log-ratios."""
-
-    chosen_targets: Tensor = dataclasses.field(metadata=_PER_PAIR)
-    rejected_targets: Tensor = dataclasses.field(metadata=_PER_PAIR)
-
-
 @dataclass(frozen=True, eq=False)
 class Comparisons:
     """Pairs grouped by prompt: a tree for each prompt with the replies that were compared, each reply once.
@@ -262,51 +178,6 @@ def group_pairs(
 
 
 # --- replies judged one by one ---
-
-
-@dataclass(frozen=True, kw_only=True)
-class JudgedReplies(TreeBatch):
-    """Prompts with their replies as trees, what the reference says of each, and how often each was called good or bad.
-
-    A pair split in two is a good reply and a bad one, each by the share of votes for it.
-    """
-
-    ref_logprobs: Tensor = per("token")
-    desirable: Tensor = per("sequence")
-    """[B] judgements that call the reply good."""
-    undesirable: Tensor = per("sequence")
-    """[B] those that call it bad."""
-
-    def with_baseline(self, baseline: Tensor) -> BaselinedReplies:
-        """The same with one log-ratio, in nats, that all replies of the update are measured from."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(JudgedReplies)}
-        return BaselinedReplies(**fields, baseline=baseline.expand(self.num_sequences))
-
-
-@dataclass(frozen=True, kw_only=True)
-class MismatchedReplies(JudgedReplies):
-    """Judged replies, and beside each prompt the replies to another one."""
-
-    mismatched: TokenTrees
-    """A tree for each of `trees`: its prompt with the replies to another."""
-    mismatched_ref_logprobs: Tensor
-    """What the reference says of their trained tokens."""
-
-    def select(self, indices: Sequence[int]) -> Self:
-        """The same batch with only these trees, in this order."""
-        places = self.mismatched.index_of("token", indices)
-        return dataclasses.replace(
-            super().select(indices),
-            mismatched=self.mismatched.select(indices),
-            mismatched_ref_logprobs=self.mismatched_ref_logprobs[places],
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaselinedReplies(JudgedReplies):
-    """Judged replies with the log-ratio that the update measures them from."""
-
-    baseline: Tensor = per("sequence")
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trimtab.types import Comparison, Message, PreferencePair, Prompt
+from trimtab.core.types import Comparison, Message, PreferencePair, Prompt
 
 
 @dataclass(frozen=True)

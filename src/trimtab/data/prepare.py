@@ -24,16 +24,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trimtab import types
+from trimtab.core import types
+from trimtab.core.errors import DataError, TrimtabError
 from trimtab.data import kept
 from trimtab.data.chat import Chat
 from trimtab.data.files import is_document
 from trimtab.data.layouts import NUM_SHOWN, Loaded, RecordStream, Seen, load, none_made, report, stream_records
 from trimtab.data.mistakes import BadRow
 from trimtab.data.progress import showing_rows
-from trimtab.data.sources import files_of, is_feedback, is_hub, is_world
+from trimtab.data.sources import files_of, is_hub, records_source
 from trimtab.data.tokens import REPLIES, Array, Columns, TokenTable, id_of_two, tokenise
-from trimtab.errors import DataError, TrimtabError
 
 SMALL = 4_000_000
 """Bytes of a source that is tokenised in memory by this process, in a second, and not kept."""
@@ -102,7 +102,7 @@ def prepare(
     Raises what `load` raises.
     """
     records_of = Records(kind, source, limit, chat)
-    if is_world(source) or is_feedback(source):
+    if records_source(source) is not None:
         loaded = _loaded(records_of, on_bad_row)
         return prepare_loaded(kind, loaded, chat, on_bad_row=on_bad_row, by_prompt=by_prompt)
     work = _Work(records_of, _stamps(source))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trimtab.core.types import JsonDict, Message, Prompt
 from trimtab.data.columns import CONTEXT, PART_OF_PROMPT, REASONING, SYSTEM, UNREAD, WEIGHT
 from trimtab.data.messages import (
     conversation_in,
@@ -20,7 +21,6 @@ from trimtab.data.messages import (
     transcript,
 )
 from trimtab.data.mistakes import Mistake, filled, shown, wrong_type
-from trimtab.types import JsonDict, Message, Prompt
 
 _BESIDE_REPLY = REASONING | WEIGHT
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
+from trimtab.core.types import Demonstration, JsonDict, Message, PreferencePair, Prompt
 from trimtab.data.files import Located
 from trimtab.data.mistakes import BadRow, Mistake, shown, wrong_type
 from trimtab.data.prompts import field_of, prompt_in, reply_of
 from trimtab.data.rows import number_in
-from trimtab.types import Demonstration, JsonDict, Message, PreferencePair, Prompt
 
 _TEXT = ("response", "answer", "text", "completion", "content", "output")
 _BY_SCORE = ("overall_score", "score", "rating", "overall_rating")

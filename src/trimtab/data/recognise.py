@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from trimtab.core.errors import DataError
+from trimtab.core.types import Demonstration, JsonDict, LabelledResponse, PreferencePair, Prompt
 from trimtab.data.columns import COMPLETION, LABEL, PART_OF_PROMPT, PROMPT, RATING, names_of, thumb
 from trimtab.data.compared import sides_of
-from trimtab.data.formats import LAYOUTS, Layout, Reading
+from trimtab.data.formats import LAYOUTS, Layout, LayoutReading
 from trimtab.data.messages import conversation_in, transcript
 from trimtab.data.mistakes import Mistake, filled, shown
-from trimtab.errors import DataError
-from trimtab.types import Demonstration, JsonDict, LabelledResponse, PreferencePair, Prompt
 
 _NUM_COMPARED = 50
 """Rows that are looked through for a question that stands in two columns, or a prompt that replies repeat."""
@@ -23,7 +23,7 @@ _ABOUT = frozenset(
 """Columns of text that are about a row and no part of it."""
 
 
-def recognise(rows: Sequence[JsonDict], *, where: str, kind: type | None = None) -> Reading:
+def recognise(rows: Sequence[JsonDict], *, where: str, kind: type | None = None) -> LayoutReading:
     """The first of `LAYOUTS` that fits the columns filled in by at least half of the rows, read as records of `kind`.
 
     Half, so that a row that lacks something is reported as that row's mistake. Without a kind, the one the layout is
@@ -47,7 +47,7 @@ def recognise(rows: Sequence[JsonDict], *, where: str, kind: type | None = None)
         convert = lambda row: told(row, sides)  # noqa: E731
     uses = _used_by(layout, kind, frozenset(plain))
     used = frozenset(name for name in filled_in if names.get(name, name) in uses)
-    reading = Reading(layout=layout, kind=kind, names=names, convert=convert, used=used)
+    reading = LayoutReading(layout=layout, kind=kind, names=names, convert=convert, used=used)
     if kind is not Prompt:
         for problem, fix in _misread(reading, rows, columns, plain):
             raise DataError(problem, where=where, fix=named(fix, where, names))
@@ -146,7 +146,7 @@ def _other_kind(
 
 
 def _misread(
-    reading: Reading, rows: Sequence[JsonDict], columns: frozenset[str], sample: Mapping[str, Any]
+    reading: LayoutReading, rows: Sequence[JsonDict], columns: frozenset[str], sample: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """What would be read wrongly without a word, and what to do about it."""
     # Of all rows, for a thumb or a rating that few replies have says no less of those.
@@ -201,7 +201,9 @@ def _judges(rows: Sequence[JsonDict], name: str) -> bool:
     return True
 
 
-def _second_questions(reading: Reading, rows: Sequence[JsonDict], left: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _second_questions(
+    reading: LayoutReading, rows: Sequence[JsonDict], left: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
     for name, plain in left.items():
         if plain not in PROMPT or plain in PART_OF_PROMPT:
             continue
@@ -214,7 +216,7 @@ def _second_questions(reading: Reading, rows: Sequence[JsonDict], left: Mapping[
             )
 
 
-def _is_part(text: str, reading: Reading, row: JsonDict) -> bool:
+def _is_part(text: str, reading: LayoutReading, row: JsonDict) -> bool:
     return any(text in said for name, value in row.items() if name in reading.used for said in _texts(_value(value)))
 
 
@@ -227,7 +229,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _hidden_prompts(
-    reading: Reading, rows: Sequence[JsonDict], left: Mapping[str, str], sample: Mapping[str, Any]
+    reading: LayoutReading, rows: Sequence[JsonDict], left: Mapping[str, str], sample: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """Texts that begin alike have their prompt in that beginning, unless a column holds it."""
     if "prompt" in sample or not isinstance(sample.get("chosen"), str) or _is_transcript(sample["chosen"]):
@@ -249,7 +251,7 @@ def _is_transcript(text: str) -> bool:
         return True
 
 
-def _repeated_prompts(reading: Reading, rows: Sequence[JsonDict]) -> Iterator[tuple[str, str]]:
+def _repeated_prompts(reading: LayoutReading, rows: Sequence[JsonDict]) -> Iterator[tuple[str, str]]:
     """Replies that begin with the whole prompt would be learnt with it."""
     plain = [reading.plain(row) for row in rows]
     names = ("chosen", "rejected") if reading.kind is PreferencePair else ("completion",)

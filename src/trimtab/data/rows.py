@@ -9,6 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from trimtab.core.types import (
+    Demonstration,
+    JsonDict,
+    LabelledResponse,
+    Message,
+    PreferencePair,
+    Prompt,
+    SteppedResponse,
+)
 from trimtab.data.columns import SYSTEM, thumb
 from trimtab.data.messages import (
     conversation_in,
@@ -32,7 +41,6 @@ from trimtab.data.prompts import (
     split_reply,
     with_columns,
 )
-from trimtab.types import Demonstration, JsonDict, LabelledResponse, Message, PreferencePair, Prompt, SteppedResponse
 
 # ---- values ---------------------------------------------------------------------------------------------------------
 

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from trimtab.core.errors import DataError
+from trimtab.core.types import Demonstration, LabelledResponse, Message, PreferencePair, Prompt, SteppedResponse
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import LAYOUTS, Loaded, kinds_of, load
-from trimtab.data.sources import is_feedback, is_world
+from trimtab.data.sources import records_source
 from trimtab.data.tokenizers import load_tokenizer
 from trimtab.data.tokens import without_turns
-from trimtab.errors import DataError
-from trimtab.types import Demonstration, LabelledResponse, Message, PreferencePair, Prompt, SteppedResponse
 
 Kind = Literal["auto", "sft", "preference", "prompt"]
 _RECORDS: dict[str, type] = {"sft": Demonstration, "preference": PreferencePair, "prompt": Prompt}
@@ -87,10 +87,8 @@ def _spelled(character: str) -> str:
 
 def _natural(source: str | Path) -> type:
     """The record a source is for: the first that its layout gives."""
-    if is_world(source):
-        return Demonstration
-    if is_feedback(source):
-        return PreferencePair
+    if (own := records_source(source)) is not None:
+        return own.natural
     return next(iter(kinds_of(source)), Prompt)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import importlib
-import json
 import re
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,20 +12,21 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from trimtab import hub
+from trimtab.core import hub, registry
+from trimtab.core.errors import DataError
+from trimtab.core.files import files_like
+from trimtab.core.source import Source
+from trimtab.core.types import JsonDict, rows_hash
 from trimtab.data.files import FILE_TYPES, Located, rows_of_file
 from trimtab.data.folders import files_in
 from trimtab.data.messages import conversation_in
 from trimtab.data.mistakes import BadRow
-from trimtab.errors import DataError
-from trimtab.files import files_like
-from trimtab.types import Demonstration, JsonDict, Prompt, to_dict
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class SourceRows:
     """The rows of one source in order, each with its origin such as "pairs.jsonl, row 17"."""
 
     source: str
@@ -41,18 +40,18 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class RowStream:
-    """The rows of one source, read as they are asked for; see `Rows`."""
+    """The rows of one source, read as they are asked for; see `SourceRows`."""
 
     source: str
     sha256: str
     rows: Iterator[Located | BadRow]
 
 
-def read_rows(source: str | Path, *, limit: int | None = None) -> Rows:
+def read_rows(source: str | Path, *, limit: int | None = None) -> SourceRows:
     """All rows of a source at once; see `stream_rows`. Raises DataError where there are none."""
     stream = stream_rows(source, limit=limit)
     seen = list(stream.rows)
-    return Rows(
+    return SourceRows(
         source=stream.source,
         sha256=stream.sha256,
         rows=[row for row in seen if not isinstance(row, BadRow)],
@@ -204,65 +203,13 @@ def is_hub(source: str | Path) -> bool:
     )
 
 
-def is_world(source: str | Path) -> bool:
-    """True for "world:…"."""
-    return str(source).startswith("world:")
-
-
-def is_feedback(source: str | Path) -> bool:
-    """True for "feedback:project.toml"."""
-    return str(source).startswith("feedback:")
-
-
-def read_feedback(kind: type, source: str) -> tuple[list[Any], str, dict[str, int]]:
-    """The records of a feedback project, their SHA-256, and counts of what was left out.
-
-    The votes are read by the layer that owns them, which stands above this one: it is named here, as a run file names
-    a class, and loaded when it is asked for.
-    """
-    found: tuple[list[Any], str, dict[str, int]] = importlib.import_module("trimtab.feedback.source").records(
-        kind, source
-    )
+def records_source(source: str | Path) -> Source | None:
+    """The source of records that "world:helpdesk" or "feedback:project.toml" begins with; None for one of rows."""
+    name, colon, _ = str(source).partition(":")
+    if not colon or name not in registry.modules("source"):
+        return None
+    found: Source = registry.descriptor("source", name)
     return found
-
-
-def read_world(source: str, *, demonstrations: bool) -> list[Prompt] | list[Demonstration]:
-    """Prompts, or prompts with their replies, of "world:helpdesk?split=train&num=1000&seed=0" (those are the defaults).
-
-    `seed` says which prompts are drawn; the rules of a world do not depend on it. Raises DataError for an option that
-    does not exist, and what `trimtab.worlds.load` raises for a name that does not.
-    """
-    from trimtab import worlds
-
-    name, options = _options(source.removeprefix("world:"), source, {"split": "train", "num": "1000", "seed": "0"})
-    split = options["split"]
-    if split not in ("train", "validation", "test"):
-        raise DataError(f"no split is called {split!r}", where=source, fix="use train, validation or test")
-    try:
-        num, seed = int(options["num"]), int(options["seed"])
-    except ValueError:
-        raise DataError(
-            f"num={options['num']!r} and seed={options['seed']!r} must be whole numbers",
-            where=source,
-            fix="write for instance 'world:helpdesk?num=1000&seed=0'",
-        ) from None
-    world = worlds.load(name)
-    draw: Any = world.demonstrations if demonstrations else world.prompts
-    records: list[Any] = draw(split, num, seed=seed)
-    return records
-
-
-def rows_hash(rows: Sequence[JsonDict]) -> str:
-    """SHA-256 of the rows as JSON lines with sorted keys; values that JSON has no word for count as their text."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def records_hash(records: Sequence[Any]) -> str:
-    """`rows_hash` of records."""
-    return rows_hash([to_dict(record) for record in records])
 
 
 def _options(text: str, source: str, defaults: dict[str, str]) -> tuple[str, dict[str, str]]:

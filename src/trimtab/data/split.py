@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from trimtab.types import Message, Prompt, prompt_id
+from trimtab.core.types import Message, Prompt, prompt_id
 
 
 class HasPrompt(Protocol):

@@ -10,7 +10,7 @@ import jinja2
 from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.errors import DataError
+from trimtab.core.errors import DataError
 
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
 """Of the tokenizers that trimtab trains, in the order of their ids; `<|end|>` is their eos token."""

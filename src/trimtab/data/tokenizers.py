@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from trimtab.errors import DataError, EngineError
-from trimtab.hub import ADAPTER_WEIGHTS, base_of, find_model
+from trimtab.core.errors import DataError, EngineError
+from trimtab.core.hub import ADAPTER_WEIGHTS, base_of, find_model
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from typing import Any, Generic, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from trimtab.core.errors import DataError
+from trimtab.core.types import Demonstration, LabelledResponse, PreferencePair, Prompt, prompt_id
 from trimtab.data.chat import Chat
-from trimtab.errors import DataError
-from trimtab.types import Demonstration, LabelledResponse, PreferencePair, Prompt, prompt_id
 
 Array = NDArray[Any]
 Columns = dict[str, Array]

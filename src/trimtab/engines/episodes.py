@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trimtab import seeds
+from trimtab.core import seeds
+from trimtab.core.errors import EngineError, TrimtabError
+from trimtab.core.types import FinishReason, Observation, Prompt, Rollout
 from trimtab.data.chat import Chat
-from trimtab.engines.form_choice import Choice
-from trimtab.engines.local_generator import Drawn, LocalGenerator, Sampling, reply_names
-from trimtab.errors import EngineError, TrimtabError
+from trimtab.engines.base import Environment
+from trimtab.engines.local.form_choice import FormChoice
+from trimtab.engines.local.sampler import LocalSampler, SampledReply, Sampling, reply_names
 from trimtab.models.roles import Policy
-from trimtab.protocols import Environment
-from trimtab.types import FinishReason, Observation, Prompt, Rollout
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ class Episode:
         )
 
 
-class EpisodeGenerator:
+class EpisodeSampler:
     """Samples episodes with the local generator. A rollout's text is all that was said, observations and stop texts
     included; its last token is always the policy's.
 
@@ -97,12 +97,12 @@ class EpisodeGenerator:
         environment: Environment,
         limits: EpisodeLimits,
         *,
-        choice: Choice | None = None,
+        choice: FormChoice | None = None,
         watched: bool = False,
     ) -> None:
-        """`choice` and `watched` as for `LocalGenerator`."""
+        """`choice` and `watched` as for `LocalSampler`."""
         stopping = replace(sampling, stop=(*sampling.stop, *environment.stop))
-        self.generator = LocalGenerator(policy, chat, stopping, choice=choice, watched=watched)
+        self.generator = LocalSampler(policy, chat, stopping, choice=choice, watched=watched)
         self.chat = chat
         self.environment = environment
         self.limits = limits
@@ -134,7 +134,7 @@ class EpisodeGenerator:
             drawn = self._next_turns([episodes[i] for i in going], uniforms[going])
         return [episode.rollout() for episode in episodes]
 
-    def _next_turns(self, episodes: Sequence[Episode], uniforms: Tensor) -> list[Drawn]:
+    def _next_turns(self, episodes: Sequence[Episode], uniforms: Tensor) -> list[SampledReply]:
         limits = torch.tensor([self.max_tokens - len(e.ids) for e in episodes], dtype=torch.int64)
         rows = torch.zeros_like(uniforms)
         for row, numbers, episode in zip(rows, uniforms, episodes, strict=True):
@@ -143,7 +143,7 @@ class EpisodeGenerator:
         prefixes = [e.prompt_ids + e.ids for e in episodes]
         return self.generator.continue_ids(prefixes, group_size=1, uniforms=rows, limits=limits)
 
-    def _take(self, episode: Episode, turn: Drawn) -> None:
+    def _take(self, episode: Episode, turn: SampledReply) -> None:
         """One turn of the policy and the environment's answer to it."""
         ids, logprobs, stopped = turn
         text = self.chat.decode_response(ids)
@@ -160,7 +160,7 @@ class EpisodeGenerator:
             raise EngineError(
                 f"the environment answered with {observation!r}, which is no Observation",
                 where=f"prompt {episode.prompt.id}",
-                fix="return trimtab.types.Observation(text=…) from its step",
+                fix="return trimtab.core.types.Observation(text=…) from its step",
             )
         episode.events.update(observation.events)
         if observation.done:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from trimtab import worlds
-from trimtab.data.sources import is_world, read_rows
+from trimtab.core.errors import DataError
+from trimtab.core.registry import register
+from trimtab.core.types import Observation, Prompt
+from trimtab.data.sources import read_rows
 from trimtab.environments.tools import BM25, ToolError, calculate
-from trimtab.errors import DataError
-from trimtab.registry import register
-from trimtab.types import Observation, Prompt
+from trimtab.worlds.source import is_world
 
 Tool = Callable[[str], str]
 _ACTION = re.compile(r"^Action: *(\w+)\[([^\n]*)\][ \t]*$", re.MULTILINE)

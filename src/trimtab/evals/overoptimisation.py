@@ -15,7 +15,7 @@ import numpy as np
 import scipy.special
 from numpy.typing import ArrayLike
 
-from trimtab.evals.stats import Floats, Interval, bootstrap_mean, moving_mean
+from trimtab.stats import Floats, Interval, bootstrap_mean, moving_mean
 
 Form = Literal["best_of_n", "rl", "linear"]
 

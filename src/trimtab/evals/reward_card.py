@@ -14,7 +14,9 @@ import scipy.sparse
 import scipy.special
 from numpy.typing import ArrayLike
 
-from trimtab.evals.stats import (
+from trimtab.core.types import PreferencePair, prompt_id
+from trimtab.evals.text import words
+from trimtab.stats import (
     Floats,
     Interval,
     auc,
@@ -25,8 +27,6 @@ from trimtab.evals.stats import (
     wilson,
     win_rate,
 )
-from trimtab.evals.text import words
-from trimtab.types import PreferencePair, prompt_id
 
 LENGTH_MATCHED = 0.1
 """Two replies are of equal length when they differ by less than this share of the longer one."""

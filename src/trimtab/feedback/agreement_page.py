@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from trimtab.evals.stats import Interval
-from trimtab.feedback.agreement import Agreement
-from trimtab.feedback.annotators import AnnotatorCard
-from trimtab.feedback.study import Study
 from trimtab.reports import charts
 from trimtab.reports.charts import AMBER, BLUE, LIME, ROSE, TEAL, VIOLET
 from trimtab.reports.frame import Panels, document, folded, grid, table
 from trimtab.reports.markup import Html, join, tag
+from trimtab.stats import Interval
+from trimtab.votes.agreement import Agreement
+from trimtab.votes.annotators import AnnotatorCard
+from trimtab.votes.study import Study
 
 MAX_ROWS = 40
 """Annotators, pairs and slices drawn in one chart; tables hold more."""

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
-from trimtab.errors import DataError
+from trimtab.core.errors import DataError
+from trimtab.core.types import JsonDict
 from trimtab.feedback.project import Kind, Task
 from trimtab.feedback.store import checked_text
-from trimtab.types import JsonDict
 
 MAX_WRITING = 50_000
 """Letters of a rationale or a written reply."""

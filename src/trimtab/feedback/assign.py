@@ -13,7 +13,7 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
-from trimtab import seeds
+from trimtab.core import seeds
 from trimtab.feedback import tables as t
 from trimtab.feedback.people import Person, by_id, give_back
 from trimtab.feedback.store import Store, append_audit

@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
-from trimtab.errors import DataError
+from trimtab.core.errors import DataError
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import TAXONOMY, Answer, agrees, check, restored
 from trimtab.feedback.assign import Lease, lease_of

@@ -12,17 +12,17 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from trimtab.errors import DataError
-from trimtab.evals.stats import Interval, wilson
+from trimtab.core.errors import DataError
+from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
-from trimtab.feedback.annotators import AnnotatorCard, annotator_cards
 from trimtab.feedback.answers import agrees
 from trimtab.feedback.people import everyone
 from trimtab.feedback.progress import counts
 from trimtab.feedback.store import Store
-from trimtab.feedback.study import Study, study
 from trimtab.feedback.votes import cast_votes, votes_as_table
-from trimtab.types import JsonDict
+from trimtab.stats import Interval, wilson
+from trimtab.votes.annotators import AnnotatorCard, annotator_cards
+from trimtab.votes.study import Study, study
 
 KEPT_SECONDS = 10.0
 """How long a computed board is shown before it is computed anew."""
@@ -31,7 +31,7 @@ LIVE_RESAMPLES = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class BoardRow:
     """One annotator on the board."""
 
     person_id: int
@@ -53,7 +53,7 @@ class Board:
     at: float
     counts: dict[str, Any]
     study: Study | None
-    rows: list[Row]
+    rows: list[BoardRow]
     throughput: list[tuple[float, int]]
     """Start of each stretch of time and the answers in it."""
     stretch_seconds: float
@@ -115,7 +115,7 @@ def make_board(store: Store, *, num_resamples: int = LIVE_RESAMPLES) -> Board:
         found = None
     cards = {card.name: card for card in (annotator_cards(votes) if len(votes) else [])}
     rows = [
-        Row(
+        BoardRow(
             person_id=p.id,
             name=p.name,
             state=p.state,

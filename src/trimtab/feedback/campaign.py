@@ -13,7 +13,7 @@ import numpy as np
 import scipy.special
 import scipy.stats
 
-from trimtab.errors import ConfigError
+from trimtab.core.errors import ConfigError
 
 ASSUMPTIONS = (
     "annotators are equally good and err independently and symmetrically: two agree with chance a = p² + (1 - p)²",

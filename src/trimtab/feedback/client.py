@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from trimtab.errors import EngineError
+from trimtab.core.errors import EngineError
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import trimtab
+
+if TYPE_CHECKING:
+    from trimtab.feedback.items import Purpose
+    from trimtab.feedback.labels import Split
+    from trimtab.feedback.people import Role, State
 
 _project = click.argument("project", type=click.Path(path_type=Path))
 _file = click.Path(dir_okay=False, path_type=Path)
@@ -18,31 +23,18 @@ DEFAULT_PROJECT = Path("feedback/project.toml")
 
 
 def add_to(group: click.Group) -> None:
-    """Adds the commands to the group."""
+    """Adds the commands to the group. Its object (`ctx.obj`) samples replies of a model, as `stages.use` does."""
     for command in (
         init, serve, import_, export, status, invite, people, token, adjudicate, guideline, queue, scores, simulate,
-        audit, backup,
+        audit, backup, agreement, cost,
     ):  # fmt: skip
         group.add_command(command)
 
 
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(f"trimtab.feedback.{name}")
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "trimtab":
-            raise
-        from trimtab.errors import EngineError, install
-
-        raise EngineError(
-            f"{error.name} is not installed",
-            where="trimtab feedback",
-            fix=f"this needs the web and database libraries: {install('feedback')}",
-        ) from None
-
-
 def _open(project: Path) -> Any:
-    return _module("store").open_store(project, must_exist=True)
+    from trimtab.feedback.store import open_store
+
+    return open_store(project, must_exist=True)
 
 
 def _tell(counts: dict[str, int]) -> None:
@@ -57,7 +49,7 @@ def init(directory: Path) -> None:
 
 
 def _copy_example(directory: Path) -> None:
-    from trimtab.errors import ConfigError
+    from trimtab.core.errors import ConfigError
 
     if (directory / "project.toml").exists():
         raise ConfigError(f"{str(directory)!r} holds a project", where="trimtab feedback init", fix="name a new folder")
@@ -78,11 +70,13 @@ def serve(project: Path | None, host: str | None, port: int | None) -> None:
 
     Without PROJECT it is feedback/project.toml, made from the example where there is none.
     """
+    from trimtab.feedback.server import serve as serving
+
     if project is None:
         project = DEFAULT_PROJECT
         if not project.is_file():
             _copy_example(project.parent)
-    _module("server.serve").serve(project, host=host, port=port, show=click.echo)
+    serving.serve(project, host=host, port=port, show=click.echo)
 
 
 @click.command("import")
@@ -100,10 +94,12 @@ def serve(project: Path | None, host: str | None, port: int | None) -> None:
 @click.option("--temperature", default=1.0, show_default=True)
 @click.option("--max-new-tokens", default=256, show_default=True)
 @click.option("--seed", default=0, show_default=True)
+@click.pass_obj
 def import_(
+    sample: Callable[..., object],
     project: Path,
     source: str | None,
-    purpose: str | None,
+    purpose: Purpose | None,
     part: str,
     with_votes: bool,
     columns: str,
@@ -119,8 +115,11 @@ def import_(
 
     SOURCE left out is the project's own data.
     """
-    store = _module("store").open_store(project)
-    importing = _module("importing")
+    from trimtab.feedback import importing
+    from trimtab.feedback.commands import parse_columns
+    from trimtab.feedback.store import open_store
+
+    store = open_store(project)
     if source is None:
         _tell(importing.seed_items(store) or {"new items: the project's data is in the store": 0})
         return
@@ -130,7 +129,7 @@ def import_(
         with_votes=with_votes,
         on_bad_row=on_bad_row,
         limit=limit,
-        columns=_module("commands").parse_columns(columns),
+        columns=parse_columns(columns),
     )
     if model is None:
         _tell(importing.import_source(store, source, options))
@@ -141,7 +140,7 @@ def import_(
         sampled = Path(folder) / "samples.jsonl"
         sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "top_p": 1.0, "top_k": 0}
         drawn = {"model": model, "num_samples": num_samples, "seed": seed, "limit": limit, **sampling}
-        importlib.import_module("trimtab.stages.use").generate_file(data=source, prompt=None, out=sampled, **drawn)
+        sample(data=source, prompt=None, out=sampled, **drawn)
         origin = {"model": model, "sampling": sampling, "seed": seed}
         rows = [json.loads(line) | origin for line in sampled.read_text(encoding="utf-8").splitlines()]
         sampled.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -154,11 +153,11 @@ def import_(
 @click.option("--out", type=_file, help="File to write: .jsonl, .csv or .parquet.  [LAYOUT.jsonl]")
 @click.option("--split", type=click.Choice(["all", "train", "held_out"]), default="all", show_default=True)
 @click.option("--list", "show_layouts", is_flag=True, help="Say what each layout holds.")
-def export(project: Path, layout: str, out: Path | None, split: str, show_layouts: bool) -> None:
+def export(project: Path, layout: str, out: Path | None, split: Split, show_layouts: bool) -> None:
     """Write what people said, in a layout that trainers read or without loss, with a card of where it comes from."""
-    from trimtab.errors import ConfigError
+    from trimtab.core.errors import ConfigError
+    from trimtab.feedback import exporting
 
-    exporting = _module("exporting")
     if show_layouts:
         for name, what in exporting.LAYOUTS.items():
             click.echo(f"{name:15} {what}")
@@ -177,7 +176,9 @@ def export(project: Path, layout: str, out: Path | None, split: str, show_layout
 @click.option("--json", "as_json", is_flag=True, help="Everything the board shows, as JSON.")
 def status(project: Path, as_json: bool) -> None:
     """Say how far a project is: the board as text."""
-    board = _module("board").make_board(_open(project), num_resamples=1000)
+    from trimtab.feedback.board import make_board
+
+    board = make_board(_open(project), num_resamples=1000)
     if as_json:
         click.echo(json.dumps(board.to_dict(), indent=2))
         return
@@ -203,10 +204,13 @@ def status(project: Path, as_json: bool) -> None:
 @click.option("--list", "show_open", is_flag=True, help="List the invitations and links that can still be used.")
 @click.option("--revoke", type=int, help="Make the invitation of this number useless.")
 def invite(
-    project: Path, role: str, uses: int, hours: float, address: str | None, show_open: bool, revoke: int | None
+    project: Path, role: Role, uses: int, hours: float, address: str | None, show_open: bool, revoke: int | None
 ) -> None:
     """Make an invitation, or list or revoke them."""
-    store, people = _module("store").open_store(project), _module("people")
+    from trimtab.feedback import people
+    from trimtab.feedback.store import open_store
+
+    store = open_store(project)
     if revoke is not None:
         people.revoke_invite(store, revoke)
     if show_open or revoke is not None:
@@ -227,13 +231,14 @@ def invite(
 @click.option("--address", help="Address of the server, for whole links.")
 @click.option("--delete", is_flag=True, help="Delete NAME's name and words; their choices stay without a name.")
 def people(
-    project: Path, name: str | None, state: str | None, role: str | None, link: bool, links: bool, sign_out: bool,
+    project: Path, name: str | None, state: State | None, role: Role | None, link: bool, links: bool, sign_out: bool,
     address: str | None, delete: bool,
 ) -> None:  # fmt: skip
     """List people, or change one: state, role, password, sessions, deletion."""
-    from trimtab.errors import ConfigError
+    from trimtab.core.errors import ConfigError
+    from trimtab.feedback import people as module
 
-    store, module = _open(project), _module("people")
+    store = _open(project)
     if not name and (state or role or link or sign_out or delete):
         raise ConfigError("nobody is named", where="trimtab feedback people", fix="write the name after the project")
     person = _person(store, name) if name else None
@@ -263,10 +268,11 @@ def _join_address(store: Any, address: str | None) -> str:
 
 
 def _person(store: Any, name: str) -> Any:
-    from trimtab.errors import DataError
+    from trimtab.core.errors import DataError
+    from trimtab.feedback.people import by_name
 
     with store.read() as connection:
-        person = _module("people").by_name(connection, name)
+        person = by_name(connection, name)
     if person is None:
         raise DataError(f"nobody is called {name!r}", where=str(store.project.path), fix="see trimtab feedback people")
     return person
@@ -278,10 +284,10 @@ def _person(store: Any, name: str) -> Any:
 @click.option("--days", default=90.0, show_default=True, help="How long it is good for.")
 def token(project: Path, name: str, days: float) -> None:
     """Make a token of the REST interface for NAME."""
+    from trimtab.feedback.people import start_session
+
     store = _open(project)
-    click.echo(
-        _module("people").start_session(store, _person(store, name), hours=24 * days, kind="api", name="command")
-    )
+    click.echo(start_session(store, _person(store, name), hours=24 * days, kind="api", name="command"))
 
 
 @click.command()
@@ -296,12 +302,15 @@ def adjudicate(
     project: Path, item: int | None, name: str | None, choice: str | None, strength: int, cause: str | None, reason: str
 ) -> None:
     """List the items on which people differ, or decide about ITEM."""
-    from trimtab.errors import ConfigError
+    from trimtab.core.errors import ConfigError
+    from trimtab.feedback import ballots
+    from trimtab.feedback.answers import Answer
+    from trimtab.feedback.board import disagreements
 
     store = _open(project)
     if item is None:
         with store.read() as connection:
-            for found in _module("board").disagreements(connection):
+            for found in disagreements(connection):
                 said = ", ".join(f"{k} × {v}" for k, v in found["said"].items())
                 click.echo(f"{found['item_id']:5} {found['disagreement']:.0%}  {said}  {found['prompt'][:60]!r}")
         return
@@ -310,12 +319,10 @@ def adjudicate(
     person = _person(store, name)
     if not person.may_adjudicate:
         raise ConfigError(f"{name!r} is an annotator", where="--as", fix="name an adjudicator or admin")
-    answer = _module("answers").Answer(
-        choice=choice, strength=strength if choice in ("A", "B") else None, taxonomy=cause, reason=reason
-    )
+    answer = Answer(choice=choice, strength=strength if choice in ("A", "B") else None, taxonomy=cause, reason=reason)
     import secrets
 
-    receipt = _module("ballots").adjudicate(store, person, item, answer, key=secrets.token_hex(12))
+    receipt = ballots.adjudicate(store, person, item, answer, key=secrets.token_hex(12))
     click.echo(f"decision {receipt.vote_id}")
 
 
@@ -324,11 +331,14 @@ def adjudicate(
 @click.argument("file", type=_file, required=False)
 def guideline(project: Path, file: Path | None) -> None:
     """Print the guideline, or make FILE its next version."""
-    store, module = _open(project), _module("store")
+    from trimtab.feedback import store as module
+    from trimtab.feedback.webhooks import publish_guideline
+
+    store = _open(project)
     if file is not None:
         with store.write() as connection:
             text = file.read_text(encoding="utf-8")
-            version = _module("webhooks").publish_guideline(store, connection, None, text)
+            version = publish_guideline(store, connection, None, text)
         click.echo(f"version {version}")
         return
     with store.read() as connection:
@@ -340,7 +350,9 @@ def guideline(project: Path, file: Path | None) -> None:
 @click.argument("state", type=click.Choice(["open", "paused"]))
 def queue(project: Path, state: str) -> None:
     """Pause a project or go on with it."""
-    _module("assign").set_open(_open(project), state == "open")
+    from trimtab.feedback.assign import set_open
+
+    set_open(_open(project), state == "open")
 
 
 @click.command()
@@ -348,8 +360,9 @@ def queue(project: Path, state: str) -> None:
 @click.argument("file", type=_file)
 def scores(project: Path, file: Path) -> None:
     """Set reward-model scores: JSON lines with item (its hash) and scores ({model: [one for each reply]})."""
+    from trimtab.core.errors import DataError
     from trimtab.data.sources import read_rows
-    from trimtab.errors import DataError
+    from trimtab.feedback.items import set_scores
 
     rows = read_rows(file)
     bad = next(
@@ -357,7 +370,7 @@ def scores(project: Path, file: Path) -> None:
     )
     if rows.bad or bad:
         raise DataError("a row without item or scores", where=bad or rows.bad[0].where, fix="see the command's help")
-    num = _module("items").set_scores(_open(project), {row["item"]: row["scores"] for _, row in rows.rows})
+    num = set_scores(_open(project), {row["item"]: row["scores"] for _, row in rows.rows})
     unknown = f", {len(rows.rows) - num} rows name no item of the project" if num < len(rows.rows) else ""
     click.echo(f"{num} items{unknown}")
 
@@ -371,9 +384,12 @@ def scores(project: Path, file: Path) -> None:
 @click.option("--seed", default=0, show_default=True)
 def simulate(project: Path, world: str, annotators: int, agreement: float, limit: int | None, seed: int) -> None:
     """Have a world's simulated annotators vote through the store, as people do."""
+    from trimtab.feedback import simulate as simulating
+    from trimtab.feedback.store import open_store
+
     _tell(
-        _module("simulate").simulate(
-            _module("store").open_store(project),
+        simulating.simulate(
+            open_store(project),
             world_name=world,
             num_annotators=annotators,
             agreement=agreement,
@@ -388,9 +404,10 @@ def simulate(project: Path, world: str, annotators: int, agreement: float, limit
 @click.option("--head", help="A hash noted earlier, which the log must still hold.")
 def audit(project: Path, head: str | None) -> None:
     """Check every hash of the audit log, votes, items and guidelines."""
-    from trimtab.errors import DataError
+    from trimtab.core.errors import DataError
+    from trimtab.feedback import store as module
 
-    store, module = _open(project), _module("store")
+    store = _open(project)
     problems = module.verify(store, head=head)
     if problems:
         raise DataError("\n    ".join(problems), where=str(project), fix="restore a backup and compare")
@@ -403,5 +420,52 @@ def audit(project: Path, head: str | None) -> None:
 @click.argument("out", type=_file)
 def backup(project: Path, out: Path) -> None:
     """Write a whole copy of a SQLite store while it is in use."""
-    _module("store").backup(_open(project), out)
+    from trimtab.feedback import store as stores
+
+    stores.backup(_open(project), out)
     click.echo(str(out))
+
+
+@click.command()
+@click.argument("source")
+@click.option("--out", type=_file, help="The page.  [NAME-agreement.html]")
+@click.option("--columns", default="", help="Columns of another table: item=doc+system,annotator=worker,choice=label.")
+@click.option("--annotator-columns", default="", help="Columns with one annotator's choices each, in a table of items.")
+@click.option("--missing", default="", help="Choices that are no judgement, with commas between them.")
+@click.option("--order", default="", help="Categories from low to high, where they have an order.")
+@click.option("--as-given", is_flag=True, help="A always means the same, such as a model: keep sides as they are.")
+@click.option("--seed", default=0, show_default=True, help="Equal seeds give equal results.")
+def agreement(source: str, **options: Any) -> None:
+    """Say how far annotators agree, and write a page about it.
+
+    SOURCE is a feedback project, or a table of votes with the columns item, annotator, choice and, where known,
+    shown_left, seconds, slice, strength, model_a, model_b (JSON lines, CSV or Parquet), or comparisons.
+    """
+    from trimtab.feedback import commands
+
+    commands.agreement(source, **options)
+
+
+@click.command()
+@click.option("--items", default=2000, show_default=True, help="Different pairs to be judged.")
+@click.option("--overlap", default=1.0, show_default=True, help="Votes for each item on average.")
+@click.option("--minutes", default=1.0, show_default=True, help="Working time of one judgement.")
+@click.option("--wage", default=20.0, show_default=True, help="Pay for an hour, in your currency.")
+@click.option("--price", type=float, help="Pay for one judgement, instead of a wage.")
+@click.option("--fee", default=0.2, show_default=True, help="Share that a platform adds.")
+@click.option("--gold", default=0.05, show_default=True, help="Share of further judgements with a known answer.")
+@click.option("--repeats", default=0.03, show_default=True, help="Share of further judgements asked again.")
+@click.option("--adjudication", default=0.0, show_default=True, help="Share of further judgements to settle disputes.")
+@click.option("--annotators", default=5, show_default=True, help="People at work.")
+@click.option("--hours-per-day", default=4.0, show_default=True, help="Of judging, for each of them.")
+@click.option("--agreement", default=0.7, show_default=True, help="How often two of them are expected to agree.")
+@click.option("--half-width", default=0.03, show_default=True, help="Wanted half of a 95% interval.")
+@click.option("--votes-per-item", default=2, show_default=True, help="Of the items that agreement is measured on.")
+@click.option("--pilot", default="", help="Reward models so far, ITEMS:ACCURACY,…, to extrapolate.")
+def cost(half_width: float, votes_per_item: int, pilot: str, **plan: Any) -> None:
+    """Plan a campaign: what it costs and what it can show."""
+    from trimtab.feedback import commands
+    from trimtab.feedback.campaign import Campaign
+
+    campaign = Campaign(**plan)
+    commands.cost(campaign, half_width=half_width, votes_per_item=votes_per_item, pilot=pilot)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import click
 
-from trimtab.errors import ConfigError
+from trimtab.core.errors import ConfigError
 from trimtab.feedback import agreement_page, campaign
 from trimtab.feedback.campaign import Campaign
-from trimtab.feedback.study import Study, study
-from trimtab.feedback.vote_table import read_votes
+from trimtab.feedback.vote_files import read_votes
+from trimtab.votes.study import Study, study
 
 
 def agreement(

@@ -15,16 +15,16 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 import trimtab
+from trimtab.core.errors import DataError
+from trimtab.core.types import JsonDict, Prompt
 from trimtab.data.files import NEEDS_APOSTROPHE
 from trimtab.data.mistakes import Mistake
 from trimtab.data.rows import to_explicit_pair, to_labelled_response, to_stepped_response
-from trimtab.errors import DataError
 from trimtab.feedback import labels
 from trimtab.feedback import tables as t
 from trimtab.feedback.project import Project
 from trimtab.feedback.store import Store, digest, guideline
 from trimtab.feedback.votes import cast_votes, table_row
-from trimtab.types import JsonDict, Prompt
 
 Layout = Literal[
     "preference", "conversational", "implicit", "unpaired", "stepwise", "sft", "groups", "comparisons", "votes",

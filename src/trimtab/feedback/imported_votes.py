@@ -12,8 +12,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from trimtab.core.errors import DataError
+from trimtab.core.types import JsonDict
 from trimtab.data.mistakes import Mistake
-from trimtab.errors import DataError
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import MAX_WRITING, Answer
 from trimtab.feedback.ballots import NewVote, insert_votes
@@ -21,7 +22,6 @@ from trimtab.feedback.items import CHUNK, NewItem, item_row, reply_hash
 from trimtab.feedback.people import add_person, by_name
 from trimtab.feedback.project import Task
 from trimtab.feedback.store import Store, checked_text, digest, guideline
-from trimtab.types import JsonDict
 
 _CHOICES = ("A", "B", "tie", "both_bad", "cannot_judge")
 _OTHER = {"A": "B", "B": "A"}

@@ -16,6 +16,8 @@ from urllib.parse import parse_qsl
 import sqlalchemy as sa
 
 from trimtab import worlds
+from trimtab.core.errors import DataError
+from trimtab.core.types import JsonDict, Message, Prompt
 from trimtab.data.compared import to_comparison
 from trimtab.data.mistakes import Mistake
 from trimtab.data.rows import (
@@ -24,8 +26,7 @@ from trimtab.data.rows import (
     to_explicit_pair,
     to_implicit_pair,
 )
-from trimtab.data.sources import is_world, read_rows, read_world
-from trimtab.errors import DataError
+from trimtab.data.sources import read_rows
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import checked_gold
 from trimtab.feedback.imported_votes import GivenVote, add_votes, vote_of_row
@@ -33,7 +34,7 @@ from trimtab.feedback.items import NUM_REPLIES, NewItem, NewReply, Purpose, add_
 from trimtab.feedback.project import Kind, Task
 from trimtab.feedback.restoring import restore
 from trimtab.feedback.store import Store
-from trimtab.types import JsonDict, Message, Prompt
+from trimtab.worlds.source import is_world, read_world
 
 _SOURCE_COLUMNS = ("model", "checkpoint", "sampling", "seed", "finish_reason")
 _MOST_MISTAKES = 5

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
-from trimtab.errors import DataError
+from trimtab.core.errors import DataError
+from trimtab.core.types import JsonDict, Prompt, from_dict, to_dict
 from trimtab.feedback import tables as t
 from trimtab.feedback.project import Kind, Policy
 from trimtab.feedback.store import (
@@ -22,7 +23,6 @@ from trimtab.feedback.store import (
     digest,
     row_digest,
 )
-from trimtab.types import JsonDict, Prompt, from_dict, to_dict
 
 Purpose = Literal["task", "gold", "quiz"]
 NUM_REPLIES: Mapping[Kind, tuple[int, int]] = {

@@ -10,14 +10,7 @@ from typing import Literal
 import numpy as np
 from sqlalchemy import Connection
 
-from trimtab.data.split import place_of_name, place_of_prompt
-from trimtab.feedback.aggregate import Method, aggregate, share_of_a
-from trimtab.feedback.ballots import JUDGED
-from trimtab.feedback.project import Labels
-from trimtab.feedback.store import digest
-from trimtab.feedback.vote_table import votes_from_rows
-from trimtab.feedback.votes import Cast, cast_votes, ranked_pairs
-from trimtab.types import (
+from trimtab.core.types import (
     Comparison,
     Demonstration,
     JsonDict,
@@ -28,6 +21,13 @@ from trimtab.types import (
     from_dict,
     prompt_id,
 )
+from trimtab.data.split import place_of_name, place_of_prompt
+from trimtab.feedback.ballots import JUDGED
+from trimtab.feedback.project import LabelSettings
+from trimtab.feedback.store import digest
+from trimtab.feedback.votes import Cast, cast_votes, ranked_pairs
+from trimtab.votes.aggregate import Method, aggregate, share_of_a
+from trimtab.votes.table import votes_from_rows
 
 Split = Literal["all", "train", "held_out"]
 _METHODS: dict[str, Method] = {
@@ -56,7 +56,7 @@ class _Judgement:
     cast: Cast
 
 
-def votes_in(connection: Connection, settings: Labels, split: Split, kinds: Sequence[str]) -> list[Cast]:
+def votes_in(connection: Connection, settings: LabelSettings, split: Split, kinds: Sequence[str]) -> list[Cast]:
     """The votes of a split that judge replies of these kinds.
 
     "held_out" has the held-out prompts, and of the people only the held-out ones where some are; "train" has none of
@@ -75,7 +75,9 @@ def votes_in(connection: Connection, settings: Labels, split: Split, kinds: Sequ
     return chosen
 
 
-def decisions_in(connection: Connection, settings: Labels, split: Split, kinds: Sequence[str]) -> dict[str, Cast]:
+def decisions_in(
+    connection: Connection, settings: LabelSettings, split: Split, kinds: Sequence[str]
+) -> dict[str, Cast]:
     """The newest decision on each adjudicated item, by the item's hash.
 
     A decision is the project's and not a person's: it is in the split of its prompt, whoever made it. The choice
@@ -86,7 +88,7 @@ def decisions_in(connection: Connection, settings: Labels, split: Split, kinds: 
     return {cast.item_sha256: cast for cast, prompt_out in found if prompt_out in wanted}
 
 
-def _placed(casts: Iterable[Cast], settings: Labels, kinds: Sequence[str]) -> Iterator[tuple[Cast, bool]]:
+def _placed(casts: Iterable[Cast], settings: LabelSettings, kinds: Sequence[str]) -> Iterator[tuple[Cast, bool]]:
     """The votes on items of these kinds, each with whether its prompt is held out."""
     out: dict[int, bool] = {}
     for cast in casts:
@@ -98,7 +100,7 @@ def _placed(casts: Iterable[Cast], settings: Labels, kinds: Sequence[str]) -> It
 
 
 def _by_item(
-    connection: Connection, settings: Labels, split: Split, kinds: Sequence[str]
+    connection: Connection, settings: LabelSettings, split: Split, kinds: Sequence[str]
 ) -> tuple[list[list[Cast]], Counter[str]]:
     """The votes on each item, in the order in which items were first judged, and counts. Of an adjudicated item the
     decision alone."""
@@ -117,12 +119,12 @@ def _by_item(
     return list(groups.values()), counts
 
 
-def _too_few(group: Sequence[Cast], settings: Labels) -> bool:
+def _too_few(group: Sequence[Cast], settings: LabelSettings) -> bool:
     return len(group) < settings.min_votes and group[0].purpose != "adjudication"
 
 
 def preference_pairs(
-    connection: Connection, settings: Labels, split: Split = "all"
+    connection: Connection, settings: LabelSettings, split: Split = "all"
 ) -> tuple[list[PreferencePair], dict[str, int]]:
     """A pair for each two replies on which the votes lean, in the order in which they were first judged, and counts.
 
@@ -184,7 +186,9 @@ def preference_pairs(
     return pairs + edited, dict(counts)
 
 
-def _edited_pairs(connection: Connection, settings: Labels, split: Split) -> tuple[list[PreferencePair], Counter[str]]:
+def _edited_pairs(
+    connection: Connection, settings: LabelSettings, split: Split
+) -> tuple[list[PreferencePair], Counter[str]]:
     """Each edited reply over the one it was made from, where anything was changed."""
     found, counts = _by_item(connection, settings, split, ("edit",))
     pairs = []
@@ -197,7 +201,7 @@ def _edited_pairs(connection: Connection, settings: Labels, split: Split) -> tup
     return pairs, counts + Counter(edited_replies=len(pairs))
 
 
-def comparisons(connection: Connection, settings: Labels, split: Split = "all") -> list[Comparison]:
+def comparisons(connection: Connection, settings: LabelSettings, split: Split = "all") -> list[Comparison]:
     """Every vote over two replies by itself, of an adjudicated item the decision; "both bad" as a tie where the project
     says so, else left out."""
     found = []
@@ -219,7 +223,7 @@ def comparisons(connection: Connection, settings: Labels, split: Split = "all") 
 
 
 def labelled_responses(
-    connection: Connection, settings: Labels, points: int, split: Split = "all"
+    connection: Connection, settings: LabelSettings, points: int, split: Split = "all"
 ) -> tuple[list[LabelledResponse], dict[str, int]]:
     """Each rated reply with a thumb: up where the mean rating on [0, 1] is above `positive_from`."""
     groups, counts = _by_item(connection, settings, split, ("rating",))
@@ -240,7 +244,7 @@ def labelled_responses(
 
 
 def stepped_responses(
-    connection: Connection, settings: Labels, split: Split = "all"
+    connection: Connection, settings: LabelSettings, split: Split = "all"
 ) -> tuple[list[SteppedResponse], dict[str, int]]:
     """Each reply in steps with a mark by majority: right where neutral or right marks outnumber wrong ones.
 
@@ -266,7 +270,7 @@ def stepped_responses(
 
 
 def demonstrations(
-    connection: Connection, settings: Labels, split: Split = "all"
+    connection: Connection, settings: LabelSettings, split: Split = "all"
 ) -> tuple[list[Demonstration], dict[str, int]]:
     """Every reply that people wrote or edited; of an adjudicated item the adjudicator's alone."""
     groups, counts = _by_item(connection, settings, split, ("demonstration", "edit"))
@@ -275,7 +279,9 @@ def demonstrations(
     return found, counts | {"dropped_deleted_texts": len(casts) - len(found), "demonstrations": len(found)}
 
 
-def groups(connection: Connection, settings: Labels, split: Split = "all") -> tuple[list[JsonDict], dict[str, int]]:
+def groups(
+    connection: Connection, settings: LabelSettings, split: Split = "all"
+) -> tuple[list[JsonDict], dict[str, int]]:
     """Each ranked set of replies with every annotator's ranking (places from best to worst, ties together; of an
     adjudicated one the decision) and the mean rank of each reply, 1 the best; and counts."""
     by_item, counts = _by_item(connection, settings, split, ("ranking",))
@@ -307,7 +313,7 @@ def _ranks(ranking: Sequence[Sequence[int]]) -> list[float]:
     return [ranks[place] for place in sorted(ranks)]
 
 
-def _judgements(cast: Cast, settings: Labels) -> Iterable[_Judgement]:
+def _judgements(cast: Cast, settings: LabelSettings) -> Iterable[_Judgement]:
     prompt = from_dict(Prompt, cast.prompt)
     texts = [reply["text"] for reply in cast.replies]
     if cast.kind == "ranking":
@@ -327,7 +333,7 @@ def _judgement(prompt: Prompt, a: str, b: str, choice: str, margin: float, cast:
     return _Judgement(digest([prompt_id(prompt.messages), a, b]), prompt, a, b, choice, margin, cast)
 
 
-def _shares(judgements: Sequence[_Judgement], settings: Labels) -> dict[str, float]:
+def _shares(judgements: Sequence[_Judgement], settings: LabelSettings) -> dict[str, float]:
     """How strongly A of each pair is preferred, by the rule.
 
     By shares a tie (and "both bad" where it counts) is half a vote for each side. The models of annotators are fitted

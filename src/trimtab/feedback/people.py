@@ -11,7 +11,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from trimtab.errors import DataError
+from trimtab.core.errors import DataError
 from trimtab.feedback import tables as t
 from trimtab.feedback.store import Store, append_audit, checked_text
 from trimtab.feedback.webhooks import notify

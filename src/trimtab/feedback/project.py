@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from trimtab import config
-from trimtab.errors import ConfigError
+from trimtab.core import config
+from trimtab.core.errors import ConfigError
 
 Kind = Literal["pairs", "ranking", "rating", "steps", "demonstration", "edit"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -115,7 +115,7 @@ class Qualification:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labels:
+class LabelSettings:
     """How votes become training data."""
 
     rule: Literal["share", "majority", "dawid_skene", "one_coin", "mace"] = "share"
@@ -192,7 +192,7 @@ class Server:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ProjectSettings:
     """Settings of a feedback project."""
 
     name: str = "Feedback"
@@ -207,7 +207,7 @@ class Settings:
     """Who gets which item next."""
     qualification: Qualification = field(default_factory=Qualification)
     """The quiz before the first task."""
-    labels: Labels = field(default_factory=Labels)
+    labels: LabelSettings = field(default_factory=LabelSettings)
     """How votes become training data."""
     server: Server = field(default_factory=Server)
     """The web server."""
@@ -220,7 +220,7 @@ class Project:
     """A project file and what it says."""
 
     path: Path
-    settings: Settings
+    settings: ProjectSettings
 
     @property
     def directory(self) -> Path:
@@ -257,7 +257,7 @@ class Project:
 def load_project(path: str | Path) -> Project:
     """The project of a TOML file. Raises ConfigError that lists every mistake."""
     path = Path(path)
-    return Project(path, config.resolve(Settings, config.load_run_file(path), where=str(path)))
+    return Project(path, config.resolve(ProjectSettings, config.load_run_file(path), where=str(path)))
 
 
 def secret(text: str, *, where: str) -> str:

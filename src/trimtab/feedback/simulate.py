@@ -7,8 +7,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from trimtab import seeds, worlds
-from trimtab.errors import DataError
+from trimtab import worlds
+from trimtab.core import seeds
+from trimtab.core.errors import DataError
+from trimtab.core.types import Prompt
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer
 from trimtab.feedback.assign import next_lease
@@ -16,7 +18,6 @@ from trimtab.feedback.ballots import vote
 from trimtab.feedback.items import prompt_of
 from trimtab.feedback.people import Person, add_person, by_name
 from trimtab.feedback.store import Store
-from trimtab.types import Prompt
 from trimtab.worlds.annotators import Annotators, calibrate
 
 _CALIBRATION_PAIRS = 500

@@ -5,23 +5,24 @@ from __future__ import annotations
 from typing import Any, cast
 from urllib.parse import parse_qsl
 
-from trimtab.data.sources import records_hash
-from trimtab.errors import DataError
-from trimtab.feedback import labels
-from trimtab.feedback.store import open_store
-from trimtab.types import (
+from trimtab.core.errors import DataError
+from trimtab.core.source import Records, Source
+from trimtab.core.types import (
     Comparison,
     Demonstration,
     LabelledResponse,
     PreferencePair,
     Prompt,
     SteppedResponse,
+    records_hash,
 )
+from trimtab.feedback import labels
+from trimtab.feedback.store import open_store
 
 SPLITS = ("all", "train", "held_out")
 
 
-def records(kind: type, source: str) -> tuple[list[Any], str, dict[str, int]]:
+def records(kind: type, source: str) -> Records:
     """The records of "feedback:PROJECT.toml?split=train", the SHA-256 of them, and counts.
 
     `split` is all (the default), train or held_out, as the project's `[labels]` say. Raises DataError where the
@@ -68,3 +69,11 @@ def records(kind: type, source: str) -> tuple[list[Any], str, dict[str, int]]:
             fix=f"collect votes of the kind {settings.task.kind!r}, or relax [labels] min_votes and min_agreement",
         )
     return found, records_hash(found), counts | {"rows": counts.get("votes", len(found)), "records": len(found)}
+
+
+def check(kind: type, source: str) -> None:
+    """Reads them: what a project holds is only known from all of its votes."""
+    records(kind, source)
+
+
+SOURCE = Source(title="a feedback project", natural=PreferencePair, live=True, read=records, check=check)

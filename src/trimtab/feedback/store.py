@@ -19,7 +19,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, Row, event
 
-from trimtab.errors import ConfigError, DataError
+from trimtab.core.errors import ConfigError, DataError
 from trimtab.feedback import tables as t
 from trimtab.feedback.project import Project, load_project
 

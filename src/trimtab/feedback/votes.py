@@ -10,12 +10,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
+from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer, restored
 from trimtab.feedback.ballots import JUDGED
 from trimtab.feedback.store import digest, open_store
-from trimtab.feedback.vote_table import Votes, votes_from_rows
-from trimtab.types import JsonDict
+from trimtab.votes.table import VoteTable, votes_from_rows
 
 _FEW = 1000
 """Items that are named one by one; of more, all are read."""
@@ -169,7 +169,7 @@ def _category(cast: Cast) -> str:
     return "done"
 
 
-def votes_as_table(connection: Connection, *, purposes: Sequence[str] = ("task", "reask")) -> Votes:
+def votes_as_table(connection: Connection, *, purposes: Sequence[str] = ("task", "reask")) -> VoteTable:
     """The votes as columns for the statistics. Rankings count pair by pair."""
     return votes_from_rows(_rows(connection, purposes))
 
@@ -206,7 +206,7 @@ def ranked_pairs(ranking: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, s
                 yield a, b, "A" if rank[a] < rank[b] else "B" if rank[b] < rank[a] else "tie"
 
 
-def votes_of(project: str | Path) -> Votes:
+def votes_of(project: str | Path) -> VoteTable:
     """The votes of a project as columns. Raises ConfigError where it has no store."""
     store = open_store(project, must_exist=True)
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from trimtab.errors import ConfigError
+from trimtab.core.errors import ConfigError
 from trimtab.feedback import tables as t
 from trimtab.feedback.project import Event, secret
 from trimtab.feedback.store import Store, add_guideline, canonical, guideline

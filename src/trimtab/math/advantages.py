@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from trimtab.core.registry import register
 from trimtab.math.masking import (
     at_least_float32,
     last_index_per_sequence,
@@ -16,7 +17,6 @@ from trimtab.math.masking import (
     sum_per_sequence,
     unpad_per_sequence,
 )
-from trimtab.registry import register
 
 
 def token_rewards(score: Tensor, kl: Tensor, sequence_ids: Tensor, *, kl_coef: float) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trimtab.core.metrics import Mean, Metrics, Peak
 from trimtab.math.kl import MAX_LOG_RATIO
 from trimtab.math.masking import at_least_float32, mean_per_sequence, sum_per_sequence
-from trimtab.metrics import Mean, Metrics, Peak
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trimtab.core.registry import register
 from trimtab.math.masking import at_least_float32
-from trimtab.registry import register
 
 MAX_LOG_RATIO = 20.0
 """Where exponentials of log-ratios stop growing: e^20 is 5e8, beyond it float32 sums and gradient norms overflow."""

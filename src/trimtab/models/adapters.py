@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trimtab.core.errors import ConfigError, EngineError
+from trimtab.core.hub import ADAPTER_FILE as CONFIG_FILE
+from trimtab.core.hub import ADAPTER_WEIGHTS as WEIGHTS_FILE
+from trimtab.core.hub import BESIDE_FILE, base_of, find_model, lasting_name, read_json
 from trimtab.data.tokenizers import first_line
-from trimtab.errors import ConfigError, EngineError
-from trimtab.hub import ADAPTER_FILE as CONFIG_FILE
-from trimtab.hub import ADAPTER_WEIGHTS as WEIGHTS_FILE
-from trimtab.hub import BESIDE_FILE, base_of, find_model, lasting_name, read_json
 from trimtab.models.quantized import Bits
 from trimtab.models.weights import check_file, refuse_damage
 

@@ -1,7 +1,7 @@
 """Attention over flat rows of real tokens, for any transformers model that takes its attention from the registry.
 
 The linear layers of the model see one row [1, N] without padding. Only attention knows what the tokens are to each
-other: branches of token trees here, replies being decoded in `models/slots.py`. Each is an `Attend`.
+other: branches of token trees here, replies being decoded in `engines/local/slot_cache.py`. Each is an `Attend`.
 
 Nothing that a model hands to its attention is dropped. Its mask is taken as the function of positions that the model
 builds it from, so windows and chunks are the model's own; attention sinks are passed on; anything else is refused, and
@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from trimtab.errors import EngineError
+from trimtab.core.errors import EngineError
 
 LLAMA_LIKE = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 """Models whose blocks are x + attention(norm(x)), then x + gated MLP(norm(x))."""
@@ -57,7 +57,7 @@ class Attend(Protocol):
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """What a mask stands for while a flat row is computed. It rides on the mask, which every model hands to its
     attention, while many do not hand on further arguments."""
 
@@ -98,7 +98,7 @@ def row_attention(
         unknown.append("dropout")
     if unknown:
         raise _refusal(module, f"is given {', '.join(unknown)}, which is not computed here")
-    row: Row | None = getattr(attention_mask, _ROW, None)
+    row: PackedRow | None = getattr(attention_mask, _ROW, None)
     if row is None:
         if _attending.get() is not None:
             raise _refusal(module, "is given a mask of its own")
@@ -125,7 +125,7 @@ def row_mask(*, mask_function: Callable[..., Any] = causal_mask_function, **kwar
         return mask
     marker = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=kwargs.get("device"))
     if not kwargs.get("use_vmap"):  # else a function that need not understand tensors of positions
-        setattr(marker, _ROW, Row(attend, _window(mask_function, kwargs.get("local_size"))))
+        setattr(marker, _ROW, PackedRow(attend, _window(mask_function, kwargs.get("local_size"))))
     return marker
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trimtab.errors import EngineError
+from trimtab.core.errors import EngineError
 
 
 def checkpoint_blocks(model: PreTrainedModel) -> None:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.data.trees import TokenTrees, response_tree
-from trimtab.errors import EngineError
+from trimtab.batches.trees import TokenTrees, response_tree
+from trimtab.core.errors import EngineError
 from trimtab.models.attention import ROW_ATTENTION, backbone, row_states
 from trimtab.models.last_block import reading
 from trimtab.models.positions import forget_lengths, length_limit

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trimtab.data.trees import TokenTrees, split_by_tokens
-from trimtab.models.roles import Policy, ScalarModel, ScoreOutputs
+from trimtab.batches.outputs import ScoreOutputs
+from trimtab.batches.trees import TokenTrees, split_by_tokens
+from trimtab.models.roles import Policy, ScalarModel
 
 
 @torch.no_grad()

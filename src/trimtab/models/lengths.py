@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedModel
 
-from trimtab.data.trees import Tree
-from trimtab.errors import EngineError
+from trimtab.batches.trees import Tree
+from trimtab.core.errors import EngineError
 from trimtab.models.own_forward import learned_positions
 
 

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from trimtab.core.errors import EngineError
+from trimtab.core.hub import base_of, find_model, read_json
 from trimtab.data.tokenizers import first_line, load_config
 from trimtab.data.tokenizers import load_tokenizer as load_tokenizer
-from trimtab.errors import EngineError
-from trimtab.hub import base_of, find_model, read_json
 from trimtab.models.adapters import adapter_weights, is_head, is_reward_adapter, reward_model_as_policy
 from trimtab.models.forms import proved
 from trimtab.models.logits import logit_shape

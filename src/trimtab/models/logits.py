@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trimtab.errors import EngineError
+from trimtab.core.errors import EngineError
 from trimtab.models.attention import backbone
 
 SIZES = (1e-2, 1e-1, 1.0, 10.0, 1e3, 1e6)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from trimtab.errors import need
+from trimtab.core.errors import need
 
 Bits = Literal[4, 8, 32]
 

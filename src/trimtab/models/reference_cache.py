@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trimtab.data.trees import TokenTrees, Tree
+from trimtab.batches.trees import TokenTrees, Tree
 from trimtab.models.forward import token_logprobs_of
 from trimtab.models.roles import Policy
 

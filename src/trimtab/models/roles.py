@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal, cast
 
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trimtab.data.trees import TokenTrees
-from trimtab.errors import EngineError
+from trimtab.batches.outputs import ScoreOutputs, TokenOutputs
+from trimtab.batches.trees import TokenTrees
+from trimtab.core.errors import EngineError
 from trimtab.math.logprobs import exact_kl, token_logprobs
 from trimtab.models.adapters import adapter_parameters, trained_weight_of, using
 from trimtab.models.attention import backbone
@@ -22,23 +22,6 @@ from trimtab.models.embedding_gradients import gradients_in_place, takes_in_plac
 from trimtab.models.forms import Form, Place, hidden_states, proved
 from trimtab.models.logits import head_of, logit_shape
 from trimtab.models.precision import Precision, computing_in
-
-
-@dataclass(frozen=True)
-class TokenOutputs:
-    """What a policy says of the trained tokens; all [M]."""
-
-    logprobs: Tensor
-    entropy: Tensor | None = None
-    values: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class ScoreOutputs:
-    """What a scalar model says: [M] where trained tokens are predicted from, [B] at the end of each sequence."""
-
-    values: Tensor
-    scores: Tensor
 
 
 class Role(nn.Module):

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from trimtab.core.hub import MODEL_FILE, read_json
 from trimtab.data.chat import Chat
-from trimtab.hub import MODEL_FILE, read_json
 from trimtab.models.adapters import save_adapter
 from trimtab.models.roles import Policy, ScalarModel
 

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from trimtab.data.trees import Strips, TokenTrees, TreeParts
+from trimtab.batches.trees import Strips, TokenTrees, TreeParts
 from trimtab.models.attention import UNSEEN, Attend, Window, attention_with_lse, merge_attention, softmax_attention
 
 
 def tree_attention(trees: TokenTrees) -> Attend:
     """Attention among the tokens of `trees`."""
     masks: dict[Window, Tensor] = {}
-    parts: dict[Window, list[Part]] = {}
+    parts: dict[Window, list[AttentionPart]] = {}
 
     def attend(
         layer: int,
@@ -67,7 +67,7 @@ def masked_attention(
 
 
 @dataclass(frozen=True)
-class Part:
+class AttentionPart:
     """Queries of some strips over the keys of others, a strip a row."""
 
     asking: Strips
@@ -79,17 +79,17 @@ class Part:
     """Whether the same queries have seen other keys in an earlier part."""
 
 
-def _parts(parts: TreeParts) -> list[Part]:
+def _parts(parts: TreeParts) -> list[AttentionPart]:
     """Chains first, then forks, whose tokens are all in chains."""
-    chains = [Part(chain, chain, True, None, False) for chain in parts.chains]
-    forks = [Part(branches, prompts, False, _padding(prompts), True) for branches, prompts in parts.forks]
+    chains = [AttentionPart(chain, chain, True, None, False) for chain in parts.chains]
+    forks = [AttentionPart(branches, prompts, False, _padding(prompts), True) for branches, prompts in parts.forks]
     return chains + forks
 
 
-def _whole(strips: Strips, visible: Tensor, like: Tensor) -> Part:
+def _whole(strips: Strips, visible: Tensor, like: Tensor) -> AttentionPart:
     """The trees side by side under their mask [P, 1, L, L], as one part."""
     bias = torch.zeros(visible.shape, dtype=like.dtype).masked_fill_(~visible, UNSEEN)
-    return Part(strips, strips, False, bias, False)
+    return AttentionPart(strips, strips, False, bias, False)
 
 
 class _PartedAttention(torch.autograd.Function):
@@ -104,7 +104,7 @@ class _PartedAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         sinks: Tensor | None,
-        parts: list[Part],
+        parts: list[AttentionPart],
         scaling: float,
     ) -> Tensor:
         output = torch.empty_like(query)

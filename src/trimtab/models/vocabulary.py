@@ -6,9 +6,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from trimtab.core.errors import ConfigError
+from trimtab.core.hub import base_of, find_model, same_model
 from trimtab.data.tokenizers import ModelFacts, facts_of, load_tokenizer
-from trimtab.errors import ConfigError
-from trimtab.hub import base_of, find_model, same_model
 
 
 def refuse_other_vocabulary(

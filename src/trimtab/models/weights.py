@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trimtab.core.errors import EngineError
+from trimtab.core.hub import read_json
 from trimtab.data.tokenizers import first_line
-from trimtab.errors import EngineError
-from trimtab.hub import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs"

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.evals.stats import Floats, Interval, moving_mean
 from trimtab.reports.collect import RunRecord, Series
 from trimtab.reports.markup import visible
+from trimtab.stats import Floats, Interval, moving_mean
 
 Figure = dict[str, Any]
 

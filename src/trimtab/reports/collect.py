@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.errors import DataError
-from trimtab.evals.stats import Floats
+from trimtab.core.errors import DataError
+from trimtab.stats import Floats
 
 MAX_BYTES = 32 * 1024 * 1024
 """Of a longer JSON-lines file only the first and the last half of this many bytes are read."""
@@ -61,6 +61,25 @@ class RunRecord:
     finished: bool = False
     """Whether summary.json was there to be read."""
     problems: tuple[str, ...] = ()
+
+    @property
+    def about(self) -> str:
+        """What its stage did, as the run's record says it."""
+        said = self._facts.get("about")
+        return said if isinstance(said, str) else ""
+
+    @property
+    def charts(self) -> tuple[tuple[str, ...], ...] | None:
+        """The metrics to show first, those of one chart together; None where the run's record does not say."""
+        said = self._facts.get("charts")
+        if not isinstance(said, list) or not all(isinstance(names, list) for names in said):
+            return None
+        return tuple(tuple(map(str, names)) for names in said)
+
+    @property
+    def _facts(self) -> Mapping[str, Any]:
+        facts = self.environment.get("stage")
+        return facts if isinstance(facts, Mapping) else {}
 
     @property
     def num_steps(self) -> int:

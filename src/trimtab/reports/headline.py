@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from trimtab.evals.overoptimisation import HackingSummary, hacking_summary
-from trimtab.evals.stats import Interval, paired_difference
 from trimtab.reports.collect import PipelineRecord, RunRecord, finite
+from trimtab.stats import Interval, paired_difference
 
 Standing = Literal["good", "bad", "unclear", "neutral"]
 """What the numbers say of a model; neutral where they do not compare two."""
@@ -155,7 +155,7 @@ def has_fallen(summary: HackingSummary | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BaselineComparison:
     """A policy against its baseline on the same prompts."""
 
     judge: str
@@ -166,7 +166,7 @@ class Comparison:
     wins: Interval | None
 
 
-def comparison(run: RunRecord) -> Comparison:
+def comparison(run: RunRecord) -> BaselineComparison:
     """What an evaluate run found, from its summary; the difference from its samples where the summary has none."""
     rows = [(number(row, "gold"), number(row, "baseline_gold"), str(row.get("prompt"))) for row in run.samples]
     scored = [(after, before, prompt) for after, before, prompt in rows if after is not None and before is not None]
@@ -180,7 +180,7 @@ def comparison(run: RunRecord) -> Comparison:
         after, before, prompts = zip(*scored, strict=True)
         difference = paired_difference(after, before, groups=prompts)
     learned = judge == "reward" or judge.startswith("model")
-    return Comparison(judge, learned, difference, replace(wins, count=count) if wins is not None else None)
+    return BaselineComparison(judge, learned, difference, replace(wins, count=count) if wins is not None else None)
 
 
 def judges_of(run: RunRecord) -> list[str]:

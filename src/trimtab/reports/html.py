@@ -8,66 +8,29 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trimtab.evals.stats import Interval
-from trimtab.files import write_whole, writing
+from trimtab.core.files import write_whole, writing
 from trimtab.reports import charts, headline
 from trimtab.reports.collect import PipelineRecord, RunRecord, Series, collect
 from trimtab.reports.frame import Panels, document, folded, grid, settings_table, table
 from trimtab.reports.guide import meaning
 from trimtab.reports.headline import interval, number, section, show
 from trimtab.reports.markup import Html, join, tag
+from trimtab.stats import Interval
 
 NUM_SAMPLES = 12
 """Samples shown: a random draw with a fixed seed, so that they are typical and the same each time."""
 NUM_OPEN_SAMPLES = 4
 """How many of them are shown before a reader asks for more."""
 
-# One chart each, in this order, where logged; the rest is folded away below them.
-_MAIN_METRICS: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "supervised": (("loss/train", "loss/validation"), ("optimizer/learning_rate",), ("time/tokens_per_second",)),
-    "reward": (
-        ("loss/train", "loss/validation"),
-        ("reward/accuracy", "reward/validation_accuracy"),
-        ("reward/margin", "reward/validation_margin"),
-    ),
-    "preference": (
-        ("loss/train", "loss/validation"),
-        ("policy/accuracy", "policy/validation_accuracy"),
-        ("policy/margin", "policy/validation_margin"),
-        ("policy/chosen_reward", "policy/rejected_reward"),
-        ("policy/chosen_logprobs", "policy/rejected_logprobs"),
-    ),
-    "online": (
-        ("reward/mean",),
-        ("gold/mean",),
-        ("policy/kl",),
-        ("rollout/length_mean",),
-        ("policy/entropy",),
-        ("policy/loss",),
-        ("policy/clip_fraction",),
-        ("critic/loss",),
-        ("critic/explained_variance",),
-    ),
-    "select": (),  # nothing learns, so a step is only the next prompts
-}
-_STAGE_SAYS: Mapping[str, str] = {
-    "pretrain": "A language model learned from plain text, to have something to align.",
-    "sft": "Supervised fine-tuning: imitate demonstrations. Its result is the reference of everything after it.",
-    "compare": "Replies were sampled in pairs and judged by annotators.",
-    "reward": "A reward model learned from comparisons which of two replies people prefer.",
-    "preference": "The policy learned from preferences without a reward model: what it gains on its reference is a "
-    "reward that it implies.",
-    "online": "Reinforcement learning: sample replies, score them with the reward model, move towards the better ones.",
-    "select": "Many replies to each prompt were sampled and scored; the best are kept as data to train on.",
-    "evaluate": "The final policy and its baseline answered the same held-out prompts.",
-}
+_CHARTS = (("loss/train", "loss/validation"), ("optimizer/learning_rate",), ("time/tokens_per_second",))
+"""The first charts of a run that does not say which those are."""
 
 
 def write_report(directory: Path, out: Path | None = None) -> Path:
@@ -93,7 +56,7 @@ def render(record: RunRecord | PipelineRecord) -> str:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _PagePart:
     """A part of a pipeline's page."""
 
     title: str
@@ -106,13 +69,13 @@ def _pipeline(record: PipelineRecord, make: Panels) -> Html:
     parts = []
     online = [run for run in record.runs if {"policy/kl", "reward/mean"} <= run.metrics.keys()]
     if online:
-        parts.append(_Part("Proxy against gold", "goodhart", _proxy_against_gold(online, make)))
+        parts.append(_PagePart("Proxy against gold", "goodhart", _proxy_against_gold(online, make)))
     evaluated = headline.evaluation(record.runs)
     if evaluated is not None and evaluated.samples:
-        parts.append(_Part("Before and after", "samples", _before_after(evaluated)))
+        parts.append(_PagePart("Before and after", "samples", _before_after(evaluated)))
     for i, run in enumerate(record.runs):
         body = _run_body(run, make, samples=run is not evaluated)
-        parts.append(_Part(run.name, f"stage-{i + 1}", body, _chips(run)))
+        parts.append(_PagePart(run.name, f"stage-{i + 1}", body, _chips(run)))
     return join(
         tag("header", tag("h1", record.name), tag("p", _pipeline_line(record), class_="soft")),
         tag("nav", [tag("a", part.title, href=f"#{part.anchor}") for part in parts], aria_label="Contents"),
@@ -128,7 +91,7 @@ def _pipeline(record: PipelineRecord, make: Panels) -> Html:
 def _single_run(run: RunRecord, make: Panels) -> Html:
     verdict = headline.run_verdict(run)
     return join(
-        tag("header", tag("h1", run.name, _chips(run)), tag("p", _STAGE_SAYS.get(run.stage, ""), class_="soft")),
+        tag("header", tag("h1", run.name, _chips(run)), tag("p", run.about, class_="soft")),
         _verdict(verdict) if verdict is not None else None,
         _alarms(headline.alarms(run)),
         _proxy_against_gold([run], make) if {"policy/kl", "reward/mean", "gold/mean"} <= run.metrics.keys() else None,
@@ -192,12 +155,10 @@ def _footer() -> Html:
 
 
 def _run_body(run: RunRecord, make: Panels, *, samples: bool, says: bool = True) -> Html:
-    says_what = _STAGE_SAYS.get(run.stage) if says else None
+    says_what = run.about if says else ""
     return join(
         tag("p", says_what, class_="soft") if says_what else None,
-        _reward_card(run, make) if run.stage == "reward" else None,
-        _evaluation(run, make) if run.stage == "evaluate" else None,
-        _selection(run, make) if run.stage == "select" else None,
+        _SECTIONS[run.stage](run, make) if run.stage in _SECTIONS else None,
         _curves(run, make),
         _samples(run) if samples else None,
         _details(run),
@@ -207,7 +168,7 @@ def _run_body(run: RunRecord, make: Panels, *, samples: bool, says: bool = True)
 def _curves(run: RunRecord, make: Panels) -> Html:
     left = {name: series for name, series in run.metrics.items() if len(series)}
     shown = []
-    for names in _MAIN_METRICS.get(run.stage, _MAIN_METRICS["supervised"]):
+    for names in _CHARTS if run.charts is None else run.charts:
         logged = {name: left.pop(name) for name in names if name in left}
         if logged:
             shown.append(_curve_panel(logged, make))
@@ -453,6 +414,7 @@ def _text(value: object) -> Html:
 
 def _details(run: RunRecord) -> Html:
     numbers = list(_numbers(run.summary)) if run.stage != "evaluate" else []
+    environment = {key: value for key, value in run.environment.items() if key != "stage"}
     known = {source: one if isinstance(one, Mapping) else {} for source, one in run.data.items()}
     sources = [
         (source, show(number(one, "rows")), tag("code", str(one.get("sha256", "–"))[:16]), *_reading(one))
@@ -462,7 +424,7 @@ def _details(run: RunRecord) -> Html:
         ("Summary", table((), numbers) if numbers else None),
         ("Settings", settings_table(run.settings) if run.settings else None),
         ("Data", table(("source", "rows", "SHA-256 (first 16)", "not used", "left out"), sources) if sources else None),
-        ("Environment", settings_table(run.environment) if run.environment else None),
+        ("Environment", settings_table(environment) if environment else None),
     ]
     there = [(title, body) for title, body in blocks if body is not None]
     # where nothing was plotted the summary is all there is to see
@@ -494,3 +456,11 @@ def _numbers(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, s
             yield f"{path}{key}", f"{show(found.value)} {headline.bounds(found)}".rstrip() + count
         elif isinstance(value, str | bool):
             yield f"{path}{key}", str(value)
+
+
+_SECTIONS: Mapping[str, Callable[[RunRecord, Panels], Html | None]] = {
+    "reward": _reward_card,
+    "evaluate": _evaluation,
+    "select": _selection,
+}
+"""What the page of a stage begins with, where that is more than its charts."""

@@ -11,13 +11,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from trimtab.errors import DataError, need
-from trimtab.metrics import Metrics
-from trimtab.registry import register
+from trimtab.core.errors import DataError, need
+from trimtab.core.metrics import Metrics
+from trimtab.core.registry import register
+from trimtab.core.types import Prompt, Rollout
 from trimtab.rewards.each import Score, fact, score_each
 from trimtab.rewards.helper import Helper
 from trimtab.rewards.written import amount_of, as_number, clean, same_text
-from trimtab.types import Prompt, Rollout
 
 Form = Literal["hashes", "boxed", "last_number"]
 

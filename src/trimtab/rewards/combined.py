@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab import registry
+from trimtab.core import registry
+from trimtab.core.errors import EngineError
+from trimtab.core.hub import on_base
+from trimtab.core.metrics import Mean, Metrics, Total, mean_of, merge
+from trimtab.core.types import Rollout
 from trimtab.data.chat import Chat
-from trimtab.errors import EngineError
-from trimtab.hub import on_base
-from trimtab.metrics import Mean, Metrics, Total, mean_of, merge
 from trimtab.models.adapters import load_adapter
 from trimtab.models.load import load_tokenizer, reward_facts
 from trimtab.models.roles import ScalarModel, head_of_weights
-from trimtab.protocols import Reward
+from trimtab.rewards.base import Reward
 from trimtab.rewards.model import RewardModel, RewardModelScorer
-from trimtab.types import Rollout
 
 
 @dataclass(frozen=True)
-class Part:
+class RewardPart:
     """One of the rewards."""
 
     name: str
@@ -36,7 +36,7 @@ class Part:
 class CombinedReward:
     """The weighted sum of its parts."""
 
-    parts: Sequence[Part]
+    parts: Sequence[RewardPart]
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] weighted sums, nan where a part could not judge; see `score_parts`."""
@@ -86,7 +86,7 @@ def load_rewards(
             scorer: Reward = _on_shared_base(shared, f"reward_{name}", reward.path, token_budget)
         else:
             scorer = reward.load(token_budget=token_budget)
-        parts.append(Part(name, reward.weight, scorer))
+        parts.append(RewardPart(name, reward.weight, scorer))
     return CombinedReward(parts)
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trimtab.errors import DataError, TrimtabError
-from trimtab.metrics import Mean, Metrics, mean_of
-from trimtab.types import JsonDict, Prompt, Rollout
+from trimtab.core.errors import DataError, TrimtabError
+from trimtab.core.metrics import Mean, Metrics, mean_of
+from trimtab.core.types import JsonDict, Prompt, Rollout
 
 _log = logging.getLogger("trimtab.rewards")
 

@@ -12,12 +12,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from trimtab.errors import ConfigError, need
-from trimtab.metrics import Metrics
-from trimtab.registry import register
+from trimtab.core.errors import ConfigError, need
+from trimtab.core.metrics import Metrics
+from trimtab.core.registry import register
+from trimtab.core.types import Rollout
 from trimtab.rewards.each import Score, score_each
 from trimtab.rewards.helper import Helper
-from trimtab.types import Rollout
 
 _log = logging.getLogger("trimtab.rewards")
 _FENCED = re.compile(r"^```[^\S\n]*([\w+-]*)[^\n]*\n(.*?)^```[^\S\n]*$", re.DOTALL | re.MULTILINE)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from trimtab import worlds
-from trimtab.metrics import Metrics, mean_of
-from trimtab.registry import register
-from trimtab.types import Rollout
+from trimtab.core.metrics import Metrics, mean_of
+from trimtab.core.registry import register
+from trimtab.core.types import Rollout
 
 
 @register("reward", "gold")

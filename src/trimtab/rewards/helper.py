@@ -1,4 +1,4 @@
-"""The owner's side of `jail.judges`: asks, waits for so long, and starts a new process where none answered."""
+"""The owner's side of `sandbox.judges`: asks, waits for so long, and starts a new process where none answered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-_START = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); from jail.judges import main; main()"
+_START = f"import sys; sys.path.append({str(Path(__file__).parents[1])!r}); from sandbox.judges import main; main()"
 _LOADING_SECONDS = 120.0
 """For the libraries of a new process: sympy alone takes a second or two, more on a busy machine."""
 
@@ -32,7 +32,7 @@ class Helper:
         self._end: weakref.finalize[..., Helper] | None = None
 
     def ask(self, kind: str, *arguments: str) -> Any:
-        """What `jail.judges.JUDGES[kind]` says. Raises RuntimeError with its error, TimeoutError when time is up."""
+        """What `sandbox.judges.JUDGES[kind]` says. Raises RuntimeError with its error, TimeoutError when time is up."""
         if self._process is None:
             self._process = self._start()
             self._exchange(self._process, ["load", kind], _LOADING_SECONDS)

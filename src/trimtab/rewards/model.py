@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.batches.trees import TokenTrees, response_tree
+from trimtab.core.errors import EngineError
+from trimtab.core.metrics import Metrics
+from trimtab.core.registry import register
+from trimtab.core.types import Message, Prompt, Rollout
 from trimtab.data.chat import Chat
-from trimtab.data.trees import TokenTrees, response_tree
-from trimtab.errors import EngineError
-from trimtab.metrics import Metrics
 from trimtab.models.forward import sequence_scores_of
 from trimtab.models.lengths import positions_of
 from trimtab.models.load import load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel
-from trimtab.registry import register
-from trimtab.types import Message, Prompt, Rollout
 
 
 @register("reward", "model")

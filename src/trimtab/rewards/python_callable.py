@@ -21,11 +21,11 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.errors import ConfigError
-from trimtab.metrics import Metrics
-from trimtab.registry import register
+from trimtab.core.errors import ConfigError
+from trimtab.core.metrics import Metrics
+from trimtab.core.registry import register
+from trimtab.core.types import Prompt, Rollout
 from trimtab.rewards.each import Score, score_each
-from trimtab.types import Prompt, Rollout
 
 RewardFunction = Callable[[Prompt, str, Mapping[str, Any]], float]
 

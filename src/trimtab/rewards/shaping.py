@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from trimtab.core.metrics import Metrics
+from trimtab.core.registry import register
+from trimtab.core.types import Rollout
 from trimtab.evals.text import repetition
-from trimtab.metrics import Metrics
-from trimtab.registry import register
 from trimtab.rewards.each import Score, score_each
-from trimtab.types import Rollout
 
 
 @register("reward", "length")

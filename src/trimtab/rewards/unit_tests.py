@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from trimtab.errors import DataError
-from trimtab.metrics import Metrics
-from trimtab.registry import register
+from trimtab.core.errors import DataError
+from trimtab.core.metrics import Metrics
+from trimtab.core.registry import register
+from trimtab.core.types import Rollout
 from trimtab.rewards.each import Score, fact, score_each
 from trimtab.rewards.formats import last_fenced
-from trimtab.rewards.sandbox import Limits, Sandbox
-from trimtab.types import Rollout
+from trimtab.sandbox.sandbox import Limits, Sandbox
 
 
 @register("reward", "unit_tests")
@@ -54,7 +54,7 @@ class UnitTests:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TestVerdict:
     """Which tests passed, and whether time ran out."""
 
     passed: Sequence[bool]
@@ -95,21 +95,21 @@ class UnitTestsScorer:
         value = share if self.settings.score == "share" else float(all(verdict.passed))
         return Score(value, {"passed": share, "timed_out": float(verdict.timed_out), "no_code": 0.0})
 
-    def _examine(self, code: str, tests: Sequence[str], facts: Mapping[str, Any]) -> Verdict:
+    def _examine(self, code: str, tests: Sequence[str], facts: Mapping[str, Any]) -> TestVerdict:
         names = facts.get(self.settings.entry_point_fact) or []
-        exam = self.sandbox.examine(
+        report = self.sandbox.examine(
             code,
             tests,
             setup=str(facts.get(self.settings.setup_fact) or ""),
             entry_points=[names] if isinstance(names, str) else names,
         )
-        if exam.refused:
+        if report.refused:
             raise DataError(
-                f"the tests cannot judge any code: {exam.refused}", where="the tests", fix="correct the tests"
+                f"the tests cannot judge any code: {report.refused}", where="the tests", fix="correct the tests"
             )
-        return Verdict(exam.passed, exam.timed_out)
+        return TestVerdict(report.passed, report.timed_out)
 
-    def _run(self, code: str, tests: Sequence[Mapping[str, Any]]) -> Verdict:
+    def _run(self, code: str, tests: Sequence[Mapping[str, Any]]) -> TestVerdict:
         passed, timed_out = [], False
         for test in tests:
             output = self.sandbox.run(code, str(test["input"]))
@@ -117,7 +117,7 @@ class UnitTestsScorer:
             passed.append(not output.timed_out and _tidy(output.stdout) == _tidy(str(test["output"])))
             if self.settings.score == "all" and not passed[-1]:
                 break
-        return Verdict(passed + [False] * (len(tests) - len(passed)), timed_out)
+        return TestVerdict(passed + [False] * (len(tests) - len(passed)), timed_out)
 
 
 def _tidy(text: str) -> list[str]:

@@ -15,8 +15,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from trimtab.errors import ConfigError, EngineError, Interrupted
-from trimtab.metrics import Metrics, Total, to_values
+from trimtab.core.errors import ConfigError, EngineError, Interrupted
+from trimtab.core.metrics import Metrics, Total, to_values
 from trimtab.runs.run import Run
 
 _QUIET_SECONDS = 10.0
@@ -45,23 +45,69 @@ class LoopState(Protocol):
         """Becomes what `save` wrote there."""
 
 
-def run_steps(
-    run: Run,
-    state: LoopState,
-    *,
-    num_steps: int,
-    step: Callable[[int], Metrics],
-    checkpoint_every: int,
-    description: str,
-) -> None:
-    """Calls step(0) to step(num_steps - 1), from where the run had got to; step(i) is logged as step i + 1.
+class Steps:
+    """The steps of a run that are still to be done, counted from 0. Each is logged before the next begins."""
+
+    def __init__(
+        self,
+        run: Run,
+        state: LoopState,
+        *,
+        done: int,
+        num_steps: int,
+        checkpoint_every: int,
+        interrupted: Callable[[], int],
+        show: Callable[[int, Metrics], None],
+    ) -> None:
+        """Use `stepping`."""
+        self.done = done
+        self.at_work = False
+        """Between the start of a step and its log."""
+        self._run = run
+        self._state = state
+        self._num_steps = num_steps
+        self._checkpoint_every = checkpoint_every
+        self._interrupted = interrupted
+        self._show = show
+        self._began = 0.0
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(self.done, self._num_steps):
+            self.at_work, self._began = True, time.perf_counter()
+            yield number
+            assert self.done == number + 1, f"step {number} was not logged"
+            stop = self._interrupted()
+            if self.done % self._checkpoint_every == 0 or self.done == self._num_steps or stop:
+                self._run.save_checkpoint(self.done, self._state.save)
+            if stop:
+                break
+        if self._interrupted():
+            said = f"stopped after step {self.done} of {self._num_steps}, saved in {self._run.directory}"
+            raise Interrupted(said, signal_number=self._interrupted())
+
+    def log(self, metrics: Metrics) -> None:
+        """Ends the step in hand: its metrics, with the seconds since it began, are its row in metrics.jsonl."""
+        self.at_work = False
+        seconds: Metrics = {"time/step_seconds": Total(time.perf_counter() - self._began)}
+        self._run.log(self.done + 1, seconds | metrics)
+        self.done += 1
+        self._show(self.done, metrics)
+
+
+@contextmanager
+def stepping(run: Run, state: LoopState, *, num_steps: int, checkpoint_every: int, description: str) -> Iterator[Steps]:
+    """Within, the steps from where the run had got to; step i is logged as step i + 1.
+
+        with stepping(run, state, num_steps=100, checkpoint_every=10, description="sft") as steps:
+            for number in steps:
+                steps.log(train_step(number))
 
     Killed at any instant and called again, it leaves the same state and the same rows, `time/` metrics aside. What a
     step adds to the samples goes under i + 1 too, and nothing is logged before the first step: first measurements
     belong into step 1. What the step is about is shown with the progress (`SHOWN`).
 
     Raises Interrupted after Ctrl-C or SIGTERM, with the step in hand finished and saved (a second one stops at once),
-    and EngineError as `step` raised it, the last good checkpoint named in its fix.
+    and EngineError as a step raised it, the last good checkpoint named in its fix.
     """
     done = _resume(run, state)
     if done > num_steps:
@@ -71,23 +117,21 @@ def run_steps(
             fix="ask for as many steps or more, or begin again with --fresh",
         )
     with _interrupts() as interrupted, _progress(description, done, num_steps) as show:
-        for i in range(done, num_steps):
-            began = time.perf_counter()
-            try:
-                metrics = step(i)
-            except EngineError as error:
-                raise _naming_checkpoint(error, run, i + 1) from error
-            run.log(i + 1, {"time/step_seconds": Total(time.perf_counter() - began), **metrics})
-            show(i + 1, metrics)
-            done = i + 1
-            stop = interrupted()
-            if (i + 1) % checkpoint_every == 0 or i + 1 == num_steps or stop:
-                run.save_checkpoint(i + 1, state.save)
-            if stop:
-                break
-        if interrupted():
-            said = f"stopped after step {done} of {num_steps}, saved in {run.directory}"
-            raise Interrupted(said, signal_number=interrupted())
+        steps = Steps(
+            run,
+            state,
+            done=done,
+            num_steps=num_steps,
+            checkpoint_every=checkpoint_every,
+            interrupted=interrupted,
+            show=show,
+        )
+        try:
+            yield steps
+        except EngineError as error:
+            if not steps.at_work:
+                raise
+            raise _naming_checkpoint(error, run, steps.done + 1) from error
 
 
 def _resume(run: Run, state: LoopState) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import ConfigError
+from trimtab.core.errors import ConfigError
 
 HOW = frozenset(
     {
@@ -19,13 +19,6 @@ HOW = frozenset(
 )
 """Settings of how a run is computed, kept and watched, not of what it computes: a resumed run may have others. By the
 name of a key, or of a table with all that is in it."""
-
-LENGTHS = {
-    **dict.fromkeys(["pretrain", "sft", "reward", "preference"], ("max_steps", "num_epochs")),
-    "online": ("num_steps",),
-    "select": ("max_steps",),
-}
-"""The settings of each stage that say how long it trains. They may grow, also after the run has finished."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +70,7 @@ def changes(
     before: Mapping[str, Any],
     now: Mapping[str, Any],
     *,
+    grows: Sequence[str],
     then: Place | None,
     here: Place,
     num_done: int,
@@ -84,11 +78,10 @@ def changes(
 ) -> Changes:
     """What differs between the settings a run began with and those it is to go on with.
 
-    `num_done` are the steps that its newest checkpoint holds. Raises ConfigError that names every key that must not
-    differ, or a length below what is done.
+    `grows` are the settings that say how long it is. `num_done` are the steps that its newest checkpoint holds. Raises
+    ConfigError that names every key that must not differ, or a length below what is done.
     """
     old, new = dict(_flat(before)), dict(_flat(now))
-    lengths = LENGTHS.get(str(now.get("stage")), ())
     how, length, moved = {}, {}, False
     wrong: dict[str, tuple[Any, Any]] = {}
     for key in {**old, **new}:
@@ -101,13 +94,13 @@ def changes(
             moved = True
         elif is_how(key):
             how[key] = pair
-        elif key in lengths and _may_become(key, *pair, num_done=num_done, finished=finished):
+        elif key in grows and _may_become(key, *pair, num_done=num_done, finished=finished):
             length[key] = pair
         else:
             wrong[key] = pair
     if wrong:
         listed = "".join(f"\n  - {k}: {_quoted(a)} there, {_quoted(b)} now" for k, (a, b) in wrong.items())
-        growing = f"; {' and '.join(lengths)} may grow" if set(wrong) & set(lengths) else ""
+        growing = f"; {' and '.join(grows)} may grow" if set(wrong) & set(grows) else ""
         raise ConfigError(
             f"{here.directory if then is None else _shown(here)} holds a run with other settings:{listed}",
             where=str(Path(_shown(here)) / "settings.toml"),

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from trimtab import config
-from trimtab.errors import ConfigError, DataError
-from trimtab.files import (
+from trimtab.core import config
+from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.files import (
     WRITING,
     append_rows,
     discard,
@@ -29,8 +29,9 @@ from trimtab.files import (
     write_whole,
     writing,
 )
-from trimtab.metrics import Metric
+from trimtab.core.metrics import Metric
 from trimtab.runs.environment import environment
+from trimtab.runs.facts import StageFacts
 from trimtab.runs.resume import Changes, Place, changes
 from trimtab.runs.trackers import Tracker, Writer
 
@@ -47,9 +48,9 @@ _CONTENTS = (
         "data.json",
         "snapshots",
     ),
-    *("start", "start.writing", "train.jsonl", "held_out.jsonl", "replies.jsonl", "best.jsonl", "pairs.jsonl"),
     *("tensorboard", "wandb", "environment.json", "settings.toml"),
 )
+NO_FACTS = StageFacts()
 _GOES_ON = "the same command goes on from what was saved"
 
 
@@ -60,10 +61,13 @@ class Run:
     and, once finished, summary.json.
     """
 
-    def __init__(self, directory: Path, stage: str, settings: Mapping[str, Any], lock: IO[str]) -> None:
+    def __init__(
+        self, directory: Path, stage: str, settings: Mapping[str, Any], facts: StageFacts, lock: IO[str]
+    ) -> None:
         """Use `Run.open`."""
         self.directory = directory
         self.stage = stage
+        self.facts = facts
         self.settings = settings
         self.model_dir = directory / "model"
         self._lock = lock
@@ -76,6 +80,7 @@ class Run:
         *,
         stage: str,
         settings: Mapping[str, Any],
+        facts: StageFacts = NO_FACTS,
         resume: bool = True,
         trackers: Sequence[Tracker] = (),
     ) -> Run:
@@ -92,7 +97,7 @@ class Run:
             directory.mkdir(parents=True, exist_ok=True)
             lock = _locked(directory)
         try:
-            run = cls(directory, stage, settings, lock)
+            run = cls(directory, stage, settings, facts, lock)
             with writing("the record of the run", directory):
                 run._begin_or_go_on(resume)
             if not run.finished:
@@ -105,14 +110,14 @@ class Run:
     def _begin_or_go_on(self, resume: bool) -> None:
         """Makes settings.toml and environment.json what they are to be, or raises what stands against it."""
         directory, settings_file = self.directory, self.directory / "settings.toml"
+        record = directory / "environment.json"
         text = config.to_toml({"stage": self.stage, **self.settings})
         if not resume or (settings_file.exists() and not _begun(directory) and _text_of(settings_file) != text):
-            _empty(directory)
+            _empty(directory, [*self.facts.writes, *_written_before(record)])
         _remove_unfinished(directory)
-        record = directory / "environment.json"
         here = Place.of(directory)
         if not settings_file.exists():
-            write_whole(record, json_text({**environment(), "place": vars(here)}))
+            write_whole(record, json_text({**environment(), "place": vars(here), "stage": self.facts.recorded}))
             write_whole(settings_file, text)
             return
         found = self._changes(here)
@@ -146,7 +151,9 @@ class Run:
         record = self.directory / "environment.json"
         place = read_json(record, fix="restore it, or remove it").get("place") if record.exists() else None
         then = Place(**place) if isinstance(place, dict) and set(place) == set(vars(here)) else None
-        return changes(before, now, then=then, here=here, num_done=self._num_done(), finished=self.finished)
+        return changes(
+            before, now, grows=self.facts.grows, then=then, here=here, num_done=self._num_done(), finished=self.finished
+        )
 
     def _take_over(self, found: Changes, text: str, began: dict[str, Any]) -> None:
         """Goes on with other settings: they are written, and what they were is recorded with the step."""
@@ -382,8 +389,17 @@ def _locked(directory: Path) -> IO[str]:
     return lock
 
 
-def _empty(directory: Path) -> None:
-    for name in _CONTENTS:
+def _written_before(record: Path) -> list[str]:
+    """What the stage writes that this directory was a run of, as its record says."""
+    try:
+        names = json.loads(record.read_text(encoding="utf-8"))["stage"]["writes"]
+        return [name for name in names if isinstance(name, str) and Path(name).name == name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _empty(directory: Path, written: Sequence[str]) -> None:
+    for name in (*written, *_CONTENTS):
         discard(directory / name)
     sync(directory)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from trimtab.errors import EngineError, install
-from trimtab.registry import register
+from trimtab.core.errors import EngineError, install
+from trimtab.core.registry import register
 
 
 class Writer(Protocol):

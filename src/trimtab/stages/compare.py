@@ -1,4 +1,7 @@
-"""Comparisons on a world: sample replies from a checkpoint and let the world's simulated annotators vote on them."""
+"""Sample replies and have a world's annotators compare them.
+
+The pairs and their votes are those that a reward model or a preference loss is trained on.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, groupby
 
-from trimtab import seeds, worlds
+from trimtab import worlds
+from trimtab.core import seeds
+from trimtab.core.types import PreferencePair, Prompt, Rollout, to_dict
 from trimtab.data.chat import Chat
-from trimtab.engines.local_generator import LocalGenerator, Sampling
+from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.runs.run import Run
-from trimtab.types import PreferencePair, Prompt, Rollout, to_dict
+from trimtab.stages.stage import Stage, few_prompts
 from trimtab.worlds.annotators import Annotators, calibrate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class CompareSettings:
     """Settings of the compare stage."""
 
     model: str
@@ -54,12 +59,12 @@ class Settings:
             )
 
 
-def run(settings: Settings, run: Run) -> None:
+def run(settings: CompareSettings, run: Run) -> None:
     """Writes train.jsonl and held_out.jsonl (preference pairs) into the run directory."""
     world = worlds.load(settings.world)
     chat = Chat(load_tokenizer(settings.model))
     policy = Policy(load_causal(settings.model), pad_id=chat.pad_id, temperature=settings.sampling.temperature)
-    generator = LocalGenerator(policy, chat, settings.sampling)
+    generator = LocalSampler(policy, chat, settings.sampling)
     run.add_data(f"world:{settings.world}", "", settings.num_prompts + settings.num_held_out_prompts)
     run.note_path("sampler", generator.sampler)
     summary: dict[str, object] = {}
@@ -124,3 +129,12 @@ def vote(annotators: Annotators, pair: tuple[Prompt, str, str], voters: Sequence
         rejected=rejected,
         label=max(num_for_a, len(voters) - num_for_a) / len(voters),
     )
+
+
+STAGE = Stage(
+    settings=CompareSettings,
+    run=run,
+    writes=("train.jsonl", "held_out.jsonl"),
+    few=few_prompts("num_prompts", "num_held_out_prompts"),
+    about="Replies were sampled in pairs and judged by annotators.",
+)

@@ -1,4 +1,6 @@
-"""Evaluation: one checkpoint on prompts it was not trained on, against another if one is named, with intervals.
+"""Measure a policy against a baseline, with intervals.
+
+One checkpoint answers prompts that it was not trained on, and so does another if one is named.
 
 Replies are scored by a world, by a reward model, or by any reward that online training knows: accuracy on exact answers
 is `rewards = ["exact_answer"]`. A reply that a reward cannot judge has no score: it is left out on both sides, and
@@ -13,12 +15,13 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from trimtab import seeds, worlds
-from trimtab.config import Choice
+from trimtab import worlds
+from trimtab.core import seeds
+from trimtab.core.config import Choice
+from trimtab.core.types import Prompt, Rollout
 from trimtab.data.chat import Chat
-from trimtab.engines.local_generator import LocalGenerator, Sampling
+from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.evals.overoptimisation import best_of_n_curve, sizes_up_to
-from trimtab.evals.stats import bootstrap_mean, paired_difference, win_rate
 from trimtab.evals.text import text_stats
 from trimtab.math.masking import sum_per_sequence
 from trimtab.models.forward import exact_kl_of, token_logprobs_of
@@ -30,13 +33,14 @@ from trimtab.rewards.gold import GoldReward, GoldScorer
 from trimtab.rewards.model import RewardModelScorer
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
-from trimtab.stages.online_sampling import in_groups, rollout_trees
+from trimtab.stages.online.sampling import in_groups, rollout_trees
 from trimtab.stages.reading import read
-from trimtab.types import Prompt, Rollout
+from trimtab.stages.stage import Stage, few_prompts
+from trimtab.stats import bootstrap_mean, paired_difference, win_rate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class EvaluateSettings:
     """Settings of the evaluate stage."""
 
     model: str
@@ -85,7 +89,7 @@ Scores = Mapping[str, np.ndarray]
 """The scores of one model's replies by the name of the judge, nan for what it could not judge."""
 
 
-def run(settings: Settings, run: Run) -> None:
+def run(settings: EvaluateSettings, run: Run) -> None:
     """Writes the numbers to summary.json and replies to samples.jsonl."""
     chat = Chat(load_tokenizer(settings.model))
     options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
@@ -102,7 +106,7 @@ def run(settings: Settings, run: Run) -> None:
         )
         models["baseline"] = load_policy(settings.baseline, chat, settings)
     score = load_judges(settings)
-    generators = {name: LocalGenerator(model, chat, settings.sampling) for name, model in models.items()}
+    generators = {name: LocalSampler(model, chat, settings.sampling) for name, model in models.items()}
     for generator in generators.values():
         generator.check_prompts(loaded.records)
     replies = {
@@ -135,12 +139,12 @@ def run(settings: Settings, run: Run) -> None:
     run.finish(summary)
 
 
-def load_policy(path: str, chat: Chat, settings: Settings) -> Policy:
+def load_policy(path: str, chat: Chat, settings: EvaluateSettings) -> Policy:
     """A checkpoint to sample from."""
     return Policy(load_causal(path), pad_id=chat.pad_id, temperature=settings.sampling.temperature)
 
 
-def load_judges(settings: Settings) -> Callable[[Sequence[Rollout]], dict[str, np.ndarray]]:
+def load_judges(settings: EvaluateSettings) -> Callable[[Sequence[Rollout]], dict[str, np.ndarray]]:
     """What gives every reply its scores: by "gold", by "reward", and by the rewards under their names."""
     judges: dict[str, GoldScorer | RewardModelScorer] = {}
     if settings.world is not None:
@@ -190,7 +194,7 @@ def describe(rollouts: Sequence[Rollout], scores: Scores, prompt_ids: Sequence[s
     return numbers | text_stats([r.response for r in rollouts])
 
 
-def sampled_by(generator: LocalGenerator) -> dict[str, object]:
+def sampled_by(generator: LocalSampler) -> dict[str, object]:
     """How replies were decoded, and how far the sampler's log-probabilities were from the policy's."""
     return {"sampler": generator.sampler, "logprob_difference": generator.difference}
 
@@ -211,7 +215,9 @@ def kl_to_baseline(
     return bootstrap_mean(sampled).named("kl_sampled") | bootstrap_mean(exact).named("kl_exact")
 
 
-def best_of_baseline(settings: Settings, baseline: LocalGenerator, prompts: Sequence[Prompt]) -> dict[str, object]:
+def best_of_baseline(
+    settings: EvaluateSettings, baseline: LocalSampler, prompts: Sequence[Prompt]
+) -> dict[str, object]:
     """Unbiased gold of best-of-n of the baseline, chosen by gold itself: how good its own best replies are."""
     assert settings.world is not None
     chosen = prompts[: settings.best_of_prompts]
@@ -237,3 +243,12 @@ def sample_rows(
                 row |= {f"{prefix}{judge}": float(values[i]) for judge, values in scores[name].items()}
         rows.append(row)
     return rows
+
+
+STAGE = Stage(
+    settings=EvaluateSettings,
+    run=run,
+    writes=("samples.jsonl",),
+    few=few_prompts("num_prompts", "best_of_prompts"),
+    about="The final policy and its baseline answered the same held-out prompts.",
+)

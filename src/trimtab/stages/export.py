@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from trimtab.errors import ConfigError
+from trimtab.core.errors import ConfigError
 from trimtab.models.load import is_classifier, load_causal, load_scalar, load_tokenizer
 from trimtab.models.save import save_model
 

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from trimtab import seeds
+from trimtab.core import seeds
 
 
 def seed_noise(seed: int, *purpose: str | int) -> None:

@@ -17,7 +17,6 @@ num_epochs = 3
 from __future__ import annotations
 
 import difflib
-import importlib
 import os
 import re
 import resource
@@ -31,14 +30,12 @@ from typing import Any
 
 from rich.console import Console
 
-from trimtab import config, settings_check
-from trimtab.errors import ConfigError, Interrupted, Terminated
-from trimtab.files import json_text, read_json, write_whole, writing
-from trimtab.runs.resume import LENGTHS
+from trimtab.core import config, registry, settings_check
+from trimtab.core.errors import ConfigError, Interrupted, Terminated
+from trimtab.core.files import json_text, read_json, write_whole, writing
 from trimtab.runs.run import Run
 from trimtab.stages import preflight
 
-STAGES = ("pretrain", "sft", "compare", "reward", "preference", "online", "select", "evaluate")
 TOP_LEVEL = ("seed", "variables", "stages")
 RESERVED = ("pipeline.toml", "summary.json", "report.html")
 
@@ -59,8 +56,7 @@ def run_pipeline(values: Mapping[str, Any], out: Path, *, where: str = "the pipe
         write_whole(out / "pipeline.toml", config.to_toml(dict(values)))
     for number, (name, (stage, settings)) in enumerate(stages.items(), start=1):
         title = f"[{number}/{len(stages)}] {name}"
-        trackers = getattr(settings, "trackers", ())
-        with Run.open(out / name, stage=stage, settings=config.dump(settings), trackers=trackers) as run:
+        with open_run(out / name, stage, settings) as run:
             if run.finished:
                 console.print(f"{title}: finished before", style="dim")
                 continue
@@ -71,11 +67,23 @@ def run_pipeline(values: Mapping[str, Any], out: Path, *, where: str = "the pipe
     return summary
 
 
+def open_run(directory: str | Path, stage: str, settings: Any, *, resume: bool = True) -> Run:
+    """The run of a stage in a directory, with what the stage says of itself; see `Run.open`."""
+    return Run.open(
+        directory,
+        stage=stage,
+        settings=config.dump(settings),
+        facts=registry.descriptor("stage", stage),
+        resume=resume,
+        trackers=getattr(settings, "trackers", ()),
+    )
+
+
 def run_stage(stage: str, settings: Any, run: Run) -> None:
     """Runs one stage to its end and notes how long it took. Raises Interrupted, with what is kept, for Ctrl-C."""
     started = time.perf_counter()
     try:
-        importlib.import_module(f"trimtab.stages.{stage}").run(settings, run)
+        registry.descriptor("stage", stage).run(settings, run)
     except KeyboardInterrupt as stop:
         number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
         kept = f"stopped at once; {run.kept()}, and finished stages stay"
@@ -132,7 +140,7 @@ def would_grow(directory: Path, stage: str, settings: Any) -> bool:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError):
         return False  # said when the run is opened
     now = tomllib.loads(config.to_toml(config.dump(settings)))
-    return any(before.get(key) != now.get(key) for key in LENGTHS.get(stage, ()))
+    return any(before.get(key) != now.get(key) for key in registry.descriptor("stage", stage).grows)
 
 
 def expand(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -183,6 +191,7 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
             where=where,
             fix=f"{nearest(sorted(unknown)[0], TOP_LEVEL)}a pipeline has seed, [variables] and [stages.NAME] tables",
         )
+    known = registry.modules("stage")
     resolved: dict[str, Any] = {}
     earlier: set[str] = set()
     for name, table in tables.items():
@@ -193,10 +202,10 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
                 fix="a stage is a directory of the pipeline: name it with letters, digits, _ and - only",
             )
         stage = table.get("stage") if isinstance(table, Mapping) else None
-        if stage not in STAGES:
-            hint = nearest(str(stage), STAGES)
+        if stage not in known:
+            hint = nearest(str(stage), list(known))
             raise ConfigError(
-                f"stages.{name}.stage is {stage!r}", where=where, fix=f"{hint}stages are: {', '.join(STAGES)}"
+                f"stages.{name}.stage is {stage!r}", where=where, fix=f"{hint}stages are: {', '.join(known)}"
             )
         settings = {key: value for key, value in table.items() if key != "stage"}
         if "seed" in values:
@@ -204,10 +213,10 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
         key = f"stages.{name}"
         resolved[key] = substitute(settings, key, values.get("variables", {}), earlier, out, where)
         earlier.add(name)
-    modules = {f"stages.{name}": f"trimtab.stages.{table['stage']}" for name, table in tables.items()}
+    kinds = {f"stages.{name}": table["stage"] for name, table in tables.items()}
     # Before the stages are imported, which takes seconds: a mistake is to be answered at once.
-    settings_check.check({key: (modules[key], table) for key, table in resolved.items()}, where=where)
-    classes = {key: importlib.import_module(module).Settings for key, module in modules.items()}
+    settings_check.check({key: (known[kinds[key]], table) for key, table in resolved.items()}, where=where)
+    classes = {key: registry.descriptor("stage", kind).settings for key, kind in kinds.items()}
     settings_of = config.resolve_tables(classes, resolved, where=where)
     return {name: (table["stage"], settings_of[f"stages.{name}"]) for name, table in tables.items()}
 

@@ -22,12 +22,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trimtab.errors import EngineError
+from trimtab.core.errors import EngineError
 from trimtab.stages import preflight
 from trimtab.stages.pipeline import expand, resolve_stages, run_pipeline
-
-FEW_STEPS = 3
-FEW_PROMPTS = 192
+from trimtab.stages.stage import share_of_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,33 +67,17 @@ def plan(values: Mapping[str, Any], *, where: str) -> list[StagePlan]:
         return [StagePlan(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def cut_short(stage: str, table: dict[str, Any], settings: Any) -> dict[str, Any]:
+def cut_short(stage: str, table: Mapping[str, Any], settings: Any) -> dict[str, Any]:
     """The table of a stage with a few steps, or a few prompts, instead of all; `settings` are those it resolves to."""
     table = dict(table) | ({"trackers": []} if "trackers" in table else {})
-    if stage in ("pretrain", "sft", "reward", "preference", "select"):
-        return table | {"max_steps": min(FEW_STEPS, table.get("max_steps") or FEW_STEPS)}
-    if stage == "online":
-        # Every step as the late ones are: the critic's warm-up would leave the policy's update out.
-        few = min(FEW_STEPS, table.get("num_steps", FEW_STEPS))
-        return table | {"num_steps": few, "critic": dict(table.get("critic", {})) | {"warmup_steps": 0}}
-    share = share_of_prompts(settings)
-    return table | {name: math.ceil(share * getattr(settings, name)) for name in _PROMPTS[stage]}
+    return table | dict(preflight.describe(stage).few(table, settings))
 
 
-def share_of_prompts(settings: Any) -> float:
-    """The share of the prompts of compare or evaluate that is rehearsed."""
-    return float(min(1.0, FEW_PROMPTS / settings.num_prompts))
-
-
-def share_sampled(stage: str, settings: Any, directory: Path) -> float:
+def share_sampled(settings: Any, directory: Path) -> float:
     """The share of the data a stage makes that its rehearsal in `directory` made."""
-    if stage != "select":
-        return share_of_prompts(settings)
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    return float(summary["num_steps"] / summary["num_planned_steps"])
-
-
-_PROMPTS = {"compare": ("num_prompts", "num_held_out_prompts"), "evaluate": ("num_prompts", "best_of_prompts")}
+    planned = summary.get("num_planned_steps")
+    return float(summary["num_steps"] / planned) if planned else share_of_prompts(settings)
 
 
 def rehearse(values: dict[str, Any], scratch: Path) -> None:
@@ -109,9 +91,9 @@ def rehearse(values: dict[str, Any], scratch: Path) -> None:
         stage, settings = whole[name]
         # What a rehearsed stage samples is less than there will be.
         shares = [
-            share_sampled(kind, other, scratch / "run" / source)
+            share_sampled(other, scratch / "run" / source)
             for source, (kind, other) in whole.items()
-            if kind in ("compare", "select")
+            if preflight.describe(kind).makes is None
             and str(getattr(settings, "data", "")).startswith(str(scratch / "run" / source) + "/")
         ]
         found = estimate(name, stage, settings, scratch / "run" / name, share_of_data=shares[0] if shares else 1.0)
@@ -126,13 +108,12 @@ def estimate(name: str, stage: str, settings: Any, directory: Path, *, share_of_
     seconds = summary["seconds"]
     num_steps = per_step = tokens = None
     if rows:
-        planned = settings.num_steps if stage == "online" else summary["num_planned_steps"] / share_of_data
+        planned = getattr(settings, "num_steps", None) or summary["num_planned_steps"] / share_of_data
         num_steps = min(math.ceil(planned), getattr(settings, "max_steps", None) or math.ceil(planned))
         steps = [row["time/step_seconds"] for row in rows]
         per_step = statistics.median(steps[1:] or steps)
         seconds += per_step * num_steps - sum(steps)
-        if stage == "preference" and settings.loss.needs_reference:  # read once: a forward pass, a third of a step
-            seconds += per_step * num_steps / (3 * max(1.0, settings.num_epochs))
+        seconds += per_step * preflight.describe(stage).further_steps(settings, num_steps)
         speeds = [row["time/tokens_per_second"] for row in rows if "time/tokens_per_second" in row]
         tokens = speeds[-1] if speeds else None
     else:
@@ -155,23 +136,19 @@ def estimate(name: str, stage: str, settings: Any, directory: Path, *, share_of_
 def weights(stage: str, settings: Any, directory: Path) -> dict[str, float]:
     """GB of each model the stage holds, by the files it is loaded from. What is trained counts four times: weight,
     gradient and two moments."""
-    start = directory / "start" if stage == "pretrain" else getattr(settings, "model", None)
-    adapter = getattr(settings, "adapter", None)
-    sizes: dict[str, float] = {}
-    if stage in ("pretrain", "sft", "reward", "preference"):
-        own = "reward model" if stage == "reward" else "policy"
-        sizes[own] = file_gb(start) * (1 if adapter else 4)
-    elif stage == "online":
-        sizes["policy"] = file_gb(settings.model) * (1 if adapter else 4)
-        if adapter is None:
-            sizes["reference"] = file_gb(settings.reference or settings.model)
-            if settings.critic.init != "value_head":
-                sizes["critic"] = file_gb(settings.model) * 4
-    elif stage == "evaluate":
-        sizes = {"policy": file_gb(settings.model), "baseline": file_gb(settings.baseline)}
-        sizes["reward model"] = file_gb(settings.reward_model)
-    else:
-        sizes["policy"] = file_gb(start)
+    adapter, critic = (getattr(settings, name, None) for name in ("adapter", "critic"))
+    trained = preflight.describe(stage).trains
+    times = 1 if adapter else 4
+    # A model that is made from nothing is as large as the one that was written.
+    start = getattr(settings, "model", directory / "model")
+    sizes = {trained or "policy": file_gb(start) * (times if trained else 1)}
+    if critic is not None and adapter is None:
+        sizes["reference"] = file_gb(settings.reference or settings.model)
+        if critic.init != "value_head":
+            sizes["critic"] = file_gb(settings.model) * times
+    for role in ("baseline", "reward_model"):
+        if (path := getattr(settings, role, None)) is not None:
+            sizes[role.replace("_", " ")] = file_gb(path)
     for number, reward in enumerate(r for r in getattr(settings, "rewards", ()) if hasattr(r, "path")):
         sizes[f"reward {number + 1}"] = file_gb(reward.path)
     if adapter is not None:

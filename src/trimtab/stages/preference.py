@@ -1,4 +1,7 @@
-"""Learning from preferences without a reward model: DPO and its family, on pairs or on replies judged one by one."""
+"""Train a policy on preferences without a reward model: DPO and its family.
+
+The data are pairs of replies, or replies judged one by one.
+"""
 
 from __future__ import annotations
 
@@ -15,33 +18,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.config import Choice
+from trimtab.batches.pairs import PairBatch, ReferencePairs
+from trimtab.batches.replies import JudgedReplies, MismatchedReplies
+from trimtab.batches.trees import TokenTrees, Tree, TreeBatch
+from trimtab.core.config import Choice
+from trimtab.core.errors import DataError, EngineError
+from trimtab.core.hub import same_model
+from trimtab.core.types import LabelledResponse, PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import kinds_of
-from trimtab.data.pairs import (
-    Comparisons,
-    JudgedReplies,
-    Judgements,
-    MismatchedReplies,
-    PairBatch,
-    ReferencePairs,
-    group_pairs,
-    group_replies,
-    mismatch,
-    split_in_two,
-)
-from trimtab.data.sources import is_feedback, is_world
+from trimtab.data.pairs import Comparisons, Judgements, group_pairs, group_replies, mismatch, split_in_two
+from trimtab.data.sources import records_source
 from trimtab.data.tokens import Lazy
-from trimtab.data.trees import TokenTrees, Tree
-from trimtab.engines.local_learner import AdamW, LocalLearner
-from trimtab.errors import DataError, EngineError
-from trimtab.evals.stats import wilson
-from trimtab.hub import same_model
+from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.math.losses.preference import PreferenceLoss
 from trimtab.math.losses.preference.common import PairLoss
 from trimtab.math.losses.preference.pairs import DPO
 from trimtab.models.adapters import LoRA
-from trimtab.models.forward import token_logprobs_of
 from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.precision import Precision
@@ -52,12 +45,13 @@ from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.runs.run import Run
 from trimtab.stages.reading import prepare_data
 from trimtab.stages.sft import say_lost, start_policy
-from trimtab.stages.supervised import FIT, Epochs, MakeBatch, Validation, fit, last_metrics
-from trimtab.types import LabelledResponse, PreferencePair
+from trimtab.stages.stage import EPOCHS_GROW, Stage
+from trimtab.stages.supervised import FIT, Epochs, MakeBatch, Validation, last_metrics, training, validate
+from trimtab.stats import wilson
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class PreferenceSettings:
     """Settings of the preference stage."""
 
     model: str
@@ -110,7 +104,7 @@ class Settings:
     """Where metrics go besides metrics.jsonl: "tensorboard", "wandb"."""
 
 
-def run(settings: Settings, run: Run) -> None:
+def run(settings: PreferenceSettings, run: Run) -> None:
     """Trains, validates and writes the policy to `run.model_dir`."""
     chat = Chat(load_tokenizer(settings.model))
     loss: PreferenceLoss = settings.loss
@@ -141,25 +135,30 @@ def run(settings: Settings, run: Run) -> None:
     learner = LocalLearner(
         policy, settings.optimizer, token_budget=settings.token_budget, num_updates=epochs.num_steps, name="policy"
     )
-    steps = fit(
+
+    def prepare(batch: TreeBatch) -> TreeBatch:
+        prepared: TreeBatch = loss.prepare(batch, learner.logprobs)
+        return prepared
+
+    with training(
         run,
         learner,
-        loss,
-        make_batch,
         epochs,
-        validation=validation,
-        validate_every=settings.validate_every,
         checkpoint_every=settings.checkpoint_every,
         description="preference",
+        validate_every=settings.validate_every,
         max_steps=settings.max_steps,
-        prepare=lambda batch: loss.prepare(
-            batch, lambda trees: token_logprobs_of(policy, trees, settings.token_budget)
-        ),
-    )
+    ) as steps:
+        for number, examples in steps:
+            batch = prepare(make_batch(examples))
+            metrics = learner.update([(batch, [loss])]) | steps.speed(batch)
+            if steps.validates(number):
+                metrics |= validate(learner, loss, validation, prepare)
+            steps.log(metrics)
     run.save_model(lambda path: save_role(policy, chat.tokenizer, path, base=base))
     last = last_metrics(run, "loss/", "policy/")
     card = held_out_accuracy(held_out, last) if validation is not None else {}
-    run.finish({"num_prompts": len(train.trees), "counts": counts} | card | steps | last)
+    run.finish({"num_prompts": len(train.trees), "counts": counts} | card | steps.counts | last)
 
 
 def held_out_accuracy(held_out: Comparisons | Judgements, last: dict[str, float]) -> dict[str, float]:
@@ -175,7 +174,7 @@ def held_out_accuracy(held_out: Comparisons | Judgements, last: dict[str, float]
 
 
 def read_data(
-    settings: Settings, loss: PreferenceLoss, chat: Chat, run: Run, counts: dict[str, int]
+    settings: PreferenceSettings, loss: PreferenceLoss, chat: Chat, run: Run, counts: dict[str, int]
 ) -> tuple[Comparisons, Comparisons] | tuple[Judgements, Judgements]:
     """What to train on and what to validate on, grouped by prompt; what was dropped and what the loss has no place for
     is added to `counts`."""
@@ -205,9 +204,7 @@ def read_data(
 
 def holds_labels(source: str) -> bool:
     """Whether the source holds replies with a thumb up or down."""
-    if is_world(source) or is_feedback(source):
-        return False
-    return LabelledResponse in kinds_of(source)
+    return records_source(source) is None and LabelledResponse in kinds_of(source)
 
 
 def say_balance(replies: Judgements, loss: Any) -> None:
@@ -234,7 +231,7 @@ def say_balance(replies: Judgements, loss: Any) -> None:
 
 
 def make_batches(
-    settings: Settings,
+    settings: PreferenceSettings,
     loss: PreferenceLoss,
     policy: Policy,
     base: str,
@@ -287,7 +284,9 @@ def make_batches(
     return make_batch, validation
 
 
-def check_mismatched(settings: Settings, train: Comparisons | Judgements, held_out: Comparisons | Judgements) -> None:
+def check_mismatched(
+    settings: PreferenceSettings, train: Comparisons | Judgements, held_out: Comparisons | Judgements
+) -> None:
     """Raises DataError for a single prompt, beside which no replies of another could be set."""
     for part, examples in (("train on", train), ("validate on", held_out)):
         if len(examples.trees) == 1:
@@ -299,7 +298,7 @@ def check_mismatched(settings: Settings, train: Comparisons | Judgements, held_o
 
 
 def late_reference(
-    settings: Settings, policy: Policy, reference: Policy | None, chat: Chat
+    settings: PreferenceSettings, policy: Policy, reference: Policy | None, chat: Chat
 ) -> Callable[[], AbstractContextManager[Policy | None]]:
     """What gives the reference as it was before training. Where it is the policy itself that is a copy, loaded anew and
     kept no longer than it is used."""
@@ -361,7 +360,7 @@ def mismatched_batch(
     )
 
 
-def start_reference(settings: Settings, policy: Policy, base: str, chat: Chat) -> Policy:
+def start_reference(settings: PreferenceSettings, policy: Policy, base: str, chat: Chat) -> Policy:
     """The reference: the policy as it starts, its base with the adapter off, or another model.
 
     A new adapter changes nothing yet, so its reference is the base. One that was trained before is its own reference,
@@ -383,3 +382,34 @@ def start_reference(settings: Settings, policy: Policy, base: str, chat: Chat) -
         reference = Policy(load_causal(path), pad_id=chat.pad_id)
     reference.precision = settings.precision
     return reference
+
+
+def records_of(settings: PreferenceSettings) -> tuple[type, ...]:
+    """The records, any one of them, that the data of these settings holds."""
+    return (LabelledResponse, PreferencePair) if settings.loss.reads == "replies" else (PreferencePair,)
+
+
+def steps_of_the_reference(settings: PreferenceSettings, num_steps: int) -> float:
+    """What the reference costs, in steps: it reads the data once, in a forward pass, which is a third of a step."""
+    return num_steps / (3 * max(1.0, settings.num_epochs)) if settings.loss.needs_reference else 0.0
+
+
+STAGE = Stage(
+    settings=PreferenceSettings,
+    run=run,
+    makes="policy",
+    trains="policy",
+    data=records_of,
+    writes=("metrics.jsonl",),
+    grows=EPOCHS_GROW,
+    further_steps=steps_of_the_reference,
+    about="The policy learned from preferences without a reward model: what it gains on its reference is a reward "
+    "that it implies.",
+    charts=(
+        ("loss/train", "loss/validation"),
+        ("policy/accuracy", "policy/validation_accuracy"),
+        ("policy/margin", "policy/validation_margin"),
+        ("policy/chosen_reward", "policy/rejected_reward"),
+        ("policy/chosen_logprobs", "policy/rejected_logprobs"),
+    ),
+)

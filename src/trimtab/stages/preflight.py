@@ -8,39 +8,28 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from trimtab import config, registry, worlds
+from trimtab import worlds
+from trimtab.core import config, registry
+from trimtab.core.errors import EXTRAS, ConfigError, DataError, EngineError, TrimtabError, need
+from trimtab.core.types import Demonstration, Prompt
 from trimtab.data.layouts import load
-from trimtab.data.sources import is_world, read_rows, read_world
-from trimtab.errors import EXTRAS, ConfigError, DataError, EngineError, TrimtabError, need
+from trimtab.data.sources import read_rows, records_source
 from trimtab.rewards.gold import GoldReward
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.python_callable import PythonCallable, load_function
-from trimtab.types import Demonstration, LabelledResponse, PreferencePair, Prompt
+from trimtab.stages.stage import ModelKind, Stage
 
 NUM_ROWS = 1000
 """Rows of a file that are looked at."""
 
-ModelKind = Literal["policy", "reward model", "any"]
-
-MAKES: dict[str, tuple[ModelKind | None, tuple[str, ...]]] = {
-    **dict.fromkeys(["pretrain", "sft", "preference"], ("policy", ("metrics.jsonl",))),
-    "online": ("policy", ("metrics.jsonl", "samples.jsonl")),
-    "reward": ("reward model", ("metrics.jsonl",)),
-    "compare": (None, ("train.jsonl", "held_out.jsonl")),
-    "select": (None, ("best.jsonl", "pairs.jsonl", "replies.jsonl", "metrics.jsonl", "samples.jsonl")),
-    "evaluate": (None, ("samples.jsonl",)),
-}
-"""The model and the files that each stage writes."""
-
 
 @dataclass(frozen=True)
-class Source:
+class DataUse:
     """Data that a stage reads."""
 
     key: str
@@ -50,7 +39,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelUse:
     """A model that a stage loads."""
 
     key: str
@@ -76,6 +65,12 @@ def check_stage(stage: str, settings: Any, *, where: str) -> None:
     _raise(list(_problems(stage, settings, {})), where)
 
 
+def describe(stage: str) -> Stage:
+    """What a stage says of itself."""
+    found: Stage = registry.descriptor("stage", stage)
+    return found
+
+
 def _raise(found: list[tuple[str, TrimtabError]], where: str) -> None:
     if not found:
         return
@@ -88,10 +83,10 @@ def _raise(found: list[tuple[str, TrimtabError]], where: str) -> None:
 
 def _problems(stage: str, settings: Any, made: Mapping[str, str]) -> Iterator[tuple[str, TrimtabError]]:
     """Every key whose value cannot be used, and why. `made` are the directories of earlier stages, and their kinds."""
-    looks: list[Source | Model] = [*_sources(stage, settings), *_models(stage, settings)]
+    looks: list[DataUse | ModelUse] = [*_sources(stage, settings), *_models(stage, settings)]
     for look in looks:
         try:
-            if isinstance(look, Source):
+            if isinstance(look, DataUse):
                 _check_source(look, settings, made)
             else:
                 _check_model(look, made)
@@ -120,49 +115,46 @@ def _problems(stage: str, settings: Any, made: Mapping[str, str]) -> Iterator[tu
 # --- data ---
 
 
-def _sources(stage: str, settings: Any) -> Iterator[Source]:
+def _sources(stage: str, settings: Any) -> Iterator[DataUse]:
     """What the stage reads, and as what."""
-    pairs: tuple[type, ...] = (PreferencePair,)
-    if stage == "preference" and settings.loss.reads == "replies":
-        pairs = (LabelledResponse, PreferencePair)
-    if stage == "sft" and not settings.chosen_as_demonstrations:
-        pairs = (Demonstration,)
+    data = describe(stage).data(settings)
     kinds: dict[str, tuple[type, ...]] = {
-        "data": () if stage == "pretrain" else pairs,
-        "held_out_data": pairs,
+        "data": data,
+        "held_out_data": data,
         "prompts": (Prompt,),
         "demonstrations": (Demonstration,),
     }
     for key, wanted in kinds.items():
         if (source := getattr(settings, key, None)) is not None:
-            yield Source(key, source, wanted)
+            yield DataUse(key, source, wanted)
     if (mix := getattr(settings, "pretraining_mix", None)) is not None:
-        yield Source("pretraining_mix.data", mix.data, (Demonstration,))
+        yield DataUse("pretraining_mix.data", mix.data, (Demonstration,))
 
 
-def _check_source(look: Source, settings: Any, made: Mapping[str, str]) -> None:
+def _check_source(look: DataUse, settings: Any, made: Mapping[str, str]) -> None:
     """Raises the error of data that cannot be read as what it is to be."""
     if (step := _made_by(look.source, made)) is not None:
         stage, file = step
-        if file not in MAKES[stage][1]:
+        if file not in (writes := describe(stage).writes):
             raise DataError(
                 f"the stage {stage} writes no {file!r}",
                 where=look.source,
-                fix=f"it writes {', '.join(MAKES[stage][1])}",
+                fix=f"it writes {', '.join(writes)}",
             )
         return
-    if is_world(look.source):
-        read_world(re.sub(r"\bnum=\d+", "num=1", look.source), demonstrations=Demonstration in look.kinds)
-        return
-    if not look.kinds:
+    own = records_source(look.source)
+    if not look.kinds and own is None:
         read_rows(look.source, limit=NUM_ROWS)
         return
     drops = getattr(settings, "on_bad_row", "stop") == "drop"
     limit = min(getattr(settings, "limit", None) or NUM_ROWS, NUM_ROWS)
     errors = []
-    for kind in look.kinds:
+    for kind in look.kinds or (Prompt,):
         try:
-            load(kind, look.source, on_bad_row="drop" if drops else "stop", limit=limit)
+            if own is not None:
+                own.check(kind, look.source)
+            else:
+                load(kind, look.source, on_bad_row="drop" if drops else "stop", limit=limit)
             return
         except DataError as error:
             errors.append(error)
@@ -183,32 +175,32 @@ def _worlds(settings: Any) -> Iterator[tuple[str, str]]:
 # --- models ---
 
 
-def _models(stage: str, settings: Any) -> Iterator[Model]:
+def _models(stage: str, settings: Any) -> Iterator[ModelUse]:
     """The models that the stage loads, and as what."""
     kinds: dict[str, ModelKind] = {
-        "model": "any" if stage == "reward" else "policy",
+        "model": describe(stage).model,
         "reference": "policy",
         "baseline": "policy",
         "reward_model": "reward model",
     }
     for key, kind in kinds.items():
         if (path := getattr(settings, key, None)) is not None:
-            yield Model(key, path, kind)
+            yield ModelUse(key, path, kind)
     for number, reward in enumerate(getattr(settings, "rewards", ())):
         if isinstance(reward, RewardModel):
-            yield Model(f"rewards.{number}.path", reward.path, "reward model")
+            yield ModelUse(f"rewards.{number}.path", reward.path, "reward model")
     critic = getattr(settings, "critic", None)
     if critic is not None and critic.path is not None and settings.advantage.needs_critic:
-        yield Model("critic.path", critic.path, "any")
+        yield ModelUse("critic.path", critic.path, "any")
 
 
-def _check_model(look: Model, made: Mapping[str, str]) -> None:
+def _check_model(look: ModelUse, made: Mapping[str, str]) -> None:
     """Raises the error of a model directory that is not there, is none, or holds a model of another kind."""
     if (step := _made_by(look.path, made)) is not None:
         stage, file = step
-        makes = MAKES[stage][0]
+        makes = describe(stage).makes
         if file != "model" or makes is None:
-            able = [kind for kind, (model, _) in MAKES.items() if model is not None]
+            able = [name for name in registry.modules("stage") if describe(name).makes is not None]
             raise ConfigError(
                 f"the stage {stage} writes no model {file!r}" if makes else f"the stage {stage} writes no model",
                 where=look.path,
@@ -244,10 +236,10 @@ def _check_model(look: Model, made: Mapping[str, str]) -> None:
         _require_kind(look, "policy")
 
 
-def _require_kind(look: Model, kind: ModelKind) -> None:
+def _require_kind(look: ModelUse, kind: ModelKind) -> None:
     if look.kind in ("any", kind):
         return
-    made_by = {"policy": "pretrain, sft, preference or online", "reward model": "reward"}[look.kind]
+    made_by = " or ".join(name for name in registry.modules("stage") if describe(name).makes == look.kind)
     raise EngineError(
         f"{look.path!r} is a {kind}, and {look.key} is to be a {look.kind}",
         where=look.path,

@@ -1,4 +1,7 @@
-"""A small base model from scratch, tokenizer included, so that the whole loop runs without a download."""
+"""Train a small language model from nothing, on plain text.
+
+The tokenizer is made too, so that the whole loop runs without a download.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,24 @@ from transformers import (
     Qwen3Config,
 )
 
-from trimtab import seeds, worlds
-from trimtab.config import Choice
+from trimtab import worlds
+from trimtab.batches.trees import TokenTrees, Tree, TreeBatch, sequence_tree
+from trimtab.core import seeds
+from trimtab.core.config import Choice
+from trimtab.core.errors import DataError
+from trimtab.core.types import Demonstration, Message, PreferencePair, Prompt
 from trimtab.data.layouts import Loaded, kinds_of, load
-from trimtab.data.sources import Rows, is_world, read_rows
+from trimtab.data.sources import SourceRows, read_rows
 from trimtab.data.templates import DEFAULT_TEMPLATE, SPECIAL_TOKENS
-from trimtab.data.trees import TokenTrees, Tree, TreeBatch, sequence_tree
-from trimtab.engines.local_learner import AdamW, LocalLearner
-from trimtab.errors import DataError
+from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.math.losses.sft import SFTLoss
 from trimtab.models.load import load_causal
 from trimtab.models.roles import Policy
 from trimtab.models.save import save_model
 from trimtab.runs.run import Run
-from trimtab.stages.supervised import Epochs, fit, last_metrics
-from trimtab.types import Demonstration, Message, PreferencePair, Prompt
+from trimtab.stages.stage import EPOCHS_GROW, Stage
+from trimtab.stages.supervised import Epochs, last_metrics, training
+from trimtab.worlds.source import is_world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +96,7 @@ class Architecture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class PretrainSettings:
     """Settings of the pretrain stage."""
 
     data: str
@@ -129,7 +135,7 @@ class Settings:
             raise ValueError("a world never ends: set num_documents")
 
 
-def run(settings: Settings, run: Run) -> None:
+def run(settings: PretrainSettings, run: Run) -> None:
     """Trains the tokenizer and the model, and writes both to `run.model_dir`."""
     start = run.directory / "start"
     documents = read_documents(settings, run)
@@ -157,24 +163,26 @@ def run(settings: Settings, run: Run) -> None:
     learner = LocalLearner(
         policy, settings.optimizer, token_budget=settings.token_budget, num_updates=epochs.num_steps, name="policy"
     )
-    steps = fit(
+    loss = SFTLoss()
+    with training(
         run,
         learner,
-        SFTLoss(),
-        lambda indices: TreeBatch(trees=TokenTrees.build([trees[i] for i in indices])),
         epochs,
-        validation=None,
-        validate_every=0,
         checkpoint_every=settings.checkpoint_every,
         description="pretrain",
         max_steps=settings.max_steps,
-    )
+    ) as steps:
+        for _, examples in steps:
+            batch = TreeBatch(trees=TokenTrees.build([trees[i] for i in examples]))
+            steps.log(learner.update([(batch, [loss])]) | steps.speed(batch))
     run.save_model(lambda path: save_model(model, tokenizer, path))
     parameters = sum(p.numel() for p in model.parameters())
-    run.finish({"num_parameters": parameters, "num_documents": len(documents)} | steps | last_metrics(run, "loss/"))
+    run.finish(
+        {"num_parameters": parameters, "num_documents": len(documents)} | steps.counts | last_metrics(run, "loss/")
+    )
 
 
-def read_documents(settings: Settings, run: Run) -> list[str]:
+def read_documents(settings: PretrainSettings, run: Run) -> list[str]:
     """The texts to train on. Conversations are written with the default chat markup, so that it is known later."""
     if is_world(settings.data):
         assert settings.num_documents is not None
@@ -193,7 +201,7 @@ def read_documents(settings: Settings, run: Run) -> list[str]:
     return [as_document(d.prompt, d.response) for d in loaded.records]
 
 
-def plain_texts(rows: Rows, run: Run) -> list[str]:
+def plain_texts(rows: SourceRows, run: Run) -> list[str]:
     """The texts of the rows; those without one are counted and said."""
     texts = [row["text"] for _, row in rows.rows if isinstance(row.get("text"), str) and row["text"].strip()]
     dropped = Counter(bad.kind for bad in rows.bad)
@@ -238,3 +246,14 @@ def document_trees(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast,
         pieces = [closed[i : i + max_tokens] for i in range(0, len(closed), max_tokens)]
         trees += [sequence_tree(piece) for piece in pieces if len(piece) > 1]
     return trees
+
+
+STAGE = Stage(
+    settings=PretrainSettings,
+    run=run,
+    makes="policy",
+    trains="policy",
+    writes=("metrics.jsonl", "start"),
+    grows=EPOCHS_GROW,
+    about="A language model learned from plain text, to have something to align.",
+)

@@ -6,13 +6,13 @@ import hashlib
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from trimtab.core.files import json_text, read_json, write_whole, writing
+from trimtab.core.types import Record, from_dict, to_dict
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import Loaded, load
 from trimtab.data.prepare import Prepared, prepare, prepare_loaded
-from trimtab.data.sources import is_feedback
-from trimtab.files import json_text, read_json, write_whole, writing
+from trimtab.data.sources import records_source
 from trimtab.runs.run import Run
-from trimtab.types import Record, from_dict, to_dict
 
 
 def read(kind: type[Record], source: str, run: Run, **options: Any) -> Loaded[Record]:
@@ -21,7 +21,7 @@ def read(kind: type[Record], source: str, run: Run, **options: Any) -> Loaded[Re
     A project of judgements grows while a run goes on. Its records are written into the run when they are first read, so
     that a resumed run trains on what it began with; a new run sees the project as it is by then.
     """
-    loaded = (_snapshot if is_feedback(source) else _whole)(kind, source, run, **options)
+    loaded = (_snapshot if is_live(source) else _whole)(kind, source, run, **options)
     run.add_data(source, loaded.sha256, len(loaded.records), loaded.report)
     return loaded
 
@@ -39,13 +39,19 @@ def prepare_data(
     """What `prepare` gives, with its hash in the run's data.json; of a project of judgements as it was when the run
     began."""
     options: dict[str, Any] = {"on_bad_row": on_bad_row, "limit": limit}
-    if is_feedback(source):
+    if is_live(source):
         loaded: Loaded[Any] = _snapshot(kind, source, run, accepts=chat.refusal, **options)
         prepared = prepare_loaded(kind, loaded, chat, on_bad_row=on_bad_row, by_prompt=by_prompt)
     else:
         prepared = prepare(kind, source, chat, by_prompt=by_prompt, **options)
     run.add_data(source, prepared.sha256, len(prepared.table), prepared.report)
     return prepared
+
+
+def is_live(source: str) -> bool:
+    """Whether the source may grow while a run goes on."""
+    own = records_source(source)
+    return own is not None and own.live
 
 
 def _whole(kind: type[Record], source: str, _run: Run, **options: Any) -> Loaded[Record]:

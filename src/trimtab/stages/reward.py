@@ -1,4 +1,7 @@
-"""Reward modelling: learn from comparisons what people prefer, and write down how far to trust it."""
+"""Train a reward model on preference pairs.
+
+It learns from comparisons what people prefer, and the stage writes down how far to trust it.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from trimtab import seeds
-from trimtab.config import Choice
+from trimtab.batches.trees import TokenTrees, Tree, split_sizes
+from trimtab.core import seeds
+from trimtab.core.config import Choice
+from trimtab.core.errors import DataError
+from trimtab.core.hub import base_of
+from trimtab.core.types import Demonstration, PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.pairs import Comparisons, group, group_pairs
 from trimtab.data.tokens import Lazy
-from trimtab.data.trees import TokenTrees, Tree, split_sizes
-from trimtab.engines.local_learner import AdamW, LocalLearner
-from trimtab.errors import DataError
+from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.evals.reward_card import reward_card
-from trimtab.evals.stats import Floats
-from trimtab.hub import base_of
 from trimtab.math.losses.reward import RewardLoss
 from trimtab.models.adapters import LoRA, add_adapter, load_adapter
 from trimtab.models.forward import sequence_scores_of
@@ -32,8 +35,9 @@ from trimtab.models.save import round_as_written, save_role
 from trimtab.runs.run import Run
 from trimtab.stages.reading import prepare_data
 from trimtab.stages.sft import say_lost
-from trimtab.stages.supervised import FIT, Epochs, Validation, fit
-from trimtab.types import Demonstration, PreferencePair
+from trimtab.stages.stage import EPOCHS_GROW, Stage
+from trimtab.stages.supervised import FIT, Epochs, Validation, training, validate
+from trimtab.stats import Floats
 
 NUM_SHOWN = 1000
 """Demonstrations whose rewards are averaged."""
@@ -42,7 +46,7 @@ NUM_MEASURED = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class RewardSettings:
     """Settings of the reward stage."""
 
     model: str
@@ -94,7 +98,7 @@ class Settings:
     """Where metrics go besides metrics.jsonl: "tensorboard", "wandb"."""
 
 
-def run(settings: Settings, run: Run) -> None:
+def run(settings: RewardSettings, run: Run) -> None:
     """Trains, calibrates and judges the reward model; writes it to `run.model_dir` and its card to summary.json."""
     chat = Chat(load_tokenizer(settings.model))
     options: dict[str, Any] = {"on_bad_row": settings.on_bad_row}
@@ -131,27 +135,31 @@ def run(settings: Settings, run: Run) -> None:
     learner = LocalLearner(
         model, settings.optimizer, token_budget=settings.token_budget, num_updates=epochs.num_steps, name="reward"
     )
-    steps = fit(
+    validation = Validation(lambda: [tree.num_tokens for tree in judged_by.trees], judged_by.batch)
+    with training(
         run,
         learner,
-        settings.loss,
-        train_on.batch,
         epochs,
-        validation=Validation(lambda: [tree.num_tokens for tree in judged_by.trees], judged_by.batch),
-        validate_every=settings.validate_every,
         checkpoint_every=settings.checkpoint_every,
         description="reward",
+        validate_every=settings.validate_every,
         max_steps=settings.max_steps,
-    )
+    ) as steps:
+        for number, examples in steps:
+            batch = train_on.batch(examples)
+            metrics = learner.update([(batch, [settings.loss])]) | steps.speed(batch)
+            if steps.validates(number):
+                metrics |= validate(learner, settings.loss, validation)
+            steps.log(metrics)
     if model.adapter is None:
         round_as_written(model.model)
     moments = calibrate(model, settings, train_on, shown)
     model.model.config.update({f"reward_{name}": value for name, value in moments.items()})
     run.save_model(lambda path: save_role(model, chat.tokenizer, path, base=base))
-    run.finish(judge(model, train_on, judged_by, settings) | moments | {"counts": counts} | steps)
+    run.finish(judge(model, train_on, judged_by, settings) | moments | {"counts": counts} | steps.counts)
 
 
-def start_reward_model(settings: Settings, chat: Chat) -> tuple[ScalarModel, str]:
+def start_reward_model(settings: RewardSettings, chat: Chat) -> tuple[ScalarModel, str]:
     """The model to train and the base it belongs to: whole, or an adapter, which may begin as the policy's."""
     head_seed = seeds.derive(settings.seed, "reward head")
     base = base_of(settings.model)
@@ -169,7 +177,7 @@ def start_reward_model(settings: Settings, chat: Chat) -> tuple[ScalarModel, str
     return ScalarModel(model, pad_id=chat.pad_id, adapter="reward", gives="scores"), base or settings.model
 
 
-def read_demonstrations(settings: Settings, chat: Chat, run: Run, counts: dict[str, int]) -> Sequence[Tree]:
+def read_demonstrations(settings: RewardSettings, chat: Chat, run: Run, counts: dict[str, int]) -> Sequence[Tree]:
     """The demonstrations whose mean reward is to be zero, fitted as the pairs are; what was dropped or truncated is
     counted. Raises DataError when none is left: before training, for it could not be finished."""
     if settings.demonstrations is None:
@@ -190,7 +198,9 @@ def read_demonstrations(settings: Settings, chat: Chat, run: Run, counts: dict[s
     return Lazy(len(groups), lambda i: groups.tree(i)[0])
 
 
-def calibrate(model: ScalarModel, settings: Settings, train: Comparisons, shown: Sequence[Tree]) -> dict[str, float]:
+def calibrate(
+    model: ScalarModel, settings: RewardSettings, train: Comparisons, shown: Sequence[Tree]
+) -> dict[str, float]:
     """The shift that makes demonstrations average zero (Ouyang et al., arXiv:2203.02155, section 3.5), and the mean
     and deviation of the shifted reward over the replies compared in training."""
     batch = train.batch(range(min(len(train.trees), NUM_MEASURED)))
@@ -202,7 +212,7 @@ def calibrate(model: ScalarModel, settings: Settings, train: Comparisons, shown:
     return {"shift": shift, "mean": float(scores.mean()) - shift, "std": float(scores.std(correction=0))}
 
 
-def judge(model: ScalarModel, train: Comparisons, held_out: Comparisons, settings: Settings) -> dict[str, object]:
+def judge(model: ScalarModel, train: Comparisons, held_out: Comparisons, settings: RewardSettings) -> dict[str, object]:
     """The reward model's card on the held-out pairs."""
     chosen, rejected = scores_of_pairs(model, held_out, settings)
     pairs = held_out.pairs()
@@ -217,7 +227,7 @@ def judge(model: ScalarModel, train: Comparisons, held_out: Comparisons, setting
     )
 
 
-def scores_of_pairs(model: ScalarModel, pairs: Comparisons, settings: Settings) -> tuple[Floats, Floats]:
+def scores_of_pairs(model: ScalarModel, pairs: Comparisons, settings: RewardSettings) -> tuple[Floats, Floats]:
     """The scores of the chosen and the rejected reply of each pair, in the pieces that one batch would be split in."""
     trees = pairs.trees
     groups = split_sizes([tree.num_tokens for tree in trees], settings.token_budget)
@@ -230,3 +240,21 @@ def scores_of_pairs(model: ScalarModel, pairs: Comparisons, settings: Settings) 
             found[i] = [next(both) for _ in compared]
     chosen, rejected = np.array([scores for of_tree in found for scores in of_tree]).reshape(-1, 2).T
     return chosen, rejected
+
+
+STAGE = Stage(
+    settings=RewardSettings,
+    run=run,
+    makes="reward model",
+    model="any",
+    trains="reward model",
+    data=lambda _settings: (PreferencePair,),
+    writes=("metrics.jsonl",),
+    grows=EPOCHS_GROW,
+    about="A reward model learned from comparisons which of two replies people prefer.",
+    charts=(
+        ("loss/train", "loss/validation"),
+        ("reward/accuracy", "reward/validation_accuracy"),
+        ("reward/margin", "reward/validation_margin"),
+    ),
+)

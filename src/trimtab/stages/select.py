@@ -1,4 +1,4 @@
-"""Selection: sample N replies to each prompt, score them, and keep what is worth training on.
+"""Sample many replies and keep the best: best-of-N, rejection sampling, pairs.
 
 The best reply of each prompt becomes a demonstration (best-of-N, rejection sampling), the best against another a
 preference pair (online DPO), or the demonstration against the policy's own reply (SPIN). Replies are sampled a few
@@ -16,36 +16,38 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
-from trimtab import seeds, worlds
-from trimtab.config import Choice
+from trimtab import worlds
+from trimtab.core import seeds
+from trimtab.core.config import Choice
+from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.metrics import Metrics, Peak, Total, mean_of
+from trimtab.core.types import Demonstration, Prompt, Rollout
 from trimtab.data.chat import Chat
-from trimtab.engines.local_generator import LocalGenerator, Sampling
-from trimtab.errors import ConfigError, DataError
-from trimtab.metrics import Metrics, Peak, Total, mean_of
+from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.rewards.combined import CombinedReward, load_rewards
 from trimtab.rewards.gold import GoldScorer
-from trimtab.runs.loop import run_steps
+from trimtab.runs.loop import stepping
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
 from trimtab.stages.reading import read
 from trimtab.stages.selection import (
-    Asked,
     Filter,
     Pairs,
-    Replies,
+    PromptItem,
     Reply,
+    ReplyFile,
     choose,
     describe,
     write_demonstrations,
     write_pairs,
 )
-from trimtab.types import Demonstration, Prompt, Rollout
+from trimtab.stages.stage import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class SelectSettings:
     """Settings of the select stage."""
 
     model: str
@@ -100,43 +102,39 @@ class Settings:
             raise ValueError("without rewards no reply is better than another: filter can only set finished")
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Everything a step names."""
-
-    settings: Settings
-    asked: Sequence[Asked]
-    generator: LocalGenerator
-    rewards: CombinedReward | None
-    world: GoldScorer | None
-    replies: Replies
-    counts: dict[str, int]
-    """Prompts read, and those dropped because they come again or are too long."""
-
-
-def run(settings: Settings, run: Run) -> None:
+def run(settings: SelectSettings, run: Run) -> None:
     """Writes replies.jsonl and, chosen from it, best.jsonl (demonstrations) and pairs.jsonl (preference pairs)."""
-    parts = build_parts(settings, run)
-    run.note_path("sampler", parts.generator.sampler)
-    num_planned = math.ceil(len(parts.asked) / settings.prompts_per_step)
+    chat = Chat(load_tokenizer(settings.model))
+    asked, counts = load_asked(settings, chat, run)
+    rewards = load_rewards(settings.rewards, token_budget=settings.token_budget) if settings.rewards else None
+    refuse_unknown_rewards(settings.filter, rewards)
+    policy = Policy(load_causal(settings.model), pad_id=chat.pad_id, temperature=settings.sampling.temperature)
+    sampler = LocalSampler(policy, chat, settings.sampling)
+    sampler.check_prompts(item.prompt for item in asked)
+    world = GoldScorer(worlds.load(settings.world)) if settings.world else None
+    replies = ReplyFile(run.directory / "replies.jsonl")
+    run.note_path("sampler", sampler.sampler)
+    num_planned = math.ceil(len(asked) / settings.prompts_per_step)
     num_steps = min(num_planned, settings.max_steps or num_planned)
-    run_steps(
-        run,
-        parts.replies,
-        num_steps=num_steps,
-        step=lambda number: sample_step(number, parts, run),
-        checkpoint_every=1,
-        description="select",
-    )
+    with stepping(run, replies, num_steps=num_steps, checkpoint_every=1, description="select") as steps:
+        for number in steps:
+            seed_noise(settings.seed, "select", number)
+            items = asked[number * settings.prompts_per_step :][: settings.prompts_per_step]
+            rows, metrics = sample_step(items, sampler=sampler, rewards=rewards, world=world, settings=settings)
+            replies.append(items, rows)
+            if shown := max(0, settings.num_samples - number * settings.prompts_per_step):
+                first = zip(items[:shown], rows, strict=False)
+                run.add_samples(number + 1, [sample_row(one, row, settings.filter) for one, row in first])
+            steps.log(metrics)
     choice, written = None, dict[str, int]()
     if settings.rewards:
-        choice = choose(parts.asked, parts.replies.read(), settings.filter, seed=settings.seed)
-        write_demonstrations(run.directory / "best.jsonl", parts.asked, parts.replies.read(), choice)
+        choice = choose(asked, replies.read(), settings.filter, seed=settings.seed)
+        write_demonstrations(run.directory / "best.jsonl", asked, replies.read(), choice)
     if settings.pairs != "none":
         written = write_pairs(
             run.directory / "pairs.jsonl",
-            parts.asked,
-            parts.replies.read(),
+            asked,
+            replies.read(),
             choice,
             against=settings.pairs,
             rule=settings.filter,
@@ -147,38 +145,38 @@ def run(settings: Settings, run: Run) -> None:
             "num_steps": num_steps,
             "num_planned_steps": num_planned,
             "replies_per_prompt": settings.replies_per_prompt,
-            "sampler": parts.generator.sampler,
-            "counts": parts.counts | (dict(choice.counts) if choice else {}) | written,
+            "sampler": sampler.sampler,
+            "counts": counts | (dict(choice.counts) if choice else {}) | written,
         }
-        | (describe(parts.replies.read(), choice) if choice else {})
+        | (describe(replies.read(), choice) if choice else {})
     )
 
 
-def sample_step(number: int, parts: Parts, run: Run) -> Metrics:
-    """Samples and scores the replies to some prompts and appends them to replies.jsonl."""
-    settings, started = parts.settings, time.perf_counter()
-    seed_noise(settings.seed, "select", number)
-    asked = parts.asked[number * settings.prompts_per_step :][: settings.prompts_per_step]
+def sample_step(
+    items: Sequence[PromptItem],
+    *,
+    sampler: LocalSampler,
+    rewards: CombinedReward | None,
+    world: GoldScorer | None,
+    settings: SelectSettings,
+) -> tuple[list[list[Reply]], Metrics]:
+    """The replies to some prompts, sampled and scored."""
+    started, size = time.perf_counter(), settings.replies_per_prompt
     # One seed for every step: a reply's random numbers come from its prompt and its place in the group.
-    rollouts = parts.generator.generate(
-        [a.prompt for a in asked], group_size=settings.replies_per_prompt, seed=seeds.derive(settings.seed, "select")
-    )
+    seed = seeds.derive(settings.seed, "select")
+    rollouts = sampler.generate([item.prompt for item in items], group_size=size, seed=seed)
     generated = time.perf_counter()
-    replies, metrics = scored(rollouts, parts)
-    rows = [replies[i : i + settings.replies_per_prompt] for i in range(0, len(replies), settings.replies_per_prompt)]
-    parts.replies.append(asked, rows)
-    if shown := max(0, settings.num_samples - number * settings.prompts_per_step):
-        first = zip(asked[:shown], rows, strict=False)
-        run.add_samples(number + 1, [sample_row(one, row, settings.filter) for one, row in first])
+    replies, metrics = scored(rollouts, rewards, world)
+    rows = [replies[i : i + size] for i in range(0, len(replies), size)]
     best: Metrics = {}
-    if parts.rewards is not None:
+    if rewards is not None:
         known = [[r.reward for r in row if not math.isnan(r.reward)] for row in rows]
-        best["select/best_reward"] = mean_of(max(rewards) for rewards in known if rewards)
-    return (
+        best["select/best_reward"] = mean_of(max(found) for found in known if found)
+    return rows, (
         best
         | metrics
         | {
-            "rollout/logprob_difference": Peak(parts.generator.difference),
+            "rollout/logprob_difference": Peak(sampler.difference),
             "rollout/length_mean": mean_of(r.length for r in replies),
             "rollout/truncated_fraction": mean_of(not r.finished for r in replies),
             "time/generate_seconds": Total(generated - started),
@@ -187,16 +185,18 @@ def sample_step(number: int, parts: Parts, run: Run) -> Metrics:
     )
 
 
-def scored(rollouts: Sequence[Rollout], parts: Parts) -> tuple[list[Reply], Metrics]:
+def scored(
+    rollouts: Sequence[Rollout], rewards: CombinedReward | None, world: GoldScorer | None
+) -> tuple[list[Reply], Metrics]:
     """The rollouts as replies with their rewards, each part of them, and gold."""
     metrics: Metrics = {}
-    rewards: Tensor | None = None
+    totals: Tensor | None = None
     by_part: dict[str, Tensor] = {}
-    if parts.rewards is not None:
-        rewards, by_part, metrics = parts.rewards.score_parts(rollouts)
+    if rewards is not None:
+        totals, by_part, metrics = rewards.score_parts(rollouts)
     gold = None
-    if parts.world is not None:
-        gold, gold_metrics = parts.world.score(rollouts)
+    if world is not None:
+        gold, gold_metrics = world.score(rollouts)
         metrics = metrics | gold_metrics
     # A reward model sums in another order for another place in the batch; equal replies are to be exact ties.
     first: dict[tuple[str, tuple[int, ...]], int] = {}
@@ -208,7 +208,7 @@ def scored(rollouts: Sequence[Rollout], parts: Parts) -> tuple[list[Reply], Metr
                 response=r.response,
                 length=len(r.response_ids),
                 finished=r.finish_reason == "stop",
-                reward=math.nan if rewards is None else float(rewards[same]),
+                reward=math.nan if totals is None else float(totals[same]),
                 parts={name: float(scores[same]) for name, scores in by_part.items()},
                 gold=None if gold is None else float(gold[same]),
             )
@@ -216,7 +216,7 @@ def scored(rollouts: Sequence[Rollout], parts: Parts) -> tuple[list[Reply], Metr
     return replies, metrics
 
 
-def sample_row(asked: Asked, replies: Sequence[Reply], rule: Filter) -> dict[str, object]:
+def sample_row(asked: PromptItem, replies: Sequence[Reply], rule: Filter) -> dict[str, object]:
     """The best reply that passes the filter, and as `baseline_response` the first one drawn, which is what one sample
     alone would give; only that one where none passes."""
     able = [r for r in replies if not r.refused_by(rule)]
@@ -230,33 +230,18 @@ def sample_row(asked: Asked, replies: Sequence[Reply], rule: Filter) -> dict[str
     return row
 
 
-def build_parts(settings: Settings, run: Run) -> Parts:
-    """Loads models and data. Raises an error that teaches for whatever cannot be used."""
-    chat = Chat(load_tokenizer(settings.model))
-    asked, counts = load_asked(settings, chat, run)
-    rewards = load_rewards(settings.rewards, token_budget=settings.token_budget) if settings.rewards else None
+def refuse_unknown_rewards(rule: Filter, rewards: CombinedReward | None) -> None:
+    """Raises ConfigError if the filter names a reward that is not there."""
     known = ["reward", *(part.name for part in rewards.parts)] if rewards else []
-    if unknown := sorted(set(settings.filter.at_least) - set(known)):
+    if unknown := sorted(set(rule.at_least) - set(known)):
         raise ConfigError(
             f"filter.at_least names {', '.join(map(repr, unknown))}, which no reward is called",
             where="filter.at_least",
             fix=f"name the sum of all rewards or one of them: {', '.join(known)}",
         )
-    policy = Policy(load_causal(settings.model), pad_id=chat.pad_id, temperature=settings.sampling.temperature)
-    generator = LocalGenerator(policy, chat, settings.sampling)
-    generator.check_prompts(a.prompt for a in asked)
-    return Parts(
-        settings=settings,
-        asked=asked,
-        generator=generator,
-        rewards=rewards,
-        world=GoldScorer(worlds.load(settings.world)) if settings.world else None,
-        replies=Replies(run.directory / "replies.jsonl"),
-        counts=counts,
-    )
 
 
-def load_asked(settings: Settings, chat: Chat, run: Run) -> tuple[list[Asked], dict[str, int]]:
+def load_asked(settings: SelectSettings, chat: Chat, run: Run) -> tuple[list[PromptItem], dict[str, int]]:
     """The prompts, each once, with their demonstrations where those are given; and what was counted.
 
     A prompt that comes again would be answered by the same replies again, since its random numbers come from its id.
@@ -266,13 +251,13 @@ def load_asked(settings: Settings, chat: Chat, run: Run) -> tuple[list[Asked], d
     options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "limit": settings.limit, "accepts": chat.refusal}
     if settings.demonstrations is not None:
         demonstrations = read(Demonstration, source, run, **options)
-        found = [Asked(d.prompt, d.response) for d in demonstrations.records]
+        found = [PromptItem(d.prompt, d.response) for d in demonstrations.records]
         counts = Counter(demonstrations.counts)
     else:
         prompts = read(Prompt, source, run, **options)
-        found = [Asked(p, None) for p in prompts.records]
+        found = [PromptItem(p, None) for p in prompts.records]
         counts = Counter(prompts.counts)
-    asked: dict[str, Asked] = {}
+    asked: dict[str, PromptItem] = {}
     for one in found:
         before = asked.setdefault(one.prompt.id, one)
         if before.prompt.messages != one.prompt.messages:
@@ -292,3 +277,13 @@ def load_asked(settings: Settings, chat: Chat, run: Run) -> tuple[list[Asked], d
             fix="raise sampling.max_prompt_tokens",
         )
     return kept, dict(counts)
+
+
+STAGE = Stage(
+    settings=SelectSettings,
+    run=run,
+    writes=("best.jsonl", "pairs.jsonl", "replies.jsonl", "metrics.jsonl", "samples.jsonl"),
+    grows=("max_steps",),
+    about="Many replies to each prompt were sampled and scored; the best are kept as data to train on.",
+    charts=(),  # nothing learns, so a step is only the next prompts
+)

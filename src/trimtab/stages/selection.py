@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trimtab import seeds
-from trimtab.errors import DataError
+from trimtab.core import seeds
+from trimtab.core.errors import DataError
+from trimtab.core.files import WRITING
+from trimtab.core.types import Demonstration, PreferencePair, Prompt, to_dict
 from trimtab.evals.overoptimisation import best_of_each, best_of_n_kl, curve_of, sizes_up_to
-from trimtab.evals.stats import bootstrap_mean
-from trimtab.files import WRITING
-from trimtab.types import Demonstration, PreferencePair, Prompt, to_dict
+from trimtab.stats import bootstrap_mean
 
 Pairs = Literal["none", "worst", "random", "demonstration"]
 
@@ -46,7 +46,7 @@ class Filter:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptItem:
     """A prompt, with the demonstrated reply where one was given."""
 
     prompt: Prompt
@@ -79,14 +79,14 @@ class Reply:
         return "dropped_below_at_least" if not all(scores[k] >= low for k, low in rule.at_least.items()) else ""
 
 
-class Replies:
+class ReplyFile:
     """replies.jsonl, a row for each prompt: all that the sampling of a run leaves, and so all its state."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._num_bytes = 0
 
-    def append(self, asked: Sequence[Asked], replies: Sequence[Sequence[Reply]]) -> None:
+    def append(self, asked: Sequence[PromptItem], replies: Sequence[Sequence[Reply]]) -> None:
         """Adds a row for each prompt, after the last row that counts: what a killed process left behind it is lost."""
         with self.path.open("r+b" if self.path.exists() else "wb") as file:
             file.truncate(self._num_bytes)
@@ -131,14 +131,14 @@ class Replies:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """What was kept: for each prompt the numbers of its replies, and what became of the others."""
 
     picked: Sequence[Sequence[int]]
     counts: Mapping[str, int]
 
 
-def choose(asked: Sequence[Asked], rows: Iterable[Sequence[Reply]], rule: Filter, *, seed: int) -> Choice:
+def choose(asked: Sequence[PromptItem], rows: Iterable[Sequence[Reply]], rule: Filter, *, seed: int) -> Selection:
     """The replies that the filter keeps. Every other reply is counted once, by what first refused it.
 
     Equal rewards are broken by a draw from `seed` and the prompt's id. Raises DataError where nothing is kept.
@@ -176,10 +176,12 @@ def choose(asked: Sequence[Asked], rows: Iterable[Sequence[Reply]], rule: Filter
             where="filter",
             fix="loosen filter.at_least, raise sampling.max_new_tokens, or sample more replies",
         )
-    return Choice(picked, dict(counts))
+    return Selection(picked, dict(counts))
 
 
-def write_demonstrations(path: Path, asked: Sequence[Asked], rows: Iterable[Sequence[Reply]], choice: Choice) -> None:
+def write_demonstrations(
+    path: Path, asked: Sequence[PromptItem], rows: Iterable[Sequence[Reply]], choice: Selection
+) -> None:
     """Writes each reply that was kept as a demonstration, with its reward."""
     chosen = (
         to_dict(Demonstration(prompt=one.prompt, response=replies[i].response)) | {"reward": replies[i].reward}
@@ -191,9 +193,9 @@ def write_demonstrations(path: Path, asked: Sequence[Asked], rows: Iterable[Sequ
 
 def write_pairs(
     path: Path,
-    asked: Sequence[Asked],
+    asked: Sequence[PromptItem],
     rows: Iterable[Sequence[Reply]],
-    choice: Choice | None,
+    choice: Selection | None,
     *,
     against: Pairs,
     rule: Filter,
@@ -226,7 +228,7 @@ def write_pairs(
 
 
 def reward_pair(
-    one: Asked,
+    one: PromptItem,
     replies: Sequence[Reply],
     kept: Sequence[int],
     rule: Filter,
@@ -262,7 +264,7 @@ def reward_pair(
 
 
 def demonstration_pairs(
-    one: Asked, replies: Sequence[Reply], rule: Filter, counts: Counter[str]
+    one: PromptItem, replies: Sequence[Reply], rule: Filter, counts: Counter[str]
 ) -> list[PreferencePair]:
     """The demonstration against each different reply of the policy (SPIN: Chen et al., arXiv:2401.01335, eq. 4.7)."""
     assert one.demonstration is not None
@@ -284,7 +286,7 @@ def demonstration_pairs(
     return list(rejected.values())
 
 
-def describe(rows: Iterable[Sequence[Reply]], choice: Choice) -> dict[str, Any]:
+def describe(rows: Iterable[Sequence[Reply]], choice: Selection) -> dict[str, Any]:
     """What choosing bought: reward (and gold) of best-of-n for every n up to N, unbiased, from the same replies, and
     of what was kept. The curve is over the prompts whose replies could all be judged."""
     curve = _Curve()

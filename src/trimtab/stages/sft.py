@@ -1,4 +1,7 @@
-"""Supervised fine-tuning: imitate the replies of demonstrations, cross-entropy on the reply's tokens only."""
+"""Teach a model to reply, from demonstrations.
+
+Supervised fine-tuning: cross-entropy on the tokens of the replies only.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,16 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Annotated, Any, Literal
 
-from trimtab import seeds
-from trimtab.config import Choice
+from trimtab.batches.trees import TokenTrees, Tree, TreeBatch, sequence_tree
+from trimtab.core import seeds
+from trimtab.core.config import Choice
+from trimtab.core.errors import DataError
+from trimtab.core.hub import base_of
+from trimtab.core.types import Demonstration, PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.pairs import group
 from trimtab.data.tokens import Lazy, TokenTable
-from trimtab.data.trees import TokenTrees, Tree, TreeBatch, sequence_tree
-from trimtab.engines.local_learner import AdamW, LocalLearner
-from trimtab.errors import DataError
-from trimtab.hub import base_of
+from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.math.losses.sft import SFTLoss
 from trimtab.models.adapters import LoRA, add_adapter, load_adapter
 from trimtab.models.lengths import refuse_long
@@ -27,15 +31,15 @@ from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
 from trimtab.runs.run import Run
 from trimtab.stages.reading import prepare_data
-from trimtab.stages.supervised import FIT, Epochs, MakeBatch, Validation, fit, last_metrics
-from trimtab.types import Demonstration, PreferencePair
+from trimtab.stages.stage import EPOCHS_GROW, Stage
+from trimtab.stages.supervised import FIT, Epochs, MakeBatch, Validation, last_metrics, training, validate
 
 FEW = 5
 """Records left out that are counted and not spoken of."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class SFTSettings:
     """Settings of the sft stage."""
 
     model: str
@@ -85,7 +89,7 @@ class Settings:
     """Where metrics go besides metrics.jsonl: "tensorboard", "wandb"."""
 
 
-def run(settings: Settings, run: Run) -> None:
+def run(settings: SFTSettings, run: Run) -> None:
     """Trains and writes the model to `run.model_dir`."""
     tokenizer = load_tokenizer(settings.model)
     chat = Chat(tokenizer)
@@ -119,22 +123,25 @@ def run(settings: Settings, run: Run) -> None:
         num_updates=epochs.num_steps,
         name="policy",
     )
-    steps = fit(
+    loss, make_batch = SFTLoss(), batch_of(trees)
+    judged = Validation(lambda: [tree.num_tokens for tree in validation], batch_of(validation)) if validation else None
+    with training(
         run,
         learner,
-        SFTLoss(),
-        batch_of(trees),
         epochs,
-        validation=Validation(lambda: [tree.num_tokens for tree in validation], batch_of(validation))
-        if validation
-        else None,
-        validate_every=settings.validate_every,
         checkpoint_every=settings.checkpoint_every,
         description="sft",
+        validate_every=settings.validate_every,
         max_steps=settings.max_steps,
-    )
+    ) as steps:
+        for number, examples in steps:
+            batch = make_batch(examples)
+            metrics = learner.update([(batch, [loss])]) | steps.speed(batch)
+            if steps.validates(number):
+                metrics |= validate(learner, loss, judged)
+            steps.log(metrics)
     run.save_model(lambda path: save_role(policy, chat.tokenizer, path, base=base))
-    run.finish({"num_examples": len(trees), "counts": counts} | steps | last_metrics(run, "loss/"))
+    run.finish({"num_examples": len(trees), "counts": counts} | steps.counts | last_metrics(run, "loss/"))
 
 
 def start_policy(path: str, adapter: LoRA | None, chat: Chat, *, seed: int) -> tuple[Policy, str]:
@@ -151,7 +158,7 @@ def start_policy(path: str, adapter: LoRA | None, chat: Chat, *, seed: int) -> t
     return Policy(model, pad_id=chat.pad_id, adapter="policy"), base or path
 
 
-def read_demonstrations(settings: Settings, chat: Chat, run: Run) -> tuple[TokenTable, dict[str, int]]:
+def read_demonstrations(settings: SFTSettings, chat: Chat, run: Run) -> tuple[TokenTable, dict[str, int]]:
     """The demonstrations and the counts of what was read and dropped."""
     kind = PreferencePair if settings.chosen_as_demonstrations else Demonstration
     options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "limit": settings.limit}
@@ -160,7 +167,7 @@ def read_demonstrations(settings: Settings, chat: Chat, run: Run) -> tuple[Token
     return table, dict(prepared.counts)
 
 
-def demonstration_trees(table: TokenTable, chat: Chat, settings: Settings, counts: dict[str, int]) -> Sequence[Tree]:
+def demonstration_trees(table: TokenTable, chat: Chat, settings: SFTSettings, counts: dict[str, int]) -> Sequence[Tree]:
     """A tree for each demonstration; what was dropped or truncated is added to `counts`."""
     if settings.train_on == "last":
         fits = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long}
@@ -194,3 +201,20 @@ def say_lost(counts: Mapping[str, int], settings: Any) -> None:
             f"{settings.max_tokens}",
             file=sys.stderr,
         )
+
+
+def records_of(settings: SFTSettings) -> tuple[type, ...]:
+    """The records that the data of these settings holds."""
+    return (PreferencePair,) if settings.chosen_as_demonstrations else (Demonstration,)
+
+
+STAGE = Stage(
+    settings=SFTSettings,
+    run=run,
+    makes="policy",
+    trains="policy",
+    data=records_of,
+    writes=("metrics.jsonl",),
+    grows=EPOCHS_GROW,
+    about="Supervised fine-tuning: imitate demonstrations. Its result is the reference of everything after it.",
+)

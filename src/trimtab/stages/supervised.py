@@ -1,4 +1,4 @@
-"""The loop that pretraining, SFT and reward modelling share: shuffled epochs over examples, one loss."""
+"""What pretraining, SFT, reward modelling and preference training share: shuffled epochs, validation, their steps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,12 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trimtab import seeds
-from trimtab.data.trees import TreeBatch, split_sizes
-from trimtab.engines.local_learner import LocalLearner
-from trimtab.metrics import Mean, Metrics, Total, merge
-from trimtab.protocols import Loss
-from trimtab.runs.loop import run_steps
+from trimtab.batches.trees import TreeBatch, split_sizes
+from trimtab.core import seeds
+from trimtab.core.metrics import Mean, Metrics, Total, merge
+from trimtab.engines.base import Loss
+from trimtab.engines.local.learner import LocalLearner
+from trimtab.runs.loop import Steps, stepping
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
 
@@ -88,11 +89,11 @@ class Validation:
     whole: bool = False
     """Whether `prepare` has to see all examples in one batch."""
 
-    def pieces(self, token_budget: int, prepared: Callable[[TreeBatch], TreeBatch]) -> Iterator[TreeBatch]:
-        """The examples in pieces of at most `token_budget` tokens, as `TreeBatch.pieces` makes them of all."""
+    def micro_batches(self, token_budget: int, prepared: Callable[[TreeBatch], TreeBatch]) -> Iterator[TreeBatch]:
+        """The examples in parts of at most `token_budget` tokens, as `TreeBatch.micro_batches` makes them of all."""
         sizes = self.sizes()
         if self.whole:
-            yield from prepared(self.make_batch(range(len(sizes)))).pieces(token_budget)
+            yield from prepared(self.make_batch(range(len(sizes)))).micro_batches(token_budget)
             return
         groups = split_sizes(sizes, token_budget)
         for group in [list(range(len(sizes)))] if len(groups) == 1 else groups:
@@ -121,63 +122,90 @@ class LearnerState:
         self.learner.load(path)
 
 
-def fit(
-    run: Run,
-    learner: LocalLearner,
-    loss: Loss,
-    make_batch: MakeBatch,
-    epochs: Epochs,
-    *,
-    validation: Validation | None,
-    validate_every: int,
-    checkpoint_every: int,
-    description: str,
-    max_steps: int | None = None,
-    prepare: Prepare | None = None,
-) -> dict[str, int]:
-    """Trains to the last step, or to `max_steps` of them, resuming where an earlier call was stopped; returns the
-    numbers of steps. Validation metrics are named
-    `OWNER/validation_QUANTITY`, measured every `validate_every` steps and after the last one. `prepare` sees every
-    batch before it is split, the validation data each time it is judged."""
-    run.note_path("form", learner.role.form)
-    num_steps = epochs.num_steps if max_steps is None else min(max_steps, epochs.num_steps)
+class TrainingSteps:
+    """The steps of a supervised run that are still to be done; see `training`."""
 
-    def prepared(batch: TreeBatch) -> TreeBatch:
-        return batch if prepare is None else prepare(batch)
+    def __init__(self, steps: Steps, epochs: Epochs, num_steps: int, validate_every: int, description: str) -> None:
+        self._steps = steps
+        self._epochs = epochs
+        self._num_steps = num_steps
+        self._validate_every = validate_every
+        self._description = description
+        self._began = 0.0
 
-    def step(number: int) -> Metrics:
-        started = time.perf_counter()
-        seed_noise(epochs.seed, description, number)
-        batch = prepared(make_batch(epochs.examples(number)))
-        metrics = learner.update([(batch, [loss])])
-        seconds = time.perf_counter() - started
-        metrics |= {
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        """The number of each step, from 0, and the numbers of its examples."""
+        for number in self._steps:
+            self._began = time.perf_counter()
+            seed_noise(self._epochs.seed, self._description, number)
+            yield number, self._epochs.examples(number)
+
+    def speed(self, batch: TreeBatch) -> Metrics:
+        """What the update of the step in hand took, if it is asked for at once after it."""
+        seconds = time.perf_counter() - self._began
+        return {
             "time/step_seconds": Total(seconds),
             "time/tokens_per_second": Mean(batch.trees.num_tokens, seconds),
         }
-        last = number + 1 == num_steps
-        if validation is not None and (last or (validate_every and (number + 1) % validate_every == 0)):
-            metrics |= validate(learner, loss, validation, prepared)
-        return metrics
 
-    run_steps(
+    def validates(self, number: int) -> bool:
+        """Whether the held-out data is judged after this step: every `validate_every` steps and after the last."""
+        last = number + 1 == self._num_steps
+        return last or bool(self._validate_every and (number + 1) % self._validate_every == 0)
+
+    def log(self, metrics: Metrics) -> None:
+        """Ends the step in hand."""
+        self._steps.log(metrics)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The numbers of steps, for the summary."""
+        return {"num_steps": self._num_steps, "num_planned_steps": self._epochs.num_steps}
+
+
+@contextmanager
+def training(
+    run: Run,
+    learner: LocalLearner,
+    epochs: Epochs,
+    *,
+    checkpoint_every: int,
+    description: str,
+    validate_every: int = 0,
+    max_steps: int | None = None,
+) -> Iterator[TrainingSteps]:
+    """Within, the steps to the last one, or to `max_steps` of them, resuming where an earlier call was stopped.
+
+    with training(run, learner, epochs, checkpoint_every=100, description="sft") as steps:
+        for number, examples in steps:
+            batch = make_batch(examples)
+            metrics = learner.update([(batch, [loss])]) | steps.speed(batch)
+            if steps.validates(number):
+                metrics |= validate(learner, loss, validation)
+            steps.log(metrics)
+    """
+    run.note_path("form", learner.role.form)
+    num_steps = epochs.num_steps if max_steps is None else min(max_steps, epochs.num_steps)
+    with stepping(
         run,
         LearnerState(learner),
         num_steps=num_steps,
-        step=step,
         checkpoint_every=checkpoint_every,
         description=description,
-    )
-    return {"num_steps": num_steps, "num_planned_steps": epochs.num_steps}
+    ) as steps:
+        yield TrainingSteps(steps, epochs, num_steps, validate_every, description)
 
 
 @torch.no_grad()
 def validate(
-    learner: LocalLearner, loss: Loss, validation: Validation, prepared: Callable[[TreeBatch], TreeBatch]
+    learner: LocalLearner, loss: Loss, validation: Validation | None, prepare: Prepare = lambda batch: batch
 ) -> Metrics:
-    """The loss's own metrics on held-out data, with `validation` in their names."""
+    """The loss's own metrics on held-out data as `OWNER/validation_QUANTITY`; none without such data. `prepare` sees
+    every batch first."""
+    if validation is None:
+        return {}
     parts = []
-    for micro in validation.pieces(learner.token_budget, prepared):
+    for micro in validation.micro_batches(learner.token_budget, prepare):
         parts.append(loss(learner.role(micro.trees), micro)[1])
     return {_validation_name(name): metric for name, metric in merge(parts).items()}
 

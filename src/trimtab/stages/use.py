@@ -8,31 +8,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trimtab import config, seeds
+from trimtab.core import config, seeds
+from trimtab.core.errors import ConfigError
+from trimtab.core.files import write_out
+from trimtab.core.types import Demonstration, Message, PreferencePair, Prompt, to_dict
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import kinds_of, load
-from trimtab.data.sources import is_feedback, is_world
-from trimtab.engines.local_generator import LocalGenerator, Sampling
-from trimtab.errors import ConfigError
+from trimtab.data.sources import records_source
+from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.evals.reward_card import reward_card
-from trimtab.files import write_out
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.reports.headline import reward_model_sentences
 from trimtab.rewards.model import RewardModelScorer
-from trimtab.types import Demonstration, Message, PreferencePair, Prompt, to_dict
 
 TOKEN_BUDGET = 4096
 """Tokens of one forward pass of a reward model."""
 
 
-def _generator(model: str, *, temperature: float, top_k: int = 0, **sampled: Any) -> LocalGenerator:
+def _generator(model: str, *, temperature: float, top_k: int = 0, **sampled: Any) -> LocalSampler:
     """Temperature 0 is its limit: the likeliest token."""
     values = {"top_k": 1} if temperature == 0 else {"temperature": temperature, "top_k": top_k}
     sampling = config.resolve(Sampling, values | sampled, where="the command line")
     chat = Chat(load_tokenizer(model))
     policy = Policy(load_causal(model), pad_id=chat.pad_id, temperature=sampling.temperature)
-    return LocalGenerator(policy, chat, sampling)
+    return LocalSampler(policy, chat, sampling)
 
 
 def generate_file(
@@ -107,9 +107,8 @@ def _score_pairs(model: str, data: str, out: Path | None, show: Callable[[str], 
 
 def holds_pairs(source: str) -> bool:
     """Whether the source holds pairs of replies rather than replies."""
-    if is_world(source):
-        return False
-    return is_feedback(source) or PreferencePair in kinds_of(source)
+    own = records_source(source)
+    return PreferencePair in kinds_of(source) if own is None else own.natural is PreferencePair
 
 
 def chat(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from trimtab import registry
+from trimtab.core import registry
 from trimtab.worlds.arithmetic import Arithmetic
 from trimtab.worlds.catalogue import Catalogue
 from trimtab.worlds.helpdesk import Helpdesk

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from trimtab.errors import DataError
-from trimtab.types import Prompt
+from trimtab.core.errors import DataError
+from trimtab.core.types import Prompt
 from trimtab.worlds.world import World
 
 Pair = tuple[Prompt, str, str]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, ClassVar
 
-from trimtab import registry
-from trimtab.types import Message, Prompt
+from trimtab.core import registry
+from trimtab.core.types import Message, Prompt
 from trimtab.worlds.world import Gold, World
 
 LEVELS = (1, 2, 3, 4)

@@ -8,8 +8,8 @@ from functools import cache
 from random import Random
 from typing import ClassVar
 
-from trimtab import registry
-from trimtab.types import Message, Prompt
+from trimtab.core import registry
+from trimtab.core.types import Message, Prompt
 from trimtab.worlds.arithmetic import find_answer
 from trimtab.worlds.world import Gold, World
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
 
-from trimtab import registry
-from trimtab.types import Prompt
+from trimtab.core import registry
+from trimtab.core.types import Prompt
 from trimtab.worlds import helpdesk_gold, helpdesk_grammar
 from trimtab.worlds.helpdesk_grammar import MIXED
 from trimtab.worlds.world import Gold, World

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from trimtab.worlds.helpdesk_grammar import HARMS, ITEMS, STATES, Facts
 from trimtab.worlds.helpdesk_numbers import OTHER_UNITS, amounts, is_number
-from trimtab.worlds.helpdesk_reading import NEGATIONS, SAYINGS, Reading, Sentence, words_of
+from trimtab.worlds.helpdesk_reading import NEGATIONS, SAYINGS, ReplyReading, Sentence, words_of
 
 _ITEMS = frozenset(ITEMS)
 _STATES = frozenset(state for states in STATES.values() for state in states)
@@ -65,7 +65,7 @@ _VAGUE = frozenset({"a", "an", "last", "next", "half", "few", "couple", "some", 
 _LIMIT_WORDS = frozenset({"limit", "within", "past", "policy", "over", "beyond", "have", "window", "exceeds", "under"})
 
 
-def false_facts(facts: Facts, says: Reading) -> frozenset[str]:
+def false_facts(facts: Facts, says: ReplyReading) -> frozenset[str]:
     """Names of the facts that the reply gets wrong: item, topic, days, limit, number, state, side, claim, or invented.
 
     What it repeats of the customer ("You write: ...") is the customer's word: only other items and numbers count there.
@@ -85,7 +85,7 @@ def false_facts(facts: Facts, says: Reading) -> frozenset[str]:
     return frozenset(found)
 
 
-def gives_limit(facts: Facts, says: Reading) -> bool:
+def gives_limit(facts: Facts, says: ReplyReading) -> bool:
     """Whether the reply gives the policy's days and the side of them on which the item is."""
     gives_days = any(number == facts["window"] for s in says.sentences for number, _, _ in s.amounts)
     return gives_days and any(_LATE.search(s.text) or _IN_TIME.search(s.text) for s in says.sentences)

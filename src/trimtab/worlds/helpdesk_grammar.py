@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Literal
 
-from trimtab.types import Message, Prompt
+from trimtab.core.types import Message, Prompt
 
 Decision = Literal["approve", "decline", "refuse"]
 Facts = Mapping[str, Any]

@@ -100,7 +100,7 @@ class Sentence:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReplyReading:
     """What a reply says, found once for gold and for the annotators' biases."""
 
     sentences: tuple[Sentence, ...]
@@ -116,12 +116,12 @@ class Reading:
 
 
 @functools.lru_cache(maxsize=4096)
-def read(response: str) -> Reading:
+def read(response: str) -> ReplyReading:
     """What the reply says."""
     tokens = _tokens(response)
     words = [token for token in tokens if token not in _ENDS]
     said = _sentences(tokens)
-    return Reading(
+    return ReplyReading(
         sentences=said,
         words=frozenset(words),
         length=max(len(words), len(response) / _LONGEST_MEAN_WORD),

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trimtab.files import WRITING
-from trimtab.types import Prompt
+from trimtab.core.files import WRITING
+from trimtab.core.types import Prompt
 from trimtab.worlds.annotators import Annotators, Pair, calibrate
 from trimtab.worlds.world import SPLITS, Split, World
 

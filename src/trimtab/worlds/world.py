@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar, Literal
 
-from trimtab.errors import DataError
-from trimtab.types import Demonstration, Prompt
+from trimtab.core.errors import DataError
+from trimtab.core.types import Demonstration, Prompt
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")

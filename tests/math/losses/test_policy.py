@@ -4,6 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from trimtab.core.metrics import merge
+from trimtab.core.registry import find
 from trimtab.math.losses.policy import (
     CISPO,
     GSPO,
@@ -17,8 +19,6 @@ from trimtab.math.losses.policy import (
     probability_ratio,
 )
 from trimtab.math.masking import mean_per_sequence
-from trimtab.metrics import merge
-from trimtab.registry import find
 
 LENGTHS = [1, 5, 3]
 IDS = torch.arange(3).repeat_interleave(torch.tensor(LENGTHS))

@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy.special import expit
 
+from trimtab.core.metrics import merge
 from trimtab.math.losses.reward import RewardLoss, bradley_terry, centering
-from trimtab.metrics import merge
 
 
 def batch_of(margins, labels):

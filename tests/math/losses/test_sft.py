@@ -3,8 +3,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from trimtab.core.metrics import merge
 from trimtab.math.losses.sft import SFTLoss
-from trimtab.metrics import merge
 
 LENGTHS = [1, 4, 2]
 IDS = torch.arange(3).repeat_interleave(torch.tensor(LENGTHS))

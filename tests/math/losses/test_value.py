@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from trimtab.core.metrics import merge
 from trimtab.math.losses.value import ValueLoss, clipped_value_loss, explained_variance
-from trimtab.metrics import merge
 
 IDS = torch.tensor([0, 1, 1, 1, 2, 2])
 

@@ -12,8 +12,9 @@ import sqlalchemy as sa
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import HTMLResponse, Response
 
-from trimtab import seeds
-from trimtab.errors import DataError
+from trimtab.core import seeds
+from trimtab.core.errors import DataError
+from trimtab.core.types import Prompt, from_dict
 from trimtab.feedback import people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import TAXONOMY, from_form
@@ -28,7 +29,6 @@ from trimtab.feedback.server.security import Adjudicating, Administering, Posted
 from trimtab.feedback.store import audit_head, guideline, verify
 from trimtab.feedback.votes import cast_votes
 from trimtab.feedback.webhooks import publish_guideline
-from trimtab.types import Prompt, from_dict
 
 router = APIRouter(prefix="/admin")
 _TYPES = {"jsonl": "application/x-ndjson", "csv": "text/csv", "parquet": "application/octet-stream"}

@@ -8,7 +8,8 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
-from trimtab.errors import DataError
+from trimtab.core.errors import DataError
+from trimtab.core.types import Prompt, from_dict
 from trimtab.feedback import people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import SKIP_REASONS, agrees, from_form, restored, to_position
@@ -20,7 +21,6 @@ from trimtab.feedback.server.keys import ACTIONS, checked_keys
 from trimtab.feedback.server.pages import page, set_cookie, to, written
 from trimtab.feedback.server.security import AnyVisit, Form, PostedForm, SignedIn, Visit, field, limit_sign_ins
 from trimtab.feedback.store import guideline
-from trimtab.types import Prompt, from_dict
 
 router = APIRouter()
 _LIMITED = [Depends(limit_sign_ins)]

@@ -9,8 +9,8 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from trimtab.core.errors import DataError
 from trimtab.data.mistakes import Mistake
-from trimtab.errors import DataError
 from trimtab.feedback import people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer, from_form

@@ -19,7 +19,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 import trimtab
-from trimtab.errors import DataError
+from trimtab.core.errors import DataError
 from trimtab.feedback.assign import reclaim
 from trimtab.feedback.server import admin, annotate, api
 from trimtab.feedback.server.pages import WEB, page, to, written

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-from trimtab.evals.stats import Interval
+from trimtab.stats import Interval
 
 _WIDTH = 460
 _NAMES = 130

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from trimtab.errors import DataError
+from trimtab.core.errors import DataError
 
 ACTIONS: dict[str, tuple[str, str]] = {
     **{f"pick_{i}": (str(i), f"answer {i}, reply {i} or step mark {i}") for i in range(1, 10)},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import uvicorn
 
-from trimtab.errors import ConfigError
+from trimtab.core.errors import ConfigError
 from trimtab.feedback import people
 from trimtab.feedback.importing import seed_items
 from trimtab.feedback.items import apply_settings

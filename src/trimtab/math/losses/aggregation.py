@@ -8,23 +8,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trimtab.math.losses import SequenceBatch
+from trimtab.batches.trees import TreeBatch
+from trimtab.core.metrics import Mean, Metrics
 from trimtab.math.masking import mean_per_sequence
-from trimtab.metrics import Mean, Metrics
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
 """Every token counts the same; or every sequence does; or every token does, in a sum divided by sequences times a
 constant length, so that the lengths of the other replies do not matter (Dr. GRPO: Liu et al., arXiv:2503.20783)."""
 
 
-def terms(token_losses: Tensor, batch: SequenceBatch, aggregation: Aggregation) -> Tensor:
+def terms(token_losses: Tensor, batch: TreeBatch, aggregation: Aggregation) -> Tensor:
     """What is averaged: the token losses [M], or their mean over each sequence [B]."""
     if aggregation != "sequence_mean":
         return token_losses
     return mean_per_sequence(token_losses, batch.sequence_ids, batch.num_sequences)
 
 
-def num_terms(batch: SequenceBatch, aggregation: Aggregation, length: int = 1) -> Tensor:
+def num_terms(batch: TreeBatch, aggregation: Aggregation, length: int = 1) -> Tensor:
     """What the sum of `terms` is divided by, as a float64 scalar; `length` is the constant of "constant_length"."""
     counts = {
         "token_mean": batch.sequence_ids.numel(),

@@ -8,12 +8,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from trimtab.batches.outputs import TokenOutputs
+from trimtab.batches.rollouts import PolicyBatch
+from trimtab.batches.trees import TreeBatch
+from trimtab.core.metrics import Metrics, Peak
+from trimtab.core.registry import register
 from trimtab.math.kl import ESTIMATORS, MAX_LOG_RATIO, k3
-from trimtab.math.losses import PolicyBatch, ReferenceBatch, SequenceBatch, TokenOutputs
 from trimtab.math.losses.aggregation import Aggregation, means, num_terms, terms
 from trimtab.math.masking import at_least_float32, mean_per_sequence
-from trimtab.metrics import Metrics, Peak
-from trimtab.registry import register
 
 
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ class PolicyLoss:
         """[M] the loss of each token, and where it is held: tokens that give no gradient, or a limited one (bool)."""
         raise NotImplementedError
 
-    def weight(self, batch: SequenceBatch) -> Tensor:
+    def weight(self, batch: TreeBatch) -> Tensor:
         return num_terms(batch, self.aggregation, self.length or 1)
 
     def __call__(self, outputs: TokenOutputs, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
@@ -230,10 +232,10 @@ class EntropyBonus:
 
     needs_entropy: ClassVar[bool] = True
 
-    def weight(self, batch: SequenceBatch) -> Tensor:
+    def weight(self, batch: TreeBatch) -> Tensor:
         return num_terms(batch, self.aggregation, self.length or 1)
 
-    def __call__(self, outputs: TokenOutputs, batch: SequenceBatch) -> tuple[Tensor, Metrics]:
+    def __call__(self, outputs: TokenOutputs, batch: TreeBatch) -> tuple[Tensor, Metrics]:
         assert outputs.entropy is not None, "the learner computes entropy for a loss with needs_entropy"
         # The policy loss logs the entropy.
         return terms(entropy_bonus(outputs.entropy), batch, self.aggregation).sum(), {}
@@ -252,10 +254,10 @@ class KLPenalty:
     length: int | None = None
     """As the policy loss's."""
 
-    def weight(self, batch: SequenceBatch) -> Tensor:
+    def weight(self, batch: TreeBatch) -> Tensor:
         return num_terms(batch, self.aggregation, self.length or 1)
 
-    def __call__(self, outputs: TokenOutputs, batch: ReferenceBatch) -> tuple[Tensor, Metrics]:
+    def __call__(self, outputs: TokenOutputs, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
         token_losses = kl_penalty(outputs.logprobs, batch.ref_logprobs, estimator=self.estimator)
         losses = terms(token_losses, batch, self.aggregation)
         return losses.sum(), means({"policy/kl_loss": losses}, {"policy/kl_loss": self.weight(batch)})

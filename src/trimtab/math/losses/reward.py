@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from trimtab.math.losses import PairBatch, ScoreOutputs
+from trimtab.batches.outputs import ScoreOutputs
+from trimtab.batches.pairs import PairBatch
+from trimtab.core.metrics import Metrics
 from trimtab.math.losses.aggregation import means
 from trimtab.math.masking import at_least_float32
-from trimtab.metrics import Metrics
 
 
 def bradley_terry(

@@ -7,10 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from trimtab.math.losses import SequenceBatch, TokenOutputs
+from trimtab.batches.outputs import TokenOutputs
+from trimtab.batches.trees import TreeBatch
+from trimtab.core.metrics import Metrics
 from trimtab.math.losses.aggregation import Aggregation, means, num_terms, terms
 from trimtab.math.masking import at_least_float32
-from trimtab.metrics import Metrics
 
 
 def cross_entropy(logprobs: Tensor) -> Tensor:
@@ -30,9 +31,9 @@ class SFTLoss:
     aggregation: Aggregation = "token_mean"
     """Average over all tokens of the step, or over sequences of each one's token mean."""
 
-    def weight(self, batch: SequenceBatch) -> Tensor:
+    def weight(self, batch: TreeBatch) -> Tensor:
         return num_terms(batch, self.aggregation)
 
-    def __call__(self, outputs: TokenOutputs, batch: SequenceBatch) -> tuple[Tensor, Metrics]:
+    def __call__(self, outputs: TokenOutputs, batch: TreeBatch) -> tuple[Tensor, Metrics]:
         losses = terms(cross_entropy(outputs.logprobs), batch, self.aggregation)
         return losses.sum(), means({"loss/train": losses})

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.math.losses import CriticBatch, SequenceBatch, ValueOutputs
+from trimtab.batches.outputs import ValueOutputs
+from trimtab.batches.rollouts import PolicyBatch
+from trimtab.batches.trees import TreeBatch
+from trimtab.core.metrics import Metrics
 from trimtab.math.losses.aggregation import Aggregation, means, num_terms, terms
 from trimtab.math.masking import at_least_float32
 from trimtab.math.rewards import RunningMoments, moments_of
-from trimtab.metrics import Metrics
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
@@ -68,10 +70,10 @@ class ValueLoss:
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip is {self.clip}; it must be above 0")
 
-    def weight(self, batch: SequenceBatch) -> Tensor:
+    def weight(self, batch: TreeBatch) -> Tensor:
         return num_terms(batch, self.aggregation)
 
-    def __call__(self, outputs: ValueOutputs, batch: CriticBatch) -> tuple[Tensor, Metrics]:
+    def __call__(self, outputs: ValueOutputs, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
         token_losses = clipped_value_loss(outputs.values, batch.old_values, batch.returns, self.clip)
         losses = terms(token_losses, batch, self.aggregation)
         logged = {"critic/loss": losses}

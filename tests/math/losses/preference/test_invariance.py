@@ -7,11 +7,13 @@ import torch
 
 from tests.preference_batches import LOSSES, make, random_trees, split_pairs
 from tests.tiny import causal
-from trimtab.data.pairs import Compared, MismatchedReplies, ReferencePairs, mismatch
-from trimtab.data.trees import TokenTrees, Tree
-from trimtab.engines.local_learner import AdamW, LocalLearner
+from trimtab.batches.pairs import Compared, ReferencePairs
+from trimtab.batches.replies import MismatchedReplies
+from trimtab.batches.trees import TokenTrees, Tree
+from trimtab.core.metrics import to_values
+from trimtab.data.pairs import mismatch
+from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.math.losses.aggregation import means
-from trimtab.metrics import to_values
 from trimtab.models.forward import token_logprobs_of
 from trimtab.models.roles import Policy
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.preference_batches import log_ratios, make, mean_loss, random_pairs, random_replies, sigmoid, split_pairs
+from trimtab.core.metrics import Mean
 from trimtab.math.losses.preference.replies import Gap
 from trimtab.math.masking import sum_per_sequence
-from trimtab.metrics import Mean
 
 
 def ratios_of(batch, logprobs):

@@ -9,7 +9,10 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from trimtab.math.losses import PairBatch, ReferenceBatch, SequenceBatch, TokenOutputs
+from trimtab.batches.outputs import TokenOutputs
+from trimtab.batches.pairs import PairBatch, ReferencePairs
+from trimtab.batches.trees import TreeBatch
+from trimtab.core.metrics import Metrics
 from trimtab.math.losses.aggregation import means
 from trimtab.math.masking import (
     at_least_float32,
@@ -18,27 +21,9 @@ from trimtab.math.masking import (
     sequence_lengths,
     sum_per_sequence,
 )
-from trimtab.metrics import Metrics
 
 LogprobsOf = Callable[[Any], Tensor]
 """[M] log-probabilities of trees under the policy as it is before the update, without gradients."""
-
-
-class Pairs(PairBatch, SequenceBatch, Protocol):
-    """Compared pairs among the sequences of a batch."""
-
-    @property
-    def trees(self) -> Any:
-        """What `LogprobsOf` scores."""
-        ...
-
-
-class ReferencePairs(Pairs, ReferenceBatch, Protocol):
-    """The same with what the reference says of each sequence."""
-
-    def with_targets(self, chosen: Tensor, rejected: Tensor) -> Any:
-        """The same with two numbers [P] that hold for the whole update."""
-        ...
 
 
 class PreferenceLoss(Protocol):
@@ -79,17 +64,17 @@ class PreferenceLoss(Protocol):
     def __call__(self, outputs: Any, batch: Any) -> tuple[Tensor, Metrics]: ...
 
 
-def reply_logprobs(logprobs: Tensor, batch: SequenceBatch) -> Tensor:
+def reply_logprobs(logprobs: Tensor, batch: TreeBatch) -> Tensor:
     """log pi(y | x) of each sequence, [B]: the sum over its trained tokens [M]."""
     return sum_per_sequence(logprobs, batch.sequence_ids, batch.num_sequences)
 
 
-def mean_logprobs(logprobs: Tensor, batch: SequenceBatch) -> Tensor:
+def mean_logprobs(logprobs: Tensor, batch: TreeBatch) -> Tensor:
     """log pi(y | x) / |y| of each sequence, [B]."""
     return mean_per_sequence(logprobs, batch.sequence_ids, batch.num_sequences)
 
 
-def shared_length_sums(values: Tensor, batch: Pairs, alpha: float) -> tuple[Tensor, Tensor]:
+def shared_length_sums(values: Tensor, batch: PairBatch, alpha: float) -> tuple[Tensor, Tensor]:
     """Per-token `values` [M] added up over the chosen and the rejected reply of each pair, two [P]; a token past the
     length of the shorter of the two counts `alpha` (LD-DPO: Liu et al., arXiv:2409.06411, section 3)."""
     rows, _ = pad_per_sequence(at_least_float32(values), batch.sequence_ids, batch.num_sequences)
@@ -155,10 +140,10 @@ class PairLoss:
         raise NotImplementedError
 
     def weight(self, batch: PairBatch) -> Tensor:
-        """Pairs."""
+        """PairBatch."""
         return torch.tensor(len(batch.chosen_ids), dtype=torch.float64)
 
-    def __call__(self, outputs: TokenOutputs, batch: Pairs) -> tuple[Tensor, Metrics]:
+    def __call__(self, outputs: TokenOutputs, batch: PairBatch) -> tuple[Tensor, Metrics]:
         logprobs = at_least_float32(outputs.logprobs)
         chosen, rejected = self.rewards(logprobs, batch)
         losses = self.losses(chosen, rejected, batch)

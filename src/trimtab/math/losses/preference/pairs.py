@@ -10,16 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from trimtab.math.losses.preference.common import (
-    ReferenceLoss,
-    ReferencePairs,
-    expected,
-    reply_logprobs,
-    shared_length_sums,
-)
+from trimtab.batches.pairs import ReferencePairs
+from trimtab.core.registry import register
+from trimtab.math.losses.preference.common import ReferenceLoss, expected, reply_logprobs, shared_length_sums
 from trimtab.math.losses.reward import bradley_terry
 from trimtab.math.masking import sequence_lengths
-from trimtab.registry import register
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from trimtab.math.losses.preference.common import PairLoss, Pairs, expected, mean_logprobs, reply_logprobs
+from trimtab.batches.pairs import PairBatch
+from trimtab.core.registry import register
+from trimtab.math.losses.preference.common import PairLoss, expected, mean_logprobs, reply_logprobs
 from trimtab.math.losses.preference.pairs import dpo
 from trimtab.math.losses.reward import bradley_terry
-from trimtab.registry import register
 
 _CERTAIN = -1e-6
 """A mean log-probability above this is taken as this: certainty has infinite odds."""
@@ -36,12 +37,12 @@ class ORPO(PairLoss):
 
     needs_reference: ClassVar[bool] = False
 
-    def rewards(self, logprobs: Tensor, batch: Pairs) -> tuple[Tensor, Tensor]:
+    def rewards(self, logprobs: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """The log odds of both replies, two [P]."""
         odds = log_odds(mean_logprobs(logprobs, batch))
         return odds[batch.chosen_ids], odds[batch.rejected_ids]
 
-    def losses(self, chosen: Tensor, rejected: Tensor, batch: Pairs) -> Tensor:
+    def losses(self, chosen: Tensor, rejected: Tensor, batch: PairBatch) -> Tensor:
         return self.odds_coef * expected(lambda c, r: dpo(c - r), chosen, rejected, batch.labels)
 
 
@@ -65,12 +66,12 @@ class SimPO(PairLoss):
         if self.gamma < 0:
             raise ValueError(f"gamma is {self.gamma}; it must be at least 0")
 
-    def rewards(self, logprobs: Tensor, batch: Pairs) -> tuple[Tensor, Tensor]:
+    def rewards(self, logprobs: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """beta times the mean log-probability of both replies' tokens, two [P]."""
         means = self.beta * mean_logprobs(logprobs, batch)
         return means[batch.chosen_ids], means[batch.rejected_ids]
 
-    def losses(self, chosen: Tensor, rejected: Tensor, batch: Pairs) -> Tensor:
+    def losses(self, chosen: Tensor, rejected: Tensor, batch: PairBatch) -> Tensor:
         return bradley_terry(chosen - self.gamma, rejected, label=batch.labels, label_smoothing=self.label_smoothing)
 
 
@@ -89,10 +90,10 @@ class CPO(PairLoss):
 
     needs_reference: ClassVar[bool] = False
 
-    def rewards(self, logprobs: Tensor, batch: Pairs) -> tuple[Tensor, Tensor]:
+    def rewards(self, logprobs: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """beta times the log-probability of both replies, two [P]."""
         sums = self.beta * reply_logprobs(logprobs, batch)
         return sums[batch.chosen_ids], sums[batch.rejected_ids]
 
-    def losses(self, chosen: Tensor, rejected: Tensor, batch: Pairs) -> Tensor:
+    def losses(self, chosen: Tensor, rejected: Tensor, batch: PairBatch) -> Tensor:
         return bradley_terry(chosen, rejected, label=batch.labels, label_smoothing=self.label_smoothing)

@@ -3,63 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from trimtab.math.losses import ReferenceBatch, TokenOutputs
+from trimtab.batches.outputs import TokenOutputs
+from trimtab.batches.replies import BaselinedReplies, JudgedReplies, MismatchedReplies
+from trimtab.core.metrics import Mean, Metrics
+from trimtab.core.registry import register
 from trimtab.math.losses.preference.common import LogprobsOf, mean_logprobs, reply_logprobs
 from trimtab.math.masking import at_least_float32, sum_per_sequence
-from trimtab.metrics import Mean, Metrics
-from trimtab.registry import register
-
-
-class JudgedReplies(ReferenceBatch, Protocol):
-    """Replies with how often each was called good or bad."""
-
-    @property
-    def trees(self) -> Any:
-        """What `logprobs_of` scores."""
-        ...
-
-    @property
-    def desirable(self) -> Tensor:
-        """[B] judgements that call the reply good; shares of a vote count as shares."""
-        ...
-
-    @property
-    def undesirable(self) -> Tensor:
-        """[B] those that call it bad."""
-        ...
-
-    def with_baseline(self, baseline: Tensor) -> Any:
-        """The same with the log-ratio that all replies of the update are measured from."""
-        ...
-
-
-class MismatchedReplies(JudgedReplies, Protocol):
-    """The same with prompts and the replies to other prompts."""
-
-    @property
-    def mismatched(self) -> Any:
-        """Trees that `logprobs_of` scores."""
-        ...
-
-    @property
-    def mismatched_ref_logprobs(self) -> Tensor:
-        """What the reference says of their tokens."""
-        ...
-
-
-class BaselinedReplies(JudgedReplies, Protocol):
-    """Judged replies with the log-ratio they are measured from."""
-
-    @property
-    def baseline(self) -> Tensor:
-        """[B], all the same."""
-        ...
 
 
 @dataclass(frozen=True)

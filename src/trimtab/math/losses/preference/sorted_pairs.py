@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab.math.losses.preference.common import (
-    LogprobsOf,
-    ReferenceLoss,
-    ReferencePairs,
-    reply_logprobs,
-)
+from trimtab.batches.pairs import ReferencePairs, TargetedPairs
+from trimtab.core.registry import register
+from trimtab.math.losses.preference.common import LogprobsOf, ReferenceLoss, reply_logprobs
 from trimtab.math.losses.reward import bradley_terry
-from trimtab.registry import register
-
-
-class TargetedPairs(ReferencePairs, Protocol):
-    """Pairs with what the order of the whole update sets against them."""
-
-    @property
-    def chosen_targets(self) -> Tensor:
-        """[P]"""
-        ...
-
-    @property
-    def rejected_targets(self) -> Tensor:
-        """[P]"""
-        ...
 
 
 def matched(values: Tensor, others: Tensor) -> Tensor:

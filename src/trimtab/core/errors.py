@@ -1,0 +1,82 @@
+"""Errors meant for people: what was wrong with the value seen, where it came from, what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+from pathlib import Path
+
+
+class TrimtabError(Exception):
+    """A mistake a person can repair. Printed by the command line without a traceback.
+
+    `problem` names the value seen and what is wrong with it, `where` its origin (a file and row, a key path, a
+    command), `fix` the next thing to do.
+    """
+
+    def __init__(self, problem: str, *, where: str, fix: str) -> None:
+        super().__init__(f"{problem}\n  where: {where}\n  fix:   {fix}")
+        self.problem = problem
+        self.where = where
+        self.fix = fix
+
+
+class ConfigError(TrimtabError):
+    """A run file, override or combination of settings that cannot be run."""
+
+
+class DataError(TrimtabError):
+    """A file or row that cannot be used."""
+
+
+class EngineError(TrimtabError):
+    """A model, device or library that cannot do what was asked, or a computation that went wrong."""
+
+
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "train": ("torch", "transformers", "tokenizers", "safetensors", "datasets", "peft", "jinja2"),
+    "feedback": (
+        *("fastapi", "uvicorn", "jinja2", "sqlalchemy", "alembic", "markdown_it", "mdit_py_plugins", "nh3"),
+        *("latex2mathml", "pyarrow"),
+    ),
+    "postgresql": ("psycopg",),
+    "math": ("math_verify", "latex2sympy2_extended"),
+    "json": ("jsonschema",),
+    "quantized": ("bitsandbytes",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+}
+"""The modules that each extra of the package brings."""
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra: from the checkout this package runs from, or by the package's name."""
+    checkout = Path(__file__).parents[3]
+    by_name = f"pip install 'trimtab[{extra}]'"
+    if not (checkout / "pyproject.toml").is_file():
+        return by_name
+    return f"{by_name}, or from this checkout: pip install '{checkout}[{extra}]'"
+
+
+def need(module: str, *, extra: str, setting: str, where: str) -> None:
+    """Raises EngineError with the command to type where an optional library is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise not_installed(module, extra=extra, needed_by=setting, where=where)
+
+
+def not_installed(module: str, *, extra: str, needed_by: str, where: str) -> EngineError:
+    """The error for a library of an extra that is not there."""
+    name = module.replace("_", "-")
+    return EngineError(f"{needed_by} needs {name}, which is not installed", where=where, fix=install(extra))
+
+
+class Interrupted(Exception):
+    """The run was stopped on request; the message says what is saved."""
+
+    def __init__(self, message: str, *, signal_number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM where nothing can be finished first: it stops what runs as Ctrl-C does."""

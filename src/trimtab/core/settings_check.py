@@ -1,0 +1,204 @@
+"""Mistakes of a run file found in the source of the settings classes, before a stage and its libraries are loaded.
+
+Importing a stage loads torch, which takes seconds; a typo is to be answered at once. What is found here is said in the
+words of `config.resolve`, which has the last word once the stage is loaded: only it knows what a class refuses for its
+settings together, and classes of the user's own.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from trimtab.core import config
+from trimtab.core.bounds import out_of_range
+from trimtab.core.errors import ConfigError
+from trimtab.core.foreign_keys import ours_for
+from trimtab.core.settings_help import SettingsField, definition, registered, settings_class, settings_fields
+
+
+def check(tables: Mapping[str, tuple[str, Mapping[str, Any]]], *, where: str) -> None:
+    """Raises one ConfigError with the mistakes of all tables. Each is given as the module of its stage and its values,
+    under the key path it has in the file: "" in a file of one stage."""
+    found = [m for path, (module, values) in tables.items() for m in mistakes(module, values, path)]
+    if found:
+        raise config.refused(found, where=where)
+
+
+def mistakes(module: str, values: Any, path: str) -> list[str]:
+    """The mistakes of the table of one stage, given by its module."""
+    return list(_table(_Class(module, settings_class(module)), values, path, defaults={}))
+
+
+def fits(module: str, values: Mapping[str, Any]) -> bool:
+    """Whether a stage knows all keys of a run file, and the file has all that the stage must be told."""
+    return not mistakes(module, values, "")
+
+
+class _Class(NamedTuple):
+    """A settings class by where it is defined."""
+
+    module: str
+    name: str
+
+    @property
+    def fields(self) -> dict[str, SettingsField]:
+        return _fields(self)
+
+
+@functools.cache
+def _fields(cls: _Class) -> dict[str, SettingsField]:
+    home, node = definition(cls.module, cls.name)
+    assert isinstance(node, ast.ClassDef), f"{cls.name} is no class"
+    return settings_fields(home, node)
+
+
+class _Meaning(NamedTuple):
+    """What a field may hold: a settings class, classes by name, or a plain type."""
+
+    table: _Class | None = None
+    kind: str = ""
+    several: bool = False
+    plain: Any = None
+    optional: bool = False
+
+
+def _table(cls: _Class, values: Any, path: str, *, defaults: Mapping[str, Any]) -> Iterator[str]:
+    """The mistakes of a table. `defaults` says which keys the field that holds it has given already."""
+    if not isinstance(values, Mapping):
+        yield f"{path}: should be a table, not {values!r}"
+        return
+    fields = cls.fields
+    for key in values:
+        if key not in fields:
+            siblings = [_join(path, name) for name in fields]
+            yield config.unknown_key(_join(path, key), siblings, list(_key_paths(cls, values, path)))
+    for name, field in fields.items():
+        if name in values:
+            yield from _value(field, values[name], _join(path, name))
+        elif field.default is None and name not in defaults:
+            yield config.missing(_join(path, name))
+
+
+def _value(field: SettingsField, value: Any, path: str) -> Iterator[str]:
+    meaning = _meaning(field)
+    if meaning.optional and (value is None or value == config.NONE):
+        return
+    if meaning.table is not None:
+        yield from _table(meaning.table, value, path, defaults=_given(field))
+    elif meaning.kind and meaning.several:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            yield f"{path}: should be a list of names or tables, not {value!r}"
+            return
+        for number, one in enumerate(value):
+            yield from _chosen(meaning.kind, one, _join(path, str(number)), field=None)
+    elif meaning.kind:
+        yield from _chosen(meaning.kind, value, path, field=field)
+    elif meaning.plain is not None:
+        found: list[str] = []
+        read = config.leaf(meaning.plain, value, path, found)
+        yield from found
+        if problem := out_of_range(path, read):
+            yield f"{path}: {problem}"
+
+
+def _chosen(kind: str, value: Any, path: str, *, field: SettingsField | None) -> Iterator[str]:
+    if not isinstance(value, str | Mapping):
+        yield f"{path}: should be a name or a table with a name, not {value!r}"
+        return
+    known = registered(kind)
+    name = value if isinstance(value, str) else value.get("name", _default_name(field, known))
+    if not isinstance(name, str):
+        yield f"{path}: no name is given; known names: {', '.join(sorted(known))}"
+    elif ":" in name:
+        return  # a class of the user's own
+    elif name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        yield (f"{path}: no {kind.replace('_', ' ')} is called {name!r}; {hint}known names: {', '.join(sorted(known))}")
+    else:
+        values = {} if isinstance(value, str) else {k: v for k, v in value.items() if k != "name"}
+        same = field is not None and name == _default_name(field, known)
+        given = _given(field) if field is not None and same else {}
+        yield from _table(_Class(*known[name]), values, path, defaults=given)
+
+
+def _default_name(field: SettingsField | None, known: Mapping[str, tuple[str, str]]) -> str | None:
+    """The name of the class that the field holds where nothing is said."""
+    if field is None or not isinstance(field.default, ast.Call):
+        return None
+    made = ast.unparse(field.default.func)
+    return next((name for name, (_, cls) in known.items() if cls == made), None)
+
+
+def _given(field: SettingsField) -> dict[str, Any]:
+    """What `AdamW(learning_rate=1e-5)` says: keys with a value that the table need not give."""
+    keywords = field.default.keywords if isinstance(field.default, ast.Call) else []
+    return {keyword.arg: keyword.value for keyword in keywords if keyword.arg}
+
+
+def _meaning(field: SettingsField) -> _Meaning:
+    """What the annotation of a field says, names followed to where they are defined."""
+    node: ast.expr = field.annotation
+    optional = isinstance(node, ast.BinOp) and ast.unparse(node.right) == "None"
+    if optional and isinstance(node, ast.BinOp):
+        node = node.left
+    text = ast.unparse(node)
+    if text.startswith("Annotated[") and "Choice('" in text:
+        kind = text.partition("Choice('")[2].partition("'")[0]
+        return _Meaning(kind=kind, several=text.startswith("Annotated[tuple["), optional=optional)
+    home, meant = definition(field.module, text)
+    if isinstance(meant, ast.ClassDef):
+        return _Meaning(table=_Class(home, meant.name), optional=optional)
+    plain = {"Literal": Literal, "int": int, "float": float, "str": str, "bool": bool, "tuple": tuple, "dict": dict}
+    try:
+        # The annotation is this package's own source, and sees no name but those of the plain types.
+        return _Meaning(
+            plain=eval(ast.unparse(meant) if meant else text, {"__builtins__": {}}, plain), optional=optional
+        )
+    except NameError:
+        return _Meaning(optional=optional)
+
+
+def _key_paths(cls: _Class, values: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Every key path under `path` that these values could set, choices opened as named there or by default."""
+    for name, field in cls.fields.items():
+        full, meaning, value = _join(path, name), _meaning(field), values.get(name, {})
+        yield full
+        inner = meaning.table
+        if meaning.kind and not meaning.several and isinstance(value, str | Mapping):
+            known = registered(meaning.kind)
+            chosen = value if isinstance(value, str) else value.get("name", _default_name(field, known))
+            inner = _Class(*known[chosen]) if chosen in known else None
+        if inner is not None:
+            yield from _key_paths(inner, value if isinstance(value, Mapping) else {}, full)
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def nearest_stage(values: Mapping[str, Any], modules: Mapping[str, str]) -> list[str]:
+    """The stages whose run file this could be."""
+    return [stage for stage, module in modules.items() if fits(module, values)]
+
+
+def option_as_override(module: str, option: str, value: str | None) -> ConfigError:
+    """The answer to `--learning-rate 1e-4`: settings are given as key=value, and this is the key."""
+    key = option.lstrip("-").replace("-", "_")
+    cls = _Class(module, settings_class(module))
+    paths = list(_key_paths(cls, {}, ""))
+    paths.sort(key=lambda path: path.count("."))
+    ours = next((path for path in paths if path.rpartition(".")[2] == key), "")
+    said = "" if ours else config.unknown_key(key, list(cls.fields), paths).partition("; ")[2]
+    if not ours and (meant := re.match(r"did you mean (\S+)\?", ours_for(key, paths))):
+        ours = meant[1]
+    given = value if value and not value.startswith("-") else "…"
+    hint = (
+        f"write {ours}={given}, without dashes" if ours else f"settings are written key=value, without dashes; {said}"
+    )
+    return ConfigError(f"no option {option}", where="the command line", fix=hint)

@@ -1,0 +1,191 @@
+"""Records: what passes between stages as text. Frozen, and each round-trips through a JSON line."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from json.encoder import encode_basestring as _quoted
+from typing import Any, Literal, TypeVar, cast
+
+Role = Literal["system", "user", "assistant", "tool"]
+FinishReason = Literal["stop", "length"]
+
+JsonDict = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A conversation that ends where the assistant is to speak."""
+
+    messages: tuple[Message, ...]
+    id: str = ""
+    """Stable name; `prompt_id(messages)` unless the source gave one. Splits are made by the messages."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What a verifier or a world needs to score a reply (JSON values only). Never shown to a model."""
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            object.__setattr__(self, "id", prompt_id(self.messages))
+
+    @property
+    def text(self) -> str:
+        """The last user turn: what people read as the prompt."""
+        return next((m.content for m in reversed(self.messages) if m.role == "user"), "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    """A prompt with the reply to imitate."""
+
+    prompt: Prompt
+    response: str
+    untrained_turns: tuple[int, ...] = ()
+    """Earlier replies in the prompt that the source marks as not to be learnt from, by their number among its replies.
+    They matter where all turns of a conversation are trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One judgement of one annotator over two replies."""
+
+    prompt: Prompt
+    response_a: str
+    response_b: str
+    choice: Literal["A", "B", "tie"]
+    annotator: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferencePair:
+    """Two replies in order of preference, as reward models and the DPO family read them."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    margin: float | None = None
+    """How much better `chosen` is, in the units of its source; None where the source does not say."""
+    label: float = 1.0
+    """Probability in [0.5, 1] that `chosen` is preferred: 1 for one vote, a share for several."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledResponse:
+    """One reply with a thumbs up or down (the unpaired layout)."""
+
+    prompt: Prompt
+    response: str
+    label: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteppedResponse:
+    """One reply in steps, each marked right or wrong (the stepwise layout)."""
+
+    prompt: Prompt
+    steps: tuple[str, ...]
+    labels: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """A sampled reply: the exact tokens, and their logprobs under the distribution they were drawn from."""
+
+    prompt: Prompt
+    response: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    """Includes the end token where the reply was finished."""
+    logprobs: tuple[float, ...]
+    """Natural log, one for each token the policy chose, under the sampling distribution (temperature, top-p, top-k)."""
+    finish_reason: FinishReason
+    observations: tuple[tuple[int, int], ...] = ()
+    """Stretches [start, end) of response_ids that the policy did not choose: an environment wrote them."""
+    events: Mapping[str, int] = field(default_factory=dict)
+    """How often what happened while it was sampled, such as tool_calls; logged as `rollout/NAME`."""
+
+    @property
+    def response_mask(self) -> tuple[bool, ...]:
+        """True at the response tokens that the policy chose."""
+        observed = {i for start, end in self.observations for i in range(start, end)}
+        return tuple(i not in observed for i in range(len(self.response_ids)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What an environment says to a turn of the policy."""
+
+    text: str = ""
+    """Shown to the policy as it is, as plain text, and never trained on. Nothing is shown once the episode is over."""
+    done: bool = False
+    """Whether the episode is over."""
+    new_turn: bool = False
+    """Whether the text is a user turn of its own, after which the policy begins another. If not, it stands in the
+    policy's turn, which goes on behind it; yet behind a turn that the policy has ended there is always a new one."""
+    events: Mapping[str, int] = field(default_factory=dict)
+    """What to count, such as {"tool_calls": 1, "tool_errors": 0}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecord:
+    """One reply of one model with its scores by name."""
+
+    prompt: Prompt
+    response: str
+    model: str
+    scores: Mapping[str, float]
+
+
+Record = TypeVar(
+    "Record", Prompt, Demonstration, Comparison, PreferencePair, LabelledResponse, SteppedResponse, Rollout, EvalRecord
+)
+
+
+def prompt_id(messages: Sequence[Message]) -> str:
+    """Sixteen hex digits of the SHA-256 of the messages; equal conversations have equal ids on every machine."""
+    # What json.dumps(…, ensure_ascii=False) gives for [[role, content], …], in a third of the time.
+    turns = ", ".join([f"[{_quoted(m.role)}, {_quoted(m.content)}]" for m in messages])
+    return hashlib.sha256(f"[{turns}]".encode()).hexdigest()[:16]
+
+
+def to_dict(record: Any) -> JsonDict:
+    """The record as JSON values; `from_dict` reads it back equal."""
+    return cast(JsonDict, json.loads(json.dumps(dataclasses.asdict(record), ensure_ascii=False)))
+
+
+def rows_hash(rows: Iterable[JsonDict]) -> str:
+    """SHA-256 of the rows as JSON lines with sorted keys; values that JSON has no word for count as their text."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def records_hash(records: Iterable[Any]) -> str:
+    """`rows_hash` of records."""
+    return rows_hash(to_dict(record) for record in records)
+
+
+def from_dict(cls: type[Record], row: Mapping[str, Any]) -> Record:
+    """The record of `to_dict`. Raises TypeError or KeyError for a row of another shape."""
+    values = dict(row)
+    if cls is Prompt:
+        values["messages"] = tuple(Message(**m) for m in values["messages"])
+    elif "prompt" in values:
+        values["prompt"] = from_dict(Prompt, values["prompt"])
+    make: Callable[..., Record] = cls
+    return make(**{name: _tuples(v) for name, v in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -1,0 +1,96 @@
+"""What an engine must offer. The local engine is the definition; others behave the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from trimtab.batches.trees import TokenTrees, TreeBatch
+from trimtab.core.metrics import Metrics
+from trimtab.core.types import Observation, Prompt, Rollout
+
+
+class Sampler(Protocol):
+    """Samples replies with the weights being trained."""
+
+    @property
+    def sampler(self) -> str:
+        """How it decodes, for the record."""
+        ...
+
+    def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
+        """`group_size` rollouts for each prompt, in the order of prompts; a function of prompts, weights and seed."""
+        ...
+
+
+class Environment(Protocol):
+    """Answers the policy's turns: tools, a simulated user, a game."""
+
+    @property
+    def stop(self) -> Sequence[str]:
+        """Texts that end a turn besides the end token; they belong to the turn."""
+        ...
+
+    def reset(self, prompt: Prompt, *, seed: int) -> Any:
+        """The state of a new episode; whatever is random in it comes from `seed` alone."""
+        ...
+
+    def step(self, state: Any, turn: str) -> Observation:
+        """The answer to what the policy wrote since the last observation. May change `state`, and nothing else."""
+        ...
+
+
+class Scorer(Protocol):
+    """Runs a model over trees without gradients."""
+
+    def logprobs(self, trees: TokenTrees) -> Tensor:
+        """[M] log-probability of every trained token at the policy's temperature."""
+        ...
+
+    def values(self, trees: TokenTrees) -> Tensor:
+        """[M] the critic's value before every trained token."""
+        ...
+
+    def kl_to(self, reference: Scorer, trees: TokenTrees) -> Tensor:
+        """[M] exact KL(self || reference) at every trained token, in nats."""
+        ...
+
+
+class Loss(Protocol):
+    """A sum over a batch and the number it is to be divided by."""
+
+    @property
+    def coef(self) -> float:
+        """Weight of this loss among those minimised together."""
+        ...
+
+    def weight(self, batch: Any) -> Tensor:
+        """The denominator, known before any forward pass."""
+        ...
+
+    def __call__(self, outputs: Any, batch: Any) -> tuple[Tensor, Metrics]:
+        """The sum, not the mean, and what to log."""
+        ...
+
+
+Work = Sequence[tuple[TreeBatch, Sequence[Loss]]]
+"""Batches with the losses to minimise on each, all in one optimizer step."""
+
+
+class Learner(Scorer, Protocol):
+    """Owns a model's optimizer and the one backward pass."""
+
+    def update(self, work: Work) -> Metrics:
+        """One optimizer step. Micro-batches and ranks change neither the gradient nor the metrics."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Weights and optimizer state, as safetensors."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """What `save` wrote, bit for bit."""
+        ...

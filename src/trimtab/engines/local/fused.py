@@ -1,0 +1,137 @@
+"""A forward pass for decoding: Llama-like models in fewer, larger steps (`kernels.py`), the weights where they are or
+copied into another layout.
+
+It is made anew for every round of sampling and then proved fresh: both sides compute the same fixed sequence.
+Other architectures decode through their own forward, which gives the same numbers more slowly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm
+from transformers import PreTrainedModel
+
+from trimtab.batches.trees import TokenTrees, sequence_tree
+from trimtab.core.errors import EngineError
+from trimtab.engines.local.kernels import GATED, Form, Kernels, Matrices
+from trimtab.models.adapters import is_adapted, weight_of
+from trimtab.models.attention import LLAMA_LIKE, Attend, backbone, row_states
+from trimtab.models.quantized import is_quantized
+from trimtab.models.tree_attention import tree_attention
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block: attention and gated MLP, each after a norm."""
+
+    norm: Form
+    query_key_value: Matrices
+    query_key_norm: Tensor | None
+    output: Matrices
+    mlp_norm: Form
+    gate_up: Matrices
+    down: Matrices
+    scaling: float
+    window: int | None
+
+
+class FusedForward:
+    """Hidden states of flat rows of tokens, by a copy of the model's weights."""
+
+    def __init__(self, model: PreTrainedModel, num_rows: int, kernels: Kernels) -> None:
+        """`num_rows` is the number of tokens of a usual step, a hint for the layout."""
+        self.kernels = kernels
+        base: Any = model.base_model
+        config = model.config.get_text_config()
+        self.eps = config.rms_norm_eps
+        self.embedding = base.embed_tokens.weight.detach()
+        self.rotary = base.rotary_emb
+        self.final_norm = base.norm.weight.detach()
+        self.layers = [_layer(block, num_rows, kernels, self.eps) for block in base.layers]
+        output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.head = kernels.matrices([weight_of(output)], [output.bias], num_rows)
+        self.head_size: int = base.layers[0].self_attn.head_dim
+        self.num_heads: int = config.num_attention_heads
+        self.num_kv_heads: int = config.num_key_value_heads
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+        """[n, D] last hidden states of the tokens [n] at these positions."""
+        x = self.embedding[input_ids]
+        cos, sin = (c[0] for c in self.rotary(x, position_ids[None]))
+        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        for index, layer in enumerate(self.layers):
+            states = layer.query_key_value(x, layer.norm)
+            states = states.view(len(x), -1, self.head_size)
+            self.kernels.rotate(states, self.num_heads + self.num_kv_heads, layer.query_key_norm, self.eps, cos, sin)
+            query, key, value = torch.split(states, heads, 1)
+            mixed = attend(index, query, key, value, layer.scaling, layer.window)
+            layer.output(mixed.flatten(1), add_to=x)
+            gate_up = layer.gate_up(x, layer.mlp_norm)
+            layer.down(gate_up, GATED, add_to=x)
+        return rms_norm(x, (x.shape[-1],), self.final_norm, self.eps)
+
+    def prove_fresh(self, model: PreTrainedModel) -> None:
+        """Computes a fixed sequence here and in the model; raises EngineError unless the logits agree."""
+        trees = TokenTrees.build([sequence_tree([i % len(self.embedding) for i in range(3, 19)])])
+        attend = tree_attention(trees)
+        with torch.no_grad():
+            ours = self.head(self(trees.input_ids, trees.position_ids, attend))
+            hidden = row_states(backbone(model), trees.input_ids, trees.position_ids, attend)
+            theirs = model.get_output_embeddings()(hidden)  # type: ignore[no-untyped-call]
+        difference = float((ours - theirs).abs().max())
+        if not difference <= 1e-3 * max(1.0, float(theirs.abs().max())):
+            raise EngineError(
+                f"the fused copy that replies are sampled from differs from the model by {difference:.3g} in a logit",
+                where=f"architecture {type(model).__name__}",
+                fix="please report this; until it is mended, sample with another engine",
+            )
+
+
+def _layer(block: Any, num_rows: int, kernels: Kernels, eps: float) -> Layer:
+    attention, mlp = block.self_attn, block.mlp
+
+    def matrix(*modules: Any) -> Matrices:
+        return kernels.matrices([weight_of(m) for m in modules], [m.bias for m in modules], num_rows)
+
+    norm = None
+    if hasattr(attention, "q_norm"):
+        heads = (attention.q_proj.out_features, attention.k_proj.out_features)
+        query_heads, key_heads = (h // attention.head_dim for h in heads)
+        norm = torch.cat(
+            [
+                attention.q_norm.weight.detach().expand(query_heads, -1),
+                attention.k_norm.weight.detach().expand(key_heads, -1),
+            ]
+        )
+    return Layer(
+        norm=Form("normed", block.input_layernorm.weight.detach(), eps),
+        query_key_value=matrix(attention.q_proj, attention.k_proj, attention.v_proj),
+        query_key_norm=norm,
+        output=matrix(attention.o_proj),
+        mlp_norm=Form("normed", block.post_attention_layernorm.weight.detach(), eps),
+        gate_up=matrix(mlp.gate_proj, mlp.up_proj),
+        down=matrix(mlp.down_proj),
+        scaling=attention.scaling,
+        # Qwen says it for each layer, Mistral once for all, Llama has none.
+        window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
+    )
+
+
+def supports_fusing(model: PreTrainedModel) -> bool:
+    """Whether the model is built as `FusedForward` computes it."""
+    config = model.config.get_text_config()
+    known = type(model.base_model).__name__ in LLAMA_LIKE and config.hidden_act in ("silu", "swish")
+    return known and not is_quantized(model) and all(map(_is_plain, model.modules()))
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether `weight_of` is all that the layer does: a new DoRA, bias or embedding adapter changes nothing until it is
+    trained, so that comparing numbers would not find it."""
+    if not is_adapted(module):
+        return True
+    flags = [*getattr(module, "use_dora", {}).values(), *getattr(module, "lora_bias", {}).values()]
+    return not any(flags) and not len(getattr(module, "lora_embedding_A", ()))

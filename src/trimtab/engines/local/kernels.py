@@ -1,0 +1,271 @@
+"""What a decoding step computes for a few rows: in torch, and in C (`kernels.c`), in which it is faster.
+
+The C file is compiled by the machine's own compiler the first time it is wanted and kept in the user's cache. Where no
+compiler knows OpenMP, and for anything but float32 on a CPU, torch computes the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from ctypes import c_float, c_int64, c_void_p
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm, silu
+
+from trimtab.core.errors import EngineError
+
+
+class Form(NamedTuple):
+    """What rows [n, k] are multiplied as: themselves; `normed`, divided by their root mean square, with `eps` added to
+    the mean square, and multiplied with `norm` [k]; or, of rows [n, 2 k], silu of the first half times the second."""
+
+    kind: Literal["plain", "normed", "gated"]
+    norm: Tensor | None = None
+    eps: float = 0.0
+
+
+PLAIN, GATED = Form("plain"), Form("gated")
+
+PACK_FROM = 1 << 16
+"""Matrices of at least this many entries are reordered for oneDNN, where torch has it: 1.4 to 2 times faster for the
+few rows of a decoding step, slower for small matrices. A rule and not a measurement, so that a resumed run rounds as
+the interrupted one did."""
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+FORMS = ("plain", "normed", "gated")
+"""In the order of kernels.c."""
+MOST_LANES = 32
+"""Rows are padded to a multiple of what two vectors of the widest processors hold."""
+NO_WINDOW = 1 << 62
+SWITCH = "TRIMTAB_KERNELS"
+"""Environment variable: `torch` leaves everything to torch, `compiled` takes nothing else."""
+
+
+class Matrices:
+    """Linear layers of the same input side by side, without gradient, laid out for products with few rows."""
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], num_rows: int) -> None:
+        """`weights` [out, k], `biases` [out] or None; `num_rows` of a usual product is a hint for the layout."""
+        weight = torch.cat(list(weights))
+        present = [b.detach() for b in biases if b is not None]
+        self._bias = torch.cat(present) if present else None
+        self._weight = weight
+        packs = weight.device.type == "cpu" and weight.numel() >= PACK_FROM and has_onednn()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), num_rows) if packs else None
+        if self._packed is not None:
+            self._weight = weight.new_empty(0)  # a slice would hold on to all of it
+
+    def __call__(self, x: Tensor, form: Form = PLAIN, *, add_to: Tensor | None = None) -> Tensor:
+        """[n, sum of outs] x in its form @ weight.T + bias, or `add_to` with that added to it."""
+        if form.kind == "normed":
+            x = rms_norm(x, (x.shape[-1],), form.norm, form.eps)
+        elif form.kind == "gated":
+            gate, up = x.chunk(2, -1)
+            x = silu(gate).mul_(up)
+        if self._packed is None:
+            result = linear(x, self._weight, self._bias)
+        else:
+            result = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return result if add_to is None else add_to.add_(result)
+
+
+class Kernels:
+    """What torch computes: the definition."""
+
+    compiled = False
+
+    def matrices(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], num_rows: int) -> Matrices:
+        """Linear layers of the same input, side by side."""
+        return Matrices(weights, biases, num_rows)
+
+    def rotate(self, x: Tensor, heads: int, norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> None:
+        """Norms and rotates, in place, the first `heads` heads of every row of `x` [n, heads and others, size]; `norm`
+        [heads, size] or None, `cos` and `sin` [n, size]."""
+        size = x.shape[-1]
+        rotated = x[:, :heads]
+        made = rotated if norm is None else rms_norm(rotated, (size,), None, eps) * norm
+        sin = torch.cat([-sin[:, : size // 2], sin[:, size // 2 :]], -1)
+        rotated.copy_(torch.addcmul(made * cos[:, None], made.roll(size // 2, -1), sin[:, None]))
+
+
+class CompiledKernels(Kernels):
+    """The same in C, and the memory it works in."""
+
+    compiled = True
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        self._scratch = torch.empty(0)
+
+    def matrices(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], num_rows: int) -> Matrices:
+        """The layers where the model has them: nothing is copied, and they may change."""
+        return _CompiledMatrices(self, weights, biases)
+
+    def rotate(self, x: Tensor, heads: int, norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> None:
+        """As torch has it."""
+        n, all_heads, size = x.shape
+        cos, sin = cos.contiguous(), sin.contiguous()
+        assert x.is_contiguous()
+        assert cos.shape == sin.shape == (n, size)
+        self.library.rotate(
+            _address(x), n, all_heads * size, heads, size, _address(norm), eps, _address(cos), _address(sin),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        rows: tuple[Tensor, Tensor],
+        places: Tensor,
+        prompts: tuple[Tensor, Tensor] | None = None,
+        prompt_of: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """[n, H, D] what the next token of n replies sees: its prompt, its row up to its place, and itself.
+
+        `query` [n, H, D], `key` and `value` [n, KV, D]; the latter are stored at `places` [n] of the keys and values
+        [*, KV, R, D] of `rows`. Of `prompts`, keys and values [P, KV, L, D], row i sees the first
+        `prompt_lengths[prompt_of[i]]` places. With a window, only the last so many of all.
+        """
+        query, key, value = map(_with_dense_rows, (query, key, value))
+        if key.stride(0) != value.stride(0):
+            key, value = key.contiguous(), value.contiguous()
+        assert query.dtype == key.dtype == value.dtype == torch.float32
+        n, heads, size = query.shape
+        kv_heads, repeats = key.shape[1], heads // key.shape[1]
+        prompt_room, row_room = 0 if prompts is None else prompts[0].shape[2], rows[0].shape[2]
+        threads = torch.get_num_threads()
+        output = query.new_empty(query.shape)
+        self.library.attend(
+            _address(query), query.stride(0), _address(key), _address(value), key.stride(0), n, kv_heads, repeats, size,
+            scaling, window or NO_WINDOW, *map(_address, prompts or (None, None)), prompt_room, _address(prompt_of),
+            _address(prompt_lengths), *map(_address, rows), row_room, _address(places), _address(output),
+            self.room(threads * repeats * (prompt_room + row_room)), threads,
+        )  # fmt: skip
+        return output
+
+    def room(self, num_floats: int) -> int:
+        """The address of so many floats to work in, until the next call."""
+        if len(self._scratch) < num_floats:
+            self._scratch = torch.empty(num_floats)
+        return self._scratch.data_ptr()
+
+
+class _CompiledMatrices(Matrices):
+    def __init__(self, kernels: CompiledKernels, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+        many = len(weights)
+        self._kernels = kernels
+        self._kept = [None if x is None else x.detach().contiguous() for x in (*weights, *biases)]
+        self._num_ins, self._num_outs = weights[0].shape[1], sum(map(len, weights))
+        self._arguments = (
+            many,
+            (c_void_p * many)(*map(_address, self._kept[:many])),
+            (c_void_p * many)(*map(_address, self._kept[many:])),
+            (c_int64 * many)(*map(len, weights)),
+        )
+
+    def __call__(self, x: Tensor, form: Form = PLAIN, *, add_to: Tensor | None = None) -> Tensor:
+        x, n, k = x.contiguous(), len(x), self._num_ins
+        assert x.dtype == torch.float32
+        assert x.shape[1] == (2 * k if form.kind == "gated" else k)
+        result = x.new_empty(n, self._num_outs) if add_to is None else add_to
+        padded = -(-n // MOST_LANES) * MOST_LANES
+        self._kernels.library.product(
+            _address(x), n, k, FORMS.index(form.kind), _address(form.norm), form.eps, *self._arguments,
+            _address(result), add_to is not None, self._kernels.room(padded * (k + 1)), torch.get_num_threads(),
+        )  # fmt: skip
+        return result
+
+
+def find(weight: Tensor) -> Kernels:
+    """The fastest kernels for a model with such weights, or those the environment asks for. Raises EngineError where
+    that cannot be had."""
+    asked = os.environ.get(SWITCH, "")
+    if asked not in ("", "torch", "compiled"):
+        raise EngineError(
+            f"{SWITCH} = {asked!r}", where="the environment", fix="set it to torch or compiled, or leave it out"
+        )
+    fits = weight.dtype == torch.float32 and weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    library = _library() if fits and asked != "torch" else None
+    if library is not None:
+        return CompiledKernels(library)
+    if asked == "compiled":
+        problem, fix = (
+            "no C compiler with OpenMP was found, or its result cannot be kept",
+            ("install gcc or name a compiler in CC, and see that XDG_CACHE_HOME (~/.cache) can be written"),
+        )
+        if not fits:
+            problem, fix = "only float32 weights on a CPU have compiled kernels", "leave the variable out"
+        raise EngineError(f"{SWITCH} = 'compiled', but {problem}", where="the environment", fix=fix)
+    return Kernels()
+
+
+def has_onednn() -> bool:
+    """Whether this build of torch has oneDNN."""
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    if shutil.which(compiler[0]) is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    p, i, f = c_void_p, c_int64, c_float
+    library.product.argtypes = [p, i, i, i, p, f, i, p, p, p, p, i, p, i]
+    library.rotate.argtypes = [p, i, i, i, i, p, f, p, p, i]
+    library.attend.argtypes = [p, i, p, p, i, i, i, i, i, f, i, p, p, i, p, p, p, p, i, p, p, p, i]
+    for function in (library.product, library.rotate, library.attend):
+        function.restype = None
+    return library
+
+
+def _compiled(compiler: list[str]) -> Path:
+    """The library for this source, compiler and processor; compiled if it was not yet."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
+    facts = [SOURCE.read_bytes(), version, " ".join([*compiler, *FLAGS]).encode(), _processor().encode()]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
+    path = folder / f"kernels-{hashlib.sha256(b'|'.join(facts)).hexdigest()[:16]}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / path.name
+            subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, check=True)
+            made.replace(path)
+    return path
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _with_dense_rows(x: Tensor) -> Tensor:
+    """x [n, H, D] with each of its rows in one piece."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

@@ -1,0 +1,118 @@
+"""Decoding in lockstep: rows that are equally long at every step, so that nothing is ever padded.
+
+Left padding enters the state of a recurrent layer, and some attention does not understand it. Here all rows begin
+together, the shortest prompt decides where the first token is drawn, and a row whose prompt goes on is given its own
+next token instead of a drawn one. It is right for every causal model, with its cache; without one each step computes
+every row anew, which is slow and right by definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from trimtab.engines.local.padded import KEPT_WHILE
+from trimtab.engines.local.replies import ReplyBuffer, Sampling
+from trimtab.models.own_forward import last_logits, own_attention
+from trimtab.models.roles import Policy
+
+
+@dataclass(frozen=True)
+class LockstepForm:
+    """Rows of equal length, with the model's own cache or without any."""
+
+    policy: Policy
+    sampling: Sampling
+    pad_id: int
+    name: Literal["lockstep", "uncached"]
+
+    def decode(self, prompts: Sequence[Sequence[int]], group_size: int, replies: ReplyBuffer) -> None:
+        """As every form."""
+        with own_attention(self.policy.model):
+            for numbers in batches(prompts, max(1, self.sampling.batch_size // group_size), replies.width):
+                rows = LockstepRows.start(
+                    [prompts[i] for i in numbers], numbers, group_size, replies.width, self.pad_id
+                )
+                self._decode_batch(rows, replies)
+
+    def _decode_batch(self, rows: LockstepRows, replies: ReplyBuffer) -> None:
+        model = self.policy.model
+        cache = DynamicCache(config=model.config) if self.name == "lockstep" else None
+        length, new = rows.shortest, rows.tokens[:, : rows.shortest]
+        while True:
+            drawing = rows.prompt_lengths <= length
+            if cache is None:
+                logits = torch.empty(0)
+                if drawing.any():
+                    logits, _ = last_logits(model, rows.tokens[drawing, :length], use_cache=False)
+            else:
+                logits, _ = last_logits(model, new, cache=cache, use_cache=True)
+                logits = logits[drawing]
+            keep = rows.draw(logits, drawing, length, replies)
+            if not len(keep):
+                return
+            if cache is not None and len(keep) < len(new):
+                cache.reorder_cache(cast(torch.LongTensor, keep))
+            new = rows.tokens[:, length : length + 1]
+            length += 1
+
+
+class LockstepRows:
+    """Sequences being written, and which is in which row."""
+
+    def __init__(self, tokens: Tensor, sequences: Tensor, prompt_lengths: Tensor) -> None:
+        """`tokens` [n, longest], `sequences` [n] and `prompt_lengths` [n]."""
+        self.tokens = tokens
+        self.sequences = sequences
+        self.prompt_lengths = prompt_lengths
+        self.alive = torch.ones(len(tokens), dtype=torch.bool)
+
+    @classmethod
+    def start(
+        cls, prompts: Sequence[Sequence[int]], numbers: Sequence[int], group_size: int, reply_width: int, pad_id: int
+    ) -> LockstepRows:
+        """A row for each reply to these prompts, known by their numbers."""
+        lengths = torch.tensor([len(p) for p in prompts])
+        tokens = torch.full((len(prompts), int(lengths.max()) + reply_width), pad_id)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        sequences = torch.tensor(numbers)[:, None] * group_size + torch.arange(group_size)
+        return cls(
+            tokens.repeat_interleave(group_size, 0), sequences.flatten(), lengths.repeat_interleave(group_size, 0)
+        )
+
+    @property
+    def shortest(self) -> int:
+        """The length of the shortest prompt."""
+        return int(self.prompt_lengths.min())
+
+    def draw(self, logits: Tensor, drawing: Tensor, length: int, replies: ReplyBuffer) -> Tensor:
+        """Draws a token for each row that is `drawing` [n] and has not ended; returns [n'] the rows that stay."""
+        going = drawing & self.alive
+        if going.any():
+            places = length - self.prompt_lengths[going]
+            tokens, ended = replies.draw(logits[self.alive[drawing]], self.sequences[going], places)
+            self.tokens[going, length] = tokens
+            self.alive[going] = ~ended
+        keep = torch.arange(len(self.tokens))
+        if int(self.alive.sum()) <= KEPT_WHILE * len(self.tokens):
+            # An ended row that is not dropped yet is fed padding; what comes of it is not read.
+            keep = keep[self.alive]
+            self.tokens, self.sequences = self.tokens[keep], self.sequences[keep]
+            self.prompt_lengths, self.alive = self.prompt_lengths[keep], self.alive[keep]
+        return keep
+
+
+def batches(prompts: Sequence[Sequence[int]], num_together: int, reply_width: int) -> Iterator[list[int]]:
+    """The numbers of the prompts that are decoded together: of like lengths, so that few steps draw nothing."""
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    while waiting:
+        longest = len(prompts[waiting[0]]) + max(reply_width, 16)
+        together = [i for i in waiting[:num_together] if len(prompts[i]) <= longest]
+        yield together
+        waiting = waiting[len(together) :]

@@ -1,0 +1,141 @@
+"""How replies are drawn, and the replies while they are being written; every form of decoding fills the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trimtab.data.chat import Chat
+from trimtab.math.logprobs import draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How replies are drawn."""
+
+    max_new_tokens: int = 64
+    """Longest reply, its end token included."""
+    temperature: float = 1.0
+    """Logits are divided by it; the policy's log-probabilities use the same."""
+    top_p: float = 1.0
+    """Smallest set of tokens with this probability; 1 keeps all."""
+    top_k: int = 0
+    """Only the most probable tokens; 0 keeps all."""
+    max_prompt_tokens: int = 1024
+    """A longer prompt is refused."""
+    stop: tuple[str, ...] = ()
+    """A reply also ends once it holds one of these texts; its tokens stay as drawn, its text ends before it."""
+    batch_size: int = 256
+    """Replies decoded together. Speed and memory only."""
+    cache_gb: float = 4.0
+    """Room for keys and values; fewer replies are decoded together where it would not suffice for batch_size."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature = {self.temperature}; it must be above 0 (top_k = 1 is greedy decoding)")
+        if not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(f"top_p = {self.top_p}, top_k = {self.top_k}; top_p is in (0, 1], top_k is 0 or more")
+        if self.max_new_tokens < 1 or self.batch_size < 1:
+            raise ValueError("max_new_tokens and batch_size must be at least 1")
+        if self.cache_gb <= 0:
+            raise ValueError(f"cache_gb = {self.cache_gb}; it must be above 0")
+        if "" in self.stop:
+            raise ValueError('stop holds an empty text, which every reply contains; take "" out')
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens can never be drawn, so that sampling and policy distributions differ."""
+        return self.top_p < 1 or self.top_k > 0
+
+
+SampledReply = tuple[list[int], list[float], bool]
+"""Ids and log-probabilities of a reply, and whether it stopped of itself."""
+
+
+class DecodingForm(Protocol):
+    """A way of decoding. Every form gives the same replies, to rounding; they differ in speed and in the models whose
+    distribution they get right (`form_choice.py`)."""
+
+    @property
+    def name(self) -> str:
+        """For the record: "fused", "rows", "padded", "lockstep" or "uncached"."""
+        ...
+
+    def decode(self, prompts: Sequence[Sequence[int]], group_size: int, replies: ReplyBuffer) -> None:
+        """Draws `group_size` replies to each prompt into `replies`, whose sequence i answers prompt i // group_size."""
+        ...
+
+
+class ReplyBuffer:
+    """The tokens of B replies as they are drawn, their log-probabilities, and when each ends."""
+
+    def __init__(
+        self,
+        uniforms: Tensor,
+        sampling: Sampling,
+        chat: Chat,
+        limits: Tensor | None = None,
+        *,
+        stop_ids: Collection[int] | None = None,
+        unnamed: Tensor | None = None,
+    ) -> None:
+        """`uniforms` [B, T] are the random numbers, one a token; `limits` [B] end a reply before T tokens.
+
+        `stop_ids` are the chat's unless given. Tokens that are true in `unnamed` [V] are never drawn; without
+        truncation log-probabilities stay those of the policy, whose softmax runs over its whole embedding.
+        """
+        self.uniforms = uniforms
+        self.width = uniforms.shape[1] if limits is None else int(limits.max())
+        self.limits = torch.full((len(uniforms),), self.width) if limits is None else limits
+        self.sampling = sampling
+        self.chat = chat
+        self.tokens = torch.zeros(uniforms.shape, dtype=torch.int64)
+        self.logprobs = torch.zeros(uniforms.shape)
+        self.policy_logprobs = self.logprobs
+        """As `logprobs`, but under the whole softmax, which the policy is scored by, if sampling truncates."""
+        if sampling.truncates:
+            self.policy_logprobs = torch.zeros(uniforms.shape)
+        self.lengths = torch.zeros(len(uniforms), dtype=torch.int64)
+        self.stopped = torch.zeros(len(uniforms), dtype=torch.bool)
+        self._stop_ids = torch.tensor(sorted(chat.stop_ids if stop_ids is None else stop_ids), dtype=torch.int64)
+        self._unnamed = unnamed
+        # A character is at most four tokens, where tokens are bytes.
+        self._tail = 4 * max((len(s) for s in sampling.stop), default=0)
+
+    def draw(self, logits: Tensor, sequences: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """The next tokens [n] of these sequences [n] at these places [n], from logits [n, V]; and whether a sequence
+        has ended with it [n]."""
+        logits = logits.float()
+        named = logits if self._unnamed is None else logits.masked_fill(self._unnamed, -torch.inf)
+        tokens, logprobs = draw(
+            named,
+            self.uniforms[sequences, places],
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            top_k=self.sampling.top_k,
+        )
+        self.tokens[sequences, places] = tokens
+        self.logprobs[sequences, places] = logprobs
+        if self.sampling.truncates or self._unnamed is not None:
+            whole = (logits / self.sampling.temperature).log_softmax(-1)
+            self.policy_logprobs[sequences, places] = whole.gather(1, tokens[:, None])[:, 0]
+        self.lengths[sequences] = places + 1
+        stopped = torch.isin(tokens, self._stop_ids)
+        if self.sampling.stop:
+            stopped |= torch.tensor([self._holds_stop(*row) for row in zip(sequences, places, strict=True)])
+        self.stopped[sequences] = stopped
+        return tokens, stopped | (places + 1 == self.limits[sequences])
+
+    def finished(self) -> list[SampledReply]:
+        """Every reply."""
+        columns = (self.tokens.tolist(), self.logprobs.tolist(), self.lengths.tolist(), self.stopped.tolist())
+        return [(ids[:n], logprobs[:n], stopped) for ids, logprobs, n, stopped in zip(*columns, strict=True)]
+
+    def _holds_stop(self, sequence: Tensor, place: Tensor) -> bool:
+        end = int(place) + 1
+        text = self.chat.decode_response(self.tokens[sequence, max(0, end - self._tail) : end].tolist())
+        return any(s in text for s in self.sampling.stop)

@@ -1,0 +1,82 @@
+"""Votes as they lie in files: a table in any of its forms, or a project of this app."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from trimtab.core.errors import DataError, EngineError, install
+from trimtab.core.types import JsonDict
+from trimtab.data.sources import read_rows
+from trimtab.votes.table import COLUMNS, VoteTable, refuse_rows, text_of, votes_from_rows
+
+
+def read_votes(
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    annotator_columns: Sequence[str] = (),
+    missing: Sequence[str] = (),
+    order: Sequence[str] = (),
+) -> VoteTable:
+    """The votes of a feedback project (its TOML file) or of a table (JSON lines, CSV, Parquet, hub).
+
+    `votes_from_rows` says which columns a table has. `columns` names those of another table, several joined with "+"
+    ("item": "document+system"). `annotator_columns` reads a table with one row an item and one column an annotator.
+    `missing` are further choices that are no judgement, `order` the categories from low to high. Raises DataError with
+    the first mistakes.
+    """
+    path = Path(source)
+    if path.suffix == ".toml":
+        return _project_votes(path)
+    table = read_rows(source)
+    if table.bad:
+        refuse_rows([(bad.where, bad.problem) for bad in table.bad], table.bad[0].fix)
+    rows: Iterable[tuple[str, JsonDict]] = [(where, _renamed(row, columns or {}, where)) for where, row in table.rows]
+    if annotator_columns:
+        rows = list(_long(rows, annotator_columns))
+    return votes_from_rows(rows, missing=missing, order=order)
+
+
+def _project_votes(path: Path) -> VoteTable:
+    if not path.is_file():
+        raise DataError(f"there is no file {str(path)!r}", where=str(path), fix="name a project file or a vote table")
+    try:
+        from trimtab.feedback.votes import votes_of  # a table is read without the libraries of a store
+    except ModuleNotFoundError as missing:
+        raise EngineError(
+            f"a project needs {missing.name}, which is not installed", where=str(path), fix=install("feedback")
+        ) from missing
+    return votes_of(path)
+
+
+def _renamed(row: JsonDict, columns: Mapping[str, str], where: str) -> JsonDict:
+    """The row with the columns it was said to have, beside its own."""
+    named = dict(row)
+    for name, source in columns.items():
+        parts = source.split("+")
+        absent = [part for part in parts if part not in row]
+        if name not in COLUMNS or absent:
+            raise DataError(
+                f"no column is called {', '.join(map(repr, absent))}; there are {', '.join(row)}"
+                if absent
+                else f"{name!r} is no column of a vote table",
+                where=where,
+                fix=f"write NAME=COLUMN with a NAME of {', '.join(COLUMNS)} and a COLUMN of the file",
+            )
+        named[name] = row[parts[0]] if len(parts) == 1 else " + ".join(text_of(row[part]) for part in parts)
+    return named
+
+
+def _long(rows: Iterable[tuple[str, JsonDict]], annotators: Sequence[str]) -> Iterable[tuple[str, JsonDict]]:
+    """One row for each vote, of rows with a column for each annotator; without an item's name it is its place."""
+    for number, (where, row) in enumerate(rows, 1):
+        absent = [name for name in annotators if name not in row]
+        if absent:
+            raise DataError(
+                f"no column is called {', '.join(map(repr, absent))}; there are {', '.join(row)}",
+                where=where,
+                fix="name the columns that hold one annotator's choices each",
+            )
+        for name in annotators:
+            yield where, {"item": str(number), **row, "annotator": name, "choice": row[name]}

@@ -1,0 +1,19 @@
+"""What a reward must offer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from trimtab.core.metrics import Metrics
+from trimtab.core.types import Rollout
+
+
+class Reward(Protocol):
+    """Judges finished rollouts."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
+        """[B] float32 rewards in the reward's own units, and each of its parts as metrics."""
+        ...

@@ -1,0 +1,282 @@
+"""Train a policy against a reward, with PPO, GRPO and their family.
+
+One loop serves them all. An algorithm is four choices in the settings: an advantage estimator, a policy loss, where the
+KL to the reference goes (into the reward of each token, or into the loss), and whether there is a critic. `train_step`
+is the algorithm; `run` loads what it uses and holds the loop around it, in which things are only watched. A new member
+of the family is a class registered as an advantage or a policy loss, in tens of lines, and nothing here changes.
+
+Against InstructGPT (Ouyang et al., arXiv:2203.02155) the critic may first learn alone, and advantages are whitened over
+the whole step, not over a minibatch, since a small minibatch has a mean of its own. Against the usual code for GRPO the
+old policy is not scored if a step makes a single update: the sampler has said what it gave each token, and the update
+itself shows whether the two agree. Replies that a reward cannot judge never count as zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab import worlds
+from trimtab.batches.rollouts import PolicyBatch
+from trimtab.batches.trees import TokenTrees
+from trimtab.core.metrics import Mean, Metrics
+from trimtab.data.chat import Chat
+from trimtab.engines.base import Learner, Scorer
+from trimtab.engines.local.learner import AdamW, LocalLearner
+from trimtab.engines.local.scorer import LocalScorer
+from trimtab.math.advantages import Episodes, token_rewards
+from trimtab.math.correction import no_correction
+from trimtab.math.kl import ESTIMATORS, k1, k3
+from trimtab.math.masking import sum_per_sequence, whiten
+from trimtab.math.rewards import RunningMoments
+from trimtab.models.lengths import refuse_long
+from trimtab.models.load import load_tokenizer
+from trimtab.models.roles import Policy, ScalarModel
+from trimtab.models.save import save_role
+from trimtab.rewards.gold import GoldScorer
+from trimtab.runs.loop import stepping
+from trimtab.runs.run import Run
+from trimtab.stages.noise import seed_noise
+from trimtab.stages.online.checks import (
+    Clock,
+    check_sampler,
+    rollout_metrics,
+    rollout_rows,
+    say_truncation,
+    value_metrics,
+)
+from trimtab.stages.online.data import read_mix, read_prompts
+from trimtab.stages.online.models import Models, load_models
+from trimtab.stages.online.objectives import Minibatches, PretrainingBatches, objectives
+from trimtab.stages.online.samplers import make_samplers
+from trimtab.stages.online.sampling import RolloutBatch, RolloutSource, shape_rewards
+from trimtab.stages.online.settings import OnlineSettings
+from trimtab.stages.online.state import OnlineState
+from trimtab.stages.stage import FEW_STEPS, Stage
+from trimtab.stages.supervised import last_metrics
+
+FIT = "set pretraining_mix.max_tokens = LIMIT, or use another model"
+
+__all__ = ["STAGE", "OnlineSettings", "run", "train_step"]
+
+
+def run(settings: OnlineSettings, run: Run) -> None:
+    """Trains to the last step and writes the policy to `run.model_dir`."""
+    say_truncation(settings)
+    chat = Chat(load_tokenizer(settings.model))
+    counts: dict[str, int] = {}
+    prompts = read_prompts(settings, chat, run, counts)
+    demonstrations = read_mix(settings, chat, run, counts)
+    models = load_models(settings, chat)
+    refuse_long(models.policy.model, demonstrations, where="pretraining_mix", fix=FIT)
+    policy, reference, critic = make_engines(settings, models)
+    world = GoldScorer(worlds.load(settings.world)) if settings.world else None
+    sampler, greedy = make_samplers(settings, models.policy, chat, prompts)
+    source = RolloutSource(sampler, greedy, models.rewards, world, settings)
+    pretraining = PretrainingBatches(demonstrations, settings)
+    state = OnlineState(
+        learners=[policy] if critic is None or critic is policy else [policy, critic],
+        prompts=prompts,
+        seed=settings.seed,
+        kl_coef=settings.kl.initial,
+        moments=RunningMoments(),
+    )
+    run.note_path("sampler", sampler.sampler)
+    run.note_path("form", models.policy.form)
+
+    with stepping(
+        run,
+        state,
+        num_steps=settings.num_steps,
+        checkpoint_every=settings.checkpoint_every,
+        description="online",
+    ) as steps:
+        for number in steps:
+            seed_noise(settings.seed, "online", number)
+            clock = Clock()
+            done = train_step(
+                number,
+                source=source,
+                policy=policy,
+                reference=reference,
+                critic=critic,
+                pretraining=pretraining,
+                state=state,
+                settings=settings,
+                clock=clock,
+            )
+            metrics = watch(number, done, settings, state.kl_coef) | clock.metrics
+            if settings.sample_every and number % settings.sample_every == 0:
+                rows = rollout_rows(done.rollouts.rollouts, done.rewards, done.kl, world, settings.num_samples)
+                run.add_samples(number + 1, rows)
+            state.kl_coef = settings.kl.update(
+                state.kl_coef, metrics["policy/kl"].value, num_sequences=done.batch.num_sequences
+            )
+            steps.log(metrics)
+
+    run.save_model(lambda path: save_role(models.policy, chat.tokenizer, path, base=models.base))
+    run.finish(
+        {"num_steps": settings.num_steps, "sampler": sampler.sampler, "counts": counts}
+        | last_metrics(run, "policy/kl", "reward/mean", "gold/mean")
+    )
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """What a step leaves to be watched."""
+
+    rollouts: RolloutBatch
+    rewards: Tensor
+    """[B] as they were shaped."""
+    batch: PolicyBatch
+    metrics: Metrics
+
+    @cached_property
+    def kl(self) -> Tensor:
+        """[B] of each reply to the reference, in nats (k1), before the updates."""
+        log_ratio = self.batch.old_logprobs - self.batch.ref_logprobs
+        return sum_per_sequence(k1(log_ratio), self.batch.sequence_ids, self.batch.num_sequences)
+
+
+def train_step(
+    number: int,
+    *,
+    source: RolloutSource,
+    policy: Learner,
+    reference: Scorer,
+    critic: Learner | None,
+    pretraining: PretrainingBatches,
+    state: OnlineState,
+    settings: OnlineSettings,
+    clock: Clock,
+) -> StepDone:
+    """One round of sampling and the updates made from it (Ouyang et al., arXiv:2203.02155, section 3.5, with the
+    PPO of Schulman et al., arXiv:1707.06347)."""
+    rollouts = source.sample(number, state, clock)  # in groups, with their rewards
+    trees, ids = rollouts.trees, rollouts.trees.sequence_ids  # a prompt once for all its replies, nothing padded
+
+    old_logprobs, agreement = old_logprobs_of(rollouts, policy, number, settings)  # [M]
+    ref_logprobs = reference.logprobs(trees)
+    values = critic.values(trees) if critic is not None else torch.full_like(old_logprobs, torch.nan)
+    clock.mark("logprobs")
+
+    rewards, baselines, shaped = shape_rewards(rollouts, settings.shaping, state)  # [B]
+    kl = kl_per_token(trees, old_logprobs - ref_logprobs, policy, reference, settings)  # [M]
+    paid = token_rewards(rewards, kl, ids, kl_coef=state.kl_coef if settings.kl_in == "reward" else 0.0)  # [M]
+    paid = whiten(paid, shift_mean=False) if settings.whiten_rewards else paid
+    advantages = settings.advantage(Episodes(paid, values, ids, rollouts.group_ids, baselines))  # [M]
+    weigh = settings.correction or no_correction
+    correction, corrected = weigh(old_logprobs, rollouts.logprobs, ids, trees.num_sequences)
+    batch = PolicyBatch(
+        trees=trees,
+        old_logprobs=old_logprobs,
+        correction=correction,
+        ref_logprobs=ref_logprobs,
+        old_values=values,
+        advantages=whiten(advantages) if settings.advantage.whiten else advantages,
+        returns=values + advantages,
+    )
+    trained = objectives(number, settings, policy=policy, critic=critic, kl_coef=state.kl_coef)
+    minibatches = Minibatches(number, batch.filter(rollouts.finished) if settings.skip_truncated else batch, settings)
+    for update, minibatch in minibatches:
+        for learner, losses in trained:
+            mixed = pretraining.work(update) if learner is policy else []
+            minibatches.log(learner.update([(minibatch, losses), *mixed]))
+    clock.mark("update")
+    return StepDone(rollouts, rewards, batch, corrected | agreement | rollouts.metrics | shaped | minibatches.metrics)
+
+
+def old_logprobs_of(
+    rollouts: RolloutBatch, policy: Learner, number: int, settings: OnlineSettings
+) -> tuple[Tensor, Metrics]:
+    """[M] of the policy that sampled, and how far the sampler is from it. Raises EngineError, before anything is
+    trained, if that is more than rounding."""
+    if not settings.scores_old_policy(number):
+        return rollouts.logprobs, {}
+    scored = policy.logprobs(rollouts.trees)
+    difference = float((rollouts.logprobs - scored).abs().max())
+    return scored, check_sampler(difference, settings, f"step {number + 1}, before its updates")
+
+
+def kl_per_token(
+    trees: TokenTrees, log_ratio: Tensor, policy: Learner, reference: Scorer, settings: OnlineSettings
+) -> Tensor:
+    """[M] the KL of each token as the reward counts it, in nats; `log_ratio` [M] is the policy's to the reference."""
+    estimator = settings.kl_estimator or "k1"
+    if settings.kl_in == "reward" and estimator == "exact":
+        return policy.kl_to(reference, trees)
+    return ESTIMATORS[estimator](log_ratio)
+
+
+def watch(number: int, done: StepDone, settings: OnlineSettings, kl_coef: float) -> Metrics:
+    """The metrics of a step. Raises EngineError if its only update shows that the sampler was not the policy."""
+    batch, metrics = done.batch, rollout_metrics(done.rollouts.rollouts) | done.metrics
+    if "rollout/logprob_difference" not in metrics and (moved := metrics.get("policy/log_ratio_max")):
+        metrics |= check_sampler(moved.value, settings, f"step {number + 1}, in its only update")
+    if settings.advantage.needs_critic:
+        metrics |= value_metrics(batch.old_values, batch.returns)
+    kl_k3 = k3(batch.old_logprobs - batch.ref_logprobs).double().sum()
+    return metrics | {
+        "policy/kl": mean(done.kl),
+        "policy/kl_k3": Mean(float(kl_k3), batch.num_sequences),
+        "kl/coef": Mean(kl_coef, 1),
+    }
+
+
+def mean(values: Tensor) -> Mean:
+    """The mean of [B] values, summed in float64."""
+    return Mean(float(values.double().sum()), len(values))
+
+
+def make_engines(settings: OnlineSettings, models: Models) -> tuple[LocalLearner, LocalScorer, LocalLearner | None]:
+    """Policy, reference and critic as engines. A critic that is a head on the policy is the policy's own engine."""
+    budget = {"token_budget": settings.token_budget}
+    num_updates = settings.num_steps * settings.num_epochs * settings.num_minibatches
+
+    def learner(role: Policy | ScalarModel, optimizer: AdamW, name: str) -> LocalLearner:
+        made = LocalLearner(role, optimizer, num_updates=num_updates, name=name, **budget)
+        if settings.checkpoint_activations:
+            role.checkpoint_activations()
+        return made
+
+    policy = learner(models.policy, settings.optimizer, "policy")
+    critic = policy if models.critic is models.policy else None
+    if models.critic is not None and critic is None:
+        critic = learner(models.critic, settings.critic.optimizer, "critic")
+    for role in {models.policy, models.reference, models.critic or models.policy}:
+        role.precision = settings.precision
+    return policy, LocalScorer(models.reference, **budget), critic
+
+
+def few_steps(table: Mapping[str, Any], _settings: OnlineSettings) -> dict[str, Any]:
+    """A few steps as the late ones of a run: the critic's warm-up would leave the policy's update out."""
+    steps = min(FEW_STEPS, table.get("num_steps", FEW_STEPS))
+    return {"num_steps": steps, "critic": dict(table.get("critic", {})) | {"warmup_steps": 0}}
+
+
+STAGE = Stage(
+    settings=OnlineSettings,
+    run=run,
+    makes="policy",
+    trains="policy",
+    writes=("metrics.jsonl", "samples.jsonl"),
+    grows=("num_steps",),
+    few=few_steps,
+    about="Reinforcement learning: sample replies, score them with the reward model, move towards the better ones.",
+    charts=(
+        ("reward/mean",),
+        ("gold/mean",),
+        ("policy/kl",),
+        ("rollout/length_mean",),
+        ("policy/entropy",),
+        ("policy/loss",),
+        ("policy/clip_fraction",),
+        ("critic/loss",),
+        ("critic/explained_variance",),
+    ),
+)

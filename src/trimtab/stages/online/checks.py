@@ -1,0 +1,112 @@
+"""What is measured of rollouts and values, and the check that sampler and scorer agree before anything is trained."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from trimtab.core.errors import EngineError
+from trimtab.core.metrics import Mean, Metrics, Peak, Total, mean_of, merge
+from trimtab.core.types import Rollout
+from trimtab.engines.local.agreement import MAX_LOGPROB_DIFFERENCE
+from trimtab.evals.text import distinct_n
+from trimtab.math.losses.value import explained_variance
+from trimtab.rewards.gold import GoldScorer
+from trimtab.stages.online.settings import OnlineSettings
+
+
+def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:
+    """Lengths, ends and diversity of rollouts."""
+    num = len(rollouts)
+    return {
+        "rollout/length_mean": Mean(sum(len(r.response_ids) for r in rollouts), num),
+        "rollout/truncated_fraction": Mean(sum(r.finish_reason == "length" for r in rollouts), num),
+        "rollout/distinct_2": Mean(distinct_n([r.response for r in rollouts], 2), 1),
+        **event_metrics(rollouts),
+    }
+
+
+def say_truncation(settings: OnlineSettings) -> None:
+    """Says on stderr when replies come from a truncated distribution and nothing weighs them."""
+    sampling = settings.sampling
+    if sampling.truncates and settings.correction is None:
+        print(
+            f"note: with sampling.top_p = {sampling.top_p} and sampling.top_k = {sampling.top_k} replies "
+            "are drawn from another distribution than the policy's, and are trained on unweighed; to weigh them: "
+            "correction.kind=truncate, or leave both settings at their defaults",
+            file=sys.stderr,
+        )
+
+
+def check_sampler(difference: float, settings: OnlineSettings, where: str) -> Metrics:
+    """The largest difference of sampler and policy on one token, in nats, as a metric; refuses a sampler that is not
+    the policy.
+
+    Without a correction a difference above MAX_LOGPROB_DIFFERENCE raises EngineError, on the first step and on every
+    other: training on it would be off-policy without anyone knowing, and a copy of the weights may go stale at any
+    step. Under top-p or top-k the two are different distributions, and only the metric is kept.
+    """
+    bound = MAX_LOGPROB_DIFFERENCE[settings.precision]
+    if settings.correction is None and not settings.sampling.truncates and not difference <= bound:
+        raise EngineError(
+            f"sampler and policy disagree by {difference:.3g} nats on the same token (bound: {bound})",
+            where=where,
+            fix="the sampler's weights, template or precision differ from the policy's; do not train on its samples, "
+            "or weigh them with [correction]",
+        )
+    return {"rollout/logprob_difference": Peak(difference)}
+
+
+def event_metrics(rollouts: Sequence[Rollout]) -> Metrics:
+    """What generators and environments counted, as `rollout/NAME` over all rollouts; of turns the mean as well."""
+    metrics: Metrics = merge({f"rollout/{name}": Total(n) for name, n in r.events.items()} for r in rollouts)
+    if turns := metrics.get("rollout/turns"):
+        metrics["rollout/turns_mean"] = Mean(turns.value, len(rollouts))
+    return metrics
+
+
+def value_metrics(values: Tensor, returns: Tensor) -> Metrics:
+    """How much of the returns the critic foresaw, and the mean of both."""
+    return {
+        "critic/explained_variance": explained_variance(values, returns),
+        "critic/value_mean": mean_of(values.tolist()),
+        "critic/return_mean": mean_of(returns.tolist()),
+    }
+
+
+def rollout_rows(
+    rollouts: Sequence[Rollout], rewards: Tensor, kl: Tensor, world: GoldScorer | None, num: int
+) -> list[dict[str, object]]:
+    """The first `num` rollouts as rows of samples.jsonl."""
+    rows: list[dict[str, object]] = []
+    for i, r in enumerate(rollouts[:num]):
+        row: dict[str, object] = {
+            "prompt": r.prompt.text,
+            "response": r.response,
+            "reward": float(rewards[i]),
+            "kl": float(kl[i]),
+            "length": len(r.response_ids),
+            "finish_reason": r.finish_reason,
+        }
+        if world is not None:
+            row["gold"] = world.world.gold(r.prompt, r.response).total
+        rows.append(row)
+    return rows
+
+
+class Clock:
+    """Seconds between marks, as `time/NAME_seconds`."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.metrics: Metrics = {}
+        """Every stretch so far."""
+
+    def mark(self, name: str) -> None:
+        """Ends the stretch that began with the clock or the mark before; stretches of one name add up."""
+        now = time.perf_counter()
+        self.metrics = merge([self.metrics, {f"time/{name}_seconds": Total(now - self._last)}])
+        self._last = now

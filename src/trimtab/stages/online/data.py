@@ -1,0 +1,73 @@
+"""What online training reads: prompts, and the demonstrations of the pretraining mix."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from trimtab.batches.trees import Tree
+from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.types import Demonstration, Prompt
+from trimtab.data.chat import Chat
+from trimtab.data.pairs import group
+from trimtab.data.tokens import Lazy
+from trimtab.runs.run import Run
+from trimtab.stages.online.settings import OnlineSettings
+from trimtab.stages.reading import prepare_data, read
+from trimtab.stages.sft import FEW, say_lost
+
+
+def read_prompts(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[str, int]) -> list[Prompt]:
+    """The prompts that are short enough; what was dropped is counted, and said if it is more than a few.
+
+    Raises DataError when none is left, and ConfigError when they are fewer than a step takes."""
+    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
+    loaded = read(Prompt, settings.prompts, run, limit=settings.limit, **options)
+    longest = settings.sampling.max_prompt_tokens
+    prompts = [p for p in loaded.records if len(chat.encode_prompt(p.messages)) <= longest]
+    if not prompts:
+        raise DataError(
+            f"none of {len(loaded.records)} prompts has at most {longest} tokens",
+            where=settings.prompts,
+            fix="raise sampling.max_prompt_tokens",
+        )
+    if len(prompts) < settings.prompts_per_step:
+        raise ConfigError(
+            f"prompts_per_step = {settings.prompts_per_step} of {len(prompts)} prompts: a step would hold some twice",
+            where=f"prompts_per_step and {settings.prompts}",
+            fix="give more prompts, or lower prompts_per_step",
+        )
+    counts |= dict(loaded.counts) | {"dropped_long_prompts": len(loaded.records) - len(prompts)}
+    if (num := counts["dropped_long_prompts"]) > FEW:
+        note = f"note: {num:,} of {len(loaded.records):,} prompts are left out: they are longer than"
+        print(f"{note} sampling.max_prompt_tokens = {longest}", file=sys.stderr)
+    return prompts
+
+
+def read_mix(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[str, int]) -> Sequence[Tree]:
+    """The demonstrations of the pretraining mix, fitted; what was dropped or truncated is counted.
+
+    Raises DataError when none is left."""
+    mix = settings.pretraining_mix
+    if mix is None:
+        return ()
+    prepared = prepare_data(Demonstration, mix.data, run, chat, on_bad_row=settings.on_bad_row, by_prompt=False)
+    found: dict[str, int] = {"records": len(prepared.table)}
+    groups = group(
+        prepared.table,
+        chat,
+        max_tokens=mix.max_tokens,
+        on_too_long="truncate_prompt_left",
+        counts=found,
+        alone=True,
+    )
+    say_lost(found, mix)
+    counts |= {f"mix_{name}": num for name, num in found.items() if name != "records"}
+    if not len(groups):
+        raise DataError(
+            f"none of {len(prepared.table)} demonstrations has at most max_tokens = {mix.max_tokens} tokens",
+            where=f"pretraining_mix, {mix.data}",
+            fix="raise pretraining_mix.max_tokens, or give shorter demonstrations",
+        )
+    return Lazy(len(groups), lambda i: groups.tree(i)[0])

@@ -1,0 +1,151 @@
+"""The four models of the online loop: as models of their own, or as adapters and heads on one frozen base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimtab.core import seeds
+from trimtab.core.errors import ConfigError
+from trimtab.core.hub import base_of, on_base, same_model
+from trimtab.data.chat import Chat
+from trimtab.models.adapters import add_adapter, load_adapter
+from trimtab.models.load import load_causal, load_scalar
+from trimtab.models.quantized import quantize
+from trimtab.models.roles import Policy, ScalarModel, head_of_weights, zero_head
+from trimtab.models.vocabulary import refuse_other_vocabulary
+from trimtab.rewards.combined import CombinedReward, load_rewards
+from trimtab.rewards.model import RewardModel
+from trimtab.stages.online.settings import OnlineSettings
+
+
+@dataclass(frozen=True)
+class Models:
+    """Policy, reference, critic and rewards, loaded. The critic is the policy where it is a head on it, and None where
+    the advantages need none."""
+
+    policy: Policy
+    reference: Policy
+    critic: Policy | ScalarModel | None
+    rewards: CombinedReward
+    base: str
+    """What the policy's adapter belongs to; without adapters, the model it started from."""
+
+
+def load_models(settings: OnlineSettings, chat: Chat) -> Models:
+    """Every model the settings name. Raises an error that teaches for whatever does not fit together."""
+    return full_models(settings, chat) if settings.adapter is None else shared_models(settings, chat)
+
+
+def full_models(settings: OnlineSettings, chat: Chat) -> Models:
+    """Each role a model of its own."""
+    options: dict[str, Any] = {"pad_id": chat.pad_id, "temperature": settings.sampling.temperature}
+    value_head = settings.advantage.needs_critic and settings.critic.init == "value_head"
+    policy = Policy(load_causal(settings.model), with_value_head=value_head, **options)
+    reference = Policy(_other_causal(settings.reference or settings.model, chat), **options)
+    reference.requires_grad_(False)
+    critic: Policy | ScalarModel | None = policy if value_head else None
+    if settings.advantage.needs_critic and not value_head:
+        start = critic_start(settings)
+        refuse_other_critic(start, chat)
+        model = load_scalar(start, head_seed=seeds.derive(settings.seed, "critic"), zero_head=True)
+        critic = ScalarModel(model, pad_id=chat.pad_id, gives="values")
+    return Models(policy, reference, critic, _rewards(settings), settings.model)
+
+
+def _other_causal(path: str, chat: Chat) -> PreTrainedModel:
+    """A reference of its own: it reads the policy's token ids."""
+    refuse_other_vocabulary(
+        chat.tokenizer,
+        path,
+        role="reference",
+        where="reference and model",
+        fix="name a reference of the policy's own family and tokenizer, usually the model that the policy starts from",
+    )
+    return load_causal(path)
+
+
+def refuse_other_critic(path: str, chat: Chat) -> None:
+    """Raises ConfigError where the critic would read the policy's token ids in a vocabulary of its own."""
+    refuse_other_vocabulary(
+        chat.tokenizer,
+        path,
+        role="critic",
+        where="critic and model",
+        fix="set critic.init = 'policy' (or 'value_head'), so that the critic starts from the policy; "
+        "the reward model can stay, for it is given the text",
+    )
+
+
+def shared_models(settings: OnlineSettings, chat: Chat) -> Models:
+    """Adapters on one frozen base. The reference of a new adapter is the base itself; that of an adapter which was
+    trained before is a copy of it."""
+    assert settings.adapter is not None
+    lora, base = settings.adapter, base_of(settings.model) or settings.model
+    shared = load_causal(base)
+    quantize(shared, lora.base_bits)
+
+    heads: dict[str, dict[str, Tensor]] = {}
+    """The score heads that adapters brought, by the adapter's name."""
+
+    def adapter(name: str, path: str | None) -> str:
+        if path is not None:
+            heads[name] = load_adapter(shared, name, path, with_head=name == "critic")
+        else:
+            add_adapter(shared, name, lora, seed=seeds.derive(settings.seed, "adapter", name))
+        return name
+
+    options: dict[str, Any] = {"pad_id": chat.pad_id, "temperature": settings.sampling.temperature}
+    value_head = settings.advantage.needs_critic and settings.critic.init == "value_head"
+    policy = Policy(
+        shared,
+        adapter=adapter("policy", settings.model if base_of(settings.model) else None),
+        with_value_head=value_head,
+        **options,
+    )
+    reference_path = settings.reference or settings.model
+    if same_model(reference_path, base):
+        reference = Policy(shared, adapter=None, **options)
+    elif on_base(reference_path, base):
+        reference = Policy(shared, adapter=adapter("reference", reference_path), **options)
+    else:
+        reference = Policy(_other_causal(reference_path, chat), **options)
+        reference.requires_grad_(False)
+    critic: Policy | ScalarModel | None = policy if value_head else None
+    if settings.advantage.needs_critic and not value_head:
+        start = critic_start(settings)
+        if not same_model(start, base) and not on_base(start, base):
+            raise ConfigError(
+                f"the critic is to start from {start!r}, which is no adapter of {base!r}",
+                where="critic and adapter",
+                fix="train the reward model with an adapter on that base, or set critic.init = 'policy'",
+            )
+        name = adapter("critic", start if on_base(start, base) else None)
+        # A critic that starts from a reward model starts from its head too, as one with weights of its own does.
+        brought = heads.get(name, {})
+        head = head_of_weights(brought) if "score.weight" in brought else zero_head(shared)
+        critic = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=head, gives="values")
+    return Models(policy, reference, critic, _rewards(settings, shared, base), base)
+
+
+def _rewards(settings: OnlineSettings, shared: PreTrainedModel | None = None, base: str = "") -> CombinedReward:
+    return load_rewards(settings.rewards, token_budget=settings.token_budget, shared=shared, base=base)
+
+
+def critic_start(settings: OnlineSettings) -> str:
+    """The model the critic starts from: its own path, the first reward model, or the policy."""
+    if settings.critic.path is not None:
+        return settings.critic.path
+    if settings.critic.init == "policy":
+        return settings.model
+    path = next((r.path for r in settings.rewards if isinstance(r, RewardModel)), None)
+    if path is None:
+        raise ConfigError(
+            "critic.init = 'reward', but no reward is a reward model",
+            where="critic.init and rewards",
+            fix="set critic.path to a reward model, or critic.init = 'policy'",
+        )
+    return path

@@ -1,0 +1,220 @@
+"""Settings of the online stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from trimtab.core.config import Choice
+from trimtab.engines.episodes import EpisodeLimits
+from trimtab.engines.local.learner import AdamW
+from trimtab.engines.local.sampler import Sampling
+from trimtab.math.advantages import GAE
+from trimtab.math.correction import SamplerCorrection
+from trimtab.math.kl import FixedKL
+from trimtab.math.losses.policy import PPO
+from trimtab.math.losses.value import ValueLoss
+from trimtab.models.adapters import LoRA
+from trimtab.models.precision import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shaping:
+    """What happens to a reward before it reaches the advantages, in this order."""
+
+    normalize: bool = False
+    """Subtract the running mean and divide by the running deviation of the reward."""
+    scale_only: bool = False
+    """With normalize: divide by the running deviation but keep the mean."""
+    clip: float | None = None
+    """Hold the reward within plus and minus this."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from a reply that did not end before max_new_tokens."""
+
+    def __post_init__(self) -> None:
+        if self.scale_only and not self.normalize:
+            raise ValueError("scale_only = true needs normalize = true")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip = {self.clip}; it must be above 0")
+        if self.missing_eos_penalty < 0:
+            raise ValueError(
+                f"missing_eos_penalty = {self.missing_eos_penalty}; it is subtracted, so give it as positive"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicSampling:
+    """Groups without a signal, whose replies all have the same reward, are replaced by those of further prompts (DAPO:
+    Yu et al., arXiv:2503.14476, section 3.2)."""
+
+    max_rounds: int = 4
+    """Rounds of sampling in one step; what is missing after the last is counted."""
+
+    def __post_init__(self) -> None:
+        if self.max_rounds < 2:
+            raise ValueError(
+                f"max_rounds = {self.max_rounds}; groups can be replaced in a second round at the earliest"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticSettings:
+    """The value function."""
+
+    init: Literal["reward", "policy", "value_head"] = "reward"
+    """Start from the reward model, from the policy with a new head, or be a head on the policy itself."""
+    path: str | None = None
+    """Start from this directory instead of the first reward model."""
+    warmup_steps: int = 0
+    """First steps in which only the critic learns."""
+    optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=9e-6))
+    """The critic's own optimizer; a value head shares the policy's."""
+    loss: ValueLoss = field(default_factory=ValueLoss)
+    """The clipped value loss."""
+
+    def __post_init__(self) -> None:
+        if self.init == "value_head" and self.warmup_steps:
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps} with init = 'value_head': a head on the policy cannot learn alone "
+                "without moving the policy; set warmup_steps = 0 or give the critic a model of its own"
+            )
+        if self.init == "value_head" and self.path is not None:
+            raise ValueError("path with init = 'value_head': the head has no model of its own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingMix:
+    """PPO-ptx: a language-modelling loss on demonstrations beside the RL loss (arXiv:2203.02155, eq. 2)."""
+
+    data: str
+    """Demonstrations: a file, a hub id or a world."""
+    coef: float = 1.0
+    """Weight of the loss; both losses are means over tokens."""
+    batch_size: int = 16
+    """Demonstrations of one update."""
+    max_tokens: int = 1024
+    """Longest prompt and reply together; longer prompts are cut on the left, longer replies dropped, both counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineSettings:
+    """Settings of the online stage."""
+
+    model: str
+    """The policy to start from: usually the SFT model."""
+    reference: str | None = None
+    """The frozen model the KL is taken to; None is the policy as it starts."""
+    prompts: str
+    """Prompts: a file, a hub id or a world."""
+    limit: int | None = None
+    """Use only the first prompts."""
+    on_bad_row: Literal["stop", "drop"] = "stop"
+    """Refuse the prompts at a bad row, or drop and count such rows."""
+    rewards: Annotated[tuple[Any, ...], Choice("reward")]
+    """What judges the rollouts; several are added up with their weights."""
+    shaping: Shaping = field(default_factory=Shaping)
+    """What happens to the reward before it reaches the advantages."""
+    world: str | None = None
+    """Log this world's gold score of every batch. Watched only: it never trains."""
+
+    advantage: Annotated[Any, Choice("advantage")] = field(default_factory=GAE)
+    """The advantage estimator."""
+    loss: Annotated[Any, Choice("policy_loss")] = field(default_factory=PPO)
+    """The policy loss."""
+    kl: Annotated[Any, Choice("kl_controller")] = field(default_factory=lambda: FixedKL(coef=0.05))
+    """The KL coefficient: fixed, or adapted to a target."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Whether the KL is subtracted from the reward of each token or added to the loss."""
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] | None = None
+    """How it is estimated there; None is k1 in the reward and k3 in the loss. "exact" sums over the vocabulary."""
+    critic: CriticSettings = field(default_factory=CriticSettings)
+    """The value function."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    pretraining_mix: PretrainingMix | None = None
+    """PPO-ptx; None leaves it out."""
+    whiten_rewards: bool = False
+    """Divide the shaped token rewards of a batch by their deviation."""
+    on_failed_reward: Literal["stop", "drop"] = "stop"
+    """Stop at a reply that a reward could not judge, or leave it out and count it. It never counts as zero."""
+    skip_truncated: bool = False
+    """Leave replies that were cut off at max_new_tokens out of the update; they still count in their group's mean."""
+    dynamic_sampling: DynamicSampling | None = None
+    """Replace groups whose replies all have the same reward; None trains on them."""
+    correction: SamplerCorrection | None = None
+    """Weigh tokens by how the policy and the sampler differ; None requires that they agree, except under
+    top-p and top-k, where they differ by definition and replies are then trained on unweighed."""
+
+    environment: Annotated[Any, Choice("environment")] | None = None
+    """What answers the policy between its turns, such as tools; None for replies of one turn."""
+    episodes: EpisodeLimits = field(default_factory=EpisodeLimits)
+    """How long an episode in an environment may become."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How rollouts are drawn."""
+    prompts_per_step: int = 64
+    """Prompts of one step."""
+    group_size: int = 1
+    """Rollouts of each prompt."""
+    num_steps: int = 100
+    """Rounds of sampling and updates."""
+    num_epochs: int = 4
+    """Passes over the rollouts of a step."""
+    num_minibatches: int = 1
+    """Updates of one pass."""
+    stop_kl: float | None = None
+    """End the passes of a step once the policy has moved this far per token (k3, nats)."""
+    optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=3e-6))
+    """The policy's optimizer."""
+    adapter: LoRA | None = None
+    """Make policy and critic low-rank adapters on one frozen base. The reference is then the base (or a copy of the
+    adapter the policy starts from), and a reward model that is an adapter of the same base shares it too."""
+    precision: Precision = "float32"
+    """Precision of the products of training and scoring; weights and log-probabilities stay float32."""
+    checkpoint_activations: bool = False
+    """Keep only the input of each block for the backward pass: less memory, a third more work."""
+    token_budget: int = 4096
+    """Tokens of one forward pass: memory and speed only."""
+    sample_every: int = 5
+    """Steps between samples written to samples.jsonl; 0 writes none."""
+    num_samples: int = 4
+    """Samples written each time."""
+    checkpoint_every: int = 10
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Seed of prompts, rollouts and minibatches."""
+    trackers: Annotated[tuple[Any, ...], Choice("tracker")] = ()
+    """Where metrics go besides metrics.jsonl: "tensorboard", "wandb"."""
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ValueError("rewards is empty; name at least one, such as [[rewards]] name = 'model', path = '…'")
+        if self.num_minibatches > self.prompts_per_step:
+            raise ValueError(
+                f"num_minibatches = {self.num_minibatches} with prompts_per_step = {self.prompts_per_step}: "
+                "a minibatch holds whole prompts"
+            )
+        if self.group_size == 1 and (self.advantage.needs_group or self.dynamic_sampling):
+            wanting = "dynamic_sampling" if self.dynamic_sampling else f"advantage {type(self.advantage).__name__}"
+            raise ValueError(
+                f"group_size = 1 with {wanting}, which compares the replies of a prompt with each other; "
+                "set group_size = 2 or more"
+            )
+        if self.kl_in == "loss" and self.kl_estimator in ("k1", "exact"):
+            raise ValueError(
+                f"kl_estimator = {self.kl_estimator!r} with kl_in = 'loss': the expected gradient of k1 as a loss is "
+                "zero, and that of k2 is the exact KL's; set kl_estimator = 'k2' or 'k3', or kl_in = 'reward'"
+            )
+        for name in ("prompts_per_step", "group_size", "num_steps", "num_epochs", "num_minibatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
+
+    def scores_old_policy(self, number: int) -> bool:
+        """Whether this step scores its rollouts with the policy before it learns from them.
+
+        A single update sees the policy that sampled, and the sampler has said what it gave each token; the update
+        itself then shows whether the two agree. The first step is scored all the same, so that a sampler that is not
+        the policy is refused before anything is trained; and so are those in which only the critic learns.
+        """
+        single = self.num_epochs * self.num_minibatches == 1 and number >= max(1, self.critic.warmup_steps)
+        same = self.precision == "float32" and self.correction is None and not self.sampling.truncates
+        return not (single and same)

@@ -1,0 +1,56 @@
+"""What one step of online training leaves to the next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trimtab.core.types import Prompt
+from trimtab.engines.base import Learner
+from trimtab.math.rewards import RunningMoments
+from trimtab.stages.supervised import Epochs
+
+
+@dataclass
+class OnlineState:
+    """Learners, KL coefficient, running reward moments and place in the prompts: a run goes on from it bit for bit."""
+
+    learners: Sequence[Learner]
+    prompts: Sequence[Prompt]
+    seed: int
+    kl_coef: float
+    moments: RunningMoments
+    num_prompts_taken: int = 0
+
+    def take_prompts(self, num: int) -> list[Prompt]:
+        """The next prompts: every prompt once before any comes again, each pass in an order of its own."""
+        start = self.num_prompts_taken
+        self.num_prompts_taken += num
+        return [self.prompts[i] for i in endless(len(self.prompts), 1, self.seed).take(start, start + num)]
+
+    def save(self, path: Path) -> None:
+        """Write the state into the directory `path`."""
+        for learner in self.learners:
+            learner.save(path)
+        numbers = {
+            "kl_coef": self.kl_coef,
+            "moments": self.moments.state(),
+            "num_prompts_taken": self.num_prompts_taken,
+        }
+        (path / "state.json").write_text(json.dumps(numbers), encoding="utf-8")
+
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote."""
+        for learner in self.learners:
+            learner.load(path)
+        numbers = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        self.kl_coef = numbers["kl_coef"]
+        self.moments = RunningMoments(**numbers["moments"])
+        self.num_prompts_taken = numbers["num_prompts_taken"]
+
+
+def endless(num_examples: int, batch_size: int, seed: int) -> Epochs:
+    """Passes over examples without an end, each in an order of its own."""
+    return Epochs(num_examples=num_examples, batch_size=batch_size, num_epochs=1e9, seed=seed)

@@ -1,0 +1,192 @@
+"""One label for each item out of several votes: by counting, or by also learning how reliable each annotator is.
+
+The three models of annotators are confusion matrices, theta_r[k, l] the chance that annotator r answers l where k is
+true, and are fitted by one EM. They differ in what the matrices may be. Where the categories have sides (A and B of a
+pair) matrix and prior are tied under their exchange, so that the labels do not depend on which reply was called A; for
+A and B alone Dawid and Skene's model then is the one-coin model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from trimtab.stats import Floats
+from trimtab.votes.table import VoteTable
+
+Method = Literal["majority", "dawid_skene", "one_coin", "mace"]
+Fit = Callable[[Floats, Floats], tuple[Floats, Floats]]
+"""Of expected counts [R, q, q] (truth, answer) and the matrices before: the matrices [R, q, q] and skills [R]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemLabels:
+    """What is believed of each item, and of each annotator."""
+
+    method: Method
+    probabilities: Floats
+    """[I, q], of the categories of the votes; the share of votes by majority. nan for an item without votes."""
+    num_votes: Floats
+    """[I]."""
+    skills: Floats | None
+    """[R], the chance that an annotator's answer is right, averaged over the prior (MACE: that it is not a guess);
+    None by majority."""
+    confusion: Floats | None
+    """[R, q, q], chance of each answer (last) for each truth; None by majority."""
+    prior: Floats | None
+    """[q], how common each truth is; None by majority."""
+    log_likelihood: float
+    """Of the votes under the fitted model; 0 by majority."""
+    num_iterations: int
+    converged: bool
+
+    @property
+    def best(self) -> tuple[int | None, ...]:
+        """The category of each item; None where the highest is shared or there are no votes."""
+        top = np.nan_to_num(self.probabilities.max(axis=1, initial=-np.inf), nan=np.inf)
+        reach = np.isclose(self.probabilities, top[:, None], rtol=0, atol=1e-9)
+        return tuple(int(np.argmax(row)) if row.sum() == 1 else None for row in reach)
+
+    @property
+    def entropy(self) -> Floats:
+        """[I], of the probabilities in nats: 0 where there is no doubt."""
+        p = self.probabilities
+        return np.asarray(-np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), p).sum(axis=1))
+
+
+def aggregate(
+    votes: VoteTable,
+    method: Method = "majority",
+    *,
+    max_iterations: int = 100,
+    tolerance: float = 1e-5,
+    pseudo_count: float = 1.0,
+) -> ItemLabels:
+    """Labels of the items of `votes`.
+
+    majority: shares of votes. dawid_skene: a confusion matrix for each annotator (Dawid and Skene 1979, Applied
+    Statistics 28). one_coin: one chance of being right for each annotator, errors evenly among the other categories.
+    mace: an annotator knows the truth or guesses from habits of their own (Hovy et al. 2013, NAACL); classes are
+    equally likely beforehand.
+
+    EM begins at the shares and stops when the log-likelihood of the votes gains less than `tolerance`. For each
+    annotator and truth, `pseudo_count` answers of every category and as many right ones again are added to what was
+    seen, so that nobody with few votes is believed or disbelieved wholly; 0 is maximum likelihood. Repeated votes of
+    an annotator on an item count as further answers: take `votes.first_votes()` where they were asked to check.
+    """
+    table = votes.table()
+    num_votes = table.sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        shares = table / num_votes[:, None]
+    if method == "majority" or not len(votes):
+        return ItemLabels(
+            method=method,
+            probabilities=shares,
+            num_votes=num_votes,
+            skills=None,
+            confusion=None,
+            prior=None,
+            log_likelihood=0.0,
+            num_iterations=0,
+            converged=True,
+        )
+    q, num = len(votes.categories), len(votes.annotators)
+    tie_matrix = _under_exchange(votes)
+    fit = _mace_fit(tie_matrix) if method == "mace" else _counted_fit(method, tie_matrix)
+    item, who, answer = votes.item, votes.annotator, votes.choice
+    answers_of = who * q + answer
+    judged = num_votes > 0
+    belief = np.where(judged[:, None], shares, 1 / q)
+    confusion = np.broadcast_to(np.eye(q) * 0.5 + 0.5 / q, (num, q, q))
+    likelihood, num_iterations, converged = -np.inf, 0, False
+    while not converged and num_iterations < max_iterations:
+        num_iterations += 1
+        seen = [np.bincount(answers_of, weights=belief[item, k], minlength=num * q) for k in range(q)]
+        counts = np.stack(seen, axis=1).reshape(num, q, q).swapaxes(1, 2) + pseudo_count * (1 + np.eye(q))
+        confusion, skills = fit(counts, confusion)
+        prior = np.full(q, 1 / q) if method == "mace" else belief[judged].mean(axis=0)
+        if votes.swap is not None:
+            prior = (prior + prior[votes.swap]) / 2
+        with np.errstate(divide="ignore"):
+            likely = np.log(confusion)
+            votes_say = [np.bincount(item, weights=likely[who, k, answer], minlength=len(belief)) for k in range(q)]
+            log_belief = np.log(prior) + np.stack(votes_say, axis=1)
+        evidence = np.logaddexp.reduce(log_belief, axis=1)
+        belief = np.exp(log_belief - evidence[:, None])
+        gained, likelihood = float(evidence.sum()) - likelihood, float(evidence.sum())
+        converged = abs(gained) < tolerance
+    right = np.einsum("rkk,k->r", confusion, prior)
+    return ItemLabels(
+        method=method,
+        probabilities=np.where(judged[:, None], belief, np.nan),
+        num_votes=num_votes,
+        skills=skills if method == "mace" else right,
+        confusion=confusion,
+        prior=prior,
+        log_likelihood=likelihood,
+        num_iterations=num_iterations,
+        converged=converged,
+    )
+
+
+def share_of_a(votes: VoteTable, labels: ItemLabels) -> Floats:
+    """How strongly side A of each item is preferred [I], ties counting half: the soft label of a preference pair.
+
+    Raises ValueError for votes that do not choose between sides.
+    """
+    if not votes.pairwise:
+        raise ValueError(f"the choices {', '.join(votes.categories)} are no sides of a pair")
+    worth = np.array([{"A": 1.0, "B": 0.0}.get(category, 0.5) for category in votes.categories])
+    return np.asarray(labels.probabilities @ worth)
+
+
+def _under_exchange(votes: VoteTable) -> Callable[[Floats], Floats]:
+    """Averages counts [R, q, q] with those of exchanged sides; leaves them where there are no sides."""
+    swap = votes.swap
+    return (lambda counts: counts) if swap is None else (lambda counts: (counts + counts[:, swap][:, :, swap]) / 2)
+
+
+def _counted_fit(method: Method, tie: Callable[[Floats], Floats]) -> Fit:
+    def fit(counts: Floats, before: Floats) -> tuple[Floats, Floats]:
+        counts = tie(counts)
+        q = counts.shape[1]
+        if method == "one_coin":
+            right = np.einsum("rkk->r", counts) / np.maximum(counts.sum(axis=(1, 2)), 1e-300)
+            wrong = (1 - right) / max(q - 1, 1)
+            confusion = wrong[:, None, None] + (right - wrong)[:, None, None] * np.eye(q)
+        else:
+            # a truth that an annotator never met leaves a row without counts: any answer
+            sums = counts.sum(axis=2, keepdims=True)
+            confusion = np.where(sums > 0, counts / np.where(sums > 0, sums, 1.0), 1 / q)
+        return confusion, np.einsum("rkk->r", confusion) / q
+
+    return fit
+
+
+def _mace_fit(tie: Callable[[Floats], Floats]) -> Fit:
+    """theta[k, l] = (1 - s) [k = l] + s habit[l]: a right answer was known, or guessed with chance s habit / theta."""
+
+    def fit(counts: Floats, before: Floats) -> tuple[Floats, Floats]:
+        counts = tie(counts)
+        q = counts.shape[1]
+        eye = np.eye(q)
+        # what was fitted before says how often a right answer was a guess; off the diagonal each is one
+        guess_share = _guesses(before)
+        guessed = counts * np.where(eye == 1, guess_share[:, :, None], 1.0)
+        habit = guessed.sum(axis=1) + 1e-12
+        s = guessed.sum(axis=(1, 2)) / counts.sum(axis=(1, 2))
+        habit /= habit.sum(axis=1, keepdims=True)
+        return (1 - s)[:, None, None] * eye + s[:, None, None] * habit[:, None, :], 1 - s
+
+    return fit
+
+
+def _guesses(confusion: Floats) -> Floats:
+    """s habit[k] / theta[k, k] for each annotator and category [R, q]; s habit[k] is any theta[j, k] with j ≠ k."""
+    q = confusion.shape[1]
+    diagonal = np.einsum("rkk->rk", confusion)
+    off = (confusion.sum(axis=1) - diagonal) / max(q - 1, 1)
+    return np.asarray(off / diagonal)

@@ -1,0 +1,306 @@
+"""One annotator at a time: agreement with the others, lean to the left of the screen, speed, answers in a row."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.special
+import scipy.stats
+from numpy.typing import NDArray
+
+from trimtab.stats import Floats, Interval, wilson
+from trimtab.votes.table import Ints, VoteTable
+
+HASTY_SECONDS = 2.0
+"""Nobody reads two replies in less."""
+_RIDGE = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotatorCard:
+    """What the votes of one annotator look like beside those of the others. Shares carry Wilson intervals, of
+    as many votes as they are worth where several are about one ranking or prompt."""
+
+    name: str
+    num_votes: int
+    agreement: Interval
+    """Share of votes that are the majority of the item's other votes, ties of that majority counting in part."""
+    left: Interval
+    """Share of decided votes for the side shown on the left."""
+    left_p_value: float
+    """Chance of a share at least as far from one half without a lean (binomial, two-sided); nan without such votes."""
+    left_bias: Interval
+    """gamma of `left_bias`, in log-odds: 0 is none, 0.2 is 55% left between equal replies."""
+    ties: Interval
+    """Share of votes that choose neither side."""
+    median_seconds: float
+    hasty: Interval
+    """Share of timed votes faster than reading takes: see `hasty_votes`."""
+    consistency: Interval
+    """Share of repeated votes on an item that repeat the first."""
+    longest_run: int
+    """Longest sequence of equal answers, on the screen where the sides shown are known."""
+    run_p_value: float
+    """Chance of such a run somewhere in this many votes, had each been drawn from everybody's answers; nan where the
+    sides shown are not known, for then the items' own order makes runs."""
+    flags: tuple[str, ...]
+    """What to look at, in words. A flag is a reason to look at the votes, not to drop them."""
+
+
+def annotator_cards(votes: VoteTable, *, confidence: float = 0.95) -> list[AnnotatorCard]:
+    """A card for each annotator, in the order of `votes.annotators`.
+
+    Flags hold at `confidence` for all annotators together (Bonferroni).
+    """
+    num = len(votes.annotators)
+    if not num or not len(votes):
+        return []
+    first = votes.first_votes()
+    right, judged = _with_the_others(first)
+    left, decided = _left_votes(votes)
+    bias = left_bias(votes)
+    hasty = hasty_votes(votes)
+    timed = ~np.isnan(votes.seconds)
+    neither = np.array([c in ("tie", "both_bad") for c in votes.categories])[votes.choice]
+    same, repeats, repeated = _repeats(votes)
+    alone = _first_of_groups(votes)
+    runs = [_longest_run(_answers(votes)[alone & (votes.annotator == r)]) for r in range(num)]
+    everybody = _shares_of_answers(votes)
+    strict = 1 - (1 - confidence) / num
+    everyone_hasty = hasty[timed].mean() if timed.any() else math.nan
+
+    def per(values: Floats, who: Ints, effects: Floats, level: float) -> list[Interval]:
+        sums, sizes = np.bincount(who, weights=values, minlength=num), np.bincount(who, minlength=num)
+        return [_share(s, int(n), effect, level) for s, n, effect in zip(sums, sizes, effects, strict=True)]
+
+    who = votes.annotator
+    columns = {
+        "agreement": (right[judged], first.annotator[judged]),
+        "left": (left[decided], who[decided]),
+        "ties": (neither.astype(np.float64), who) if votes.pairwise else (np.empty(0), np.empty(0, dtype=np.int64)),
+        "hasty": (hasty[timed].astype(np.float64), who[timed]),
+        "consistency": (same, repeats),
+    }
+    groups = {
+        "agreement": first.group_of_votes[judged],
+        "left": votes.group_of_votes[decided],
+        "ties": votes.group_of_votes if votes.pairwise else np.empty(0, dtype=np.int64),
+        "hasty": votes.group_of_votes[timed],
+        "consistency": votes.group_of_votes[repeated],
+    }
+    effect = {name: _design_effects(*columns[name], groups[name], num) for name in columns}
+    shown = {name: per(*columns[name], effect[name], confidence) for name in columns}
+    sure = {name: per(*columns[name], effect[name], strict) for name in columns}
+    mean_agreement = float(right[judged].mean()) if judged.any() else math.nan
+    cards = []
+    for r, name in enumerate(votes.annotators):
+        mine = who == r
+        size = int(mine.sum())
+        lefts, of = int(left[mine & decided].sum()), int((mine & decided).sum())
+        fewer = effect["left"][r]
+        p_left = float(scipy.stats.binomtest(round(lefts / fewer), round(of / fewer)).pvalue) if of else math.nan
+        p_run = _run_p_value(runs[r], int((mine & alone).sum()), everybody) if of else math.nan
+        flags = []
+        if sure["agreement"][r].high < mean_agreement:
+            flags.append(f"agrees with the others less than usual ({shown['agreement'][r].value:.0%})")
+        if p_left < 1 - strict:
+            flags.append(f"leans to the {'left' if lefts > of / 2 else 'right'} ({lefts} of {of} votes left)")
+        if sure["hasty"][r].count and sure["hasty"][r].low > max(0.1, 2 * everyone_hasty):
+            flags.append(f"faster than reading takes in {shown['hasty'][r].value:.0%} of votes")
+        if p_run < 1 - strict:
+            flags.append(f"the same answer {runs[r]} times in a row")
+        cards.append(
+            AnnotatorCard(
+                name=name,
+                num_votes=size,
+                left_p_value=p_left,
+                left_bias=_widened(bias[r], effect["left"][r]),
+                median_seconds=float(np.median(votes.seconds[mine & timed])) if (mine & timed).any() else math.nan,
+                longest_run=runs[r],
+                run_p_value=p_run,
+                flags=tuple(flags),
+                **{column: intervals[r] for column, intervals in shown.items()},
+            )
+        )
+    return cards
+
+
+_UNKNOWN = Interval(math.nan, math.nan, math.nan, 0)
+
+
+def _share(successes: float, n: int, effect: float, level: float) -> Interval:
+    """Wilson's interval of as many independent votes as these are worth."""
+    if not n:
+        return _UNKNOWN
+    worth = max(1, round(n / effect))
+    bounds = wilson(min(float(successes) * worth / n, float(worth)), worth, confidence=level)
+    return Interval(float(successes) / n, bounds.low, bounds.high, n)
+
+
+def _design_effects(values: Floats, who: Ints, groups: Ints, num: int) -> Floats:
+    """For each annotator how many times the variance of independent votes that of a share is (Kish 1965), at least 1.
+
+    The variance is that of a ratio over groups, G / (G - 1) sum_g (s_g - p n_g)² / n²; without any between groups (one
+    group, or all votes alike) a group counts as one vote.
+    """
+    effects = np.ones(num)
+    cells, number = np.unique(np.stack([who, groups], axis=1), axis=0, return_inverse=True)
+    if len(cells) == who.size:  # every vote is a group of its own
+        return effects
+    sums = np.bincount(number.ravel(), weights=values, minlength=len(cells))
+    sizes = np.bincount(number.ravel(), minlength=len(cells))
+    for r in range(num):
+        mine = cells[:, 0] == r
+        n, g = sizes[mine].sum(), int(mine.sum())
+        if not n:
+            continue
+        p = sums[mine].sum() / n
+        spread = ((sums[mine] - p * sizes[mine]) ** 2).sum()
+        known = g > 1 and 0 < p < 1
+        effects[r] = max(1.0, g / (g - 1) * spread / (n * p * (1 - p))) if known else n / g
+    return effects
+
+
+def _first_of_groups(votes: VoteTable) -> NDArray[np.bool_]:
+    """The first vote of each annotator in each group: the pairs of one ranking are one answer, not a run of them."""
+    key = votes.group_of_votes * len(votes.annotators) + votes.annotator
+    first = np.zeros(len(votes), dtype=bool)
+    again = _repeats(votes)[2] if votes.group is None else np.zeros(len(votes), dtype=bool)
+    first[np.unique(key, return_index=True)[1]] = True
+    return first | again
+
+
+def _widened(interval: Interval, effect: float) -> Interval:
+    """A symmetric interval for an estimate whose variance is so many times larger."""
+    half = (interval.high - interval.low) / 2 * math.sqrt(effect)
+    return Interval(interval.value, interval.value - half, interval.value + half, interval.count)
+
+
+def left_bias(votes: VoteTable) -> list[Interval]:
+    """Each annotator's lean to the left, gamma_r of
+
+        logit P(left is chosen) = beta x_i s + gamma_r,   s = 1 with side A on the left, -1 on the right,
+
+    where x_i is the log-odds of side A among the *other* annotators of the item (each side with half a vote more), so
+    that a better reply on the left is no lean. Only votes for a side count. A penalty of 0.01 gamma² / 2 keeps an
+    annotator who always chose left finite. Bounds are 1.96 standard errors; nan for annotators without such votes.
+    """
+    left, decided = _left_votes(votes)
+    num = len(votes.annotators)
+    if not decided.any():
+        return [_UNKNOWN] * num
+    table = votes.table()
+    column = {c: i for i, c in enumerate(votes.categories)}
+    a, b = column["A"], column["B"]
+    who = votes.annotator[decided]
+    others_a = _others(votes, decided, table, a)
+    others_b = _others(votes, decided, table, b)
+    side = np.where(votes.a_left[decided] == 1, 1.0, -1.0)
+    x = side * np.log((others_a + 0.5) / (others_b + 0.5))
+    y = left[decided]
+    beta, gamma = 0.0, np.zeros(num)
+    for _ in range(50):
+        p = scipy.special.expit(beta * x + gamma[who])
+        w = p * (1 - p)
+        # one common slope and an intercept each: the matrix of second derivatives is an arrow
+        along = np.bincount(who, weights=w, minlength=num) + _RIDGE
+        across = np.bincount(who, weights=w * x, minlength=num)
+        slope = (w * x * x).sum() + _RIDGE
+        g_gamma = np.bincount(who, weights=y - p, minlength=num) - _RIDGE * gamma
+        g_beta = ((y - p) * x).sum() - _RIDGE * beta
+        rest = slope - (across**2 / along).sum()
+        step = (g_beta - (across * g_gamma / along).sum()) / rest
+        beta += step
+        gamma += (g_gamma - across * step) / along
+        if abs(step) < 1e-10:
+            break
+    error = np.sqrt(1 / along + (across / along) ** 2 / rest)
+    z = float(scipy.special.ndtri(0.975))
+    sizes = np.bincount(who, minlength=num)
+    return [
+        Interval(float(g), float(g - z * e), float(g + z * e), int(n)) if n else _UNKNOWN
+        for g, e, n in zip(gamma, error, sizes, strict=True)
+    ]
+
+
+def hasty_votes(votes: VoteTable) -> NDArray[np.bool_]:
+    """Votes [V] in less time than max(2 s, the characters of the replies at the speed of the fastest fifth).
+
+    Without the replies, in less than 2 s. A vote whose time is not known is not hasty.
+    """
+    limit = np.full(len(votes), HASTY_SECONDS)
+    if votes.characters.size:
+        characters = votes.characters[votes.item]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            speed = characters / votes.seconds
+        known = np.isfinite(speed)
+        if known.any():
+            fastest = np.quantile(speed[known], 0.8)
+            limit[known] = np.maximum(HASTY_SECONDS, characters[known] / fastest)
+    return np.asarray(votes.seconds < limit)
+
+
+def _left_votes(votes: VoteTable) -> tuple[Floats, NDArray[np.bool_]]:
+    """1 where the left side was chosen [V], and the votes [V] that chose a side whose place is known."""
+    if not votes.pairwise:
+        return np.zeros(len(votes)), np.zeros(len(votes), dtype=bool)
+    names = np.array(votes.categories)[votes.choice]
+    decided = np.isin(names, ("A", "B")) & ~np.isnan(votes.a_left)
+    return ((names == "A") == (votes.a_left == 1)).astype(np.float64), decided
+
+
+def _others(votes: VoteTable, mask: NDArray[np.bool_], table: Floats, category: int) -> Floats:
+    """Votes of an item for a category, without those of the same annotator; for the votes under the mask."""
+    key = votes.item * len(votes.annotators) + votes.annotator
+    mine = votes.choice == category
+    _, index = np.unique(key, return_inverse=True)
+    own = np.bincount(index, weights=mine)[index]
+    return np.asarray(table[votes.item, category] - own)[mask]
+
+
+def _with_the_others(votes: VoteTable) -> tuple[Floats, NDArray[np.bool_]]:
+    """How far each vote [V] is the majority of the item's others, and which votes have others."""
+    others = votes.table()[votes.item]
+    others[np.arange(len(votes)), votes.choice] -= 1
+    favourite = others == others.max(axis=1, keepdims=True)
+    return favourite[np.arange(len(votes)), votes.choice] / favourite.sum(axis=1), others.sum(axis=1) > 0
+
+
+def _repeats(votes: VoteTable) -> tuple[Floats, Ints, NDArray[np.bool_]]:
+    """Of each repeated vote: 1 where it is the annotator's first on the item again, and who it is; and which [V]."""
+    key = votes.item * len(votes.annotators) + votes.annotator
+    _, first, index = np.unique(key, return_index=True, return_inverse=True)
+    again = first[index] != np.arange(len(votes))
+    return (votes.choice == votes.choice[first][index])[again].astype(np.float64), votes.annotator[again], again
+
+
+def _answers(votes: VoteTable) -> Ints:
+    """The answers as they stood on the screen: left or right where that is known of a vote for a side."""
+    left, decided = _left_votes(votes)
+    return np.where(decided, len(votes.categories) + left.astype(np.int64), votes.choice)
+
+
+def _shares_of_answers(votes: VoteTable) -> Floats:
+    """How common each of `_answers` is among all annotators, left and right counting as equally likely."""
+    q = len(votes.categories)
+    shares = np.bincount(_answers(votes), minlength=q + 2) / len(votes)
+    shares[q:] = shares[q:].mean()
+    return shares
+
+
+def _longest_run(answers: Ints) -> int:
+    if not answers.size:
+        return 0
+    breaks = np.flatnonzero(np.diff(answers)) + 1
+    return int(np.diff(np.concatenate([[0], breaks, [answers.size]])).max())
+
+
+def _run_p_value(length: int, num: int, shares: Floats) -> float:
+    """1 - exp(-expected number of runs of at least `length`) in `num` independent draws (Poisson clumping).
+
+    A run begins where the answer before was another: p^L (1 + (n - L) (1 - p)) of them for an answer of share p.
+    """
+    expected = (shares**length * (1 + max(num - length, 0) * (1 - shares))).sum()
+    return float(-np.expm1(-expected))

@@ -1,0 +1,449 @@
+"""Ratings of models from wins, losses and ties: Bradley and Terry's model, with style held equal, and intervals.
+
+    eta = theta_a - theta_b + phi · (style_a - style_b)
+    without ties:  P(A wins) = 1 / (1 + exp(-eta))                                   (Bradley and Terry 1952)
+    Davidson:      P(A) : P(tie) : P(B) = exp(eta / 2) : nu : exp(-eta / 2)          (Davidson 1970, JASA 65, eq. 2.3)
+
+Both are one concave likelihood in (theta, phi, log nu), so that Newton's method finds its one maximum, for all
+resamples of a bootstrap together. A rating is 1000 + 400 theta / ln 10, with theta of mean 0: 400 points are odds of
+ten to one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import scipy.sparse
+import scipy.sparse.csgraph
+from numpy.typing import NDArray
+
+from trimtab.core.errors import DataError
+from trimtab.stats import Floats, Interval
+from trimtab.votes.table import STYLE, Ints, VoteTable
+
+Ties = Literal["half", "davidson"]
+Method = Literal["bootstrap", "sandwich"]
+
+ELO_CENTRE = 1000.0
+ELO_PER_UNIT = 400 / math.log(10)
+"""Points for one unit of theta."""
+_CELLS = 4_000_000
+_MAX_NEWTON = 60
+_LARGE = 15.0
+"""No parameter is followed beyond this: odds of e^30 between two players are on their way to infinity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Games:
+    """Judged comparisons of players."""
+
+    players: tuple[str, ...]
+    first: Ints
+    """[n], an index into `players`, as `second`."""
+    second: Ints
+    outcome: Floats
+    """[n], 1 where the first won, 0 where the second did, 0.5 for a tie."""
+    style: Floats | None = None
+    """[n, S], style of the first less that of the second."""
+    style_names: tuple[str, ...] = ()
+    group: Ints | None = None
+    """[n], games that are resampled together (one item or prompt); None where all are independent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rating:
+    """One player's place. Bounds are nan where they are unknown."""
+
+    name: str
+    elo: Interval
+    """`count` is the number of games."""
+    rank: int
+    """1 + the number of players whose lower bound is above this one's upper bound; 0 where there is no rating."""
+    component: int
+    """Players of different components never met, not even through others: their ratings cannot be compared."""
+    undefined: str = ""
+    """Why there is no rating."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratings:
+    """Ratings of all players, best first within each component."""
+
+    players: tuple[Rating, ...]
+    num_components: int
+    tie_log_nu: Interval | None
+    """log nu of Davidson's model: 0 means that equal players tie in one game of three; None where ties are halves."""
+    style: tuple[tuple[str, Interval], ...]
+    """Gain in log-odds for a usual difference (the root mean square) in each kind of style."""
+    notes: tuple[str, ...]
+
+
+def games_of(votes: VoteTable) -> Games:
+    """The votes as games between the models of their items. Raises DataError where the models are not known."""
+    if votes.models is None or not votes.pairwise:
+        raise DataError(
+            "the votes do not say which models they compare",
+            where="the vote table",
+            fix="give it the columns model_a and model_b, and choices A, B or tie",
+        )
+    players = sorted({name for pair in votes.models for name in pair})
+    number = {name: i for i, name in enumerate(players)}
+    pairs = np.array([[number[a], number[b]] for a, b in votes.models], dtype=np.int64).reshape(-1, 2)[votes.item]
+    worth = np.array([{"A": 1.0, "B": 0.0}.get(category, 0.5) for category in votes.categories])
+    return Games(
+        players=tuple(players),
+        first=pairs[:, 0],
+        second=pairs[:, 1],
+        outcome=worth[votes.choice],
+        style=None if votes.style is None else votes.style[votes.item],
+        style_names=STYLE if votes.style is not None else (),
+        group=votes.item if votes.group is None else votes.group[votes.item],
+    )
+
+
+def rate(
+    games: Games,
+    *,
+    ties: Ties = "half",
+    style: bool = False,
+    intervals: Method = "bootstrap",
+    ridge: float = 0.0,
+    style_ridge: float = 0.5,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> Ratings:
+    """Ratings by maximum likelihood.
+
+    `ties` count as half a win for each side, or have a parameter of their own (Davidson). With `style` the differences
+    in style are covariates, in units of their root mean square (which the naming of sides does not change) and with a
+    penalty of `style_ridge` phi² / 2, so that a rating is for replies of equal style. `ridge` theta² / 2 is a prior
+    that makes every rating finite; 0 is none, and players who won or lost everything then have no rating, in words.
+    Intervals (95%) are percentiles of a bootstrap over `games.group`, or from the sandwich covariance clustered by it
+    (White 1982).
+    """
+    keep = games.first != games.second
+    notes = [f"{int((~keep).sum())} games of a model against itself left out"] if not keep.all() else []
+    if not keep.any():
+        raise DataError("there is no game between two players", where="the games", fix="compare different models")
+    num = len(games.players)
+    first, second = games.first[keep], games.second[keep]
+    outcome = games.outcome[keep]
+    component, blocked = _connected(num, first, second, outcome)
+    if ridge > 0:
+        blocked = {}
+    fitted = np.array([p not in blocked for p in range(num)])
+    use = fitted[first] & fitted[second]
+    group = np.arange(first.size) if games.group is None else games.group[keep]
+    styles = games.style[keep] if style and games.style is not None else np.zeros((first.size, 0))
+    spread = np.sqrt((styles**2).mean(axis=0)) if styles.size else np.ones(styles.shape[1])
+    styles = np.divide(styles, spread, out=np.zeros_like(styles), where=spread > 0)
+    counts = np.bincount(np.concatenate([first, second]), minlength=num)
+
+    design = np.zeros((int(use.sum()), num + styles.shape[1]))
+    rows = np.arange(len(design))
+    design[rows, first[use]] = 1
+    design[rows, second[use]] -= 1
+    design[:, num:] = styles[use]
+    if not len(design):
+        raise DataError(
+            "no player has a finite rating: every game between two of them went the same way",
+            where="the games",
+            fix="collect more games, or give a prior: ridge = 1",
+        )
+    with_ties = ties == "davidson"
+    if with_ties and np.unique(outcome[use] == 0.5).size < 2:
+        raise DataError("there is no tie, or nothing but ties", where="the games", fix="use ties = 'half'")
+    same = (component[:, None] == component[None]) & fitted[None] & fitted[:, None]
+    model = _Model.of(
+        design,
+        outcome[use],
+        np.unique(group[use], return_inverse=True)[1],
+        with_ties=with_ties,
+        penalty=np.concatenate([np.full(num, ridge), np.full(styles.shape[1], style_ridge)]),
+        gauge=same.astype(np.float64) + np.diag(~fitted),
+    )
+    centre = np.eye(model.size)  # takes from each rating the mean of its component
+    centre[:num, :num] -= same / np.maximum(same.sum(axis=1, keepdims=True), 1)
+    fit = model.fit(np.ones((1, model.num_groups)))
+    if not _finite(fit).all():
+        raise DataError(
+            "no finite ratings: stronger players never lost and ties lie between, or style foretells every outcome",
+            where="the games",
+            fix="count ties as halves, leave style out, or give a prior: ridge = 1",
+        )
+    point = fit[0] @ centre.T
+    if intervals == "bootstrap":
+        drawn, num_lost = _bootstrap(model, component, num if ridge == 0 else 0, num_resamples, seed)
+        if num_lost:
+            notes.append(f"{num_lost / num_resamples:.1%} of the resamples have no finite ratings and are left out")
+        nothing = np.full((2, model.size), math.nan)
+        low, high = np.quantile(drawn @ centre.T, [0.025, 0.975], axis=0) if len(drawn) else nothing
+    else:
+        error = 1.959964 * model.sandwich_errors(point, centre)
+        low, high = point - error, point + error
+
+    elos = [
+        Interval(_elo(point[p]), _elo(low[p]), _elo(high[p]), int(counts[p]))
+        if fitted[p]
+        else Interval(math.nan, math.nan, math.nan, int(counts[p]))
+        for p in range(num)
+    ]
+    rated = [
+        Rating(
+            name=games.players[p],
+            elo=elos[p],
+            component=int(component[p]),
+            undefined=blocked.get(p, ""),
+            rank=1 + sum(elos[o].low > elos[p].high for o in range(num) if component[o] == component[p])
+            if fitted[p]
+            else 0,
+        )
+        for p in range(num)
+    ]
+    rated.sort(key=lambda r: (r.component, math.isnan(r.elo.value), -r.elo.value, r.name))
+    n = int(use.sum())
+    last = model.size - 1
+    return Ratings(
+        players=tuple(rated),
+        num_components=len(set(component.tolist())),
+        tie_log_nu=Interval(float(point[last]), float(low[last]), float(high[last]), n) if with_ties else None,
+        style=tuple(
+            (name, Interval(float(point[num + s]), float(low[num + s]), float(high[num + s]), n))
+            for s, name in enumerate(games.style_names[: styles.shape[1]])
+        ),
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """The penalised likelihood of weighted games, of parameters (theta, phi) and with Davidson log nu at the end.
+
+    Games that are alike in everything are one of U rows.
+    """
+
+    design: Floats
+    """[U, D]."""
+    outcome: Floats
+    """[U]."""
+    games: Any
+    """Sparse [groups, U], how many of a group's games are each row."""
+    with_ties: bool
+    penalty: Floats
+    """[D]."""
+    gauge: Floats
+    """[K, K], added to the second derivatives where the likelihood is flat: common shifts, absent players."""
+
+    @classmethod
+    def of(
+        cls, design: Floats, outcome: Floats, group: Ints, *, with_ties: bool, penalty: Floats, gauge: Floats
+    ) -> _Model:
+        rows, row = np.unique(np.column_stack([design, outcome]), axis=0, return_inverse=True)
+        games = scipy.sparse.coo_matrix((np.ones(len(design)), (group, row.reshape(-1)))).tocsr()
+        return cls(
+            design=rows[:, :-1], outcome=rows[:, -1], games=games, with_ties=with_ties, penalty=penalty, gauge=gauge
+        )
+
+    @property
+    def size(self) -> int:
+        return int(self.design.shape[1]) + self.with_ties
+
+    @property
+    def num_groups(self) -> int:
+        return int(self.games.shape[0])
+
+    def weights(self, times: Floats) -> Floats:
+        """Weights of the rows [B, U], of how often each group was drawn [B, groups]."""
+        return np.asarray((self.games.T @ times.T).T)
+
+    def fit(self, times: Floats) -> Floats:
+        """Parameters [B, D] that maximise the likelihood with each group as often as `times` says.
+
+        Where there is no maximum they stop at some number that `_finite` refuses.
+        """
+        weights = self.weights(times)
+        beta = np.zeros((len(weights), self.size))
+        value = self._likelihood(beta, weights)
+        active = np.arange(len(beta))
+        for _ in range(_MAX_NEWTON):
+            gradient, hessian = self._derivatives(beta[active], weights[active])
+            solved = np.linalg.solve(hessian + self._flat(), gradient[..., None])[..., 0]
+            longest = np.abs(solved).max(axis=1, keepdims=True)
+            step: Floats = np.asarray(solved * np.minimum(1.0, 5.0 / np.maximum(longest, 1.0)), dtype=np.float64)
+            moved, value[active] = self._search(beta[active], step, weights[active], value[active])
+            done = (np.abs(moved - beta[active]).max(axis=1) < 1e-9) | ~_finite(moved)
+            beta[active] = moved
+            active = active[~done]
+            if not active.size:
+                break
+        return beta
+
+    def sandwich_errors(self, beta: Floats, centre: Floats) -> Floats:
+        """Standard errors of `centre` @ parameters: the square root of H⁻¹ (sum_g s_g s_gᵀ) H⁻¹ on the diagonal."""
+        _, hessian = self._derivatives(beta[None], self.weights(np.ones((1, self.num_groups))))
+        sums = self.games @ self._scores(beta)
+        bread = centre @ np.linalg.inv(hessian[0] + self._flat())
+        variances = np.einsum("ij,jk,ik->i", bread, sums.T @ sums, bread)
+        return np.asarray(np.sqrt(np.maximum(variances, 0.0)))
+
+    def _flat(self) -> Floats:
+        flat = np.eye(self.size) * 1e-15  # on the way to infinity all is flat
+        flat[: len(self.gauge), : len(self.gauge)] = self.gauge
+        return flat
+
+    def _probabilities(self, beta: Floats) -> tuple[Floats, Floats, Floats]:
+        """P(first wins), P(second wins), P(tie) of each game, [B, n]."""
+        d = self.design.shape[1]
+        eta = beta[:, :d] @ self.design.T
+        if not self.with_ties:
+            p = 1 / (1 + np.exp(-np.clip(eta, -500, 500)))
+            return p, 1 - p, np.zeros_like(p)
+        parts = np.stack([eta / 2, -eta / 2, np.broadcast_to(beta[:, -1:], eta.shape)])
+        parts = np.exp(parts - parts.max(axis=0))
+        parts /= parts.sum(axis=0)
+        return parts[0], parts[1], parts[2]
+
+    def _likelihood(self, beta: Floats, weights: Floats) -> Floats:
+        first, second, tie = self._probabilities(beta)
+        y = self.outcome
+        tiny = 1e-300
+        if not self.with_ties:
+            logs = y * np.log(first + tiny) + (1 - y) * np.log(second + tiny)
+        else:
+            logs = np.where(y == 1, np.log(first + tiny), np.where(y == 0, np.log(second + tiny), np.log(tie + tiny)))
+        d = self.design.shape[1]
+        return np.asarray((weights * logs).sum(axis=1) - (beta[:, :d] ** 2 @ self.penalty) / 2)
+
+    def _scores(self, beta: Floats) -> Floats:
+        """Derivative of each row's log-likelihood at one set of parameters, [U, D]."""
+        first, second, tie = self._probabilities(beta[None])
+        along = (self.outcome - 0.5) - (first[0] - second[0]) / 2
+        scores = along[:, None] * self.design
+        return np.column_stack([scores, (self.outcome == 0.5) - tie[0]]) if self.with_ties else scores
+
+    def _derivatives(self, beta: Floats, weights: Floats) -> tuple[Floats, Floats]:
+        """Gradient [B, D] and negative second derivatives [B, D, D]."""
+        d = self.design.shape[1]
+        outer = (self.design[:, :, None] * self.design[:, None, :]).reshape(-1, d * d)
+        first, second, tie = self._probabilities(beta)
+        mean = (first - second) / 2
+        gradient = np.zeros_like(beta)
+        gradient[:, :d] = (weights * (self.outcome - 0.5 - mean)) @ self.design - self.penalty * beta[:, :d]
+        hessian = np.zeros((len(beta), self.size, self.size))
+        hessian[:, :d, :d] = ((weights * ((first + second) / 4 - mean**2)) @ outer).reshape(-1, d, d)
+        hessian[:, np.arange(d), np.arange(d)] += self.penalty
+        if not self.with_ties:
+            return gradient, hessian
+        gradient[:, d] = (weights * ((self.outcome == 0.5) - tie)).sum(axis=1)
+        hessian[:, :d, d] = hessian[:, d, :d] = (weights * (-mean * tie)) @ self.design
+        hessian[:, d, d] = (weights * tie * (1 - tie)).sum(axis=1)
+        return gradient, hessian
+
+    def _search(self, beta: Floats, step: Floats, weights: Floats, value: Floats) -> tuple[Floats, Floats]:
+        """The step, halved where the likelihood would fall."""
+        scale = np.ones((len(beta), 1))
+        for _ in range(30):
+            moved = beta + scale * step
+            gained = self._likelihood(moved, weights)
+            worse = gained < value - 1e-12 * np.abs(value)
+            if not worse.any():
+                break
+            scale[worse] /= 2
+        return moved, gained
+
+
+def _bootstrap(model: _Model, component: Ints, num: int, num_resamples: int, seed: int) -> tuple[Floats, int]:
+    """Parameters of resamples of whole groups, and how many had none.
+
+    A resample has none where its games do not connect the first `num` players as all games do, or tell nothing of ties.
+    """
+    generator = np.random.default_rng(seed)
+    players = len(model.gauge)
+    first, second = (model.design[:, :players] > 0).argmax(axis=1), (model.design[:, :players] < 0).argmax(axis=1)
+    rated = np.unique(np.concatenate([first, second]))
+    parts = np.unique(component[rated]).size
+    block = max(1, _CELLS // max(model.num_groups, len(model.design), model.size**2))
+    found = []
+    for done in range(0, num_resamples, block):
+        even = np.full(model.num_groups, 1 / model.num_groups)
+        times = generator.multinomial(model.num_groups, even, size=min(block, num_resamples - done)).astype(np.float64)
+        weights = model.weights(times) > 0
+        usable = np.ones(len(times), dtype=bool)
+        if num:
+            usable = np.array([_num_parts(num, first[w], second[w], model.outcome[w], rated) == parts for w in weights])
+        if model.with_ties:
+            tie = model.outcome == 0.5
+            usable &= weights[:, tie].any(axis=1) & weights[:, ~tie].any(axis=1)
+        found.append(model.fit(times[usable]))
+    drawn = np.concatenate(found)
+    drawn = drawn[_finite(drawn)]
+    return drawn, num_resamples - len(drawn)
+
+
+def _finite(beta: Floats) -> NDArray[np.bool_]:
+    """Which rows of parameters [B, D] are of a likelihood with a maximum."""
+    return np.asarray(np.abs(beta).max(axis=1, initial=0.0) < _LARGE)
+
+
+def _num_parts(num: int, first: Ints, second: Ints, outcome: Floats, of: Ints) -> int:
+    """Parts of the players `of` in which everybody is beaten or tied, through others perhaps, by everybody."""
+    return int(np.unique(_strong_parts(num, first, second, outcome)[of]).size)
+
+
+def _strong_parts(num: int, first: Ints, second: Ints, outcome: Floats) -> Ints:
+    won, lost = outcome > 0, outcome < 1
+    winners, losers = np.concatenate([first[won], second[lost]]), np.concatenate([second[won], first[lost]])
+    beats = scipy.sparse.coo_matrix((np.ones(winners.size), (winners, losers)), shape=(num, num))
+    part = scipy.sparse.csgraph.connected_components(beats, directed=True, connection="strong")[1]
+    return np.asarray(part, dtype=np.int64)
+
+
+def _connected(num: int, first: Ints, second: Ints, outcome: Floats) -> tuple[Ints, dict[int, str]]:
+    """Each player's component, and why a player has no finite rating.
+
+    Ratings exist within a component if it cannot be split in two so that one part never won or tied against the other
+    (Ford 1957). Where it can, the largest part that cannot is rated, and the players outside it are not.
+    """
+    ones = np.ones(first.size)
+    met = scipy.sparse.coo_matrix((ones, (first, second)), shape=(num, num))
+    _, component = scipy.sparse.csgraph.connected_components(met, directed=False)
+    part = _strong_parts(num, first, second, outcome)
+    won, lost = outcome > 0, outcome < 1
+    blocked: dict[int, str] = {}
+    for number in np.unique(component):
+        members = np.flatnonzero(component == number)
+        parts, sizes = np.unique(part[members], return_counts=True)
+        if parts.size == 1:
+            continue
+        core = parts[np.argmax(sizes)] if sizes.max() > 1 else -1
+        wins = np.bincount(np.concatenate([first[won], second[lost]]), minlength=num)
+        losses = np.bincount(np.concatenate([second[won], first[lost]]), minlength=num)
+        for p in members[part[members] != core]:
+            blocked[int(p)] = (
+                "never lost, so that no rating is high enough"
+                if not losses[p]
+                else "never won, so that no rating is low enough"
+                if not wins[p]
+                else "its games go one way against all others together, so that no rating is extreme enough"
+            )
+    return component.astype(np.int64), blocked
+
+
+def _elo(theta: float) -> float:
+    return ELO_CENTRE + ELO_PER_UNIT * float(theta)
+
+
+def online_elo(games: Games, *, k: float = 4.0) -> Floats:
+    """Ratings [players] after the games in their order: each moves by k (result - expected) (Elo 1978).
+
+    For a running display: unlike `rate` it depends on the order, and has no interval.
+    """
+    elo = np.full(len(games.players), ELO_CENTRE)
+    for a, b, y in zip(games.first, games.second, games.outcome, strict=True):
+        moved = k * (y - 1 / (1 + 10 ** ((elo[b] - elo[a]) / 400)))
+        elo[a] += moved
+        elo[b] -= moved
+    return elo

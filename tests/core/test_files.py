@@ -1,0 +1,116 @@
+"""A disk that refuses is answered with a sentence, and what was there before is whole."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from trimtab.core.errors import EngineError
+from trimtab.core.files import disk_problem, write_out, write_whole, writing
+from trimtab.runs.run import Run
+
+SETTINGS = {"model": "m"}
+
+
+@contextmanager
+def small_disk(num_bytes: int) -> Iterator[None]:
+    """No file may become larger, which the system says as it does of a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def write_much(path: Path) -> None:
+    (path / "weights.bin").write_bytes(b"x" * 100_000)
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    write_whole(path, "old")
+    with small_disk(1000), pytest.raises(EngineError, match="could not be written: File too large"):
+        write_out(path, "new" * 1000)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_whatever_a_run_writes_ends_with_a_sentence_and_nothing_damaged(tmp_path: Path):
+    with Run.open(tmp_path / "run", stage="sft", settings=SETTINGS) as run:
+        run.log(1, {"loss/train": 1.0})
+        run.save_checkpoint(1, lambda path: (path / "a.txt").write_text("one"))
+        run.save_model(lambda path: (path / "a.txt").write_text("one"))
+        long = {f"metric/{i}": 1.0 for i in range(1000)}
+        for write in (
+            lambda: run.log(2, long),
+            lambda: run.add_samples(2, [{"response": "x" * 10_000}]),
+            lambda: run.add_data("x" * 10_000, "00", 1),
+            lambda: run.save_checkpoint(2, write_much),
+            lambda: run.save_model(write_much),
+            lambda: run.finish({"text": "x" * 10_000}),
+            lambda: run.note_path("sampler", "x" * 10_000),
+        ):
+            with small_disk(2000), pytest.raises(EngineError) as caught:
+                write()
+            assert "could not be written: File too large" in caught.value.problem
+            assert "make room" in caught.value.fix
+    with Run.open(tmp_path / "run", stage="sft", settings=SETTINGS) as run:
+        assert not run.finished
+        assert run.load_checkpoint() == (1, tmp_path / "run" / "checkpoints" / "step-00000001")
+        run.rewind(1)
+        assert [json.loads(line)["step"] for line in (run.directory / "metrics.jsonl").read_text().splitlines()] == [1]
+        assert (run.model_dir / "a.txt").read_text() == "one"
+    assert not list(tmp_path.rglob(".writing-*"))
+
+
+def test_a_directory_below_a_file_is_answered(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EngineError, match="Not a directory"):
+        Run.open(tmp_path / "file" / "run", stage="sft", settings=SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "a/b"), "No space left on device: a/b"),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/3"), "PytorchStreamWriter failed"),
+        (ValueError("no"), ""),
+        (ConnectionResetError(104, "reset"), ""),
+    ],
+)
+def test_what_the_disk_refuses_is_told_from_other_errors(error: Exception, said: str):
+    assert disk_problem(error).startswith(said)
+    assert bool(disk_problem(error)) == bool(said)
+
+
+def test_other_errors_travel_on(tmp_path: Path):
+    with pytest.raises(KeyError), writing("it", tmp_path):
+        raise KeyError("bug")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["world", "arithmetic", "--rows", "3", "--out", "file/below"],
+        ["world", "arithmetic", "--rows", "3", "--out", "/proc/trimtab"],
+        ["report", "run", "--out", "file/below/page.html"],
+    ],
+)
+def test_a_command_that_cannot_write_says_so_in_a_sentence(words: list[str], tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with Run.open(tmp_path / "run", stage="sft", settings=SETTINGS) as run:
+        run.finish({})
+    code = "from trimtab.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "could not be written" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,95 @@
+"""What users of other libraries type is answered with ours, and every key named in an answer exists."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from trimtab.core import registry, settings_check
+from trimtab.core.foreign_keys import OURS
+from trimtab.core.settings_help import settings_help
+
+REQUIRED = {
+    "sft": {"model": "m", "data": "d.jsonl"},
+    "reward": {"model": "m", "data": "d.jsonl"},
+    "preference": {"model": "m", "data": "d.jsonl"},
+    "online": {"model": "m", "prompts": "p.jsonl", "rewards": [{"name": "gold", "world": "arithmetic"}]},
+    "evaluate": {"model": "m", "baseline": "b", "prompts": "p.jsonl", "world": "arithmetic"},
+    "select": {"model": "m", "prompts": "p.jsonl", "rewards": [{"name": "gold", "world": "arithmetic"}]},
+}
+
+
+def answer(stage: str, key: str) -> str:
+    values = REQUIRED[stage] | {key: 1}
+    (problem,) = settings_check.mistakes(registry.modules("stage")[stage], values, "")
+    assert problem.startswith(f"{key}: unknown key; ")
+    return problem
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "ours"),
+    [
+        ("sft", "lr", "optimizer.learning_rate"),
+        ("sft", "learning_rate", "optimizer.learning_rate"),
+        ("online", "learning_rate", "optimizer.learning_rate"),
+        ("online", "critic_learning_rate", "critic.optimizer.learning_rate"),
+        ("preference", "beta", "loss.beta"),
+        ("online", "beta", "kl.coef"),
+        ("sft", "lora_rank", "adapter.rank"),
+        ("sft", "lora_r", "adapter.rank"),
+        ("sft", "lora_alpha", "adapter.alpha"),
+        ("online", "num_generations", "group_size"),
+        ("select", "num_generations", "replies_per_prompt"),
+        ("sft", "bf16", "precision"),
+        ("sft", "gradient_accumulation_steps", "token_budget"),
+        ("sft", "per_device_train_batch_size", "batch_size"),
+        ("online", "per_device_train_batch_size", "prompts_per_step"),
+        ("sft", "save_steps", "checkpoint_every"),
+        ("online", "save_steps", "checkpoint_every"),
+        ("sft", "wandb", "trackers"),
+        ("sft", "report_to", "trackers"),
+        ("sft", "num_train_epochs", "num_epochs"),
+        ("online", "max_steps", "num_steps"),
+        ("sft", "max_seq_length", "max_tokens"),
+        ("sft", "sequence_len", "max_tokens"),
+        ("online", "max_completion_length", "sampling.max_new_tokens"),
+        ("sft", "base_model", "model"),
+        ("online", "pretrain", "model"),
+        ("sft", "warmup_ratio", "optimizer.warmup_fraction"),
+        ("online", "epsilon", "loss.clip_low"),
+        ("online", "reward_funcs", "rewards"),
+        ("sft", "gradient_checkpointing", "checkpoint_activations"),
+        ("sft", "load_in_4bit", "adapter.base_bits"),
+        ("sft", "val_set_size", "held_out"),
+    ],
+)
+def test_a_key_of_another_library_is_answered_with_ours(stage: str, key: str, ours: str):
+    assert f"did you mean {ours}?" in answer(stage, key)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"), [("output_dir", "--out DIR"), ("sample_packing", "never"), ("logging_steps", "metrics.jsonl")]
+)
+def test_a_key_without_a_counterpart_is_answered_with_why(key: str, said: str):
+    assert said.removeprefix("never") in answer("sft", key)
+
+
+def test_a_key_in_a_table_is_answered_with_one_of_that_table():
+    values = REQUIRED["online"] | {"optimizer": {"lr": 1}, "critic": {"optimizer": {"lr": 1}}}
+    found = settings_check.mistakes(registry.modules("stage")["online"], values, "")
+    assert sorted(found) == [
+        "critic.optimizer.lr: unknown key; did you mean critic.optimizer.learning_rate?",
+        "optimizer.lr: unknown key; did you mean optimizer.learning_rate?",
+    ]
+
+
+def test_every_key_that_an_answer_names_exists():
+    known = {
+        re.match(r"[\w.]+", line)[0]
+        for module in registry.modules("stage").values()
+        for line, _ in settings_help(module)
+    }
+    for candidates, _ in OURS.values():
+        for ours in candidates:
+            assert any(f".{key}".endswith(f".{ours}") for key in known), ours

@@ -1,0 +1,226 @@
+"""The compiled kernels compute what torch computes, whatever the shapes, and give way where they cannot be had."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+
+from trimtab.core.errors import EngineError
+from trimtab.engines.local import kernels
+from trimtab.engines.local.kernels import GATED, SWITCH, CompiledKernels, Form, Kernels, find
+
+WEIGHT = torch.zeros(1)
+
+
+@pytest.fixture
+def compiled():
+    found = find(WEIGHT)
+    if not found.compiled:
+        pytest.skip("no C compiler with OpenMP on this machine")
+    return found
+
+
+@pytest.fixture
+def looked_for_anew():
+    kernels._library.cache_clear()
+    yield
+    kernels._library.cache_clear()
+
+
+def product_in_float64(x, weights, biases, form, norm, eps):
+    x = x.double()
+    if form == "normed":
+        x = rms_norm(x, (x.shape[1],), norm.double(), eps)
+    if form == "gated":
+        gate, up = x.chunk(2, 1)
+        x = silu(gate) * up
+    parts = [linear(x, w.double(), None if b is None else b.double()) for w, b in zip(weights, biases, strict=True)]
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("form", ["plain", "normed", "gated"])
+@pytest.mark.parametrize(("ins", "outs"), [(64, (64, 32, 32)), (100, (37, 5)), (1, (1,)), (200, (6, 1, 12))])
+@pytest.mark.parametrize("n", [1, 2, 8, 9, 16, 17, 33, 70])
+def test_products_are_torchs(compiled, n, ins, outs, form):
+    torch.manual_seed(n)
+    weights = [torch.randn(o, ins) / ins**0.5 for o in outs]
+    biases = [torch.randn(o) if i % 2 else None for i, o in enumerate(outs)]
+    x = torch.randn(n, 2 * ins if form == "gated" else ins) * 3
+    norm, start = torch.rand(ins), torch.randn(n, sum(outs))
+    expected = product_in_float64(x, weights, biases, form, norm, 1e-6)
+    matrices = compiled.matrices(weights, biases, n)
+    torch.testing.assert_close(matrices(x, Form(form, norm, 1e-6)).double(), expected, atol=1e-5, rtol=1e-5)
+    added = start.clone()
+    assert matrices(x, Form(form, norm, 1e-6), add_to=added) is added
+    torch.testing.assert_close(added.double(), start.double() + expected, atol=1e-5, rtol=1e-5)
+    if all(b is None for b in biases):
+        torch.testing.assert_close(
+            Kernels().matrices(weights, biases, n)(x, Form(form, norm, 1e-6)).double(),
+            expected,
+            atol=1e-5,
+            rtol=1e-5,
+        )
+
+
+@pytest.mark.parametrize("value", [-1e4, -88.0, -50.0, 0.0, 50.0, 88.0, 1e4])
+def test_the_gate_saturates_as_silu_does(compiled, value):
+    x = torch.tensor([[value, 1.0]])
+    result = compiled.matrices([torch.ones(1, 1)], [None], 1)(x, GATED)
+    torch.testing.assert_close(result[0], silu(x[0, :1]), atol=1e-30, rtol=1e-6)
+
+
+def test_what_is_not_a_number_stays_so(compiled):
+    rows = (torch.zeros(2, 1, 3, 8), torch.zeros(2, 1, 3, 8))
+    query = torch.ones(2, 1, 8)
+    query[1, 0, 3] = torch.nan
+    seen = compiled.attend(
+        query, query, torch.ones(2, 1, 8), scaling=1.0, window=None, rows=rows, places=torch.tensor([1, 1])
+    )
+    assert seen[0].isfinite().all()
+    assert seen[1].isnan().all()
+    assert compiled.matrices([torch.ones(3, 8)], [None], 2)(query[:, 0])[1].isnan().all()
+
+
+@pytest.mark.parametrize("with_norm", [True, False])
+@pytest.mark.parametrize(("n", "size"), [(1, 8), (5, 12), (40, 64)])
+def test_rotations_are_torchs(compiled, n, size, with_norm):
+    torch.manual_seed(0)
+    x, norm = torch.randn(n, 7, size), torch.rand(5, size) if with_norm else None
+    angles = torch.rand(n, size // 2).repeat(1, 2) * 6
+    ours, theirs = x.clone(), x.clone()
+    compiled.rotate(ours, 5, norm, 1e-6, angles.cos(), angles.sin())
+    Kernels().rotate(theirs, 5, norm, 1e-6, angles.cos(), angles.sin())
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert torch.equal(ours[:, 5:], x[:, 5:]), "values are not rotated"
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 9])
+@pytest.mark.parametrize("with_prompts", [True, False])
+@pytest.mark.parametrize(("kv_heads", "repeats", "size"), [(2, 3, 8), (1, 1, 24), (3, 2, 64), (1, 2, 128)])
+def test_attention_is_torchs(compiled, kv_heads, repeats, size, with_prompts, window):
+    torch.manual_seed(size)
+    n, prompt_lengths, prompt_of = 5, torch.tensor([7, 1]), torch.tensor([1, 0, 0, 1, 0])
+    places = torch.tensor([0, 3, 8, 1, 2])
+    rows = tuple(torch.randn(6, kv_heads, 9, size) for _ in range(2))
+    prompts = tuple(torch.randn(2, kv_heads, 10, size) for _ in range(2))
+    query, key, value = (torch.randn(n, h, size) for h in (kv_heads * repeats, kv_heads, kv_heads))
+    before = tuple(x.clone() for x in rows)
+    shared = {"prompts": prompts, "prompt_of": prompt_of, "prompt_lengths": prompt_lengths} if with_prompts else {}
+    output = compiled.attend(query, key, value, scaling=0.3, window=window, rows=rows, places=places, **shared)
+    for i in range(n):
+        seen = []
+        for stored, new, of_prompts in zip(before, (key, value), prompts, strict=True):
+            stored[i, :, places[i]] = new[i]
+            own = stored[i, :, : places[i] + 1]
+            all_of = torch.cat([of_prompts[prompt_of[i], :, : prompt_lengths[prompt_of[i]]], own], 1)
+            seen.append((all_of if with_prompts else own)[:, -(window or 1000) :].repeat_interleave(repeats, 0))
+        expected = scaled_dot_product_attention(query[i, :, None], *seen, scale=0.3)[:, 0]
+        torch.testing.assert_close(output[i], expected, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(rows, before, strict=True)), "stored at its place and nowhere else"
+
+
+def test_heads_that_are_a_view_of_something_larger(compiled):
+    torch.manual_seed(0)
+    states, rows = torch.randn(4, 4, 16), [torch.zeros(4, 1, 2, 16) for _ in range(4)]
+    places = torch.zeros(4, dtype=torch.int64)
+    views = states.split([2, 1, 1], 1)
+    options = {"scaling": 1.0, "window": None, "places": places}
+    of_views = compiled.attend(*views, rows=tuple(rows[:2]), **options)
+    apart = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in views]
+    assert torch.equal(of_views, compiled.attend(*apart, rows=tuple(rows[2:]), **options))
+    assert torch.equal(rows[0], rows[2])
+
+
+def test_a_row_comes_out_the_same_whatever_stands_beside_it_and_however_many_threads_there_are(compiled):
+    torch.manual_seed(0)
+    matrices = compiled.matrices([torch.randn(50, 130)], [None], 8)
+    x = torch.randn(40, 130)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for num_threads, size in itertools.product((1, 2, 3), (1, 7, 40)):
+            torch.set_num_threads(num_threads)
+            results.append(torch.cat([matrices(part, Form("normed", torch.ones(130))) for part in x.split(size)]))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_weights_are_used_where_they_are(compiled):
+    weight = torch.randn(3, 8)
+    matrices = compiled.matrices([weight], [None], 1)
+    weight.fill_(2.0)
+    assert matrices(torch.ones(1, 8)).tolist() == [[16.0] * 3]
+
+
+def test_other_types_and_autocast_are_left_to_torch():
+    assert not find(torch.zeros(1, dtype=torch.bfloat16)).compiled
+    assert not find(torch.zeros(1, dtype=torch.float64)).compiled
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not find(WEIGHT).compiled
+
+
+def test_they_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv(SWITCH, "torch")
+    assert type(find(WEIGHT)) is Kernels
+
+
+def test_a_wrong_word_in_the_environment_is_answered_with_the_right_ones(monkeypatch):
+    monkeypatch.setenv(SWITCH, "off")
+    with pytest.raises(EngineError, match=r"TRIMTAB_KERNELS = 'off'[^$]*torch or compiled"):
+        find(WEIGHT)
+
+
+def test_what_is_asked_for_and_cannot_be_had_is_said(monkeypatch, looked_for_anew):
+    monkeypatch.setenv(SWITCH, "compiled")
+    with pytest.raises(EngineError, match="only float32 weights on a CPU"):
+        find(WEIGHT.double())
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(EngineError, match=r"no C compiler with OpenMP[^$]*install gcc or name"):
+        find(WEIGHT)
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.usefixtures("compiled", "looked_for_anew")
+def test_vectors_of_every_width_compute_the_same(monkeypatch, lanes):
+    # The compiler makes the width of another processor out of what this one has.
+    width = {4: "-U__AVX512F__ -U__AVX__", 8: "-U__AVX512F__ -D__AVX__", 16: "-D__AVX512F__"}[lanes]
+    monkeypatch.setenv("CC", f"{os.environ.get('CC') or 'cc'} {width}")
+    found = find(WEIGHT)
+    assert found.compiled
+    for n in (1, 5, 16, 33):
+        test_products_are_torchs(found, n, 100, (37, 5), "normed")
+        test_products_are_torchs(found, n, 64, (64, 32, 32), "gated")
+    test_what_is_not_a_number_stays_so(found)
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "cc --no-such-flag"])
+@pytest.mark.usefixtures("looked_for_anew")
+def test_without_a_compiler_that_can_do_it_torch_computes(monkeypatch, tmp_path, compiler):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert not find(WEIGHT).compiled
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.usefixtures("looked_for_anew")
+def test_a_cache_that_cannot_be_written_costs_speed_and_nothing_else(monkeypatch, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
+    assert not find(WEIGHT).compiled
+
+
+@pytest.mark.usefixtures("compiled", "looked_for_anew")
+def test_they_are_compiled_once_and_kept_where_only_their_owner_writes(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert isinstance(find(WEIGHT), CompiledKernels)
+    (made,) = (tmp_path / "trimtab").iterdir()
+    assert (tmp_path / "trimtab").stat().st_mode & 0o077 == 0
+    written = made.stat().st_mtime_ns
+    code = "import torch; from trimtab.engines.local.kernels import find; assert find(torch.zeros(1)).compiled"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert made.stat().st_mtime_ns == written
