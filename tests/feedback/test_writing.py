@@ -51,6 +51,18 @@ def test_whoever_writes_keeps_the_task(make: Make):
     assert verify(store) == []
 
 
+def test_a_draft_of_somebody_who_was_banned_takes_no_place(make: Make):
+    store = make(DEMONSTRATION)
+    add(store, 1, kind="demonstration", num=0)
+    ann = person(store, "Ann")
+    mine = lease(store, ann)
+    assert mine is not None
+    people.set_state(store, ann.id, "banned")
+    assert not save_draft(store, ann, mine.token, {"text": WORDS})  # sent before the ban, and let in after it
+    assert verify(store) == []
+    assert lease(store, person(store, "Bob")) is not None
+
+
 def test_a_begun_answer_is_taken_up_again_while_there_is_a_place(make: Make):
     store = make(DEMONSTRATION)
     add(store, 5, kind="demonstration", num=0)

@@ -116,7 +116,7 @@ def save_draft(store: Store, person: Person, token: str, draft: Mapping[str, Any
     """Keeps an unfinished answer, to go on with anywhere; False where others have answered the item meanwhile.
 
     Whoever writes is at work: the lease begins anew. One that ran out is taken up again while there is a place, and
-    where there is none the draft is kept all the same.
+    where there is none the draft is kept all the same. So is that of somebody who was banned meanwhile.
     """
     now, minutes = store.now(), store.project.settings.assignment.lease_minutes
     with store.write(durable=False) as connection:
@@ -125,7 +125,9 @@ def save_draft(store: Store, person: Person, token: str, draft: Mapping[str, Any
         if row is None:  # the answer itself was faster
             return True
         values: dict[str, Any] = {"draft": dict(draft)}
-        in_time = row.state == "open" or row.purpose != "task" or _has_place(connection, row.item_id)
+        in_time = _takes_part(connection, person) and (
+            row.state == "open" or row.purpose != "task" or _has_place(connection, row.item_id)
+        )
         if in_time:
             if row.state == "expired" and row.purpose == "task":
                 _places(connection, row.item_id, +1)
@@ -339,9 +341,13 @@ def draft_of(answer: Answer) -> dict[str, Any]:
     return {k: v for k, v in asdict(answer).items() if v not in (None, "", (), {}) and k != "seconds"}
 
 
+def _takes_part(connection: Connection, person: Person) -> bool:
+    return by_id(connection, person.id).state not in ("banned", "deleted")
+
+
 def _still_takes_part(connection: Connection, person: Person) -> None:
     """A request may have been let in just before its sender was banned."""
-    if by_id(connection, person.id).state in ("banned", "deleted"):
+    if not _takes_part(connection, person):
         raise DataError("you no longer take part in this project", where="your answers", fix="ask who invited you")
 
 
