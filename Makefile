@@ -1,5 +1,7 @@
 # make install    a virtual environment in .venv with everything the tests need; a second time it takes no time
 # make quickstart the whole loop, from no model to its dossier, in runs/quickstart
+# make format     writes the code as formatter and linter want it
+# make fast       the linter and the tests that answer within a minute
 # make test       formatter, linter, type checker and tests
 # make evidence   the slow tests, then every script that measures what the docs claim: hours; EVIDENCE names some
 # make lock       constraints.txt anew: every package of the tested set at its newest release, torch at TORCH
@@ -20,7 +22,7 @@ TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 EVIDENCE ?= $(addprefix benchmarks/,spine.py algorithms.py tools.py hh.py real_data.py agreement.py feedback_load.py \
   feedback_newcomer.py sandbox.py)
 
-.PHONY: install quickstart test evidence lock newest parity bench bench-needs clean
+.PHONY: install quickstart format fast test evidence lock newest parity bench bench-needs clean
 
 install: $(INSTALLED)
 
@@ -34,7 +36,16 @@ quickstart: install
 	$(BIN)/trimtab quickstart
 
 # One thread: the models of the tests are too small to share, and their sums keep one order on every machine.
-test evidence: export OMP_NUM_THREADS = 1
+fast test evidence: export OMP_NUM_THREADS = 1
+
+format: install
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+FAST := $(addprefix tests/,architecture batches core evals math runs test_stats.py votes)
+fast: install
+	$(BIN)/ruff check
+	$(BIN)/pytest $(FAST)
 
 test: install
 	$(BIN)/ruff check
