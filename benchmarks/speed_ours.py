@@ -86,7 +86,7 @@ def train(stage: str, model: str, rows: str, o: argparse.Namespace) -> dict[str,
 
     module = {"sft": sft, "reward": reward, "dpo": preference, "ppo": online, "grpo": online}[stage]
     reference_seconds = timed_reference(preference)
-    settings = config.resolve(module.Settings, settings_of(stage, model, rows, o), where="the benchmark")
+    settings = config.resolve(module.STAGE.settings, settings_of(stage, model, rows, o), where="the benchmark")
     with tempfile.TemporaryDirectory() as scratch:
         with Run.open(
             Path(scratch) / "run",
