@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -30,14 +30,13 @@ from trimtab.data.layouts import kinds_of
 from trimtab.data.pairs import Comparisons, Judgements, group_pairs, group_replies, mismatch, split_in_two
 from trimtab.data.sources import records_source
 from trimtab.data.tokens import Lazy
-from trimtab.engines.local.learner import AdamW, LocalLearner
+from trimtab.engines.local.learner import AdamW
 from trimtab.math.losses.preference import PreferenceLoss
 from trimtab.math.losses.preference.common import PairLoss
 from trimtab.math.losses.preference.pairs import DPO
 from trimtab.models.adapters import LoRA
 from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_causal, load_tokenizer
-from trimtab.models.precision import Precision
 from trimtab.models.reference_cache import model_hash, reference_logprobs
 from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
@@ -46,12 +45,22 @@ from trimtab.runs.run import Run
 from trimtab.stages.reading import prepare_data
 from trimtab.stages.sft import say_lost, start_policy
 from trimtab.stages.stage import EPOCHS_GROW, Stage
-from trimtab.stages.supervised import FIT, Epochs, MakeBatch, Validation, last_metrics, training, validate
+from trimtab.stages.supervised import (
+    FIT,
+    Epochs,
+    MakeBatch,
+    TrainingSettings,
+    Validation,
+    last_metrics,
+    make_learner,
+    training,
+    validate,
+)
 from trimtab.stats import wilson
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceSettings:
+class PreferenceSettings(TrainingSettings):
     """Settings of the preference stage."""
 
     model: str
@@ -64,44 +73,16 @@ class PreferenceSettings:
     """Data to validate on; without it, a share of `data` split by prompt."""
     held_out: float = 0.1
     """The share of the prompts that is held out. Ignored when held_out_data is given."""
-    limit: int | None = None
-    """Use only the first rows."""
-    on_bad_row: Literal["stop", "drop"] = "stop"
-    """Refuse the data at a bad row, or drop and count such rows."""
-    max_tokens: int = 1024
-    """Longest prompt and reply together."""
-    on_too_long: Literal["drop", "truncate_prompt_left"] = "truncate_prompt_left"
-    """What happens to a longer example; both are counted."""
     loss: Annotated[Any, Choice("preference_loss")] = field(default_factory=DPO)
     """What is minimised."""
-    num_epochs: float = 1.0
-    """Passes over the data."""
     batch_size: int = 32
     """Prompts of one update, each with all its pairs or replies."""
     optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=1e-6, schedule="cosine", warmup_fraction=0.1))
     """The optimizer and its schedule."""
-    shuffle: bool = True
-    """Take the examples of each epoch in an order of its own; false keeps the order of the data."""
     adapter: LoRA | None = None
     """Train a low-rank adapter on the frozen model; its reference is that model with the adapter as it was."""
-    precision: Precision = "float32"
-    """Precision of the products of training and scoring; weights and log-probabilities stay float32."""
-    checkpoint_activations: bool = False
-    """Keep only the input of each block for the backward pass: less memory, a third more work."""
-    max_steps: int | None = None
-    """Stop after this many updates, on the schedule of the whole run; None trains to the end."""
-    token_budget: int = 4096
-    """Tokens of one forward pass: memory and speed only."""
     reference_cache: str | None = None
     """Directory that keeps what the reference says; without one, `.reference` beside the run directory."""
-    validate_every: int = 0
-    """Updates between validations; 0 validates once, at the end."""
-    checkpoint_every: int = 100
-    """Updates between checkpoints."""
-    seed: int = 0
-    """Seed of the order of examples and of a new adapter."""
-    trackers: Annotated[tuple[Any, ...], Choice("tracker")] = ()
-    """Where metrics go besides metrics.jsonl: "tensorboard", "wandb"."""
 
 
 def run(settings: PreferenceSettings, run: Run) -> None:
@@ -117,38 +98,20 @@ def run(settings: PreferenceSettings, run: Run) -> None:
             where=settings.data,
             fix=f"raise max_tokens (now {settings.max_tokens}) or lower held_out (now {settings.held_out})",
         )
-    epochs = Epochs(
-        num_examples=len(train.trees),
-        batch_size=settings.batch_size,
-        num_epochs=settings.num_epochs,
-        seed=settings.seed,
-        shuffle=settings.shuffle,
-    )
+    epochs = Epochs.of(settings, len(train.trees))
     num_steps = epochs.num_steps if settings.max_steps is None else min(settings.max_steps, epochs.num_steps)
     policy, base = start_policy(settings.model, settings.adapter, chat, seed=settings.seed)
     refuse_long(policy.model, chain(train.trees, held_out.trees), where=settings.data, fix=FIT)
     policy.precision = settings.precision
     used = epochs.used(num_steps)
     make_batch, validation = make_batches(settings, loss, policy, base, chat, train, used, held_out, run)
-    if settings.checkpoint_activations:
-        policy.checkpoint_activations()
-    learner = LocalLearner(
-        policy, settings.optimizer, token_budget=settings.token_budget, num_updates=epochs.num_steps, name="policy"
-    )
+    learner = make_learner(policy, settings, epochs, name="policy")
 
     def prepare(batch: TreeBatch) -> TreeBatch:
         prepared: TreeBatch = loss.prepare(batch, learner.logprobs)
         return prepared
 
-    with training(
-        run,
-        learner,
-        epochs,
-        checkpoint_every=settings.checkpoint_every,
-        description="preference",
-        validate_every=settings.validate_every,
-        max_steps=settings.max_steps,
-    ) as steps:
+    with training(run, learner, epochs, settings, description="preference") as steps:
         for number, examples in steps:
             batch = prepare(make_batch(examples))
             metrics = learner.update([(batch, [loss])]) | steps.speed(batch)

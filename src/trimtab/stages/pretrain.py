@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,7 +24,6 @@ from transformers import (
 from trimtab import worlds
 from trimtab.batches.trees import TokenTrees, Tree, TreeBatch, sequence_tree
 from trimtab.core import seeds
-from trimtab.core.config import Choice
 from trimtab.core.errors import DataError
 from trimtab.core.types import Demonstration, Message, PreferencePair, Prompt
 from trimtab.data.layouts import Loaded, kinds_of, load
@@ -37,7 +36,7 @@ from trimtab.models.roles import Policy
 from trimtab.models.save import save_model
 from trimtab.runs.run import Run
 from trimtab.stages.stage import EPOCHS_GROW, Stage
-from trimtab.stages.supervised import Epochs, last_metrics, training
+from trimtab.stages.supervised import Epochs, EpochSettings, last_metrics, training
 from trimtab.worlds.source import is_world
 
 
@@ -96,7 +95,7 @@ class Architecture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings:
+class PretrainSettings(EpochSettings):
     """Settings of the pretrain stage."""
 
     data: str
@@ -109,8 +108,6 @@ class PretrainSettings:
     """Shape of the model."""
     max_tokens: int = 512
     """A longer document is cut into pieces of this length; nothing is lost."""
-    num_epochs: float = 1.0
-    """Passes over the data."""
     batch_size: int = 64
     """Documents of one update."""
     optimizer: AdamW = field(
@@ -119,16 +116,8 @@ class PretrainSettings:
         )
     )
     """The optimizer and its schedule."""
-    max_steps: int | None = None
-    """Stop after this many updates, on the schedule of the whole run; None trains to the end."""
-    token_budget: int = 4096
-    """Tokens of one forward pass: memory and speed only."""
     checkpoint_every: int = 200
     """Updates between checkpoints."""
-    seed: int = 0
-    """Seed of the weights, the documents and their order."""
-    trackers: Annotated[tuple[Any, ...], Choice("tracker")] = ()
-    """Where metrics go besides metrics.jsonl: "tensorboard", "wandb"."""
 
     def __post_init__(self) -> None:
         if self.data.startswith("world:") and self.num_documents is None:
@@ -156,22 +145,13 @@ def run(settings: PretrainSettings, run: Run) -> None:
             where=settings.data,
             fix="give texts of more than one token, and max_tokens of at least 2",
         )
-    epochs = Epochs(
-        num_examples=len(trees), batch_size=settings.batch_size, num_epochs=settings.num_epochs, seed=settings.seed
-    )
+    epochs = Epochs.of(settings, len(trees))
     policy = Policy(model, pad_id=tokenizer.pad_token_id)
     learner = LocalLearner(
         policy, settings.optimizer, token_budget=settings.token_budget, num_updates=epochs.num_steps, name="policy"
     )
     loss = SFTLoss()
-    with training(
-        run,
-        learner,
-        epochs,
-        checkpoint_every=settings.checkpoint_every,
-        description="pretrain",
-        max_steps=settings.max_steps,
-    ) as steps:
+    with training(run, learner, epochs, settings, description="pretrain") as steps:
         for _, examples in steps:
             batch = TreeBatch(trees=TokenTrees.build([trees[i] for i in examples]))
             steps.log(learner.update([(batch, [loss])]) | steps.speed(batch))

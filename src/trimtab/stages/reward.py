@@ -8,27 +8,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 
 from trimtab.batches.trees import TokenTrees, Tree, split_sizes
 from trimtab.core import seeds
-from trimtab.core.config import Choice
 from trimtab.core.errors import DataError
 from trimtab.core.hub import base_of
 from trimtab.core.types import Demonstration, PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.pairs import Comparisons, group, group_pairs
 from trimtab.data.tokens import Lazy
-from trimtab.engines.local.learner import AdamW, LocalLearner
+from trimtab.engines.local.learner import AdamW
 from trimtab.evals.reward_card import reward_card
 from trimtab.math.losses.reward import RewardLoss
 from trimtab.models.adapters import LoRA, add_adapter, load_adapter
 from trimtab.models.forward import sequence_scores_of
 from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_scalar, load_tokenizer
-from trimtab.models.precision import Precision
 from trimtab.models.quantized import quantize
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import round_as_written, save_role
@@ -36,7 +34,7 @@ from trimtab.runs.run import Run
 from trimtab.stages.reading import prepare_data
 from trimtab.stages.sft import say_lost
 from trimtab.stages.stage import EPOCHS_GROW, Stage
-from trimtab.stages.supervised import FIT, Epochs, Validation, training, validate
+from trimtab.stages.supervised import FIT, Epochs, TrainingSettings, Validation, make_learner, training, validate
 from trimtab.stats import Floats
 
 NUM_SHOWN = 1000
@@ -46,7 +44,7 @@ NUM_MEASURED = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardSettings:
+class RewardSettings(TrainingSettings):
     """Settings of the reward stage."""
 
     model: str
@@ -60,14 +58,6 @@ class RewardSettings:
     demonstrations: str | None = None
     """Demonstrations whose mean reward is shifted to zero, the first 1000 of them, fitted to max_tokens; without them,
     the chosen replies of the training pairs."""
-    limit: int | None = None
-    """Use only the first pairs."""
-    on_bad_row: Literal["stop", "drop"] = "stop"
-    """Refuse the data at a bad row, or drop and count such rows."""
-    max_tokens: int = 1024
-    """Longest prompt and reply together."""
-    on_too_long: Literal["drop", "truncate_prompt_left"] = "truncate_prompt_left"
-    """What happens to a longer pair; both are counted."""
     loss: RewardLoss = field(default_factory=RewardLoss)
     """The Bradley-Terry loss and its options."""
     num_epochs: float = 1.0
@@ -76,26 +66,8 @@ class RewardSettings:
     """Prompts of one update, each with all its pairs."""
     optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=1e-5, schedule="cosine", warmup_fraction=0.03))
     """The optimizer and its schedule."""
-    shuffle: bool = True
-    """Take the examples of each epoch in an order of its own; false keeps the order of the data."""
     adapter: LoRA | None = None
     """Train a low-rank adapter and the score head on the frozen model instead of all its weights."""
-    precision: Precision = "float32"
-    """Precision of the products of training and scoring; weights and log-probabilities stay float32."""
-    checkpoint_activations: bool = False
-    """Keep only the input of each block for the backward pass: less memory, a third more work."""
-    max_steps: int | None = None
-    """Stop after this many updates, on the schedule of the whole run; None trains to the end."""
-    token_budget: int = 4096
-    """Tokens of one forward pass: memory and speed only."""
-    validate_every: int = 0
-    """Updates between validations; 0 validates once, at the end."""
-    checkpoint_every: int = 100
-    """Updates between checkpoints."""
-    seed: int = 0
-    """Seed of the new head and the order of pairs."""
-    trackers: Annotated[tuple[Any, ...], Choice("tracker")] = ()
-    """Where metrics go besides metrics.jsonl: "tensorboard", "wandb"."""
 
 
 def run(settings: RewardSettings, run: Run) -> None:
@@ -122,29 +94,10 @@ def run(settings: RewardSettings, run: Run) -> None:
     shown = read_demonstrations(settings, chat, run, counts)
     model, base = start_reward_model(settings, chat)
     refuse_long(model.model, chain(train_on.trees, judged_by.trees, shown), where=settings.data, fix=FIT)
-    model.precision = settings.precision
-    if settings.checkpoint_activations:
-        model.checkpoint_activations()
-    epochs = Epochs(
-        num_examples=len(train_on.trees),
-        batch_size=settings.batch_size,
-        num_epochs=settings.num_epochs,
-        seed=settings.seed,
-        shuffle=settings.shuffle,
-    )
-    learner = LocalLearner(
-        model, settings.optimizer, token_budget=settings.token_budget, num_updates=epochs.num_steps, name="reward"
-    )
+    epochs = Epochs.of(settings, len(train_on.trees))
+    learner = make_learner(model, settings, epochs, name="reward")
     validation = Validation(lambda: [tree.num_tokens for tree in judged_by.trees], judged_by.batch)
-    with training(
-        run,
-        learner,
-        epochs,
-        checkpoint_every=settings.checkpoint_every,
-        description="reward",
-        validate_every=settings.validate_every,
-        max_steps=settings.max_steps,
-    ) as steps:
+    with training(run, learner, epochs, settings, description="reward") as steps:
         for number, examples in steps:
             batch = train_on.batch(examples)
             metrics = learner.update([(batch, [settings.loss])]) | steps.speed(batch)

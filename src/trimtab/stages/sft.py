@@ -9,37 +9,45 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from trimtab.batches.trees import TokenTrees, Tree, TreeBatch, sequence_tree
 from trimtab.core import seeds
-from trimtab.core.config import Choice
 from trimtab.core.errors import DataError
 from trimtab.core.hub import base_of
 from trimtab.core.types import Demonstration, PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.pairs import group
 from trimtab.data.tokens import Lazy, TokenTable
-from trimtab.engines.local.learner import AdamW, LocalLearner
+from trimtab.engines.local.learner import AdamW
 from trimtab.math.losses.sft import SFTLoss
 from trimtab.models.adapters import LoRA, add_adapter, load_adapter
 from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_causal, load_tokenizer
-from trimtab.models.precision import Precision
 from trimtab.models.quantized import quantize
 from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
 from trimtab.runs.run import Run
 from trimtab.stages.reading import prepare_data
 from trimtab.stages.stage import EPOCHS_GROW, Stage
-from trimtab.stages.supervised import FIT, Epochs, MakeBatch, Validation, last_metrics, training, validate
+from trimtab.stages.supervised import (
+    FIT,
+    Epochs,
+    MakeBatch,
+    TrainingSettings,
+    Validation,
+    last_metrics,
+    make_learner,
+    training,
+    validate,
+)
 
 FEW = 5
 """Records left out that are counted and not spoken of."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTSettings:
+class SFTSettings(TrainingSettings):
     """Settings of the sft stage."""
 
     model: str
@@ -51,42 +59,14 @@ class SFTSettings:
     pair. These are only the better of two, not good examples."""
     held_out: float = 0.05
     """Share of the prompts kept for the validation loss."""
-    limit: int | None = None
-    """Use only the first rows."""
-    on_bad_row: Literal["stop", "drop"] = "stop"
-    """Refuse the data at a bad row, or drop and count such rows."""
     train_on: Literal["last", "all"] = "last"
     """Which assistant turns of a conversation are trained."""
-    max_tokens: int = 1024
-    """Longest example, prompt and reply together."""
-    on_too_long: Literal["drop", "truncate_prompt_left"] = "truncate_prompt_left"
-    """What happens to a longer example; both are counted."""
-    num_epochs: float = 1.0
-    """Passes over the data."""
     batch_size: int = 32
     """Examples of one update."""
     optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=2e-5, schedule="cosine", warmup_fraction=0.03))
     """The optimizer and its schedule."""
-    shuffle: bool = True
-    """Take the examples of each epoch in an order of its own; false keeps the order of the data."""
     adapter: LoRA | None = None
     """Train a low-rank adapter on the frozen model instead of all its weights."""
-    precision: Precision = "float32"
-    """Precision of the products of training and scoring; weights and log-probabilities stay float32."""
-    checkpoint_activations: bool = False
-    """Keep only the input of each block for the backward pass: less memory, a third more work."""
-    max_steps: int | None = None
-    """Stop after this many updates, on the schedule of the whole run; None trains to the end."""
-    token_budget: int = 4096
-    """Tokens of one forward pass: memory and speed only."""
-    validate_every: int = 0
-    """Updates between validations; 0 validates once, at the end."""
-    checkpoint_every: int = 100
-    """Updates between checkpoints."""
-    seed: int = 0
-    """Seed of the order of examples."""
-    trackers: Annotated[tuple[Any, ...], Choice("tracker")] = ()
-    """Where metrics go besides metrics.jsonl: "tensorboard", "wandb"."""
 
 
 def run(settings: SFTSettings, run: Run) -> None:
@@ -104,36 +84,13 @@ def run(settings: SFTSettings, run: Run) -> None:
             where=settings.data,
             fix=f"raise max_tokens (now {settings.max_tokens}) or lower held_out (now {settings.held_out})",
         )
-    epochs = Epochs(
-        num_examples=len(trees),
-        batch_size=settings.batch_size,
-        num_epochs=settings.num_epochs,
-        seed=settings.seed,
-        shuffle=settings.shuffle,
-    )
+    epochs = Epochs.of(settings, len(trees))
     policy, base = start_policy(settings.model, settings.adapter, chat, seed=settings.seed)
     refuse_long(policy.model, chain(trees, validation), where=settings.data, fix=FIT)
-    policy.precision = settings.precision
-    if settings.checkpoint_activations:
-        policy.checkpoint_activations()
-    learner = LocalLearner(
-        policy,
-        settings.optimizer,
-        token_budget=settings.token_budget,
-        num_updates=epochs.num_steps,
-        name="policy",
-    )
+    learner = make_learner(policy, settings, epochs, name="policy")
     loss, make_batch = SFTLoss(), batch_of(trees)
     judged = Validation(lambda: [tree.num_tokens for tree in validation], batch_of(validation)) if validation else None
-    with training(
-        run,
-        learner,
-        epochs,
-        checkpoint_every=settings.checkpoint_every,
-        description="sft",
-        validate_every=settings.validate_every,
-        max_steps=settings.max_steps,
-    ) as steps:
+    with training(run, learner, epochs, settings, description="sft") as steps:
         for number, examples in steps:
             batch = make_batch(examples)
             metrics = learner.update([(batch, [loss])]) | steps.speed(batch)

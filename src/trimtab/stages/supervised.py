@@ -7,10 +7,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -18,9 +18,12 @@ from numpy.typing import NDArray
 
 from trimtab.batches.trees import TreeBatch, split_sizes
 from trimtab.core import seeds
+from trimtab.core.config import Choice
 from trimtab.core.metrics import Mean, Metrics, Total, merge
 from trimtab.engines.base import Loss
-from trimtab.engines.local.learner import LocalLearner
+from trimtab.engines.local.learner import AdamW, LocalLearner
+from trimtab.models.precision import Precision
+from trimtab.models.roles import Policy, ScalarModel
 from trimtab.runs.loop import Steps, stepping
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
@@ -36,6 +39,48 @@ Prepare = Callable[[Any], TreeBatch]
 
 
 @dataclass(frozen=True, kw_only=True)
+class EpochSettings:
+    """Settings of every stage that trains in epochs over examples."""
+
+    num_epochs: float = 1.0
+    """Passes over the data."""
+    optimizer: AdamW = field(default_factory=AdamW)
+    """The optimizer and its schedule."""
+    max_steps: int | None = None
+    """Stop after this many updates, on the schedule of the whole run; None trains to the end."""
+    token_budget: int = 4096
+    """Tokens of one forward pass: memory and speed only."""
+    checkpoint_every: int = 100
+    """Updates between checkpoints."""
+    seed: int = 0
+    """Seed of the order of examples and of new weights."""
+    trackers: Annotated[tuple[Any, ...], Choice("tracker")] = ()
+    """Where metrics go besides metrics.jsonl: "tensorboard", "wandb"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(EpochSettings):
+    """Settings of every stage that trains a given model on records and holds some of them out."""
+
+    limit: int | None = None
+    """Use only the first rows."""
+    on_bad_row: Literal["stop", "drop"] = "stop"
+    """Refuse the data at a bad row, or drop and count such rows."""
+    max_tokens: int = 1024
+    """Longest prompt and reply together."""
+    on_too_long: Literal["drop", "truncate_prompt_left"] = "truncate_prompt_left"
+    """What happens to a longer example; both are counted."""
+    shuffle: bool = True
+    """Take the examples of each epoch in an order of its own; false keeps the order of the data."""
+    precision: Precision = "float32"
+    """Precision of the products of training and scoring; weights and log-probabilities stay float32."""
+    checkpoint_activations: bool = False
+    """Keep only the input of each block for the backward pass: less memory, a third more work."""
+    validate_every: int = 0
+    """Updates between validations; 0 validates once, at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Epochs:
     """Which examples each step trains on: every epoch in an order of its own (or as they come), the last short batch
     included."""
@@ -45,6 +90,17 @@ class Epochs:
     num_epochs: float
     seed: int
     shuffle: bool = True
+
+    @classmethod
+    def of(cls, settings: Any, num_examples: int) -> Epochs:
+        """The epochs that settings ask for; these have `batch_size`."""
+        return cls(
+            num_examples=num_examples,
+            batch_size=settings.batch_size,
+            num_epochs=settings.num_epochs,
+            seed=settings.seed,
+            shuffle=getattr(settings, "shuffle", True),
+        )
 
     @property
     def num_steps(self) -> int:
@@ -107,6 +163,16 @@ def last_metrics(run: Run, *prefixes: str) -> dict[str, float]:
     return {name: value for name, value in row.items() if name.startswith(prefixes)}
 
 
+def make_learner(role: Policy | ScalarModel, settings: TrainingSettings, epochs: Epochs, *, name: str) -> LocalLearner:
+    """The learner of a model, which computes as the settings say."""
+    role.precision = settings.precision
+    if settings.checkpoint_activations:
+        role.checkpoint_activations()
+    return LocalLearner(
+        role, settings.optimizer, token_budget=settings.token_budget, num_updates=epochs.num_steps, name=name
+    )
+
+
 @dataclass
 class LearnerState:
     """What a supervised run needs to go on: its learner. Everything else follows from the step number."""
@@ -165,18 +231,11 @@ class TrainingSteps:
 
 @contextmanager
 def training(
-    run: Run,
-    learner: LocalLearner,
-    epochs: Epochs,
-    *,
-    checkpoint_every: int,
-    description: str,
-    validate_every: int = 0,
-    max_steps: int | None = None,
+    run: Run, learner: LocalLearner, epochs: Epochs, settings: EpochSettings, *, description: str
 ) -> Iterator[TrainingSteps]:
     """Within, the steps to the last one, or to `max_steps` of them, resuming where an earlier call was stopped.
 
-    with training(run, learner, epochs, checkpoint_every=100, description="sft") as steps:
+    with training(run, learner, epochs, settings, description="sft") as steps:
         for number, examples in steps:
             batch = make_batch(examples)
             metrics = learner.update([(batch, [loss])]) | steps.speed(batch)
@@ -185,15 +244,15 @@ def training(
             steps.log(metrics)
     """
     run.note_path("form", learner.role.form)
-    num_steps = epochs.num_steps if max_steps is None else min(max_steps, epochs.num_steps)
+    num_steps = epochs.num_steps if settings.max_steps is None else min(settings.max_steps, epochs.num_steps)
     with stepping(
         run,
         LearnerState(learner),
         num_steps=num_steps,
-        checkpoint_every=checkpoint_every,
+        checkpoint_every=settings.checkpoint_every,
         description=description,
     ) as steps:
-        yield TrainingSteps(steps, epochs, num_steps, validate_every, description)
+        yield TrainingSteps(steps, epochs, num_steps, getattr(settings, "validate_every", 0), description)
 
 
 @torch.no_grad()
