@@ -7,8 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +65,41 @@ def unwritable(what: str, problem: str, place: Path, kept: str) -> EngineError:
     )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file at once: whoever reads it, now or after a power cut, sees all of the old or all of the new."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Within, the place where a new file or directory is made, which then takes the name `path`.
+
+    Whoever reads `path`, now or after a power cut, sees all of the old or all of the new.
+    """
     aside = path.with_name(WRITING + path.name)
+    remove(aside)
     try:
-        aside.write_text(text, encoding="utf-8")
-        sync(aside)
+        yield aside
+        sync_tree(aside)
+        if aside.is_dir():
+            discard(path)  # no call replaces a directory that holds something
         aside.replace(path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            remove(aside)
         raise
     sync(path.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a text file at once; see `replacing`."""
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Replaces a JSON lines file at once; see `replacing`. Returns the number of rows."""
+    num = 0
+    with replacing(path) as aside, aside.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            num += 1
+    return num
 
 
 def write_out(path: Path, text: str) -> None:
@@ -126,10 +150,10 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sync_tree(directory: Path) -> None:
-    """Sees that a directory and all below it are on the disk."""
-    for path in [*directory.rglob("*"), directory]:
-        sync(path)
+def sync_tree(path: Path) -> None:
+    """Sees that a file, or a directory and all below it, are on the disk."""
+    for inner in [*path.rglob("*"), path]:
+        sync(inner)
 
 
 def sync(path: Path) -> None:

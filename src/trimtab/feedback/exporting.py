@@ -16,6 +16,7 @@ from sqlalchemy import Connection
 
 import trimtab
 from trimtab.core.errors import DataError
+from trimtab.core.files import replacing, write_whole, writing
 from trimtab.core.types import JsonDict, Prompt
 from trimtab.data.files import NEEDS_APOSTROPHE
 from trimtab.data.mistakes import Mistake
@@ -79,9 +80,11 @@ def write_export(store: Store, layout: Layout, out: Path, *, split: labels.Split
     """Writes the rows by the ending of `out` (.jsonl, .csv, .parquet) and the card beside them; returns the card."""
     exported = export(store, layout, split=split)
     content = to_bytes(exported.rows, out.name)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(content)
-    out.with_name(out.name + ".card.json").write_text(json.dumps(exported.card, indent=2) + "\n", encoding="utf-8")
+    with writing(str(out), out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as aside:
+            aside.write_bytes(content)
+        write_whole(out.with_name(out.name + ".card.json"), json.dumps(exported.card, indent=2) + "\n")
     return exported.card
 
 

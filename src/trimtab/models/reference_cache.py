@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.batches.trees import TokenTrees, Tree
+from trimtab.core.files import replacing
 from trimtab.models.forward import token_logprobs_of
 from trimtab.models.roles import Policy
 
@@ -107,9 +108,8 @@ def read(path: Path, size: int) -> Tensor | None:
 def write(path: Path, logprobs: Tensor) -> None:
     """Keeps the values with their checksum, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".writing")
-    save_file({"logprobs": logprobs.contiguous()}, aside, metadata={"sha256": _checksum(logprobs)})
-    aside.replace(path)
+    with replacing(path) as aside:
+        save_file({"logprobs": logprobs.contiguous()}, aside, metadata={"sha256": _checksum(logprobs)})
 
 
 def _checksum(values: Tensor) -> str:

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +18,11 @@ from trimtab.core.files import (
     WRITING,
     append_rows,
     discard,
-    disk_problem,
     json_text,
     read_json,
     remove,
+    replacing,
     sync,
-    sync_tree,
-    unwritable,
     write_whole,
     writing,
 )
@@ -265,27 +262,17 @@ class Run:
         The newest `keep` checkpoints stay. Raises EngineError where the disk does not take it; the last one stays good.
         """
         checkpoints = self.directory / "checkpoints"
-        aside = checkpoints / f"{WRITING}{step}"
-        try:
-            aside.mkdir(parents=True)
-            write(aside)
-            (aside / SUMS).write_text(_sums(aside), encoding="utf-8")
-            sync_tree(aside)
-            # A checkpoint promises that the rows of its steps are on disk too.
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                if (self.directory / name).exists():
-                    sync(self.directory / name)
-            discard(checkpoints / _step_name(step))
-            aside.rename(checkpoints / _step_name(step))
-            sync(checkpoints)
-        except Exception as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            if not (problem := disk_problem(error)):
-                raise
-            what = f"the checkpoint of step {step}"
-            raise unwritable(
-                what, problem, checkpoints, "the same command goes on from the checkpoint before"
-            ) from error
+        kept = "the same command goes on from the checkpoint before"
+        with writing(f"the checkpoint of step {step}", checkpoints, kept=kept):
+            checkpoints.mkdir(exist_ok=True)
+            with replacing(checkpoints / _step_name(step)) as aside:
+                aside.mkdir()
+                write(aside)
+                (aside / SUMS).write_text(_sums(aside), encoding="utf-8")
+                # A checkpoint promises that the rows of its steps are on disk too.
+                for name in ("metrics.jsonl", "samples.jsonl"):
+                    if (self.directory / name).exists():
+                        sync(self.directory / name)
         for old in _checkpoints(checkpoints)[:-keep]:
             discard(old)
 
@@ -313,19 +300,9 @@ class Run:
 
     def save_model(self, write: Callable[[Path], None]) -> None:
         """Makes model/ out of what `write` puts into the directory it is given; a model/ before it is replaced."""
-        aside = self.directory / f"{WRITING}model"
-        with writing("the model", self.model_dir, kept=_GOES_ON):
-            try:
-                remove(aside)
-                aside.mkdir()
-                write(aside)
-                sync_tree(aside)
-                discard(self.model_dir)
-                aside.rename(self.model_dir)
-                sync(self.directory)
-            except BaseException:
-                shutil.rmtree(aside, ignore_errors=True)
-                raise
+        with writing("the model", self.model_dir, kept=_GOES_ON), replacing(self.model_dir) as aside:
+            aside.mkdir()
+            write(aside)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json and closes the run: the last thing a stage does."""

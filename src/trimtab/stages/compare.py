@@ -5,13 +5,13 @@ The pairs and their votes are those that a reward model or a preference loss is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, groupby
 
 from trimtab import worlds
 from trimtab.core import seeds
+from trimtab.core.files import write_rows
 from trimtab.core.types import PreferencePair, Prompt, Rollout, to_dict
 from trimtab.data.chat import Chat
 from trimtab.engines.local.sampler import LocalSampler, Sampling
@@ -88,8 +88,7 @@ def run(settings: CompareSettings, run: Run) -> None:
             ]
             ballots = [voters] if name == "train" else [[voter] for voter in voters]
             voted += [vote(annotators, pair, ballot, settings.seed) for ballot in ballots]
-        with (run.directory / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(to_dict(pair), ensure_ascii=False) + "\n" for pair in voted)
+        write_rows(run.directory / f"{name}.jsonl", map(to_dict, voted))
         summary |= {
             f"num_{name}_pairs": len(voted),
             f"num_{name}_identical_pairs": identical,

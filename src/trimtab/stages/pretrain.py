@@ -25,6 +25,7 @@ from trimtab import worlds
 from trimtab.batches.trees import TokenTrees, Tree, TreeBatch, sequence_tree
 from trimtab.core import seeds
 from trimtab.core.errors import DataError
+from trimtab.core.files import replacing
 from trimtab.core.types import Demonstration, Message, PreferencePair, Prompt
 from trimtab.data.layouts import Loaded, kinds_of, load
 from trimtab.data.sources import SourceRows, read_rows
@@ -129,13 +130,12 @@ def run(settings: PretrainSettings, run: Run) -> None:
     start = run.directory / "start"
     documents = read_documents(settings, run)
     if not start.exists():
-        writing = start.with_name("start.writing")
         tokenizer = train_tokenizer(documents, settings.vocab_size)
         torch.manual_seed(seeds.derive(settings.seed, "weights"))
         config = settings.architecture.config(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-        save_model(model, tokenizer, writing)
-        writing.rename(start)
+        with replacing(start) as aside:
+            save_model(model, tokenizer, aside)
     model = load_causal(start)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
     trees = document_trees(documents, tokenizer, settings.max_tokens)

@@ -15,7 +15,7 @@ import numpy as np
 
 from trimtab.core import seeds
 from trimtab.core.errors import DataError
-from trimtab.core.files import WRITING
+from trimtab.core.files import write_rows
 from trimtab.core.types import Demonstration, PreferencePair, Prompt, to_dict
 from trimtab.evals.overoptimisation import best_of_each, best_of_n_kl, curve_of, sizes_up_to
 from trimtab.stats import bootstrap_mean
@@ -188,7 +188,7 @@ def write_demonstrations(
         for one, replies, picked in zip(asked, rows, choice.picked, strict=False)
         for i in picked
     )
-    _write(path, chosen)
+    write_rows(path, chosen)
 
 
 def write_pairs(
@@ -217,7 +217,7 @@ def write_pairs(
             counts["pairs"] += len(found)
             yield from map(to_dict, found)
 
-    _write(path, pairs())
+    write_rows(path, pairs())
     if not counts["pairs"]:
         raise DataError(
             "no pair could be made: " + ", ".join(f"{num} {name}" for name, num in counts.items() if num),
@@ -368,14 +368,6 @@ def _top(picked: list[list[int]], rewards: Sequence[float], fraction: float, see
     stays[order[:num]] = True
     left = iter(stays.tolist())
     return [[i for i in able if next(left)] for able in picked]
-
-
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """The rows as JSON lines, under the name once they are all there."""
-    writing = path.with_name(WRITING + path.name)
-    with writing.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    writing.replace(path)
 
 
 def _number(value: float | None) -> float:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trimtab.core.files import WRITING
+from trimtab.core.files import write_rows
 from trimtab.core.types import Prompt
 from trimtab.worlds.annotators import Annotators, Pair, calibrate
 from trimtab.worlds.world import SPLITS, Split, World
@@ -43,7 +42,7 @@ def write_sets(world: World, rows: int, out: Path, seed: int = 0) -> dict[str, i
         for name, lines in sets.items():
             path = out / split / f"{name}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            counts[f"{split}/{path.name}"] = _write(path, lines)
+            counts[f"{split}/{path.name}"] = write_rows(path, lines)
     return counts
 
 
@@ -69,14 +68,3 @@ def _messages(prompt: Prompt) -> list[dict[str, str]]:
 
 def _reply(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
-
-
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    aside = path.with_name(WRITING + path.name)
-    with aside.open("w", encoding="utf-8") as file:
-        num = 0
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            num += 1
-    aside.replace(path)
-    return num
