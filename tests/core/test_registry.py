@@ -75,16 +75,16 @@ def test_a_file_is_named_from_the_directory_the_command_runs_in(file, monkeypatc
 @pytest.mark.parametrize(
     ("name", "problem", "fix"),
     [
-        ("{dir}/absent.py:Mine", "FileNotFoundError", "path/to/file.py:ClassName"),
-        ("no_such_package.module:Mine", "ModuleNotFoundError", "package.module:ClassName"),
-        ("{dir}/mine.txt:Mine", "ModuleNotFoundError", "path/to/file.py:ClassName"),
+        ("{dir}/absent.py:Mine", "there is no file", "path/to/file.py:Name"),
+        ("no_such_package.module:Mine", "ModuleNotFoundError", "package.module:Name"),
+        ("{dir}/mine.txt:Mine", "it is no Python file", "path/to/file.py:Name"),
         ("{dir}/mine.py:Mime", "holds no class 'Mime'", "name one of its classes: Mine, Bare, Other"),
         ("{dir}/mine.py:", "holds no class ''", "Mine"),
         ("{dir}/mine.py:function", "holds no class 'function'", "Mine"),
         ("{dir}/empty.py:Mine", "holds no class 'Mine'", "it has none"),
         ("{dir}/mine.py:Other", "is no advantage: it has no __call__, no needs_critic", "docs/extending.md"),
-        ("{dir}/broken.py:Mine", "ZeroDivisionError: division by zero (line 3)", "path/to/file.py:ClassName"),
-        ("{dir}/syntax.py:Mine", "SyntaxError", "path/to/file.py:ClassName"),
+        ("{dir}/broken.py:Mine", "ZeroDivisionError: division by zero (line 3)", "path/to/file.py:Name"),
+        ("{dir}/syntax.py:Mine", "SyntaxError", "path/to/file.py:Name"),
         ("{dir}/imports.py:Mine", "ModuleNotFoundError: No module named 'nothing_like_it' (line 2)", "path/to/file.py"),
     ],
 )

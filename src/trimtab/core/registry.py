@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import importlib.util
 import sys
-import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 from trimtab.core.errors import ConfigError
+from trimtab.core.user_code import place_of, user_module
 
 T = TypeVar("T")
 
@@ -56,8 +53,6 @@ _MODULES: dict[str, dict[str, str]] = {
     },
 }
 _REGISTERED: dict[str, dict[str, type]] = {}
-_USER_MODULE = "trimtab_user_"
-"""Before the path of a file, in the name of the module it is loaded as."""
 
 
 def register(kind: str, name: str) -> Callable[[type[T]], type[T]]:
@@ -107,14 +102,7 @@ def find(kind: str, name: str, *, where: str) -> type:
 def _named_class(name: str, *, where: str) -> type:
     """The dataclass that the user asked for by name."""
     place, _, attribute = name.rpartition(":")
-    try:
-        module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # whatever the user's file raises is told with the name that led to it
-        raise ConfigError(
-            f"{name!r} cannot be loaded: {type(error).__name__}: {error}{_line_of(error, place)}",
-            where=where,
-            fix="name a file as path/to/file.py:ClassName, or an importable module as package.module:ClassName",
-        ) from error
+    module = user_module(place, where=where)
     cls = getattr(module, attribute, None)
     if not isinstance(cls, type):
         classes = [n for n, c in vars(module).items() if isinstance(c, type) and c.__module__ == module.__name__]
@@ -144,31 +132,6 @@ def _of_kind(kind: str, cls: type, name: str, *, where: str) -> type:
     return cls
 
 
-def _line_of(error: BaseException, place: str) -> str:
-    """Where in the user's file it went wrong: "" for what has no line there, or says it itself."""
-    if isinstance(error, SyntaxError):
-        return ""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [f.lineno for f in frames if Path(f.filename).resolve() == Path(place).resolve()]
-    return f" (line {lines[-1]})" if lines else ""
-
-
-def _module_of_file(path: Path) -> ModuleType:
-    name = f"{_USER_MODULE}{path.resolve()}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
 def name_of(kind: str, cls: type) -> str:
     """The name a run file finds `cls` by: the one it is registered under, or its place, as "package.module:Class".
 
@@ -181,8 +144,7 @@ def name_of(kind: str, cls: type) -> str:
             return name
     module, where = cls.__module__, f"{cls.__module__}.{cls.__qualname__}"
     if module != "__main__" and getattr(sys.modules.get(module), cls.__qualname__, None) is cls:
-        place = module.removeprefix(_USER_MODULE) if module.startswith(_USER_MODULE) else module
-        name = f"{place}:{cls.__qualname__}"
+        name = f"{place_of(module)}:{cls.__qualname__}"
         register(kind, name)(_of_kind(kind, cls, name, where=where))
         return name
     raise ConfigError(

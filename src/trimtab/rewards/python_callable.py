@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
-import importlib.util
 import inspect
-import io
 import math
-import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +19,7 @@ from trimtab.core.errors import ConfigError
 from trimtab.core.metrics import Metrics
 from trimtab.core.registry import register
 from trimtab.core.types import Prompt, Rollout
+from trimtab.core.user_code import NamedOutput, user_module
 from trimtab.rewards.each import Score, score_each
 
 RewardFunction = Callable[[Prompt, str, Mapping[str, Any]], float]
@@ -62,7 +57,7 @@ class PythonCallableScorer:
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] what the function says."""
-        with contextlib.redirect_stdout(_Named(self.name)):
+        with contextlib.redirect_stdout(NamedOutput(self.name)):
             return score_each("callable", rollouts, self._judge)
 
     def _judge(self, rollout: Rollout) -> Score:
@@ -107,20 +102,6 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-class _Named(io.TextIOBase):
-    """Writes whole lines to stderr behind a name, so that a function's prints never mix with what a command prints."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.line = ""
-
-    def write(self, text: str) -> int:
-        *lines, self.line = f"{self.line}{text}".split("\n")
-        for line in lines:
-            sys.stderr.write(f"{self.name}: {line}\n")
-        return len(text)
-
-
 def load_function(name: str) -> RewardFunction:
     """The function that "module:name" or "file.py:name" names. Raises ConfigError that says which part is wrong."""
     module_name, colon, attribute = name.rpartition(":")
@@ -130,10 +111,7 @@ def load_function(name: str) -> RewardFunction:
             where="rewards, callable",
             fix="write for instance my_rewards:brevity or rewards/mine.py:brevity",
         )
-    is_file = module_name.endswith(".py") or "/" in module_name
-    with contextlib.redirect_stdout(_Named(module_name)):
-        module = _import_file(Path(module_name)) if is_file else _import_module(module_name)
-    found: Any = module
+    found: Any = user_module(module_name, where="rewards, callable")
     for step in attribute.split("."):
         if not hasattr(found, step):
             close = difflib.get_close_matches(step, dir(found), 1)
@@ -151,57 +129,6 @@ def load_function(name: str) -> RewardFunction:
         )
     function: RewardFunction = found
     return function
-
-
-def _import_module(name: str) -> ModuleType:
-    with _first_on_path(os.getcwd()):
-        try:
-            return importlib.import_module(name)
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # whatever the module raises while it is loaded is its author's to read
-            raise ConfigError(
-                f"the module {name!r} cannot be imported: {type(error).__name__}: {error}",
-                where="rewards, callable",
-                fix="run the command where the module's file is, install it, or name the file: path/to/file.py:name",
-            ) from error
-
-
-def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ConfigError(
-            f"there is no file {str(path)!r} in {os.getcwd()}",
-            where="rewards, callable",
-            fix=f"did you mean {path}.py?" if path.with_name(f"{path.name}.py").is_file() else "correct the path",
-        )
-    # A name of its own: the file may be called like an installed module.
-    name = f"trimtab_reward_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{str(path)!r} is no Python file", where="rewards, callable", fix="name a file.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    with _first_on_path(str(path.resolve().parent)):
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # as above
-            del sys.modules[name]
-            raise ConfigError(
-                f"the file {str(path)!r} cannot be run: {type(error).__name__}: {error}",
-                where="rewards, callable",
-                fix="correct the file: `python` must be able to run it",
-            ) from error
-    return module
-
-
-@contextlib.contextmanager
-def _first_on_path(directory: str) -> Iterator[None]:
-    sys.path.insert(0, directory)
-    try:
-        yield
-    finally:
-        sys.path.remove(directory)
 
 
 def _takes_three(function: Callable[..., Any]) -> bool:
