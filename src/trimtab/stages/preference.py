@@ -42,8 +42,8 @@ from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.runs.run import Run
-from trimtab.stages.reading import prepare_data
-from trimtab.stages.sft import say_lost, start_policy
+from trimtab.stages.reading import prepare_data, say_too_long
+from trimtab.stages.sft import start_policy
 from trimtab.stages.stage import EPOCHS_GROW, Stage
 from trimtab.stages.supervised import (
     FIT,
@@ -91,7 +91,7 @@ def run(settings: PreferenceSettings, run: Run) -> None:
     loss: PreferenceLoss = settings.loss
     counts: dict[str, int] = {}
     train, held_out = read_data(settings, loss, chat, run, counts)
-    say_lost(counts, settings)
+    say_too_long(counts, settings.max_tokens)
     if not train.trees:
         raise DataError(
             "no example is left to train on",

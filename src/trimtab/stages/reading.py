@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from trimtab.batches.trees import Tree
+from trimtab.core.errors import DataError
 from trimtab.core.files import json_text, read_json, write_whole, writing
-from trimtab.core.types import Record, from_dict, to_dict
+from trimtab.core.types import Demonstration, Record, from_dict, to_dict
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import Loaded, load
+from trimtab.data.pairs import WhenTooLong, group
 from trimtab.data.prepare import Prepared, prepare, prepare_loaded
 from trimtab.data.sources import records_source
+from trimtab.data.tokens import Lazy
 from trimtab.runs.run import Run
+
+FEW = 5
+"""Records left out that are counted and not spoken of."""
 
 
 def read(kind: type[Record], source: str, run: Run, **options: Any) -> Loaded[Record]:
@@ -87,3 +96,46 @@ def _snapshot(kind: type[Record], source: str, run: Run, **options: Any) -> Load
         path.parent.mkdir(exist_ok=True)
         write_whole(path, json_text(kept))
     return loaded
+
+
+def read_demonstration_trees(
+    source: str,
+    run: Run,
+    chat: Chat,
+    *,
+    max_tokens: int,
+    on_too_long: WhenTooLong,
+    on_bad_row: Literal["stop", "drop"],
+    counts: dict[str, int],
+    owner: str,
+    where: str,
+    fix: str,
+    limit: int | None = None,
+) -> Sequence[Tree]:
+    """Demonstrations beside the data that a stage is about, each as a tree of its own and fitted to `max_tokens`.
+
+    What was dropped or truncated is added to `counts` under names that begin with `owner`. Raises DataError with
+    `where` and `fix` when none is left: before anything is trained, since the stage could not be finished.
+    """
+    prepared = prepare_data(Demonstration, source, run, chat, on_bad_row=on_bad_row, limit=limit, by_prompt=False)
+    found: dict[str, int] = {"records": len(prepared.table)}
+    groups = group(prepared.table, chat, max_tokens=max_tokens, on_too_long=on_too_long, counts=found, alone=True)
+    say_too_long(found, max_tokens)
+    counts |= {f"{owner}_{name}": num for name, num in found.items() if name != "records"}
+    if not len(groups):
+        raise DataError(
+            f"none of {len(prepared.table)} demonstrations has at most max_tokens = {max_tokens} tokens",
+            where=where,
+            fix=fix,
+        )
+    return Lazy(len(groups), lambda i: groups.tree(i)[0])
+
+
+def say_too_long(counts: Mapping[str, int], max_tokens: int) -> None:
+    """Says on stderr at once when more than a few records are too long."""
+    if (num := counts.get("dropped_too_long", 0)) > FEW:
+        print(
+            f"note: {num:,} of {counts['records']:,} records are left out: they are longer than max_tokens = "
+            f"{max_tokens}",
+            file=sys.stderr,
+        )

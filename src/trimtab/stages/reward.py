@@ -16,10 +16,9 @@ from trimtab.batches.trees import TokenTrees, Tree, split_sizes
 from trimtab.core import seeds
 from trimtab.core.errors import DataError
 from trimtab.core.hub import base_of
-from trimtab.core.types import Demonstration, PreferencePair
+from trimtab.core.types import PreferencePair
 from trimtab.data.chat import Chat
-from trimtab.data.pairs import Comparisons, group, group_pairs
-from trimtab.data.tokens import Lazy
+from trimtab.data.pairs import Comparisons, group_pairs
 from trimtab.engines.local.learner import AdamW
 from trimtab.evals.reward_card import reward_card
 from trimtab.math.losses.reward import RewardLoss
@@ -31,8 +30,7 @@ from trimtab.models.quantized import quantize
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import round_as_written, save_role
 from trimtab.runs.run import Run
-from trimtab.stages.reading import prepare_data
-from trimtab.stages.sft import say_lost
+from trimtab.stages.reading import prepare_data, read_demonstration_trees, say_too_long
 from trimtab.stages.stage import EPOCHS_GROW, Stage
 from trimtab.stages.supervised import FIT, Epochs, TrainingSettings, Validation, make_learner, training, validate
 from trimtab.stats import Floats
@@ -84,7 +82,7 @@ def run(settings: RewardSettings, run: Run) -> None:
     fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
     judged_by = group_pairs(held_out, chat, **fit_in)
     train_on = group_pairs(train, chat, **fit_in)
-    say_lost(counts, settings)
+    say_too_long(counts, settings.max_tokens)
     if not train_on.trees or not judged_by.trees:
         raise DataError(
             f"{train_on.num_pairs} pairs to train on and {judged_by.num_pairs} to judge by; both are needed",
@@ -135,20 +133,19 @@ def read_demonstrations(settings: RewardSettings, chat: Chat, run: Run, counts: 
     counted. Raises DataError when none is left: before training, for it could not be finished."""
     if settings.demonstrations is None:
         return ()
-    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "limit": NUM_SHOWN, "by_prompt": False}
-    prepared = prepare_data(Demonstration, settings.demonstrations, run, chat, **options)
-    found: dict[str, int] = {"records": len(prepared.table)}
-    fits: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long}
-    groups = group(prepared.table, chat, **fits, counts=found, alone=True)
-    say_lost(found, settings)
-    counts |= {f"demonstrations_{name}": num for name, num in found.items() if name != "records"}
-    if not len(groups):
-        raise DataError(
-            f"none of {len(prepared.table)} demonstrations has at most max_tokens = {settings.max_tokens} tokens",
-            where=settings.demonstrations,
-            fix="raise max_tokens, give shorter demonstrations, or leave demonstrations out",
-        )
-    return Lazy(len(groups), lambda i: groups.tree(i)[0])
+    return read_demonstration_trees(
+        settings.demonstrations,
+        run,
+        chat,
+        max_tokens=settings.max_tokens,
+        on_too_long=settings.on_too_long,
+        on_bad_row=settings.on_bad_row,
+        counts=counts,
+        owner="demonstrations",
+        where=settings.demonstrations,
+        fix="raise max_tokens, give shorter demonstrations, or leave demonstrations out",
+        limit=NUM_SHOWN,
+    )
 
 
 def calibrate(

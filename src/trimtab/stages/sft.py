@@ -5,8 +5,7 @@ Supervised fine-tuning: cross-entropy on the tokens of the replies only.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
@@ -28,7 +27,7 @@ from trimtab.models.quantized import quantize
 from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
 from trimtab.runs.run import Run
-from trimtab.stages.reading import prepare_data
+from trimtab.stages.reading import prepare_data, say_too_long
 from trimtab.stages.stage import EPOCHS_GROW, Stage
 from trimtab.stages.supervised import (
     FIT,
@@ -41,9 +40,6 @@ from trimtab.stages.supervised import (
     training,
     validate,
 )
-
-FEW = 5
-"""Records left out that are counted and not spoken of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +73,7 @@ def run(settings: SFTSettings, run: Run) -> None:
     train, held_out = demonstrations.split(settings.held_out)
     trees = demonstration_trees(train, chat, settings, counts)
     validation = demonstration_trees(held_out, chat, settings, counts)
-    say_lost(counts, settings)
+    say_too_long(counts, settings.max_tokens)
     if not trees:
         raise DataError(
             f"no example of {len(demonstrations)} is left to train on",
@@ -148,16 +144,6 @@ def conversation_tree(table: TokenTable, record: int) -> Tree:
 def batch_of(trees: Sequence[Tree]) -> MakeBatch:
     """What makes a batch of the trees with some numbers."""
     return lambda indices: TreeBatch(trees=TokenTrees.build([trees[i] for i in indices]))
-
-
-def say_lost(counts: Mapping[str, int], settings: Any) -> None:
-    """Says on stderr at once when more than a few records are too long."""
-    if (num := counts.get("dropped_too_long", 0)) > FEW:
-        print(
-            f"note: {num:,} of {counts['records']:,} records are left out: they are longer than max_tokens = "
-            f"{settings.max_tokens}",
-            file=sys.stderr,
-        )
 
 
 def records_of(settings: SFTSettings) -> tuple[type, ...]:

@@ -8,14 +8,11 @@ from typing import Any
 
 from trimtab.batches.trees import Tree
 from trimtab.core.errors import ConfigError, DataError
-from trimtab.core.types import Demonstration, Prompt
+from trimtab.core.types import Prompt
 from trimtab.data.chat import Chat
-from trimtab.data.pairs import group
-from trimtab.data.tokens import Lazy
 from trimtab.runs.run import Run
 from trimtab.stages.online.settings import OnlineSettings
-from trimtab.stages.reading import prepare_data, read
-from trimtab.stages.sft import FEW, say_lost
+from trimtab.stages.reading import FEW, read, read_demonstration_trees
 
 
 def read_prompts(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[str, int]) -> list[Prompt]:
@@ -52,22 +49,15 @@ def read_mix(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[str, i
     mix = settings.pretraining_mix
     if mix is None:
         return ()
-    prepared = prepare_data(Demonstration, mix.data, run, chat, on_bad_row=settings.on_bad_row, by_prompt=False)
-    found: dict[str, int] = {"records": len(prepared.table)}
-    groups = group(
-        prepared.table,
+    return read_demonstration_trees(
+        mix.data,
+        run,
         chat,
         max_tokens=mix.max_tokens,
         on_too_long="truncate_prompt_left",
-        counts=found,
-        alone=True,
+        on_bad_row=settings.on_bad_row,
+        counts=counts,
+        owner="mix",
+        where=f"pretraining_mix, {mix.data}",
+        fix="raise pretraining_mix.max_tokens, or give shorter demonstrations",
     )
-    say_lost(found, mix)
-    counts |= {f"mix_{name}": num for name, num in found.items() if name != "records"}
-    if not len(groups):
-        raise DataError(
-            f"none of {len(prepared.table)} demonstrations has at most max_tokens = {mix.max_tokens} tokens",
-            where=f"pretraining_mix, {mix.data}",
-            fix="raise pretraining_mix.max_tokens, or give shorter demonstrations",
-        )
-    return Lazy(len(groups), lambda i: groups.tree(i)[0])
