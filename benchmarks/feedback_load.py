@@ -33,10 +33,10 @@ sys.path.insert(0, str(ROOT))
 from tests.feedback.running import Running  # noqa: E402
 from trimtab.core import config  # noqa: E402
 from trimtab.feedback import people  # noqa: E402
-from trimtab.feedback.ballots import JUDGED  # noqa: E402
 from trimtab.feedback.importing import seed_items  # noqa: E402
 from trimtab.feedback.store import open_store, verify  # noqa: E402
 from trimtab.feedback.votes import cast_votes  # noqa: E402
+from trimtab.feedback.voting import JUDGED  # noqa: E402
 
 NUM_ITEMS = 3000
 OVERLAP = 3

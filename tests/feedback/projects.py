@@ -10,10 +10,10 @@ from trimtab.core.types import Message, Prompt
 from trimtab.feedback import items, people
 from trimtab.feedback.answers import Answer
 from trimtab.feedback.assign import Lease, next_lease
-from trimtab.feedback.ballots import Receipt, vote
 from trimtab.feedback.people import Person
 from trimtab.feedback.project import Kind
 from trimtab.feedback.store import Store, open_store
+from trimtab.feedback.voting import Receipt, vote
 
 PASSWORD = "a long enough phrase"
 

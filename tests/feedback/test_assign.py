@@ -21,11 +21,11 @@ from trimtab.feedback import items, people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer
 from trimtab.feedback.assign import choose, eligible, next_lease, num_eligible, shown_order
-from trimtab.feedback.ballots import reopen, save_draft, undo, vote
 from trimtab.feedback.items import apply_settings, policy_score
 from trimtab.feedback.project import Project
 from trimtab.feedback.store import Store, verify
 from trimtab.feedback.votes import cast_votes
+from trimtab.feedback.voting import reopen, save_draft, undo, vote
 
 CAP = 2
 

@@ -15,9 +15,9 @@ from trimtab.core.types import Message, Prompt
 from trimtab.feedback import labels, people
 from trimtab.feedback.answers import Answer
 from trimtab.feedback.assign import num_eligible
-from trimtab.feedback.ballots import adjudicate
 from trimtab.feedback.exporting import export
 from trimtab.feedback.project import LabelSettings
+from trimtab.feedback.voting import adjudicate
 
 A, B = Answer(choice="A", strength=1), Answer(choice="B", strength=1)
 TIE, BAD, SKIP = Answer(choice="tie"), Answer(choice="both_bad"), Answer(choice="skip")

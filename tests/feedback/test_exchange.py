@@ -28,7 +28,6 @@ from trimtab.data.sources import read_rows
 from trimtab.feedback import items, people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer, from_form, from_position, to_position
-from trimtab.feedback.ballots import adjudicate, vote
 from trimtab.feedback.board import disagreements, make_board
 from trimtab.feedback.exporting import LAYOUTS, export, to_bytes, write_export
 from trimtab.feedback.importing import Options, import_source
@@ -37,6 +36,7 @@ from trimtab.feedback.simulate import simulate
 from trimtab.feedback.store import Store, open_store, verify
 from trimtab.feedback.vote_files import read_votes
 from trimtab.feedback.votes import cast_votes, ranked_pairs
+from trimtab.feedback.voting import adjudicate, vote
 
 
 def write(path: Path, rows: list[dict]) -> str:

@@ -22,11 +22,11 @@ from trimtab.cli import main
 from trimtab.feedback import people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer
-from trimtab.feedback.ballots import vote
 from trimtab.feedback.client import Client
 from trimtab.feedback.server.app import create_app
 from trimtab.feedback.store import Store
 from trimtab.feedback.votes import cast_votes
+from trimtab.feedback.voting import vote
 from trimtab.feedback.webhooks import RETRY_SECONDS, deliver_due
 
 

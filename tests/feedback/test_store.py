@@ -13,9 +13,9 @@ from trimtab.core.errors import ConfigError, DataError
 from trimtab.feedback import items, people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer
-from trimtab.feedback.ballots import adjudicate, reopen, undo, vote
 from trimtab.feedback.store import audit_head, backup, open_store, verify
 from trimtab.feedback.votes import cast_votes
+from trimtab.feedback.voting import adjudicate, reopen, undo, vote
 
 
 def test_a_vote_is_stored_about_the_replies_and_not_the_screen(make: Make):

@@ -13,9 +13,9 @@ from tests.feedback.projects import PASSWORD, add, answer_next, lease, person
 from trimtab.feedback import people
 from trimtab.feedback.answers import Answer
 from trimtab.feedback.assign import reclaim
-from trimtab.feedback.ballots import save_draft, vote
 from trimtab.feedback.server import app as app_module
 from trimtab.feedback.store import Store, verify
+from trimtab.feedback.voting import save_draft, vote
 from trimtab.feedback.webhooks import deliver_due
 
 HOUR = 3600.0
@@ -148,7 +148,7 @@ def test_another_answer_from_a_second_tab_is_not_dropped_without_a_word(small: M
 
 
 def test_a_changed_answer_is_one_of_the_day(make: Make):
-    from trimtab.feedback.ballots import reopen
+    from trimtab.feedback.voting import reopen
 
     store = make({"assignment": {"max_per_day": 2}})
     add(store, 3)

@@ -303,7 +303,7 @@ def adjudicate(
 ) -> None:
     """List the items on which people differ, or decide about ITEM."""
     from trimtab.core.errors import ConfigError
-    from trimtab.feedback import ballots
+    from trimtab.feedback import voting
     from trimtab.feedback.answers import Answer
     from trimtab.feedback.board import disagreements
 
@@ -322,7 +322,7 @@ def adjudicate(
     answer = Answer(choice=choice, strength=strength if choice in ("A", "B") else None, taxonomy=cause, reason=reason)
     import secrets
 
-    receipt = ballots.adjudicate(store, person, item, answer, key=secrets.token_hex(12))
+    receipt = voting.adjudicate(store, person, item, answer, key=secrets.token_hex(12))
     click.echo(f"decision {receipt.vote_id}")
 
 

@@ -17,11 +17,11 @@ from trimtab.core.types import JsonDict
 from trimtab.data.mistakes import Mistake
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import MAX_WRITING, Answer
-from trimtab.feedback.ballots import NewVote, insert_votes
 from trimtab.feedback.items import CHUNK, NewItem, item_row, reply_hash
 from trimtab.feedback.people import add_person, by_name
 from trimtab.feedback.project import Task
 from trimtab.feedback.store import Store, checked_text, digest, guideline
+from trimtab.feedback.voting import NewVote, insert_votes
 
 _CHOICES = ("A", "B", "tie", "both_bad", "cannot_judge")
 _OTHER = {"A": "B", "B": "A"}

@@ -22,10 +22,10 @@ from trimtab.core.types import (
     prompt_id,
 )
 from trimtab.data.split import place_of_name, place_of_prompt
-from trimtab.feedback.ballots import JUDGED
 from trimtab.feedback.project import LabelSettings
 from trimtab.feedback.store import digest
 from trimtab.feedback.votes import Cast, cast_votes, ranked_pairs
+from trimtab.feedback.voting import JUDGED
 from trimtab.votes.aggregate import Method, aggregate, share_of_a
 from trimtab.votes.table import votes_from_rows
 

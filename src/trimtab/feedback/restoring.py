@@ -13,9 +13,9 @@ from sqlalchemy import Connection
 from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
-from trimtab.feedback.ballots import NewVote, insert_votes
 from trimtab.feedback.people import add_person, by_name
 from trimtab.feedback.store import Store, add_guideline, append_audit, guideline, row_digest
+from trimtab.feedback.voting import NewVote, insert_votes
 
 
 def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None) -> dict[str, int]:

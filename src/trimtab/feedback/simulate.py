@@ -14,10 +14,10 @@ from trimtab.core.types import Prompt
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer
 from trimtab.feedback.assign import next_lease
-from trimtab.feedback.ballots import vote
 from trimtab.feedback.items import prompt_of
 from trimtab.feedback.people import Person, add_person, by_name
 from trimtab.feedback.store import Store
+from trimtab.feedback.voting import vote
 from trimtab.worlds.annotators import Annotators, calibrate
 
 _CALIBRATION_PAIRS = 500

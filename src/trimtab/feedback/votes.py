@@ -13,8 +13,8 @@ from sqlalchemy import Connection, Row
 from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer, restored
-from trimtab.feedback.ballots import JUDGED
 from trimtab.feedback.store import digest, open_store
+from trimtab.feedback.voting import JUDGED
 from trimtab.votes.table import VoteTable, votes_from_rows
 
 _FEW = 1000

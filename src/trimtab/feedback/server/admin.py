@@ -19,7 +19,6 @@ from trimtab.feedback import people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import TAXONOMY, from_form
 from trimtab.feedback.assign import set_open
-from trimtab.feedback.ballots import adjudicate
 from trimtab.feedback.board import BoardCache, disagreements
 from trimtab.feedback.exporting import LAYOUTS, export, to_bytes
 from trimtab.feedback.labels import Split
@@ -28,6 +27,7 @@ from trimtab.feedback.server.pages import page, to
 from trimtab.feedback.server.security import Adjudicating, Administering, PostedForm, Visit, field
 from trimtab.feedback.store import audit_head, guideline, verify
 from trimtab.feedback.votes import cast_votes
+from trimtab.feedback.voting import adjudicate
 from trimtab.feedback.webhooks import publish_guideline
 
 router = APIRouter(prefix="/admin")

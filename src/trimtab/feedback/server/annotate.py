@@ -14,13 +14,13 @@ from trimtab.feedback import people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import SKIP_REASONS, agrees, from_form, restored, to_position
 from trimtab.feedback.assign import Lease, next_lease, reached_daily_limit
-from trimtab.feedback.ballots import Late, reopen, save_draft, undo, vote
 from trimtab.feedback.progress import progress_of
 from trimtab.feedback.project import Task
 from trimtab.feedback.server.keys import ACTIONS, checked_keys
 from trimtab.feedback.server.pages import page, set_cookie, to, written
 from trimtab.feedback.server.security import AnyVisit, Form, PostedForm, SignedIn, Visit, field, limit_sign_ins
 from trimtab.feedback.store import guideline
+from trimtab.feedback.voting import Late, reopen, save_draft, undo, vote
 
 router = APIRouter()
 _LIMITED = [Depends(limit_sign_ins)]

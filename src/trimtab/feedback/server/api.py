@@ -15,7 +15,6 @@ from trimtab.feedback import people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer, from_form
 from trimtab.feedback.assign import next_lease, set_open
-from trimtab.feedback.ballots import adjudicate, undo, vote
 from trimtab.feedback.board import disagreements
 from trimtab.feedback.exporting import LAYOUTS, export
 from trimtab.feedback.importing import Options, items_of_row
@@ -27,6 +26,7 @@ from trimtab.feedback.server.admin import board_of
 from trimtab.feedback.server.security import api_person, store_of
 from trimtab.feedback.store import audit_head, guideline, verify
 from trimtab.feedback.votes import as_dict, cast_votes
+from trimtab.feedback.voting import adjudicate, undo, vote
 from trimtab.feedback.webhooks import publish_guideline
 
 router = APIRouter(prefix="/api/v1")
