@@ -5,8 +5,19 @@ import zlib
 
 import pytest
 import sacrebleu
+from hypothesis import given
+from hypothesis import strategies as st
 
-from trimtab.evals.text import compression_ratio, distinct_n, length_stats, repetition, self_bleu, text_stats, words
+from trimtab.evals.text import (
+    compression_ratio,
+    distinct_n,
+    length_stats,
+    repetition,
+    self_bleu,
+    sentence_bleu,
+    text_stats,
+    words,
+)
 
 
 def test_words_are_lower_case_runs_and_single_marks():
@@ -31,6 +42,16 @@ def test_repetition_is_the_share_of_ngrams_seen_before():
     assert repetition("a a a a a", n=2) == 3 / 4
     assert repetition("one two three four five six") == 0
     assert repetition("short") == 0
+
+
+MARKS = ["a", "B", "it's", "3.5", "1,000", "7-8", ",", ".", "...", "&amp;", "<skipped>", "-\n", "\n", "é", "x/y", "(z)"]
+
+
+@given(st.lists(st.sampled_from(MARKS), max_size=12), st.lists(st.sampled_from(MARKS), max_size=12))
+def test_sentence_bleu_is_that_of_sacrebleu(text, reference):
+    a, b = " ".join(text), " ".join(reference)
+    expected = sacrebleu.sentence_bleu(a, [b], use_effective_order=True).score / 100
+    assert sentence_bleu(a, b) == pytest.approx(expected, abs=1e-12)
 
 
 def test_self_bleu_is_the_mean_over_all_ordered_pairs_when_they_are_few():
