@@ -112,9 +112,12 @@ def definition(module: str, name: str) -> tuple[str, ast.ClassDef | ast.expr | N
 
 @functools.cache
 def _parsed(module: str) -> ast.Module:
+    return ast.parse(_source_of(module).read_text(encoding="utf-8"))
+
+
+def _source_of(module: str) -> Path:
     path = Path(trimtab.__file__).parent.joinpath(*module.split(".")[1:])
-    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    return ast.parse(source.read_text(encoding="utf-8"))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def _docstring(node: ast.stmt | None) -> str:
