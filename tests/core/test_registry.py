@@ -77,7 +77,7 @@ def test_a_file_is_named_from_the_directory_the_command_runs_in(file, monkeypatc
     [
         ("{dir}/absent.py:Mine", "there is no file", "path/to/file.py:Name"),
         ("no_such_package.module:Mine", "ModuleNotFoundError", "package.module:Name"),
-        ("{dir}/mine.txt:Mine", "it is no Python file", "path/to/file.py:Name"),
+        ("{dir}/mine.txt:Mine", "there is no file", "path/to/file.py:Name"),
         ("{dir}/mine.py:Mime", "holds no class 'Mime'", "name one of its classes: Mine, Bare, Other"),
         ("{dir}/mine.py:", "holds no class ''", "Mine"),
         ("{dir}/mine.py:function", "holds no class 'function'", "Mine"),

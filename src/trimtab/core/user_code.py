@@ -44,7 +44,7 @@ def user_module(place: str, *, where: str) -> ModuleType:
         raise ConfigError(
             f"there is no file {place!r} in {os.getcwd()}",
             where=where,
-            fix=f"did you mean {place}.py?" if Path(f"{place}.py").is_file() else "correct path/to/file.py:Name",
+            fix=f"did you mean {Path(place)}.py?" if Path(f"{place}.py").is_file() else "correct path/to/file.py:Name",
         )
     directory = str(Path(place).resolve().parent) if is_file else os.getcwd()
     try:
