@@ -167,6 +167,16 @@ def test_who_disagrees_with_everybody_is_flagged():
     assert not cards["ann"].flags
 
 
+def test_the_lean_of_somebody_who_shares_no_item_is_the_logit_of_left():
+    votes = votes_of([(str(i), "ann", "A" if i < 36 else "B", "A") for i in range(40)])
+    found = left_bias(votes)[0]
+    expected = scipy.optimize.brentq(lambda g: 36 - 40 / (1 + math.exp(-g)) - 0.01 * g, 0, 9)
+    assert found.value == pytest.approx(expected, abs=1e-8)  # the logit of 0.9, but for the ridge
+    assert found.value == pytest.approx(math.log(9), abs=0.02)
+    error = 1 / math.sqrt(40 * 0.9 * 0.1)
+    assert found.high - found.value == pytest.approx(1.96 * error, rel=0.02)
+
+
 def test_no_votes_make_no_cards():
     assert annotator_cards(votes_of([])) == []
     assert math.isnan(left_bias(votes_of([("1", "ann", "A")]))[0].value)

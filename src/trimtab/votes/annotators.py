@@ -213,8 +213,10 @@ def left_bias(votes: VoteTable) -> list[Interval]:
         rest = slope - (across**2 / along).sum()
         step = (g_beta - (across * g_gamma / along).sum()) / rest
         beta += step
-        gamma += (g_gamma - across * step) / along
-        if abs(step) < 1e-10:
+        moved = (g_gamma - across * step) / along
+        gamma += moved
+        # Where nobody else has voted x is 0 everywhere, and the slope stands still while the intercepts move.
+        if max(abs(step), np.abs(moved).max()) < 1e-10:
             break
     error = np.sqrt(1 / along + (across / along) ** 2 / rest)
     z = float(scipy.special.ndtri(0.975))
