@@ -13,6 +13,7 @@ from trimtab.feedback import tables as t
 from trimtab.feedback.assign import num_eligible
 from trimtab.feedback.people import Person
 from trimtab.feedback.store import Store
+from trimtab.feedback.voting import NEW_STREAK_AFTER
 
 _RECENT = 50
 
@@ -57,7 +58,7 @@ def progress_of(store: Store, connection: Connection, person: Person) -> Progres
     )  # fmt: skip
     row = connection.execute(sa.select(t.people).where(t.people.c.id == person.id)).one()
     since = row.streak_since
-    resting = row.last_vote_at is None or store.now() - row.last_vote_at > 600
+    resting = row.last_vote_at is None or store.now() - row.last_vote_at > NEW_STREAK_AFTER
     return Progress(
         answered=connection.execute(mine).scalar_one(),
         today=connection.execute(today).scalar_one(),

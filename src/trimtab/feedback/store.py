@@ -46,6 +46,8 @@ class Store:
     def read(self) -> Iterator[Connection]:
         """A connection that sees one state of the store."""
         with self.engine.connect() as connection:
+            if connection.dialect.name == "postgresql":  # whose statements see a state each by default; SQLite's do not
+                connection = connection.execution_options(isolation_level="REPEATABLE READ")
             yield connection
 
     @contextmanager

@@ -18,7 +18,7 @@ from trimtab.feedback.progress import progress_of
 from trimtab.feedback.project import Task
 from trimtab.feedback.server.keys import ACTIONS, checked_keys
 from trimtab.feedback.server.pages import page, set_cookie, to, written
-from trimtab.feedback.server.security import AnyVisit, Form, PostedForm, SignedIn, Visit, field, limit_sign_ins
+from trimtab.feedback.server.security import COOKIE, AnyVisit, Form, PostedForm, SignedIn, Visit, field, limit_sign_ins
 from trimtab.feedback.store import guideline
 from trimtab.feedback.voting import Late, reopen, save_draft, undo, vote
 
@@ -85,7 +85,7 @@ def sign_out(visit: SignedIn, form: PostedForm) -> RedirectResponse:
     """Ends the session."""
     people.end_session(visit.store, visit.token)
     response = to("/sign-in")
-    response.delete_cookie("trimtab_session")
+    response.delete_cookie(COOKIE)
     return response
 
 
