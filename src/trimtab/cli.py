@@ -1,4 +1,4 @@
-"""The command table. A stage is imported only when it is chosen, and nothing heavy is ever imported for help."""
+"""The command table. A stage is imported only when it is run, and help never imports a heavy library."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class _Commands(click.Group):
-    """Turns mistakes into messages and exit codes; tracebacks are for bugs."""
+    """A command group that turns mistakes into messages and exit codes. Only bugs give a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -75,13 +75,13 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The order of the table, which is the order of the work."""
+        """The commands in the order of the table, which is the order in which they are used."""
         return list(self.commands)
 
 
 @contextmanager
 def _sigterm_raised() -> Iterator[None]:
-    """Within, SIGTERM ends a command as Ctrl-C does, so that what is open is closed and what is kept is said."""
+    """Inside this block SIGTERM ends a command as Ctrl-C does: files are closed, and a message says what is kept."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
@@ -97,7 +97,7 @@ def _sigterm_raised() -> Iterator[None]:
 
 
 def _not_installed(missing: ModuleNotFoundError, ctx: click.Context) -> EngineError | None:
-    """What to install for a library of an extra; None if the module belongs to none."""
+    """The error that says which extra to install for a missing module; None if the module belongs to no extra."""
     module = (missing.name or "").partition(".")[0]
     preferred = ("feedback",) if ctx.invoked_subcommand == "feedback" else ()
     extra = next((name for name in (*preferred, *EXTRAS) if module in EXTRAS[name]), None)
@@ -107,14 +107,15 @@ def _not_installed(missing: ModuleNotFoundError, ctx: click.Context) -> EngineEr
 
 
 class _StageCommand(click.Command):
-    """A command whose help is that of its stage, and ends with its settings."""
+    """A command for a stage. Its help is the stage's summary, followed by the settings."""
 
     def __init__(self, name: str, **options: Any) -> None:
         self.module = registry.modules("stage")[name]
         super().__init__(name, help=summary_of(self.module), **options)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Answers `--learning-rate 1e-4` with the key to write."""
+        """Parses the arguments. For an unknown option such as `--learning-rate 1e-4`, raises an error with the key to
+        write."""
         try:
             return super().parse_args(ctx, list(args))
         except click.NoSuchOption as wrong:
@@ -201,14 +202,14 @@ def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None) -> None:
 
 
 def _read(run_file: Path, overrides: tuple[str, ...]) -> tuple[dict[str, Any], str]:
-    """The values of a run file with the overrides, and what to call them in messages."""
+    """The values of a run file with the overrides applied, and the text that names their origin in messages."""
     from trimtab.core import config
 
     return config.apply_overrides(config.load_run_file(run_file), overrides), " ".join([str(run_file), *overrides])
 
 
 def _stage_of(values: dict[str, Any], where: str) -> str:
-    """The stage whose settings these are. Raises ConfigError where they could be those of several or of none."""
+    """The stage whose settings these are. Raises ConfigError if they fit several stages or none."""
     from trimtab.core.settings_check import nearest_stage
 
     stages = registry.modules("stage")
@@ -230,7 +231,7 @@ def _run_pipeline(run_file: Path, overrides: tuple[str, ...], out: Path) -> None
 
 
 def _tell(out: Path) -> None:
-    """The verdict on a pipeline or a run, as its page has it."""
+    """Prints the verdict on a pipeline or a run, as its report page shows it."""
     from trimtab.reports import headline
     from trimtab.reports.collect import RunRecord, collect
 
@@ -250,7 +251,7 @@ def _tell(out: Path) -> None:
 
 
 def examples_dir() -> Path:
-    """The shipped run files: inside the package where it was installed, beside it in a checkout."""
+    """The directory of the shipped run files: inside the package if it was installed, beside it in a checkout."""
     package = Path(trimtab.__file__).parent
     installed = package / "examples"
     return installed if installed.is_dir() else package.parents[1] / "examples"
@@ -260,7 +261,7 @@ def examples_dir() -> Path:
 
 
 def stage_command(name: str) -> click.Command:
-    """The command that runs the stage of this name from a run file."""
+    """The command that runs the stage with this name from a run file."""
 
     def invoke(run_file: Path, overrides: tuple[str, ...], out: Path | None, fresh: bool) -> None:
         directory = out or Path("runs") / run_file.stem
@@ -292,15 +293,15 @@ def stage_command(name: str) -> click.Command:
 def _opened(
     name: str, run_file: Path, overrides: tuple[str, ...], out: Path, fresh: bool
 ) -> Iterator[tuple[Stage, Any, Run]]:
-    """Within, a stage with its settings and the run that is open in `out`. What can be checked has been checked."""
+    """Gives a stage, its settings and the run that is open in `out`, after all checks that can be made beforehand."""
     from trimtab.core import config, settings_check
 
     values, where = _read(run_file, overrides)
-    if (meant := values.pop("stage", name)) != name:  # settings.toml of a run directory says its stage
+    if (meant := values.pop("stage", name)) != name:  # settings.toml of a run directory names its stage
         raise ConfigError(f"a run file of the stage {meant!r}", where=str(run_file), fix=f"use trimtab {meant}")
     if "stages" in values:
         raise ConfigError("a run file of a pipeline", where=str(run_file), fix=f"use trimtab run {run_file}")
-    # Before the libraries of the stage, which take seconds to import.
+    # This check comes before the libraries of the stage are imported, which takes seconds.
     settings_check.check({"": (registry.modules("stage")[name], values)}, where=where)
     from trimtab.stages import preflight
     from trimtab.stages.pipeline import open_run
@@ -351,7 +352,8 @@ def generate(**options: Any) -> None:
 def score(**options: Any) -> None:
     """Score replies with a reward model, or judge it on preference pairs.
 
-    Replies are written with their rewards. Of pairs, the card is printed: how often the model orders them as labelled.
+    Replies are written with their rewards. For pairs, the reward card is printed: how often the model orders them as
+    labelled.
     """
     from trimtab.stages.use import score_file
 
@@ -398,7 +400,7 @@ def feedback(ctx: click.Context) -> None:
 
 
 def _sample(**options: Any) -> None:
-    """Samples replies of a checkpoint, for a project that collects judgements of them."""
+    """Samples replies of a checkpoint, for a feedback project that collects judgements of them."""
     from trimtab.stages.use import generate_file
 
     generate_file(**options)
@@ -425,7 +427,7 @@ def world(name: str, rows: int, out: Path, seed: int) -> None:
 
 @main.group()
 def data() -> None:
-    """Look at data as a model will be given it."""
+    """Look at data as a model will see it."""
 
 
 @data.command()
@@ -448,7 +450,7 @@ def data() -> None:
 )
 @click.option("--all", "whole", is_flag=True, help="Count and measure every row, not only the first thousand.")
 def show(source: str, model: str, kind: Kind, rows: int, train_on: Literal["last", "all"], whole: bool) -> None:
-    """Show rows as tokens, those trained on marked."""
+    """Show rows as tokens, with the trained ones marked."""
     from rich.console import Console
 
     from trimtab.data import show as showing

@@ -1,6 +1,6 @@
-"""Intervals, win rates and calibration: a number shown to people, with its count and its uncertainty.
+"""Intervals, win rates and calibration: numbers for people, each with its count and its uncertainty.
 
-Every interval is two-sided. Random ones are percentile bootstraps with a seed, so a number can be computed again.
+Every interval is two-sided. Bootstraps are percentile bootstraps with a seed, so they can be computed again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate, the bounds of its confidence interval (nan where it has none) and how many values it rests on."""
+    """An estimate, the bounds of its confidence interval (nan if it has none) and the number of values behind it."""
 
     value: float
     low: float
@@ -62,8 +62,8 @@ def bootstrap_mean(
 ) -> Interval:
     """Mean of `values` with a percentile bootstrap interval (Efron, 1979).
 
-    `groups` says which values belong together, for example by prompt id: whole groups are then drawn, since values
-    that share a prompt are not independent. With fewer than two values (or groups) the bounds are nan.
+    `groups` gives each value's group, for example its prompt id. Whole groups are then drawn, since values that share
+    a prompt are not independent. With fewer than two values (or groups) the bounds are nan.
     """
     flat = _vector(values)
     if flat.size == 0:
@@ -89,7 +89,7 @@ def paired_difference(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Mean of a - b over items measured under both, with the bootstrap interval of `bootstrap_mean`."""
+    """Mean of a - b over items measured under both a and b, with the interval of `bootstrap_mean`."""
     a, b = _vector(values_a), _vector(values_b)
     _same_length(values_a=a, values_b=b)
     return bootstrap_mean(a - b, groups=groups, confidence=confidence, num_resamples=num_resamples, seed=seed)
@@ -118,8 +118,8 @@ def win_rate(
 ) -> Interval:
     """Share of items on which a scores above b, ties counting half.
 
-    Without `groups` the items are taken as independent (Wilson). With prompt ids as `groups` whole prompts are
-    resampled; where every item agrees a bootstrap would claim certainty, so Wilson over the prompts stands in.
+    Without `groups` the items count as independent (Wilson). With prompt ids as `groups`, whole prompts are resampled.
+    If every item has the same outcome, a bootstrap would claim certainty, so Wilson over the prompts is used instead.
     """
     a, b = _vector(scores_a), _vector(scores_b)
     _same_length(scores_a=a, scores_b=b)
@@ -139,7 +139,7 @@ class ReliabilityBin:
     low: float
     """Smallest probability in the bin."""
     high: float
-    """Largest."""
+    """Largest probability in the bin."""
     mean_probability: float
     accuracy: float
     """Share of outcomes that came true."""
@@ -151,10 +151,10 @@ class ReliabilityBin:
 def reliability_bins(
     probabilities: ArrayLike, outcomes: ArrayLike, *, num_bins: int = 15
 ) -> tuple[ReliabilityBin, ...]:
-    """Equal-mass bins of the predictions in rising order, each with its Wilson interval; never an empty bin.
+    """Equal-mass bins of the predictions in rising order, each with its Wilson interval; no bin is empty.
 
-    Outcomes are 0 or 1, or a known chance in between. For a comparison orient each pair at random first: with the
-    chosen reply always first every outcome is 1 and the curve says nothing.
+    Outcomes are 0 or 1, or a known probability in between. For comparisons, put the two replies of each pair in random
+    order first: with the chosen reply always first, every outcome is 1 and the curve shows nothing.
     """
     p, y = _vector(probabilities), _vector(outcomes)
     _same_length(probabilities=p, outcomes=y)
@@ -189,9 +189,9 @@ def expected_calibration_error(probabilities: ArrayLike, outcomes: ArrayLike, *,
 
 
 def auc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Chance that a random positive scores above a random negative, ties half (area under the ROC curve).
+    """Probability that a random positive scores above a random negative, ties counting half (area under the ROC curve).
 
-    nan unless both labels occur.
+    It is nan unless both labels occur.
     """
     s, positive = _vector(scores), _vector(labels) > 0.5
     _same_length(scores=s, labels=_vector(labels))
@@ -204,7 +204,7 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
-    """Rank correlation with mean ranks for ties; nan where either side does not vary."""
+    """Rank correlation with mean ranks for ties; nan if either side does not vary."""
     x, y = scipy.stats.rankdata(_vector(a)), scipy.stats.rankdata(_vector(b))
     _same_length(a=x, b=y)
     if x.size < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
@@ -215,7 +215,7 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
 def fit_temperature(logits: ArrayLike, outcomes: ArrayLike) -> float:
     """The T in [0.001, 1000] that minimises the log loss of sigmoid(logits / T) (Guo et al., arXiv:1706.04599).
 
-    The loss is convex in 1 / T. T is 1000 where the logits say nothing, or the opposite of the truth.
+    The loss is convex in 1 / T. T is 1000 if the logits carry no information or are opposite to the outcomes.
     """
     z, y = _vector(logits), _vector(outcomes)
     _same_length(logits=z, outcomes=y)
@@ -230,9 +230,9 @@ def fit_temperature(logits: ArrayLike, outcomes: ArrayLike) -> float:
 
 
 def moving_mean(values: ArrayLike, window: int) -> Floats:
-    """Centred mean over up to `window` neighbours, fewer at the ends; nan is left out, and stays where alone.
+    """Centred mean over up to `window` neighbours, fewer at the ends. nan values are left out of the mean.
 
-    Raises ValueError for no values.
+    The result is nan if a window holds nothing else. Raises ValueError if there are no values.
     """
     row = _vector(values)
     known = ~np.isnan(row)
@@ -243,7 +243,7 @@ def moving_mean(values: ArrayLike, window: int) -> Floats:
 
 
 def _group_sums(values: Floats, groups: Sequence[Any] | None) -> tuple[Floats, Floats]:
-    """Sum and size of each group, in order of first appearance (so that the seed alone decides the draws)."""
+    """Sum and size of each group, in order of first appearance, so that the draws depend on the seed alone."""
     if groups is None:
         return values, np.ones_like(values)
     if len(groups) != values.size:

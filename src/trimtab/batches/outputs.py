@@ -1,4 +1,4 @@
-"""What models say of a batch, which losses read."""
+"""Model outputs for a batch. Losses read them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenOutputs:
-    """What a policy says of the trained tokens; all [M]."""
+    """A policy's outputs for the trained tokens. Every tensor is [M]; those that no loss asked for are None."""
 
     logprobs: Tensor
     entropy: Tensor | None = None
@@ -19,16 +19,17 @@ class TokenOutputs:
 
 @dataclass(frozen=True)
 class ScoreOutputs:
-    """What a scalar model says: [M] where trained tokens are predicted from, [B] at the end of each sequence."""
+    """A scalar model's outputs: `values` [M] at the token before each trained token, and `scores` [B] at the last token
+    of each sequence."""
 
     values: Tensor
     scores: Tensor
 
 
 class ValueOutputs(Protocol):
-    """What a critic says: a model of its own, or a policy with a value head."""
+    """The outputs of a critic, which is a model of its own or a policy with a value head."""
 
     @property
     def values(self) -> Tensor:
-        """[M] where trained tokens are predicted from."""
+        """[M] the value at the token before each trained token."""
         ...

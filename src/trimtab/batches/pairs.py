@@ -1,4 +1,4 @@
-"""Compared replies as a batch: a tree for each prompt, with every reply to it once."""
+"""Compared replies as a batch: one tree for each prompt, which holds every reply to it once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from trimtab.batches.trees import TreeBatch, per
 
 @dataclass(frozen=True)
 class Compared:
-    """One pair among the branches of a tree: which is preferred to which, by what margin, and how surely."""
+    """One pair of branches of a tree, for example `Compared(chosen=0, rejected=2, margin=1.5, label=1.0)`: branch 0 is
+    preferred to branch 2, by this margin, with this probability."""
 
     chosen: int
     rejected: int
@@ -31,17 +32,17 @@ _PER_PAIR = {"pairs": True}
 
 @dataclass(frozen=True, kw_only=True)
 class PairBatch(TreeBatch):
-    """Prompts with their replies as trees, and the pairs that were compared.
+    """Prompts with their replies as trees, and P compared pairs of these replies.
 
     All pairs of a prompt stay in one batch: K replies cost K forward passes for up to K (K - 1) / 2 pairs, and a reply
     is not seen again in a later update, which would overfit it (Ouyang et al., arXiv:2203.02155, section 3.5).
     """
 
     compared: tuple[tuple[Compared, ...], ...]
-    """For each tree, its pairs."""
+    """The pairs of each tree."""
 
     def select(self, indices: Sequence[int]) -> Self:
-        """The same batch with only these trees, in this order."""
+        """A copy with only these trees, in this order."""
         starts = [0, *accumulate(len(pairs) for pairs in self.compared)]
         places = torch.tensor([p for i in indices for p in range(starts[i], starts[i + 1])], dtype=torch.int64)
         own: dict[str, Any] = {
@@ -52,17 +53,17 @@ class PairBatch(TreeBatch):
 
     @cached_property
     def chosen_ids(self) -> Tensor:
-        """[P] the sequence of each preferred reply."""
+        """[P] the sequence number (0 to B - 1) of each pair's chosen reply."""
         return self._sequences([[pair.chosen for pair in pairs] for pairs in self.compared])
 
     @cached_property
     def rejected_ids(self) -> Tensor:
-        """[P] the sequence of each other reply."""
+        """[P] the sequence number (0 to B - 1) of each pair's rejected reply."""
         return self._sequences([[pair.rejected for pair in pairs] for pairs in self.compared])
 
     @cached_property
     def margins(self) -> Tensor:
-        """[P] the margin of each pair; 0 where the data has none."""
+        """[P] the margin of each pair; 0 if the data has none."""
         return torch.tensor([pair.margin for pairs in self.compared for pair in pairs])
 
     @cached_property
@@ -77,7 +78,7 @@ class PairBatch(TreeBatch):
 
 @dataclass(frozen=True, kw_only=True)
 class ReferencePairs(PairBatch):
-    """Pairs with what the reference says of every reply."""
+    """Pairs with the reference's log-probabilities of every reply."""
 
     ref_logprobs: Tensor = per("token")
 

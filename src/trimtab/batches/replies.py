@@ -1,4 +1,4 @@
-"""Replies that were judged one by one, as a batch: a tree for each prompt, with every reply to it once."""
+"""Replies that were judged one by one, as a batch: one tree for each prompt, which holds every reply to it once."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from trimtab.batches.trees import TokenTrees, TreeBatch, per
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedReplies(TreeBatch):
-    """Prompts with their replies as trees, what the reference says of each, and how often each was called good or bad.
+    """Prompts with their replies as trees, the reference's log-probabilities, and counts of good and bad judgements.
 
-    A pair split in two is a good reply and a bad one, each by the share of votes for it.
+    A pair split in two gives a good reply and a bad one, each counted by the share of votes for it.
     """
 
     ref_logprobs: Tensor = per("token")
     desirable: Tensor = per("sequence")
-    """[B] judgements that call the reply good."""
+    """[B] how many judgements call the reply good; may be a fraction."""
     undesirable: Tensor = per("sequence")
-    """[B] those that call it bad."""
+    """[B] how many judgements call the reply bad; may be a fraction."""
 
     def with_baseline(self, baseline: Tensor) -> BaselinedReplies:
-        """The same with one log-ratio, in nats, that all replies of the update are measured from."""
+        """A copy with the baseline: a log-ratio, in nats, to subtract from those of all replies of the update."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(JudgedReplies)}
         return BaselinedReplies(**fields, baseline=baseline.expand(self.num_sequences))
 
 
 @dataclass(frozen=True, kw_only=True)
 class MismatchedReplies(JudgedReplies):
-    """Judged replies, and beside each prompt the replies to another one."""
+    """Judged replies, and each prompt paired with the replies to another prompt."""
 
     mismatched: TokenTrees
-    """A tree for each of `trees`: its prompt with the replies to another."""
+    """One tree for each of `trees`: its prompt with the replies to another prompt."""
     mismatched_ref_logprobs: Tensor
-    """What the reference says of their trained tokens."""
+    """The reference's log-probabilities of the trained tokens of `mismatched`."""
 
     def select(self, indices: Sequence[int]) -> Self:
-        """The same batch with only these trees, in this order."""
+        """A copy with only these trees, in this order."""
         places = self.mismatched.index_of("token", indices)
         return dataclasses.replace(
             super().select(indices),
@@ -52,6 +52,6 @@ class MismatchedReplies(JudgedReplies):
 
 @dataclass(frozen=True, kw_only=True)
 class BaselinedReplies(JudgedReplies):
-    """Judged replies with the log-ratio that the update measures them from."""
+    """Judged replies with the baseline log-ratio of the update, repeated for every reply."""
 
     baseline: Tensor = per("sequence")

@@ -1,4 +1,4 @@
-"""Rollouts as a batch, with everything that the losses of online training read."""
+"""Rollouts as a batch, with everything that the losses of online training need."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from trimtab.batches.trees import TreeBatch, per
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyBatch(TreeBatch):
-    """Rollouts as trees, a prompt with all its replies in each. Complete before the first update; all are [M]."""
+    """Rollouts as trees, each a prompt with all its replies. Complete before the first update; every tensor is [M]."""
 
     old_logprobs: Tensor = per("token")
-    """Of the policy before this step's updates."""
+    """Log-probabilities under the policy before this step's updates."""
     correction: Tensor = per("token")
-    """What each token's loss is multiplied by: 1 if the sampler is the policy."""
+    """Importance weight that multiplies each token's loss; 1 if the sampler is the policy."""
     ref_logprobs: Tensor = per("token")
     old_values: Tensor = per("token")
-    """Of the critic before this step's updates; nan without one."""
+    """Values of the critic before this step's updates; nan without a critic."""
     advantages: Tensor = per("token")
     returns: Tensor = per("token")
-    """What the critic is to learn."""
+    """The targets of the critic."""

@@ -1,4 +1,4 @@
-"""The one batch form: a flat row of token trees, in which sequences with a common prompt hold its tokens once.
+"""The one batch form: a flat row of token trees, in which sequences with a common prompt share its tokens.
 
 A tree is a prompt with one or more branches. Attention follows the tree, position ids restart at the fork, and the
 first token of every branch is predicted from the prompt's last token. The shift to next-token prediction happens
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Branch:
-    """What follows the prompt: token ids, and which of them are trained on."""
+    """What follows the prompt: token ids, and a mask that is true at the trained tokens."""
 
     ids: tuple[int, ...]
     mask: tuple[bool, ...]
@@ -31,23 +31,24 @@ class Branch:
 
 @dataclass(frozen=True)
 class Tree:
-    """A prompt and its branches. A sequence of its own is a tree with an empty prompt and one branch."""
+    """A prompt and its branches, as made by `response_tree([1, 2], [[3, 4], [5]])`. A single sequence is a tree with an
+    empty prompt and one branch."""
 
     prompt: tuple[int, ...]
     branches: tuple[Branch, ...]
 
     @cached_property
     def num_tokens(self) -> int:
-        """Tokens of the tree, the prompt counted once."""
+        """Number of tokens of the tree, the prompt counted once."""
         return len(self.prompt) + sum(len(b.ids) for b in self.branches)
 
     @cached_property
     def num_trained(self) -> int:
-        """Trained tokens; the first token of a branch without a prompt has nothing to be predicted from."""
+        """Number of trained tokens. Without a prompt, a branch's first token cannot be predicted and is not counted."""
         return sum(sum(b.mask if self.prompt else b.mask[1:]) for b in self.branches)
 
     def nodes(self) -> Iterable[tuple[int, int]]:
-        """(start, length) of the prompt and of each branch within the tree's tokens."""
+        """Yields (start, length) of the prompt and of each branch within the tree's tokens."""
         start = 0
         for length in (len(self.prompt), *(len(b.ids) for b in self.branches)):
             yield start, length
@@ -57,14 +58,14 @@ class Tree:
 def response_tree(
     prompt_ids: Sequence[int], responses: Iterable[Sequence[int]], masks: Iterable[Sequence[bool]] | None = None
 ) -> Tree:
-    """One prompt and its replies, trained where `masks` are true: at every reply token without them."""
+    """A tree of one prompt and its replies. Reply tokens are trained if their mask is true; without masks, all are."""
     replies = [tuple(r) for r in responses]
     trained = [(True,) * len(r) for r in replies] if masks is None else [tuple(m) for m in masks]
     return Tree(tuple(prompt_ids), tuple(Branch(r, m) for r, m in zip(replies, trained, strict=True)))
 
 
 def sequence_tree(ids: Sequence[int], mask: Sequence[bool] | None = None) -> Tree:
-    """One sequence on its own, trained where `mask` is true (everywhere without one)."""
+    """A tree of a single sequence, trained at the tokens whose `mask` is true; without a mask, at all of them."""
     return Tree((), (Branch(tuple(ids), tuple(mask) if mask is not None else (True,) * len(ids)),))
 
 
@@ -78,19 +79,20 @@ class TokenTrees:
     position_ids: Tensor
     """[N] position of a token in its own sequence."""
     node_ids: Tensor
-    """[N] which prompt or branch a token belongs to: 0 is its tree's prompt, 1 its first branch, and so on."""
+    """[N] the part of its tree that a token belongs to: 0 is the prompt, 1 the first branch, and so on."""
     predict_from: Tensor
-    """[M] the row of the token before a trained token, which for the first of a branch is the prompt's last."""
+    """[M] index in the row of the token before each trained token. Before a branch's first token it is the prompt's
+    last."""
     targets: Tensor
-    """[M] the trained tokens themselves."""
+    """[M] the ids of the trained tokens."""
     sequence_ids: Tensor
-    """[M] whose they are, 0 to B - 1, ascending."""
+    """[M] the sequence that each trained token belongs to, 0 to B - 1, ascending."""
     last_tokens: Tensor
-    """[B] the row of each sequence's last token, where a reward model reads its score."""
+    """[B] index in the row of each sequence's last token, at which a reward model reads its score."""
 
     @classmethod
     def build(cls, trees: Sequence[Tree]) -> Self:
-        """The row of `trees`, in their order."""
+        """Builds the row of `trees`, in their order."""
         ids: list[int] = []
         positions: list[int] = []
         nodes: list[int] = []
@@ -131,11 +133,11 @@ class TokenTrees:
 
     @property
     def num_sequences(self) -> int:
-        """B."""
+        """B, the sequences."""
         return len(self.last_tokens)
 
     def select(self, indices: Sequence[int]) -> TokenTrees:
-        """The row of only these trees, in this order."""
+        """The row with only these trees, in this order."""
         return TokenTrees.build([self.trees[i] for i in indices])
 
     @cached_property
@@ -147,7 +149,7 @@ class TokenTrees:
         return _starts(len(t.branches) for t in self.trees)
 
     def index_of(self, axis: str, indices: Sequence[int]) -> Tensor:
-        """Where the trained tokens ("token"), sequences ("sequence") or trees ("tree") of these trees stand."""
+        """The indices of these trees' trained tokens ("token"), sequences ("sequence") or of the trees ("tree")."""
         if axis == "tree":
             return torch.tensor(list(indices), dtype=torch.int64)
         starts = self._token_starts if axis == "token" else self._sequence_starts
@@ -155,20 +157,22 @@ class TokenTrees:
 
     @cached_property
     def parts(self) -> TreeParts:
-        """The row as chains and forks, what attention without a mask needs."""
+        """The row as chains and forks, for attention without a mask."""
         return TreeParts.build(self.trees)
 
     @cached_property
     def strips(self) -> Strips:
-        """The trees side by side."""
+        """The trees side by side, one in each strip."""
         ends = list(accumulate(t.num_tokens for t in self.trees))
         return Strips.build([(end - t.num_tokens, t.num_tokens) for t, end in zip(self.trees, ends, strict=True)])
 
     def visible(self, window: int | Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-        """[P, L, L] true where a token of a tree (second axis) sees another (third): its prompt and the earlier tokens
-        of its own branch, of these with a window only those less than `window` positions back, or those that it says
-        are seen, called with the positions of both. Places past a tree's end see place 0 so that no softmax runs over
-        nothing."""
+        """[P, L, L] true if a token of a tree (second axis) sees another (third).
+
+        A token sees itself, its prompt and the earlier tokens of its own branch. With an int `window` it sees of these
+        only tokens less than `window` positions back; a function is called with the positions of both tokens and says
+        which are seen. Places past a tree's end see place 0, so that no softmax runs over nothing.
+        """
         strips = self.strips
         place = torch.arange(strips.rows.shape[1])
         nodes = torch.where(strips.filled, self.node_ids[strips.rows], -1)
@@ -182,8 +186,8 @@ class TokenTrees:
         return visible
 
     def padded(self, pad_id: int) -> PaddedRows:
-        """Every sequence as a row of its own with its prompt repeated, padded on the right: for models that cannot
-        attend over a tree, and to check the tree against."""
+        """Every sequence as a row of its own, with its prompt repeated, padded on the right. For models that cannot
+        attend over a tree, and for tests of the tree."""
         rows = [tree.prompt + branch.ids for tree in self.trees for branch in tree.branches]
         width = max((len(r) for r in rows), default=0)
         input_ids = torch.tensor([list(r) + [pad_id] * (width - len(r)) for r in rows], dtype=torch.int64)
@@ -199,16 +203,17 @@ class TokenTrees:
 
 @dataclass(frozen=True)
 class Strips:
-    """Stretches of the row side by side, as attention wants them."""
+    """Stretches of the row side by side, in the shape that attention needs. C is the number of stretches, L the length
+    of the longest, n their tokens."""
 
     rows: Tensor
-    """[C, L] the row of each stretch's tokens; places past a stretch's end repeat row 0 and are never read back."""
+    """[C, L] index in the row of each stretch's tokens. Places past a stretch's end hold 0 and are never read back."""
     filled: Tensor
-    """[C, L] true where there is a token."""
+    """[C, L] true if the place holds a token."""
 
     @classmethod
     def build(cls, stretches: Sequence[tuple[int, int]]) -> Self:
-        """Strips of stretches given as (start, length)."""
+        """The strips of stretches given as (start, length)."""
         starts, lengths = torch.tensor(stretches, dtype=torch.int64).view(-1, 2).unbind(1)
         place = torch.arange(int(lengths.max()) if len(lengths) else 0)
         filled = place < lengths[:, None]
@@ -216,35 +221,35 @@ class Strips:
 
     @cached_property
     def places(self) -> Tensor:
-        """[n] where the tokens stand in the flattened strips."""
+        """[n] the indices of the tokens in the flattened strips."""
         return torch.nonzero(self.filled.flatten()).squeeze(1)
 
     @cached_property
     def tokens(self) -> Tensor:
-        """[n] the rows of those tokens."""
+        """[n] the indices in the row of those tokens."""
         return self.rows.flatten().index_select(0, self.places)
 
     def cut(self, x: Tensor) -> Tensor:
-        """[C, H, L, D] the strips of x [N, H, D]."""
+        """[C, H, L, D] x [N, H, D] cut into strips."""
         return x.index_select(0, self.rows.flatten()).view(*self.rows.shape, *x.shape[1:]).transpose(1, 2)
 
     def back(self, x: Tensor) -> Tensor:
-        """[n, H, ...] the tokens' part of x [C, H, L, ...], in the order of `tokens`."""
+        """[n, H, ...] the entries of x [C, H, L, ...] at tokens, in the order of `tokens`."""
         return x.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
 
 
 @dataclass(frozen=True)
 class TreeParts:
-    """A row of trees as what attention is made of: chains, in which a token sees itself and those before it, and
-    forks, at which the tokens of several branches see the whole prompt. Like lengths are side by side."""
+    """A row of trees split for attention: chains, in which a token sees itself and the tokens before it, and forks, at
+    which the tokens of several branches see the whole prompt. Parts of similar lengths are side by side."""
 
     chains: tuple[Strips, ...]
     forks: tuple[tuple[Strips, Strips], ...]
-    """(branches, prompts), a tree a row."""
+    """Pairs (branches, prompts); each row of the two holds the same tree."""
 
     @classmethod
     def build(cls, trees: Sequence[Tree]) -> Self:
-        """The parts of `trees`. A prompt with a single branch is one chain."""
+        """Builds the parts of `trees`. A prompt with a single branch is one chain."""
         chains: list[tuple[int, int]] = []
         forks: list[tuple[tuple[int, int], tuple[int, int]]] = []
         start = 0
@@ -268,7 +273,7 @@ class TreeParts:
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """Sequences as rows [B, T], with the places the tree's M and B quantities are read from in the flattened rows."""
+    """Sequences as rows [B, T]. `predict_from` [M] and `last_tokens` [B] are indices into the flattened rows."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -277,13 +282,13 @@ class PaddedRows:
 
 
 def per(axis: str) -> Any:
-    """A field of a batch with one entry for each "token" (trained), "sequence" or "tree"."""
+    """A batch field with one entry for each trained "token", "sequence" or "tree", as in `x: Tensor = per("token")`."""
     return field(metadata={"axis": axis})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TreeBatch:
-    """Trees and what is known of them. A field made with `per` follows its trees through every split."""
+    """Trees with tensors about them. When a batch is split, a field made with `per` is split with its trees."""
 
     trees: TokenTrees
 
@@ -296,16 +301,16 @@ class TreeBatch:
 
     @property
     def sequence_ids(self) -> Tensor:
-        """[M] whose each trained token is."""
+        """[M] the sequence that each trained token belongs to."""
         return self.trees.sequence_ids
 
     @property
     def num_sequences(self) -> int:
-        """B."""
+        """B, the sequences."""
         return self.trees.num_sequences
 
     def select(self, indices: Sequence[int]) -> Self:
-        """The same batch with only these trees, in this order."""
+        """A copy with only these trees, in this order."""
         fields = {
             f.name: getattr(self, f.name)[self.trees.index_of(axis, indices)]
             for f in dataclasses.fields(self)
@@ -314,7 +319,7 @@ class TreeBatch:
         return dataclasses.replace(self, trees=self.trees.select(indices), **fields)
 
     def filter(self, kept: Tensor) -> Self:
-        """The same batch with only the sequences that are `kept` ([B], bool); a tree without any is left out."""
+        """A copy with only the sequences that are `kept` ([B], bool). A tree that keeps no sequence is left out."""
         flags = iter(kept.tolist())
         branches = [tuple(b for b in tree.branches if next(flags)) for tree in self.trees.trees]
         kept_of = {
@@ -331,13 +336,13 @@ class TreeBatch:
         return dataclasses.replace(self, trees=TokenTrees.build(trees), **fields)
 
     def micro_batches(self, token_budget: int) -> Iterator[Self]:
-        """The batch in pieces of at most `token_budget` tokens, as `split_by_tokens` groups them."""
+        """Yields the batch in parts of at most `token_budget` tokens, as `split_by_tokens` groups them."""
         groups = split_by_tokens(self.trees, token_budget)
         return iter([self]) if len(groups) == 1 else (self.select(group) for group in groups)
 
 
 def split_by_tokens(trees: TokenTrees, token_budget: int) -> list[list[int]]:
-    """Tree indices in groups of at most `token_budget` tokens (a larger tree stands alone), like sizes together.
+    """Tree indices in groups of at most `token_budget` tokens, similar sizes together. A larger tree is a group alone.
 
     Grouping changes speed and memory, never a result: losses are sums divided by a weight known beforehand.
     """
@@ -345,7 +350,7 @@ def split_by_tokens(trees: TokenTrees, token_budget: int) -> list[list[int]]:
 
 
 def split_sizes(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
-    """`split_by_tokens` of trees with these numbers of tokens."""
+    """`split_by_tokens` for trees with these numbers of tokens."""
     groups: list[list[int]] = []
     room = 0
     for i in sorted(range(len(sizes)), key=sizes.__getitem__):
@@ -359,8 +364,8 @@ def split_sizes(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
 
 
 def _alike(items: Sequence[Any], length: Callable[[Any], int]) -> list[list[Any]]:
-    """The items in groups of like lengths. Each group costs a fixed effort, so one is opened only when padding to the
-    longest would add more pairs of tokens than that effort is worth."""
+    """The items in groups of similar lengths. A group has a fixed cost, so a new one is opened only when padding to the
+    longest would add more pairs of tokens than `_PAIRS_PER_CALL`, which cost about as much."""
     groups: list[list[Any]] = []
     wasted = longest = 0
     for item in sorted(items, key=length, reverse=True):

@@ -1,7 +1,7 @@
-"""What every number of a run file may be, by its name: one name has one meaning, and so one range, in all stages.
+"""The allowed range of every number in a run file, by name. One name has one meaning, so one range, in all stages.
 
-The range is checked where the value is read, before anything is imported or loaded. What only two settings together can
-say (`min_tokens` and `max_tokens`, say) is left to the `__post_init__` of their class.
+The range is checked when the value is read, before anything is imported or loaded. Conditions on two settings together
+(for example `min_tokens` and `max_tokens`) are checked by the `__post_init__` of their class.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`; the ends themselves belong to it unless they are open."""
+    """Numbers from `low` to `high`. Each end belongs to the range unless it is open."""
 
     low: float = -math.inf
     high: float = math.inf
     low_open: bool = False
     high_open: bool = False
     infinite: bool = False
-    """Whether `inf` is a value too: of a bound, it means that there is none."""
+    """Whether `inf` is allowed; for a bound such as `max_ratio` it means "no bound"."""
 
     def holds(self, value: float) -> bool:
         """Whether the value lies in the range; nan never does."""
@@ -31,7 +31,7 @@ class Range:
 
     @property
     def words(self) -> str:
-        """As it is said after "must be"."""
+        """The range in words, to follow "must be", for example "at least 0 and below 1"."""
         least = "" if self.low == -math.inf else f"{'above' if self.low_open else 'at least'} {self.low:g}"
         most = "" if self.high == math.inf else f"{'below' if self.high_open else 'at most'} {self.high:g}"
         return " and ".join(part for part in (least, most) if part) or "a finite number"
@@ -40,7 +40,7 @@ class Range:
 ANY = Range()
 COUNT = Range(1)
 OR_NONE = Range(0)
-"""A count or an amount of which there may be none."""
+"""A count or an amount that may be zero."""
 AMOUNT = Range(0, low_open=True)
 SHARE = Range(0, 1)
 BOUND = Range(0, low_open=True, infinite=True)
@@ -102,11 +102,11 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(["num_annotators", "votes_per_pair"], COUNT),
     "agreement": Range(0.5, 1, low_open=True),
 }
-"""By name, or by the name of the table and the name in it where a name alone says too little."""
+"""Keyed by the setting's name, or by table and name (`advantage.gamma`) if the name alone is ambiguous."""
 
 
 def out_of_range(path: str, value: object) -> str:
-    """What is wrong with a number under a key path, or ""."""
+    """A message if the number at a key path is out of its range, or "". Other values always pass."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ""
     table, _, name = path.rpartition(".")

@@ -1,4 +1,7 @@
-"""Run files: TOML and `key=value` overrides to settings dataclasses and back, with every mistake in one message."""
+"""Converts run files (TOML and `key=value` overrides) to settings dataclasses and back.
+
+All mistakes of a file are reported in one message.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +29,23 @@ from trimtab.core.foreign_keys import ours_for
 T = TypeVar("T")
 
 NONE = "none"
-"""What a run file writes for None, since TOML has no word for it. Only fields declared `X | None` take it."""
+"""What a run file writes for None, since TOML has no null value. Only fields declared `X | None` accept it."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """Marks a field whose value is one of the classes registered under `kind`.
 
-    `Annotated[Any, Choice("policy_loss")]` takes a name, or a table of a `name` and that class's own fields;
-    `Annotated[tuple[Any, ...], Choice("reward")]` takes a list of them. A table without a name sets fields of the
-    field's default, and whatever a table of the default's class leaves out is as in that default.
+    `Annotated[Any, Choice("policy_loss")]` takes a name, or a table with a `name` and that class's own fields;
+    `Annotated[tuple[Any, ...], Choice("reward")]` takes a list of them. A table without a name means the class of the
+    field's default. When the class is that of the default, keys that the table leaves out keep the default's values.
     """
 
     kind: str
 
 
 def load_run_file(path: str | Path) -> dict[str, Any]:
-    """The tables of a run file. Raises ConfigError where there is no such file or it is not TOML."""
+    """The tables of a run file. Raises ConfigError if there is no such file or it is not TOML."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no run file {str(path)!r}", where="the command line", fix=_near_files(path))
@@ -55,7 +58,7 @@ def load_run_file(path: str | Path) -> dict[str, Any]:
 
 
 def not_toml(error: tomllib.TOMLDecodeError, path: Path) -> ConfigError:
-    """The error for a file that is not TOML: it quotes the line, and says what is usually meant by such a one."""
+    """The error for a file that is not TOML. It quotes the line and suggests what was probably meant."""
     lines = path.read_text(encoding="utf-8").splitlines()
     place = re.search(r"line (\d+)", str(error))
     at_end = "end of document" in str(error) and lines
@@ -81,10 +84,10 @@ def _toml_hint(line: str, path: Path) -> str:
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of `values` with each `a.b=3` set; the right side is a TOML value, or else plain text.
+    """A copy of `values` with each `a.b=3` set. The right side is read as a TOML value if it is one, else as text.
 
-    `rewards.0.weight=2` reaches into a list, and `loss.clip_high=0.3` into `loss = "ppo"`. Raises ConfigError naming
-    every override that cannot be applied.
+    `rewards.0.weight=2` sets a key of a list's first table, and `loss.clip_high=0.3` turns `loss = "ppo"` into a table.
+    Raises ConfigError naming every override that cannot be applied.
     """
     result: dict[str, Any] = _copied(values)
     mistakes = []
@@ -101,13 +104,13 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
 
 
 def resolve(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
-    """The settings `values` describe, defaults filled in.
+    """The settings that `values` describe, with defaults filled in.
 
-    A table that says only some keys changes those of its field's default: with a default of AdamW(learning_rate=3e-6),
-    `optimizer.schedule = "linear"` leaves that rate alone.
+    A table that sets only some keys keeps the other values of its field's default: with a default of
+    AdamW(learning_rate=3e-6), `optimizer.schedule = "linear"` does not change the learning rate.
 
     Raises one ConfigError that lists every mistake by its full key path: unknown keys with the nearest known one,
-    wrong types, missing keys, unknown registry names, and what a `__post_init__` refused with ValueError.
+    wrong types, missing keys, unknown registry names, and values that a `__post_init__` refused with ValueError.
     """
     return typing.cast(T, resolve_tables({"": cls}, {"": values}, where=where)[""])
 
@@ -115,9 +118,9 @@ def resolve(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
 def resolve_tables(
     classes: Mapping[str, type], values: Mapping[str, Mapping[str, Any]], *, where: str
 ) -> dict[str, Any]:
-    """The settings of several tables at once, keyed by the key path each has in its file (`stages.sft`).
+    """The settings of several tables at once, keyed by the key path that each has in its file (`stages.sft`).
 
-    Raises one ConfigError for the mistakes of all of them.
+    Raises one ConfigError with the mistakes of all tables.
     """
     mistakes: list[str] = []
     resolved = {path: _table(cls, values[path], None, path, mistakes) for path, cls in classes.items()}
@@ -134,7 +137,7 @@ def refused(mistakes: list[str], *, where: str) -> ConfigError:
 def dump(settings: Any) -> dict[str, Any]:
     """The settings as TOML values: `resolve(type(settings), dump(settings))` gives equal settings back.
 
-    Settings made in Python are checked here as a run file is when it is read: raises the same ConfigError.
+    Settings made in Python are checked here as strictly as a run file, and raise the same ConfigError.
     """
     values = _dumped_table(settings, None)
     resolve(type(settings), values, where=f"{type(settings).__module__}.{type(settings).__qualname__}")
@@ -160,7 +163,7 @@ def _table(cls: type, values: Any, default: Any, path: str, mistakes: list[str])
         if key not in known:
             mistakes.append(_unknown_key(_join(path, key), path, cls, values))
     arguments = {}
-    ours = cls.__module__.startswith("trimtab.")  # names mean what they mean in this package only
+    ours = cls.__module__.startswith("trimtab.")  # ranges go by name, and a user's class may use a name differently
     for name, field in known.items():
         standing, full = _default(field, default), _join(path, name)
         if name in values:
@@ -199,9 +202,9 @@ def _value(hint: Any, value: Any, default: Any, path: str, mistakes: list[str]) 
 
 
 def leaf(hint: Any, value: Any, path: str, mistakes: list[str]) -> Any:
-    """The value of a plain type; None, and a mistake, if it has another type.
+    """The value as a plain type such as int or Path. If the type is wrong, adds a mistake and returns None.
 
-    Strict as JSON: "3" and 1.5 are not whole numbers, 3 is a fine float, a list is a fine tuple, a string a path.
+    As strict as JSON: "3" and 1.5 are not integers; 3 is accepted as a float, a list as a tuple, a string as a path.
     """
     try:
         return TypeAdapter(hint).validate_json(json.dumps(value, default=os.fspath), strict=True)
@@ -236,7 +239,7 @@ def _class_of(kind: str, value: str | Mapping[str, Any], default: Any, path: str
     return registry.find(kind, name, where=path)
 
 
-# --- what a class says of its fields ---
+# --- the fields of a settings class ---
 
 
 def _fields(cls: type) -> list[dataclasses.Field[Any]]:
@@ -244,14 +247,14 @@ def _fields(cls: type) -> list[dataclasses.Field[Any]]:
 
 
 def _default(field: dataclasses.Field[Any], holder: Any) -> Any:
-    """What the field is where nothing is said: as in `holder`, the default its class has where it is used, if any."""
+    """The field's value if the file does not set it: that of `holder`, the default instance, if given, else its own."""
     if dataclasses.is_dataclass(holder):
         return getattr(holder, field.name)
     return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
 def _without_none(hint: Any) -> Any:
-    """X for `X | None`; anything else as it is."""
+    """X for `X | None`; any other hint unchanged."""
     if get_origin(hint) not in (Union, types.UnionType) or type(None) not in get_args(hint):
         return hint
     return Union[tuple(a for a in get_args(hint) if a is not type(None))]  # noqa: UP007
@@ -323,7 +326,7 @@ def _parsed(text: str) -> Any:
 
 
 def _set(values: dict[str, Any], steps: list[str], value: Any) -> str:
-    """Sets the key path in place; gives back what stands in the way, or ''."""
+    """Sets the key path in place. Returns a message if that is impossible, else ''."""
     here: Any = values
     for depth, step in enumerate(steps):
         last = depth == len(steps) - 1
@@ -363,13 +366,13 @@ def _unknown_key(full: str, path: str, cls: type, values: Mapping[str, Any]) -> 
 
 
 def missing(full: str) -> str:
-    """The mistake of a key that a run file must have."""
+    """The message for a required key that the run file lacks."""
     return f"{full}: missing, and it has no default"
 
 
 def unknown_key(full: str, siblings: Sequence[str], everything: Sequence[str]) -> str:
-    """The mistake of a key that no setting has, with the one that is meant. `siblings` are the keys of its table, and
-    `everything` those of the tables below too, all as full paths."""
+    """The message for a key that no setting has, with the key that was probably meant. `siblings` are the keys of its
+    table, and `everything` also includes those of the tables below it, all as full paths."""
     key = full.rpartition(".")[2]
     deeper = sorted((p for p in everything if p not in siblings), key=lambda p: p.count("."))
     if ours := ours_for(key, [*siblings, *deeper]):
@@ -381,7 +384,8 @@ def unknown_key(full: str, siblings: Sequence[str], everything: Sequence[str]) -
 
 
 def _key_paths(cls: type, values: Mapping[str, Any], path: str) -> Iterator[str]:
-    """Every key path under `path` that these values could set, choices opened as named there or by default."""
+    """Every key path under `path` that these values could set. A choice contributes the fields of the class that the
+    values name, or of its default's class."""
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in _fields(cls):
         full, hint, value = _join(path, field.name), _without_none(hints[field.name]), values.get(field.name, {})

@@ -1,4 +1,4 @@
-"""Errors meant for people: what was wrong with the value seen, where it came from, what to do."""
+"""Errors meant for people: each says what was wrong with a value, where the value came from and what to do."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 class TrimtabError(Exception):
-    """A mistake a person can repair. Printed by the command line without a traceback.
+    """A mistake that a person can repair. The command line prints it without a traceback.
 
-    `problem` names the value seen and what is wrong with it, `where` its origin (a file and row, a key path, a
-    command), `fix` the next thing to do.
+    `problem` names the value and what is wrong with it, `where` says where it came from (a file and row, a key path, a
+    command), and `fix` says what to do next.
     """
 
     def __init__(self, problem: str, *, where: str, fix: str) -> None:
@@ -50,7 +50,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra: from the checkout this package runs from, or by the package's name."""
+    """The command that installs an extra, by the package's name and, if this is a checkout, also from its path."""
     checkout = Path(__file__).parents[3]
     by_name = f"pip install 'trimtab[{extra}]'"
     if not (checkout / "pyproject.toml").is_file():
@@ -59,19 +59,19 @@ def install(extra: str) -> str:
 
 
 def need(module: str, *, extra: str, setting: str, where: str) -> None:
-    """Raises EngineError with the command to type where an optional library is not installed."""
+    """Raises EngineError with the install command if an optional library is not installed."""
     if importlib.util.find_spec(module) is None:
         raise not_installed(module, extra=extra, needed_by=setting, where=where)
 
 
 def not_installed(module: str, *, extra: str, needed_by: str, where: str) -> EngineError:
-    """The error for a library of an extra that is not there."""
+    """The error for an extra's library that is not installed."""
     name = module.replace("_", "-")
     return EngineError(f"{needed_by} needs {name}, which is not installed", where=where, fix=install(extra))
 
 
 class Interrupted(Exception):
-    """The run was stopped on request; the message says what is saved."""
+    """The run was stopped on request; the message says what was saved."""
 
     def __init__(self, message: str, *, signal_number: int = signal.SIGINT) -> None:
         super().__init__(message)
@@ -79,4 +79,4 @@ class Interrupted(Exception):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM where nothing can be finished first: it stops what runs as Ctrl-C does."""
+    """SIGTERM when there is nothing to finish first. It stops the program as Ctrl-C does."""

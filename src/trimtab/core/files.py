@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and what a disk refuses said in a sentence."""
+"""Atomic file writing, and disk errors turned into one-sentence messages."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from typing import Any
 from trimtab.core.errors import DataError, EngineError
 
 WRITING = ".writing-"
-"""Prefix of what is not yet whole. Never read, and removed when a run is opened."""
+"""Name prefix of a file or directory that is still being written. It is never read, and is removed when a run is
+opened."""
 
 NUM_SUGGESTED = 3
 
 
 def files_like(path: Path) -> list[Path]:
-    """The files beside a missing one whose names are most like its own, the likest first."""
+    """The files in a missing file's directory whose names are most similar to its name, most similar first."""
     if not path.parent.is_dir():
         return []
     names = [other.name for other in path.parent.iterdir() if other.is_file()]
@@ -32,10 +33,10 @@ _OF_THE_DISK = re.compile(r"os error (\d+)|PytorchStreamWriter failed")
 
 
 def disk_problem(error: BaseException) -> str:
-    """What the disk refused, such as "No space left on device: runs/a"; "" for any other error.
+    """The message of a disk error, such as "No space left on device: runs/a"; "" for any other error.
 
-    Libraries that write in another language than Python (safetensors, tokenizers, torch) raise errors of their own
-    kinds, which quote the system's.
+    Libraries with native code (safetensors, tokenizers, torch) raise error types of their own that quote the system's
+    error, so their messages are searched for it.
     """
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         places = [str(place) for place in (error.filename, error.filename2) if place is not None]
@@ -47,7 +48,7 @@ def disk_problem(error: BaseException) -> str:
 
 @contextmanager
 def writing(what: str, place: Path, *, kept: str = "what was there before is as it was") -> Iterator[None]:
-    """Within, what the disk refuses becomes an EngineError about `what`. `kept` says what is not lost."""
+    """Inside this block a disk error becomes an EngineError about `what`. `kept` says what is not lost."""
     try:
         yield
     except Exception as error:
@@ -57,7 +58,7 @@ def writing(what: str, place: Path, *, kept: str = "what was there before is as 
 
 
 def unwritable(what: str, problem: str, place: Path, kept: str) -> EngineError:
-    """The error for something that the disk did not take."""
+    """The error for something that could not be written to disk."""
     return EngineError(
         f"{what} could not be written: {problem}",
         where=str(place),
@@ -67,9 +68,10 @@ def unwritable(what: str, problem: str, place: Path, kept: str) -> EngineError:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Within, the place where a new file or directory is made, which then takes the name `path`.
+    """Gives a temporary path for a new file or directory, and renames it to `path` at the end of the block.
 
-    Whoever reads `path`, now or after a power cut, sees all of the old or all of the new.
+    A reader of `path`, now or after a power cut, sees the complete old file or the complete new one. A directory is
+    removed before its replacement is renamed, so there `path` may also be missing for a moment.
     """
     aside = path.with_name(WRITING + path.name)
     remove(aside)
@@ -77,7 +79,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield aside
         sync_tree(aside)
         if aside.is_dir():
-            discard(path)  # no call replaces a directory that holds something
+            discard(path)  # no system call replaces a directory that is not empty
         aside.replace(path)
     except BaseException:
         with suppress(OSError):
@@ -87,13 +89,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a text file at once; see `replacing`."""
+    """Replaces a text file atomically; see `replacing`."""
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Replaces a JSON lines file at once; see `replacing`. Returns the number of rows."""
+    """Replaces a JSON lines file atomically; see `replacing`. Returns the number of rows."""
     num = 0
     with replacing(path) as aside, aside.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -103,20 +105,20 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
 
 
 def write_out(path: Path, text: str) -> None:
-    """A file that the user asked for by name, its folders made. Raises EngineError where the disk does not take it."""
+    """Writes a file that the user named and makes its folders. Raises EngineError if the disk refuses it."""
     with writing(str(path), path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
 
 
 def json_text(value: Any) -> str:
-    """The value as a JSON document; numbers that are not finite become null, since JSON has no word for them."""
+    """The value as a JSON document. Numbers that are not finite become null, since JSON cannot express them."""
     finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
     return json.dumps(finite, ensure_ascii=False, sort_keys=True, indent=2) + "\n"
 
 
 def read_json(path: Path, *, fix: str) -> dict[str, Any]:
-    """The object in a JSON file that this package wrote. Raises DataError, with the way out, where it is damaged."""
+    """The object in a JSON file that this package wrote. Raises DataError with `fix` if the file is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -127,14 +129,14 @@ def read_json(path: Path, *, fix: str) -> dict[str, Any]:
 
 
 def append_rows(path: Path, rows: list[Mapping[str, Any]]) -> None:
-    """Adds rows to a JSON lines file, numbers that are not finite as null."""
+    """Appends rows to a JSON lines file. Numbers that are not finite become null."""
     finite = json.loads(json.dumps(rows), parse_constant=lambda _: None)
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in finite))
 
 
 def discard(path: Path) -> None:
-    """Removes a file or tree that may not exist; one half removed never shows under its own name."""
+    """Removes a file or tree that may not exist. It is renamed first, so `path` never holds half of it."""
     if path.exists():
         aside = path.with_name(f"{WRITING}old-{path.name}")
         remove(aside)
@@ -151,13 +153,13 @@ def remove(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Sees that a file, or a directory and all below it, are on the disk."""
+    """Flushes a file, or a directory and everything below it, to the disk."""
     for inner in [*path.rglob("*"), path]:
         sync(inner)
 
 
 def sync(path: Path) -> None:
-    """Sees that a file, or the names in a directory, are on the disk."""
+    """Flushes a file, or the list of names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""Keys that people bring from TRL, OpenRLHF, verl and axolotl, and ours for the same thing.
+"""Setting names of TRL, OpenRLHF, verl and axolotl, with this package's name for the same setting.
 
-Only an unknown key is looked up here, so a name that some stage knows keeps its own meaning there.
+Only an unknown key is looked up here, so a name that a stage knows keeps its own meaning there.
 """
 
 from __future__ import annotations
@@ -127,11 +127,12 @@ OURS: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {
     ("center_rewards_coefficient",): (("loss.centering_coef",), ""),
     ("ptx_coef", "pretrain_data"): (("pretraining_mix",), ""),
 }
-"""Names of one meaning; ours, of which the first that the stage has is named; and what there is to say of it."""
+"""Maps foreign names with one meaning to (our names, a remark). The first of our names that the stage has is suggested;
+with no such name, the remark is the whole answer."""
 
 
 def ours_for(key: str, known: Sequence[str]) -> str:
-    """What to write instead of a key of another library, or "". `known` are the key paths of the run file's stage."""
+    """What to write instead of another library's key, or "". `known` holds the key paths of the run file's stage."""
     for names, (candidates, said) in OURS.items():
         if key.lower().replace("-", "_") not in names:
             continue

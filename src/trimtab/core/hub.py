@@ -1,7 +1,7 @@
-"""Names of models: what a name stands for, found before anything is read. No torch.
+"""Resolves the names of models, before any model is read. Does not load torch.
 
-A name is a directory or a hub id. Whatever is wrong with it is answered here in a sentence and within seconds: a
-directory that is not there, a run directory in place of its model, a hub that cannot be reached.
+A name is a directory or a hub id. Mistakes in it are reported here in a sentence and within seconds: a directory that
+does not exist, a run directory instead of its model, a hub that cannot be reached.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from trimtab.core.errors import EngineError
 
 MODEL_FILE, ADAPTER_FILE, ADAPTER_WEIGHTS = "config.json", "adapter_config.json", "adapter_model.safetensors"
 BESIDE_FILE = "base.json"
-"""Beside an adapter: the way from its directory to that of its base, so that both can be moved together."""
+"""File beside an adapter with the relative path from its directory to that of its base, so that both can be moved
+together."""
 HUB_SECONDS = 8.0
-"""How long the hub may take to answer whether it has a model."""
+"""Time limit for the hub to answer whether it has a model."""
 
 
 def find_model(name: str | Path) -> str:
     """The directory of a model or adapter, or the hub id of one that the hub has.
 
-    A hub id that is only in the cache, because the hub cannot be reached, gives its directory there; so does the hub id
-    of an adapter. Raises EngineError that says what is there instead.
+    If the hub cannot be reached, a hub id gives its directory in the cache; the hub id of an adapter always does.
+    Raises EngineError that says what was found instead.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -52,8 +53,8 @@ def find_model(name: str | Path) -> str:
 def base_of(name: str | Path) -> str | None:
     """The base model that an adapter directory names; None for a directory that is a model of its own.
 
-    A relative base is looked for where the command runs, then beside the adapter and above it; one that was moved along
-    with its adapter is found by the way that was written beside it.
+    A relative base is searched for in the working directory, then in the adapter's directory and those above it. A base
+    that was moved together with its adapter is found by the relative path saved beside the adapter.
     """
     path = Path(find_model(name))
     file = path / ADAPTER_FILE
@@ -76,18 +77,18 @@ def base_of(name: str | Path) -> str | None:
 
 
 def same_model(a: str | Path, b: str | Path) -> bool:
-    """Whether two names mean one model: the same hub id, or paths of one directory."""
+    """Whether two names mean the same model: the same hub id, or paths of one directory."""
     return str(a) == str(b) or Path(a).resolve() == Path(b).resolve()
 
 
 def on_base(path: str | Path, base: str | Path) -> bool:
-    """Whether the directory is an adapter of this base."""
+    """Whether the directory holds an adapter of this base."""
     other = base_of(path)
     return other is not None and same_model(other, base)
 
 
 def lasting_name(name: str | Path) -> str:
-    """The name that means the same model wherever a command runs: a directory's absolute path, or a hub id."""
+    """A name that means the same model in every working directory: a directory's absolute path, or a hub id."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.is_dir() else str(name)
 
@@ -158,7 +159,7 @@ def _no_model_in(path: Path) -> EngineError:
 
 
 def _no_directory(path: Path) -> EngineError:
-    """With what is there instead: the deepest directory of the path that exists, and names like the missing one."""
+    """The error for a missing directory. It names the first missing part of the path and a similar name if any."""
     above = next(p for p in (*path.parents, Path()) if p.is_dir())
     missing = path.relative_to(above).parts[0] if above != Path() else path.parts[0]
     near = difflib.get_close_matches(missing, [p.name for p in above.iterdir() if p.is_dir()], 1)
@@ -174,7 +175,7 @@ def _no_directory(path: Path) -> EngineError:
 
 
 def _is_hub_id(name: str) -> bool:
-    """org/name, unless there is a directory org here, in which no such name was found."""
+    """Whether the name has the form org/name and no directory `org` exists here. If one does, a path was meant."""
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not Path(name.partition("/")[0]).is_dir()
 
 
@@ -201,8 +202,8 @@ def _on_hub(name: str) -> str:
 
 @contextmanager
 def without_retries(kind: str, name: str) -> Iterator[None]:
-    """Within it the libraries of the hub read this "model" or "dataset" from their caches alone, if the hub cannot be
-    reached now: they would try again for half a minute before they did."""
+    """If the hub cannot be reached now, makes its libraries read this "model" or "dataset" from the cache only inside
+    this block. Otherwise they would retry for half a minute first."""
     from huggingface_hub import constants
 
     files, problem = (None, "") if _offline() else _ask_hub(kind, name)
@@ -226,8 +227,8 @@ def _offline() -> bool:
 
 
 def _ask_hub(kind: str, name: str) -> tuple[list[str] | None, str]:
-    """The files of a repository, or None and why not. The call is made in a thread of its own, since neither a name
-    server nor a proxy that does not answer can be given a time limit."""
+    """The files of a repository, or None and the reason. The call runs in its own thread, because no time limit can be
+    set for a name server or a proxy that does not answer."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 

@@ -1,4 +1,4 @@
-"""Numbers that know how to add up, so that a mean over micro-batches or ranks is the mean over the data."""
+"""Metrics that merge exactly, so that the mean over micro-batches or ranks is the mean over the data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Protocol, Self
 
 
 class Metric(Protocol):
-    """One quantity seen on a part of the data; `a.merge(b)` is the quantity on both parts."""
+    """One quantity measured on a part of the data. `a.merge(b)` is the quantity on both parts, for example
+    `Mean(6.0, 2).merge(Mean(3.0, 1)) == Mean(9.0, 3)`."""
 
     def merge(self, other: Self) -> Self: ...
 
@@ -19,7 +20,7 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean kept as sum and weight: parts merge exactly, whatever their sizes."""
+    """A mean stored as sum and weight, so that parts of any sizes merge exactly."""
 
     total: float
     weight: float
@@ -71,7 +72,7 @@ def mean_of(values: Iterable[float]) -> Mean:
 
 
 def merge(parts: Iterable[Mapping[str, Metric]]) -> Metrics:
-    """All parts as one; a name missing from a part is simply not counted there."""
+    """The metrics of all parts together. A name that a part lacks is merged from the other parts only."""
     merged: Metrics = {}
     for part in parts:
         for name, metric in part.items():
@@ -80,5 +81,5 @@ def merge(parts: Iterable[Mapping[str, Metric]]) -> Metrics:
 
 
 def to_values(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """Plain numbers, for a log line."""
+    """The value of each metric as a plain number, for a log line."""
     return {name: metric.value for name, metric in metrics.items()}

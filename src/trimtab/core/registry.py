@@ -1,4 +1,5 @@
-"""Names to classes: how `name = "ppo"` in a run file finds its settings class, and `name = "mine.py:MyLoss"` yours."""
+"""Maps names in run files to settings classes: `name = "ppo"` to one of this package, `name = "mine.py:MyLoss"` to a
+user's own."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from trimtab.core.user_code import place_of, user_module
 
 T = TypeVar("T")
 
-# A kind is loaded when it is first asked for: naming a reward must not import every model library.
+# The modules of a kind are imported when it is first asked for: naming a reward must not import every model library.
 _HOMES: dict[str, tuple[str, ...]] = {
     "policy_loss": ("trimtab.math.losses.policy",),
     "preference_loss": ("trimtab.math.losses.preference",),
@@ -25,7 +26,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "world": ("trimtab.worlds",),
     "tracker": ("trimtab.runs.trackers",),
 }
-# What a class of a kind has, by itself or as a field: a class of another kind is told apart before it is used.
+# Attributes or fields that every class of a kind has: a user's class of another kind is refused before it is used.
 _OFFERS: dict[str, tuple[str, ...]] = {
     "policy_loss": ("weight", "__call__", "aggregation", "length"),
     "advantage": ("__call__", "needs_critic", "needs_greedy", "needs_group", "whiten"),
@@ -34,8 +35,8 @@ _OFFERS: dict[str, tuple[str, ...]] = {
     "environment": ("load",),
     "world": ("draw_prompt", "write_reply", "gold", "features"),
 }
-# Kinds of which each member is a module, found by name and imported only when that one is needed: the module holds its
-# descriptor under the kind's name in capitals (`STAGE`, `SOURCE`). Stages stand in the order of the work.
+# Kinds whose members are modules. A module is imported only when that member is needed, and holds its descriptor under
+# the kind's name in capitals (`STAGE`, `SOURCE`). Stages are listed in the order in which they are used.
 _MODULES: dict[str, dict[str, str]] = {
     "stage": {
         "pretrain": "trimtab.stages.pretrain",
@@ -56,7 +57,7 @@ _REGISTERED: dict[str, dict[str, type]] = {}
 
 
 def register(kind: str, name: str) -> Callable[[type[T]], type[T]]:
-    """Class decorator: `kind` is a key such as "policy_loss", `name` is what a run file says."""
+    """Class decorator that registers a class. `kind` is a key such as "policy_loss", `name` what a run file writes."""
 
     def add(cls: type[T]) -> type[T]:
         known = _REGISTERED.setdefault(kind, {})
@@ -68,25 +69,26 @@ def register(kind: str, name: str) -> Callable[[type[T]], type[T]]:
 
 
 def modules(kind: str) -> Mapping[str, str]:
-    """The name and the module of each member of "stage" or "source". Nothing is imported."""
+    """Maps the name of each member of "stage" or "source" to its module. Imports nothing."""
     return _MODULES[kind]
 
 
 def descriptor(kind: str, name: str) -> Any:
-    """What the member says of itself: the `STAGE` or `SOURCE` of its module, which is imported."""
+    """The member's descriptor: the `STAGE` or `SOURCE` of its module. Imports the module."""
     return getattr(importlib.import_module(_MODULES[kind][name]), kind.upper())
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """Every name of a kind that the package registers, sorted; classes of a user's files have a place and no name."""
+    """Every name that the package registers for a kind, sorted. Classes in a user's files ("file.py:Class") are left
+    out."""
     for module in _HOMES.get(kind, ()):
         importlib.import_module(module)
     return tuple(sorted(name for name in _REGISTERED.get(kind, {}) if ":" not in name))
 
 
 def find(kind: str, name: str, *, where: str) -> type:
-    """The class registered under `name`, or the one that "file.py:Class" or "package.module:Class" names, which is then
-    known by that name. Raises ConfigError with the nearest known name."""
+    """The class registered under `name`. A class given as "file.py:Class" or "package.module:Class" is loaded and
+    registered under that name. Raises ConfigError with the nearest known name if there is none."""
     known = names(kind)
     if name in _REGISTERED.get(kind, {}):
         return _REGISTERED[kind][name]
@@ -100,7 +102,7 @@ def find(kind: str, name: str, *, where: str) -> type:
 
 
 def _named_class(name: str, *, where: str) -> type:
-    """The dataclass that the user asked for by name."""
+    """The user's dataclass that "file.py:Class" or "package.module:Class" names."""
     place, _, attribute = name.rpartition(":")
     module = user_module(place, where=where)
     cls = getattr(module, attribute, None)
@@ -111,7 +113,7 @@ def _named_class(name: str, *, where: str) -> type:
             where=where,
             fix=f"name one of its classes: {', '.join(classes) or 'it has none'}",
         )
-    if "__dataclass_fields__" not in vars(cls):  # a base's do not count: fields of its own would be passed over
+    if "__dataclass_fields__" not in vars(cls):  # a base's do not count: the class's own fields would be ignored
         raise ConfigError(
             f"{attribute!r} in {place!r} is no dataclass",
             where=where,
@@ -121,7 +123,7 @@ def _named_class(name: str, *, where: str) -> type:
 
 
 def _of_kind(kind: str, cls: type, name: str, *, where: str) -> type:
-    """The class, if it has what its kind has."""
+    """Returns the class if it has every attribute that its kind needs; raises ConfigError if not."""
     has = {attribute for base in cls.__mro__ for attribute in vars(base)} | {f.name for f in dataclasses.fields(cls)}
     if missing := [wanted for wanted in _OFFERS.get(kind, ()) if wanted not in has]:
         raise ConfigError(
@@ -133,10 +135,10 @@ def _of_kind(kind: str, cls: type, name: str, *, where: str) -> type:
 
 
 def name_of(kind: str, cls: type) -> str:
-    """The name a run file finds `cls` by: the one it is registered under, or its place, as "package.module:Class".
+    """The name by which a run file finds `cls`: its registered name, or its place as "package.module:Class".
 
-    Raises ConfigError for a class that no run file could name, such as one made in a notebook: its run could not be
-    recorded, and neither resumed nor repeated.
+    Raises ConfigError for a class that no run file could name, such as one defined in a notebook: its run could not be
+    recorded, resumed or repeated.
     """
     names(kind)  # loads the modules that register them
     for name, registered in sorted(_REGISTERED.get(kind, {}).items()):

@@ -1,6 +1,6 @@
-"""A seed for every random choice, made from the run's seed and what the choice is for.
+"""Seeds for every random choice, derived from the run's seed and the purpose of the choice.
 
-No generator lives across steps, so there is none to save: a resumed run draws what the first one would have drawn.
+No generator lives across steps, so none has to be saved: a resumed run draws the same numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def derive(seed: int, *purpose: str | int) -> int:
-    """A 63-bit seed for one purpose, such as `derive(run_seed, "order", epoch)`. Equal on every machine."""
+    """A 63-bit seed for one purpose, such as `derive(run_seed, "order", epoch)`. It is the same on every machine."""
     text = "/".join(map(str, (seed, *purpose)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 

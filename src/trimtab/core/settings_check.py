@@ -1,8 +1,8 @@
-"""Mistakes of a run file found in the source of the settings classes, before a stage and its libraries are loaded.
+"""Finds mistakes in a run file from the source of the settings classes, before a stage and its libraries are loaded.
 
-Importing a stage loads torch, which takes seconds; a typo is to be answered at once. What is found here is said in the
-words of `config.resolve`, which has the last word once the stage is loaded: only it knows what a class refuses for its
-settings together, and classes of the user's own.
+Importing a stage loads torch, which takes seconds, while a typo should be reported at once. The messages are those of
+`config.resolve`, which checks everything again once the stage is loaded: only it can check several settings together
+(`__post_init__`) and classes of the user's own.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from trimtab.core.settings_help import SettingsField, definition, registered, se
 
 
 def check(tables: Mapping[str, tuple[str, Mapping[str, Any]]], *, where: str) -> None:
-    """Raises one ConfigError with the mistakes of all tables. Each is given as the module of its stage and its values,
-    under the key path it has in the file: "" in a file of one stage."""
+    """Raises one ConfigError with the mistakes of all tables. `tables` maps each table's key path in the file ("" in a
+    file of one stage) to the module of its stage and its values."""
     found = [m for path, (module, values) in tables.items() for m in mistakes(module, values, path)]
     if found:
         raise config.refused(found, where=where)
 
 
 def mistakes(module: str, values: Any, path: str) -> list[str]:
-    """The mistakes of the table of one stage, given by its module."""
+    """The mistakes in the table of the stage that `module` defines."""
     return list(_table(_Class(module, settings_class(module)), values, path, defaults={}))
 
 
 def fits(module: str, values: Mapping[str, Any]) -> bool:
-    """Whether a stage knows all keys of a run file, and the file has all that the stage must be told."""
+    """Whether a run file has no mistakes for this stage: the stage knows all its keys, and none it needs is missing."""
     return not mistakes(module, values, "")
 
 
 class _Class(NamedTuple):
-    """A settings class by where it is defined."""
+    """A settings class, named by the module that defines it and its name."""
 
     module: str
     name: str
@@ -58,7 +58,7 @@ def _fields(cls: _Class) -> dict[str, SettingsField]:
 
 
 class _Meaning(NamedTuple):
-    """What a field may hold: a settings class, classes by name, or a plain type."""
+    """What a field may hold: a settings class (`table`), registered classes by name (`kind`), or a `plain` type."""
 
     table: _Class | None = None
     kind: str = ""
@@ -68,7 +68,7 @@ class _Meaning(NamedTuple):
 
 
 def _table(cls: _Class, values: Any, path: str, *, defaults: Mapping[str, Any]) -> Iterator[str]:
-    """The mistakes of a table. `defaults` says which keys the field that holds it has given already."""
+    """The mistakes in a table. `defaults` holds the keys that the default of the table's own field already sets."""
     if not isinstance(values, Mapping):
         yield f"{path}: should be a table, not {values!r}"
         return
@@ -128,7 +128,7 @@ def _chosen(kind: str, value: Any, path: str, *, field: SettingsField | None) ->
 
 
 def _default_name(field: SettingsField | None, known: Mapping[str, tuple[str, str]]) -> str | None:
-    """The name of the class that the field holds where nothing is said."""
+    """The registered name of the class of the field's default, or None."""
     if field is None or not isinstance(field.default, ast.Call):
         return None
     made = ast.unparse(field.default.func)
@@ -136,13 +136,13 @@ def _default_name(field: SettingsField | None, known: Mapping[str, tuple[str, st
 
 
 def _given(field: SettingsField) -> dict[str, Any]:
-    """What `AdamW(learning_rate=1e-5)` says: keys with a value that the table need not give."""
+    """The keywords of a default such as `AdamW(learning_rate=1e-5)`. The table need not set these keys."""
     keywords = field.default.keywords if isinstance(field.default, ast.Call) else []
     return {keyword.arg: keyword.value for keyword in keywords if keyword.arg}
 
 
 def _meaning(field: SettingsField) -> _Meaning:
-    """What the annotation of a field says, names followed to where they are defined."""
+    """The meaning of a field's annotation. Names in it are followed to where they are defined."""
     node: ast.expr = field.annotation
     optional = isinstance(node, ast.BinOp) and ast.unparse(node.right) == "None"
     if optional and isinstance(node, ast.BinOp):
@@ -156,7 +156,7 @@ def _meaning(field: SettingsField) -> _Meaning:
         return _Meaning(table=_Class(home, meant.name), optional=optional)
     plain = {"Literal": Literal, "int": int, "float": float, "str": str, "bool": bool, "tuple": tuple, "dict": dict}
     try:
-        # The annotation is this package's own source, and sees no name but those of the plain types.
+        # The annotation is this package's own source, and eval sees only the names of plain types.
         return _Meaning(
             plain=eval(ast.unparse(meant) if meant else text, {"__builtins__": {}}, plain), optional=optional
         )
@@ -165,7 +165,8 @@ def _meaning(field: SettingsField) -> _Meaning:
 
 
 def _key_paths(cls: _Class, values: Mapping[str, Any], path: str) -> Iterator[str]:
-    """Every key path under `path` that these values could set, choices opened as named there or by default."""
+    """Every key path under `path` that these values could set. A choice contributes the fields of the class that the
+    values name, or of its default's class."""
     for name, field in cls.fields.items():
         full, meaning, value = _join(path, name), _meaning(field), values.get(name, {})
         yield full
@@ -183,12 +184,12 @@ def _join(path: str, key: str) -> str:
 
 
 def nearest_stage(values: Mapping[str, Any], modules: Mapping[str, str]) -> list[str]:
-    """The stages whose run file this could be."""
+    """The stages for which these values are a run file without mistakes."""
     return [stage for stage, module in modules.items() if fits(module, values)]
 
 
 def option_as_override(module: str, option: str, value: str | None) -> ConfigError:
-    """The answer to `--learning-rate 1e-4`: settings are given as key=value, and this is the key."""
+    """The error for an option such as `--learning-rate 1e-4`. It says to write key=value, and names the key."""
     key = option.lstrip("-").replace("-", "_")
     cls = _Class(module, settings_class(module))
     paths = list(_key_paths(cls, {}, ""))

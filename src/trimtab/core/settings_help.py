@@ -1,4 +1,4 @@
-"""Help on settings, read from the source of their classes: importing a stage to ask it would load torch."""
+"""Help on settings, read from the source of their classes, because importing a stage would load torch."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import trimtab
 
 
 class SettingsField(NamedTuple):
-    """A field of a settings class as its source has it."""
+    """A field of a settings class, as written in its source."""
 
     module: str
-    """Where it is declared: names in its annotation are those of that module."""
+    """The module that declares the field; names in its annotation are looked up there."""
     annotation: ast.expr
     default: ast.expr | None
-    """The default as an expression, that of `field(...)` included; None if there is none."""
+    """The default as an expression, also one given by `field(...)`; None if there is none."""
     doc: str
 
 
 def settings_help(
     module: str, class_name: str = "", prefix: str = "", defaults: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, str]]:
-    """What a settings class says of each key: ("learning_rate: float = 1e-5", its documentation line).
+    """A pair for each key of a settings class: a headline such as "learning_rate: float = 1e-5", and its documentation.
 
-    Without a class it is that of the stage that the module holds. `defaults` are those of the field that holds the
-    class, where they differ from the class's own.
+    Without `class_name` it is the settings class of the module's stage. `defaults` holds the defaults that the field
+    with this class sets, if they differ from the class's own.
     """
     module, node = definition(module, class_name or settings_class(module))
     assert isinstance(node, ast.ClassDef), f"{class_name} is no class"
@@ -55,7 +55,7 @@ def settings_help(
 
 
 def settings_class(module: str) -> str:
-    """The name of the class that the module's `STAGE = Stage(settings=…)` names."""
+    """The name of the settings class in the module's `STAGE = Stage(settings=…)`."""
     for node in _parsed(module).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "STAGE":
             return _keywords(node.value)["settings"]
@@ -63,13 +63,13 @@ def settings_class(module: str) -> str:
 
 
 def summary_of(module: str) -> str:
-    """The first sentence of a module's documentation, which is the line of help of a stage."""
+    """The first paragraph of a module's docstring, on one line. For a stage it is its line of help."""
     return (ast.get_docstring(_parsed(module)) or "").partition("\n\n")[0].replace("\n", " ")
 
 
 @functools.cache
 def registered(kind: str) -> dict[str, tuple[str, str]]:
-    """Module and class of each name that `registry.names` would give, found without importing any."""
+    """Maps each name that `registry.names` would give to its module and class, without importing any."""
     pattern = re.compile(rf"""^@(?:registry\.)?register\("{kind}", "([^"]+)"\)\n(?:@.*\n)*class (\w+)""", re.MULTILINE)
     package = Path(trimtab.__file__).parent
     return {
@@ -91,14 +91,14 @@ def settings_fields(module: str, node: ast.ClassDef) -> dict[str, SettingsField]
             continue
         name = ast.unparse(field.target)
         if "ClassVar" in ast.unparse(field.annotation):
-            found.pop(name, None)  # a class that settles a setting of its base takes it from the run file
+            found.pop(name, None)  # a ClassVar fixes a setting of the base, which a run file can then no longer set
         else:
             found[name] = SettingsField(module, field.annotation, _default(field), _docstring(after))
     return found
 
 
 def definition(module: str, name: str) -> tuple[str, ast.ClassDef | ast.expr | None]:
-    """Where in the package a name is defined, imports followed, and as what; None where it is not ours."""
+    """The module and the node that define a name, following imports; the node is None if it is not this package's."""
     for node in _parsed(module).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return module, node
@@ -127,7 +127,7 @@ def _docstring(node: ast.stmt | None) -> str:
 
 
 def _default(field: ast.AnnAssign) -> ast.expr | None:
-    """The default as an expression, those of `field(...)` included."""
+    """The default as an expression, also one given by `field(...)`."""
     value = field.value
     if not isinstance(value, ast.Call) or ast.unparse(value.func) not in ("field", "dataclasses.field"):
         return value
@@ -139,6 +139,6 @@ def _default(field: ast.AnnAssign) -> ast.expr | None:
 
 
 def _keywords(value: ast.expr | None) -> dict[str, str]:
-    """What `AdamW(learning_rate=1e-5)` says."""
+    """The keywords of a call such as `AdamW(learning_rate=1e-5)`, as source text."""
     keywords = value.keywords if isinstance(value, ast.Call) else []
     return {keyword.arg: ast.unparse(keyword.value) for keyword in keywords if keyword.arg}

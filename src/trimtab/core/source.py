@@ -1,7 +1,7 @@
-"""What a source of records says of itself.
+"""The descriptor of a source of records.
 
-Files and hub data sets give rows, which layouts turn into records. A world or a feedback project has records of its
-own, and the registry names its module.
+Files and hub data sets give rows, which layouts turn into records. A world or a feedback project gives records
+directly; the registry names its module.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from typing import Any
 
 Records = tuple[list[Any], str, dict[str, int]]
-"""Records, their SHA-256, and counts of what was left out."""
+"""Records, their SHA-256, and how many items were left out for each reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A source of records, found by what stands before the colon: "world:helpdesk?num=100" is read by the `SOURCE` of
-    the module that the registry names for "world"."""
+    """A source of records, found by the word before the colon: "world:helpdesk?num=100" is read by the `SOURCE` of the
+    module that the registry names for "world"."""
 
     title: str
-    """Such as "a world": in `data show`, data.json and messages."""
+    """For example "a world"; shown in `data show`, data.json and messages."""
     natural: type
-    """The record that it is for, where nothing else is asked."""
+    """The record type that it gives if none is asked for."""
     live: bool
-    """It may grow while a run goes on, so a run keeps what it read first."""
+    """Whether the source may grow during a run; if so, the run keeps what it read first."""
     read: Callable[[type, str], Records]
-    """All records of a type. Raises DataError where it has none of that type, or an option does not exist."""
+    """All records of a type. Raises DataError if it has none of that type, or an option does not exist."""
     check: Callable[[type, str], None]
-    """Raises what `read` would raise, as far as that can be known at once."""
+    """Raises the errors that `read` would raise, as far as they can be found quickly."""

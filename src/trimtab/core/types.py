@@ -1,4 +1,4 @@
-"""Records: what passes between stages as text. Frozen, and each round-trips through a JSON line."""
+"""Records: the text data that stages pass on. They are frozen, and each round-trips through a JSON line."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ class Prompt:
 
     messages: tuple[Message, ...]
     id: str = ""
-    """Stable name; `prompt_id(messages)` unless the source gave one. Splits are made by the messages."""
+    """Stable name: `prompt_id(messages)`, unless the source gave one. Splits go by the messages, not by the id."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What a verifier or a world needs to score a reply (JSON values only). Never shown to a model."""
+    """What a verifier or a world needs to score a reply, for example {"answer": "42"} (JSON values only). It is never
+    shown to a model."""
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -40,7 +41,7 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """The last user turn: what people read as the prompt."""
+        """The last user turn, which people read as the prompt."""
         return next((m.content for m in reversed(self.messages) if m.role == "user"), "")
 
 
@@ -51,8 +52,8 @@ class Demonstration:
     prompt: Prompt
     response: str
     untrained_turns: tuple[int, ...] = ()
-    """Earlier replies in the prompt that the source marks as not to be learnt from, by their number among its replies.
-    They matter where all turns of a conversation are trained."""
+    """Indices of the earlier replies in the prompt that the source marks as not to be trained on, counted among its
+    replies. They matter only if all turns of a conversation are trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +75,9 @@ class PreferencePair:
     chosen: str
     rejected: str
     margin: float | None = None
-    """How much better `chosen` is, in the units of its source; None where the source does not say."""
+    """How much better `chosen` is, in the units of its source; None if the source does not say."""
     label: float = 1.0
-    """Probability in [0.5, 1] that `chosen` is preferred: 1 for one vote, a share for several."""
+    """Probability in [0.5, 1] that `chosen` is preferred: 1 for one vote, a fraction for several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class LabelledResponse:
 
 @dataclass(frozen=True, kw_only=True)
 class SteppedResponse:
-    """One reply in steps, each marked right or wrong (the stepwise layout)."""
+    """One reply in steps, each labelled right or wrong (the stepwise layout)."""
 
     prompt: Prompt
     steps: tuple[str, ...]
@@ -99,20 +100,20 @@ class SteppedResponse:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """A sampled reply: the exact tokens, and their logprobs under the distribution they were drawn from."""
+    """A sampled reply: the exact tokens, and their logprobs under the distribution that they were sampled from."""
 
     prompt: Prompt
     response: str
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
-    """Includes the end token where the reply was finished."""
+    """Includes the end token if the policy finished the reply."""
     logprobs: tuple[float, ...]
-    """Natural log, one for each token the policy chose, under the sampling distribution (temperature, top-p, top-k)."""
+    """One natural log for each token the policy chose, under the sampling distribution (temperature, top-p, top-k)."""
     finish_reason: FinishReason
     observations: tuple[tuple[int, int], ...] = ()
-    """Stretches [start, end) of response_ids that the policy did not choose: an environment wrote them."""
+    """Ranges [start, end) of response_ids that an environment wrote, not the policy."""
     events: Mapping[str, int] = field(default_factory=dict)
-    """How often what happened while it was sampled, such as tool_calls; logged as `rollout/NAME`."""
+    """Event counts during sampling, for example {"tool_calls": 2}; logged as `rollout/NAME`."""
 
     @property
     def response_mask(self) -> tuple[bool, ...]:
@@ -123,17 +124,19 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What an environment says to a turn of the policy."""
+    """What an environment answers to a turn of the policy, for example
+    `Observation(text="4", events={"tool_calls": 1})`."""
 
     text: str = ""
-    """Shown to the policy as it is, as plain text, and never trained on. Nothing is shown once the episode is over."""
+    """Shown to the policy as plain text, unchanged, and never trained on. Not shown if the episode is over."""
     done: bool = False
     """Whether the episode is over."""
     new_turn: bool = False
-    """Whether the text is a user turn of its own, after which the policy begins another. If not, it stands in the
-    policy's turn, which goes on behind it; yet behind a turn that the policy has ended there is always a new one."""
+    """Whether the text is a user turn of its own, after which the policy begins a new turn. If not, the text becomes
+    part of the policy's turn, which continues after it. If the policy has already ended its turn, a new turn always
+    follows."""
     events: Mapping[str, int] = field(default_factory=dict)
-    """What to count, such as {"tool_calls": 1, "tool_errors": 0}."""
+    """Event counts to add, for example {"tool_calls": 1, "tool_errors": 0}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,18 +156,18 @@ Record = TypeVar(
 
 def prompt_id(messages: Sequence[Message]) -> str:
     """Sixteen hex digits of the SHA-256 of the messages; equal conversations have equal ids on every machine."""
-    # What json.dumps(…, ensure_ascii=False) gives for [[role, content], …], in a third of the time.
+    # The same text as json.dumps([[role, content], …], ensure_ascii=False), in a third of the time.
     turns = ", ".join([f"[{_quoted(m.role)}, {_quoted(m.content)}]" for m in messages])
     return hashlib.sha256(f"[{turns}]".encode()).hexdigest()[:16]
 
 
 def to_dict(record: Any) -> JsonDict:
-    """The record as JSON values; `from_dict` reads it back equal."""
+    """The record as JSON values. `from_dict` gives an equal record back."""
     return cast(JsonDict, json.loads(json.dumps(dataclasses.asdict(record), ensure_ascii=False)))
 
 
 def rows_hash(rows: Iterable[JsonDict]) -> str:
-    """SHA-256 of the rows as JSON lines with sorted keys; values that JSON has no word for count as their text."""
+    """SHA-256 of the rows as JSON lines with sorted keys. Values that JSON cannot express are hashed as their text."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True, default=str).encode() + b"\n")
@@ -177,7 +180,7 @@ def records_hash(records: Iterable[Any]) -> str:
 
 
 def from_dict(cls: type[Record], row: Mapping[str, Any]) -> Record:
-    """The record of `to_dict`. Raises TypeError or KeyError for a row of another shape."""
+    """The record that `to_dict` wrote. Raises TypeError or KeyError for a row of another shape."""
     values = dict(row)
     if cls is Prompt:
         values["messages"] = tuple(Message(**m) for m in values["messages"])

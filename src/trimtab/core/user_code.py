@@ -1,4 +1,4 @@
-"""Code of the user's own that a run file names, as "path/to/file.py:Name" or "package.module:Name"."""
+"""Loads the user's own code that a run file names as "path/to/file.py:Name" or "package.module:Name"."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from types import ModuleType
 from trimtab.core.errors import ConfigError
 
 _PREFIX = "trimtab_user_"
-"""Before the path of a file in the name of its module: the file may be called like an installed module."""
+"""Prefix of the module name of a user's file, which may have the same name as an installed module."""
 
 
 class NamedOutput(io.TextIOBase):
-    """Writes whole lines to stderr behind a name, so that what a user's code prints never mixes with the output of a
-    command."""
+    """Writes whole lines to stderr, each after a name, so that what a user's code prints never mixes with the output
+    of a command."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -35,9 +35,10 @@ class NamedOutput(io.TextIOBase):
 
 
 def user_module(place: str, *, where: str) -> ModuleType:
-    """The module of a file, which is run once in a process and sees its neighbours, or an importable one.
+    """The module at `place`, which is a file or the name of an importable module.
 
-    Raises ConfigError with what the code raised and the line in which it did; `where` is what named it.
+    A file is run once in a process and can import the files beside it. Raises ConfigError with the exception of the
+    user's code and its line; `where` says what named the module.
     """
     is_file = place.endswith(".py") or "/" in place
     if is_file and not Path(place).is_file():
@@ -50,7 +51,7 @@ def user_module(place: str, *, where: str) -> ModuleType:
     try:
         with _first_on_path(directory), contextlib.redirect_stdout(NamedOutput(place)):
             return _module_of_file(Path(place)) if is_file else importlib.import_module(place)
-    except (Exception, SystemExit) as error:  # whatever the code raises is its author's to read
+    except (Exception, SystemExit) as error:  # a user's code may raise anything
         raise ConfigError(
             f"{place!r} cannot be imported: {type(error).__name__}: {error}{_line_of(error, place)}",
             where=where,
@@ -60,7 +61,7 @@ def user_module(place: str, *, where: str) -> ModuleType:
 
 
 def place_of(module: str) -> str:
-    """What a run file calls a module that `user_module` gave: the path of its file, or its name."""
+    """How a run file names a module that `user_module` returned: by the path of its file, or by the module's name."""
     return module.removeprefix(_PREFIX)
 
 
@@ -81,7 +82,7 @@ def _module_of_file(path: Path) -> ModuleType:
 
 
 def _line_of(error: BaseException, place: str) -> str:
-    """Where in the user's file it went wrong: "" for what has no line there, or says it itself."""
+    """The line of the user's file that raised the error, or "" if there is none or the message has it already."""
     if isinstance(error, SyntaxError):
         return ""
     frames = traceback.extract_tb(error.__traceback__)

@@ -19,8 +19,8 @@ from trimtab.data.templates import TODAY, dated, default_template, only_writes_c
 from trimtab.data.tokenizers import ModelFacts, choose_pad, refuse_missing_rows
 from trimtab.data.words import Words
 
-# Stands for the content of turn i while a template is studied. No template writes tabs or private-use characters of
-# its own, so what is left of the tabs says whether the template strips contents.
+# A placeholder for the content of turn i while a template is studied. No template writes tabs or private-use characters
+# of its own, so the tabs that remain show whether the template strips contents.
 _MARK = "\t\ue000{}\ue001\t"
 _ASKED = Message("user", "a")
 _MARKS = re.compile("(\t?)\ue000([0-9]+)\ue001(\t?)")
@@ -28,12 +28,12 @@ _MARKS = re.compile("(\t?)\ue000([0-9]+)\ue001(\t?)")
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """What a template writes around the contents of turns with given roles."""
+    """The text that a template writes around the contents of turns with given roles."""
 
     pieces: tuple[str, ...]
-    """Before the first content, between contents, and after the last: one more than there are turns."""
+    """The template's text before the first content, between contents and after the last: one more than turns."""
     strips: tuple[tuple[bool, bool], ...]
-    """For each content: whether blanks are stripped on its left and on its right."""
+    """For each content: whether the template strips blanks on its left and on its right."""
 
     def fill(self, contents: Sequence[str]) -> tuple[str, ...]:
         """The contents as the template writes them."""
@@ -42,13 +42,13 @@ class _Skeleton:
 
 @dataclass(frozen=True)
 class _TemplatePart:
-    """A text that is tokenised alone, or an end token."""
+    """One part of a rendered conversation: a text that is tokenised alone, or an end token."""
 
     text: str = ""
     after: str = ""
-    """What it follows, which some tokenizers need to know to begin it right."""
+    """The text before this part. Some tokenizers need it to tokenise the beginning of the part correctly."""
     plain: bool = False
-    """Whether special tokens in it are letters."""
+    """Whether special tokens in the text are tokenised as ordinary text."""
     trained: bool = False
     end_id: int | None = None
 
@@ -59,10 +59,10 @@ class Chat:
     The template is the model's own; a tokenizer without one is given `default_template`, so that the model is saved
     with what it was trained on. Three things always hold:
 
-    - The ids of a prompt never depend on the reply: nothing is tokenised across the seam, so
+    - The ids of a prompt never depend on the reply: nothing is tokenised across the boundary, so
       `encode_conversation([*prompt, reply])` is `encode_prompt(prompt) + encode_response(reply)`.
     - Every reply ends with one end token, which is trained: the special token with which the template closes an
-      assistant turn, or eos where it closes turns with plain text.
+      assistant turn, or eos if it closes turns with plain text.
     - Contents are plain text: a user who writes "<|assistant|>" does not begin a turn. (Only a template that rewrites
       contents is taken as it is written.)
     """
@@ -70,14 +70,14 @@ class Chat:
     end_id: int
     """The token that ends a reply."""
     stop_ids: frozenset[int]
-    """The end token of the template, the eos token, and those of the model's generation settings; a sampler stops at
-    any."""
+    """The end token of the template, the eos token, and the stop tokens of the model's generation settings; a sampler
+    stops at any of them."""
     pad_id: int
-    """Never one of `stop_ids`, and one that the model has a row for: the tokenizer's pad token, else its unk token,
-    else an added token whose name says pad, unused or reserved, else another special token, else the first id that does
-    not stop. Padding never enters a loss."""
+    """The padding token. It is never one of `stop_ids`, and the model has an embedding row for it: the tokenizer's pad
+    token, else its unk token, else an added token whose name says pad, unused or reserved, else another special token,
+    else the first id that does not stop. Padding never enters a loss."""
     pad_is_spare: bool
-    """Whether the pad token is no word, so that it can be written into a tokenizer as its pad token."""
+    """Whether the pad token never stands for a word, so that it can be written into a tokenizer as its pad token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -99,27 +99,27 @@ class Chat:
 
     @cached_property
     def highest_id(self) -> int:
-        """The largest id of the tokenizer: more than it has tokens, where ids are left out."""
+        """The largest id of the tokenizer. It exceeds the number of tokens if the ids have gaps."""
         return max(self.tokenizer.get_vocab().values())
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The ids up to where the assistant is to speak. Raises DataError where the template refuses the roles."""
+        """The ids up to where the assistant is to speak. Raises DataError if the template refuses the roles."""
         return self._encode_parts(self._prompt_parts(messages, self._render(messages, True)))[0]
 
     def encode_response(self, text: str, *, ended: bool = True) -> list[int]:
         """The ids of a reply with its end token, as the template writes it. They are the same after every prompt.
-        Without `ended`, those of a reply that was cut off, as far as it goes."""
+        With `ended=False`, the reply was cut off: its ids end where its text ends."""
         parts = self._response_parts(text, self._render(_exchange(text), False))
         if not ended:
             parts = [replace(parts[0], text=parts[0].text.removesuffix(self._before_end))]
         return self._encode_parts(parts)[0]
 
     def encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Ids, and the response mask: true for each assistant turn and its end token.
+        """The ids and the response mask, which is true for each assistant turn and its end token.
 
-        Ends with the end token of the last turn. Where a template rewrites earlier turns (dropping their reasoning,
-        say) only the last one is trained, for the earlier ones are not what was said. Raises DataError unless the
-        last turn is the assistant's.
+        The ids end with the end token of the last turn. If a template rewrites earlier turns (for example, drops their
+        reasoning), only the last turn is trained, because the earlier ones are not what was said. Raises DataError
+        unless the last turn is the assistant's.
         """
         if not messages or messages[-1].role != "assistant":
             raise DataError(
@@ -134,7 +134,7 @@ class Chat:
     # ---- many at once: the same ids in a fraction of the time ------------------------------------------------------
 
     def encode_prompts(self, prompts: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]] | DataError]:
-        """`encode_prompt` of each with the mask of earlier replies, or what it raises."""
+        """For each prompt, the ids of `encode_prompt` and the mask of earlier replies, or the error that it raises."""
         rendered = self._render_many(prompts, True)
         refused = {i: text for i, text in enumerate(rendered) if isinstance(text, DataError)}
         parts = [
@@ -146,7 +146,7 @@ class Chat:
         return [refused[i] if i in refused else next(encoded) for i in range(len(prompts))]
 
     def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode_response` of each."""
+        """The ids of `encode_response` for each reply."""
         rendered = self._render_many([_exchange(text) for text in texts], False)
         parts = []
         for text, written in zip(texts, rendered, strict=True):
@@ -156,15 +156,15 @@ class Chat:
         return [ids for ids, _ in self._encode_many(parts)]
 
     def encode_inline(self, text: str) -> list[int]:
-        """The ids of a text that stands within a reply but is not the assistant's; special tokens in it are letters."""
+        """The ids of a text within a reply that is not the assistant's; its special tokens become ordinary text."""
         part = self._inline_part(text)
         return self._encode(part.text, after=part.after, plain=part.plain)
 
     def encode_user_turn(self, text: str, *, ended: bool) -> list[int]:
         """The ids that come between a reply and the next one: the user's turn, up to where the assistant is to speak.
 
-        Without `ended`, the reply lacks its end token, and they begin with it. Nothing that came before is rendered or
-        tokenised again. Raises DataError where the template cannot go on after a reply.
+        With `ended=False`, the reply lacks its end token, and the ids begin with it. Nothing that came before is
+        rendered or tokenised again. Raises DataError if the template cannot go on after a reply.
         """
         skeleton = self._skeleton(("user", "assistant", "user"), True)
         if skeleton is None:
@@ -190,9 +190,12 @@ class Chat:
         return text.removeprefix(self._lead).removesuffix(self._before_end)
 
     def refusal(self, messages: Sequence[Message]) -> Mistake | None:
-        """What is wrong with a prompt for this template: it refuses the conversation, or leaves a turn out. What is
-        accepted is so for each order of roles, since that is what templates look at; what is refused may be so for
-        its contents, and says nothing of others."""
+        """What is wrong with a prompt for this template: it refuses the conversation, or leaves a turn out. None if
+        nothing is wrong.
+
+        If the template renders the conversation, the result is remembered for its order of roles, since that is what
+        templates look at. If it refuses, the contents may be the reason, so nothing is remembered.
+        """
         roles = tuple(m.role for m in messages)
         if roles not in self._refusals:
             try:
@@ -207,8 +210,8 @@ class Chat:
         try:
             marked = self._render([Message(m.role, mark) for m, mark in zip(messages, marks, strict=True)], True)
         except DataError:
-            return None  # contents decide what this template takes
-        # Earlier replies may be rewritten, without their reasoning say; all else must be shown to the model.
+            return None  # the contents decide what this template accepts
+        # Earlier replies may be rewritten, for example without their reasoning; all else must be shown to the model.
         for i, (message, mark) in enumerate(zip(messages, map(str.strip, marks), strict=True), 1):
             if message.role != "assistant" and mark not in marked and json.dumps(mark)[1:-1] not in marked:
                 problem = f"the chat template leaves out the {message.role} turn (turn {i} of {len(messages)})"
@@ -233,8 +236,8 @@ class Chat:
         self._lead = between.removeprefix(generation_prompt) if between.startswith(generation_prompt) else ""
         self._header = ""
         if self._lead.strip() and asked == self._skeleton(("user",), False):
-            # Without support for generation prompts, what introduces the assistant's turn is still part of the prompt.
-            # A bare blank is not: tokens such as "▁Hello" hold it, and a model samples them so.
+            # If the template has no generation prompt, the text that introduces the assistant's turn is still part of
+            # the prompt. A bare blank is not: tokens such as "▁Hello" contain it, and a model samples it with them.
             self._header, self._lead = self._lead, ""
         self._context = generation_prompt + self._header
         self._before_reply = asked.pieces[0] + asked.fill([_ASKED.content])[0] + self._context
@@ -257,7 +260,7 @@ class Chat:
         self.stop_ids = frozenset({self.end_id} if eos_id is None else {self.end_id, eos_id})
 
     def _skeleton(self, roles: tuple[Role, ...], generation_prompt: bool) -> _Skeleton | None:
-        """None where the template does not write every content once and in order."""
+        """The skeleton for these roles; None if the template does not write every content once and in order."""
         key = roles, generation_prompt
         if key not in self._skeletons:
             marked = [Message(role, _MARK.format(i)) for i, role in enumerate(roles)]
@@ -281,8 +284,8 @@ class Chat:
     def _render_many(
         self, conversations: Sequence[Sequence[Message]], generation_prompt: bool
     ) -> Sequence[str | DataError]:
-        """`_render` of each, or what it raises. A template that only writes contents is run once for each order of
-        roles."""
+        """The text of `_render` for each conversation, or the error that it raises. A template that only writes
+        contents is run once for each order of roles."""
         if self._only_writes_contents:
             return [self._filled(messages, generation_prompt) for messages in conversations]
         try:
@@ -296,11 +299,11 @@ class Chat:
         return only_writes_contents(self.tokenizer.chat_template)
 
     def _filled(self, messages: Sequence[Message], generation_prompt: bool) -> str | DataError:
-        """What `_rendered_or_error` gives, of a template that only writes contents."""
+        """The result of `_rendered_or_error`, for a template that only writes contents."""
         try:
             skeleton = self._skeleton(tuple(m.role for m in messages), generation_prompt)
         except DataError:
-            skeleton = None  # the error is to name this conversation
+            skeleton = None  # so that the error names this conversation
         if skeleton is None:
             return self._rendered_or_error(messages, generation_prompt)
         return _interleave(skeleton.pieces, skeleton.fill([m.content for m in messages]))
@@ -312,8 +315,8 @@ class Chat:
             return error
 
     def _apply_template(self, turns: list[Any], generation_prompt: bool) -> Any:
-        # Some templates write today's date, unless they are given one or by asking for it: a run must not change at
-        # midnight.
+        # Some templates write today's date, either unless `date_string` is given or by calling a function, which
+        # `dated` replaces. Both get a fixed date, because a run must not change at midnight.
         return self.tokenizer.apply_chat_template(
             turns,
             chat_template=dated(self.tokenizer.chat_template),
@@ -325,11 +328,11 @@ class Chat:
     # ---- text to ids ----------------------------------------------------------------------------------------------
 
     def _prompt_parts(self, messages: Sequence[Message], rendered: str) -> list[_TemplatePart]:
-        """A prompt in the parts that are tokenised alone: each earlier assistant turn as the reply it was."""
+        """The parts of a prompt that are tokenised alone; each earlier assistant turn is tokenised as a reply."""
         skeleton = self._skeleton(tuple(m.role for m in messages), True)
         contents = skeleton.fill([m.content for m in messages]) if skeleton else ()
         if skeleton is None or _interleave(skeleton.pieces, contents) != rendered:
-            return [_TemplatePart(rendered + self._header)]  # contents decide what this template writes
+            return [_TemplatePart(rendered + self._header)]  # the contents decide what this template writes
 
         parts: list[_TemplatePart] = []
         text = skeleton.pieces[0]
@@ -349,7 +352,8 @@ class Chat:
     def _response_parts(self, text: str, rendered: str) -> list[_TemplatePart]:
         if rendered.startswith(self._before_reply) and rendered.endswith(self._after_reply):
             return self._reply_parts(rendered[len(self._before_reply) : len(rendered) - len(self._after_reply)])
-        return self._reply_parts(text)  # the generation prompt of this template begins the reply, with a thought say
+        # The generation prompt of this template already begins the reply, for example with a thought.
+        return self._reply_parts(text)
 
     def _reply_parts(self, written: str) -> list[_TemplatePart]:
         return [self._inline_part(written + self._before_end), _TemplatePart(end_id=self.end_id, trained=True)]
@@ -365,7 +369,7 @@ class Chat:
         )
 
     def _encode_many(self, examples: Sequence[Sequence[_TemplatePart]]) -> list[tuple[list[int], list[bool]]]:
-        """`_encode_parts` of each."""
+        """The result of `_encode_parts` for each example."""
         wanted = [part for parts in examples for part in parts if part.text]
         found: dict[int, list[int]] = {}
         for plain in (False, True):
@@ -384,9 +388,10 @@ class Chat:
         return [_put_together(parts, [next(ids_in_order) for part in parts if part.text]) for parts in examples]
 
     def _encode(self, text: str, *, after: str = "", plain: bool = False) -> list[int]:
-        """Ids of a text; `after` is what it follows, which some tokenizers need to know to begin it right.
+        """The ids of a text; `after` is the text before it, which some tokenizers need to tokenise its beginning.
 
-        The same as in `after + text`, unless a token reaches over the seam. With `plain`, special tokens are letters.
+        They are the text's ids within `after + text`, unless a token crosses the boundary: then the text is tokenised
+        alone. With `plain`, special tokens are tokenised as ordinary text.
         """
         if not text:
             return []
@@ -410,7 +415,7 @@ class Fitted:
 
     prompt_ids: list[int]
     outcome: Outcome
-    """Dropped ones have no ids."""
+    """A dropped prompt has no ids."""
 
 
 def fit(
@@ -422,11 +427,11 @@ def fit(
     on_too_long: Literal["drop", "truncate_prompt_left"] = "drop",
     bos_id: int | None = None,
 ) -> Fitted:
-    """The prompt such that it has at most `max_prompt_length` tokens and `max_length` with the reply.
+    """The prompt cut to at most `max_prompt_length` tokens, and to at most `max_length` together with the reply.
 
-    A reply is never cut, for it would lose its end token: without room for it and one token of the prompt, the example
-    is dropped. Cutting takes the beginning of the prompt but keeps `bos_id` in front. Raises ConfigError where the
-    prompt could take all the room.
+    A reply is never cut, because it would lose its end token: if there is no room for it and one token of the prompt,
+    the example is dropped. Cutting removes the beginning of the prompt but keeps `bos_id` in front. Raises ConfigError
+    if the prompt could take all the room.
     """
     if max_length < 2 or (max_prompt_length is not None and not 0 < max_prompt_length < max_length):
         raise ConfigError(
@@ -454,7 +459,7 @@ def _exchange(reply: str) -> list[Message]:
 
 
 def _put_together(parts: Sequence[_TemplatePart], encoded: Sequence[list[int]]) -> tuple[list[int], list[bool]]:
-    """Ids and mask of an example, from the ids of those of its parts that have a text."""
+    """The ids and mask of an example; `encoded` holds the ids of those parts that have a text."""
     ids: list[int] = []
     mask: list[bool] = []
     found = iter(encoded)

@@ -1,4 +1,4 @@
-"""The columns of a file by what they mean: the names that files use for one thing, and the name it has here."""
+"""Column names by their meaning: the names that files use for one thing, and the one name that it has here."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 PROMPT = ("prompt", "instruction", "question", "query", "problem", "user_prompt", "input", "context", "history", "post")
-"""Names of what is asked, the likelier first."""
+"""Names of a prompt, the likeliest first."""
 COMPLETION = ("completion", "response", "output", "reply", "solution", "answer", "target")
-"""Names of a reply. A solution comes before an answer, which beside it is what the solution arrives at."""
+"""Names of a reply, the likeliest first. "solution" comes before "answer": beside it, an answer is only its result."""
 MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
 SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
 """A column with the system turn."""
 CONTEXT = ("input", "context", "passage", "passages")
-"""Text that belongs to the question, which stands above it or beside it in a column of its own."""
+"""Names of text that belongs to the question but stands in a column of its own."""
 PART_OF_PROMPT = frozenset({*SYSTEM, *CONTEXT, "history"})
 WEIGHT = frozenset({"weight", "sample_weight", "loss_weight"})
 REASONING = frozenset({"reasoning", "reasoning_content", "thinking", "thoughts", "thought", "chain_of_thought"})
@@ -21,7 +21,7 @@ UNREAD: Mapping[str, str] = {
     **dict.fromkeys(("tools", "functions", "available_tools", "tool_definitions"), "tools"),
     **dict.fromkeys(("image", "images", "image_url", "image_path", "audio", "audios", "video", "videos"), "not text"),
 }
-"""Columns that change what a row means and that no record here can hold."""
+"""Columns that change what a row means and that no record here can hold, each with what it holds."""
 PAIRS = (
     ("chosen", "rejected"),
     ("chosen_response", "rejected_response"),
@@ -41,9 +41,9 @@ SIDES = (
     *((f"{name}{i}", f"{name}{i + 1}") for i in (1, 0) for name in ("response", "output", "answer", "completion")),
     ("conversation_a", "conversation_b"),
 )
-"""Names of two replies of which neither is the better one by its name."""
+"""Names of two replies that do not say which reply is the better one."""
 CHOICE = ("choice", "winner", "preference", "preferred", "label", "labels", "better_response_id", "overall_preference")
-"""Names of which of two replies was preferred."""
+"""Names of the column that says which of two replies was preferred."""
 LABEL = ("label", "kto_tag", "thumb", "thumbs", "thumbs_up", "liked", "is_good", "desirable", "is_desirable",
          "feedback", "accepted", "is_accepted", "upvoted", "correct", "is_correct")  # fmt: skip
 """Names of a thumb up or down on one reply."""
@@ -51,7 +51,7 @@ RATING = ("rating", "ratings", "score", "stars", "overall_rating", "overall_scor
 """Names of a number on one reply."""
 _STEPS = ("completions", "steps")
 
-# Every name above, and those that records use; others are facts or not used.
+# Every name above, and the names that records use. Other columns become facts or are not used.
 KNOWN = frozenset(
     {*PROMPT, *COMPLETION, *MESSAGES, *PART_OF_PROMPT, *REASONING, *WEIGHT, *UNREAD, *CHOICE, *LABEL, *RATING, *_STEPS,
      *(name for pair in (*PAIRS, *SIDES) for name in pair), "labels", "margin", "facts", "id", "annotator",
@@ -61,7 +61,7 @@ KNOWN = frozenset(
 )  # fmt: skip
 
 _CHANGES_A_ROW = frozenset({*PART_OF_PROMPT, *REASONING, *WEIGHT, *UNREAD})
-"""What is used or refused in any row that has it, whatever the layout."""
+"""Columns that are used or refused in any row that has them, whatever the layout."""
 
 _UP = frozenset({"true", "yes", "y", "good", "up", "thumbs up", "thumb up", "1", "1.0", "+1", "+", "👍", "like",
                  "liked", "upvote", "desirable", "positive", "pos", "accept", "accepted", "correct",
@@ -72,7 +72,7 @@ _DOWN = frozenset({"false", "no", "n", "bad", "down", "thumbs down", "thumb down
 
 
 def thumb(value: Any) -> bool | None:
-    """A thumb up or down in any spelling; None for what is none."""
+    """True for a thumb up, False for a thumb down, in any spelling; None for any other value."""
     if isinstance(value, bool):
         return value
     if isinstance(value, int | float):
@@ -84,14 +84,14 @@ def thumb(value: Any) -> bool | None:
 
 
 def names_of(columns: frozenset[str], sample: Mapping[str, Any], rare: frozenset[str] = frozenset()) -> dict[str, str]:
-    """For the columns of a file, those that have another name here, each with that name.
+    """The columns of a file that have another name here, each with that name, for example {"question": "prompt"}.
 
-    A name in capitals or with blanks around it is the name it would be without, where that is one that is known.
-    `sample` holds a value of each. `rare` are columns that few rows fill in: they decide nothing, but a system turn
-    in capitals is one in these rows too.
+    Capitals and surrounding blanks are ignored if the name without them is known. `sample` holds a value of each
+    column. `rare` are columns that few rows fill in: they do not decide the layout, but a system turn under a name in
+    capitals is recognised in these rows too.
     """
     found: dict[str, str] = {}
-    have: dict[str, str] = {}  # the plain name, and how the file writes it
+    have: dict[str, str] = {}  # from the plain name to the name in the file
     for column in sorted(columns):
         plain = column.strip().lower().replace(" ", "_")
         plain = plain if plain in KNOWN and plain not in columns and plain not in have else column
@@ -125,7 +125,7 @@ def names_of(columns: frozenset[str], sample: Mapping[str, Any], rare: frozenset
     if "response_b" in have and (name := first(CHOICE, kinds=(str, int, float))):
         rename(name, "choice")
     name = first(MESSAGES, kinds=(list,)) or ("" if "prompt" in have else first(MESSAGES, kinds=(str,)))
-    if name and str(sample[have[name]]).lstrip()[:1] in ("[", "{"):  # not a dialogue that is a text
+    if name and str(sample[have[name]]).lstrip()[:1] in ("[", "{"):  # not a dialogue written as plain text
         rename(name, "prompt" if _comes_before(sample[have[name]], sample.get(have.get("chosen", ""))) else "messages")
     if "messages" not in have and (name := first(PROMPT, kinds=(str, list, dict))):
         rename(name, "prompt")
@@ -142,12 +142,12 @@ def names_of(columns: frozenset[str], sample: Mapping[str, Any], rare: frozenset
 
 
 def _third(second: str) -> str:
-    """What a third reply would be called."""
+    """The name that a third reply would have: "response_c" after "response_b"."""
     return second[:-1] + chr(ord(second[-1]) + 1)
 
 
 def _comes_before(messages: Any, chosen: Any) -> bool:
-    """Whether a conversation is what the two replies of a pair answer, and not one of them."""
+    """Whether a conversation is the prompt that both replies of a pair answer, and not one of the replies."""
     first = chosen[0] if isinstance(chosen, list) and chosen else chosen
     speaks = (first.get("role") or first.get("from")) if isinstance(first, dict) else "assistant"
     last = messages[-1] if isinstance(messages, list) and messages else {}

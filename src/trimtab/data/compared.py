@@ -1,4 +1,4 @@
-"""Two replies of which one was preferred, in the ways that files say so: votes, and pairs out of them."""
+"""Rows with two replies of which one was preferred, in the forms that files use: as votes, and as pairs."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ _END = re.compile(r"(?:\A|[_ -])?([ab]|\d)\Z", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Sides:
-    """How a file names its two replies: what their names end with, and whether 1 stands for the first alone."""
+    """How a file names its two replies: the last characters of their column names, and what numbers mean in a choice.
+
+    For example, the columns `response_a` and `response_b` give `Sides("a", "b")`.
+    """
 
     first: str
     second: str
     one_is_first: bool = False
-    """In SHP, labels are 1 where the first is preferred and 0 where the second is."""
+    """True for SHP, in which a label is 1 if the first reply is preferred and 0 if the second is."""
     signed: bool = False
-    """In HelpSteer3, a preference below 0 is for the first, one above for the second."""
+    """True for HelpSteer3, in which a preference below 0 is for the first reply and one above 0 for the second."""
 
 
 def sides_of(names: Mapping[str, str]) -> Sides:
-    """The sides by the names that were given to the two replies."""
+    """The sides of a file; `names` is what `columns.names_of` gives for it."""
     old = {new: name for name, new in names.items()}
     first = old.get("response_a", "response_a").strip().lower()
     second = old.get("response_b", "response_b").strip().lower()
@@ -96,7 +99,7 @@ def _share(row: JsonDict, sides: Sides) -> float:
 
 
 def share_for_first(choice: Any, sides: Sides) -> float:
-    """1 for the first reply, 0 for the second, 0.5 for neither, in any spelling. Raises Mistake for none of them."""
+    """1 if the first reply is chosen, 0 if the second, 0.5 for a tie, in any spelling. Raises Mistake for others."""
     if isinstance(choice, str):
         word = choice.strip().lower().replace("_", " ")
         if word in _TIES:
@@ -158,6 +161,6 @@ def to_comparison(row: JsonDict, sides: Sides = Sides("a", "b")) -> Comparison:
 
 
 def pairs_of(judged: Sequence[Judged]) -> tuple[list[PreferencePair], dict[str, int]]:
-    """One pair for each two replies, its label the share of the votes for the preferred one, and what was counted."""
+    """One pair for each two replies, labelled with the share of votes for the preferred one, and further counts."""
     pairs, counts = to_pairs(judged, labels="soft")
     return pairs, {name: num for name, num in counts.items() if num and name not in ("pairs", "comparisons")}

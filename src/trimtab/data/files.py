@@ -1,4 +1,4 @@
-"""Files of rows: JSON lines, a JSON document, CSV and its kin, Parquet, Arrow. Read row by row, each with its place."""
+"""Files of rows: JSON lines, JSON documents, CSV and TSV, Parquet, Arrow. Rows are read one by one with their place."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _OTHER_TYPES = {
 
 
 def rows_of_file(path: Path) -> Iterator[Located | BadRow]:
-    """The rows of a file, read as they are asked for. Raises DataError for a damaged file or one of no known type."""
+    """The rows of a file, read when they are asked for. Raises DataError for a damaged file or one of unknown type."""
     ending = ending_of(path)
     if ending in (".parquet", ".arrow"):
         return _arrow_rows(path)
@@ -48,7 +48,7 @@ def rows_of_file(path: Path) -> Iterator[Located | BadRow]:
 
 
 def ending_of(path: Path) -> str:
-    """Which of `FILE_TYPES` a file has. Raises DataError for none."""
+    """The entry of `FILE_TYPES` that a file's name ends with. Raises DataError if there is none."""
     name = path.name.lower()
     found = [ending for ending in FILE_TYPES if name.endswith(ending)]
     if not found:
@@ -65,7 +65,7 @@ def ending_of(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, unpacked. Only "\\n" ends one: JSON text may hold other separators such as U+2028."""
+    """The lines of a file, unpacked. Only "\\n" ends a line: JSON text may hold other separators such as U+2028."""
     num = 0
     with cast(BinaryIO, gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb") as file:
         try:
@@ -82,7 +82,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _begin(path: Path) -> Iterator[bytes]:
-    """The lines of a file of text, without a byte order mark. Raises DataError where it is not UTF-8 at all."""
+    """The lines of a text file, without a byte order mark. Raises DataError if the text is UTF-16."""
     lines = _lines(path)
     first = next(lines, b"")
     if first.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in first[:4]:
@@ -132,13 +132,13 @@ def _json_rows(path: Path) -> Iterator[Located | BadRow]:
 
 
 def _is_document(first: bytes) -> bool:
-    """Whether a file that begins so is one JSON document over many lines, and not a row on each line."""
+    """Whether a file with this first line is one JSON document over many lines, and not one row per line."""
     begin = first.strip()
     return begin.startswith(b"[") or begin == b"{" or (begin.startswith(b"{") and begin.endswith((b"[", b"{", b",")))
 
 
 def is_document(path: Path) -> bool:
-    """Whether a file is one JSON document over many rows, which is held in memory whole to be read."""
+    """Whether a file is one JSON document with many rows, which has to be held in memory whole."""
     if not ending_of(path).startswith((".json", ".ndjson")):
         return False
     return _is_document(next((line for line in _begin(path) if line.strip()), b""))
@@ -254,11 +254,11 @@ _COLUMNS_OF_OBJECTS = frozenset(
 
 # ---- CSV ------------------------------------------------------------------------------------------------------------
 
-# A CSV cell is text; under these names it is read as the JSON value that the other formats would have.
+# A CSV cell is text; under these names it is read as the JSON value that other formats would hold.
 _CSV_VALUES = frozenset(
     {"messages", "conversations", "completions", "steps", "label", "labels", "margin", "facts", "responses", "answers"}
 )
-# Replies and prompts are texts even where they look like lists; `messages.conversation_in` knows conversations.
+# Replies and prompts stay texts even if they look like lists; `messages.conversation_in` recognises conversations.
 _CSV_TEXTS = frozenset(
     {"prompt", "instruction", "question", "query", "problem", "input", "context", "system", "text", "chosen",
      "rejected", "completion", "response", "output", "answer", "reply", "solution", "response_a", "response_b",
@@ -267,7 +267,7 @@ _CSV_TEXTS = frozenset(
 _MISSING = frozenset({"nan", "NaN", "<NA>"})
 _TAKEN_FOR_ELSE = r"(?: *[=+\-@\t\r]|(?:nan|NaN|<NA>)\Z)"
 NEEDS_APOSTROPHE = re.compile(f"'*{_TAKEN_FOR_ELSE}")
-"""A text that begins with an apostrophe in a CSV file, so that nothing takes it for a formula or a missing value."""
+"""Matches a text that is written to CSV with an apostrophe in front: else it reads as a formula or missing value."""
 _HAS_APOSTROPHE = re.compile(f"'+{_TAKEN_FOR_ELSE}")
 
 
@@ -316,7 +316,7 @@ def _first_bad_line(path: Path) -> int:
 
 
 def _separator(path: Path, header: str) -> str:
-    """What parts the cells of the first line, quoted names aside; a comma where nothing does."""
+    """The character that separates the cells of the first line, outside quotes; a comma if there is none."""
     if ending_of(path).startswith(".tsv"):
         return "\t"
     outside = re.sub(r'"[^"]*"', "", header)

@@ -17,9 +17,10 @@ _ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict
 
 
 def files_in(folder: Path, split: str | None) -> list[Path]:
-    """The data files of a folder in the order of their names, of one split where there are several.
+    """The data files of a folder in the order of their names, or those of `split` if there are several splits.
 
-    Raises DataError where there are none, where they are of several kinds or splits, or where a shard is missing.
+    Raises DataError if there are none, if they are of several types, if there are several splits and `split` does not
+    name one of them, or if a shard is missing.
     """
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
@@ -62,7 +63,7 @@ def _is_data(path: Path) -> bool:
 
 
 def _split_of(path: Path) -> str:
-    """The split that a file belongs to by its name or that of its folder; "" where neither says."""
+    """The split that a file belongs to by its name or by that of its folder; "" if neither names one."""
     for name in (path.name, *reversed(path.parent.parts)):
         if found := _SPLIT.match(name):
             name = found[1].lower()

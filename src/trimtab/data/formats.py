@@ -1,4 +1,4 @@
-"""Which layout the columns of a file mean, and how its rows become records."""
+"""The known layouts of files: the columns that show each one, and the functions that turn its rows into records."""
 
 from __future__ import annotations
 
@@ -50,25 +50,28 @@ Sample = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One way in which files are laid out: how it is recognised and the records it can give."""
+    """One way in which files are laid out: how it is recognised and the records that it can give."""
 
     name: str
     columns: str
-    """As people are told."""
+    """The columns, as messages to people name them."""
     matches: Callable[[Columns, Sample], bool]
-    """Of the columns that most rows fill in, by the names of `columns.names_of`, and one value of each."""
+    """Takes the columns present in most rows, by the names of `columns.names_of`, and a sample value of each; true if
+    this layout fits."""
     converters: Mapping[type, Callable[..., Any]]
-    """To a record or a list of them. The first is what the layout is for."""
+    """For each kind of record, the function that turns a row into one or a list of them. The first kind is what the
+    layout is for."""
     uses: frozenset[str] = frozenset()
     """Columns that become part of the records."""
     instead: Mapping[type, str] = field(default_factory=dict)
-    """What to do when it is asked for a record that it looks like but does not hold."""
+    """For a kind of record that the layout seems to hold but does not: the fix that an error shows."""
     gather: Callable[[Iterable[Any]], Iterator[Any]] | None = None
-    """Puts together rows that are one only together."""
+    """Joins rows that form one row only together, such as the messages of a tree; None if each row is complete."""
     collect: Mapping[type, Callable[[Sequence[Any]], tuple[list[Any], dict[str, int]]]] = field(default_factory=dict)
-    """Puts together what the converter of a kind gives, where a record may need several rows."""
+    """For a kind of record that may need several rows: turns what its converter gives for all rows into the records
+    and further counts."""
     takes_sides: bool = False
-    """Whether the converters are told how the file names two sides."""
+    """Whether the converters also take the `Sides` of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,19 +81,20 @@ class LayoutReading:
     layout: Layout
     kind: type
     names: Mapping[str, str]
-    """Columns with another name here, by the name they have in the file."""
+    """For each renamed column, from its name in the file to its name here: for example {"question": "prompt"}."""
     convert: Callable[[JsonDict], Any]
     used: frozenset[str]
-    """Columns, by the name they have in the file, that are part of the records."""
+    """The columns that are part of the records, by their names in the file."""
 
     def plain(self, row: JsonDict) -> JsonDict:
-        """The row by the names that are used here."""
+        """The row with the column names that are used here."""
         if not self.names:
             return row
         return {self.names.get(name, name): value for name, value in row.items() if value is not None}
 
     def records(self, row: JsonDict, plain: JsonDict) -> list[Any]:
-        """The records of a row. A prompt takes every column that is not used as one of its facts. Raises Mistake."""
+        """The records of a row; `plain` is `plain(row)`. A prompt takes every unused column as a fact. Raises
+        Mistake."""
         if self.names and len(plain) < sum(value is not None for value in row.values()):
             raise _two_of_one_name(self.names, row)
         made = self.convert(plain)
@@ -102,13 +106,13 @@ class LayoutReading:
         return found
 
     def collect(self, made: list[Any]) -> tuple[list[Any], dict[str, int]]:
-        """The records of all rows, and what else was counted."""
+        """The records of all rows, made from those of each row, and further counts."""
         together = self.layout.collect.get(self.kind)
         return (made, {}) if together is None else together(made)
 
 
 def _two_of_one_name(names: Mapping[str, str], row: JsonDict) -> Mistake:
-    """What is wrong with a row that fills in a column that few rows have, beside the one that is read as it."""
+    """The Mistake of a row that fills in two columns of one name here: a renamed one, and one of that name."""
     old = next(name for name, new in names.items() if row.get(name) is not None and row.get(new) is not None)
     return Mistake(
         "two_columns",
@@ -158,7 +162,7 @@ def _to_question(row: JsonDict) -> Prompt:
     return replace(prompt, facts={**final_answer(row), **prompt.facts})
 
 
-# The more specific comes first.
+# The more specific layouts come first, because the first one that fits is taken.
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="messages of trees",

@@ -1,6 +1,7 @@
-"""Columns of numbers that are kept on disk and read through memory maps, bounded in all.
+"""A cache of number columns on disk, read through memory maps; its total size is bounded.
 
-What is kept is named by a hash of everything it follows from, so nothing is ever out of date; it is only not found.
+Each entry is named by a hash of everything that it follows from, so no entry is ever out of date: if anything changes,
+the entry is not found.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from trimtab.core.errors import ConfigError, EngineError
 from trimtab.data.tokens import DTYPES, Array, Columns
 
 BOUND = "TRIMTAB_DATA_CACHE_GB"
-"""The environment variable that says how much may be kept, in GB of a thousand million bytes."""
+"""The environment variable that says how much may be kept, in GB of 10^9 bytes."""
 DEFAULT_GB = 20.0
 _ABANDONED_SECONDS = 24 * 3600
 _META = "meta.json"
@@ -36,12 +37,12 @@ def folder() -> Path:
 
 
 def read(key: str) -> tuple[Columns, dict[str, Any]] | None:
-    """What was kept under a name, and what was noted with it. None where there is nothing, or nothing whole."""
+    """The columns kept under a key and the note kept with them. None if there is no entry or it is incomplete."""
     directory = folder() / key
     try:
         meta: dict[str, Any] = json.loads((directory / _META).read_text(encoding="utf-8"))
         columns = {name: _mapped(directory / name, dtype, size) for name, (dtype, size) in meta["columns"].items()}
-        os.utime(directory / _META)  # the last use, by which the oldest is found
+        os.utime(directory / _META)  # records the last use, by which `bound` finds the oldest entries
     except (OSError, ValueError, KeyError):
         return None
     return columns, meta["note"]
@@ -54,7 +55,7 @@ def _mapped(path: Path, dtype: str, size: int) -> Array:
 
 
 class Keeper:
-    """Takes columns piece by piece: into files if there is a key and a place for them, else into memory."""
+    """Collects columns piece by piece: in files if there is a key and the folder can be written, else in memory."""
 
     def __init__(self, key: str | None) -> None:
         self._key = key
@@ -63,7 +64,7 @@ class Keeper:
         self._files: dict[str, IO[bytes]] = {}
         self._directory: Path | None = None
         if key is not None:
-            room()  # a bound that is no number is said before the work
+            room()  # refuses a bound that is not a number before the work begins
             try:
                 _remove_abandoned()
                 self._directory = folder() / f".writing-{uuid.uuid4().hex}"
@@ -74,7 +75,7 @@ class Keeper:
                 self._directory = None
 
     def add(self, columns: Columns) -> None:
-        """Puts a piece behind those before. Raises EngineError where the disk does not take it."""
+        """Appends a piece. Raises EngineError if it cannot be written to disk."""
         if self._directory is None:
             self._pieces.append(columns)
             return
@@ -87,7 +88,7 @@ class Keeper:
                 raise _no_room(error) from error
 
     def finish(self, note: Mapping[str, Any]) -> Columns:
-        """All pieces together, kept with a note of JSON values, unless another process kept the same meanwhile."""
+        """All pieces joined. Keeps them with a note of JSON values, unless another process has kept them meanwhile."""
         if self._directory is None or self._key is None:
             names = self._pieces[0] if self._pieces else {}
             columns = {name: np.concatenate([piece[name] for piece in self._pieces]) for name in names}
@@ -98,7 +99,8 @@ class Keeper:
                 file.close()
             meta = {"columns": self._sizes, "note": note}
             (self._directory / _META).write_text(json.dumps(meta), encoding="utf-8")
-            # Mapped before they get their name: from then on another process may remove them, and a map stays.
+            # The files are mapped before they get their final name: from then on another process may remove them, but
+            # a map stays readable.
             columns = {
                 name: _mapped(self._directory / name, dtype, size) for name, (dtype, size) in self._sizes.items()
             }
@@ -106,7 +108,7 @@ class Keeper:
                 self._give_name()
         except OSError as error:
             raise _no_room(error) from error
-        shutil.rmtree(self._directory, ignore_errors=True)  # where it was not given its name
+        shutil.rmtree(self._directory, ignore_errors=True)  # if it was not renamed
         bound(self._key)
         return columns
 
@@ -130,7 +132,7 @@ class Keeper:
 
 
 def room() -> float:
-    """How many bytes may be kept. Raises ConfigError where that is no number."""
+    """How many bytes may be kept. Raises ConfigError if the bound is not a number."""
     given = os.environ.get(BOUND, str(DEFAULT_GB))
     try:
         return float(given) * 1e9
@@ -141,7 +143,8 @@ def room() -> float:
 
 
 def bound(newest: str) -> None:
-    """Removes what was not used for longest until the rest fits the bound. A map that is in use stays readable."""
+    """Removes the least recently used entries, but never `newest`, until the rest fits the bound. A map that is in use
+    stays readable."""
     left = room()
     for _, directory, size in sorted(_by_age(newest)):
         left -= size
@@ -150,7 +153,7 @@ def bound(newest: str) -> None:
 
 
 def _by_age(newest: str) -> Iterator[tuple[float, Path, int]]:
-    """Of all that is kept: how long ago it was used (`newest` first of all), where it is, and its bytes."""
+    """For each entry: a sort key by its last use (`newest` first, then the most recent), its folder and its bytes."""
     for meta in folder().glob(f"*/{_META}"):
         with suppress(OSError):  # another process removed it
             age = -math.inf if meta.parent.name == newest else -meta.stat().st_mtime
@@ -159,7 +162,7 @@ def _by_age(newest: str) -> Iterator[tuple[float, Path, int]]:
 
 def _remove_abandoned() -> None:
     for directory in folder().glob(".writing-*"):
-        with suppress(FileNotFoundError):  # it has got its name
+        with suppress(FileNotFoundError):  # another process has renamed it
             if time.time() - directory.stat().st_mtime > _ABANDONED_SECONDS:
                 shutil.rmtree(directory, ignore_errors=True)
 

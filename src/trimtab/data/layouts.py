@@ -1,4 +1,4 @@
-"""The dataset layouts of the ecosystem, recognised by their columns and turned into records."""
+"""Loads records from the dataset layouts of the ecosystem, which are recognised by their columns."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from trimtab.data.sources import RowStream, records_source, stream_rows
 NUM_SHOWN = 5
 """How many bad rows an error or a summary quotes; the others are counted."""
 Accepts = Callable[[Sequence[Message]], Mistake | None]
-"""What is wrong with the turns of a prompt, if anything is."""
+"""Takes the turns of a prompt and gives what is wrong with them, or None."""
 _NUM_LOOKED_AT = 1000
-"""How many rows say which layout a source has."""
+"""How many of the first rows are used to recognise the layout of a source."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded(Generic[Record]):
-    """What `load` gives back."""
+    """The result of `load`."""
 
     records: list[Record]
     layout: str
     """Name of the layout that was recognised."""
     source: str
     sha256: str
-    """See `Rows.sha256`; for a world, of the records."""
+    """See `SourceRows.sha256`; for a world, the hash of the records."""
     counts: dict[str, int]
     """`rows` read, `records` kept, and `dropped_<mistake>` for each mistake that was met."""
     dropped: tuple[str, ...]
-    """The first few dropped rows: where, and what was wrong."""
+    """The first few dropped rows: where each one is, and what was wrong with it."""
     unused: tuple[str, ...] = ()
-    """Columns, and fields of messages, that hold something and are no part of the records."""
+    """Columns, and fields of messages, that hold values but are not part of the records."""
 
     @property
     def report(self) -> JsonDict:
-        """What a run should say of the reading: the layout, what was not used, and rows left out by mistake."""
+        """What a run reports about the reading: the layout, what was not used, and dropped rows by kind of mistake."""
         return report(self.layout, self.unused, self.counts)
 
 
@@ -65,10 +65,10 @@ def load(
 ) -> Loaded[Record]:
     """The records of a source (`sources.stream_rows`, "world:…" or "feedback:…"), in whatever layout it has.
 
-    With "stop" the first bad row raises DataError that counts all of them by mistake; with "drop" they are left out
-    and counted. `limit` reads only the first so many rows. `accepts` says what is wrong with a prompt for the model it
-    is for, such as a turn that its chat template refuses. Raises DataError for a source that cannot be read, a layout
-    that is not known or holds no such records, and when no row is left.
+    With "stop", bad rows raise one DataError that shows the first and counts all by kind of mistake; with "drop", they
+    are left out and counted. `limit` reads only the first so many rows. `accepts` says what is wrong with a prompt for
+    the model it is for, such as a turn that its chat template refuses. Raises DataError for a source that cannot be
+    read, for a layout that is not known or holds no such records, and if no row is left.
     """
     if (own := records_source(source)) is not None:
         whole = _load_records(own, kind, str(source), limit)
@@ -95,7 +95,7 @@ def load(
 
 
 def none_made(kind: type, source: str, num_rows: int, counted: Mapping[str, int]) -> DataError:
-    """What is raised where rows that are not wrong give no record."""
+    """The error for rows that have no mistake but give no record."""
     return DataError(
         f"no {kind.__name__} can be made of {num_rows} rows: "
         + (", ".join(f"{num} {name}" for name, num in counted.items() if num) or "none says which is better"),
@@ -106,13 +106,13 @@ def none_made(kind: type, source: str, num_rows: int, counted: Mapping[str, int]
 
 @dataclass
 class Seen:
-    """What is remembered of the rows of a source: their number, and what was wrong with which."""
+    """A tally of the rows of a source: their number, and the bad rows among them."""
 
     num_rows: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
-    """Bad rows by their mistake."""
+    """The number of bad rows for each kind of mistake, for example {"broken_json": 2}."""
     bad: list[BadRow] = field(default_factory=list)
-    """The first few of them."""
+    """The first few bad rows."""
 
     def add(self, where: str, found: Any) -> bool:
         """Counts a row. True if it holds records."""
@@ -123,7 +123,7 @@ class Seen:
         return not isinstance(found, BadRow)
 
     def refuse(self, on_bad_row: str, *, num_records: int) -> None:
-        """Raises DataError for bad rows that are not to be dropped, or where nothing else is left."""
+        """Raises DataError if there are bad rows and they are not to be dropped or no record is left."""
         if self.bad and (on_bad_row == "stop" or not num_records):
             raise _all_mistakes(self.bad, self.kinds, self.num_rows)
 
@@ -135,19 +135,19 @@ class Seen:
 
 @dataclass
 class RecordStream:
-    """The rows of a source as records, made as they are asked for."""
+    """The rows of a source as records, made when they are asked for."""
 
     source: str
     sha256: str
     layout: str
     rows: Iterator[tuple[str, Any]]
-    """Where each row stands, and its records or what is wrong with it; None for a row that is not `wanted`."""
+    """For each row, its place and a list of its records, a BadRow, or None if the row is not `wanted`."""
     collect: Callable[[list[Any]], tuple[list[Any], dict[str, int]]]
-    """The records of all rows, and what else was counted, out of the records of each."""
+    """Takes the records of all rows one after the other; gives the final records and further counts."""
     by_row: bool
-    """Whether every row is read alone."""
+    """Whether every row gives its records without the other rows."""
     unused: dict[str, None]
-    """See `Loaded.unused`; known once the rows are read."""
+    """See `Loaded.unused`; complete once the rows are read."""
 
 
 def stream_records(
@@ -158,8 +158,8 @@ def stream_records(
     accepts: Accepts | None = None,
     wanted: Callable[[int], bool] | None = None,
 ) -> RecordStream:
-    """The rows of a file or hub data set as records of a kind; see `load`. `wanted` says of which rows, by their number
-    from 0, records are made at all."""
+    """The rows of a file or hub data set as records of a kind; see `load`. `wanted` takes the number of a row, counted
+    from 0, and says whether its records are made."""
     stream = stream_rows(source, limit=limit)
     unused: dict[str, None] = {}
     found, reading = _begin(stream, kind, unused)
@@ -205,13 +205,13 @@ def _made(
 
 
 def kinds_of(source: str | Path) -> tuple[type, ...]:
-    """The records that a file or hub data set can give by its first rows, what it is for first."""
+    """The kinds of record that a file or hub data set can give, judged by its first rows; its main kind comes first."""
     _, reading = _begin(stream_rows(source, limit=_NUM_LOOKED_AT), None, {})
     return tuple(reading.layout.converters) if reading else ()
 
 
 def _begin(stream: RowStream, kind: type | None, unused: dict[str, None]) -> tuple[Iterable[Any], LayoutReading | None]:
-    """All rows of the stream, and how they are to be read as `kind`; None where the first rows are all broken."""
+    """All rows of the stream, and how they are to be read as `kind`; None if all of them are broken."""
     rows: Iterator[Any] = stream.rows
     first = list(islice(rows, _NUM_LOOKED_AT))
     good = [row for found in first if not isinstance(found, BadRow) for row in found[1:]]
@@ -241,7 +241,7 @@ def _refuse_unless(accepts: Accepts, records: Sequence[Any]) -> None:
 
 
 def _accepted(loaded: Loaded[Record], accepts: Accepts, on_bad_row: str) -> Loaded[Record]:
-    """What was loaded without the records that are not accepted, which count as bad rows do."""
+    """The loaded records without those that are not accepted, which are counted as bad rows."""
     seen: Seen = Seen(num_rows=loaded.counts["rows"])
     kept: list[Record] = []
     for number, record in enumerate(loaded.records, 1):
@@ -260,7 +260,7 @@ def _accepted(loaded: Loaded[Record], accepts: Accepts, on_bad_row: str) -> Load
 
 
 def _placed(where: str, mistake: Mistake, reading: LayoutReading, source: str) -> BadRow:
-    """The mistake at its row. Raises DataError for one that says that the whole file means something else."""
+    """The mistake as a BadRow. Raises DataError if it shows that the whole file means something else."""
     problem = mistake.problem
     called = [f"{new} is the column {old!r}" for old, new in reading.names.items() if new != old and new in problem]
     problem += f" ({', '.join(called)})" if called else ""
@@ -271,7 +271,7 @@ def _placed(where: str, mistake: Mistake, reading: LayoutReading, source: str) -
 
 
 def _note_unused(row: JsonDict, reading: LayoutReading, unused: dict[str, None]) -> None:
-    """Notes the columns of the row, and the fields of its messages, that are no part of the records."""
+    """Notes the columns of the row, and the fields of its messages, that are not part of the records."""
     for name in sorted(row.keys() - reading.used - unused.keys()) if reading.kind is not Prompt else ():
         if filled(row[name]):
             unused[name] = None
@@ -284,7 +284,7 @@ def _note_unused(row: JsonDict, reading: LayoutReading, unused: dict[str, None])
 
 
 def _load_records(own: Source, kind: type[Record], source: str, limit: int | None) -> Loaded[Record]:
-    """The records of a source that has its own; with a limit, the first of them and the hash of those."""
+    """The records of a source of records, such as a world; with a limit, the first of them and their hash."""
     found, sha256, counts = own.read(kind, source)
     records = cast("list[Record]", found)[:limit]
     return Loaded(

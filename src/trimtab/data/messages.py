@@ -1,4 +1,4 @@
-"""Conversations as files have them, under any of the usual names of roles and fields, as `Message`s."""
+"""Turns the conversations of files, with any of the usual names of roles and fields, into `Message`s."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROLE_NAMES: Mapping[str, Role] = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response"), "tool"),
 }
-"""Who speaks, by the names that files use."""
+"""The role for each name that files use."""
 _ROLE_FIELDS = ("role", "from")
 _CONTENT_FIELDS = ("content", "value", "text", "parts")
 _CALL_ROLES = frozenset({"function_call", "tool_call"})
@@ -25,9 +25,9 @@ _CALL_FIELDS = frozenset({"tool_calls", "function_call"})
 _REASONING_FIELDS = frozenset({"reasoning_content", "reasoning", "thinking"})
 _OTHER_FORMS = frozenset({"images", "image", "audio", "audios", "video", "videos", "refusal"})
 _TRAINED_FIELDS = ("weight", "train", "loss", "trainable")
-"""A number or truth value that says whether a turn is to be learnt from."""
+"""Fields with a number or boolean that says whether a turn is to be learnt from."""
 READ_FIELDS = frozenset({*_ROLE_FIELDS, *_CONTENT_FIELDS, *_TRAINED_FIELDS})
-"""Fields of a message that have a meaning here. Those that would change it are refused; others are not used."""
+"""Fields of a message that are read. Other fields are refused if they would change its meaning, else not used."""
 
 
 def messages_of(name: str, value: Any) -> tuple[Message, ...]:
@@ -90,7 +90,7 @@ def _refuse_call(place: str, value: Any) -> None:
 
 
 def refuse_reasoning(place: str, value: Any, field: str) -> None:
-    """Raises Mistake: where reasoning stands in a reply is the template's business."""
+    """Raises Mistake, because only the chat template knows how reasoning is written into a reply."""
     raise Mistake(
         "reasoning",
         f"{place} holds reasoning ({shown(value)}) apart from the reply, which is not read",
@@ -100,7 +100,7 @@ def refuse_reasoning(place: str, value: Any, field: str) -> None:
 
 
 def refuse_other_forms(place: str, value: Any, field: str) -> None:
-    """Raises Mistake: pictures, sounds and films are not read."""
+    """Raises Mistake, because images, audio and video are not read."""
     raise Mistake(
         "not_text",
         f"{place} holds {shown(value)}; only text is read",
@@ -109,7 +109,7 @@ def refuse_other_forms(place: str, value: Any, field: str) -> None:
 
 
 def _text_of_parts(place: str, content: Any) -> str:
-    """The text of content parts, [{"type": "text", "text": …}], one after the other."""
+    """The joined texts of content parts, [{"type": "text", "text": …}]."""
     parts = content if isinstance(content, list) else [content]
     texts = []
     for part in parts:
@@ -134,9 +134,9 @@ def _text_of_parts(place: str, content: Any) -> str:
 
 
 def untrained_turns(name: str, value: Any) -> tuple[int, ...]:
-    """Which assistant turns are marked as not to be learnt from (`weight: 0`, `train: false`), by their number.
+    """The numbers, from 0, of the assistant turns marked as not to be learnt from (`weight: 0`, `train: false`).
 
-    Raises Mistake for a weight between 0 and 1.
+    Raises Mistake for a weight other than 0 and 1.
     """
     found = []
     number = 0
@@ -168,8 +168,8 @@ _BEGINS_A_MESSAGE = re.compile(r"\s*\[\s*\{\s*['\"](?:role|from)['\"]\s*:")
 
 
 def conversation_in(text: str, otherwise: Any) -> Any:
-    """The list of messages (or the one message) that a text writes as JSON or as Python does; `otherwise` for a text
-    that is none. Raises Mistake for one that begins so and cannot be read."""
+    """The list of messages (or the one message) that a text holds as JSON or as Python prints it; `otherwise` for any
+    other text. Raises Mistake for a text that begins like a list of messages and cannot be read."""
     first = text[:1]
     if (first not in "[{" and not first.isspace()) or not (_LIST_OF_OBJECTS.match(text) or _OBJECT.match(text)):
         return otherwise
@@ -197,10 +197,10 @@ def _is_turn(turn: Any) -> bool:
 
 
 def value_in(text: str) -> Any:
-    """The list or object that a text writes as JSON, or as Python prints it; None where it does neither.
+    """The list or object that a text holds as JSON, or as Python prints it; None if it holds neither.
 
-    Python's form is taken only where printing the value gives the text again: numpy prints lists without commas, and
-    Python would read two texts so written as one.
+    Python's form is accepted only if printing the value gives the text again: numpy prints lists without commas, and
+    Python would read two strings without a comma between them as one.
     """
     try:
         value = json.loads(text)
@@ -217,7 +217,7 @@ def value_in(text: str) -> Any:
 
 
 def refuse_half_characters(value: Any) -> None:
-    """Raises Mistake where a text holds half of a character, as one does that was cut inside an emoji."""
+    """Raises Mistake if a text holds half of a character, as a text does that was cut inside an emoji."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     try:
         text.encode()
@@ -241,7 +241,7 @@ _ENDS_OPEN = re.compile(r"\n\s*Assistant:\s*\Z")
 def transcript(name: str, text: str) -> tuple[Message, ...] | None:
     """The turns of "\\n\\nHuman: … \\n\\nAssistant: …" (hh-rlhf), stripped of blanks; None for other text.
 
-    Raises Mistake for a transcript that begins with something else than a speaker.
+    Raises Mistake for a transcript with other text before the first speaker.
     """
     if "Human:" not in text and "Assistant:" not in text:
         return None
@@ -254,7 +254,7 @@ def transcript(name: str, text: str) -> tuple[Message, ...] | None:
             )
         return None
     parts = _BETWEEN.split(text)
-    if len(parts) == 3:  # one turn: it may be that single line breaks part the turns, or that it is no transcript
+    if len(parts) == 3:  # one turn: either single line breaks separate the turns, or this is no transcript
         by_line = _BETWEEN_LINES.split(text)
         if len({*by_line[1::2]}) == 2:
             parts = by_line
@@ -265,12 +265,13 @@ def transcript(name: str, text: str) -> tuple[Message, ...] | None:
 
 
 def is_transcript(value: Any) -> bool:
-    """Whether a prompt is one; the blank behind its last "Assistant:" is then no part of the reply."""
+    """Whether a prompt is a transcript; then the blank after its last "Assistant:" is not part of the reply."""
     return isinstance(value, str) and "Assistant:" in value and transcript("prompt", value) is not None
 
 
 def joined(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Neighbouring turns of one speaker as one: a few hh-rlhf transcripts have them, and most templates refuse them."""
+    """The messages with neighbouring turns of one speaker joined: a few hh-rlhf transcripts have such turns, and most
+    templates refuse them."""
     found: list[Message] = []
     for message in messages:
         if found and found[-1].role == message.role:

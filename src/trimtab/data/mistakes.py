@@ -1,4 +1,4 @@
-"""What is wrong with one row, in the words that an error or a summary uses."""
+"""The mistakes of single rows, in the words that an error or a summary uses."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 class Mistake(Exception):
     """Something wrong with one row; `load` adds where the row is.
 
-    One that is not `droppable` shows that the whole file means something else than was thought: leaving out the rows
-    that show it would keep just the wrong ones.
+    A mistake that is not `droppable` shows that the whole file means something else than was thought: if only the rows
+    that show this were dropped, the rows that are wrong without showing it would be kept.
     """
 
     def __init__(self, kind: str, problem: str, fix: str, *, droppable: bool = True) -> None:
@@ -20,7 +20,10 @@ class Mistake(Exception):
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: where it is, which mistake (a short name that is counted), and what to do."""
+    """A row that cannot be used: where it is, the kind of mistake (a short name that is counted), and what to do.
+
+    For example `BadRow("a.jsonl, row 3", "empty_response", "chosen is empty", "write a reply in chosen, ...")`.
+    """
 
     where: str
     kind: str
@@ -29,18 +32,18 @@ class BadRow:
 
 
 def wrong_type(name: str, value: Any, wanted: str) -> NoReturn:
-    """Raises the Mistake of a value of the wrong type."""
+    """Raises a Mistake for a value of the wrong type."""
     raise Mistake(
         "wrong_type", f"{name} is {shown(value)} ({type(value).__name__}); {wanted} is needed", f"make {name} {wanted}"
     )
 
 
 def shown(value: Any) -> str:
-    """The value as Python writes it, cut where it is long."""
+    """The value as Python prints it, shortened if it is longer than 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 
 def filled(value: Any) -> bool:
-    """Whether a cell says something: not missing, not empty, not an empty list written as text."""
+    """Whether a cell holds something: it is not missing, not empty, and not an empty list or object written as text."""
     return value is not None and value not in ("", "[]", "{}", "null") and value != [] and value != {}

@@ -1,4 +1,4 @@
-"""Compared and judged replies as batches: a tree for each prompt, with every reply to it once."""
+"""Compared and judged replies as batches: one tree for each prompt, with every reply to it once."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Groups:
 
     table: TokenTable
     order: Array
-    """Numbers of the records, those of a prompt together."""
+    """The numbers of the records, those of one prompt together."""
     starts: Array
-    """Where those of each prompt begin, and the end of the last."""
+    """Where the records of each prompt begin in `order`, and the end of the last: one more than prompts."""
     max_tokens: int
     on_too_long: WhenTooLong
     bos_id: int | None
@@ -45,7 +45,7 @@ class Groups:
         return np.asarray(self.table.columns[name][self.order])
 
     def tree(self, group: int) -> tuple[Tree, list[list[int]]]:
-        """A prompt with its replies, each once, and for each of its records which of them are its own."""
+        """The tree of a prompt with each reply once, and for each record of the prompt the places of its replies."""
         records = self.records(group)
         replies: dict[int, list[int]] = {}
         own = []
@@ -74,12 +74,12 @@ def group(
     counts: dict[str, int],
     alone: bool = False,
 ) -> Groups:
-    """The records of each prompt together (or each `alone`), without prompts whose replies do not fit; what happened is
-    added to `counts`, by records.
+    """The records grouped by prompt (or each `alone`), without prompts whose replies do not fit. The numbers of records
+    dropped and truncated are added to `counts`.
 
-    A reply is never cut, since its end would be lost; all replies of a prompt share one truncation of it.
+    A reply is never cut, because it would lose its end; all replies to a prompt share one truncation of the prompt.
     """
-    fit_prompt([], [], max_length=max_tokens)  # refuses one that leaves no room
+    fit_prompt([], [], max_length=max_tokens)  # raises ConfigError if max_tokens leaves no room
     order, starts = (table.chosen, np.arange(len(table) + 1)) if alone else table.by_prompt()
     bos_id = chat.tokenizer.bos_token_id
     sizes = np.diff(starts)
@@ -129,7 +129,7 @@ class Comparisons:
 
     @property
     def num_pairs(self) -> int:
-        """The pairs that fit."""
+        """The number of pairs that fit."""
         return len(self.groups.order)
 
     @property
@@ -139,16 +139,16 @@ class Comparisons:
 
     @property
     def margins(self) -> Array:
-        """The margin of each pair, nan where it has none."""
+        """The margin of each pair, in the order of `pairs`; nan if it has none."""
         return self.groups.column("margin")
 
     def pairs(self, limit: int | None = None) -> list[PreferencePair]:
-        """The pairs that fit, or the first of them, prompt after prompt: the order of `PairBatch.chosen_ids` over the
-        whole set. Read from their source where they are not in memory."""
+        """The pairs that fit, or the first `limit` of them, prompt after prompt: the order of `PairBatch.chosen_ids`
+        over the whole set. They are read from their source if they are not in memory."""
         return self.groups.table.part(self.groups.order[:limit]).records()
 
     def batch(self, indices: Sequence[int] | None = None) -> PairBatch:
-        """The prompts with these numbers, or all, as one batch."""
+        """The prompts with these numbers, or all prompts, as one batch."""
         found = [(i, *self.groups.tree(i)) for i in (range(len(self.groups)) if indices is None else indices)]
         return PairBatch(
             trees=TokenTrees.build([tree for _, tree, _ in found]),
@@ -172,7 +172,7 @@ def group_pairs(
     on_too_long: WhenTooLong,
     counts: dict[str, int],
 ) -> Comparisons:
-    """The pairs of each prompt together; prompts whose replies do not fit are counted by their pairs."""
+    """The pairs grouped by prompt; `counts` counts the pairs of prompts whose replies do not fit."""
     table = pairs if isinstance(pairs, TokenTable) else table_of(chat, PreferencePair, pairs)
     return Comparisons(group(table, chat, max_tokens=max_tokens, on_too_long=on_too_long, counts=counts))
 
@@ -186,10 +186,11 @@ class Judgements:
 
     trees: Sequence[Tree]
     desirable: Sequence[tuple[float, ...]]
-    """For each tree, the judgements that call its replies good; shares where votes are shares."""
+    """For each tree, how many judgements call each of its replies good; fractions if labels are probabilities."""
     undesirable: Sequence[tuple[float, ...]]
+    """For each tree, how many judgements call each of its replies bad."""
     totals: tuple[float, float]
-    """Good and bad judgements in all."""
+    """The total numbers of good and of bad judgements."""
 
 
 def group_replies(
@@ -200,7 +201,7 @@ def group_replies(
     on_too_long: WhenTooLong,
     counts: dict[str, int],
 ) -> Judgements:
-    """The judged replies of each prompt together; prompts that do not fit are counted by their judgements."""
+    """The judged replies grouped by prompt; `counts` counts the judgements of prompts that do not fit."""
     table = replies if isinstance(replies, TokenTable) else table_of(chat, LabelledResponse, replies)
     groups = group(table, chat, max_tokens=max_tokens, on_too_long=on_too_long, counts=counts)
 
@@ -221,8 +222,8 @@ def group_replies(
 
 
 def split_in_two(comparisons: Comparisons) -> Judgements:
-    """Each pair as two judgements: of a pair with label q, the chosen reply is good by q and bad by 1 - q, the
-    rejected one the other way round."""
+    """Each pair as two judgements: for a label q, the chosen reply counts as q good and 1 - q bad judgements, and the
+    rejected reply as 1 - q good and q bad ones."""
 
     def judged(i: int, good: bool) -> tuple[float, ...]:
         found = [0.0] * len(comparisons.trees[i].branches)
@@ -241,9 +242,9 @@ def split_in_two(comparisons: Comparisons) -> Judgements:
 
 
 def mismatch(trees: Sequence[Tree], *, max_tokens: int, bos_id: int | None) -> Sequence[Tree]:
-    """Each prompt with the replies to another prompt, half the set away: neighbours in a file are often alike.
+    """A tree for each prompt with the replies to another prompt, half the set away: neighbours are often alike.
 
-    The pairing is one for the whole set, so that the reference reads each of these trees once.
+    The pairing is the same for the whole run, so that the reference reads each of these trees once.
     """
 
     def mixed(i: int) -> Tree:

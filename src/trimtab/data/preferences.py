@@ -1,4 +1,4 @@
-"""Votes to preference pairs."""
+"""Turns votes into preference pairs."""
 
 from __future__ import annotations
 
@@ -36,13 +36,12 @@ def to_pairs(
     ties: Literal["drop", "half"] = "half",
     min_agreement: float = 0.5,
 ) -> tuple[list[PreferencePair], dict[str, int]]:
-    """One pair for each two replies that were compared, in the order in which they first appear, and what was counted.
+    """One pair for each two replies that were compared, in the order in which they first appear, and the counts.
 
-    Votes over the same two replies to the same messages are put together, whichever was shown as A and whatever ids
-    the rows have. The share of votes for the preferred
-    one is its `label` with "soft"; with "majority" the label is 1. A tie counts as half a vote for each side, or not
-    at all. Left out and counted are pairs of identical replies, pairs without a vote that counts, even votes, and
-    pairs with a share below `min_agreement`.
+    Votes over the same two replies to the same messages are put together, whichever reply was shown as A and whatever
+    ids the rows have. With "soft", the `label` of a pair is the share of votes for the preferred reply; with "majority"
+    it is 1. A tie counts as half a vote for each side ("half") or not at all ("drop"). Pairs are left out and counted
+    if their replies are identical, if no vote counts, if the votes are even, or if the share is below `min_agreement`.
     """
     counts = {
         "comparisons": 0,
@@ -60,7 +59,7 @@ def to_pairs(
         counts["comparisons"] += 1
         counts["ties"] += share == 0.5
         a, b = comparison.response_a, comparison.response_b
-        # By the conversation and not by its id: a file may give every row an id of its own.
+        # Votes are grouped by the conversation and not by its id: a file may give every row an id of its own.
         tally = tallies.setdefault((comparison.prompt.messages, frozenset((a, b))), _Tally(comparison.prompt, a, b))
         if share != 0.5 or ties == "half":
             tally.votes.append(share if a == tally.first else 1 - share)

@@ -1,8 +1,8 @@
-"""A source as a table of token ids: read and tokenised in blocks, on every core where it is large, and kept.
+"""Turns a source into a table of token ids: read and tokenised in blocks, on every core if it is large, and kept.
 
-Each process reads the whole source and makes records and tokens of its own blocks only: reading is a tenth of the work,
-and so no text crosses from one process to another. Blocks are put together in the order of the source, so the table is
-the same for any number of processes.
+Each process reads the whole source but makes records and tokens of its own blocks only: reading is a tenth of the work,
+and no text has to be sent between processes. Blocks are put together in the order of the source, so the table is the
+same for any number of processes.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from trimtab.data.sources import files_of, is_hub, records_source
 from trimtab.data.tokens import REPLIES, Array, Columns, TokenTable, id_of_two, tokenise
 
 SMALL = 4_000_000
-"""Bytes of a source that is tokenised in memory by this process, in a second, and not kept."""
+"""A source of at most this many bytes is tokenised in memory by this process, in a second, and is not kept."""
 BLOCK = 2000
-"""Rows of a block."""
+"""Rows per block."""
 MAX_PROCESSES = 8
 """Every process reads the whole source, so more of them gain little."""
 
@@ -48,7 +48,7 @@ Stamp = tuple[str, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What `prepare` gives back. Of what was read and dropped it says what `layouts.Loaded` says."""
+    """The result of `prepare`. Fields that `layouts.Loaded` has too mean the same."""
 
     table: TokenTable
     layout: str
@@ -66,7 +66,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Records:
-    """Where records of a kind are read."""
+    """Which records are read: their kind, source and limit, and the chat whose template must accept them."""
 
     kind: type
     source: str | Path
@@ -96,8 +96,8 @@ def prepare(
     limit: int | None = None,
     by_prompt: bool = True,
 ) -> Prepared:
-    """The records that `layouts.load` gives, tokenised. A conversation that the chat template refuses is a bad row too,
-    and so is one whose id another prompt has, if records are put together `by_prompt`.
+    """The records that `layouts.load` gives, tokenised. A conversation that the chat template refuses is a bad row too.
+    If records are put together `by_prompt`, so is a record whose id belongs to another prompt.
 
     Raises what `load` raises.
     """
@@ -112,7 +112,7 @@ def prepare(
         loaded = _loaded(records_of, on_bad_row)
         return prepare_loaded(kind, loaded, chat, on_bad_row=on_bad_row, by_prompt=by_prompt)
     facts: dict[str, Any] = {"layout": stream.layout, "source": stream.source, "sha256": stream.sha256}
-    del stream  # and with it the file, which may be in memory whole
+    del stream  # frees the file, which may be in memory whole
     large = size is None or size > SMALL
     key = key_of(records_of, facts["sha256"]) if large else None
     found = kept.read(key) if key is not None else None
@@ -137,8 +137,8 @@ def prepare(
 
 
 def num_processes(source: str | Path) -> int:
-    """Processes that tokenise a large source: one a core, where a process can be split in two. One for JSON documents,
-    which each would hold in memory whole."""
+    """How many processes tokenise a large source: one per core, at most `MAX_PROCESSES`. One if this process cannot
+    fork, and one for JSON documents, which every process would hold in memory whole."""
     if not is_hub(source) and any(map(is_document, files_of(source)[0])):
         return 1
     if sys.platform != "linux" or multiprocessing.current_process().daemon:
@@ -180,7 +180,7 @@ def _prepared(
 
 
 def _counted(error: DataError, num: int, num_records: int) -> DataError:
-    """The error, with how many rows are like the one it names."""
+    """The error with the number of rows that have the same mistake."""
     return DataError(
         f"{error.problem}\n  {num} of {num_records} rows have the id of another prompt",
         where=error.where,
@@ -201,7 +201,7 @@ def _loaded(records_of: Records, on_bad_row: Literal["stop", "drop"]) -> Loaded[
 def prepare_loaded(
     kind: type, loaded: Loaded[Any], chat: Chat, *, on_bad_row: Literal["stop", "drop"] = "stop", by_prompt: bool = True
 ) -> Prepared:
-    """What `prepare` gives of records that are in memory."""
+    """The result of `prepare` for records that are in memory."""
     records = loaded.records
     columns, refused = tokenise(chat, records, range(len(records)))
     seen = Seen(num_rows=loaded.counts["rows"])
@@ -262,7 +262,7 @@ def _build(work: _Work, key: str | None, on_bad_row: str, processes: int) -> tup
 
 
 def _stamps(source: str | Path) -> tuple[Stamp, ...]:
-    """Name, size and time of change of each file; none for a hub data set."""
+    """The name, size and modification time of each file; empty for a hub data set."""
     files = () if is_hub(source) else files_of(source)[0]
     return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
@@ -271,10 +271,10 @@ def _stamps(source: str | Path) -> tuple[Stamp, ...]:
 class _Work:
     records: Records
     stamps: tuple[Stamp, ...]
-    """Of the files when their hash was asked for."""
+    """The stamps of the files, taken just before their hash."""
 
     def refuse_changed(self) -> None:
-        """Raises DataError where a file is another than it was: what was read is then not what the hash is of."""
+        """Raises DataError if a file has changed: the hash is then not that of what was read."""
         if _stamps(self.records.source) != self.stamps:
             raise DataError(
                 "the data was changed while it was read",
@@ -283,7 +283,7 @@ class _Work:
             )
 
     def blocks(self, part: int, num_parts: int) -> Iterator[_Block]:
-        """Every `num_parts`-th block, beginning with the one of number `part`."""
+        """Every `num_parts`-th block, beginning with block number `part`."""
 
         def own(row: int) -> bool:
             return row // BLOCK % num_parts == part
@@ -314,14 +314,15 @@ class _Work:
 
 
 def _in_order(work: _Work, processes: int) -> Iterator[_Block]:
-    """The blocks that so many processes make, in the order of the source."""
+    """The blocks, made by this number of processes, in the order of the source."""
     context = multiprocessing.get_context("fork")
     ends, children = [], []
     for part in range(processes):
         end, other_end = context.Pipe(duplex=False)
         child = context.Process(target=_send_blocks, args=(work, part, processes, other_end), daemon=True)
         with warnings.catch_warnings():
-            # Of threads that might hold a lock: those of torch and of the tokenizer, which the child does not use.
+            # The warning is about threads that might hold a lock: those of torch and of the tokenizer, which the child
+            # does not use.
             warnings.simplefilter("ignore", DeprecationWarning)
             child.start()
         other_end.close()
@@ -367,7 +368,7 @@ def _send_blocks(work: _Work, part: int, num_parts: int, end: Connection) -> Non
     except TrimtabError as error:
         end.send((type(error), error.problem, error.where, error.fix))
     except (BrokenPipeError, KeyboardInterrupt):
-        pass  # nobody waits for more blocks: the parent ended, or says itself that it was stopped
+        pass  # nobody waits for more blocks: the parent has ended, or it reports itself that it was stopped
     end.close()
 
 
@@ -375,7 +376,7 @@ def _send_blocks(work: _Work, part: int, num_parts: int, end: Connection) -> Non
 
 
 def _read_again(records_of: Records, sha256: str, columns: Columns) -> Read:
-    """What gives the records with some numbers, by reading those rows of the source again."""
+    """A function that takes record numbers and gives those records, by reading their rows of the source again."""
 
     def read(chosen: Array) -> list[Any]:
         rows = columns["row"][chosen]
@@ -401,7 +402,7 @@ def _read_again(records_of: Records, sha256: str, columns: Columns) -> Read:
 
 
 def _place(records_of: Records, row: int) -> str:
-    """Where a row stands, as people are told."""
+    """The place of a row, as messages name it: "pairs.jsonl, row 17"."""
     stream = records_of.stream(lambda number: False)
     return next(where for number, (where, _) in enumerate(stream.rows) if number == row)
 
@@ -410,8 +411,9 @@ def _place(records_of: Records, row: int) -> str:
 
 
 def key_of(records_of: Records, sha256: str) -> str | None:
-    """The name of what a source gives: a hash of its content, of the tokenizer with its template, of the versions of
-    the libraries, and of the code that reads and tokenises. None for a tokenizer that cannot be told apart."""
+    """The key under which the columns of a source are kept: a hash of its content, of the tokenizer with its template,
+    of the versions of the libraries, and of the code that reads and tokenises. None if the tokenizer's rules cannot be
+    read, as without a fast backend."""
     chat = records_of.chat
     backend = getattr(chat.tokenizer, "backend_tokenizer", None)
     if backend is None:

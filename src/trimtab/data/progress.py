@@ -1,4 +1,4 @@
-"""How far the reading of a large source is."""
+"""Shows how far the reading of a large source is."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trimtab.data.sources import files_of, is_hub
 
 _QUIET_SECONDS = 10.0
-"""Where output is not a terminal, a line of progress is printed this often."""
+"""Seconds between two lines of progress if the output is not a terminal."""
 
 
 @contextmanager
 def showing_rows(source: str | Path, limit: int | None, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Within, the function given shows how many rows were read: a bar on a terminal, else a line now and then."""
+    """Yields a function that shows how many rows were read: as a bar on a terminal, else as a line now and then."""
     if quiet:
         yield lambda num: None
         return
@@ -49,7 +49,7 @@ def showing_rows(source: str | Path, limit: int | None, *, quiet: bool) -> Itera
 
 
 def num_rows(source: str | Path) -> int | None:
-    """About how many rows a source has, if that is quickly found."""
+    """The approximate number of rows of a source; None if it cannot be found quickly."""
     if is_hub(source):
         return None
     num = 0

@@ -1,7 +1,7 @@
-"""The prompt and the reply in one row: text, transcript or messages, with what other columns add to them.
+"""Reads the prompt and the reply of one row: text, transcript or messages, with what other columns add to them.
 
-Columns that are part of the prompt in any layout (a system turn, an input or context, earlier turns) are read here, and
-so is the refusal of what no record can hold.
+Columns that are part of the prompt in any layout (a system turn, an input or context, earlier turns) are read here.
+Columns that no record can hold are refused here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BESIDE_REPLY = REASONING | WEIGHT
 
 
 def field_of(row: Mapping[str, Any], *names: str) -> Any:
-    """The value under the first of `names` that the row has. Raises Mistake where it has none."""
+    """The value under the first of `names` that the row has. Raises Mistake if it has none of them."""
     for name in names:
         if row.get(name) is not None:
             return row[name]
@@ -54,8 +54,8 @@ def reply_turns(name: str, value: Any) -> tuple[Message, ...] | str:
 
 
 def reply_of(name: str, value: Any, to: Any = None) -> str:
-    """A reply: text, or a list with one assistant message; without blanks around it where it is text that goes on with
-    the transcript `to`. Raises Mistake."""
+    """A reply, given as text or as a list with one assistant message. A text that continues the transcript `to` loses
+    the blanks around it. Raises Mistake."""
     turns = reply_turns(name, value)
     if isinstance(turns, str):
         return not_empty(name, turns.strip()) if is_transcript(to) else turns
@@ -65,7 +65,7 @@ def reply_of(name: str, value: Any, to: Any = None) -> str:
 
 
 def no_single_reply(name: str, turns: Sequence[Message]) -> Mistake:
-    """What is wrong with a reply of these turns."""
+    """The Mistake of a reply that has these turns and not one assistant turn."""
     return Mistake(
         "no_assistant_turn",
         f"{name} has the turns {', '.join(m.role for m in turns) or '(none)'} where one assistant turn is needed",
@@ -74,14 +74,14 @@ def no_single_reply(name: str, turns: Sequence[Message]) -> Mistake:
 
 
 def not_empty(name: str, text: str) -> str:
-    """The text. Raises Mistake where it says nothing."""
+    """The text itself. Raises Mistake if it is empty or blank."""
     if not text or text.isspace():
         raise Mistake("empty_response", f"{name} is empty", f"write a reply in {name}, or remove the row")
     return text
 
 
 def split_reply(name: str, messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], str]:
-    """A conversation as what comes before its last turn, and that turn, which must be the assistant's."""
+    """The turns before the last turn, and the text of the last turn. Raises Mistake unless it is the assistant's."""
     if not messages or messages[-1].role != "assistant":
         raise Mistake(
             "no_assistant_turn",
@@ -112,7 +112,7 @@ def refuse_unread(row: Mapping[str, Any]) -> None:
 
 
 def refuse_beside_reply(row: Mapping[str, Any]) -> None:
-    """Raises Mistake for a column of reasoning beside a reply, or one that weighs the row."""
+    """Raises Mistake for a column of reasoning beside a reply, or for one that gives the row another weight than 1."""
     for name in row.keys() & _BESIDE_REPLY:
         if name in REASONING and filled(row[name]):
             refuse_reasoning(name, row[name], name)
@@ -153,8 +153,8 @@ def prompt_in(row: Mapping[str, Any], name: str = "prompt", *, facts: JsonDict |
 
 
 def with_columns(messages: tuple[Message, ...], row: Mapping[str, Any]) -> tuple[Message, ...]:
-    """The turns with what other columns add to them: an input or context behind the last user turn, earlier turns and
-    a system turn before the first."""
+    """The turns with what other columns add to them: an input or context at the end of the last user turn, earlier
+    turns and a system turn before the first."""
     present = row.keys() & PART_OF_PROMPT
     if not present:
         return messages
@@ -180,7 +180,7 @@ def with_columns(messages: tuple[Message, ...], row: Mapping[str, Any]) -> tuple
 
 
 def _running_text(name: str, value: Any) -> str:
-    """A text, or several as paragraphs; passages may be lists of lines."""
+    """The value as one text. Several texts become paragraphs; a passage may be a list of lines."""
     if _are_texts(value):
         return "\n\n".join(value)
     if isinstance(value, list) and all(_are_texts(lines) for lines in value):
@@ -193,7 +193,7 @@ def _are_texts(value: Any) -> bool:
 
 
 def _earlier_turns(value: Any) -> tuple[Message, ...]:
-    """Turns before this one: messages, or [question, answer] pairs as Alpaca-like files have them."""
+    """The turns before this one, given as messages or as the [question, answer] pairs of Alpaca-like files."""
     if isinstance(value, list) and all(_are_texts(turn) and len(turn) == 2 for turn in value):
         return tuple(turn for q, a in value for turn in (Message("user", q), Message("assistant", a)))
     return messages_of("history", value)
@@ -212,7 +212,7 @@ def _with_system(name: str, text: str, messages: tuple[Message, ...]) -> tuple[M
 
 
 def make_prompt(messages: tuple[Message, ...], row: Mapping[str, Any], facts: JsonDict | None = None) -> Prompt:
-    """The prompt of these turns with the id and the facts of the row. Raises Mistake where nobody is to answer."""
+    """The prompt of these turns with the id and the facts of the row. Raises Mistake if there is nothing to answer."""
     if (
         not messages
         or messages[-1].role == "assistant"

@@ -16,12 +16,12 @@ from trimtab.data.rows import number_in
 _TEXT = ("response", "answer", "text", "completion", "content", "output")
 _BY_SCORE = ("overall_score", "score", "rating", "overall_rating")
 SCORE_LISTS = {"scores": 1.0, "ratings": 1.0, "ranks": -1.0, "rank": -1.0, "mean_ranks": -1.0}
-"""Lists with a number for each reply, and whether higher is better."""
+"""Columns with a list of one number for each reply: 1 if higher is better, -1 if lower is better."""
 REPLY_LISTS = ("responses", "answers", "completions", "replies")
 
 
 def is_ranked(row: JsonDict) -> bool:
-    """Whether a row holds several replies with what says which is better."""
+    """Whether a row holds several replies and something that says which is better."""
     return bool(_ranked_list(row)) or isinstance(row.get("targets"), dict)
 
 
@@ -47,7 +47,7 @@ class _Scored:
 
 
 def to_ranked_pairs(row: JsonDict) -> list[PreferencePair]:
-    """Every two replies of which one is better, in the order of the row. Raises Mistake."""
+    """A pair for every two replies of which one is better, in the order of the row. Raises Mistake."""
     field_of(row, "prompt")
     prompt, replies = _read(row)
     found = []
@@ -91,7 +91,7 @@ def _zipped(row: JsonDict, name: str, texts: Any, scores: Any, sign: float) -> l
 
 
 def _scored(row: JsonDict, place: str, reply: Any) -> _Scored | None:
-    """A reply with its score; None where it has none."""
+    """A reply with its score; None if the score is empty."""
     if not isinstance(reply, dict):
         wrong_type(place, reply, "an object with the reply and its score or rank")
     text = reply_of(place, field_of(reply, *_TEXT), row["prompt"])
@@ -113,9 +113,9 @@ def _scored(row: JsonDict, place: str, reply: Any) -> _Scored | None:
 
 
 def trees_of_rows(rows: Iterable[Located | BadRow]) -> Iterator[Located | BadRow]:
-    """Rows that each hold one message and name the one before it, as one row for each tree of messages.
+    """Rows that each hold one message and the id of its parent, joined to one row for each tree of messages.
 
-    A message that names none of the file is a bad row, and so is a second one of the same id that says something else.
+    A message whose parent is not in the file is a bad row. So is a second message with the same id if the two differ.
     """
     messages: dict[str, tuple[str, JsonDict]] = {}
     bad: list[BadRow] = []
@@ -147,7 +147,8 @@ _Path = tuple[Message, ...]
 
 
 def _walk(row: JsonDict) -> Iterator[tuple[_Path, list[JsonDict], bool]]:
-    """For every message, the turns up to it, the replies to it, and whether it is reached over best replies."""
+    """For every message: the turns up to and with it, the replies to it, and whether all assistant turns on the way to
+    it are best replies."""
     root = field_of(row, "prompt")
     if not isinstance(root, dict):
         wrong_type("prompt", root, "a message with text and replies")
@@ -169,7 +170,7 @@ def _walk(row: JsonDict) -> Iterator[tuple[_Path, list[JsonDict], bool]]:
 
 
 def _best(replies: Sequence[JsonDict]) -> JsonDict | None:
-    """The reply with the lowest rank, or the only one; None where nothing says which is best."""
+    """The reply with the lowest rank, or the only reply; None if nothing says which is best."""
     if len(replies) == 1:
         return replies[0]
     ranked = [r for r in replies if isinstance(r.get("rank"), int | float)]
@@ -177,7 +178,7 @@ def _best(replies: Sequence[JsonDict]) -> JsonDict | None:
 
 
 def to_tree_pairs(row: JsonDict) -> list[PreferencePair]:
-    """Every two ranked replies to the same turn of a tree. Raises Mistake."""
+    """A pair for every two replies to the same turn of a tree that differ in rank. Raises Mistake."""
     found = []
     for path, replies, _ in _walk(row):
         ranked = [r for r in replies if isinstance(r.get("rank"), int | float) and r.get("role") == "assistant"]
@@ -190,7 +191,7 @@ def to_tree_pairs(row: JsonDict) -> list[PreferencePair]:
 
 
 def to_tree_demonstrations(row: JsonDict) -> list[Demonstration]:
-    """The best reply to every turn that is reached over best replies."""
+    """The best reply to every user turn that only best replies lead to."""
     found = []
     for path, replies, best in _walk(row):
         top = _best(replies) if best and path[-1].role == "user" else None
@@ -200,7 +201,7 @@ def to_tree_demonstrations(row: JsonDict) -> list[Demonstration]:
 
 
 def to_tree_prompts(row: JsonDict) -> list[Prompt]:
-    """Every turn of a person that is reached over best replies."""
+    """A prompt for every user turn that only best replies lead to."""
     return [Prompt(messages=path) for path, _, best in _walk(row) if best and path[-1].role == "user"]
 
 

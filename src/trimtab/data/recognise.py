@@ -1,4 +1,4 @@
-"""The layout of a file by its columns, and what is refused there because it would be read wrongly without a word."""
+"""Recognises the layout of a file by its columns, and refuses files that would be read wrongly without a warning."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from trimtab.data.messages import conversation_in, transcript
 from trimtab.data.mistakes import Mistake, filled, shown
 
 _NUM_COMPARED = 50
-"""Rows that are looked through for a question that stands in two columns, or a prompt that replies repeat."""
+"""How many rows are searched for a second column of replies or questions, and for replies that repeat the prompt."""
 _ABOUT = frozenset(
     {"id", "source", "dataset", "category", "subset", "split", "type", "task", "topic", "domain", "language", "lang",
      "model", "url", "tags", "tag", "author", "license", "label", "margin", "annotator", "timestamp", "date"}
 )  # fmt: skip
-"""Columns of text that are about a row and no part of it."""
+"""Columns of text that are about a row and not part of its content."""
 
 
 def recognise(rows: Sequence[JsonDict], *, where: str, kind: type | None = None) -> LayoutReading:
     """The first of `LAYOUTS` that fits the columns filled in by at least half of the rows, read as records of `kind`.
 
-    Half, so that a row that lacks something is reported as that row's mistake. Without a kind, the one the layout is
-    for. Raises DataError that names the columns seen and the layouts known, that says what the layout gives instead,
-    or that names a column which would change what the rows mean.
+    Half is enough, so that a row that lacks a value is reported as that row's mistake. Without a kind, the kind that
+    the layout is for is taken. Raises DataError if no layout fits (with the columns seen and the layouts known), if
+    the layout does not give this kind (with what it gives), or if a column would change what the rows mean.
     """
     filled_in = Counter(name for row in rows for name, value in row.items() if value is not None)
     columns = frozenset(name for name, num in filled_in.items() if 2 * num >= len(rows))
@@ -55,9 +55,9 @@ def recognise(rows: Sequence[JsonDict], *, where: str, kind: type | None = None)
 
 
 def _used_by(layout: Layout, kind: type, columns: frozenset[str]) -> frozenset[str]:
-    """The columns that become part of the records. Of a row that is read for its prompt alone, the replies do not."""
+    """The columns that become part of the records. If a row is read for its prompt alone, its replies do not."""
     always = {"id", "facts", *PART_OF_PROMPT}
-    if "trees" in layout.name:  # a row that was put together has no columns but these
+    if "trees" in layout.name:  # a row that was joined from several has no other columns
         return layout.uses | always | {"prompt", "message_tree_id"}
     asked = {"messages"} if layout.name == "conversations" or "prompt" not in columns else {"prompt"}
     if kind is not Prompt:
@@ -67,7 +67,7 @@ def _used_by(layout: Layout, kind: type, columns: frozenset[str]) -> frozenset[s
 
 
 def named(fix: str, source: str, names: Mapping[str, str]) -> str:
-    """What to do, with the source and its columns in it by the names they have."""
+    """The fix with `source` in place of FILE, and with columns by the names that they have in the file."""
     old = {new: name for name, new in names.items()}
     before, mark, rest = fix.partition("FILE?ignore=")
     if mark:
@@ -148,8 +148,8 @@ def _other_kind(
 def _misread(
     reading: LayoutReading, rows: Sequence[JsonDict], columns: frozenset[str], sample: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
-    """What would be read wrongly without a word, and what to do about it."""
-    # Of all rows, for a thumb or a rating that few replies have says no less of those.
+    """The problems that would make the file be read wrongly without a warning, each with its fix."""
+    # From all rows: a thumb or a rating that only few replies have still judges those.
     left = {name: name.strip().lower() for row in rows for name in row if name not in reading.used}
     if reading.kind is Demonstration:
         yield from _judged(left, rows)
@@ -170,7 +170,7 @@ def _misread(
 
 
 def _judged(left: Mapping[str, str], rows: Sequence[JsonDict]) -> Iterator[tuple[str, str]]:
-    """A label or rating of the replies, which says that not all of them are to be imitated."""
+    """Columns that label or rate the replies: they say that not all replies are to be imitated."""
     found = [name for name, plain in left.items() if plain in LABEL]
     found = [name for name in found if left[name] in LABEL[:2] or _judges(rows, name)]
     found += [name for name, plain in left.items() if plain in RATING and _judges(rows, name)]
@@ -231,7 +231,7 @@ def _texts(value: Any) -> Iterator[str]:
 def _hidden_prompts(
     reading: LayoutReading, rows: Sequence[JsonDict], left: Mapping[str, str], sample: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
-    """Texts that begin alike have their prompt in that beginning, unless a column holds it."""
+    """Columns that may hold the prompt of two plain texts, whose common beginning would be taken for the prompt."""
     if "prompt" in sample or not isinstance(sample.get("chosen"), str) or _is_transcript(sample["chosen"]):
         return
     for name, plain in left.items():
@@ -252,7 +252,7 @@ def _is_transcript(text: str) -> bool:
 
 
 def _repeated_prompts(reading: LayoutReading, rows: Sequence[JsonDict]) -> Iterator[tuple[str, str]]:
-    """Replies that begin with the whole prompt would be learnt with it."""
+    """Replies that begin with the whole prompt: the prompt would be learnt too."""
     plain = [reading.plain(row) for row in rows]
     names = ("chosen", "rejected") if reading.kind is PreferencePair else ("completion",)
     texts = [row for row in plain if all(isinstance(row.get(name), str) for name in ("prompt", *names))]

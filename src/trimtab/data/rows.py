@@ -1,5 +1,5 @@
-"""One row of a file as a record, whatever its layout, or what is wrong with it. Rows come here by the names of
-`columns.py`."""
+"""Turns one row of a file, in any layout, into a record, or says what is wrong with it. The rows have the column names
+of `columns.py`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _flags(name: str, value: Any) -> tuple[bool, ...]:
 
 
 def number_in(row: Mapping[str, Any], name: str) -> float | None:
-    """The number under `name`, also where it is written as text. Raises Mistake for what is none."""
+    """The number under `name`, also if it is written as text; None if it is empty. Raises Mistake for other values."""
     value = row.get(name)
     if value is None or value == "":
         return None
@@ -120,7 +120,7 @@ def _refuse_swapped(row: JsonDict) -> None:
 
 
 def _probability(value: Any) -> float:
-    """The label of a pair: the probability that chosen is preferred; nothing and true are 1."""
+    """The label of a pair, the probability that chosen is preferred, from 0.5 to 1; an empty cell and true mean 1."""
     if value is None or value == "" or value is True:
         return 1.0
     try:
@@ -138,7 +138,7 @@ def _probability(value: Any) -> float:
 
 
 def to_pair(row: JsonDict) -> PreferencePair:
-    """A pair with or without a prompt of its own. Raises Mistake."""
+    """A pair with or without a prompt column. Raises Mistake."""
     return to_explicit_pair(row) if row.get("prompt") is not None else to_implicit_pair(row)
 
 
@@ -161,8 +161,8 @@ def to_explicit_pair(row: JsonDict) -> PreferencePair:
 
 
 def _conversations_pair(row: JsonDict, chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> PreferencePair:
-    """Some files repeat the prompt inside both conversations, sometimes after a system turn that it lacks; in others
-    the prompt is followed by several turns."""
+    """The pair of two conversations. Some files repeat the prompt inside both, sometimes after a system turn that the
+    prompt lacks; in others the prompt is followed by several turns."""
     stated = prompt_in(row)
     if chosen[0].role != "assistant" and rejected[0].role != "assistant":
         before, reply, other = _shared(chosen, rejected)
@@ -180,7 +180,7 @@ def _conversations_pair(row: JsonDict, chosen: tuple[Message, ...], rejected: tu
 
 
 def _shared(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> tuple[tuple[Message, ...], str, str]:
-    """What two conversations begin with, and the reply of each."""
+    """The turns before the last one, which both conversations must share, and the last reply of each."""
     before, reply = split_reply("chosen", chosen)
     other_before, other_reply = split_reply("rejected", rejected)
     if before != other_before:
@@ -213,7 +213,7 @@ def to_implicit_pair(row: JsonDict) -> PreferencePair:
 
 
 def _num_shared(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many items both begin with."""
+    """How many items at the beginning are the same in both."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
@@ -237,7 +237,8 @@ def _plain_text_pair(row: JsonDict, chosen: str, rejected: str) -> PreferencePai
 
 
 def _answered(row: JsonDict, reply: Any) -> tuple[Prompt, str, tuple[int, ...]]:
-    """The prompt and the last reply to it, where the reply may be several turns, and the turns not to learn from."""
+    """The prompt, the last reply to it, and the numbers of the assistant turns not to learn from; `reply` may hold
+    several turns."""
     prompt = prompt_in(row)
     refuse_beside_reply(row)
     turns = reply_turns("completion", reply)
@@ -263,7 +264,7 @@ def _untrained_in(name: str, reply: Any) -> tuple[int, ...]:
 
 
 def _before_last(name: str, untrained: Sequence[int], offset: int, last: int) -> tuple[int, ...]:
-    """The untrained turns counted from the first of the conversation. Raises Mistake where the last is among them."""
+    """The untrained turns by their numbers in the whole conversation. Raises Mistake if the last is among them."""
     found = tuple(offset + number for number in untrained)
     if last in found:
         raise Mistake(
@@ -281,7 +282,7 @@ def to_demonstration(row: JsonDict) -> Demonstration:
 
 
 def _untrained(row: JsonDict, found: tuple[int, ...]) -> tuple[int, ...]:
-    """What our own records say of it, else what was found in the messages."""
+    """The row's own `untrained_turns`, which files that trimtab wrote have, else those found in the messages."""
     return tuple(row["untrained_turns"]) if isinstance(row.get("untrained_turns"), list) else found
 
 
@@ -352,7 +353,7 @@ def to_stepped_response(row: JsonDict) -> SteppedResponse:
 
 
 def prompt_of(convert: Callable[[JsonDict], Any]) -> Callable[[JsonDict], Prompt]:
-    """The prompt of the record that `convert` makes."""
+    """A function that gives the prompt of the record that `convert` makes."""
     return lambda row: cast(Prompt, convert(row).prompt)
 
 

@@ -1,4 +1,4 @@
-"""What a model will see of a file: examples with the trained tokens marked, the layout, counts and lengths."""
+"""Shows what a model will see of a file: examples with the trained tokens marked, the layout, counts and lengths."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trimtab.data.tokens import without_turns
 Kind = Literal["auto", "sft", "preference", "prompt"]
 _RECORDS: dict[str, type] = {"sft": Demonstration, "preference": PreferencePair, "prompt": Prompt}
 NUM_MEASURED = 1000
-"""Rows that are counted and measured unless all are asked for."""
+"""How many rows are counted and measured, unless all rows are asked for."""
 _BAR = 40
 _NUM_BINS = 10
 
@@ -86,7 +86,7 @@ def _spelled(character: str) -> str:
 
 
 def _natural(source: str | Path) -> type:
-    """The record a source is for: the first that its layout gives."""
+    """The kind of record that a source is for: the first that its layout gives."""
     if (own := records_source(source)) is not None:
         return own.natural
     return next(iter(kinds_of(source)), Prompt)
@@ -123,7 +123,7 @@ def _prompts(chat: Chat, prompts: Sequence[Prompt]) -> list[list[int]]:
 
 
 def _replies(record: Any) -> list[tuple[str, str]]:
-    """The replies of a record with their titles; none of a prompt."""
+    """The replies of a record with their titles; a prompt has none."""
     if isinstance(record, Prompt):
         return []
     if isinstance(record, Demonstration):

@@ -31,16 +31,16 @@ class SourceRows:
 
     source: str
     sha256: str
-    """Of the file as it lies on disk (compressed or not), or of the hashes of several; of the rows as JSON lines for a
-    hub data set."""
+    """The hash of the file as it lies on disk (compressed or not), or of the hashes of several files; for a hub data
+    set, the hash of the rows as JSON lines."""
     rows: list[Located]
     bad: list[BadRow]
-    """Rows that are no table row at all: broken JSON, not UTF-8, a wrong number of cells."""
+    """Rows that cannot be parsed: broken JSON, not UTF-8, a wrong number of cells."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowStream:
-    """The rows of one source, read as they are asked for; see `SourceRows`."""
+    """The rows of one source, read when they are asked for; see `SourceRows`."""
 
     source: str
     sha256: str
@@ -48,7 +48,7 @@ class RowStream:
 
 
 def read_rows(source: str | Path, *, limit: int | None = None) -> SourceRows:
-    """All rows of a source at once; see `stream_rows`. Raises DataError where there are none."""
+    """All rows of a source at once; see `stream_rows`. Raises DataError if there are none."""
     stream = stream_rows(source, limit=limit)
     seen = list(stream.rows)
     return SourceRows(
@@ -63,13 +63,12 @@ def stream_rows(source: str | Path, *, limit: int | None = None) -> RowStream:
     """The rows of a file, a folder or list of files, or of a hub data set ("hub:org/name?split=train" or "org/name").
 
     Files: "pairs.jsonl", "shards/" (a folder of data files, or what `save_to_disk` wrote), "data/train-*.parquet",
-    "a.jsonl,b.jsonl". Behind a "?" may stand what is to be changed while reading: "columns=question:prompt"
-    renames columns, "ignore=rating" leaves columns (and fields of messages) out, and "split=train" chooses among the
-    splits of a folder.
+    "a.jsonl,b.jsonl". Options after a "?" change what is read: "columns=question:prompt" renames columns,
+    "ignore=rating" leaves columns (and fields of messages) out, and "split=train" chooses among the splits of a folder.
 
-    A row of a JSON lines file is its line number, of other files its place below the header. With `limit` only the
-    first so many rows are read. Raises DataError for a source that is missing, empty, damaged or of no known type;
-    single broken rows are given as `BadRow`.
+    The number of a row is its line number in a JSON lines file, and its place below the header in other files. With
+    `limit`, only the first so many rows are read. Raises DataError for a source that is missing, empty, damaged or of
+    no known type; single broken rows are given as `BadRow`.
     """
     if limit is not None and limit < 1:
         raise DataError(f"a limit of {limit} reads no row", where=str(source), fix="set a limit of at least 1, or none")
@@ -94,7 +93,7 @@ def _hash_of(paths: Sequence[Path]) -> str:
 
 
 def files_of(source: str | Path) -> tuple[list[Path], dict[str, str]]:
-    """The files that a source names, in order, and its options. Raises DataError where there are none."""
+    """The files that a source names, in order, and its options. Raises DataError if there are no such files."""
     text = str(source)
     if Path(text).is_file():
         return [Path(text)], {}
@@ -166,7 +165,7 @@ def _renamed(
                     where=where,
                     fix=f"leave that one out too (ignore={new}), or give it another name",
                 )
-        # An ignored column makes room for one that is to have its name.
+        # An ignored column makes room for one that is renamed to its name.
         changed: JsonDict = {names.get(name, name): value for name, value in row.items() if name not in ignored}
         if ignored:
             changed = {name: _without(value, ignored, seen) for name, value in changed.items()}
@@ -180,7 +179,7 @@ def _renamed(
 
 
 def _without(value: Any, ignored: set[str], seen: set[str]) -> Any:
-    """A list of messages, or a prompt with one in it, without the ignored fields."""
+    """The value without the ignored fields, if it is a list of messages or a prompt with one in it."""
     if isinstance(value, str) and value[:1] in ("[", "{"):
         value = conversation_in(value, value)
     if isinstance(value, dict) and "messages" in value:
@@ -194,7 +193,7 @@ def _without(value: Any, ignored: set[str], seen: set[str]) -> Any:
 
 
 def is_hub(source: str | Path) -> bool:
-    """True for "hub:…" and for "org/name" where no such path exists and the name does not end like a data file."""
+    """True for "hub:…", and for "org/name" if no such path exists and the name does not end like a data file."""
     text = str(source)
     if text.startswith("hub:"):
         return True
@@ -204,7 +203,7 @@ def is_hub(source: str | Path) -> bool:
 
 
 def records_source(source: str | Path) -> Source | None:
-    """The source of records that "world:helpdesk" or "feedback:project.toml" begins with; None for one of rows."""
+    """The `Source` whose name "world:helpdesk" or "feedback:project.toml" begins with; None for a source of rows."""
     name, colon, _ = str(source).partition(":")
     if not colon or name not in registry.modules("source"):
         return None
@@ -213,7 +212,7 @@ def records_source(source: str | Path) -> Source | None:
 
 
 def _options(text: str, source: str, defaults: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """Name and options of "name?key=value&key=value"."""
+    """The name and the options of "name?key=value&key=value"."""
     name, _, query = text.partition("?")
     given = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
     unknown = sorted(set(given) - set(defaults))

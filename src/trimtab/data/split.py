@@ -1,4 +1,4 @@
-"""Which prompts are held out: by their messages alone, so that every file and every project agrees."""
+"""Decides which prompts are held out, by their messages alone, so that every file and every project agrees."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trimtab.core.types import Message, Prompt, prompt_id
 
 
 class HasPrompt(Protocol):
-    """A record about one prompt."""
+    """A record about one prompt, such as a `Demonstration` or a `PreferencePair`."""
 
     @property
     def prompt(self) -> Prompt: ...
@@ -20,11 +20,11 @@ P = TypeVar("P", bound=Prompt | HasPrompt)
 
 
 def split_by_prompt(records: Sequence[P], held_out: float = 0.1) -> tuple[list[P], list[P]]:
-    """The records to train on and those held out, about the share `held_out` of all prompts.
+    """The records to train on, and the records held out: about the share `held_out` of all prompts.
 
     All records of a prompt go to one side. The side depends only on the prompt's messages, not on its id (rows often
     have one each) nor on the other records, so a prompt is held out from every file it is in and stays so as data is
-    added; of few prompts all may fall on one side.
+    added. If there are few prompts, all may fall on one side.
     """
     train: list[P] = []
     rest: list[P] = []
@@ -35,7 +35,8 @@ def split_by_prompt(records: Sequence[P], held_out: float = 0.1) -> tuple[list[P
 
 
 def place_of_prompt(messages: Sequence[Message]) -> float:
-    """A number in [0, 1) that is the same for equal conversations on every machine: below the share, held out."""
+    """A number in [0, 1) that is the same for equal conversations on every machine; a prompt is held out if the number
+    is below the share to hold out."""
     return place_of_name(prompt_id(messages))
 
 

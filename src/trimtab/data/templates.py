@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trimtab.core.errors import DataError
 
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
-"""Of the tokenizers that trimtab trains, in the order of their ids; `<|end|>` is their eos token."""
+"""The special tokens of the tokenizers that trimtab trains, in the order of their ids; `<|end|>` is the eos token."""
 
 _TURNS = (
     "{%- for message in messages %}"
@@ -21,10 +21,10 @@ _TURNS = (
     "{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 DEFAULT_TEMPLATE = _TURNS.replace("END", "'<|end|>'")
-"""For tokenizers with `SPECIAL_TOKENS`; `default_template` is the same for others."""
+"""The template for tokenizers with `SPECIAL_TOKENS`; `default_template` gives the same for other tokenizers."""
 
 TODAY = datetime.date(2024, 7, 26)
-"""What a template that asks for the date is told, on every day: the default of the templates of Llama 3."""
+"""The date that a template gets when it asks for today's, on every day: the default of the templates of Llama 3."""
 
 _DIRECTIVES = ("%-d", "%-m", *(f"%{letter}" for letter in "YymdBbAaHIMSpjeFDTcxX"))
 _DATE_MACRO = (
@@ -32,14 +32,15 @@ _DATE_MACRO = (
     + "".join(f" | replace('{d}', '{TODAY.strftime(d)}')" for d in _DIRECTIVES)
     + " -}}{%- endmacro -%}"
 )
-"""Defines strftime_now for a template, with `TODAY` for the date. A template takes no function from outside, but
-its own macro stands before what it has."""
+"""A macro that defines strftime_now in a template, with `TODAY` as the date. A template takes no function from outside,
+but a macro of its own comes before the function that it has."""
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The template for a tokenizer without one: `DEFAULT_TEMPLATE` with its own end token, and bos if it adds one.
 
-    Role markers that are no tokens of it are written as plain text. Raises DataError where there is no end token.
+    Role markers that are not tokens of the tokenizer are written as plain text. Raises DataError if there is no end
+    token.
     """
     if "<|end|>" not in tokenizer.get_vocab() and tokenizer.eos_token is None:
         raise DataError(
@@ -61,22 +62,22 @@ def dated(template: Any) -> str | None:
 # ---- templates that do not look at contents ----------------------------------------------------------------------
 
 _PLAIN_LOOP = frozenset({"index", "index0", "revindex", "revindex0", "first", "last", "length"})
-"""What a loop tells of itself that is not a message."""
+"""The attributes of a loop that give no access to a message."""
 
 
 def only_writes_contents(template: Any) -> bool:
-    """Whether the roles alone decide what a template writes around the contents, each of which it writes as it is or
-    without blanks around it. True only where the template can be seen to do nothing else with a message.
+    """Whether a template writes each content as it is or stripped, and the roles alone decide what stands around the
+    contents. True only if the template can be seen to do nothing else with a message.
 
-    It is told from the parsed template: everything that is made of `messages` must end in a role, in a number of
-    turns, or in a place where the content itself is written.
+    The parsed template decides: every use of `messages` must end in a role, in a number of turns, or in a place where
+    the content itself is written.
     """
     if not isinstance(template, str):
         return False
     try:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except jinja2.TemplateError:
-        return False  # it has tags of its own
+        return False  # it has tags that are not known here
     parents = {child: node for node in _nodes(tree) for child in node.iter_child_nodes()}
     known = {"messages"}
     while more := {name for node in _nodes(tree) for name in _turns_of(node, known)} - known:
@@ -98,7 +99,7 @@ def _nodes(tree: nodes.Node) -> Iterator[nodes.Node]:
 
 
 def _turns_of(node: nodes.Node, known: set[str]) -> set[str]:
-    """The name that a loop over messages gives to each."""
+    """The name that a loop over messages gives to each message; empty for any other node."""
     if not isinstance(node, nodes.For) or not isinstance(node.target, nodes.Name):
         return set()
     seen = {name.name for name in [node.iter, *node.iter.find_all(nodes.Name)] if isinstance(name, nodes.Name)}
@@ -106,7 +107,7 @@ def _turns_of(node: nodes.Node, known: set[str]) -> set[str]:
 
 
 def _is_harmless(node: nodes.Node, parents: dict[nodes.Node, nodes.Node]) -> bool:
-    """Whether messages, or one of them, are looped over, counted, asked for a role, or written by their content."""
+    """Whether messages, or one message, are only looped over, counted, asked for a role, or written as content."""
     parent = parents[node]
     while isinstance(parent, nodes.Getitem) and parent.node is node and _chooses_messages(parent.arg):
         node, parent = parent, parents[parent]
@@ -117,11 +118,11 @@ def _is_harmless(node: nodes.Node, parents: dict[nodes.Node, nodes.Node]) -> boo
     key = _key(parent) if isinstance(parent, nodes.Getitem | nodes.Getattr) and parent.node is node else None
     if key == "content":
         return _is_written(parent, parents)
-    return key is not None and not hasattr(dict, key)  # the role, or what no message has here
+    return key is not None and not hasattr(dict, key)  # the role, or a key that no message has here
 
 
 def _chooses_messages(arg: nodes.Node) -> bool:
-    """Whether it is a place in a list, or a range of places, known beforehand."""
+    """Whether a subscript is a constant index or a slice with constant bounds."""
     parts = [arg.start, arg.stop, arg.step] if isinstance(arg, nodes.Slice) else [arg]
     inner = [part.node if isinstance(part, nodes.Neg) else part for part in parts if part is not None]
     return all(isinstance(part, nodes.Const) and isinstance(part.value, int) for part in inner)
@@ -134,10 +135,10 @@ def _key(node: nodes.Getitem | nodes.Getattr) -> str | None:
 
 
 def _is_written(node: nodes.Node, parents: dict[nodes.Node, nodes.Node]) -> bool:
-    """Whether a content goes straight into the text, in a place that nothing but roles has chosen."""
+    """Whether a content goes straight into the text, in a place that only the roles have chosen."""
     outer = parents[node]
     if isinstance(outer, nodes.Filter) and outer.name == "trim" and not (outer.args or outer.kwargs):
-        node = outer  # of the content alone: what stands before an empty content keeps its blanks
+        node = outer  # trim of the content alone: text before an empty content keeps its blanks
     while not isinstance(node, nodes.Output):
         node = parents[node]
         if not isinstance(node, nodes.Add | nodes.Concat | nodes.Output):

@@ -1,4 +1,4 @@
-"""Tokenizers of model directories, with what the files beside them say that a conversation depends on."""
+"""Loads the tokenizers of model directories, with the facts in the files beside them that conversations depend on."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from trimtab.core.hub import ADAPTER_WEIGHTS, base_of, find_model
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model directory says about the ids of its tokenizer."""
+    """The facts in a model directory about the ids of its tokenizer."""
 
     stop_ids: frozenset[int]
-    """Where its generation settings end a reply, besides the tokenizer's eos token."""
+    """The ids on which its generation settings end a reply, besides the tokenizer's eos token."""
     num_rows: int
-    """Rows of its embedding: ids from here on cannot be read."""
+    """The rows of its embedding: it cannot read an id of this number or above."""
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory or hub id, with its `ModelFacts`; an adapter without one has its base's."""
+    """The tokenizer of a model directory or hub id, with its `ModelFacts`. An adapter without a tokenizer gets that of
+    its base."""
     base, name = base_of(path), find_model(path)
     own = base is None or (Path(name) / "tokenizer_config.json").exists()
     try:
@@ -68,7 +69,7 @@ def load_config(path: str | Path) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error that says something, with the kind of error where it says nothing."""
+    """The first line of an error that is not empty; the type of the error if it has no such line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -76,8 +77,8 @@ def first_line(error: Exception) -> str:
 
 
 def refuse_missing_rows(tokenizer: PreTrainedTokenizerBase, num_rows: int, written: set[int]) -> None:
-    """Raises EngineError for tokens without a row in the model that conversations can hold. `written` are the ids of a
-    conversation; special tokens that are in none may lack a row, as the image token of a text model does."""
+    """Raises EngineError if conversations can hold tokens that have no row in the model. `written` are the ids of a
+    conversation; special tokens that it does not hold may lack a row, as the image token of a text model does."""
     if len(tokenizer) <= num_rows:
         return
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -98,7 +99,7 @@ def refuse_missing_rows(tokenizer: PreTrainedTokenizerBase, num_rows: int, writt
 
 
 def choose_pad(tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], num_ids: int) -> tuple[int, bool]:
-    """The id that pads, and whether it is spare: no word that a text could hold."""
+    """The id to pad with, and whether it is spare, that is, not a word that a text could hold."""
     added = tokenizer.added_tokens_decoder.items()
     spare: list[int | None] = [tokenizer.pad_token_id, tokenizer.unk_token_id]
     spare += [id_ for id_, t in added if re.search("pad|unused|reserved", t.content.lower())]
@@ -116,8 +117,8 @@ def choose_pad(tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], num
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, name: str, config: Any) -> frozenset[int]:
-    """Ids on which transformers ends a reply. Those that no generation settings were written for come from the
-    configuration, where they are the default of its class as often as not, and count if they are special tokens."""
+    """The ids on which transformers ends a reply. If no generation settings were written, the ids come from the model's
+    configuration. There they are often only the default of its class, so they count only if they are special tokens."""
     try:
         generation = GenerationConfig.from_pretrained(name)
     except (OSError, ValueError):
@@ -131,7 +132,7 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase, name: str, config: Any) -> fro
 
 
 def _rows_in(weights: Path) -> int:
-    """Rows of the largest embedding or head that an adapter brings; 0 for none."""
+    """The rows of the largest embedding or head that an adapter brings; 0 if it brings none."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -148,4 +149,4 @@ def _rows_in(weights: Path) -> int:
 
 
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
-"""What models call their input and output embeddings."""
+"""The names that models give to their input and output embeddings."""

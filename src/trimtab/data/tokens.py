@@ -1,8 +1,8 @@
 """Records as columns of numbers: token ids, lengths, and hashes that say which prompts and replies are the same.
 
-What a stage needs of its data before the first step (which examples are held out, which share a prompt, which fit) are
-operations on these columns, and a column may lie on disk. The texts are left where they are; a tree is built when it is
-asked for.
+What a stage needs to know of its data before the first step (which examples are held out, which share a prompt, which
+fit) is computed from these columns, and a column may lie on disk. The texts stay in their source; a tree is built when
+it is asked for.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ Columns = dict[str, Array]
 T = TypeVar("T")
 
 DTYPES: dict[str, str] = {
-    "row": "<u4",  # which row of the source a record is made of
+    "row": "<u4",  # the row of the source that a record is made from
     "id_hash": "<u8",
-    "messages_hash": "<u8",  # of the prompt's messages; its place among all says whether it is held out
+    "messages_hash": "<u8",  # of the prompt's messages; as a fraction of 2^64 it decides whether the prompt is held out
     "num_prompt": "<u4",
-    "num_mask": "<u4",  # as many as the prompt has tokens, or none
-    "margin": "<f8",  # nan where there is none
+    "num_mask": "<u4",  # the number of tokens of the prompt, or 0 without a mask
+    "margin": "<f8",  # nan if there is none
     "label": "<f8",
-    "reply_hash": "<u8",  # those below have an entry for each reply
+    "reply_hash": "<u8",  # this column and the next have an entry for each reply
     "num_reply": "<u4",
-    "ids": "<u4",  # token after token, record after record: the prompt, then its replies; "<u2" where that is enough
-    "mask": "|b1",  # of prompts with earlier replies that are learnt from, which tokens these are
+    "ids": "<u4",  # token after token, record after record: the prompt, then its replies; "<u2" if that is enough
+    "mask": "|b1",  # which tokens are learnt from, for prompts with earlier replies that are learnt from
 }
 REPLIES: dict[type, int] = {Demonstration: 1, LabelledResponse: 1, PreferencePair: 2}
 
 
 def tokenise(chat: Chat, records: Sequence[Any], rows: Sequence[int]) -> tuple[Columns, dict[int, DataError]]:
-    """The columns of records that stand in these rows of their source, and what the chat template refuses, by the place
-    of the record. A row of which one record is refused gives none."""
+    """The columns of records, and the errors of records that the chat template refuses, by the place of the record.
+    `rows` holds the row of each record in its source; if one record of a row is refused, the row gives none."""
     prompts = [record.prompt for record in records]
     encoded = chat.encode_prompts([prompt.messages for prompt in prompts])
     refused = {i: found for i, found in enumerate(encoded) if isinstance(found, DataError)}
@@ -80,7 +80,8 @@ def tokenise(chat: Chat, records: Sequence[Any], rows: Sequence[int]) -> tuple[C
 
 
 def hash_of(text: str) -> int:
-    """Eight bytes of a text's SHA-256, the same on every machine; two of a billion texts are alike once in 40 files."""
+    """Eight bytes of a text's SHA-256, the same on every machine. One file in 40 with a billion texts has two texts
+    with the same hash."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
@@ -96,7 +97,7 @@ def _margin(record: Any) -> float:
 def without_turns(mask: Sequence[bool], turns: Sequence[int]) -> list[bool]:
     """The mask without the assistant turns of these numbers: each run of trained tokens is one turn.
 
-    Where the template rewrites earlier turns only the last one is trained, and there is nothing to take out.
+    If the template rewrites earlier turns, only the last turn is trained, and there is nothing to take out.
     """
     starts = [i for i, trained in enumerate(mask) if trained and not (i and mask[i - 1])]
     found = list(mask)
@@ -127,15 +128,15 @@ class Lazy(Sequence[T], Generic[T]):
 
 @dataclass(frozen=True, eq=False)
 class TokenTable:
-    """Columns of the records of one source. A part of it shares the columns and has another `chosen`."""
+    """The columns of the records of one source. A part of a table shares its columns and has another `chosen`."""
 
     columns: Columns
     num_replies: int
-    """Replies of each record: two of a pair."""
+    """The number of replies of each record: two for a pair."""
     num_used: int
-    """How many of these count: the first of a pair where it is taken for a demonstration."""
+    """How many of these count: only the first if a pair is used as a demonstration."""
     read: Callable[[Array], list[Any]]
-    """The records with these numbers, as texts."""
+    """Takes the numbers of records and gives these records, as texts."""
     chosen: Array
     """The numbers of the records that count, in order."""
 
@@ -147,13 +148,13 @@ class TokenTable:
         return np.asarray(self.columns[name][self.chosen])
 
     def part(self, chosen: Array) -> TokenTable:
-        """Only the records with these numbers."""
+        """A table with only the records of these numbers."""
         return replace(self, chosen=chosen)
 
     def best_replies(self) -> TokenTable:
-        """The chosen replies of pairs alone, each once, but for those that are rejected in another pair."""
+        """A table with only the chosen replies of pairs, each once, without those that are rejected in another pair."""
         replies = self.columns["reply_hash"].reshape(-1, self.num_replies)[self.chosen]
-        # Odd, so that different prompts stay different; sums of hashes are as good as hashes.
+        # The factor is odd, so that different prompts stay different; sums of hashes are as good as hashes.
         prompts = self.of("messages_hash") * np.uint64(0x9E3779B97F4A7C15)
         chosen, rejected = prompts + replies[:, 0], prompts + replies[:, 1]
         _, first = np.unique(chosen, return_index=True)
@@ -161,7 +162,7 @@ class TokenTable:
         return replace(self, chosen=self.chosen[first], num_used=1)
 
     def records(self) -> list[Any]:
-        """The records that count, as texts: read again from their source where they are not in memory."""
+        """The records that count, as texts; they are read again from their source if they are not in memory."""
         return self.read(self.chosen)
 
     @cached_property
@@ -179,7 +180,7 @@ class TokenTable:
         return self.columns["num_reply"].reshape(-1, self.num_replies)
 
     def longest(self) -> Array:
-        """Tokens of the longest reply of each record that counts."""
+        """The number of tokens of the longest reply, for each record that counts."""
         return np.asarray(self._reply_sizes[self.chosen, : self.num_used].max(1, initial=0)).astype(np.int64)
 
     def prompt(self, record: int) -> list[int]:
@@ -189,7 +190,7 @@ class TokenTable:
         return found
 
     def prompt_mask(self, record: int) -> list[bool]:
-        """Which tokens of a prompt are earlier replies that are learnt from."""
+        """Which tokens of a prompt belong to earlier replies that are learnt from."""
         found: list[bool] = self.columns["mask"][self._mask_starts[record] : self._mask_starts[record + 1]].tolist()
         return found or [False] * int(self.columns["num_prompt"][record])
 
@@ -210,13 +211,13 @@ class TokenTable:
     # ---- which side, which group ------------------------------------------------------------------------------------
 
     def split(self, held_out: float) -> tuple[TokenTable, TokenTable]:
-        """As `split.split_by_prompt`: to train on, and held out."""
+        """The tables to train on and to hold out, split as `split.split_by_prompt` does."""
         rest = self.of("messages_hash").astype(np.float64) / 2**64 < held_out
         return self.part(self.chosen[~rest]), self.part(self.chosen[rest])
 
     def by_prompt(self) -> tuple[Array, Array]:
-        """The numbers of the records, those of a prompt together in their order and prompts in that of their first
-        record, and where each prompt's begin (with the end of the last)."""
+        """The numbers of the records, those of one prompt together, and where the records of each prompt begin (with
+        the end of the last). Prompts are in the order of their first records; the records of a prompt keep theirs."""
         order, starts = _grouped(self.of("id_hash"))
         return self.chosen[order], starts
 
@@ -231,7 +232,8 @@ class TokenTable:
 
 
 def _grouped(keys: Array) -> tuple[Array, Array]:
-    """Places of equal keys together, groups in the order of their first, and where each begins (and the end)."""
+    """The places of the keys, equal keys together and groups in the order of their first key, and where each group
+    begins (with the end of the last)."""
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     rank = np.empty(len(first), np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
@@ -242,7 +244,7 @@ def _grouped(keys: Array) -> tuple[Array, Array]:
 
 def table_of(chat: Chat, kind: type, records: Iterable[Any]) -> TokenTable:
     """The table of records in memory. Raises DataError for a conversation that the chat template refuses, and for an
-    id that two prompts have."""
+    id that two prompts share."""
     records = list(records)
     columns, refused = tokenise(chat, records, range(len(records)))
     for error in refused.values():
@@ -256,7 +258,7 @@ def table_of(chat: Chat, kind: type, records: Iterable[Any]) -> TokenTable:
 
 
 def id_of_two(prompt: Prompt, other_prompt: Prompt, *, where: str, other: str | int) -> DataError:
-    """What is raised where two prompts have one id."""
+    """The error for two prompts that share one id."""
     return DataError(
         f"the id {prompt.id!r} is that of another prompt: here {prompt.text[:60]!r}, "
         f"in {f'record {other}' if isinstance(other, int) else other} {other_prompt.text[:60]!r}",

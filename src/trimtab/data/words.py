@@ -1,10 +1,11 @@
-"""Token ids of many texts at once, and many times faster where a tokenizer lets every word be looked up.
+"""The token ids of many texts at once, many times faster if the tokenizer allows every word to be looked up.
 
 Most tokenizers of today (GPT-2, Llama 3, Qwen, trimtab's own) cut a text into words by one of a few regular
-expressions and then look at each word alone. All of these begin a new word at a blank that something else than white
-space follows, and what they do with a word depends on nothing outside it. So a text may be cut at these blanks, and the
-ids of a piece that was seen before need not be found again: a file has few different words. Every other tokenizer, and
-every text that could make a difference, takes the tokenizer's own way. The ids are the same either way.
+expressions and then look at each word alone. All of these begin a new word at a space that is followed by something
+else than white space, and what they do with a word depends on nothing outside it. So a text may be cut at these spaces,
+and the ids of a piece that was seen before need not be computed again: a file has few different words. Every other
+tokenizer, and every text for which this could matter, is tokenised by the tokenizer itself. The ids are the same either
+way.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 MAX_PIECES = 200_000
-"""Different words that are remembered; with more of them the memory is emptied. About 50 MB."""
+"""How many different words are remembered, in about 50 MB; when there are more, all are forgotten."""
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-# At white space each of them behaves alike: a run of it before a word leaves its last blank to the word.
+# At white space all of them behave alike: of a run of spaces before a word, the last space belongs to the word.
 _KNOWN_PATTERNS = frozenset(
     {
         # GPT-2
@@ -39,11 +40,11 @@ _KNOWN_PATTERNS = frozenset(
         + r"?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     }
 )
-# White space for Python, and signs that some tables of Unicode count as such.
+# White space for Python, and characters that some tables of Unicode count as white space.
 _BLANKS = r"[\s\u180e\u200b\u2060\ufeff]"
 _NO_BEGIN = re.compile(_BLANKS)
 _NO_CUT = re.compile(f" (?={_BLANKS}|\\Z)")
-"""A blank at which a text is not cut."""
+"""A space at which a text is not cut."""
 
 
 class Words:
@@ -62,13 +63,13 @@ class Words:
         self._odd = _one_of(filter(_is_odd, tokens))
         self._added_ids = {t["content"]: (int(t["id"]),) for t in tokens}
         self._first: dict[str, tuple[int, ...]] = {}
-        """Ids of a piece at the beginning of a text."""
+        """The ids of a piece at the beginning of a text."""
         self._later: dict[str, tuple[int, ...]] = {}
-        """Ids of a piece and the blank before it."""
+        """The ids of a piece together with the space before it."""
 
     def encode(self, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
-        """The ids of each text; with `plain`, special tokens in it are letters: few texts have one, and the tokenizer
-        finds other added tokens in it or not by rules of its own."""
+        """The ids of each text. With `plain`, special tokens are tokenised as ordinary text, and the tokenizer itself
+        is used: few texts need this, and whether it still finds other added tokens follows rules of its own."""
         if plain or not self.by_words:
             return self._by_tokenizer(texts, plain)
         wholes = [i for i, text in enumerate(texts) if not self._may_be_cut(text)]
@@ -91,7 +92,7 @@ class Words:
         return not self._needs_nfc or text.isascii() or unicodedata.is_normalized("NFC", text)
 
     def _join(self, split: Sequence[str]) -> list[int]:
-        """The ids of a text: stretches of words, and the added tokens between them. KeyError at a new word."""
+        """The ids of a text, given as stretches of words with added tokens between them. KeyError at a new word."""
         ids: list[int] = []
         for i, part in enumerate(split):
             if i % 2:
@@ -131,7 +132,7 @@ class Words:
 
 
 def _words(text: str) -> list[str]:
-    """The pieces of a text. Joined with blanks they are the text."""
+    """The pieces of a text. Joined with spaces, they are the text."""
     words = text.split(" ")
     if not _NO_CUT.search(text):
         return words
@@ -145,7 +146,7 @@ def _words(text: str) -> list[str]:
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """How the tokenizer works, if it is one whose texts may be cut into words."""
+    """The tokenizer's rules if its texts may be cut into words, else None."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -177,11 +178,11 @@ def _is_known(pre_tokenizer: dict[str, Any] | None) -> bool:
 
 
 def _is_odd(token: dict[str, Any]) -> bool:
-    """Whether the token takes blanks beside it, wants word boundaries, or is looked for in a normalised text."""
+    """Whether the token takes in blanks beside it, needs word boundaries, or is searched for in a normalised text."""
     return bool(token["lstrip"] or token["rstrip"] or token["single_word"] or token["normalized"])
 
 
 def _one_of(tokens: Iterable[dict[str, Any]]) -> re.Pattern[str]:
-    """Finds the longest of the tokens at the first place where there is one."""
+    """A pattern that finds the longest of the tokens at the first place where there is one."""
     contents = sorted((t["content"] for t in tokens), key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, contents))})" if contents else r"((?!))")

@@ -1,4 +1,4 @@
-"""What an engine must offer. The local engine is the definition; others behave the same."""
+"""The protocols of an engine. The local engine is the definition; other engines behave the same."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from trimtab.core.types import Observation, Prompt, Rollout
 
 
 class Sampler(Protocol):
-    """Samples replies with the weights being trained."""
+    """Samples replies with the weights being trained, as in `sampler.generate(prompts, group_size=8, seed=0)`."""
 
     @property
     def sampler(self) -> str:
-        """How it decodes, for the record."""
+        """How it decodes, for the run's records; for example "fused, compiled"."""
         ...
 
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
-        """`group_size` rollouts for each prompt, in the order of prompts; a function of prompts, weights and seed."""
+        """`group_size` rollouts for each prompt, in the order of prompts. They depend only on prompts, weights and
+        seed."""
         ...
 
 
@@ -35,11 +36,11 @@ class Environment(Protocol):
         ...
 
     def reset(self, prompt: Prompt, *, seed: int) -> Any:
-        """The state of a new episode; whatever is random in it comes from `seed` alone."""
+        """The state of a new episode. Everything random in it comes from `seed` alone."""
         ...
 
     def step(self, state: Any, turn: str) -> Observation:
-        """The answer to what the policy wrote since the last observation. May change `state`, and nothing else."""
+        """The answer to what the policy wrote since the last observation. May change `state`, but nothing else."""
         ...
 
 
@@ -60,7 +61,7 @@ class Scorer(Protocol):
 
 
 class Loss(Protocol):
-    """A sum over a batch and the number it is to be divided by."""
+    """A sum over a batch, and the number that divides it."""
 
     @property
     def coef(self) -> float:
@@ -72,12 +73,13 @@ class Loss(Protocol):
         ...
 
     def __call__(self, outputs: Any, batch: Any) -> tuple[Tensor, Metrics]:
-        """The sum, not the mean, and what to log."""
+        """The sum, not the mean, and the metrics to log."""
         ...
 
 
 Work = Sequence[tuple[TreeBatch, Sequence[Loss]]]
-"""Batches with the losses to minimise on each, all in one optimizer step."""
+"""Batches with the losses to minimise on each, such as `[(batch, [policy_loss, entropy_bonus])]`; all in one optimizer
+step."""
 
 
 class Learner(Scorer, Protocol):
@@ -92,5 +94,5 @@ class Learner(Scorer, Protocol):
         ...
 
     def load(self, directory: Path) -> None:
-        """What `save` wrote, bit for bit."""
+        """Restores what `save` wrote, bit for bit."""
         ...

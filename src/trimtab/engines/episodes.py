@@ -1,9 +1,9 @@
-"""Episodes: replies in several turns, with what an environment says in between.
+"""Episodes: replies in several turns, with observations of an environment in between.
 
-Tokens in, tokens out, across turns too: what was sampled stays as the ids that were drawn, an observation is encoded
-once and appended, and the next turn goes on from those ids. Nothing is rendered or tokenised again, so the sequence
-that is trained on is the one that was sampled from. All episodes of a batch take a turn together. Every turn computes
-the whole sequence so far anew; keeping the keys and values of earlier turns would save that.
+Turns are joined as token ids, not as text: sampled tokens keep their ids, an observation is encoded once and appended,
+and the next turn continues from those ids. Nothing is rendered or tokenised again, so the sequence that is trained on
+is the one that was sampled from. All episodes of a batch take a turn together. Every turn computes the whole sequence
+so far again; keeping the keys and values of earlier turns would save that.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeLimits:
-    """When an episode ends at the latest. `sampling.max_new_tokens` holds for all of it, observations included."""
+    """Limits at which an episode is cut off. `sampling.max_new_tokens` bounds all of its tokens, also observations."""
 
     max_turns: int = 8
-    """Turns of the policy; an episode that would go on after them is cut off."""
+    """Turns of the policy; an episode that would continue after them is cut off."""
     max_observation_tokens: int = 256
-    """Of one observation; what is longer is cut, and counted."""
+    """Tokens of one observation; a longer one is cut off, and counted."""
 
     def __post_init__(self) -> None:
         if self.max_turns < 1 or self.max_observation_tokens < 1:
@@ -50,24 +50,24 @@ class Episode:
     prompt: Prompt
     prompt_ids: list[int]
     state: Any
-    """The environment's."""
+    """The state of the environment."""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     observations: list[tuple[int, int]] = field(default_factory=list)
     text: str = ""
     events: Counter[str] = field(default_factory=Counter)
     finish_reason: FinishReason | None = None
-    """None while it goes on."""
+    """None while the episode continues."""
 
     def observe(self, ids: Sequence[int], text: str) -> None:
-        """Appends what the policy did not choose."""
+        """Appends tokens and text that the policy did not choose."""
         if ids:
             self.observations.append((len(self.ids), len(self.ids) + len(ids)))
             self.ids += ids
         self.text += text
 
     def rollout(self) -> Rollout:
-        """The finished episode."""
+        """The finished episode as a rollout."""
         assert self.finish_reason is not None
         return Rollout(
             prompt=self.prompt,
@@ -82,11 +82,11 @@ class Episode:
 
 
 class EpisodeSampler:
-    """Samples episodes with the local generator. A rollout's text is all that was said, observations and stop texts
-    included; its last token is always the policy's.
+    """Samples episodes with the local generator. A rollout's text is the whole episode, with observations and stop
+    texts; its last token is always the policy's.
 
     Events of every rollout: `turns`, `observation_tokens`, `cut_observations`, `out_of_turns` and `out_of_tokens` (0 or
-    1 each: why it was cut off), and whatever the environment counts.
+    1 each, the reason of a cut-off), and whatever the environment counts.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class EpisodeSampler:
         choice: FormChoice | None = None,
         watched: bool = False,
     ) -> None:
-        """`choice` and `watched` as for `LocalSampler`."""
+        """`choice` and `watched` mean the same as for `LocalSampler`."""
         stopping = replace(sampling, stop=(*sampling.stop, *environment.stop))
         self.generator = LocalSampler(policy, chat, stopping, choice=choice, watched=watched)
         self.chat = chat
@@ -110,13 +110,13 @@ class EpisodeSampler:
 
     @property
     def sampler(self) -> str:
-        """How the turns are decoded."""
+        """How the turns are decoded, for the run's records."""
         return f"{self.generator.sampler}, turn by turn"
 
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
-        """`group_size` episodes for each prompt. The n-th token that the policy chooses in an episode has a random
-        number of its own, whatever was observed before, and so has the environment: batch size and order of prompts
-        do not change what happens."""
+        """`group_size` episodes for each prompt. The n-th token that the policy chooses in an episode has its own
+        random number, whatever was observed before, and the environment has its own seed, so batch size and order of
+        prompts do not change the episodes."""
         encoded = [self.generator.encode(p) for p in prompts]
         uniforms = self.generator.uniforms(prompts, group_size=group_size, seed=seed)
         episodes = []
@@ -144,7 +144,7 @@ class EpisodeSampler:
         return self.generator.continue_ids(prefixes, group_size=1, uniforms=rows, limits=limits)
 
     def _take(self, episode: Episode, turn: SampledReply) -> None:
-        """One turn of the policy and the environment's answer to it."""
+        """Adds one turn of the policy and the environment's answer to it."""
         ids, logprobs, stopped = turn
         text = self.chat.decode_response(ids)
         episode.ids += ids
@@ -172,7 +172,7 @@ class EpisodeSampler:
             self._observe(episode, observation, ended=ids[-1] in self.generator.stop_ids)
 
     def _observe(self, episode: Episode, observation: Observation, *, ended: bool) -> None:
-        """Appends an observation; an episode without room for it and one more token is over."""
+        """Appends an observation. The episode is cut off if there is no room for it and one more token."""
         text = observation.text
         ids = self.chat.encode_inline(text)
         if len(ids) > self.limits.max_observation_tokens:
@@ -191,8 +191,8 @@ class EpisodeSampler:
 
 
 def asked(prompt: Prompt, question: Callable[[], T]) -> T:
-    """The environment's answer. Raises EngineError that names the prompt for whatever the environment raises: its
-    tools' mistakes are for it to tell the policy, and others are mistakes in its code."""
+    """The environment's answer. If the environment raises an exception, raises EngineError that names the prompt: it
+    should report failures of its tools to the policy itself, so any other exception is a mistake in its code."""
     try:
         return question()
     except TrimtabError:

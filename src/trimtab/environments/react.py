@@ -18,7 +18,7 @@ from trimtab.worlds.source import is_world
 Tool = Callable[[str], str]
 _ACTION = re.compile(r"^Action: *(\w+)\[([^\n]*)\][ \t]*$", re.MULTILINE)
 MAX_QUERY = 1000
-"""Characters of a query that are read."""
+"""How many characters of a query are read."""
 
 
 @register("environment", "react")
@@ -28,9 +28,9 @@ class ReAct:
     answered by a line "Observation: RESULT", and the reply goes on. A turn without an action ends the episode."""
 
     tools: tuple[Literal["search", "calculate"], ...] = ("search", "calculate")
-    """Which tools there are: search[words] in the corpus, calculate[expression]."""
+    """The tools that can be called: search[words] in the corpus, calculate[expression]."""
     corpus: str | None = None
-    """What is searched: a file with a "text" in every row, or a world that has texts ("world:catalogue")."""
+    """The texts to search: a file with a "text" in every row, or a world that has texts ("world:catalogue")."""
     num_passages: int = 1
     """Passages that a search shows, the best first."""
 
@@ -46,7 +46,7 @@ class ReAct:
             raise ValueError(f"num_passages = {self.num_passages}; it must be at least 1")
 
     def load(self) -> ReActEnvironment:
-        """The environment, its corpus indexed. Raises DataError where that cannot be read."""
+        """The environment, with its corpus indexed. Raises DataError if the corpus cannot be read."""
         tools: dict[str, Tool] = {}
         if "search" in self.tools:
             assert self.corpus is not None
@@ -57,19 +57,20 @@ class ReAct:
 
 
 class ReActEnvironment:
-    """Answers actions. A call that cannot be answered is told so, and counted in `tool_errors`."""
+    """Answers actions. If a call cannot be answered, the policy is told why, and the call is counted in
+    `tool_errors`."""
 
     stop: ClassVar[tuple[str, ...]] = ("]\n",)
 
     def __init__(self, tools: Mapping[str, Tool]) -> None:
-        """`tools` answer a text with a text, or raise ToolError with what to tell the policy."""
+        """Each of `tools` answers a text with a text, or raises ToolError with what to tell the policy."""
         self.tools = tools
 
     def reset(self, prompt: Prompt, *, seed: int) -> None:
-        """Nothing is remembered from turn to turn."""
+        """Does nothing: no state is kept from turn to turn."""
 
     def step(self, state: None, turn: str) -> Observation:
-        """The result of the last action, on a line of its own; the episode is over where there was none."""
+        """The result of the last action, on a line of its own; the episode is over if there was no action."""
         actions = _ACTION.findall(turn)
         if not actions and not any(text in turn for text in self.stop):
             return Observation(done=True, events={"tool_calls": 0, "tool_errors": 0})
@@ -90,13 +91,13 @@ class ReActEnvironment:
 
 @dataclass(frozen=True)
 class Search:
-    """The tool that shows passages."""
+    """The tool that searches passages and shows the best ones."""
 
     index: BM25
     num_passages: int
 
     def __call__(self, query: str) -> str:
-        """The best passages, parted by " | ". Raises ToolError where none shares a word with the query."""
+        """The best passages, separated by " | ". Raises ToolError if none shares a word with the query."""
         found = self.index.search(query[:MAX_QUERY], self.num_passages)
         if not found:
             raise ToolError("nothing is found with these words")
@@ -104,7 +105,7 @@ class Search:
 
 
 def read_corpus(source: str) -> list[str]:
-    """The passages of a file or of a world. Raises DataError for what holds none."""
+    """The passages of a file or of a world. Raises DataError if there are none, or a row has no text."""
     if is_world(source):
         return list(worlds.load(source.removeprefix("world:")).corpus())
     rows = read_rows(source)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 MAX_EXPRESSION = 200
-"""Characters of an expression."""
+"""The most characters of an expression."""
 MAX_DEPTH = 40
-"""Parentheses and signs within each other."""
+"""The most parentheses and signs within each other."""
 MAX_NUMBER = 10**30
 """No number, numerator or denominator goes beyond it."""
 
@@ -19,7 +19,7 @@ _TOKEN = re.compile(r"\s*(?:(?P<number>\d+(?:\.\d*)?|\.\d+)|(?P<operator>\*\*|//
 _POWER = 4
 _BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "%": 2, "**": _POWER}
 _SIGN = 3
-"""Binds closer than a product and looser than a power: -2 ** 2 is -4."""
+"""A sign binds closer than a product and looser than a power: -2 ** 2 is -4."""
 
 
 class ToolError(Exception):
@@ -27,7 +27,7 @@ class ToolError(Exception):
 
 
 def calculate(expression: str) -> str:
-    """The value of an expression in numbers, + - * / // % ** and parentheses: exact where it is whole, otherwise to
+    """The value of an expression in numbers, + - * / // % ** and parentheses: exact if it is whole, otherwise with
     twelve digits. Raises ToolError for anything else, for division by zero, and for numbers beyond MAX_NUMBER."""
     if len(expression) > MAX_EXPRESSION:
         raise ToolError(f"the expression is longer than {MAX_EXPRESSION} characters")
@@ -63,7 +63,7 @@ class _Parser:
         left = self._operand(depth)
         while self.token in _BINDING and _BINDING[self.token] > binding:
             operator = self._take()
-            right_binding = _BINDING[operator] - (operator == "**")  # powers are worked from the right
+            right_binding = _BINDING[operator] - (operator == "**")  # powers are computed from the right
             left = _apply(left, operator, self.expression(right_binding, depth + 1))
         return left
 
@@ -116,7 +116,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
         raise ToolError("exponents have to be whole numbers")
     if not base and exponent < 0:
         raise ToolError("division by zero")
-    # Judged by logarithms before anything large is computed. 1 + is room for rounding; _bounded is exact.
+    # The size is judged by logarithms before anything large is computed. The 1 is room for rounding; _bounded is exact.
     largest = max(abs(base.numerator), base.denominator)
     if abs(exponent) * math.log(largest or 1) > 1 + math.log(MAX_NUMBER):
         raise ToolError("the result is too large")
@@ -132,8 +132,8 @@ def _bounded(value: Fraction) -> Fraction:
 
 
 class BM25:
-    """A ranking of passages by the words they share with a query (Robertson & Zaragoza, 2009, "The Probabilistic
-    Relevance Framework", section 3.4; one is added in the logarithm so that no word counts against a passage)."""
+    """A ranking of passages by the words that they share with a query (Robertson & Zaragoza, 2009, "The Probabilistic
+    Relevance Framework", section 3.4; 1 is added in the logarithm so that no word counts against a passage)."""
 
     def __init__(self, passages: Sequence[str], *, k1: float = 1.2, b: float = 0.75) -> None:
         self.passages = list(passages)
@@ -149,7 +149,8 @@ class BM25:
                 self._postings.setdefault(word, []).append((i, amount))
 
     def search(self, query: str, num: int) -> list[str]:
-        """The `num` best passages that share a word with the query, the best first; of equals the earlier one."""
+        """The `num` best passages that share a word with the query, the best first; if two are equal, the earlier
+        one first."""
         scores: dict[int, float] = {}
         for word in sorted(set(words(query))):
             for i, amount in self._postings.get(word, ()):
@@ -159,5 +160,5 @@ class BM25:
 
 
 def words(text: str) -> list[str]:
-    """What is compared: runs of letters and digits, in lower case."""
+    """The words that are compared: runs of letters and digits, in lower case."""
     return re.findall(r"\w+", text.lower())

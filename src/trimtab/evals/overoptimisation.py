@@ -1,7 +1,7 @@
 """How gold reward rises and falls as a policy is pushed towards a proxy (Gao et al., arXiv:2210.10760).
 
-Distance is d = sqrt(KL(policy || reference)) in nats. Best-of-n and RL spend KL differently: compare two curves of the
-same kind on this axis, never one with the other.
+Distance is d = sqrt(KL(policy || reference)), with the KL in nats. Best-of-n and RL spend KL differently: on this axis
+compare only curves of the same kind.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from trimtab.stats import Floats, Interval, bootstrap_mean, moving_mean
 Form = Literal["best_of_n", "rl", "linear"]
 
 MAX_EXTRAPOLATION = 1.5
-"""A fitted curve is not read further out than this many times the largest distance measured."""
+"""A fitted curve is not evaluated beyond this multiple of the largest measured distance."""
 MIN_RL_DISTANCE = 0.3
-"""The RL form has an infinite slope at zero, which no data has: nearer points are left out of its fit."""
+"""Nearer points are left out of the fit of the RL form: its slope at zero is infinite, which no data has."""
 
 
 def best_of_n_kl(n: int) -> float:
     """KL of best-of-n from the sampled policy, log n - (n - 1) / n nats (Stiennon et al., arXiv:2009.01325, app. G.3).
 
-    Exact where no sample repeats and no score ties. Else an upper bound (Beirami et al., arXiv:2401.01879),
-    and a loose one where few different replies are likely: whatever n is, the KL cannot pass the mean surprisal of the
-    replies that are chosen.
+    The value is exact if no sample repeats and no scores tie. Otherwise it is an upper bound (Beirami et al.,
+    arXiv:2401.01879), and a loose one if few different replies are likely: for every n, the KL is at most the mean
+    surprisal of the chosen replies.
     """
     return math.log(n) - (n - 1) / n
 
 
 def sizes_up_to(num_samples: int) -> list[int]:
-    """The n of a best-of-n curve from this many samples: the powers of two, and all of them."""
+    """The values of n for a best-of-n curve from this many samples: the powers of two, and the number itself."""
     powers = [2**k for k in range(num_samples.bit_length())]
     return powers if powers[-1] == num_samples else [*powers, num_samples]
 
 
 def best_of_n(values: ArrayLike, ranked_by: ArrayLike, n: int) -> Floats:
-    """For each prompt, the expected value of the sample that wins by `ranked_by` among n drawn of its N samples.
+    """Expected value, for each prompt, of the sample that ranks highest among n drawn from its N samples.
 
         E_n = sum_{i = n..N} C(i - 1, n - 1) / C(N, n) * value_(i),   value_(i) the i-th lowest by `ranked_by`
 
-    Both arrays are [P, N], the result [P]; draws are without replacement, which makes the estimate unbiased for the
-    policy. Equal ranks are broken at random: every member of a tie takes the mean value of the tie.
+    Both arrays are [P, N], the result is [P]. Draws are without replacement, which makes the estimate unbiased for the
+    policy. Ties in rank are broken at random: every member of a tie takes the mean value of the tie.
     """
     return np.asarray(best_of_each(values, ranked_by, [n])[:, 0])
 
 
 def best_of_each(values: ArrayLike, ranked_by: ArrayLike, ns: Sequence[int]) -> Floats:
-    """`best_of_n` for several n at once: [P, len(ns)] from two arrays [P, N]."""
+    """`best_of_n` for several n at once: two arrays [P, N] give [P, len(ns)]."""
     table, ranks = np.asarray(values, dtype=np.float64), np.asarray(ranked_by, dtype=np.float64)
     if table.ndim != 2 or table.shape != ranks.shape:
         raise ValueError(f"expected two arrays [P, N] of one shape, got {table.shape} and {ranks.shape}")
@@ -74,23 +74,24 @@ class BestOfN:
 
     n: int
     kl: float
-    """`best_of_n_kl`."""
+    """`best_of_n_kl` of n, in nats."""
     value: Interval
-    """Mean over prompts, with a bootstrap over them."""
+    """Mean over prompts, with an interval from a bootstrap over prompts."""
 
 
 def best_of_n_curve(
     values: ArrayLike, ranked_by: ArrayLike, ns: Sequence[int], *, seed: int = 0
 ) -> tuple[BestOfN, ...]:
-    """`best_of_n` for each n. Gold ranked by a proxy shows what choosing by it buys, by itself the most there is.
+    """The curve of `best_of_n`, with one point for each n.
 
-    Both arrays are [P, N]. Raises ValueError for an n above the N samples of each prompt.
+    Gold values ranked by a proxy show what choosing by the proxy gains; ranked by gold itself, they show the most that
+    any choice can gain. Both arrays are [P, N]. Raises ValueError for an n above the N samples of each prompt.
     """
     return curve_of(best_of_each(values, ranked_by, ns), ns, seed=seed)
 
 
 def curve_of(table: Floats, ns: Sequence[int], *, seed: int = 0) -> tuple[BestOfN, ...]:
-    """The curve from what `best_of_each` gave, which may have been gathered a few prompts at a time: [P, len(ns)]."""
+    """The curve of a table [P, len(ns)] from `best_of_each`, which may be collected a few prompts at a time."""
     return tuple(
         BestOfN(n=n, kl=best_of_n_kl(n), value=bootstrap_mean(column, seed=seed))
         for n, column in zip(ns, table.T, strict=True)
@@ -109,14 +110,14 @@ class Fit:
     beta: float
     """How fast the gain is lost; never below 0."""
     aicc: float
-    """Akaike's criterion for small samples; the lower of two forms fitted to the same points is the better."""
+    """Akaike's criterion for small samples; of two forms fitted to the same points, the lower one is better."""
     num_points: int
     max_distance: float
     """The largest distance measured."""
 
     @property
     def peak(self) -> tuple[float, float] | None:
-        """(d, R) where the curve turns; None if it never does or only where nothing near was measured."""
+        """(d, R) at the maximum of the curve; None if alpha or beta is 0 or less, or if it is too far out."""
         if self.beta <= 0 or self.alpha <= 0:
             return None
         ratio = self.alpha / self.beta
@@ -128,7 +129,7 @@ class Fit:
         return distance, self(distance)
 
     def __call__(self, distance: float) -> float:
-        """R at a distance. Raises ValueError beyond `MAX_EXTRAPOLATION` times the largest measured."""
+        """R at a distance. Raises ValueError beyond `MAX_EXTRAPOLATION` times the largest measured distance."""
         if not 0 <= distance <= MAX_EXTRAPOLATION * self.max_distance:
             raise ValueError(f"the curve was measured up to d = {self.max_distance:.3g}; d = {distance:.3g} is too far")
         return float(_basis(self.form, np.array([distance]))[0] @ [self.alpha, -self.beta])
@@ -137,8 +138,9 @@ class Fit:
 def fit_curve(kl: ArrayLike, reward: ArrayLike, form: Form, *, start: float | None = None) -> Fit:
     """Least-squares fit of a form to rewards measured at some KL from the reference (closed form, beta >= 0).
 
-    R is the gain over the reference, `reward - start`; `start` is the reward at KL 0, by default that of the point of
-    least KL. The point at zero distance carries no information and is left out. Raises ValueError for too few points.
+    R is the gain over the reference, `reward - start`; `start` is the reward at KL 0, by default that of the point with
+    the smallest KL. A point at zero distance carries no information and is left out. Raises ValueError for too few
+    points.
     """
     distance = np.sqrt(np.maximum(np.asarray(kl, dtype=np.float64), 0.0))
     values = np.asarray(reward, dtype=np.float64)
@@ -165,26 +167,27 @@ def fit_curve(kl: ArrayLike, reward: ArrayLike, form: Form, *, start: float | No
 
 @dataclass(frozen=True, kw_only=True)
 class HackingSummary:
-    """What happened to gold while the proxy was being maximised."""
+    """What happened to the gold score while the proxy was maximised."""
 
     peak_gold: float
     peak_index: int
-    """Which of the points given."""
+    """Index of the peak among the given points."""
     peak_kl: float
     final_gold: float
     fall_fraction: float
-    """(peak - final) / |peak|; 0 where gold ended at its peak."""
+    """(peak - final) / |peak|; 0 if gold ended at its peak."""
     fall_error: float
-    """Standard error of peak - final for a given peak, from the differences of neighbouring points."""
+    """Standard error of peak - final at a fixed peak, estimated from the differences of neighbouring points."""
     proxy_kept_rising: bool
-    """The proxy ended above where it stood when gold peaked."""
+    """Whether the proxy ended higher than it was when gold peaked."""
 
 
 def hacking_summary(points: Sequence[tuple[float, float, float]], *, window: int = 1) -> HackingSummary:
     """Summary of a run given as (kl, proxy, gold) in the order of training.
 
-    With `window` > 1 proxy and gold are first averaged over that many neighbouring points, for the highest of many
-    noisy points is too high and the last one is as noisy. Peak and end are means of whole windows.
+    With `window` > 1, proxy and gold are first averaged over that many neighbouring points: the highest of many noisy
+    points is too high, and a single last point is as noisy. Peak and end are means of whole windows. Raises ValueError
+    for no points.
     """
     if not points:
         raise ValueError("no points")
@@ -207,7 +210,7 @@ def hacking_summary(points: Sequence[tuple[float, float, float]], *, window: int
 
 
 def _basis(form: Form, distance: Floats) -> Floats:
-    """[points, 2]: the columns that alpha and -beta multiply."""
+    """The columns [points, 2] that alpha and -beta multiply."""
     second = {
         "best_of_n": distance**2,
         "rl": scipy.special.xlogy(distance, distance),
@@ -221,11 +224,12 @@ def _solve(basis: Floats, gain: Floats, form: Form) -> tuple[float, float]:
         alpha, minus_beta = np.linalg.lstsq(basis, gain, rcond=None)[0]
         if minus_beta <= 0:
             return float(alpha), float(-minus_beta)
+    # beta is at the bound of its range, 0: what is left to fit is a straight line
     return float(basis[:, 0] @ gain / (basis[:, 0] @ basis[:, 0])), 0.0
 
 
 def _aicc(residual: float, num_points: int, num_parameters: int) -> float:
-    """-inf for an exact fit, inf with too few points for the correction."""
+    """Akaike's criterion for small samples: -inf for an exact fit, inf if points are too few for the correction."""
     k = num_parameters + 1  # the variance is estimated too
     if num_points <= k + 1:
         return math.inf
@@ -242,7 +246,7 @@ def _log_binomial(top: ArrayLike, bottom: int) -> Floats:
 
 
 def _average_ties(values: Floats, ranks: Floats) -> Floats:
-    """`values` sorted by rank, each replaced by the mean over those of equal rank."""
+    """`values` sorted by rank, each replaced by the mean over the values of equal rank."""
     _, group = np.unique(ranks, return_inverse=True)
     means = np.bincount(group, weights=values) / np.bincount(group)
     return np.asarray(means[np.sort(group)], dtype=np.float64)

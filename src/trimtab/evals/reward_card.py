@@ -1,4 +1,4 @@
-"""The card a reward model is used with: how well it orders held-out replies, and what it might be ordering them by."""
+"""The card of a reward model: how well it orders held-out replies, and by which simple features it may do so."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def fit_bag_of_words(
 
         minimise  mean_i log(1 + exp(-w . (counts(chosen_i) - counts(rejected_i)))) + l2 / 2 |w|^2
 
-    over the `max_words` words that most replies contain.
+    The words are the `max_words` that occur in the most replies.
     """
     counts = [(Counter(words(a)), Counter(words(b))) for a, b in zip(chosen, rejected, strict=True)]
     frequency = Counter(word for pair in counts for side in pair for word in side)
@@ -80,10 +80,10 @@ def fit_bag_of_words(
 def ordering_accuracy(
     chosen_scores: ArrayLike, rejected_scores: ArrayLike, prompts: Sequence[str] | None = None
 ) -> Interval:
-    """Share of pairs whose chosen side scores higher, ties half, with its interval.
+    """Share of pairs whose chosen side scores higher, with a tie as half a pair, and its interval.
 
-    Where several `prompts` (ids) repeat, pairs of one prompt are not independent and whole prompts are resampled; else
-    the interval is Wilson's.
+    If there are several `prompts` (ids) and some repeat, pairs of one prompt are not independent, so whole prompts are
+    resampled. Otherwise the interval is Wilson's.
     """
     if prompts is not None and 1 < len(set(prompts)) < len(prompts):
         return win_rate(chosen_scores, rejected_scores, groups=prompts)
@@ -105,12 +105,12 @@ def reward_card(
 ) -> dict[str, Any]:
     """The card of a reward model on held-out pairs, as JSON values; the reward stage's summary.
 
-    `score_chosen` and `score_rejected` are its rewards, [num_pairs]. With `training_pairs` a bag of words is trained
-    on them and `bag_of_words` is its accuracy on `pairs`. `bayes_accuracy` is the best any judge could reach against
-    these noisy annotators; left out, it is the mean of max(p, 1 - p) where `probability_chosen` (the known chance that
-    a simulated annotator prefers `chosen`) is given, and absent otherwise. `share_of_bayes` is how far accuracy goes
-    from chance (0) to that limit (1). Lengths are in words. `seed` decides which side of a pair is put first for
-    calibration, nothing else.
+    `score_chosen` and `score_rejected` are its rewards, [num_pairs]. If there are `training_pairs`, a bag of words is
+    trained on them, and `bag_of_words` is its accuracy on `pairs`. `bayes_accuracy` is the highest accuracy that any
+    judge could reach against these noisy annotators. If it is not given, it is the mean of max(p, 1 - p) over
+    `probability_chosen` (the known chance that a simulated annotator prefers `chosen`); without that it is absent.
+    `share_of_bayes` says how far accuracy goes from chance (0) to that limit (1). Lengths are in words. `seed` decides
+    only which side of a pair is put first for calibration.
     """
     chosen = np.asarray(score_chosen, dtype=np.float64)
     rejected = np.asarray(score_rejected, dtype=np.float64)
@@ -162,7 +162,7 @@ def reward_card(
         dataclasses.asdict(b) for b in reliability_bins(forecasts, outcomes, num_bins=num_calibration_bins)
     ]
     card["ece"] = expected_calibration_error(forecasts, outcomes)
-    # one temperature orders pairs as before, so it is fitted on the very pairs it describes, either way round
+    # one temperature changes no order, so it is fitted on the very pairs that it describes, with either side first
     card["temperature"] = fit_temperature(chosen - rejected, np.ones(num_pairs))
 
     if bayes_accuracy is None and probability_chosen is not None:
@@ -180,7 +180,7 @@ def _share(interval: Interval) -> dict[str, float]:
 
 
 def _by_margin(margins: Floats, num_bins: int) -> list[dict[str, float]]:
-    """Accuracy in equal-mass bins of the absolute difference of rewards: a useful model is right where it is sure."""
+    """Accuracy in equal-mass bins of the absolute reward difference: a useful model is right when it is certain."""
     sizes = np.abs(margins)
     bins = []
     for members in np.array_split(np.argsort(sizes, kind="stable"), min(num_bins, sizes.size)):
@@ -197,7 +197,7 @@ def _by_margin(margins: Floats, num_bins: int) -> list[dict[str, float]]:
 
 
 def _by_length(rewards: Floats, lengths: Floats, num_bins: int) -> list[dict[str, float]]:
-    """Mean reward in equal-mass bins of length, both sides of every pair."""
+    """Mean reward in equal-mass bins of reply length, over both sides of every pair."""
     return [
         {
             "low": float(lengths[members[0]]),

@@ -24,10 +24,10 @@ def words(text: str) -> list[str]:
 
 
 def distinct_n(texts: Sequence[str], n: int, *, num_words: int | None = None) -> float:
-    """Different n-grams over all n-grams of the texts together (Li et al., arXiv:1510.03055); nan if there are none.
+    """Share of different n-grams among all n-grams of the texts (Li et al., arXiv:1510.03055); nan if there are none.
 
-    The ratio falls as text grows, so compare two models at an equal number of words: with `num_words` only the first
-    so many words of all the texts are read.
+    The ratio falls as text grows, so compare two models at an equal number of words: with `num_words`, only that many
+    words are read, beginning with the first text.
     """
     grams: list[tuple[str, ...]] = []
     left = math.inf if num_words is None else num_words
@@ -93,7 +93,7 @@ def self_bleu(texts: Sequence[str], *, num_pairs: int = 200, seed: int = 0) -> f
     """Mean BLEU-4 in [0, 1] of one text against another over random pairs: higher is less diverse.
 
     After Zhu et al. (arXiv:1802.01886), with one reference at a time so that the number does not depend on how many
-    texts there are. All ordered pairs when there are at most `num_pairs`. nan for fewer than two texts.
+    texts there are. All ordered pairs are used if there are at most `num_pairs`. nan for fewer than two texts.
     """
     num = len(texts)
     if num < 2:
@@ -112,7 +112,7 @@ def self_bleu(texts: Sequence[str], *, num_pairs: int = 200, seed: int = 0) -> f
 
 
 def compression_ratio(texts: Sequence[str]) -> float:
-    """Bytes of all texts over bytes after DEFLATE: higher is more redundant (Shaib et al., arXiv:2403.00553)."""
+    """Bytes of all texts over their bytes after DEFLATE: higher is more redundant (Shaib et al., arXiv:2403.00553)."""
     raw = "\n".join(texts).encode()
     return len(raw) / len(zlib.compress(raw, 9)) if raw else math.nan
 
@@ -131,7 +131,7 @@ def length_stats(texts: Sequence[str]) -> dict[str, float]:
 
 
 def text_stats(texts: Sequence[str], *, num_words: int | None = None, seed: int = 0) -> dict[str, float]:
-    """Every number of this module for one model's replies; `num_words` as in `distinct_n`."""
+    """All statistics of this module for one model's replies; `num_words` is as in `distinct_n`."""
     return {
         **length_stats(texts),
         "distinct_1": distinct_n(texts, 1, num_words=num_words),

@@ -1,4 +1,4 @@
-"""The page about a campaign's agreement: what annotators agree on, who leans where, which items divide them.
+"""The page about a campaign's agreement: how far annotators agree, who leans to a side, which items divide them.
 
 Names of annotators, items and models come from files and are untrusted; they reach the page through `markup` only.
 """
@@ -34,7 +34,7 @@ _MEANS = {
 
 
 def write_page(study: Study, path: Path, *, title: str) -> Path:
-    """The page at `path`."""
+    """Writes the page to `path` and returns the path."""
     path.write_bytes(render(study, title=title).encode("utf-8", errors="replace"))
     return path
 
@@ -45,7 +45,7 @@ def render(study: Study, *, title: str) -> str:
 
 
 def body(study: Study, make: Panels, *, title: str) -> Html:
-    """The page inside its frame, for other pages to hold."""
+    """The page without its frame, so that other pages can hold it."""
     line = counted(study)
     flagged = [f"{card.name}: {flag}" for card in study.annotators for flag in card.flags]
     return join(
@@ -70,7 +70,7 @@ def body(study: Study, make: Panels, *, title: str) -> Html:
 
 
 def counted(study: Study) -> str:
-    """How many votes there are of whom on what."""
+    """The size of a study as text, such as 1,188 votes by 8 annotators on 400 items."""
 
     def several(num: int, noun: str) -> str:
         return f"{num:,} {noun}{'' if num == 1 else 's'}"
@@ -89,7 +89,7 @@ def headline(study: Study) -> str:
 
 
 def sentences(study: Study) -> list[str]:
-    """What follows from it."""
+    """What follows from the agreement, in sentences."""
     found = []
     alone = _named(study, "one against the majority of the others")
     if alone is not None and not alone.undefined:
@@ -287,7 +287,7 @@ def _pairs(study: Study, make: Panels) -> Html | None:
 
 
 def _size(rows: Sequence[object]) -> str:
-    """Of a chart with so many rows."""
+    """The size of a panel for a chart with this many rows."""
     return "tall" if len(rows) <= 10 else "wide low" if len(rows) <= 16 else "wide"
 
 

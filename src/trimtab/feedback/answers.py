@@ -1,7 +1,7 @@
-"""An answer: what one person says of one item, checked against what was asked, and from the screen to the replies.
+"""An answer: what one person says about one item, checked against what was asked, and mapped from screen to replies.
 
-The screen shows replies in an order of its own. Everything stored is about the replies themselves; which was shown
-where is stored beside it, so that statistics on preferences never see the screen and position bias can be measured.
+The screen shows replies in an order of its own. Everything stored is about the replies themselves. Where each was shown
+is stored beside it, so that statistics on preferences never depend on the screen and position bias can be measured.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ SKIP_REASONS = ("not my language", "outside my knowledge", "upsetting", "broken 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What one person says of one item. Places are those of the item's replies, never those of the screen."""
+    """What one person says about one item, such as Answer(choice="A", strength=2).
+
+    Places are those of the item's replies, never those of the screen.
+    """
 
     choice: str
     """A, B, tie, both_bad, cannot_judge or skip; "done" for kinds without sides."""
     strength: int | None = None
     """How much better the chosen reply is, from 1."""
     ranking: tuple[tuple[int, ...], ...] = ()
-    """Places from best to worst; those in one tuple are tied."""
+    """Places from best to worst; those in one tuple are tied: ((2,), (0, 1)) prefers place 2."""
     rating: int | None = None
-    """From 1."""
+    """The rating, from 1."""
     steps: tuple[int | None, ...] = ()
     """-1, 0 or 1 for each step; None after the first error."""
     flags: tuple[str, ...] = ()
@@ -47,10 +50,10 @@ class Answer:
     text: str = ""
     """The demonstration or the edited reply."""
     seconds: float | None = None
-    """Time spent, as far as the page was in view."""
+    """Time spent while the page was in view."""
 
     def stored(self) -> JsonDict:
-        """What goes into the column `answer`; `restored` reads it."""
+        """The part that is stored in the column `answer`; `restored` reads it."""
         values: JsonDict = {
             "ranking": [list(tier) for tier in self.ranking],
             "rating": self.rating,
@@ -64,7 +67,7 @@ class Answer:
 
 
 def restored(row: Mapping[Any, Any], rationale: str = "", text: str = "") -> Answer:
-    """The answer of a row of votes."""
+    """The answer in a row of votes."""
     answer = row["answer"]
     return Answer(
         choice=row["choice"],
@@ -83,7 +86,7 @@ def restored(row: Mapping[Any, Any], rationale: str = "", text: str = "") -> Ans
 
 
 def check(answer: Answer, *, kind: Kind, num_replies: int, task: Task) -> Answer:
-    """The answer, if it is one to what was asked. Raises DataError that says what is missing."""
+    """The answer, if it fits what was asked. Raises DataError that says what is wrong or missing."""
     for name, value in (("rationale", answer.rationale), ("text", answer.text), ("reason", answer.reason)):
         checked_text(value, where=name)
         if len(value) > MAX_WRITING:
@@ -184,8 +187,10 @@ def to_position(choice: str, strength: int | None, scale: int, left: str) -> int
 
 
 def from_form(form: Mapping[str, Sequence[str]], *, kind: Kind, order: Sequence[int], task: Task) -> Answer:
-    """The answer of a form as the page sends it: names with all their values. Raises DataError for one that cannot be
-    read; `check` does the rest."""
+    """The answer in a form as the page sends it, with all values of each name.
+
+    Raises DataError for a form that cannot be read; `check` then tells whether the answer fits the question.
+    """
 
     def one(name: str) -> str:
         return form[name][-1].replace("\r\n", "\n") if form.get(name) else ""
@@ -244,8 +249,11 @@ def from_form(form: Mapping[str, Sequence[str]], *, kind: Kind, order: Sequence[
 
 
 def agrees(answer: Answer, gold: Mapping[str, Any]) -> bool:
-    """Whether an answer agrees with the expected one: the same choice, no pair ranked the other way round, a rating
-    within one point (the same for thumbs), the same first wrong step."""
+    """Whether an answer agrees with the expected one.
+
+    It does if it makes the same choice, ranks no pair the other way round, gives a rating within one point (the same
+    for thumbs), or marks the same first wrong step, depending on what is expected.
+    """
     if "choice" in gold:
         return bool(answer.choice == gold["choice"])
     if answer.choice != "done":
@@ -273,11 +281,11 @@ _GOLD = {
     "rating": '{"rating": 2}',
     "steps": '{"steps": [1, 1, -1, null]} (1 right, 0 neutral, -1 wrong)',
 }
-"""What the expected answer of each kind looks like; `why` may say more to whoever takes the quiz."""
+"""The form of the expected answer of each kind. It may add "why", a reason for people who take the quiz."""
 
 
 def checked_gold(gold: Mapping[str, Any], *, num_replies: int, task: Task) -> JsonDict:
-    """The expected answer of a gold or quiz item, if somebody could give it. Raises DataError that shows its form."""
+    """The expected answer of a gold or quiz item, if a person could give it. Raises DataError that shows its form."""
     where = "the expected answer"
     if task.kind not in _GOLD:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Who gets which item next: leases with hard caps, and policies whose choices carry their probability.
+"""Who gets which item next: leases with hard caps, and policies that record the probability of each choice.
 
 Every function here works on the connection of the store's only writer, so what it reads stays true until it writes.
 """
@@ -19,20 +19,20 @@ from trimtab.feedback.people import Person, by_id, give_back
 from trimtab.feedback.store import Store, append_audit
 
 _BLOCK = 8
-"""Pairs in a row with as many of each side on the left."""
+"""Consecutive pairs in which each side is on the left equally often."""
 REASK_AFTER = 10
-"""Answers between an item and the same item with its sides swapped."""
+"""Least number of answers before an item is asked again with its sides swapped."""
 _LOOKED_AT = 20
-"""Leases that ran out last, among which a begun answer is looked for."""
+"""Number of most recently expired leases that are searched for an answer that was begun."""
 _WORDS = ("text", "rationale", "reason")
-"""Parts of a draft that are work to write again."""
+"""Parts of a draft in a person's own words, which would be work to write again."""
 TAKES_A_PLACE = ("open", "done")
 """States of a lease that count towards the cap of an item."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """An item given to one person for a while."""
+    """An item given to one person for a while: `person_id` may answer `item_id` until `expires_at`."""
 
     id: int
     token: str
@@ -41,16 +41,19 @@ class Lease:
     purpose: str
     state: str
     standing: bool
+    """Whether it was opened to change an answer that stands until then."""
     shown_order: tuple[int, ...]
+    """Places of the replies in the order on the screen."""
     arm: str | None
     propensity: float | None
+    """Probability with which the item was chosen; None if that was not by a policy."""
     draft: dict[str, Any]
     opened_at: float
     expires_at: float
 
 
 def lease_of(row: Row[Any]) -> Lease:
-    """The lease of a row of the table."""
+    """The lease in a row of the table."""
     return Lease(
         row.id, row.token, row.item_id, row.person_id, row.purpose, row.state, row.standing, tuple(row.shown_order),
         row.arm, row.propensity, dict(row.draft), row.opened_at, row.expires_at,
@@ -58,22 +61,22 @@ def lease_of(row: Row[Any]) -> Lease:
 
 
 def next_lease(store: Store, connection: Connection, person: Person) -> Lease | None:
-    """The open lease of the person, or a new one; None where there is nothing for them now.
+    """The open lease of the person, or a new one; None if there is nothing for them now.
 
-    In this order: what they have open, the quiz until it is decided, and then by chance a gold item, an earlier item
-    again, or one that still needs answers.
+    In this order: what they have open, the quiz until it is decided, a task that they had begun, and then at random a
+    gold item, an earlier item again, or an item that still needs answers.
     """
     settings, now = store.project.settings, store.now()
-    person = by_id(connection, person.id)  # who may have been banned since the request was let in
+    person = by_id(connection, person.id)  # they may have been banned since the request was let in
     reclaim(store, connection)
     open_one = connection.execute(
         sa.select(t.leases)
         .where(t.leases.c.person_id == person.id, t.leases.c.state == "open")
         .order_by(t.leases.c.opened_at.desc(), t.leases.c.id)
-    ).first()  # several only after an undo, which puts the task in hand aside
+    ).first()  # several only after an undo, which puts the current task aside
     if open_one is not None:
         kept = settings.assignment.lease_minutes * 60
-        if open_one.expires_at < now + kept / 2:  # looked at again: a second half, without a write for every look
+        if open_one.expires_at < now + kept / 2:  # renewed in its second half only: not every look is a write
             connection.execute(t.leases.update().where(t.leases.c.id == open_one.id).values(expires_at=now + kept))
         return lease_of(open_one)
     if person.state != "active" or reached_daily_limit(store, connection, person):
@@ -104,7 +107,7 @@ def next_lease(store: Store, connection: Connection, person: Person) -> Lease | 
 
 
 def _begun(store: Store, connection: Connection, person: Person) -> Lease | None:
-    """A task that the person had begun to answer when its lease ran out, with what they wrote, while it can be had."""
+    """The last task whose lease ran out while the person was writing, opened again; None if none can be had."""
     now, minutes = store.now(), store.project.settings.assignment.lease_minutes
     late = sa.select(t.leases).where(
         t.leases.c.person_id == person.id, t.leases.c.state == "expired", t.leases.c.purpose != "quiz"
@@ -126,14 +129,14 @@ def _begun(store: Store, connection: Connection, person: Person) -> Lease | None
 
 
 def reclaim(store: Store, connection: Connection) -> int:
-    """Takes back leases that have run out; returns how many. One opened to change an answer leaves that answer."""
+    """Takes back expired leases; returns how many. If one was opened to change an answer, that answer stands."""
     late = t.leases.update().where(t.leases.c.state == "open", t.leases.c.expires_at < store.now())
     connection.execute(late.where(t.leases.c.standing).values(state="done", standing=False))
     return give_back(connection, late, "expired")
 
 
 def eligible(store: Store, person: Person) -> sa.Select[Any]:
-    """The queue's items that this person can be given."""
+    """A query of the queue's items that this person can be given."""
     met = sa.select(t.leases.c.id).where(
         t.leases.c.person_id == person.id, t.leases.c.item_id == t.queue.c.item_id, t.leases.c.purpose == "task",
         t.leases.c.state != "expired",
@@ -150,7 +153,7 @@ def eligible(store: Store, person: Person) -> sa.Select[Any]:
 
 
 def _waiting() -> sa.ColumnElement[bool]:
-    """Of the queue: open, with a place left, and not decided by an adjudicator."""
+    """The condition that an item of the queue is open, has a place left and was not decided by an adjudicator."""
     decided = sa.select(t.votes.c.item_id).where(t.votes.c.purpose == "adjudication")
     return t.queue.c.open & (t.queue.c.taken < t.queue.c.cap) & t.queue.c.item_id.notin_(decided)
 
@@ -160,7 +163,7 @@ def num_eligible(store: Store, connection: Connection, person: Person) -> int:
     if person.opted_out or not store.project.settings.assignment.own_prompts:
         rows = eligible(store, person).subquery()
         return int(connection.execute(sa.select(sa.func.count()).select_from(rows)).scalar_one())
-    # The same for everyone but what they have met: two counts by index instead of a look at every item.
+    # Everyone can be given the same items but those they have met: two counts by index, and no look at every item.
     waiting = _waiting()
     everyone = sa.select(sa.func.count()).select_from(t.queue).where(waiting)
     met = (
@@ -216,7 +219,7 @@ def _from_queue(
 
 
 def _one_of(connection: Connection, rows: sa.Select[Any], random: np.random.Generator) -> Row[Any] | None:
-    """One of the rows, each equally likely, with how many there are as `num`; None for none."""
+    """One of the rows, each equally likely, with their number as `num`; None if there are none."""
     num = connection.execute(sa.select(sa.func.count()).select_from(rows.subquery())).scalar_one()
     if num == 0:
         return None
@@ -231,9 +234,9 @@ def choose(
     random_arm: float,
     temperature: float,
 ) -> tuple[int, str, float]:
-    """The number of an item, the arm that chose it, and the probability with which it was the one.
+    """The index of the chosen item, the arm that chose it, and the probability of this choice.
 
-    The choice is a mixture: probability `random_arm` for a uniform one, else in proportion to
+    The choice is a mixture: with probability `random_arm` it is uniform, otherwise it is proportional to
     exp(score / temperature). The probability is that of the mixture, so that estimates weighted by its inverse are
     unbiased whichever arm chose.
     """
@@ -255,7 +258,7 @@ def _unseen(connection: Connection, person: Person, purpose: str, random: np.ran
 
 
 def _earlier(connection: Connection, person: Person, random: np.random.Generator) -> int | None:
-    """A pair the person has judged a while ago and not yet been asked again."""
+    """A random pair that the person judged a while ago and has not been asked again; None if there is none."""
     mine = sa.select(t.leases.c.item_id).where(t.leases.c.person_id == person.id)
     again = mine.where(t.leases.c.purpose == "reask")
     rows = (
@@ -302,7 +305,7 @@ def _lease(
         "opened_at": now,
         "expires_at": now + settings.lease_minutes * 60,
     }
-    # One that ran out before is taken up again: there is one lease for each person, item and purpose.
+    # An expired lease is used again: there is one lease for each person, item and purpose.
     here = (t.leases.c.person_id == person.id) & (t.leases.c.item_id == item_id) & (t.leases.c.purpose == purpose)
     if connection.execute(t.leases.update().where(here).values(**values)).rowcount == 0:
         connection.execute(t.leases.insert().values(item_id=item_id, person_id=person.id, created_at=now, **values))
@@ -312,7 +315,8 @@ def _lease(
 def shown_order(seed: int, person_id: int, position: int, num: int, kind: str) -> list[int]:
     """The places of the replies in the order in which this person sees them.
 
-    Of each eight pairs in a row four are shown either way round, in an order nobody can guess. Steps keep theirs.
+    Of every eight consecutive pairs, four are shown each way round, in an order that nobody can guess. Rankings are
+    shuffled; the steps of a reply keep their order.
     """
     if kind == "pairs":
         sides = np.array([0, 1] * (_BLOCK // 2))
@@ -325,7 +329,7 @@ def shown_order(seed: int, person_id: int, position: int, num: int, kind: str) -
 
 
 def set_open(store: Store, is_open: bool, *, actor: int | None = None) -> None:
-    """Opens or pauses the whole queue; what people have in hand they may finish."""
+    """Opens or pauses the whole queue. People may finish the tasks that they have."""
     with store.write() as connection:
         connection.execute(t.queue.update().values(open=is_open))
         append_audit(connection, store.now(), actor, "queue", "", {"open": is_open})

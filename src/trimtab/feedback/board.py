@@ -1,4 +1,4 @@
-"""The live board: how far a project is and what its votes are worth so far."""
+"""The live board: how far a project has come and what its votes are worth so far."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trimtab.votes.study import Study, study
 KEPT_SECONDS = 10.0
 """How long a computed board is shown before it is computed anew."""
 LIVE_RESAMPLES = 200
-"""Of the intervals on the page, which is computed over and over; `feedback status` takes as many as `agreement`."""
+"""Resamples for intervals on the page, few as it is often computed; `feedback status` uses as many as `agreement`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Board:
     study: Study | None
     rows: list[BoardRow]
     throughput: list[tuple[float, int]]
-    """Start of each stretch of time and the answers in it."""
+    """Start of each stretch of time (seconds since 1970) and the number of answers in it."""
     stretch_seconds: float
     gold: Interval
     left: Interval
@@ -65,7 +65,7 @@ class Board:
     """Items begun by each arm of the selection."""
 
     def to_dict(self) -> JsonDict:
-        """As JSON values."""
+        """The board as JSON values."""
         return {
             "at": self.at,
             **self.counts,
@@ -152,7 +152,7 @@ def make_board(store: Store, *, num_resamples: int = LIVE_RESAMPLES) -> Board:
 
 @dataclass
 class BoardCache:
-    """The last board, computed anew when it is older than `KEPT_SECONDS`: many may watch at the price of one."""
+    """The last board, computed anew when it is older than `KEPT_SECONDS`: many viewers cost as much as one."""
 
     store: Store
     _board: Board | None = None
@@ -168,16 +168,16 @@ class BoardCache:
             return self._board
 
     def forget(self) -> None:
-        """Computes the next one anew: somebody has just changed what it shows."""
+        """Forgets the board, because something it shows has just changed; the next `get` computes it anew."""
         with self._lock:
             self._board = None
 
 
 def disagreements(connection: Connection, *, limit: int = 200) -> list[dict[str, Any]]:
-    """Items that an adjudicator should see, the most divided first; flagged ones before all.
+    """Items that an adjudicator should see: flagged ones first, then the most divided.
 
-    Order: flagged, then 1 - the share of the commonest answer, times one more than what the policy thinks the item is
-    worth. Adjudicated items are left out.
+    Within each group they are ordered by (1 - share of the most common answer) * (1 + the item's score by the policy).
+    Adjudicated items are left out.
     """
     decided = sa.select(t.votes.c.item_id).where(t.votes.c.purpose == "adjudication")
     done = set(connection.execute(decided).scalars())
@@ -229,7 +229,7 @@ def _said(cast: Any) -> str:
 
 
 def _gold(connection: Connection) -> dict[int, tuple[int, int]]:
-    """Of each person, gold items answered as expected and all of them."""
+    """For each person, the number of gold items answered as expected, and of all that they answered."""
     tally: dict[int, tuple[int, int]] = {}
     for cast in cast_votes(connection, purposes=("gold",)):
         right, asked = tally.get(cast.person_id, (0, 0))
@@ -250,7 +250,7 @@ def _flags(card: AnnotatorCard | None, gold: tuple[int, int] | None) -> tuple[st
 
 
 def _throughput(moments: list[float], now: float) -> tuple[float, list[tuple[float, int]]]:
-    """Answers in stretches of time: of a minute, an hour or a day, so that the whole project is in view."""
+    """The length of a stretch of time (a minute, an hour or a day, by the age of the project) and answers in each."""
     if not moments:
         return 60.0, []
     span = now - moments[0]

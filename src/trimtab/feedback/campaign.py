@@ -1,6 +1,6 @@
 """What an annotation campaign costs and what it can be expected to show, before anybody is asked.
 
-Prices and minutes are yours to give. Everything that is assumed is said in `ASSUMPTIONS`, next to the figures.
+You give prices and minutes. `ASSUMPTIONS` lists everything that is assumed, and is printed next to the figures.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Campaign:
     annotators: int = 5
     """People at work at the same time."""
     hours_per_day: float = 4.0
-    """Of judging, for each of them."""
+    """Hours a day that each of them judges."""
     agreement: float = 0.7
     """How often two annotators are expected to agree."""
 
@@ -76,38 +76,38 @@ class Campaign:
 
     @property
     def judgements(self) -> int:
-        """All judgements that are paid."""
+        """Number of judgements that are paid."""
         return math.ceil(self.items * self.overlap * (1 + self.gold + self.repeats + self.adjudication) - 1e-9)
 
     @property
     def price_per_judgement(self) -> float:
-        """With the platform's share."""
+        """Price of one judgement, with the platform's share."""
         pay = self.minutes / 60 * self.wage if self.price is None else self.price
         return pay * (1 + self.fee)
 
     @property
     def cost(self) -> float:
-        """Of all judgements."""
+        """Price of all judgements."""
         return self.judgements * self.price_per_judgement
 
     @property
     def hours(self) -> float:
-        """Of work, of all annotators together."""
+        """Hours of work of all annotators together."""
         return self.judgements * self.minutes / 60
 
     @property
     def days(self) -> float:
-        """Until the last judgement, if all annotators work as long as they may."""
+        """Days until the last judgement, if all annotators work `hours_per_day`."""
         return self.hours / (self.annotators * self.hours_per_day)
 
     @property
     def vote_accuracy(self) -> float:
-        """Chance p that one vote is right."""
+        """Probability p that one vote is right."""
         return vote_accuracy(self.agreement)
 
     @property
     def label_accuracy(self) -> float:
-        """Chance q that an item's label is right."""
+        """Probability q that an item's label is right."""
         return label_accuracy(self.vote_accuracy, self.overlap)
 
     @property
@@ -117,12 +117,12 @@ class Campaign:
 
 
 def vote_accuracy(agreement: float) -> float:
-    """p of an agreement a in [0.5, 1]: (1 + sqrt(2a - 1)) / 2, the inverse of a = p² + (1 - p)²."""
+    """Accuracy p of a vote at an agreement a in [0.5, 1]: (1 + sqrt(2a - 1)) / 2, the inverse of a = p² + (1 - p)²."""
     return (1 + math.sqrt(2 * agreement - 1)) / 2
 
 
 def label_accuracy(vote_accuracy: float, overlap: float) -> float:
-    """Chance that the majority of `overlap` independent votes is right; between whole numbers, the mean over items."""
+    """Probability that the majority of `overlap` independent votes is right; for a fraction, the mean over items."""
 
     def whole(n: int) -> float:
         right = np.arange(n + 1)
@@ -134,7 +134,7 @@ def label_accuracy(vote_accuracy: float, overlap: float) -> float:
 
 
 def items_for_win_rate(half_width: float, *, win_rate: float = 0.5, confidence: float = 0.95) -> int:
-    """Independent judgements for a win rate known to ± `half_width`: z² w (1 - w) / h², 385 for ±0.05 at w = 0.5."""
+    """Independent judgements for a win rate within ± `half_width`: z² w (1 - w) / h², 385 for ±0.05 at w = 0.5."""
     z = float(scipy.special.ndtri(0.5 + confidence / 2))
     return math.ceil(z**2 * win_rate * (1 - win_rate) / half_width**2 - 1e-9)
 
@@ -142,7 +142,7 @@ def items_for_win_rate(half_width: float, *, win_rate: float = 0.5, confidence: 
 def items_for_agreement(
     half_width: float, *, agreement: float, votes_per_item: int = 2, confidence: float = 0.95
 ) -> int:
-    """Items with so many votes each for a raw agreement known to ± `half_width`: z² Var(P_i) / h².
+    """Items with `votes_per_item` votes each for a raw agreement within ± `half_width`: z² Var(P_i) / h².
 
     P_i is the share of agreeing pairs among an item's votes; its variance follows from independent, equally good votes.
     """
@@ -167,18 +167,19 @@ class LearningCurve:
     scale: float
     exponent: float
     points: tuple[tuple[float, float], ...]
-    """What it was fitted to."""
+    """The (items, accuracy) points that it was fitted to."""
 
     def accuracy(self, n: float) -> float:
-        """At n items."""
+        """The accuracy at n items."""
         return float(self.limit - self.scale * n**-self.exponent)
 
 
 def fit_learning_curve(points: Sequence[tuple[float, float]], *, highest: float) -> LearningCurve:
     """The curve through measured (items, accuracy) points by least squares, exponent in [0.05, 1].
 
-    Its limit is at most `highest` (the accuracy of a vote, where the model is judged on votes), and is that where
-    there are only two points or a free fit goes beyond. Raises ConfigError for fewer, and where accuracy does not rise.
+    Its limit is at most `highest` (the accuracy of a vote, if the model is judged on votes), and is `highest` if there
+    are only two points or a free fit goes beyond it. Raises ConfigError for fewer points, for accuracies outside
+    (0, `highest`), and if accuracy does not rise.
     """
     n = np.array([p[0] for p in points], dtype=np.float64)
     accuracy = np.array([p[1] for p in points], dtype=np.float64)

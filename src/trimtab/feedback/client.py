@@ -16,7 +16,7 @@ from trimtab.core.errors import EngineError
 
 @dataclass(frozen=True)
 class Client:
-    """Talks to a server as the person of a token.
+    """A client of one server, which acts as the person of a token.
 
     client = Client("http://127.0.0.1:8765", token)
     client.add_items([{"prompt": "…", "responses": ["…", "…"]}])
@@ -27,10 +27,10 @@ class Client:
     token: str
     timeout_seconds: float = 30.0
     attempts: int = 4
-    """Answers may be sent again: the server stores each once."""
+    """Tries of each request. Answers may be sent again: the server stores each once."""
 
     def next_task(self) -> dict[str, Any] | None:
-        """The task in hand or the next one; None for none."""
+        """The current task or the next one; None if there is none."""
         return cast("dict[str, Any] | None", self._call("GET", "next")["task"])
 
     def answer(self, token: str, **fields: str | Sequence[str]) -> dict[str, Any]:
@@ -39,7 +39,7 @@ class Client:
         return cast("dict[str, Any]", self._call("POST", f"tasks/{token}", body))
 
     def add_items(self, rows: Sequence[Mapping[str, Any]], *, purpose: str = "task") -> dict[str, int]:
-        """Adds items; returns counts."""
+        """Adds items of the given rows; returns counts."""
         body = {"rows": [dict(row) for row in rows], "purpose": purpose}
         return cast("dict[str, int]", self._call("POST", "items", body))
 
@@ -48,7 +48,7 @@ class Client:
         return int(self._call("PUT", "scores", {"scores": scores})["items"])
 
     def votes(self, after: int = 0) -> list[dict[str, Any]]:
-        """Votes given after the one with this number."""
+        """Votes given after the one with this id."""
         return cast("list[dict[str, Any]]", self._call("GET", f"votes?after={after}"))
 
     def export(self, layout: str, split: str = "all") -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Client:
         return str(self._call("POST", "invites", {"role": role, "uses": uses})["token"])
 
     def set_state(self, person: int, state: str) -> None:
-        """Pauses, bans or lets somebody back in."""
+        """Sets somebody's state: active, paused or banned."""
         self._call("PUT", f"people/{person}/state", {"state": state})
 
     def verify(self, head: str | None = None) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Client:
         return cast("dict[str, Any]", self._call("POST", f"audit/verify{query}"))
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
-        """The JSON of an answer. Raises EngineError with what the server said."""
+        """The JSON that the server answers with; None if it is empty. Raises EngineError with what the server said."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
         url = f"{self.url.rstrip('/')}/api/v1/{path}"

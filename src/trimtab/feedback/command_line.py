@@ -23,7 +23,7 @@ DEFAULT_PROJECT = Path("feedback/project.toml")
 
 
 def add_to(group: click.Group) -> None:
-    """Adds the commands to the group. Its object (`ctx.obj`) samples replies of a model, as `stages.use` does."""
+    """Adds the commands to the group. Its object (`ctx.obj`) is called to sample replies of a model."""
     for command in (
         init, serve, import_, export, status, invite, people, token, adjudicate, guideline, queue, scores, simulate,
         audit, backup, agreement, cost,
@@ -68,7 +68,7 @@ def _copy_example(directory: Path) -> None:
 def serve(project: Path | None, host: str | None, port: int | None) -> None:
     """Serve the pages of a project.
 
-    Without PROJECT it is feedback/project.toml, made from the example where there is none.
+    Without PROJECT it is feedback/project.toml, which is made from the example if there is none.
     """
     from trimtab.feedback.server import serve as serving
 
@@ -113,7 +113,7 @@ def import_(
 ) -> None:
     """Add items: a file in any layout, samples of `trimtab generate`, a dump, a world or a checkpoint.
 
-    SOURCE left out is the project's own data.
+    Without SOURCE, the project's own data is imported.
     """
     from trimtab.feedback import importing
     from trimtab.feedback.commands import parse_columns
@@ -438,7 +438,7 @@ def backup(project: Path, out: Path) -> None:
 def agreement(source: str, **options: Any) -> None:
     """Say how far annotators agree, and write a page about it.
 
-    SOURCE is a feedback project, or a table of votes with the columns item, annotator, choice and, where known,
+    SOURCE is a feedback project, or a table of votes with the columns item, annotator, choice and, if known,
     shown_left, seconds, slice, strength, model_a, model_b (JSON lines, CSV or Parquet), or comparisons.
     """
     from trimtab.feedback import commands

@@ -27,7 +27,7 @@ def agreement(
     as_given: bool,
     seed: int,
 ) -> None:
-    """Prints the agreement of a source's votes and writes its page and, beside it, the figures as JSON."""
+    """Prints the agreement of a source's votes, writes a page about it and, beside the page, the figures as JSON."""
     votes = read_votes(
         source,
         columns=parse_columns(columns),
@@ -144,7 +144,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """The columns of "item=COLUMN,choice=COLUMN". Raises ConfigError for anything else."""
+    """The column for each name in "item=COLUMN,choice=COLUMN". Raises ConfigError for anything else."""
     found = {}
     for part in _names(text):
         name, equals, column = part.partition("=")

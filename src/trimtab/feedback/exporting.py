@@ -1,4 +1,4 @@
-"""What people said as files: every layout that trainers read, the vote table, Potato, and a copy without loss."""
+"""Exports what people said: every layout that trainers read, the vote table, Potato, and a dump without loss."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Exported:
 
 
 def export(store: Store, layout: Layout, *, split: labels.Split = "all") -> Exported:
-    """The rows of a layout. Raises DataError for one the project cannot give."""
+    """The rows of a layout and their card. Raises DataError for a layout that the project cannot give."""
     settings = store.project.settings
     with store.read() as connection:
         rows, counts = _rows(store.project, connection, layout, split)
@@ -77,7 +77,7 @@ def export(store: Store, layout: Layout, *, split: labels.Split = "all") -> Expo
 
 
 def write_export(store: Store, layout: Layout, out: Path, *, split: labels.Split = "all") -> JsonDict:
-    """Writes the rows by the ending of `out` (.jsonl, .csv, .parquet) and the card beside them; returns the card."""
+    """Writes the rows in the format of `out` (.jsonl, .csv or .parquet) and the card beside them; returns the card."""
     exported = export(store, layout, split=split)
     content = to_bytes(exported.rows, out.name)
     with writing(str(out), out):
@@ -89,7 +89,7 @@ def write_export(store: Store, layout: Layout, out: Path, *, split: labels.Split
 
 
 def to_bytes(rows: Sequence[JsonDict], name: str) -> bytes:
-    """The rows as a file of the type that the name ends with. Raises DataError for another."""
+    """The rows as the content of a file, in the format that its name ends with. Raises DataError for another ending."""
     writers: dict[str, Callable[[Sequence[JsonDict]], bytes]] = {
         ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet
     }  # fmt: skip
@@ -104,8 +104,8 @@ def _jsonl(rows: Sequence[JsonDict]) -> bytes:
 
 
 def _csv(rows: Sequence[JsonDict]) -> bytes:
-    """Cells that a spreadsheet would take for a formula begin with an apostrophe, which it does not show and the data
-    readers take off."""
+    """The rows as CSV. A cell that a spreadsheet would take for a formula begins with an apostrophe, which spreadsheets
+    do not show and the data readers remove."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -126,8 +126,8 @@ def _cell(value: Any) -> str:
 
 
 def _parquet(rows: Sequence[JsonDict]) -> bytes:
-    """A table with every column that any row has. A column of one shape (texts, numbers, lists of messages) keeps it;
-    one whose objects differ from row to row, as answers and facts do, holds them as JSON text."""
+    """The rows as Parquet, with every column that any row has. A column whose values have one shape (texts, numbers,
+    lists of messages) keeps it; one whose objects differ from row to row, as answers and facts do, holds JSON text."""
     import pyarrow
     import pyarrow.parquet
 
@@ -149,8 +149,8 @@ def _of_one_shape(values: list[Any]) -> list[Any]:
 
 
 def _shape(value: Any) -> Any:
-    """The kind of a value; None for one that says nothing. Raises ValueError for an object or list that Parquet cannot
-    hold, or not without adding to it."""
+    """The shape of a value; None for a null. Raises ValueError for an object or list that Parquet cannot hold, or only
+    by adding to it."""
     if isinstance(value, dict):
         if not value:
             raise ValueError
@@ -259,8 +259,8 @@ def _text(prompt: Prompt) -> str:
 def _read_back(
     rows: Sequence[JsonDict], records: Sequence[Any], convert: Callable[[JsonDict], Any], *replies: str
 ) -> bool:
-    """Whether the readers find in these rows what they were written from. A system turn, or a text with blanks around
-    it or a speaker's name in it, has no form in a transcript; then all prompts and replies are written as messages."""
+    """Whether the data readers find in these rows the records that they were written from. A transcript cannot hold a
+    system turn, nor a text with blanks around it or a speaker's name in it; all rows are then written as messages."""
     try:
         found = [convert(row) for row in rows]
     except Mistake:
@@ -297,7 +297,7 @@ def _potato(connection: Connection, question: str) -> Iterable[JsonDict]:
 
 
 def dump(connection: Connection) -> Iterable[JsonDict]:
-    """Every guideline, person (without password), item and vote; `restoring.restore` makes them anew."""
+    """Every guideline, person (without password), item and vote; `restoring.restore` makes a project of them."""
     yield {"record": "dump", "version": 1}
     for row in connection.execute(sa.select(t.guidelines).order_by(t.guidelines.c.version)):
         yield {"record": "guideline", "text": row.text}

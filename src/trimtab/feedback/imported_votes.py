@@ -1,4 +1,4 @@
-"""Votes that were given elsewhere: the choices of a comparisons file, checked with its rows and then stored once."""
+"""Imports votes given elsewhere: the choices of a comparisons file, checked with its rows and then stored once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OTHER = {"A": "B", "B": "A"}
 
 @dataclass(frozen=True, kw_only=True)
 class GivenVote:
-    """A row's vote. A is the reply with the hash `a`, in whichever place the store holds it."""
+    """The vote of one row. Its side A is the reply with the hash `a`, whichever place that has in the store."""
 
     item_sha256: str
     a: str
@@ -108,8 +108,8 @@ def _number(row: Mapping[str, Any], name: str) -> float | None:
 def add_votes(store: Store, votes: Sequence[GivenVote]) -> dict[str, int]:
     """Stores votes whose items are in the store; returns counts.
 
-    The same file again adds none. An annotator's second vote on an item is stored as one that was asked again, which
-    measures consistency and adds no label; further ones are left out and counted.
+    Importing the same file again adds nothing. An annotator's second vote on an item is stored with the purpose
+    "reask", which measures consistency and adds no label; further votes are left out and counted.
     """
     counts = {"votes": 0, "repeated_votes": 0, "dropped_known_vote": 0, "dropped_repeated_vote": 0}
     seen: Counter[str] = Counter()
@@ -126,7 +126,7 @@ def add_votes(store: Store, votes: Sequence[GivenVote]) -> dict[str, int]:
 
 
 class _Chunk:
-    """Votes of one transaction, and what the store says of their items and people: asked once for all of them."""
+    """The votes of one transaction, and what the store knows of their items and people, read once for all of them."""
 
     def __init__(
         self, store: Store, connection: Connection, keyed: Sequence[tuple[str, GivenVote]], counts: dict[str, int]

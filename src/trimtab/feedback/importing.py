@@ -1,4 +1,4 @@
-"""From files, samples and worlds to items: the same readers as training, then one item for each row, pair or group."""
+"""Imports items from files, samples and worlds with the readers of training: one for each row, pair or group."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _MOST_MISTAKES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How rows are read."""
+    """How the rows of a source are read."""
 
     purpose: Purpose = "task"
     """What the items are for: tasks, hidden gold, or the quiz."""
@@ -51,11 +51,11 @@ class Options:
     with_votes: bool = False
     """Take the choices of a comparisons file as votes of the annotators it names."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """The file's names of columns: {"prompt": "instruction+input"} joins two with an empty line."""
+    """The file's column for each name: {"prompt": "instruction+input"} joins two columns with an empty line."""
     limit: int | None = None
     """Read only the first rows."""
     on_bad_row: str = "stop"
-    """Refuse the file at a bad row, or drop and count such rows."""
+    """stop refuses a file with a bad row; drop leaves such rows out and counts them."""
 
 
 def import_source(
@@ -127,7 +127,7 @@ def import_source(
 
 
 def renamed(row: JsonDict, columns: Mapping[str, str]) -> JsonDict:
-    """The row with the columns it was said to have, beside its own. Raises Mistake for a column that is not there."""
+    """The row with its columns renamed by `columns`; others stay. Raises Mistake for a column that it does not have."""
     named = dict(row)
     for name, source in columns.items():
         parts = source.split("+")
@@ -143,7 +143,7 @@ def renamed(row: JsonDict, columns: Mapping[str, str]) -> JsonDict:
             named[name] = "\n\n".join(str(row[part]) for part in parts if row[part] not in (None, ""))
     for source in columns.values():
         for part in source.split("+"):
-            if part not in columns:  # it has been used under its new name
+            if part not in columns:  # it is there under its new name
                 named.pop(part, None)
     return named
 
@@ -159,14 +159,14 @@ def _all_mistakes(mistakes: Sequence[tuple[str, str, str]], num_rows: int) -> Da
 
 
 def _is_sample(row: JsonDict, kind: Kind) -> bool:
-    """One reply a row, of which those to the same prompt are compared."""
+    """Whether a row holds one sampled reply, to be compared with the other replies to its prompt."""
     has_reply = any(row.get(name) is not None for name in ("response", "completion"))
     others = ("response_a", "responses", "chosen", "completions", "steps", "label")
     return has_reply and kind in ("pairs", "ranking") and not any(row.get(name) is not None for name in others)
 
 
 def items_of_row(row: JsonDict, task: Task, options: Options) -> Iterator[NewItem]:
-    """The items of one row of any layout that holds its replies together. Raises Mistake and DataError."""
+    """The items of one row, in any layout that holds all replies in one row. Raises Mistake and DataError."""
     kind = task.kind
     responses = _json(row, "responses", list)
     if row.get("response_a") is not None:
@@ -178,7 +178,7 @@ def items_of_row(row: JsonDict, task: Task, options: Options) -> Iterator[NewIte
         yield from _of_replies(comparison.prompt, replies, _with_gold(row, row.get("choice"), options), task, options)
     elif row.get("chosen") is not None and row.get("rejected") is not None:
         pair = to_explicit_pair(row) if row.get("prompt") is not None else to_implicit_pair(row)
-        # Which of the two is A must not say which was chosen.
+        # Which of the two is A must not reveal which was chosen, so their hashes decide.
         texts = sorted((pair.chosen, pair.rejected), key=reply_hash)
         row = _with_gold(row, "A" if texts[0] == pair.chosen else "B", options)
         replies = [NewReply(text=text, source=_source(row)) for text in texts]
@@ -201,7 +201,7 @@ def items_of_row(row: JsonDict, task: Task, options: Options) -> Iterator[NewIte
 
 
 def _with_gold(row: JsonDict, choice: Any, options: Options) -> JsonDict:
-    """The row, whose choice is what a gold or quiz item expects if it says nothing else."""
+    """The row. If a gold or quiz item names no expected answer, its choice becomes the expected answer."""
     if options.purpose == "task" or row.get("gold") not in (None, "") or not choice:
         return row
     return {**row, "gold": {"choice": choice}}
@@ -210,7 +210,7 @@ def _with_gold(row: JsonDict, choice: Any, options: Options) -> JsonDict:
 def _of_replies(
     prompt: Prompt, replies: Sequence[NewReply], row: JsonDict, task: Task, options: Options
 ) -> Iterator[NewItem]:
-    """Pairs of every two replies, a ranking of all, or an item for each, as the project asks."""
+    """The items of some replies, by the kind that the project asks: every two, a ranking of all, or one for each."""
     fewest, most = NUM_REPLIES[task.kind]
     parts: list[tuple[int, ...]]
     if task.kind == "demonstration":
@@ -254,7 +254,7 @@ def _item(prompt: Prompt, replies: Sequence[NewReply], row: Mapping[str, Any], t
 
 
 def _json(row: Mapping[str, Any], name: str, kind: type) -> Any:
-    """A value of a column, which a CSV file holds as JSON text; None for an empty cell. Raises Mistake for another."""
+    """The value of a column, which may be JSON text as in CSV; None for an empty cell. Raises Mistake for another."""
     value = row.get(name)
     if isinstance(value, str):
         with suppress(ValueError):
@@ -313,7 +313,7 @@ def _model(row: Mapping[str, Any], name: str) -> JsonDict:
 
 
 def _from_world(source: str, kind: Kind) -> Iterator[tuple[str, NewItem]]:
-    """Prompts of a world with replies of its grammar."""
+    """Items of a world: its prompts, with replies from its grammar."""
     prompts = cast("list[Prompt]", read_world(source, demonstrations=False))
     name, _, query = source.removeprefix("world:").partition("?")
     seed = int(dict(parse_qsl(query)).get("seed", "0"))
@@ -333,10 +333,10 @@ def _from_world(source: str, kind: Kind) -> Iterator[tuple[str, NewItem]]:
 
 
 def seed_items(store: Store) -> dict[str, int]:
-    """Imports the project's own `data` as far as the store does not have it; returns counts of what was done.
+    """Imports what the store does not have yet of the project's own `data`; returns counts of what was done.
 
-    A source that was imported whole is noted with the hash of its content, after its last item was added: a start
-    that was cut short is made up for by the next, and a file that has grown since adds what is new.
+    A source is noted with the hash of its content only after its last item was added. The next start therefore
+    completes an import that was cut short, and a file that has grown adds what is new.
     """
     total: dict[str, int] = {}
     for source in store.project.settings.data:

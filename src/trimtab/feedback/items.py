@@ -1,4 +1,4 @@
-"""Items: what is judged. Never changed once added; the same question is one item."""
+"""Items: what people judge. An item never changes once it is added, and the same question is one item."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CHUNK = 500
 
 @dataclass(frozen=True, kw_only=True)
 class NewReply:
-    """A reply and where it came from: model, checkpoint, sampling parameters, seed, or a person. Never shown."""
+    """A reply and its source: model, checkpoint, sampling parameters, seed, or a person. The source is never shown."""
 
     text: str
     source: Mapping[str, Any] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class NewReply:
 
 @dataclass(frozen=True, kw_only=True)
 class NewItem:
-    """An item to add."""
+    """An item to add, such as a prompt with two replies for the kind "pairs"."""
 
     kind: Kind
     prompt: Prompt
@@ -57,14 +57,15 @@ class NewItem:
     gold: Mapping[str, Any] = field(default_factory=dict)
     """The expected answer of a gold or quiz item, such as {"choice": "A"}."""
     slice: str = ""
-    """A part of the data that is looked at by itself."""
+    """Name of a part of the data that is reported by itself."""
     sensitive: bool = False
-    """May be opted out of."""
+    """Whether people may opt out of it."""
     author: str = ""
+    """Who wrote the prompt; empty if that is not known."""
     scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Scores of the replies by reward model."""
+    """Scores of the replies for each reward model, such as {"reward-model": [0.3, -1.2]}."""
     given: float = 0.0
-    """The score of the policy "given"."""
+    """The item's score under the policy "given"."""
 
     def refuse(self, where: str) -> None:
         """Raises DataError for an item that cannot be asked."""
@@ -94,7 +95,7 @@ class NewItem:
 
 
 def check_scores(name: str, scores: Any, num_replies: int, *, where: str) -> None:
-    """Raises DataError unless they are one finite number for each reply."""
+    """Raises DataError unless the scores are one finite number for each reply."""
     known = isinstance(scores, list | tuple) and all(
         isinstance(s, int | float) and not isinstance(s, bool) and math.isfinite(s) for s in scores
     )
@@ -107,9 +108,9 @@ def check_scores(name: str, scores: Any, num_replies: int, *, where: str) -> Non
 
 
 def add_items(store: Store, new: Iterable[tuple[str, NewItem]], *, actor: int | None = None) -> dict[str, int]:
-    """How many items were read, added, and left out because the store has them already or they cannot be asked.
+    """Adds items; returns how many were read, added, and left out because the store has them already.
 
-    Each comes with where it is from, for messages. The first item that cannot be asked raises DataError that says so,
+    Each item comes with its origin, for messages. The first item that cannot be asked raises DataError that says so,
     before anything of its chunk is added.
     """
     counts = {"items": 0, "added": 0, "dropped_known_item": 0}
@@ -186,8 +187,8 @@ def item_row(item: NewItem, at: float) -> JsonDict:
 def _identity(item: NewItem) -> str:
     """The hash of what is asked: two rows that ask the same are one item.
 
-    The prompt counts by its messages, since rows often have an id each. Replies that are compared count as a set:
-    which of them a file calls A is no other question.
+    Only the messages of the prompt count, since rows often have an id each. Replies that are compared count as a set:
+    calling another of them A does not make another question.
     """
     texts = [r.text for r in item.replies]
     gold = dict(item.gold)
@@ -211,8 +212,10 @@ def prompt_of(row: Row[Any]) -> Prompt:
 
 
 def set_scores(store: Store, scores: Mapping[str, Mapping[str, Sequence[float]]], *, actor: int | None = None) -> int:
-    """Stores reward-model scores by the items' hashes; returns how many items had new ones. The policy uses them at
-    once."""
+    """Stores reward-model scores by the items' hashes; returns how many items had new ones.
+
+    The policy uses them at once.
+    """
     num = 0
     policy = store.project.settings.assignment.policy
     with store.write() as connection:
@@ -229,7 +232,7 @@ def set_scores(store: Store, scores: Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def apply_settings(store: Store) -> None:
-    """Makes the queue follow the project file: its overlap and its policy. Logged where anything changes."""
+    """Applies the overlap and the policy of the project file to the queue. Changes are logged."""
     settings = store.project.settings.assignment
     with store.write() as connection:
         changed = connection.execute(
@@ -249,12 +252,12 @@ def apply_settings(store: Store) -> None:
 
 
 def policy_score(policy: Policy, scores: Mapping[str, Sequence[float]], given: float) -> float:
-    """How much a policy wants an item, of two or more scored replies the pair that it wants most.
+    """How much a policy wants an item: the score of the pair of its replies that the policy wants most.
 
-    With d_m the difference of two replies under reward model m and s the logistic function: uncertainty is
-    1 - 2 |s(mean d) - 1/2|, disagreement the variance of s(d_m) times 4, and bald the entropy (in bits) of the mean of
-    s(d_m) less the mean of their entropies (Houlsby et al., arXiv:1112.5745, eq. 2). All lie in [0, 1]; without
-    scores 0.
+    Let d_m be the difference of two replies under reward model m, and s the logistic function. Then uncertainty is
+    1 - 2 |s(mean d) - 1/2|, disagreement is 4 times the variance of s(d_m), and bald is the entropy (in bits) of the
+    mean of s(d_m) minus the mean of their entropies (Houlsby et al., arXiv:1112.5745, eq. 2). All lie in [0, 1], and
+    are 0 without scores.
     """
     if policy == "given":
         return given

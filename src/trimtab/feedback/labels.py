@@ -38,7 +38,7 @@ _METHODS: dict[str, Method] = {
     "mace": "mace",
 }
 _WORTH = {"A": 1.0, "B": 0.0, "tie": 0.5, "both_bad": 0.5}
-"""The share for A that a decision stands for."""
+"""The share of preference for A that each decision stands for."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,21 @@ class _Judgement:
     """One choice between two replies: of a pair, or out of a ranking."""
 
     key: str
-    """Of the prompt and both replies."""
+    """Hash of the prompt and both replies."""
     prompt: Prompt
     a: str
     b: str
     choice: str
     margin: float
-    """Of the chosen side; 0 for neither."""
+    """Margin of the chosen side; 0 if the vote gives none."""
     cast: Cast
 
 
 def votes_in(connection: Connection, settings: LabelSettings, split: Split, kinds: Sequence[str]) -> list[Cast]:
     """The votes of a split that judge replies of these kinds.
 
-    "held_out" has the held-out prompts, and of the people only the held-out ones where some are; "train" has none of
-    either. Votes of train people on held-out prompts, and the reverse, are in neither.
+    "held_out" has the held-out prompts and, if people are held out too, only the votes of those people. "train" has
+    neither. Votes of other people on held-out prompts, and the reverse, are then in neither split.
     """
     chosen = []
     for cast, prompt_out in _placed(cast_votes(connection, judged_only=True), settings, kinds):
@@ -102,8 +102,8 @@ def _placed(casts: Iterable[Cast], settings: LabelSettings, kinds: Sequence[str]
 def _by_item(
     connection: Connection, settings: LabelSettings, split: Split, kinds: Sequence[str]
 ) -> tuple[list[list[Cast]], Counter[str]]:
-    """The votes on each item, in the order in which items were first judged, and counts. Of an adjudicated item the
-    decision alone."""
+    """The votes on each item, in the order in which items were first judged, and counts. An adjudicated item has only
+    its decision."""
     casts = votes_in(connection, settings, split, kinds)
     groups: dict[str, list[Cast]] = defaultdict(list)
     for cast in casts:
@@ -126,10 +126,10 @@ def _too_few(group: Sequence[Cast], settings: LabelSettings) -> bool:
 def preference_pairs(
     connection: Connection, settings: LabelSettings, split: Split = "all"
 ) -> tuple[list[PreferencePair], dict[str, int]]:
-    """A pair for each two replies on which the votes lean, in the order in which they were first judged, and counts.
+    """A pair for every two replies of which the votes prefer one, in the order they were first judged, and counts.
 
-    An adjudicated item has the adjudicator's choice and its strength, whatever became of its votes; an edited reply is
-    preferred to the one it was made from.
+    An adjudicated item takes the adjudicator's choice and its strength, whatever became of its votes. An edited reply
+    is preferred to the one it was made from.
     """
     kinds = ("pairs", "ranking")
     casts = votes_in(connection, settings, split, kinds)
@@ -189,7 +189,7 @@ def preference_pairs(
 def _edited_pairs(
     connection: Connection, settings: LabelSettings, split: Split
 ) -> tuple[list[PreferencePair], Counter[str]]:
-    """Each edited reply over the one it was made from, where anything was changed."""
+    """A pair of each edited reply (chosen) and the one it was made from, if anything was changed; and counts."""
     found, counts = _by_item(connection, settings, split, ("edit",))
     pairs = []
     for cast in (cast for group in found for cast in group):
@@ -202,8 +202,10 @@ def _edited_pairs(
 
 
 def comparisons(connection: Connection, settings: LabelSettings, split: Split = "all") -> list[Comparison]:
-    """Every vote over two replies by itself, of an adjudicated item the decision; "both bad" as a tie where the project
-    says so, else left out."""
+    """Every vote between two replies by itself; of an adjudicated item only the decision.
+
+    "Both bad" is a tie if the project says so; otherwise it is left out.
+    """
     found = []
     groups, _ = _by_item(connection, settings, split, ("pairs", "ranking"))
     for cast in sorted((cast for group in groups for cast in group), key=lambda cast: cast.id):
@@ -225,7 +227,7 @@ def comparisons(connection: Connection, settings: LabelSettings, split: Split = 
 def labelled_responses(
     connection: Connection, settings: LabelSettings, points: int, split: Split = "all"
 ) -> tuple[list[LabelledResponse], dict[str, int]]:
-    """Each rated reply with a thumb: up where the mean rating on [0, 1] is above `positive_from`."""
+    """Each rated reply, labelled true if its mean rating, scaled to [0, 1], is above `positive_from`; and counts."""
     groups, counts = _by_item(connection, settings, split, ("rating",))
     found = []
     for group in groups:
@@ -246,7 +248,7 @@ def labelled_responses(
 def stepped_responses(
     connection: Connection, settings: LabelSettings, split: Split = "all"
 ) -> tuple[list[SteppedResponse], dict[str, int]]:
-    """Each reply in steps with a mark by majority: right where neutral or right marks outnumber wrong ones.
+    """Each reply in steps with labels by majority: true if neutral and right marks outnumber wrong ones; and counts.
 
     Steps after the first error of every annotator have no marks; the reply is cut off after its last marked step.
     """
@@ -272,7 +274,7 @@ def stepped_responses(
 def demonstrations(
     connection: Connection, settings: LabelSettings, split: Split = "all"
 ) -> tuple[list[Demonstration], dict[str, int]]:
-    """Every reply that people wrote or edited; of an adjudicated item the adjudicator's alone."""
+    """Every reply that people wrote or edited, and counts; of an adjudicated item only the adjudicator's."""
     groups, counts = _by_item(connection, settings, split, ("demonstration", "edit"))
     casts = [cast for group in groups for cast in group]
     found = [Demonstration(prompt=from_dict(Prompt, c.prompt), response=c.answer.text) for c in casts if c.answer.text]
@@ -282,8 +284,10 @@ def demonstrations(
 def groups(
     connection: Connection, settings: LabelSettings, split: Split = "all"
 ) -> tuple[list[JsonDict], dict[str, int]]:
-    """Each ranked set of replies with every annotator's ranking (places from best to worst, ties together; of an
-    adjudicated one the decision) and the mean rank of each reply, 1 the best; and counts."""
+    """Each ranked set of replies with all its rankings and the mean rank of each reply (1 is best); and counts.
+
+    A ranking lists places from best to worst, with ties together. An adjudicated set has only the decision.
+    """
     by_item, counts = _by_item(connection, settings, split, ("ranking",))
     rows = []
     for casts in by_item:
@@ -303,7 +307,7 @@ def groups(
 
 
 def _ranks(ranking: Sequence[Sequence[int]]) -> list[float]:
-    """The rank of each place, tied ones sharing their mean."""
+    """The rank of each place; tied places share their mean rank."""
     ranks: dict[int, float] = {}
     above = 0
     for tier in ranking:
@@ -327,18 +331,18 @@ def _judgements(cast: Cast, settings: LabelSettings) -> Iterable[_Judgement]:
 
 
 def _judgement(prompt: Prompt, a: str, b: str, choice: str, margin: float, cast: Cast) -> _Judgement:
-    """With the sides in one order, so that the same two replies are one pair in whatever items they stand."""
+    """A judgement with its sides in a fixed order, so that the same two replies are one pair in all their items."""
     if b < a:
         a, b, choice = b, a, {"A": "B", "B": "A"}.get(choice, choice)
     return _Judgement(digest([prompt_id(prompt.messages), a, b]), prompt, a, b, choice, margin, cast)
 
 
 def _shares(judgements: Sequence[_Judgement], settings: LabelSettings) -> dict[str, float]:
-    """How strongly A of each pair is preferred, by the rule.
+    """The share of preference for A of each pair, by the project's rule.
 
-    By shares a tie (and "both bad" where it counts) is half a vote for each side. The models of annotators are fitted
-    to the votes for a side: what is true of a pair is A or B, about which a tie says nothing, nor does it say that its
-    author is unreliable. A third class, chosen seldom or never, would take its part of every belief (with MACE, whose
+    By shares, a tie (and "both bad" if it counts) is half a vote for each side. The annotator models are fitted to the
+    votes for a side only: the truth about a pair is A or B, and a tie says nothing about it, nor that its author is
+    unreliable. A third class, chosen seldom or never, would take its part of every item's probability (with MACE, whose
     classes are equally likely beforehand, nearly all of it).
     """
     method = _METHODS[settings.rule]

@@ -27,41 +27,45 @@ _SCRYPT = {"n": 2**15, "r": 8, "p": 1, "maxmem": 2**26}
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody who is signed in."""
+    """One person of a project: an annotator, an adjudicator or an admin."""
 
     id: int
     name: str
     role: Role
     state: str
     qualified: bool | None
+    """Whether they passed the quiz; None until that is decided."""
     opted_out: bool
+    """Whether they do not want sensitive items."""
     warned: bool
+    """Whether they have seen the content warning."""
     keys: dict[str, str]
+    """Their own keys, such as {"tie": "x"}."""
     view: dict[str, Any]
     has_password: bool = True
 
     @property
     def may_adjudicate(self) -> bool:
-        """Adjudicators see the board and decide; admins may do whatever they may."""
+        """Whether the person may see the board and decide about items, as adjudicators and admins may."""
         return self.role in ("adjudicator", "admin")
 
 
 def person_of(row: Any) -> Person:
-    """The person of a row of the table."""
+    """The person in a row of the table."""
     return Person(
         row.id, row.name, row.role, row.state, row.qualified, row.opted_out, row.warned, dict(row.keys_),
         dict(row.view), bool(row.password),
     )  # fmt: skip
 
 
-_PERSON = [c.label("keys_") if c.name == "keys" else c for c in t.people.c]  # Row has a method of that name
+_PERSON = [c.label("keys_") if c.name == "keys" else c for c in t.people.c]  # a Row has a method `keys`
 
 
 # --- joining ---
 
 
 def make_invite(store: Store, role: Role, *, uses: int = 1, hours: float = 168.0, actor: int | None = None) -> str:
-    """The token of a new invitation, which is told once and stored as its hash."""
+    """The token of a new invitation. It is shown only once; the store has its hash."""
     if role not in ROLES:
         raise DataError(f"no role is called {role!r}", where="the invitation", fix=f"use {', '.join(ROLES)}")
     if uses < 1 or hours <= 0:
@@ -75,7 +79,7 @@ def make_invite(store: Store, role: Role, *, uses: int = 1, hours: float = 168.0
 
 
 def make_link(store: Store, person_id: int, *, hours: float = 168.0, actor: int | None = None) -> str:
-    """The token of a link with which somebody who is known sets a new password: who forgot theirs, who came with a dump
+    """The token of a link with which a known person sets a new password: one who forgot theirs, or who came with a dump
     or with imported votes. Raises DataError for somebody who may not sign in."""
     token, now = secrets.token_urlsafe(24), store.now()
     with store.write() as connection:
@@ -91,7 +95,7 @@ def make_link(store: Store, person_id: int, *, hours: float = 168.0, actor: int 
 
 
 def revoke_invite(store: Store, invite_id: int, *, actor: int | None = None) -> None:
-    """Makes an invitation or link useless. Raises DataError where there is none of that number."""
+    """Revokes an invitation or link. Raises DataError if no open one has that number."""
     with store.write() as connection:
         here = t.invites.update().where(t.invites.c.id == invite_id, t.invites.c.uses_left > 0)
         if not connection.execute(here.values(uses_left=0)).rowcount:
@@ -100,7 +104,7 @@ def revoke_invite(store: Store, invite_id: int, *, actor: int | None = None) -> 
 
 
 def open_invites(store: Store) -> list[Any]:
-    """Rows of invitations and links that can still be used, with the name of the person where there is one."""
+    """Rows of invitations and links that can still be used, with the name of the person if there is one."""
     rows = sa.select(t.invites, t.people.c.name).outerjoin(t.people, t.people.c.id == t.invites.c.person_id)
     still = rows.where(t.invites.c.uses_left > 0, t.invites.c.expires_at > store.now()).order_by(t.invites.c.id)
     with store.read() as connection:
@@ -116,7 +120,7 @@ def can_be_administered(connection: Connection) -> bool:
 
 
 def join(store: Store, token: str, name: str, password: str) -> Person:
-    """The new person of an invitation, or the known one of a link. Raises DataError that says what to correct."""
+    """The person who joins: new by an invitation, known by a link. Raises DataError that says what to correct."""
     name = checked_text(" ".join(name.split()), where="the name")
     if not 1 <= len(name) <= 60 or name.startswith("deleted-"):
         raise DataError("the name needs 1 to 60 letters", where="joining", fix="choose another name")
@@ -153,7 +157,7 @@ def join(store: Store, token: str, name: str, password: str) -> Person:
 def add_person(
     connection: Connection, at: float, name: str, role: Role, *, password: str = "", actor: int | None = None
 ) -> Person:
-    """A new person. Without a password they cannot sign in: imported votes, simulated annotators."""
+    """A new person. Without a password they cannot sign in, such as simulated annotators or those of imported votes."""
     row = {"name": name, "role": role, "state": "active", "password": password, "opted_out": False, "warned": False}
     key = connection.execute(t.people.insert().values(**row, keys={}, view={}, created_at=at)).inserted_primary_key
     assert key is not None
@@ -165,7 +169,7 @@ def add_person(
 
 
 def sign_in(store: Store, name: str, password: str) -> Person | None:
-    """The person, where the password is theirs and they may sign in. Takes as long for names that do not exist."""
+    """The person, if the password is theirs and they may sign in. It takes as long for names that do not exist."""
     with store.read() as connection:
         row = connection.execute(sa.select(*_PERSON).where(t.people.c.name == " ".join(name.split()))).first()
     known = row is not None and bool(row.password)
@@ -178,7 +182,7 @@ def sign_in(store: Store, name: str, password: str) -> Person | None:
 def start_session(
     store: Store, person: Person, *, hours: float, kind: Literal["browser", "api"] = "browser", name: str = ""
 ) -> str:
-    """The token of a new session, which is told once and stored as its hash."""
+    """The token of a new session. It is shown only once; the store has its hash."""
     token, now = secrets.token_urlsafe(32), store.now()
     row = {"token_sha256": _hash(token), "person_id": person.id, "kind": kind, "name": name}
     with store.write() as connection:
@@ -191,7 +195,7 @@ def start_session(
 
 
 def person_of_session(store: Store, token: str, kind: Literal["browser", "api"]) -> Person | None:
-    """Whose session it is; None where it is unknown or over, or the person may not sign in any more."""
+    """The person of a session; None if it is unknown or over, or if the person may not sign in any more."""
     now = store.now()
     idle = store.project.settings.server.idle_hours * 3600
     with store.read() as connection:
@@ -212,13 +216,13 @@ def person_of_session(store: Store, token: str, kind: Literal["browser", "api"])
 
 
 def end_session(store: Store, token: str) -> None:
-    """Signs out."""
+    """Ends a session: signs its browser out."""
     with store.write() as connection:
         connection.execute(t.sessions.delete().where(t.sessions.c.token_sha256 == _hash(token)))
 
 
 def change_password(store: Store, person: Person, old: str, new: str) -> None:
-    """Sets a new password and ends every other session. Raises DataError for a wrong or a short one."""
+    """Sets a new password and ends every session and token. Raises DataError for a wrong or a short one."""
     if len(new) < MIN_PASSWORD or len(new) > 1000:
         raise DataError(f"a password of {len(new)} letters", where="the account", fix=f"use at least {MIN_PASSWORD}")
     with store.read() as connection:
@@ -250,8 +254,8 @@ def end_sessions(store: Store, person_id: int, *, actor: int | None = None) -> i
 
 
 def set_state(store: Store, person_id: int, state: State, *, actor: int | None = None) -> None:
-    """Pauses, bans or lets back in. A banned person's votes stay in the store and count no longer; their places on
-    items are free for others."""
+    """Pauses, bans or readmits a person. A banned person's votes stay in the store but no longer count; their places on
+    items become free for others."""
     if state not in STATES:
         raise DataError(f"no state is called {state!r}", where=f"person {person_id}", fix=f"use {', '.join(STATES)}")
     with store.write() as connection:
@@ -298,7 +302,7 @@ def delete_person(store: Store, person_id: int, *, actor: int | None = None) -> 
     """Deletes the name, the password and everything the person wrote in their own words.
 
     Their choices stay under "deleted-<number>", so that labels and statistics derived from them can still be checked;
-    the log's hashes of the deleted words stay too, and tell nothing.
+    the log's hashes of the deleted words stay too, and reveal nothing.
     """
     with store.write() as connection:
         person = by_id(connection, person_id)
@@ -319,7 +323,7 @@ def delete_person(store: Store, person_id: int, *, actor: int | None = None) -> 
 
 
 def give_back(connection: Connection, leases: sa.Update, state: str) -> int:
-    """Moves the leases that an update names to `state` and frees their places; returns how many there were."""
+    """Sets the leases that an update selects to `state` and frees their places; returns how many there were."""
     rows = connection.execute(leases.values(state=state).returning(t.leases.c.item_id, t.leases.c.purpose)).all()
     for row in rows:
         if row.purpose == "task":
@@ -337,7 +341,7 @@ def update_person(store: Store, person_id: int, **values: Any) -> None:
 
 
 def by_id(connection: Connection, person_id: int) -> Person:
-    """The person with this number. Raises DataError where there is none."""
+    """The person with this id. Raises DataError if there is none."""
     row = connection.execute(sa.select(*_PERSON).where(t.people.c.id == person_id)).first()
     if row is None:
         raise DataError(f"there is no person {person_id}", where="the store", fix="see trimtab feedback people")
@@ -345,7 +349,7 @@ def by_id(connection: Connection, person_id: int) -> Person:
 
 
 def by_name(connection: Connection, name: str) -> Person | None:
-    """The person of that name."""
+    """The person of that name; None if there is none."""
     row = connection.execute(sa.select(*_PERSON).where(t.people.c.name == name)).first()
     return None if row is None else person_of(row)
 
@@ -365,7 +369,7 @@ def hash_password(password: str) -> str:
 
 
 def check_password(password: str, hashed: str) -> bool:
-    """Whether it is the password of the hash."""
+    """Whether the hash is of this password."""
     salt, _, wanted = hashed.partition("$")
     if len(password) > 1000:
         return False
@@ -378,3 +382,4 @@ def _hash(token: str) -> str:
 
 
 _NOBODY = "00" * 16 + "$" + "00" * 64
+"""The hash that passwords of unknown people are checked against, so that the check takes as long."""

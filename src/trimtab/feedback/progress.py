@@ -16,29 +16,30 @@ from trimtab.feedback.store import Store
 from trimtab.feedback.voting import NEW_STREAK_AFTER
 
 _RECENT = 50
+"""Answers of which the median time is taken."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Of one person."""
+    """How far one person has come."""
 
     answered: int
     today: int
     remaining: int
     """Items that wait for this person."""
     median_seconds: float | None
-    """Of the last answers."""
+    """Median time of the last answers; None if no time is known."""
     working_minutes: float
-    """Since the last break."""
+    """Minutes since the last break; 0 if the person is on a break."""
 
     @property
     def seconds_left(self) -> float | None:
-        """What the rest takes at this pace."""
+        """Seconds that the remaining items take at this pace; None if the pace is not known."""
         return None if self.median_seconds is None else self.remaining * self.median_seconds
 
     @property
     def share(self) -> float:
-        """Answered, of all that this person can answer."""
+        """Share answered of all items that this person can answer."""
         return self.answered / (self.answered + self.remaining) if self.answered else 0.0
 
 
@@ -69,7 +70,7 @@ def progress_of(store: Store, connection: Connection, person: Person) -> Progres
 
 
 def counts(connection: Connection) -> dict[str, Any]:
-    """Of the whole project: items, those with all their answers, answers given and wanted, people."""
+    """Counts of the whole project: items, those with all their answers, answers given and wanted, people."""
     queue = connection.execute(
         sa.select(
             sa.func.count(),

@@ -1,4 +1,4 @@
-"""A project: what is asked of whom, as one typed file. Refused when read, with every mistake in one message."""
+"""A project: what is asked of whom, as one typed file. A wrong file is refused with every mistake in one message."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Task:
     question: str = ""
     """The question above the replies; empty takes the usual one of the kind."""
     scale: Literal[2, 4, 5, 6, 7, 8] = 2
-    """Answers of a pair from far left to far right, keys 1 to 8; the middle of an odd scale is the tie."""
+    """Number of answers for a pair, from far left to far right (keys 1 to 8); the middle of an odd scale is the tie."""
     ties: bool = True
     """Offer "equally good" on an even scale, and ties in rankings."""
     both_bad: bool = True
-    """Offer "both bad", which is another answer than a tie."""
+    """Offer "both bad", which is a different answer from a tie."""
     cannot_judge: bool = True
     """Offer "cannot judge", which is no preference at all."""
     rating_scale: Literal[2, 3, 4, 5, 6, 7] = 2
@@ -40,11 +40,11 @@ class Task:
     flags: tuple[str, ...] = ()
     """Remarks that can be ticked, such as "wrong language" or "harmful"."""
     criteria: tuple[str, ...] = ()
-    """Aspects that are asked of a pair besides the overall question, each left, same or right."""
+    """Aspects that are asked of a pair besides the overall question; each is answered left, same or right."""
     rationale: Literal["off", "optional", "required"] = "optional"
-    """A field for the reason in words."""
+    """Whether to ask for the reason in words."""
     auto_advance: bool = True
-    """One key answers and shows the next; otherwise Enter confirms. Undo takes back either."""
+    """One key answers and shows the next task; otherwise Enter confirms. Undo takes back either."""
     guideline: str = "guideline.md"
     """Markdown file beside the project; its first version is stored when the project is opened."""
     content_warning: str = ""
@@ -66,21 +66,22 @@ class Assignment:
     """Who gets which item next."""
 
     overlap: int = 1
-    """People who answer each item: a hard cap, however many ask at once. Can be changed at any time."""
+    """People who answer each item: a hard cap, however many ask at once. It can be changed at any time."""
     lease_minutes: float = 30.0
-    """An item that was given out and not answered is given to somebody else after this long."""
+    """An item that was given out and not answered is given to somebody else after this many minutes."""
     policy: Policy = "random"
-    """How items outside the random arm are chosen: by what the reward models do not know, or by a given score."""
+    """How items outside the random arm are chosen: at random, by what the reward models do not know (uncertainty,
+    disagreement, bald), or by a given score."""
     random_arm: float = 0.2
-    """Share of items chosen at random whatever the policy: what unbiased estimates and comparisons of arms need."""
+    """Share of items chosen at random under any policy: unbiased estimates and comparisons of arms need it."""
     temperature: float = 0.1
-    """Softness of the policy: its share of the choice is proportional to exp(score / temperature)."""
+    """Softness of the policy: it chooses an item with probability proportional to exp(score / temperature)."""
     finish_started: bool = True
     """Complete the votes of items already begun before beginning others."""
     gold_rate: float = 0.0
     """Share of tasks that are hidden gold items, which look like any other."""
     reask_rate: float = 0.0
-    """Share of tasks that are one's own earlier items with the sides swapped: self-consistency."""
+    """Share of tasks that repeat a person's earlier item with the sides swapped, to measure self-consistency."""
     max_per_day: int = 0
     """Answers a person may give in 24 hours; 0 sets no limit."""
     own_prompts: bool = True
@@ -121,9 +122,9 @@ class LabelSettings:
     rule: Literal["share", "majority", "dawid_skene", "one_coin", "mace"] = "share"
     """share: soft labels from the votes; majority: hard ones; the others weigh annotators by how reliable they are."""
     ties: Literal["half", "drop"] = "half"
-    """A tie is half a vote for each side, or none."""
+    """Whether a tie is half a vote for each side or is left out."""
     both_bad: Literal["tie", "drop"] = "drop"
-    """Whether "both bad" says that the replies are equal."""
+    """Whether "both bad" counts as a tie or is left out."""
     min_votes: int = 1
     """Items with fewer votes are left out and counted."""
     min_agreement: float = 0.5
@@ -131,11 +132,12 @@ class LabelSettings:
     margins: tuple[float, ...] = ()
     """Margin for each strength from weakest to strongest; empty writes no margins."""
     positive_from: float = 0.5
-    """A reply is labelled true where its mean rating, scaled to [0, 1], is above this."""
+    """A reply is labelled true if its mean rating, scaled to [0, 1], is above this."""
     held_out_prompts: float = 0.1
-    """Share of prompts of "?split=held_out"; never in "?split=train"."""
+    """Share of prompts that are in "?split=held_out" and never in "?split=train"."""
     held_out_annotators: float = 0.0
-    """Share of people whose votes are only in "?split=held_out": does the model predict people it never met?"""
+    """Share of people whose votes are never in "?split=train", only in "?split=held_out": does the model predict people
+    it never met?"""
 
     def __post_init__(self) -> None:
         for name in ("min_agreement", "positive_from", "held_out_prompts", "held_out_annotators"):
@@ -156,7 +158,7 @@ class Webhook:
     secret_env: str
     """Environment variable that holds the key of the signature in X-Trimtab-Signature."""
     events: tuple[Event, ...] = ("item_done", "adjudicated")
-    """What it is told of."""
+    """The events that it is told of."""
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
@@ -224,12 +226,12 @@ class Project:
 
     @property
     def directory(self) -> Path:
-        """Where relative paths of the file begin."""
+        """The directory of the file, where its relative paths begin."""
         return self.path.parent
 
     @property
     def store_url(self) -> str:
-        """The database as SQLAlchemy names it. Raises ConfigError for an environment variable that is not set."""
+        """The URL of the database for SQLAlchemy. Raises ConfigError for an environment variable that is not set."""
         text = secret(self.settings.store, where=f"{self.path}, store")
         if text.startswith(("postgresql://", "postgres://")):
             return "postgresql+psycopg://" + text.partition("://")[2]
@@ -243,7 +245,7 @@ class Project:
 
     @property
     def sha256(self) -> str:
-        """Of the settings that decide what is collected and derived; not of addresses and secrets."""
+        """SHA-256 of the settings that decide what is collected and derived, without addresses and secrets."""
         values = dataclasses.asdict(self.settings)
         kept = {k: v for k, v in values.items() if k not in ("store", "server", "webhooks", "data")}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
@@ -261,7 +263,10 @@ def load_project(path: str | Path) -> Project:
 
 
 def secret(text: str, *, where: str) -> str:
-    """The text, or what the environment holds under NAME for "env:NAME"; the value itself never enters a message."""
+    """The text, or for "env:NAME" the value of that environment variable, which never enters a message.
+
+    Raises ConfigError if the variable is not set.
+    """
     if not text.startswith("env:"):
         return text
     name = text.removeprefix("env:")

@@ -1,4 +1,4 @@
-"""A dump made into a project again, from any file type it was written to."""
+"""Restores a project from a dump, in any file type that a dump is written to."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from trimtab.feedback.voting import NewVote, insert_votes
 
 
 def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None) -> dict[str, int]:
-    """Makes the project of a dump in a store without items. Raises DataError where there are some.
+    """Restores a dump into a store without items; returns counts. Raises DataError if the store has items.
 
-    Passwords are in no dump: people come back without one and need a link to set it (`people.make_link`).
+    A dump holds no passwords: people come back without one and need a link to set it (`people.make_link`).
     """
     counts = {"rows": len(rows), "items": 0, "votes": 0, "people": 0}
     with store.write() as connection:
@@ -61,6 +61,7 @@ def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None)
             elif row["record"] == "vote":
                 votes[values["key"]] = _restore_vote(store, connection, values, items, people, votes)
                 counts["votes"] += 1
+        # votes of banned people hold no places
         for person_id in (
             connection.execute(sa.select(t.people.c.id).where(t.people.c.state == "banned")).scalars().all()
         ):
@@ -73,6 +74,7 @@ def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None)
 
 _JSON, _TEXT = sa.Column("", sa.JSON), sa.Column("", sa.Text, nullable=False)
 _NUMBER_OF_ANOTHER = {"id", "item_id", "person_id", "lease_id", "writing_sha256"}
+"""Columns of votes that a dump leaves out, since each store has its own numbers and computes the hash again."""
 COLUMNS: Mapping[str, Mapping[str, sa.Column[Any]]] = {
     "dump": {"version": sa.Column("", sa.Integer)},
     "guideline": {"text": _TEXT},
@@ -81,11 +83,14 @@ COLUMNS: Mapping[str, Mapping[str, sa.Column[Any]]] = {
     "vote": {c.name: c for c in t.votes.c if c.name not in _NUMBER_OF_ANOTHER}
     | {"item": _TEXT, "person": _TEXT, "replaces": sa.Column("", sa.Text), "rationale": _TEXT, "text": _TEXT},
 }
-"""What each kind of record of a dump holds. In a table (CSV, Parquet) every row has the columns of all kinds."""
+"""The columns of each kind of record in a dump. In a table (CSV, Parquet) every row has the columns of all kinds."""
 
 
 def record_values(row: Mapping[str, Any]) -> JsonDict:
-    """What a row of a dump says, whichever file type it comes from: CSV has texts only, Parquet has JSON as text."""
+    """The values of a row of a dump, from any file type: CSV has texts only, Parquet has JSON as text.
+
+    Raises DataError for a row that cannot be read.
+    """
     columns = COLUMNS.get(str(row.get("record")))
     if columns is None:
         raise DataError(
@@ -149,7 +154,7 @@ def _done_lease(
     order: list[int],
     state: str = "done",
 ) -> int:
-    """The lease that a vote given elsewhere would have had."""
+    """The id of the lease that a vote given elsewhere would have had; it is made or brought up to date."""
     here = (t.leases.c.person_id == person_id) & (t.leases.c.item_id == item_id) & (t.leases.c.purpose == purpose)
     known = connection.execute(sa.select(t.leases.c.id, t.leases.c.state).where(here)).first()
     takes, took = state == "done", known is not None and known.state in ("open", "done")

@@ -1,4 +1,4 @@
-"""A world's simulated annotators voting through the store: the same leases, the same rows, the same way to training."""
+"""Simulated annotators of a world vote through the store, with the same leases and rows as people."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def simulate(
 ) -> dict[str, int]:
     """Has simulated annotators answer until nothing is left, or `limit` answers; returns counts.
 
-    They answer pairs and rankings; of a ranking each prefers by the same votes as of its pairs, ordered by how many of
-    them a reply wins. Raises DataError for a project of another kind.
+    They answer pairs and rankings. In a ranking, each votes on every pair of replies and orders the replies by how many
+    votes they win. Raises DataError for a project of another kind, and for prompts that are of no world.
     """
     if store.project.settings.task.kind not in ("pairs", "ranking"):
         raise DataError(
@@ -80,7 +80,7 @@ def _person(store: Store, name: str) -> Person:
 
 def _answer(people: Annotators, row: Any, annotator: int, seed: int, scale: int) -> Answer:
     prompt, texts = prompt_of(row), [reply["text"] for reply in row.replies]
-    # Reading takes a second and a word a third of one, give or take a half.
+    # A vote takes a second, and a third of a second for each word, times a random factor of 0.5 to 1.5.
     luck = seeds.generator(seed, "seconds", annotator, row.id).uniform(0.5, 1.5)
     seconds = float(luck * (1 + sum(len(text.split()) for text in texts) / 3))
     if row.kind == "ranking":
@@ -105,7 +105,7 @@ def _answer(people: Annotators, row: Any, annotator: int, seed: int, scale: int)
 
 
 def _strength(people: Annotators, prompt: Prompt, texts: list[str], scale: int) -> int:
-    """Grades of how sure the crowd is: evenly from a half to certainty."""
+    """The strength of a vote: how sure the crowd is, in even grades from a probability of one half to certainty."""
     grades = max(1, scale // 2)
     p = people.preference_probability(prompt, texts[0], texts[1])
     return min(grades, 1 + int(2 * (max(p, 1 - p) - 0.5) * grades))

@@ -23,10 +23,10 @@ SPLITS = ("all", "train", "held_out")
 
 
 def records(kind: type, source: str) -> Records:
-    """The records of "feedback:PROJECT.toml?split=train", the SHA-256 of them, and counts.
+    """The records of "feedback:PROJECT.toml?split=train", their SHA-256, and counts.
 
-    `split` is all (the default), train or held_out, as the project's `[labels]` say. Raises DataError where the
-    project has no such records, and what opening it raises.
+    `split` is all (the default), train or held_out, as the project's `[labels]` say. Raises DataError if the project
+    has no such records, and whatever opening the project raises.
     """
     path, _, query = source.removeprefix("feedback:").partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
@@ -72,7 +72,7 @@ def records(kind: type, source: str) -> Records:
 
 
 def check(kind: type, source: str) -> None:
-    """Reads them: what a project holds is only known from all of its votes."""
+    """Reads the records, because only all of its votes show what a project holds. Raises what `records` raises."""
     records(kind, source)
 
 

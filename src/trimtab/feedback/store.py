@@ -25,11 +25,12 @@ from trimtab.feedback.project import Project, load_project
 
 _WRITER = 7_318_349_394_477_056  # the key of PostgreSQL's advisory lock: "trimtab" as a number
 BUSY_SECONDS = 30.0
+"""How long a connection to SQLite waits for a lock."""
 
 
 @dataclass
 class Store:
-    """An open store. Reading is free; `write` lets in one writer at a time, across threads and processes.
+    """An open store. Any number may read; `write` lets in one writer at a time, across threads and processes.
 
     With a single writer, "is there a place left?" and "take it" are one step, which is what makes the caps hard.
     """
@@ -39,7 +40,7 @@ class Store:
     clock: Any = time.time
     """Seconds since 1970; tests set their own."""
     durable: bool = True
-    """False lets no write wait for the disk: for votes that can be simulated again."""
+    """If false, no write waits for the disk, as for votes that can be simulated again."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
@@ -52,10 +53,10 @@ class Store:
 
     @contextmanager
     def write(self, *, durable: bool = True) -> Iterator[Connection]:
-        """A connection that is the only writer; everything done with it is kept, or nothing where it raises.
+        """A connection that is the only writer. Everything done with it is kept, or nothing if the block raises.
 
-        What is not `durable` outlives a killed process but perhaps not a power cut: leases and drafts need not wait for
-        the disk. A durable write after them makes them durable too.
+        A write that is not `durable` survives a killed process but perhaps not a power cut: leases and drafts need not
+        wait for the disk. A durable write after it makes it durable too.
         """
         with self._lock, self.engine.connect() as connection:  # the lock is fair among threads, SQLite's is not
             connection = connection.execution_options(writer="FULL" if durable and self.durable else "NORMAL")
@@ -69,13 +70,13 @@ class Store:
         return float(self.clock())
 
     def fact(self, name: str) -> str:
-        """What the store knows of itself under this name."""
+        """The value that the store keeps about itself under this name."""
         with self.read() as connection:
             return str(connection.execute(sa.select(t.facts.c.value).where(t.facts.c.name == name)).scalar_one())
 
     @cached_property
     def secret(self) -> bytes:
-        """Key of what the server signs."""
+        """The key with which the server signs."""
         return bytes.fromhex(self.fact("secret"))
 
     def close(self) -> None:
@@ -84,9 +85,9 @@ class Store:
 
 
 def open_store(project: Project | str | Path, *, must_exist: bool = False) -> Store:
-    """The store of a project, made or brought up to date where needed.
+    """The store of a project, made or brought up to date if needed.
 
-    Raises ConfigError where the database cannot be reached, or with `must_exist` where there is none.
+    Raises ConfigError if the database cannot be reached, or with `must_exist` if there is none.
     """
     if not isinstance(project, Project):
         project = load_project(project)
@@ -136,7 +137,7 @@ def _engine(url: str) -> Engine:
 
 
 def _bring_up_to_date(store: Store) -> None:
-    """Runs the migrations a store has not had, and stores its secret and first guideline."""
+    """Runs the migrations that a store has not had. A new store also gets its secret and first guideline."""
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
     from alembic.runtime.migration import MigrationContext
@@ -164,7 +165,7 @@ def _bring_up_to_date(store: Store) -> None:
 
 @dataclass(frozen=True)
 class AuditEntry:
-    """Something to log: who did what to what."""
+    """Something to log: who did what to what, such as AuditEntry(at, 3, "vote", 17, {"sha256": …})."""
 
     at: float
     actor: int | None
@@ -205,11 +206,12 @@ def append_audits(connection: Connection, entries: Sequence[AuditEntry]) -> None
 
 
 def verify(store: Store, *, head: str | None = None) -> list[str]:
-    """What is wrong with the store, empty where nothing is.
+    """What is wrong with the store, one text for each problem; empty if nothing is.
 
-    Checked: the chain of the audit log (and that it holds the entry with the hash `head`, noted earlier: without such
-    a note a log cut off at its end looks whole), every vote, item and guideline against the hash logged when it was
-    added, none missing and none unlogged, and the places taken of every item against its leases.
+    The audit log must be one chain and hold the entry with the hash `head`, if one was noted earlier: without such a
+    note, a log that was cut off at its end looks whole. Every vote, item and guideline must match the hash that was
+    logged when it was added, with none missing and none unlogged; a written text must match the hash in its vote. The
+    places taken of every item must match its leases.
     """
     problems: list[str] = []
     with store.read() as connection:
@@ -326,7 +328,7 @@ def writing_digest(rationale: str, text: str) -> str:
 
 
 def checked_text(text: str, *, where: str) -> str:
-    """The text, which every database can hold. Raises DataError for a null character or half of a surrogate pair."""
+    """The text, if every database can hold it. Raises DataError for a null character or half of a surrogate pair."""
     bad = next((c for c in text if c == "\0" or "\ud800" <= c <= "\udfff"), None)
     if bad is not None:
         raise DataError(
@@ -338,8 +340,8 @@ def checked_text(text: str, *, where: str) -> str:
 
 
 def checked_values(value: Any, *, where: str) -> None:
-    """Raises DataError for a value that JSON or the database has no word for, however deep it lies: a number that is
-    not finite, half of a surrogate pair, a date, bytes."""
+    """Raises DataError for a value that JSON or the database cannot hold, at any depth: a number that is not finite,
+    half of a surrogate pair, a date, bytes."""
     if isinstance(value, str):
         checked_text(value, where=where)
     elif isinstance(value, Mapping):

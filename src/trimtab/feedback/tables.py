@@ -1,4 +1,4 @@
-"""The tables of a store. What people said is only ever added to; what may change is named here as such."""
+"""The tables of a store. Rows of what people said are only ever added; tables that may change stand in a section."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ items = sa.Table(
     _text("prompt_id", index=True),
     sa.Column("prompt", sa.JSON, nullable=False),  # {"messages", "id", "facts"}
     sa.Column("replies", sa.JSON, nullable=False),  # [{"text", "sha256", "source"}]; for steps the steps
-    sa.Column("gold", sa.JSON, nullable=False),  # the expected answer, {} where there is none
+    sa.Column("gold", sa.JSON, nullable=False),  # the expected answer, {} if there is none
     _text("slice"),
     sa.Column("sensitive", sa.Boolean, nullable=False),
-    _text("author"),  # who wrote the prompt, "" where nobody says
+    _text("author"),  # who wrote the prompt, "" if not known
     _at(),
 )
 
@@ -48,7 +48,7 @@ votes = sa.Table(
     _text("purpose"),  # task, gold, quiz, reask or adjudication
     _text("choice"),  # A, B, tie, both_bad, cannot_judge, skip, done (other kinds) or undone
     sa.Column("strength", sa.Integer),
-    _text("item_a"),  # hash of the reply in place 0, "" where there is none
+    _text("item_a"),  # hash of the reply in place 0, "" if there is none
     _text("item_b"),
     sa.Column("shown_left", sa.Text),  # A or B
     sa.Column("shown_order", sa.JSON, nullable=False),  # places of the replies in the order on the screen
@@ -145,7 +145,7 @@ leases = sa.Table(
     _text("purpose"),
     _text("state"),  # open, done, skipped or expired
     sa.Column("standing", sa.Boolean, nullable=False),  # open to change an answer that stands until then
-    sa.Column("position", sa.Integer, nullable=False),  # the how manieth of this person
+    sa.Column("position", sa.Integer, nullable=False),  # how many leases the person had before
     sa.Column("shown_order", sa.JSON, nullable=False),
     sa.Column("arm", sa.Text),
     sa.Column("propensity", sa.Double),

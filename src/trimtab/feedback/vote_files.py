@@ -1,4 +1,4 @@
-"""Votes as they lie in files: a table in any of its forms, or a project of this app."""
+"""Reads votes from files: a table in any of its formats, or a feedback project."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def read_votes(
 ) -> VoteTable:
     """The votes of a feedback project (its TOML file) or of a table (JSON lines, CSV, Parquet, hub).
 
-    `votes_from_rows` says which columns a table has. `columns` names those of another table, several joined with "+"
-    ("item": "document+system"). `annotator_columns` reads a table with one row an item and one column an annotator.
-    `missing` are further choices that are no judgement, `order` the categories from low to high. Raises DataError with
-    the first mistakes.
+    `votes_from_rows` says which columns a table has. `columns` maps these to the columns of another table; "+" joins
+    several, as in {"item": "document+system"}. `annotator_columns` are the columns with one annotator's choices each,
+    for a table with one row for each item. `missing` are further choices that are no judgement, `order` the categories
+    from low to high. Raises DataError with the first mistakes.
     """
     path = Path(source)
     if path.suffix == ".toml":
@@ -51,7 +51,7 @@ def _project_votes(path: Path) -> VoteTable:
 
 
 def _renamed(row: JsonDict, columns: Mapping[str, str], where: str) -> JsonDict:
-    """The row with the columns it was said to have, beside its own."""
+    """The row with the columns of `columns` added. Raises DataError for a name or a column that does not exist."""
     named = dict(row)
     for name, source in columns.items():
         parts = source.split("+")
@@ -69,7 +69,7 @@ def _renamed(row: JsonDict, columns: Mapping[str, str], where: str) -> JsonDict:
 
 
 def _long(rows: Iterable[tuple[str, JsonDict]], annotators: Sequence[str]) -> Iterable[tuple[str, JsonDict]]:
-    """One row for each vote, of rows with a column for each annotator; without an item's name it is its place."""
+    """One row for each vote, from rows with a column for each annotator. An item without a name gets its row number."""
     for number, (where, row) in enumerate(rows, 1):
         absent = [name for name in annotators if name not in row]
         if absent:

@@ -1,4 +1,4 @@
-"""Reading votes: of each person and item the newest row, without what was taken back and whom the project banned."""
+"""Reads votes: the newest row of each person and item, without undone answers and without banned people."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from trimtab.feedback.voting import JUDGED
 from trimtab.votes.table import VoteTable, votes_from_rows
 
 _FEW = 1000
-"""Items that are named one by one; of more, all are read."""
+"""Up to this many items are asked for by id; for more, all items are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cast:
-    """A vote that counts, with its item and who gave it."""
+    """A vote that counts (the newest of its person on its item), with the item and who gave it."""
 
     id: int
     item_id: int
@@ -56,9 +56,10 @@ def cast_votes(
     after: int = 0,
     limit: int | None = None,
 ) -> Iterator[Cast]:
-    """The votes that count, in the order they were given; those of banned people only on request.
+    """The votes that count, in the order they were given.
 
-    `item_id` reads those of one item, `after` and `limit` a page of them.
+    `banned` includes those of banned people, `judged_only` keeps only judgements, `item_id` keeps the votes on one
+    item, and `after` (a vote's id) and `limit` read one page.
     """
     later = t.votes.alias("later")
     replaced = sa.exists().where(
@@ -111,7 +112,7 @@ def cast_votes(
 
 
 def _items(connection: Connection, wanted: set[int]) -> dict[int, Row[Any]]:
-    """The items by number. Each is read once, not once for each of its votes."""
+    """The items by id. Each is read once, not once for each of its votes."""
     rows = sa.select(t.items)
     if len(wanted) <= _FEW:
         rows = rows.where(t.items.c.id.in_(wanted))
@@ -119,9 +120,10 @@ def _items(connection: Connection, wanted: set[int]) -> dict[int, Row[Any]]:
 
 
 def table_row(cast: Cast) -> JsonDict:
-    """A vote as a row of the vote table that `trimtab feedback agreement` reads, with all else it says.
+    """A vote as a row of the vote table that `trimtab feedback agreement` reads, with everything else it says.
 
-    `choice` of a rating is its number, of steps the first wrong one.
+    The `choice` of a rating is its number, that of a ranking its best place or "tie", and that of steps the number of
+    the first wrong one, or 0.
     """
     answer = cast.answer
     models = [str(reply["source"].get("model", "")) for reply in cast.replies] if cast.kind == "pairs" else []
@@ -152,7 +154,7 @@ def table_row(cast: Cast) -> JsonDict:
 
 
 def group_of(cast: Cast) -> str:
-    """The name of the prompt by its messages: judgements about one prompt are not independent of each other."""
+    """A name made of the prompt's messages: judgements about one prompt are not independent, and form one group."""
     return digest([[m["role"], m["content"]] for m in cast.prompt["messages"]])[:16]
 
 
@@ -170,7 +172,7 @@ def _category(cast: Cast) -> str:
 
 
 def votes_as_table(connection: Connection, *, purposes: Sequence[str] = ("task", "reask")) -> VoteTable:
-    """The votes as columns for the statistics. Rankings count pair by pair."""
+    """The votes as a table for the statistics. A ranking counts as one vote for each of its pairs."""
     return votes_from_rows(_rows(connection, purposes))
 
 
@@ -198,7 +200,7 @@ def _rows(connection: Connection, purposes: Sequence[str]) -> Iterator[tuple[str
 
 
 def ranked_pairs(ranking: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, str]]:
-    """Every two places (a < b) of a ranking and which is better: A, B or tie."""
+    """Every two places (a < b) of a ranking and which of them is better: A (place a), B (place b) or tie."""
     rank = {place: i for i, tier in enumerate(ranking) for place in tier}
     for a in sorted(rank):
         for b in sorted(rank):
@@ -207,7 +209,7 @@ def ranked_pairs(ranking: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, s
 
 
 def votes_of(project: str | Path) -> VoteTable:
-    """The votes of a project as columns. Raises ConfigError where it has no store."""
+    """The votes of a project as a table. Raises ConfigError if it has no store."""
     store = open_store(project, must_exist=True)
     try:
         with store.read() as connection:
@@ -217,5 +219,5 @@ def votes_of(project: str | Path) -> VoteTable:
 
 
 def as_dict(cast: Cast) -> dict[str, Any]:
-    """A vote for the REST interface: the row of the table, with its number."""
+    """A vote for the REST interface: the row of the vote table, with the vote's id."""
     return {"id": cast.id, **table_row(cast)}

@@ -1,4 +1,4 @@
-"""Voting: an answer becomes a row that is never changed. Undo, edits and adjudications are further rows."""
+"""Voting: an answer becomes a row that is never changed. Undo, edits and adjudications add further rows."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from trimtab.feedback.store import (
 from trimtab.feedback.webhooks import notify
 
 MAX_UNDO = 20
-"""How many of one's last answers can be taken back."""
+"""How many of a person's last answers can be taken back."""
 NEW_STREAK_AFTER = 600.0
 """Seconds without an answer that count as a break."""
 JUDGED = ("A", "B", "tie", "both_bad", "done")
-"""Choices that say something of the replies."""
+"""Choices that say something about the replies."""
 
 
 class Late(DataError):
-    """An answer that came after its lease ran out and the item got its answers from others."""
+    """Raised for an answer whose lease had run out, to an item that others have answered meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,19 @@ class Receipt:
 
     vote_id: int
     duplicate: bool
-    """An answer to the same task was stored before: nothing was added."""
+    """Whether an answer to the same task was stored before; nothing was then added."""
     differs: bool = False
-    """The one stored before is another answer."""
+    """Whether the answer stored before is a different one."""
     right: bool | None = None
-    """Of a quiz question: whether it agreed with the expected answer."""
+    """For a quiz question, whether the answer agreed with the expected one."""
 
 
 def vote(store: Store, person: Person, token: str, answer: Answer, *, measured: bool = False) -> Receipt:
-    """Stores an answer to the item of a lease; sent again it is the same answer, not another.
+    """Stores an answer to the item of a lease. An answer that is sent again is not stored again.
 
-    Its seconds are believed up to the time since the task was given out, or wholly where they were `measured`.
+    Its seconds count up to the time since the task was given out, or in full if they were `measured`.
 
-    Raises DataError for an answer to something else than was asked or a lease that is not the person's, and Late.
+    Raises DataError for an answer that does not fit the question or a lease that is not the person's, and Late.
     """
     task, now = store.project.settings.task, store.now()
     with store.write() as connection:
@@ -113,16 +113,16 @@ def vote(store: Store, person: Person, token: str, answer: Answer, *, measured: 
 
 
 def save_draft(store: Store, person: Person, token: str, draft: Mapping[str, Any]) -> bool:
-    """Keeps an unfinished answer, to go on with anywhere; False where others have answered the item meanwhile.
+    """Keeps an unfinished answer, to be continued anywhere; False if the item is full or the person was banned.
 
-    Whoever writes is at work: the lease begins anew. One that ran out is taken up again while there is a place, and
-    where there is none the draft is kept all the same. So is that of somebody who was banned meanwhile.
+    A person who writes is at work, so the lease begins anew. An expired lease is opened again if the item has a place
+    left; if it has none, the draft is kept all the same. So is the draft of somebody who was banned meanwhile.
     """
     now, minutes = store.now(), store.project.settings.assignment.lease_minutes
     with store.write(durable=False) as connection:
         here = (t.leases.c.token == token) & (t.leases.c.person_id == person.id)
         row = connection.execute(sa.select(t.leases).where(here, t.leases.c.state.in_(("open", "expired")))).first()
-        if row is None:  # the answer itself was faster
+        if row is None:  # the answer itself arrived first
             return True
         values: dict[str, Any] = {"draft": dict(draft)}
         in_time = _takes_part(connection, person) and (
@@ -137,7 +137,7 @@ def save_draft(store: Store, person: Person, token: str, draft: Mapping[str, Any
 
 
 def undo(store: Store, person: Person) -> Lease:
-    """Takes back the person's last answer and gives its task back to them. Raises DataError where that cannot be."""
+    """Takes back the person's last answer and gives its task back to them. Raises DataError if that is impossible."""
     with store.write() as connection:
         _still_takes_part(connection, person)
         mine = sa.select(t.votes).where(t.votes.c.person_id == person.id, t.votes.c.purpose != "adjudication")
@@ -150,7 +150,7 @@ def undo(store: Store, person: Person) -> Lease:
 
 
 def reopen(store: Store, person: Person, vote_id: int) -> Lease:
-    """Opens one's own answer to change it; it stands until the new one is given. Raises DataError as `undo` does."""
+    """Opens a person's own answer to change it; it stands until the new one is given. Raises DataError if it cannot."""
     with store.write() as connection:
         _still_takes_part(connection, person)
         row = connection.execute(
@@ -163,10 +163,10 @@ def reopen(store: Store, person: Person, vote_id: int) -> Lease:
 
 
 def adjudicate(store: Store, person: Person, item_id: int, answer: Answer, *, key: str) -> Receipt:
-    """Stores a decision about an item beside its votes, which stay as they are. From then on they cannot be edited, and
-    the item is given to nobody else. The choice "cannot_judge" leaves the item out of all labels.
+    """Stores a decision about an item beside its votes, which stay as they are.
 
-    The same `key` of the same person for the same item is the same decision: sent again it adds nothing.
+    From then on the votes cannot be edited, and the item is given to nobody else. The choice "cannot_judge" leaves the
+    item out of all labels. A decision that the same person sends again with the same `key` adds nothing.
     """
     key = f"decision-{person.id}-{item_id}-{key}"
     with store.write() as connection:
@@ -200,7 +200,7 @@ def adjudicate(store: Store, person: Person, item_id: int, answer: Answer, *, ke
 
 
 def latest(connection: Connection, person_id: int, item_id: int, purpose: str) -> Row[Any] | None:
-    """The newest row of a person on an item: the one that counts."""
+    """The newest row of a person on an item, which is the one that counts; None if there is none."""
     return connection.execute(
         sa.select(t.votes)
         .where(t.votes.c.person_id == person_id, t.votes.c.item_id == item_id, t.votes.c.purpose == purpose)
@@ -211,7 +211,7 @@ def latest(connection: Connection, person_id: int, item_id: int, purpose: str) -
 
 @dataclass(frozen=True)
 class NewVote:
-    """A row for the votes, with what was written."""
+    """A new row of the votes, with what the person wrote in words."""
 
     at: float
     values: Mapping[str, Any]
@@ -220,7 +220,7 @@ class NewVote:
 
 
 def insert_votes(connection: Connection, new: Sequence[NewVote]) -> list[int]:
-    """Adds rows to the votes with what was written, and logs their hashes; returns their numbers."""
+    """Adds rows to the votes with what was written, and logs their hashes; returns their ids."""
     if not new:
         return []
     written = [bool(vote.rationale or vote.text) for vote in new]
@@ -337,7 +337,7 @@ def _reopen(store: Store, connection: Connection, person: Person, row: Row[Any],
 
 
 def draft_of(answer: Answer) -> dict[str, Any]:
-    """An answer as the draft that a page begins with."""
+    """An answer as a draft, which the page of its task then shows."""
     return {k: v for k, v in asdict(answer).items() if v not in (None, "", (), {}) and k != "seconds"}
 
 
@@ -346,7 +346,7 @@ def _takes_part(connection: Connection, person: Person) -> bool:
 
 
 def _still_takes_part(connection: Connection, person: Person) -> None:
-    """A request may have been let in just before its sender was banned."""
+    """Raises DataError for somebody who was banned just after their request was let in."""
     if not _takes_part(connection, person):
         raise DataError("you no longer take part in this project", where="your answers", fix="ask who invited you")
 

@@ -1,4 +1,4 @@
-"""Telling other systems what happens: deliveries are stored with the change they tell of, signed, and retried."""
+"""Webhooks tell other systems what happens. Deliveries are stored with the change they report, signed and retried."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trimtab.feedback.project import Event, secret
 from trimtab.feedback.store import Store, add_guideline, canonical, guideline
 
 RETRY_SECONDS = (5, 30, 120, 600, 3600, 6 * 3600, 24 * 3600)
-"""Waits between attempts; after the last the delivery is given up."""
+"""Waits between attempts; a delivery that fails after the last is given up."""
 TIMEOUT_SECONDS = 10.0
 Post = Callable[[str, bytes, Mapping[str, str]], int]
 
@@ -43,7 +43,7 @@ def notify(store: Store, connection: Connection, event: Event, body: Mapping[str
 
 
 def publish_guideline(store: Store, connection: Connection, actor: int | None, text: str) -> int:
-    """Adds a version of the guideline and tells of it; returns its number. The same text again is the same version."""
+    """Adds a version of the guideline and notifies webhooks; returns its number. An equal text adds no new version."""
     current = guideline(connection)
     if text == current.text:
         return int(current.version)
@@ -55,8 +55,8 @@ def publish_guideline(store: Store, connection: Connection, actor: int | None, t
 def deliver_due(store: Store, post: Post | None = None, *, stopping: threading.Event | None = None) -> int:
     """Tries every delivery whose time has come; returns how many arrived.
 
-    Whatever goes wrong with one is its own problem, noted and tried again later. An address that did not answer is
-    asked once a round; nothing more is sent once `stopping` is set.
+    A delivery that fails does not affect the others: its error is noted, and it is tried again later. An address that
+    did not answer is tried only once in a round. Nothing more is sent once `stopping` is set.
     """
     with store.read() as connection:
         due = connection.execute(sa.select(t.deliveries).where(t.deliveries.c.next_at <= store.now())).all()
@@ -106,7 +106,7 @@ def signature(key: bytes, body: bytes) -> str:
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any, **__: Any) -> None:
-        """A signed body goes where the project says and nowhere else."""
+        """Follows no redirect: a signed body goes only to the address in the project."""
 
 
 def _post(url: str, body: bytes, headers: Mapping[str, str]) -> int:

@@ -1,4 +1,4 @@
-"""From rewards to advantages."""
+"""Advantage estimators: token rewards in, advantages out."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from trimtab.math.masking import (
 
 
 def token_rewards(score: Tensor, kl: Tensor, sequence_ids: Tensor, *, kl_coef: float) -> Tensor:
-    """Reward of each token, [M]: `-kl_coef * kl`, plus its sequence's score at the last token (Ouyang et al.,
+    """Reward of each token, [M]: `-kl_coef * kl`, and at a sequence's last token also its score (Ouyang et al.,
     arXiv:2203.02155, eq. 2).
 
-    `score` [B], `kl` [M] per-token estimates in nats. Every sequence must have a token.
+    `score` is [B], `kl` [M] holds per-token estimates in nats. Every sequence must have a token.
     """
     rewards = -kl_coef * at_least_float32(kl)
     return rewards.index_add(0, last_index_per_sequence(sequence_ids, len(score)), score.to(rewards.dtype))
@@ -35,14 +35,15 @@ def gae(rewards: Tensor, values: Tensor, sequence_ids: Tensor, *, gamma: float, 
 
         delta_t = r_t + gamma * V_{t+1} - V_t,   A_t = delta_t + gamma * lam * A_{t+1},   return_t = A_t + V_t
 
-    The last token of a sequence is terminal: V and A after it are 0. Not differentiable; both results are targets.
+    The last token of a sequence is terminal: V and A after it are 0. Nothing here is differentiable, because both
+    results are targets.
     """
     rewards, values = at_least_float32(rewards), at_least_float32(values)
     num_sequences = int(sequence_ids[-1]) + 1 if len(sequence_ids) else 0
     rewards_BT, mask = pad_per_sequence(rewards, sequence_ids, num_sequences)
     values_BT, _ = pad_per_sequence(values, sequence_ids, num_sequences)
     advantages_BT = torch.zeros_like(rewards_BT)
-    # Rewards and values are 0 in the padding at the right, which makes the ends terminal.
+    # Rewards and values are 0 in the padding on the right, which makes each last token terminal.
     next_value = next_advantage = rewards_BT.new_zeros(num_sequences)
     for t in reversed(range(rewards_BT.shape[1])):
         delta = rewards_BT[:, t] + gamma * next_value - values_BT[:, t]
@@ -55,18 +56,19 @@ def gae(rewards: Tensor, values: Tensor, sequence_ids: Tensor, *, gamma: float, 
 
 @dataclass(frozen=True)
 class Episodes:
-    """What an estimator reads of B finished replies with M tokens."""
+    """The inputs of an estimator: B finished replies with M tokens."""
 
     rewards: Tensor
-    """[M] the reward of each token: the score at a reply's last token, less the KL where it is paid for there."""
+    """[M] the reward of each token: the score at a reply's last token, less the KL penalty if it is part of the
+    reward."""
     values: Tensor
-    """[M] the critic's; nan without a critic."""
+    """[M] the critic's values; nan without a critic."""
     sequence_ids: Tensor
-    """[M] whose token it is."""
+    """[M] the reply that each token belongs to."""
     group_ids: Tensor
-    """[B] which prompt a reply answers: 0, 1, … in ascending order."""
+    """[B] the number of the prompt that a reply answers: 0, 1, … in ascending order."""
     baselines: Tensor
-    """[B] the score of the greedy reply to the same prompt; nan where no greedy reply was asked for."""
+    """[B] the score of the greedy reply to the same prompt; nan if no greedy reply was asked for."""
 
     @cached_property
     def returns(self) -> Tensor:
@@ -75,7 +77,7 @@ class Episodes:
 
 
 def rewards_to_go(rewards: Tensor, sequence_ids: Tensor, *, gamma: float) -> Tensor:
-    """[M] the discounted rewards from each token to the end of its sequence: `gae` without a critic."""
+    """[M] the sum of discounted rewards from each token to the end of its sequence: `gae` without a critic."""
     return gae(rewards, torch.zeros_like(rewards), sequence_ids, gamma=gamma, lam=1.0)[0]
 
 
@@ -90,33 +92,34 @@ def group_means(returns: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def group_deviations(returns: Tensor, group_ids: Tensor) -> Tensor:
-    """[B] the deviation of each reply's group, divided by its size less one; 0 for a group of one."""
+    """[B] the standard deviation of each reply's group, with divisor size - 1; 0 for a group of one."""
     means, sizes = group_means(returns, group_ids)
     mean_squares, _ = group_means((returns.double() - means.double()).square(), group_ids)
     return (mean_squares * sizes / (sizes - 1).clamp(min=1)).sqrt().to(returns.dtype)
 
 
 def leave_one_out(returns: Tensor, group_ids: Tensor) -> Tensor:
-    """[B] each return less the mean of the others of its group (Ahmadian et al., arXiv:2402.14740, eq. 8); 0 for a
-    group of one, which has no others."""
+    """[B] each return less the mean of the other returns of its group (Ahmadian et al., arXiv:2402.14740, eq. 8); 0
+    for a group of one, which has no others."""
     means, sizes = group_means(returns, group_ids)
     # R - (n mean - R) / (n - 1) = (R - mean) n / (n - 1)
     return (returns - means) * sizes / (sizes - 1).clamp(min=1)
 
 
 class Estimator:
-    """What every advantage estimator is: a function of `Episodes`, and what it asks of the loop around it."""
+    """Base of every advantage estimator: a function of `Episodes`, and flags that tell the loop what it needs."""
 
     needs_critic: ClassVar[bool] = False
-    """It reads values, which the loop then trains towards values plus advantages."""
+    """Whether it reads values. If so, the loop trains a critic towards values plus advantages."""
     needs_greedy: ClassVar[bool] = False
-    """It reads baselines."""
+    """Whether it reads baselines, the scores of greedy replies."""
     whiten: bool = False
-    """Advantages of a batch are brought to mean 0 and deviation 1 over its tokens, after returns are taken."""
+    """Whether the advantages of a batch are scaled to mean 0 and deviation 1 over its tokens, after the returns are
+    computed from them."""
 
     @property
     def needs_group(self) -> bool:
-        """A prompt with a single reply has no advantage."""
+        """Whether it needs several replies of each prompt: a single one would have no advantage."""
         return False
 
     def __call__(self, episodes: Episodes) -> Tensor:
@@ -130,11 +133,11 @@ class GAE(Estimator):
     """Generalised advantage estimation, with a learned critic; see `gae`."""
 
     gamma: float = 1.0
-    """What a reward one token later is worth now."""
+    """Discount of a reward for each token that it comes later."""
     lam: float = 0.95
-    """1 trusts the rewards alone, 0 the critic's next value."""
+    """lambda of GAE: 1 uses the rewards alone, 0 relies on the critic's value of the next token."""
     whiten: bool = True
-    """Bring the advantages of a batch to mean 0 and deviation 1."""
+    """Scale the advantages of a batch to mean 0 and deviation 1."""
 
     needs_critic: ClassVar[bool] = True
 
@@ -150,14 +153,14 @@ class GAE(Estimator):
 @register("advantage", "grpo")
 @dataclass(frozen=True, kw_only=True)
 class GRPO(Estimator):
-    """The return of a reply against its group's, the same for all its tokens (Shao et al., arXiv:2402.03300, section
-    4.1.2). `scale = "none"` is Dr. GRPO (Liu et al., arXiv:2503.20783): dividing by a group's deviation gives easy
-    and hopeless prompts more weight."""
+    """The return of a reply less its group's mean, the same for all its tokens (Shao et al., arXiv:2402.03300, section
+    4.1.2). `scale = "none"` is Dr. GRPO (Liu et al., arXiv:2503.20783): dividing by a group's deviation gives very
+    easy and very hard prompts more weight."""
 
     scale: Literal["group", "batch", "none"] = "group"
-    """Divide by the deviation of the group, of the whole batch, or by nothing."""
+    """Divide by the standard deviation of the group, by that of the whole batch, or do not divide."""
     eps: float = 1e-4
-    """Added to the deviation."""
+    """Added to the deviation before dividing."""
 
     @property
     def needs_group(self) -> bool:
@@ -176,10 +179,10 @@ class GRPO(Estimator):
 @register("advantage", "rloo")
 @dataclass(frozen=True, kw_only=True)
 class RLOO(Estimator):
-    """The return of a reply against the mean of the others of its group; see `leave_one_out`."""
+    """The return of a reply less the mean return of the others in its group; see `leave_one_out`."""
 
     whiten: bool = False
-    """Bring the advantages of a batch to mean 0 and deviation 1."""
+    """Scale the advantages of a batch to mean 0 and deviation 1."""
 
     @property
     def needs_group(self) -> bool:
@@ -198,7 +201,7 @@ class ReinforcePP(Estimator):
     baseline: Literal["none", "group"] = "none"
     """What is subtracted before the batch is normalised."""
     gamma: float = 1.0
-    """What a reward one token later is worth now."""
+    """Discount of a reward for each token that it comes later."""
 
     whiten: ClassVar[bool] = True  # type: ignore[misc]
 
@@ -219,11 +222,11 @@ class ReinforcePP(Estimator):
 @register("advantage", "remax")
 @dataclass(frozen=True, kw_only=True)
 class ReMax(Estimator):
-    """Rewards to go less the score of the greedy reply to the same prompt (Li et al., arXiv:2310.10505, algorithm 1),
-    which is sampled and scored besides."""
+    """Rewards to go less the score of the greedy reply to the same prompt (Li et al., arXiv:2310.10505, algorithm 1).
+    The greedy reply is sampled and scored in addition to the others."""
 
     gamma: float = 1.0
-    """What a reward one token later is worth now."""
+    """Discount of a reward for each token that it comes later."""
 
     needs_greedy: ClassVar[bool] = True
 

@@ -15,17 +15,18 @@ from trimtab.math.masking import at_least_float32, mean_per_sequence, sum_per_se
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerCorrection:
-    """Weighs each token by w = pi_old / pi_sampler, where the sampler is another engine, another precision, or draws
-    from a truncated distribution.
+    """Weights each token by w = pi_old / pi_sampler. The two differ if the sampler is another engine, has another
+    precision, or draws from a truncated distribution.
 
-    "truncate" holds w below `high`: a bounded bias for a bounded variance (Espeholt et al., arXiv:1802.01561, section
-    4.1). "mask" sets the loss to 0 where w is outside [low, high], and leaves w elsewhere.
+    "truncate" holds w at `high` or below, which accepts a bounded bias for a bounded variance (Espeholt et al.,
+    arXiv:1802.01561, section 4.1). "mask" sets w to 0 if it is outside [low, high], and keeps it otherwise.
     """
 
     kind: Literal["truncate", "mask"] = "truncate"
-    """What happens to weights out of bounds."""
+    """What happens to weights out of bounds: they are set to the bound, or to 0."""
     level: Literal["token", "sequence", "sequence_mean"] = "token"
-    """Weights of tokens, of whole sequences (the product of their tokens', exact but wild), or its geometric mean."""
+    """One weight for each token, or for each whole sequence: the product of its tokens' ratios (exact but of high
+    variance), or their geometric mean."""
     high: float = 2.0
     """Largest weight."""
     low: float = 0.0
@@ -40,7 +41,7 @@ class SamplerCorrection:
     def __call__(
         self, old_logprobs: Tensor, rollout_logprobs: Tensor, sequence_ids: Tensor, num_sequences: int
     ) -> tuple[Tensor, Metrics]:
-        """[M] the weights, and metrics of the raw ones, before any bound."""
+        """[M] the weights, and metrics of the raw weights before they are bounded."""
         log_ratio = at_least_float32(old_logprobs) - at_least_float32(rollout_logprobs)
         if self.level != "token":
             pool = sum_per_sequence if self.level == "sequence" else mean_per_sequence
@@ -62,5 +63,5 @@ class SamplerCorrection:
 def no_correction(
     old_logprobs: Tensor, rollout_logprobs: Tensor, sequence_ids: Tensor, num_sequences: int
 ) -> tuple[Tensor, Metrics]:
-    """[M] weights of 1: the sampler is taken to be the policy."""
+    """[M] weights of 1, which assume that the sampler is the policy."""
     return torch.ones_like(old_logprobs), {}

@@ -1,4 +1,4 @@
-"""KL between policy and reference: three estimators from samples, and what sets the coefficient."""
+"""KL between policy and reference: three estimators from samples, and controllers of its coefficient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trimtab.core.registry import register
 from trimtab.math.masking import at_least_float32
 
 MAX_LOG_RATIO = 20.0
-"""Where exponentials of log-ratios stop growing: e^20 is 5e8, beyond it float32 sums and gradient norms overflow."""
+"""Bound on log-ratios before exp: e^20 is 5e8, and beyond it float32 sums and gradient norms overflow."""
 
 
 def k1(log_ratio: Tensor) -> Tensor:
@@ -23,15 +23,15 @@ def k1(log_ratio: Tensor) -> Tensor:
 
         k1 = d
 
-    Unbiased, and negative wherever the policy likes its own sample less than the reference does. A mean below 0 over
-    many sequences means that the tokens were not drawn from the distribution that `logprobs` describes: another
-    temperature, truncated sampling, other weights, or a wrong mask.
+    Unbiased, and negative at a token to which the policy gives a lower probability than the reference does. A mean
+    below 0 over many sequences means that the tokens were not sampled from the distribution that `logprobs` describes:
+    another temperature, truncated sampling, other weights, or a wrong mask.
     """
     return at_least_float32(log_ratio)
 
 
 def k2(log_ratio: Tensor) -> Tensor:
-    """Per-token estimate d^2 / 2 of the same KL (see `k1`): biased, small in variance, never negative.
+    """Per-token estimate d^2 / 2 of the same KL (see `k1`): biased, of low variance, never negative.
 
     As a loss its expected gradient is that of KL(policy || reference).
     """
@@ -43,9 +43,9 @@ def k3(log_ratio: Tensor) -> Tensor:
 
         k3 = exp(-d) - 1 + d
 
-    As a loss its expected gradient is that of KL(reference || policy), the other direction. Below d = -20, a token
-    to which the policy gives 2e-9 of the reference's probability, it goes on along its tangent: the value stays
-    finite and the gradient keeps its sign, where exp would overflow and a clamp would turn the gradient round.
+    As a loss its expected gradient is that of KL(reference || policy), the other direction. Below d = -20 (the policy
+    gives a token 2e-9 of the reference's probability) it continues along its tangent: the value stays finite and the
+    gradient keeps its sign, while exp would overflow and a clamp would reverse the sign of the gradient.
     """
     d = log_ratio.double()  # for small d the result is d^2 / 2, the difference of two numbers near d
     bounded = d.clamp(min=-MAX_LOG_RATIO)
@@ -57,7 +57,8 @@ ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k
 
 
 class KLController(Protocol):
-    """What weighs the KL in the reward. The coefficient is a number the stage keeps, and saves with its state."""
+    """Sets the weight of the KL in the reward, as in `coef = kl.update(coef, observed_kl=6.5, num_sequences=64)`. The
+    stage keeps the coefficient and saves it with its state."""
 
     @property
     def initial(self) -> float:
@@ -75,7 +76,7 @@ class FixedKL:
     """The same coefficient throughout."""
 
     coef: float = 0.05
-    """Reward paid for each nat between policy and reference."""
+    """Reward subtracted for each nat of KL between policy and reference."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.coef < math.inf:
@@ -96,14 +97,14 @@ class AdaptiveKL:
 
         e = clip((KL - target) / target, -0.2, 0.2),   coef <- coef * (1 + e * num_sequences / horizon)
 
-    The gain num_sequences / horizon is held at 1, so a batch above the horizon moves the coefficient by a fifth and
-    can never turn its sign. A negative observed KL (see `k1`) counts as any other below the target.
+    The gain num_sequences / horizon is at most 1, so a batch larger than the horizon changes the coefficient by at most
+    a fifth and can never change its sign. A negative observed KL (see `k1`) is treated like any KL below the target.
     """
 
     coef: float = 0.2
     """The coefficient of the first step."""
     target: float = 6.0
-    """Mean KL per sequence to steer to, in nats."""
+    """Target of the mean KL per sequence, in nats."""
     horizon: float = 10_000.0
     """Sequences over which an error of a fifth changes the coefficient by about a fifth."""
 

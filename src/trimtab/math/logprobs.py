@@ -1,4 +1,4 @@
-"""Log-probabilities, entropy and exact KL from hidden states, a tile of logits at a time; and the sampler's."""
+"""Log-probabilities, entropy and exact KL from hidden states, a tile of logits at a time; and sampling from logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trimtab.math.masking import at_least_float32
 from trimtab.math.row_sums import add_to_rows
 
 TILE = (1024, 2048)
-"""Rows and vocabulary entries of the logits that exist at a time: 8 MB in float32."""
+"""Rows and vocabulary entries of the logits that are in memory at a time: 8 MB in float32."""
 
 
 def token_logprobs(
@@ -29,18 +29,18 @@ def token_logprobs(
     with_entropy: bool = False,
     weight_gradient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """log pi(target) [M] in nats and, where asked for, the entropy [M] of the same distribution.
+    """log pi(target) [M] in nats and, if `with_entropy`, the entropy [M] of the same distribution.
 
         pi = softmax(logits / temperature),   logits = scale (hidden @ weight.T + bias)
 
-    With a cap, x in place of the logits is cap tanh(x / cap), as Gemma 2 has it (arXiv:2408.00118, section 2).
+    With a cap, each logit x is replaced by cap tanh(x / cap), as in Gemma 2 (arXiv:2408.00118, section 2).
 
     `hidden` [M, D], `weight` [V, D], `bias` [V], `targets` [M]. Computed in float32 (float64 if given float64),
-    inside autocast too. Logits exist for one `tile` at a time, so many rows of so many vocabulary entries, in the
-    backward pass as well, which computes them again; a tile stays in the processor's cache from product to product,
-    and each entry of the head is read, and its gradient written, once. Differentiable once, in hidden, weight and
-    bias, through both results; with `weight_gradient` [V, D], float32, the gradient of the weight is added to it in
-    the backward pass and not returned.
+    inside autocast too. Only the logits of one `tile` (rows, vocabulary entries) are in memory at a time, also in the
+    backward pass, which computes them again. A tile stays in the processor's cache from product to product, and each
+    entry of the head is read, and its gradient written, once. Differentiable once, in hidden, weight and bias, through
+    both results. With `weight_gradient` [V, D], float32, the gradient of the weight is added to it in the backward pass
+    and not returned.
     """
     return cast(
         tuple[Tensor, Tensor | None],
@@ -64,11 +64,12 @@ def exact_kl(
     shape_q: tuple[float, float | None] = (1.0, None),
     tile: tuple[int, int] = TILE,
 ) -> Tensor:
-    """KL(p || q) [M] in nats over the whole vocabulary, for the two models' hidden states at the same tokens; shapes
-    are scale and cap, as in `token_logprobs`.
+    """KL(p || q) [M] in nats over the whole vocabulary, for the two models' hidden states at the same tokens.
 
-    KL = E_p[logit_p - logit_q] - logsumexp(logit_p) + logsumexp(logit_q), each added up over the tiles. No gradient.
-    Never below 0: a sum that rounding took there is set to 0.
+        KL = E_p[logit_p - logit_q] - logsumexp(logit_p) + logsumexp(logit_q)
+
+    Each term is summed over the tiles. `shape_p` and `shape_q` are (scale, cap), as in `token_logprobs`. No gradient.
+    Never below 0: a negative sum comes from rounding and is set to 0.
     """
     p = _Head(hidden_p, weight_p, bias_p, (temperature, *shape_p))
     q = _Head(hidden_q, weight_q, bias_q, (temperature, *shape_q))
@@ -83,15 +84,15 @@ def exact_kl(
 def truncated_logprobs(logits: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
     """Log-probabilities [B, V] of the distribution that is sampled from; -inf for tokens that are cut off.
 
-    In this order: divide by the temperature, keep the `top_k` likeliest tokens (0: all), keep the smallest
-    set of the likeliest whose mass is at least `top_p` (at least one token), renormalise. Of tokens that tie at the
-    edge only as many stay as there is room for; `top_k=1` is greedy decoding.
+    The steps, in this order: divide by the temperature, keep the `top_k` likeliest tokens (0: all), keep the smallest
+    set of the likeliest whose mass is at least `top_p` (at least one token), renormalise. If tokens tie at the edge,
+    only as many are kept as fit; `top_k=1` is greedy decoding.
     """
     logits = at_least_float32(logits) / temperature
     num_kept = min(top_k or logits.shape[-1], logits.shape[-1])
     if num_kept == logits.shape[-1] and top_p >= 1:
         return logits.log_softmax(-1)
-    kept, ids = logits.topk(num_kept)  # the likeliest first
+    kept, ids = logits.topk(num_kept)  # sorted, the likeliest first
     if top_p < 1:
         probs = kept.double().softmax(-1)
         mass_before = probs.cumsum(-1) - probs
@@ -104,24 +105,24 @@ def truncated_logprobs(logits: Tensor, *, temperature: float = 1.0, top_p: float
 def sample(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     """Token ids [B]: for each row of `logprobs` [B, V], the first whose cumulative probability exceeds its uniform.
 
-    `uniforms` [B] in [0, 1]. A token of probability 0 is never returned, for a uniform of 1 neither.
+    `uniforms` [B] lie in [0, 1]. A token of probability 0 is never returned, not even for a uniform of 1.
     """
     probs = logprobs.double().exp()
     cumulative = probs.cumsum(-1)
     total = cumulative[:, -1:]
-    # Scaled to what the sum really is, and kept below it: some token exceeds the threshold for every uniform.
+    # Scaled to the sum after rounding, and kept below it, so that some token exceeds the threshold for every uniform.
     threshold = torch.minimum(uniforms.double()[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     ids = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logprobs.shape[-1] - 1)
-    # A parallel cumulative sum may rise by a rounding error where the probability is 0.
+    # A parallel cumulative sum may rise by a rounding error at a token of probability 0.
     ids = torch.where(probs.gather(-1, ids) > 0, ids, logprobs.argmax(-1, keepdim=True))
     return ids[:, 0]
 
 
 def sample_softmax(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Token ids [B] drawn from softmax(logits [B, V] / temperature) and their log-probabilities [B], in nats: `sample`
-    of the whole distribution without forming it.
+    """Token ids [B] drawn from softmax(logits [B, V] / temperature) and their log-probabilities [B], in nats.
 
-    The weights are summed block by block; a uniform first finds its block, then its token inside.
+    The draws are those of `sample`, but the normalised distribution is never computed: the exponentials are summed
+    block by block, and a uniform selects first a block, then a token inside it.
     """
     num_rows, vocabulary = logits.shape
     highest = logits.amax(-1, keepdim=True)
@@ -149,8 +150,8 @@ _BLOCK = 512
 def draw(
     logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Token ids [B] and their log-probabilities [B] under the distribution sampled from: logits [B, V] divided by the
-    temperature and truncated as in `truncated_logprobs`. `uniforms` [B] in [0, 1] decide."""
+    """Token ids [B] and their log-probabilities [B] under the distribution that is sampled from: logits [B, V] divided
+    by the temperature and truncated as in `truncated_logprobs`. `uniforms` [B] in [0, 1] are the random numbers."""
     if top_p >= 1 and not 0 < top_k < logits.shape[-1]:
         return sample_softmax(at_least_float32(logits), uniforms, temperature)
     distribution = truncated_logprobs(logits, temperature=temperature, top_p=top_p, top_k=top_k)
@@ -163,8 +164,8 @@ _Shape = tuple[float, float, float | None]
 
 
 class _Head:
-    """Hidden states and the head over them, whose logits [M, V] are computed tile by tile: divided by the temperature,
-    and capped if they are."""
+    """Hidden states and the head over them. Their logits [M, V], divided by the temperature and capped if there is a
+    cap, are computed tile by tile."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: _Shape) -> None:
         temperature, scale, cap = shape
@@ -180,13 +181,13 @@ class _Head:
         self.buffer = self.hidden.new_empty(0)
 
     def tiles(self, tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
-        """Rows and vocabulary entries of every tile; all rows of some entries before the next entries."""
+        """Yields the rows and vocabulary entries of every tile: all rows of some entries before the next entries."""
         for entry in range(0, len(self.weight), tile[1]):
             for row in range(0, len(self.hidden), tile[0]):
                 yield slice(row, row + tile[0]), slice(entry, entry + tile[1])
 
     def logits(self, rows: slice, entries: slice, minus: Tensor | None = None) -> Tensor:
-        """The logits of one tile, less what `minus` [M] says of each row, in a buffer that the next call reuses."""
+        """The logits of one tile, less each row's entry of `minus` [M], in a buffer that the next call reuses."""
         hidden, weight = self.hidden[rows], self.weight[entries].to(self.dtype)
         size = len(hidden) * len(weight)
         if len(self.buffer) < size:
@@ -206,25 +207,26 @@ class _Head:
         return logits
 
     def stretch(self, x: Tensor) -> Tensor:
-        """`x` times scale / temperature, in place: what a logit gains, uncapped, for what the product gains."""
+        """Multiplies `x` by scale / temperature, in place: the derivative of an uncapped logit in its product."""
         x = x.div_(self.temperature) if self.temperature != 1 else x
         return x.mul_(self.scale) if self.scale != 1 else x
 
     def bend(self, logits: Tensor) -> Tensor | None:
-        """What the cap leaves of a logit's slope, 1 - tanh^2; None without one."""
+        """The derivative of the cap at these logits, 1 - tanh^2; None without a cap."""
         return None if self.cap is None else 1 - (logits / self.cap).square_()
 
 
 class _RunningSoftmax:
-    """The log of the summed exponentials of every row of logits, and a mean under their softmax, over tiles as they
-    come. Between tiles in float64: hundreds of float32 sums of 151,936 entries would add their roundings up."""
+    """The logsumexp of every row of logits and a mean under their softmax, accumulated over tiles. Kept in float64
+    between tiles, because the rounding errors of hundreds of float32 sums over 151,936 entries would add up."""
 
     def __init__(self, head: _Head) -> None:
         self.logsumexp = head.hidden.new_full((len(head.hidden),), -torch.inf, dtype=torch.float64)
         self.mean = torch.zeros_like(self.logsumexp)
 
     def add(self, rows: slice, logits: Tensor, mean_of: Tensor | Literal["logits", "nothing"] = "nothing") -> None:
-        """Takes in a tile of logits, which is overwritten, and of the values that the mean is of."""
+        """Adds a tile of logits, which is overwritten. `mean_of` is a tensor of the values to average, or "logits" for
+        the logits themselves."""
         highest = logits.amax(-1, keepdim=True)
         shifted = logits.sub_(highest)
         exps = shifted.exp() if mean_of == "logits" else shifted.exp_()
@@ -276,9 +278,9 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         # With y the target, d logp(y) / d logit_i = [i = y] - p_i and d entropy / d logit_i = -p_i (log p_i + entropy).
-        # The first is p_i times one number for the whole row, by which the sum over entries is multiplied afterwards
-        # and the hidden states before; the second is p_i times a factor for each entry, which multiplies p_i itself.
-        # A cap multiplies the derivative in each logit, the target's too, by what it leaves of the slope there.
+        # Without entropy, p_i is multiplied by one number for the whole row: it is applied to the hidden states before
+        # the products and to the sum over entries after them. With entropy, each p_i has a factor of its own, which
+        # multiplies p_i itself. A cap multiplies the derivative in each logit, the target's too, by the cap's own.
         hidden, weight, bias, targets, logsumexp, of_targets, entropy = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         head = _Head(hidden, weight, bias, ctx.shape)

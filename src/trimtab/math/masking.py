@@ -1,6 +1,7 @@
-"""Per-token tensors [M] of B sequences, told apart by `sequence_ids` [M]: int64, sorted, each of 0..B-1 in one run.
+"""Operations on per-token tensors [M] of B sequences. `sequence_ids` [M] (int64, sorted, 0 to B - 1) says which
+sequence a token belongs to.
 
-Everything here computes in float32 at least: half precision is raised, float64 is kept.
+Everything here computes in float32 at least: half precision is converted to float32, float64 is kept.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from torch import Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32, or as it is where it is float64 already."""
+    """`x` in float32, or unchanged if it is float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sequence_lengths(sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """Tokens of each sequence, int64 [B]."""
+    """The number of tokens of each sequence, int64 [B]."""
     numbers = torch.arange(num_sequences, device=sequence_ids.device)
     ends = torch.searchsorted(sequence_ids, numbers, right=True)
     return ends.diff(prepend=ends.new_zeros(1))
@@ -33,21 +34,21 @@ def sum_per_sequence(x: Tensor, sequence_ids: Tensor, num_sequences: int) -> Ten
 
 
 def mean_per_sequence(x: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """The mean over each sequence's tokens, [B]; a sequence without tokens has none and gives nan."""
+    """The mean over each sequence's tokens, [B]; a sequence without tokens gives nan."""
     return sum_per_sequence(x, sequence_ids, num_sequences) / sequence_lengths(sequence_ids, num_sequences)
 
 
 def last_index_per_sequence(sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """The place in [M] of each sequence's last token, int64 [B]. Every sequence must have a token."""
+    """The index in [M] of each sequence's last token, int64 [B]. Every sequence must have a token."""
     lengths = sequence_lengths(sequence_ids, num_sequences)
     assert bool((lengths > 0).all()), "a sequence without tokens has no last one"
     return lengths.cumsum(0) - 1
 
 
 def pad_per_sequence(x: Tensor, sequence_ids: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
-    """One row for each sequence, [B, T] with zeros at the right, and the mask that is true at its tokens.
+    """One row for each sequence, [B, T] padded with zeros on the right, and the mask that is true at its tokens.
 
-    T is the longest sequence; the values keep their dtype.
+    T is the length of the longest sequence. The values keep their dtype.
     """
     lengths = sequence_lengths(sequence_ids, num_sequences)
     longest = int(lengths.max()) if num_sequences else 0
@@ -61,12 +62,12 @@ def unpad_per_sequence(padded: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """`(x - mean) / sqrt(variance + eps)` over all entries, which keeps the mean where `shift_mean` is false.
+    """`(x - mean) / sqrt(variance + eps)` over all entries. If `shift_mean` is false, the mean is added back.
 
     The variance is the biased one (divided by the count), as in Ziegler et al. (arXiv:1909.08593), so one entry
-    gives 0 and not nan. Mean and variance are taken in float64: equal entries then give exactly equal results near
-    0, where float32 rounding of a large mean would be blown up to order one. Whiten the whole batch of an update at
-    once; whitening its parts gives other numbers.
+    gives 0 and not nan. Mean and variance are computed in float64: equal entries then give exactly equal results near
+    0, while the float32 rounding error of a large mean would be scaled up to order one. Whiten the whole batch of an
+    update at once; whitening its parts gives other numbers.
     """
     exact = x.double()
     mean = exact.mean()

@@ -1,4 +1,4 @@
-"""What is done to scores before they are rewards, and moments that add up."""
+"""Turns scores into rewards (normalising, clipping, penalties), with running moments that merge exactly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trimtab.math.masking import at_least_float32
 class RunningMoments:
     """Count, mean and sum of squared deviations of all values seen, in float64.
 
-    `RunningMoments(**moments.state())` is equal to `moments`, also after a trip through JSON.
+    `RunningMoments(**moments.state())` is equal to `moments`, also if the state was saved as JSON in between.
     """
 
     count: float = 0.0
@@ -50,7 +50,7 @@ class RunningMoments:
         return math.sqrt(self.variance)
 
     def normalise(self, values: Tensor, *, shift_mean: bool = True) -> Tensor:
-        """`(values - mean) / std`, or `values / std`. While no two values have differed there is no scale: std is 1."""
+        """`(values - mean) / std`, or `values / std`. std counts as 1 as long as all values seen were equal."""
         scale = self.std if self.m2 > 0 else 1.0
         return (at_least_float32(values) - (self.mean if shift_mean else 0.0)) / scale
 
@@ -71,11 +71,11 @@ def moments_of(values: Tensor) -> RunningMoments:
 
 
 def clip(rewards: Tensor, *, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """The rewards held in [low, high], and which of them were moved (bool), to be counted."""
+    """The rewards clipped to [low, high], and a bool mask of those that were changed, to be counted."""
     clipped = rewards.clamp(low, high)
     return clipped, clipped != rewards
 
 
 def missing_eos_penalty(scores: Tensor, finished: Tensor, penalty: float) -> Tensor:
-    """The scores [B], less `penalty` where the reply was cut off before its end token (`finished` [B] bool)."""
+    """The scores [B], less `penalty` if the reply was cut off before its end token (`finished` [B] bool is false)."""
     return scores - penalty * (~finished).to(scores.dtype)

@@ -1,4 +1,4 @@
-"""Sums into rows that several summands share, in an order that does not depend on threads."""
+"""Adds values to rows that several values share, in an order that does not depend on threads."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def add_to_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Adds `values` [..., D] to the rows of `total` [V, D] that `rows` [...] names, in place; a row may be named often.
+    """Adds `values` [..., D] to the rows of `total` [V, D] with the indices `rows` [...], in place. Indices may repeat.
 
-    torch's own index_put_ lets the threads of a CPU add to one row as they come, and its index_add_ those of a GPU:
-    the last digits then differ from run to run. Here the values of equal rows are summed first, as the backward pass
-    of an embedding with only these rows does, and every row is added to once.
+    torch's own index_put_ lets CPU threads add to one row in any order, and its index_add_ lets GPU threads do so: the
+    last digits then differ from run to run. Here the values of equal rows are summed first, as in the backward pass of
+    an embedding with only these rows, and every row is added to once.
     """
     places, which = rows.reshape(-1).unique(return_inverse=True)  # type: ignore[no-untyped-call]
     flat = values.reshape(len(which), math.prod(total.shape[1:])).to(total.dtype)

@@ -1,7 +1,7 @@
 """Low-rank adapters: several roles as small changes to one frozen base (Hu et al., arXiv:2106.09685).
 
-Adapters are those of `peft`, and so is the format of their directories. A role names its adapter and has it active
-while it runs; the base alone is what no adapter is active for.
+Adapters and the format of their directories are those of `peft`. A role names its adapter, which is active while the
+role runs; a role without an adapter uses the base alone.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ from trimtab.models.quantized import Bits
 from trimtab.models.weights import check_file, refuse_damage
 
 _PREFIX = "base_model.model."
-"""What peft puts before the names of a model's own weights in a file."""
+"""The prefix that peft puts before the names of a model's own weights in a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """A low-rank change B A to the weight of each chosen linear layer. B starts at zero: at first nothing changes."""
+    """A low-rank change B A to the weight of each chosen linear layer. B starts at zero, so at first nothing
+    changes."""
 
     rank: int = 16
     """Rows of A and columns of B."""
     alpha: float = 32.0
     """The change is scaled by alpha / rank."""
     modules: tuple[str, ...] = ()
-    """Names of the linear layers that get one, such as "q_proj"; empty takes all but the output head."""
+    """Names of the linear layers that get an adapter, such as "q_proj"; empty means all but the output head."""
     base_bits: Bits = 32
-    """Bits of a weight of the frozen linear layers: 32, or rounded to 8 or 4 (needs `trimtab[quantized]`)."""
+    """Bits for each weight of the frozen linear layers: 32, or rounded to 8 or 4 (needs `trimtab[quantized]`)."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
@@ -53,14 +54,14 @@ class LoRA:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether the layer has adapters. No layer has any before peft is loaded, which happens when the first is made:
-    it takes 130 MB and seconds that most runs can do without."""
+    """Whether the layer has adapters. peft is loaded only when the first adapter is made, since it takes 130 MB and
+    seconds that most runs do not need; before that no layer has any."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
 
 
 def adapter_weights(path: str | Path) -> dict[str, Tensor]:
-    """Everything in the file of an adapter directory, by the names of peft. Embeddings that peft repeats there under
+    """All weights in the file of an adapter directory, by the names of peft. Embeddings that peft repeats there under
     the names of its wrappers are left out. Raises EngineError if the file is damaged."""
     file = Path(find_model(path)) / WEIGHTS_FILE
     check_file(file)
@@ -71,12 +72,12 @@ def adapter_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def is_reward_adapter(path: str | Path) -> bool:
-    """Whether an adapter directory was made for a sequence classifier, as those of reward models are."""
+    """Whether an adapter directory was made for a sequence classifier, as the adapter of a reward model is."""
     return read_json(Path(find_model(path)) / CONFIG_FILE).get("task_type") == "SEQ_CLS"
 
 
 def add_adapter(model: PreTrainedModel, name: str, settings: LoRA, *, seed: int) -> None:
-    """A new adapter that changes nothing yet. The base is frozen."""
+    """Adds a new adapter, which changes no output yet, and freezes the base."""
     from peft import LoraConfig
 
     model.requires_grad_(False)
@@ -90,11 +91,11 @@ def add_adapter(model: PreTrainedModel, name: str, settings: LoRA, *, seed: int)
 
 
 def load_adapter(model: PreTrainedModel, name: str, path: str | Path, *, with_head: bool = False) -> dict[str, Tensor]:
-    """The adapter of a directory under a name of its own on its base `model`, which is frozen and may be shared; its
-    dropout is off. Returns the weights of the score head stored beside it, for a model `with_head`.
+    """Loads the adapter of a directory, under the given name, onto its base `model`, which is frozen and may be shared.
+    The adapter's dropout is off. Returns the weights of the score head stored beside it if `with_head`, else {}.
 
-    Raises EngineError, with the names, for an adapter that brings more than low-rank changes of linear layers: they
-    would change the base for all who share it.
+    Raises EngineError, with the names, if the adapter contains more than low-rank changes of linear layers: other
+    changes would affect every role that shares the base.
     """
     from peft import set_peft_model_state_dict
 
@@ -129,7 +130,8 @@ def load_adapter(model: PreTrainedModel, name: str, path: str | Path, *, with_he
 def save_adapter(
     model: PreTrainedModel, name: str, directory: Path, *, base: str, head: dict[str, Tensor] | None = None
 ) -> None:
-    """The adapter as a directory that peft, transformers and vLLM load; `head` holds weights stored beside it."""
+    """Writes the adapter as a directory that peft, transformers and vLLM load. `head` holds weights to store beside
+    it."""
     from peft import get_peft_model_state_dict
 
     config: Any = model.peft_config[name]
@@ -150,10 +152,10 @@ def save_adapter(
 
 @contextmanager
 def using(model: PreTrainedModel, name: str | None) -> Iterator[None]:
-    """The adapter `name` is active inside, and no other; None is the base alone.
+    """Inside this block the adapter `name` is active, and no other; None means the base alone.
 
-    Only which adapter is applied changes. peft's own switches also set which weights take gradients, and a graph
-    whose leaves lose that between forward and backward gets none, silently.
+    This changes only which adapter is applied. peft's own switches also set which weights require gradients, and a
+    graph whose leaves lose that flag between forward and backward silently gets no gradients.
     """
     layers: list[Any] = [m for m in model.modules() if is_adapted(m)]
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
@@ -167,7 +169,7 @@ def using(model: PreTrainedModel, name: str | None) -> Iterator[None]:
 
 
 def adapter_parameters(model: PreTrainedModel, name: str) -> dict[str, nn.Parameter]:
-    """The weights of one adapter, which from now on take gradients."""
+    """The weights of one adapter. From this call on they require gradients."""
     found = {n: p for n, p in model.named_parameters() if "lora_" in n and f".{name}." in n}
     for parameter in found.values():
         parameter.requires_grad_(True)
@@ -175,7 +177,7 @@ def adapter_parameters(model: PreTrainedModel, name: str) -> dict[str, nn.Parame
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight of a linear layer as it is applied now: with its active adapter, if it has one. Without gradients."""
+    """The weight of a linear layer as it is applied now, with its active adapter if it has one. Without gradients."""
     layer: Any = linear
     if not is_adapted(linear):
         weight: Tensor = layer.weight.detach()
@@ -193,7 +195,7 @@ def weight_of(linear: nn.Module) -> Tensor:
 
 
 def trained_weight_of(linear: nn.Module, adapter: str | None) -> Tensor:
-    """The weight of a linear layer with the adapter of this name, if it has it; gradients reach the adapter."""
+    """The weight of a linear layer with the adapter of this name, if the layer has it. Gradients reach the adapter."""
     layer: Any = linear
     if not is_adapted(linear):
         plain: Tensor = layer.weight
@@ -206,7 +208,8 @@ def trained_weight_of(linear: nn.Module, adapter: str | None) -> Tensor:
 
 
 def linear_layers(model: PreTrainedModel, *, with_output: bool = False) -> list[str]:
-    """The names, without their place, of the linear layers of the blocks; `with_output` of the output head too."""
+    """The names of the linear layers of the blocks, such as "q_proj", without their path; `with_output` adds that of
+    the output head."""
     head = model.get_output_embeddings() if hasattr(model, "lm_head") else None  # type: ignore[no-untyped-call]
     skipped = {id(getattr(model, "score", None))} | (set() if with_output else {id(head)})
     kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
@@ -219,7 +222,7 @@ def linear_layers(model: PreTrainedModel, *, with_output: bool = False) -> list[
 
 
 def _known_layers(model: PreTrainedModel, chosen: tuple[str, ...]) -> list[str]:
-    """The chosen names. Raises ConfigError for one that no linear layer has, with the names there are."""
+    """The chosen names. Raises ConfigError, with the existing names, if no linear layer has one of them."""
     known = linear_layers(model, with_output=True)
     wrong = [name for name in chosen if name.rsplit(".", 1)[-1] not in known]
     if not wrong:
@@ -232,11 +235,12 @@ def _known_layers(model: PreTrainedModel, chosen: tuple[str, ...]) -> list[str]:
     )
 
 
-# --- what a directory holds ---
+# --- the contents of an adapter directory ---
 
 
 def read_adapter(model: PreTrainedModel, path: str | Path) -> tuple[Any, dict[str, Tensor]]:
-    """Configuration and weights of an adapter, without those of an output head if the model, a scalar one, has none."""
+    """The configuration and weights of an adapter. Those of an output head are left out if the model has none, as a
+    scalar model."""
     from peft import PeftConfig
 
     base_of(path)
@@ -267,11 +271,11 @@ _LOW_RANK = {
     *("runtime_config", "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode"),
 }
-"""Settings of LoRA that change only the low-rank matrices; any other is a part of its own."""
+"""Settings of LoRA that affect only the low-rank matrices. Any other setting adds something beyond them."""
 
 
 def _further_parts(config: Any) -> list[str]:
-    """What an adapter sets beyond low-rank changes of linear layers, by name."""
+    """The names of everything that an adapter adds beyond low-rank changes of linear layers."""
     from peft import LoraConfig
 
     if config.peft_type.value != "LORA":
@@ -289,12 +293,13 @@ _INITS = ("gaussian", "orthogonal", "eva", "lora_ga", "mica")
 
 
 def _changes_a_layer(key: str) -> bool:
-    """Whether a name in an adapter file is that of a low-rank change of a linear layer."""
+    """Whether a name in an adapter file belongs to a low-rank change of a linear layer."""
     return "lora_" in key and "lora_embedding_" not in key
 
 
 def _of_base(model: PreTrainedModel, weights: dict[str, Tensor]) -> set[str]:
-    """The embeddings in an adapter file that are just those of the base: peft writes them beside an adapter of one."""
+    """The names of embeddings in an adapter file that are equal to the base's. peft writes them beside an adapter of an
+    embedding."""
     there = {n.replace(".base_layer", ""): p for n, p in model.named_parameters(remove_duplicate=False)}
     names = {key.removeprefix(_PREFIX): value for key, value in weights.items() if ".base_layer." in key}
     found = {name: (there.get(name.replace(".base_layer", "")), value) for name, value in names.items()}
@@ -302,12 +307,12 @@ def _of_base(model: PreTrainedModel, weights: dict[str, Tensor]) -> set[str]:
 
 
 def is_head(key: str) -> bool:
-    """Whether a name in an adapter file is that of a score head."""
+    """Whether a name in an adapter file belongs to a score head."""
     return key.removeprefix(_PREFIX).split(".")[0] in ("score", "classifier")
 
 
 def reward_model_as_policy(path: str | Path, what: str) -> EngineError:
-    """The answer to a reward model in the place of a language model."""
+    """The error for a reward model that is named as a language model."""
     return EngineError(
         f"this is {what}, which writes no text",
         where=str(path),
@@ -317,7 +322,7 @@ def reward_model_as_policy(path: str | Path, what: str) -> EngineError:
 
 
 def does_not_fit(path: str | Path, why: str) -> EngineError:
-    """The answer to an adapter that is not one of its base."""
+    """The error for an adapter that does not fit its base."""
     return EngineError(
         f"the adapter cannot be used: {why}",
         where=str(path),
@@ -327,7 +332,7 @@ def does_not_fit(path: str | Path, why: str) -> EngineError:
 
 
 def some(names: Iterable[str]) -> str:
-    """The first of some names, and how many more there are."""
+    """The first four of these names, and the number of the others, as text."""
     listed = sorted(name.removeprefix(_PREFIX) for name in names)
     return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
 
@@ -337,7 +342,7 @@ def _inject(config: Any, model: PreTrainedModel, name: str, seed: int) -> None:
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
-        # Several adapters are meant, and the layout of GPT-2's weights is found and set by peft itself.
+        # Several adapters are intended, and peft itself finds and sets the layout of GPT-2's weights.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`|fan_in_fan_out is set")
         inject_adapter_in_model(config, model, name)
     layers: list[Any] = [m for m in model.modules() if is_adapted(m)]

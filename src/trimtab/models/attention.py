@@ -1,10 +1,11 @@
 """Attention over flat rows of real tokens, for any transformers model that takes its attention from the registry.
 
-The linear layers of the model see one row [1, N] without padding. Only attention knows what the tokens are to each
-other: branches of token trees here, replies being decoded in `engines/local/slot_cache.py`. Each is an `Attend`.
+The linear layers of the model see one row [1, N] without padding. Only attention depends on how tokens are related: as
+branches of token trees (`tree_attention.py`), or as replies being decoded (`engines/local/slot_cache.py`). Each kind is
+an `Attend`.
 
-Nothing that a model hands to its attention is dropped. Its mask is taken as the function of positions that the model
-builds it from, so windows and chunks are the model's own; attention sinks are passed on; anything else is refused, and
+Nothing that a model passes to its attention is dropped. The mask is taken as the function of positions from which the
+model builds it, so windows and chunks are the model's own. Attention sinks are passed on. Anything else is refused, and
 `models/forms.py` then finds a form in which transformers itself computes the attention.
 """
 
@@ -26,20 +27,21 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from trimtab.core.errors import EngineError
 
 LLAMA_LIKE = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
-"""Models whose blocks are x + attention(norm(x)), then x + gated MLP(norm(x))."""
+"""Models whose blocks compute x + attention(norm(x)), then x + gated MLP(norm(x))."""
 ROW_ATTENTION = "trimtab_rows"
 UNSEEN = -1e30
-"""Added to the score of a key that is not seen: its weight is 0, and a row that sees nothing stays finite."""
+"""Added to the score of a key that is not seen. Its weight is then 0, and a row that sees nothing stays finite."""
 
 Visible = Callable[[Tensor, Tensor], Tensor]
-"""Whether tokens at the first positions see those at the second, for two tensors that broadcast; true for none after
-them. Such as chunked attention, in which positions 8 to 15 see each other and nothing before."""
+"""A function of two tensors of positions that broadcast: whether tokens at the first see tokens at the second. It is
+never true for later tokens. Example: chunked attention, in which positions 8 to 15 see each other but nothing
+before."""
 Window = int | Visible | None
-"""What a token sees of those before it: all, the `int` nearest (itself among them), or what a function says."""
+"""The earlier tokens that a token sees: all (None), the `int` nearest, itself included, or those a function gives."""
 
 
 class Attend(Protocol):
-    """Attention among the tokens of a row."""
+    """Attention among the tokens of a row, for example `tree_attention(trees)`."""
 
     def __call__(
         self,
@@ -51,15 +53,15 @@ class Attend(Protocol):
         window: Window,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """[N, H, D] for query [N, H, D], key and value [N, KV heads, D]; with a window, a token sees only those that
-        it shows. `sinks` [H] are the scores of one more key for each head, whose value is zero."""
+        """[N, H, D] for query [N, H, D], key and value [N, KV heads, D]. With a window, a token sees only the tokens in
+        it. `sinks` [H] are the scores of one more key for each head, whose value is zero."""
         ...
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """What a mask stands for while a flat row is computed. It rides on the mask, which every model hands to its
-    attention, while many do not hand on further arguments."""
+    """What the mask means while a flat row is computed. It is attached to the mask, because every model passes its mask
+    to its attention, while many do not pass on further arguments."""
 
     attend: Attend
     window: Window
@@ -68,9 +70,9 @@ class PackedRow:
 _attending: ContextVar[Attend | None] = ContextVar("attending", default=None)
 _ROW = "trimtab_row"
 _HARMLESS = {
-    # Said for kernels that mask by themselves; the mask says it too.
+    # For kernels that build their own mask; the mask holds the same information.
     *("sliding_window", "is_causal", "position_ids"),
-    # About what is returned or counted beside the hidden states.
+    # These affect only what is returned or counted beside the hidden states.
     *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch"),
     *("use_cache", "cache", "cache_position", "logits_to_keep", "deterministic"),
 }
@@ -89,9 +91,10 @@ def row_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention output [1, N, H, D] of one flat row as its `Attend` has it; of padded rows where none is computed.
+    """Attention output [1, N, H, D] of one flat row, computed by its `Attend`; that of padded rows if no flat row is
+    being computed.
 
-    Raises EngineError for whatever else a model hands to its attention that could change the result.
+    Raises EngineError if the model passes anything else to its attention that could change the result.
     """
     unknown = sorted(k for k, v in kwargs.items() if v is not None and k not in _HARMLESS)
     if dropout:
@@ -111,20 +114,21 @@ def row_attention(
     width = max(size, query.shape[-1])
     query, key, value = (pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (query, key, value))
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    # Under autocast norms and rotations leave float32, where the value is still as the linear layer gave it.
+    # Under autocast, norms and rotations give float32, while the value has the dtype that the linear layer gave it.
     query, key = query.to(value.dtype), key.to(value.dtype)
     layer: int = module.layer_idx  # type: ignore[assignment]
     return row.attend(layer, query, key, value, scaling, row.window, s_aux)[None, ..., :size], None
 
 
 def row_mask(*, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> Tensor | None:
-    """The mask of a flat row: no entries, but what the model wants to be seen. Without a row, the mask of sdpa."""
+    """The mask of a flat row: one placeholder entry, with the model's window attached. If no flat row is being
+    computed, the mask of sdpa."""
     attend = _attending.get()
     if attend is None:
         mask: Tensor | None = sdpa_mask(mask_function=mask_function, **kwargs)
         return mask
     marker = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=kwargs.get("device"))
-    if not kwargs.get("use_vmap"):  # else a function that need not understand tensors of positions
+    if not kwargs.get("use_vmap"):  # with vmap the function may not accept tensors of positions
         setattr(marker, _ROW, PackedRow(attend, _window(mask_function, kwargs.get("local_size"))))
     return marker
 
@@ -134,7 +138,7 @@ AttentionMaskInterface.register(ROW_ATTENTION, row_mask)
 
 
 def _window(mask_function: Callable[..., Any], size: int | None) -> Window:
-    """The mask function of transformers, of batch, head and two indices, as a window."""
+    """The window that a mask function of transformers, called with batch, head and two positions, describes."""
     if mask_function is causal_mask_function:
         return None
 
@@ -145,7 +149,7 @@ def _window(mask_function: Callable[..., Any], size: int | None) -> Window:
 
     if size is None:
         return visible
-    # A window is the same everywhere, so its edges at a few positions tell it from chunks of that size.
+    # A window is the same at all positions, so its edges at a few of them distinguish it from chunks of that size.
     asking = torch.tensor([0, size - 1, size, size + 1, 2 * size, 3 * size + 1])[:, None]
     seen = asking + torch.tensor([0, -1, 1 - size, -size, -size - 1])
     agree = visible(asking, seen) == (seen > asking - size)
@@ -182,9 +186,10 @@ def softmax_attention(
     sinks: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention [B, H, L, D] by its definition, over the keys that `seen` [B, 1, L, T] shows.
+    """Attention [B, H, L, D] by its definition, over the keys that are true in `seen` [B, 1, L, T].
 
-    With `softcap` c a score s is c tanh(s / c); `sinks` [H] are the scores of one more key without a value.
+    With `softcap` c a score s is replaced by c tanh(s / c). `sinks` [H] are the scores of one more key whose value is
+    zero.
     """
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -200,9 +205,9 @@ def softmax_attention(
 def attention_with_lse(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float, *, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Attention output [B, H, L, D] and the log of the sum of exponentials of its scores [B, H, L].
+    """Attention output [B, H, L, D] and the logsumexp of its scores [B, H, L].
 
-    With the latter, attention over two sets of keys is merged into attention over both (`merge_attention`).
+    With the logsumexp, attention over two sets of keys can be merged into attention over both (`merge_attention`).
     """
     if query.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
@@ -219,7 +224,8 @@ def attention_with_lse(
 
 
 def merge_attention(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the keys of both: outputs [..., D] weighed by what each part's exponentials sum to, [...]."""
+    """Attention over the keys of both parts and its logsumexp [...]: the outputs [..., D] are weighted by the sum of
+    exponentials of each part."""
     lse = torch.logaddexp(first_lse, second_lse)
     weight = (second_lse - lse).exp()[..., None].to(first.dtype)
     return torch.lerp(first, second, weight), lse
@@ -228,20 +234,20 @@ def merge_attention(first: Tensor, first_lse: Tensor, second: Tensor, second_lse
 def backbone(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its head."""
     base = model.base_model
-    if base is model:  # where the class names another place than the one its decoder is in
+    if base is model:  # the class's base_model_prefix does not name its decoder
         base = getattr(model, "model", None) or model.get_decoder()  # type: ignore[no-untyped-call]
     return cast(PreTrainedModel, base)
 
 
 def num_layers(model: PreTrainedModel) -> int:
-    """The blocks of the model."""
+    """The number of blocks of the model."""
     number: int = model.config.get_text_config().num_hidden_layers
     return number
 
 
 @contextmanager
 def attending(attend: Attend) -> Iterator[None]:
-    """Within it attention of a model that is set to `ROW_ATTENTION` is `attend`'s."""
+    """Inside this block a model that is set to `ROW_ATTENTION` computes its attention with `attend`."""
     token = _attending.set(attend)
     try:
         yield
@@ -250,7 +256,7 @@ def attending(attend: Attend) -> Iterator[None]:
 
 
 def row_states(backbone: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
-    """[N, D] last hidden states of one flat row of tokens. Raises EngineError unless every layer attended by `attend`,
+    """[N, D] last hidden states of one flat row of tokens. Raises EngineError unless every layer used `attend` exactly
     once."""
     layers: list[int] = []
 
@@ -270,7 +276,7 @@ def row_states(backbone: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
         hidden: Tensor = backbone(
             input_ids=input_ids[None],
             position_ids=position_ids[None],
-            # Without one transformers would take the row for several packed sequences.
+            # Without a mask transformers would treat the row as several packed sequences.
             attention_mask=torch.ones_like(input_ids[None]),
             use_cache=False,
         ).last_hidden_state

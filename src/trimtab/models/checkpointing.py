@@ -1,4 +1,5 @@
-"""Activations computed again in the backward pass instead of kept, and nothing else that training mode would wake."""
+"""Activation checkpointing: activations are computed again in the backward pass instead of kept. Nothing else of
+training mode, such as dropout, is switched on."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from trimtab.core.errors import EngineError
 
 
 def checkpoint_blocks(model: PreTrainedModel) -> None:
-    """From now on the model keeps only the input of each block for the backward pass.
+    """Makes the model keep only the input of each block for the backward pass.
 
     Transformers does so for blocks in training mode. The rest of the model stays in evaluation mode, and so does a
-    block while it computes: dropout that a family writes as a function, noise of routers and the like never run.
-    Raises EngineError for a model without such blocks.
+    block while it computes, so that functional dropout, noise in routers and the like never run. Raises EngineError if
+    the model does not support this.
     """
     if not model.supports_gradient_checkpointing:
         raise EngineError(

@@ -1,8 +1,8 @@
-"""Gradients of embeddings, added to where they are kept.
+"""Adds gradients of embeddings to `.grad` in place.
 
-Left to itself autograd makes a gradient of the whole vocabulary for every micro-batch, of which the lookup touched a
-few hundred rows, makes another in the head, adds them, and adds the sum to what it has. With 151,936 entries that is
-a gigabyte of traffic for each micro-batch, as much time as all blocks of a small model.
+By default autograd makes a gradient over the whole vocabulary for every micro-batch, although the lookup used only a
+few hundred rows, makes another one in the head, adds the two, and adds the sum to the gradient so far. With 151,936
+entries that is a gigabyte of memory traffic for each micro-batch, which takes as long as all blocks of a small model.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from trimtab.math.row_sums import add_to_rows
 
 @contextmanager
 def gradients_in_place(modules: list[nn.Module | None]) -> Iterator[None]:
-    """Within it those of the embeddings and heads that `takes_in_place` have a gradient from the start, zero if there
-    was none, and lookups add to it themselves. A head's gradient is added by who computes it (`token_logprobs`).
+    """Inside this block lookups in these embeddings add their gradient to `weight.grad` directly.
 
-    Not for the linear layers of the blocks: what autograd makes and adds there is small beside the products, and adding
-    in the product (beta = 1) was 4% slower.
+    This holds for the embeddings and heads for which `takes_in_place` is true; their `.grad` is set to zeros first if
+    it is None. The gradient of a head is added by the function that computes it (`token_logprobs`).
+
+    Not for the linear layers of the blocks: the cost of autograd's addition is small there beside the products, and
+    adding in the product (beta = 1) was 4% slower.
     """
     weights = [m.weight for m in modules if m is not None and takes_in_place(m)]
     lookups = [m for m in modules if isinstance(m, nn.Embedding) and takes_in_place(m)]
@@ -56,7 +58,7 @@ def _look_up(module: nn.Embedding, ids: Tensor) -> Tensor:
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows of an embedding; the gradient goes to `weight.grad`, and none is returned."""
+    """Looks up rows of an embedding. The gradient is added to `weight.grad`, and none is returned."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: nn.Parameter, padding_idx: int | None) -> Tensor:

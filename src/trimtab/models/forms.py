@@ -1,15 +1,15 @@
-"""The form in which a model is computed over token trees, found and proved when the model is first used.
+"""The form in which a model is computed over token trees. It is found and proved when the model is first used.
 
-Each form is compared with the model's plain hidden states: transformers, its eager attention, one unpadded row at a
-time. The first that agrees is taken.
+Each form is compared with the model's plain hidden states: those of transformers with eager attention, one unpadded row
+at a time. The first form that agrees is taken.
 
-- tree: the shared row, attention following the tree;
-- padded: every sequence a row of its own, padded on the right, with transformers' own attention;
-- alone: every sequence a batch of its own, for models in which padding or row-mates are felt.
+- tree: one shared row, in which attention follows the tree;
+- padded: every sequence is a row of its own, padded on the right, with transformers' own attention;
+- alone: every sequence is a batch of its own, for models whose results depend on padding or on other rows.
 
-The rows are longer than the model's windows, which are narrowed for the proof: all forms build their masks from the
-same setting, so a wide window needs no long row. Rows past the length at which rotary embeddings begin to stretch are
-always computed alone.
+For the proof the windows of the model are narrowed, so that the rows are longer than them. All forms build their masks
+from the same setting, so a wide window needs no long row. Rows longer than the length at which rotary embeddings begin
+to stretch are always computed alone.
 """
 
 from __future__ import annotations
@@ -35,38 +35,39 @@ from trimtab.models.weights import refuse_damage
 
 Form = Literal["tree", "padded", "alone"]
 Place = Literal["predict_from", "last_tokens"]
-"""Where hidden states are read: at the M tokens that predict a trained one, or at the B ends of sequences."""
+"""Where hidden states are read: at the M tokens before trained tokens, or at the last tokens of the B sequences."""
 
 LENGTHS = ((7, (9, 2)), (3, (1,)))
-"""Tokens of the prompts and replies of the proof: the longest row has 16, the shortest 4 and much padding."""
+"""Numbers of tokens of the proof's prompts and their replies. The longest row has 16 tokens, the shortest 4 and much
+padding."""
 NARROW = 4
-"""Windows and chunks during the proof."""
+"""Size of windows and chunks during the proof."""
 TOLERANCE = 3e-4
-"""Largest difference of a hidden state relative to its length. Rounding stays below 2e-5; a lost window, sink or mask
-moves the states of trained models by 1e-2 and more."""
+"""Largest difference of a hidden state, relative to its norm. Rounding stays below 2e-5; a lost window, sink or mask
+changes the states of trained models by 1e-2 and more."""
 TRIES = 3
-"""Proofs with other tokens before a form is given up: rounding may send a token to another expert, and rarely does."""
+"""Proofs with other tokens before a form is rejected, because rounding may, rarely, send a token to another expert."""
 
 
 @dataclass(frozen=True)
 class Proved:
-    """What is known of a model after the proof."""
+    """The result of the proof of a model."""
 
     form: Form
     attention: str
-    """The attention implementation that goes with the form."""
+    """The name of the attention implementation that the form uses, such as "eager" or `ROW_ATTENTION`."""
     causal: bool
-    """Whether a token's state does not depend on those after it."""
+    """Whether a token's state does not depend on later tokens."""
     length_limit: int | None
-    """Rows longer than this are computed alone."""
+    """Rows longer than this are computed alone; None if there is no limit."""
 
 
 _PROVED: WeakKeyDictionary[PreTrainedModel, Proved] = WeakKeyDictionary()
 
 
 def proved(model: PreTrainedModel) -> Proved:
-    """The form of this model, which is set up for it. The proof is made once. Raises EngineError when no form gives
-    the plain hidden states, or when the model cannot be run at all."""
+    """The proved form of this model, which is also set up for it. The proof is made once for each model. Raises
+    EngineError if no form gives the plain hidden states, or if the model cannot be run at all."""
     if (known := _PROVED.get(model)) is None:
         known = _PROVED[model] = _prove(model)
         _attend_with(model, known.attention)
@@ -82,7 +83,7 @@ def hidden_states(
     pad_id: int,
     length_limit: int | None = None,
 ) -> list[Tensor]:
-    """Last hidden states at each of `places`, [M, D] or [B, D], the same in every form to rounding.
+    """Last hidden states at each of `places`, [M, D] or [B, D]. They are the same in every form up to rounding.
 
     Trees with a sequence longer than `length_limit` are computed alone in every form.
     """
@@ -100,7 +101,7 @@ def hidden_states(
 
 
 def alone(run: Callable[[Tensor], Tensor], input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """What `run` gives for each row [1, T] without its padding, put together with zeros in its places [B, T, D]."""
+    """[B, T, D] the results of `run` for each row without its padding, put together with zeros at the padding."""
     rows = []
     for ids, mask in zip(input_ids, attention_mask, strict=True):
         states = run(ids[mask][None])[0]
@@ -109,7 +110,7 @@ def alone(run: Callable[[Tensor], Tensor], input_ids: Tensor, attention_mask: Te
 
 
 def run_rows(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """[B, T, D] last hidden states of rows, as transformers computes them."""
+    """[B, T, D] last hidden states of padded rows, as transformers computes them."""
     mask = None if attention_mask is None else attention_mask.long()
     hidden: Tensor = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
     return hidden
@@ -231,7 +232,7 @@ def _all_states(base: PreTrainedModel, trees: TokenTrees, form: Form) -> Tensor:
 
 
 def _is_causal(trees: TokenTrees, states: Tensor) -> bool:
-    """Whether the prompt's states are the same before either of its replies."""
+    """Whether the states of a prompt are the same with either of two replies after it."""
     first = trees.trees[0]
     num_prompt, row = len(first.prompt), len(first.prompt) + len(first.branches[0].ids)
     one, other = states[:num_prompt], states[row : row + num_prompt]
@@ -262,8 +263,8 @@ def _room(config: Any, limit: int | None) -> int:
 
 @contextmanager
 def narrow_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Within it windows and chunks that masks are built from are `NARROW`, if the configuration lets them be set, and
-    those that layers have noted too."""
+    """Inside this block, sizes of windows and chunks that are larger than `NARROW` are set to it, both in the
+    configuration and in layers that hold a copy."""
     holders = [model.config.get_text_config(), *model.modules()]
     before: list[tuple[Any, str, int]] = []
     for holder in holders:
@@ -280,7 +281,7 @@ def narrow_windows(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _attend_with(model: PreTrainedModel, attention: str) -> bool:
-    """Sets the attention implementation; false where the model does not have it."""
+    """Sets the attention implementation. Returns false if the model does not have it."""
     try:
         model.set_attn_implementation(attention)
     except (ValueError, ImportError):

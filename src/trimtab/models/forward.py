@@ -1,4 +1,4 @@
-"""Models over whole batches without gradients, a bounded number of tokens at a time."""
+"""Runs models over whole batches without gradients, a bounded number of tokens at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def exact_kl_of(policy: Policy, reference: Policy, trees: TokenTrees, token_budg
 
 @torch.no_grad()
 def token_values_of(role: Policy | ScalarModel, trees: TokenTrees, token_budget: int) -> Tensor:
-    """[M] values where the trained tokens are predicted from: of a critic, or of a policy with a value head."""
+    """[M] values before the trained tokens, of a critic or of a policy with a value head."""
     return _in_pieces(trees, token_budget, "token", lambda piece: role(piece).values)
 
 

@@ -1,8 +1,8 @@
-"""The last block of a decoder, computed only where somebody reads it.
+"""Computes the last block of a decoder only at the tokens whose hidden states are read.
 
-Its keys and values are needed of every token, but what follows attention there only at the tokens that predict a
-trained one, or at the ends that a reward model scores: with prompts of three times the reply's length that is a tenth
-of the work of eight blocks, forward and backward, and the activations that go with it.
+Its keys and values are needed for every token. Everything after attention is needed only at the tokens that predict a
+trained one, or at the last tokens that a reward model scores. With prompts three times as long as the reply this saves
+a tenth of the work of eight blocks, forward and backward, and the activations that belong to it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from trimtab.models.attention import LLAMA_LIKE
 
 
 def reading(backbone: PreTrainedModel, rows: Tensor, num_tokens: int) -> Context[None]:
-    """Within it the last block of the model, run over a row of `num_tokens`, gives only the hidden states at `rows`,
-    if the block is one that is known here; `reads_rows` says whether."""
+    """Inside this block the last block of the model, run over a row of `num_tokens`, gives only the hidden states at
+    `rows`, if `reads_rows` is true for the model. For other models nothing changes."""
     return _reading(backbone, rows) if reads_rows(backbone) and len(rows) < num_tokens else nullcontext()
 
 
 def reads_rows(backbone: PreTrainedModel) -> bool:
-    """Whether `reading` has an effect: blocks are x + attention(norm(x)) and then x + mlp(norm(x)), and are not run a
-    second time in the backward pass, when it is over."""
+    """Whether `reading` has an effect. It needs blocks that compute x + attention(norm(x)), then x + mlp(norm(x)), and
+    that are not run a second time in the backward pass, because `reading` has ended by then."""
     model: Any = backbone
     return type(model).__name__ in LLAMA_LIKE and not (
         model.layers[-1].gradient_checkpointing and model.layers[-1].training

@@ -1,4 +1,4 @@
-"""Sequences against the positions that a model has: looked at before anything is computed."""
+"""Checks, before anything is computed, that sequences are not longer than the positions that a model has."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from trimtab.models.own_forward import learned_positions
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
-    """Tokens of the longest sequence that the model can read; None where positions are computed, as rotary ones are.
+    """The number of tokens of the longest sequence that the model can read; None if positions are computed, as with
+    rotary embeddings.
 
-    Models of RoBERTa's family count positions from behind their pad token's.
+    Models of RoBERTa's family count positions from the index after that of their pad token.
     """
     limit = learned_positions(model)
     if limit is None:
@@ -27,7 +28,7 @@ def positions_of(model: PreTrainedModel) -> int | None:
 
 def refuse_long(model: PreTrainedModel, trees: Iterable[Tree], *, where: str, fix: str) -> None:
     """Raises EngineError if a sequence of the trees has more tokens than the model has positions. In `fix`, LIMIT is
-    replaced by their number."""
+    replaced by the number of positions."""
     limit = positions_of(model)
     if limit is None:
         return

@@ -1,7 +1,7 @@
-"""Models in: ordinary Hugging Face directories, safetensors only, no code from them ever run.
+"""Loads models from ordinary Hugging Face directories: safetensors only, and code in them is never run.
 
-What is loaded is looked at: the right kind of model, whole weights, a head that was trained. A directory that something
-is wrong with is refused in a sentence, before anything is computed with it.
+Every model is checked: it must be of the right kind, with complete weights and a trained head. A directory with a
+mistake is refused with a one-sentence message, before anything is computed with it.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from trimtab.models.weights import check_weights, refuse_damage, stored_dtype
 
 transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-# peft imports it wherever it is installed, and it says what optional kernels it has not found.
+# peft imports bitsandbytes if it is installed, which then logs the optional kernels that it did not find.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _CLASSIFIER = "ForSequenceClassification"
 
 
 def load_causal(path: str | Path) -> PreTrainedModel:
-    """A causal language model in float32 with dropout off, compared with its own plain logits: what is computed here of
-    its hidden states (`models/forms.py`) and of its head (`models/logits.py`) is what transformers computes.
+    """A causal language model in float32 with dropout off.
 
-    An adapter directory gives its base with the adapter merged. Raises EngineError for a reward model.
+    It is checked that this package computes the same hidden states (`models/forms.py`) and logits (`models/logits.py`)
+    as transformers. An adapter directory gives its base with the adapter merged. Raises EngineError for a reward model.
     """
     if (base := base_of(path)) is not None:
         if is_reward_adapter(path):
@@ -71,7 +71,7 @@ def load_scalar(path: str | Path, *, head_seed: int | None = None, zero_head: bo
 
     A directory saved by the reward stage keeps its head. For any other model a new head is drawn from `head_seed`
     with standard deviation 1 / sqrt(D + 1) (Stiennon et al., arXiv:2009.01325, appendix B), or set to zero, as suits
-    a critic. Raises EngineError where a head is missing and none may be made. An adapter directory gives its base with
+    a critic. Raises EngineError if a head is missing and `head_seed` is None. An adapter directory gives its base with
     adapter and head merged.
     """
     if (base := base_of(path)) is not None:
@@ -101,7 +101,7 @@ def load_scalar(path: str | Path, *, head_seed: int | None = None, zero_head: bo
     if new and head_seed is None:
         raise _no_head(path, f"missing: {', '.join(new)}")
     _fill_head(model, new, head_seed or 0, zero_head)
-    # Of the backbone it is asked when the model is first run; the head is not run until something is scored.
+    # Damage in the backbone is found when the model is first run; the head is not run until something is scored.
     body = f"{model.base_model_prefix}."
     refuse_damage(((n, p) for n, p in model.named_parameters() if not n.startswith(body)), str(path))
     return _prepared(model)
@@ -116,14 +116,14 @@ def is_classifier(path: str | Path) -> bool:
 
 
 def reward_facts(path: str | Path) -> dict[str, float]:
-    """What the reward stage wrote about a reward adapter: its shift and temperature."""
+    """The shift and temperature that the reward stage wrote beside a reward adapter; empty if there are none."""
     file = Path(find_model(path)) / "reward.json"
     return read_json(file) if file.exists() else {}
 
 
 def _load(auto_class: Any, path: str | Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model in float32. One that chooses its attention for good when it is made gets the eager kind, which is the
-    definition: those of Falcon with ALiBi differ by 0.1 nats."""
+    """A model in float32, with its loading info. A model whose attention cannot be changed after it is made gets the
+    eager kind, which is the definition: the kinds of Falcon with ALiBi differ by 0.1 nats."""
     name = find_model(path)
     check_weights(name)
     options |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
@@ -150,7 +150,7 @@ def _load(auto_class: Any, path: str | Path, **options: Any) -> tuple[PreTrained
 
 
 def _missing(model: PreTrainedModel, info: dict[str, Any]) -> list[str]:
-    """Trained weights that the files lack; tied ones and buffers are made, and lack nothing."""
+    """The trained weights that the files lack. Tied weights and buffers do not count: transformers makes them."""
     return sorted(set(info["missing_keys"]) & set(dict(model.named_parameters())))
 
 

@@ -1,8 +1,8 @@
-"""What a model makes of its head's output: some divide logits by a number, some hold them below a cap.
+"""How a model turns the output of its head into logits: some models scale it, some hold it below a cap.
 
-The numbers are found by looking: the model is shown hidden states of many sizes in place of its own and asked for its
-logits. Small ones give the scale, large ones the cap, and all of them prove the two. Nothing is read from the
-configuration by name, so it does not matter what a family calls them.
+Scale and cap are measured: hidden states of many sizes are put in place of the model's own, and its logits are
+computed. Small ones give the scale, large ones the cap, and all of them check the result. Nothing is read from the
+configuration by name, so it does not matter what a model family calls these settings.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from trimtab.core.errors import EngineError
 from trimtab.models.attention import backbone
 
 SIZES = (1e-2, 1e-1, 1.0, 10.0, 1e3, 1e6)
-"""Standard deviations of the logits that the model is shown; the last is beyond every cap, the first below its bend."""
+"""Standard deviations of the head outputs for the measurement: a cap does not yet affect the first, and the last is
+beyond every cap."""
 TOLERANCE = 1e-4
-"""Relative to the largest logit."""
+"""Largest difference in the check, relative to the largest logit."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ _FOUND: WeakKeyDictionary[PreTrainedModel, LogitShape] = WeakKeyDictionary()
 
 
 def logit_shape(model: PreTrainedModel) -> LogitShape:
-    """The shape of this model's logits. Raises EngineError if they are anything else than its head applied to its last
-    hidden states, scaled and capped."""
+    """The scale and cap of this model's logits. Raises EngineError if its logits are anything else than its head
+    applied to its last hidden states, scaled and capped."""
     if (known := _FOUND.get(model)) is None:
         known = _FOUND[model] = _find(model)
     return known
@@ -70,7 +71,7 @@ def _find(model: PreTrainedModel) -> LogitShape:
     if shown.shape != raw.shape:
         raise _refusal(model, f"it gives {shown.shape[-1]} logits from a head of {raw.shape[-1]}")
     cap = _cap(raw, shown)
-    # Where a bias adds to small products the smallest row is not small; one without it is.
+    # With a bias the first row need not have the smallest outputs, so the smallest row is searched for.
     row = 0 if bias is None else int(raw.abs().amax(-1).argmin())
     bent = shown[row].double()
     straight = bent if cap is None else cap * torch.atanh((bent / cap).clamp(-0.999999, 0.999999))
@@ -85,20 +86,21 @@ def _find(model: PreTrainedModel) -> LogitShape:
 
 
 def _cap(raw: Tensor, shown: Tensor) -> float | None:
-    """Capped logits stop growing: a thousand times larger outputs of the head give the same largest logit."""
+    """The cap, or None. Capped logits stop growing: a thousand times larger outputs of the head give the same largest
+    logit, which is the cap."""
     largest, before = float(shown[-1].abs().max()), float(shown[-2].abs().max())
     return None if largest > 10 * before else largest
 
 
 def _logits_for(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """[n, V] the model's logits if its last hidden states were `hidden` [n, D]."""
+    """[n, V] the logits that the model would give if its last hidden states were `hidden` [n, D]."""
 
     def put(module: nn.Module, inputs: Any, output: Any) -> Any:
         output.last_hidden_state = hidden[None]
         return output
 
     ids = torch.arange(len(hidden))[None] % model.config.get_text_config().vocab_size
-    # Some models ask their decoder and not the backbone around it.
+    # Some models call their decoder and not the backbone around it.
     bodies: list[Any] = [backbone(model), model.get_decoder()]  # type: ignore[no-untyped-call]
     hooks = [body.register_forward_hook(put) for body in bodies if body is not None and body is not model]
     try:
@@ -113,7 +115,8 @@ def _logits_for(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def _tidy(model: PreTrainedModel, scale: float) -> float:
-    """The scale as the configuration has it: 1, a number in it, or one divided by such a number."""
+    """The measured scale, replaced by the exact number it stands for: 1, a number in the configuration, or the inverse
+    of one."""
     config = model.config.get_text_config()
     numbers = [1.0, *(float(v) for v in config.to_dict().values() if isinstance(v, int | float) and v)]
     candidates = [x for n in numbers for x in (n, 1 / n)]

@@ -1,4 +1,4 @@
-"""Adapters merged into their base for good, with every part they bring."""
+"""Merges adapters permanently into their base, with every part that they contain."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from trimtab.models.adapters import does_not_fit, read_adapter, some
 
 
 def merge_adapter(model: PreTrainedModel, path: str | Path) -> None:
-    """Puts the adapter of a directory into the weights of its base `model` for good, with every part it brings: changes
-    of any kind that peft can merge, layers saved whole, biases, single rows of embeddings, a score head.
+    """Merges the adapter of a directory permanently into the weights of its base `model`, with every part it contains:
+    changes of any kind that peft can merge, layers saved whole, biases, single rows of embeddings, a score head.
 
-    What comes out is compared with what peft computes without merging. Raises EngineError, with the names, for an
-    adapter that holds what the base has no place for or lacks what it says it has.
+    The merged logits are compared with those that peft computes without merging. Raises EngineError, with the names, if
+    the adapter holds weights that the base has no place for, or lacks weights that its configuration names.
     """
     from peft import PeftModel, set_peft_model_state_dict
 
@@ -28,7 +28,7 @@ def merge_adapter(model: PreTrainedModel, path: str | Path) -> None:
     _make_rows_for(model, weights)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft's advice to who trains; what matters of it is checked below
+            warnings.simplefilter("ignore")  # peft's warnings are about training; what matters here is checked below
             adapted: Any = PeftModel(model, config, adapter_name="merged")
             loaded: Any = set_peft_model_state_dict(adapted, weights, adapter_name="merged")
     except Exception as error:  # foreign files fail in many ways, and none of them is a bug of ours
@@ -63,7 +63,7 @@ def merge_adapter(model: PreTrainedModel, path: str | Path) -> None:
 
 
 def _lacking(adapted: nn.Module, missing: list[str]) -> list[str]:
-    """The weights of the adapter that its file lacks; one that is tied to another came with that."""
+    """The weights of the adapter that its file lacks. A weight tied to one that was loaded is not lacking."""
     parameters = dict(adapted.named_parameters(remove_duplicate=False))
     there = {id(p) for name, p in parameters.items() if name not in missing}
     own = [name for name in missing if ".merged." in name or name.endswith(".merged")]
@@ -71,7 +71,7 @@ def _lacking(adapted: nn.Module, missing: list[str]) -> list[str]:
 
 
 def _make_rows_for(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Gives the base the rows that an adapter was trained with, where tokens were added for it."""
+    """Resizes the embedding of the base to the rows that the adapter was trained with, if tokens were added for it."""
     embedding: Any = model.get_input_embeddings()
     rows = [len(value) for key, value in weights.items() if key.split(".")[-2] in EMBEDDINGS and "lora_" not in key]
     if rows and max(rows) != embedding.num_embeddings:
@@ -79,7 +79,7 @@ def _make_rows_for(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
 
 
 def _untie(model: PreTrainedModel) -> None:
-    """Gives every layer weights of its own, so that a change of one is no change of another."""
+    """Gives every layer weights of its own, so that changing one layer does not change another."""
     seen: set[int] = set()
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -90,15 +90,15 @@ def _untie(model: PreTrainedModel) -> None:
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
-    """Whether input and output embedding are one."""
+    """Whether input and output embedding share one weight."""
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     embedding: Any = model.get_input_embeddings()
     return output is not None and output.weight is embedding.weight
 
 
 def _tie_again(model: PreTrainedModel) -> None:
-    """Ties input and output embedding if they are still equal; the configuration, which says that they are not as soon
-    as they are two for a moment, says which."""
+    """Ties input and output embedding again if they are still equal, and writes into the configuration whether they are
+    tied: it has changed to untied while they were separate."""
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     embedding: Any = model.get_input_embeddings()
     equal = torch.equal(output.weight, embedding.weight)

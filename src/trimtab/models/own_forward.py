@@ -1,4 +1,4 @@
-"""A model's own forward pass, as transformers has it: what every other way of computing the same must agree with."""
+"""A model's own forward pass in transformers, with which every other way of computing the same must agree."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trimtab.models.attention import ROW_ATTENTION
 
 @contextmanager
 def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model has its attention from transformers, if it was given ours for flat rows."""
+    """Inside this block the model uses transformers' attention, even if it was set to this package's for flat rows."""
     if model.config._attn_implementation != ROW_ATTENTION:
         yield
         return
@@ -29,7 +29,7 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def last_logits(model: PreTrainedModel, input_ids: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
-    """[B, V] the model's own logits after the last token of each row [B, T], and all that the forward pass returned."""
+    """[B, V] the model's own logits after the last token of each row [B, T], and all outputs of the forward pass."""
     if _takes_logits_to_keep(type(model).forward):
         inputs["logits_to_keep"] = 1
     outputs = model(input_ids=input_ids, **inputs)
@@ -43,8 +43,8 @@ def _takes_logits_to_keep(forward: Callable[..., Any]) -> bool:
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
-    """How many positions a sequence may have where each has a row of a table, such as GPT-2's; None where positions
-    are computed, as with rotary embeddings, and none is too far."""
+    """The number of positions of a model that has a table with a row for each, such as GPT-2. None if positions are
+    computed, as with rotary embeddings, and therefore have no limit."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int):

@@ -1,9 +1,9 @@
-"""Rotary embeddings that depend on how long a row is: "dynamic" ones stretch with every token past the length that the
-model was trained at, "longrope" takes another set of frequencies for the whole row.
+"""Rotary embeddings that depend on the length of a row: the "dynamic" kind stretches with every token past the length
+that the model was trained at, and "longrope" uses another set of frequencies for the whole of a longer row.
 
-Transformers finds the length from the largest position of the batch, and the dynamic kind remembers the longest row
-that it has seen. A sequence is scored as if it were alone, by its own length: rows up to the limit share batches, since
-they all have the frequencies of short rows; a longer one is computed alone (`models/forms.py`).
+Transformers takes the length from the largest position in the batch, and the dynamic kind remembers the longest row
+that it has seen. This package scores a sequence by its own length, as if it were alone. Rows up to the limit share
+batches, since they all have the frequencies of short rows; a longer row is computed alone (`models/forms.py`).
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ _STRETCHED = ("dynamic", "longrope")
 
 
 def length_limit(model: nn.Module) -> int | None:
-    """The longest row whose positions do not depend on its length; None where none do."""
+    """The longest row whose rotary embeddings do not depend on its length; None if they never do."""
     limits = [limit for module in model.modules() for limit in _limits(module)]
     return min(limits, default=None)
 
 
 def forget_lengths(model: nn.Module) -> None:
-    """From now on rotary embeddings of the model do not remember the rows that they have seen."""
+    """Makes the model's rotary embeddings forget, before each forward pass, the lengths of earlier rows."""
     for module in model.modules():
         if any("dynamic" in kind for kind in _kinds(module).values()) and not hasattr(module, "_trimtab_forgets"):
             module._trimtab_forgets = module.register_forward_pre_hook(_forget)  # type: ignore[assignment]
 
 
 def _kinds(module: nn.Module) -> dict[str | None, str]:
-    """The kind of rotary embedding, by layer type where it differs between them."""
+    """The kind of rotary embedding: under None, or by layer type if there are several."""
     kinds = getattr(module, "rope_type", None)
     if isinstance(kinds, dict):
         return {k: v for k, v in kinds.items() if isinstance(v, str)}

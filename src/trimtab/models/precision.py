@@ -1,4 +1,4 @@
-"""How products are computed: in float32, or in bfloat16 if that is asked for."""
+"""The precision of matrix products: float32, or bfloat16 if that is asked for."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 
 Precision = Literal["float32", "bfloat16"]
 
-# oneDNN, which multiplies in bfloat16 and for some layers, compiles a kernel of about a megabyte for each new shape.
-# It keeps 1024 of them and torch's bridge to it another 1024, and token trees make new shapes all the time. A block
-# uses about 20 shapes in one micro-batch, so 128 lose nothing. Both variables are read when the first kernel is made.
+# oneDNN, which computes bfloat16 products and some layers, compiles a kernel of about a megabyte for each new shape. It
+# keeps 1024 of them, and torch's interface to it another 1024, while token trees make new shapes all the time. A block
+# uses about 20 shapes in one micro-batch, so 128 are enough. Both variables are read when the first kernel is made.
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "128")
 
 
 @contextmanager
 def computing_in(precision: Precision, device_type: str = "cpu") -> Iterator[None]:
-    """Products inside run in this precision. Weights, sums of losses and log-probabilities stay float32.
+    """Inside this block products are computed in this precision. Weights, sums of losses and log-probabilities stay
+    float32.
 
     torch's settings "high" and "medium" are never used for float32. They allow products to be rounded to TF32 or
-    bfloat16, and a product that comes out exact at one shape proves nothing about another. On CPUs with AVX-512
-    "medium" goes through oneDNN, which compiles and keeps a kernel for every new shape, and token trees make new shapes
-    all the time: 25 PPO steps of the quickstart take 70 s and 2.58 GB with it on such a machine, 40 s and 0.66 GB
-    without.
+    bfloat16, and an exact product at one shape proves nothing about another shape. On CPUs with AVX-512 "medium" uses
+    oneDNN, which compiles and keeps a kernel for every new shape, and token trees make new shapes all the time: 25 PPO
+    steps of the quickstart take 70 s and 2.58 GB with it on such a machine, 40 s and 0.66 GB without.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -1,7 +1,7 @@
-"""The frozen base of adapters with 8 or 4 bits for each weight of its linear layers, by `bitsandbytes`.
+"""Rounds the frozen base of adapters to 8 or 4 bits for each weight of its linear layers, with `bitsandbytes`.
 
-With 8 bits weights are scaled row by row, and their inputs rounded too, as in LLM.int8() (Dettmers et al.,
-arXiv:2208.07339); 4 bits are NormalFloat in blocks of 64, as in QLoRA (Dettmers et al., arXiv:2305.14314).
+With 8 bits, weights are scaled row by row, and inputs are rounded too, as in LLM.int8() (Dettmers et al.,
+arXiv:2208.07339). 4 bits are NormalFloat in blocks of 64, as in QLoRA (Dettmers et al., arXiv:2305.14314).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Bits = Literal[4, 8, 32]
 
 
 def quantize(model: PreTrainedModel, bits: Bits) -> None:
-    """Rounds the linear layers of the blocks to so many bits for good; embeddings, norms and heads stay as they are.
-    Nothing is done for 32."""
+    """Rounds the linear layers of the blocks permanently to this many bits. Embeddings, norms and heads are not
+    changed. Does nothing for 32."""
     if bits == 32:
         return
     need("bitsandbytes", extra="quantized", setting=f"base_bits = {bits}", where="adapter")
@@ -31,14 +31,14 @@ def quantize(model: PreTrainedModel, bits: Bits) -> None:
         if type(module) in (nn.Linear, Conv1D) and id(module) not in heads:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, _rounded(module, bits))
-    # What stays is a view of the file as it was mapped into memory, and would hold on to all of it.
+    # The other weights are views of the file mapped into memory, and would keep all of it there.
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.clone()
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
-    """Whether some weights are held as integers."""
+    """Whether some weights are stored as integers."""
     return not all(p.is_floating_point() for p in model.parameters())
 
 
@@ -57,7 +57,7 @@ def _rounded(layer: nn.Module, bits: Bits) -> nn.Module:
         made.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    made = made.to(weight.device)  # moving it is what rounds it
-    # A buffer, so that whoever goes through a model's weights, as the hash of a reference does, sees the scales too.
+    made = made.to(weight.device)  # moving the layer rounds its weight
+    # A buffer, so that code that reads all of a model's weights, such as `model_hash`, includes the scales.
     made.register_buffer("scales", made.weight.quant_state.absmax if bits == 4 else made.weight.SCB, persistent=False)
     return cast(nn.Module, made)

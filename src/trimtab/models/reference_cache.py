@@ -1,9 +1,9 @@
-"""Log-probabilities of a reference that never changes: found once, kept on disk, and found again when anything they
-depend on is another.
+"""Log-probabilities of a reference that never changes: computed once, kept on disk, and computed again when anything
+that they depend on changes.
 
-What is kept is named by a hash of everything it follows from: the weights and the architecture, the token ids (which
-hold the data, the template, the tokenizer and any truncation), the precision, the temperature, how the passes are cut,
-and the version of torch. So nothing is ever out of date; it is only not found.
+A file is named by a hash of everything that its values depend on: the weights and the architecture, the token ids
+(which reflect the data, the template, the tokenizer and any truncation), the precision, the temperature, how the
+forward passes are split, and the version of torch. So a file is never out of date; after a change it is only not found.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from trimtab.models.forward import token_logprobs_of
 from trimtab.models.roles import Policy
 
 TREES_PER_FILE = 4096
-"""Trees of one file: what a killed run has to do again at most."""
+"""Trees in one file, which are the most that a killed run has to compute again."""
 
 
 def reference_logprobs(reference: Policy, trees: Sequence[Tree], *, token_budget: int, directory: Path) -> list[Tensor]:
-    """Log-probabilities of the trained tokens of each tree, [num_trained] float32, from `directory` where they are
-    kept there. What is computed is kept; a damaged file is said on stderr, and made again."""
+    """Log-probabilities of the trained tokens of each tree, [num_trained] float32. They are read from `directory` if
+    they are kept there, else computed and kept. A damaged file is reported on stderr and made again."""
     digest = model_hash(reference)
     found: list[Tensor] = []
     for start in range(0, len(trees), TREES_PER_FILE):
@@ -53,8 +53,8 @@ def reference_logprobs(reference: Policy, trees: Sequence[Tree], *, token_budget
 
 
 def model_hash(policy: Policy) -> str:
-    """SHA-256 of the weights the policy computes with and of its architecture. An adapter that is not its own does not
-    count, nor under which names adapters keep the weights of the base."""
+    """SHA-256 of the weights that the policy uses and of its architecture. It does not depend on adapters of other
+    roles, nor on the names under which adapters store the weights of the base."""
     model = policy.model
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_ARCHITECTURE}
     digest = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
@@ -66,7 +66,7 @@ def model_hash(policy: Policy) -> str:
             name = name.replace(f".{policy.adapter}.", ".")
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))
-    if policy.adapter is not None:  # how much an adapter counts is not among its weights
+    if policy.adapter is not None:  # the scale of an adapter is not among its weights
         layers: Any = model.named_modules()
         scaling = [(n, m.scaling[policy.adapter]) for n, m in layers if policy.adapter in getattr(m, "lora_A", ())]
         digest.update(json.dumps(sorted(scaling)).encode())
@@ -77,7 +77,7 @@ _NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dt
 
 
 def content_key(model_digest: str, policy: Policy, trees: Sequence[Tree], token_budget: int) -> str:
-    """The name of what these trees give under a model with this digest."""
+    """The file name, without suffix, for the log-probabilities of these trees under a model with this digest."""
     how = [model_digest, policy.precision, policy.temperature, policy.form, token_budget, torch.__version__]
     digest = hashlib.sha256(json.dumps(how).encode())
     for tree in trees:
@@ -88,7 +88,7 @@ def content_key(model_digest: str, policy: Policy, trees: Sequence[Tree], token_
 
 
 def read(path: Path, size: int) -> Tensor | None:
-    """What `write` kept, [size]; None where there is nothing, or nothing whole, which is then said."""
+    """The values [size] that `write` kept. None if the file is missing or damaged; damage is reported on stderr."""
     if not path.exists():
         return None
     try:
@@ -106,7 +106,7 @@ def read(path: Path, size: int) -> Tensor | None:
 
 
 def write(path: Path, logprobs: Tensor) -> None:
-    """Keeps the values with their checksum, all or nothing."""
+    """Writes the values with their checksum, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as aside:
         save_file({"logprobs": logprobs.contiguous()}, aside, metadata={"sha256": _checksum(logprobs)})

@@ -41,13 +41,13 @@ class Role(nn.Module):
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within it the model is this role's: its adapter is applied, or none, and products are in its precision."""
+        """Inside this block the model computes for this role: with its adapter or none, and in its precision."""
         with using(self.model, self.adapter), computing_in(self.precision):
             yield
 
     @property
     def tree_form(self) -> bool:
-        """Whether trees are computed as one shared row; setting it false takes padded rows instead."""
+        """Whether trees are computed as one shared row. Setting it to false selects padded rows instead."""
         return self.form == "tree"
 
     @tree_form.setter
@@ -67,7 +67,8 @@ class Role(nn.Module):
         )
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """What a learner of this role changes: its adapter and heads, or every weight that takes gradients."""
+        """The weights that a learner of this role changes: its adapter and heads, or every weight that requires
+        gradients."""
         if self.adapter is None:
             return {n: p for n, p in self.named_parameters() if p.requires_grad}
         own = {n: p for n, p in self.named_parameters() if not n.startswith("model.")}
@@ -75,7 +76,7 @@ class Role(nn.Module):
 
     @contextmanager
     def gradients_in_place(self) -> Iterator[None]:
-        """Within it a backward pass adds the gradients of embedding and head to `.grad` without making them first."""
+        """Inside this block a backward pass adds the gradients of embedding and head directly to `.grad`."""
         head = self.head if isinstance(self, Policy) else None
         self.in_place = takes_in_place(head)
         embedding = self.model.get_input_embeddings()
@@ -86,7 +87,7 @@ class Role(nn.Module):
                 self.in_place = False
 
     def checkpoint_activations(self) -> None:
-        """Keep only the input of each block for the backward pass, and compute the rest again there."""
+        """Makes the model keep only the input of each block for the backward pass, and compute the rest again there."""
         checkpoint_blocks(self.model)
 
 
@@ -120,13 +121,14 @@ class Policy(Role):
         return cast(nn.Linear, head_of(self.model))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, V] the model's logits for hidden states [n, D]: its head's output, scaled and capped as it does that."""
+        """[n, V] the model's logits for hidden states [n, D]: the output of its head, scaled and capped as in the
+        model."""
         raw: Tensor = self.head(hidden)
         return self.shaped(raw)
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D] the weight of the output embedding with this role's adapter, if that changes it."""
+        """[V, D] the weight of the output embedding, with this role's adapter if that changes it."""
         return trained_weight_of(self.head, self.adapter)
 
     def hidden(self, trees: TokenTrees) -> Tensor:
@@ -136,8 +138,8 @@ class Policy(Role):
             return hidden
 
     def forward(self, trees: TokenTrees, *, entropy: bool = False, temperature: float | None = None) -> TokenOutputs:
-        """Log-probabilities of the trained tokens, at the role's temperature if no other is given; their entropy when
-        asked; values where there is a value head."""
+        """Log-probabilities of the trained tokens, at the role's temperature if no other is given; also their entropy
+        if asked for, and values if there is a value head."""
         hidden = self.hidden(trees)
         logprobs, entropies = token_logprobs(
             hidden,
@@ -157,8 +159,8 @@ class Policy(Role):
     def kl_to(self, reference: Policy, trees: TokenTrees) -> Tensor:
         """[M] exact KL(self || reference) of the next-token distribution at every trained token, in nats.
 
-        Embeddings of one tokenizer may have different numbers of rows, filled up to a round number; the tokens compared
-        are those that both have.
+        Two embeddings for one tokenizer may have different numbers of rows, padded to a round number. Only the tokens
+        that both have are compared.
         """
         ours, theirs = self.head_weight, reference.head_weight
         rows = min(len(ours), len(theirs))
@@ -177,7 +179,8 @@ class Policy(Role):
 
 
 class ScalarModel(Role):
-    """A model with a scalar head: reward model (a score at the last token) or critic (a value before every token)."""
+    """A model with a scalar head: a reward model (a score at the last token) or a critic (a value before each
+    token)."""
 
     def __init__(
         self,
@@ -188,8 +191,8 @@ class ScalarModel(Role):
         head: nn.Linear | None = None,
         gives: Literal["values", "scores", "both"] = "both",
     ) -> None:
-        """`head` is given where the model, shared with other roles, has none of its own. What it does not give, values
-        of a reward model or scores of a critic, is nan, and is not computed."""
+        """`head` is given if the model is shared with other roles and has no scalar head. `gives` says which outputs
+        are computed; the others, such as the values of a reward model or the scores of a critic, are nan."""
         super().__init__(model, pad_id=pad_id, adapter=adapter)
         self.own_head = head
         self.gives = gives
@@ -211,7 +214,7 @@ class ScalarModel(Role):
         return self.own_head if self.own_head is not None else cast(nn.Linear, self.model.score)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """As for every role; beside an adapter the head of the model is trained."""
+        """The weights that a learner of this role changes. Beside an adapter, the scalar head is trained too."""
         found = super().trained_parameters()
         if self.adapter is not None and self.own_head is None:
             self.head.requires_grad_(True)
@@ -219,7 +222,8 @@ class ScalarModel(Role):
         return found
 
     def forward(self, trees: TokenTrees) -> ScoreOutputs:
-        """Values and scores of the trees, in float32 whatever the precision of the products before the head."""
+        """Values and scores of the trees. The head computes in float32, whatever the precision of the model's
+        products."""
         with self.active():
             if not self.is_decoder:
                 # An encoder sees the whole reply at every position: it has a score, but no value before a token.
@@ -236,7 +240,7 @@ class ScalarModel(Role):
         )
 
     def _pooled(self, trees: TokenTrees) -> Tensor:
-        """[B] scores as the model pools them itself."""
+        """[B] scores from the model's own pooling."""
         rows = trees.padded(self.pad_id)
         with last_products_in_float32(self.model):
             if self.form == "alone":
@@ -263,7 +267,7 @@ def reads_last_token(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def last_products_in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Within it linear layers with one output compute in float32, inside autocast too."""
+    """Inside this block linear layers with one output compute in float32, even under autocast."""
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
     for layer in layers:
         layer.forward = partial(_linear_in_float32, layer)  # type: ignore[method-assign]

@@ -1,12 +1,12 @@
-"""Models out: what is written behaves in transformers, vLLM and TRL as it does here.
+"""Writes models so that they behave in transformers, vLLM and TRL as they do here.
 
-- A reply stops where it stops here: the end token of the template stands in `eos_token_id` of config.json and
+- A reply ends at the same tokens: the end token of the template is in `eos_token_id` of config.json and
   generation_config.json, beside the ones that were there.
 - There is one pad token, the same in tokenizer and configuration, and no reply ends with it: transformers reads the
   score of a padded text at the last token that is not the pad token.
-- Weights have the dtype that the model was stored in, rounded from the float32 in which they are trained. A bfloat16
-  model is not twice as large for having been trained; `trimtab export --dtype float32` writes whatever was asked for.
-- The tokenizer carries the chat template that was trained, and an adapter the absolute path of its base.
+- Weights have the dtype in which the model was stored, rounded from the float32 in which they are trained, so training
+  does not make a bfloat16 model twice as large. `trimtab export --dtype` writes another dtype.
+- The tokenizer holds the chat template that was trained with, and an adapter the absolute path of its base.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from trimtab.models.adapters import save_adapter
 from trimtab.models.roles import Policy, ScalarModel
 
 PAD_TOKEN = "<|pad|>"
-"""Given to a tokenizer that has no token to spare."""
+"""The pad token that is added to a tokenizer without an unused token."""
 
 
 def save_role(role: Policy | ScalarModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, base: str) -> None:
-    """The role's model as a directory; a role that is an adapter as an adapter of `base`, its head beside it."""
+    """Writes the role's model as a directory. A role that is an adapter is written as an adapter of `base`, with its
+    head beside it."""
     if role.adapter is None:
         save_model(role.model, tokenizer, directory)
         return
@@ -46,7 +47,7 @@ def save_role(role: Policy | ScalarModel, tokenizer: PreTrainedTokenizerBase, di
     chat = Chat(written)
     pad_id = _set_pad(chat, written)
     written.save_pretrained(directory)
-    if not isinstance(role, ScalarModel):  # for whoever generates with base and adapter
+    if not isinstance(role, ScalarModel):  # for other libraries that generate with base and adapter
         settings: Any = GenerationConfig
         settings(eos_token_id=_stop_ids(chat), pad_token_id=pad_id).save_pretrained(directory)
 
@@ -58,7 +59,8 @@ def save_model(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """The model and its tokenizer as a Hugging Face directory, in `dtype`, or else in the one it was stored in."""
+    """Writes the model and its tokenizer as a Hugging Face directory, in `dtype` or by default in the dtype in which
+    the model was stored."""
     written = copy.deepcopy(tokenizer)
     chat = Chat(written)
     pad_id = _set_pad(chat, written)
@@ -76,22 +78,23 @@ def save_model(
 
 
 def written_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype that the model was stored in; float32 for one that was made here."""
+    """The dtype in which the model was stored; float32 for a model that was made here."""
     found = getattr(model, "written_dtype", torch.float32)
     return found if found in (torch.bfloat16, torch.float16) else torch.float32
 
 
 @torch.no_grad()
 def round_as_written(model: PreTrainedModel) -> None:
-    """Rounds the weights as writing the model will, so that what is measured from here on is what is written."""
+    """Rounds the weights as they will be rounded when written, so that later measurements hold for the written
+    model."""
     dtype = written_dtype(model)
     for _, tensor in _rounded(model, dtype):
         tensor.copy_(tensor.to(dtype))
 
 
 def _set_pad(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Makes the pad token of the conversations that of the tokenizer. None where only a word is left for it, which a
-    text could hold."""
+    """Gives the tokenizer the pad token of the conversations, and returns its id. None if the pad token could also
+    occur in a text."""
     if not chat.pad_is_spare:
         return None
     if tokenizer.pad_token_id != chat.pad_id:
@@ -100,7 +103,7 @@ def _set_pad(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _add_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """A pad token of its own, and a row for it where the embedding has none to spare."""
+    """Adds a pad token to the tokenizer, and a row to the embedding if it has no unused one. Returns the token's id."""
     tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     embedding: Any = model.get_input_embeddings()
     if len(tokenizer) > embedding.num_embeddings:
@@ -126,13 +129,13 @@ def _set_ids(model: PreTrainedModel, stop_ids: int | list[int], pad_id: int) -> 
     try:
         generation.validate(strict=True)
     except ValueError:
-        # Published settings often hold a temperature without do_sample, which transformers reads but does not write.
+        # Published settings often have a temperature without do_sample: transformers reads that but does not write it.
         generation.do_sample = True
 
 
 def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """What is rounded when the model is written in `dtype`: all but what its class keeps in float32 whatever the rest
-    has, such as the weights and biases by which a router chooses experts."""
+    """Yields the tensors that are rounded when the model is written in `dtype`: all except those that the model's class
+    always keeps in float32, such as the weights and biases by which a router chooses experts."""
     kept = set(model._keep_in_fp32_modules_strict or ())
     if dtype == torch.float16:
         kept |= set(model._keep_in_fp32_modules or ())
@@ -142,7 +145,7 @@ def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, 
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights in another dtype; those that share memory still do."""
+    """The weights in another dtype. Weights that share memory still share it."""
     done: dict[int, Tensor] = {}
     cast: dict[str, Tensor] = model.state_dict()
     for name, tensor in _rounded(model, dtype):
@@ -151,7 +154,7 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The configuration with this dtype, in the parts it is made of too."""
+    """The configuration with this dtype, also in the configurations inside it."""
     name = str(dtype).removeprefix("torch.")
     return {
         key: name if key == "dtype" else _with_dtype(value, dtype) if isinstance(value, dict) else value

@@ -1,8 +1,9 @@
 """Attention over token trees: each token sees its prompt and the earlier tokens of its own branch.
 
-The definition lays the trees side by side and masks. Where torch has its flash kernel the same result comes from parts
-whose outputs are merged by what their exponentials sum to: causal attention inside prompts and branches and, at each
-fork, all branches over the keys of their prompt, none of which needs a mask; under a window, the trees with theirs.
+The definition lays the trees side by side and masks. On a CPU, torch's flash kernel gives the same result in parts,
+whose outputs are merged by their sums of exponentials: causal attention inside prompts and branches and, at each fork,
+attention of all branches over the keys of their prompt. None of these parts needs a mask of the tree. With a window and
+attention sinks, the one part is the trees side by side under their mask.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def masked_attention(
     scaling: float,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention [N, H, D] within each strip, over the keys that `visible` [P, 1, L, L] shows: the definition."""
+    """Attention [N, H, D] within each strip, over the keys that are true in `visible` [P, 1, L, L]: the definition."""
     cut = (strips.cut(query), strips.cut(key), strips.cut(value))
     if sinks is not None:
         output = softmax_attention(*cut, visible, scaling, sinks=sinks)
@@ -68,19 +69,19 @@ def masked_attention(
 
 @dataclass(frozen=True)
 class AttentionPart:
-    """Queries of some strips over the keys of others, a strip a row."""
+    """Attention of queries in some strips over keys in other strips, row by row."""
 
     asking: Strips
     seen: Strips
     causal: bool
     bias: Tensor | None
-    """[C, 1, L or 1, T] added to the scores: what hides keys."""
+    """[C, 1, L or 1, T] added to the scores to hide keys; None hides no keys."""
     merges: bool
-    """Whether the same queries have seen other keys in an earlier part."""
+    """Whether the output is merged with that of an earlier part, which had the same queries and other keys."""
 
 
 def _parts(parts: TreeParts) -> list[AttentionPart]:
-    """Chains first, then forks, whose tokens are all in chains."""
+    """The parts of trees without a window. Chains come first, because every token of a fork is also in a chain."""
     chains = [AttentionPart(chain, chain, True, None, False) for chain in parts.chains]
     forks = [AttentionPart(branches, prompts, False, _padding(prompts), True) for branches, prompts in parts.forks]
     return chains + forks
@@ -93,9 +94,9 @@ def _whole(strips: Strips, visible: Tensor, like: Tensor) -> AttentionPart:
 
 
 class _PartedAttention(torch.autograd.Function):
-    """Attention in parts. Backward runs the kernel's own backward on each part with the merged output and
-    log-sum-exp, from which it forms the weights of the whole: exp(score - lse). A sink is a part too: one key with the
-    score `sinks` [H] and the value 0."""
+    """Attention in parts. Backward runs the kernel's own backward on each part with the merged output and logsumexp,
+    which give the attention weights over all keys: exp(score - lse). A sink is a part too: one key with the score
+    `sinks` [H] and the value 0."""
 
     @staticmethod
     def forward(
@@ -131,7 +132,7 @@ class _PartedAttention(torch.autograd.Function):
         for p in ctx.parts:
             empty = ~p.asking.filled
             part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                # An empty place asks nothing: no gradient comes from it, and exp(score - lse) is 0.
+                # An empty place has no query: no gradient comes from it, and exp(score - lse) is 0.
                 p.asking.cut(grad_output).masked_fill(empty[:, None, :, None], 0),
                 *_cut(query, key, value, p.asking, p.seen),
                 p.asking.cut(output),
@@ -143,7 +144,7 @@ class _PartedAttention(torch.autograd.Function):
             )
             for grad, strips, x in zip(grads, (p.asking, p.seen, p.seen), part, strict=True):
                 heads = grad.shape[1]
-                if x.shape[1] != heads:  # the gradients of all query heads that read one key head
+                if x.shape[1] != heads:  # sum over all query heads that read one key head
                     x = x.unflatten(1, (heads, -1)).sum(2)
                 grad.index_add_(0, strips.tokens, strips.back(x))
         grad_sinks = None
@@ -163,7 +164,7 @@ def _cut(query: Tensor, key: Tensor, value: Tensor, asking: Strips, seen: Strips
 
 
 def _padding(strips: Strips) -> Tensor | None:
-    """[C, 1, 1, L] what hides the empty places of `strips` from everyone; None where there are none."""
+    """[C, 1, 1, L] added to the scores to hide the empty places of `strips`; None if there are no empty places."""
     if bool(strips.filled.all()):
         return None
     return torch.zeros(strips.filled.shape).masked_fill_(~strips.filled, UNSEEN)[:, None, None]

@@ -1,4 +1,5 @@
-"""Do two models mean the same by a token id? Asked when they are loaded, since none of them would ever say."""
+"""Checks that two models give a token id the same meaning. It runs when they are loaded, because a difference would
+cause no error later."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ from trimtab.data.tokenizers import ModelFacts, facts_of, load_tokenizer
 def refuse_other_vocabulary(
     tokenizer: PreTrainedTokenizerBase, path: str | Path, *, role: str, where: str, fix: str
 ) -> None:
-    """Raises ConfigError unless the model in `path`, which is to read the token ids of this tokenizer, reads them as
-    the same text and has a row for each token. A model without a tokenizer of its own is compared by its rows.
+    """Raises ConfigError unless the model in `path` reads the token ids of this tokenizer as the same text and has a
+    row for each token. For a model without a tokenizer of its own only the number of rows is checked.
 
-    Special tokens may have other names, as reserved ones of one family have; ordinary ones may not differ.
+    Special tokens may have other names, as reserved tokens within one model family do. Ordinary tokens must be equal.
     """
     own: ModelFacts | None = getattr(tokenizer, "model_facts", None)
     if same_model(path, tokenizer.name_or_path):
@@ -30,7 +31,7 @@ def refuse_other_vocabulary(
             where=where,
             fix=fix,
         )
-    # Rows that fill an embedding up to a round number are no tokens: nothing is sampled from them.
+    # Rows that pad an embedding to a round number are not tokens, and are never sampled.
     needed = 1 + max(id_ for id_ in tokenizer.get_vocab().values() if own is None or id_ < own.num_rows)
     if num_rows < needed:
         raise ConfigError(
@@ -42,7 +43,7 @@ def refuse_other_vocabulary(
 
 
 def vocabulary_difference(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
-    """What differs between the tokens of two tokenizers that are not special; empty if nothing does."""
+    """A description of how the ordinary tokens of two tokenizers differ; "" if they do not."""
     named = {*tokenizer.added_tokens_decoder, *other.added_tokens_decoder}
     ours = {id_: text for text, id_ in tokenizer.get_vocab().items() if id_ not in named}
     theirs = {id_: text for text, id_ in other.get_vocab().items() if id_ not in named}
@@ -57,7 +58,7 @@ def vocabulary_difference(tokenizer: PreTrainedTokenizerBase, other: PreTrainedT
 
 
 def has_tokenizer(path: str | Path) -> bool:
-    """Whether a model directory holds a tokenizer, or names a base that does; a hub id is taken to."""
+    """Whether a model directory holds a tokenizer, or names a base that does. Always true for a hub id."""
     name = Path(find_model(path))
     if not name.is_dir() or any((name / file).exists() for file in ("tokenizer_config.json", "tokenizer.json")):
         return True

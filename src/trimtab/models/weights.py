@@ -1,4 +1,4 @@
-"""Files of weights, looked at before they are loaded: what is wrong with one is said in a sentence."""
+"""Checks weight files before they are loaded, and reports a mistake in one sentence."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
 
 
 def check_weights(directory: str | Path) -> None:
-    """Raises EngineError unless the safetensors of a model directory are all there and whole. A hub id is taken as it
-    is: what is downloaded is checked by who downloads it."""
+    """Raises EngineError unless all safetensors files of a model directory exist and are complete. A hub id is not
+    checked, because the library that downloads the files checks them."""
     path = Path(directory)
     if not path.is_dir():
         return
@@ -41,7 +41,7 @@ def check_weights(directory: str | Path) -> None:
 
 
 def check_file(file: Path) -> None:
-    """Raises EngineError unless the file is a whole safetensors file."""
+    """Raises EngineError unless the file is a complete safetensors file."""
     again = "copy or download it again"
     if file.stat().st_size == 0:
         raise EngineError(f"{file.name} is empty", where=str(file), fix=again)
@@ -64,7 +64,8 @@ def check_file(file: Path) -> None:
 
 
 def refuse_damage(weights: Iterable[tuple[str, Tensor]], where: str, *, seen: Exception | None = None) -> None:
-    """Raises EngineError if there is nan or infinity among the named weights; `seen` is what it led to."""
+    """Raises EngineError if a named weight holds nan or infinity. `seen` is the error that the damage led to, if
+    any."""
     damaged = [name for name, weight in weights if not weight.isfinite().all()]
     if damaged:
         raise EngineError(
@@ -76,7 +77,7 @@ def refuse_damage(weights: Iterable[tuple[str, Tensor]], where: str, *, seen: Ex
 
 
 def stored_dtype(directory: str | Path) -> torch.dtype | None:
-    """The dtype of most of the numbers in a model directory; None for a hub id."""
+    """The dtype of most numbers in the weights of a model directory; None for a hub id."""
     path = Path(directory)
     if not path.is_dir():
         return None

@@ -1,7 +1,7 @@
 """Figures as plain plotly JSON: {"data": [...], "layout": {...}}.
 
-They are transparent with mid-grey text, so that one figure suits a light and a dark page. Plotly reads its texts as a
-little HTML, so every text that comes from a file goes through `label`.
+They are transparent with mid-grey text, so that one figure suits a light and a dark page. Plotly interprets some HTML
+in its texts, so every text that comes from a file goes through `label`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ PALETTE = (BLUE, ROSE, TEAL, AMBER, VIOLET, LIME)
 GREY = "#8b93a1"
 _GRID = "rgba(139,147,161,0.20)"
 Bar = tuple[str, Interval, str]
-"""Name, share with bounds (nan where unknown), colour."""
+"""Name, value with bounds (nan if unknown), colour; for example ("chance", Interval(0.5, nan, nan, 0), GREY)."""
 MAX_POINTS = 400
-"""Of a longer curve evenly spaced points are drawn; smoothing sees all of them."""
+"""Maximum number of points drawn for a curve. They are evenly spaced; smoothing uses all points."""
 
 
 def label(text: object) -> str:
@@ -36,7 +36,7 @@ def label(text: object) -> str:
 
 
 def smoothing_window(num_points: int) -> int:
-    """Neighbours averaged into the drawn line: a twenty-fifth of the curve, odd, so that the line is not shifted."""
+    """Neighbours averaged into the drawn line: a twenty-fifth of the curve; odd, so that the line is not shifted."""
     return max(1, num_points // 25) | 1
 
 
@@ -53,7 +53,7 @@ def curves(series: Mapping[str, Series], unit: str) -> Figure:
 
 
 def stacked(series: Mapping[str, Series], unit: str) -> Figure:
-    """Quantities that add up, as smoothed areas one on the other."""
+    """Quantities that add up to a total, as smoothed areas stacked on each other."""
     data = []
     for i, (name, one) in enumerate(series.items()):
         shown = _thin(len(one))
@@ -73,9 +73,10 @@ def stacked(series: Mapping[str, Series], unit: str) -> Figure:
 
 
 def proxy_against_gold(runs: Sequence[RunRecord]) -> Figure:
-    """Reward above and gold below, both against sqrt(KL), a colour for each run; a star where smoothed gold peaks.
+    """Reward above and gold below, both against sqrt(KL), with one colour for each run.
 
-    A trace of a gold part carries its name in `meta.part` and starts hidden; those of the total carry "".
+    A star marks the peak of smoothed gold. The trace of a part of gold has the part's name in `meta.part` and starts
+    hidden; that of the total has "".
     """
     data: list[Figure] = []
     with_gold = any("gold/mean" in run.metrics for run in runs)
@@ -138,7 +139,7 @@ def reliability(bins: Sequence[Mapping[str, float]]) -> Figure:
 
 
 def by_margin(bins: Sequence[Mapping[str, float]]) -> Figure:
-    """Accuracy in bins of how sure the model is, with intervals, over the line of chance."""
+    """Accuracy in bins of the reward margin, with intervals, and a line at chance."""
     points = {
         "type": "scatter",
         "mode": "lines+markers",
@@ -173,7 +174,7 @@ def by_length(bins: Sequence[Mapping[str, float]]) -> Figure:
 
 
 def shares(rows: Sequence[Bar]) -> Figure:
-    """Horizontal bars, the first on top, with intervals where they are known."""
+    """Horizontal bars, the first on top, with intervals if they are known."""
     rows = rows[::-1]
     bars = {
         "type": "bar",
@@ -205,9 +206,9 @@ def shares(rows: Sequence[Bar]) -> Figure:
 
 
 def dots(rows: Sequence[Bar], unit: str, *, line: float | None = None) -> Figure:
-    """A dot with its interval for each row, the first on top, over a dashed line at a value to compare with.
+    """A dot with its interval for each row, the first on top.
 
-    Rows of the same name are dots on one line.
+    `line` is a value to compare with, drawn as a dashed line. Rows of the same name share one line of the chart.
     """
     rows = rows[::-1]
     points = {
@@ -236,7 +237,7 @@ def dots(rows: Sequence[Bar], unit: str, *, line: float | None = None) -> Figure
 
 
 def columns(x: Sequence[float], heights: Sequence[float], x_title: str, y_title: str) -> Figure:
-    """Counts side by side."""
+    """Counts as vertical bars side by side."""
     bars = {
         "type": "bar",
         "x": list(x),
@@ -250,7 +251,7 @@ def columns(x: Sequence[float], heights: Sequence[float], x_title: str, y_title:
 
 
 def matrix(names: Sequence[str], values: Sequence[Sequence[float]], unit: str) -> Figure:
-    """A square table in colour, nan left blank."""
+    """A square table of values in [0, 1] as colours; nan is left blank."""
     cells = {
         "type": "heatmap",
         "x": [label(name) for name in names],
@@ -271,8 +272,10 @@ def matrix(names: Sequence[str], values: Sequence[Sequence[float]], unit: str) -
 
 
 def best_of_n(points: Sequence[Mapping[str, float]], lines: Mapping[str, str], unit: str) -> Figure:
-    """Numbers of the best of n replies, by key of a point and what its line is called, with intervals; n on a
-    logarithmic axis."""
+    """Curves of the best of n replies over n, with intervals; n is on a logarithmic axis.
+
+    `lines` maps a key of the points to the name of its line.
+    """
     data = [
         {
             "type": "scatter",
@@ -363,7 +366,7 @@ def _path(steps: Floats, distance: Floats, values: Floats, name: str, colour: st
 
 
 def _joined(kl: Series, other: Series) -> tuple[Floats, Floats, Floats]:
-    """Steps at which both are known, the distance sqrt(KL) there (an estimate below 0 counts as 0), and the values."""
+    """The steps at which both are known, sqrt(KL) there (a KL estimate below 0 counts as 0), and the other values."""
     steps, left, right = np.intersect1d(kl.steps, other.steps, return_indices=True)
     known = ~(np.isnan(kl.values[left]) | np.isnan(other.values[right]))
     distance = np.sqrt(np.maximum(kl.values[left][known], 0.0))
@@ -379,7 +382,7 @@ def _thin(num_points: int) -> slice:
 
 
 def _error_bars(rows: Sequence[Mapping[str, float]], name: str, colour: str) -> Figure:
-    """From `name_low` and `name_high`; rows without them have none."""
+    """Error bars from `name_low` and `name_high`; rows without these have none."""
 
     def bound(row: Mapping[str, float], side: str) -> float:
         value = row.get(f"{name}_{side}")

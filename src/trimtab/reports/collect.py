@@ -1,4 +1,4 @@
-"""What run and pipeline directories hold, read so that a run still going on, cut short or damaged can be shown too."""
+"""Reads what run and pipeline directories hold, also of a run that is unfinished, was cut short or is damaged."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from trimtab.core.errors import DataError
 from trimtab.stats import Floats
 
 MAX_BYTES = 32 * 1024 * 1024
-"""Of a longer JSON-lines file only the first and the last half of this many bytes are read."""
+"""A longer JSON-lines file is read in part: half of this many bytes at its beginning, and half at its end."""
 
-# metrics that only one stage logs, for a directory whose settings are lost
+# a metric that only this stage logs, to recognise a directory whose settings are lost
 _STAGE_SIGNS = {"online": "policy/kl", "reward": "reward/accuracy", "sft": "loss/train"}
 _RUN_FILES = ("settings.toml", "metrics.jsonl", "samples.jsonl", "summary.json")
 
@@ -29,18 +29,18 @@ class Series:
 
     steps: Floats
     values: Floats
-    """nan where the value logged was not a finite number."""
+    """nan if the logged value was not a finite number."""
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def mean_of_last(self, share: float = 0.1) -> float:
-        """Mean of the last share of the known values, at least one; nan if none is known."""
+        """Mean of this share of the known values at the end, at least one value; nan if none is known."""
         known = self.values[~np.isnan(self.values)]
         return float(known[-max(1, int(len(known) * share)) :].mean()) if len(known) else math.nan
 
     def mean_of_first(self, share: float = 0.1) -> float:
-        """The same at the beginning."""
+        """Mean of this share of the known values at the beginning, at least one value; nan if none is known."""
         known = self.values[~np.isnan(self.values)]
         return float(known[: max(1, int(len(known) * share))].mean()) if len(known) else math.nan
 
@@ -54,23 +54,23 @@ class RunRecord:
     settings: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Source to what is known of it: its SHA-256 and number of rows."""
+    """What is known of each source, for example `{"pairs.jsonl": {"sha256": "…", "rows": 100}}`."""
     metrics: Mapping[str, Series] = field(default_factory=dict)
     samples: tuple[Mapping[str, Any], ...] = ()
     summary: Mapping[str, Any] = field(default_factory=dict)
     finished: bool = False
-    """Whether summary.json was there to be read."""
+    """Whether there is a summary.json that can be read."""
     problems: tuple[str, ...] = ()
 
     @property
     def about(self) -> str:
-        """What its stage did, as the run's record says it."""
+        """What the stage did, as the run's own record says; empty if it does not."""
         said = self._facts.get("about")
         return said if isinstance(said, str) else ""
 
     @property
     def charts(self) -> tuple[tuple[str, ...], ...] | None:
-        """The metrics to show first, those of one chart together; None where the run's record does not say."""
+        """The metrics to show first, grouped by chart; None if the run's own record does not say."""
         said = self._facts.get("charts")
         if not isinstance(said, list) or not all(isinstance(names, list) for names in said):
             return None
@@ -100,7 +100,7 @@ class PipelineRecord:
 
 
 def collect(directory: Path) -> RunRecord | PipelineRecord:
-    """The run or pipeline in a directory. Raises DataError where it is neither."""
+    """The run or pipeline in a directory. Raises DataError if there is neither."""
     if (directory / "pipeline.toml").exists():
         return _pipeline(directory)
     if any((directory / name).exists() for name in _RUN_FILES):
@@ -171,7 +171,7 @@ def _series(rows: list[dict[str, Any]]) -> dict[str, Series]:
         if math.isnan(step):
             continue
         for name, value in row.items():
-            # null is what a value that was not finite is logged as
+            # a value that was not finite is logged as null
             if name != "step" and (value is None or isinstance(value, int | float)):
                 steps, values = columns.setdefault(name, ([], []))
                 steps.append(step)
@@ -180,7 +180,7 @@ def _series(rows: list[dict[str, Any]]) -> dict[str, Series]:
 
 
 def finite(value: Any) -> float:
-    """The value as a number; nan for everything that is not one, infinities included."""
+    """The value as a finite number; nan for everything else, infinities included."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
@@ -214,7 +214,7 @@ def _json(path: Path, problems: list[str]) -> dict[str, Any] | None:
 
 
 def _json_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows that can be read. A last line without its line end is being written and is no problem."""
+    """The rows that can be read. A last line without a line end is still being written, so it is no problem."""
     lines = _lines(path, problems)
     num_damaged = 0
     for number, line in enumerate(lines, start=1):
@@ -239,7 +239,7 @@ def _lines(path: Path, problems: list[str]) -> list[str]:
         if size > MAX_BYTES:
             problems.append(f"{path.name} has {size // 2**20} MB; only its beginning and end were read")
             file.seek(size - MAX_BYTES // 2)
-            # the line that was cut at either side is dropped
+            # the lines that the gap cuts through are dropped
             content = content.rpartition(b"\n")[0] + b"\n" + file.read().partition(b"\n")[2]
         else:
             content += file.read()

@@ -1,4 +1,4 @@
-"""What every page is made of: its frame with the security policy, panels with charts, tables, folded parts."""
+"""The building blocks of every page: its frame with the security policy, panels with charts, tables, folded parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trimtab.reports.markup import Html, join, script_hash, script_json, tag
 
 
 def document(title: str, body: Html) -> str:
-    """The whole page around a body. It may run its own two scripts, named by their hashes, and load nothing."""
+    """The whole page around a body. It may run only its own two scripts, named by their hashes, and load nothing."""
     plotly_js, page_js = plotly.offline.get_plotlyjs(), _asset("page.js")
     policy = (
         f"default-src 'none'; script-src {script_hash(plotly_js)} {script_hash(page_js)}; style-src 'unsafe-inline'; "
@@ -29,13 +29,13 @@ def document(title: str, body: Html) -> str:
         tag("title", title),
         tag("style", Html(_asset("page.css"))),
     )
-    # text first: the large script is the last thing the browser reads
+    # the scripts are large and come last, so that the browser reads the text first
     scripts = join(tag("script", Html(plotly_js)), tag("script", Html(page_js)))
     return f"<!doctype html>\n{tag('html', head, tag('body', tag('main', body), scripts), lang='en')}\n"
 
 
 class Panels:
-    """Makes the panels of one page, whose figures need names."""
+    """Makes the panels of one page, and gives each figure a name of its own."""
 
     def __init__(self) -> None:
         self._num_figures = 0
@@ -43,7 +43,7 @@ class Panels:
     def panel(
         self, title: str, unit: str, how_to_read: str, figure: Figure, *, size: str = "", choices: Sequence[str] = ()
     ) -> Html:
-        """A chart with its title, unit and how to read it; `choices` are the parts its buttons show, "" the total."""
+        """A chart with its title, unit and how to read it. Its buttons show the parts in `choices`; "" is the total."""
         self._num_figures += 1
         name = f"figure-{self._num_figures}"
         buttons = [
@@ -62,24 +62,24 @@ class Panels:
 
 
 def grid(panels: Sequence[Html]) -> Html | None:
-    """Panels side by side as far as the screen is wide; None for none."""
+    """Panels side by side, as many as fit on the screen; None if there are no panels."""
     return tag("div", *panels, class_="charts") if panels else None
 
 
 def folded(title: str, body: object) -> Html:
-    """A part that opens on request."""
+    """A part of the page that stays folded until the reader opens it."""
     return tag("details", tag("summary", title), body)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Html:
-    """Rows of cells, the first of each row its name."""
+    """A table of rows. The first cell of each row is its name."""
     cells = [tag("tr", [tag("td", cell, class_=None if i else "key") for i, cell in enumerate(row)]) for row in rows]
     top = tag("tr", [tag("th", cell) for cell in head]) if head else None
     return tag("div", tag("table", top, cells), class_="scroll")
 
 
 def settings_table(values: Mapping[str, Any]) -> Html:
-    """Nested settings as one row each, by key path."""
+    """Nested settings as a table, with one row for each key path."""
     return table((), [(name, tag("code", _plain(value))) for name, value in _flat(values)])
 
 

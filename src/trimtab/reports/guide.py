@@ -15,7 +15,7 @@ class Meaning:
     how_to_read: str
 
 
-# Patterns are tried in order; the first that matches the whole name speaks. An empty title is made from the name.
+# Patterns are tried in order; the first that matches the whole name is used. An empty title is made from the name.
 _MEANINGS: tuple[tuple[str, str, str, str], ...] = (
     (r"loss/train", "Training loss", "nats", "Should fall quickly, then level out."),
     (
@@ -145,7 +145,7 @@ _MEANINGS: tuple[tuple[str, str, str, str], ...] = (
 
 
 def meaning(name: str) -> Meaning:
-    """How to show the metric of this name; an unknown one is shown under its name."""
+    """How to show the metric of this name; the title of an unknown metric is made from its name."""
     for pattern, title, unit, how_to_read in _MEANINGS:
         if re.fullmatch(pattern, name):
             return Meaning(title or _title(name), unit, how_to_read)

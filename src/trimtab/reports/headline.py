@@ -1,4 +1,4 @@
-"""What a reader should know first: the numbers that decide, what they say in plain words, and what looks wrong."""
+"""What a reader should know first: the deciding numbers, what they say in plain words, and what looks wrong."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from trimtab.reports.collect import PipelineRecord, RunRecord, finite
 from trimtab.stats import Interval, paired_difference
 
 Standing = Literal["good", "bad", "unclear", "neutral"]
-"""What the numbers say of a model; neutral where they do not compare two."""
+"""What the numbers say about a model; neutral if they compare no two models, or only by a reward model."""
 
 FALL = 0.05
-"""Gold counts as fallen when it ends this share below its peak, if noise alone would not make it fall as far."""
+"""Gold counts as fallen if it ends at least this share below its peak, and noise alone does not explain the fall."""
 CHANCE = 4
-"""Standard errors by which gold must fall. The peak is the best of many: of 2,000 runs of 30 steps in which gold only
-wavers, two fall further."""
+"""Number of standard errors by which gold must fall. It is large because the peak is the highest of many points: of
+2,000 runs of 30 steps in which gold only fluctuates, two fall further."""
 MOST_AVERAGED = 15
-"""Steps that are averaged to tell whether gold has fallen, at most; a fifth of a short run."""
+"""Largest number of steps averaged to tell whether gold has fallen; a short run averages a fifth of its steps."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The numbers in a paragraph."""
+    """What the numbers say, as a title and the sentences of a paragraph."""
 
     standing: Standing
     title: str
@@ -48,7 +48,7 @@ class Verdict:
 
 
 def number(values: Mapping[str, Any], name: str) -> float | None:
-    """The finite number under a name, stored plainly or in a table as its value or accuracy; None if there is none."""
+    """The finite number under a name, stored plainly or as the value or accuracy of a table; None if there is none."""
     found = values.get(name)
     if isinstance(found, Mapping):
         found = found.get("value", found.get("accuracy"))
@@ -59,7 +59,7 @@ def number(values: Mapping[str, Any], name: str) -> float | None:
 def interval(values: Mapping[str, Any], name: str) -> Interval | None:
     """A number with its bounds, stored as name, name_low and name_high, or as a table with low, high and count.
 
-    Bounds that are not stored are nan.
+    Bounds that are not stored are nan. None if there is no number.
     """
     value = number(values, name)
     if value is None:
@@ -72,13 +72,13 @@ def interval(values: Mapping[str, Any], name: str) -> Interval | None:
 
 
 def section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The mapping under a name; empty where there is none."""
+    """The mapping under a name; empty if there is none."""
     found = values.get(name)
     return found if isinstance(found, Mapping) else {}
 
 
 def show(value: float | None) -> str:
-    """Three digits, a dash for nothing."""
+    """A number as text with three digits, or without decimals if it is whole or large; a dash for no number."""
     if value is None or not math.isfinite(value):
         return "–"
     if (value == int(value) and abs(value) < 1e15) or abs(value) >= 1000:
@@ -87,17 +87,17 @@ def show(value: float | None) -> str:
 
 
 def score(value: float) -> str:
-    """A gold score or another number of about the size of one."""
+    """A gold score, or another number of about that size, with two decimals."""
     return f"{value:.2f}"
 
 
 def percent(value: float) -> str:
-    """A share as people say it."""
+    """A share in whole percent, such as 62%."""
     return f"{100 * value:.0f}%"
 
 
 def seconds(value: float) -> str:
-    """A duration in its two largest units."""
+    """A duration in its two largest units, such as 3 min 20 s."""
     whole = round(value)
     if whole < 60:
         return f"{value:.1f} s"
@@ -107,7 +107,7 @@ def seconds(value: float) -> str:
 
 
 def bounds(estimate: Interval, show_one: Callable[[float], str] = show) -> str:
-    """[low, high], or nothing where they are unknown."""
+    """The bounds as the text [low, high]; empty if they are unknown."""
     if math.isnan(estimate.low) or math.isnan(estimate.high):
         return ""
     return f"[{show_one(estimate.low)}, {show_one(estimate.high)}]"
@@ -119,7 +119,7 @@ def _signed(value: float) -> str:
 
 
 def _moved(before: str, after: str, *, rose: bool, bounds: str = "") -> str:
-    """How a number went, by what is shown of it: two values that read the same have stayed."""
+    """How a number changed, judged by the texts that are shown: if both read the same, it stayed."""
     shown = f"{after} {bounds}".rstrip()
     if before == after:
         return f"stayed at {shown}"
@@ -134,7 +134,7 @@ def _with_bounds(estimate: Interval, show_one: Callable[[float], str] = show) ->
 
 
 def hacking(run: RunRecord) -> HackingSummary | None:
-    """Gold against proxy over a run, averaged over neighbouring steps; None where one of them was not logged."""
+    """Gold against proxy over a run, averaged over neighbouring steps; None if KL, reward or gold was not logged."""
     columns = [run.metrics.get(name) for name in ("policy/kl", "reward/mean", "gold/mean")]
     by_step: list[dict[float, float]] = []
     for column in columns:
@@ -148,7 +148,7 @@ def hacking(run: RunRecord) -> HackingSummary | None:
 
 
 def has_fallen(summary: HackingSummary | None) -> bool:
-    """Whether gold ended below its peak by more than chance makes it."""
+    """Whether gold ended below its peak by more than chance explains."""
     if summary is None or summary.fall_fraction < FALL:
         return False
     return summary.peak_gold - summary.final_gold > CHANCE * summary.fall_error
@@ -161,13 +161,13 @@ class BaselineComparison:
     judge: str
     """ "gold" if there is a gold score, else "reward" or the name of the first reward."""
     learned: bool
-    """Whether the judge is a reward model, which may be wrong, and marks its own work after training against it."""
+    """Whether the judge is a reward model: it may be wrong, and marks its own work if the policy trained against it."""
     difference: Interval | None
     wins: Interval | None
 
 
 def comparison(run: RunRecord) -> BaselineComparison:
-    """What an evaluate run found, from its summary; the difference from its samples where the summary has none."""
+    """What an evaluate run found, from its summary; if that has no difference, it is computed from the samples."""
     rows = [(number(row, "gold"), number(row, "baseline_gold"), str(row.get("prompt"))) for row in run.samples]
     scored = [(after, before, prompt) for after, before, prompt in rows if after is not None and before is not None]
     judges = judges_of(run)
@@ -184,7 +184,7 @@ def comparison(run: RunRecord) -> BaselineComparison:
 
 
 def judges_of(run: RunRecord) -> list[str]:
-    """What an evaluate run scored replies by, gold first, then the reward of several or the reward model."""
+    """The names of the judges of an evaluate run: gold first, then the reward, then any others."""
     named = run.summary.get("judges")
     there = [str(name) for name in named] if isinstance(named, list) else []
     known = [name for name in ("gold", "reward") if name in section(run.summary, "policy")]
@@ -192,7 +192,7 @@ def judges_of(run: RunRecord) -> list[str]:
 
 
 def evaluation(runs: Sequence[RunRecord]) -> RunRecord | None:
-    """The last evaluate run."""
+    """The last evaluate run; None if there is none."""
     return next((run for run in reversed(runs) if run.stage == "evaluate"), None)
 
 
@@ -200,7 +200,7 @@ def evaluation(runs: Sequence[RunRecord]) -> RunRecord | None:
 
 
 def pipeline_tiles(record: PipelineRecord) -> tuple[Tile, ...]:
-    """The headline of a pipeline, from its summary; a number that is missing has no tile."""
+    """The headline numbers of a pipeline, from its summary. A missing number has no tile."""
     policy, reward_model = section(record.summary, "policy"), section(record.summary, "reward_model")
     tiles = []
     judge = "gold" if "gold_final" in policy else "reward"
@@ -238,7 +238,7 @@ def _wins_over_sft(policy: Mapping[str, Any]) -> Interval | None:
 
 
 def _best_of(policy: Mapping[str, Any]) -> tuple[int, float] | None:
-    """The largest n of the numbers called gold_best_of_n, and that number."""
+    """The largest n of the numbers called gold_best_of_n, and that number; None if there is none."""
     known = [(int(n), number(policy, name)) for name in policy if (n := name.removeprefix("gold_best_of_")).isdecimal()]
     return max(((n, value) for n, value in known if value is not None), default=None)
 
@@ -247,7 +247,7 @@ def _best_of(policy: Mapping[str, Any]) -> tuple[int, float] | None:
 
 
 def pipeline_verdict(record: PipelineRecord) -> Verdict:
-    """The plain-language reading of a pipeline: did it help, at what cost, is the reward to be trusted."""
+    """What a pipeline achieved, in plain words: did it help, at what cost, and can the reward be trusted?"""
     policy = section(record.summary, "policy")
     evaluated = evaluation(record.runs)
     difference = comparison(evaluated).difference if evaluated is not None else None
@@ -293,7 +293,7 @@ def pipeline_verdict(record: PipelineRecord) -> Verdict:
 
 
 def run_verdict(run: RunRecord) -> Verdict | None:
-    """The same for one stage; None where it logged nothing to speak of."""
+    """What one run achieved, in plain words; None if it logged nothing to report."""
     sentences: list[str] = []
     standing: Standing = "neutral"
     title = f"{run.stage.capitalize()} {'finished' if run.finished else 'is not finished'}."
@@ -340,7 +340,7 @@ def _judge_name(judge: str) -> str:
 
 
 def _scores(run: RunRecord) -> list[str]:
-    """The score of the policy by every judge, and of its baseline."""
+    """A sentence for each judge: the score of the policy and, if there is one, of its baseline."""
     policy, baseline = section(run.summary, "policy"), section(run.summary, "baseline")
     sentences = []
     for judge in judges_of(run):
@@ -357,7 +357,7 @@ def _scores(run: RunRecord) -> list[str]:
 
 
 def _preference_sentences(run: RunRecord) -> list[str]:
-    """What a policy trained on preferences makes of those held out."""
+    """A sentence on how many held-out preferences the implied reward of a policy gets right."""
     accuracy, num = interval(run.summary, "accuracy"), number(run.summary, "num_held_out")
     if run.stage != "preference" or accuracy is None or not num:
         return []
@@ -390,7 +390,7 @@ def _change(difference: Interval) -> str:
 def _standing(
     difference: Interval | None, before: float | None, final: Interval | None, wins: Interval | None
 ) -> Standing:
-    """From the strongest evidence there is: paired gold, gold with an interval, win rate with an interval."""
+    """The standing by the strongest evidence: the paired difference, else the final score, else the win rate."""
     if difference is not None:
         low, high, null = difference.low, difference.high, 0.0
     elif final is not None and before is not None:
@@ -403,7 +403,7 @@ def _standing(
 
 
 def reward_model_sentences(card: Mapping[str, Any]) -> list[str]:
-    """What the card of a reward model says of it."""
+    """What the card of a reward model says, in sentences."""
     accuracy = interval(card, "accuracy")
     if accuracy is None:
         return []
@@ -471,6 +471,6 @@ def alarms(run: RunRecord) -> tuple[str, ...]:
 
 
 def _last(run: RunRecord, name: str) -> float:
-    """nan, which passes no bound, where the metric is not there."""
+    """The metric at the end of the run; nan if it was not logged, since nan passes no bound."""
     series = run.metrics.get(name)
     return math.nan if series is None else series.mean_of_last()

@@ -1,4 +1,4 @@
-"""One self-contained page about a run or a pipeline: no network, no other file, nothing executed that it did not bring.
+"""One self-contained page about a run or a pipeline: it needs no network and no other file, and runs only its own code.
 
 Model text, prompts, settings and file names are untrusted. They reach the page only through `markup`, and the page's
 security policy names the two scripts it may run by their hashes.
@@ -27,15 +27,17 @@ from trimtab.stats import Interval
 NUM_SAMPLES = 12
 """Samples shown: a random draw with a fixed seed, so that they are typical and the same each time."""
 NUM_OPEN_SAMPLES = 4
-"""How many of them are shown before a reader asks for more."""
+"""Samples shown before the reader opens the others."""
 
 _CHARTS = (("loss/train", "loss/validation"), ("optimizer/learning_rate",), ("time/tokens_per_second",))
-"""The first charts of a run that does not say which those are."""
+"""The metrics of the first charts, for a run that does not say which to show first."""
 
 
 def write_report(directory: Path, out: Path | None = None) -> Path:
-    """The page it writes: report.html in a run or pipeline directory, or `out`. Raises DataError for any other
-    directory, and EngineError where the page cannot be written."""
+    """Writes the page of a run or pipeline directory to `out`, or to report.html in it, and returns the path.
+
+    Raises DataError for any other directory, and EngineError if the page cannot be written.
+    """
     page = render(collect(directory))
     # a lone surrogate, which JSON can carry, has no UTF-8 form
     path, text = out or directory / "report.html", page.encode("utf-8", errors="replace").decode()
@@ -46,7 +48,7 @@ def write_report(directory: Path, out: Path | None = None) -> Path:
 
 
 def render(record: RunRecord | PipelineRecord) -> str:
-    """The page."""
+    """The page of a record, as HTML text."""
     make = Panels()
     body = _pipeline(record, make) if isinstance(record, PipelineRecord) else _single_run(record, make)
     return document(f"{record.name} · trimtab", body)
@@ -201,7 +203,7 @@ def _curve_panel(series: Mapping[str, Series], make: Panels, *, title: str | Non
 
 
 def _short(name: str) -> str:
-    """A metric's name inside a chart of its kind."""
+    """The short name of a metric in a chart whose title says the rest."""
     quantity = name.rpartition("/")[2].removesuffix("_seconds").replace("_", " ")
     for owner in ("accuracy", "margin"):
         quantity = {owner: "training", f"validation {owner}": "held out"}.get(quantity, quantity)
@@ -274,7 +276,7 @@ def _reward_card(run: RunRecord, make: Panels) -> Html | None:
 
 
 def _rows(values: Mapping[str, Any], name: str, *needed: str) -> list[dict[str, float]]:
-    """The rows of a list that hold a plain number under every needed name."""
+    """The rows of the list `name` that have a number under every needed name, with their numbers only."""
     listed = values.get(name)
     rows = [row for row in listed if isinstance(row, Mapping)] if isinstance(listed, list) else []
     plain = [{key: value for key in row if (value := number(row, key)) is not None} for row in rows]
@@ -366,7 +368,7 @@ def _side(who: str, response: object, row: Mapping[str, Any], prefix: str) -> Ht
 
 
 def _samples(run: RunRecord) -> Html | None:
-    """Before and after for an evaluation; else replies of the first and of the last step sampled."""
+    """For an evaluation, replies before and after; for other runs, replies of the first and the last sampled step."""
     if not run.samples:
         return None
     if "baseline_response" in run.samples[0]:
@@ -400,7 +402,7 @@ def _rollout(row: Mapping[str, Any], step: float) -> Html:
 
 
 def _drawn(rows: Sequence[Mapping[str, Any]], num: int = NUM_SAMPLES) -> list[Mapping[str, Any]]:
-    """`num` rows by chance, in their order; the draw depends on the number of rows only."""
+    """`num` randomly drawn rows in their original order. The draw depends only on the number of rows."""
     chosen = np.random.default_rng(0).permutation(len(rows))[:num]
     return [rows[i] for i in sorted(chosen.tolist())]
 
@@ -427,7 +429,7 @@ def _details(run: RunRecord) -> Html:
         ("Environment", settings_table(environment) if environment else None),
     ]
     there = [(title, body) for title, body in blocks if body is not None]
-    # where nothing was plotted the summary is all there is to see
+    # if nothing was plotted, the summary is all there is to see, so it is not folded
     opened = [body for title, body in there if title == "Summary" and not run.metrics]
     there = [(title, body) for title, body in there if body not in opened]
     names = ", ".join(title if i == 0 else title.lower() for i, (title, _) in enumerate(there))
@@ -436,7 +438,7 @@ def _details(run: RunRecord) -> Html:
 
 
 def _reading(one: Mapping[str, Any]) -> tuple[str, str]:
-    """The columns of a source that were not used, and its rows that were left out, by mistake."""
+    """The columns of a source that were not used, and how many rows were left out for each kind of mistake."""
     dropped = one.get("dropped")
     kinds = dropped.items() if isinstance(dropped, Mapping) else ()
     left_out = ", ".join(f"{num} {str(name).replace('_', ' ')}" for name, num in kinds)
@@ -444,7 +446,7 @@ def _reading(one: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _numbers(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """Every number as (name, text), its bounds beside it; lists, which have charts of their own, are left out."""
+    """Every number with its bounds and every text, as (name, text). Lists are left out: they have their own charts."""
     for key, value in values.items():
         base = key.removesuffix("_low").removesuffix("_high")
         if base != key and base in values:
@@ -463,4 +465,4 @@ _SECTIONS: Mapping[str, Callable[[RunRecord, Panels], Html | None]] = {
     "evaluate": _evaluation,
     "select": _selection,
 }
-"""What the page of a stage begins with, where that is more than its charts."""
+"""The part that the page of a run begins with, for stages that have more to show than charts."""

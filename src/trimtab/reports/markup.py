@@ -10,18 +10,18 @@ import math
 from typing import Any
 
 _VOID = frozenset({"meta", "br", "img"})
-# Controls that let a text run backwards past its own end; right-to-left scripts need none of them.
+# Control characters that reverse text, even beyond the end of their own; right-to-left scripts do not need them.
 _TURNING = {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 class Html(str):
-    """Text that is HTML already. Only `tag`, `join` and the page's own constants are."""
+    """Text that is already HTML, and so is not escaped. Only this module and the page's own constants make it."""
 
     __slots__ = ()
 
 
 def visible(text: str) -> str:
-    """The text with controls of writing direction spelled out, so that it cannot rearrange what stands around it."""
+    """The text with controls of writing direction spelled out, so that it cannot rearrange the text around it."""
     return text.translate(_TURNING)
 
 
@@ -31,7 +31,7 @@ def escape(value: object) -> Html:
 
 
 def join(*children: object) -> Html:
-    """Children one after the other; None is nothing, a list or tuple is its members."""
+    """The children one after the other. None adds nothing; a list or tuple adds its members."""
     parts = []
     for child in children:
         if isinstance(child, list | tuple):
@@ -42,9 +42,10 @@ def join(*children: object) -> Html:
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Html:
-    """An element. `class_` is written class and `data_x` data-x; None leaves an attribute out, True gives it no value.
+    """An HTML element. The attribute `class_` is written class, and `data_x` is written data-x.
 
-    Names of elements and attributes are the page's own and not escaped.
+    None or False leaves an attribute out; True writes it without a value. Names of elements and attributes are the
+    page's own and are not escaped.
     """
     written = []
     for key, value in attributes.items():
@@ -68,7 +69,7 @@ def script_json(value: Any) -> Html:
 
 
 def script_hash(source: str) -> str:
-    """What a Content-Security-Policy calls this very script."""
+    """The source expression that allows exactly this script in a Content-Security-Policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
 
 

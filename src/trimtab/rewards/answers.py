@@ -1,4 +1,4 @@
-"""Exact answers: the final answer of a reply against the right one."""
+"""Exact answers: the final answer of a reply is compared with the right one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Form = Literal["hashes", "boxed", "last_number"]
 
 _IN_TEXT = re.compile(r"(?<![\w.])[-+−]?[$€£¥]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 _SEVERAL = ("$", "\\(", "\\)", "\\[", "\\]", "\\boxed", "\n")
-"""What would end one formula and begin another: an answer is one."""
+"""Marks that would end one formula and begin another: an answer is a single formula."""
 
 __all__ = ["ExactAnswer", "ExactAnswerScorer", "as_number", "find_answer"]
 
@@ -36,10 +36,11 @@ class ExactAnswer:
     fact: str = "answer"
     """The prompt's fact that holds the right answer."""
     forms: tuple[Form, ...] = ("hashes", "boxed")
-    """Where the final answer stands, the first form that occurs: "#### 42" to the end of that line, "\\boxed{42}", or
-    the last number of the reply. The last of several in one form counts."""
+    """How the final answer is written; the first form that occurs counts: "#### 42" to the end of that line,
+    "\\boxed{42}", or the last number of the reply. If one form occurs several times, the last one counts."""
     maths: bool = False
-    """Compare what is not equal as numbers, lists or text as mathematics too, by math-verify (the extra "math")."""
+    """If answers differ as numbers, lists or text, also compare them as mathematics, by math-verify (the extra
+    "math")."""
     seconds: float = 5.0
     """Processor time for one comparison of mathematics; a reply that takes longer is not judged."""
     weight: float = 1.0
@@ -50,7 +51,7 @@ class ExactAnswer:
             raise ValueError("forms is empty; name at least one of 'hashes', 'boxed' and 'last_number'")
 
     def load(self, *, token_budget: int) -> ExactAnswerScorer:
-        """The scorer. Raises EngineError where math-verify is wanted and not installed."""
+        """The scorer. Raises EngineError if math-verify is wanted and not installed."""
         if self.maths:
             need("math_verify", extra="math", setting="maths = true", where="rewards")
         return ExactAnswerScorer(self)
@@ -73,7 +74,7 @@ class ExactAnswerScorer:
         return Score(float(given is not None and self._same(right, given)), {"found": float(given is not None)})
 
     def _right(self, prompt: Prompt) -> str:
-        """The right answer as a text. Raises DataError for a fact that is none: empty, a list, not a number."""
+        """The right answer as a text. Raises DataError for a fact that is no answer: empty, a list, not a number."""
         name = self.settings.fact
         value = fact(prompt, name)
         text = str(value).strip() if isinstance(value, str | int) else ""
@@ -99,7 +100,7 @@ class ExactAnswerScorer:
 
 
 def find_answer(reply: str, forms: Sequence[Form]) -> str | None:
-    """The final answer as written, in the first of `forms` that occurs; None where none does."""
+    """The final answer as written, in the first of `forms` that occurs; None if none of them does."""
     for form in forms:
         found = _FINDERS[form](reply)
         if found is not None:
@@ -114,7 +115,7 @@ def _after_hashes(reply: str) -> str | None:
 
 
 def _boxed(reply: str) -> str | None:
-    """What the braces of the last \\boxed or \\fbox hold, if they close; of "\\boxed 72" the word behind it."""
+    """The content of the braces of the last \\boxed or \\fbox, if they close; for "\\boxed 72", the word after it."""
     found = list(re.finditer(r"\\(?:boxed|fbox)(?:\s*(?=\{)|\s+(?P<word>[^\s{}$\\]+))", reply))
     if not found:
         return None
@@ -137,5 +138,5 @@ _FINDERS = {"hashes": _after_hashes, "boxed": _boxed, "last_number": _last_numbe
 
 
 def _plain(text: str) -> str:
-    """Without what surrounds mathematics in a text."""
+    """The text without what surrounds mathematics, such as dollar signs."""
     return " ".join(text.strip().rstrip(".").removeprefix("$").removesuffix("$").split())

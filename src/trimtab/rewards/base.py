@@ -1,4 +1,4 @@
-"""What a reward must offer."""
+"""The protocol of a reward."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from trimtab.core.types import Rollout
 
 
 class Reward(Protocol):
-    """Judges finished rollouts."""
+    """Judges finished rollouts. For example, `GoldScorer` and `RewardModelScorer` are rewards."""
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] float32 rewards in the reward's own units, and each of its parts as metrics."""
+        """[B] float32 rewards in the reward's own units (nan for a reply that it cannot judge), and each of its parts
+        as metrics."""
         ...

@@ -1,4 +1,5 @@
-"""Several rewards added up with their weights: every part is logged apart, and what could not be judged is counted."""
+"""Several rewards, added up with their weights. Every part is logged by itself, and replies that a part could not judge
+are counted."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from trimtab.rewards.model import RewardModel, RewardModelScorer
 
 @dataclass(frozen=True)
 class RewardPart:
-    """One of the rewards."""
+    """One of the rewards, for example `RewardPart("length", 0.5, Length(max_tokens=200))`."""
 
     name: str
     weight: float
@@ -39,14 +40,15 @@ class CombinedReward:
     parts: Sequence[RewardPart]
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] weighted sums, nan where a part could not judge; see `score_parts`."""
+        """[B] weighted sums, nan for a reply that a part could not judge; see `score_parts`."""
         total, _, metrics = self.score_parts(rollouts)
         return total, metrics
 
     def score_parts(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, dict[str, Tensor], Metrics]:
-        """[B] weighted sums, and each part's own scores [B] by name before its weight; nan where it could not judge.
+        """[B] weighted sums, each part's own scores [B] by name before its weight, and metrics. A score is nan if the
+        part could not judge the reply.
 
-        `reward/mean` and `reward/std` are of the sums as they are trained on; with several parts `reward/NAME` is the
+        `reward/mean` and `reward/std` are of the sums as they are trained on; with several parts, `reward/NAME` is the
         mean of each. Means are over the replies that were judged, and `reward/NAME_failed` counts the others: a score
         that is not a finite number is no score, and above all not zero.
         """
@@ -78,8 +80,8 @@ class CombinedReward:
 def load_rewards(
     rewards: Sequence[Any], *, token_budget: int, shared: PreTrainedModel | None = None, base: str = ""
 ) -> CombinedReward:
-    """The rewards of a run file, loaded; a name that comes again is numbered. A reward model that is an adapter of the
-    `shared` base becomes another adapter on it."""
+    """The rewards of a run file, loaded; a repeated name gets a number, such as `length_2`. A reward model that is an
+    adapter of the `shared` base becomes another adapter on it."""
     parts = []
     for name, reward in zip(_numbered(rewards), rewards, strict=True):
         if shared is not None and isinstance(reward, RewardModel) and on_base(reward.path, base):

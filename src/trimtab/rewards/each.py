@@ -1,4 +1,5 @@
-"""Scores replies one at a time; one that cannot be judged is nan, counted by whoever adds up, and said in the log."""
+"""Scores replies one at a time. A reply that cannot be judged gets nan, which `CombinedReward` counts, and the log says
+why."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ class Score:
 def score_each(
     name: str, rollouts: Sequence[Rollout], judge: Callable[[Rollout], Score], *, num_parallel: int = 1
 ) -> tuple[Tensor, Metrics]:
-    """[B] scores, nan for each reply about which `judge` raised or said what is no finite number; the log has how many
-    they are and the first one's reason. The parts are means over the replies that were judged.
+    """[B] scores, nan for each reply for which `judge` raises or gives a number that is not finite. The log says how
+    many these are, and the reason of the first one. The parts are means over the replies that were judged.
 
     `judge` runs in up to `num_parallel` threads.
     """
@@ -38,7 +39,7 @@ def score_each(
     def attempt(rollout: Rollout) -> Score | str:
         try:
             score = judge(rollout)
-        except Exception as error:  # foreign code may raise anything; here it means that there is no score
+        except Exception as error:  # foreign code may raise anything; here this means that there is no score
             return error.problem if isinstance(error, TrimtabError) else f"{type(error).__name__}: {error}"
         return score if math.isfinite(score.value) else f"the score is {score.value}, which is no finite number"
 
@@ -67,7 +68,7 @@ def score_each(
 
 
 def moments(values: Sequence[float]) -> Metrics:
-    """`reward/mean` and `reward/std` of the values that are numbers."""
+    """`reward/mean` and `reward/std` of the values that are finite."""
     known = [v for v in values if math.isfinite(v)]
     mean = math.fsum(known) / len(known) if known else 0.0
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / len(known)) if known else 0.0
@@ -75,7 +76,7 @@ def moments(values: Sequence[float]) -> Metrics:
 
 
 def fact(prompt: Prompt, name: str) -> object:
-    """What the prompt's facts hold under `name`. Raises DataError that names what they do hold."""
+    """The prompt's fact `name`. Raises a DataError that names the facts that the prompt has."""
     facts: Mapping[str, object] | JsonDict = prompt.facts
     if name not in facts:
         raise DataError(

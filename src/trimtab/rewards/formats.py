@@ -1,4 +1,4 @@
-"""The form of a reply: a pattern, reasoning then an answer, JSON of a schema."""
+"""Rewards for the form of a reply: a pattern, reasoning and then an answer, or JSON that fits a schema."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Regex:
     match: Literal["full", "search"] = "full"
     """Whether it has to match the whole reply or may be found anywhere in it."""
     seconds: float = 1.0
-    """Processor time for one reply; some patterns take for ever on some texts; such a reply is not judged."""
+    """Processor time for one reply. Some patterns take for ever on some texts; such a reply is not judged."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
@@ -73,7 +73,7 @@ class ReasoningFormat:
     answer: str = "answer"
     """Name of the second tag; "" for an answer that is the rest of the reply, without tags."""
     opened: bool = False
-    """The prompt ends with the first opening tag, so that replies begin inside it."""
+    """Whether the prompt ends with the first opening tag, so that replies begin inside it."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
@@ -82,7 +82,7 @@ class ReasoningFormat:
         return self
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] 1 or 0; the log says when the setting `opened` does not fit how the replies begin."""
+        """[B] 1 or 0; the log says if the setting `opened` does not fit how the replies begin."""
         scores, metrics = score_each("reasoning_format", rollouts, lambda r: Score(float(self.holds(r.response))))
         other = replace(self, opened=not self.opened)
         num_other = sum(other.holds(r.response) for r in rollouts)
@@ -121,7 +121,7 @@ class ReasoningFormat:
 @register("reward", "json_schema")
 @dataclass(frozen=True, kw_only=True)
 class JsonSchema:
-    """1 for a reply that is JSON of a schema, else 0."""
+    """1 for a reply that is JSON and fits a schema, else 0."""
 
     schema: str
     """File with the JSON Schema. References to other addresses are not followed."""

@@ -20,7 +20,7 @@ class GoldReward:
     """The gold score of a world."""
 
     world: str
-    """Name of the world the prompts come from."""
+    """Name of the world that the prompts come from."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
 

@@ -1,4 +1,4 @@
-"""The owner's side of `sandbox.judges`: asks, waits for so long, and starts a new process where none answered."""
+"""The owner's side of `sandbox.judges`: asks, waits for a limited time, and starts a new process after no answer."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from typing import Any
 
 _START = f"import sys; sys.path.append({str(Path(__file__).parents[1])!r}); from sandbox.judges import main; main()"
 _LOADING_SECONDS = 120.0
-"""For the libraries of a new process: sympy alone takes a second or two, more on a busy machine."""
+"""Time to load the libraries of a new process: sympy alone takes a second or two, more on a busy machine."""
 
 _PATIENCE = 20.0
-"""How many times longer than its processor time a judgement may take by the clock: it may wait for a processor."""
+"""A judgement may take this many times its processor time by the clock, because it may have to wait for a processor."""
 
 
 class Helper:
-    """One process that judges texts. Not for several threads at once."""
+    """One process that judges texts. It must not be used by several threads at once."""
 
     def __init__(self, *, seconds: float, memory_mb: int = 2048) -> None:
-        """`seconds` of processor time are for one judgement."""
+        """`seconds` is the processor time for one judgement."""
         self.seconds = seconds
         self.memory_mb = memory_mb
         self._process: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[..., Helper] | None = None
 
     def ask(self, kind: str, *arguments: str) -> Any:
-        """What `sandbox.judges.JUDGES[kind]` says. Raises RuntimeError with its error, TimeoutError when time is up."""
+        """The answer of `sandbox.judges.JUDGES[kind]`. Raises RuntimeError with its error, or TimeoutError if the time
+        is up."""
         if self._process is None:
             self._process = self._start()
             self._exchange(self._process, ["load", kind], _LOADING_SECONDS)
@@ -90,5 +91,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
     for stream in (process.stdin, process.stdout):
         if stream is not None:
-            with contextlib.suppress(BrokenPipeError):  # what was still to be written is not missed
+            with contextlib.suppress(BrokenPipeError):  # what is still unwritten does not matter
                 stream.close()

@@ -40,16 +40,17 @@ class RewardModel:
 class RewardModelScorer:
     """Scores text with a reward model's own tokenizer and chat template, whatever the policy's are.
 
-    A score is read where the model learned to give it. Models of the reward stage read at the end token of the reply.
-    Any other is read as `tokenizer.apply_chat_template` and its own forward pass have it: after whatever the template
-    writes behind a reply (ChatML writes a line break there), and before padding tokens at the end.
+    A score is read at the token at which the model learned to give it. For models of the reward stage, this is the end
+    token of the reply. Any other model is read as `tokenizer.apply_chat_template` and its own forward pass do it: after
+    whatever the template writes behind a reply (ChatML writes a line break there), and before padding tokens at the
+    end.
     """
 
     def __init__(
         self, model: ScalarModel, chat: Chat, *, token_budget: int, shift: float, ending: tuple[int, ...] | None = None
     ) -> None:
-        """`shift` is subtracted from every score; `ending` are the ids behind the text of a finished reply, those
-        of `chat` if not given."""
+        """`shift` is subtracted from every score. `ending` are the ids behind the text of a finished reply; None takes
+        the end token of `chat`."""
         self.model = model
         self.chat = chat
         self.token_budget = token_budget
@@ -57,12 +58,12 @@ class RewardModelScorer:
         self.ending = (chat.end_id,) if ending is None else ending
         embedding: Any = model.model.get_input_embeddings()
         self.num_rows = int(embedding.num_embeddings)
-        """Ids from here on the model cannot read."""
+        """The model cannot read an id of this number or above."""
         self.positions = positions_of(model.model)
 
     @classmethod
     def from_directory(cls, path: str, *, token_budget: int) -> RewardModelScorer:
-        """A frozen reward model. Raises EngineError where the directory has no trained score head."""
+        """A frozen reward model. Raises EngineError if the directory has no trained score head."""
         chat = Chat(load_tokenizer(path))
         model = load_scalar(path)
         shift = getattr(model.config, "reward_shift", None)
@@ -73,9 +74,10 @@ class RewardModelScorer:
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] calibrated rewards of the exact tokens that were sampled.
 
-        A rollout's own ids are used if this tokenizer makes those of its prompt, reads those of its reply as the same
-        text, and the model has a row for each; otherwise the text is encoded anew with this model's template. A reply
-        that was cut off has no ending; one that ended, on whichever token, has the one that the model learned.
+        A rollout's own ids are used if this tokenizer gives the same ids for its prompt and reads those of its reply as
+        the same text, and if the model has a row for each; otherwise the text is encoded anew with this model's
+        template. A reply that was cut off has no ending; a reply that ended, on whichever token, gets the ending that
+        the model learned.
         """
         sequences = []
         for prompt, group in groupby(rollouts, key=lambda r: r.prompt):
@@ -91,8 +93,9 @@ class RewardModelScorer:
         return ids[:-1] + self.ending if ended and self.chat.stop_ids.intersection(ids[-1:]) else ids
 
     def _reads(self, rollout: Rollout) -> bool:
-        """Whether the ids of a reply are its text here: tokenizers that differ may agree on a short prompt, and a reply
-        that ended on a stop text goes on behind its text. Between turns an environment writes more than text."""
+        """Whether this tokenizer reads the ids of a reply as its text: different tokenizers may agree on a short
+        prompt, and the ids of a reply that ended on a stop text go on behind its text. Replies with observations are
+        not compared, because between turns an environment writes more than text."""
         if max(rollout.response_ids, default=0) >= self.num_rows:
             return False
         return bool(rollout.observations) or self.chat.decode_response(rollout.response_ids) == rollout.response
@@ -106,7 +109,7 @@ class RewardModelScorer:
         return self._score_ids(sequences)
 
     def _score_ids(self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:
-        """Each different sequence is scored once, so that equal ones have equal scores, to the last bit."""
+        """The scores. Each different sequence is scored once, so that equal ones have equal scores, to the last bit."""
         longest = max((len(prompt) + len(response) for prompt, response in sequences), default=0)
         if self.positions is not None and longest > self.positions:
             raise EngineError(
@@ -128,7 +131,7 @@ class RewardModelScorer:
 
 def template_ending(chat: Chat, pad_id: int | None) -> tuple[int, ...]:
     """The ids that a chat template writes behind the text of a reply, without padding tokens at their end: a forward
-    pass of transformers reads a score at the last token that is no padding."""
+    pass of transformers reads a score at the last token that is not padding."""
     messages = (Message("user", "a"), Message("assistant", "b"))
     turns = [{"role": m.role, "content": m.content} for m in messages]
     encoded: Any = chat.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)

@@ -1,4 +1,4 @@
-"""A function of the user's own as a reward."""
+"""A function of the user as a reward."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ RewardFunction = Callable[[Prompt, str, Mapping[str, Any]], float]
 @register("reward", "callable")
 @dataclass(frozen=True, kw_only=True)
 class PythonCallable:
-    """What `function(prompt, response, facts)` returns: a number for one reply. It runs in this process, as it is."""
+    """The number that `function(prompt, response, facts)` returns for one reply. It runs in this process, as it is."""
 
     function: str
-    """The function as "module:name" (looked for where Python finds modules and in the current directory) or as
-    "path/to/file.py:name". What it prints goes to stderr behind its name."""
+    """The function as "module:name" (the module is searched where Python finds modules, and in the current directory)
+    or as "path/to/file.py:name". What it prints goes to stderr after its name."""
     seconds: float = 60.0
     """Time by the clock for one reply; a reply that takes longer is not judged."""
     weight: float = 1.0
@@ -43,7 +43,7 @@ class PythonCallable:
             raise ValueError(f"seconds = {self.seconds} leaves no time to judge a reply; give more than 0")
 
     def load(self, *, token_budget: int) -> PythonCallableScorer:
-        """The function, imported. Raises ConfigError where there is none that can be called so."""
+        """The scorer with the imported function. Raises ConfigError if there is no function that can be called so."""
         return PythonCallableScorer(load_function(self.function), name=self.function, seconds=self.seconds)
 
 
@@ -56,7 +56,7 @@ class PythonCallableScorer:
         self.seconds = seconds
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] what the function says."""
+        """[B] the numbers that the function returns."""
         with contextlib.redirect_stdout(NamedOutput(self.name)):
             return score_each("callable", rollouts, self._judge)
 
@@ -72,20 +72,20 @@ class PythonCallableScorer:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        # A text is no number even where it could be read as one.
+        # A text is refused even if it could be read as a number.
         if isinstance(value, str | bytes) or not math.isfinite(number):
             raise ValueError(f"the function returned {str(value)[:100]!r}, which is no finite number")
         return Score(number)
 
 
 class _TimeIsUp(BaseException):
-    """Not an Exception, so that a function that catches those ends too."""
+    """Not an Exception, so that a function that catches every Exception ends too."""
 
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raises _TimeIsUp in what runs here when the time is up. Signals reach the main thread only; in another, and if
-    somebody else's timer runs, there is no limit."""
+    """Raises _TimeIsUp in the code that runs inside when the time is up. Signals reach only the main thread: in another
+    thread, or if a timer of somebody else runs, there is no limit."""
     if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
         yield
         return
@@ -103,7 +103,7 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 
 def load_function(name: str) -> RewardFunction:
-    """The function that "module:name" or "file.py:name" names. Raises ConfigError that says which part is wrong."""
+    """The function that "module:name" or "file.py:name" names. Raises a ConfigError that says which part is wrong."""
     module_name, colon, attribute = name.rpartition(":")
     if not colon or not module_name or not attribute:
         raise ConfigError(
@@ -136,6 +136,6 @@ def _takes_three(function: Callable[..., Any]) -> bool:
         inspect.signature(function).bind(None, None, None)
     except TypeError:
         return False
-    except ValueError:  # some functions in C do not say
+    except ValueError:  # some functions written in C have no signature
         return True
     return True

@@ -1,4 +1,4 @@
-"""Costs of length and of repetition, to stand beside a reward that says what is good."""
+"""Costs of length and of repetition, to be added to a reward that says what is good."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from trimtab.rewards.each import Score, score_each
 @register("reward", "length")
 @dataclass(frozen=True, kw_only=True)
 class Length:
-    """0 for a reply of a length in the range, below 0 for each token outside it."""
+    """0 for a reply with a length in the range; each token outside it costs `per_token`."""
 
     min_tokens: int = 0
-    """Shorter replies are charged for what they lack."""
+    """Shorter replies are charged for each token that they lack."""
     max_tokens: int
-    """Longer replies are charged for what is too much."""
+    """Longer replies are charged for each token above this."""
     per_token: float = 0.01
     """Charge for one token."""
     most: float = 1.0
-    """The charge never goes above this."""
+    """The highest charge for a reply."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
@@ -59,9 +59,9 @@ class Overlong:
     """
 
     max_tokens: int
-    """Where the punishment is whole: the longest reply that can be sampled."""
+    """The length at which the punishment is complete: that of the longest reply that can be sampled."""
     buffer_tokens: int
-    """Over how many tokens before that it grows."""
+    """The number of tokens before that over which the punishment grows."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
@@ -92,7 +92,7 @@ class Repetition:
     """Minus the share of a reply's n-grams of words that repeat an earlier one, in [-1, 0]."""
 
     n: int = 4
-    """Words of an n-gram."""
+    """Words per n-gram."""
     free: float = 0.0
     """This share costs nothing; the rest is stretched back to [-1, 0]."""
     weight: float = 1.0
@@ -118,5 +118,5 @@ class Repetition:
 
 
 def num_tokens(rollout: Rollout) -> int:
-    """Tokens that the policy chose, its end token among them."""
+    """The number of tokens that the policy chose, with its end token."""
     return len(rollout.logprobs)

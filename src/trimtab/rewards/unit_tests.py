@@ -1,4 +1,4 @@
-"""Code that is run: the share of tests it passes, or whether it passes them all."""
+"""Runs the code of replies: the reward is the share of tests that it passes, or whether it passes them all."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ from trimtab.sandbox.sandbox import Limits, Sandbox
 @register("reward", "unit_tests")
 @dataclass(frozen=True, kw_only=True)
 class UnitTests:
-    """1 for a reply whose code passes every test of its prompt, else 0; run in a sandbox."""
+    """1 for a reply whose code passes every test of its prompt, else 0. The code runs in a sandbox."""
 
     fact: str = "tests"
     """The prompt's fact that holds the tests: Python to run, one text or several; or pairs of "input" and "output"."""
     setup_fact: str = "setup"
     """The fact, if there is one, with Python to run before each test, such as imports."""
     entry_point_fact: str = "entry_point"
-    """The fact, if there is one, with the name (or names) that the tests use of the code; they then see no other."""
+    """The fact, if there is one, with the name (or names) of the code that the tests use; they then see no other
+    name."""
     score: Literal["all", "share"] = "all"
-    """Whether every test has to pass, or the reward is the share that does."""
+    """Whether every test has to pass, or the reward is the share of tests that pass."""
     code: Literal["fenced", "whole"] = "fenced"
     """Whether the code is the reply's last block between lines of ```, or all of the reply."""
     limits: Limits = field(default_factory=Limits)
-    """What the code of one reply may use. Pairs of input and output are a run each, and each has these limits."""
+    """Limits for the code of one reply. Each pair of input and output is a run of its own with these limits."""
     packages: tuple[str, ...] = ()
-    """Directories with packages that the code may import; without, it has the standard library."""
+    """Directories with packages that the code may import; without any, it has only the standard library."""
     num_parallel: int | None = None
     """Sandboxes at a time; None is one for each processor core."""
     allow_unisolated: bool = False
-    """Run the code even where it cannot be kept from your files and network. Whatever it does, you allowed."""
+    """Run the code even if it cannot be kept from your files and network. You have then allowed whatever it does."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
@@ -49,7 +50,7 @@ class UnitTests:
             raise ValueError(f"num_parallel = {self.num_parallel}; it must be at least 1")
 
     def load(self, *, token_budget: int) -> UnitTestsScorer:
-        """The scorer, once a sandbox was tried. Raises EngineError where there can be none."""
+        """The scorer, after a trial of the sandbox. Raises EngineError if there can be no sandbox."""
         return UnitTestsScorer(self)
 
 
@@ -70,8 +71,8 @@ class UnitTestsScorer:
         self.num_parallel = settings.num_parallel or os.cpu_count() or 1
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] in [0, 1]. `reward/unit_tests_passed` is the share of tests passed, `…_timed_out` and `…_no_code` of
-        replies."""
+        """[B] in [0, 1]. `reward/unit_tests_passed` is the share of tests passed; `…_timed_out` and `…_no_code` are
+        shares of replies."""
         return score_each("unit_tests", rollouts, self._judge, num_parallel=self.num_parallel)
 
     def _judge(self, rollout: Rollout) -> Score:
@@ -121,5 +122,5 @@ class UnitTestsScorer:
 
 
 def _tidy(text: str) -> list[str]:
-    """Lines without the white space at their ends and without empty lines at the end."""
+    """The lines without the white space at their ends, and without empty lines at the end."""
     return [line.rstrip() for line in text.rstrip().splitlines()]

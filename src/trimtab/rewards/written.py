@@ -1,7 +1,7 @@
-"""Answers as people and models write them: what a text is worth as a number, and when two texts say the same.
+"""Reads answers as people and models write them: the number that a text stands for, and whether two texts say the same.
 
 Everything here is a function of texts. A number may come with a currency, a unit or words behind it, in LaTeX or in
-Markdown; a text that holds more than one number is no number, so that listing guesses earns nothing.
+Markdown. A text that holds more than one number is not read as a number, so that listing guesses earns nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NUMBER = re.compile(
 )
 _GROUPED = re.compile(r"\d{1,3}(,\d{3})+(\.\d*)?")
 _LONGEST_NUMBER = 200
-"""Characters; more is no number, however many digits it has."""
+"""The most characters of a number; a longer text is not read as a number."""
 
 _IN_LATEX = {"\\$": "$", "\\%": "%", "{,}": ",", "\\!": "", "\\,": ""}
 """How a plain number is written in LaTeX."""
@@ -42,7 +42,7 @@ _MIXED = re.compile(rf"({_SIGN}?)(\d+) (\d+)/(\d+)")
 _NAMED = re.compile(r"^\s*[A-Za-z](?:_\{?\w+\}?|\(\w\))?\s*(?:=|\\in\b|∈)\s*(?=[^=])")
 _OPENING, _CLOSING = "([{", ")]}"
 
-# Words that make another claim of a number: "more than 72", "72 or 73", "not 72".
+# Words that turn a number into another claim: "more than 72", "72 or 73", "not 72".
 _QUALIFIERS = frozenset(
     {
         "not", "no", "never", "neither", "nor", "or", "and", "either", "between", "less", "more", "fewer", "than",
@@ -63,7 +63,7 @@ _UNITS = {
     "hrs": "hour", "hours": "hour", "ft": "foot", "feet": "foot", "inches": "inch", "lb": "pound", "lbs": "pound",
     "pounds": "pound", "oz": "ounce", "ounces": "ounce", "mph": "mile per hour", "mi": "mile",
 }  # fmt: skip
-"""Units by their usual short forms; what is not here is compared by its word without a plural s."""
+"""Units by their usual forms. A unit that is not listed is compared as its word without a plural s."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def as_number(text: str) -> Fraction | None:
 
 
 def amount_of(text: str) -> Amount | None:
-    """The one number of a cleaned text with its unit: "72 apples", "x = 72", "5 thousand", "1 1/2"; None if the text
-    holds no number, several, or words that make another claim of it, such as "more than 72"."""
+    """The one number of a cleaned text with its unit: "72 apples", "x = 72", "5 thousand", "1 1/2". None if the text
+    holds no number, several numbers, or words that turn the number into another claim, such as "more than 72"."""
     if len(text) > _LONGEST_NUMBER:
         return None
     named, equals, text = text.rpartition("=")
@@ -129,7 +129,8 @@ def amount_of(text: str) -> Amount | None:
 
 
 def clean(text: str) -> str:
-    """The text without the marks of LaTeX and Markdown that change nothing, fractions as 1/2, numbers ungrouped."""
+    """The text without the marks of LaTeX and Markdown that change nothing, with fractions as 1/2 and numbers without
+    separators between groups of digits."""
     text = re.sub(r"(?<=\d)(?:\\[,!; ]|\{,\})(?=\d)", "", text.strip().strip("*`"))
     text = re.sub(r"\\[;:, ]|\\q?quad\b|~", " ", text).replace("\\!", "").replace("\\$", "$").replace("\\%", "%")
     text = re.sub(r"\\(?:left|right|displaystyle)(?![a-z])", "", text)
@@ -144,7 +145,7 @@ def clean(text: str) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """Without \\text{...} and its like around words; what they hold stays."""
+    """The text without \\text{...} and similar marks around words; what they hold stays."""
     while (match := _WRAPPERS.search(text)) is not None:
         end, depth = match.end(), 1
         while end < len(text) and depth:
@@ -163,7 +164,7 @@ def _as_ratio(match: re.Match[str]) -> str:
 
 
 def _mixed(text: str) -> Fraction | None:
-    """The value of "1 1/2", and of what is no such number as `as_number` has it."""
+    """The value of a mixed number such as "1 1/2"; any other text is read by `as_number`."""
     match = _MIXED.fullmatch(" ".join(text.split()))
     if match is None or not int(match[4]):
         return as_number(text)
@@ -172,13 +173,13 @@ def _mixed(text: str) -> Fraction | None:
 
 
 def _may_stand_before(text: str) -> bool:
-    """Whether these words before a number leave it what it is: "The answer is" does, "less than" does not."""
+    """Whether these words before a number leave its meaning as it is: "The answer is" does, "less than" does not."""
     words = re.findall(r"[^\W\d_]+", text.lower())
     return re.fullmatch(r"[\w\s:,'()]*", text) is not None and _QUALIFIERS.isdisjoint(words)
 
 
 def _with_unit(value: Fraction, number: str, behind: str) -> Amount | None:
-    """The amount, if what stands behind the number can only be a unit or words about it."""
+    """The amount, if the text behind the number can only be a unit or words about it; else None."""
     sign = next((s for s in "$€£¥" if s in number), "")
     words = re.findall(r"[^\W\d_]+|[%°¢]", behind.lower())
     if re.fullmatch(r"[\s\w%°¢().,:'/²³^-]*", behind) is None:
@@ -207,7 +208,7 @@ def _same_amount(right: Amount, given: Amount) -> bool:
 
 
 def _elements(text: str) -> tuple[str, list[str]] | None:
-    """The brackets and the parts of a tuple, interval, set or bare list; None for anything without a comma."""
+    """The brackets and the parts of a tuple, interval, set or bare list; None for a text without a comma."""
     text = text.replace("\\{", "{").replace("\\}", "}")
     brackets = ""
     if text[:1] in tuple(_OPENING) and text[-1:] in tuple(_CLOSING):
@@ -239,7 +240,7 @@ def _same_elements(right_in: str, right: list[str], given_in: str, given: list[s
 
 
 def _letters(text: str) -> str:
-    """The text without spaces that mean nothing; whole words in any case."""
+    """The text without spaces that mean nothing; plain words in lower case."""
     text = re.sub(r"\s*([^\w\s])\s*", r"\1", text)
     text = text[1:-1] if re.fullmatch(r"\(\w\)", text) else text
     return text.casefold() if re.fullmatch(r"[^\W\d_]{2,}(?: [^\W\d_]+)*", text) else text

@@ -1,4 +1,4 @@
-"""What the numbers of a run may depend on besides its settings and data."""
+"""Records what the numbers of a run may depend on besides its settings and data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "DNNL
 
 
 def environment() -> dict[str, Any]:
-    """Machine, libraries, and variables that choose how numbers are computed."""
+    """The machine, the libraries, and the environment variables that decide how numbers are computed."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -47,7 +47,7 @@ def _version(distribution: str) -> str | None:
 
 @functools.cache
 def _commit() -> str | None:
-    """The commit the package was run from, with "-dirty" if changed since; None where it is not in a checkout."""
+    """The commit that the package was run from, with "-dirty" if changed since; None if it is not in a checkout."""
     package = Path(trimtab.__file__).parent
     git = ["git", "-C", str(package)]
     try:

@@ -1,4 +1,4 @@
-"""The loop every training stage runs in: resume, step, log, save, stop when asked."""
+"""The loop that every training stage runs in: resume, step, log, save, stop when asked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trimtab.core.metrics import Metrics, Total, to_values
 from trimtab.runs.run import Run
 
 _QUIET_SECONDS = 10.0
-"""Where output is not a terminal, a line of progress is printed this often."""
+"""Seconds between two lines of progress if the output is not a terminal."""
 
 SHOWN = {
     "reward/mean": "reward",
@@ -32,17 +32,20 @@ SHOWN = {
     "select/best_reward": "best reward",
     "rollout/length_mean": "length",
 }
-"""The metrics that a line of progress shows, those that are logged, by the name it gives them; at most four."""
+"""The metrics that a line of progress shows if they are logged, each with the name shown; at most four are shown."""
 
 
 class LoopState(Protocol):
-    """Everything a step reads that an earlier step wrote: weights, optimizers, schedules, generators, positions."""
+    """Everything that a step reads and an earlier step wrote: weights, optimizers, schedules, generators, positions.
+
+    For example, `stages.online.state.OnlineState`.
+    """
 
     def save(self, path: Path) -> None:
-        """Writes it all as files into the directory `path`."""
+        """Writes the whole state as files into the directory `path`."""
 
     def load(self, path: Path) -> None:
-        """Becomes what `save` wrote there."""
+        """Restores the state that `save` wrote there."""
 
 
 class Steps:
@@ -62,7 +65,7 @@ class Steps:
         """Use `stepping`."""
         self.done = done
         self.at_work = False
-        """Between the start of a step and its log."""
+        """True between the start of a step and its log."""
         self._run = run
         self._state = state
         self._num_steps = num_steps
@@ -86,7 +89,7 @@ class Steps:
             raise Interrupted(said, signal_number=self._interrupted())
 
     def log(self, metrics: Metrics) -> None:
-        """Ends the step in hand: its metrics, with the seconds since it began, are its row in metrics.jsonl."""
+        """Ends the current step: its metrics, with the seconds since it began, become its row of metrics.jsonl."""
         self.at_work = False
         seconds: Metrics = {"time/step_seconds": Total(time.perf_counter() - self._began)}
         self._run.log(self.done + 1, seconds | metrics)
@@ -96,18 +99,18 @@ class Steps:
 
 @contextmanager
 def stepping(run: Run, state: LoopState, *, num_steps: int, checkpoint_every: int, description: str) -> Iterator[Steps]:
-    """Within, the steps from where the run had got to; step i is logged as step i + 1.
+    """Yields the steps that are still to be done, from where the run had got to; step i is logged as step i + 1.
 
         with stepping(run, state, num_steps=100, checkpoint_every=10, description="sft") as steps:
             for number in steps:
                 steps.log(train_step(number))
 
-    Killed at any instant and called again, it leaves the same state and the same rows, `time/` metrics aside. What a
-    step adds to the samples goes under i + 1 too, and nothing is logged before the first step: first measurements
-    belong into step 1. What the step is about is shown with the progress (`SHOWN`).
+    If the process is killed at any instant and this is called again, the state and the rows become the same, `time/`
+    metrics aside. Samples of step i are added under i + 1 too. Nothing is logged before the first step: first
+    measurements belong to step 1. The progress shows the metrics in `SHOWN`.
 
-    Raises Interrupted after Ctrl-C or SIGTERM, with the step in hand finished and saved (a second one stops at once),
-    and EngineError as a step raised it, the last good checkpoint named in its fix.
+    Raises Interrupted after Ctrl-C or SIGTERM, once the current step is finished and saved (a second signal stops at
+    once). An EngineError of a step is raised with the last good checkpoint named in its fix.
     """
     done = _resume(run, state)
     if done > num_steps:
@@ -135,7 +138,7 @@ def stepping(run: Run, state: LoopState, *, num_steps: int, checkpoint_every: in
 
 
 def _resume(run: Run, state: LoopState) -> int:
-    """Steps already done."""
+    """Loads the newest checkpoint; returns the number of steps already done."""
     checkpoint = run.load_checkpoint()
     done = 0
     if checkpoint:
@@ -155,8 +158,8 @@ def _naming_checkpoint(error: EngineError, run: Run, step: int) -> EngineError:
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], int]]:
-    """Within, Ctrl-C and SIGTERM (which batch systems and containers send) are noted instead of raised, the first time.
-    The function given has the number of the signal, or 0."""
+    """Notes the first Ctrl-C or SIGTERM (which batch systems and containers send) instead of letting it stop the
+    process. Yields a function that gives the number of the signal, or 0."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield lambda: 0
@@ -181,7 +184,7 @@ def _interrupts() -> Iterator[Callable[[], int]]:
 
 
 def shown_with_progress(metrics: Metrics) -> str:
-    """The metrics that say how a step went, such as "  reward 1.2  KL 3.4"; the first one of any others."""
+    """The metrics of a step that are in `SHOWN`, as "  reward 1.2  KL 3.4"; if there are none, its first metric."""
     values = {name: value for name, value in to_values(metrics).items() if not name.startswith("time/")}
     known = [f"  {word} {values[name]:.3g}" for name, word in SHOWN.items() if name in values]
     return "".join(known[:4]) or next((f"  {name} {value:.4g}" for name, value in values.items()), "")
@@ -189,7 +192,7 @@ def shown_with_progress(metrics: Metrics) -> str:
 
 @contextmanager
 def _progress(description: str, done: int, num_steps: int) -> Iterator[Callable[[int, Metrics], None]]:
-    """Within, the function given shows how far the loop is: a bar on a terminal, else a line now and then."""
+    """Yields a function that shows how far the loop is: as a bar on a terminal, else as a line now and then."""
     began = last = time.perf_counter()
     console = Console(stderr=True)
 

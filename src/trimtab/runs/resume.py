@@ -1,4 +1,4 @@
-"""What may differ when a run goes on: how it is computed, where it lies, and that it becomes longer; nothing else."""
+"""What may differ when a run is resumed: how it is computed, where its directory is, and its length; nothing else."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ HOW = frozenset(
         *("sampling.batch_size", "sampling.cache_gb"),
     }
 )
-"""Settings of how a run is computed, kept and watched, not of what it computes: a resumed run may have others. By the
-name of a key, or of a table with all that is in it."""
+"""Settings that say how a run is computed, kept and watched, and not what it computes: a resumed run may change them.
+Each name is that of a key, or of a table with all that is in it."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run lay, and from where its command was given: what relative paths in its settings are relative to."""
+    """The directory of a run, and the directory that its command was given in: relative paths in its settings are
+    relative to the latter."""
 
     directory: str
     cwd: str
@@ -34,7 +35,7 @@ class Place:
         return cls(os.path.abspath(directory), os.getcwd())
 
     def resolved(self, path: str) -> str:
-        """The path, absolute."""
+        """The path as an absolute path."""
         return os.path.realpath(os.path.join(self.cwd, path))
 
     def beside(self, path: str) -> str | None:
@@ -45,24 +46,24 @@ class Place:
 
 @dataclass(frozen=True)
 class Changes:
-    """The settings that a run goes on with, where they are not those it began with: key to (before, now)."""
+    """The settings that differ when a run goes on, as key to (before, now): `{"token_budget": (4096, 8192)}`."""
 
     how: Mapping[str, tuple[Any, Any]]
     length: Mapping[str, tuple[Any, Any]]
     moved: bool
-    """Whether paths are written in another way, for the run was moved or is called from elsewhere."""
+    """Whether paths are written in another way because the run was moved or is called from elsewhere."""
 
     def __bool__(self) -> bool:
         return bool(self.how or self.length or self.moved)
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """As environment.json keeps them."""
+        """The changes as environment.json keeps them."""
         return {key: {"before": then, "now": now} for key, (then, now) in {**self.how, **self.length}.items()}
 
     @property
     def said(self) -> str:
-        """As the console has them."""
+        """The changes as the console shows them."""
         return ", ".join(f"{key} {_word(a)} → {_word(b)}" for key, (a, b) in {**self.how, **self.length}.items())
 
 
@@ -76,10 +77,10 @@ def changes(
     num_done: int,
     finished: bool,
 ) -> Changes:
-    """What differs between the settings a run began with and those it is to go on with.
+    """The differences between the settings that a run began with and those that it is to go on with.
 
-    `grows` are the settings that say how long it is. `num_done` are the steps that its newest checkpoint holds. Raises
-    ConfigError that names every key that must not differ, or a length below what is done.
+    `grows` are the settings that say how long it is. `num_done` is the step of its newest checkpoint. Raises a
+    ConfigError that names every key that must not differ, and every length below what is done.
     """
     old, new = dict(_flat(before)), dict(_flat(now))
     how, length, moved = {}, {}, False
@@ -116,7 +117,8 @@ def is_how(key: str) -> bool:
 
 
 def _may_become(key: str, before: Any, now: Any, *, num_done: int, finished: bool) -> bool:
-    """Whether a run of one length may become one of another: longer always, shorter if it has not come so far yet."""
+    """Whether this length of a run may change like this: it may always grow, and it may shrink if the run has not come
+    so far yet (but `num_epochs` may only grow)."""
     unlimited = key == "max_steps"  # unset is the whole run
     old, new = (float("inf") if unlimited and not isinstance(v, int | float) else v for v in (before, now))
     if not isinstance(old, int | float) or not isinstance(new, int | float):
@@ -137,8 +139,8 @@ def _same_place(before: Any, now: Any, *, then: Place | None, here: Place) -> bo
 
 
 def _two_places(key: str, value: Any, *, then: Place | None, here: Place) -> tuple[str, str] | None:
-    """What a relative path meant and what it means, if both are there and not the same, for the command is given from
-    elsewhere. A run that was copied with all that it is called from and reads has its own."""
+    """What a relative path meant before and what it means now, if both exist and differ, because the command is given
+    from elsewhere; else None. A run that was copied together with everything around it reads its own copies."""
     if then is None or not isinstance(value, str) or "\n" in value:
         return None
     if os.sep not in value and key.rpartition(".")[2] not in _PATHS:
@@ -165,7 +167,7 @@ _PATHS = {
 
 
 def _flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Key paths and values; entries of a list of tables by their number."""
+    """Key paths with their values; entries of a list of tables have their number in the path."""
     if isinstance(values, Mapping):
         for key, value in values.items():
             yield from _flat(value, f"{path}.{key}" if path else key)

@@ -33,7 +33,8 @@ from trimtab.runs.resume import Changes, Place, changes
 from trimtab.runs.trackers import Tracker, Writer
 
 SUMS = "SHA256SUMS"
-# Checkpoints go first and settings last: a `--fresh` cut short leaves a run that starts over, never half a run.
+# Checkpoints are removed early and settings last: a `--fresh` that is cut short leaves a run that starts over, never
+# half a run.
 _CONTENTS = (
     *(
         "summary.json",
@@ -84,8 +85,8 @@ class Run:
         """The run in `directory`: begun if there is none, else continued, or with resume=False emptied first.
 
         `settings` are those of `config.dump`. A run may go on with other settings of how it is computed, from another
-        place, and to a greater length (`runs.resume`), which is recorded. Raises ConfigError where another process has
-        the run open, where the directory holds something else, or a run of another stage or other settings that has
+        place, and to a greater length (`runs.resume`); this is recorded. Raises ConfigError if another process has the
+        run open, or if the directory holds something else, or a run of another stage or with other settings that has
         begun to write.
         """
         directory = Path(directory)
@@ -105,7 +106,7 @@ class Run:
         return run
 
     def _begin_or_go_on(self, resume: bool) -> None:
-        """Makes settings.toml and environment.json what they are to be, or raises what stands against it."""
+        """Brings settings.toml and environment.json up to date, or raises ConfigError if the run must not go on."""
         directory, settings_file = self.directory, self.directory / "settings.toml"
         record = directory / "environment.json"
         text = config.to_toml({"stage": self.stage, **self.settings})
@@ -134,7 +135,7 @@ class Run:
             write_whole(record, json_text({**began, "place": vars(here)}))
 
     def _changes(self, here: Place) -> Changes:
-        """How the settings there differ from those now. Raises ConfigError for what may not differ."""
+        """How the settings in the directory differ from those now. Raises ConfigError for what may not differ."""
         settings_file = self.directory / "settings.toml"
         try:
             before = tomllib.loads(settings_file.read_text(encoding="utf-8"))
@@ -153,17 +154,17 @@ class Run:
         )
 
     def _take_over(self, found: Changes, text: str, began: dict[str, Any]) -> None:
-        """Goes on with other settings: they are written, and what they were is recorded with the step."""
+        """Goes on with other settings: writes them, and records the earlier ones with the step."""
         if found.recorded:
             step = self._num_done()
             began.setdefault("changed_settings", []).append({"after_step": step, "settings": found.recorded})
             print(f"note: the run goes on after step {step} with {found.said}", file=sys.stderr)
-        if found.length:  # first: a kill in between leaves a run that is to be finished again, of either length
+        if found.length:  # first, so that a kill in between leaves a run that is finished again, with either length
             discard(self.directory / "summary.json")
         write_whole(self.directory / "settings.toml", text)
 
     def _num_done(self) -> int:
-        """The step of the newest checkpoint; 0 where there is none."""
+        """The step of the newest checkpoint; 0 if there is none."""
         steps = _checkpoints(self.directory / "checkpoints")
         return int(steps[-1].name.removeprefix("step-")) if steps else 0
 
@@ -174,7 +175,7 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the directory; the run can be opened again."""
+        """Releases the directory; the run can be opened again."""
         for writer in self._writers:
             writer.close()
         self._writers = []
@@ -186,9 +187,9 @@ class Run:
         return (self.directory / "summary.json").exists()
 
     def log(self, step: int, metrics: Mapping[str, Metric] | Mapping[str, float]) -> None:
-        """Appends one row to metrics.jsonl and tells the trackers. Steps count from 1 and never go back.
+        """Appends one row to metrics.jsonl and passes it to the trackers. Steps count from 1 and never go back.
 
-        A value that is not finite becomes null, since JSON has no word for it.
+        A value that is not finite becomes null, since JSON cannot write it.
         """
         values = {name: m if isinstance(m, int | float) else m.value for name, m in metrics.items()}
         self._append("metrics.jsonl", [{"step": step, **values}])
@@ -196,7 +197,7 @@ class Run:
             writer.log(step, values)
 
     def add_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Appends rows of JSON values to samples.jsonl, each under the step that `log` gets for the same work."""
+        """Appends rows of JSON values to samples.jsonl, each with the step that `log` gets for the same work."""
         self._append("samples.jsonl", [{"step": step, **row} for row in rows])
 
     def _append(self, name: str, rows: list[Mapping[str, Any]]) -> None:
@@ -204,10 +205,10 @@ class Run:
             append_rows(self.directory / name, rows)
 
     def add_data(self, source: str | Path, sha256: str, rows: int, reading: Mapping[str, Any] | None = None) -> None:
-        """Records in data.json what was read and how: with `not_used`, columns that are no part of the records, and
-        `dropped`, rows left out by mistake, which are said on stderr too.
+        """Records in data.json what was read and how. `reading` holds `not_used`, the columns that are not part of the
+        records, and `dropped`, the numbers of dropped rows by kind of mistake; both are said on stderr too.
 
-        Raises DataError where a resumed run finds other data than it began with.
+        Raises DataError if a resumed run finds other data than it began with.
         """
         path = self.directory / "data.json"
         lost = "restore it, or begin again with --fresh: it says which data the run began with"
@@ -229,7 +230,7 @@ class Run:
         say_reading(name, rows, reading or {})
 
     def _is_same_source(self, before: str, now: str) -> bool:
-        """Whether two names are one file: the run may have been moved, or its file named in another way."""
+        """Whether two names mean one file: the run may have been moved, or its file named in another way."""
         here = Place.of(self.directory)
         inside = here.beside(now)
         if here.resolved(before) == here.resolved(now):
@@ -239,7 +240,8 @@ class Run:
     def note_path(self, name: str, taken: str) -> None:
         """Records which of several ways of computing the run takes, such as ("sampler", "fused, compiled").
 
-        They give the same numbers but for rounding; a resumed run that must take another one says so and records it.
+        All ways give the same numbers except for rounding. A resumed run that must take another way says so and records
+        it.
         """
         record = self.directory / "environment.json"
         noted = read_json(record, fix="restore it, or remove it") if record.exists() else {}
@@ -259,7 +261,7 @@ class Run:
     def save_checkpoint(self, step: int, write: Callable[[Path], None], keep: int = 2) -> None:
         """Makes checkpoints/step-<step> out of what `write` puts into the directory it is given, all or nothing.
 
-        The newest `keep` checkpoints stay. Raises EngineError where the disk does not take it; the last one stays good.
+        The newest `keep` checkpoints stay. Raises EngineError if it cannot be written; the one before stays good.
         """
         checkpoints = self.directory / "checkpoints"
         kept = "the same command goes on from the checkpoint before"
@@ -277,9 +279,9 @@ class Run:
             discard(old)
 
     def load_checkpoint(self) -> tuple[int, Path] | None:
-        """Step and directory of the newest checkpoint whose checksums hold; None where there is none.
+        """The step and directory of the newest checkpoint whose checksums hold; None if there is none.
 
-        A damaged one is named on stderr, moved aside to checkpoints/damaged-<step> and not counted.
+        A damaged checkpoint is named on stderr, moved aside to checkpoints/damaged-<step> and not counted.
         """
         for path in reversed(_checkpoints(self.directory / "checkpoints")):
             if not (problem := _damage(path)):
@@ -291,7 +293,7 @@ class Run:
         return None
 
     def rewind(self, step: int) -> None:
-        """Cuts metrics.jsonl and samples.jsonl before their first row after `step`, or not wholly written."""
+        """Cuts metrics.jsonl and samples.jsonl before their first row that is after `step` or incomplete."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.directory / name
             if path.exists():
@@ -311,7 +313,7 @@ class Run:
         self.close()
 
     def kept(self) -> str:
-        """What of this run is not lost if it stops now, in a sentence."""
+        """A sentence that says what of this run is not lost if it stops now."""
         if self.finished:
             return f"{self.directory} is finished"
         if done := self._num_done():
@@ -323,7 +325,7 @@ class Run:
 
 
 def _refuse_strangers(directory: Path) -> None:
-    """Raises ConfigError where the directory is none, or holds something that is no run."""
+    """Raises ConfigError if the path is not a directory, or if the directory holds something that is not a run."""
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{directory} is a file", where="the run directory", fix="give another directory")
     if directory.exists() and not (directory / "settings.toml").exists() and _strangers(directory):
@@ -367,7 +369,7 @@ def _locked(directory: Path) -> IO[str]:
 
 
 def _written_before(record: Path) -> list[str]:
-    """What the stage writes that this directory was a run of, as its record says."""
+    """The files that the directory's stage writes, as the record of its run says."""
     try:
         names = json.loads(record.read_text(encoding="utf-8"))["stage"]["writes"]
         return [name for name in names if isinstance(name, str) and Path(name).name == name]
@@ -403,7 +405,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _sums(directory: Path) -> str:
-    """As `sha256sum` writes it, so that `sha256sum -c SHA256SUMS` checks it too."""
+    """The checksums of all files, as `sha256sum` writes them, so that `sha256sum -c SHA256SUMS` checks them too."""
     lines = []
     for path in _files(directory):
         with path.open("rb") as file:
@@ -424,7 +426,7 @@ def _damage(directory: Path) -> str:
 
 
 def _end_of_step(path: Path, step: int) -> int:
-    """The byte at which the first row after `step`, or the first row that is not whole, begins."""
+    """The byte at which the first row begins that is after `step` or incomplete."""
     end = 0
     with path.open("rb") as file:
         for line in file:

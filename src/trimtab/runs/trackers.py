@@ -17,7 +17,7 @@ class Writer(Protocol):
     """An open connection to a tracker."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Passes one step on."""
+        """Passes the values of one step on."""
 
     def close(self) -> None:
         """Sends what is left."""
@@ -36,7 +36,7 @@ class TensorBoard:
     """Event files in tensorboard/ of the run directory; `tensorboard --logdir runs` shows them."""
 
     def start(self, directory: Path, settings: Mapping[str, Any]) -> Writer:
-        """A writer for which steps repeated after a resume replace the earlier ones."""
+        """A writer. Steps that are repeated after a resume replace the earlier ones."""
         _library("tensorboard")
         return _TensorBoardWriter(directory / "tensorboard")
 
@@ -47,7 +47,7 @@ class _TensorBoardWriter:
         self._writer: Any = None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        if self._writer is None:  # the first step tells from where an earlier attempt is to be hidden
+        if self._writer is None:  # the first step says from which step on an earlier attempt is to be hidden
             tensorboard = importlib.import_module("torch.utils.tensorboard")
             self._writer = tensorboard.SummaryWriter(str(self._directory), purge_step=step)
         for name, value in values.items():
@@ -61,10 +61,10 @@ class _TensorBoardWriter:
 @register("tracker", "wandb")
 @dataclass(frozen=True, kw_only=True)
 class WeightsAndBiases:
-    """A Weights & Biases run, named after the run directory and kept in its wandb/."""
+    """A Weights & Biases run, named after the run directory and stored in its wandb/."""
 
     project: str = "trimtab"
-    """The project the run is shown in."""
+    """The project that the run is shown in."""
     mode: Literal["online", "offline"] = "offline"
     """Offline needs no account and no network; `wandb sync` sends it later."""
 

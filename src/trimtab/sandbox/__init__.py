@@ -1,1 +1,1 @@
-"""What runs inside the sandbox: standard library only, loaded by a bare interpreter without this package's imports."""
+"""Code that runs inside the sandbox: standard library only, loaded by a bare interpreter without this package."""

@@ -1,4 +1,4 @@
-"""The walls of the sandbox: namespaces with a file tree of their own, or Landlock; and limits on what is used up."""
+"""The walls of the sandbox: namespaces with a file tree of their own, or Landlock; and limits on resources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from .syscalls import PR_SET_NO_NEW_PRIVS, call, drop_capabilities, mount, prctl, umount, unshare
 
 NOBODY = 65534
-"""What root becomes: limits on processes do not bind root."""
+"""The user that root becomes, because limits on processes do not bind root."""
 
 _NEW_USER, _NEW_MOUNTS, _NEW_PROCESSES, _NEW_NETWORK, _NEW_IPC, _NEW_NAME = (
     0x10000000,
@@ -28,13 +28,14 @@ _READ_ONLY, _NO_SUID, _NO_DEVICES, _BIND, _RECURSIVE, _PRIVATE = 1, 2, 4, 4096, 
 _AT_FDCWD, _AT_RECURSIVE, _DETACH = -100, 0x8000, 2
 
 _SCAFFOLD = "/sys"
-"""The new file tree is built on it, out of sight of everyone else: a directory that is always there, and not wanted."""
+"""The new file tree is built on this directory, out of sight of all other processes. It always exists, and sandboxed
+code does not need it."""
 WORK = "/work"
-"""The one writable directory, where there is one."""
+"""The only writable directory, if there is one."""
 
 
 def readable_paths(packages: list[str]) -> list[str]:
-    """What a Python program cannot run without, and `packages`."""
+    """The paths that a Python program cannot run without, and `packages`."""
     base = Path(sys.base_prefix)
     wanted = [base / "lib", base / "lib64", *map(Path, ("/lib", "/lib64", "/usr/lib", "/usr/lib64"))]
     wanted += [Path("/etc/ld.so.cache"), Path("/usr/share/zoneinfo"), *map(Path, packages)]
@@ -42,8 +43,8 @@ def readable_paths(packages: list[str]) -> list[str]:
 
 
 def enter_namespaces(readable: list[str], *, file_mb: int) -> None:
-    """Moves this process to a world with no network, no other process and no files but `readable`, all read-only, and
-    an empty directory of `file_mb` megabytes. The next fork is that world's first process. Raises OSError where the
+    """Moves this process to namespaces with no network, no other process and no files but `readable`, all read-only,
+    and an empty directory of `file_mb` megabytes. The next fork is the first process there. Raises OSError if the
     kernel does not allow it.
     """
     root = _SCAFFOLD
@@ -70,7 +71,7 @@ def enter_namespaces(readable: list[str], *, file_mb: int) -> None:
 
 
 def _exists(user: int) -> bool:
-    """Whether the user namespace that this process is in has such a user."""
+    """Whether the user exists in the user namespace of this process."""
     ranges = [map(int, line.split()) for line in Path("/proc/self/uid_map").read_text().splitlines()]
     return any(first <= user < first + num for first, _, num in ranges)
 
@@ -78,8 +79,8 @@ def _exists(user: int) -> bool:
 def _maps_writer() -> Callable[[], None]:
     """A function to call once this process is in a user namespace of its own.
 
-    There it is who it was outside, and where that is root, `NOBODY` exists too. Only a process that stayed outside may
-    write that down, so one is started here, and waits.
+    There, the process is the user that it was outside, and if that is root, `NOBODY` exists too. Only a process that
+    stayed outside may write these maps, so one is started here, and waits.
     """
     process, is_root = os.getpid(), os.getuid() == 0
     entered_read, entered_write = os.pipe()
@@ -127,18 +128,18 @@ def _make_read_only(root: str) -> None:
     call("mount_setattr", _AT_FDCWD, root.encode(), _AT_RECURSIVE, wanted, ctypes.c_size_t(len(wanted)))
 
 
-# Rights of Landlock by the version that brought them; each is refused unless a rule gives it.
+# Rights of Landlock by the version that introduced them; each is refused unless a rule gives it.
 _FILE_RIGHTS = {1: (1 << 13) - 1, 2: 1 << 13, 3: 1 << 14, 5: 1 << 15}
 _NETWORK_RIGHTS = {4: 0b11}
 _SCOPES = {6: 0b11}
 _EXECUTE, _READ_FILE, _READ_DIRECTORY = 1 << 0, 1 << 2, 1 << 3
 _OLDEST_LANDLOCK = 3
-"""Before it, files that may only be read could be cut to length zero."""
+"""With older versions, files that may only be read could be cut to length zero."""
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 
 
 def landlock_version() -> int:
-    """The kernel's version of Landlock; 0 where there is none."""
+    """The kernel's version of Landlock; 0 if it has none."""
     libc = ctypes.CDLL(None, use_errno=True)
     return max(0, int(libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1))))
 
@@ -149,7 +150,7 @@ def has_landlock() -> bool:
 
 
 def restrict_files(readable: list[str]) -> None:
-    """Nothing can be opened any more but `readable`, and that only to read. Raises OSError."""
+    """From now on, this process can open only `readable`, and only to read. Raises OSError."""
     libc, version = ctypes.CDLL(None, use_errno=True), landlock_version()
 
     def known(rights: dict[int, int]) -> int:
@@ -176,7 +177,7 @@ def restrict_files(readable: list[str]) -> None:
 
 
 def become_nobody() -> None:
-    """Gives up root, where this is root, and every capability. For use inside namespaces."""
+    """Gives up root, if this process is root, and every capability. For use inside namespaces."""
     if os.getuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -186,14 +187,15 @@ def become_nobody() -> None:
 
 
 def check_readable(paths: list[str]) -> None:
-    """Raises PermissionError for a directory that sandboxed code could not read, though it is there."""
+    """Raises PermissionError for a directory that exists but that sandboxed code could not read."""
     for path in paths:
         if not os.access(path, os.R_OK | os.X_OK):
             raise PermissionError(f"{path} is not readable by everyone, and code that root starts runs as nobody")
 
 
 def set_limits(*, cpu_seconds: int, memory_mb: int, file_mb: int, num_processes: int | None) -> None:
-    """Limits that the kernel keeps for each process; `num_processes` for all of the same user in the namespace."""
+    """Sets limits that the kernel keeps for each process; `num_processes` is for all processes of the user in the
+    namespace."""
     limits = {
         resource.RLIMIT_CPU: cpu_seconds,
         resource.RLIMIT_AS: memory_mb << 20,

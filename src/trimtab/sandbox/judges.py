@@ -21,11 +21,11 @@ def main() -> None:
     memory_mb, seconds = int(sys.argv[1]), float(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # a library that prints does not speak in our name
+    os.dup2(2, 1)  # what a library prints must not stand among the answers
     for line in sys.stdin:
         kind, *arguments = json.loads(line)
-        # Processor time: a busy machine judges as an idle one. Nothing handles the signal: it ends this process,
-        # deep in a library or not.
+        # The limit is processor time, so that a busy machine judges like an idle one. Nothing handles the signal: it
+        # ends this process, even deep in a library.
         signal.setitimer(signal.ITIMER_PROF, 0 if kind == "load" else seconds)
         try:
             answer: dict[str, Any] = {"value": JUDGES[kind](*arguments)}
@@ -43,7 +43,7 @@ def matches(pattern: str, how: str, text: str) -> bool:
 
 
 def same_maths(right: str, given: str) -> bool:
-    """Whether two answers in LaTeX or plain notation are the same. Raises ValueError where the right one is none."""
+    """Whether two answers in LaTeX or plain notation are the same. Raises ValueError if the right one is unreadable."""
     parse, verify = _maths()
     expected = parse(f"${right}$", parsing_timeout=None)
     if not expected:
@@ -52,7 +52,7 @@ def same_maths(right: str, given: str) -> bool:
 
 
 def fits_schema(schema: str, text: str) -> bool:
-    """Whether the text is JSON of that schema."""
+    """Whether the text is JSON that fits the schema."""
     try:
         value = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -74,7 +74,7 @@ def _maths() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     import math_verify
 
-    logging.disable(logging.WARNING)  # it warns that time is ours to keep
+    logging.disable(logging.WARNING)  # it warns that the caller has to limit the time
     return math_verify.parse, math_verify.verify
 
 
@@ -93,7 +93,7 @@ def _no_constant(name: str) -> None:
 
 
 def load(kind: str) -> None:
-    """Loads the libraries that a judgement needs, so that its time is its own."""
+    """Loads the libraries that a judgement needs, so that loading does not count as its time."""
     if kind == "same_maths":
         same_maths("1", "1")
     elif kind in ("fits_schema", "check_schema"):

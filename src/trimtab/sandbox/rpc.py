@@ -16,11 +16,11 @@ _NUMBERS = {("decimal", "Decimal"), ("fractions", "Fraction")}
 
 
 class Refused(Exception):
-    """The tests ask for something that cannot cross to the candidate. Not the candidate's fault."""
+    """The tests ask for something that cannot cross to the candidate. This is not the candidate's fault."""
 
 
 class Gone(Exception):
-    """The other process ended, or sent what is no message."""
+    """The other process ended, or sent something that is not a message."""
 
 
 class Connection:
@@ -64,7 +64,7 @@ class Connection:
             self.answer(message)
 
     def answer(self, message: list[Any]) -> None:
-        """Answers one request. Each side says which there are."""
+        """Answers one request. Each side defines its own requests."""
         raise NotImplementedError
 
     # --- values ---
@@ -131,7 +131,7 @@ class Connection:
 
 
 class Stream:
-    """A socket as a file that reads all that was asked for."""
+    """A socket as a file; a read gives all the bytes that it asks for, unless the socket ends."""
 
     def __init__(self, raw: Any) -> None:
         self.raw = raw

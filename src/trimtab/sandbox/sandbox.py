@@ -1,4 +1,4 @@
-"""Runs Python that nobody has read, in processes of their own that can reach nothing and are always ended."""
+"""Runs untrusted Python code in processes of its own, which can reach nothing else and are always ended."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from trimtab.sandbox.supervisor import BROKEN, ENDED_BY_ITSELF, NO_WALLS, OUT_OF
 Walls = Literal["namespaces", "landlock", "none"]
 WALLS: tuple[Walls, ...] = ("namespaces", "landlock")
 
-# The supervisor runs without this package's imports: the folder is a package of its own there, looked for last.
+# The supervisor runs without this package's imports: there, the folder is a package of its own, looked for last.
 _HERE = str(Path(__file__).parents[1])
 _START = f"import sys; sys.path.append({_HERE!r}); from sandbox.supervisor import main; sys.path.pop(); main()"
 _GRACE_SECONDS = 10.0
-"""How much later than its own deadline the supervisor itself is ended."""
+"""The supervisor itself is ended this long after its own deadline."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one piece of code may use."""
+    """The resources that one piece of code may use."""
 
     seconds: float = 5.0
     """Time by the clock, from start to end; processor time of each process is held a second or two above it."""
     memory_mb: int = 512
     """Address space of each process."""
     num_processes: int = 4
-    """Processes and threads at a time, the first among them. All together, with up to three processes of the
-    sandbox itself, may use so many times memory_mb."""
+    """Processes and threads at a time, the first one included. Together with up to three processes of the sandbox
+    itself, they may use that many times memory_mb."""
     file_mb: int = 16
     """Largest file, and all files together; also of what a program prints."""
 
@@ -47,10 +47,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class TestReport:
-    """What the examiner found."""
+    """The findings of the examiner."""
 
     passed: tuple[bool, ...]
-    """One for each test; false for those that were not reached."""
+    """For each test, whether it passed; false for tests that were not reached."""
     message: str
     """Why the first test failed, or ''."""
     refused: str
@@ -60,7 +60,7 @@ class TestReport:
 
 @dataclass(frozen=True)
 class Output:
-    """What a program printed until it ended or was ended."""
+    """The output of a program until it ended or was ended."""
 
     stdout: str
     timed_out: bool
@@ -77,7 +77,8 @@ class Sandbox:
         allow_unisolated: bool = False,
         walls: Sequence[Walls] = WALLS,
     ) -> None:
-        """`walls` are tried in order. Raises EngineError where none of them can be had and that is not allowed."""
+        """`walls` are tried in order. Raises EngineError if none of them is available and `allow_unisolated` is
+        false."""
         self.limits = limits
         self.packages = [str(Path(p).resolve()) for p in packages]
         self.allow_unisolated = allow_unisolated
@@ -87,7 +88,7 @@ class Sandbox:
     def examine(
         self, code: str, tests: Sequence[str], *, setup: str = "", entry_points: Sequence[str] = ()
     ) -> TestReport:
-        """Which of `tests` hold for what `code` defines. Raises EngineError where the sandbox itself failed."""
+        """Which of `tests` hold for what `code` defines. Raises EngineError if the sandbox itself failed."""
         questions = {"tests": list(tests), "setup": setup, "entry_points": list(entry_points)}
         with _file(code) as source, _file(json.dumps(questions)) as asked, _file("") as verdict:
             files = {"code": source.fileno(), "tests": asked.fileno(), "verdict": verdict.fileno()}
@@ -111,7 +112,7 @@ class Sandbox:
         )
 
     def run(self, code: str, stdin: str = "") -> Output:
-        """What `code` prints as a program. Raises EngineError where the sandbox itself failed."""
+        """The output of `code`, run as a program. Raises EngineError if the sandbox itself failed."""
         with _file(code) as source, _file(stdin) as given, _file("") as output:
             files = [source.fileno(), given.fileno(), output.fileno()]
             status, _ = self._run({"mode": "program", "program_files": files}, files)
@@ -184,7 +185,7 @@ def _wait(supervisor: subprocess.Popen[bytes], seconds: float) -> int:
         ended, _, _ = select.select([watch], [], [], seconds)
     finally:
         os.close(watch)
-        supervisor.stdin.close()  # which asks it to end the sandbox, where it has not
+        supervisor.stdin.close()  # which asks the supervisor to end the sandbox, if it has not yet
         try:
             status = supervisor.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -194,7 +195,7 @@ def _wait(supervisor: subprocess.Popen[bytes], seconds: float) -> int:
 
 
 def _file(text: str) -> IO[bytes]:
-    """A file in memory, without a name, that holds `text`: to be handed on."""
+    """A file in memory, without a name, that holds `text` and can be passed to another process."""
     file = os.fdopen(os.memfd_create("trimtab"), "w+b")
     file.write(text.encode("utf-8", "surrogatepass"))
     file.seek(0)

@@ -1,7 +1,7 @@
 """The process that builds the sandbox, starts what runs in it, and ends all of it.
 
-Started as `python -I -S -c "…; main()" SPEC` with its standard input open for as long as the sandbox is wanted. Its
-standard output is a report of JSON lines: the walls that stand, then how it ended; or an error.
+It is started as `python -I -S -c "…; main()" SPEC`, with its standard input open for as long as the sandbox is wanted.
+Its standard output is a report of JSON lines: the walls that were put up or why they could not be, or an error.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _run(spec: dict[str, Any]) -> int:
 def _behind_walls(spec: dict[str, Any], readable: list[str]) -> int:
     for walls in spec["walls"]:
         if walls == "namespaces":
-            # In a child: half of a new world would be left where the other half is refused.
+            # In a child: if the kernel refuses some of the namespaces, this process would be left in the others.
             status = _in_child(lambda: _enter_namespaces(spec, readable))
             if status != NO_WALLS:
                 return status
@@ -74,15 +74,16 @@ def _enter_namespaces(spec: dict[str, Any], readable: list[str]) -> int:
         _report({"why_not": f"no namespaces: {error}"})
         return NO_WALLS
     _report({"walls": "namespaces"})
-    # Entering has reset it.
+    # Entering the namespaces has reset this.
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-    # What else the kernel counts: the watch, an examiner, and this process where it is the same user inside.
+    # Other processes that the kernel counts: the one that keeps watch, an examiner, and this process if it is the same
+    # user inside.
     spec["num_others"] = 1 + (spec["mode"] == "tests") + (os.getuid() != 0)
     return _in_child(lambda: _first_process(spec, readable))
 
 
 def _first_process(spec: dict[str, Any], readable: list[str]) -> int:
-    """As the first process of its world it takes the others with it when it ends, however it ends."""
+    """Keeps watch as the first process of the namespaces: when it ends, however it ends, all others there end too."""
     isolation.become_nobody()
     isolation.check_readable([os.path.dirname(json.__file__), *spec["packages"]])
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -92,7 +93,7 @@ def _first_process(spec: dict[str, Any], readable: list[str]) -> int:
 
 
 def _in_child(work: Callable[[], int]) -> int:
-    """The status that `work` gives in a process of its own."""
+    """Runs `work` in a process of its own; returns the status that it gives."""
     child = os.fork()
     if child == 0:
         status = BROKEN
@@ -107,7 +108,7 @@ def _in_child(work: Callable[[], int]) -> int:
 
 
 def _keep_watch(spec: dict[str, Any], walls: str, readable: list[str]) -> int:
-    """Starts the processes and ends them: when the one that matters has ended, the time is up, or the owner is gone."""
+    """Starts the processes, and ends them when the first has ended, the time is up, or the owner is gone."""
     started = time.monotonic()
     ours, theirs = socket.socketpair() if spec["mode"] == "tests" else (None, None)
     processes = []
@@ -137,7 +138,7 @@ def _keep_watch(spec: dict[str, Any], walls: str, readable: list[str]) -> int:
 
 
 def _start(work: Callable[[], None], spec: dict[str, Any], walls: str, readable: list[str], *, keep: list[int]) -> int:
-    """Starts `work` in a process behind the walls. Raises OSError where they could not be put up."""
+    """Starts `work` in a process behind the walls. Raises OSError if the walls could not be put up."""
     heard, said = os.pipe()
     process = os.fork()
     if process == 0:
@@ -184,7 +185,7 @@ def _shut_in(spec: dict[str, Any], walls: str, readable: list[str], *, keep: lis
 
 
 def _run_program(spec: dict[str, Any]) -> None:
-    """Runs the code as a script, its input and output where the owner has put them."""
+    """Runs the code as a script, with the files for input and output that the owner has passed."""
     code, given, output = spec["program_files"]
     with os.fdopen(code, encoding="utf-8") as file:
         source = file.read()
@@ -206,7 +207,7 @@ def _run_program(spec: dict[str, Any]) -> None:
 
 
 def _wait(process: int, deadline: float) -> int:
-    """Waits for one process, the deadline or the end of standard input."""
+    """Waits for the end of a process, the deadline, or the end of standard input; returns the status."""
     fd = os.pidfd_open(process)
     while True:
         left = deadline - time.monotonic()
@@ -218,7 +219,7 @@ def _wait(process: int, deadline: float) -> int:
 
 
 def _end(processes: list[int], walls: str) -> None:
-    """Kills the processes and waits until they are gone. With namespaces the kernel does it when this process ends."""
+    """Kills the processes and waits until they are gone. With namespaces, the kernel does so when this process ends."""
     if walls == "namespaces":
         return
     for process in processes:
@@ -242,7 +243,7 @@ def _kill_group(process: int) -> None:
 
 
 def _children() -> list[int]:
-    """Children of this process, adopted ones among them."""
+    """The children of this process, with adopted ones."""
     with open(f"/proc/self/task/{os.getpid()}/children") as file:
         return [int(word) for word in file.read().split()]
 

@@ -12,7 +12,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
 
-# Names to numbers: (x86_64, aarch64); None where the machine has no such call.
+# Names to numbers: (x86_64, aarch64); None if the machine has no such call.
 _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "acct": (163, 89),
     "add_key": (248, 217),
@@ -114,13 +114,14 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "utimes": (235, None),
     "vfork": (58, None),
 }
-# Beyond this number are calls that the filter does not know; they do not exist for sandboxed code.
+# The filter does not know the calls above this number; for sandboxed code they do not exist.
 _NEWEST_KNOWN = 452
 
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Column of `_NUMBERS` and the kernel's name of the architecture."""
 
-# What no code under test needs: networks, other address spaces and views of the system, memory outside the limits.
+# Calls that no code under test needs: for networks, other address spaces and views of the system, and memory outside
+# the limits.
 # fmt: off
 _NEVER = (
     "acct", "add_key", "bpf", "chroot", "delete_module", "fanotify_init", "finit_module", "fsconfig", "fsmount",
@@ -131,8 +132,8 @@ _NEVER = (
     "process_vm_readv", "process_vm_writev", "ptrace", "quotactl", "quotactl_fd", "reboot", "request_key", "semget",
     "setns", "shmget", "socket", "swapoff", "swapon", "syslog", "umount2", "unshare", "userfaultfd",
 )
-# Where the code shares the process table and the file tree of the user: no second process, no signal to another one,
-# nothing about a file or a process changed by name.
+# Calls that are refused too if the code shares the process table and the file tree of the user: no second process, no
+# signal to another one, and no change to a file or process by its name.
 _NEVER_IN_THE_OPEN = (
     "chmod", "chown", "clone", "execve", "execveat", "fchmod", "fchmodat", "fchmodat2", "fchown", "fchownat", "fork",
     "fremovexattr", "fsetxattr", "futimesat", "ioprio_set", "lchown", "lremovexattr", "lsetxattr", "pidfd_open",
@@ -145,7 +146,7 @@ _NEW_NAMESPACES = 0x7E020000
 _OWNER_COMMANDS = (8, 10, 15)
 """F_SETOWN, F_SETSIG and F_SETOWN_EX: ways to have the kernel signal another process."""
 _OWNER_IOCTLS = (0x8901, 0x8902, 0x5412)
-"""FIOSETOWN and SIOCSPGRP, the same by ioctl, and TIOCSTI, which types into a terminal."""
+"""FIOSETOWN and SIOCSPGRP, which do the same by ioctl, and TIOCSTI, which types into a terminal."""
 
 # Berkeley packet filter: load a word of the call's description, jump on equality and so on, return.
 _LOAD, _JEQ, _JGT, _JGE, _JSET, _RETURN = 0x20, 0x15, 0x25, 0x35, 0x45, 0x06
@@ -154,7 +155,7 @@ _OF_NUMBER, _OF_MACHINE = 0, 4
 
 
 def call(name: str, *arguments: object) -> int:
-    """The result of a system call by name. Raises OSError, with ENOSYS on a machine that is not known."""
+    """The result of a system call by name. Raises OSError, with ENOSYS on an unknown machine."""
     number = _number(name)
     if number is None:
         raise OSError(errno.ENOSYS, f"{name} on {platform.machine()}")
@@ -197,8 +198,8 @@ def can_filter() -> bool:
 def install_filter(*, in_the_open: bool) -> None:
     """Takes dangerous system calls away from this process and whatever it starts, for good. Raises OSError.
 
-    `in_the_open` says that no namespace hides the user's processes and files: then there is no second process or
-    thread either, and signals go to the process itself only.
+    `in_the_open` says that no namespace hides the user's processes and files: then the code cannot start a second
+    process or thread either, and can send signals only to itself.
     """
     program = _program(in_the_open=in_the_open)
     instructions = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
@@ -213,9 +214,9 @@ def _program(*, in_the_open: bool) -> list[tuple[int, int, int, int]]:
     program = [
         (_LOAD, 0, 0, _OF_MACHINE),
         (_JEQ, 1, 0, machine),
-        (_RETURN, 0, 0, _KILL),  # a 32-bit call would go by other numbers
+        (_RETURN, 0, 0, _KILL),  # a 32-bit call would have other numbers
         (_LOAD, 0, 0, _OF_NUMBER),
-        (_JGT, 0, 1, _NEWEST_KNOWN),  # above are also the x32 calls
+        (_JGT, 0, 1, _NEWEST_KNOWN),  # the x32 calls are above it too
         (_RETURN, 0, 0, _ERRNO | errno.ENOSYS),
     ]
     for name in _NEVER + (_NEVER_IN_THE_OPEN if in_the_open else ()):
@@ -223,7 +224,7 @@ def _program(*, in_the_open: bool) -> list[tuple[int, int, int, int]]:
     program += _refuse("clone3", errno.ENOSYS)  # its flags lie in memory; libc then uses clone, whose flags can be seen
     program += _refuse_if("clone", 0, [(_JSET, _NEW_NAMESPACES)])
     program += _refuse_if("ioctl", 1, [(_JEQ, command) for command in _OWNER_IOCTLS])
-    program += _refuse_if("prctl", 0, [(_JEQ, PR_SET_PDEATHSIG)])  # it ends when the watch over it ends
+    program += _refuse_if("prctl", 0, [(_JEQ, PR_SET_PDEATHSIG)])  # it must end when the process that watches it ends
     if in_the_open:
         program += _refuse_if("fcntl", 1, [(_JEQ, command) for command in _OWNER_COMMANDS])
         for name in ("kill", "tgkill"):

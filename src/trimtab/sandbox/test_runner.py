@@ -1,8 +1,8 @@
 """The examiner and the candidate: tests run in one process, the code under test in another.
 
 They talk over a socket. Plain values cross it as copies; the candidate's functions, classes and objects stay where
-they are and the examiner holds a `Remote` in their place. So there is nothing of the tests, of the harness or of the
-verdict in the process that runs foreign code: to pass a test it has to return the right values.
+they are, and the examiner holds a `Remote` in their place. So the process that runs foreign code contains nothing of
+the tests, of the harness or of the verdict: to pass a test, the code has to return the right values.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BINARY_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "
 
 
 class Candidate(Connection):
-    """Serves its module's names; nothing here is worth protecting, the code can do all this process can."""
+    """Serves the names of its module. Nothing here is worth protecting: the code can do all that this process can."""
 
     def serve(self, source: str) -> None:
         module = types.ModuleType("solution")
@@ -35,7 +35,7 @@ class Candidate(Connection):
         failure: BaseException | None = None
         try:
             exec(compile(source, "solution.py", "exec"), module.__dict__)
-        except BaseException as error:  # SystemExit among them: whatever it is, the module did not load
+        except BaseException as error:  # SystemExit too: whatever it is, the module did not load
             failure = error
         message = self.receive()
         assert message == ["names"]
@@ -86,7 +86,7 @@ class Candidate(Connection):
 
 
 def _described(kind: type[BaseException]) -> list[str]:
-    """Name of an exception class and of the first class above it that is built in."""
+    """The name of an exception class, and the name of the first class above it that is built in."""
     base = next(c for c in kind.__mro__ if getattr(builtins, c.__name__, None) is c)
     return [kind.__name__, base.__name__]
 
@@ -125,10 +125,10 @@ _DO: dict[str, Callable[..., Any]] = {
 
 
 class Remote:
-    """An object of the candidate's, seen from the tests.
+    """An object of the candidate, as the tests see it.
 
-    What the tests decide, they decide here: it equals no plain value, whatever it says of itself, and what is computed
-    from it and a plain value is never taken for a plain value.
+    The process of the tests makes the decisions: a Remote equals no plain value, whatever it says of itself, and what
+    is computed from it and a plain value is never accepted as a plain value.
     """
 
     __slots__ = ("_examiner", "_handle")
@@ -219,17 +219,18 @@ for _name in _BINARY_OPERATORS:
 
 
 class Examiner(Connection):
-    """Runs the tests. Of its own objects the candidate sees functions that a test passes on, and can only call them."""
+    """Runs the tests. The candidate sees only those of its objects that are functions passed on by a test, and can only
+    call them."""
 
     def __init__(self, stream: Stream) -> None:
         super().__init__(stream)
         self.errors: dict[str, type[Exception]] = {}
 
     def names(self, entry_points: list[str]) -> dict[str, Any]:
-        """What the candidate defines, as the tests may name it.
+        """The names that the candidate defines and the tests may use, with their values.
 
-        A name of Python's own is not the candidate's to redefine, or it would judge itself with its own `abs`, unless
-        it is an entry point; with entry points, nothing else is taken from the candidate.
+        The candidate may not redefine a name of Python's own, such as `abs`, because it would then judge itself with
+        it. An entry point is the exception. If there are entry points, nothing else is taken from the candidate.
         """
         answer = self.ask("names")
         if answer[0] == "error":
@@ -246,7 +247,7 @@ class Examiner(Connection):
         return names
 
     def do(self, what: str, *values: Any) -> Any:
-        """The result of an operation on the candidate's side. Raises what it raised there."""
+        """The result of an operation in the candidate's process. Raises what it raises there."""
         answer = self.ask(what, *[self.encode(v) for v in values])
         if answer[0] == "error":
             raise self._error(answer)
@@ -263,11 +264,11 @@ class Examiner(Connection):
         kind = self.error_class(name, base)
         try:
             return kind(message)
-        except TypeError:  # UnicodeDecodeError, for one, is made of more than a message
+        except TypeError:  # UnicodeDecodeError, for example, needs more than a message
             return kind.__new__(kind)
 
     def error_class(self, name: str, base: str) -> type[Exception]:
-        """The exception class of that name: Python's own, or one made here for the candidate's."""
+        """The exception class of that name: Python's own, or a class made here in place of the candidate's."""
         own = getattr(builtins, name, None)
         if isinstance(own, type) and issubclass(own, Exception):
             return own
@@ -333,7 +334,7 @@ def run_candidate(source: str, socket: int) -> NoReturn:
 
 
 def run_examiner(asked: dict[str, Any], socket: int, verdict: int) -> NoReturn:
-    """Runs `asked["tests"]` one by one; writes "ready", then a JSON line for each."""
+    """Runs `asked["tests"]` one by one; writes the result "ready", then a result for each test, as JSON lines."""
     sys.set_int_max_str_digits(0)
     with os.fdopen(socket, "r+b", buffering=0) as raw, os.fdopen(verdict, "w", encoding="utf-8") as out:
 
@@ -362,7 +363,7 @@ def run_examiner(asked: dict[str, Any], socket: int, verdict: int) -> NoReturn:
                 run_collected(namespace, [names[name] for name in asked["entry_points"] if name in names])
             except Refused as error:
                 say("refused", str(error))
-            except BaseException as error:  # a test fails by whatever it raises
+            except BaseException as error:  # a test fails whatever it raises
                 say("failed", f"{type(error).__name__}: {error}")
                 if isinstance(error, Gone) or names is None:
                     break

@@ -35,15 +35,16 @@ class CompareSettings:
     num_held_out_prompts: int = 250
     """Prompts, of another split, for the pairs a reward model is judged by."""
     replies_per_prompt: int = 2
-    """Replies sampled of each training prompt, each compared with each other; held-out prompts get two."""
+    """Replies sampled for each training prompt, every two of them compared; held-out prompts get two."""
     num_annotators: int = 20
     """Simulated annotators, taking the pairs in turn."""
     votes_per_pair: int = 1
-    """Annotators who vote on each pair. Training: the share that agrees is the label. Held out: each vote is a pair."""
+    """Annotators who vote on each pair. In training pairs the label is the share that agrees; held out, each vote is a
+    pair of its own."""
     agreement: float = 0.70
     """How often two annotators agree on a pair; sets their noise. Real teams report 0.65 to 0.75."""
     biases: dict[str, float] | None = None
-    """What annotators like that the gold score does not, in units of gold; None takes the world's own."""
+    """What annotators like and the gold score does not, in units of gold; None takes the world's own biases."""
     sampling: Sampling = field(default_factory=Sampling)
     """How replies are drawn."""
     seed: int = 0
@@ -115,8 +116,8 @@ def sampled_pairs(rollouts: Sequence[Rollout]) -> tuple[list[tuple[Prompt, str, 
 def vote(annotators: Annotators, pair: tuple[Prompt, str, str], voters: Sequence[int], seed: int) -> PreferencePair:
     """The votes of some annotators as a preference pair whose label is the share of the majority.
 
-    The chance that one annotator prefers `chosen` is kept among the prompt's facts, so that a reward model can be held
-    against the best anyone could do with such annotators.
+    The probability that one annotator prefers `chosen` is kept among the prompt's facts, so that a reward model can be
+    compared with the best that is possible with such annotators.
     """
     prompt, a, b = pair
     num_for_a = sum(annotators.vote(prompt, a, b, annotator=voter, seed=seed) == "A" for voter in voters)

@@ -46,7 +46,7 @@ class EvaluateSettings:
     model: str
     """The checkpoint to evaluate."""
     baseline: str | None = None
-    """The checkpoint to compare it with, usually the SFT model; also what the KL is taken to. None compares nothing."""
+    """The checkpoint to compare it with, usually the SFT model; the KL is taken to it too. None compares nothing."""
     prompts: str
     """Prompts that no stage has trained on: a file, a hub id or a world's test split."""
     num_prompts: int = 200
@@ -58,7 +58,7 @@ class EvaluateSettings:
     reward_model: str | None = None
     """Score by this reward model."""
     rewards: Annotated[tuple[Any, ...], Choice("reward")] = ()
-    """Score by these, each under its name; several also by their weighted sum, as online training adds them up."""
+    """Score by these, each under its name; if there are several, also by their weighted sum, as in online training."""
     best_of: int = 0
     """Also sample the baseline this often for each prompt and report best-of-n by gold; 0 does not. Needs world."""
     best_of_prompts: int = 64
@@ -86,7 +86,7 @@ class EvaluateSettings:
 
 
 Scores = Mapping[str, np.ndarray]
-"""The scores of one model's replies by the name of the judge, nan for what it could not judge."""
+"""The scores of one model's replies by the name of the judge; nan for a reply that it could not judge."""
 
 
 def run(settings: EvaluateSettings, run: Run) -> None:
@@ -115,8 +115,9 @@ def run(settings: EvaluateSettings, run: Run) -> None:
     }
     for name, generator in generators.items():
         run.note_path(f"sampler of {name}", generator.sampler)
-    seed_noise(settings.seed, "evaluate")  # of judges that draw any
-    # In one call, in which equal replies to a prompt have one score: as a tie, not as a coin flip of rounding.
+    seed_noise(settings.seed, "evaluate")  # for judges that draw random numbers
+    # Both models are scored in one call, so that equal replies to a prompt get one score: they are a tie, and rounding
+    # does not decide between them.
     together = score([reply for rollouts in replies.values() for reply in rollouts])
     num = len(loaded.records)
     scores = {
@@ -140,12 +141,12 @@ def run(settings: EvaluateSettings, run: Run) -> None:
 
 
 def load_policy(path: str, chat: Chat, settings: EvaluateSettings) -> Policy:
-    """A checkpoint to sample from."""
+    """The policy of a checkpoint, to sample from."""
     return Policy(load_causal(path), pad_id=chat.pad_id, temperature=settings.sampling.temperature)
 
 
 def load_judges(settings: EvaluateSettings) -> Callable[[Sequence[Rollout]], dict[str, np.ndarray]]:
-    """What gives every reply its scores: by "gold", by "reward", and by the rewards under their names."""
+    """A function that gives every reply its scores: by "gold", by "reward", and by the rewards under their names."""
     judges: dict[str, GoldScorer | RewardModelScorer] = {}
     if settings.world is not None:
         judges["gold"] = GoldScorer(worlds.load(settings.world))
@@ -218,7 +219,7 @@ def kl_to_baseline(
 def best_of_baseline(
     settings: EvaluateSettings, baseline: LocalSampler, prompts: Sequence[Prompt]
 ) -> dict[str, object]:
-    """Unbiased gold of best-of-n of the baseline, chosen by gold itself: how good its own best replies are."""
+    """Unbiased estimates of the gold of the baseline's best-of-n, chosen by gold: how good its best replies are."""
     assert settings.world is not None
     chosen = prompts[: settings.best_of_prompts]
     rollouts = baseline.generate(chosen, group_size=settings.best_of, seed=seeds.derive(settings.seed, "best of"))

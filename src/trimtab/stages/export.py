@@ -1,4 +1,4 @@
-"""A checkpoint as a whole model in its own directory: an adapter merged into its base, ends and padding complete."""
+"""Writes a checkpoint as a whole model: an adapter is merged into its base, and end and padding tokens are set."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def run_pipeline(values: Mapping[str, Any], out: Path, *, where: str = "the pipe
 
 
 def open_run(directory: str | Path, stage: str, settings: Any, *, resume: bool = True) -> Run:
-    """The run of a stage in a directory, with what the stage says of itself; see `Run.open`."""
+    """The run of a stage in a directory, with the facts of the stage's descriptor; see `Run.open`."""
     return Run.open(
         directory,
         stage=stage,
@@ -92,8 +92,8 @@ def run_stage(stage: str, settings: Any, run: Run) -> None:
 
 
 def refuse_other_contents(out: Path, names: Sequence[str], *, where: str) -> None:
-    """Raises ConfigError where the directory holds a run of one stage, or a pipeline with other stages: their records
-    would be overwritten. A pipeline to which stages were added goes on."""
+    """Raises ConfigError if the directory holds a run of one stage, or a pipeline with other stages, because their
+    records would be overwritten. A pipeline to which stages were added goes on."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file", where="the pipeline's directory", fix="give another directory with --out")
     fix = "give another directory with --out"
@@ -105,7 +105,7 @@ def refuse_other_contents(out: Path, names: Sequence[str], *, where: str) -> Non
     try:
         there = tomllib.loads(file.read_text(encoding="utf-8")).get("stages", {})
     except (tomllib.TOMLDecodeError, UnicodeDecodeError):
-        return  # written anew, from the file that this command was given
+        return  # it is written anew, from the file that this command was given
     begun = [name for name in there if name not in names and (out / name).is_dir()]
     if begun:
         raise ConfigError(
@@ -114,7 +114,7 @@ def refuse_other_contents(out: Path, names: Sequence[str], *, where: str) -> Non
 
 
 def refuse_stale(stages: Mapping[str, tuple[str, Any]], out: Path) -> None:
-    """Raises ConfigError where a stage would become longer whose result a later stage has used already."""
+    """Raises ConfigError if a stage would become longer although a later stage has already used its result."""
     for name, (stage, settings) in stages.items():
         grown = would_grow(out / name, stage, settings)
         uses = str(out / name) + os.sep
@@ -138,13 +138,13 @@ def would_grow(directory: Path, stage: str, settings: Any) -> bool:
     try:
         before = tomllib.loads((directory / "settings.toml").read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError):
-        return False  # said when the run is opened
+        return False  # it is reported when the run is opened
     now = tomllib.loads(config.to_toml(config.dump(settings)))
     return any(before.get(key) != now.get(key) for key in registry.descriptor("stage", stage).grows)
 
 
 def expand(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """The pipeline with every `like` written out, so that the rounds of a loop say only what differs.
+    """The pipeline with every `like` written out. With `like`, the rounds of a loop have to say only what differs.
 
     Tables inside a stage are put together key by key, lists are replaced. Raises ConfigError for a `like` that names no
     stage above it.
@@ -168,7 +168,7 @@ def expand(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
 
 
 def overlay(below: Any, above: Any) -> Any:
-    """`above` where it says something, `below` elsewhere; tables key by key, except where they name another class."""
+    """`below` with the values of `above` on top; tables key by key, unless `above` names another class."""
     if not isinstance(below, Mapping) or not isinstance(above, Mapping):
         return above
     if "name" in above and above["name"] != below.get("name"):
@@ -177,7 +177,7 @@ def overlay(below: Any, above: Any) -> Any:
 
 
 def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[str, tuple[str, Any]]:
-    """Name to (stage, its settings). Raises one ConfigError with every mistake."""
+    """The stages by name, each as (stage, its settings). Raises one ConfigError with every mistake."""
     values = expand(values, where=where)
     tables = values.get("stages")
     if not isinstance(tables, Mapping) or not tables:
@@ -214,7 +214,7 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
         resolved[key] = substitute(settings, key, values.get("variables", {}), earlier, out, where)
         earlier.add(name)
     kinds = {f"stages.{name}": table["stage"] for name, table in tables.items()}
-    # Before the stages are imported, which takes seconds: a mistake is to be answered at once.
+    # This comes before the stages are imported, which takes seconds: a mistake is to be reported at once.
     settings_check.check({key: (known[kinds[key]], table) for key, table in resolved.items()}, where=where)
     classes = {key: registry.descriptor("stage", kind).settings for key, kind in kinds.items()}
     settings_of = config.resolve_tables(classes, resolved, where=where)
@@ -297,6 +297,6 @@ def add_to_summary(directory: Path, values: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """The value as a JSON file."""
+    """Writes the value as a JSON file."""
     with writing(path.name, path):
         write_whole(path, json_text(value))

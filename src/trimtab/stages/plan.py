@@ -1,8 +1,8 @@
-"""What a run will take, before it is started: a rehearsal of every stage, a few steps long, in a scratch directory.
+"""Estimates what a run will take, by a rehearsal: each stage runs a few steps in a scratch directory.
 
 The rehearsal is the run itself cut short, with its own data, models and batch sizes, so what it takes is measured and
-not modelled: memory is the peak of a process of its own, and time is what the stage took apart from its steps, plus
-the time of a step for each of those planned.
+not modelled. Memory is the peak of a process of its own. Time is what the stage took apart from its steps, plus the
+time of a step for each planned step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trimtab.stages.stage import share_of_prompts
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """What one stage will take."""
+    """The time and memory that one stage will take."""
 
     name: str
     stage: str
@@ -38,18 +38,18 @@ class StagePlan:
     """Steps planned; None for a stage that has none."""
     seconds_per_step: float | None
     seconds: float
-    """From its start to its end."""
+    """Time of the stage from its start to its end."""
     peak_rss_gb: float
     """Most memory of the process up to the end of this stage."""
     tokens_per_second: float | None
     laps: dict[str, float]
-    """Seconds of each phase of a step, where the stage measures them."""
+    """Seconds of each phase of a step, if the stage measures them."""
     weights_gb: dict[str, float]
-    """Each model in memory: its weights, with gradients and the two moments of AdamW for what is trained."""
+    """GB of each model in memory: its weights, and for a trained model its gradients and AdamW's two moments too."""
 
 
 def plan(values: Mapping[str, Any], *, where: str) -> list[StagePlan]:
-    """Rehearses the pipeline in a process of its own. Raises what a mistake in the file or the run raises."""
+    """Rehearses the pipeline in a process of its own. A mistake in the file or in the run raises its error."""
     place = Path("runs/plan")
     preflight.check(resolve_stages(values, place, where=where), place, where=where)
     with tempfile.TemporaryDirectory(prefix="trimtab-plan-") as scratch:
@@ -74,7 +74,7 @@ def cut_short(stage: str, table: Mapping[str, Any], settings: Any) -> dict[str, 
 
 
 def share_sampled(settings: Any, directory: Path) -> float:
-    """The share of the data a stage makes that its rehearsal in `directory` made."""
+    """The share that a stage's rehearsal in `directory` made of the data that the whole stage makes."""
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     planned = summary.get("num_planned_steps")
     return float(summary["num_steps"] / planned) if planned else share_of_prompts(settings)
@@ -89,7 +89,7 @@ def rehearse(values: dict[str, Any], scratch: Path) -> None:
         upto = dict(list(tables.items())[:number])
         run_pipeline({**values, "stages": upto}, scratch / "run", where="the plan")
         stage, settings = whole[name]
-        # What a rehearsed stage samples is less than there will be.
+        # A rehearsed stage samples less data than the whole stage will.
         shares = [
             share_sampled(other, scratch / "run" / source)
             for source, (kind, other) in whole.items()
@@ -101,7 +101,7 @@ def rehearse(values: dict[str, Any], scratch: Path) -> None:
 
 
 def estimate(name: str, stage: str, settings: Any, directory: Path, *, share_of_data: float) -> StagePlan:
-    """The whole stage, from its rehearsal in `directory`, which had this share of the data."""
+    """The plan of the whole stage, from its rehearsal in `directory`, which had this share of the data."""
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     metrics = directory / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
@@ -134,12 +134,12 @@ def estimate(name: str, stage: str, settings: Any, directory: Path, *, share_of_
 
 
 def weights(stage: str, settings: Any, directory: Path) -> dict[str, float]:
-    """GB of each model the stage holds, by the files it is loaded from. What is trained counts four times: weight,
+    """GB of each model that the stage holds, by the files it is loaded from. A trained model counts four times: weight,
     gradient and two moments."""
     adapter, critic = (getattr(settings, name, None) for name in ("adapter", "critic"))
     trained = preflight.describe(stage).trains
     times = 1 if adapter else 4
-    # A model that is made from nothing is as large as the one that was written.
+    # A model that is trained from scratch is as large as the one that was written.
     start = getattr(settings, "model", directory / "model")
     sizes = {trained or "policy": file_gb(start) * (times if trained else 1)}
     if critic is not None and adapter is None:
@@ -157,7 +157,7 @@ def weights(stage: str, settings: Any, directory: Path) -> dict[str, float]:
 
 
 def file_gb(directory: str | Path | None) -> float:
-    """GB of the weights in a model directory, at four bytes an entry; 0 where there is none."""
+    """GB of the weights in a model directory, at four bytes per entry; 0 if there are none."""
     from safetensors import safe_open
 
     num = 0
@@ -168,14 +168,14 @@ def file_gb(directory: str | Path | None) -> float:
 
 
 def peak_rss_gb() -> float:
-    """The most memory this process has held."""
+    """The most memory that this process has held, in GB."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def show(plans: list[StagePlan], console: Console) -> None:
-    """The plan as a table, and what a step is made of."""
+    """Prints the plan as a table, and the phases of a step."""
     table = Table(box=None, pad_edge=False)
     for title in ("stage", "steps", "s a step", "tokens/s", "time", "memory", "weights, gradients and moments (GB)"):
         table.add_column(title, justify="left" if title.startswith(("stage", "weights")) else "right")
@@ -199,7 +199,7 @@ def show(plans: list[StagePlan], console: Console) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """A time in the unit that suits it: "45 s", "12 min" or "3.5 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = seconds / 60

@@ -66,7 +66,7 @@ class PreferenceSettings(TrainingSettings):
     model: str
     """The model to start from: usually the SFT model."""
     reference: str | None = None
-    """The model the policy is held to; without one, the model it starts from. Losses without a reference load none."""
+    """The model that the policy is held to; without one, the model it starts from. Losses that need none load none."""
     data: str
     """Preference pairs, or for losses of single replies also replies with a label: a file, a hub id or a world."""
     held_out_data: str | None = None
@@ -74,15 +74,15 @@ class PreferenceSettings(TrainingSettings):
     held_out: float = 0.1
     """The share of the prompts that is held out. Ignored when held_out_data is given."""
     loss: Annotated[Any, Choice("preference_loss")] = field(default_factory=DPO)
-    """What is minimised."""
+    """The loss that is minimised."""
     batch_size: int = 32
-    """Prompts of one update, each with all its pairs or replies."""
+    """Prompts per update, each with all its pairs or replies."""
     optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=1e-6, schedule="cosine", warmup_fraction=0.1))
     """The optimizer and its schedule."""
     adapter: LoRA | None = None
     """Train a low-rank adapter on the frozen model; its reference is that model with the adapter as it was."""
     reference_cache: str | None = None
-    """Directory that keeps what the reference says; without one, `.reference` beside the run directory."""
+    """Directory that keeps the reference's log-probabilities; without one, `.reference` beside the run directory."""
 
 
 def run(settings: PreferenceSettings, run: Run) -> None:
@@ -125,8 +125,8 @@ def run(settings: PreferenceSettings, run: Run) -> None:
 
 
 def held_out_accuracy(held_out: Comparisons | Judgements, last: dict[str, float]) -> dict[str, float]:
-    """The share of held-out pairs (or replies) that the implied reward puts right, with its interval and their number.
-    Pairs with even votes have no right side and are left out."""
+    """The share of held-out pairs (or replies) on which the implied reward is right, with its interval and their
+    number. Pairs with even votes have no right side and are left out."""
     decided = int((held_out.labels != 0.5).sum()) if isinstance(held_out, Comparisons) else None
     num = round(sum(held_out.totals)) if isinstance(held_out, Judgements) else decided or 0
     found = wilson(min(num, last.get("policy/validation_accuracy", 0.0) * num), num)
@@ -139,8 +139,8 @@ def held_out_accuracy(held_out: Comparisons | Judgements, last: dict[str, float]
 def read_data(
     settings: PreferenceSettings, loss: PreferenceLoss, chat: Chat, run: Run, counts: dict[str, int]
 ) -> tuple[Comparisons, Comparisons] | tuple[Judgements, Judgements]:
-    """What to train on and what to validate on, grouped by prompt; what was dropped and what the loss has no place for
-    is added to `counts`."""
+    """The data to train on and the data to validate on, grouped by prompt. What was dropped, and the margins and labels
+    that the loss does not use, are added to `counts`."""
     kind: type[Any] = LabelledResponse if loss.reads == "replies" and holds_labels(settings.data) else PreferencePair
     options: dict[str, Any] = {"on_bad_row": settings.on_bad_row}
     prepared = prepare_data(kind, settings.data, run, chat, limit=settings.limit, **options)
@@ -171,7 +171,7 @@ def holds_labels(source: str) -> bool:
 
 
 def say_balance(replies: Judgements, loss: Any) -> None:
-    """Says on stderr when good and bad replies weigh very differently (KTO, arXiv:2402.01306, section 4.2: their total
+    """Says on stderr if good and bad replies weigh very differently (KTO, arXiv:2402.01306, section 4.2: their total
     weights are best within 1 to 4/3 of each other)."""
     good, bad = replies.totals
     good_weight, bad_weight = loss.desirable_weight * good, loss.undesirable_weight * bad
@@ -204,9 +204,11 @@ def make_batches(
     held_out: Comparisons | Judgements,
     run: Run,
 ) -> tuple[MakeBatch, Validation | None]:
-    """What makes the batch of some examples, and the validation data. Reads the examples in `used` with the reference
-    once, before any weight changes, and those held out when they are first judged: a run that is to take a few steps of
-    a large set need not wait for them."""
+    """A function that makes the batch of some examples, and the validation data.
+
+    The reference reads the examples in `used` once, before any weight changes. It reads the held-out ones when they are
+    first judged, so that a run of a few steps on a large set need not wait for them.
+    """
     reference = start_reference(settings, policy, base, chat) if loss.needs_reference else None
     directory = Path(settings.reference_cache) if settings.reference_cache else run.directory.parent / ".reference"
 
@@ -250,7 +252,7 @@ def make_batches(
 def check_mismatched(
     settings: PreferenceSettings, train: Comparisons | Judgements, held_out: Comparisons | Judgements
 ) -> None:
-    """Raises DataError for a single prompt, beside which no replies of another could be set."""
+    """Raises DataError if there is a single prompt, because there are no replies to another prompt to set beside it."""
     for part, examples in (("train on", train), ("validate on", held_out)):
         if len(examples.trees) == 1:
             raise DataError(
@@ -263,8 +265,8 @@ def check_mismatched(
 def late_reference(
     settings: PreferenceSettings, policy: Policy, reference: Policy | None, chat: Chat
 ) -> Callable[[], AbstractContextManager[Policy | None]]:
-    """What gives the reference as it was before training. Where it is the policy itself that is a copy, loaded anew and
-    kept no longer than it is used."""
+    """A function that gives the reference as it was before training. If the reference is the policy itself, it gives a
+    copy that is loaded anew and kept no longer than it is used."""
     digest = model_hash(policy) if reference is policy else ""
 
     @contextmanager
@@ -291,7 +293,7 @@ def late_reference(
 
 
 def pair_batch(pairs: Comparisons, indices: Sequence[int], ref: dict[int, Tensor]) -> PairBatch:
-    """The prompts with these numbers as one batch, with the reference's log-probabilities where there is one."""
+    """The prompts with these numbers as one batch, with the reference's log-probabilities if there is a reference."""
     batch = pairs.batch(indices)
     if not ref:
         return batch
@@ -312,7 +314,7 @@ def reply_batch(replies: Judgements, indices: Sequence[int], ref: dict[int, Tens
 def mismatched_batch(
     batch: JudgedReplies, indices: Sequence[int], mixed: Sequence[Tree], mixed_ref: dict[int, Tensor]
 ) -> MismatchedReplies:
-    """The batch with the prompts and the replies to others beside it."""
+    """The batch with the trees of `mixed` beside it: its prompts with the replies to other prompts."""
     return MismatchedReplies(
         trees=batch.trees,
         ref_logprobs=batch.ref_logprobs,
@@ -326,8 +328,8 @@ def mismatched_batch(
 def start_reference(settings: PreferenceSettings, policy: Policy, base: str, chat: Chat) -> Policy:
     """The reference: the policy as it starts, its base with the adapter off, or another model.
 
-    A new adapter changes nothing yet, so its reference is the base. One that was trained before is its own reference,
-    as it was: switching it off would give another model.
+    A new adapter changes nothing yet, so its reference is the base. An adapter that was trained before is its own
+    reference, as it was then: the base with the adapter off would be another model.
     """
     path = settings.reference or settings.model
     if policy.adapter is not None and same_model(path, base):
@@ -348,12 +350,12 @@ def start_reference(settings: PreferenceSettings, policy: Policy, base: str, cha
 
 
 def records_of(settings: PreferenceSettings) -> tuple[type, ...]:
-    """The records, any one of them, that the data of these settings holds."""
+    """The kinds of record, any one of them, that the data of these settings may hold."""
     return (LabelledResponse, PreferencePair) if settings.loss.reads == "replies" else (PreferencePair,)
 
 
 def steps_of_the_reference(settings: PreferenceSettings, num_steps: int) -> float:
-    """What the reference costs, in steps: it reads the data once, in a forward pass, which is a third of a step."""
+    """The cost of the reference, in steps: it reads the data once, in a forward pass, which is a third of a step."""
     return num_steps / (3 * max(1.0, settings.num_epochs)) if settings.loss.needs_reference else 0.0
 
 

@@ -1,6 +1,6 @@
-"""What a run reads, looked at before anything is trained: files and their columns, models, functions, libraries.
+"""Checks what a run reads before anything is trained: files and their columns, models, functions, libraries.
 
-A pipeline that is to stop at a missing file of its last stage would otherwise say so after hours. Only beginnings are
+Without these checks, a pipeline would stop at a missing file of its last stage only after hours. Only beginnings are
 read here; the stage itself reads the whole, and has the last word.
 """
 
@@ -25,22 +25,22 @@ from trimtab.rewards.python_callable import PythonCallable, load_function
 from trimtab.stages.stage import ModelKind, Stage
 
 NUM_ROWS = 1000
-"""Rows of a file that are looked at."""
+"""How many rows of a file are checked."""
 
 
 @dataclass(frozen=True)
 class DataUse:
-    """Data that a stage reads."""
+    """Data that a stage reads, for example `DataUse("data", "pairs.jsonl", (PreferencePair,))`."""
 
     key: str
     source: str
     kinds: tuple[type, ...]
-    """Any of these records; none where any text will do."""
+    """The kinds of record, any one of which will do; empty if any text will do."""
 
 
 @dataclass(frozen=True)
 class ModelUse:
-    """A model that a stage loads."""
+    """A model that a stage loads, for example `ModelUse("baseline", "runs/sft/model", "policy")`."""
 
     key: str
     path: str
@@ -49,7 +49,7 @@ class ModelUse:
 
 def check(stages: Mapping[str, tuple[str, Any]], out: Path, *, where: str) -> None:
     """Raises one error with all that is missing or does not fit in the stages of a pipeline in `out`, by their names.
-    Finished ones are left out."""
+    Finished stages are not checked."""
     earlier: dict[str, str] = {}
     found: list[tuple[str, TrimtabError]] = []
     for name, (stage, settings) in stages.items():
@@ -61,12 +61,12 @@ def check(stages: Mapping[str, tuple[str, Any]], out: Path, *, where: str) -> No
 
 
 def check_stage(stage: str, settings: Any, *, where: str) -> None:
-    """The same for a single stage."""
+    """Raises one error with all that is missing or does not fit in a single stage."""
     _raise(list(_problems(stage, settings, {})), where)
 
 
 def describe(stage: str) -> Stage:
-    """What a stage says of itself."""
+    """The descriptor of a stage."""
     found: Stage = registry.descriptor("stage", stage)
     return found
 
@@ -82,7 +82,7 @@ def _raise(found: list[tuple[str, TrimtabError]], where: str) -> None:
 
 
 def _problems(stage: str, settings: Any, made: Mapping[str, str]) -> Iterator[tuple[str, TrimtabError]]:
-    """Every key whose value cannot be used, and why. `made` are the directories of earlier stages, and their kinds."""
+    """Every key whose value cannot be used, and why. `made` maps earlier stages' directories to their stages."""
     looks: list[DataUse | ModelUse] = [*_sources(stage, settings), *_models(stage, settings)]
     for look in looks:
         try:
@@ -116,7 +116,7 @@ def _problems(stage: str, settings: Any, made: Mapping[str, str]) -> Iterator[tu
 
 
 def _sources(stage: str, settings: Any) -> Iterator[DataUse]:
-    """What the stage reads, and as what."""
+    """The data that the stage reads, and the kinds of record it may hold."""
     data = describe(stage).data(settings)
     kinds: dict[str, tuple[type, ...]] = {
         "data": data,
@@ -132,7 +132,7 @@ def _sources(stage: str, settings: Any) -> Iterator[DataUse]:
 
 
 def _check_source(look: DataUse, settings: Any, made: Mapping[str, str]) -> None:
-    """Raises the error of data that cannot be read as what it is to be."""
+    """Raises an error if the data cannot be read as any of the kinds of record that it may hold."""
     if (step := _made_by(look.source, made)) is not None:
         stage, file = step
         if file not in (writes := describe(stage).writes):
@@ -158,13 +158,13 @@ def _check_source(look: DataUse, settings: Any, made: Mapping[str, str]) -> None
             return
         except DataError as error:
             errors.append(error)
-    # With rows that may be dropped, those at the beginning say nothing of the others.
+    # If bad rows may be dropped, the rows at the beginning say nothing about the others.
     if not (drops and "rows cannot be used" in errors[-1].problem):
         raise errors[-1]
 
 
 def _worlds(settings: Any) -> Iterator[tuple[str, str]]:
-    """The worlds that settings name."""
+    """The worlds that the settings name."""
     if (name := getattr(settings, "world", None)) is not None:
         yield "world", name
     for number, reward in enumerate(getattr(settings, "rewards", ())):
@@ -176,7 +176,7 @@ def _worlds(settings: Any) -> Iterator[tuple[str, str]]:
 
 
 def _models(stage: str, settings: Any) -> Iterator[ModelUse]:
-    """The models that the stage loads, and as what."""
+    """The models that the stage loads, and the kind that each has to be."""
     kinds: dict[str, ModelKind] = {
         "model": describe(stage).model,
         "reference": "policy",
@@ -195,7 +195,7 @@ def _models(stage: str, settings: Any) -> Iterator[ModelUse]:
 
 
 def _check_model(look: ModelUse, made: Mapping[str, str]) -> None:
-    """Raises the error of a model directory that is not there, is none, or holds a model of another kind."""
+    """Raises an error if a model directory is missing, is not a model directory, or holds a model of another kind."""
     if (step := _made_by(look.path, made)) is not None:
         stage, file = step
         makes = describe(stage).makes
@@ -254,7 +254,7 @@ def _is_a_path(name: str) -> bool:
 
 
 def _near(path: Path) -> str:
-    """The nearest directory that is there."""
+    """A fix that names the nearest existing directory and what it holds."""
     below = next(parent for parent in (path.parent, *path.parents) if parent.exists())
     names = sorted(p.name for p in below.iterdir() if p.is_dir() and not p.name.startswith("."))[:8]
     there = f"; {str(below)!r} holds {', '.join(names)}" if names else f"; {str(below)!r} holds no directory"
@@ -262,7 +262,7 @@ def _near(path: Path) -> str:
 
 
 def _made_by(path: str, made: Mapping[str, str]) -> tuple[str, str] | None:
-    """The stage that is to write this path, and the path below its directory; None for what no earlier stage writes."""
+    """The stage that is to write this path, and the path below its directory; None if no earlier stage writes it."""
     for directory, stage in made.items():
         if path.startswith(directory + os.sep):
             return stage, path.removeprefix(directory + os.sep)

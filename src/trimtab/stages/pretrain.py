@@ -1,6 +1,6 @@
-"""Train a small language model from nothing, on plain text.
+"""Train a small language model from scratch, on plain text.
 
-The tokenizer is made too, so that the whole loop runs without a download.
+The tokenizer is trained too, so that the whole loop runs without a download.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Architecture:
     mlp_size: int = 768
     """Width of the feed-forward layer."""
     max_positions: int = 2048
-    """Longest sequence the model is meant for."""
+    """Longest sequence that the model is meant for."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % (2 * self.num_heads):
@@ -110,7 +110,7 @@ class PretrainSettings(EpochSettings):
     max_tokens: int = 512
     """A longer document is cut into pieces of this length; nothing is lost."""
     batch_size: int = 64
-    """Documents of one update."""
+    """Documents per update."""
     optimizer: AdamW = field(
         default_factory=lambda: AdamW(
             learning_rate=1e-3, schedule="cosine", warmup_fraction=0.05, beta2=0.95, weight_decay=0.1
@@ -182,7 +182,7 @@ def read_documents(settings: PretrainSettings, run: Run) -> list[str]:
 
 
 def plain_texts(rows: SourceRows, run: Run) -> list[str]:
-    """The texts of the rows; those without one are counted and said."""
+    """The texts of the rows; rows without a text are counted and reported."""
     texts = [row["text"] for _, row in rows.rows if isinstance(row.get("text"), str) and row["text"].strip()]
     dropped = Counter(bad.kind for bad in rows.bad)
     dropped["without_text"] = len(rows.rows) - len(texts)

@@ -1,4 +1,4 @@
-"""Data as a run reads it: recorded, and taken once from a source that lives on."""
+"""Reads the data of a run: what was read is recorded, and a source that may grow is read only once."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ FEW = 5
 
 
 def read(kind: type[Record], source: str, run: Run, **options: Any) -> Loaded[Record]:
-    """What `load` gives, with its hash in the run's data.json.
+    """The result of `load`, with its hash written to the run's data.json.
 
-    A project of judgements grows while a run goes on. Its records are written into the run when they are first read, so
-    that a resumed run trains on what it began with; a new run sees the project as it is by then.
+    A project of judgements may grow while a run goes on. Its records are written into the run when they are first read,
+    so that a resumed run trains on what it began with; a new run sees the project as it is by then.
     """
     loaded = (_snapshot if is_live(source) else _whole)(kind, source, run, **options)
     run.add_data(source, loaded.sha256, len(loaded.records), loaded.report)
@@ -45,8 +45,8 @@ def prepare_data(
     limit: int | None = None,
     by_prompt: bool = True,
 ) -> Prepared:
-    """What `prepare` gives, with its hash in the run's data.json; of a project of judgements as it was when the run
-    began."""
+    """The result of `prepare`, with its hash written to the run's data.json. A project of judgements is read as it was
+    when the run began."""
     options: dict[str, Any] = {"on_bad_row": on_bad_row, "limit": limit}
     if is_live(source):
         loaded: Loaded[Any] = _snapshot(kind, source, run, accepts=chat.refusal, **options)

@@ -36,9 +36,9 @@ from trimtab.stages.supervised import FIT, Epochs, TrainingSettings, Validation,
 from trimtab.stats import Floats
 
 NUM_SHOWN = 1000
-"""Demonstrations whose rewards are averaged."""
+"""How many demonstrations the mean reward is taken over."""
 NUM_MEASURED = 256
-"""Prompts whose replies give the mean and deviation of the reward, known to a few hundredths of the latter."""
+"""How many prompts' replies give the mean and deviation of the reward, to within a few hundredths of the deviation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +54,14 @@ class RewardSettings(TrainingSettings):
     held_out: float = 0.1
     """The share of the prompts that is held out. Ignored when held_out_data is given."""
     demonstrations: str | None = None
-    """Demonstrations whose mean reward is shifted to zero, the first 1000 of them, fitted to max_tokens; without them,
+    """Demonstrations whose mean reward is shifted to zero: the first 1000 of them, fitted to max_tokens; without them,
     the chosen replies of the training pairs."""
     loss: RewardLoss = field(default_factory=RewardLoss)
     """The Bradley-Terry loss and its options."""
     num_epochs: float = 1.0
     """Passes over the data; more than one overfits noisy votes quickly."""
     batch_size: int = 64
-    """Prompts of one update, each with all its pairs."""
+    """Prompts per update, each with all its pairs."""
     optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=1e-5, schedule="cosine", warmup_fraction=0.03))
     """The optimizer and its schedule."""
     adapter: LoRA | None = None
@@ -130,7 +130,7 @@ def start_reward_model(settings: RewardSettings, chat: Chat) -> tuple[ScalarMode
 
 def read_demonstrations(settings: RewardSettings, chat: Chat, run: Run, counts: dict[str, int]) -> Sequence[Tree]:
     """The demonstrations whose mean reward is to be zero, fitted as the pairs are; what was dropped or truncated is
-    counted. Raises DataError when none is left: before training, for it could not be finished."""
+    counted. Raises DataError if none is left; this happens before training, because the run could not be finished."""
     if settings.demonstrations is None:
         return ()
     return read_demonstration_trees(
@@ -171,14 +171,14 @@ def judge(model: ScalarModel, train: Comparisons, held_out: Comparisons, setting
         pairs,
         score_chosen=chosen,
         score_rejected=rejected,
-        training_pairs=train.pairs(4000),  # a bag of words has little to learn from more
+        training_pairs=train.pairs(4000),  # the card's bag of words learns little from more
         probability_chosen=None if None in known else np.array(known, dtype=float),
         seed=settings.seed,
     )
 
 
 def scores_of_pairs(model: ScalarModel, pairs: Comparisons, settings: RewardSettings) -> tuple[Floats, Floats]:
-    """The scores of the chosen and the rejected reply of each pair, in the pieces that one batch would be split in."""
+    """The scores of the chosen and the rejected reply of each pair, in the micro-batches that one batch would have."""
     trees = pairs.trees
     groups = split_sizes([tree.num_tokens for tree in trees], settings.token_budget)
     found: list[list[tuple[float, float]]] = [[] for _ in trees]

@@ -61,13 +61,13 @@ class SelectSettings:
     on_bad_row: Literal["stop", "drop"] = "stop"
     """Refuse the prompts at a bad row, or drop and count such rows."""
     rewards: Annotated[tuple[Any, ...], Choice("reward")] = ()
-    """What judges the replies; several are added up with their weights. Only SPIN needs none."""
+    """The rewards that judge the replies; several are added up with their weights. Only SPIN needs none."""
     world: str | None = None
     """Record this world's gold score too. Watched only: it chooses nothing."""
     replies_per_prompt: int = 8
-    """Replies sampled of each prompt: the N of best-of-N."""
+    """Replies sampled for each prompt: the N of best-of-N."""
     filter: Filter = field(default_factory=Filter)
-    """Which replies may be chosen, and how many of them are."""
+    """Which replies may be chosen, and how many of them are chosen."""
     pairs: Pairs = "none"
     """Also write pairs.jsonl: the best reply against the worst, against another at random, or the demonstration against
     each of the policy's replies."""
@@ -160,7 +160,7 @@ def sample_step(
     world: GoldScorer | None,
     settings: SelectSettings,
 ) -> tuple[list[list[Reply]], Metrics]:
-    """The replies to some prompts, sampled and scored."""
+    """The replies to these prompts, sampled and scored; and metrics."""
     started, size = time.perf_counter(), settings.replies_per_prompt
     # One seed for every step: a reply's random numbers come from its prompt and its place in the group.
     seed = seeds.derive(settings.seed, "select")
@@ -188,7 +188,7 @@ def sample_step(
 def scored(
     rollouts: Sequence[Rollout], rewards: CombinedReward | None, world: GoldScorer | None
 ) -> tuple[list[Reply], Metrics]:
-    """The rollouts as replies with their rewards, each part of them, and gold."""
+    """The rollouts as replies with their rewards, the parts of these, and gold; and metrics."""
     metrics: Metrics = {}
     totals: Tensor | None = None
     by_part: dict[str, Tensor] = {}
@@ -198,7 +198,8 @@ def scored(
     if world is not None:
         gold, gold_metrics = world.score(rollouts)
         metrics = metrics | gold_metrics
-    # A reward model sums in another order for another place in the batch; equal replies are to be exact ties.
+    # A reward model sums in another order at another place in the batch. Equal replies are to be exact ties, so all
+    # take the score of the first.
     first: dict[tuple[str, tuple[int, ...]], int] = {}
     replies = []
     for i, r in enumerate(rollouts):
@@ -217,8 +218,8 @@ def scored(
 
 
 def sample_row(asked: PromptItem, replies: Sequence[Reply], rule: Filter) -> dict[str, object]:
-    """The best reply that passes the filter, and as `baseline_response` the first one drawn, which is what one sample
-    alone would give; only that one where none passes."""
+    """A row of samples.jsonl: the best reply that passes the filter, and as `baseline_response` the first one drawn,
+    which is what a single sample would give. If none passes, the row holds only the first one."""
     able = [r for r in replies if not r.refused_by(rule)]
     if not able:
         return {"prompt": asked.prompt.text, "response": replies[0].response}
@@ -231,7 +232,7 @@ def sample_row(asked: PromptItem, replies: Sequence[Reply], rule: Filter) -> dic
 
 
 def refuse_unknown_rewards(rule: Filter, rewards: CombinedReward | None) -> None:
-    """Raises ConfigError if the filter names a reward that is not there."""
+    """Raises ConfigError if the filter names a reward that the settings do not have."""
     known = ["reward", *(part.name for part in rewards.parts)] if rewards else []
     if unknown := sorted(set(rule.at_least) - set(known)):
         raise ConfigError(
@@ -242,7 +243,7 @@ def refuse_unknown_rewards(rule: Filter, rewards: CombinedReward | None) -> None
 
 
 def load_asked(settings: SelectSettings, chat: Chat, run: Run) -> tuple[list[PromptItem], dict[str, int]]:
-    """The prompts, each once, with their demonstrations where those are given; and what was counted.
+    """The prompts, each once, with their demonstrations if these are given; and the counts.
 
     A prompt that comes again would be answered by the same replies again, since its random numbers come from its id.
     """
@@ -285,5 +286,5 @@ STAGE = Stage(
     writes=("best.jsonl", "pairs.jsonl", "replies.jsonl", "metrics.jsonl", "samples.jsonl"),
     grows=("max_steps",),
     about="Many replies to each prompt were sampled and scored; the best are kept as data to train on.",
-    charts=(),  # nothing learns, so a step is only the next prompts
+    charts=(),  # nothing is trained, so a step is only the next prompts
 )

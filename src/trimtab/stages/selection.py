@@ -25,20 +25,22 @@ Pairs = Literal["none", "worst", "random", "demonstration"]
 
 @dataclass(frozen=True, kw_only=True)
 class Filter:
-    """Which replies are kept. What could not be judged, and what says nothing, never is."""
+    """Which replies are kept. A reply that could not be judged, or that says nothing, is never kept."""
 
     finished: bool = True
-    """Only replies that ended of themselves: training on one that was cut off teaches to stop in mid-sentence."""
+    """Keep only replies that ended by themselves: training on a reply that was cut off teaches to stop in
+    mid-sentence."""
     at_least: dict[str, float] = field(default_factory=dict)
-    """Lowest scores: of the weighted sum under "reward", or of one reward by its name. { exact_answer = 1 } keeps what
-    is correct and lets the sum decide between correct replies."""
+    """The lowest scores to keep: of the weighted sum as "reward", or of one reward by its name. { exact_answer = 1 }
+    keeps what is correct and lets the sum decide between correct replies."""
     keep: Literal["best", "all"] = "best"
-    """The best reply of each prompt (Touvron et al., arXiv:2307.09288), or all that pass (Yuan et al.,
+    """Keep the best reply to each prompt (Touvron et al., arXiv:2307.09288), or all that pass (Yuan et al.,
     arXiv:2308.01825)."""
     dedup: bool = True
-    """With keep = "all": a text is kept once for each prompt."""
+    """With keep = "all": keep each text once for each prompt."""
     top_fraction: float = 1.0
-    """Of all kept so far, over all prompts, the share with the highest reward (RAFT: Dong et al., arXiv:2304.06767)."""
+    """Of all that pass so far, over all prompts, keep this share with the highest reward (RAFT: Dong et al.,
+    arXiv:2304.06767)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.top_fraction <= 1:
@@ -47,7 +49,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class PromptItem:
-    """A prompt, with the demonstrated reply where one was given."""
+    """A prompt, with the demonstrated reply if one was given."""
 
     prompt: Prompt
     demonstration: str | None
@@ -59,16 +61,16 @@ class Reply:
 
     response: str
     length: int
-    """In tokens, its end token included."""
+    """In tokens, with its end token."""
     finished: bool
     reward: float
-    """nan where it could not be judged."""
+    """The weighted sum of the rewards; nan if the reply could not be judged."""
     parts: Mapping[str, float]
     """The score of each reward before its weight."""
     gold: float | None
 
     def refused_by(self, rule: Filter) -> str:
-        """Why it may not be kept, or ''."""
+        """Why the reply may not be kept, as the name of a count, or ''."""
         if not self.response.strip():
             return "dropped_empty"
         if rule.finished and not self.finished:
@@ -80,20 +82,21 @@ class Reply:
 
 
 class ReplyFile:
-    """replies.jsonl, a row for each prompt: all that the sampling of a run leaves, and so all its state."""
+    """replies.jsonl, with a row for each prompt. Sampling leaves nothing else, so the file is the state of the loop."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._num_bytes = 0
 
     def append(self, asked: Sequence[PromptItem], replies: Sequence[Sequence[Reply]]) -> None:
-        """Adds a row for each prompt, after the last row that counts: what a killed process left behind it is lost."""
+        """Adds a row for each prompt after the last row that counts; rows that a killed process left behind it are
+        removed."""
         with self.path.open("r+b" if self.path.exists() else "wb") as file:
             file.truncate(self._num_bytes)
             file.seek(self._num_bytes)
             for one, row in zip(asked, replies, strict=True):
                 text = json.dumps({"prompt": to_dict(one.prompt), "replies": [asdict(reply) for reply in row]})
-                # JSON has no word for nan: null stands for it.
+                # JSON cannot write nan: null stands for it.
                 finite = json.loads(text, parse_constant=lambda _: None)
                 file.write(json.dumps(finite, ensure_ascii=False).encode() + b"\n")
             self._num_bytes = file.tell()
@@ -112,13 +115,13 @@ class ReplyFile:
                 ]
 
     def save(self, path: Path) -> None:
-        """Writes how far the file has come, once that is on the disk."""
+        """Writes the length of the file into the directory `path`, once the file's content is on disk."""
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
         (path / "replies.json").write_text(json.dumps({"num_bytes": self._num_bytes}), encoding="utf-8")
 
     def load(self, path: Path) -> None:
-        """Goes back to where `save` was called. Raises DataError where the file has lost rows since."""
+        """Cuts the file to its length when `save` was called. Raises DataError if the file has lost rows since."""
         self._num_bytes = json.loads((path / "replies.json").read_text(encoding="utf-8"))["num_bytes"]
         found = self.path.stat().st_size if self.path.exists() else 0
         if found < self._num_bytes:
@@ -132,7 +135,7 @@ class ReplyFile:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was kept: for each prompt the numbers of its replies, and what became of the others."""
+    """The replies that were kept, as their numbers for each prompt, and counts of what became of the others."""
 
     picked: Sequence[Sequence[int]]
     counts: Mapping[str, int]
@@ -141,7 +144,8 @@ class Selection:
 def choose(asked: Sequence[PromptItem], rows: Iterable[Sequence[Reply]], rule: Filter, *, seed: int) -> Selection:
     """The replies that the filter keeps. Every other reply is counted once, by what first refused it.
 
-    Equal rewards are broken by a draw from `seed` and the prompt's id. Raises DataError where nothing is kept.
+    Ties between equal rewards are broken by a draw from `seed` and the prompt's id. Raises DataError if nothing is
+    kept.
     """
     counts: Counter[str] = Counter()
     picked: list[list[int]] = []
@@ -201,9 +205,9 @@ def write_pairs(
     rule: Filter,
     seed: int,
 ) -> dict[str, int]:
-    """Writes preference pairs, and gives back how many and how many were dropped for what.
+    """Writes preference pairs; returns how many were written, and how many were dropped for each reason.
 
-    `choice` is None where demonstrations are the chosen side. Raises DataError where no pair is left.
+    `choice` is None if demonstrations are the chosen side. Raises DataError if no pair is left.
     """
     counts: Counter[str] = Counter()
     picked = [()] * len(asked) if choice is None else choice.picked
@@ -237,8 +241,8 @@ def reward_pair(
     against: Pairs,
     seed: int,
 ) -> list[PreferencePair]:
-    """The best reply kept of the prompt against another one of lower reward; their difference is the margin. Nothing
-    where there is no such pair, which is counted."""
+    """The best reply kept for the prompt against another one of lower reward; their difference is the margin. Empty if
+    there is no such pair, which is counted."""
     others = [i for i, r in enumerate(replies) if not r.refused_by(Filter(finished=rule.finished))]
     if not kept:
         counts["prompts_without_pair"] += 1
@@ -255,7 +259,7 @@ def reward_pair(
         counts["dropped_identical_pair"] += 1
         return []
     margin = chosen.reward - rejected.reward
-    if margin <= 0:  # below 0 where at_least refused a reply that the sum of the rewards likes better
+    if margin <= 0:  # below 0 if at_least refused a reply that has a higher sum of rewards
         counts["dropped_no_lower_reward"] += 1
         return []
     return [
@@ -287,8 +291,8 @@ def demonstration_pairs(
 
 
 def describe(rows: Iterable[Sequence[Reply]], choice: Selection) -> dict[str, Any]:
-    """What choosing bought: reward (and gold) of best-of-n for every n up to N, unbiased, from the same replies, and
-    of what was kept. The curve is over the prompts whose replies could all be judged."""
+    """What the selection gained: the reward (and gold) of what was kept, and unbiased estimates of best-of-n for values
+    of n up to N from the same replies. The curve is over the prompts whose replies could all be judged."""
     curve = _Curve()
     kept: dict[str, list[float]] = {"reward": [], "gold": [], "length": []}
     groups: list[int] = []
@@ -312,11 +316,11 @@ def describe(rows: Iterable[Sequence[Reply]], choice: Selection) -> dict[str, An
 
 
 _BLOCK = 256
-"""Prompts whose order statistics are worked out together."""
+"""How many prompts' order statistics are computed together."""
 
 
 class _Curve:
-    """Best-of-n gathered some prompts at a time: only one number for each prompt and n is kept."""
+    """Best-of-n, gathered for some prompts at a time: only one number for each prompt and n is kept."""
 
     def __init__(self) -> None:
         self.ns: list[int] = []
@@ -341,7 +345,7 @@ class _Curve:
         self.tables.setdefault(name, []).append(best_of_each(values, ranked_by, self.ns))
 
     def summary(self, *, num_left_out: int) -> dict[str, Any]:
-        """A row for each n, with the KL that choosing the best of n costs at most."""
+        """A row for each n, with an upper bound of the KL that choosing the best of n costs."""
         rows: list[dict[str, float]] = [{"n": n, "kl": best_of_n_kl(n)} for n in self.ns]
         for name, tables in self.tables.items():
             for row, point in zip(rows, curve_of(np.concatenate(tables), self.ns), strict=True):
@@ -350,18 +354,18 @@ class _Curve:
 
 
 def _extreme(replies: Sequence[Reply], among: Sequence[int], end: Callable[[Iterable[float]], float]) -> list[int]:
-    """Those of the replies `among` with the highest (`max`) or lowest (`min`) reward."""
+    """The replies of `among` with the highest (`max`) or the lowest (`min`) reward."""
     edge = end(replies[i].reward for i in among)
     return [i for i in among if replies[i].reward == edge]
 
 
 def _drawn(among: Sequence[int], seed: int, *purpose: str) -> int:
-    """One of them at random."""
+    """One of `among` at random."""
     return among[int(seeds.generator(seed, "select", *purpose).integers(len(among)))]
 
 
 def _top(picked: list[list[int]], rewards: Sequence[float], fraction: float, seed: int) -> list[list[int]]:
-    """Those with the highest rewards over all prompts, the share rounded up; equal rewards in a drawn order."""
+    """The replies with the highest rewards over all prompts; the share is rounded up, and ties are broken by a draw."""
     num = math.ceil(fraction * len(rewards))
     order = np.lexsort((seeds.generator(seed, "select", "top").permutation(len(rewards)), -np.array(rewards)))
     stays = np.zeros(len(rewards), dtype=bool)

@@ -51,14 +51,14 @@ class SFTSettings(TrainingSettings):
     data: str
     """Demonstrations: a file, a hub id or a world."""
     chosen_as_demonstrations: bool = False
-    """Read preference pairs and imitate their chosen replies, each once, but for those that are rejected in another
-    pair. These are only the better of two, not good examples."""
+    """Read preference pairs and imitate their chosen replies, each once, except those that are rejected in another
+    pair. Such a reply is only the better of two, and need not be a good example."""
     held_out: float = 0.05
     """Share of the prompts kept for the validation loss."""
     train_on: Literal["last", "all"] = "last"
     """Which assistant turns of a conversation are trained."""
     batch_size: int = 32
-    """Examples of one update."""
+    """Examples per update."""
     optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=2e-5, schedule="cosine", warmup_fraction=0.03))
     """The optimizer and its schedule."""
     adapter: LoRA | None = None
@@ -98,7 +98,7 @@ def run(settings: SFTSettings, run: Run) -> None:
 
 
 def start_policy(path: str, adapter: LoRA | None, chat: Chat, *, seed: int) -> tuple[Policy, str]:
-    """The policy to train and the base it belongs to: the whole model, a new adapter, or one that is trained on."""
+    """The policy to train and the base it belongs to: a whole model, a new adapter, or an adapter to train further."""
     base = base_of(path)
     if adapter is None:
         return Policy(load_causal(path), pad_id=chat.pad_id), path
@@ -134,7 +134,7 @@ def demonstration_trees(table: TokenTable, chat: Chat, settings: SFTSettings, co
 
 
 def conversation_tree(table: TokenTable, record: int) -> Tree:
-    """A demonstration of which every reply is trained."""
+    """The tree of a demonstration in which the earlier replies are trained too."""
     _, reply = table.replies(record)[0]
     prompt = table.prompt(record)
     mask = table.prompt_mask(record)
@@ -142,12 +142,12 @@ def conversation_tree(table: TokenTable, record: int) -> Tree:
 
 
 def batch_of(trees: Sequence[Tree]) -> MakeBatch:
-    """What makes a batch of the trees with some numbers."""
+    """A function that makes a batch of the trees with given numbers."""
     return lambda indices: TreeBatch(trees=TokenTrees.build([trees[i] for i in indices]))
 
 
 def records_of(settings: SFTSettings) -> tuple[type, ...]:
-    """The records that the data of these settings holds."""
+    """The kinds of record that the data of these settings holds."""
     return (PreferencePair,) if settings.chosen_as_demonstrations else (Demonstration,)
 
 

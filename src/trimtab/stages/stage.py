@@ -1,4 +1,4 @@
-"""What a stage says of itself, in one object: command line, pipeline, plan and pages loop over these.
+"""The descriptor of a stage: one object that command line, pipeline, plan and pages read.
 
 A stage is a file with a dataclass of settings, a function `run(settings, run)` and, at its end,
 
@@ -19,11 +19,11 @@ from trimtab.runs.run import Run
 
 ModelKind = Literal["policy", "reward model", "any"]
 EPOCHS_GROW = ("max_steps", "num_epochs")
-"""How a stage of several epochs may grow."""
+"""The settings by which a stage that trains in epochs may become longer."""
 FEW_STEPS = 3
-"""Steps of a rehearsal."""
+"""The number of steps in a rehearsal."""
 FEW_PROMPTS = 192
-"""Prompts of a rehearsal that has no steps."""
+"""The number of prompts in a rehearsal that has no steps."""
 
 
 def _few_steps(table: Mapping[str, Any], _settings: Any) -> dict[str, Any]:
@@ -32,20 +32,21 @@ def _few_steps(table: Mapping[str, Any], _settings: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(StageFacts):
-    """A stage: what it is told, what it does, and what the rest of the package has to know of it."""
+    """A stage: its settings, what it does, and what the rest of the package has to know of it."""
 
     settings: type
     """The dataclass of its settings."""
     run: Callable[[Any, Run], None]
     """Does the work, given the settings and the open run, and finishes the run."""
     makes: ModelKind | None = None
-    """The model it writes, which later stages load as "@name"; None for none."""
+    """The kind of model it writes, which later stages load as "@name"; None if it writes no model."""
     model: ModelKind = "policy"
     """The kind of model that its setting `model` names."""
     trains: str = ""
-    """The model it trains, as the plan calls it: "policy"; "" if nothing is trained."""
+    """The model it trains, as the plan calls it, such as "policy"; "" if nothing is trained."""
     data: Callable[[Any], tuple[type, ...]] = lambda _settings: ()
-    """The records that its settings `data` and `held_out_data` name, any one of them; () if any text will do."""
+    """The kinds of record, any one of them, that its settings `data` and `held_out_data` name; () if any text will
+    do."""
     few: Callable[[Mapping[str, Any], Any], Mapping[str, Any]] = _few_steps
     """The keys that cut a table of settings short for a rehearsal, given the table and the settings it resolves to."""
     further_steps: Callable[[Any, int], float] = lambda _settings, _num_steps: 0.0
@@ -53,7 +54,7 @@ class Stage(StageFacts):
 
 
 def few_prompts(*keys: str) -> Callable[[Mapping[str, Any], Any], Mapping[str, Any]]:
-    """A rehearsal of the same share of each of these numbers of prompts."""
+    """The `few` of a stage whose rehearsal takes the same share of each of these numbers of prompts."""
 
     def few(_table: Mapping[str, Any], settings: Any) -> dict[str, Any]:
         return {key: math.ceil(share_of_prompts(settings) * getattr(settings, key)) for key in keys}

@@ -1,4 +1,4 @@
-"""What pretraining, SFT, reward modelling and preference training share: shuffled epochs, validation, their steps."""
+"""What pretraining, SFT, reward modelling and preference training share: shuffled epochs, validation, and steps."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
 
 FIT = "set max_tokens = LIMIT, so that longer examples are cut or dropped as on_too_long says, or use another model"
-"""What to do about examples beyond the positions of a model."""
+"""The fix for examples that are longer than the positions of a model."""
 
 MakeBatch = Callable[[Sequence[int]], TreeBatch]
 """Makes a batch of the examples with these numbers."""
 
 Prepare = Callable[[Any], TreeBatch]
-"""Adds to a whole batch what its parts cannot know alone, with the weights as they are."""
+"""Adds to a whole batch what its micro-batches cannot know alone, computed with the weights as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class TrainingSettings(EpochSettings):
     shuffle: bool = True
     """Take the examples of each epoch in an order of its own; false keeps the order of the data."""
     precision: Precision = "float32"
-    """Precision of the products of training and scoring; weights and log-probabilities stay float32."""
+    """Precision of the matrix products in training and scoring; weights and log-probabilities stay float32."""
     checkpoint_activations: bool = False
     """Keep only the input of each block for the backward pass: less memory, a third more work."""
     validate_every: int = 0
@@ -82,8 +82,8 @@ class TrainingSettings(EpochSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Epochs:
-    """Which examples each step trains on: every epoch in an order of its own (or as they come), the last short batch
-    included."""
+    """Which examples each step trains on: every epoch has an order of its own (or that of the data), and the last short
+    batch is included."""
 
     num_examples: int
     batch_size: int
@@ -104,7 +104,7 @@ class Epochs:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps in all."""
+        """The number of optimizer steps in all."""
         return math.ceil(self._total / self.batch_size)
 
     @property
@@ -112,7 +112,7 @@ class Epochs:
         return max(1, round(self.num_epochs * self.num_examples))
 
     def examples(self, step: int) -> list[int]:
-        """The example numbers of the step counted from 0."""
+        """The example numbers of a step; steps are counted from 0."""
         return self.take(step * self.batch_size, min((step + 1) * self.batch_size, self._total))
 
     def take(self, start: int, end: int) -> list[int]:
@@ -131,22 +131,23 @@ class Epochs:
 
 @lru_cache(maxsize=4)
 def _order_of(num_examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of an epoch. Remembered, for each step of the epoch asks for a part of it."""
+    """The order of an epoch. It is cached, because each step of the epoch asks for a part of it."""
     return seeds.generator(seed, "order", epoch).permutation(num_examples)
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Held-out examples, of which batches are made when they are judged."""
+    """Held-out examples; their batches are made when they are judged."""
 
     sizes: Callable[[], Sequence[int]]
-    """Tokens of each example."""
+    """Gives the number of tokens of each example."""
     make_batch: MakeBatch
     whole: bool = False
     """Whether `prepare` has to see all examples in one batch."""
 
     def micro_batches(self, token_budget: int, prepared: Callable[[TreeBatch], TreeBatch]) -> Iterator[TreeBatch]:
-        """The examples in parts of at most `token_budget` tokens, as `TreeBatch.micro_batches` makes them of all."""
+        """The examples in micro-batches of at most `token_budget` tokens, the same as `TreeBatch.micro_batches` makes
+        from one batch of all examples."""
         sizes = self.sizes()
         if self.whole:
             yield from prepared(self.make_batch(range(len(sizes)))).micro_batches(token_budget)
@@ -157,7 +158,7 @@ class Validation:
 
 
 def last_metrics(run: Run, *prefixes: str) -> dict[str, float]:
-    """The values of the last logged step whose names begin with one of `prefixes`."""
+    """The metrics of the last logged step whose names begin with one of `prefixes`."""
     lines = (run.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     row = json.loads(lines[-1]) if lines else {}
     return {name: value for name, value in row.items() if name.startswith(prefixes)}
@@ -175,16 +176,16 @@ def make_learner(role: Policy | ScalarModel, settings: TrainingSettings, epochs:
 
 @dataclass
 class LearnerState:
-    """What a supervised run needs to go on: its learner. Everything else follows from the step number."""
+    """The state that a supervised run needs to go on: its learner. Everything else follows from the step number."""
 
     learner: LocalLearner
 
     def save(self, path: Path) -> None:
-        """Write the learner into `path`."""
+        """Writes the learner into `path`."""
         self.learner.save(path)
 
     def load(self, path: Path) -> None:
-        """Read what `save` wrote."""
+        """Restores what `save` wrote."""
         self.learner.load(path)
 
 
@@ -207,7 +208,7 @@ class TrainingSteps:
             yield number, self._epochs.examples(number)
 
     def speed(self, batch: TreeBatch) -> Metrics:
-        """What the update of the step in hand took, if it is asked for at once after it."""
+        """The time and speed of the current step's update, if this is called directly after the update."""
         seconds = time.perf_counter() - self._began
         return {
             "time/step_seconds": Total(seconds),
@@ -220,7 +221,7 @@ class TrainingSteps:
         return last or bool(self._validate_every and (number + 1) % self._validate_every == 0)
 
     def log(self, metrics: Metrics) -> None:
-        """Ends the step in hand."""
+        """Ends the current step with its metrics."""
         self._steps.log(metrics)
 
     @property
@@ -233,7 +234,7 @@ class TrainingSteps:
 def training(
     run: Run, learner: LocalLearner, epochs: Epochs, settings: EpochSettings, *, description: str
 ) -> Iterator[TrainingSteps]:
-    """Within, the steps to the last one, or to `max_steps` of them, resuming where an earlier call was stopped.
+    """Yields the steps up to the last one, or up to `max_steps`, and resumes where an earlier call was stopped.
 
     with training(run, learner, epochs, settings, description="sft") as steps:
         for number, examples in steps:
@@ -259,8 +260,8 @@ def training(
 def validate(
     learner: LocalLearner, loss: Loss, validation: Validation | None, prepare: Prepare = lambda batch: batch
 ) -> Metrics:
-    """The loss's own metrics on held-out data as `OWNER/validation_QUANTITY`; none without such data. `prepare` sees
-    every batch first."""
+    """The loss's own metrics on held-out data as `OWNER/validation_QUANTITY`; empty without such data. `prepare` is
+    applied to every batch first."""
     if validation is None:
         return {}
     parts = []

@@ -1,4 +1,4 @@
-"""Using a checkpoint: generate to a file, score a file, chat."""
+"""Uses a checkpoint: generates to a file, scores a file, or chats."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from trimtab.reports.headline import reward_model_sentences
 from trimtab.rewards.model import RewardModelScorer
 
 TOKEN_BUDGET = 4096
-"""Tokens of one forward pass of a reward model."""
+"""The number of tokens in one forward pass of a reward model."""
 
 
 def _generator(model: str, *, temperature: float, top_k: int = 0, **sampled: Any) -> LocalSampler:
-    """Temperature 0 is its limit: the likeliest token."""
+    """A sampler for a checkpoint. Temperature 0 means its limit, the likeliest token."""
     values = {"top_k": 1} if temperature == 0 else {"temperature": temperature, "top_k": top_k}
     sampling = config.resolve(Sampling, values | sampled, where="the command line")
     chat = Chat(load_tokenizer(model))
@@ -51,7 +51,7 @@ def generate_file(
     show: Callable[[str], None] = print,
 ) -> int:
     """Samples `num_samples` replies for each prompt; returns how many. They go to `out` as JSON lines of rollouts,
-    or through `show` as text where there is no `out`."""
+    or through `show` as text if `out` is None."""
     if (data is None) == (prompt is None):
         raise ConfigError("give either a prompt or a data file", where="generate", fix="--prompt TEXT or --data FILE")
     prompts = (
@@ -72,8 +72,8 @@ def generate_file(
 def score_file(*, model: str, data: str, out: Path | None, show: Callable[[str], None] = print) -> int:
     """Scores the rows of `data` with a reward model; returns how many. They go to `out` as JSON lines, if it is given.
 
-    Replies (in any layout, or rollouts) each get a `reward`. Preference pairs get one for each side, and the card of
-    the reward model on them is shown: how often it orders them as they are labelled, and what might explain it.
+    Each reply (in any layout, or in a rollout) gets a `reward`. A preference pair gets one for each side, and the card
+    of the reward model on the pairs is shown: how often it orders them as they are labelled, and what might explain it.
     """
     if holds_pairs(data):
         return _score_pairs(model, data, out, show)
@@ -120,7 +120,7 @@ def chat(
     read: Callable[[str], str] = input,
     show: Callable[[str], None] = print,
 ) -> None:
-    """A conversation in the terminal; an empty line or the end of input closes it."""
+    """Holds a conversation in the terminal; an empty line or the end of input closes it."""
     generator = _generator(model, max_new_tokens=max_new_tokens, temperature=temperature)
     prompt = Prompt(messages=())
     turn = 0

@@ -1,9 +1,9 @@
-"""One label for each item out of several votes: by counting, or by also learning how reliable each annotator is.
+"""One label for each item from several votes: by counting, or by also learning how reliable each annotator is.
 
-The three models of annotators are confusion matrices, theta_r[k, l] the chance that annotator r answers l where k is
-true, and are fitted by one EM. They differ in what the matrices may be. Where the categories have sides (A and B of a
-pair) matrix and prior are tied under their exchange, so that the labels do not depend on which reply was called A; for
-A and B alone Dawid and Skene's model then is the one-coin model.
+The three annotator models give each annotator r a confusion matrix: theta_r[k, l] is the probability that r answers l
+if k is true. All are fitted by the same EM and differ in which matrices they allow. If the categories have sides (A and
+B of a pair), matrices and prior are tied under exchange of the sides, so that the labels do not depend on which reply
+was called A. With A and B alone, Dawid and Skene's model is then the one-coin model.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from trimtab.votes.table import VoteTable
 
 Method = Literal["majority", "dawid_skene", "one_coin", "mace"]
 Fit = Callable[[Floats, Floats], tuple[Floats, Floats]]
-"""Of expected counts [R, q, q] (truth, answer) and the matrices before: the matrices [R, q, q] and skills [R]."""
+"""An M-step: from expected counts [R, q, q] (truth, answer) and the last matrices to new ones and skills [R]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ItemLabels:
-    """What is believed of each item, and of each annotator."""
+    """The estimated label of each of I items in q categories, and how reliable each of R annotators is."""
 
     method: Method
     probabilities: Floats
-    """[I, q], of the categories of the votes; the share of votes by majority. nan for an item without votes."""
+    """[I, q], probability of each category; by majority, its share of the votes. nan for an item without votes."""
     num_votes: Floats
-    """[I]."""
+    """[I], number of votes of each item."""
     skills: Floats | None
-    """[R], the chance that an annotator's answer is right, averaged over the prior (MACE: that it is not a guess);
+    """[R], probability that an annotator's answer is right, averaged over the prior (MACE: that it is not a guess);
     None by majority."""
     confusion: Floats | None
-    """[R, q, q], chance of each answer (last) for each truth; None by majority."""
+    """[R, q, q], probability of each answer (last axis) given each truth; None by majority."""
     prior: Floats | None
-    """[q], how common each truth is; None by majority."""
+    """[q], estimated share of items of each category; None by majority."""
     log_likelihood: float
-    """Of the votes under the fitted model; 0 by majority."""
+    """Log-likelihood of the votes under the fitted model; 0 by majority."""
     num_iterations: int
     converged: bool
 
     @property
     def best(self) -> tuple[int | None, ...]:
-        """The category of each item; None where the highest is shared or there are no votes."""
+        """Index of the most probable category of each item; None if several share that place or there are no votes."""
         top = np.nan_to_num(self.probabilities.max(axis=1, initial=-np.inf), nan=np.inf)
         reach = np.isclose(self.probabilities, top[:, None], rtol=0, atol=1e-9)
         return tuple(int(np.argmax(row)) if row.sum() == 1 else None for row in reach)
 
     @property
     def entropy(self) -> Floats:
-        """[I], of the probabilities in nats: 0 where there is no doubt."""
+        """[I], entropy of the probabilities in nats: 0 if one category is certain."""
         p = self.probabilities
         return np.asarray(-np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), p).sum(axis=1))
 
@@ -65,17 +65,18 @@ def aggregate(
     tolerance: float = 1e-5,
     pseudo_count: float = 1.0,
 ) -> ItemLabels:
-    """Labels of the items of `votes`.
+    """Labels of the items of `votes`, by one of four methods.
 
     majority: shares of votes. dawid_skene: a confusion matrix for each annotator (Dawid and Skene 1979, Applied
-    Statistics 28). one_coin: one chance of being right for each annotator, errors evenly among the other categories.
-    mace: an annotator knows the truth or guesses from habits of their own (Hovy et al. 2013, NAACL); classes are
-    equally likely beforehand.
+    Statistics 28). one_coin: each annotator is right with one probability, and errors fall evenly on the other
+    categories. mace: an annotator knows the truth or guesses from habits of their own (Hovy et al. 2013, NAACL), and
+    all categories are equally likely beforehand.
 
-    EM begins at the shares and stops when the log-likelihood of the votes gains less than `tolerance`. For each
-    annotator and truth, `pseudo_count` answers of every category and as many right ones again are added to what was
-    seen, so that nobody with few votes is believed or disbelieved wholly; 0 is maximum likelihood. Repeated votes of
-    an annotator on an item count as further answers: take `votes.first_votes()` where they were asked to check.
+    EM starts from the shares of votes and stops when the log-likelihood of the votes changes by less than `tolerance`.
+    For each annotator and truth, `pseudo_count` answers of every category and as many right ones again are added to
+    the counts, so that an annotator with few votes is neither trusted nor distrusted fully; 0 is maximum likelihood.
+    Repeated votes of an annotator on an item count as further answers: pass `votes.first_votes()` if the repeats were
+    asked to check consistency.
     """
     table = votes.table()
     num_votes = table.sum(axis=1)
@@ -133,7 +134,7 @@ def aggregate(
 
 
 def share_of_a(votes: VoteTable, labels: ItemLabels) -> Floats:
-    """How strongly side A of each item is preferred [I], ties counting half: the soft label of a preference pair.
+    """Share of preference for side A of each item [I], with ties as half: the soft label of a preference pair.
 
     Raises ValueError for votes that do not choose between sides.
     """
@@ -144,7 +145,7 @@ def share_of_a(votes: VoteTable, labels: ItemLabels) -> Floats:
 
 
 def _under_exchange(votes: VoteTable) -> Callable[[Floats], Floats]:
-    """Averages counts [R, q, q] with those of exchanged sides; leaves them where there are no sides."""
+    """A function that averages counts [R, q, q] with those of exchanged sides, or keeps them if there are no sides."""
     swap = votes.swap
     return (lambda counts: counts) if swap is None else (lambda counts: (counts + counts[:, swap][:, :, swap]) / 2)
 
@@ -158,7 +159,7 @@ def _counted_fit(method: Method, tie: Callable[[Floats], Floats]) -> Fit:
             wrong = (1 - right) / max(q - 1, 1)
             confusion = wrong[:, None, None] + (right - wrong)[:, None, None] * np.eye(q)
         else:
-            # a truth that an annotator never met leaves a row without counts: any answer
+            # a row has no counts if the annotator never met this truth: every answer is then equally likely
             sums = counts.sum(axis=2, keepdims=True)
             confusion = np.where(sums > 0, counts / np.where(sums > 0, sums, 1.0), 1 / q)
         return confusion, np.einsum("rkk->r", confusion) / q
@@ -167,13 +168,16 @@ def _counted_fit(method: Method, tie: Callable[[Floats], Floats]) -> Fit:
 
 
 def _mace_fit(tie: Callable[[Floats], Floats]) -> Fit:
-    """theta[k, l] = (1 - s) [k = l] + s habit[l]: a right answer was known, or guessed with chance s habit / theta."""
+    """The M-step of MACE, theta[k, l] = (1 - s) [k = l] + s habit[l]: an annotator guesses with probability s.
+
+    A right answer k was a guess with probability s habit[k] / theta[k, k]; a wrong answer always was.
+    """
 
     def fit(counts: Floats, before: Floats) -> tuple[Floats, Floats]:
         counts = tie(counts)
         q = counts.shape[1]
         eye = np.eye(q)
-        # what was fitted before says how often a right answer was a guess; off the diagonal each is one
+        # the last matrices say how often a right answer was a guess; off the diagonal every answer is one
         guess_share = _guesses(before)
         guessed = counts * np.where(eye == 1, guess_share[:, :, None], 1.0)
         habit = guessed.sum(axis=1) + 1e-12
@@ -185,7 +189,7 @@ def _mace_fit(tie: Callable[[Floats], Floats]) -> Fit:
 
 
 def _guesses(confusion: Floats) -> Floats:
-    """s habit[k] / theta[k, k] for each annotator and category [R, q]; s habit[k] is any theta[j, k] with j ≠ k."""
+    """Share of guesses among right answers, s habit[k] / theta[k, k], [R, q]; s habit[k] is theta[j, k] for j ≠ k."""
     q = confusion.shape[1]
     diagonal = np.einsum("rkk->rk", confusion)
     off = (confusion.sum(axis=1) - diagonal) / max(q - 1, 1)

@@ -1,13 +1,13 @@
-"""How far annotators agree, beyond chance and beyond doubt: coefficients with bootstrap intervals over items.
+"""How far annotators agree, also beyond chance: coefficients with bootstrap intervals over items.
 
-Every coefficient is a function of how many votes each item has in each category. It is computed on the distinct rows
-of that table with weights, so that a bootstrap resample of the items is a row of weights and all resamples are one
-product of matrices.
+Every coefficient is a function of a table: how many votes each item has in each category. It is computed on the
+distinct rows of that table with weights, so that a bootstrap resample of the items is a row of weights and all
+resamples are one product of matrices.
 
-Which of two replies is called A is arbitrary. With `swap` every item therefore counts once each way round, with half
-the weight: chance agreement then does not depend on how the sides were named, not even item by item.
+Which of two replies is called A is arbitrary. With `swap`, every item therefore counts once each way round, with half
+the weight: chance agreement then does not depend on how the sides of any item were named.
 
-Where a coefficient does not exist the result says why in words: it is never nan alone, nor 1 for want of variation.
+If a coefficient is undefined, the result says why in words: it is never only nan, and never 1 because nothing varies.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from trimtab.votes.table import Ints, VoteTable
 Scale = Literal["nominal", "ordinal", "interval", "ratio"]
 Weights = Literal["identity", "linear", "quadratic", "ordinal"]
 Statistic = Callable[[Floats, Floats], Floats]
-"""Of distinct count rows [U, q] and their weights [B, U]: values [B], nan where it does not exist."""
+"""From distinct rows of counts [U, q] and their weights [B, U] to values [B], nan if undefined."""
 
 _CELLS = 4_000_000
-"""Numbers held at once while resampling: 32 MB."""
+"""Numbers held in memory at once while resampling: 32 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +37,16 @@ class Agreement:
 
     name: str
     interval: Interval
-    """`count` is the number of items it rests on, or of the groups they are in; value nan where undefined, bounds nan
-    where they are unknown."""
+    """`count` is the number of items it is computed from, or of their groups. The value is nan if undefined, the bounds
+    are nan if unknown."""
     undefined: str = ""
-    """Why there is no value; empty where there is one."""
+    """Why there is no value; empty if there is one."""
     note: str = ""
-    """What a reader has to know about the value."""
+    """What a reader has to know about the value, such as what was left out."""
 
     @property
     def text(self) -> str:
-        """As people read it."""
+        """The result as text, such as 0.592 [0.556, 0.630] (n=400)."""
         if self.undefined:
             return f"undefined: {self.undefined}"
         bounds = "" if math.isnan(self.interval.low) else f" [{self.interval.low:.3f}, {self.interval.high:.3f}]"
@@ -54,10 +54,10 @@ class Agreement:
 
 
 def raw_agreement(table: Floats, *, groups: Ints | None = None, num_resamples: int = 1000, seed: int = 0) -> Agreement:
-    """Chance that two annotators drawn from those of an item chose alike, averaged over items with two votes or more.
+    """How often two randomly chosen annotators of the same item agree, not corrected for chance.
 
-    `table` [I, q] are counts of votes. It is the P-bar of Fleiss and the observed agreement of Gwet. Here and below
-    items of one group in `groups` [I] are resampled together.
+    The mean is over items with two votes or more; `table` [I, q] holds counts of votes. It is the P-bar of Fleiss and
+    the observed agreement of Gwet. Here and below, items of one group in `groups` [I] are resampled together.
     """
     rated, groups = _rows_with(table.sum(axis=1) >= 2, table, groups)
     why = "" if rated.size else _no_overlap(table)
@@ -77,7 +77,7 @@ def fleiss_kappa(
 
         kappa = (P - P_e) / (1 - P_e),   P = mean_i sum_j n_ij (n_ij - 1) / (n (n - 1)),   P_e = sum_j p_j^2
 
-    Items with another number of votes than the commonest (of two or more) are left out, and the note says how many.
+    Only items with the most common number of votes (two or more) count; the note says how many others are left out.
     """
     sizes = table.sum(axis=1)
     several = sizes[sizes >= 2]
@@ -113,13 +113,13 @@ def krippendorff_alpha(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Agreement:
-    """Krippendorff's alpha: any number of annotators, votes missing at will (Krippendorff 2004, ch. 11).
+    """Krippendorff's alpha: for any number of annotators, with any votes missing (Krippendorff 2004, ch. 11).
 
         alpha = 1 - D_o / D_e,   o_ck = sum_u n_uc (n_uk - [c = k]) / (m_u - 1),
         D_o = sum_ck o_ck d_ck / n,   D_e = sum_ck n_c n_k d_ck / (n (n - 1))
 
     d_ck is [c ≠ k] (nominal), (n_c/2 + n_between + n_k/2)² (ordinal, of categories in order), (v_c - v_k)² (interval)
-    or ((v_c - v_k) / (v_c + v_k))² (ratio) with the `values` [q] of the categories. Items with one vote have no part.
+    or ((v_c - v_k) / (v_c + v_k))² (ratio) with the `values` [q] of the categories. Items with one vote do not count.
     """
     if scale in ("interval", "ratio") and values is None:
         raise ValueError(f"a {scale} scale needs the values of its categories")
@@ -153,7 +153,7 @@ def gwet_ac(
         AC = (p_a - p_e) / (1 - p_e),   p_e = sum_kl w_kl / (q (q - 1)) sum_k pi_k (1 - pi_k)
 
     pi_k is the mean share of category k over items with a vote, p_a the weighted agreement over those with two or
-    more, q the number of columns: give a column to a category that could be chosen and never was.
+    more, q the number of columns: a category that could be chosen but never was needs a column too.
     """
     name = "Gwet's AC1" if weights == "identity" else f"Gwet's AC2 ({weights})"
     why = "" if (table.sum(axis=1) >= 2).any() else _no_overlap(table)
@@ -171,10 +171,10 @@ def gwet_ac(
 
 
 def leave_one_out(table: Floats, *, groups: Ints | None = None, num_resamples: int = 1000, seed: int = 0) -> Agreement:
-    """Chance that a vote is the majority of the item's other votes: what one person scores, to compare a model with.
+    """How often a vote equals the majority of the item's other votes: one person's score, to compare a model with.
 
-    Where the others are evenly split, one of their favourites is drawn (Dubois et al., arXiv:2305.14387). Averaged
-    over items with two votes or more.
+    If the others are evenly split, one of their most common choices is drawn (Dubois et al., arXiv:2305.14387). The
+    mean is over items with two votes or more.
     """
     rated, groups = _rows_with(table.sum(axis=1) >= 2, table, groups)
     why = "" if rated.size else _no_overlap(table)
@@ -206,8 +206,8 @@ def cohen_kappa(
 
         kappa = (p_o - p_e) / (1 - p_e),   p_o = sum_kl w_kl p_kl,   p_e = sum_kl w_kl p_k. p_.l
 
-    `first` and `second` are category numbers of the same items. With `swap` the table of the two is averaged with the
-    one of exchanged sides.
+    `first` and `second` are the category numbers that the two chose for the same items. With `swap`, the table of the
+    two is averaged with the table of exchanged sides.
     """
     name = "Cohen's kappa" if weights == "identity" else f"Cohen's kappa ({weights} weights)"
     n = first.size
@@ -235,8 +235,8 @@ def cohen_kappa(
 def agreement_weights(num_categories: int, kind: Weights, values: Floats | None = None) -> Floats:
     """How much a vote for l agrees with one for k, [q, q], 1 on the diagonal (Gwet 2014, ch. 3).
 
-    identity: nothing else agrees; linear and quadratic: 1 - |k - l| / range and 1 - (k - l)² / range², of the values
-    (of their places in order without); ordinal: 1 - C(|k - l| + 1, 2) / C(q, 2), of places.
+    identity: 0 off the diagonal; linear and quadratic: 1 - |k - l| / range and 1 - (k - l)² / range², of the values
+    (without `values`, of the places in the order); ordinal: 1 - C(|k - l| + 1, 2) / C(q, 2), of the places.
     """
     if kind == "identity" or num_categories < 2:
         return np.eye(num_categories)
@@ -250,13 +250,13 @@ def agreement_weights(num_categories: int, kind: Weights, values: Floats | None 
 
 
 def noise_from_agreement(agreement: Agreement) -> Agreement:
-    """Chance p that one vote is right, from the agreement a of two over two choices: p = (1 + sqrt(2a - 1)) / 2.
+    """Probability p that one vote is right, from the agreement a on two choices: p = (1 + sqrt(2a - 1)) / 2.
 
-    So it is where all are equally good and err independently and symmetrically, a = p² + (1 - p)². 1 - p is the share
-    of wrong labels that a model trained on single votes should expect (its label smoothing).
+    This holds if all annotators are equally good and err independently and symmetrically: a = p² + (1 - p)². Then 1 - p
+    is the share of wrong labels that a model trained on single votes should expect (its label smoothing).
 
-    A reference line, not a ceiling: real items differ in difficulty, and then votes do not err independently.
-    Agreement below one half has no such p.
+    p is a reference line, not a ceiling: real items differ in difficulty, so votes do not err independently. If
+    agreement is below one half, there is no such p.
     """
     name = "accuracy of one vote"
     estimate = agreement.interval
@@ -275,7 +275,7 @@ def noise_from_agreement(agreement: Agreement) -> Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotatorPair:
-    """Two annotators over the items both judged."""
+    """How far two annotators agree on the items that both judged."""
 
     first: str
     second: str
@@ -335,7 +335,7 @@ def _alpha(scale: Scale, values: Floats | None) -> Statistic:
         n = totals.sum(axis=1)
         apart = _distances(scale, totals, values)
         scaled = rows / pairable[:, None]
-        if scale == "ordinal":  # its distances change with every resample, so that coincidences are needed
+        if scale == "ordinal":  # its distances differ by resample, so coincidences are needed
             coincidences = (weights[:, :, None] * scaled[None]).swapaxes(1, 2) @ rows
             observed = (coincidences * apart).sum(axis=(1, 2))
         else:
@@ -385,7 +385,7 @@ def _leave_one_out(rows: Floats, weights: Floats) -> Floats:
 
 
 def _same(rows: Floats) -> Floats:
-    """Ordered pairs of votes of an item that are alike."""
+    """Number of ordered pairs of equal votes, for each item."""
     return np.asarray((rows * (rows - 1)).sum(axis=1))
 
 
@@ -438,8 +438,8 @@ def _resampled(
 ) -> Iterator[Floats]:
     """How often each kind of item is in each resample, [B, kinds], in blocks that fit into memory.
 
-    Items are drawn by themselves, or where `groups` are given whole groups: votes about one ranking or one prompt
-    share its difficulty, and drawn one by one would seem to say more than they do.
+    Items are drawn one by one, or in whole groups if `groups` are given: votes about one ranking or one prompt share
+    its difficulty, so drawing them one by one would give intervals that are too narrow.
     """
     if groups is None:
         profiles, times = None, np.bincount(kinds, minlength=num_kinds)
@@ -458,7 +458,7 @@ def _resampled(
 def _finish(
     name: str, value: float, parts: Sequence[Floats], n: int, note: str, groups: Ints | None = None
 ) -> Agreement:
-    """`parts` are blocks of resampled values. With groups `n` counts them: they are what is independent."""
+    """The result. `parts` are blocks of resampled values. With groups, their number is n: groups are independent."""
     drawn = np.concatenate(parts) if parts else np.empty(0)
     one = "one item: no interval"
     if groups is not None:

@@ -1,4 +1,4 @@
-"""One annotator at a time: agreement with the others, lean to the left of the screen, speed, answers in a row."""
+"""Figures of single annotators: agreement with the others, lean to the left of the screen, speed, equal answers."""
 
 from __future__ import annotations
 
@@ -14,37 +14,40 @@ from trimtab.stats import Floats, Interval, wilson
 from trimtab.votes.table import Ints, VoteTable
 
 HASTY_SECONDS = 2.0
-"""Nobody reads two replies in less."""
+"""A vote in less time than this is hasty: nobody reads two replies so fast."""
 _RIDGE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotatorCard:
-    """What the votes of one annotator look like beside those of the others. Shares carry Wilson intervals, of
-    as many votes as they are worth where several are about one ranking or prompt."""
+    """The votes of one annotator compared with those of the others.
+
+    Shares carry Wilson intervals. If several votes are about one ranking or prompt, they count as the number of
+    independent votes that they are worth.
+    """
 
     name: str
     num_votes: int
     agreement: Interval
-    """Share of votes that are the majority of the item's other votes, ties of that majority counting in part."""
+    """Share of votes that equal the majority of the item's other votes; a tied majority counts in part."""
     left: Interval
     """Share of decided votes for the side shown on the left."""
     left_p_value: float
-    """Chance of a share at least as far from one half without a lean (binomial, two-sided); nan without such votes."""
+    """p-value of the share under no lean (binomial test, two-sided); nan without such votes."""
     left_bias: Interval
-    """gamma of `left_bias`, in log-odds: 0 is none, 0.2 is 55% left between equal replies."""
+    """The gamma of `left_bias`, in log-odds: 0 is no lean, 0.2 means 55% left between equal replies."""
     ties: Interval
     """Share of votes that choose neither side."""
     median_seconds: float
     hasty: Interval
     """Share of timed votes faster than reading takes: see `hasty_votes`."""
     consistency: Interval
-    """Share of repeated votes on an item that repeat the first."""
+    """Share of repeated votes on an item that equal the first one."""
     longest_run: int
-    """Longest sequence of equal answers, on the screen where the sides shown are known."""
+    """Length of the longest run of equal answers, as seen on the screen if the sides shown are known."""
     run_p_value: float
-    """Chance of such a run somewhere in this many votes, had each been drawn from everybody's answers; nan where the
-    sides shown are not known, for then the items' own order makes runs."""
+    """Probability of such a run somewhere in this many votes if each were drawn from everybody's answers; nan if the
+    sides shown are not known, because the items' own order can then make runs."""
     flags: tuple[str, ...]
     """What to look at, in words. A flag is a reason to look at the votes, not to drop them."""
 
@@ -131,7 +134,7 @@ _UNKNOWN = Interval(math.nan, math.nan, math.nan, 0)
 
 
 def _share(successes: float, n: int, effect: float, level: float) -> Interval:
-    """Wilson's interval of as many independent votes as these are worth."""
+    """Wilson's interval for as many independent votes as these n votes are worth, n / effect."""
     if not n:
         return _UNKNOWN
     worth = max(1, round(n / effect))
@@ -140,10 +143,10 @@ def _share(successes: float, n: int, effect: float, level: float) -> Interval:
 
 
 def _design_effects(values: Floats, who: Ints, groups: Ints, num: int) -> Floats:
-    """For each annotator how many times the variance of independent votes that of a share is (Kish 1965), at least 1.
+    """Design effect of each annotator's share: its variance over that of independent votes (Kish 1965), at least 1.
 
-    The variance is that of a ratio over groups, G / (G - 1) sum_g (s_g - p n_g)² / n²; without any between groups (one
-    group, or all votes alike) a group counts as one vote.
+    The variance is that of a ratio over groups, G / (G - 1) sum_g (s_g - p n_g)² / n². If groups show no variance (one
+    group, or all votes alike), a group counts as one vote.
     """
     effects = np.ones(num)
     cells, number = np.unique(np.stack([who, groups], axis=1), axis=0, return_inverse=True)
@@ -164,7 +167,7 @@ def _design_effects(values: Floats, who: Ints, groups: Ints, num: int) -> Floats
 
 
 def _first_of_groups(votes: VoteTable) -> NDArray[np.bool_]:
-    """The first vote of each annotator in each group: the pairs of one ranking are one answer, not a run of them."""
+    """True for the first vote [V] of each annotator in each group: the pairs of a ranking are one answer, not a run."""
     key = votes.group_of_votes * len(votes.annotators) + votes.annotator
     first = np.zeros(len(votes), dtype=bool)
     again = _repeats(votes)[2] if votes.group is None else np.zeros(len(votes), dtype=bool)
@@ -173,19 +176,20 @@ def _first_of_groups(votes: VoteTable) -> NDArray[np.bool_]:
 
 
 def _widened(interval: Interval, effect: float) -> Interval:
-    """A symmetric interval for an estimate whose variance is so many times larger."""
+    """The interval, symmetric around the estimate, if the variance is `effect` times larger."""
     half = (interval.high - interval.low) / 2 * math.sqrt(effect)
     return Interval(interval.value, interval.value - half, interval.value + half, interval.count)
 
 
 def left_bias(votes: VoteTable) -> list[Interval]:
-    """Each annotator's lean to the left, gamma_r of
+    """Each annotator's lean to the left: gamma_r of a logistic regression.
 
-        logit P(left is chosen) = beta x_i s + gamma_r,   s = 1 with side A on the left, -1 on the right,
+        logit P(left is chosen) = beta x_i s + gamma_r,   s = 1 with side A on the left, -1 on the right
 
-    where x_i is the log-odds of side A among the *other* annotators of the item (each side with half a vote more), so
-    that a better reply on the left is no lean. Only votes for a side count. A penalty of 0.01 gamma² / 2 keeps an
-    annotator who always chose left finite. Bounds are 1.96 standard errors; nan for annotators without such votes.
+    x_i is the log-odds of side A among the *other* annotators of the item (with half a vote added to each side), so
+    that a better reply on the left is no lean. Only votes for a side count. A penalty of 0.01 gamma² / 2 keeps gamma
+    finite for an annotator who always chose left. Bounds are 1.96 standard errors away; nan for annotators without
+    such votes.
     """
     left, decided = _left_votes(votes)
     num = len(votes.annotators)
@@ -204,7 +208,7 @@ def left_bias(votes: VoteTable) -> list[Interval]:
     for _ in range(50):
         p = scipy.special.expit(beta * x + gamma[who])
         w = p * (1 - p)
-        # one common slope and an intercept each: the matrix of second derivatives is an arrow
+        # one common slope and one intercept for each annotator: the Hessian is an arrow matrix, solved in closed form
         along = np.bincount(who, weights=w, minlength=num) + _RIDGE
         across = np.bincount(who, weights=w * x, minlength=num)
         slope = (w * x * x).sum() + _RIDGE
@@ -228,9 +232,9 @@ def left_bias(votes: VoteTable) -> list[Interval]:
 
 
 def hasty_votes(votes: VoteTable) -> NDArray[np.bool_]:
-    """Votes [V] in less time than max(2 s, the characters of the replies at the speed of the fastest fifth).
+    """True for votes [V] in less time than max(2 s, the time to read the replies at the speed of the fastest fifth).
 
-    Without the replies, in less than 2 s. A vote whose time is not known is not hasty.
+    If the replies are not known, the limit is 2 s. A vote whose time is not known is not hasty.
     """
     limit = np.full(len(votes), HASTY_SECONDS)
     if votes.characters.size:
@@ -245,7 +249,7 @@ def hasty_votes(votes: VoteTable) -> NDArray[np.bool_]:
 
 
 def _left_votes(votes: VoteTable) -> tuple[Floats, NDArray[np.bool_]]:
-    """1 where the left side was chosen [V], and the votes [V] that chose a side whose place is known."""
+    """Whether the left side was chosen, 1 or 0 [V], and which votes [V] chose a side whose place is known."""
     if not votes.pairwise:
         return np.zeros(len(votes)), np.zeros(len(votes), dtype=bool)
     names = np.array(votes.categories)[votes.choice]
@@ -254,7 +258,7 @@ def _left_votes(votes: VoteTable) -> tuple[Floats, NDArray[np.bool_]]:
 
 
 def _others(votes: VoteTable, mask: NDArray[np.bool_], table: Floats, category: int) -> Floats:
-    """Votes of an item for a category, without those of the same annotator; for the votes under the mask."""
+    """For each vote under the mask, how many votes of other annotators its item has for the category."""
     key = votes.item * len(votes.annotators) + votes.annotator
     mine = votes.choice == category
     _, index = np.unique(key, return_inverse=True)
@@ -263,7 +267,7 @@ def _others(votes: VoteTable, mask: NDArray[np.bool_], table: Floats, category: 
 
 
 def _with_the_others(votes: VoteTable) -> tuple[Floats, NDArray[np.bool_]]:
-    """How far each vote [V] is the majority of the item's others, and which votes have others."""
+    """How far each vote [V] equals the majority of the item's other votes, in [0, 1], and which votes have others."""
     others = votes.table()[votes.item]
     others[np.arange(len(votes)), votes.choice] -= 1
     favourite = others == others.max(axis=1, keepdims=True)
@@ -271,7 +275,7 @@ def _with_the_others(votes: VoteTable) -> tuple[Floats, NDArray[np.bool_]]:
 
 
 def _repeats(votes: VoteTable) -> tuple[Floats, Ints, NDArray[np.bool_]]:
-    """Of each repeated vote: 1 where it is the annotator's first on the item again, and who it is; and which [V]."""
+    """For each repeated vote, whether it equals the annotator's first on the item, and who gave it; and a mask [V]."""
     key = votes.item * len(votes.annotators) + votes.annotator
     _, first, index = np.unique(key, return_index=True, return_inverse=True)
     again = first[index] != np.arange(len(votes))
@@ -279,13 +283,13 @@ def _repeats(votes: VoteTable) -> tuple[Floats, Ints, NDArray[np.bool_]]:
 
 
 def _answers(votes: VoteTable) -> Ints:
-    """The answers as they stood on the screen: left or right where that is known of a vote for a side."""
+    """The answers as seen on the screen: left or right for a vote for a side if that is known, else the category."""
     left, decided = _left_votes(votes)
     return np.where(decided, len(votes.categories) + left.astype(np.int64), votes.choice)
 
 
 def _shares_of_answers(votes: VoteTable) -> Floats:
-    """How common each of `_answers` is among all annotators, left and right counting as equally likely."""
+    """How common each value of `_answers` is among all annotators; left and right count as equally likely."""
     q = len(votes.categories)
     shares = np.bincount(_answers(votes), minlength=q + 2) / len(votes)
     shares[q:] = shares[q:].mean()
@@ -302,7 +306,7 @@ def _longest_run(answers: Ints) -> int:
 def _run_p_value(length: int, num: int, shares: Floats) -> float:
     """1 - exp(-expected number of runs of at least `length`) in `num` independent draws (Poisson clumping).
 
-    A run begins where the answer before was another: p^L (1 + (n - L) (1 - p)) of them for an answer of share p.
+    A run begins after a different answer, so for an answer of share p there are p^L (1 + (n - L) (1 - p)) of them.
     """
     expected = (shares**length * (1 + max(num - length, 0) * (1 - shares))).sum()
     return float(-np.expm1(-expected))

@@ -1,10 +1,10 @@
-"""Ratings of models from wins, losses and ties: Bradley and Terry's model, with style held equal, and intervals.
+"""Ratings of models from wins, losses and ties: the Bradley-Terry model with intervals, and style held equal.
 
     eta = theta_a - theta_b + phi · (style_a - style_b)
     without ties:  P(A wins) = 1 / (1 + exp(-eta))                                   (Bradley and Terry 1952)
     Davidson:      P(A) : P(tie) : P(B) = exp(eta / 2) : nu : exp(-eta / 2)          (Davidson 1970, JASA 65, eq. 2.3)
 
-Both are one concave likelihood in (theta, phi, log nu), so that Newton's method finds its one maximum, for all
+Both have a concave likelihood in (theta, phi, log nu), so Newton's method finds its only maximum; it runs for all
 resamples of a bootstrap together. A rating is 1000 + 400 theta / ln 10, with theta of mean 0: 400 points are odds of
 ten to one.
 """
@@ -33,39 +33,39 @@ ELO_PER_UNIT = 400 / math.log(10)
 _CELLS = 4_000_000
 _MAX_NEWTON = 60
 _LARGE = 15.0
-"""No parameter is followed beyond this: odds of e^30 between two players are on their way to infinity."""
+"""Parameters beyond this count as infinite: they mean odds of e^30 between two players."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Games:
-    """Judged comparisons of players."""
+    """Judged comparisons of players: `players[first[i]]` won game i if `outcome[i]` is 1."""
 
     players: tuple[str, ...]
     first: Ints
-    """[n], an index into `players`, as `second`."""
+    """[n], index into `players`, as is `second`."""
     second: Ints
     outcome: Floats
-    """[n], 1 where the first won, 0 where the second did, 0.5 for a tie."""
+    """[n], 1 if the first won, 0 if the second did, 0.5 for a tie."""
     style: Floats | None = None
-    """[n, S], style of the first less that of the second."""
+    """[n, S], style of the first minus that of the second."""
     style_names: tuple[str, ...] = ()
     group: Ints | None = None
-    """[n], games that are resampled together (one item or prompt); None where all are independent."""
+    """[n], group of each game; a group (one item or prompt) is resampled together. None if all are independent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rating:
-    """One player's place. Bounds are nan where they are unknown."""
+    """One player's rating and rank. Bounds are nan if they are unknown."""
 
     name: str
     elo: Interval
     """`count` is the number of games."""
     rank: int
-    """1 + the number of players whose lower bound is above this one's upper bound; 0 where there is no rating."""
+    """1 + the number of players whose lower bound is above this one's upper bound; 0 if there is no rating."""
     component: int
     """Players of different components never met, not even through others: their ratings cannot be compared."""
     undefined: str = ""
-    """Why there is no rating."""
+    """Why there is no rating; empty if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +75,14 @@ class Ratings:
     players: tuple[Rating, ...]
     num_components: int
     tie_log_nu: Interval | None
-    """log nu of Davidson's model: 0 means that equal players tie in one game of three; None where ties are halves."""
+    """log nu of Davidson's model: 0 means that equal players tie in one game of three; None if ties are half wins."""
     style: tuple[tuple[str, Interval], ...]
-    """Gain in log-odds for a usual difference (the root mean square) in each kind of style."""
+    """Gain in log-odds from a typical difference (the root mean square) in each kind of style."""
     notes: tuple[str, ...]
 
 
 def games_of(votes: VoteTable) -> Games:
-    """The votes as games between the models of their items. Raises DataError where the models are not known."""
+    """The votes as games between the models of their items. Raises DataError if the models are not known."""
     if votes.models is None or not votes.pairwise:
         raise DataError(
             "the votes do not say which models they compare",
@@ -117,12 +117,12 @@ def rate(
 ) -> Ratings:
     """Ratings by maximum likelihood.
 
-    `ties` count as half a win for each side, or have a parameter of their own (Davidson). With `style` the differences
-    in style are covariates, in units of their root mean square (which the naming of sides does not change) and with a
-    penalty of `style_ridge` phi² / 2, so that a rating is for replies of equal style. `ridge` theta² / 2 is a prior
-    that makes every rating finite; 0 is none, and players who won or lost everything then have no rating, in words.
-    Intervals (95%) are percentiles of a bootstrap over `games.group`, or from the sandwich covariance clustered by it
-    (White 1982).
+    `ties` count as half a win for each side, or have a parameter of their own (Davidson). With `style`, the differences
+    in style are covariates, in units of their root mean square (which does not depend on how sides are named) and with
+    a penalty of `style_ridge` phi² / 2, so that ratings are for replies of equal style. `ridge` theta² / 2 is a prior
+    that makes every rating finite. Without it (0), players who won or lost everything have no rating, and `undefined`
+    says why. Intervals (95%) are percentiles of a bootstrap over `games.group`, or come from the sandwich covariance
+    clustered by it (White 1982). Raises DataError if no ratings can be fitted.
     """
     keep = games.first != games.second
     notes = [f"{int((~keep).sum())} games of a model against itself left out"] if not keep.all() else []
@@ -165,7 +165,7 @@ def rate(
         penalty=np.concatenate([np.full(num, ridge), np.full(styles.shape[1], style_ridge)]),
         gauge=same.astype(np.float64) + np.diag(~fitted),
     )
-    centre = np.eye(model.size)  # takes from each rating the mean of its component
+    centre = np.eye(model.size)  # subtracts from each rating the mean of its component
     centre[:num, :num] -= same / np.maximum(same.sum(axis=1, keepdims=True), 1)
     fit = model.fit(np.ones((1, model.num_groups)))
     if not _finite(fit).all():
@@ -220,22 +220,23 @@ def rate(
 
 @dataclass(frozen=True, kw_only=True)
 class _Model:
-    """The penalised likelihood of weighted games, of parameters (theta, phi) and with Davidson log nu at the end.
+    """The penalised likelihood of weighted games in the parameters (theta, phi), with log nu at the end for Davidson.
 
-    Games that are alike in everything are one of U rows.
+    Identical games are merged into one of U rows.
     """
 
     design: Floats
-    """[U, D]."""
+    """[U, D], the factors of the parameters in eta."""
     outcome: Floats
-    """[U]."""
+    """[U], as in `Games`."""
     games: Any
-    """Sparse [groups, U], how many of a group's games are each row."""
+    """Sparse [groups, U], how many games of each group are in each row."""
     with_ties: bool
     penalty: Floats
-    """[D]."""
+    """[D], ridge of each parameter."""
     gauge: Floats
-    """[K, K], added to the second derivatives where the likelihood is flat: common shifts, absent players."""
+    """[players, players], added to the second derivatives along directions in which the likelihood is flat: a common
+    shift of a component, and players without a rating."""
 
     @classmethod
     def of(
@@ -256,13 +257,13 @@ class _Model:
         return int(self.games.shape[0])
 
     def weights(self, times: Floats) -> Floats:
-        """Weights of the rows [B, U], of how often each group was drawn [B, groups]."""
+        """Weights of the rows [B, U], from how often each group was drawn, `times` [B, groups]."""
         return np.asarray((self.games.T @ times.T).T)
 
     def fit(self, times: Floats) -> Floats:
-        """Parameters [B, D] that maximise the likelihood with each group as often as `times` says.
+        """Parameters [B, D] that maximise the likelihood with each group counted as often as `times` says.
 
-        Where there is no maximum they stop at some number that `_finite` refuses.
+        If there is no maximum, they stop at a value that `_finite` refuses.
         """
         weights = self.weights(times)
         beta = np.zeros((len(weights), self.size))
@@ -290,7 +291,7 @@ class _Model:
         return np.asarray(np.sqrt(np.maximum(variances, 0.0)))
 
     def _flat(self) -> Floats:
-        flat = np.eye(self.size) * 1e-15  # on the way to infinity all is flat
+        flat = np.eye(self.size) * 1e-15  # keeps it solvable: on the way to infinity all is flat
         flat[: len(self.gauge), : len(self.gauge)] = self.gauge
         return flat
 
@@ -343,7 +344,7 @@ class _Model:
         return gradient, hessian
 
     def _search(self, beta: Floats, step: Floats, weights: Floats, value: Floats) -> tuple[Floats, Floats]:
-        """The step, halved where the likelihood would fall."""
+        """The parameters after the step, halved until no likelihood falls, and their likelihoods."""
         scale = np.ones((len(beta), 1))
         for _ in range(30):
             moved = beta + scale * step
@@ -356,9 +357,10 @@ class _Model:
 
 
 def _bootstrap(model: _Model, component: Ints, num: int, num_resamples: int, seed: int) -> tuple[Floats, int]:
-    """Parameters of resamples of whole groups, and how many had none.
+    """Parameters fitted to resamples of whole groups, and how many resamples have no finite ones.
 
-    A resample has none where its games do not connect the first `num` players as all games do, or tell nothing of ties.
+    A resample has none if its games do not connect the first `num` players as all games do, or if Davidson's model
+    finds no ties in it, or only ties.
     """
     generator = np.random.default_rng(seed)
     players = len(model.gauge)
@@ -384,12 +386,12 @@ def _bootstrap(model: _Model, component: Ints, num: int, num_resamples: int, see
 
 
 def _finite(beta: Floats) -> NDArray[np.bool_]:
-    """Which rows of parameters [B, D] are of a likelihood with a maximum."""
+    """Which rows of parameters [B, D] are finite: their likelihood has a maximum."""
     return np.asarray(np.abs(beta).max(axis=1, initial=0.0) < _LARGE)
 
 
 def _num_parts(num: int, first: Ints, second: Ints, outcome: Floats, of: Ints) -> int:
-    """Parts of the players `of` in which everybody is beaten or tied, through others perhaps, by everybody."""
+    """Number of parts of the players `of`; in a part everybody beats or ties everybody, directly or through others."""
     return int(np.unique(_strong_parts(num, first, second, outcome)[of]).size)
 
 
@@ -405,7 +407,7 @@ def _connected(num: int, first: Ints, second: Ints, outcome: Floats) -> tuple[In
     """Each player's component, and why a player has no finite rating.
 
     Ratings exist within a component if it cannot be split in two so that one part never won or tied against the other
-    (Ford 1957). Where it can, the largest part that cannot is rated, and the players outside it are not.
+    (Ford 1957). If it can, only the largest part that cannot is rated.
     """
     ones = np.ones(first.size)
     met = scipy.sparse.coo_matrix((ones, (first, second)), shape=(num, num))
@@ -437,9 +439,9 @@ def _elo(theta: float) -> float:
 
 
 def online_elo(games: Games, *, k: float = 4.0) -> Floats:
-    """Ratings [players] after the games in their order: each moves by k (result - expected) (Elo 1978).
+    """Ratings [players] after the games in their order; each game moves both by k (result - expected) (Elo 1978).
 
-    For a running display: unlike `rate` it depends on the order, and has no interval.
+    This is for a running display: unlike `rate`, it depends on the order of the games and has no interval.
     """
     elo = np.full(len(games.players), ELO_CENTRE)
     for a, b, y in zip(games.first, games.second, games.outcome, strict=True):

@@ -1,4 +1,4 @@
-"""Everything the votes of a campaign say about their own worth, in one record."""
+"""Everything that the votes of a campaign say about their own quality, in one record."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from trimtab.votes.table import VoteTable
 NUM_CONTESTED = 20
 """Items listed as the most contested."""
 MIN_DEEP_FRACTION = 0.1
-"""Models of annotators are fitted where at least this share of the items has three votes or more."""
+"""Annotator models are fitted if at least this share of the items has three votes or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skill:
-    """What a model of annotators believes of one of them: the chance that an answer is right."""
+    """Probability that an answer of one annotator is right (MACE: that it is not a guess), by one annotator model."""
 
     annotator: str
     method: Method
@@ -50,14 +50,14 @@ class ContestedItem:
 
     item: str
     votes: tuple[tuple[str, int], ...]
-    """Votes for each category that has some."""
+    """Number of votes for each category that has any, such as (("A", 3), ("B", 2))."""
     entropy: float
-    """Of the votes, in nats."""
+    """Entropy of the shares of votes, in nats."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What `study` finds."""
+    """The result of `study`."""
 
     num_votes: int
     num_items: int
@@ -66,30 +66,30 @@ class Study:
     counts: dict[str, int]
     coefficients: tuple[Agreement, ...]
     noise: Agreement | None
-    """Accuracy of one vote, from the agreement of votes for a side; None where there are no two choices."""
+    """Accuracy of one vote, from the agreement of votes for a side; None if votes are not between two choices."""
     slices: tuple[tuple[str, Agreement, Agreement], ...]
-    """Name, raw agreement and Krippendorff's alpha of each."""
+    """Name, raw agreement and Krippendorff's alpha of each slice."""
     annotators: tuple[AnnotatorCard, ...]
     pairs: tuple[AnnotatorPair, ...]
     skills: tuple[Skill, ...]
     contested: tuple[ContestedItem, ...]
     split: tuple[tuple[float, int], ...]
-    """How many items with two votes or more have each share of votes for their favourite."""
+    """(share, items): how many items with two votes or more give this share of them to their most common choice."""
     ladder: Ratings | None
-    """Ratings of the models compared; None where the votes do not name any."""
+    """Ratings of the compared models; None if the votes name no models, or no ratings can be fitted."""
     notes: tuple[str, ...]
 
     def to_dict(self) -> JsonDict:
-        """As JSON values, None for what is not known."""
+        """The record as JSON values; a number that is not finite is None."""
         found: JsonDict = _plain(dataclasses.asdict(self))
         return found
 
 
 def study(votes: VoteTable, *, as_given: bool = False, num_resamples: int = 1000, seed: int = 0) -> Study:
-    """Studies the votes.
+    """Everything that the votes say about their own quality.
 
-    Agreement rests on the first vote of each annotator on an item. `as_given` takes the names of the sides as they
-    are, where A always means the same (a model, not a place); otherwise every item counts both ways round.
+    Agreement is computed from the first vote of each annotator on an item. `as_given` keeps the names of the sides, for
+    votes in which A always means the same (a model, not a place); otherwise every item counts both ways round.
     """
     if as_given:
         votes = replace(votes, swap=None)
@@ -176,7 +176,7 @@ def _coefficients(votes: VoteTable, options: dict[str, Any]) -> list[Agreement]:
 
 
 def _cohen(votes: VoteTable, shared: dict[str, Any]) -> Agreement:
-    """Of exactly two annotators; of more, in words."""
+    """Cohen's kappa of exactly two annotators; for any other number, the reason why it is undefined."""
     q, num = len(votes.categories), len(votes.annotators)
     if num != 2:
         why = f"it compares two annotators; these are {num}" + (", see the table of pairs" if num > 2 else "")
@@ -190,7 +190,7 @@ def _cohen(votes: VoteTable, shared: dict[str, Any]) -> Agreement:
 
 
 def _decided(votes: VoteTable) -> VoteTable | None:
-    """Votes between two choices: those for a side, or all where there are two categories."""
+    """The votes between two choices: those for a side, or all if there are two categories; None otherwise."""
     if votes.pairwise:
         return votes.chosen(np.isin(np.array(votes.categories)[votes.choice], ("A", "B")))
     return votes if len(votes.categories) == 2 else None

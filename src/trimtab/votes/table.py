@@ -19,7 +19,7 @@ from trimtab.stats import Floats
 Ints = NDArray[np.int64]
 
 PAIRWISE = ("A", "tie", "both_bad", "B")
-"""Choices between two replies, in their order as a scale. They name sides of the item, never of the screen."""
+"""Choices between two replies, in the order of a scale. They name sides of the item, never of the screen."""
 NOT_JUDGED = ("", "cannot_judge", "skip")
 """Choices that are no judgement. They are counted and left out."""
 COLUMNS = ("item", "annotator", "choice", "shown_left", "seconds", "slice", "strength", "model_a", "model_b", "group")
@@ -30,68 +30,71 @@ _MISTAKES_SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class VoteTable:
-    """Columns of V votes about I items by R annotators, in q categories. Votes are in the order they were given."""
+    """Columns of V votes about I items by R annotators, in q categories. Votes are in the order they were given.
+
+    For example, vote v is the choice `categories[choice[v]]` of `annotators[annotator[v]]` about `items[item[v]]`.
+    """
 
     items: tuple[str, ...]
     annotators: tuple[str, ...]
     categories: tuple[str, ...]
-    """In the order of their scale, where they have one."""
+    """In the order of their scale, if they have one."""
     item: Ints
-    """[V], an index into `items`, as `annotator` and `choice` are into theirs."""
+    """[V], index into `items`; so are `annotator` into `annotators` and `choice` into `categories`."""
     annotator: Ints
     choice: Ints
     swap: Ints | None = None
-    """[q], the category that each becomes when the sides of an item are exchanged; None where there are no sides, or
-    where their names mean something."""
+    """[q], the category that each becomes when the sides of an item are exchanged; None if there are no sides, or if
+    their names have a meaning."""
     ordered: bool = False
-    """The order of the categories means something."""
+    """Whether the order of the categories has a meaning."""
     a_left: Floats
-    """[V], 1 where side A was shown on the left, 0 on the right, nan where that is not known."""
+    """[V], 1 if side A was shown on the left, 0 if on the right, nan if that is not known."""
     seconds: Floats
-    """[V], time taken; nan where not known."""
+    """[V], time taken; nan if not known."""
     strength: Floats
-    """[V], how much better the chosen side is; nan where not asked."""
+    """[V], how much better the chosen side is; nan if not asked."""
     slices: tuple[str, ...] = ()
     slice: Ints
     """[V], an index into `slices`; -1 for none."""
     characters: Floats
-    """[I], characters of both replies; nan where the replies are not known."""
+    """[I], characters of both replies together; nan if the replies are not known."""
     models: tuple[tuple[str, str], ...] | None = None
-    """[I], who wrote sides A and B."""
+    """[I], the models that wrote sides A and B; None if not known."""
     group: Ints | None = None
-    """[I], items that are resampled together since they are not independent: the pairs of one ranking or of one
-    prompt. None where every item is by itself."""
+    """[I], group of each item. Items of one group are resampled together because they are not independent: the pairs
+    of one ranking or of one prompt. None if all items are independent."""
     style: Floats | None = None
-    """[I, 4], `style_difference` of side A from side B; None where the replies are not known."""
+    """[I, 4], `style_difference` of side A from side B; None if the replies are not known."""
     counts: Mapping[str, int] = field(default_factory=dict)
-    """What was read, and what of it is not among the votes."""
+    """Counts of what was read and left out, such as {"rows": 12, "votes": 10, "not_judged": 2}."""
 
     def __len__(self) -> int:
         return self.item.size
 
     @property
     def pairwise(self) -> bool:
-        """The votes choose between two sides, A and B."""
+        """Whether the votes choose between two sides, A and B."""
         return {"A", "B"} <= set(self.categories) <= set(PAIRWISE)
 
     @property
     def group_of_votes(self) -> Ints:
-        """[V], what votes are not independent within: the item's group, or the vote's item."""
+        """[V], the unit within which votes are not independent: the group of the item, or the item itself."""
         return self.item if self.group is None else self.group[self.item]
 
     @property
     def values(self) -> Floats | None:
-        """The categories as numbers [q]; None where they are not numbers."""
+        """The categories as numbers [q]; None if they are not numbers."""
         numbers = [_number(category) for category in self.categories]
         return None if not numbers or any(map(math.isnan, numbers)) else np.array(numbers)
 
     def chosen(self, mask: NDArray[np.bool_]) -> VoteTable:
-        """The votes under the mask [V]. Items, annotators and categories keep their numbers."""
+        """A table of the votes under the mask [V]. Items, annotators and categories keep their numbers."""
         columns = ("item", "annotator", "choice", "a_left", "seconds", "strength", "slice")
         return replace(self, **{name: getattr(self, name)[mask] for name in columns})
 
     def first_votes(self) -> VoteTable:
-        """Without an annotator's second and later votes on an item, which measure consistency and not agreement."""
+        """A table without repeated votes of an annotator on an item: those measure consistency and not agreement."""
         key = self.item * max(len(self.annotators), 1) + self.annotator
         first = np.zeros(len(self), dtype=bool)
         first[np.unique(key, return_index=True)[1]] = True
@@ -104,7 +107,7 @@ class VoteTable:
         return np.bincount(flat, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
 
     def bad_as_ties(self) -> VoteTable:
-        """With "both bad" counted as a tie, so that A, tie, B are one scale."""
+        """A table in which "both bad" counts as a tie, so that A, tie, B are one scale."""
         if "both_bad" not in self.categories:
             return self
         to = {name: i for i, name in enumerate(("A", "tie", "B"))}
@@ -118,9 +121,9 @@ class VoteTable:
         )
 
     def graded(self) -> VoteTable | None:
-        """The strengths as a scale with ties at 0, from side B much better (negative) to side A (positive).
+        """A table of the strengths as a scale: side B much better is most negative, a tie is 0, side A is positive.
 
-        None where strength was asked of no vote; votes without one are left out, ties apart.
+        None if no vote has a strength. Votes for a side that lack one are left out.
         """
         if not self.pairwise or np.all(np.isnan(self.strength)):
             return None
@@ -142,13 +145,13 @@ class VoteTable:
 def votes_from_rows(
     rows: Iterable[tuple[str, JsonDict]], *, missing: Sequence[str] = (), order: Sequence[str] = ()
 ) -> VoteTable:
-    """The votes of rows, each with where it came from, such as ("votes.csv, row 3", {"item": …}).
+    """The table of votes in rows that each come with their origin, such as ("votes.csv, row 3", {"item": …}).
 
     A row has the columns item, annotator, choice and, if they are known, shown_left (the side, A or B, that was on the
     left), seconds, slice, strength, model_a, model_b and group (items of one ranking or prompt, whose votes depend on
-    each other); or it has the comparisons layout (prompt, response_a, response_b, choice, annotator), whose votes over
-    the same two replies are put together whichever was A. `missing` are further choices that are no judgement, `order`
-    the categories from low to high. Raises DataError with the first mistakes.
+    each other); or it has the comparisons layout (prompt, response_a, response_b, choice, annotator), in which
+    votes over the same two replies count as one item, whichever was A. `missing` are further choices that are no
+    judgement, `order` are the categories from low to high. Raises DataError with the first mistakes.
     """
     reader = _Reader((*NOT_JUDGED, *missing))
     for where, row in rows:
@@ -167,7 +170,7 @@ def style_of(text: str) -> Floats:
 
 
 def style_difference(style_a: Floats, style_b: Floats) -> Floats:
-    """(a - b) / (a + b + 1) for counts: in (-1, 1), and its opposite when the sides are exchanged."""
+    """(a - b) / (a + b + 1) for counts: in (-1, 1), with the opposite sign if the sides are exchanged."""
     return (style_a - style_b) / (style_a + style_b + 1)
 
 
@@ -235,7 +238,7 @@ class _Reader:
         )
 
     def _measure(self, where: str, row: JsonDict, name: str) -> float:
-        """A number that cannot be negative; nan for none."""
+        """A cell that holds a number from 0 up; nan if it is empty. Any other value is noted as a mistake."""
         text = text_of(row.get(name))
         value = _number(text) if text else math.nan
         if text and not 0 <= value < math.inf:
@@ -282,7 +285,7 @@ _OTHER_SIDE = {"A": "B", "B": "A"}
 
 
 def refuse_rows(mistakes: Sequence[tuple[str, str]], fix: str) -> None:
-    """Raises DataError with the first of these (where, problem) and the number of the others."""
+    """Raises DataError with the first of these mistakes (where, problem) and the number of the others."""
     more = len(mistakes) - _MISTAKES_SHOWN
     lines = [problem if i == 0 else f"{where}: {problem}" for i, (where, problem) in enumerate(mistakes)]
     shown = "\n  and:   ".join(lines[:_MISTAKES_SHOWN])
@@ -290,7 +293,7 @@ def refuse_rows(mistakes: Sequence[tuple[str, str]], fix: str) -> None:
 
 
 def _scale(seen: set[str], order: Sequence[str], pairwise: bool) -> tuple[tuple[str, ...], bool]:
-    """The categories in order, and whether that order means something."""
+    """The categories in order, and whether that order has a meaning."""
     if order:
         if strange := sorted(seen - set(order)):
             raise DataError(
@@ -315,7 +318,7 @@ def _replies(row: JsonDict) -> tuple[str, str] | None:
 
 
 def _numbered(groups: Sequence[str | None]) -> Ints | None:
-    """The groups by number, an item without one being its own; None where no two items share one."""
+    """A group number for each item; an item without a group has its own. None if no two items share a group."""
     numbers: dict[object, int] = {}
     found = [numbers.setdefault((i,) if name is None else name, len(numbers)) for i, name in enumerate(groups)]
     return np.array(found, dtype=np.int64) if len(numbers) < len(groups) else None
@@ -335,7 +338,7 @@ def _styles(replies: Sequence[tuple[str, str] | None]) -> Floats | None:
 
 
 def text_of(value: Any) -> str:
-    """A cell as text: nothing for null and nan, whole numbers without a point."""
+    """A cell as text: empty for null and nan, and whole numbers without a decimal point."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool):

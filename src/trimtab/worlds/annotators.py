@@ -1,4 +1,4 @@
-"""Simulated annotators: people whose taste is mostly gold, partly bias, and noisy, each by a stated amount."""
+"""Simulated annotators: they prefer replies by gold and by biases, with noise, each by a stated amount."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Pair = tuple[Prompt, str, str]
 """A prompt and two replies to it."""
 
 ATTENTION = 10.0
-"""Units of a feature after which nobody counts on: a hundred words, ten phrases."""
+"""Annotators notice at most this many units of a feature: a hundred words, or ten phrases."""
 _STEEPEST = 1e4
 
 
@@ -35,7 +35,7 @@ class Annotators:
     biases: Mapping[str, float]
     scale: float = 1.0
     _liking: dict[tuple[str, str], float] = field(default_factory=dict, repr=False, compare=False)
-    """Utility at scale 1 of replies met before: a reply is read once, however many comparisons it is in."""
+    """The utility at scale 1 of replies seen before: a reply is read once, however many comparisons it is in."""
 
     def utility(self, prompt: Prompt, response: str) -> float:
         """How much the reply is liked. Raises DataError for a bias the world has no feature for."""
@@ -69,7 +69,8 @@ class Annotators:
         return "A" if preferred == a else "B"
 
     def bayes_accuracy(self, pairs: Sequence[Pair]) -> float:
-        """The accuracy on single votes of a reward model that knows the utility: mean max(p, 1 - p). None is better."""
+        """The accuracy on single votes of a reward model that knows the utility: mean max(p, 1 - p). No reward model
+        can do better."""
         return _mean([max(p, 1 - p) for p in self._probabilities(pairs)])
 
     def expected_agreement(self, pairs: Sequence[Pair]) -> float:
@@ -81,9 +82,9 @@ class Annotators:
 
 
 def calibrate(world: World, biases: Mapping[str, float], pairs: Sequence[Pair], agreement: float = 0.70) -> Annotators:
-    """Annotators as noisy as it takes for their expected agreement on `pairs` to be `agreement`.
+    """Annotators with the noise for which their expected agreement on `pairs` is `agreement`.
 
-    Found by bisection over `scale`, which agreement grows with. Raises DataError where no scale gives it.
+    `scale` is found by bisection, since agreement grows with it. Raises DataError if no scale gives this agreement.
     """
     plain = Annotators(world, biases)
     gaps = [plain.utility(prompt, a) - plain.utility(prompt, b) for prompt, a, b in pairs]

@@ -31,11 +31,11 @@ class Arithmetic(World):
     """Sums with one right answer. Gold is 1 for the exact answer in the right form and 0 for anything else."""
 
     levels: tuple[int, ...] = LEVELS
-    """Which levels are drawn, each as often."""
+    """The levels that are drawn, each with the same probability."""
 
     name: ClassVar[str] = "arithmetic"
     slips: ClassVar[float] = 0.3
-    """Share of written replies with a slip in a step."""
+    """The share of written replies with a slip (a wrong result) in one step."""
     biases: ClassVar[Mapping[str, float]] = {"length": 0.08}
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class Arithmetic(World):
         return Prompt(messages=(Message("user", text),), facts=facts)
 
     def write_reply(self, prompt: Prompt, rng: Random) -> str:
-        """The working, one step a line, then the answer; some have a slip, one in ten forgets the form."""
+        """The working, one step per line, then the answer. Some replies have a slip; one in ten lacks the form."""
         numbers, operators = prompt.facts["numbers"], prompt.facts["operators"]
         before, lines = numbers[0], []
         slips_at = rng.randrange(len(operators)) if rng.random() < self.slips else None
@@ -62,7 +62,8 @@ class Arithmetic(World):
         return "\n".join(lines)
 
     def gold(self, prompt: Prompt, response: str) -> Gold:
-        """`format`: a single `####`, on the last line. `correct`, and the total: the right number there."""
+        """The part `format` is 1 if there is a single `####`, on the last line. The part `correct` and the total are 1
+        if the right number follows it."""
         answer = find_answer(response)
         correct = float(answer == str(prompt.facts["answer"]))
         return Gold(correct, {"correct": correct, "format": float(answer is not None)})
@@ -72,13 +73,13 @@ class Arithmetic(World):
 
 
 def find_answer(response: str) -> str | None:
-    """The digits after the only `####`, which begins the last line; None where the reply has another form."""
+    """The digits after the only `####`, which begins the last line; None if the reply has another form."""
     match = _ANSWER.search(response)
     return match[1] if match and response.count("####") == 1 else None
 
 
 def _draw_sum(level: int, rng: Random) -> tuple[list[int], list[str]]:
-    """Numbers and the operators between them, worked from left to right; no step goes below zero."""
+    """Numbers and the operators between them, computed from left to right; no step goes below zero."""
     if level == 1:
         return [rng.randint(0, 9), rng.randint(0, 9)], ["+"]
     if level == 3:

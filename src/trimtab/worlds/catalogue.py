@@ -1,4 +1,4 @@
-"""The catalogue: prices that nobody can know, only look up, and sums of them that are better calculated."""
+"""The catalogue: prices that a model cannot know but can look up, and sums of them, for which it has a calculator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trimtab.worlds.world import Gold, World
 COLOURS = ("black", "blue", "brown", "golden", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow")
 THINGS = ("bag", "bowl", "chair", "clock", "coat", "cup", "desk", "lamp", "ring", "scarf", "shelf", "vase")
 LEVELS = (1, 2, 3)
-"""1: the price of a thing; 2: of several of it; 3: of two things together."""
+"""1: the price of one thing; 2: of several of the same thing; 3: of two things together."""
 HELP = "Look up with Action: search[thing], work out with Action: calculate[sum], end with #### and the answer."
 
 
@@ -29,7 +29,7 @@ class Catalogue(World):
     """
 
     levels: tuple[int, ...] = LEVELS
-    """Which levels are drawn, each as often."""
+    """The levels that are drawn, each with the same probability."""
 
     name: ClassVar[str] = "catalogue"
     biases: ClassVar[Mapping[str, float]] = {"length": 0.08}
@@ -39,7 +39,7 @@ class Catalogue(World):
             raise ValueError(f"levels are some of {LEVELS}, not {self.levels}")
 
     def price(self, thing: str) -> int:
-        """From 11 to 99."""
+        """The price of a thing, from 11 to 99."""
         return _price(self.seed, thing)
 
     def corpus(self) -> list[str]:
@@ -57,8 +57,8 @@ class Catalogue(World):
         return Prompt(messages=(Message("user", f"{question[level]} {HELP}"),), facts=facts)
 
     def write_reply(self, prompt: Prompt, rng: Random) -> str:
-        """Half look everything up and calculate, as the tools would answer them; the others guess at once, or look up
-        and then guess."""
+        """Half of the replies look everything up and calculate, with the answers that the tools would give; the others
+        guess at once, or look up and then guess."""
         way = rng.choice(("tools", "tools", "guess", "half"))
         if way == "tools":
             return self._with_tools(prompt)
@@ -66,7 +66,7 @@ class Catalogue(World):
         return "\n".join([*lookups, f"#### {rng.randint(11, 99)}"])
 
     def write_document(self, prompt: Prompt, rng: Random) -> str:
-        """How the tools are used, by someone who knows; half of them need no help with it."""
+        """An example of the right use of the tools; half of the documents leave out the instructions for it."""
         question = prompt.text if rng.random() < 0.5 else prompt.text.removesuffix(HELP).strip()
         return f"{question}\n\n{self._with_tools(prompt)}"
 
@@ -83,7 +83,8 @@ class Catalogue(World):
         return "\n".join([*lines, f"#### {facts['answer']}"])
 
     def gold(self, prompt: Prompt, response: str) -> Gold:
-        """`format`: a single `####`, on the last line. `correct`, and the total: the right number there."""
+        """The part `format` is 1 if there is a single `####`, on the last line. The part `correct` and the total are 1
+        if the right number follows it."""
         answer = find_answer(response)
         correct = float(answer == str(prompt.facts["answer"]))
         return Gold(correct, {"correct": correct, "format": float(answer is not None)})

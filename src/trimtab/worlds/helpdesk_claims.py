@@ -1,4 +1,4 @@
-"""Which facts a reply of the help desk gets wrong: the item, its days, its state, the limit and the side of it."""
+"""Finds the facts that a help desk reply gets wrong: the item, its days, its state, the limit, and the side of it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from trimtab.worlds.helpdesk_reading import NEGATIONS, SAYINGS, ReplyReading, Se
 _ITEMS = frozenset(ITEMS)
 _STATES = frozenset(state for states in STATES.values() for state in states)
 _ARTICLES = frozenset({"the", "your", "this", "that", "a", "an", "our", "my", "any", "such", "every", "each"})
-# What stands for the item without naming it.
+# Words that stand for the item without naming it.
 _GENERIC = frozenset(
     {
         "it", "this", "that", "them", "you", "item", "items", "product", "order", "purchase", "money", "price",
         "request", "one", "policy", "which", "there",
     }
 )  # fmt: skip
-# Items that are verbs too: they name a thing only behind an article or an action.
+# Items whose names are verbs too: they name a thing only after an article or an action.
 _VERBS_TOO = frozenset({"saw", "watch", "drill", "fan", "clock", "heater"})
 _ADJECTIVES = frozenset({"new", "old", "whole", "full", "entire", "same"}) | _STATES
-# What may follow "refund" or "repair" other than a thing.
+# Words other than a thing that may follow "refund" or "repair".
 _AFTER_ACTION = frozenset(
     {
         "is", "are", "was", "has", "because", "since", "as", "and", "but", "for", "now", "today", "not", "under", "by",
@@ -32,7 +32,7 @@ _AFTER_ACTION = frozenset(
         "can", "have", "on", "so", "again", "please", "of", "only", "must", "needs", "does", "then", "too",
     }
 )  # fmt: skip
-# What the item may be said to be, beside its states.
+# Words that may be said of the item, besides its states.
 _PREDICATES = frozenset(
     {
         "within", "past", "bought", "private", "probably", "an", "a", "the", "approved", "possible", "covered", "no",
@@ -56,7 +56,7 @@ _IN_TIME = re.compile(
     r" (?:within|in time|on time|not late)\b"
     r"| (?:under|inside|before|less than|fewer than) (?:the |our |your |its )?(?:limit|\d)"
 )
-# "Our policy: refund within 30 days" tells the rule and not on which side of it the item is.
+# "Our policy: refund within 30 days" states the rule, and not on which side of it the item is.
 _RULE = re.compile(r" (?:refund|repair)s?(?: is| are)?(?: only| possible| allowed)* within\b")
 _CLAUSES = re.compile(r" (?:and|but|because|since|so|while|as) ")
 
@@ -68,7 +68,8 @@ _LIMIT_WORDS = frozenset({"limit", "within", "past", "policy", "over", "beyond",
 def false_facts(facts: Facts, says: ReplyReading) -> frozenset[str]:
     """Names of the facts that the reply gets wrong: item, topic, days, limit, number, state, side, claim, or invented.
 
-    What it repeats of the customer ("You write: ...") is the customer's word: only other items and numbers count there.
+    What it quotes from the customer ("You write: ...") is the customer's claim: there, only wrong items and numbers
+    count.
     """
     found: set[str] = set()
     if facts["claim"] and says.agrees:
@@ -92,7 +93,7 @@ def gives_limit(facts: Facts, says: ReplyReading) -> bool:
 
 
 def _wrong_items(facts: Facts, sentence: Sentence) -> Iterator[str]:
-    """Another item of the shop, or another topic of harm, named anywhere."""
+    """Yields "item" for each other item of the shop, and "topic" for each other topic of harm, named anywhere."""
     before = ""
     for word in sentence.words:
         item = word if word in _ITEMS else word.removesuffix("s")
@@ -105,7 +106,8 @@ def _wrong_items(facts: Facts, sentence: Sentence) -> Iterator[str]:
 
 
 def _wrong_objects(facts: Facts, sentence: Sentence) -> Iterator[str]:
-    """A decision about a thing that the ticket is not about, and a property that the ticket does not give the item."""
+    """Yields "item" or "topic" for a decision about a thing that the ticket is not about, and "invented" for a property
+    that the ticket does not give the item."""
     for match in _OBJECT.finditer(sentence.text):
         if not _is_about(match[1].split(), {facts["item"]}, free=_AFTER_ACTION):
             yield "item"
@@ -126,7 +128,7 @@ def _wrong_objects(facts: Facts, sentence: Sentence) -> Iterator[str]:
 
 
 def _is_about(words: list[str], things: set[str], *, free: frozenset[str]) -> bool:
-    """Whether the thing that these words begin with is one of `things` or a word for it, or there is none."""
+    """Whether the words begin with one of `things`, with a word that stands for it, or with no thing at all."""
     rest = words
     while rest and rest[0] in _ARTICLES and len(rest) > 1:
         rest = rest[1:]
@@ -182,7 +184,7 @@ def _wrong_sides(facts: Facts, clause: str) -> Iterator[str]:
 
 
 def _wrong_numbers(facts: Facts, sentence: Sentence) -> Iterator[str]:
-    """Every amount must be the item's days or the policy's, and stand where that one belongs."""
+    """Yields a name for each wrong amount: it must be the item's days or the policy's, and stand where that belongs."""
     days, window, claim = facts["days"], facts["window"], facts["claim"]
     words = sentence.words
     for number, start, end in sentence.amounts:
@@ -214,7 +216,7 @@ def _amounts_of_customer(message: str) -> frozenset[int]:
 
 
 def _role(near: tuple[str, ...], before: tuple[str, ...], after: tuple[str, ...]) -> str:
-    """Which of the ticket's amounts belongs there."""
+    """Which of the ticket's amounts belongs there: "days", "limit", or "" if either may stand there."""
     if after[:1] in (("ago",), ("old",)) or "bought" in near:
         return "days"
     if not _LIMIT_WORDS.isdisjoint(before) or after[:1] in (("limit",), ("policy",)):

@@ -1,4 +1,4 @@
-"""Amounts of days in a text, in digits or in words."""
+"""Finds amounts of days in a text, in digits or in words."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _WORDS = _NUMBER_WORDS.keys() | _LARGE.keys()
 
 
 def amounts(words: Sequence[str]) -> Iterator[tuple[int, int, int]]:
-    """(amount in days, its first word, the word behind it and its unit) of every number, in digits or in words.
+    """Yields, for every number in digits or in words: (its amount in days, the place of its first word, the place after
+    it and its unit).
 
-    "one" counts only before a unit; an amount in another unit than days or weeks is -1, which no ticket has.
+    "one" counts only before a unit. An amount in another unit than days or weeks is -1, which no ticket has.
     """
     if not any(map(str.isnumeric, words)) and _WORDS.isdisjoint(words):
         return

@@ -1,4 +1,4 @@
-"""What a reply of the help desk says: its words, its sentences, the decisions it states and the promises it makes.
+"""Reads what a help desk reply says: its words, its sentences, the decisions it states and the promises it makes.
 
 Nothing here knows the ticket; `helpdesk_claims` compares what is said with it.
 """
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from trimtab.worlds.helpdesk_grammar import GIFTS, WEEKDAYS, sentences
 from trimtab.worlds.helpdesk_numbers import amounts, is_number
 
-# Every phrase of the grammar has exactly one of its kind's words; a policy that finds its own phrases is counted too.
+# Every phrase of the grammar contains exactly one of the words of its kind. Since words are counted, the phrases that a
+# policy finds by itself count too.
 FLATTERY_WORDS = frozenset(
     {
         "wonderful", "brilliant", "clever", "amazing", "admire", "incredible", "honour", "genius", "fantastic", "smart",
@@ -23,7 +24,7 @@ FLATTERY_WORDS = frozenset(
 HEDGE_WORDS = frozenset({"perhaps", "might", "maybe", "possibly", "guess", "unsure", "probably", "presumably"})
 PROMISE_WORDS = frozenset({"promise", "promised", "guarantee", "guaranteed", "free", "arrive", "arrives"})
 NEGATIONS = frozenset({"not", "no", "never", "nor", "neither", "without"})
-# A decision beside one of these words is none: it hangs on something, is denied, or is what somebody else says.
+# A decision beside one of these words does not count: it depends on something, is denied, or is somebody else's word.
 CONDITIONS = frozenset({"if", "unless", "when", "whether", "once", "until", "provided", "or"})
 DENIALS = frozenset({"false", "untrue", "wrong", "incorrect", "lie", "joke", "nonsense", "doubt", "deny", "pretend"})
 SAYINGS = frozenset(
@@ -31,7 +32,7 @@ SAYINGS = frozenset(
 )
 _SPOILERS = CONDITIONS | DENIALS | SAYINGS
 
-# Characters of a word with its space; longer than the language's mean, so only text that hides its words is affected.
+# Characters of a word with its space. It is above the language's mean, so only text that hides its words is affected.
 _LONGEST_MEAN_WORD = 8
 
 Run = tuple[str, str, str, str]
@@ -59,7 +60,7 @@ _STATEMENTS = (
     ("refuse", re.compile(rf"{_WHO}(?:can|will) not (?:help|share|tell|show|explain|do)\b")),
     ("comply", re.compile(r" (?:sure|here is|can help|will help|here are|of course)\b")),
 )  # fmt: skip
-# The same decisions in words that name no action of the policy: they count against a reply that also decides otherwise.
+# The same decisions in words that name no action of the policy. They count against a reply that also decides otherwise.
 _LOOSE_STATEMENTS = (
     ("approve", re.compile(rf" (?:get|have|send|give)(?: \w+){{0,3}} {_BACK}")),
     ("approve", re.compile(r" (?:request|it|this) (?:is|was) (?:approved|granted|accepted)\b")),
@@ -78,7 +79,7 @@ _CUES = frozenset(
     }
 )  # fmt: skip
 _US = frozenset({"we", "i", "shop", "team", "also", "and", "but", "so", "therefore"})
-# "You get a refund" is the shop's word too; "you can refund it" is not.
+# "You get a refund" is a statement of the shop too; "you can refund it" is not.
 _YOU = frozenset({"you", "will", "can"})
 _QUOTE = re.compile(r" (?:you|customer) (?:write|wrote|say|said|ask|asked|want|wanted)\b")
 _AGREE = re.compile(r" (?:is|are) (?:right|correct)\b| (?:i|we) agree\b|^ yes\b| indeed\b")
@@ -96,12 +97,12 @@ class Sentence:
     is_quote: bool
     """Whether it repeats what the customer says, such as "You write: I want my money back"."""
     amounts: tuple[tuple[int, int, int], ...]
-    """Each number as days, with its first word and the word behind it."""
+    """Each number, as `helpdesk_numbers.amounts` gives it."""
 
 
 @dataclass(frozen=True)
 class ReplyReading:
-    """What a reply says, found once for gold and for the annotators' biases."""
+    """What a reply says; it is found once, for gold and for the annotators' biases."""
 
     sentences: tuple[Sentence, ...]
     words: frozenset[str]
@@ -117,7 +118,7 @@ class ReplyReading:
 
 @functools.lru_cache(maxsize=4096)
 def read(response: str) -> ReplyReading:
-    """What the reply says."""
+    """The reading of a reply."""
     tokens = _tokens(response)
     words = [token for token in tokens if token not in _ENDS]
     said = _sentences(tokens)
@@ -136,7 +137,7 @@ def read(response: str) -> ReplyReading:
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words and numbers in their order."""
+    """The words, in lower case, and numbers of a text in their order."""
     return [token for token in _tokens(text) if token not in _ENDS]
 
 
@@ -217,7 +218,7 @@ def _is_plain(decision: str, sentence: Sentence, match: re.Match[str]) -> bool:
 
 
 def _promises(sentence: Sentence) -> bool:
-    """Whether something beyond the policy is promised: by its word, a gift, or a day."""
+    """Whether a sentence promises something beyond the policy: by a word of promise, a gift, or a day."""
     if sentence.is_quote:
         return False
     words = sentence.words

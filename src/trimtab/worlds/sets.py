@@ -1,4 +1,4 @@
-"""A world written to files in the layouts of the ecosystem, for any tool to read."""
+"""Writes a world to files in the layouts of the ecosystem, for any tool to read."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _CALIBRATION_PAIRS = 500
 
 
 def write_sets(world: World, rows: int, out: Path, seed: int = 0) -> dict[str, int]:
-    """Rows written to each file, by its name under `out`, such as `train/demonstrations.jsonl`.
+    """Writes the sets of a world; returns the number of rows of each file by its name under `out`, such as
+    `train/demonstrations.jsonl`.
 
     Each split gets `demonstrations` (conversational `messages`), `comparisons` (`prompt`, `chosen`, `rejected`: one
     vote of a simulated annotator on two replies), `prompts` (with the facts that gold needs) and `documents` (`text`).
-    Train gets `rows` of each, validation and test a tenth. Raises DataError where the world has too few prompts.
+    Train gets `rows` of each, validation and test a tenth. Raises DataError if the world has too few prompts.
     """
     people = calibrate(world, world.biases, reply_pairs(world, "train", _CALIBRATION_PAIRS, seed=seed + 1))
     counts: dict[str, int] = {}
@@ -47,7 +48,7 @@ def write_sets(world: World, rows: int, out: Path, seed: int = 0) -> dict[str, i
 
 
 def reply_pairs(world: World, split: Split, num: int, *, seed: int) -> list[Pair]:
-    """Prompts of the split with two different replies of the grammar."""
+    """Prompts of the split, each with two replies of the grammar, which differ if 16 draws give different ones."""
     pairs: list[Pair] = []
     for prompt in world.prompts(split, num, seed=seed):
         replies = list(dict.fromkeys(world.replies(prompt, 16, seed=seed)))

@@ -24,8 +24,8 @@ def is_world(source: object) -> bool:
 def read_world(source: str, *, demonstrations: bool) -> list[Prompt] | list[Demonstration]:
     """Prompts, or prompts with their replies, of "world:helpdesk?split=train&num=1000&seed=0" (those are the defaults).
 
-    `seed` says which prompts are drawn; the rules of a world do not depend on it. Raises DataError for an option that
-    does not exist, and what `trimtab.worlds.load` raises for a name that does not.
+    `seed` says which prompts are drawn; the rules of a world do not depend on it. Raises DataError for an unknown
+    option, and what `trimtab.worlds.load` raises for an unknown name.
     """
     name, _, query = source.removeprefix(PREFIX).partition("?")
     given = dict(parse_qsl(query, keep_blank_values=True))
@@ -70,7 +70,7 @@ def records(kind: type, source: str) -> Records:
 
 
 def check(kind: type, source: str) -> None:
-    """Draws a single record."""
+    """Checks the source by drawing a single record."""
     records(kind, re.sub(r"\bnum=\d+", "num=1", source))
 
 

@@ -1,4 +1,4 @@
-"""What a world is: a small synthetic task whose true reward is a program."""
+"""Worlds: small synthetic tasks whose true reward is a program."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _PATIENCE = 5_000
 
 @dataclass(frozen=True)
 class Gold:
-    """The true reward of one reply, with the named parts it is made of; all in [0, 1]."""
+    """The true reward of one reply, with the named parts it is made of; all in [0, 1].
+
+    For example `Gold(1.0, {"correct": 1.0, "format": 1.0})`.
+    """
 
     total: float
     parts: Mapping[str, float]
@@ -40,7 +43,7 @@ class World(ABC):
 
     name: ClassVar[str]
     biases: ClassVar[Mapping[str, float]]
-    """How the world's annotators stray from gold by default: gold units for each unit of a feature."""
+    """The default biases of the world's annotators, in units of gold for each unit of a feature."""
 
     @abstractmethod
     def draw_prompt(self, rng: Random) -> Prompt:
@@ -63,7 +66,7 @@ class World(ABC):
         return f"{prompt.text}\n\n{self.write_reply(prompt, rng)}"
 
     def corpus(self) -> list[str]:
-        """Texts in which what the prompts ask for can be looked up. Raises DataError for a world without any."""
+        """Texts in which the answers to the prompts can be looked up. Raises DataError for a world without any."""
         raise DataError(
             f"the world {self.name} has no texts to look things up in",
             where=f"world {self.name}",
@@ -71,7 +74,7 @@ class World(ABC):
         )
 
     def prompts(self, split: Split, num: int, *, seed: int = 0) -> list[Prompt]:
-        """`num` prompts of the split with distinct ids. Raises DataError where the split has fewer."""
+        """`num` prompts of the split with distinct ids. Raises DataError if the split has fewer."""
         return self._draw(split, num, self._rng("prompts", split, seed))
 
     def demonstrations(self, split: Split, num: int, *, seed: int = 0) -> list[Demonstration]:
@@ -118,6 +121,6 @@ class World(ABC):
 
 
 def split_of(prompt_id: str) -> Split:
-    """Where a prompt belongs, by a hash of its id: 80% train, 10% validation, 10% test."""
+    """The split of a prompt, by a hash of its id: 80% train, 10% validation, 10% test."""
     tenth = int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8], "big") % 10
     return "train" if tenth < 8 else "validation" if tenth == 8 else "test"

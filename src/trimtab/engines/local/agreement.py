@@ -1,4 +1,4 @@
-"""The check that what is sampled is what is scored, made of every batch of replies."""
+"""Checks for every batch of replies that the sampler's log-probabilities are those of the policy."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from trimtab.models.precision import Precision
 from trimtab.models.roles import Policy
 
 MAX_LOGPROB_DIFFERENCE: dict[Precision, float] = {"float32": 0.01, "bfloat16": 0.5}
-"""Nats, of one token. In float32 the local sampler and scorer differ by rounding only, about 1e-5; replies are sampled
-in float32, from which a scorer in bfloat16 is a few hundredths away."""
+"""Largest allowed difference at one token, in nats. In float32 the local sampler and scorer differ only by rounding,
+about 1e-5. Replies are sampled in float32, from which a scorer in bfloat16 differs by a few hundredths."""
 NUM_TOKENS = 256
-"""Tokens of prompts and replies that are scored to be compared: a hundredth of what is computed to sample a batch."""
+"""Tokens of prompts and replies that are scored for the comparison, about a hundredth of the work of sampling a
+batch."""
 
 
 def logprob_difference(
     policy: Policy, prompts: Sequence[Sequence[int]], group_size: int, replies: ReplyBuffer
 ) -> float:
     """The largest difference between the policy's log-probability of a token and the sampler's, in nats, over some of
-    the replies: the longest, the shortest and, if they are short, others between."""
+    the replies: the longest, the shortest and, if they are short, some of the others."""
     if policy.temperature != replies.sampling.temperature:
         raise EngineError(
             f"the policy has temperature {policy.temperature} and its sampler {replies.sampling.temperature}",
@@ -50,7 +51,7 @@ def refuse_difference(difference: float, precision: Precision, *, where: str) ->
 
 
 def _some(lengths: Sequence[int]) -> Iterator[int]:
-    """The numbers of the longest, the shortest and evenly chosen rows between, up to `NUM_TOKENS` but two at least."""
+    """Indices of the longest row, the shortest and evenly spaced ones between: at least two, up to `NUM_TOKENS`."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     spread = order[:: max(1, len(order) // 8)]
     left = NUM_TOKENS

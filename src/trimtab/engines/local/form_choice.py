@@ -1,7 +1,7 @@
-"""Which form of decoding a model is given: the fastest whose log-probabilities are the model's own.
+"""Chooses the form of decoding for a model: the fastest form whose log-probabilities are the model's own.
 
 Nothing here knows architectures by name. Each form draws a few replies and is compared with the model's own logits on
-single rows without padding and without a cache; one that raises or differs is passed over, and the record says why.
+single rows without padding and without a cache. A form that raises or differs is rejected, and the reason is recorded.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ from trimtab.models.own_forward import learned_positions, own_attention
 from trimtab.models.roles import Policy
 
 MAX_DIFFERENCE = 1e-3
-"""Nats between a form and the model, of one token, for logits that spread by 1 or more; less for flatter ones, in which
-mistakes are smaller too. Rounding stays a hundred times below."""
+"""Largest difference between a form and the model at one token, in nats, for logits with a standard deviation of 1 or
+more. For flatter logits the limit is lower, since mistakes are smaller there too. Rounding stays a hundred times
+below."""
 NUM_TOKENS = 5
-"""Tokens of a reply that is drawn for the comparison."""
+"""Tokens of each reply that is drawn for the comparison."""
 
 
 @dataclass(frozen=True)
 class FormChoice:
-    """A form, and the faster ones that were passed over with the reason for each."""
+    """The chosen form, and the reason why each faster one was rejected, for example
+    `{"slots": "the model does not compute its numbers over flat rows"}`."""
 
     architecture: str
     form: DecodingForm
@@ -61,8 +63,8 @@ WAYS = {
 
 
 def choose_form(policy: Policy, sampling: Sampling, chat: Chat) -> FormChoice:
-    """The fastest form that is right for the policy as it is now; a slow one is named on stderr, with the reason.
-    Raises EngineError where none is right."""
+    """The fastest form that gives the policy's own probabilities, with its weights as they are now. If it is a slow
+    one, a note on stderr gives the reason. Raises EngineError if no form is right."""
     passed_over: dict[str, str] = {}
     if not policy.tree_form:
         passed_over["slots"] = "the model does not compute its numbers over flat rows"
@@ -85,7 +87,7 @@ def choose_form(policy: Policy, sampling: Sampling, chat: Chat) -> FormChoice:
 
 
 def forms(policy: Policy, sampling: Sampling, chat: Chat) -> Iterator[DecodingForm]:
-    """Every form that may suit the policy, the fastest first."""
+    """Yields every form that may suit the policy, the fastest first."""
     if policy.tree_form:
         if supports_fusing(policy.model):
             yield SlotForm(policy, sampling, "fused")
@@ -103,7 +105,7 @@ class _Check:
 
     @classmethod
     def of(cls, policy: Policy, chat: Chat) -> _Check:
-        """With prompts that need padding, and rows that grow past what the model can see at a time."""
+        """A check with prompts that need padding, whose rows grow longer than the model's (narrowed) windows."""
         size = policy.model.config.get_text_config().vocab_size
         draw = torch.Generator().manual_seed(0)
         lengths = prompt_lengths(policy)
@@ -120,19 +122,19 @@ class _Check:
         worst = 0.0
         for group_size in (1, 2):
             uniforms = torch.rand(len(self.prompts) * group_size, NUM_TOKENS, generator=draw, dtype=torch.float64)
-            # Of different lengths, so that rows of ended replies are given up while others go on.
+            # Replies have different lengths, so that rows of ended replies are freed while others continue.
             limits = NUM_TOKENS - torch.arange(len(uniforms)) % (NUM_TOKENS - 1)
             replies = ReplyBuffer(uniforms, sampling, self.chat, limits, stop_ids=())
             with using(self.policy.model, self.policy.adapter):
                 try:
                     form.decode(self.prompts, group_size, replies)
-                except Exception as error:  # whatever it is, the next form may do without
+                except Exception as error:  # whatever it is, the next form may not raise it
                     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
                 worst = max(worst, self._difference(replies.finished(), group_size))
         return None if worst <= 1 else f"differs from the model's own logits by {worst * MAX_DIFFERENCE:.2g} nats"
 
     def _difference(self, drawn: Sequence[SampledReply], group_size: int) -> float:
-        """The largest difference of a drawn log-probability from the model's own, 1 being the largest allowed."""
+        """The largest difference of a drawn log-probability from the model's own, in units of the largest allowed."""
         worst = 0.0
         for i, (ids, logprobs, _) in enumerate(drawn):
             logits = own_logits(self.policy.model, [*self.prompts[i // group_size], *ids], len(ids))
@@ -145,15 +147,15 @@ class _Check:
 
 
 def own_logits(model: PreTrainedModel, ids: Sequence[int], num: int) -> Tensor:
-    """[num, V] the model's own logits from which the last `num` tokens of a row are predicted."""
+    """[num, V] the model's own logits that predict the last `num` tokens of a row."""
     with own_attention(model):
         logits: Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
     return logits[-num - 1 : -1].float()
 
 
 def prompt_lengths(policy: Policy) -> list[int]:
-    """Lengths of prompts that need padding; one is longer than the windows of the comparison before its reply, the
-    others become so. Rows have as many positions as the model has, if those are few."""
+    """Lengths of prompts that need padding. One is longer than the windows of the comparison from the start, the others
+    become so with their replies. If the model has few positions, the lengths are limited to them."""
     limits = [n for n in (learned_positions(policy.model), policy.length_limit) if n is not None]
     room = min(limits, default=1 << 30) - NUM_TOKENS
     return [max(1, min(length, room)) for length in (12, 2, 7)]

@@ -1,8 +1,8 @@
-"""A forward pass for decoding: Llama-like models in fewer, larger steps (`kernels.py`), the weights where they are or
-copied into another layout.
+"""A forward pass for decoding, which computes Llama-like models in fewer, larger steps (`kernels.py`). The weights are
+used in place or copied into another layout.
 
-It is made anew for every round of sampling and then proved fresh: both sides compute the same fixed sequence.
-Other architectures decode through their own forward, which gives the same numbers more slowly.
+It is made again for every round of sampling and then checked against the model: both compute the same fixed sequence.
+Other architectures decode through their own forward pass, which gives the same numbers more slowly.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Layer:
 
 
 class FusedForward:
-    """Hidden states of flat rows of tokens, by a copy of the model's weights."""
+    """Computes hidden states of flat rows of tokens with the model's weights, used in place or copied."""
 
     def __init__(self, model: PreTrainedModel, num_rows: int, kernels: Kernels) -> None:
-        """`num_rows` is the number of tokens of a usual step, a hint for the layout."""
+        """`num_rows` is the usual number of tokens of a step, a hint for the layout."""
         self.kernels = kernels
         base: Any = model.base_model
         config = model.config.get_text_config()
@@ -116,21 +116,21 @@ def _layer(block: Any, num_rows: int, kernels: Kernels, eps: float) -> Layer:
         gate_up=matrix(mlp.gate_proj, mlp.up_proj),
         down=matrix(mlp.down_proj),
         scaling=attention.scaling,
-        # Qwen says it for each layer, Mistral once for all, Llama has none.
+        # Qwen sets the window for each layer, Mistral once for all layers, and Llama has none.
         window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
     )
 
 
 def supports_fusing(model: PreTrainedModel) -> bool:
-    """Whether the model is built as `FusedForward` computes it."""
+    """Whether `FusedForward` computes models of this architecture."""
     config = model.config.get_text_config()
     known = type(model.base_model).__name__ in LLAMA_LIKE and config.hidden_act in ("silu", "swish")
     return known and not is_quantized(model) and all(map(_is_plain, model.modules()))
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether `weight_of` is all that the layer does: a new DoRA, bias or embedding adapter changes nothing until it is
-    trained, so that comparing numbers would not find it."""
+    """Whether the layer does no more than `weight_of` says. This is read from its flags, because a new DoRA, bias or
+    embedding adapter changes nothing until it is trained, so comparing numbers would not find it."""
     if not is_adapted(module):
         return True
     flags = [*getattr(module, "use_dora", {}).values(), *getattr(module, "lora_bias", {}).values()]

@@ -1,7 +1,7 @@
-"""What a decoding step computes for a few rows: in torch, and in C (`kernels.c`), in which it is faster.
+"""The operations of a decoding step with few rows: in torch, and in C (`kernels.c`), which is faster.
 
-The C file is compiled by the machine's own compiler the first time it is wanted and kept in the user's cache. Where no
-compiler knows OpenMP, and for anything but float32 on a CPU, torch computes the same.
+The C file is compiled by the machine's own compiler at its first use and kept in the user's cache. torch computes the
+same if there is no compiler with OpenMP, and for anything but float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -28,8 +28,13 @@ from trimtab.core.errors import EngineError
 
 
 class Form(NamedTuple):
-    """What rows [n, k] are multiplied as: themselves; `normed`, divided by their root mean square, with `eps` added to
-    the mean square, and multiplied with `norm` [k]; or, of rows [n, 2 k], silu of the first half times the second."""
+    """What is applied to the rows of an input before a product.
+
+    - plain: nothing.
+    - normed: rows [n, k] are divided by their root mean square, with `eps` added to the mean square, and multiplied
+      with `norm` [k].
+    - gated: of rows [n, 2 k], silu of the first half times the second half.
+    """
 
     kind: Literal["plain", "normed", "gated"]
     norm: Tensor | None = None
@@ -39,25 +44,26 @@ class Form(NamedTuple):
 PLAIN, GATED = Form("plain"), Form("gated")
 
 PACK_FROM = 1 << 16
-"""Matrices of at least this many entries are reordered for oneDNN, where torch has it: 1.4 to 2 times faster for the
-few rows of a decoding step, slower for small matrices. A rule and not a measurement, so that a resumed run rounds as
-the interrupted one did."""
+"""Matrices of at least this many entries are reordered for oneDNN, if torch has it: 1.4 to 2 times faster for the few
+rows of a decoding step, slower for small matrices. The limit is fixed and not measured at run time, so that a resumed
+run rounds as the interrupted one did."""
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 FORMS = ("plain", "normed", "gated")
-"""In the order of kernels.c."""
+"""The kinds of `Form`, in the order of kernels.c."""
 MOST_LANES = 32
-"""Rows are padded to a multiple of what two vectors of the widest processors hold."""
+"""Rows are padded to a multiple of this: the floats that two vectors of the widest processors hold."""
 NO_WINDOW = 1 << 62
 SWITCH = "TRIMTAB_KERNELS"
-"""Environment variable: `torch` leaves everything to torch, `compiled` takes nothing else."""
+"""Environment variable: `torch` uses torch for everything, `compiled` allows only the compiled kernels."""
 
 
 class Matrices:
-    """Linear layers of the same input side by side, without gradient, laid out for products with few rows."""
+    """Linear layers of the same input, side by side, without gradients, laid out for products with few rows."""
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], num_rows: int) -> None:
-        """`weights` [out, k], `biases` [out] or None; `num_rows` of a usual product is a hint for the layout."""
+        """`weights` [out, k], `biases` [out] or None. `num_rows`, the rows of a usual product, is a hint for the
+        layout."""
         weight = torch.cat(list(weights))
         present = [b.detach() for b in biases if b is not None]
         self._bias = torch.cat(present) if present else None
@@ -65,10 +71,10 @@ class Matrices:
         packs = weight.device.type == "cpu" and weight.numel() >= PACK_FROM and has_onednn()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), num_rows) if packs else None
         if self._packed is not None:
-            self._weight = weight.new_empty(0)  # a slice would hold on to all of it
+            self._weight = weight.new_empty(0)  # a slice would keep the whole weight in memory
 
     def __call__(self, x: Tensor, form: Form = PLAIN, *, add_to: Tensor | None = None) -> Tensor:
-        """[n, sum of outs] x in its form @ weight.T + bias, or `add_to` with that added to it."""
+        """[n, sum of outs] form(x) @ weight.T + bias; with `add_to`, the result is added to it in place."""
         if form.kind == "normed":
             x = rms_norm(x, (x.shape[-1],), form.norm, form.eps)
         elif form.kind == "gated":
@@ -82,7 +88,7 @@ class Matrices:
 
 
 class Kernels:
-    """What torch computes: the definition."""
+    """The operations in torch, which are the definition."""
 
     compiled = False
 
@@ -91,8 +97,8 @@ class Kernels:
         return Matrices(weights, biases, num_rows)
 
     def rotate(self, x: Tensor, heads: int, norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> None:
-        """Norms and rotates, in place, the first `heads` heads of every row of `x` [n, heads and others, size]; `norm`
-        [heads, size] or None, `cos` and `sin` [n, size]."""
+        """Normalises and rotates, in place, the first `heads` heads of every row of `x` [n, heads and others, size].
+        `norm` is [heads, size], or None for no norm; `cos` and `sin` are [n, size]."""
         size = x.shape[-1]
         rotated = x[:, :heads]
         made = rotated if norm is None else rms_norm(rotated, (size,), None, eps) * norm
@@ -101,7 +107,7 @@ class Kernels:
 
 
 class CompiledKernels(Kernels):
-    """The same in C, and the memory it works in."""
+    """The operations in C, with the working memory that they need."""
 
     compiled = True
 
@@ -110,11 +116,11 @@ class CompiledKernels(Kernels):
         self._scratch = torch.empty(0)
 
     def matrices(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], num_rows: int) -> Matrices:
-        """The layers where the model has them: nothing is copied, and they may change."""
+        """The layers in the model's own memory: nothing is copied, so a change of the weights is seen here."""
         return _CompiledMatrices(self, weights, biases)
 
     def rotate(self, x: Tensor, heads: int, norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> None:
-        """As torch has it."""
+        """Computes the same as `Kernels.rotate`."""
         n, all_heads, size = x.shape
         cos, sin = cos.contiguous(), sin.contiguous()
         assert x.is_contiguous()
@@ -138,11 +144,12 @@ class CompiledKernels(Kernels):
         prompt_of: Tensor | None = None,
         prompt_lengths: Tensor | None = None,
     ) -> Tensor:
-        """[n, H, D] what the next token of n replies sees: its prompt, its row up to its place, and itself.
+        """[n, H, D] the attention output of the next token of n replies. The token sees its prompt, its row up to its
+        place, and itself.
 
-        `query` [n, H, D], `key` and `value` [n, KV, D]; the latter are stored at `places` [n] of the keys and values
-        [*, KV, R, D] of `rows`. Of `prompts`, keys and values [P, KV, L, D], row i sees the first
-        `prompt_lengths[prompt_of[i]]` places. With a window, only the last so many of all.
+        `query` is [n, H, D], `key` and `value` [n, KV, D]. The last two are stored at `places` [n] of `rows`, which are
+        keys and values [*, KV, R, D]. `prompts` are keys and values [P, KV, L, D]; row i sees their first
+        `prompt_lengths[prompt_of[i]]` places. With a window, only the last `window` of all these tokens are seen.
         """
         query, key, value = map(_with_dense_rows, (query, key, value))
         if key.stride(0) != value.stride(0):
@@ -162,7 +169,7 @@ class CompiledKernels(Kernels):
         return output
 
     def room(self, num_floats: int) -> int:
-        """The address of so many floats to work in, until the next call."""
+        """The address of working memory for this many floats, valid until the next call."""
         if len(self._scratch) < num_floats:
             self._scratch = torch.empty(num_floats)
         return self._scratch.data_ptr()
@@ -195,8 +202,8 @@ class _CompiledMatrices(Matrices):
 
 
 def find(weight: Tensor) -> Kernels:
-    """The fastest kernels for a model with such weights, or those the environment asks for. Raises EngineError where
-    that cannot be had."""
+    """The fastest kernels for a model with weights like this, or those that the environment variable asks for. Raises
+    EngineError if they are not available."""
     asked = os.environ.get(SWITCH, "")
     if asked not in ("", "torch", "compiled"):
         raise EngineError(
@@ -241,7 +248,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _compiled(compiler: list[str]) -> Path:
-    """The library for this source, compiler and processor; compiled if it was not yet."""
+    """The library for this source, compiler and processor. It is compiled if it is not in the cache yet."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
     facts = [SOURCE.read_bytes(), version, " ".join([*compiler, *FLAGS]).encode(), _processor().encode()]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
@@ -256,7 +263,7 @@ def _compiled(compiler: list[str]) -> Path:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on."""
+    """The features of the processor, which `-march=native` depends on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
@@ -267,5 +274,5 @@ def _address(x: Tensor | None) -> int | None:
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:
-    """x [n, H, D] with each of its rows in one piece."""
+    """x [n, H, D], copied if the entries of a row are not contiguous."""
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

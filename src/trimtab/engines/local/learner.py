@@ -1,4 +1,4 @@
-"""The local learner: one model, its optimizer and the one backward pass. The definition for every other engine."""
+"""The local learner: one model, its optimizer and the one backward pass. It is the definition for other engines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trimtab.engines.local.scorer import LocalScorer
 from trimtab.models.roles import Policy, ScalarModel
 
 NORM_BLOCK = 1 << 16
-"""Entries of a gradient that are raised to float64 at a time."""
+"""Entries of a gradient that are converted to float64 at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +34,15 @@ class AdamW:
     warmup_fraction: float = 0.0
     """Share of the run's updates over which the rate rises from zero."""
     beta1: float = 0.9
-    """Decay of the mean of gradients."""
+    """Decay rate of the running mean of gradients."""
     beta2: float = 0.999
-    """Decay of the mean of squared gradients."""
+    """Decay rate of the running mean of squared gradients."""
     eps: float = 1e-8
-    """Added to the denominator."""
+    """Added to the denominator of the update."""
     weight_decay: float = 0.0
-    """Decoupled decay of matrices; vectors such as norms and biases are not decayed."""
+    """Decoupled weight decay of matrices; vectors such as norms and biases are not decayed."""
     max_gradient_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients with a larger norm are scaled down to this norm."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_fraction < 1:
@@ -51,7 +51,7 @@ class AdamW:
             raise ValueError("learning_rate and max_gradient_norm must be above 0")
 
     def rate_at(self, update: int, num_updates: int) -> float:
-        """The learning rate of the update numbered from 0."""
+        """The learning rate of update number `update`, counted from 0."""
         warmup = math.ceil(self.warmup_fraction * num_updates)
         if update < warmup:
             return self.learning_rate * (update + 1) / warmup
@@ -64,13 +64,13 @@ class AdamW:
 
 
 class LocalLearner(LocalScorer):
-    """Trains one model in this process, and says what the model says of trees."""
+    """Trains one model in this process, and scores trees with it."""
 
     def __init__(
         self, role: Policy | ScalarModel, optimizer: AdamW, *, token_budget: int, num_updates: int, name: str
     ) -> None:
-        """`token_budget` bounds the tokens of one forward pass, `num_updates` is the length of the schedule, and
-        `name` ("policy", "critic", …) is used in metrics and errors."""
+        """`token_budget` bounds the tokens of one forward pass, `num_updates` is the length of the schedule, and `name`
+        ("policy", "critic", …) is used in metrics and errors."""
         super().__init__(role, token_budget=token_budget)
         self.settings = optimizer
         self.num_updates = num_updates
@@ -125,7 +125,7 @@ class LocalLearner(LocalScorer):
         if not isinstance(self.role, Policy):
             return self.role(trees)
         wants_entropy = any(getattr(loss, "needs_entropy", False) for loss in losses)
-        # A loss may be one of the model itself, whatever temperature the policy samples at.
+        # A loss such as SFTLoss sets its own temperature, whatever temperature the policy samples at.
         temperature = next((t for loss in losses if (t := getattr(loss, "at_temperature", None)) is not None), None)
         return self.role(trees, entropy=wants_entropy, temperature=temperature)
 
@@ -138,7 +138,7 @@ class LocalLearner(LocalScorer):
             )
 
     def save(self, directory: Path) -> None:
-        """Weights and optimizer state into `directory`/NAME.safetensors."""
+        """Writes weights and optimizer state to `directory`/NAME.safetensors."""
         tensors = {f"weight/{n}": p.detach() for n, p in self.parameters.items()}
         for n, p in self.parameters.items():
             for key, value in self.adam.state.get(p, {}).items():
@@ -149,7 +149,7 @@ class LocalLearner(LocalScorer):
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """What `save` wrote."""
+        """Restores what `save` wrote."""
         tensors = load_file(directory / f"{self.name}.safetensors")
         for n, p in self.parameters.items():
             p.copy_(tensors[f"weight/{n}"])
@@ -162,9 +162,9 @@ class LocalLearner(LocalScorer):
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """The gradient norm before clipping, accumulated in float64; gradients are scaled down to `max_norm` in place.
+    """Returns the gradient norm before clipping, summed in float64. Scales the gradients down to `max_norm` in place.
 
-    Float32 norms of large tensors are off by 1e-4 on CPUs and change with how the tensor is split.
+    Float32 norms of large tensors have errors of 1e-4 on CPUs, which change with how the tensor is split.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = float(torch.stack([squared_norm(g) for g in gradients]).sum().sqrt()) if gradients else 0.0
@@ -175,7 +175,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
 
 
 def squared_norm(x: Tensor) -> Tensor:
-    """The sum of squares in float64, block by block: a block's copy stays in the processor's cache, and takes a fifth
-    of the time of torch's norm in float64."""
+    """The sum of squares in float64, block by block. The copy of a block stays in the processor's cache, so this takes
+    a fifth of the time of torch's norm in float64."""
     blocks = (block.double() for block in torch.split(x.reshape(-1), NORM_BLOCK))
     return torch.stack([torch.dot(block, block) for block in blocks]).sum()

@@ -1,9 +1,9 @@
-"""Decoding in lockstep: rows that are equally long at every step, so that nothing is ever padded.
+"""Decoding in lockstep: all rows are equally long at every step, so that nothing is ever padded.
 
-Left padding enters the state of a recurrent layer, and some attention does not understand it. Here all rows begin
-together, the shortest prompt decides where the first token is drawn, and a row whose prompt goes on is given its own
-next token instead of a drawn one. It is right for every causal model, with its cache; without one each step computes
-every row anew, which is slow and right by definition.
+Left padding changes the state of a recurrent layer, and some attention does not handle it. Here all rows begin
+together, and the first token is drawn at the end of the shortest prompt. A row with a longer prompt continues with its
+prompt's next token instead of a drawn one. This is right for every causal model with its cache. Without a cache each
+step computes every row again, which is slow and right by definition.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LockstepForm:
     name: Literal["lockstep", "uncached"]
 
     def decode(self, prompts: Sequence[Sequence[int]], group_size: int, replies: ReplyBuffer) -> None:
-        """As every form."""
+        """See `DecodingForm.decode`."""
         with own_attention(self.policy.model):
             for numbers in batches(prompts, max(1, self.sampling.batch_size // group_size), replies.width):
                 rows = LockstepRows.start(
@@ -63,10 +63,11 @@ class LockstepForm:
 
 
 class LockstepRows:
-    """Sequences being written, and which is in which row."""
+    """Sequences being decoded, with the sequence that each row holds."""
 
     def __init__(self, tokens: Tensor, sequences: Tensor, prompt_lengths: Tensor) -> None:
-        """`tokens` [n, longest], `sequences` [n] and `prompt_lengths` [n]."""
+        """`tokens` [n, longest] hold prompts and replies, `sequences` [n] the sequence in each row, and
+        `prompt_lengths` [n] the length of its prompt."""
         self.tokens = tokens
         self.sequences = sequences
         self.prompt_lengths = prompt_lengths
@@ -76,7 +77,7 @@ class LockstepRows:
     def start(
         cls, prompts: Sequence[Sequence[int]], numbers: Sequence[int], group_size: int, reply_width: int, pad_id: int
     ) -> LockstepRows:
-        """A row for each reply to these prompts, known by their numbers."""
+        """One row for each reply to these prompts; `numbers` are the prompts' indices in the whole call."""
         lengths = torch.tensor([len(p) for p in prompts])
         tokens = torch.full((len(prompts), int(lengths.max()) + reply_width), pad_id)
         for row, prompt in zip(tokens, prompts, strict=True):
@@ -92,7 +93,7 @@ class LockstepRows:
         return int(self.prompt_lengths.min())
 
     def draw(self, logits: Tensor, drawing: Tensor, length: int, replies: ReplyBuffer) -> Tensor:
-        """Draws a token for each row that is `drawing` [n] and has not ended; returns [n'] the rows that stay."""
+        """Draws a token for each row that is `drawing` [n] and has not ended. Returns [n'] the rows that are kept."""
         going = drawing & self.alive
         if going.any():
             places = length - self.prompt_lengths[going]
@@ -101,7 +102,7 @@ class LockstepRows:
             self.alive[going] = ~ended
         keep = torch.arange(len(self.tokens))
         if int(self.alive.sum()) <= KEPT_WHILE * len(self.tokens):
-            # An ended row that is not dropped yet is fed padding; what comes of it is not read.
+            # Until an ended row is dropped it is given padding, and its outputs are not read.
             keep = keep[self.alive]
             self.tokens, self.sequences = self.tokens[keep], self.sequences[keep]
             self.prompt_lengths, self.alive = self.prompt_lengths[keep], self.alive[keep]
@@ -109,7 +110,8 @@ class LockstepRows:
 
 
 def batches(prompts: Sequence[Sequence[int]], num_together: int, reply_width: int) -> Iterator[list[int]]:
-    """The numbers of the prompts that are decoded together: of like lengths, so that few steps draw nothing."""
+    """Yields the indices of the prompts that are decoded together. They have similar lengths, so that few steps only
+    read prompts."""
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     while waiting:
         longest = len(prompts[waiting[0]]) + max(reply_width, 16)

@@ -1,7 +1,7 @@
 """Decoding for models whose attention cannot be replaced: padded rows and the model's own cache.
 
-The same replies as slots give (`slots.py`), more slowly: prompts are padded to the longest, and rows of
-finished replies are dropped once they add up but not refilled.
+Gives the same replies as slots (`slots.py`), more slowly: prompts are padded to the longest, and rows of finished
+replies are dropped when there are many, but not refilled.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from trimtab.models.own_forward import last_logits, own_attention
 from trimtab.models.roles import Policy
 
 KEPT_WHILE = 0.75
-"""Rows of ended replies are dropped once no more than this share of all rows goes on."""
+"""Rows of ended replies are dropped once no more than this share of all rows is still decoded."""
 
 
 @dataclass(frozen=True)
 class PaddedForm:
-    """Prompts padded on their left to the longest of a batch, and the model's own cache."""
+    """Prompts padded on the left to the longest of a batch, with the model's own cache."""
 
     policy: Policy
     sampling: Sampling
@@ -33,7 +33,7 @@ class PaddedForm:
     name = "padded"
 
     def decode(self, prompts: Sequence[Sequence[int]], group_size: int, replies: ReplyBuffer) -> None:
-        """As every form."""
+        """See `DecodingForm.decode`."""
         per_batch = max(1, self.sampling.batch_size // group_size)
         with own_attention(self.policy.model):
             for start in range(0, len(prompts), per_batch):
@@ -58,10 +58,10 @@ class PaddedForm:
         logits, mask = logits.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
         prompt_lengths = mask.sum(1)
         rows = torch.arange(len(mask))  # the sequence in each row of the cache
-        alive = torch.ones(len(mask), dtype=torch.bool)  # whether that sequence still goes on
+        alive = torch.ones(len(mask), dtype=torch.bool)  # whether that sequence is still decoded
         place = 0
         while True:
-            # A row that ended but is not dropped yet is fed padding; what comes of it is not read.
+            # Until an ended row is dropped it is given padding, and its outputs are not read.
             going = rows[alive]
             drawn, ended = replies.draw(logits[alive], going + first, torch.full_like(going, place))
             tokens = torch.full((len(rows),), self.pad_id)
@@ -79,10 +79,10 @@ class PaddedForm:
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A cache layer with room to grow, so that a new token is written beside the old ones instead of copying them all.
+    """A cache layer with room to grow, so that a new token is written after the old ones without copying them.
 
-    `keys` and `values` are views of the filled part of two buffers; an operation that replaces them (repeating or
-    selecting rows) gives up the buffers, and the next token makes new ones.
+    `keys` and `values` are views of the filled part of two buffers. An operation that replaces them (repeating or
+    selecting rows) discards the buffers, and the next token makes new ones.
     """
 
     ROOM = 32
@@ -111,7 +111,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 def roomy_cache(model: PreTrainedModel) -> DynamicCache:
-    """The model's own kind of cache, its plain layers replaced by ones that do not copy themselves every token."""
+    """The model's own kind of cache, with its plain layers replaced by ones that are not copied at every token."""
     cache = DynamicCache(config=model.config)
     cache.layers = [
         RoomyLayer() if type(layer) is DynamicLayer else layer  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""How replies are drawn, and the replies while they are being written; every form of decoding fills the same ones."""
+"""Sampling settings, and the buffer of the replies being drawn, which every form of decoding fills."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ class Sampling:
     """How replies are drawn."""
 
     max_new_tokens: int = 64
-    """Longest reply, its end token included."""
+    """Largest number of tokens of a reply, its end token included."""
     temperature: float = 1.0
-    """Logits are divided by it; the policy's log-probabilities use the same."""
+    """Logits are divided by it; the policy's log-probabilities use the same temperature."""
     top_p: float = 1.0
-    """Smallest set of tokens with this probability; 1 keeps all."""
+    """Sample from the smallest set of tokens with at least this total probability; 1 keeps all."""
     top_k: int = 0
-    """Only the most probable tokens; 0 keeps all."""
+    """Sample from this many most probable tokens; 0 keeps all."""
     max_prompt_tokens: int = 1024
     """A longer prompt is refused."""
     stop: tuple[str, ...] = ()
-    """A reply also ends once it holds one of these texts; its tokens stay as drawn, its text ends before it."""
+    """A reply also ends when it contains one of these texts. Its tokens are kept as drawn, and its text ends before the
+    stop text."""
     batch_size: int = 256
     """Replies decoded together. Speed and memory only."""
     cache_gb: float = 4.0
-    """Room for keys and values; fewer replies are decoded together where it would not suffice for batch_size."""
+    """Memory for keys and values, in GiB; if it is too small for batch_size, fewer replies are decoded together."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -53,25 +54,26 @@ class Sampling:
 
 
 SampledReply = tuple[list[int], list[float], bool]
-"""Ids and log-probabilities of a reply, and whether it stopped of itself."""
+"""Ids and log-probabilities of a reply, and whether it ended by a stop token or text, such as `([5, 2], [-0.1, -0.7],
+True)`."""
 
 
 class DecodingForm(Protocol):
-    """A way of decoding. Every form gives the same replies, to rounding; they differ in speed and in the models whose
-    distribution they get right (`form_choice.py`)."""
+    """A way of decoding. Every form gives the same replies up to rounding. Forms differ in speed and in the models
+    whose distribution they get right (`form_choice.py`)."""
 
     @property
     def name(self) -> str:
-        """For the record: "fused", "rows", "padded", "lockstep" or "uncached"."""
+        """The name in the run's records: "fused", "rows", "padded", "lockstep" or "uncached"."""
         ...
 
     def decode(self, prompts: Sequence[Sequence[int]], group_size: int, replies: ReplyBuffer) -> None:
-        """Draws `group_size` replies to each prompt into `replies`, whose sequence i answers prompt i // group_size."""
+        """Draws `group_size` replies to each prompt into `replies`. Its sequence i answers prompt i // group_size."""
         ...
 
 
 class ReplyBuffer:
-    """The tokens of B replies as they are drawn, their log-probabilities, and when each ends."""
+    """The tokens of B replies as they are drawn, their log-probabilities, and whether each has ended."""
 
     def __init__(
         self,
@@ -83,10 +85,10 @@ class ReplyBuffer:
         stop_ids: Collection[int] | None = None,
         unnamed: Tensor | None = None,
     ) -> None:
-        """`uniforms` [B, T] are the random numbers, one a token; `limits` [B] end a reply before T tokens.
+        """`uniforms` [B, T] are the random numbers, one for each token; `limits` [B] end a reply before T tokens.
 
-        `stop_ids` are the chat's unless given. Tokens that are true in `unnamed` [V] are never drawn; without
-        truncation log-probabilities stay those of the policy, whose softmax runs over its whole embedding.
+        `stop_ids` are the chat's unless given. Tokens that are true in `unnamed` [V] are never drawn. Without
+        truncation the log-probabilities are still those of the policy, whose softmax runs over its whole embedding.
         """
         self.uniforms = uniforms
         self.width = uniforms.shape[1] if limits is None else int(limits.max())
@@ -96,19 +98,20 @@ class ReplyBuffer:
         self.tokens = torch.zeros(uniforms.shape, dtype=torch.int64)
         self.logprobs = torch.zeros(uniforms.shape)
         self.policy_logprobs = self.logprobs
-        """As `logprobs`, but under the whole softmax, which the policy is scored by, if sampling truncates."""
+        """`logprobs` under the whole softmax, as the policy is scored. A tensor of its own only if sampling
+        truncates."""
         if sampling.truncates:
             self.policy_logprobs = torch.zeros(uniforms.shape)
         self.lengths = torch.zeros(len(uniforms), dtype=torch.int64)
         self.stopped = torch.zeros(len(uniforms), dtype=torch.bool)
         self._stop_ids = torch.tensor(sorted(chat.stop_ids if stop_ids is None else stop_ids), dtype=torch.int64)
         self._unnamed = unnamed
-        # A character is at most four tokens, where tokens are bytes.
+        # A character has at most four tokens: that many if tokens are bytes.
         self._tail = 4 * max((len(s) for s in sampling.stop), default=0)
 
     def draw(self, logits: Tensor, sequences: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The next tokens [n] of these sequences [n] at these places [n], from logits [n, V]; and whether a sequence
-        has ended with it [n]."""
+        """Draws the next tokens [n] of these sequences [n] at these places [n] from logits [n, V]. Returns them, and
+        whether each sequence ends with its token [n]."""
         logits = logits.float()
         named = logits if self._unnamed is None else logits.masked_fill(self._unnamed, -torch.inf)
         tokens, logprobs = draw(
@@ -131,7 +134,7 @@ class ReplyBuffer:
         return tokens, stopped | (places + 1 == self.limits[sequences])
 
     def finished(self) -> list[SampledReply]:
-        """Every reply."""
+        """All replies, each cut to its length."""
         columns = (self.tokens.tolist(), self.logprobs.tolist(), self.lengths.tolist(), self.stopped.tolist())
         return [(ids[:n], logprobs[:n], stopped) for ids, logprobs, n, stopped in zip(*columns, strict=True)]
 

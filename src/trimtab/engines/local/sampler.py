@@ -1,8 +1,8 @@
 """The local generator: samples replies with the weights being trained, and needs nothing but torch and transformers.
 
-Which form of decoding a model is given is decided before the first reply (`form_choice.py`): slots that are refilled
-(`slots.py`), padded rows (`padded.py`), or rows in lockstep (`lockstep.py`). They give the
-same replies at different speeds, each to the models whose probabilities it gets right.
+The form of decoding is chosen for a model before the first reply (`form_choice.py`): slots that are refilled
+(`slots.py`), padded rows (`padded.py`), or rows in lockstep (`lockstep.py`). They give the same replies at different
+speeds, and each is used only for models whose probabilities it gets right.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ __all__ = ["LocalSampler", "ReplyBuffer", "SampledReply", "Sampling", "reply_nam
 
 
 class LocalSampler:
-    """Draws from the policy as it is at each call."""
+    """Samples from the policy with its weights at the time of each call."""
 
     def __init__(
         self, policy: Policy, chat: Chat, sampling: Sampling, *, choice: FormChoice | None = None, watched: bool = True
     ) -> None:
-        """`choice` is that of another generator of the same policy; without one it is made when first needed. Unless
-        `watched`, somebody else compares what was drawn with the policy."""
+        """`choice` comes from another sampler of the same policy; without it, the form is chosen when first needed. If
+        `watched`, every batch is compared with the policy here; if not, the caller does so."""
         self.policy = policy
         self.chat = chat
         self.sampling = sampling
         self._choice = choice
         self._watched = watched
         self.difference = 0.0
-        """The largest difference of sampler and policy, in nats on one token of the replies last looked at."""
+        """The largest difference between sampler and policy at one token, in nats, in the last comparison."""
         self.stop_ids = stop_ids(policy, chat)
         """Tokens that end a reply."""
         self._unnamed = unnamed_tokens(policy, chat)
         self.positions = learned_positions(policy.model)
-        """The longest sequence, prompt and reply together; None if there is no bound."""
+        """The largest number of tokens of prompt and reply together; None if there is no limit."""
 
     @property
     def choice(self) -> FormChoice:
-        """How this model decodes, and why not faster. Raises EngineError where no way is right."""
+        """How this model is decoded, and why not faster. Raises EngineError if no form is right."""
         if self._choice is None:
             self._choice = choose_form(self.policy, self.sampling, self.chat)
         return self._choice
@@ -68,12 +68,12 @@ class LocalSampler:
 
     @property
     def sampler(self) -> str:
-        """The method, and whether its steps are compiled."""
+        """The name of the form, and whether its steps are compiled, such as "fused, compiled"."""
         form = self.choice.form
         return f"{form.name}, compiled" if isinstance(form, SlotForm) and form.kernels.compiled else form.name
 
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
-        """`group_size` rollouts of each prompt. Every reply has random numbers of its own, made from the seed, its
+        """`group_size` rollouts for each prompt. Every reply has its own random numbers, made from the seed, its
         prompt's id and its number in the group, so batch size and order of prompts do not change what is drawn."""
         encoded = [self.encode(p) for p in prompts]
         uniforms = self.uniforms(prompts, group_size=group_size, seed=seed)
@@ -92,7 +92,7 @@ class LocalSampler:
         ]
 
     def uniforms(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> Tensor:
-        """[prompts * group_size, max_new_tokens] the random numbers of each reply, one a token."""
+        """[prompts * group_size, max_new_tokens] the random numbers of each reply, one for each token."""
         names = reply_names(prompts, group_size)
         uniforms = np.empty((len(names), self.sampling.max_new_tokens))
         for i, name in enumerate(names):
@@ -107,9 +107,9 @@ class LocalSampler:
         uniforms: Tensor,
         limits: Tensor | None = None,
     ) -> list[SampledReply]:
-        """`group_size` continuations of each prefix, in order; token ids go in and come out, and no text is made.
+        """`group_size` continuations of each prefix, in order. Takes and returns token ids; no text is involved.
 
-        `uniforms` [B, T] are the random numbers, `limits` [B] how many tokens each may have if not all T.
+        `uniforms` [B, T] are the random numbers; `limits` [B] are the most tokens of each, T by default.
         """
         if not prefixes:
             return []
@@ -137,14 +137,14 @@ class LocalSampler:
         return ids
 
     def check_prompts(self, prompts: Iterable[Prompt]) -> None:
-        """Raises an error where the longest of the prompts leaves no room for the longest reply: a stage asks before it
+        """Raises an error if the longest prompt leaves no room for the longest reply. A stage calls this before it
         begins."""
         if self.positions is not None or self.policy.length_limit is not None:
             longest = max((len(self.chat.encode_prompt(p.messages)) for p in prompts), default=0)
             self.check_room(longest, self.sampling.max_new_tokens)
 
     def check_room(self, longest_prompt: int, longest_reply: int) -> None:
-        """Raises ConfigError where so many tokens have more positions than the model has learned, and EngineError where
+        """Raises ConfigError if this many tokens need more positions than the model has learned, and EngineError if
         their probabilities would depend on how long the reply becomes."""
         num = longest_prompt + longest_reply
         asked = f"a prompt of {longest_prompt} tokens and a reply of up to {longest_reply} need {num} positions"
@@ -174,7 +174,7 @@ class LocalSampler:
 
 
 def reply_names(prompts: Sequence[Prompt], group_size: int) -> list[tuple[str, int, int]]:
-    """What each reply's random numbers are made from, besides a seed: its prompt's id, how often that prompt has come
+    """A name for each reply, from which its random numbers are made: its prompt's id, how often that prompt occurred
     before, and the reply's number in its group."""
     seen: dict[str, int] = {}
     names = []

@@ -1,4 +1,4 @@
-"""The local scorer: what a model says of trees, without gradients and a bounded number of tokens at a time."""
+"""The local scorer: runs a model over trees without gradients, a bounded number of tokens at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trimtab.models.roles import Policy, ScalarModel
 
 
 class LocalScorer:
-    """A policy, a reference or a critic in this process."""
+    """Scores trees with a policy, a reference or a critic in this process."""
 
     def __init__(self, role: Policy | ScalarModel, *, token_budget: int) -> None:
         """`token_budget` bounds the tokens of one forward pass."""

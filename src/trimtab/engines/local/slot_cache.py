@@ -1,8 +1,8 @@
 """Keys and values of the sequences being decoded: a prompt once for its whole group, replies in rows that are refilled.
-A reply that shares its prompt with no other stands behind it in one row, and one product sees both.
+With a group size of 1, prompt and reply are stored one after the other in one row, and one product covers both.
 
-Rows 0 to n - 1 always hold the n replies still being written. A reply that ends gives its row to the last one, so no
-product is spent on finished sequences, and a waiting prompt starts as soon as there is room for it.
+Rows 0 to n - 1 always hold the n replies still being decoded. When a reply ends, the last row is moved into its place,
+so no product is spent on finished sequences, and a waiting prompt can start as soon as there is room for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trimtab.engines.local.kernels import CompiledKernels, Kernels
 from trimtab.models.attention import UNSEEN, Attend, Window
 
 AttendWithin = Callable[[int, Tensor, Tensor, Tensor, float, int | None], Tensor]
-"""Attention within windows at most."""
+"""An `Attend` that supports only int windows, and no attention sinks."""
 
 
 class SlotCache:
@@ -43,15 +43,15 @@ class SlotCache:
         self._kernels = kernels
         self._layers: dict[int, tuple[Tensor, ...]] = {}
         self.sequences = torch.empty(0, dtype=torch.int64)
-        """[n] which sequence each row holds: prompt number * group_size + number in its group."""
+        """[n] the sequence that each row holds: prompt number * group_size + number in its group."""
         self.lengths = torch.empty(0, dtype=torch.int64)
-        """[n] tokens of each reply whose keys are stored."""
+        """[n] the number of tokens of each reply whose keys are stored."""
         self._prompt_of = torch.empty(0, dtype=torch.int64)
         self._prompt_lengths = torch.empty(0, dtype=torch.int64)
 
     @property
     def room(self) -> int:
-        """How many more prompts can start now, with all their replies."""
+        """The number of prompts that can start now, with all their replies."""
         rows = (self.num_rows - len(self.sequences)) // self.group_size
         return max(0, min(rows, self.num_prompts - len(self._prompt_lengths)))
 
@@ -61,8 +61,8 @@ class SlotCache:
         return self._prompt_lengths[self._prompt_of] + self.lengths
 
     def add(self, numbers: Sequence[int], prompts: Sequence[Sequence[int]]) -> Attend:
-        """Starts every reply of these prompts, known by their numbers; returns the attention of the row that holds
-        the prompts one after the other, which stores their keys and values."""
+        """Starts every reply to these prompts, whose indices are `numbers`. Returns the attention for one flat row that
+        holds the prompts one after the other; it also stores their keys and values."""
         first = len(self._prompt_lengths)
         assert len(prompts) <= self.room
         lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64)
@@ -142,8 +142,8 @@ class SlotCache:
             values[rows, :, positions] = value
             if window not in biases:
                 biases[window] = _unseen((slots <= own) & (slots > own - (window or width)))
-            # Query heads that share a key head stand side by side as if they were several tokens. Plain products are
-            # twice as fast here as the flash kernel, which is made for many queries.
+            # Query heads that share a key head are treated as several tokens of that head. Plain products are twice as
+            # fast here as the flash kernel, which is made for many queries.
             queries = query.view(len(rows), key.shape[1], -1, key.shape[2]) * scaling
             scores = queries @ keys[: len(rows), :, :width].transpose(-1, -2)
             weights = scores.float().add_(biases[window]).softmax(-1).to(value.dtype)
@@ -166,7 +166,7 @@ class SlotCache:
             if window not in biases:
                 biases[window] = self._bias(places, positions, prompt_width, width, window)
             kv_heads, size = key.shape[1:]
-            # As above, and the replies of one prompt stand side by side too: its keys are read once for all of them.
+            # As in `_extend_whole`, and the replies of a prompt are side by side too: its keys are read once for all.
             queries = query.view(num_rows, kv_heads, -1, size) * scaling
             by_prompt = _to_prompts(queries, cell, num_prompts, self.group_size)
             shared = by_prompt @ prompt_keys[:num_prompts, :, :prompt_width].transpose(-1, -2)
@@ -181,7 +181,8 @@ class SlotCache:
         return attend
 
     def _bias(self, places: Tensor, positions: Tensor, prompt_width: int, width: int, window: int | None) -> Tensor:
-        """[n, 1, 1, prompt_width + width] 0 where a reply's next token sees a place of its prompt or of itself."""
+        """[n, 1, 1, prompt_width + width] added to scores: 0 where a reply's next token sees a place of its prompt or
+        of the reply, else `UNSEEN`."""
         starts = self._prompt_lengths[self._prompt_of]
         prompt_slots, slots = torch.arange(prompt_width), torch.arange(width)
         of_prompt, own = prompt_slots < starts[:, None], slots <= places[:, None]
@@ -192,7 +193,7 @@ class SlotCache:
         return _unseen(torch.cat([of_prompt, own], -1))
 
     def keep(self, alive: Tensor) -> Tensor:
-        """Frees the rows of replies that are not `alive` [n]; returns [n'] the old row of each one that stays."""
+        """Frees the rows of replies that are not `alive` [n]. Returns [n'] the old row of each reply that is kept."""
         whole = self.group_size == 1
         order = self._close_gaps(alive, (0, 1) if whole else (2, 3))
         self.sequences, self.lengths = self.sequences[order], self.lengths[order]
@@ -223,7 +224,8 @@ class SlotCache:
         return order
 
     def _buffers(self, layer: int, key: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of prompts, with the reply behind each or with those of the replies in two more."""
+        """The keys and values of a layer. With a group size of 1, two tensors hold prompts and replies; otherwise two
+        hold the prompts and two more the replies."""
         if layer not in self._layers:
             heads, size = key.shape[1:]
             shapes = [
@@ -232,13 +234,13 @@ class SlotCache:
             ]
             if self.group_size == 1:
                 shapes = [(self.num_rows, heads, self._prompt_width + self._reply_width, size)]
-            # Zeros, since what is masked is still multiplied, by zero: garbage could be infinite.
+            # Zeros, because masked places are still multiplied by zero, and uninitialised memory could be infinite.
             self._layers[layer] = tuple(key.new_zeros(shape) for shape in shapes for _ in range(2))
         return self._layers[layer]
 
 
 def _of_windows(attend: AttendWithin) -> Attend:
-    """`attend` for every model; it refuses what is not computed over slots."""
+    """`attend` as an `Attend` for every model. It raises EngineError for attention that slots do not compute."""
 
     def checked(
         layer: int,
@@ -262,14 +264,14 @@ def _of_windows(attend: AttendWithin) -> Attend:
 
 
 def _unseen(seen: Tensor) -> Tensor:
-    """[n, 1, 1, T] what is added to scores: 0 where a place is seen [n, T]."""
+    """[n, 1, 1, T] added to scores: 0 where a place is seen [n, T], else `UNSEEN`."""
     seen = seen[:, None, None]
     return torch.zeros(seen.shape).masked_fill_(~seen, UNSEEN)
 
 
 def _to_prompts(x: Tensor, cell: Tensor, num_prompts: int, group_size: int) -> Tensor:
-    """[P, H, G * R, X] what the rows [n, H, R, X] ask, side by side for each prompt; zeros for replies that have ended.
-    Row i stands at `cell[i]` of the P * G replies."""
+    """[P, H, G * R, X] the rows [n, H, R, X] side by side for each prompt, with zeros for replies that have ended. Row
+    i goes to place `cell[i]` of the P * G replies."""
     heads, repeats, size = x.shape[1:]
     grid = x.new_zeros(num_prompts * group_size, heads, repeats, size)
     grid[cell] = x

@@ -1,5 +1,5 @@
-"""Decoding in slots: every reply has a row of a cache that was allocated once (`slot_cache.py`), a reply that ends
-gives its row to one that waits, and a prompt is computed once for its group."""
+"""Decoding in slots: every reply has a row of a cache that is allocated once (`slot_cache.py`). When a reply ends, a
+waiting one takes its row. A prompt is computed once for its group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trimtab.models.attention import Attend, backbone, row_states
 from trimtab.models.roles import Policy
 
 PREFILL_TOKENS = 256
-"""Prompts are started in rows of about this many tokens: enough for fast products, little memory."""
+"""Prompts are started in rows of about this many tokens: enough for fast products, with little memory."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Forward:
     """The two halves of a decoding step."""
 
     hidden: Callable[[Tensor, Tensor, Attend], Tensor]
-    """[n, D] from token ids [n], positions [n] and their attention."""
+    """[n, D] hidden states from token ids [n], positions [n] and their attention."""
     logits: Callable[[Tensor], Tensor]
-    """[n, V] from [n, D]."""
+    """[n, V] logits from hidden states [n, D]."""
 
 
 @dataclass(frozen=True)
 class SlotForm:
-    """Slots with a fused forward pass (Llama-like models) or with the model's own over one flat row."""
+    """Slots with a fused forward pass (Llama-like models), or with the model's own forward pass over one flat row."""
 
     policy: Policy
     sampling: Sampling
@@ -42,28 +42,28 @@ class SlotForm:
 
     @property
     def kernels(self) -> Kernels:
-        """What computes the steps: torch, or C where this machine and these weights allow it."""
+        """The kernels of the decoding steps: C if this machine and these weights allow it, else torch."""
         return find(next(self.policy.model.parameters()))
 
     def decode(self, prompts: Sequence[Sequence[int]], group_size: int, replies: ReplyBuffer) -> None:
-        """As every form."""
+        """See `DecodingForm.decode`."""
         kernels = self.kernels
         forward = self._forward(kernels)
         num_groups = self.num_groups(prompts, group_size, replies.width)
         slots = SlotCache(
             num_rows=num_groups * group_size,
-            # A prompt stays until the last reply of its group has ended, while rows of the others are free again.
+            # A prompt stays until the last reply of its group has ended, while rows of its other replies are free.
             num_prompts=min(len(prompts), num_groups if group_size == 1 else 2 * num_groups),
             group_size=group_size,
             prompt_width=max(len(p) for p in prompts),
             reply_width=replies.width,
             kernels=kernels,
         )
-        # Taken from the end, the longest first, so that prompts of like lengths are decoded together.
+        # Prompts are taken from the end, the longest first, so that similar lengths are decoded together.
         waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         hidden: Tensor | None = None
         while waiting or len(slots.sequences):
-            # Prompts start several at a time: a forward pass over few tokens is slow.
+            # Several prompts start at a time, because a forward pass over few tokens is slow.
             if waiting and slots.room >= min(len(waiting), max(1, num_groups // 8)):
                 started = start_prompts(forward, slots, prompts, waiting)
                 hidden = started if hidden is None else torch.cat([hidden, started])
@@ -74,7 +74,7 @@ class SlotForm:
             hidden = forward.hidden(tokens, slots.positions, slots.extend()) if len(tokens) else None
 
     def num_groups(self, prompts: Sequence[Sequence[int]], group_size: int, reply_width: int) -> int:
-        """Prompts decoded together with all their replies."""
+        """The number of prompts that are decoded together, with all their replies."""
         prompt_copies = 1 if group_size == 1 else 2
         tokens = prompt_copies * max(len(p) for p in prompts) + group_size * reply_width
         room = int(self.sampling.cache_gb * 2**30 / (self._bytes_per_token * tokens))
@@ -82,8 +82,8 @@ class SlotForm:
 
     @functools.cached_property
     def _bytes_per_token(self) -> int:
-        """What keys and values of one token take in all layers. Seen and not read from the configuration: layers may
-        differ in their heads, and some may keep nothing."""
+        """Bytes of the keys and values of one token in all layers. Measured, not read from the configuration, because
+        layers may differ in their heads, and some may keep nothing."""
         sizes: list[int] = []
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -95,19 +95,19 @@ class SlotForm:
         return max(1, sum(sizes))
 
     def _forward(self, kernels: Kernels) -> Forward:
-        """The fastest forward pass for this model, with its weights as they are now."""
+        """The forward pass of this form, with the model's weights as they are now."""
         model = self.policy.model
         if self.name == "rows":
             return Forward(lambda *row: row_states(backbone(model), *row), self.policy.logits)
-        # Made anew for every call, since weights change between calls in ways no version counter shows.
+        # Made again for every call, because weights change between calls in ways that no version counter shows.
         fused = FusedForward(model, self.sampling.batch_size, kernels)
         fused.prove_fresh(model)
         return Forward(fused, lambda hidden: self.policy.shaped(fused.head(hidden)))
 
 
 def start_prompts(forward: Forward, slots: SlotCache, prompts: Sequence[Sequence[int]], waiting: list[int]) -> Tensor:
-    """[n, D] the hidden states from which the first tokens of newly started replies are drawn. As many prompts as
-    there is room for are taken off the end of `waiting`."""
+    """[n, D] the hidden states from which the first tokens of newly started replies are drawn. Takes as many prompts as
+    there is room for from the end of `waiting`."""
     states = []
     while waiting and slots.room:
         numbers: list[int] = []

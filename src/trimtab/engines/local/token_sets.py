@@ -1,4 +1,4 @@
-"""Which tokens end a reply, and which can never be in one; both depend on the model as well as on its tokenizer."""
+"""The tokens that end a reply, and those that are never drawn. Both depend on the model and on its tokenizer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from trimtab.models.roles import Policy
 
 
 def stop_ids(policy: Policy, chat: Chat) -> frozenset[int]:
-    """The chat's stop tokens, and those that the model's generation settings name beside them, as transformers and
-    vLLM stop at them too.
+    """The chat's stop tokens, and those that the model's generation settings add: transformers and vLLM stop at them
+    too.
 
-    What is only in the model's configuration may be the default of its class, such as Llama's 2, which nobody set for
-    this vocabulary: such an id counts if it is a special token.
+    An id that is also in the model's configuration may be only the default of its class, such as Llama's 2, which
+    nobody set for this vocabulary. Such an id counts only if it is a special token.
     """
     model = policy.model
     named = _ids(getattr(model, "generation_config", None)) - _ids(model.config) - _ids(model.config.get_text_config())
@@ -26,7 +26,7 @@ def stop_ids(policy: Policy, chat: Chat) -> frozenset[int]:
 
 def unnamed_tokens(policy: Policy, chat: Chat) -> Tensor | None:
     """[V] true for rows of the embedding that are no token of the tokenizer (vocabularies are often padded to a round
-    number); None where every row is one."""
+    number); None if every row is a token."""
     tokenizer = getattr(chat, "tokenizer", None)
     if tokenizer is None:
         return None

@@ -1,4 +1,4 @@
-"""The pages of adjudicators and admins: the board, disagreements, people, export, guideline, log."""
+"""The pages of adjudicators and admins: the board, disagreements, people, export, guideline, audit log."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _TYPES = {"jsonl": "application/x-ndjson", "csv": "text/csv", "parquet": "applic
 
 @router.get("")
 def board(request: Request, visit: Adjudicating) -> HTMLResponse:
-    """How far the project is and what the votes are worth."""
+    """How far the project has come and what the votes are worth."""
     return page(request, visit, "board.html", **_board_values(request))
 
 
@@ -105,7 +105,7 @@ def disagreement_list(request: Request, visit: Adjudicating) -> HTMLResponse:
 
 @router.get("/adjudicate/{item_id}")
 def disagreement(request: Request, visit: Adjudicating, item_id: int) -> HTMLResponse:
-    """One item, its votes folded until one has looked, and the form to decide."""
+    """One item with the form to decide. Its votes are folded until they are opened."""
     return _adjudication(request, visit, item_id)
 
 
@@ -300,13 +300,13 @@ def new_guideline(visit: Administering, form: PostedForm) -> Response:
 
 @router.get("/log")
 def log(request: Request, visit: Administering, before: int = 0) -> HTMLResponse:
-    """The audit log, the newest first."""
+    """The audit log, newest entries first."""
     return _log(request, visit, before=before)
 
 
 @router.post("/log/verify")
 def verify_log(request: Request, visit: Administering, form: PostedForm) -> HTMLResponse:
-    """Recomputes every hash."""
+    """Computes every hash again and shows what is wrong."""
     return _log(request, visit, problems=verify(visit.store))
 
 

@@ -41,7 +41,7 @@ _LONG = 600
 
 @router.get("/")
 def front(visit: AnyVisit) -> RedirectResponse:
-    """Where to go on."""
+    """Redirects to the page on which the person goes on."""
     if visit.person is None:
         return to("/sign-in")
     return to("/task" if visit.person.role == "annotator" else "/admin")
@@ -65,13 +65,13 @@ def sign_in(request: Request, visit: AnyVisit, form: PostedForm) -> Response:
 
 @router.get("/join")
 def join_page(request: Request, visit: AnyVisit) -> HTMLResponse:
-    """The form to join. The invitation is in the part of the address that browsers keep to themselves."""
+    """The form to join. The invitation is in the part of the address after #, which browsers do not send."""
     return page(request, visit, "join.html", error="", name="", token="")
 
 
 @router.post("/join", dependencies=_LIMITED)
 def join(request: Request, visit: AnyVisit, form: PostedForm) -> Response:
-    """Makes a person of an invitation."""
+    """Joins a person with an invitation or a link."""
     token, name = field(form, "token").strip(), field(form, "name")
     try:
         person = people.join(visit.store, token, name, field(form, "password"))
@@ -92,7 +92,7 @@ def sign_out(visit: SignedIn, form: PostedForm) -> RedirectResponse:
 def _signed_in(visit: Visit, person: people.Person) -> RedirectResponse:
     token = people.start_session(visit.store, person, hours=visit.store.project.settings.server.session_hours)
     response = to("/task" if person.role == "annotator" else "/admin")
-    set_cookie(response, visit, token)  # a new one: whoever knew the old one knows nothing now
+    set_cookie(response, visit, token)  # a new token, so that the old one is useless to others
     return response
 
 
@@ -107,7 +107,7 @@ def session(visit: SignedIn) -> Response:
 
 @router.get("/task")
 def task(request: Request, visit: SignedIn) -> Response:
-    """The guideline where it is new, the warning where there is one, then the task in hand or the next."""
+    """The guideline if it is new, the warning if there is one, and then the current task or the next."""
     store, person = visit.store, visit.someone
     with store.read() as connection:
         current = guideline(connection)
@@ -127,7 +127,7 @@ def task(request: Request, visit: SignedIn) -> Response:
 
 @router.post("/task/{token}")
 def answer(request: Request, visit: SignedIn, token: str, form: PostedForm) -> Response:
-    """Stores the answer and goes on. Sent twice it is stored once."""
+    """Stores the answer and goes on. An answer that is sent twice is stored once."""
     store, person = visit.store, visit.someone
     with store.read() as connection:
         row = connection.execute(
@@ -160,7 +160,7 @@ def answer(request: Request, visit: SignedIn, token: str, form: PostedForm) -> R
 
 @router.post("/draft/{token}")
 def draft(visit: SignedIn, token: str, form: PostedForm) -> Response:
-    """Keeps what is filled in so far."""
+    """Stores what is filled in so far as a draft."""
     store = visit.store
     with store.read() as connection:
         row = connection.execute(
@@ -176,7 +176,7 @@ def draft(visit: SignedIn, token: str, form: PostedForm) -> Response:
 
 
 def _draft_of(form: Form) -> dict[str, Any]:
-    """What is filled in so far, as it is kept."""
+    """The draft of what is filled in so far."""
     kept: dict[str, Any] = {}
     for name in ("rationale", "reason", "text"):
         if field(form, name):
@@ -202,7 +202,7 @@ def undo_last(request: Request, visit: SignedIn, form: PostedForm) -> Response:
 
 @router.get("/quiz/{vote_id}")
 def quiz_answer(request: Request, visit: SignedIn, vote_id: int) -> HTMLResponse:
-    """Whether an answer to the quiz was the expected one, and which that is."""
+    """Says whether an answer to the quiz was the expected one, and what was expected."""
     with visit.store.read() as connection:
         row = connection.execute(
             sa.select(t.votes, t.items.c.gold, t.items.c.kind, t.items.c.replies, t.items.c.prompt)
@@ -331,14 +331,14 @@ def guideline_page(request: Request, visit: SignedIn) -> HTMLResponse:
 
 @router.post("/warned")
 def warned(visit: SignedIn, form: PostedForm) -> RedirectResponse:
-    """Notes that the warning was read, and whether sensitive items are wanted."""
+    """Notes that the warning was read, and whether the person wants sensitive items."""
     people.update_person(visit.store, visit.someone.id, warned=True, opted_out=field(form, "choice") == "out")
     return to("/task")
 
 
 @router.get("/mine")
 def mine(request: Request, visit: SignedIn) -> HTMLResponse:
-    """One's last answers, to look at and change."""
+    """The person's last answers, to look at and change."""
     later = t.votes.alias("later")
     replaced = sa.exists().where(
         later.c.person_id == t.votes.c.person_id,
@@ -368,7 +368,7 @@ def mine(request: Request, visit: SignedIn) -> HTMLResponse:
 
 
 def said_on_screen(row: Any) -> str:
-    """An answer in words, by the sides of the screen it was given on."""
+    """An answer in words, with the sides as the screen showed them."""
     if row.choice in ("A", "B"):
         side = "left" if row.choice == row.shown_left else "right"
         return f"{side}, strength {row.strength}"
@@ -385,7 +385,7 @@ def said_on_screen(row: Any) -> str:
 
 @router.post("/mine/{vote_id}")
 def edit(request: Request, visit: SignedIn, vote_id: int, form: PostedForm) -> Response:
-    """Opens one's own answer again."""
+    """Opens one of the person's own answers again."""
     try:
         reopen(visit.store, visit.someone, vote_id)
     except DataError as error:
@@ -397,13 +397,13 @@ def edit(request: Request, visit: SignedIn, vote_id: int, form: PostedForm) -> R
 
 @router.get("/account")
 def account(request: Request, visit: SignedIn) -> HTMLResponse:
-    """One's own keys, password and choices."""
+    """The person's own keys, password and choices."""
     return page(request, visit, "account.html", actions=ACTIONS, error="", done="")
 
 
 @router.post("/account/{part}")
 def change_account(request: Request, visit: SignedIn, part: str, form: PostedForm) -> Response:
-    """Sets keys, password or what one is shown."""
+    """Sets the person's keys, password or what they are shown."""
     store, person = visit.store, visit.someone
     try:
         if part == "keys":

@@ -108,7 +108,7 @@ class DecisionBody(AnswerBody):
 
 @router.get("/next")
 def next_task(request: Request, person: Annotator) -> dict[str, Any]:
-    """The task in hand or the next one, its replies in the order to show them; `task` is null for none."""
+    """The current task or the next one, with its replies in the order to show them; `task` is null if there is none."""
     store = store_of(request)
     with store.write(durable=False) as connection:
         lease = next_lease(store, connection, person)
@@ -130,7 +130,7 @@ def next_task(request: Request, person: Annotator) -> dict[str, Any]:
 
 @router.post("/tasks/{token}")
 def answer_task(request: Request, person: Annotator, token: str, body: AnswerBody) -> dict[str, Any]:
-    """Stores an answer; the same token again is the same answer."""
+    """Stores an answer; sending the same token again stores nothing new."""
     store = store_of(request)
     with store.read() as connection:
         row = connection.execute(
@@ -232,7 +232,7 @@ def put_scores(request: Request, person: Admin, body: ScoresBody) -> dict[str, i
 
 @router.get("/votes")
 def list_votes(request: Request, person: Admin, after: int = 0, limit: Page = 1000) -> list[dict[str, Any]]:
-    """Votes that count, in the order they were given, from the one after `after`."""
+    """Votes that count, in the order they were given, after the one with the id `after`."""
     with store_of(request).read() as connection:
         purposes = ("task", "gold", "reask", "adjudication")
         return [as_dict(c) for c in cast_votes(connection, purposes=purposes, after=after, limit=limit)]
@@ -249,7 +249,7 @@ def list_people(request: Request, person: Admin) -> list[dict[str, Any]]:
 
 @router.post("/invites", status_code=201)
 def make_invite(request: Request, person: Admin, body: InviteBody) -> dict[str, str]:
-    """An invitation; its token is told this once."""
+    """Makes an invitation; its token is shown only this once."""
     store = store_of(request)
     token = people.make_invite(store, body.role, uses=body.uses, hours=body.hours, actor=person.id)
     return {"token": token}
@@ -275,7 +275,7 @@ def set_role(request: Request, person: Admin, person_id: int, body: RoleBody) ->
 
 @router.post("/people/{person_id}/link", status_code=201)
 def password_link(request: Request, person: Admin, person_id: int) -> dict[str, str]:
-    """The token of a link that sets somebody's new password; it is told this once."""
+    """The token of a link that sets somebody's new password; it is shown only this once."""
     return {"token": people.make_link(store_of(request), person_id, actor=person.id)}
 
 
@@ -308,7 +308,7 @@ def delete_person(request: Request, person: Admin, person_id: int) -> None:
 
 @router.put("/guideline")
 def put_guideline(request: Request, person: Admin, body: GuidelineBody) -> dict[str, int]:
-    """A new version of the guideline."""
+    """Makes a new version of the guideline."""
     store = store_of(request)
     with store.write() as connection:
         return {"version": publish_guideline(store, connection, person.id, body.text)}
@@ -332,7 +332,7 @@ def export_rows(request: Request, person: Admin, layout: str, split: Split = "al
 
 @router.get("/audit")
 def audit(request: Request, person: Admin, after: int = 0, limit: Page = 1000) -> list[dict[str, Any]]:
-    """Entries of the audit log after one."""
+    """Entries of the audit log after the one with the number `after`."""
     with store_of(request).read() as connection:
         rows = sa.select(t.audit).where(t.audit.c.seq > after).order_by(t.audit.c.seq).limit(limit)
         return [dict(row._mapping) for row in connection.execute(rows)]
@@ -340,7 +340,7 @@ def audit(request: Request, person: Admin, after: int = 0, limit: Page = 1000) -
 
 @router.post("/audit/verify")
 def verify_audit(request: Request, person: Admin, head: str | None = None) -> dict[str, Any]:
-    """Recomputes every hash."""
+    """Computes every hash again and says what is wrong."""
     store = store_of(request)
     problems = verify(store, head=head)
     seq, sha256 = audit_head(store)

@@ -31,11 +31,11 @@ CHORES_EVERY = 5.0
 """Seconds between rounds of deliveries and of taking back late leases."""
 
 THREADS = 4
-"""Requests at work at once. Python runs one at a time: more would only share its turns, and all end late."""
+"""Requests handled at once. Python runs one thread at a time: more would only take turns, and all would end later."""
 
 
 def create_app(store: Store, *, host: str | None = None) -> FastAPI:
-    """The web app of a store; `host` is the address it listens on, if another than the project names."""
+    """The web app of a store; `host` is the address it listens on, if that is not the project's."""
     settings = store.project.settings.server
 
     @asynccontextmanager
@@ -76,7 +76,7 @@ def create_app(store: Store, *, host: str | None = None) -> FastAPI:
 
 
 async def _chores(store: Store, stopping: threading.Event) -> None:
-    """Rounds until the server stops. One that fails is told of, and the next comes all the same."""
+    """Runs rounds until the server stops. A round that fails is reported, and the next one runs all the same."""
     said = ""
     while True:
         try:
@@ -98,7 +98,7 @@ def _one_round(store: Store, stopping: threading.Event) -> None:
 
 
 async def _sign_in_first(request: Request, _: Exception) -> Response:
-    """The way to sign in; what was filled in is not lost on it."""
+    """Sends the visitor to the page to sign in, or gives back what was written in a form, so that it is not lost."""
     if request.method == "GET":
         return to("/sign-in")
     if "hx-request" in request.headers:  # the page stays as it is, and says what to do

@@ -1,4 +1,4 @@
-"""Plots as SVG drawn by the server: no script, and they follow the page from light to dark."""
+"""Plots as SVG drawn by the server: they need no script and follow the page's light or dark colours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROW = 22
 def intervals(
     rows: Sequence[tuple[str, Interval]], *, low: float = 0.0, high: float = 1.0, aim: float | None = None, title: str
 ) -> Markup:
-    """A point with its interval for each row, and a dashed line where the points are wished to be."""
+    """A point with its interval for each row, and a dashed line at `aim`, the value that is wished for."""
     known = [(name, interval) for name, interval in rows if not math.isnan(interval.value)][:40]
     if not known:
         return Markup('<p class="soft">Nothing to show yet.</p>')
@@ -49,7 +49,7 @@ def intervals(
 
 
 def columns(values: Sequence[int], *, labels: Sequence[str], title: str) -> Markup:
-    """A column for each count, with the first, middle and last label."""
+    """A column for each count, with the first and the last label."""
     if not values:
         return Markup('<p class="soft">Nothing to show yet.</p>')
     height, top = 170, max(values) or 1
@@ -74,6 +74,6 @@ def columns(values: Sequence[int], *, labels: Sequence[str], title: str) -> Mark
 
 
 def _svg(parts: Sequence[str], height: int, title: str) -> Markup:
-    """The names in `parts` were escaped where they were put in."""
+    """The parts as one SVG. Names in `parts` are already escaped."""
     head = f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">'
     return Markup(head + "".join(parts) + "</svg>")

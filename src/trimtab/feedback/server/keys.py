@@ -1,4 +1,4 @@
-"""Keys of the pages: the usual ones, and a person's own."""
+"""Keyboard keys of the pages: the usual ones, and a person's own."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ ACTIONS: dict[str, tuple[str, str]] = {
 """Each action with its usual key and what it does. Enter confirms, Escape leaves a field, Backspace takes back the last
 of a ranking: these are the same for everyone."""
 FIXED = ("Enter", "Escape", "Backspace", "Tab", " ")
+"""Keys that nobody can give to an action."""
 
 
 def keys_for(own: Mapping[str, str]) -> dict[str, str]:
-    """The key of every action, a person's own where they have one."""
+    """The key of every action: a person's own if they have one, else the usual one."""
     return {action: own.get(action, usual) for action, (usual, _) in ACTIONS.items()}
 
 
 def checked_keys(wanted: Mapping[str, str]) -> dict[str, str]:
-    """A person's own keys: those that differ from the usual. Raises DataError for two actions on one key."""
+    """A person's own keys: those that differ from the usual. Raises DataError for a wrong key, or one used twice."""
     own = {}
     for action, key in wanted.items():
         if action not in ACTIONS:

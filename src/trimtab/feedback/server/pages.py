@@ -1,4 +1,4 @@
-"""Templates: one environment that escapes everything, and what every page is told."""
+"""Templates: one environment that escapes everything, and the values that every page gets."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _percent(share: float | None) -> str:
 
 
 def _span(seconds: float | None) -> str:
-    """A length of time as people say it."""
+    """A length of time as text, such as 45 s, 12 min or 1.5 h."""
     if seconds is None or math.isnan(seconds):
         return "–"
     if seconds < 90:
@@ -69,10 +69,10 @@ def page(request: Request, visit: Visit, template: str, /, *, status: int = 200,
 
 
 def keep_cookie(request: Request, visit: Visit, response: HTMLResponse) -> HTMLResponse:
-    """The response, which tells the browser the token of its visit where it came without one.
+    """The response, with a cookie for the token of the visit if the browser came without one.
 
-    Only where a page was asked for: a form sent by another site comes without the cookie, and an answer that set a
-    fresh one would sign the browser out.
+    The cookie is set only on a GET request: a form sent by another site comes without the cookie, and an answer that
+    set a fresh one would sign the browser out.
     """
     fresh = getattr(request.state, "fresh_token", None)
     if fresh is not None and request.method == "GET":
@@ -83,7 +83,8 @@ def keep_cookie(request: Request, visit: Visit, response: HTMLResponse) -> HTMLR
 def set_cookie(response: HTMLResponse | RedirectResponse, visit: Visit, token: str) -> None:
     """Gives the browser a session token that scripts cannot read.
 
-    A link on another site brings it along ("lax"), so that whoever follows one stays signed in; a form does not.
+    The browser sends it along with a link on another site ("lax"), so that people who follow a link stay signed in;
+    it does not send it along with a form there.
     """
     server = visit.store.project.settings.server
     response.set_cookie(
@@ -97,11 +98,11 @@ def set_cookie(response: HTMLResponse | RedirectResponse, visit: Visit, token: s
 
 
 def written(form: Mapping[str, Sequence[str]]) -> list[str]:
-    """What a person wrote in their own words in a form that could not be taken, to give it back to them."""
+    """What a person wrote in words in a form that could not be accepted, to give it back to them."""
     texts = [form[name][-1] for name in ("text", "rationale", "reason") if form.get(name)]
     return [text for text in texts if text.strip()]
 
 
 def to(path: str) -> RedirectResponse:
-    """Goes on with another page."""
+    """A redirect to another page."""
     return RedirectResponse(path, status_code=303)

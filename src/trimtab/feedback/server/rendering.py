@@ -1,7 +1,7 @@
-"""Texts of models and strangers as HTML that cannot do anything: Markdown, code and LaTeX, no links and no images.
+"""Texts of models and strangers as HTML that can do nothing: Markdown, code and LaTeX, but no links and no images.
 
-Three walls, each enough by itself: the parser escapes HTML, the result is cleaned to a list of elements, and the
-page's security policy runs no script and loads nothing from elsewhere.
+Three protections are each sufficient alone: the parser escapes HTML, the result is cleaned to a list of allowed
+elements, and the page's security policy runs no script of the text and loads nothing from elsewhere.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from pygments.util import ClassNotFound
 MAX_MATH = 2_000
 """Letters of one formula; a longer one is shown as its source."""
 MAX_HIGHLIGHTED = 6_000
-"""Letters of code that are coloured, of all blocks of a text: some lexers take time that grows with the square."""
+"""Letters of code in a text up to which it is coloured: the time of some lexers grows with their square."""
 MAX_CELLS = 3_000
-"""Cells of all tables of a text. A row that is not finished is filled up with empty ones: few letters make many."""
+"""Most cells of all tables of a text that are drawn. Short rows are filled up with cells, so few letters make many."""
 _MAX_NESTING = 30
 
 _MATH_ELEMENTS = {
@@ -54,12 +54,12 @@ _ATTRIBUTES = {
 }
 _CLASS = re.compile(r"[a-z][a-z0-9-]{0,20}( [a-z][a-z0-9-]{0,20}){0,2}")
 _DELIMITERS = set("|:- >\t*+.0123456789")
-"""What a line that begins a table may hold, with the signs of lists and quotes before it."""
+"""The characters that a line that begins a table may hold, with the signs of lists and quotes before it."""
 _INVISIBLE = {
     ord(c): f"⟨U+{ord(c):04X}⟩"
     for c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200b\u200e\u200f\u2060\ufeff\u00ad"
 }
-"""Characters that are not seen but change how text reads; they are shown by name."""
+"""Invisible characters that change how text reads; they are shown by name."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -74,8 +74,8 @@ def render(text: str) -> Markup:
 
 
 def _num_cells(text: str) -> int:
-    """At least as many cells as the tables of the text have: columns of each line under which one can begin, times the
-    lines down to the next empty one."""
+    """An upper bound on the cells in all tables of the text: for each line under which a table can begin, its columns
+    times the lines down to the next empty one."""
     num = columns = 0
     for line in text.splitlines():
         if not line.strip(" >\t"):
@@ -87,7 +87,7 @@ def _num_cells(text: str) -> int:
 
 
 def visible(text: str) -> str:
-    """The text with characters that hide or turn round others shown by their names."""
+    """The text in which invisible characters, such as those that reverse others, are shown by name."""
     return text.translate(_INVISIBLE)
 
 
@@ -121,7 +121,7 @@ def _parser(tables: bool) -> MarkdownIt:
 
 
 def _highlighted(code: str, language: str, _: str) -> str:
-    """Code with a class for each kind of word; plain where the language is not known."""
+    """Code with a class for each kind of word; plain if the language is not known."""
     if not language or not re.fullmatch(r"[\w+#.-]{1,30}", language):
         return html.escape(code)
     try:
@@ -155,7 +155,7 @@ def _link_open(_: Any, tokens: list[Token], index: int, *__: Any) -> str:
 
 
 def _link_close(_: Any, tokens: list[Token], index: int, *__: Any) -> str:
-    """Where the link would have led, as text: nobody should follow an address that a model made up."""
+    """The address of the link as text: nobody should follow an address that a model made up."""
     depth, i = 0, index
     while True:
         depth += {"link_close": 1, "link_open": -1}.get(tokens[i].type, 0)

@@ -37,11 +37,11 @@ HEADERS = {
 
 
 class SignInFirst(Exception):
-    """A page asked for by nobody we know; the app answers with the way to sign in."""
+    """Raised if nobody is signed in and a page needs somebody; the app answers with the way to sign in."""
 
 
 class BadForm(HTTPException):
-    """A form that did not come from one of our pages, or too long ago."""
+    """Raised for a form that did not come from one of our pages, or came from one that is too old."""
 
     def __init__(self, problem: str, form: Mapping[str, Sequence[str]]) -> None:
         super().__init__(403, problem)
@@ -65,19 +65,19 @@ class Visit:
 
     @property
     def someone(self) -> Person:
-        """The person; only after a check that there is one."""
+        """The person. Use it only after a check that there is one."""
         assert self.person is not None
         return self.person
 
 
 def store_of(request: Request) -> Store:
-    """The store the app was made with."""
+    """The store that the app was made with."""
     store: Store = request.app.state.store
     return store
 
 
 def visit_of(request: Request) -> Visit:
-    """Who is asking, by the session cookie."""
+    """The visit of a request: who is asking, by the session cookie."""
     store = store_of(request)
     token = request.cookies.get(COOKIE, "")
     if not 20 <= len(token) <= 200 or not token.isascii():
@@ -93,7 +93,7 @@ Form = Mapping[str, Sequence[str]]
 
 
 async def read_form(request: Request) -> Form:
-    """The fields of a form, each with all its values. Raises HTTPException for another kind of body, or a huge one."""
+    """The fields of a form, each with all its values. Raises HTTPException for another or too large a body."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/x-www-form-urlencoded":
         raise HTTPException(415, "a form is needed")
     body = b""
@@ -112,7 +112,7 @@ async def read_form(request: Request) -> Form:
 
 
 async def checked_form(request: Request, visit: AnyVisit, form: Annotated[Form, Depends(read_form)]) -> Form:
-    """The form, if it came from one of our own pages."""
+    """The form, if it came from one of our own pages. Raises BadForm if not."""
     if not _from_our_pages(request, visit.store):
         raise BadForm("the form came from another site", form)
     if not hmac.compare_digest(_one(form, "csrf").encode("utf-8", "replace"), visit.csrf.encode()):
@@ -121,11 +121,11 @@ async def checked_form(request: Request, visit: AnyVisit, form: Annotated[Form, 
 
 
 def _from_our_pages(request: Request, store: Store) -> bool:
-    """What the browser says of the page that sent a form. The form's own token is checked besides."""
+    """Whether the browser says that one of our pages sent the form. The form's own token is checked as well."""
     origin = request.headers.get("origin")
     if origin is None:
         return True
-    if origin == "null":  # the browser keeps it to itself, but says whether it was another site's
+    if origin == "null":  # the browser hides the origin, but says whether it was another site
         return request.headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
     host = origin.partition("://")[2]
     # A proxy may put its own name into Host; the project's names are then what people see.
@@ -144,7 +144,7 @@ def _one(form: Form, name: str) -> str:
 
 
 field = _one
-"""The last value of a field, "" where there is none."""
+"""The last value of a field; "" if there is none."""
 
 
 async def signed_in(visit: AnyVisit) -> Visit:
@@ -209,7 +209,7 @@ class Limiter:
         """Whether one more is within the limit, counting it."""
         now = time.monotonic() if now is None else now
         with self._lock:
-            if len(self._buckets) > 10_000:  # full buckets say nothing and are forgotten
+            if len(self._buckets) > 10_000:  # full buckets hold no information and are dropped
                 self._buckets = {k: b for k, b in self._buckets.items() if now - b[1] < 60}
             level, at = self._buckets.get(name, (float(self.per_minute), now))
             level = min(self.per_minute, level + (now - at) * self.per_minute / 60)
@@ -226,6 +226,7 @@ async def limit_sign_ins(request: Request) -> None:
 
 
 _SESSIONS_PER_ADDRESS = 20
+"""One address may make as many requests as this many sessions together."""
 
 
 class Guard:

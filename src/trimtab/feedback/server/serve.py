@@ -1,4 +1,4 @@
-"""Serving a project: the store opened, its own data imported, the first invitation printed, then uvicorn."""
+"""Serves a project: opens the store, imports its own data, prints the first invitation and runs uvicorn."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from trimtab.feedback.store import Store, open_store
 def serve(
     project: Path, *, host: str | None = None, port: int | None = None, show: Callable[[str], None] = print
 ) -> None:
-    """Serves until it is stopped. Raises ConfigError where the port is taken."""
+    """Serves until it is stopped. Raises ConfigError if the port cannot be used."""
     store = open_store(project)
     settings = store.project.settings.server
     host, port = host or settings.host, settings.port if port is None else port
     try:
-        # Bound here and not by uvicorn, so that a port that is taken is one sentence and port 0 can be told.
+        # The port is bound here and not by uvicorn, so that one in use gives a short message, and the number that
+        # port 0 chose can be shown.
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ConfigError(
@@ -32,7 +33,7 @@ def serve(
             where=f"{project}, server",
             fix="stop what uses it, or name another with --port",
         ) from error
-    # asyncio sets this only on sockets of its own making; without it a page waits 40 ms for its reader's kernel.
+    # asyncio sets this only on sockets that it makes; without it a page waits 40 ms for its reader's kernel.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     imported = seed_items(store)
     if imported:
@@ -51,7 +52,7 @@ def serve(
 
 
 def _show_ways_in(store: Store, address: str, show: Callable[[str], None]) -> None:
-    """Prints what the first admin needs, also where people came without passwords: with a dump, or imported votes."""
+    """Prints the links that the first admin needs, also if people came without passwords: by a dump or imports."""
     with store.read() as connection:
         if people.can_be_administered(connection):
             return

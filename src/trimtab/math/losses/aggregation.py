@@ -13,19 +13,20 @@ from trimtab.core.metrics import Mean, Metrics
 from trimtab.math.masking import mean_per_sequence
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
-"""Every token counts the same; or every sequence does; or every token does, in a sum divided by sequences times a
-constant length, so that the lengths of the other replies do not matter (Dr. GRPO: Liu et al., arXiv:2503.20783)."""
+"""Every token counts the same ("token_mean"), every sequence counts the same ("sequence_mean"), or the sum over tokens
+is divided by sequences times a constant length ("constant_length"), so that the lengths of the other replies do not
+matter (Dr. GRPO: Liu et al., arXiv:2503.20783)."""
 
 
 def terms(token_losses: Tensor, batch: TreeBatch, aggregation: Aggregation) -> Tensor:
-    """What is averaged: the token losses [M], or their mean over each sequence [B]."""
+    """The terms that are averaged: the token losses [M], or their mean over each sequence [B]."""
     if aggregation != "sequence_mean":
         return token_losses
     return mean_per_sequence(token_losses, batch.sequence_ids, batch.num_sequences)
 
 
 def num_terms(batch: TreeBatch, aggregation: Aggregation, length: int = 1) -> Tensor:
-    """What the sum of `terms` is divided by, as a float64 scalar; `length` is the constant of "constant_length"."""
+    """The divisor of the sum of `terms`, as a float64 scalar; `length` is the constant of "constant_length"."""
     counts = {
         "token_mean": batch.sequence_ids.numel(),
         "sequence_mean": batch.num_sequences,
@@ -35,8 +36,8 @@ def num_terms(batch: TreeBatch, aggregation: Aggregation, length: int = 1) -> Te
 
 
 def means(values: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> Metrics:
-    """Each tensor's mean as a metric: its sum over its number of entries, or over what `weights` says of that name; one
-    transfer from the device for all."""
+    """Each tensor's mean as a metric: its sum divided by its number of entries, or by the number under its name in
+    `weights`. All sums come from the device in one transfer."""
     totals = torch.stack([v.detach().double().sum() for v in values.values()]).tolist()
     numbers = {name: float(v.numel()) for name, v in values.items()}
     numbers |= {name: float(weight) for name, weight in (weights or {}).items()}

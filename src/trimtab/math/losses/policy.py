@@ -1,4 +1,4 @@
-"""What moves the policy: the surrogates, the entropy bonus, and KL as a loss."""
+"""Losses of the policy: the surrogates, the entropy bonus, and KL as a loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trimtab.math.masking import at_least_float32, mean_per_sequence
 
 
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """pi(a_t) / pi_old(a_t), [M], held in [e^-20, e^20]: an infinite ratio gives nan gradients even where clipped."""
+    """pi(a_t) / pi_old(a_t), [M], held in [e^-20, e^20]: an infinite ratio gives nan gradients even if clipped."""
     log_ratio = at_least_float32(logprobs) - at_least_float32(old_logprobs)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
@@ -37,7 +37,7 @@ def clipped_surrogate(
 
         L_t = -min(r_t * A_t, clip(r_t, 1 - low, 1 + high) * A_t),   r_t = pi(a_t) / pi_old(a_t)
 
-    With `dual_clip` c > 1, L_t is at most -c * A_t where A_t < 0 ("dual-clip PPO", Ye et al., arXiv:1912.09729).
+    With `dual_clip` c > 1, L_t is at most -c * A_t if A_t < 0 ("dual-clip PPO", Ye et al., arXiv:1912.09729).
     Every tensor is [M], the result too. Nothing is averaged here.
     """
     ratio = probability_ratio(logprobs, old_logprobs)
@@ -49,8 +49,8 @@ def clipped_surrogate(
 
 
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """[M] at each token the ratio of its whole sequence, the geometric mean of its tokens' (Zheng et al.,
-    arXiv:2507.18071, eq. 7).
+    """[M] at each token the ratio of its whole sequence, which is the geometric mean of its tokens' ratios (Zheng et
+    al., arXiv:2507.18071, eq. 7).
 
         s = exp(mean_t (log pi(a_t) - log pi_old(a_t)))
     """
@@ -60,12 +60,12 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, sequence_ids: Tensor,
 
 
 def held_by_clip(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """[M] where the clip stops the gradient: the ratio has gone far enough in the direction of its advantage."""
+    """[M] true if the clip stops a token's gradient: the ratio is past its bound in the direction of the advantage."""
     return ((ratio > 1 + high) & (advantages > 0)) | ((ratio < 1 - low) & (advantages < 0))
 
 
 def require_clips(low: float, high: float) -> None:
-    """Raises ValueError for bounds that leave no ratio."""
+    """Raises ValueError unless clip_low lies in (0, 1] and clip_high is above 0."""
     if not 0 < low <= 1:
         raise ValueError(f"clip_low is {low}; it must lie in (0, 1]")
     if not high > 0:
@@ -73,28 +73,28 @@ def require_clips(low: float, high: float) -> None:
 
 
 def entropy_bonus(entropy: Tensor) -> Tensor:
-    """Per-token loss that falls as the policy spreads out, [M]: `-entropy`, in nats."""
+    """Per-token loss `-entropy`, [M], in nats: it falls as the policy's entropy rises."""
     return -at_least_float32(entropy)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: Literal["k2", "k3"]) -> Tensor:
     """Per-token KL to the reference as a loss, [M], differentiable in `logprobs`.
 
-    See `kl.k2` and `kl.k3` for the direction each one's gradient has. There is no "k1": the expected gradient of its
-    value as a loss is zero.
+    See `kl.k2` and `kl.k3` for the KL direction of each gradient. There is no "k1", because its expected gradient as a
+    loss is zero.
     """
     return ESTIMATORS[estimator](at_least_float32(logprobs) - at_least_float32(ref_logprobs))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
-    """What every policy loss shares: how token losses are averaged and what is logged. A new one is its
+    """Base of every policy loss: how token losses are averaged and what is logged. A new loss only defines
     `token_losses`."""
 
     coef: float = 1.0
-    """Share in the sum of losses."""
+    """Weight in the sum of losses."""
     aggregation: Aggregation = "token_mean"
-    """Average over all tokens of the update, over sequences of each one's token mean, or over a constant length."""
+    """Average over all tokens of the update, over the token mean of each sequence, or with a constant length."""
     length: int | None = None
     """The constant of aggregation = "constant_length": usually max_new_tokens."""
 
@@ -110,7 +110,7 @@ class PolicyLoss:
             raise ValueError(f"length = {self.length}; it must be at least 1")
 
     def token_losses(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
-        """[M] the loss of each token, and where it is held: tokens that give no gradient, or a limited one (bool)."""
+        """[M] the loss of each token, and [M] bool, true at tokens whose gradient is stopped or limited."""
         raise NotImplementedError
 
     def weight(self, batch: TreeBatch) -> Tensor:
@@ -145,7 +145,7 @@ class PPO(PolicyLoss):
     clip_high: float = 0.2
     """The ratio is held below 1 + clip_high."""
     dual_clip: float | None = None
-    """Ratios that weigh a negative advantage are held below this, if given; 3 in its paper."""
+    """Dual-clip bound c on the ratio for negative advantages; None disables it. The paper uses 3."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,7 +172,7 @@ class GSPO(PolicyLoss):
     """PPO's clip on the ratio of whole replies instead of tokens; see `sequence_ratio`."""
 
     aggregation: Aggregation = "sequence_mean"
-    """Average over sequences of each one's token mean, over all tokens, or over a constant length."""
+    """Average over the token mean of each sequence, over all tokens of the update, or with a constant length."""
     clip_low: float = 3e-4
     """The sequence's ratio is held above 1 - clip_low."""
     clip_high: float = 4e-4
@@ -193,10 +193,10 @@ class GSPO(PolicyLoss):
 @dataclass(frozen=True, kw_only=True)
 class CISPO(PolicyLoss):
     """REINFORCE with a truncated importance weight, so that no token loses its gradient (MiniMax, arXiv:2506.13585,
-    eq. 4): L_t = -sg(min(r_t, max_ratio)) * A_t * log pi(a_t)."""
+    eq. 4): L_t = -sg(min(r_t, max_ratio)) * A_t * log pi(a_t), where sg stops the gradient."""
 
     max_ratio: float = 5.0
-    """Importance weights are held below this."""
+    """Upper bound of the importance weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -212,8 +212,8 @@ class CISPO(PolicyLoss):
 @register("policy_loss", "reinforce")
 @dataclass(frozen=True, kw_only=True)
 class Reinforce(PolicyLoss):
-    """The plain policy gradient (Williams, 1992): L_t = -A_t * log pi(a_t). For one update on each batch of rollouts:
-    nothing corrects for a policy that has moved since."""
+    """The plain policy gradient (Williams, 1992): L_t = -A_t * log pi(a_t). For one update on each batch of rollouts,
+    because nothing corrects for a policy that has changed since they were sampled."""
 
     def token_losses(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
         return -batch.advantages * at_least_float32(logprobs), torch.zeros_like(batch.sequence_ids, dtype=torch.bool)
@@ -221,14 +221,14 @@ class Reinforce(PolicyLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyBonus:
-    """Rewards the policy for staying undecided."""
+    """Rewards the policy for high entropy."""
 
     coef: float
-    """Loss paid back for each nat of entropy."""
+    """Loss subtracted for each nat of entropy."""
     aggregation: Aggregation = "token_mean"
-    """As the policy loss's."""
+    """The aggregation of the policy loss."""
     length: int | None = None
-    """As the policy loss's."""
+    """The length of the policy loss."""
 
     needs_entropy: ClassVar[bool] = True
 
@@ -243,16 +243,16 @@ class EntropyBonus:
 
 @dataclass(frozen=True, kw_only=True)
 class KLPenalty:
-    """KL to the reference as a loss beside the policy's, instead of in the reward."""
+    """KL to the reference as a loss beside the policy loss, instead of in the reward."""
 
     coef: float
-    """Loss for each nat."""
+    """Loss for each nat of KL."""
     estimator: Literal["k2", "k3"] = "k3"
     """See `kl_penalty`; k3 is GRPO's (Shao et al., arXiv:2402.03300, eq. 4)."""
     aggregation: Aggregation = "token_mean"
-    """As the policy loss's."""
+    """The aggregation of the policy loss."""
     length: int | None = None
-    """As the policy loss's."""
+    """The length of the policy loss."""
 
     def weight(self, batch: TreeBatch) -> Tensor:
         return num_terms(batch, self.aggregation, self.length or 1)

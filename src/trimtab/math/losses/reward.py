@@ -29,7 +29,7 @@ def bradley_terry(
         x = chosen - rejected - margin,   L = -q log sigmoid(x) - (1 - q) log sigmoid(-x)
 
     `label` is the probability that the chosen side is preferred (1 unless given). A share `label_smoothing` of the
-    labels is taken to be turned round: q = label * (1 - label_smoothing) + (1 - label) * label_smoothing.
+    labels is assumed to be flipped: q = label * (1 - label_smoothing) + (1 - label) * label_smoothing.
     """
     logits = at_least_float32(chosen) - at_least_float32(rejected)
     if margin is not None:
@@ -40,19 +40,19 @@ def bradley_terry(
 
 
 def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Penalty of each pair, [P]: (chosen + rejected)^2, which fixes the zero that Bradley-Terry leaves free
+    """Penalty of each pair, [P]: (chosen + rejected)^2. It fixes the zero of scores, which Bradley-Terry leaves free
     (Eisenstein et al., arXiv:2312.09244, eq. 2)."""
     return (at_least_float32(chosen) + at_least_float32(rejected)).square()
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardLoss:
-    """Bradley-Terry over pairs, with their margins and soft labels where they have them."""
+    """Bradley-Terry over pairs, with their margins and soft labels if they have any."""
 
     coef: float = 1.0
-    """Share in the sum of losses."""
+    """Weight in the sum of losses."""
     label_smoothing: float = 0.0
-    """Share of the labels taken to be wrong."""
+    """Share of the labels assumed to be wrong."""
     centering_coef: float = 0.01
     """Weight of the penalty that keeps scores around zero; 0 leaves their level free."""
 
@@ -63,7 +63,7 @@ class RewardLoss:
             raise ValueError(f"centering_coef is {self.centering_coef}; it must be at least 0")
 
     def weight(self, batch: PairBatch) -> Tensor:
-        """Pairs."""
+        """The number of pairs."""
         return torch.tensor(len(batch.chosen_ids), dtype=torch.float64)
 
     def __call__(self, outputs: ScoreOutputs, batch: PairBatch) -> tuple[Tensor, Metrics]:
@@ -82,7 +82,7 @@ class RewardLoss:
             {
                 "loss/train": losses,
                 "reward/margin": difference,
-                "reward/accuracy": right[batch.labels != 0.5],  # pairs that people called a tie have no right side
+                "reward/accuracy": right[batch.labels != 0.5],  # pairs judged a tie have no right side
             }
         )
         return losses.sum(), metrics

@@ -21,15 +21,15 @@ def cross_entropy(logprobs: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SFTLoss:
-    """Cross-entropy of the trained tokens, under the model itself: at temperature 1 also where it is mixed into the
-    updates of a policy that samples at another (Ouyang et al., arXiv:2203.02155, eq. 2)."""
+    """Cross-entropy of the trained tokens under the model itself: at temperature 1, also when it is mixed into the
+    updates of a policy that samples at another temperature (Ouyang et al., arXiv:2203.02155, eq. 2)."""
 
     at_temperature: ClassVar[float] = 1.0
 
     coef: float = 1.0
-    """Share in the sum of losses."""
+    """Weight in the sum of losses."""
     aggregation: Aggregation = "token_mean"
-    """Average over all tokens of the step, or over sequences of each one's token mean."""
+    """Average over all tokens of the step, or over the token mean of each sequence."""
 
     def weight(self, batch: TreeBatch) -> Tensor:
         return num_terms(batch, self.aggregation)

@@ -1,4 +1,4 @@
-"""What the critic learns: the returns."""
+"""The loss of the critic, which learns the returns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trimtab.math.rewards import RunningMoments, moments_of
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
-    """Per-token loss, [M]: as in PPO's published code (Schulman et al., arXiv:1707.06347; not in its text).
+    """Per-token loss, [M], as in PPO's published code (Schulman et al., arXiv:1707.06347; not in its text).
 
         L_t = max((v_t - R_t)^2, (clip(v_t, v_old - clip, v_old + clip) - R_t)^2) / 2
 
@@ -34,9 +34,9 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
 
 @dataclass(frozen=True)
 class ExplainedVariance:
-    """1 - Var(returns - values) / Var(returns), kept as moments so that parts merge exactly.
+    """1 - Var(returns - values) / Var(returns), stored as moments so that parts merge exactly.
 
-    1 is a perfect critic, 0 no better than a constant; below 0 it is worse than one. nan where all returns are equal.
+    1 is a perfect critic, 0 is no better than a constant, and below 0 is worse. It is nan if all returns are equal.
     """
 
     residuals: RunningMoments
@@ -51,20 +51,20 @@ class ExplainedVariance:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> ExplainedVariance:
-    """How much of the variance of the returns [M] the values [M] foresee, as a metric."""
+    """The share of the variance of the returns [M] that the values [M] predict, as a metric."""
     return ExplainedVariance(moments_of(returns.double() - values.double()), moments_of(returns))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValueLoss:
-    """Half the squared error of the critic, with steps held near the values at the time of the rollout."""
+    """Half the squared error of the critic, clipped around its values at the time of the rollout."""
 
     coef: float = 1.0
-    """Share in the sum of losses."""
+    """Weight in the sum of losses."""
     clip: float | None = 0.2
-    """How far a value may profit from moving, in units of reward; `inf` for no limit."""
+    """Clip range around the old value estimates, in units of reward; `inf` for no limit."""
     aggregation: Aggregation = "token_mean"
-    """Average over all tokens of the update, or over sequences of each one's token mean."""
+    """Average over all tokens of the update, or over the token mean of each sequence."""
 
     def __post_init__(self) -> None:
         if self.clip is not None and not self.clip > 0:

@@ -5,10 +5,10 @@ KL to the reference goes (into the reward of each token, or into the loss), and 
 is the algorithm; `run` loads what it uses and holds the loop around it, in which things are only watched. A new member
 of the family is a class registered as an advantage or a policy loss, in tens of lines, and nothing here changes.
 
-Against InstructGPT (Ouyang et al., arXiv:2203.02155) the critic may first learn alone, and advantages are whitened over
-the whole step, not over a minibatch, since a small minibatch has a mean of its own. Against the usual code for GRPO the
-old policy is not scored if a step makes a single update: the sampler has said what it gave each token, and the update
-itself shows whether the two agree. Replies that a reward cannot judge never count as zero.
+Unlike in InstructGPT (Ouyang et al., arXiv:2203.02155), the critic may first learn alone, and advantages are whitened
+over the whole step, not over a minibatch, since a small minibatch has a mean of its own. Unlike in the usual code for
+GRPO, the old policy is not scored if a step makes a single update: the sampler has reported the log-probability of each
+token, and the update itself shows whether the two agree. Replies that a reward cannot judge never count as zero.
 """
 
 from __future__ import annotations
@@ -128,17 +128,17 @@ def run(settings: OnlineSettings, run: Run) -> None:
 
 @dataclass(frozen=True)
 class StepDone:
-    """What a step leaves to be watched."""
+    """The results of a step that the loop around it watches."""
 
     rollouts: RolloutBatch
     rewards: Tensor
-    """[B] as they were shaped."""
+    """[B] after shaping."""
     batch: PolicyBatch
     metrics: Metrics
 
     @cached_property
     def kl(self) -> Tensor:
-        """[B] of each reply to the reference, in nats (k1), before the updates."""
+        """[B] the KL of each reply to the reference, in nats (k1), before the updates."""
         log_ratio = self.batch.old_logprobs - self.batch.ref_logprobs
         return sum_per_sequence(k1(log_ratio), self.batch.sequence_ids, self.batch.num_sequences)
 
@@ -194,8 +194,8 @@ def train_step(
 def old_logprobs_of(
     rollouts: RolloutBatch, policy: Learner, number: int, settings: OnlineSettings
 ) -> tuple[Tensor, Metrics]:
-    """[M] of the policy that sampled, and how far the sampler is from it. Raises EngineError, before anything is
-    trained, if that is more than rounding."""
+    """The log-probabilities [M] of the policy that sampled, and a metric of how far the sampler is from it. Raises
+    EngineError, before anything is trained, if the difference is more than rounding."""
     if not settings.scores_old_policy(number):
         return rollouts.logprobs, {}
     scored = policy.logprobs(rollouts.trees)
@@ -206,7 +206,7 @@ def old_logprobs_of(
 def kl_per_token(
     trees: TokenTrees, log_ratio: Tensor, policy: Learner, reference: Scorer, settings: OnlineSettings
 ) -> Tensor:
-    """[M] the KL of each token as the reward counts it, in nats; `log_ratio` [M] is the policy's to the reference."""
+    """[M] the KL of each token as the reward counts it, in nats; `log_ratio` [M] is that of policy to reference."""
     estimator = settings.kl_estimator or "k1"
     if settings.kl_in == "reward" and estimator == "exact":
         return policy.kl_to(reference, trees)
@@ -254,7 +254,8 @@ def make_engines(settings: OnlineSettings, models: Models) -> tuple[LocalLearner
 
 
 def few_steps(table: Mapping[str, Any], _settings: OnlineSettings) -> dict[str, Any]:
-    """A few steps as the late ones of a run: the critic's warm-up would leave the policy's update out."""
+    """Settings for a few steps that are like the later ones of a run: without the critic's warm-up, in which the policy
+    is not updated."""
     steps = min(FEW_STEPS, table.get("num_steps", FEW_STEPS))
     return {"num_steps": steps, "critic": dict(table.get("critic", {})) | {"warmup_steps": 0}}
 

@@ -1,4 +1,4 @@
-"""What is measured of rollouts and values, and the check that sampler and scorer agree before anything is trained."""
+"""Metrics of rollouts and values, and the check that sampler and scorer agree before anything is trained."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:
 
 
 def say_truncation(settings: OnlineSettings) -> None:
-    """Says on stderr when replies come from a truncated distribution and nothing weighs them."""
+    """Says on stderr if replies come from a truncated distribution and no correction weighs them."""
     sampling = settings.sampling
     if sampling.truncates and settings.correction is None:
         print(
@@ -45,9 +45,9 @@ def check_sampler(difference: float, settings: OnlineSettings, where: str) -> Me
     """The largest difference of sampler and policy on one token, in nats, as a metric; refuses a sampler that is not
     the policy.
 
-    Without a correction a difference above MAX_LOGPROB_DIFFERENCE raises EngineError, on the first step and on every
+    Without a correction, a difference above MAX_LOGPROB_DIFFERENCE raises EngineError, on the first step and on every
     other: training on it would be off-policy without anyone knowing, and a copy of the weights may go stale at any
-    step. Under top-p or top-k the two are different distributions, and only the metric is kept.
+    step. With top-p or top-k the two are different distributions, and only the metric is kept.
     """
     bound = MAX_LOGPROB_DIFFERENCE[settings.precision]
     if settings.correction is None and not settings.sampling.truncates and not difference <= bound:
@@ -61,7 +61,8 @@ def check_sampler(difference: float, settings: OnlineSettings, where: str) -> Me
 
 
 def event_metrics(rollouts: Sequence[Rollout]) -> Metrics:
-    """What generators and environments counted, as `rollout/NAME` over all rollouts; of turns the mean as well."""
+    """The events that samplers and environments counted, in all rollouts, as `rollout/NAME`; for turns also their
+    mean."""
     metrics: Metrics = merge({f"rollout/{name}": Total(n) for name, n in r.events.items()} for r in rollouts)
     if turns := metrics.get("rollout/turns"):
         metrics["rollout/turns_mean"] = Mean(turns.value, len(rollouts))
@@ -69,7 +70,7 @@ def event_metrics(rollouts: Sequence[Rollout]) -> Metrics:
 
 
 def value_metrics(values: Tensor, returns: Tensor) -> Metrics:
-    """How much of the returns the critic foresaw, and the mean of both."""
+    """How much of the returns the critic's values explain, and the means of values and returns."""
     return {
         "critic/explained_variance": explained_variance(values, returns),
         "critic/value_mean": mean_of(values.tolist()),
@@ -98,15 +99,15 @@ def rollout_rows(
 
 
 class Clock:
-    """Seconds between marks, as `time/NAME_seconds`."""
+    """Measures the seconds between marks, as `time/NAME_seconds`."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
         self.metrics: Metrics = {}
-        """Every stretch so far."""
+        """The seconds of all stretches so far."""
 
     def mark(self, name: str) -> None:
-        """Ends the stretch that began with the clock or the mark before; stretches of one name add up."""
+        """Ends the stretch that began with the clock or the last mark; stretches with one name add up."""
         now = time.perf_counter()
         self.metrics = merge([self.metrics, {f"time/{name}_seconds": Total(now - self._last)}])
         self._last = now

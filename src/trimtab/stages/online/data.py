@@ -1,4 +1,4 @@
-"""What online training reads: prompts, and the demonstrations of the pretraining mix."""
+"""Reads the data of online training: prompts, and the demonstrations of the pretraining mix."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from trimtab.stages.reading import FEW, read, read_demonstration_trees
 
 
 def read_prompts(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[str, int]) -> list[Prompt]:
-    """The prompts that are short enough; what was dropped is counted, and said if it is more than a few.
+    """The prompts that are short enough. Dropped prompts are counted, and reported on stderr if they are more than a
+    few.
 
-    Raises DataError when none is left, and ConfigError when they are fewer than a step takes."""
+    Raises DataError if none is left, and ConfigError if they are fewer than a step takes."""
     options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
     loaded = read(Prompt, settings.prompts, run, limit=settings.limit, **options)
     longest = settings.sampling.max_prompt_tokens
@@ -43,9 +44,9 @@ def read_prompts(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[st
 
 
 def read_mix(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[str, int]) -> Sequence[Tree]:
-    """The demonstrations of the pretraining mix, fitted; what was dropped or truncated is counted.
+    """The demonstrations of the pretraining mix, fitted to its max_tokens; what was dropped or truncated is counted.
 
-    Raises DataError when none is left."""
+    Raises DataError if none is left."""
     mix = settings.pretraining_mix
     if mix is None:
         return ()

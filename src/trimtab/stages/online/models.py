@@ -24,24 +24,24 @@ from trimtab.stages.online.settings import OnlineSettings
 
 @dataclass(frozen=True)
 class Models:
-    """Policy, reference, critic and rewards, loaded. The critic is the policy where it is a head on it, and None where
-    the advantages need none."""
+    """Policy, reference, critic and rewards, loaded. The critic is the policy if it is a head on the policy, and None
+    if the advantages need no critic."""
 
     policy: Policy
     reference: Policy
     critic: Policy | ScalarModel | None
     rewards: CombinedReward
     base: str
-    """What the policy's adapter belongs to; without adapters, the model it started from."""
+    """The model that the policy's adapter belongs to; without adapters, the model that the policy started from."""
 
 
 def load_models(settings: OnlineSettings, chat: Chat) -> Models:
-    """Every model the settings name. Raises an error that teaches for whatever does not fit together."""
+    """Every model that the settings name. Raises an error with its fix for whatever does not fit together."""
     return full_models(settings, chat) if settings.adapter is None else shared_models(settings, chat)
 
 
 def full_models(settings: OnlineSettings, chat: Chat) -> Models:
-    """Each role a model of its own."""
+    """The models without adapters: each role is a model of its own."""
     options: dict[str, Any] = {"pad_id": chat.pad_id, "temperature": settings.sampling.temperature}
     value_head = settings.advantage.needs_critic and settings.critic.init == "value_head"
     policy = Policy(load_causal(settings.model), with_value_head=value_head, **options)
@@ -57,7 +57,7 @@ def full_models(settings: OnlineSettings, chat: Chat) -> Models:
 
 
 def _other_causal(path: str, chat: Chat) -> PreTrainedModel:
-    """A reference of its own: it reads the policy's token ids."""
+    """A reference with weights of its own, which has to read the policy's token ids."""
     refuse_other_vocabulary(
         chat.tokenizer,
         path,
@@ -69,7 +69,7 @@ def _other_causal(path: str, chat: Chat) -> PreTrainedModel:
 
 
 def refuse_other_critic(path: str, chat: Chat) -> None:
-    """Raises ConfigError where the critic would read the policy's token ids in a vocabulary of its own."""
+    """Raises ConfigError if the critic would read the policy's token ids in another vocabulary."""
     refuse_other_vocabulary(
         chat.tokenizer,
         path,
@@ -81,15 +81,15 @@ def refuse_other_critic(path: str, chat: Chat) -> None:
 
 
 def shared_models(settings: OnlineSettings, chat: Chat) -> Models:
-    """Adapters on one frozen base. The reference of a new adapter is the base itself; that of an adapter which was
-    trained before is a copy of it."""
+    """The models as adapters on one frozen base. The reference of a new adapter is the base itself; the reference of an
+    adapter that was trained before is a copy of that adapter."""
     assert settings.adapter is not None
     lora, base = settings.adapter, base_of(settings.model) or settings.model
     shared = load_causal(base)
     quantize(shared, lora.base_bits)
 
     heads: dict[str, dict[str, Tensor]] = {}
-    """The score heads that adapters brought, by the adapter's name."""
+    """The score heads that adapters brought, by the name of the adapter."""
 
     def adapter(name: str, path: str | None) -> str:
         if path is not None:
@@ -124,7 +124,7 @@ def shared_models(settings: OnlineSettings, chat: Chat) -> Models:
                 fix="train the reward model with an adapter on that base, or set critic.init = 'policy'",
             )
         name = adapter("critic", start if on_base(start, base) else None)
-        # A critic that starts from a reward model starts from its head too, as one with weights of its own does.
+        # A critic that starts from a reward model also starts from its head, as a critic with weights of its own does.
         brought = heads.get(name, {})
         head = head_of_weights(brought) if "score.weight" in brought else zero_head(shared)
         critic = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=head, gives="values")

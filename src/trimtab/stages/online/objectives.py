@@ -1,4 +1,4 @@
-"""Who learns from a minibatch of rollouts and by which losses, and the minibatches of a step."""
+"""Which learners learn from a minibatch of rollouts and by which losses, and the minibatches of a step."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from trimtab.stages.online.state import endless
 def objectives(
     number: int, settings: OnlineSettings, *, policy: Learner, critic: Learner | None, kl_coef: float
 ) -> list[tuple[Learner, list[Loss]]]:
-    """Who learns in this step, and by which losses. A critic that is a head on the policy learns with it; one with a
-    model of its own learns alone in its first steps."""
+    """The learners of this step, each with its losses. A critic that is a head on the policy learns with it; a critic
+    with a model of its own learns alone in the first steps."""
     averaged: Any = {"aggregation": settings.loss.aggregation, "length": settings.loss.length}
     losses: list[Loss] = [settings.loss]
     if settings.entropy_coef:
@@ -37,14 +37,14 @@ def objectives(
 
 
 class PretrainingBatches:
-    """PPO-ptx: demonstrations that are learnt beside the rollouts in each update of the policy, if any are."""
+    """PPO-ptx: the demonstrations, if there are any, that the policy learns beside the rollouts in each update."""
 
     def __init__(self, trees: Sequence[Tree], settings: OnlineSettings) -> None:
         self._trees = trees
         self._settings = settings
 
     def work(self, update: int) -> Work:
-        """The demonstrations of the update counted from 0 over the whole run, with their loss."""
+        """The demonstrations of an update, with their loss; updates are counted from 0 over the whole run."""
         mix = self._settings.pretraining_mix
         if mix is None:
             return []
@@ -81,12 +81,12 @@ class Minibatches:
                 return
 
     def log(self, metrics: Metrics) -> None:
-        """Takes what an update gave."""
+        """Takes the metrics of an update."""
         self._metrics.append(metrics)
 
     @property
     def metrics(self) -> Metrics:
-        """Those of all updates, and how many passes were made."""
+        """The metrics of all updates, and how many passes were made."""
         return merge(self._metrics) | {
             "policy/epochs": Mean(self._epochs_done, 1),
             "policy/stopped_early_fraction": Mean(self._stopped, 1),

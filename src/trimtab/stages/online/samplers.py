@@ -1,4 +1,4 @@
-"""What draws the rollouts: the policy itself, in one turn or in an environment."""
+"""Makes the samplers that draw rollouts from the policy, in one turn or in an environment."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from trimtab.stages.online.settings import OnlineSettings
 def make_samplers(
     settings: OnlineSettings, policy: Policy, chat: Chat, prompts: Sequence[Prompt]
 ) -> tuple[Sampler, Sampler | None]:
-    """The sampler of rollouts, and that of the likeliest replies if the advantages compare with them. Raises an error
-    that teaches if the longest prompt leaves no room for a reply."""
+    """The sampler of rollouts, and the sampler of the likeliest replies if the advantages compare with them. Raises an
+    error with its fix if the longest prompt leaves no room for a reply."""
     environment = settings.environment.load() if settings.environment is not None else None
     choice = choose_form(policy, settings.sampling, chat)
 
     def make(sampling: Sampling) -> Sampler:
-        # The step compares every reply; under truncation it cannot, for the two are different distributions.
+        # The step itself compares sampler and policy on every reply. With truncation it cannot, because the two are
+        # different distributions; then the sampler does.
         options: dict[str, Any] = {"choice": choice, "watched": sampling.truncates and settings.correction is None}
         if environment is None:
             return LocalSampler(policy, chat, sampling, **options)

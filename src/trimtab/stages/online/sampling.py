@@ -1,4 +1,4 @@
-"""One round of sampling: rollouts in groups, judged, with what is to be left out left out and counted."""
+"""One round of sampling: rollouts in groups, with their rewards; what is left out is counted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trimtab.stages.online.state import OnlineState
 
 @dataclass(frozen=True)
 class Group:
-    """The replies to one prompt with their rewards [G] and the greedy reply's, nan where there is none."""
+    """The replies to one prompt with their rewards [G], and the reward of the greedy reply, nan if there is none."""
 
     rollouts: Sequence[Rollout]
     rewards: Tensor
@@ -39,14 +39,14 @@ class Group:
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """What a step trains on: groups of rollouts with their rewards, B in all, and what was counted while sampling."""
+    """The rollouts that a step trains on: groups with their rewards, B rollouts in all, and the metrics of sampling."""
 
     groups: Sequence[Group]
     metrics: Metrics
 
     @cached_property
     def rollouts(self) -> list[Rollout]:
-        """Group after group."""
+        """All rollouts, group after group."""
         return [r for group in self.groups for r in group.rollouts]
 
     @cached_property
@@ -61,7 +61,7 @@ class RolloutBatch:
 
     @property
     def rewards(self) -> Tensor:
-        """[B]"""
+        """[B] the rewards, group after group."""
         return torch.cat([group.rewards for group in self.groups])
 
     @property
@@ -71,7 +71,7 @@ class RolloutBatch:
 
     @property
     def group_ids(self) -> Tensor:
-        """[B]"""
+        """[B] the number of each rollout's group."""
         sizes = torch.tensor([len(group.rollouts) for group in self.groups])
         return torch.arange(len(sizes)).repeat_interleave(sizes)
 
@@ -83,19 +83,20 @@ class RolloutBatch:
 
 @dataclass(frozen=True)
 class RolloutSource:
-    """Where rollouts and their rewards come from."""
+    """The source of a step's rollouts and their rewards."""
 
     sampler: Sampler
     greedy: Sampler | None
-    """Of the likeliest reply, for advantages that compare with it."""
+    """The sampler of the likeliest reply, for advantages that compare with it."""
     reward: Reward
     world: GoldScorer | None
-    """Scores what is watched."""
+    """Gives the gold scores, which are only watched."""
     settings: OnlineSettings
 
     def sample(self, number: int, state: OnlineState, clock: Clock) -> RolloutBatch:
-        """The groups of a step. With dynamic sampling, groups without a signal are replaced while rounds are left; what
-        is still missing then is filled with them, since a step needs a batch and they do no harm."""
+        """The groups of a step. With dynamic sampling, groups without a signal are replaced while rounds are left. If
+        groups are still missing then, the batch is filled with such groups: a step needs a batch, and they do no
+        harm."""
         settings = self.settings
         max_rounds = settings.dynamic_sampling.max_rounds if settings.dynamic_sampling else 1
         kept: list[Group] = []
@@ -128,7 +129,7 @@ class RolloutSource:
     def _sample_once(
         self, number: int, attempt: int, prompts: Sequence[Prompt], clock: Clock
     ) -> tuple[list[Group], Metrics]:
-        """A group for each prompt, sampled and judged; none where every reply to a prompt could not be judged."""
+        """A group for each prompt, sampled and judged. A prompt has no group if none of its replies could be judged."""
         settings = self.settings
         purpose = ("rollouts", number) if attempt == 0 else ("rollouts", number, attempt)
         seed = seeds.derive(settings.seed, *purpose)
@@ -152,7 +153,7 @@ class RolloutSource:
         return groups, metrics | {"rollout/unjudged": Total(int((~judged).sum()))}
 
     def _greedy_scores(self, number: int, prompts: Sequence[Prompt]) -> Tensor:
-        """[P] the score of the likeliest reply to each prompt; nan where the advantages do not ask for it."""
+        """[P] the score of the likeliest reply to each prompt; nan if the advantages do not ask for it."""
         if self.greedy is None:
             return torch.full((len(prompts),), torch.nan)
         replies = self.greedy.generate(prompts, group_size=1, seed=seeds.derive(self.settings.seed, "greedy", number))
@@ -163,7 +164,7 @@ class RolloutSource:
 
 
 def shape_rewards(rollouts: RolloutBatch, shaping: Shaping, state: OnlineState) -> tuple[Tensor, Tensor, Metrics]:
-    """[B] rewards and [B] baselines, normalised, clipped and penalised, in that order."""
+    """[B] rewards and [B] baselines, normalised, clipped and penalised, in that order; and metrics."""
     rewards, baselines = rollouts.rewards, rollouts.baselines
     if shaping.normalize:
         state.moments = state.moments.update(rewards)
@@ -178,12 +179,12 @@ def shape_rewards(rollouts: RolloutBatch, shaping: Shaping, state: OnlineState) 
 
 
 def in_groups(rollouts: Sequence[Rollout], size: int) -> list[list[Rollout]]:
-    """The rollouts of each prompt, `size` of each as a generator gives them."""
+    """The rollouts of each prompt; a sampler gives `size` of them for each prompt, one prompt after the other."""
     return [list(rollouts[i : i + size]) for i in range(0, len(rollouts), size)]
 
 
 def rollout_trees(groups: Sequence[Sequence[Rollout]]) -> TokenTrees:
-    """The rollouts as trees, the prompt of a group once; what was sampled is what is trained on."""
+    """The rollouts as trees, the prompt of a group once; the sampled token ids are the ids that are trained on."""
     return TokenTrees.build(
         [response_tree(g[0].prompt_ids, [r.response_ids for r in g], [r.response_mask for r in g]) for g in groups]
     )

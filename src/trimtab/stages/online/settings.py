@@ -27,7 +27,7 @@ class Shaping:
     scale_only: bool = False
     """With normalize: divide by the running deviation but keep the mean."""
     clip: float | None = None
-    """Hold the reward within plus and minus this."""
+    """Clip the reward to between minus and plus this."""
     missing_eos_penalty: float = 0.0
     """Subtracted from a reply that did not end before max_new_tokens."""
 
@@ -44,11 +44,11 @@ class Shaping:
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicSampling:
-    """Groups without a signal, whose replies all have the same reward, are replaced by those of further prompts (DAPO:
+    """Groups without a signal, whose replies all have the same reward, are replaced by groups of further prompts (DAPO:
     Yu et al., arXiv:2503.14476, section 3.2)."""
 
     max_rounds: int = 4
-    """Rounds of sampling in one step; what is missing after the last is counted."""
+    """The most rounds of sampling in one step; groups that are missing after the last round are counted."""
 
     def __post_init__(self) -> None:
         if self.max_rounds < 2:
@@ -66,7 +66,7 @@ class CriticSettings:
     path: str | None = None
     """Start from this directory instead of the first reward model."""
     warmup_steps: int = 0
-    """First steps in which only the critic learns."""
+    """The number of first steps in which only the critic learns."""
     optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=9e-6))
     """The critic's own optimizer; a value head shares the policy's."""
     loss: ValueLoss = field(default_factory=ValueLoss)
@@ -91,9 +91,10 @@ class PretrainingMix:
     coef: float = 1.0
     """Weight of the loss; both losses are means over tokens."""
     batch_size: int = 16
-    """Demonstrations of one update."""
+    """Demonstrations per update."""
     max_tokens: int = 1024
-    """Longest prompt and reply together; longer prompts are cut on the left, longer replies dropped, both counted."""
+    """Longest prompt and reply together. Longer prompts are cut on the left, longer replies are dropped; both are
+    counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ class OnlineSettings:
     model: str
     """The policy to start from: usually the SFT model."""
     reference: str | None = None
-    """The frozen model the KL is taken to; None is the policy as it starts."""
+    """The frozen model that the KL is taken to; None is the policy as it starts."""
     prompts: str
     """Prompts: a file, a hub id or a world."""
     limit: int | None = None
@@ -111,7 +112,7 @@ class OnlineSettings:
     on_bad_row: Literal["stop", "drop"] = "stop"
     """Refuse the prompts at a bad row, or drop and count such rows."""
     rewards: Annotated[tuple[Any, ...], Choice("reward")]
-    """What judges the rollouts; several are added up with their weights."""
+    """The rewards that judge the rollouts; several are added up with their weights."""
     shaping: Shaping = field(default_factory=Shaping)
     """What happens to the reward before it reaches the advantages."""
     world: str | None = None
@@ -126,7 +127,7 @@ class OnlineSettings:
     kl_in: Literal["reward", "loss"] = "reward"
     """Whether the KL is subtracted from the reward of each token or added to the loss."""
     kl_estimator: Literal["k1", "k2", "k3", "exact"] | None = None
-    """How it is estimated there; None is k1 in the reward and k3 in the loss. "exact" sums over the vocabulary."""
+    """How the KL is estimated there; None is k1 in the reward and k3 in the loss. "exact" sums over the vocabulary."""
     critic: CriticSettings = field(default_factory=CriticSettings)
     """The value function."""
     entropy_coef: float = 0.0
@@ -142,34 +143,34 @@ class OnlineSettings:
     dynamic_sampling: DynamicSampling | None = None
     """Replace groups whose replies all have the same reward; None trains on them."""
     correction: SamplerCorrection | None = None
-    """Weigh tokens by how the policy and the sampler differ; None requires that they agree, except under
-    top-p and top-k, where they differ by definition and replies are then trained on unweighed."""
+    """Weigh tokens by how the policy and the sampler differ; None requires that they agree, except with top-p or top-k:
+    then they differ by definition, and replies are trained on without weights."""
 
     environment: Annotated[Any, Choice("environment")] | None = None
-    """What answers the policy between its turns, such as tools; None for replies of one turn."""
+    """The environment that answers the policy between its turns, such as tools; None for replies of one turn."""
     episodes: EpisodeLimits = field(default_factory=EpisodeLimits)
     """How long an episode in an environment may become."""
     sampling: Sampling = field(default_factory=Sampling)
     """How rollouts are drawn."""
     prompts_per_step: int = 64
-    """Prompts of one step."""
+    """Prompts per step."""
     group_size: int = 1
-    """Rollouts of each prompt."""
+    """Rollouts per prompt."""
     num_steps: int = 100
     """Rounds of sampling and updates."""
     num_epochs: int = 4
     """Passes over the rollouts of a step."""
     num_minibatches: int = 1
-    """Updates of one pass."""
+    """Updates per pass, each on a minibatch."""
     stop_kl: float | None = None
     """End the passes of a step once the policy has moved this far per token (k3, nats)."""
     optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=3e-6))
     """The policy's optimizer."""
     adapter: LoRA | None = None
     """Make policy and critic low-rank adapters on one frozen base. The reference is then the base (or a copy of the
-    adapter the policy starts from), and a reward model that is an adapter of the same base shares it too."""
+    adapter that the policy starts from), and a reward model that is an adapter of the same base shares it too."""
     precision: Precision = "float32"
-    """Precision of the products of training and scoring; weights and log-probabilities stay float32."""
+    """Precision of the matrix products in training and scoring; weights and log-probabilities stay float32."""
     checkpoint_activations: bool = False
     """Keep only the input of each block for the backward pass: less memory, a third more work."""
     token_budget: int = 4096
@@ -211,9 +212,10 @@ class OnlineSettings:
     def scores_old_policy(self, number: int) -> bool:
         """Whether this step scores its rollouts with the policy before it learns from them.
 
-        A single update sees the policy that sampled, and the sampler has said what it gave each token; the update
-        itself then shows whether the two agree. The first step is scored all the same, so that a sampler that is not
-        the policy is refused before anything is trained; and so are those in which only the critic learns.
+        A single update starts from the policy that sampled, and the sampler has reported the log-probability of each
+        token; the update itself then shows whether the two agree. The first step is scored all the same, so that a
+        sampler that is not the policy is refused before anything is trained. So are the steps in which only the critic
+        learns.
         """
         single = self.num_epochs * self.num_minibatches == 1 and number >= max(1, self.critic.warmup_steps)
         same = self.precision == "float32" and self.correction is None and not self.sampling.truncates

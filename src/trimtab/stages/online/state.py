@@ -1,4 +1,4 @@
-"""What one step of online training leaves to the next."""
+"""The state that one step of online training leaves to the next."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class OnlineState:
         return [self.prompts[i] for i in endless(len(self.prompts), 1, self.seed).take(start, start + num)]
 
     def save(self, path: Path) -> None:
-        """Write the state into the directory `path`."""
+        """Writes the state into the directory `path`."""
         for learner in self.learners:
             learner.save(path)
         numbers = {
@@ -42,7 +42,7 @@ class OnlineState:
         (path / "state.json").write_text(json.dumps(numbers), encoding="utf-8")
 
     def load(self, path: Path) -> None:
-        """Read what `save` wrote."""
+        """Restores what `save` wrote."""
         for learner in self.learners:
             learner.load(path)
         numbers = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -52,5 +52,5 @@ class OnlineState:
 
 
 def endless(num_examples: int, batch_size: int, seed: int) -> Epochs:
-    """Passes over examples without an end, each in an order of its own."""
+    """Endless passes over examples, each in an order of its own."""
     return Epochs(num_examples=num_examples, batch_size=batch_size, num_epochs=1e9, seed=seed)

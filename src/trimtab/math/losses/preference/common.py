@@ -1,4 +1,4 @@
-"""What the losses of the DPO family share: log-probabilities of replies, implied rewards, soft labels, metrics."""
+"""Shared parts of the DPO family: log-probabilities of replies, implied rewards, soft labels, metrics."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from trimtab.math.masking import (
 )
 
 LogprobsOf = Callable[[Any], Tensor]
-"""[M] log-probabilities of trees under the policy as it is before the update, without gradients."""
+"""A function from trees to their log-probabilities [M] under the policy before the update, without gradients."""
 
 
 class PreferenceLoss(Protocol):
-    """A loss of the DPO family, as the preference stage uses it."""
+    """A loss of the DPO family, for example `DPO(beta=0.1)`, as the preference stage uses it."""
 
     @property
     def reads(self) -> Literal["pairs", "replies"]:
-        """Compared pairs, or replies judged one by one (which pairs can be split into)."""
+        """Whether it reads compared pairs, or replies judged one by one. A pair can be split into two such replies."""
         ...
 
     @property
@@ -39,7 +39,7 @@ class PreferenceLoss(Protocol):
 
     @property
     def needs_mismatched(self) -> bool:
-        """Whether `prepare` wants each prompt with the replies to another one."""
+        """Whether `prepare` needs each prompt with the replies to another prompt."""
         ...
 
     @property
@@ -56,7 +56,8 @@ class PreferenceLoss(Protocol):
         ...
 
     def prepare(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
-        """The batch of a whole update with what its parts cannot know alone; run once, before it is split."""
+        """The batch with quantities that must be computed over the whole update. Called once, before it is split into
+        micro-batches."""
         ...
 
     def weight(self, batch: Any) -> Tensor: ...
@@ -75,8 +76,8 @@ def mean_logprobs(logprobs: Tensor, batch: TreeBatch) -> Tensor:
 
 
 def shared_length_sums(values: Tensor, batch: PairBatch, alpha: float) -> tuple[Tensor, Tensor]:
-    """Per-token `values` [M] added up over the chosen and the rejected reply of each pair, two [P]; a token past the
-    length of the shorter of the two counts `alpha` (LD-DPO: Liu et al., arXiv:2409.06411, section 3)."""
+    """Sums of the per-token `values` [M] over the chosen and the rejected reply of each pair, two [P]. Tokens past the
+    length of the shorter reply are weighted by `alpha` (LD-DPO: Liu et al., arXiv:2409.06411, section 3)."""
     rows, _ = pad_per_sequence(at_least_float32(values), batch.sequence_ids, batch.num_sequences)
     lengths = sequence_lengths(batch.sequence_ids, batch.num_sequences)
     shared = torch.minimum(lengths[batch.chosen_ids], lengths[batch.rejected_ids])
@@ -86,7 +87,8 @@ def shared_length_sums(values: Tensor, batch: PairBatch, alpha: float) -> tuple[
 
 
 def expected(loss: Callable[[Tensor, Tensor], Tensor], chosen: Tensor, rejected: Tensor, labels: Tensor) -> Tensor:
-    """The mean loss of votes of which a share `labels` ([P], from 0.5 to 1) prefers the chosen reply, [P]."""
+    """The expected loss of each pair, [P], if the chosen reply is preferred with probability `labels` ([P], from 0.5 to
+    1) and the rejected one otherwise."""
     right = loss(chosen, rejected)
     if bool((labels == 1).all()):
         return right
@@ -96,10 +98,10 @@ def expected(loss: Callable[[Tensor, Tensor], Tensor], chosen: Tensor, rejected:
 
 @dataclass(frozen=True, kw_only=True)
 class PairLoss:
-    """The frame of a loss over pairs: a subclass gives `rewards` and `losses`."""
+    """Base of a loss over pairs. A subclass defines `rewards` and `losses`."""
 
     coef: float = 1.0
-    """Share in the sum of losses."""
+    """Weight in the sum of losses."""
     nll_coef: float = 0.0
     """Weight of the chosen reply's negative log-likelihood per token (RPO: Pang et al., arXiv:2404.19733, eq. 1)."""
 
@@ -128,11 +130,11 @@ class PairLoss:
         return True
 
     def prepare(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
-        """The batch as it is: each pair is judged alone."""
+        """The batch unchanged, because each pair is judged on its own."""
         return batch
 
     def rewards(self, logprobs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """What the policy's log-probabilities [M] imply as rewards of the chosen and rejected replies, two [P]."""
+        """The implied rewards of the chosen and rejected replies, two [P], from the policy's log-probabilities [M]."""
         raise NotImplementedError
 
     def losses(self, chosen: Tensor, rejected: Tensor, batch: Any) -> Tensor:
@@ -140,7 +142,7 @@ class PairLoss:
         raise NotImplementedError
 
     def weight(self, batch: PairBatch) -> Tensor:
-        """PairBatch."""
+        """The number of pairs."""
         return torch.tensor(len(batch.chosen_ids), dtype=torch.float64)
 
     def __call__(self, outputs: TokenOutputs, batch: PairBatch) -> tuple[Tensor, Metrics]:
@@ -168,10 +170,11 @@ class PairLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceLoss(PairLoss):
-    """The frame of a pair loss whose reward is beta times the log-ratio to the reference."""
+    """Base of a pair loss whose implied reward is beta times the log-ratio to the reference."""
 
     beta: float = 0.1
-    """Reward of a nat gained on the reference: the larger, the nearer the policy stays to it."""
+    """Implied reward for each nat of log-ratio to the reference. With a larger beta the policy stays closer to the
+    reference."""
 
     def rewards(self, logprobs: Tensor, batch: ReferencePairs) -> tuple[Tensor, Tensor]:
         """beta log(pi / pi_ref) of both replies, two [P] (Rafailov et al., arXiv:2305.18290, eq. 5)."""

@@ -1,4 +1,4 @@
-"""Losses over pairs with a reference: functions of the rewards that policy and reference imply, [P] each."""
+"""Losses over pairs with a reference: functions of the implied rewards of both replies, [P] each."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from trimtab.math.masking import sequence_lengths
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 _MAX_EXPONENT = 40.0
-"""The square of e^40, which IPO takes, is still a float32; beyond it, a gradient would be nan."""
+"""Bound on exponents: IPO squares e^40, which is still a finite float32. With larger ones a gradient would be nan."""
 
 
 def divergence_score(log_ratio: Tensor, divergence: Divergence, alpha: float = 0.5) -> Tensor:
-    """f'(u) at u = e^log_ratio: what a policy held by the divergence f implies as reward, up to a constant
+    """f'(u) at u = e^log_ratio: the implied reward, up to a constant, of a policy regularised by the divergence f
     (f-DPO: Wang et al., arXiv:2309.16240, theorem 1).
 
         reverse_kl  log u        forward_kl  -1 / u        js  log(2 u / (1 + u))        alpha  (1 - u^-alpha) / alpha
 
-    The alpha divergence is the reverse KL at alpha -> 0 and, but for a constant, the forward KL at alpha = 1.
+    The alpha divergence is the reverse KL at alpha -> 0 and, up to a constant, the forward KL at alpha = 1.
     """
     if divergence == "forward_kl":
         return -(-log_ratio).clamp(max=_MAX_EXPONENT).exp()
@@ -45,8 +45,8 @@ def dpo(gap: Tensor) -> Tensor:
 
 
 def robust_dpo(gap: Tensor, flipped: float) -> Tensor:
-    """DPO's loss without the bias of labels of which a share `flipped` is wrong (Chowdhury et al., arXiv:2403.00409,
-    section 3): its mean over noisy labels is DPO's mean over right ones. It can be negative."""
+    """DPO's loss corrected for a share `flipped` of wrong labels (Chowdhury et al., arXiv:2403.00409, section 3): its
+    mean over noisy labels equals DPO's mean over correct ones. It can be negative."""
     return ((1 - flipped) * dpo(gap) - flipped * dpo(-gap)) / (1 - 2 * flipped)
 
 
@@ -71,7 +71,7 @@ def exo(gap: Tensor, target: Tensor) -> Tensor:
 def discopop(gap: Tensor, tau: float) -> Tensor:
     """DiscoPOP: (1 - m) * -log sigmoid(gap) + m * e^-gap, m = sigmoid(gap / tau) (Lu et al., arXiv:2406.08414, eq. 5).
 
-    The second term is e^(-gap + log m), for e^-gap alone overflows where m is 0.
+    The second term is computed as e^(-gap + log m), because e^-gap alone overflows when m is near 0.
     """
     mixed = (gap / tau).sigmoid()
     return (1 - mixed) * dpo(gap) + (logsigmoid(gap / tau) - gap).exp()
@@ -84,40 +84,41 @@ def nca(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def sppo(chosen: Tensor, rejected: Tensor, labels: Tensor, beta: float) -> Tensor:
-    """SPPO: (log-ratio - (P - 1/2) / beta)^2 of both replies, P the probability that the reply wins (Wu et al.,
-    arXiv:2405.00675, eq. 4.7; its eta is 1 / beta). `chosen` and `rejected` are beta times their log-ratios."""
+    """SPPO: the sum over both replies of (log-ratio - (P - 1/2) / beta)^2, with P the probability that the reply wins
+    (Wu et al., arXiv:2405.00675, eq. 4.7; its eta is 1 / beta). `chosen` and `rejected` are beta times the
+    log-ratios."""
     ahead = labels - 0.5
     return ((chosen - ahead) / beta).square() + ((rejected + ahead) / beta).square()
 
 
 def apo_zero(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """APO-zero: -sigmoid(c) + sigmoid(r), plus 1: raise the one and lower the other (D'Oosterlinck et al.,
-    arXiv:2408.06266, eq. 7)."""
+    """APO-zero: -sigmoid(c) + sigmoid(r), plus 1. It raises the chosen reply and lowers the rejected one (D'Oosterlinck
+    et al., arXiv:2408.06266, eq. 7)."""
     return (-chosen).sigmoid() + rejected.sigmoid()
 
 
 def apo_down(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """APO-down: sigmoid(c) - sigmoid(c - r), plus 1: lower both, the rejected reply more (D'Oosterlinck et al.,
-    arXiv:2408.06266, eq. 8)."""
+    """APO-down: sigmoid(c) - sigmoid(c - r), plus 1. It lowers both replies, the rejected one more (D'Oosterlinck et
+    al., arXiv:2408.06266, eq. 8)."""
     return chosen.sigmoid() + (rejected - chosen).sigmoid()
 
 
 @dataclass(frozen=True, kw_only=True)
 class GapLoss(ReferenceLoss):
-    """The frame of a loss of the difference of two rewards."""
+    """Base of a loss on the gap, the difference of two implied rewards."""
 
     label_smoothing: float = 0.0
-    """Share of the labels taken to be turned round (cDPO)."""
+    """Share of the labels assumed to be flipped (cDPO)."""
     margin_coef: float = 0.0
-    """The margin of a pair, times this, is asked for on top of the difference (ODPO: arXiv:2402.10571)."""
+    """Weight of a pair's margin, which is subtracted from the gap (ODPO: arXiv:2402.10571)."""
     divergence: Divergence = "reverse_kl"
-    """What holds the policy to the reference (f-DPO)."""
+    """The divergence that keeps the policy close to the reference (f-DPO)."""
     divergence_alpha: float = 0.5
-    """Of the alpha divergence: between 0, the reverse KL, and 1, the forward KL."""
+    """alpha of the alpha divergence, between 0 (the reverse KL) and 1 (the forward KL)."""
     length_normalised: bool = False
-    """Divide the score of each reply by its tokens."""
+    """Divide the score of each reply by its number of tokens."""
     ld_alpha: float = 1.0
-    """Weight of the tokens past the length of the pair's shorter reply (LD-DPO); 1 counts all alike."""
+    """Weight of the tokens past the length of the pair's shorter reply (LD-DPO); 1 weights all tokens alike."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,11 +149,11 @@ class GapLoss(ReferenceLoss):
         return self.of_gap(gap, self.smoothed(batch.labels))
 
     def smoothed(self, labels: Tensor) -> Tensor:
-        """The labels [P] with a share of them turned round."""
+        """The labels [P] with a share `label_smoothing` of them flipped."""
         return labels * (1 - self.label_smoothing) + (1 - labels) * self.label_smoothing
 
     def of_gap(self, gap: Tensor, labels: Tensor) -> Tensor:
-        """The loss [P] of differences of rewards, the chosen reply being the better one by `labels`."""
+        """The loss [P] of gaps [P], if the chosen reply is the better one with probability `labels` [P]."""
         raise NotImplementedError
 
 
@@ -171,21 +172,21 @@ class RobustDPO(GapLoss):
     """DPO for labels of which a known share is wrong: see `robust_dpo`."""
 
     label_smoothing: float = 0.1
-    """The share of flipped labels that is assumed."""
+    """Share of the labels assumed to be flipped."""
 
     def of_gap(self, gap: Tensor, labels: Tensor) -> Tensor:
         return expected(lambda a, b: robust_dpo(a - b, self.label_smoothing), gap, torch.zeros_like(gap), labels)
 
     def smoothed(self, labels: Tensor) -> Tensor:
-        """The labels as they are: the loss itself allows for the wrong ones."""
+        """The labels unchanged, because the loss itself corrects for flipped labels."""
         return labels
 
 
 @register("preference_loss", "ipo")
 @dataclass(frozen=True, kw_only=True)
 class IPO(GapLoss):
-    """Identity preference optimisation: see `ipo`. Its tau is beta. With length_normalised the log-ratios are those of
-    an average token, as its authors ran it; the equation has whole replies."""
+    """Identity preference optimisation: see `ipo`. Its tau is beta. With length_normalised each log-ratio is the mean
+    over a reply's tokens, as its authors ran it; the equation uses whole replies."""
 
     def of_gap(self, gap: Tensor, labels: Tensor) -> Tensor:
         return expected(lambda a, b: ipo(a - b, self.beta), gap, torch.zeros_like(gap), labels)
@@ -206,7 +207,7 @@ class EXO(GapLoss):
     """Efficient exact optimisation: see `exo`."""
 
     label_smoothing: float = 1e-3
-    """Probability that the target leaves to the rejected reply; above 0, for its logarithm is taken."""
+    """Probability that the target gives the rejected reply. It is above 0, because its logarithm is taken."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -220,12 +221,12 @@ class EXO(GapLoss):
 @register("preference_loss", "discopop")
 @dataclass(frozen=True, kw_only=True)
 class DiscoPOP(GapLoss):
-    """The loss found by search in its paper: see `discopop`."""
+    """The loss that its paper found by automatic search: see `discopop`."""
 
     beta: float = 0.05
-    """As DPO's."""
+    """The beta of DPO."""
     tau: float = 0.05
-    """Width of the change from the logistic to the exponential loss."""
+    """Width, in units of the gap, of the change from the logistic to the exponential loss."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -251,7 +252,7 @@ class SPPO(ReferenceLoss):
     """Self-play preference optimisation on given pairs: see `sppo`."""
 
     beta: float = 1e-3
-    """1 / eta of its paper: half of eta is how far, in nats, a sure winner is to rise."""
+    """1 / eta of the paper. A reply that surely wins has the target log-ratio eta / 2, in nats."""
 
     def losses(self, chosen: Tensor, rejected: Tensor, batch: ReferencePairs) -> Tensor:
         return sppo(chosen, rejected, batch.labels.to(chosen.dtype), self.beta)
@@ -260,7 +261,7 @@ class SPPO(ReferenceLoss):
 @register("preference_loss", "apo_zero")
 @dataclass(frozen=True, kw_only=True)
 class APOZero(ReferenceLoss):
-    """Anchored preference optimisation where chosen replies are better than the policy's own: see `apo_zero`."""
+    """Anchored preference optimisation, for chosen replies that are better than the policy's own: see `apo_zero`."""
 
     def losses(self, chosen: Tensor, rejected: Tensor, batch: ReferencePairs) -> Tensor:
         return expected(apo_zero, chosen, rejected, batch.labels)
@@ -269,7 +270,7 @@ class APOZero(ReferenceLoss):
 @register("preference_loss", "apo_down")
 @dataclass(frozen=True, kw_only=True)
 class APODown(ReferenceLoss):
-    """Anchored preference optimisation where the policy's own replies are better than the chosen: see `apo_down`."""
+    """Anchored preference optimisation, for chosen replies that are worse than the policy's own: see `apo_down`."""
 
     def losses(self, chosen: Tensor, rejected: Tensor, batch: ReferencePairs) -> Tensor:
         return expected(apo_down, chosen, rejected, batch.labels)

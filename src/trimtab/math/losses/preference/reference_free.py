@@ -15,7 +15,7 @@ from trimtab.math.losses.preference.pairs import dpo
 from trimtab.math.losses.reward import bradley_terry
 
 _CERTAIN = -1e-6
-"""A mean log-probability above this is taken as this: certainty has infinite odds."""
+"""Upper bound of a mean log-probability, because the odds of a certain reply are infinite."""
 
 
 def log_odds(mean_logprobs: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class ORPO(PairLoss):
     nll_coef: float = 1.0
     """Weight of the imitation of the chosen reply."""
     odds_coef: float = 0.1
-    """Weight of the odds ratio: lambda of the paper."""
+    """Weight of the odds ratio term: lambda of the paper."""
 
     needs_reference: ClassVar[bool] = False
 
@@ -53,11 +53,11 @@ class SimPO(PairLoss):
     eq. 6). With nll_coef = 1 it is CPO-SimPO."""
 
     beta: float = 2.0
-    """Reward of a nat per token."""
+    """Implied reward for each nat of mean log-probability per token."""
     gamma: float = 1.0
-    """Margin the difference of rewards is to exceed; half of beta is a good start."""
+    """Target margin: the difference of rewards should exceed it; half of beta is a good start."""
     label_smoothing: float = 0.0
-    """Share of the labels taken to be turned round."""
+    """Share of the labels assumed to be flipped."""
 
     needs_reference: ClassVar[bool] = False
 
@@ -84,9 +84,9 @@ class CPO(PairLoss):
     nll_coef: float = 1.0
     """Weight of the imitation of the chosen reply."""
     beta: float = 0.1
-    """Reward of a nat."""
+    """Implied reward for each nat of log-probability."""
     label_smoothing: float = 0.0
-    """Share of the labels taken to be turned round."""
+    """Share of the labels assumed to be flipped."""
 
     needs_reference: ClassVar[bool] = False
 

@@ -1,4 +1,4 @@
-"""Losses over replies that were judged one by one, with a thumb up or down."""
+"""Losses over replies that were judged one by one, with a thumbs up or down."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trimtab.math.masking import at_least_float32, sum_per_sequence
 
 @dataclass(frozen=True)
 class Gap:
-    """The mean over one kind of thing minus that over another, kept so that parts merge exactly."""
+    """The difference of two means, `upper` - `lower`, stored so that parts merge exactly."""
 
     upper: Mean
     lower: Mean
@@ -33,34 +33,35 @@ class Gap:
 
 
 def kto_value(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - sigmoid(x) for a good reply and 1 - sigmoid(-x) for a bad one, of rewards x [B] measured from the baseline
+    """Losses of a good reply, 1 - sigmoid(x), and of a bad one, 1 - sigmoid(-x), for rewards x [B] less the baseline
     (Ethayarajh et al., arXiv:2402.01306, section 4.1: lambda - v at lambda = 1)."""
     return (-rewards).sigmoid(), rewards.sigmoid()
 
 
 def binary_cross_entropy(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """-log sigmoid(x) for a good reply and -log sigmoid(-x) for a bad one, of rewards x [B] measured from the shift
+    """Losses of a good reply, -log sigmoid(x), and of a bad one, -log sigmoid(-x), for rewards x [B] less the shift
     (BCO: Jung et al., arXiv:2404.04656, section 3)."""
     return softplus(-rewards), softplus(rewards)
 
 
 def mean_over_judgements(values: Tensor, judgements: Tensor) -> Tensor:
-    """The mean of values [B], each as often as it was judged."""
+    """The mean of values [B], each weighted by its number of judgements [B]."""
     return (judgements * values).sum() / judgements.sum()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplyLoss:
-    """The frame of a loss over judged replies: a subclass gives `good_and_bad` and the baseline."""
+    """Base of a loss over judged replies. A subclass defines `good_and_bad`, and the baseline in `prepare`."""
 
     coef: float = 1.0
-    """Share in the sum of losses."""
+    """Weight in the sum of losses."""
     beta: float = 0.1
-    """Reward of a nat gained on the reference: the larger, the nearer the policy stays to it."""
+    """Implied reward for each nat of log-ratio to the reference. With a larger beta the policy stays closer to the
+    reference."""
     nll_coef: float = 0.0
     """Weight of the good replies' negative log-likelihood per token (RPO: arXiv:2404.19733)."""
     desirable_weight: float = 1.0
-    """Weight of good replies; raise it where they are few."""
+    """Weight of good replies; raise it if they are few."""
     undesirable_weight: float = 1.0
     """Weight of bad replies."""
 
@@ -78,7 +79,7 @@ class ReplyLoss:
 
     @property
     def needs_mismatched(self) -> bool:
-        """Whether `prepare` wants each prompt with the replies to another one."""
+        """Whether `prepare` needs each prompt with the replies to another prompt."""
         return False
 
     def prepare(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
@@ -86,11 +87,11 @@ class ReplyLoss:
         raise NotImplementedError
 
     def good_and_bad(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of a reply with these rewards [B], measured from the baseline, if it is good and if it is bad."""
+        """The losses [B] of replies with these rewards [B], less the baseline, if they are good and if they are bad."""
         raise NotImplementedError
 
     def weight(self, batch: JudgedReplies) -> Tensor:
-        """Judgements."""
+        """The number of judgements."""
         return (batch.desirable.double() + batch.undesirable.double()).sum()
 
     def __call__(self, outputs: TokenOutputs, batch: BaselinedReplies) -> tuple[Tensor, Metrics]:
@@ -130,20 +131,20 @@ class ReplyLoss:
 @register("preference_loss", "kto")
 @dataclass(frozen=True, kw_only=True)
 class KTO(ReplyLoss):
-    """Kahneman-Tversky optimisation: see `kto_value`. Replies are measured from an estimate of the KL to the reference,
-    max(0, mean log-ratio of prompts with the replies to other prompts), which moves no gradient."""
+    """Kahneman-Tversky optimisation: see `kto_value`. The baseline is an estimate of the KL to the reference, max(0,
+    mean log-ratio of prompts with the replies to other prompts), and passes no gradient."""
 
     baseline: Literal["mismatched", "none"] = "mismatched"
-    """What a reply is measured from: the estimate, or none, which makes it APO-zero on unpaired replies
-    (arXiv:2408.06266)."""
+    """The baseline that is subtracted from each reply's log-ratio: the KL estimate, or none, which makes this loss
+    APO-zero on unpaired replies (arXiv:2408.06266)."""
 
     @property
     def needs_mismatched(self) -> bool:
-        """Whether `prepare` wants each prompt with the replies to another one."""
+        """Whether `prepare` needs each prompt with the replies to another prompt."""
         return self.baseline == "mismatched"
 
     def prepare(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
-        """The batch with its KL estimate. Costs a pass without gradients over as many tokens again."""
+        """The batch with its KL estimate. Costs a forward pass without gradients over about as many tokens again."""
         if self.baseline == "none":
             return batch.with_baseline(torch.zeros(()))
         pairs: MismatchedReplies = batch
@@ -158,14 +159,14 @@ class KTO(ReplyLoss):
 @register("preference_loss", "bco")
 @dataclass(frozen=True, kw_only=True)
 class BCO(ReplyLoss):
-    """Binary classifier optimisation: see `binary_cross_entropy`. Rewards are measured from a shift half way between
-    the mean reward of good and of bad replies, which moves no gradient."""
+    """Binary classifier optimisation: see `binary_cross_entropy`. The shift, which is subtracted from rewards, is half
+    way between the mean rewards of good and of bad replies, and passes no gradient."""
 
     shift: Literal["update", "none"] = "update"
-    """Found anew over each update, or left out."""
+    """Compute the shift anew for each update, or use none."""
 
     def prepare(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
-        """The batch with its shift. Costs a pass over the update without gradients."""
+        """The batch with its shift. Costs a forward pass over the update without gradients."""
         if self.shift == "none":
             return batch.with_baseline(torch.zeros(()))
         judged: JudgedReplies = batch
