@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import io
 import json
+import re
 import tempfile
 import tomllib
 from pathlib import Path
@@ -24,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 # Run files of a single stage say in their name or folder which one it is.
 SINGLE = {"hh/dpo": "preference", "gsm8k/grpo": "online", "gsm8k/evaluate": "evaluate", "feedback/reward": "reward"}
-STARTS = {"runs/gsm8k/sft/model", "runs/grpo/model"}
-"""Models that another run file makes; a tiny one stands for them."""
+MADE_ELSEWHERE = re.compile(r"runs/.*model|Qwen/.*")
+"""Models that another run file makes, or that the hub has; a tiny one stands for them."""
 
 
 def values_of(file: Path, local: dict[str, str]) -> dict[str, Any] | None:
@@ -80,7 +81,7 @@ def standing_in(values: Any, start: Path) -> Any:
     if isinstance(values, dict):
         room = {"max_prompt_tokens": 800} if "max_prompt_tokens" in values else {}  # its tokens are short
         return {key: standing_in(inner, start) for key, inner in (values | room).items()}
-    if isinstance(values, str) and (values in STARTS or values.startswith("Qwen/")):
+    if isinstance(values, str) and MADE_ELSEWHERE.fullmatch(values):
         return str(start)
     return values
 

@@ -369,7 +369,7 @@ def _arrow_rows(path: Path) -> Iterator[Located | BadRow]:
                 number += 1
                 yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        kind = "Parquet" if path.suffix == ".parquet" else "Arrow"
+        kind = "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
         raise DataError(
             f"not a whole {kind} file: {error}",
             where=str(path),

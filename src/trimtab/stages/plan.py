@@ -145,7 +145,9 @@ def weights(stage: str, settings: Any, directory: Path) -> dict[str, float]:
     if critic is not None and adapter is None:
         sizes["reference"] = file_gb(settings.reference or settings.model)
         if critic.init != "value_head":
-            sizes["critic"] = file_gb(settings.model) * times
+            judges = [reward.path for reward in settings.rewards if hasattr(reward, "path")]
+            starts = [critic.path, *(judges if critic.init == "reward" else ()), settings.model]
+            sizes["critic"] = file_gb(next(path for path in starts if path is not None)) * times
     for role in ("baseline", "reward_model"):
         if (path := getattr(settings, role, None)) is not None:
             sizes[role.replace("_", " ")] = file_gb(path)
