@@ -5,6 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.stages.commands import FAST, rows, run_stage, summary, trimtab, write_run_file
+from trimtab.core.types import Message
+from trimtab.data.split import place_of_prompt
 
 TURNS = [
     {"role": "user", "content": "What is 1 + 1?"},
@@ -76,6 +78,24 @@ def test_when_nothing_fits_the_error_says_what_to_change(tmp_path, base):
     result = trimtab("sft", run_file, "--out", tmp_path / "run")
     assert result.exit_code == 2
     assert "raise max_tokens (now 4)" in result.output
+
+
+def test_what_was_split_by_the_same_rule_before_is_not_split_again_in_silence(tmp_path, base):
+    texts = (f"question {i}" for i in range(3000))
+    left = [text for text in texts if place_of_prompt([Message("user", text)]) >= 0.1][:500]
+    rows = [{"prompt": text, "completion": "Yes."} for text in left]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"model": str(base), "data": str(data), "max_steps": 1, "held_out": 0.08}
+    result = trimtab("sft", write_run_file(tmp_path / "run.toml", settings), "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "holds out none of 500 prompts" in result.output
+    assert "split=held_out" in result.output
+    run_stage("sft", tmp_path / "none", **settings | {"held_out": 0.0})
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:40]))
+    few = trimtab("sft", tmp_path / "run.toml", "--out", tmp_path / "few")
+    assert few.exit_code == 0, few.output
+    assert "none of 40 prompts is held out, so nothing is validated" in few.output
 
 
 def test_many_lost_examples_are_said_at_once(tmp_path, base):

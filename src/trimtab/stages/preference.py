@@ -42,7 +42,7 @@ from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.runs.run import Run
-from trimtab.stages.reading import prepare_data, say_too_long
+from trimtab.stages.reading import hold_out, prepare_data, say_too_long
 from trimtab.stages.sft import start_policy
 from trimtab.stages.stage import EPOCHS_GROW, Stage
 from trimtab.stages.supervised import (
@@ -146,7 +146,7 @@ def read_data(
     prepared = prepare_data(kind, settings.data, run, chat, limit=settings.limit, **options)
     counts |= prepared.counts
     if settings.held_out_data is None:
-        train, held_out = prepared.table.split(settings.held_out)
+        train, held_out = hold_out(prepared.table, settings.held_out, where=settings.data)
     else:
         judged = prepare_data(kind, settings.held_out_data, run, chat, **options)
         train, held_out = prepared.table, judged.table

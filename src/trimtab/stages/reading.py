@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
+
+import numpy as np
 
 from trimtab.batches.trees import Tree
 from trimtab.core.errors import DataError
@@ -17,9 +20,11 @@ from trimtab.data.layouts import Loaded, load
 from trimtab.data.pairs import WhenTooLong, group
 from trimtab.data.prepare import Prepared, prepare, prepare_loaded
 from trimtab.data.sources import records_source
-from trimtab.data.tokens import Lazy
+from trimtab.data.tokens import Lazy, TokenTable
 from trimtab.runs.run import Run
 
+SURELY_SOME = 20
+"""So many prompts expected to be held out: that none is happens once in 500 million times by chance."""
 FEW = 5
 """Records left out that are counted and not spoken of."""
 
@@ -68,7 +73,9 @@ def _whole(kind: type[Record], source: str, _run: Run, **options: Any) -> Loaded
 
 
 def _snapshot(kind: type[Record], source: str, run: Run, **options: Any) -> Loaded[Record]:
-    name = hashlib.sha256(f"{kind.__name__} {source}".encode()).hexdigest()[:16]
+    # Another limit, or another way with bad rows, gives other records of the same source.
+    asked = [kind.__name__, source, options.get("limit"), options.get("on_bad_row")]
+    name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     path: Path = run.directory / "snapshots" / f"{name}.json"
     if path.exists():
         kept = read_json(path, fix="restore it, or begin again with --fresh: it holds the judgements as they were")
@@ -139,3 +146,24 @@ def say_too_long(counts: Mapping[str, int], max_tokens: int) -> None:
             f"{max_tokens}",
             file=sys.stderr,
         )
+
+
+def hold_out(table: TokenTable, share: float, *, where: str) -> tuple[TokenTable, TokenTable]:
+    """The records to train on and the share held out, by prompt (`data.split`).
+
+    Raises DataError if nothing is held out of so many prompts that chance cannot be the reason: then a part of them was
+    held out before by the same rule, as `feedback:project.toml?split=train` does. Of few prompts it is only said.
+    """
+    train, rest = table.split(share)
+    if share and not len(rest) and len(table):
+        num = len(np.unique(table.of("messages_hash")))
+        if num * share >= SURELY_SOME:
+            raise DataError(
+                f"held_out = {share} holds out none of {num} prompts: these are what was left when others were held "
+                "out by the same rule",
+                where=where,
+                fix="set held_out = 0 to train without validation; or, if the stage has held_out_data, name the others "
+                "there, such as feedback:project.toml?split=held_out",
+            )
+        print(f"note: {where}: none of {num} prompts is held out, so nothing is validated", file=sys.stderr)
+    return train, rest

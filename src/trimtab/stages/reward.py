@@ -30,7 +30,7 @@ from trimtab.models.quantized import quantize
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import round_as_written, save_role
 from trimtab.runs.run import Run
-from trimtab.stages.reading import prepare_data, read_demonstration_trees, say_too_long
+from trimtab.stages.reading import hold_out, prepare_data, read_demonstration_trees, say_too_long
 from trimtab.stages.stage import EPOCHS_GROW, Stage
 from trimtab.stages.supervised import FIT, Epochs, TrainingSettings, Validation, make_learner, training, validate
 from trimtab.stats import Floats
@@ -75,7 +75,7 @@ def run(settings: RewardSettings, run: Run) -> None:
     prepared = prepare_data(PreferencePair, settings.data, run, chat, limit=settings.limit, **options)
     counts: dict[str, int] = dict(prepared.counts)
     if settings.held_out_data is None:
-        train, held_out = prepared.table.split(settings.held_out)
+        train, held_out = hold_out(prepared.table, settings.held_out, where=settings.data)
     else:
         judged = prepare_data(PreferencePair, settings.held_out_data, run, chat, **options)
         train, held_out = prepared.table, judged.table

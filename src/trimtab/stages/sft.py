@@ -27,7 +27,7 @@ from trimtab.models.quantized import quantize
 from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
 from trimtab.runs.run import Run
-from trimtab.stages.reading import prepare_data, say_too_long
+from trimtab.stages.reading import hold_out, prepare_data, say_too_long
 from trimtab.stages.stage import EPOCHS_GROW, Stage
 from trimtab.stages.supervised import (
     FIT,
@@ -70,7 +70,7 @@ def run(settings: SFTSettings, run: Run) -> None:
     tokenizer = load_tokenizer(settings.model)
     chat = Chat(tokenizer)
     demonstrations, counts = read_demonstrations(settings, chat, run)
-    train, held_out = demonstrations.split(settings.held_out)
+    train, held_out = hold_out(demonstrations, settings.held_out, where=settings.data)
     trees = demonstration_trees(train, chat, settings, counts)
     validation = demonstration_trees(held_out, chat, settings, counts)
     say_too_long(counts, settings.max_tokens)
