@@ -242,6 +242,17 @@ def test_the_baseline_of_remax_is_the_worth_of_the_reply_that_transformers_decod
     torch.testing.assert_close(rewards, drawn.rewards.clamp(max=2.0) - torch.tensor(cut))
 
 
+def test_the_schedule_of_the_policy_begins_when_the_critic_is_warm(tmp_path, base):
+    linear = FAST | {"schedule": "linear"}
+    critic = {"init": "policy", "warmup_steps": 2, "optimizer": linear}
+    values = family(base, advantage={"name": "gae"}, critic=critic, optimizer=linear, num_steps=5, group_size=1)
+    found = rows(run_stage("online", tmp_path / "run", **values))
+    policy = [row.get("optimizer/policy_learning_rate") for row in found]
+    critic_rates = [row["optimizer/critic_learning_rate"] for row in found]
+    assert policy == [None, None, *(pytest.approx(1e-3 * (1 - i / 3)) for i in range(3))]
+    assert critic_rates == [pytest.approx(1e-3 * (1 - i / 5)) for i in range(5)]
+
+
 def test_exact_kl_in_the_reward_is_that_of_the_two_softmaxes_at_every_sampled_token(loop_of, base, other):
     loop = loop_of(**family(base, reference=str(other), kl_in="reward", kl_estimator="exact"))
     drawn = loop.sample(0)

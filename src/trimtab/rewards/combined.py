@@ -48,9 +48,9 @@ class CombinedReward:
         """[B] weighted sums, each part's own scores [B] by name before its weight, and metrics. A score is nan if the
         part could not judge the reply.
 
-        `reward/mean` and `reward/std` are of the sums as they are trained on; with several parts, `reward/NAME` is the
-        mean of each. Means are over the replies that were judged, and `reward/NAME_failed` counts the others: a score
-        that is not a finite number is no score, and above all not zero.
+        `reward/mean` and `reward/std` are of the sums, before the shaping of online training; with several parts,
+        `reward/NAME` is the mean of each. Means are over the replies that were judged, and `reward/NAME_failed` counts
+        the others: a score that is not a finite number is no score, and above all not zero.
         """
         by_name: dict[str, Tensor] = {}
         logged: list[Metrics] = []

@@ -2,8 +2,8 @@
 
 One loop serves them all. An algorithm is four choices in the settings: an advantage estimator, a policy loss, where the
 KL to the reference goes (into the reward of each token, or into the loss), and whether there is a critic. `train_step`
-is the algorithm; `run` loads what it uses and holds the loop around it, in which things are only watched. A new member
-of the family is a class registered as an advantage or a policy loss, in tens of lines, and nothing here changes.
+is the algorithm; `run` loads what it uses and holds the loop around it, in which things are measured and checked. A new
+member of the family is a class registered as an advantage or a policy loss, in tens of lines, and nothing here changes.
 
 Unlike in InstructGPT (Ouyang et al., arXiv:2203.02155), the critic may first learn alone, and advantages are whitened
 over the whole step, not over a minibatch, since a small minibatch has a mean of its own. Unlike in the usual code for
@@ -30,7 +30,6 @@ from trimtab.engines.base import Learner, Scorer
 from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.engines.local.scorer import LocalScorer
 from trimtab.math.advantages import Episodes, token_rewards
-from trimtab.math.correction import no_correction
 from trimtab.math.kl import ESTIMATORS, k1, k3
 from trimtab.math.masking import sum_per_sequence, whiten
 from trimtab.math.rewards import RunningMoments
@@ -110,13 +109,11 @@ def run(settings: OnlineSettings, run: Run) -> None:
                 settings=settings,
                 clock=clock,
             )
-            metrics = watch(number, done, settings, state.kl_coef) | clock.metrics
+            clock.mark("update")
+            metrics = checked_metrics(number, done, settings) | clock.metrics
             if settings.sample_every and number % settings.sample_every == 0:
                 rows = rollout_rows(done.rollouts.rollouts, done.rewards, done.kl, world, settings.num_samples)
                 run.add_samples(number + 1, rows)
-            state.kl_coef = settings.kl.update(
-                state.kl_coef, metrics["policy/kl"].value, num_sequences=done.batch.num_sequences
-            )
             steps.log(metrics)
 
     run.save_model(lambda path: save_role(models.policy, chat.tokenizer, path, base=models.base))
@@ -134,6 +131,8 @@ class StepDone:
     rewards: Tensor
     """[B] after shaping."""
     batch: PolicyBatch
+    kl_coef: float
+    """The KL coefficient of this step, before it was adapted."""
     metrics: Metrics
 
     @cached_property
@@ -167,15 +166,13 @@ def train_step(
 
     rewards, baselines, shaped = shape_rewards(rollouts, settings.shaping, state)  # [B]
     kl = kl_per_token(trees, old_logprobs - ref_logprobs, policy, reference, settings)  # [M]
-    paid = token_rewards(rewards, kl, ids, kl_coef=state.kl_coef if settings.kl_in == "reward" else 0.0)  # [M]
-    paid = whiten(paid, shift_mean=False) if settings.whiten_rewards else paid
+    paid = rewards_per_token(rewards, kl, ids, state.kl_coef, settings)  # [M]
     advantages = settings.advantage(Episodes(paid, values, ids, rollouts.group_ids, baselines))  # [M]
-    weigh = settings.correction or no_correction
-    correction, corrected = weigh(old_logprobs, rollouts.logprobs, ids, trees.num_sequences)
+    weights, weighed = settings.weigh(old_logprobs, rollouts.logprobs, ids, trees.num_sequences)
     batch = PolicyBatch(
         trees=trees,
         old_logprobs=old_logprobs,
-        correction=correction,
+        correction=weights,
         ref_logprobs=ref_logprobs,
         old_values=values,
         advantages=whiten(advantages) if settings.advantage.whiten else advantages,
@@ -187,20 +184,35 @@ def train_step(
         for learner, losses in trained:
             mixed = pretraining.work(update) if learner is policy else []
             minibatches.log(learner.update([(minibatch, losses), *mixed]))
-    clock.mark("update")
-    return StepDone(rollouts, rewards, batch, corrected | agreement | rollouts.metrics | shaped | minibatches.metrics)
+    logged = weighed | agreement | rollouts.metrics | shaped | minibatches.metrics
+    done = StepDone(rollouts, rewards, batch, state.kl_coef, logged)
+    state.kl_coef = settings.kl.update(state.kl_coef, mean(done.kl).value, num_sequences=trees.num_sequences)
+    return done
 
 
 def old_logprobs_of(
     rollouts: RolloutBatch, policy: Learner, number: int, settings: OnlineSettings
 ) -> tuple[Tensor, Metrics]:
-    """The log-probabilities [M] of the policy that sampled, and a metric of how far the sampler is from it. Raises
-    EngineError, before anything is trained, if the difference is more than rounding."""
+    """The log-probabilities [M] of the policy that sampled, and a metric of how far the sampler is from it.
+
+    They are the sampler's own in a step with a single update, unless `OnlineSettings.scores_old_policy` asks for more.
+    If they are scored, raises EngineError before the updates of this step for a difference that is more than rounding
+    and that no setting explains (`check_sampler`).
+    """
     if not settings.scores_old_policy(number):
         return rollouts.logprobs, {}
     scored = policy.logprobs(rollouts.trees)
     difference = float((rollouts.logprobs - scored).abs().max())
     return scored, check_sampler(difference, settings, f"step {number + 1}, before its updates")
+
+
+def rewards_per_token(
+    rewards: Tensor, kl: Tensor, sequence_ids: Tensor, kl_coef: float, settings: OnlineSettings
+) -> Tensor:
+    """The token rewards [M]: the reward of each reply at its last token, less the KL of each token if it is paid here,
+    and divided by their deviation if the settings ask for that."""
+    paid = token_rewards(rewards, kl, sequence_ids, kl_coef=kl_coef if settings.kl_in == "reward" else 0.0)
+    return whiten(paid, shift_mean=False) if settings.whiten_rewards else paid
 
 
 def kl_per_token(
@@ -213,7 +225,7 @@ def kl_per_token(
     return ESTIMATORS[estimator](log_ratio)
 
 
-def watch(number: int, done: StepDone, settings: OnlineSettings, kl_coef: float) -> Metrics:
+def checked_metrics(number: int, done: StepDone, settings: OnlineSettings) -> Metrics:
     """The metrics of a step. Raises EngineError if its only update shows that the sampler was not the policy."""
     batch, metrics = done.batch, rollout_metrics(done.rollouts.rollouts) | done.metrics
     if "rollout/logprob_difference" not in metrics and (moved := metrics.get("policy/log_ratio_max")):
@@ -224,7 +236,7 @@ def watch(number: int, done: StepDone, settings: OnlineSettings, kl_coef: float)
     return metrics | {
         "policy/kl": mean(done.kl),
         "policy/kl_k3": Mean(float(kl_k3), batch.num_sequences),
-        "kl/coef": Mean(kl_coef, 1),
+        "kl/coef": Mean(done.kl_coef, 1),
     }
 
 
@@ -236,18 +248,20 @@ def mean(values: Tensor) -> Mean:
 def make_engines(settings: OnlineSettings, models: Models) -> tuple[LocalLearner, LocalScorer, LocalLearner | None]:
     """Policy, reference and critic as engines. A critic that is a head on the policy is the policy's own engine."""
     budget = {"token_budget": settings.token_budget}
-    num_updates = settings.num_steps * settings.num_epochs * settings.num_minibatches
+    per_step = settings.num_epochs * settings.num_minibatches
 
-    def learner(role: Policy | ScalarModel, optimizer: AdamW, name: str) -> LocalLearner:
-        made = LocalLearner(role, optimizer, num_updates=num_updates, name=name, **budget)
+    def learner(role: Policy | ScalarModel, optimizer: AdamW, name: str, num_steps: int) -> LocalLearner:
+        made = LocalLearner(role, optimizer, num_updates=num_steps * per_step, name=name, **budget)
         if settings.checkpoint_activations:
             role.checkpoint_activations()
         return made
 
-    policy = learner(models.policy, settings.optimizer, "policy")
+    # While the critic warms up the policy makes no update, and its schedule has not begun.
+    warmup_steps = settings.critic.warmup_steps if models.critic not in (None, models.policy) else 0
+    policy = learner(models.policy, settings.optimizer, "policy", max(1, settings.num_steps - warmup_steps))
     critic = policy if models.critic is models.policy else None
     if models.critic is not None and critic is None:
-        critic = learner(models.critic, settings.critic.optimizer, "critic")
+        critic = learner(models.critic, settings.critic.optimizer, "critic", settings.num_steps)
     for role in {models.policy, models.reference, models.critic or models.policy}:
         role.precision = settings.precision
     return policy, LocalScorer(models.reference, **budget), critic

@@ -65,7 +65,10 @@ class Minibatches:
         self._stopped = False
 
     def __iter__(self) -> Iterator[tuple[int, PolicyBatch]]:
-        """The number of each update over the whole run, and its minibatch."""
+        """The number of each update over the whole run, and its minibatch.
+
+        Each update is logged before the next is asked for: at the end of an epoch what was logged says whether to stop.
+        """
         settings = self._settings
         for epoch in range(settings.num_epochs if self._batch.num_sequences else 0):
             before = len(self._metrics)

@@ -164,7 +164,11 @@ class RolloutSource:
 
 
 def shape_rewards(rollouts: RolloutBatch, shaping: Shaping, state: OnlineState) -> tuple[Tensor, Tensor, Metrics]:
-    """[B] rewards and [B] baselines, normalised, clipped and penalised, in that order; and metrics."""
+    """[B] rewards, normalised, clipped and less the penalty, in that order; [B] baselines, normalised and clipped;
+    and metrics.
+
+    The running moments of `state` take in the rewards of this step first.
+    """
     rewards, baselines = rollouts.rewards, rollouts.baselines
     if shaping.normalize:
         state.moments = state.moments.update(rewards)

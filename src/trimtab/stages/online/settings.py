@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from torch import Tensor
+
 from trimtab.core.config import Choice
+from trimtab.core.metrics import Metrics
 from trimtab.engines.episodes import EpisodeLimits
 from trimtab.engines.local.learner import AdamW
 from trimtab.engines.local.sampler import Sampling
 from trimtab.math.advantages import GAE
-from trimtab.math.correction import SamplerCorrection
+from trimtab.math.correction import SamplerCorrection, no_correction
 from trimtab.math.kl import FixedKL
 from trimtab.math.losses.policy import PPO
 from trimtab.math.losses.value import ValueLoss
@@ -208,6 +212,11 @@ class OnlineSettings:
         for name in ("prompts_per_step", "group_size", "num_steps", "num_epochs", "num_minibatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def weigh(self) -> Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Metrics]]:
+        """What weighs tokens by how the policy and the sampler differ: 1 for each without a correction."""
+        return self.correction or no_correction
 
     def scores_old_policy(self, number: int) -> bool:
         """Whether this step scores its rollouts with the policy before it learns from them.
