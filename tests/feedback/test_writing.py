@@ -63,6 +63,20 @@ def test_a_draft_of_somebody_who_was_banned_takes_no_place(make: Make):
     assert lease(store, person(store, "Bob")) is not None
 
 
+def test_a_skip_that_is_sent_again_with_words_typed_is_the_same_answer(make: Make):
+    store = make({"task": {"rationale": "optional"}})
+    add(store, 1)
+    ann = person(store, "Ann")
+    mine = lease(store, ann)
+    assert mine is not None
+    skip = Answer(choice="skip", rationale="too hard", reason="r" * 300)
+    first = vote(store, ann, mine.token, skip)
+    again = vote(store, ann, mine.token, skip)  # the answer to the first was lost on the way
+    assert (again.vote_id, again.duplicate, again.differs) == (first.vote_id, True, False)
+    assert vote(store, ann, mine.token, Answer(choice="A", strength=1)).differs
+    assert vote(store, ann, mine.token, Answer(choice="A", strength=9)).differs  # which would not be taken at all
+
+
 def test_a_begun_answer_is_taken_up_again_while_there_is_a_place(make: Make):
     store = make(DEMONSTRATION)
     add(store, 5, kind="demonstration", num=0)

@@ -49,8 +49,10 @@ class _Judgement:
     """Hash of the prompt and both replies."""
     prompt: Prompt
     a: str
+    """The reply whose text sorts first, whichever side it was on: all votes over two replies have one orientation."""
     b: str
     choice: str
+    """A, B, tie or both_bad, of these sides."""
     margin: float
     """Margin of the chosen side; 0 if the vote gives none."""
     cast: Cast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any, cast
 from urllib.parse import parse_qsl
 
@@ -37,30 +38,29 @@ def records(kind: type, source: str) -> Records:
             where=source,
             fix="write for instance feedback:project.toml?split=train; splits are all, train and held_out",
         )
-    store = open_store(path, must_exist=True)
-    settings = store.project.settings
-    with store.read() as connection:
-        counts: dict[str, int] = {}
-        found: list[Any]
-        if kind is PreferencePair:
-            found, counts = labels.preference_pairs(connection, settings.labels, split)
-        elif kind is Comparison:
-            found = list(labels.comparisons(connection, settings.labels, split))
-        elif kind is LabelledResponse:
-            points = settings.task.rating_scale
-            found, counts = labels.labelled_responses(connection, settings.labels, points, split)
-        elif kind is SteppedResponse:
-            found, counts = labels.stepped_responses(connection, settings.labels, split)
-        elif kind is Demonstration:
-            found, counts = labels.demonstrations(connection, settings.labels, split)
-        elif kind is Prompt:
-            pairs, counts = labels.preference_pairs(connection, settings.labels, split)
-            found = list({pair.prompt.id: pair.prompt for pair in pairs}.values())
-        else:
-            raise DataError(
-                f"a feedback project gives no {kind.__name__}", where=source, fix="use a file or another source"
-            )
-    store.close()
+    with closing(open_store(path, must_exist=True)) as store:
+        settings = store.project.settings
+        with store.read() as connection:
+            counts: dict[str, int] = {}
+            found: list[Any]
+            if kind is PreferencePair:
+                found, counts = labels.preference_pairs(connection, settings.labels, split)
+            elif kind is Comparison:
+                found = list(labels.comparisons(connection, settings.labels, split))
+            elif kind is LabelledResponse:
+                points = settings.task.rating_scale
+                found, counts = labels.labelled_responses(connection, settings.labels, points, split)
+            elif kind is SteppedResponse:
+                found, counts = labels.stepped_responses(connection, settings.labels, split)
+            elif kind is Demonstration:
+                found, counts = labels.demonstrations(connection, settings.labels, split)
+            elif kind is Prompt:
+                pairs, counts = labels.preference_pairs(connection, settings.labels, split)
+                found = list({pair.prompt.id: pair.prompt for pair in pairs}.values())
+            else:
+                raise DataError(
+                    f"a feedback project gives no {kind.__name__}", where=source, fix="use a file or another source"
+                )
     if not found:
         counted = ", ".join(f"{num} {name.replace('_', ' ')}" for name, num in counts.items()) or "no votes"
         raise DataError(

@@ -14,6 +14,7 @@ from trimtab.feedback import tables as t
 from trimtab.feedback.answers import TAXONOMY, Answer, agrees, check, restored
 from trimtab.feedback.assign import Lease, lease_of
 from trimtab.feedback.people import Person, by_id
+from trimtab.feedback.project import Kind, Task
 from trimtab.feedback.store import (
     AuditEntry,
     Store,
@@ -66,7 +67,9 @@ def vote(store: Store, person: Person, token: str, answer: Answer, *, measured: 
         ).first()
         if known is not None and known.person_id == person.id:
             stored = restored(known._mapping, known.rationale or "", known.text or "")
-            return Receipt(known.id, duplicate=True, differs=replace(stored, seconds=answer.seconds) != answer)
+            item = connection.execute(sa.select(t.items).where(t.items.c.id == known.item_id)).one()
+            differs = _is_other(answer, stored, kind=item.kind, num_replies=len(item.replies), task=task)
+            return Receipt(known.id, duplicate=True, differs=differs)
         _still_takes_part(connection, person)
         found = connection.execute(
             sa.select(t.leases).where(t.leases.c.token == token, t.leases.c.person_id == person.id)
@@ -110,6 +113,16 @@ def vote(store: Store, person: Person, token: str, answer: Answer, *, measured: 
             _decide_quiz(store, connection, person)
         notify(store, connection, "vote", {"vote": vote_id, "item": item.sha256, "person": person.id})
     return Receipt(vote_id, duplicate=False, right=right)
+
+
+def _is_other(answer: Answer, stored: Answer, *, kind: Kind, num_replies: int, task: Task) -> bool:
+    """Whether an answer that was sent again is not the one that was stored. It is compared as it would be stored: what
+    does not belong to the choice is left out of it."""
+    try:
+        again = check(answer, kind=kind, num_replies=num_replies, task=task)
+    except DataError:
+        return True
+    return replace(stored, seconds=again.seconds) != again
 
 
 def save_draft(store: Store, person: Person, token: str, draft: Mapping[str, Any]) -> bool:
