@@ -26,7 +26,30 @@ EXAMPLES = ROOT / "examples"
 # Run files of a single stage say in their name or folder which one it is.
 SINGLE = {"hh/dpo": "preference", "gsm8k/grpo": "online", "gsm8k/evaluate": "evaluate", "feedback/reward": "reward"}
 MADE_ELSEWHERE = re.compile(r"runs/.*model|Qwen/.*")
-"""Models that another run file makes, or that the hub has; a tiny one stands for them."""
+"""Models that another run file makes, or that the hub has; a tiny one of `STARTS` stands for each."""
+STARTS = {
+    "base": {
+        "stage": "pretrain",
+        "data": "world:helpdesk",
+        "num_documents": 64,
+        "vocab_size": 512,
+        "architecture": {"max_positions": 1024},
+    },
+    "compare": {
+        "stage": "compare",
+        "model": "@base",
+        "world": "helpdesk",
+        "num_prompts": 16,
+        "num_held_out_prompts": 8,
+        "sampling": {"max_new_tokens": 16},
+    },
+    "reward": {
+        "stage": "reward",
+        "model": "@base",
+        "data": "@compare/train.jsonl",
+        "held_out_data": "@compare/held_out.jsonl",
+    },
+}
 
 
 def values_of(file: Path, local: dict[str, str]) -> dict[str, Any] | None:
@@ -82,7 +105,7 @@ def standing_in(values: Any, start: Path) -> Any:
         room = {"max_prompt_tokens": 800} if "max_prompt_tokens" in values else {}  # its tokens are short
         return {key: standing_in(inner, start) for key, inner in (values | room).items()}
     if isinstance(values, str) and MADE_ELSEWHERE.fullmatch(values):
-        return str(start)
+        return str(start / ("reward" if "reward" in values else "base") / "model")
     return values
 
 
@@ -91,22 +114,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--against", type=Path, help="what another commit wrote")
+    parser.add_argument("--only", default="", help="only the run files whose names hold this")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=PATH", help="a local file for hh or gsm8k")
     options = parser.parse_args()
     local = dict(given.split("=", 1) for given in options.set)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder) / "start"
-        tiny = {"data": "world:arithmetic", "num_documents": 64, "vocab_size": 512, "max_steps": 2}
-        tiny["architecture"] = {"max_positions": 1024}
-        first_steps({"stages": {"base": {"stage": "pretrain", **tiny}}}, start, start)
+        first_steps({"stages": STARTS}, start, start)
         for file in sorted(EXAMPLES.rglob("*.toml")):
             name = str(file.relative_to(EXAMPLES))
+            if options.only not in name:
+                continue
             if file.name == "project.toml" or (values := values_of(file, local)) is None:
                 print(f"{name}: left out", flush=True)
                 continue
             with tempfile.TemporaryDirectory() as scratch:
-                found[name] = first_steps(values, Path(scratch) / "run", start / "base" / "model")
+                found[name] = first_steps(values, Path(scratch) / "run", start)
             print(f"{name}: {', '.join(f'{stage} {len(rows)}' for stage, rows in found[name].items())}", flush=True)
     options.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if options.against is not None:

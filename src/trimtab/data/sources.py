@@ -8,6 +8,7 @@ import re
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,16 @@ def stream_rows(source: str | Path, *, limit: int | None = None) -> RowStream:
 def _hash_of(paths: Sequence[Path]) -> str:
     digests = []
     for path in paths:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        found = path.stat()
+        digests.append(_digest(path.resolve(), found.st_size, found.st_mtime_ns, found.st_ino))
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, *_stamp: int) -> str:
+    """The SHA-256 of a file, remembered while its size, time and number stay: a run asks for it several times."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_of(source: str | Path) -> tuple[list[Path], dict[str, str]]:
