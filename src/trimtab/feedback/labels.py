@@ -24,7 +24,7 @@ from trimtab.core.types import (
 from trimtab.data.split import place_of_name, place_of_prompt
 from trimtab.feedback.project import LabelSettings
 from trimtab.feedback.store import digest
-from trimtab.feedback.votes import Cast, cast_votes, ranked_pairs
+from trimtab.feedback.votes import CountedVote, cast_votes, ranked_pairs
 from trimtab.feedback.voting import JUDGED
 from trimtab.votes.aggregate import Method, aggregate, share_of_a
 from trimtab.votes.table import votes_from_rows
@@ -55,10 +55,10 @@ class _Judgement:
     """A, B, tie or both_bad, of these sides."""
     margin: float
     """Margin of the chosen side; 0 if the vote gives none."""
-    cast: Cast
+    cast: CountedVote
 
 
-def votes_in(connection: Connection, settings: LabelSettings, split: Split, kinds: Sequence[str]) -> list[Cast]:
+def votes_in(connection: Connection, settings: LabelSettings, split: Split, kinds: Sequence[str]) -> list[CountedVote]:
     """The votes of a split that judge replies of these kinds.
 
     "held_out" has the held-out prompts and, if people are held out too, only the votes of those people. "train" has
@@ -79,7 +79,7 @@ def votes_in(connection: Connection, settings: LabelSettings, split: Split, kind
 
 def decisions_in(
     connection: Connection, settings: LabelSettings, split: Split, kinds: Sequence[str]
-) -> dict[str, Cast]:
+) -> dict[str, CountedVote]:
     """The newest decision on each adjudicated item, by the item's hash.
 
     A decision is the project's and not a person's: it is in the split of its prompt, whoever made it. The choice
@@ -90,7 +90,9 @@ def decisions_in(
     return {cast.item_sha256: cast for cast, prompt_out in found if prompt_out in wanted}
 
 
-def _placed(casts: Iterable[Cast], settings: LabelSettings, kinds: Sequence[str]) -> Iterator[tuple[Cast, bool]]:
+def _placed(
+    casts: Iterable[CountedVote], settings: LabelSettings, kinds: Sequence[str]
+) -> Iterator[tuple[CountedVote, bool]]:
     """The votes on items of these kinds, each with whether its prompt is held out."""
     out: dict[int, bool] = {}
     for cast in casts:
@@ -103,11 +105,11 @@ def _placed(casts: Iterable[Cast], settings: LabelSettings, kinds: Sequence[str]
 
 def _by_item(
     connection: Connection, settings: LabelSettings, split: Split, kinds: Sequence[str]
-) -> tuple[list[list[Cast]], Counter[str]]:
+) -> tuple[list[list[CountedVote]], Counter[str]]:
     """The votes on each item, in the order in which items were first judged, and counts. An adjudicated item has only
     its decision."""
     casts = votes_in(connection, settings, split, kinds)
-    groups: dict[str, list[Cast]] = defaultdict(list)
+    groups: dict[str, list[CountedVote]] = defaultdict(list)
     for cast in casts:
         groups[cast.item_sha256].append(cast)
     counts = Counter(votes=len(casts))
@@ -121,7 +123,7 @@ def _by_item(
     return list(groups.values()), counts
 
 
-def _too_few(group: Sequence[Cast], settings: LabelSettings) -> bool:
+def _too_few(group: Sequence[CountedVote], settings: LabelSettings) -> bool:
     return len(group) < settings.min_votes and group[0].purpose != "adjudication"
 
 
@@ -319,7 +321,7 @@ def _ranks(ranking: Sequence[Sequence[int]]) -> list[float]:
     return [ranks[place] for place in sorted(ranks)]
 
 
-def _judgements(cast: Cast, settings: LabelSettings) -> Iterable[_Judgement]:
+def _judgements(cast: CountedVote, settings: LabelSettings) -> Iterable[_Judgement]:
     prompt = from_dict(Prompt, cast.prompt)
     texts = [reply["text"] for reply in cast.replies]
     if cast.kind == "ranking":
@@ -332,7 +334,7 @@ def _judgements(cast: Cast, settings: LabelSettings) -> Iterable[_Judgement]:
     yield _judgement(prompt, texts[0], texts[1], cast.answer.choice, margin, cast)
 
 
-def _judgement(prompt: Prompt, a: str, b: str, choice: str, margin: float, cast: Cast) -> _Judgement:
+def _judgement(prompt: Prompt, a: str, b: str, choice: str, margin: float, cast: CountedVote) -> _Judgement:
     """A judgement with its sides in a fixed order, so that the same two replies are one pair in all their items."""
     if b < a:
         a, b, choice = b, a, {"A": "B", "B": "A"}.get(choice, choice)

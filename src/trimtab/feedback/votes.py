@@ -22,7 +22,7 @@ _FEW = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cast:
+class CountedVote:
     """A vote that counts (the newest of its person on its item), with the item and who gave it."""
 
     id: int
@@ -55,7 +55,7 @@ def cast_votes(
     item_id: int | None = None,
     after: int = 0,
     limit: int | None = None,
-) -> Iterator[Cast]:
+) -> Iterator[CountedVote]:
     """The votes that count, in the order they were given.
 
     `banned` includes those of banned people, `judged_only` keeps only judgements, `item_id` keeps the votes on one
@@ -88,7 +88,7 @@ def cast_votes(
     items = _items(connection, {row.item_id for row in found})
     for row in found:
         item = items[row.item_id]
-        yield Cast(
+        yield CountedVote(
             id=row.id,
             item_id=row.item_id,
             item_sha256=item.sha256,
@@ -119,7 +119,7 @@ def _items(connection: Connection, wanted: set[int]) -> dict[int, Row[Any]]:
     return {row.id: row for row in connection.execute(rows)}
 
 
-def table_row(cast: Cast) -> JsonDict:
+def table_row(cast: CountedVote) -> JsonDict:
     """A vote as a row of the vote table that `trimtab feedback agreement` reads, with everything else it says.
 
     The `choice` of a rating is its number, that of a ranking its best place or "tie", and that of steps the number of
@@ -153,12 +153,12 @@ def table_row(cast: Cast) -> JsonDict:
     return row
 
 
-def group_of(cast: Cast) -> str:
+def group_of(cast: CountedVote) -> str:
     """A name made of the prompt's messages: judgements about one prompt are not independent, and form one group."""
     return digest([[m["role"], m["content"]] for m in cast.prompt["messages"]])[:16]
 
 
-def _category(cast: Cast) -> str:
+def _category(cast: CountedVote) -> str:
     answer = cast.answer
     if answer.choice != "done":
         return answer.choice
@@ -218,6 +218,6 @@ def votes_of(project: str | Path) -> VoteTable:
         store.close()
 
 
-def as_dict(cast: Cast) -> dict[str, Any]:
+def as_dict(cast: CountedVote) -> dict[str, Any]:
     """A vote for the REST interface: the row of the vote table, with the vote's id."""
     return {"id": cast.id, **table_row(cast)}

@@ -212,34 +212,34 @@ def make_batches(
     reference = start_reference(settings, policy, base, chat) if loss.needs_reference else None
     directory = Path(settings.reference_cache) if settings.reference_cache else run.directory.parent / ".reference"
 
-    def said(by: Policy | None, trees: Sequence[Tree], places: Sequence[int]) -> dict[int, Tensor]:
-        if by is None:
+    def logprobs_by_place(scorer: Policy | None, trees: Sequence[Tree], places: Sequence[int]) -> dict[int, Tensor]:
+        if scorer is None:
             return {}
         wanted = Lazy(len(places), lambda i: trees[places[i]])
-        found = reference_logprobs(by, wanted, token_budget=settings.token_budget, directory=directory)
+        found = reference_logprobs(scorer, wanted, token_budget=settings.token_budget, directory=directory)
         return dict(zip(places, found, strict=True))
 
-    def maker(by: Policy | None, examples: Comparisons | Judgements, places: Sequence[int]) -> MakeBatch:
-        ref = said(by, examples.trees, places)
+    def batch_maker(scorer: Policy | None, examples: Comparisons | Judgements, places: Sequence[int]) -> MakeBatch:
+        ref = logprobs_by_place(scorer, examples.trees, places)
         if isinstance(examples, Comparisons):
             return lambda indices: pair_batch(examples, indices, ref)
         if not loss.needs_mismatched:
             return lambda indices: reply_batch(examples, indices, ref)
         mixed = mismatch(examples.trees, max_tokens=settings.max_tokens, bos_id=chat.tokenizer.bos_token_id)
-        mixed_ref = said(by, mixed, places)
+        mixed_ref = logprobs_by_place(scorer, mixed, places)
         return lambda indices: mismatched_batch(reply_batch(examples, indices, ref), indices, mixed, mixed_ref)
 
     if loss.needs_mismatched:
         check_mismatched(settings, train, held_out)
-    make_batch = maker(reference, train, used)
+    make_batch = batch_maker(reference, train, used)
     if not held_out.trees:
         return make_batch, None
-    again = late_reference(settings, policy, reference, chat)
+    reference_as_it_was = late_reference(settings, policy, reference, chat)
 
     @cache
     def make_held_out() -> MakeBatch:
-        with again() as by:
-            return maker(by, held_out, range(len(held_out.trees)))
+        with reference_as_it_was() as scorer:
+            return batch_maker(scorer, held_out, range(len(held_out.trees)))
 
     validation = Validation(
         lambda: [tree.num_tokens for tree in held_out.trees],
