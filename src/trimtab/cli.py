@@ -31,7 +31,7 @@ from trimtab.core.settings_help import settings_help, summary_of
 from trimtab.feedback.command_line import add_to
 
 if TYPE_CHECKING:
-    from trimtab.data.show import Kind
+    from trimtab.data.show import RecordKind
     from trimtab.runs.run import Run
     from trimtab.stages.export import Dtype
     from trimtab.stages.stage import Stage
@@ -449,7 +449,7 @@ def data() -> None:
     help="Which assistant turns of a demonstration are trained, as in the sft stage.",
 )
 @click.option("--all", "whole", is_flag=True, help="Count and measure every row, not only the first thousand.")
-def show(source: str, model: str, kind: Kind, rows: int, train_on: Literal["last", "all"], whole: bool) -> None:
+def show(source: str, model: str, kind: RecordKind, rows: int, train_on: Literal["last", "all"], whole: bool) -> None:
     """Show rows as tokens, with the trained ones marked."""
     from rich.console import Console
 

@@ -234,3 +234,23 @@ def test_modules_and_their_public_names_have_docstrings():
 def test_no_file_is_longer_than_500_lines():
     long = {name_of(p): n for p in FILES if (n := len(p.read_text(encoding="utf-8").splitlines())) > 500}
     assert not long
+
+
+def type_names(tree: ast.Module) -> Iterator[str]:
+    """The classes of a file, and the names it gives to types, such as `Split = Literal["train", "test"]`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name[0].isupper() and any(letter.islower() for letter in name):
+                yield name
+
+
+def test_no_two_files_give_one_name_to_two_types():
+    homes: dict[str, set[str]] = {}
+    for path, tree in TREES.items():
+        for name in type_names(tree):
+            homes.setdefault(name, set()).add(name_of(path))
+    assert not {name: where for name, where in homes.items() if len(where) > 1}

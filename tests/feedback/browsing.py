@@ -41,7 +41,7 @@ class Browser:
         assert found
         return found[1]
 
-    def join(self, name: str, role: people.Role = "annotator") -> people.Person:
+    def join(self, name: str, role: people.PersonRole = "annotator") -> people.Person:
         token = people.make_invite(self.store, role)
         self.get("/join")
         response = self.post("/join", token=token, name=name, password=PASSWORD)

@@ -56,7 +56,7 @@ def add(store: Store, count: int, *, first: int = 0, **more: Any) -> None:
     items.add_items(store, [(f"row {i}", item(i, **more)) for i in range(first, first + count)])
 
 
-def person(store: Store, name: str, role: people.Role = "annotator") -> Person:
+def person(store: Store, name: str, role: people.PersonRole = "annotator") -> Person:
     with store.write() as connection:
         return people.add_person(connection, store.now(), name, role)
 

@@ -33,7 +33,7 @@ from trimtab.feedback.webhooks import RETRY_SECONDS, deliver_due
 class Api:
     """Calls with a token."""
 
-    def __init__(self, store: Store, role: people.Role) -> None:
+    def __init__(self, store: Store, role: people.PersonRole) -> None:
         someone = person(store, f"api {role}", role)
         self.client = TestClient(create_app(store))
         token = people.start_session(store, someone, hours=1, kind="api")

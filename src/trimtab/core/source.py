@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Records = tuple[list[Any], str, dict[str, int]]
+FoundRecords = tuple[list[Any], str, dict[str, int]]
 """Records, their SHA-256, and how many items were left out for each reason."""
 
 
@@ -25,7 +25,7 @@ class Source:
     """The record type that it gives if none is asked for."""
     live: bool
     """Whether the source may grow during a run; if so, the run keeps what it read first."""
-    read: Callable[[type, str], Records]
+    read: Callable[[type, str], FoundRecords]
     """All records of a type. Raises DataError if it has none of that type, or an option does not exist."""
     check: Callable[[type, str], None]
     """Raises the errors that `read` would raise, as far as they can be found quickly."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from json.encoder import encode_basestring as _quoted
 from typing import Any, Literal, TypeVar, cast
 
-Role = Literal["system", "user", "assistant", "tool"]
+MessageRole = Literal["system", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length"]
 
 JsonDict = dict[str, Any]
@@ -20,7 +20,7 @@ JsonDict = dict[str, Any]
 class Message:
     """One turn of a conversation."""
 
-    role: Role
+    role: MessageRole
     content: str
 
 

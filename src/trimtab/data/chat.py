@@ -13,7 +13,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.core.errors import ConfigError, DataError
-from trimtab.core.types import Message, Role
+from trimtab.core.types import Message, MessageRole
 from trimtab.data.mistakes import Mistake
 from trimtab.data.templates import TODAY, dated, default_template, only_writes_contents
 from trimtab.data.tokenizers import ModelFacts, choose_pad, refuse_missing_rows
@@ -83,8 +83,8 @@ class Chat:
         self.tokenizer = tokenizer
         if tokenizer.chat_template is None:
             tokenizer.chat_template = default_template(tokenizer)
-        self._refusals: dict[tuple[Role, ...], Mistake | None] = {}
-        self._skeletons: dict[tuple[tuple[Role, ...], bool], _Skeleton | None] = {}
+        self._refusals: dict[tuple[MessageRole, ...], Mistake | None] = {}
+        self._skeletons: dict[tuple[tuple[MessageRole, ...], bool], _Skeleton | None] = {}
         added = {token.content: (id_, token.special) for id_, token in tokenizer.added_tokens_decoder.items()}
         self._special = {text: id_ for text, (id_, special) in added.items() if special}
         self._special_pattern = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
@@ -259,7 +259,7 @@ class Chat:
             )
         self.stop_ids = frozenset({self.end_id} if eos_id is None else {self.end_id, eos_id})
 
-    def _skeleton(self, roles: tuple[Role, ...], generation_prompt: bool) -> _Skeleton | None:
+    def _skeleton(self, roles: tuple[MessageRole, ...], generation_prompt: bool) -> _Skeleton | None:
         """The skeleton for these roles; None if the template does not write every content once and in order."""
         key = roles, generation_prompt
         if key not in self._skeletons:

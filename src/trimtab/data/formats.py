@@ -44,7 +44,7 @@ from trimtab.data.rows import (
     to_stepped_response,
 )
 
-Columns = frozenset[str]
+ColumnSet = frozenset[str]
 Sample = Mapping[str, Any]
 
 
@@ -55,7 +55,7 @@ class Layout:
     name: str
     columns: str
     """The columns, as messages to people name them."""
-    matches: Callable[[Columns, Sample], bool]
+    matches: Callable[[ColumnSet, Sample], bool]
     """Takes the columns present in most rows, by the names of `columns.names_of`, and a sample value of each; true if
     this layout fits."""
     converters: Mapping[type, Callable[..., Any]]
@@ -126,15 +126,15 @@ def _is_own(prompt: Any) -> bool:
     return isinstance(prompt, dict) and "messages" in prompt
 
 
-def _has(*names: str) -> Callable[[Columns, Sample], bool]:
+def _has(*names: str) -> Callable[[ColumnSet, Sample], bool]:
     return lambda columns, _: columns.issuperset(names)
 
 
-def _is_reply(columns: Columns) -> bool:
+def _is_reply(columns: ColumnSet) -> bool:
     return "prompt" in columns and bool(columns & {"completion", "response"})
 
 
-def _has_thumb(columns: Columns, sample: Sample) -> bool:
+def _has_thumb(columns: ColumnSet, sample: Sample) -> bool:
     return "label" in columns and thumb(sample.get("label")) is not None
 
 

@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.core.types import Message, Role
+from trimtab.core.types import Message, MessageRole
 from trimtab.data.mistakes import Mistake, filled, shown, wrong_type
 
-ROLE_NAMES: Mapping[str, Role] = {
+ROLE_NAMES: Mapping[str, MessageRole] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant"),

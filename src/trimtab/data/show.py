@@ -21,7 +21,7 @@ from trimtab.data.sources import records_source
 from trimtab.data.tokenizers import load_tokenizer
 from trimtab.data.tokens import without_turns
 
-Kind = Literal["auto", "sft", "preference", "prompt"]
+RecordKind = Literal["auto", "sft", "preference", "prompt"]
 _RECORDS: dict[str, type] = {"sft": Demonstration, "preference": PreferencePair, "prompt": Prompt}
 NUM_MEASURED = 1000
 """How many rows are counted and measured, unless all rows are asked for."""
@@ -36,7 +36,7 @@ def show(
     source: str | Path,
     model_dir: str | Path,
     *,
-    kind: Kind = "auto",
+    kind: RecordKind = "auto",
     rows: int = 3,
     whole: bool = False,
     train_on: Literal["last", "all"] = "last",

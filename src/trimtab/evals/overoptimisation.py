@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from trimtab.stats import Floats, Interval, bootstrap_mean, moving_mean
 
-Form = Literal["best_of_n", "rl", "linear"]
+CurveForm = Literal["best_of_n", "rl", "linear"]
 
 MAX_EXTRAPOLATION = 1.5
 """A fitted curve is not evaluated beyond this multiple of the largest measured distance."""
@@ -105,7 +105,7 @@ class Fit:
     best_of_n: d (alpha - beta d)      rl: d (alpha - beta log d)      linear: alpha d
     """
 
-    form: Form
+    form: CurveForm
     alpha: float
     beta: float
     """How fast the gain is lost; never below 0."""
@@ -135,7 +135,7 @@ class Fit:
         return float(_basis(self.form, np.array([distance]))[0] @ [self.alpha, -self.beta])
 
 
-def fit_curve(kl: ArrayLike, reward: ArrayLike, form: Form, *, start: float | None = None) -> Fit:
+def fit_curve(kl: ArrayLike, reward: ArrayLike, form: CurveForm, *, start: float | None = None) -> Fit:
     """Least-squares fit of a form to rewards measured at some KL from the reference (closed form, beta >= 0).
 
     R is the gain over the reference, `reward - start`; `start` is the reward at KL 0, by default that of the point with
@@ -209,7 +209,7 @@ def hacking_summary(points: Sequence[tuple[float, float, float]], *, window: int
     )
 
 
-def _basis(form: Form, distance: Floats) -> Floats:
+def _basis(form: CurveForm, distance: Floats) -> Floats:
     """The columns [points, 2] that alpha and -beta multiply."""
     second = {
         "best_of_n": distance**2,
@@ -219,7 +219,7 @@ def _basis(form: Form, distance: Floats) -> Floats:
     return np.stack([distance, second[form]], axis=1)
 
 
-def _solve(basis: Floats, gain: Floats, form: Form) -> tuple[float, float]:
+def _solve(basis: Floats, gain: Floats, form: CurveForm) -> tuple[float, float]:
     if form != "linear":
         alpha, minus_beta = np.linalg.lstsq(basis, gain, rcond=None)[0]
         if minus_beta <= 0:

@@ -14,8 +14,8 @@ import trimtab
 
 if TYPE_CHECKING:
     from trimtab.feedback.items import Purpose
-    from trimtab.feedback.labels import Split
-    from trimtab.feedback.people import Role, State
+    from trimtab.feedback.labels import LabelSplit
+    from trimtab.feedback.people import PersonRole, State
 
 _project = click.argument("project", type=click.Path(path_type=Path))
 _file = click.Path(dir_okay=False, path_type=Path)
@@ -153,7 +153,7 @@ def import_(
 @click.option("--out", type=_file, help="File to write: .jsonl, .csv or .parquet.  [LAYOUT.jsonl]")
 @click.option("--split", type=click.Choice(["all", "train", "held_out"]), default="all", show_default=True)
 @click.option("--list", "show_layouts", is_flag=True, help="Say what each layout holds.")
-def export(project: Path, layout: str, out: Path | None, split: Split, show_layouts: bool) -> None:
+def export(project: Path, layout: str, out: Path | None, split: LabelSplit, show_layouts: bool) -> None:
     """Write what people said, in a layout that trainers read or without loss, with a card of where it comes from."""
     from trimtab.core.errors import ConfigError
     from trimtab.feedback import exporting
@@ -204,7 +204,7 @@ def status(project: Path, as_json: bool) -> None:
 @click.option("--list", "show_open", is_flag=True, help="List the invitations and links that can still be used.")
 @click.option("--revoke", type=int, help="Make the invitation of this number useless.")
 def invite(
-    project: Path, role: Role, uses: int, hours: float, address: str | None, show_open: bool, revoke: int | None
+    project: Path, role: PersonRole, uses: int, hours: float, address: str | None, show_open: bool, revoke: int | None
 ) -> None:
     """Make an invitation, or list or revoke them."""
     from trimtab.feedback import people
@@ -231,8 +231,8 @@ def invite(
 @click.option("--address", help="Address of the server, for whole links.")
 @click.option("--delete", is_flag=True, help="Delete NAME's name and words; their choices stay without a name.")
 def people(
-    project: Path, name: str | None, state: State | None, role: Role | None, link: bool, links: bool, sign_out: bool,
-    address: str | None, delete: bool,
+    project: Path, name: str | None, state: State | None, role: PersonRole | None, link: bool, links: bool,
+    sign_out: bool, address: str | None, delete: bool,
 ) -> None:  # fmt: skip
     """List people, or change one: state, role, password, sessions, deletion."""
     from trimtab.core.errors import ConfigError

@@ -27,11 +27,11 @@ from trimtab.feedback.project import Project
 from trimtab.feedback.store import Store, digest, guideline
 from trimtab.feedback.votes import cast_votes, table_row
 
-Layout = Literal[
+ExportLayout = Literal[
     "preference", "conversational", "implicit", "unpaired", "stepwise", "sft", "groups", "comparisons", "votes",
     "potato", "dump",
 ]  # fmt: skip
-LAYOUTS: dict[Layout, str] = {
+LAYOUTS: dict[ExportLayout, str] = {
     "preference": "prompt, chosen, rejected as text, with the soft label and the margin (TRL, explicit prompt)",
     "conversational": "the same with message lists",
     "implicit": "chosen and rejected as whole conversations (TRL, implicit prompt)",
@@ -54,7 +54,7 @@ class Exported:
     card: JsonDict
 
 
-def export(store: Store, layout: Layout, *, split: labels.Split = "all") -> Exported:
+def export(store: Store, layout: ExportLayout, *, split: labels.LabelSplit = "all") -> Exported:
     """The rows of a layout and their card. Raises DataError for a layout that the project cannot give."""
     settings = store.project.settings
     with store.read() as connection:
@@ -76,7 +76,7 @@ def export(store: Store, layout: Layout, *, split: labels.Split = "all") -> Expo
     return Exported(rows, card)
 
 
-def write_export(store: Store, layout: Layout, out: Path, *, split: labels.Split = "all") -> JsonDict:
+def write_export(store: Store, layout: ExportLayout, out: Path, *, split: labels.LabelSplit = "all") -> JsonDict:
     """Writes the rows in the format of `out` (.jsonl, .csv or .parquet) and the card beside them; returns the card."""
     exported = export(store, layout, split=split)
     content = to_bytes(exported.rows, out.name)
@@ -176,7 +176,7 @@ def _common(a: Any, b: Any) -> Any:
 
 
 def _rows(
-    project: Project, connection: Connection, layout: Layout, split: labels.Split
+    project: Project, connection: Connection, layout: ExportLayout, split: labels.LabelSplit
 ) -> tuple[list[JsonDict], dict[str, int]]:
     settings = project.settings
     if layout in ("preference", "conversational", "implicit"):

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Row
 from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict, Prompt, from_dict, to_dict
 from trimtab.feedback import tables as t
-from trimtab.feedback.project import Kind, Policy
+from trimtab.feedback.project import AssignmentPolicy, Kind
 from trimtab.feedback.store import (
     AuditEntry,
     Store,
@@ -251,7 +251,7 @@ def apply_settings(store: Store) -> None:
 # --- which items a policy asks for ---
 
 
-def policy_score(policy: Policy, scores: Mapping[str, Sequence[float]], given: float) -> float:
+def policy_score(policy: AssignmentPolicy, scores: Mapping[str, Sequence[float]], given: float) -> float:
     """How much a policy wants an item: the score of the pair of its replies that the policy wants most.
 
     Let d_m be the difference of two replies under reward model m, and s the logistic function. Then uncertainty is
@@ -272,7 +272,7 @@ def policy_score(policy: Policy, scores: Mapping[str, Sequence[float]], given: f
     return best
 
 
-def _pair_score(policy: Policy, differences: Sequence[float]) -> float:
+def _pair_score(policy: AssignmentPolicy, differences: Sequence[float]) -> float:
     chances = [_logistic(d) for d in differences]
     mean = sum(chances) / len(chances)
     if policy == "uncertainty":

@@ -26,11 +26,11 @@ from trimtab.feedback.project import LabelSettings
 from trimtab.feedback.store import digest
 from trimtab.feedback.votes import CountedVote, cast_votes, ranked_pairs
 from trimtab.feedback.voting import JUDGED
-from trimtab.votes.aggregate import Method, aggregate, share_of_a
+from trimtab.votes.aggregate import AggregationMethod, aggregate, share_of_a
 from trimtab.votes.table import votes_from_rows
 
-Split = Literal["all", "train", "held_out"]
-_METHODS: dict[str, Method] = {
+LabelSplit = Literal["all", "train", "held_out"]
+_METHODS: dict[str, AggregationMethod] = {
     "share": "majority",
     "majority": "majority",
     "dawid_skene": "dawid_skene",
@@ -58,7 +58,9 @@ class _Judgement:
     cast: CountedVote
 
 
-def votes_in(connection: Connection, settings: LabelSettings, split: Split, kinds: Sequence[str]) -> list[CountedVote]:
+def votes_in(
+    connection: Connection, settings: LabelSettings, split: LabelSplit, kinds: Sequence[str]
+) -> list[CountedVote]:
     """The votes of a split that judge replies of these kinds.
 
     "held_out" has the held-out prompts and, if people are held out too, only the votes of those people. "train" has
@@ -78,7 +80,7 @@ def votes_in(connection: Connection, settings: LabelSettings, split: Split, kind
 
 
 def decisions_in(
-    connection: Connection, settings: LabelSettings, split: Split, kinds: Sequence[str]
+    connection: Connection, settings: LabelSettings, split: LabelSplit, kinds: Sequence[str]
 ) -> dict[str, CountedVote]:
     """The newest decision on each adjudicated item, by the item's hash.
 
@@ -104,7 +106,7 @@ def _placed(
 
 
 def _by_item(
-    connection: Connection, settings: LabelSettings, split: Split, kinds: Sequence[str]
+    connection: Connection, settings: LabelSettings, split: LabelSplit, kinds: Sequence[str]
 ) -> tuple[list[list[CountedVote]], Counter[str]]:
     """The votes on each item, in the order in which items were first judged, and counts. An adjudicated item has only
     its decision."""
@@ -128,7 +130,7 @@ def _too_few(group: Sequence[CountedVote], settings: LabelSettings) -> bool:
 
 
 def preference_pairs(
-    connection: Connection, settings: LabelSettings, split: Split = "all"
+    connection: Connection, settings: LabelSettings, split: LabelSplit = "all"
 ) -> tuple[list[PreferencePair], dict[str, int]]:
     """A pair for every two replies of which the votes prefer one, in the order they were first judged, and counts.
 
@@ -191,7 +193,7 @@ def preference_pairs(
 
 
 def _edited_pairs(
-    connection: Connection, settings: LabelSettings, split: Split
+    connection: Connection, settings: LabelSettings, split: LabelSplit
 ) -> tuple[list[PreferencePair], Counter[str]]:
     """A pair of each edited reply (chosen) and the one it was made from, if anything was changed; and counts."""
     found, counts = _by_item(connection, settings, split, ("edit",))
@@ -205,7 +207,7 @@ def _edited_pairs(
     return pairs, counts + Counter(edited_replies=len(pairs))
 
 
-def comparisons(connection: Connection, settings: LabelSettings, split: Split = "all") -> list[Comparison]:
+def comparisons(connection: Connection, settings: LabelSettings, split: LabelSplit = "all") -> list[Comparison]:
     """Every vote between two replies by itself; of an adjudicated item only the decision.
 
     "Both bad" is a tie if the project says so; otherwise it is left out.
@@ -229,7 +231,7 @@ def comparisons(connection: Connection, settings: LabelSettings, split: Split = 
 
 
 def labelled_responses(
-    connection: Connection, settings: LabelSettings, points: int, split: Split = "all"
+    connection: Connection, settings: LabelSettings, points: int, split: LabelSplit = "all"
 ) -> tuple[list[LabelledResponse], dict[str, int]]:
     """Each rated reply, labelled true if its mean rating, scaled to [0, 1], is above `positive_from`; and counts."""
     groups, counts = _by_item(connection, settings, split, ("rating",))
@@ -250,7 +252,7 @@ def labelled_responses(
 
 
 def stepped_responses(
-    connection: Connection, settings: LabelSettings, split: Split = "all"
+    connection: Connection, settings: LabelSettings, split: LabelSplit = "all"
 ) -> tuple[list[SteppedResponse], dict[str, int]]:
     """Each reply in steps with labels by majority: true if neutral and right marks outnumber wrong ones; and counts.
 
@@ -276,7 +278,7 @@ def stepped_responses(
 
 
 def demonstrations(
-    connection: Connection, settings: LabelSettings, split: Split = "all"
+    connection: Connection, settings: LabelSettings, split: LabelSplit = "all"
 ) -> tuple[list[Demonstration], dict[str, int]]:
     """Every reply that people wrote or edited, and counts; of an adjudicated item only the adjudicator's."""
     groups, counts = _by_item(connection, settings, split, ("demonstration", "edit"))
@@ -286,7 +288,7 @@ def demonstrations(
 
 
 def groups(
-    connection: Connection, settings: LabelSettings, split: Split = "all"
+    connection: Connection, settings: LabelSettings, split: LabelSplit = "all"
 ) -> tuple[list[JsonDict], dict[str, int]]:
     """Each ranked set of replies with all its rankings and the mean rank of each reply (1 is best); and counts.
 

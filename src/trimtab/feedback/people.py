@@ -16,8 +16,8 @@ from trimtab.feedback import tables as t
 from trimtab.feedback.store import Store, append_audit, checked_text
 from trimtab.feedback.webhooks import notify
 
-Role = Literal["annotator", "adjudicator", "admin"]
-ROLES: tuple[Role, ...] = ("annotator", "adjudicator", "admin")
+PersonRole = Literal["annotator", "adjudicator", "admin"]
+ROLES: tuple[PersonRole, ...] = ("annotator", "adjudicator", "admin")
 State = Literal["active", "paused", "banned"]
 STATES: tuple[State, ...] = ("active", "paused", "banned")
 MIN_PASSWORD = 10
@@ -31,7 +31,7 @@ class Person:
 
     id: int
     name: str
-    role: Role
+    role: PersonRole
     state: str
     qualified: bool | None
     """Whether they passed the quiz; None until that is decided."""
@@ -64,7 +64,9 @@ _PERSON = [c.label("keys_") if c.name == "keys" else c for c in t.people.c]  # a
 # --- joining ---
 
 
-def make_invite(store: Store, role: Role, *, uses: int = 1, hours: float = 168.0, actor: int | None = None) -> str:
+def make_invite(
+    store: Store, role: PersonRole, *, uses: int = 1, hours: float = 168.0, actor: int | None = None
+) -> str:
     """The token of a new invitation. It is shown only once; the store has its hash."""
     if role not in ROLES:
         raise DataError(f"no role is called {role!r}", where="the invitation", fix=f"use {', '.join(ROLES)}")
@@ -155,7 +157,7 @@ def join(store: Store, token: str, name: str, password: str) -> Person:
 
 
 def add_person(
-    connection: Connection, at: float, name: str, role: Role, *, password: str = "", actor: int | None = None
+    connection: Connection, at: float, name: str, role: PersonRole, *, password: str = "", actor: int | None = None
 ) -> Person:
     """A new person. Without a password they cannot sign in, such as simulated annotators or those of imported votes."""
     row = {"name": name, "role": role, "state": "active", "password": password, "opted_out": False, "warned": False}
@@ -281,7 +283,7 @@ def set_state(store: Store, person_id: int, state: State, *, actor: int | None =
         notify(store, connection, "person_state", {"person": person_id, "state": state})
 
 
-def set_role(store: Store, person_id: int, role: Role, *, actor: int | None = None) -> None:
+def set_role(store: Store, person_id: int, role: PersonRole, *, actor: int | None = None) -> None:
     """Gives somebody another role. Raises DataError for the last admin who can sign in."""
     if role not in ROLES:
         raise DataError(f"no role is called {role!r}", where=f"person {person_id}", fix=f"use {', '.join(ROLES)}")

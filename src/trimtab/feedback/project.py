@@ -15,7 +15,7 @@ from trimtab.core.errors import ConfigError
 
 Kind = Literal["pairs", "ranking", "rating", "steps", "demonstration", "edit"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-Policy = Literal["random", "uncertainty", "disagreement", "bald", "given"]
+AssignmentPolicy = Literal["random", "uncertainty", "disagreement", "bald", "given"]
 Event = Literal["vote", "item_done", "adjudicated", "person_joined", "person_state", "guideline"]
 
 
@@ -69,7 +69,7 @@ class Assignment:
     """People who answer each item: a hard cap, however many ask at once. It can be changed at any time."""
     lease_minutes: float = 30.0
     """An item that was given out and not answered is given to somebody else after this many minutes."""
-    policy: Policy = "random"
+    policy: AssignmentPolicy = "random"
     """How items outside the random arm are chosen: at random, by what the reward models do not know (uncertainty,
     disagreement, bald), or by a given score."""
     random_arm: float = 0.2

@@ -7,7 +7,7 @@ from typing import Any, cast
 from urllib.parse import parse_qsl
 
 from trimtab.core.errors import DataError
-from trimtab.core.source import Records, Source
+from trimtab.core.source import FoundRecords, Source
 from trimtab.core.types import (
     Comparison,
     Demonstration,
@@ -23,7 +23,7 @@ from trimtab.feedback.store import open_store
 SPLITS = ("all", "train", "held_out")
 
 
-def records(kind: type, source: str) -> Records:
+def records(kind: type, source: str) -> FoundRecords:
     """The records of "feedback:PROJECT.toml?split=train", their SHA-256, and counts.
 
     `split` is all (the default), train or held_out, as the project's `[labels]` say. Raises DataError if the project
@@ -31,7 +31,7 @@ def records(kind: type, source: str) -> Records:
     """
     path, _, query = source.removeprefix("feedback:").partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
-    split = cast(labels.Split, options.pop("split", "all"))
+    split = cast(labels.LabelSplit, options.pop("split", "all"))
     if options or split not in SPLITS:
         raise DataError(
             f"no option is called {', '.join(options)}" if options else f"no split is called {split!r}",

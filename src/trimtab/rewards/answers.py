@@ -19,7 +19,7 @@ from trimtab.rewards.each import Score, fact, score_each
 from trimtab.rewards.helper import Helper
 from trimtab.rewards.written import amount_of, as_number, clean, same_text
 
-Form = Literal["hashes", "boxed", "last_number"]
+AnswerForm = Literal["hashes", "boxed", "last_number"]
 
 _IN_TEXT = re.compile(r"(?<![\w.])[-+−]?[$€£¥]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 _SEVERAL = ("$", "\\(", "\\)", "\\[", "\\]", "\\boxed", "\n")
@@ -35,7 +35,7 @@ class ExactAnswer:
 
     fact: str = "answer"
     """The prompt's fact that holds the right answer."""
-    forms: tuple[Form, ...] = ("hashes", "boxed")
+    forms: tuple[AnswerForm, ...] = ("hashes", "boxed")
     """How the final answer is written; the first form that occurs counts: "#### 42" to the end of that line,
     "\\boxed{42}", or the last number of the reply. If one form occurs several times, the last one counts."""
     maths: bool = False
@@ -99,7 +99,7 @@ class ExactAnswerScorer:
         return bool(self.helper.ask("same_maths", _plain(right), _plain(given)))
 
 
-def find_answer(reply: str, forms: Sequence[Form]) -> str | None:
+def find_answer(reply: str, forms: Sequence[AnswerForm]) -> str | None:
     """The final answer as written, in the first of `forms` that occurs; None if none of them does."""
     for form in forms:
         found = _FINDERS[form](reply)

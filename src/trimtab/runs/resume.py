@@ -22,7 +22,7 @@ Each name is that of a key, or of a table with all that is in it."""
 
 
 @dataclass(frozen=True)
-class Place:
+class RunPlace:
     """The directory of a run, and the directory that its command was given in: relative paths in its settings are
     relative to the latter."""
 
@@ -30,7 +30,7 @@ class Place:
     cwd: str
 
     @classmethod
-    def of(cls, directory: Path) -> Place:
+    def of(cls, directory: Path) -> RunPlace:
         """The place of a run opened now."""
         return cls(os.path.abspath(directory), os.getcwd())
 
@@ -72,8 +72,8 @@ def changes(
     now: Mapping[str, Any],
     *,
     grows: Sequence[str],
-    then: Place | None,
-    here: Place,
+    then: RunPlace | None,
+    here: RunPlace,
     num_done: int,
     finished: bool,
 ) -> Changes:
@@ -126,7 +126,7 @@ def _may_become(key: str, before: Any, now: Any, *, num_done: int, finished: boo
     return new > old or (not finished and key != "num_epochs" and new >= num_done)
 
 
-def _same_place(before: Any, now: Any, *, then: Place | None, here: Place) -> bool:
+def _same_place(before: Any, now: Any, *, then: RunPlace | None, here: RunPlace) -> bool:
     """Whether two settings are one path: the same file or directory, or the same place beside a run that was moved."""
     if not isinstance(before, str) or not isinstance(now, str) or "\n" in before + now:
         return False
@@ -138,7 +138,7 @@ def _same_place(before: Any, now: Any, *, then: Place | None, here: Place) -> bo
     return then is not None and beside is not None and then.beside(before) == beside
 
 
-def _two_places(key: str, value: Any, *, then: Place | None, here: Place) -> tuple[str, str] | None:
+def _two_places(key: str, value: Any, *, then: RunPlace | None, here: RunPlace) -> tuple[str, str] | None:
     """What a relative path meant before and what it means now, if both exist and differ, because the command is given
     from elsewhere; else None. A run that was copied together with everything around it reads its own copies."""
     if then is None or not isinstance(value, str) or "\n" in value:
@@ -178,7 +178,7 @@ def _flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, list(values) if isinstance(values, tuple) else values
 
 
-def _shown(here: Place) -> str:
+def _shown(here: RunPlace) -> str:
     relative = os.path.relpath(here.directory, here.cwd)
     return here.directory if relative.startswith("..") else relative
 

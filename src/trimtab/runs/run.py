@@ -29,7 +29,7 @@ from trimtab.core.files import (
 from trimtab.core.metrics import Metric
 from trimtab.runs.environment import environment
 from trimtab.runs.facts import StageFacts
-from trimtab.runs.resume import Changes, Place, changes
+from trimtab.runs.resume import Changes, RunPlace, changes
 from trimtab.runs.trackers import Tracker, Writer
 
 SUMS = "SHA256SUMS"
@@ -113,7 +113,7 @@ class Run:
         if not resume or (settings_file.exists() and not _begun(directory) and _text_of(settings_file) != text):
             _empty(directory, [*self.facts.writes, *_written_before(record)])
         _remove_unfinished(directory)
-        here = Place.of(directory)
+        here = RunPlace.of(directory)
         if not settings_file.exists():
             write_whole(record, json_text({**environment(), "place": vars(here), "stage": self.facts.recorded}))
             write_whole(settings_file, text)
@@ -134,7 +134,7 @@ class Run:
         if began.get("place") != vars(here) or other or found or not record.exists():
             write_whole(record, json_text({**began, "place": vars(here)}))
 
-    def _changes(self, here: Place) -> Changes:
+    def _changes(self, here: RunPlace) -> Changes:
         """How the settings in the directory differ from those now. Raises ConfigError for what may not differ."""
         settings_file = self.directory / "settings.toml"
         try:
@@ -148,7 +148,7 @@ class Run:
         now = tomllib.loads(config.to_toml({"stage": self.stage, **self.settings}))
         record = self.directory / "environment.json"
         place = read_json(record, fix="restore it, or remove it").get("place") if record.exists() else None
-        then = Place(**place) if isinstance(place, dict) and set(place) == set(vars(here)) else None
+        then = RunPlace(**place) if isinstance(place, dict) and set(place) == set(vars(here)) else None
         return changes(
             before, now, grows=self.facts.grows, then=then, here=here, num_done=self._num_done(), finished=self.finished
         )
@@ -231,7 +231,7 @@ class Run:
 
     def _is_same_source(self, before: str, now: str) -> bool:
         """Whether two names mean one file: the run may have been moved, or its file named in another way."""
-        here = Place.of(self.directory)
+        here = RunPlace.of(self.directory)
         inside = here.beside(now)
         if here.resolved(before) == here.resolved(now):
             return True

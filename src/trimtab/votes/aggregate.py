@@ -17,8 +17,8 @@ import numpy as np
 from trimtab.stats import Floats
 from trimtab.votes.table import VoteTable
 
-Method = Literal["majority", "dawid_skene", "one_coin", "mace"]
-Fit = Callable[[Floats, Floats], tuple[Floats, Floats]]
+AggregationMethod = Literal["majority", "dawid_skene", "one_coin", "mace"]
+LabelFit = Callable[[Floats, Floats], tuple[Floats, Floats]]
 """An M-step: from expected counts [R, q, q] (truth, answer) and the last matrices to new ones and skills [R]."""
 
 
@@ -26,7 +26,7 @@ Fit = Callable[[Floats, Floats], tuple[Floats, Floats]]
 class ItemLabels:
     """The estimated label of each of I items in q categories, and how reliable each of R annotators is."""
 
-    method: Method
+    method: AggregationMethod
     probabilities: Floats
     """[I, q], probability of each category; by majority, its share of the votes. nan for an item without votes."""
     num_votes: Floats
@@ -59,7 +59,7 @@ class ItemLabels:
 
 def aggregate(
     votes: VoteTable,
-    method: Method = "majority",
+    method: AggregationMethod = "majority",
     *,
     max_iterations: int = 100,
     tolerance: float = 1e-5,
@@ -150,7 +150,7 @@ def _under_exchange(votes: VoteTable) -> Callable[[Floats], Floats]:
     return (lambda counts: counts) if swap is None else (lambda counts: (counts + counts[:, swap][:, :, swap]) / 2)
 
 
-def _counted_fit(method: Method, tie: Callable[[Floats], Floats]) -> Fit:
+def _counted_fit(method: AggregationMethod, tie: Callable[[Floats], Floats]) -> LabelFit:
     def fit(counts: Floats, before: Floats) -> tuple[Floats, Floats]:
         counts = tie(counts)
         q = counts.shape[1]
@@ -167,7 +167,7 @@ def _counted_fit(method: Method, tie: Callable[[Floats], Floats]) -> Fit:
     return fit
 
 
-def _mace_fit(tie: Callable[[Floats], Floats]) -> Fit:
+def _mace_fit(tie: Callable[[Floats], Floats]) -> LabelFit:
     """The M-step of MACE, theta[k, l] = (1 - s) [k = l] + s habit[l]: an annotator guesses with probability s.
 
     A right answer k was a guess with probability s habit[k] / theta[k, k]; a wrong answer always was.

@@ -25,7 +25,7 @@ from trimtab.stats import Floats, Interval
 from trimtab.votes.table import STYLE, Ints, VoteTable
 
 Ties = Literal["half", "davidson"]
-Method = Literal["bootstrap", "sandwich"]
+RatingMethod = Literal["bootstrap", "sandwich"]
 
 ELO_CENTRE = 1000.0
 ELO_PER_UNIT = 400 / math.log(10)
@@ -109,7 +109,7 @@ def rate(
     *,
     ties: Ties = "half",
     style: bool = False,
-    intervals: Method = "bootstrap",
+    intervals: RatingMethod = "bootstrap",
     ridge: float = 0.0,
     style_ridge: float = 0.5,
     num_resamples: int = 1000,

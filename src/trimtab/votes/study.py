@@ -12,7 +12,7 @@ import numpy as np
 from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict
 from trimtab.stats import Interval
-from trimtab.votes.aggregate import Method, aggregate
+from trimtab.votes.aggregate import AggregationMethod, aggregate
 from trimtab.votes.agreement import (
     Agreement,
     AnnotatorPair,
@@ -40,7 +40,7 @@ class Skill:
     """Probability that an answer of one annotator is right (MACE: that it is not a guess), by one annotator model."""
 
     annotator: str
-    method: Method
+    method: AggregationMethod
     value: float
 
 

@@ -11,7 +11,7 @@ import functools
 
 from trimtab.worlds.helpdesk_claims import false_facts, gives_limit
 from trimtab.worlds.helpdesk_grammar import HARMS, ITEMS, STATES, Facts, right_decision
-from trimtab.worlds.helpdesk_reading import ReplyReading, Run, read, runs_of, words_of
+from trimtab.worlds.helpdesk_reading import ReplyReading, WordRun, read, runs_of, words_of
 from trimtab.worlds.world import Gold
 
 WEIGHTS = {
@@ -114,7 +114,7 @@ def _honesty(says: ReplyReading) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def _runs_of_customer(message: str) -> frozenset[Run]:
+def _runs_of_customer(message: str) -> frozenset[WordRun]:
     return runs_of(words_of(message))
 
 

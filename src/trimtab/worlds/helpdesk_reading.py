@@ -35,7 +35,7 @@ _SPOILERS = CONDITIONS | DENIALS | SAYINGS
 # Characters of a word with its space. It is above the language's mean, so only text that hides its words is affected.
 _LONGEST_MEAN_WORD = 8
 
-Run = tuple[str, str, str, str]
+WordRun = tuple[str, str, str, str]
 
 _TOKEN = re.compile(r"\d+|[^\W\d_]+|[.!?;\n]")
 _ENDS = ".!?;\n"
@@ -107,7 +107,7 @@ class ReplyReading:
     sentences: tuple[Sentence, ...]
     words: frozenset[str]
     length: float
-    runs: frozenset[Run]
+    runs: frozenset[WordRun]
     sense: float
     decisions: frozenset[str]
     flattery: int
@@ -156,7 +156,7 @@ def _tokens(text: str) -> list[str]:
     return tokens if tokens[-1] in _ENDS else [*tokens, "."]
 
 
-def runs_of(words: list[str]) -> frozenset[Run]:
+def runs_of(words: list[str]) -> frozenset[WordRun]:
     """Every run of four neighbouring words."""
     return frozenset(zip(words, words[1:], words[2:], words[3:], strict=False))
 

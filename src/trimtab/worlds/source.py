@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl
 
 from trimtab import worlds
 from trimtab.core.errors import DataError
-from trimtab.core.source import Records, Source
+from trimtab.core.source import FoundRecords, Source
 from trimtab.core.types import Demonstration, Prompt, records_hash
 from trimtab.worlds.world import SPLITS
 
@@ -57,7 +57,7 @@ def read_world(source: str, *, demonstrations: bool) -> list[Prompt] | list[Demo
     return records
 
 
-def records(kind: type, source: str) -> Records:
+def records(kind: type, source: str) -> FoundRecords:
     """The prompts or demonstrations of a world; it has no other records."""
     if kind not in (Prompt, Demonstration):
         raise DataError(

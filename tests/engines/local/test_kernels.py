@@ -11,7 +11,7 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, 
 
 from trimtab.core.errors import EngineError
 from trimtab.engines.local import kernels
-from trimtab.engines.local.kernels import GATED, SWITCH, CompiledKernels, Form, Kernels, find
+from trimtab.engines.local.kernels import GATED, SWITCH, CompiledKernels, Kernels, ProductForm, find
 
 WEIGHT = torch.zeros(1)
 
@@ -53,13 +53,13 @@ def test_products_are_torchs(compiled, n, ins, outs, form):
     norm, start = torch.rand(ins), torch.randn(n, sum(outs))
     expected = product_in_float64(x, weights, biases, form, norm, 1e-6)
     matrices = compiled.matrices(weights, biases, n)
-    torch.testing.assert_close(matrices(x, Form(form, norm, 1e-6)).double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(matrices(x, ProductForm(form, norm, 1e-6)).double(), expected, atol=1e-5, rtol=1e-5)
     added = start.clone()
-    assert matrices(x, Form(form, norm, 1e-6), add_to=added) is added
+    assert matrices(x, ProductForm(form, norm, 1e-6), add_to=added) is added
     torch.testing.assert_close(added.double(), start.double() + expected, atol=1e-5, rtol=1e-5)
     if all(b is None for b in biases):
         torch.testing.assert_close(
-            Kernels().matrices(weights, biases, n)(x, Form(form, norm, 1e-6)).double(),
+            Kernels().matrices(weights, biases, n)(x, ProductForm(form, norm, 1e-6)).double(),
             expected,
             atol=1e-5,
             rtol=1e-5,
@@ -144,7 +144,9 @@ def test_a_row_comes_out_the_same_whatever_stands_beside_it_and_however_many_thr
         results = []
         for num_threads, size in itertools.product((1, 2, 3), (1, 7, 40)):
             torch.set_num_threads(num_threads)
-            results.append(torch.cat([matrices(part, Form("normed", torch.ones(130))) for part in x.split(size)]))
+            results.append(
+                torch.cat([matrices(part, ProductForm("normed", torch.ones(130))) for part in x.split(size)])
+            )
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(r, results[0]) for r in results)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from trimtab.batches.trees import TokenTrees, sequence_tree
 from trimtab.core.errors import EngineError
-from trimtab.engines.local.kernels import GATED, Form, Kernels, Matrices
+from trimtab.engines.local.kernels import GATED, Kernels, Matrices, ProductForm
 from trimtab.models.adapters import is_adapted, weight_of
 from trimtab.models.attention import LLAMA_LIKE, Attend, backbone, row_states
 from trimtab.models.quantized import is_quantized
@@ -28,11 +28,11 @@ from trimtab.models.tree_attention import tree_attention
 class Layer:
     """One block: attention and gated MLP, each after a norm."""
 
-    norm: Form
+    norm: ProductForm
     query_key_value: Matrices
     query_key_norm: Tensor | None
     output: Matrices
-    mlp_norm: Form
+    mlp_norm: ProductForm
     gate_up: Matrices
     down: Matrices
     scaling: float
@@ -108,11 +108,11 @@ def _layer(block: Any, num_rows: int, kernels: Kernels, eps: float) -> Layer:
             ]
         )
     return Layer(
-        norm=Form("normed", block.input_layernorm.weight.detach(), eps),
+        norm=ProductForm("normed", block.input_layernorm.weight.detach(), eps),
         query_key_value=matrix(attention.q_proj, attention.k_proj, attention.v_proj),
         query_key_norm=norm,
         output=matrix(attention.o_proj),
-        mlp_norm=Form("normed", block.post_attention_layernorm.weight.detach(), eps),
+        mlp_norm=ProductForm("normed", block.post_attention_layernorm.weight.detach(), eps),
         gate_up=matrix(mlp.gate_proj, mlp.up_proj),
         down=matrix(mlp.down_proj),
         scaling=attention.scaling,

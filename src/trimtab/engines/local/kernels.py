@@ -27,7 +27,7 @@ from torch.nn.functional import linear, rms_norm, silu
 from trimtab.core.errors import EngineError
 
 
-class Form(NamedTuple):
+class ProductForm(NamedTuple):
     """What is applied to the rows of an input before a product.
 
     - plain: nothing.
@@ -41,7 +41,7 @@ class Form(NamedTuple):
     eps: float = 0.0
 
 
-PLAIN, GATED = Form("plain"), Form("gated")
+PLAIN, GATED = ProductForm("plain"), ProductForm("gated")
 
 PACK_FROM = 1 << 16
 """Matrices of at least this many entries are reordered for oneDNN, if torch has it: 1.4 to 2 times faster for the few
@@ -50,7 +50,7 @@ run rounds as the interrupted one did."""
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 FORMS = ("plain", "normed", "gated")
-"""The kinds of `Form`, in the order of kernels.c."""
+"""The kinds of `ProductForm`, in the order of kernels.c."""
 MOST_LANES = 32
 """Rows are padded to a multiple of this: the floats that two vectors of the widest processors hold."""
 NO_WINDOW = 1 << 62
@@ -73,7 +73,7 @@ class Matrices:
         if self._packed is not None:
             self._weight = weight.new_empty(0)  # a slice would keep the whole weight in memory
 
-    def __call__(self, x: Tensor, form: Form = PLAIN, *, add_to: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, form: ProductForm = PLAIN, *, add_to: Tensor | None = None) -> Tensor:
         """[n, sum of outs] form(x) @ weight.T + bias; with `add_to`, the result is added to it in place."""
         if form.kind == "normed":
             x = rms_norm(x, (x.shape[-1],), form.norm, form.eps)
@@ -188,7 +188,7 @@ class _CompiledMatrices(Matrices):
             (c_int64 * many)(*map(len, weights)),
         )
 
-    def __call__(self, x: Tensor, form: Form = PLAIN, *, add_to: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, form: ProductForm = PLAIN, *, add_to: Tensor | None = None) -> Tensor:
         x, n, k = x.contiguous(), len(x), self._num_ins
         assert x.dtype == torch.float32
         assert x.shape[1] == (2 * k if form.kind == "gated" else k)

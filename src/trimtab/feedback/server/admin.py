@@ -21,7 +21,7 @@ from trimtab.feedback.answers import TAXONOMY, from_form
 from trimtab.feedback.assign import set_open
 from trimtab.feedback.board import BoardCache, disagreements
 from trimtab.feedback.exporting import LAYOUTS, export, to_bytes
-from trimtab.feedback.labels import Split
+from trimtab.feedback.labels import LabelSplit
 from trimtab.feedback.server.charts import columns, intervals
 from trimtab.feedback.server.pages import page, to
 from trimtab.feedback.server.security import Adjudicating, Administering, PostedForm, Visit, field
@@ -186,7 +186,7 @@ def invite(request: Request, visit: Administering, form: PostedForm) -> HTMLResp
     uses, hours = field(form, "uses"), field(form, "hours")
     if not uses.isdigit() or not hours.isdigit() or not 1 <= int(uses) <= 1000 or not 1 <= int(hours) <= 2000:
         raise HTTPException(422, "uses are 1 to 1000 and hours 1 to 2000")
-    role = cast(people.Role, field(form, "role"))
+    role = cast(people.PersonRole, field(form, "role"))
     token = people.make_invite(visit.store, role, uses=int(uses), hours=float(hours), actor=visit.someone.id)
     return _people(request, visit, link=_link(request, token))
 
@@ -213,7 +213,7 @@ def password_link(request: Request, visit: Administering, person_id: int, form: 
 def set_role(visit: Administering, person_id: int, form: PostedForm) -> Response:
     """Gives somebody another role."""
     _not_oneself(visit, person_id)
-    people.set_role(visit.store, person_id, cast(people.Role, field(form, "role")), actor=visit.someone.id)
+    people.set_role(visit.store, person_id, cast(people.PersonRole, field(form, "role")), actor=visit.someone.id)
     return to("/admin/people")
 
 
@@ -264,7 +264,7 @@ def export_file(visit: Administering, layout: str, type: str = "jsonl", split: s
     """A file of one layout."""
     if layout not in LAYOUTS or type not in _TYPES or split not in ("all", "train", "held_out"):
         raise HTTPException(422, "no such layout, type or split")
-    exported = export(visit.store, layout, split=cast(Split, split))
+    exported = export(visit.store, layout, split=cast(LabelSplit, split))
     name = f"{layout}-{split}.{type}"
     return Response(
         to_bytes(exported.rows, name),

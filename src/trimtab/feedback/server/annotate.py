@@ -18,7 +18,16 @@ from trimtab.feedback.progress import progress_of
 from trimtab.feedback.project import Task
 from trimtab.feedback.server.keys import ACTIONS, checked_keys
 from trimtab.feedback.server.pages import page, set_cookie, to, written
-from trimtab.feedback.server.security import COOKIE, AnyVisit, Form, PostedForm, SignedIn, Visit, field, limit_sign_ins
+from trimtab.feedback.server.security import (
+    COOKIE,
+    AnyVisit,
+    PostedFields,
+    PostedForm,
+    SignedIn,
+    Visit,
+    field,
+    limit_sign_ins,
+)
 from trimtab.feedback.store import guideline
 from trimtab.feedback.voting import Late, reopen, save_draft, undo, vote
 
@@ -175,7 +184,7 @@ def draft(visit: SignedIn, token: str, form: PostedForm) -> Response:
     return Response(status_code=204)
 
 
-def _draft_of(form: Form) -> dict[str, Any]:
+def _draft_of(form: PostedFields) -> dict[str, Any]:
     """The draft of what is filled in so far."""
     kept: dict[str, Any] = {}
     for name in ("rationale", "reason", "text"):

@@ -19,7 +19,7 @@ from trimtab.feedback.board import disagreements
 from trimtab.feedback.exporting import LAYOUTS, export
 from trimtab.feedback.importing import Options, items_of_row
 from trimtab.feedback.items import add_items, search_items, set_scores
-from trimtab.feedback.labels import Split
+from trimtab.feedback.labels import LabelSplit
 from trimtab.feedback.people import Person
 from trimtab.feedback.progress import counts
 from trimtab.feedback.server.admin import board_of
@@ -66,7 +66,7 @@ class ScoresBody(_Body):
 class InviteBody(_Body):
     """An invitation."""
 
-    role: people.Role = "annotator"
+    role: people.PersonRole = "annotator"
     uses: int = Field(1, ge=1, le=1000)
     hours: float = Field(168, gt=0, le=2000)
 
@@ -74,7 +74,7 @@ class InviteBody(_Body):
 class RoleBody(_Body):
     """A person's role."""
 
-    role: people.Role
+    role: people.PersonRole
 
 
 class StateBody(_Body):
@@ -322,7 +322,7 @@ def put_queue(request: Request, person: Admin, body: QueueBody) -> dict[str, boo
 
 
 @router.get("/export/{layout}")
-def export_rows(request: Request, person: Admin, layout: str, split: Split = "all") -> dict[str, Any]:
+def export_rows(request: Request, person: Admin, layout: str, split: LabelSplit = "all") -> dict[str, Any]:
     """The rows of a layout with their card."""
     if layout not in LAYOUTS:
         raise HTTPException(404, f"layouts are {', '.join(LAYOUTS)}")

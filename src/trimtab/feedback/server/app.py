@@ -23,7 +23,7 @@ from trimtab.core.errors import DataError
 from trimtab.feedback.assign import reclaim
 from trimtab.feedback.server import admin, annotate, api
 from trimtab.feedback.server.pages import WEB, page, to, written
-from trimtab.feedback.server.security import BadForm, Form, Guard, Limiter, SignInFirst, read_form, visit_of
+from trimtab.feedback.server.security import BadForm, Guard, Limiter, PostedFields, SignInFirst, read_form, visit_of
 from trimtab.feedback.store import Store
 from trimtab.feedback.webhooks import deliver_due
 
@@ -117,7 +117,7 @@ def _bad_form(request: Request, error: Exception) -> Response:
     return _answer(request, 403, str(error.detail), {}, kept=error.form)
 
 
-async def _form_of(request: Request) -> Form:
+async def _form_of(request: Request) -> PostedFields:
     try:
         return await read_form(request)
     except (StarletteHTTPException, ClientDisconnect):
@@ -140,7 +140,9 @@ def _data_error(request: Request, error: Exception) -> Response:
     return _answer(request, 422, f"{error.problem}; {error.fix}", {})
 
 
-def _answer(request: Request, status: int, text: str, headers: dict[str, str], *, kept: Form | None = None) -> Response:
+def _answer(
+    request: Request, status: int, text: str, headers: dict[str, str], *, kept: PostedFields | None = None
+) -> Response:
     if request.url.path.startswith("/api/"):
         return JSONResponse({"error": text}, status_code=status, headers=headers)
     response: Any = page(request, visit_of(request), "error.html", status=status, text=text, kept=written(kept or {}))

@@ -17,7 +17,7 @@ from fastapi.security import HTTPBearer
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trimtab.feedback.people import Person, Role, person_of_session
+from trimtab.feedback.people import Person, PersonRole, person_of_session
 from trimtab.feedback.store import Store
 
 COOKIE = "trimtab_session"
@@ -89,10 +89,10 @@ def visit_of(request: Request) -> Visit:
 
 
 AnyVisit = Annotated[Visit, Depends(visit_of)]
-Form = Mapping[str, Sequence[str]]
+PostedFields = Mapping[str, Sequence[str]]
 
 
-async def read_form(request: Request) -> Form:
+async def read_form(request: Request) -> PostedFields:
     """The fields of a form, each with all its values. Raises HTTPException for another or too large a body."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/x-www-form-urlencoded":
         raise HTTPException(415, "a form is needed")
@@ -111,7 +111,9 @@ async def read_form(request: Request) -> Form:
     return fields
 
 
-async def checked_form(request: Request, visit: AnyVisit, form: Annotated[Form, Depends(read_form)]) -> Form:
+async def checked_form(
+    request: Request, visit: AnyVisit, form: Annotated[PostedFields, Depends(read_form)]
+) -> PostedFields:
     """The form, if it came from one of our own pages. Raises BadForm if not."""
     if not _from_our_pages(request, visit.store):
         raise BadForm("the form came from another site", form)
@@ -136,10 +138,10 @@ def _from_our_pages(request: Request, store: Store) -> bool:
     )
 
 
-PostedForm = Annotated[Form, Depends(checked_form)]
+PostedForm = Annotated[PostedFields, Depends(checked_form)]
 
 
-def _one(form: Form, name: str) -> str:
+def _one(form: PostedFields, name: str) -> str:
     return form[name][-1] if form.get(name) else ""
 
 
@@ -178,7 +180,7 @@ Administering = Annotated[Visit, Depends(administering)]
 _bearer = HTTPBearer(auto_error=False, description="A token of `trimtab feedback token NAME`")
 
 
-def api_person(role: Role) -> Callable[..., Person]:
+def api_person(role: PersonRole) -> Callable[..., Person]:
     """A dependency that gives the person of the token, who must have this role or a higher one."""
     order = {"annotator": 0, "adjudicator": 1, "admin": 2}
 
