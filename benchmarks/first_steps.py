@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import re
 import tempfile
 import tomllib
@@ -23,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
+DATA = ROOT / "docs" / "evidence" / "data" / "first_steps.json"
 # Run files of a single stage say in their name or folder which one it is.
 SINGLE = {"hh/dpo": "preference", "gsm8k/grpo": "online", "gsm8k/evaluate": "evaluate", "feedback/reward": "reward"}
 MADE_ELSEWHERE = re.compile(r"runs/.*model|Qwen/.*")
@@ -109,6 +111,32 @@ def standing_in(values: Any, start: Path) -> Any:
     return values
 
 
+def comparison(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """How many run files, stages and rows were compared, and of each value that is not the same to the bit: in how many
+    places, and by how much at most."""
+    differing: dict[str, list[float]] = {}
+
+    def walk(x: Any, y: Any, name: str) -> None:
+        if isinstance(x, dict) and isinstance(y, dict):
+            for key in x.keys() | y.keys():
+                walk(x.get(key), y.get(key), key)
+        elif isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
+            for one, other in zip(x, y, strict=True):
+                walk(one, other, name)
+        elif x != y:
+            both = isinstance(x, int | float) and isinstance(y, int | float)
+            differing.setdefault(name, []).append(abs(x - y) if both else math.inf)
+
+    walk(before, after, "run files")
+    stages = [rows for stages in after.values() for rows in stages.values()]
+    return {
+        "run_files": len(after),
+        "stages": len(stages),
+        "rows_of_metrics": sum(len(rows) - 1 for rows in stages),
+        "differing": {name: {"places": len(by), "largest": max(by)} for name, by in differing.items()},
+    }
+
+
 def main() -> None:
     """Runs them all, writes the metrics and says what differs from another commit's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,9 +162,9 @@ def main() -> None:
             print(f"{name}: {', '.join(f'{stage} {len(rows)}' for stage, rows in found[name].items())}", flush=True)
     options.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if options.against is not None:
-        before = json.loads(options.against.read_text(encoding="utf-8"))
-        differing = [name for name in found if found[name] != before.get(name)]
-        print(f"{len(found) - len(differing)} of {len(found)} run files give the same to the bit", *differing, sep="\n")
+        said = comparison(json.loads(options.against.read_text(encoding="utf-8")), found)
+        DATA.write_text(json.dumps(said, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        print(json.dumps(said))
 
 
 if __name__ == "__main__":
