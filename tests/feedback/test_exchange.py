@@ -146,7 +146,7 @@ def test_votes_given_elsewhere_come_in_once(make: Make, tmp_path: Path):
 
 
 def test_real_preferences_go_through(small: Make):
-    path = Path("/work/shared/data/hh-rlhf/harmless-base/test.jsonl.gz")
+    path = Path(__file__).parents[3] / "shared" / "data" / "hh-rlhf" / "harmless-base" / "test.jsonl.gz"
     if not path.is_file():
         pytest.skip("the shared data is not here")
     store = small()

@@ -33,7 +33,11 @@ def settings_help(
     """
     module, node = definition(module, class_name or settings_class(module))
     assert isinstance(node, ast.ClassDef), f"{class_name} is no class"
-    for name, (declared_in, annotated, value, doc) in settings_fields(module, node).items():
+    # What the class adds comes before what it shares with others: its model and data before the trainer's options.
+    own = [ast.unparse(field.target) for field in node.body if isinstance(field, ast.AnnAssign)]
+    order = {name: place for place, name in enumerate(own)}
+    fields = sorted(settings_fields(module, node).items(), key=lambda field: order.get(field[0], len(own)))
+    for name, (declared_in, annotated, value, doc) in fields:
         annotation = ast.unparse(annotated)
         default = (defaults or {}).get(name) or (ast.unparse(value) if value else None)
         key, said = prefix + name, f" = {default}" if default else ", required"
