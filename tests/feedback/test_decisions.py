@@ -11,6 +11,7 @@ import pytest
 
 from tests.feedback.conftest import Make
 from tests.feedback.projects import add, answer_next, lease, make_store, person
+from trimtab.core.errors import DataError
 from trimtab.core.types import Message, Prompt
 from trimtab.feedback import labels, people
 from trimtab.feedback.answers import Answer
@@ -111,7 +112,18 @@ def test_an_adjudicated_item_is_given_to_nobody_else(make: Make):
     assert lease(store, ann) is None
     # the same key for another item was another decision, and sent again it is the same one
     assert export(store, "preference").card["counts"]["adjudicated"] == 2
-    assert adjudicate(store, judge, 1, Answer(choice="B", strength=1, taxonomy="bad data"), key="same key").duplicate
+    other = adjudicate(store, judge, 1, Answer(choice="B", strength=1, taxonomy="bad data"), key="same key")
+    assert other.duplicate
+    assert other.differs  # which the page says: it is not stored
+
+
+def test_an_adjudicator_who_was_banned_decides_nothing(make: Make):
+    store = make({})
+    add(store, 1)
+    judge = person(store, "Jo", "adjudicator")
+    people.set_state(store, judge.id, "banned")
+    with pytest.raises(DataError, match="no longer take part"):  # let in just before the ban
+        adjudicate(store, judge, 1, Answer(choice="A", strength=1, taxonomy="bad data"), key="k")
 
 
 def test_no_prompt_is_in_both_splits_whatever_ids_rows_have(small: Make, tmp_path: Path):

@@ -60,16 +60,8 @@ def vote(store: Store, person: Person, token: str, answer: Answer, *, measured: 
     """
     task, now = store.project.settings.task, store.now()
     with store.write() as connection:
-        known = connection.execute(
-            sa.select(t.votes, t.writings.c.rationale, t.writings.c.text)
-            .outerjoin(t.writings, t.writings.c.vote_id == t.votes.c.id)
-            .where(t.votes.c.key == token)
-        ).first()
-        if known is not None and known.person_id == person.id:
-            stored = restored(known._mapping, known.rationale or "", known.text or "")
-            item = connection.execute(sa.select(t.items).where(t.items.c.id == known.item_id)).one()
-            differs = _is_other(answer, stored, kind=item.kind, num_replies=len(item.replies), task=task)
-            return Receipt(known.id, duplicate=True, differs=differs)
+        if (known := _sent_before(connection, person, token, answer, task)) is not None:
+            return known
         _still_takes_part(connection, person)
         found = connection.execute(
             sa.select(t.leases).where(t.leases.c.token == token, t.leases.c.person_id == person.id)
@@ -113,6 +105,21 @@ def vote(store: Store, person: Person, token: str, answer: Answer, *, measured: 
             _decide_quiz(store, connection, person)
         notify(store, connection, "vote", {"vote": vote_id, "item": item.sha256, "person": person.id})
     return Receipt(vote_id, duplicate=False, right=right)
+
+
+def _sent_before(connection: Connection, person: Person, key: str, answer: Answer, task: Task) -> Receipt | None:
+    """The receipt of an answer or a decision that this person sent under the same key; None if there is none."""
+    known = connection.execute(
+        sa.select(t.votes, t.writings.c.rationale, t.writings.c.text)
+        .outerjoin(t.writings, t.writings.c.vote_id == t.votes.c.id)
+        .where(t.votes.c.key == key, t.votes.c.person_id == person.id)
+    ).first()
+    if known is None:
+        return None
+    stored = restored(known._mapping, known.rationale or "", known.text or "")
+    item = connection.execute(sa.select(t.items).where(t.items.c.id == known.item_id)).one()
+    differs = _is_other(answer, stored, kind=item.kind, num_replies=len(item.replies), task=task)
+    return Receipt(known.id, duplicate=True, differs=differs)
 
 
 def _is_other(answer: Answer, stored: Answer, *, kind: Kind, num_replies: int, task: Task) -> bool:
@@ -182,10 +189,11 @@ def adjudicate(store: Store, person: Person, item_id: int, answer: Answer, *, ke
     item out of all labels. A decision that the same person sends again with the same `key` adds nothing.
     """
     key = f"decision-{person.id}-{item_id}-{key}"
+    task = replace(store.project.settings.task, cannot_judge=True)
     with store.write() as connection:
-        known = connection.execute(sa.select(t.votes.c.id).where(t.votes.c.key == key)).first()
-        if known is not None:
-            return Receipt(known.id, duplicate=True)
+        if (known := _sent_before(connection, person, key, answer, task)) is not None:
+            return known
+        _still_takes_part(connection, person)
         item = connection.execute(sa.select(t.items).where(t.items.c.id == item_id)).first()
         if item is None:
             raise DataError(f"there is no item {item_id}", where="the adjudication", fix="choose one from the queue")
@@ -193,7 +201,6 @@ def adjudicate(store: Store, person: Person, item_id: int, answer: Answer, *, ke
             raise DataError("no cause was chosen", where="the adjudication", fix=f"choose {', '.join(TAXONOMY)}")
         if answer.choice == "skip":
             raise DataError("an adjudication decides", where="the adjudication", fix="choose an answer")
-        task = replace(store.project.settings.task, cannot_judge=True)
         answer = check(answer, kind=item.kind, num_replies=len(item.replies), task=task)
         before = latest(connection, person.id, item.id, "adjudication")
         vote_id = _add(

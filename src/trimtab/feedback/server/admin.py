@@ -158,9 +158,12 @@ def decide(request: Request, visit: Adjudicating, item_id: int, form: PostedForm
     try:
         answer = from_form(form, kind=item.kind, order=order, task=store.project.settings.task)
         answer = replace(answer, taxonomy=field(form, "taxonomy"), reason=field(form, "reason").strip())
-        adjudicate(store, visit.someone, item_id, answer, key=field(form, "key")[:64])
+        receipt = adjudicate(store, visit.someone, item_id, answer, key=field(form, "key")[:64])
     except DataError as error:
         return _adjudication(request, visit, item_id, status=422, error=f"{error.problem}: {error.fix}")
+    if receipt.differs:
+        said = "this form has decided the item in another way before: what it says now is a new decision if sent again"
+        return _adjudication(request, visit, item_id, status=409, error=said)
     return to("/admin/adjudicate")
 
 

@@ -142,7 +142,7 @@ def answer_task(request: Request, person: Annotator, token: str, body: AnswerBod
         raise HTTPException(404, "no such task")
     answer = from_form(_form(body), kind=row.kind, order=row.shown_order, task=store.project.settings.task)
     receipt = vote(store, person, token, answer)
-    return {"vote": receipt.vote_id, "duplicate": receipt.duplicate}
+    return {"vote": receipt.vote_id, "duplicate": receipt.duplicate, "differs": receipt.differs}
 
 
 @router.post("/undo")
@@ -187,7 +187,7 @@ def decide(request: Request, person: Adjudicator, item_id: int, body: DecisionBo
     answer: Answer = from_form(_form(body), kind=item.kind, order=order, task=store.project.settings.task)
     answer = replace(answer, taxonomy=body.taxonomy, reason=body.reason)
     receipt = adjudicate(store, person, item_id, answer, key=body.key)
-    return {"vote": receipt.vote_id, "duplicate": receipt.duplicate}
+    return {"vote": receipt.vote_id, "duplicate": receipt.duplicate, "differs": receipt.differs}
 
 
 # --- admins ---
