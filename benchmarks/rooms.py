@@ -121,6 +121,21 @@ def lines_of(source: str, tree: ast.Module) -> dict[str, int]:
     return {"code": len(code - documentation), "all": len(source.splitlines()), "comments": comments}
 
 
+def table(house: dict[str, Any]) -> str:
+    """What differs before and after, in Markdown."""
+    cells = {
+        "rooms": lambda found: str(found["num_rooms"]),
+        "arrows between them": lambda found: str(found["num_arrows"]),
+        "rooms in a circle": lambda found: ", ".join(sorted(set(found["circle"]))) or "none",
+        "strings that name a module, the registry's table aside": lambda found: str(found["strings_that_name_modules"]),
+        "names of several classes": lambda found: str(len(found["names_of_several_classes"])),
+        "lines of code": lambda found: f"{found['lines_in_all']['code']:,}",
+        "comments": lambda found: f"{found['lines_in_all']['comments']:,}",
+    }
+    rows = [f"| {name} | {cell(house['before'])} | {cell(house['after'])} |" for name, cell in cells.items()]
+    return "\n".join(["| | before | after |", "|---|---|---|", *rows])
+
+
 def picture(house: dict[str, Any]) -> str:
     """The rooms on their floors, and an arrow for each import between them, as SVG."""
     floors: dict[int, list[str]] = collections.defaultdict(list)

@@ -118,6 +118,13 @@ def test_every_room_has_a_floor():
     assert {package_of(path) for path in FILES} - {"__init__", "examples"} == set(FLOORS)
 
 
+def test_the_page_has_the_floors_as_they_are():
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| ([^|]*) \|", page, re.MULTILINE)
+    shown = {room: int(floor) for floor, rooms in rows for room in re.findall(r"`(\w+)`", rooms)}
+    assert shown == {room: floor for room, floor in FLOORS.items() if room != "__main__"}
+
+
 def device_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Places that choose where something is computed. Following a tensor (`device=x.device`) chooses nothing."""
     foreign = ("torch.distributed", "torch.cuda", "vllm", "ray", "deepspeed")

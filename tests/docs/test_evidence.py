@@ -42,6 +42,10 @@ def test_the_table_of_all_algorithms_is_that_of_its_data(script):
     assert_on_page("algorithms", script("algorithms").table(found["runs"], found["over_seeds"]))
 
 
+def test_the_table_of_the_house_is_that_of_its_data(script):
+    assert_on_page("house", script("rooms").table(data("house")))
+
+
 def test_memory_as_planned_is_that_of_its_data():
     text = (EVIDENCE / "speed.md").read_text(encoding="utf-8")
     for name, found in data("plan").items():

@@ -13,7 +13,8 @@ class StageFacts:
     about: str = ""
     """What the stage did, in a sentence for its page."""
     writes: tuple[str, ...] = ()
-    """Files that it writes into its run directory, besides its model and its records; later stages may read them."""
+    """What it writes into its run directory besides its model. Later stages may read the files as "@name/FILE", and
+    `--fresh` removes them all."""
     grows: tuple[str, ...] = ()
     """Settings that say how long the stage trains. They may grow, even after the run has finished."""
     charts: tuple[tuple[str, ...], ...] = (
