@@ -1,7 +1,7 @@
 # make install    a virtual environment in .venv with everything the tests need; a second time it takes no time
 # make quickstart the whole loop, from no model to its dossier, in runs/quickstart
 # make format     writes the code as formatter and linter want it
-# make fast       the linter and the tests that answer within a minute
+# make fast       the linter and the tests that answer in about two minutes
 # make test       formatter, linter, type checker and tests
 # make evidence   the slow tests, then every script that measures what the docs claim: hours; EVIDENCE names some
 # make lock       constraints.txt anew: every package of the tested set at its newest release, torch at TORCH
