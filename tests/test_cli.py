@@ -86,7 +86,7 @@ try:
     main({arguments!r})
 except SystemExit as stop:
     assert not stop.code, stop.code
-heavy = {{"torch", "transformers", "datasets", "pydantic", "rich", "plotly", "numpy", "scipy"}} & set(sys.modules)
+heavy = {{"torch", "transformers", "datasets", "pydantic", "rich", "jinja2", "numpy", "scipy"}} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
@@ -234,10 +234,10 @@ def test_without_torch_a_command_that_trains_says_what_to_install(command: list[
 @pytest.mark.parametrize(
     ("module", "extra", "command"),
     [
-        ("jinja2", "train", ["chat", "--model", "x"]),
+        ("tokenizers", "train", ["chat", "--model", "x"]),
         ("datasets", "train", ["data", "show", "hub:a/b", "--model", "x"]),
         ("peft", "train", ["probe"]),
-        ("jinja2", "feedback", ["feedback", "serve", "p.toml"]),
+        ("pyarrow", "feedback", ["feedback", "serve", "p.toml"]),
         ("bitsandbytes", "quantized", ["probe"]),
     ],
 )

@@ -26,6 +26,7 @@ from trimtab.stats import (
 
 def test_an_interval_reads_as_a_person_would_write_it():
     assert str(Interval(0.81, 0.78, 0.84, 800)) == "0.81 [0.78, 0.84] (n=800)"
+    assert str(Interval(0.81, math.nan, math.nan, 0)) == "0.81"
 
 
 def test_wilson_bounds_are_where_the_score_test_just_rejects():

@@ -469,7 +469,7 @@ def report(directory: Path, out: Path | None) -> None:
 
 
 def _write_report(directory: Path, out: Path | None = None) -> None:
-    from trimtab.reports.html import write_report
+    from trimtab.reports.run_page import write_report
 
     click.echo(f"report: {write_report(directory, out)}")
 

@@ -29,7 +29,8 @@ class Interval:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] (n={self.count})"
+        bounds = "" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f}{bounds}{f' (n={self.count})' if self.count else ''}"
 
     def named(self, name: str) -> dict[str, float]:
         """`{name, name_low, name_high}`, as summaries store it."""

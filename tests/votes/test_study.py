@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 
 import numpy as np
 import pytest
@@ -15,12 +13,10 @@ from hypothesis import strategies as st
 from tests.feedback.projects import add, answer_next, make_store, person
 from tests.feedback.published import votes_of
 from trimtab.cli import main
-from trimtab.feedback.agreement_page import body, render
+from trimtab.feedback.agreement_page import page_of
 from trimtab.feedback.answers import Answer
 from trimtab.feedback.vote_files import read_votes
-from trimtab.reports import charts
-from trimtab.reports.frame import Panels
-from trimtab.stats import Interval
+from trimtab.reports.page import render
 from trimtab.votes.study import study
 from trimtab.votes.table import votes_from_rows
 
@@ -76,13 +72,10 @@ def test_the_command_prints_a_table_and_writes_a_page_with_its_figures(table, tm
     assert {player["name"] for player in figures["ladder"]["players"]} == {"gpt", "llama", "qwen"}
     assert len(figures["skills"]) == 12
     text = page.read_text(encoding="utf-8")
-    assert "<script>alert" not in text
     assert "<img src=x" not in text
     for title in ("Coefficients", "Slices", "With the others", "Position", "Speed", "Skill", "Ladder", "Who agrees"):
         assert title in text
-    policy = re.search('content="(default-src [^"]*)"', text)
-    assert policy is not None
-    assert "default-src &#x27;none&#x27;" in policy[1]
+    assert "<script" not in text
 
 
 def test_nothing_of_a_study_depends_on_which_reply_is_called_a(table):
@@ -154,7 +147,8 @@ def test_every_table_of_votes_has_an_answer_without_a_warning(rows, models, as_g
         rows = [{**row, "model_a": models[int(row["item"]) - 1], "model_b": "q"} for row in rows]
     found = study(votes_from_rows([("", row) for row in rows]), as_given=as_given, num_resamples=5)
     json.dumps(found.to_dict(), allow_nan=False)
-    assert "nan" not in body(found, Panels(), title="any").lower()
+    page = render(page_of(found, title="any")).lower()
+    assert "nan" not in page[page.index("<body>") :]
 
 
 def test_mistakes_are_answered_without_a_traceback(tmp_path):
@@ -183,20 +177,9 @@ def test_a_page_of_hundreds_of_annotators_stays_readable():
         for w in generator.choice(60, size=4, replace=False)
     )
     found = study(votes, num_resamples=20)
-    page = render(found, title="many")
+    page = render(page_of(found, title="many"))
     assert "pairs with fewer items are not shown" in page
-    assert len(page) < 12_000_000
-
-
-def test_figures_draw_what_is_known():
-    rows = [("a<b", Interval(0.5, 0.4, 0.7, 10), charts.BLUE), ("b", Interval(0.2, math.nan, math.nan, 3), charts.BLUE)]
-    figure = charts.dots(rows, "share", line=0.5)
-    trace = figure["data"][0]
-    assert trace["y"] == ["b", "a&lt;b"]
-    assert trace["error_x"]["array"] == pytest.approx([0.0, 0.2])
-    assert figure["layout"]["shapes"][0]["x0"] == 0.5
-    assert charts.matrix(["x<"], [[0.5]], "share")["data"][0]["x"] == ["x&lt;"]
-    assert charts.columns([0.5, 1.0], [3, 4], "x", "y")["data"][0]["y"] == [3, 4]
+    assert len(page) < 2_000_000
 
 
 def test_a_project_is_studied_like_a_table(tmp_path):

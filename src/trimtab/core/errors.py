@@ -34,9 +34,9 @@ class EngineError(TrimtabError):
 
 
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": ("torch", "transformers", "tokenizers", "safetensors", "datasets", "peft", "jinja2"),
+    "train": ("torch", "transformers", "tokenizers", "safetensors", "datasets", "peft"),
     "feedback": (
-        *("fastapi", "uvicorn", "jinja2", "sqlalchemy", "alembic", "markdown_it", "mdit_py_plugins", "nh3"),
+        *("fastapi", "uvicorn", "sqlalchemy", "alembic", "markdown_it", "mdit_py_plugins", "nh3"),
         *("latex2mathml", "pyarrow"),
     ),
     "postgresql": ("psycopg",),

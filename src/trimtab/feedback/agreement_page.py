@@ -1,7 +1,4 @@
-"""The page about a campaign's agreement: how far annotators agree, who leans to a side, which items divide them.
-
-Names of annotators, items and models come from files and are untrusted; they reach the page through `markup` only.
-"""
+"""The page about a campaign's agreement: how far annotators agree, who leans to a side, which items divide them."""
 
 from __future__ import annotations
 
@@ -13,8 +10,8 @@ import numpy as np
 
 from trimtab.reports import charts
 from trimtab.reports.charts import AMBER, BLUE, LIME, ROSE, TEAL, VIOLET
-from trimtab.reports.frame import Panels, document, folded, grid, table
-from trimtab.reports.markup import Html, join, tag
+from trimtab.reports.headline import Verdict
+from trimtab.reports.page import Folded, Panel, Panels, Part, Report, Section, Table, Text, write
 from trimtab.stats import Interval
 from trimtab.votes.agreement import Agreement
 from trimtab.votes.annotators import AnnotatorCard
@@ -35,37 +32,34 @@ _MEANS = {
 
 def write_page(study: Study, path: Path, *, title: str) -> Path:
     """Writes the page to `path` and returns the path."""
-    path.write_bytes(render(study, title=title).encode("utf-8", errors="replace"))
-    return path
+    return write(page_of(study, title=title), path)
 
 
-def render(study: Study, *, title: str) -> str:
-    """The page as text."""
-    return document(f"{title} · agreement · trimtab", body(study, Panels(), title=title))
-
-
-def body(study: Study, make: Panels, *, title: str) -> Html:
-    """The page without its frame, so that other pages can hold it."""
-    line = counted(study)
-    flagged = [f"{card.name}: {flag}" for card in study.annotators for flag in card.flags]
-    return join(
-        tag("header", tag("h1", title), tag("p", line, class_="soft")),
-        tag("div", tag("strong", headline(study)), " ".join(sentences(study)), class_="verdict neutral"),
-        _to_look_at(flagged),
-        tag("section", tag("h2", "Agreement"), _coefficients(study.coefficients), _agreement_charts(study, make)),
-        tag("section", tag("h2", "Annotators"), _annotator_charts(study, make), _annotators(study.annotators)),
-        _contested(study),
-        _ladder(study, make),
-        _pairs(study, make),
-        tag("ul", [tag("li", note) for note in study.notes], class_="soft") if study.notes else None,
-        tag(
-            "footer",
-            tag(
-                "p",
-                _BRACKETS,
-                class_="soft",
-            ),
-        ),
+def page_of(study: Study, *, title: str) -> Report:
+    """The page of a study."""
+    sections = [
+        Section([_coefficients(study.coefficients), _agreement_charts(study)], "Agreement"),
+        Section([_annotator_charts(study), _annotators(study.annotators)], "Annotators"),
+    ]
+    if study.contested:
+        rows = [
+            (found.item, ", ".join(f"{n} × {name}" for name, n in found.votes), f"{found.entropy:.2f}")
+            for found in study.contested
+        ]
+        sections.append(Section([Table(rows, ("item", "votes", "entropy (nats)"))], "Most contested items"))
+    if study.ladder is not None:
+        sections.append(Section(_ladder(study), "Ratings of the models"))
+    if study.pairs:
+        sections.append(Section(_pairs(study), "Pairs of annotators"))
+    if study.notes:
+        sections.append(Section([Text(note) for note in study.notes]))
+    return Report(
+        title=title,
+        about=counted(study),
+        verdict=Verdict("neutral", headline(study), tuple(sentences(study))),
+        alarms=[f"{card.name}: {flag}" for card in study.annotators for flag in card.flags],
+        sections=sections,
+        footer=_BRACKETS,
     )
 
 
@@ -111,22 +105,15 @@ def _named(study: Study, name: str) -> Agreement | None:
     return next((found for found in study.coefficients if found.name == name), None)
 
 
-def _to_look_at(facts: Sequence[str]) -> Html | None:
-    if not facts:
-        return None
-    return tag("div", tag("strong", "To look at"), tag("ul", [tag("li", fact) for fact in facts]), class_="alarms")
-
-
-def _coefficients(coefficients: Sequence[Agreement]) -> Html:
+def _coefficients(coefficients: Sequence[Agreement]) -> Table:
     rows = []
     for found in coefficients:
         means = next((text for start, text in _MEANS.items() if found.name.startswith(start)), "")
-        about = tag("div", " ".join(filter(None, [means, found.note])), class_="soft")
-        rows.append((found.name, join(tag("div", found.text), about)))
-    return table(("", "value [95% interval] (items)"), rows)
+        rows.append((found.name, found.text, " ".join(filter(None, [means, found.note]))))
+    return Table(rows, ("", "value [95% interval] (items)", "how to read it"))
 
 
-def _agreement_charts(study: Study, make: Panels) -> Html | None:
+def _agreement_charts(study: Study) -> Panels:
     panels = []
     known = [found for found in study.coefficients if not found.undefined]
     if known:
@@ -135,25 +122,20 @@ def _agreement_charts(study: Study, make: Panels) -> Html | None:
             for found in known
         ]
         how = "Dots with 95% intervals. Raw agreement (green) holds chance; coefficients (blue) are 0 at chance."
-        panels.append(
-            make.panel(
-                "Coefficients", "1 is perfect", how, charts.dots(rows, "coefficient", line=0.0), size=_size(rows)
-            )
-        )
+        panels.append(Panel("Coefficients", "1 is perfect", how, charts.dots(rows, "coefficient", line=0.0)))
     if study.split:
         share, count = zip(*study.split, strict=True)
         how = "Items by how large a share of their votes agree. Many at the left: replies too alike, or unclear rules."
-        figure = charts.columns(share, count, "share of votes for the favourite", "items")
-        panels.append(make.panel("How divided items are", "items with two votes or more", how, figure, size="tall"))
+        chart = charts.columns(share, count, "share of votes for the favourite", "items")
+        panels.append(Panel("How divided items are", "items with two votes or more", how, chart))
     parts = [(name, raw.interval, AMBER) for name, raw, _ in study.slices if not raw.undefined][:MAX_ROWS]
     if parts:
         how = "Raw agreement by slice, with its interval. A slice that lags has unclear guidelines or harder items."
-        figure = charts.dots(parts, "raw agreement", line=0.5)
-        panels.append(make.panel("Slices", "raw agreement", how, figure, size=_size(parts)))
-    return grid(panels)
+        panels.append(Panel("Slices", "raw agreement", how, charts.dots(parts, "raw agreement", line=0.5)))
+    return Panels(panels)
 
 
-def _annotator_charts(study: Study, make: Panels) -> Html | None:
+def _annotator_charts(study: Study) -> Panels:
     cards = study.annotators[:MAX_ROWS]
     panels = []
 
@@ -165,18 +147,16 @@ def _annotator_charts(study: Study, make: Panels) -> Html | None:
     if agree := rows([card.agreement for card in cards], TEAL):
         mean = float(np.mean([value.value for _, value, _ in agree]))
         how = "How often each is with the majority of the others; the line is the mean of annotators."
-        figure = charts.dots(agree, "share", line=mean)
-        panels.append(make.panel("With the others", "share of votes", how, figure, size=_size(agree)))
+        panels.append(Panel("With the others", "share of votes", how, charts.dots(agree, "share", line=mean)))
     if left := rows([card.left_bias for card in cards], VIOLET):
         how = (
             "Lean to the left of the screen, the others' opinion of the item held equal. 0 is none, 0.2 means 55% left."
         )
-        figure = charts.dots(left, "lean to the left", line=0.0)
-        panels.append(make.panel("Position", "log-odds", how, figure, size=_size(left)))
+        panels.append(Panel("Position", "log-odds", how, charts.dots(left, "lean to the left", line=0.0)))
     seconds = [Interval(card.median_seconds, math.nan, math.nan, card.num_votes) for card in cards]
     if speed := rows(seconds, AMBER):
         how = "Median time of a vote. Much faster than the rest deserves a look at the votes themselves."
-        panels.append(make.panel("Speed", "seconds", how, charts.dots(speed, "median seconds"), size=_size(speed)))
+        panels.append(Panel("Speed", "seconds", how, charts.dots(speed, "median seconds")))
     if study.skills:
         colours = {"one_coin": BLUE, "dawid_skene": LIME, "mace": ROSE}
         names = {card.name for card in cards}
@@ -188,11 +168,11 @@ def _annotator_charts(study: Study, make: Panels) -> Html | None:
         how = (
             "Chance that an answer is right: one coin (blue), Dawid and Skene (green); MACE (red): that it is no guess."
         )
-        panels.append(make.panel("Skill", "chance", how, charts.dots(skills, "skill"), size=_size(cards)))
-    return grid(panels)
+        panels.append(Panel("Skill", "chance", how, charts.dots(skills, "skill")))
+    return Panels(panels)
 
 
-def _annotators(cards: Sequence[AnnotatorCard]) -> Html:
+def _annotators(cards: Sequence[AnnotatorCard]) -> Table:
     head = ("", "votes", "with the others", "left", "lean", "ties", "seconds", "hasty", "repeats alike", "longest run")
     rows = [
         (
@@ -209,24 +189,12 @@ def _annotators(cards: Sequence[AnnotatorCard]) -> Html:
         )
         for card in cards
     ]
-    return table(head, rows)
+    return Table(rows, head)
 
 
-def _contested(study: Study) -> Html | None:
-    if not study.contested:
-        return None
-    rows = [
-        (found.item, ", ".join(f"{n} × {name}" for name, n in found.votes), f"{found.entropy:.2f}")
-        for found in study.contested
-    ]
-    return tag("section", tag("h2", "Most contested items"), table(("item", "votes", "entropy (nats)"), rows))
-
-
-def _ladder(study: Study, make: Panels) -> Html | None:
-    if study.ladder is None:
-        return None
-    rated = [player for player in study.ladder.players if not player.undefined]
-    rows = [(player.name, player.elo, BLUE) for player in rated[:MAX_ROWS]]
+def _ladder(study: Study) -> list[Part]:
+    assert study.ladder is not None
+    rated = [(player.name, player.elo, BLUE) for player in study.ladder.players if not player.undefined]
     how = "Bradley-Terry ratings, 1000 the mean: 100 points more win 64% of decided games. Overlapping is undecided."
     cells = [
         (
@@ -242,20 +210,15 @@ def _ladder(study: Study, make: Panels) -> Html | None:
         (name, f"{gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] log-odds for a usual difference")
         for name, gain in study.ladder.style
     ]
-    return tag(
-        "section",
-        tag("h2", "Ratings of the models"),
-        grid([make.panel("Ladder", "Elo", how, charts.dots(rows, "rating", line=1000.0), size=_size(rows))])
-        if rows
-        else None,
-        table(("model", "rank", "rating [95% interval]", "games", "group"), cells),
-        table(("style", "what it gains"), style) if style else None,
-    )
+    ladder = [Panel("Ladder", "Elo", how, charts.dots(rated[:MAX_ROWS], "rating", line=1000.0))] if rated else []
+    return [
+        Panels(ladder),
+        Table(cells, ("model", "rank", "rating [95% interval]", "games", "group")),
+        Table(style, ("style", "what it gains")),
+    ]
 
 
-def _pairs(study: Study, make: Panels) -> Html | None:
-    if not study.pairs:
-        return None
+def _pairs(study: Study) -> list[Part]:
     names = [card.name for card in study.annotators[:MAX_ROWS]]
     place = {name: i for i, name in enumerate(names)}
     values = np.full((len(names), len(names)), math.nan)
@@ -264,31 +227,15 @@ def _pairs(study: Study, make: Panels) -> Html | None:
             i, j = place[pair.first], place[pair.second]
             values[i, j] = values[j, i] = pair.agreement.value
     how = "How often each two agree on the items both judged. A pale row is one annotator against all."
-    figure = charts.matrix(names, values.tolist(), "share")
     rows = [
         (f"{pair.first} and {pair.second}", f"{pair.agreement.count:,}", _share(pair.agreement), pair.kappa.text)
         for pair in study.pairs[: 10 * MAX_ROWS]
     ]
     left_out = len(study.pairs) - len(rows)
-    return tag(
-        "section",
-        tag("h2", "Pairs of annotators"),
-        grid([make.panel("Who agrees with whom", "share of shared items", how, figure, size="wide")])
-        if len(names) > 2
-        else None,
-        folded(
-            f"{len(study.pairs)} pairs",
-            join(
-                table(("", "items", "agreement", "Cohen's kappa"), rows),
-                tag("p", f"{left_out} pairs with fewer items are not shown.", class_="soft") if left_out else None,
-            ),
-        ),
-    )
-
-
-def _size(rows: Sequence[object]) -> str:
-    """The size of a panel for a chart with this many rows."""
-    return "tall" if len(rows) <= 10 else "wide low" if len(rows) <= 16 else "wide"
+    square = Panel("Who agrees with whom", "share of shared items", how, charts.matrix(names, values.tolist()))
+    table: list[Part] = [Table(rows, ("", "items", "agreement", "Cohen's kappa"))]
+    remark: list[Part] = [Text(f"{left_out} pairs with fewer items are not shown.")] if left_out else []
+    return [Panels([square] if len(names) > 2 else []), Folded(f"{len(study.pairs)} pairs", table + remark)]
 
 
 def _share(estimate: Interval) -> str:

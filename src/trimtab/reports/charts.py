@@ -1,38 +1,176 @@
-"""Figures as plain plotly JSON: {"data": [...], "layout": {...}}.
+"""Charts as SVG. They need no script, follow the light or dark colours of their page, and print as they look.
 
-They are transparent with mid-grey text, so that one figure suits a light and a dark page. Plotly interprets some HTML
-in its texts, so every text that comes from a file goes through `label`.
+A chart is a list of marks in the units of its axes; `templates/chart.html` draws them. Every value shows its text when
+the pointer rests on it.
 """
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
+from markupsafe import Markup
+from numpy.typing import ArrayLike
 
 from trimtab.reports.collect import RunRecord, Series
-from trimtab.reports.markup import visible
+from trimtab.reports.markup import REPORTS
 from trimtab.stats import Floats, Interval, moving_mean
-
-Figure = dict[str, Any]
 
 BLUE, ROSE, TEAL, AMBER, VIOLET, LIME = "#4a8df6", "#f0527a", "#14a89a", "#e69a18", "#9a72f2", "#7fae25"
 PALETTE = (BLUE, ROSE, TEAL, AMBER, VIOLET, LIME)
 GREY = "#8b93a1"
-_GRID = "rgba(139,147,161,0.20)"
 Bar = tuple[str, Interval, str]
 """Name, value with bounds (nan if unknown), colour; for example ("chance", Interval(0.5, nan, nan, 0), GREY)."""
-MAX_POINTS = 400
+MAX_POINTS = 200
 """Maximum number of points drawn for a curve. They are evenly spaced; smoothing uses all points."""
+MAX_NAME = 28
+"""Letters of a name that an axis or a legend shows."""
+_LETTER = 6.2
+"""Mean width of a letter of the charts' 11-pixel font, in pixels."""
+_ROW = 22
+"""Height of a row that has a name, in pixels."""
 
 
-def label(text: object) -> str:
-    """A text from a file as plotly may show it: no markup, not too long."""
-    shown = visible(str(text))
-    return html.escape(shown if len(shown) <= 60 else shown[:59] + "…", quote=False)
+@dataclass(frozen=True)
+class Axis:
+    """What an axis measures, and the range that it shows."""
+
+    title: str = ""
+    low: float | None = None
+    """None for the lowest value drawn, with a margin; the same for `high`."""
+    high: float | None = None
+    names: tuple[str, ...] = ()
+    """Names instead of numbers: the i-th stands at i, the first one leftmost or on top."""
+    ticks: tuple[tuple[float, str], ...] = ()
+    """Where to write what; empty for round numbers."""
+
+    def range_of(self, values: Floats) -> tuple[float, float]:
+        """The two ends of the axis for these values, some of which may be nan."""
+        if self.names:
+            return -0.5, len(self.names) - 0.5
+        known = values[np.isfinite(values)]
+        low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+        low, high = (low if self.low is None else self.low), (high if self.high is None else self.high)
+        margin = 0.04 * (high - low) if high > low else abs(low) / 2 or 0.5
+        return low - (margin if self.low is None else 0), high + (margin if self.high is None or high <= low else 0)
+
+    def ticks_in(self, low: float, high: float) -> list[tuple[float, str]]:
+        """Places and texts of at most seven ticks; of all names."""
+        if self.names:
+            return [(i, _short(name)) for i, name in enumerate(self.names)]
+        if self.ticks:
+            return [(at, text) for at, text in self.ticks if low <= at <= high]
+        power = 10.0 ** math.floor(math.log10((high - low) / 6))
+        step = next(power * size for size in (1, 2, 5, 10) if (high - low) / (power * size) <= 6)
+        return [(i * step, f"{i * step:.6g}") for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One thing that is drawn: a line or an area through points [num_points], or dots, texts or boxes at points.
+
+    The points of boxes are pairs of corners that face each other, [2, num_boxes].
+    """
+
+    shape: Literal["line", "area", "dots", "texts", "boxes"]
+    x: Floats
+    y: Floats
+    colours: Sequence[str]
+    """One for all, or one for each point."""
+    texts: Sequence[str] = ()
+    """What each point says."""
+    size: float = 2.0
+    """Width of a line, radius of a dot or height of a text, in pixels."""
+    opacity: float = 1.0
+    dashed: bool = False
+
+
+@dataclass
+class Chart:
+    """Marks between two axes. A template draws it by writing it."""
+
+    x: Axis
+    y: Axis
+    height: int = 200
+    """Height in pixels; charts whose rows have names are as high as the rows need."""
+    wide: bool = False
+    marks: list[Mark] = field(default_factory=list)
+    legend: list[tuple[str, str]] = field(default_factory=list)
+    """Names and colours, shown if there are several."""
+
+    def line(self, x: ArrayLike, y: ArrayLike, colour: str, *, size: float = 2.0, dashed: bool = False) -> None:
+        """A line through the points that are known."""
+        across, up = np.asarray(x, float), np.asarray(y, float)
+        known = np.isfinite(across) & np.isfinite(up)
+        self.marks.append(Mark("line", across[known], up[known], [colour], size=size, dashed=dashed))
+
+    def dots(
+        self,
+        x: ArrayLike,
+        y: ArrayLike,
+        colours: Sequence[str],
+        texts: Sequence[str],
+        *,
+        size: float = 3.5,
+        opacity: float = 1.0,
+    ) -> None:
+        """A dot at each point that is known, with what it says."""
+        self.marks.append(Mark("dots", np.asarray(x, float), np.asarray(y, float), colours, texts, size, opacity))
+
+    def texts(self, x: ArrayLike, y: ArrayLike, colour: str, texts: Sequence[str]) -> None:
+        """Texts centred at points."""
+        self.marks.append(Mark("texts", np.asarray(x, float), np.asarray(y, float), [colour], texts, 11))
+
+    def boxes(self, x: ArrayLike, y: ArrayLike, colours: Sequence[str], texts: Sequence[str]) -> None:
+        """Filled boxes between corners [2, num_boxes], with what each says."""
+        across, up = np.asarray(x, float).reshape(2, -1), np.asarray(y, float).reshape(2, -1)
+        self.marks.append(Mark("boxes", across, up, colours, texts, opacity=0.85))
+
+    def area(self, x: ArrayLike, low: ArrayLike, high: ArrayLike, colour: str) -> None:
+        """The area between two curves over the same places."""
+        at, below, above = np.asarray(x, float), np.asarray(low, float), np.asarray(high, float)
+        self.marks.append(Mark("area", np.append(at, at[::-1]), np.append(below, above[::-1]), [colour], opacity=0.75))
+
+    def whiskers(self, x: Sequence[tuple[float, float]], y: Sequence[tuple[float, float]], colour: str) -> None:
+        """Thin lines between pairs of values, such as the bounds of intervals; unknown ones are left out."""
+        for ends_x, ends_y in zip(x, y, strict=True):
+            if np.isfinite([*ends_x, *ends_y]).all():
+                self.line(ends_x, ends_y, colour, size=1.5)
+
+    def __html__(self) -> Markup:
+        xs, ys = (np.concatenate([getattr(mark, axis).ravel() for mark in self.marks] or [[]]) for axis in "xy")
+        if not xs.size:
+            return Markup('<p class="soft">Nothing to show yet.</p>')
+        (x_low, x_high), (y_low, y_high) = self.x.range_of(xs), self.y.range_of(ys)
+        x_ticks, y_ticks = self.x.ticks_in(x_low, x_high), self.y.ticks_in(y_low, y_high)
+        letters_x, letters_y = (max((len(text) for _, text in ticks), default=0) for ticks in (x_ticks, y_ticks))
+        width = 1040 if self.wide else 360
+        left, right, top = 12 + letters_y * _LETTER + (16 if self.y.title else 0), width - 12, 8
+        turned = bool(self.x.names) and letters_x * _LETTER * len(x_ticks) > right - left
+        below = (letters_x * 4.5 if turned else 0) + (36 if self.x.title else 20)
+        bottom = top + len(self.y.names) * _ROW if self.y.names else self.height - below
+
+        def across(values: Floats) -> list[float]:
+            share = (np.clip(values, x_low, x_high) - x_low) / (x_high - x_low)
+            return (left + share * (right - left)).round(1).tolist()  # type: ignore[no-any-return]
+
+        def down(values: Floats) -> list[float]:
+            share = (np.clip(values, y_low, y_high) - y_low) / (y_high - y_low)
+            return (top + (share if self.y.names else 1 - share) * (bottom - top)).round(1).tolist()  # type: ignore[no-any-return]
+
+        text = REPORTS.get_template("chart.html").render(
+            chart=self,
+            x_ticks=list(zip(across(np.array([at for at, _ in x_ticks])), [name for _, name in x_ticks], strict=True)),
+            y_ticks=list(zip(down(np.array([at for at, _ in y_ticks])), [name for _, name in y_ticks], strict=True)),
+            marks=[(mark, across(mark.x), down(mark.y)) for mark in self.marks],
+            turned=turned,
+            size=(width, round(bottom + below)),
+            frame=(round(left, 1), right, top, round(bottom, 1)),
+        )
+        return Markup(text)
 
 
 def smoothing_window(num_points: int) -> int:
@@ -40,401 +178,200 @@ def smoothing_window(num_points: int) -> int:
     return max(1, num_points // 25) | 1
 
 
-def curves(series: Mapping[str, Series], unit: str) -> Figure:
+def curves(series: Mapping[str, Series], unit: str) -> Chart:
     """One or more metrics over the steps: every value as a faint point, its moving mean as a line."""
-    data: list[Figure] = []
-    for i, (name, one) in enumerate(series.items()):
-        colour = PALETTE[i % len(PALETTE)]
-        data += _points_and_line(one.steps, one.values, name, colour, legend=len(series) > 1)
-    figure = _figure(data, "step", unit, legend=len(series) > 1)
-    if unit == "seconds":
-        figure["layout"]["yaxis"]["rangemode"] = "tozero"
-    return figure
+    chart = Chart(Axis("step"), Axis(unit, low=0.0 if unit == "seconds" else None), height=200 + 50 * (len(series) > 2))
+    for (name, one), colour in zip(series.items(), _colours(), strict=False):
+        chart.legend.append((_short(name), colour))
+        window, shown = smoothing_window(len(one)), _thin(len(one))
+        chart.line(one.steps[shown], moving_mean(one.values, window)[shown], colour)
+        texts = [f"step {step:g}: {value:.4g}" for step, value in zip(one.steps[shown], one.values[shown], strict=True)]
+        size, opacity = (1.5, 0.4) if window > 1 else (2.5, 1.0)
+        chart.dots(one.steps[shown], one.values[shown], [colour], texts, size=size, opacity=opacity)
+    return chart
 
 
-def stacked(series: Mapping[str, Series], unit: str) -> Figure:
-    """Quantities that add up to a total, as smoothed areas stacked on each other."""
-    data = []
-    for i, (name, one) in enumerate(series.items()):
-        shown = _thin(len(one))
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": label(name),
-                "x": one.steps[shown].tolist(),
-                "y": moving_mean(one.values, smoothing_window(len(one)))[shown].tolist(),
-                "stackgroup": "all",
-                "line": {"width": 0.5, "color": PALETTE[i % len(PALETTE)]},
-                "hovertemplate": "%{y:.4g}",
-            }
-        )
-    return _figure(data, "step", unit, legend=True)
+def stacked(series: Mapping[str, Series], unit: str) -> Chart:
+    """Quantities that add up to a total, as smoothed areas stacked on each other. All have the steps of the first."""
+    chart = Chart(Axis("step"), Axis(unit, low=0.0), height=250)
+    steps = next(iter(series.values())).steps
+    shown, below = _thin(len(steps)), np.zeros(len(steps))
+    for (name, one), colour in zip(series.items(), _colours(), strict=False):
+        chart.legend.append((_short(name), colour))
+        values = np.interp(steps, one.steps, np.nan_to_num(moving_mean(one.values, smoothing_window(len(one)))))
+        chart.area(steps[shown], below[shown], (below + values)[shown], colour)
+        below = below + values
+    return chart
 
 
-def proxy_against_gold(runs: Sequence[RunRecord]) -> Figure:
-    """Reward above and gold below, both against sqrt(KL), with one colour for each run.
+def over_kl(runs: Sequence[RunRecord], metric: str, unit: str, *, wide: bool = False, peak: bool = False) -> Chart:
+    """A metric against sqrt(KL), with one colour for each run; the axis is the same for every metric of these runs.
 
-    A star marks the peak of smoothed gold. The trace of a part of gold has the part's name in `meta.part` and starts
-    hidden; that of the total has "".
+    With `peak`, a large dot marks the highest smoothed value.
     """
-    data: list[Figure] = []
-    with_gold = any("gold/mean" in run.metrics for run in runs)
-    for i, run in enumerate(runs):
-        colour = PALETTE[i % len(PALETTE)]
-        kl = run.metrics["policy/kl"]
-        names = ["reward/mean", *sorted(name for name in run.metrics if name.startswith("gold/"))]
-        for name in names:
-            if name not in run.metrics:
-                continue
-            steps, distance, values = _joined(kl, run.metrics[name])
-            if not steps.size:
-                continue
-            lower = name.startswith("gold/")
-            part = "" if name in ("reward/mean", "gold/mean") else name.removeprefix("gold/")
-            traces = _path(steps, distance, values, run.name, colour, peak=lower)
-            for trace in traces:
-                trace |= {"xaxis": "x", "yaxis": "y2" if lower else "y", "legendgroup": label(run.name)}
-                trace["showlegend"] = trace["mode"] == "lines" and not lower
-                if lower:
-                    trace |= {"meta": {"part": part}, "visible": not part}
-            data += traces
-    figure = _figure(data, "√KL from the reference (√nats)", "reward", legend=len(runs) > 1)
-    layout = figure["layout"]
-    layout["xaxis"]["rangemode"] = "tozero"
-    if with_gold:
-        layout["yaxis"]["domain"] = [0.54, 1.0]
-        layout["yaxis2"] = _axis("gold score (0–1)") | {"domain": [0.0, 0.46]}
-        layout["xaxis"]["anchor"] = "y2"
-    return figure
+    furthest = max((float(np.nanmax(_root(run.metrics["policy/kl"].values), initial=0.0)) for run in runs), default=0)
+    chart = Chart(Axis("√KL from the reference (√nats)", 0.0, furthest * 1.02 or 1.0), Axis(unit), 280, wide)
+    for run, colour in zip(runs, _colours(), strict=False):
+        chart.legend.append((_short(run.name), colour))
+        if metric not in run.metrics:
+            continue
+        steps, distance, values = _joined(run.metrics["policy/kl"], run.metrics[metric])
+        if not steps.size:
+            continue
+        window, shown = smoothing_window(len(steps)), _thin(len(steps))
+        far, smooth = moving_mean(distance, window), moving_mean(values, window)
+        rows = zip(steps[shown], values[shown], distance[shown], strict=True)
+        texts = [f"{run.name}, step {step:g}: {value:.3g} at √KL {at:.2f}" for step, value, at in rows]
+        chart.dots(distance[shown], values[shown], [colour], texts, size=2, opacity=0.4)
+        chart.line(far[shown], smooth[shown], colour, size=2.5)
+        if peak:
+            best = int(np.nanargmax(smooth))
+            highest = f"{run.name}, highest: {smooth[best]:.3g} at step {steps[best]:.0f}"
+            chart.dots(far[[best]], smooth[[best]], [colour], [highest], size=6)
+    return chart
 
 
-def reliability(bins: Sequence[Mapping[str, float]]) -> Figure:
+def reliability(bins: Sequence[Mapping[str, float]]) -> Chart:
     """Observed share of wins against predicted chance, with intervals; the diagonal is perfect calibration."""
-    x = [b["mean_probability"] for b in bins]
-    y = [b["accuracy"] for b in bins]
-    diagonal = {
-        "type": "scatter",
-        "mode": "lines",
-        "x": [0, 1],
-        "y": [0, 1],
-        "line": {"color": GREY, "width": 1, "dash": "dash"},
-        "hoverinfo": "skip",
-    }
-    points = {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "x": x,
-        "y": y,
-        "error_y": _error_bars(bins, "accuracy", BLUE),
-        "marker": {"color": BLUE, "size": 7},
-        "line": {"color": BLUE, "width": 1.5},
-        "customdata": [b["count"] for b in bins],
-        "hovertemplate": "predicted %{x:.2f}, happened %{y:.2f}<br>%{customdata} pairs<extra></extra>",
-    }
-    figure = _figure([diagonal, points], "predicted chance of winning", "share that won")
-    figure["layout"]["xaxis"] |= {"range": [0, 1]}
-    figure["layout"]["yaxis"] |= {"range": [0, 1]}
-    return figure
+    chart = Chart(Axis("predicted chance of winning", 0, 1), Axis("share that won", 0, 1))
+    chart.line([0, 1], [0, 1], GREY, size=1, dashed=True)
+    texts = [
+        f"predicted {b['mean_probability']:.2f}, happened {b['accuracy']:.2f}: {b['count']:.0f} pairs" for b in bins
+    ]
+    _with_bounds(chart, [b["mean_probability"] for b in bins], bins, "accuracy", BLUE, texts)
+    return chart
 
 
-def by_margin(bins: Sequence[Mapping[str, float]]) -> Figure:
+def by_margin(bins: Sequence[Mapping[str, float]]) -> Chart:
     """Accuracy in bins of the reward margin, with intervals, and a line at chance."""
-    points = {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "x": [(b["low"] + b["high"]) / 2 for b in bins],
-        "y": [b["accuracy"] for b in bins],
-        "error_y": _error_bars(bins, "accuracy", TEAL),
-        "marker": {"color": TEAL, "size": 7},
-        "line": {"color": TEAL, "width": 1.5},
-        "customdata": [[b["low"], b["high"], b["count"]] for b in bins],
-        "hovertemplate": "margin %{customdata[0]:.2f} to %{customdata[1]:.2f}: %{y:.2f}"
-        "<br>%{customdata[2]} pairs<extra></extra>",
-    }
-    figure = _figure([points], "difference of the two rewards", "accuracy (share)")
-    figure["layout"]["shapes"] = [_horizontal(0.5)]
-    figure["layout"]["xaxis"] |= {"rangemode": "tozero"}
-    return figure
+    middles = [(b["low"] + b["high"]) / 2 for b in bins]
+    chart = Chart(Axis("difference of the two rewards", low=0.0), Axis("accuracy (share)"))
+    texts = [f"margin {b['low']:.2f} to {b['high']:.2f}: {b['accuracy']:.2f} of {b['count']:.0f} pairs" for b in bins]
+    _with_bounds(chart, middles, bins, "accuracy", TEAL, texts)
+    chart.line([0, max(middles)], [0.5, 0.5], GREY, size=1, dashed=True)
+    return chart
 
 
-def by_length(bins: Sequence[Mapping[str, float]]) -> Figure:
+def by_length(bins: Sequence[Mapping[str, float]]) -> Chart:
     """Mean reward in bins of reply length."""
-    points = {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "x": [b["mean_length"] for b in bins],
-        "y": [b["mean_reward"] for b in bins],
-        "marker": {"color": AMBER, "size": 7},
-        "line": {"color": AMBER, "width": 1.5},
-        "customdata": [b["count"] for b in bins],
-        "hovertemplate": "%{x:.0f} words: %{y:.3g}<br>%{customdata} replies<extra></extra>",
-    }
-    return _figure([points], "reply length (words)", "mean reward")
+    chart = Chart(Axis("reply length (words)"), Axis("mean reward"))
+    texts = [f"{b['mean_length']:.0f} words: {b['mean_reward']:.3g}, {b['count']:.0f} replies" for b in bins]
+    _with_bounds(chart, [b["mean_length"] for b in bins], bins, "mean_reward", AMBER, texts)
+    return chart
 
 
-def shares(rows: Sequence[Bar]) -> Figure:
-    """Horizontal bars, the first on top, with intervals if they are known."""
-    rows = rows[::-1]
-    bars = {
-        "type": "bar",
-        "orientation": "h",
-        "y": [label(name) for name, *_ in rows],
-        "x": [share.value for _, share, _ in rows],
-        "marker": {"color": [colour for *_, colour in rows], "opacity": 0.85},
-        "error_x": {
-            "type": "data",
-            "symmetric": False,
-            "array": [share.high - share.value for _, share, _ in rows],
-            "arrayminus": [share.value - share.low for _, share, _ in rows],
-            "color": GREY,
-            "thickness": 1.5,
-        },
-        "text": [f"{share.value:.2f}" for _, share, _ in rows],
-        "textposition": "inside",
-        "insidetextanchor": "start",
-        "insidetextfont": {"color": "#ffffff"},
-        "hovertemplate": "%{y}: %{x:.3f}<extra></extra>",
-    }
-    figure = _figure([bars], "accuracy (share)", "")
-    layout = figure["layout"]
-    layout["xaxis"] |= {"range": [0, 1]}
-    layout["yaxis"] |= {"automargin": True, "showgrid": False}
-    layout["shapes"] = [_vertical(0.5)]
-    layout["bargap"] = 0.35
-    return figure
-
-
-def dots(rows: Sequence[Bar], unit: str, *, line: float | None = None) -> Figure:
-    """A dot with its interval for each row, the first on top.
-
-    `line` is a value to compare with, drawn as a dashed line. Rows of the same name share one line of the chart.
-    """
-    rows = rows[::-1]
-    points = {
-        "type": "scatter",
-        "mode": "markers",
-        "y": [label(name) for name, *_ in rows],
-        "x": [estimate.value for _, estimate, _ in rows],
-        "error_x": {
-            "type": "data",
-            "symmetric": False,
-            "array": [_known(estimate.high - estimate.value) for _, estimate, _ in rows],
-            "arrayminus": [_known(estimate.value - estimate.low) for _, estimate, _ in rows],
-            "color": GREY,
-            "thickness": 1.5,
-            "width": 3,
-        },
-        "marker": {"color": [colour for *_, colour in rows], "size": 9},
-        "customdata": [estimate.count for _, estimate, _ in rows],
-        "hovertemplate": "%{y}: %{x:.3f} (n=%{customdata})<extra></extra>",
-    }
-    figure = _figure([points], unit, "")
-    figure["layout"]["yaxis"] |= {"automargin": True, "type": "category", "dtick": 1}
-    if line is not None:
-        figure["layout"]["shapes"] = [_vertical(line)]
-    return figure
-
-
-def columns(x: Sequence[float], heights: Sequence[float], x_title: str, y_title: str) -> Figure:
-    """Counts as vertical bars side by side."""
-    bars = {
-        "type": "bar",
-        "x": list(x),
-        "y": list(heights),
-        "marker": {"color": BLUE, "opacity": 0.85},
-        "hovertemplate": "%{x:.3g}: %{y}<extra></extra>",
-    }
-    figure = _figure([bars], x_title, y_title)
-    figure["layout"]["bargap"] = 0.1
-    return figure
-
-
-def matrix(names: Sequence[str], values: Sequence[Sequence[float]], unit: str) -> Figure:
-    """A square table of values in [0, 1] as colours; nan is left blank."""
-    cells = {
-        "type": "heatmap",
-        "x": [label(name) for name in names],
-        "y": [label(name) for name in names],
-        "z": [list(row) for row in values],
-        "colorscale": [[0, ROSE], [0.5, "#c9ced6"], [1, TEAL]],
-        "zmin": 0,
-        "zmax": 1,
-        "colorbar": {"thickness": 10, "title": {"text": unit, "font": {"size": 10}}, "tickfont": {"size": 10}},
-        "hoverongaps": False,
-        "hovertemplate": "%{y} and %{x}: %{z:.2f}<extra></extra>",
-    }
-    figure = _figure([cells], "", "")
-    for axis in ("xaxis", "yaxis"):
-        figure["layout"][axis] |= {"type": "category", "showgrid": False, "dtick": 1}
-    figure["layout"]["yaxis"]["autorange"] = "reversed"
-    return figure
-
-
-def best_of_n(points: Sequence[Mapping[str, float]], lines: Mapping[str, str], unit: str) -> Figure:
+def best_of_n(points: Sequence[Mapping[str, float]], lines: Mapping[str, str], unit: str) -> Chart:
     """Curves of the best of n replies over n, with intervals; n is on a logarithmic axis.
 
     `lines` maps a key of the points to the name of its line.
     """
-    data = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": name,
-            "x": [p["n"] for p in points],
-            "y": [p[key] for p in points],
-            "error_y": _error_bars(points, key, colour),
-            "line": {"color": colour, "width": 1.5},
-            "marker": {"color": colour, "size": 7},
-            "hovertemplate": "best of %{x}: %{y:.3f}<extra></extra>",
-        }
-        for (key, name), colour in zip(lines.items(), PALETTE, strict=False)
-    ]
-    figure = _figure(data, "n replies to choose from", unit, legend=len(lines) > 1)
-    figure["layout"]["xaxis"] |= {"type": "log", "tickvals": [p["n"] for p in points]}
-    return figure
+    x = [math.log2(p["n"]) for p in points]
+    ticks = tuple((at, f"{p['n']:.0f}") for at, p in zip(x, points, strict=True))
+    chart = Chart(Axis("n replies to choose from", ticks=ticks), Axis(unit))
+    for (key, name), colour in zip(lines.items(), PALETTE, strict=False):
+        chart.legend.append((name, colour))
+        _with_bounds(chart, x, points, key, colour, [f"best of {p['n']:.0f}: {p[key]:.3f}" for p in points])
+    return chart
 
 
-def _points_and_line(steps: Floats, values: Floats, name: str, colour: str, *, legend: bool) -> list[Figure]:
-    shown = _thin(len(steps))
-    x = steps[shown].tolist()
-    window = smoothing_window(len(steps))
-    line = {
-        "type": "scatter",
-        "mode": "lines+markers" if len(steps) < 12 else "lines",
-        "name": label(name),
-        "x": x,
-        "y": moving_mean(values, window)[shown].tolist(),
-        "line": {"color": colour, "width": 2},
-        "marker": {"size": 5},
-        "showlegend": legend,
-        "connectgaps": True,
-        "hovertemplate": "step %{x}: %{y:.4g}",
-    }
-    if window == 1:
-        return [line]
-    points = {
-        "type": "scatter",
-        "mode": "markers",
-        "name": label(name),
-        "x": x,
-        "y": values[shown].tolist(),
-        "marker": {"color": colour, "size": 3, "opacity": 0.35},
-        "showlegend": False,
-        "hoverinfo": "skip",
-    }
-    return [points, line]
+def shares(rows: Sequence[Bar]) -> Chart:
+    """Horizontal bars of shares, the first on top, with intervals if they are known, and a line at chance."""
+    chart = Chart(Axis("accuracy (share)", 0, 1), Axis(names=tuple(name for name, *_ in rows)))
+    places, values = np.arange(len(rows)), np.array([share.value for _, share, _ in rows])
+    texts = [f"{name}: {share}" for name, share, _ in rows]
+    chart.boxes([0 * values, values], [places - 0.33, places + 0.33], [colour for *_, colour in rows], texts)
+    chart.whiskers([(share.low, share.high) for _, share, _ in rows], [(i, i) for i in range(len(rows))], GREY)
+    chart.line([0.5, 0.5], [-0.5, len(rows) - 0.5], GREY, size=1, dashed=True)
+    chart.texts(0 * values + 0.06, places, "#ffffff", [f"{value:.2f}" for value in values])
+    return chart
 
 
-def _path(steps: Floats, distance: Floats, values: Floats, name: str, colour: str, *, peak: bool) -> list[Figure]:
-    window = smoothing_window(len(steps))
-    smooth_distance, smooth = moving_mean(distance, window), moving_mean(values, window)
-    shown = _thin(len(steps))
-    common = {"type": "scatter", "name": label(name)}
-    traces: list[Figure] = [
-        common
-        | {
-            "mode": "markers",
-            "x": distance[shown].tolist(),
-            "y": values[shown].tolist(),
-            "marker": {"color": colour, "size": 4, "opacity": 0.28},
-            "hoverinfo": "skip",
-        },
-        common
-        | {
-            "mode": "lines",
-            "x": smooth_distance[shown].tolist(),
-            "y": smooth[shown].tolist(),
-            "customdata": steps[shown].tolist(),
-            "line": {"color": colour, "width": 2.5},
-            "hovertemplate": "step %{customdata}: %{y:.3g} at √KL %{x:.2f}",
-        },
-    ]
-    if peak:
-        best = int(np.nanargmax(smooth))
-        traces.append(
-            common
-            | {
-                "mode": "markers",
-                "x": [float(smooth_distance[best])],
-                "y": [float(smooth[best])],
-                "marker": {"color": colour, "size": 13, "symbol": "star", "line": {"color": "#ffffff", "width": 1}},
-                "hovertemplate": f"highest: %{{y:.3g}} at step {steps[best]:.0f}",
-            }
-        )
-    return traces
+def dots(
+    rows: Sequence[Bar], unit: str, *, line: float | None = None, low: float | None = None, high: float | None = None
+) -> Chart:
+    """A dot with its interval for each row, the first on top; rows of unknown value are left out.
+
+    `line` is a value to compare with, drawn as a dashed line. Rows of the same name share one line of the chart.
+    """
+    rows = [row for row in rows if not math.isnan(row[1].value)]
+    names = list(dict.fromkeys(name for name, *_ in rows))
+    places = [names.index(name) for name, *_ in rows]
+    chart = Chart(Axis(unit, low, high), Axis(names=tuple(names)), wide=len(names) > 10)
+    chart.whiskers([(found.low, found.high) for _, found, _ in rows], [(i, i) for i in places], GREY)
+    texts = [f"{name}: {found}" for name, found, _ in rows]
+    chart.dots([found.value for _, found, _ in rows], places, [colour for *_, colour in rows], texts, size=4.5)
+    if line is not None and rows:
+        chart.line([line, line], [-0.5, len(names) - 0.5], GREY, size=1, dashed=True)
+    return chart
+
+
+def columns(
+    x: Sequence[float], heights: Sequence[float], x_title: str, y_title: str, *, labels: Sequence[str] = ()
+) -> Chart:
+    """Counts as vertical bars side by side. With `labels`, the axis shows the first and the last of them."""
+    at, known = np.asarray(x, float), [*labels] or [f"{value:.3g}" for value in x]
+    half = 0.45 * (float(np.diff(np.unique(at)).min()) if len(set(x)) > 1 else 1.0)
+    ticks = tuple((float(at[i]), labels[i]) for i in sorted({0, len(labels) - 1})) if labels else ()
+    chart = Chart(Axis(x_title, ticks=ticks), Axis(y_title, low=0.0))
+    texts = [f"{name}: {height:g}" for name, height in zip(known, heights, strict=True)]
+    chart.boxes([at - half, at + half], [np.zeros(len(at)), np.asarray(heights)], [BLUE], texts)
+    return chart
+
+
+def matrix(names: Sequence[str], values: Sequence[Sequence[float]]) -> Chart:
+    """A square table of values in [0, 1] as colours; nan is left blank."""
+    chart = Chart(Axis(names=tuple(names)), Axis(names=tuple(names)), wide=True)
+    table = np.array(values, float)
+    down, across = np.nonzero(~np.isnan(table))
+    known = table[down, across]
+    texts = [f"{names[i]} and {names[j]}: {table[i, j]:.2f}" for i, j in np.argwhere(~np.isnan(table)).tolist()]
+    boxes = [across - 0.48, across + 0.48], [down - 0.46, down + 0.46]
+    chart.boxes(*boxes, [_between(value) for value in known.tolist()], texts)
+    if len(names) <= 20:
+        chart.texts(across, down, "#1c2330", [f"{value:.2f}" for value in known])
+    return chart
+
+
+def _with_bounds(
+    chart: Chart, x: Sequence[float], rows: Sequence[Mapping[str, float]], key: str, colour: str, texts: Sequence[str]
+) -> None:
+    """A line with a dot for each row, and whiskers from `key_low` to `key_high` where a row has them."""
+    chart.whiskers(
+        [(at, at) for at in x],
+        [(row.get(f"{key}_low", math.nan), row.get(f"{key}_high", math.nan)) for row in rows],
+        colour,
+    )
+    chart.line(x, [row[key] for row in rows], colour, size=1.5)
+    chart.dots(x, [row[key] for row in rows], [colour], texts)
 
 
 def _joined(kl: Series, other: Series) -> tuple[Floats, Floats, Floats]:
-    """The steps at which both are known, sqrt(KL) there (a KL estimate below 0 counts as 0), and the other values."""
+    """The steps at which both are known, sqrt(KL) there, and the other values."""
     steps, left, right = np.intersect1d(kl.steps, other.steps, return_indices=True)
     known = ~(np.isnan(kl.values[left]) | np.isnan(other.values[right]))
-    distance = np.sqrt(np.maximum(kl.values[left][known], 0.0))
-    return steps[known], distance, other.values[right][known]
+    return steps[known], _root(kl.values[left][known]), other.values[right][known]
 
 
-def _known(length: float) -> float:
-    return 0.0 if math.isnan(length) else length
+def _root(kl: Floats) -> Floats:
+    """sqrt(KL); an estimate below 0 counts as 0."""
+    return np.sqrt(np.maximum(kl, 0.0))
+
+
+def _colours() -> list[str]:
+    """Colours enough for any number of lines."""
+    return [*PALETTE] * 40
+
+
+def _between(share: float) -> str:
+    """A colour from rose (0) over grey (0.5) to teal (1)."""
+    low, high, part = ("#f0527a", "#c9ced6", 2 * share) if share < 0.5 else ("#c9ced6", "#14a89a", 2 * share - 1)
+    ends = [(int(low[i : i + 2], 16), int(high[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(a + part * (b - a)):02x}" for a, b in ends)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
 
 
 def _thin(num_points: int) -> slice:
     return slice(None, None, math.ceil(num_points / MAX_POINTS) or 1)
-
-
-def _error_bars(rows: Sequence[Mapping[str, float]], name: str, colour: str) -> Figure:
-    """Error bars from `name_low` and `name_high`; rows without these have none."""
-
-    def bound(row: Mapping[str, float], side: str) -> float:
-        value = row.get(f"{name}_{side}")
-        return abs(value - row[name]) if isinstance(value, int | float) else 0.0
-
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [bound(row, "high") for row in rows],
-        "arrayminus": [bound(row, "low") for row in rows],
-        "color": colour,
-        "thickness": 1,
-        "width": 2,
-    }
-
-
-def _figure(data: list[Figure], x_title: str, y_title: str, *, legend: bool = False) -> Figure:
-    layout: Figure = {
-        "margin": {"l": 52, "r": 10, "t": 8, "b": 40},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "system-ui, sans-serif", "color": GREY, "size": 11},
-        "xaxis": _axis(x_title),
-        "yaxis": _axis(y_title),
-        "showlegend": legend,
-        "hovermode": "closest",
-        "hoverlabel": {"font": {"size": 12}},
-    }
-    if legend:
-        layout["legend"] = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"}
-        layout["legend"] |= {"font": {"size": 10}, "itemwidth": 30}
-        layout["margin"]["t"] = 34
-    return {"data": data, "layout": layout}
-
-
-def _axis(title: str) -> Figure:
-    return {
-        "title": {"text": title, "font": {"size": 11}, "standoff": 6},
-        "gridcolor": _GRID,
-        "zerolinecolor": _GRID,
-        "linecolor": _GRID,
-        "tickfont": {"size": 10},
-        "nticks": 6,
-        "automargin": True,
-    }
-
-
-def _horizontal(y: float) -> Figure:
-    line = {"color": GREY, "width": 1, "dash": "dash"}
-    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line}
-
-
-def _vertical(x: float) -> Figure:
-    line = {"color": GREY, "width": 1, "dash": "dash"}
-    return {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": x, "x1": x, "line": line, "layer": "above"}

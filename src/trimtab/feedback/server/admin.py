@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -22,13 +23,14 @@ from trimtab.feedback.assign import set_open
 from trimtab.feedback.board import BoardCache, disagreements
 from trimtab.feedback.exporting import LAYOUTS, export, to_bytes
 from trimtab.feedback.labels import LabelSplit
-from trimtab.feedback.server.charts import columns, intervals
 from trimtab.feedback.server.pages import page, to
 from trimtab.feedback.server.security import Adjudicating, Administering, PostedForm, Visit, field
 from trimtab.feedback.store import audit_head, guideline, verify
 from trimtab.feedback.votes import cast_votes
 from trimtab.feedback.voting import adjudicate
 from trimtab.feedback.webhooks import publish_guideline
+from trimtab.reports.charts import BLUE, Chart, columns, dots
+from trimtab.stats import Interval
 
 router = APIRouter(prefix="/admin")
 _TYPES = {"jsonl": "application/x-ndjson", "csv": "text/csv", "parquet": "application/octet-stream"}
@@ -65,21 +67,18 @@ def _board_values(request: Request) -> dict[str, Any]:
     stretch = {60.0: "minute", 3600.0: "hour"}.get(found.stretch_seconds, "day")
     cards = [(row.name, row.card) for row in found.rows if row.card is not None]
     study = found.study
+
+    def rows(values: Sequence[tuple[str, Interval]], title: str, line: float | None = None) -> Chart:
+        return dots([(name, value, BLUE) for name, value in values][:40], title, line=line, low=0.0, high=1.0)
+
+    counts = [num for _, num in found.throughput]
     charts = {
-        f"Answers in each {stretch}": columns(
-            [num for _, num in found.throughput], labels=labels, title=f"answers in each {stretch}"
-        ),
-        "Agreement with the others": intervals(
-            [(name, card.agreement) for name, card in cards], title="agreement with the majority of the others"
-        ),
-        "Chose the left side": intervals(
-            [(name, card.left) for name, card in cards], aim=0.5, title="share of answers for the left side"
-        ),
-        "Gold items as expected": intervals([(row.name, row.gold) for row in found.rows], title="gold accuracy"),
-        "Ties": intervals([(name, card.ties) for name, card in cards], title="share of ties"),
-        "Agreement by slice": intervals(
-            [(name, raw.interval) for name, raw, _ in study.slices] if study else [], title="agreement by slice"
-        ),
+        f"Answers in each {stretch}": columns(range(len(counts)), counts, "", "answers", labels=labels),
+        "Agreement with the others": rows([(name, card.agreement) for name, card in cards], "share"),
+        "Chose the left side": rows([(name, card.left) for name, card in cards], "share of answers", 0.5),
+        "Gold items as expected": rows([(row.name, row.gold) for row in found.rows], "share"),
+        "Ties": rows([(name, card.ties) for name, card in cards], "share of answers"),
+        "Agreement by slice": rows([(name, raw.interval) for name, raw, _ in study.slices] if study else [], "share"),
     }
     return {"board": found, "charts": charts, "webhooks": request.app.state.store.project.settings.webhooks}
 

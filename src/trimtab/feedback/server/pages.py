@@ -10,25 +10,13 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse, RedirectResponse
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from trimtab.feedback.server.keys import keys_for
-from trimtab.feedback.server.rendering import render, visible
+from trimtab.feedback.server.rendering import render
 from trimtab.feedback.server.security import COOKIE, Visit
+from trimtab.reports.markup import templates, visible
 
 WEB = Path(__file__).parents[1] / "web"
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(WEB / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"rendered": render, "visible": visible, "day": _day, "percent": _percent, "span": _span}
-    return environment
 
 
 def _day(seconds: float | None) -> str:
@@ -51,7 +39,8 @@ def _span(seconds: float | None) -> str:
     return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
-ENVIRONMENT = _environment()
+ENVIRONMENT = templates(WEB / "templates", all_visible=False)
+ENVIRONMENT.filters |= {"rendered": render, "visible": visible, "day": _day, "percent": _percent, "span": _span}
 
 
 def page(request: Request, visit: Visit, template: str, /, *, status: int = 200, **values: Any) -> HTMLResponse:

@@ -23,6 +23,8 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
 
+from trimtab.reports.markup import visible
+
 MAX_MATH = 2_000
 """Letters of one formula; a longer one is shown as its source."""
 MAX_HIGHLIGHTED = 6_000
@@ -55,11 +57,6 @@ _ATTRIBUTES = {
 _CLASS = re.compile(r"[a-z][a-z0-9-]{0,20}( [a-z][a-z0-9-]{0,20}){0,2}")
 _DELIMITERS = set("|:- >\t*+.0123456789")
 """The characters that a line that begins a table may hold, with the signs of lists and quotes before it."""
-_INVISIBLE = {
-    ord(c): f"⟨U+{ord(c):04X}⟩"
-    for c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200b\u200e\u200f\u2060\ufeff\u00ad"
-}
-"""Invisible characters that change how text reads; they are shown by name."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -84,11 +81,6 @@ def _num_cells(text: str) -> int:
             columns = max(columns, line.count("|") + 1)
         num += columns
     return num
-
-
-def visible(text: str) -> str:
-    """The text in which invisible characters, such as those that reverse others, are shown by name."""
-    return text.translate(_INVISIBLE)
 
 
 def _clean(dirty: str) -> str:
