@@ -4,7 +4,7 @@ and a picture.
     python benchmarks/algorithms.py --seeds 0 1 2 --jobs 2 --out runs/algorithms
 
 Each run is a process on one thread. Runs that have finished are not repeated; one that was cut short begins again, so
-that its seconds and memory are those of a whole run. The picture is drawn by Chromium where it is installed.
+that its seconds and memory are those of a whole run.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
-from spine import DATA, ROOT, write_png
+from pictures import write_picture
+from spine import DATA, ROOT
 
 from trimtab.core.config import to_toml
 from trimtab.evals.overoptimisation import best_of_each, best_of_n_kl, sizes_up_to
+from trimtab.reports.charts import GREY, PALETTE, Axis, Chart
 from trimtab.stats import bootstrap_mean, t_interval
 
 N = 16
@@ -157,11 +158,10 @@ ALONE = {
 in neither table nor picture."""
 BEST_OF_N = "best of N"
 FAMILIES = {
-    "circle": ("DPO", "IPO", "SimPO", "ORPO", "KTO"),
-    "diamond": ("PPO", "GRPO", "Dr. GRPO", "DAPO", "RLOO", "REINFORCE++"),
-    "square": ("rejection sampling", BEST_OF_N),
+    "from pairs": ("DPO", "IPO", "SimPO", "ORPO", "KTO"),
+    "from replies of its own": ("PPO", "GRPO", "Dr. GRPO", "DAPO", "RLOO", "REINFORCE++"),
+    "by choosing": ("rejection sampling", BEST_OF_N),
 }
-COLOURS = ("#1b6ca8", "#2a9d8f", "#e07a1f", "#b5179e", "#6a994e", "#d62828", "#3a0ca3", "#8d6346")
 
 
 def evaluation(policy: str) -> dict[str, Any]:
@@ -309,35 +309,27 @@ def table(rows: Sequence[dict[str, Any]], means: Sequence[dict[str, Any]]) -> st
     return "\n".join(lines)
 
 
-def picture(rows: Sequence[dict[str, Any]]) -> go.Figure:
-    """Gold gain over the square root of KL: a point for each algorithm and seed, and the curve of best-of-n."""
-    figure = go.Figure()
+def picture(rows: Sequence[dict[str, Any]]) -> dict[str, Chart]:
+    """Gold gain over the square root of KL: a dot for each algorithm and seed, and the curve of best-of-n."""
+    ticks = tuple((math.sqrt(kl), f"{kl:g}") for kl in (0, 0.25, 1, 2, 4, 6, 9, 16, 25, 36, 49, 64))
+    across = Axis("KL to the SFT model (nats per reply, square-root scale)", low=0.0, ticks=ticks)
+    chart = Chart(across, Axis("gain in gold"), 560, wide=True)
     curves = [r["curve"] for r in rows if r["name"] == BEST_OF_N]
     if curves:
         x = [math.sqrt(point["kl"]) for point in curves[0]]
         y = np.mean([[point["gold_gain"] for point in curve] for curve in curves], axis=0)
-        text = [f"n = {point['n']}" if point["n"] > 2 else "" for point in curves[0]]
-        figure.add_scatter(
-            x=x, y=y, mode="lines+markers+text", text=text, textposition="top left", textfont={"size": 11},
-            line={"color": "#777"}, name="best of n by the reward model",
-        )  # fmt: skip
-    for symbol, names in FAMILIES.items():
-        for name, colour in zip(names, COLOURS, strict=False):
+        chart.legend.append(("best of n by the reward model", GREY))
+        chart.line(x, y, GREY)
+        chart.dots(x, y, [GREY], [f"best of {point['n']}" for point in curves[0]])
+    for (family, names), colour in zip(FAMILIES.items(), PALETTE, strict=False):
+        chart.legend.append((family, colour))
+        for name in names:
             each = [r for r in rows if r["name"] == name and name != BEST_OF_N]
             if each:
-                figure.add_scatter(
-                    x=[math.sqrt(max(0.0, r["kl"])) for r in each], y=[r["gold_gain"] for r in each], mode="markers",
-                    name=name, marker={"symbol": symbol, "size": 12, "color": colour, "opacity": 0.85},
-                )  # fmt: skip
-    ticks = (0, 0.25, 1, 2, 4, 6, 9, 16, 25, 36, 49, 64)
-    figure.update_layout(
-        width=980, height=560, template="plotly_white", font={"size": 15}, margin={"l": 70, "r": 20, "t": 50, "b": 60},
-        title="What each algorithm gains, and how far from the SFT model it goes for it",
-        xaxis={"title": "KL to the SFT model (nats per reply, square-root scale)", "tickmode": "array",
-               "tickvals": [math.sqrt(t) for t in ticks], "ticktext": [f"{t:g}" for t in ticks]},
-        yaxis={"title": "gain in gold", "tickformat": "+.2f", "zerolinecolor": "#bbb"},
-    )  # fmt: skip
-    return figure
+                x, y = [math.sqrt(max(0.0, r["kl"])) for r in each], [r["gold_gain"] for r in each]
+                chart.dots(x, y, [colour], [f"{name}, seed {r['seed']}" for r in each], size=5, opacity=0.7)
+                chart.texts([np.mean(x)], [np.mean(y)], colour, [name])
+    return {"What each algorithm gains, and how far from the SFT model it goes for it": chart}
 
 
 def main() -> None:
@@ -364,7 +356,7 @@ def main() -> None:
     result = {"runs": rows, "over_seeds": means, "arithmetic": answers}
     options.data.mkdir(parents=True, exist_ok=True)
     (options.data / "algorithms.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    write_png(picture(rows), options.data.parent / "algorithms.png")
+    write_picture(picture(rows), options.data.parent / "algorithms.svg")
     print(table(rows, means))
     print(json.dumps(answers, indent=1))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import os
 import platform
 import re
@@ -310,7 +311,7 @@ def main() -> None:
     parser.add_argument("--precision", default="", help="the same for both: a float32 matmul precision, or bfloat16")
     parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), help=", ".join(WORKLOADS))
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--picture", type=Path, help="where to draw the results, as PNG; needs Chromium")
+    parser.add_argument("--picture", type=Path, help="where to draw the results, as SVG")
     o = parser.parse_args()
     o.out, o.rows = o.out.resolve(), o.rows.resolve()
     o.out.mkdir(parents=True, exist_ok=True)
@@ -327,9 +328,9 @@ def main() -> None:
         o.data.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     print(table(known["workloads"]))
     if o.picture:
-        from spine import write_png
+        from pictures import write_picture
 
-        write_png(picture(known["workloads"]), o.picture)
+        write_picture(picture(known["workloads"]), o.picture)
 
 
 def bound(r: dict[str, Any]) -> float | None:
@@ -361,39 +362,25 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def picture(results: dict[str, dict[str, Any]]) -> Any:
-    """How many times faster, a point for each pair, with the floor and what saved products alone would give."""
-    import plotly.graph_objects as go
+def picture(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """How many times faster, a dot for each pair, with the floors and what saved products alone would give."""
+    from trimtab.reports.charts import AMBER, BLUE, GREY, ROSE, Axis, Chart
 
-    names = list(results)[::-1]
-    figure = go.Figure()
-    pairs = [(p["ratio"], name) for name in names for p in results[name]["pairs"]]
+    names = list(results)
+    ticks = tuple((math.log2(times), f"{times:g}") for times in (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15))
+    chart = Chart(Axis("times faster than TRL", ticks=ticks), Axis(names=tuple(names)), wide=True)
     marks = {
-        "a pair of runs": (pairs, {"symbol": "circle", "size": 9, "opacity": 0.6, "color": "#1f77b4"}),
-        "what saved products alone would give": (
-            [(b, n) for n in names if (b := bound(results[n]))],
-            {"symbol": "line-ns-open", "size": 18, "color": "#555", "line": {"width": 2}},
-        ),
-        "the floor against defaults": (
-            [(floor, n) for n in names if (floor := WORKLOADS[results[n]["workload"]].floor)],
-            {"symbol": "triangle-right", "size": 11, "color": "#d62728"},
-        ),
-        "the floor at the same precision": (
-            [(floor, n) for n in names if (floor := WORKLOADS[results[n]["workload"]].floor_same)],
-            {"symbol": "triangle-right-open", "size": 11, "color": "#d62728"},
-        ),
+        ("what saved products alone would give", GREY): {n: [bound(results[n])] for n in names},
+        ("the floor against defaults", ROSE): {n: [WORKLOADS[results[n]["workload"]].floor] for n in names},
+        ("the floor at the same precision", AMBER): {n: [WORKLOADS[results[n]["workload"]].floor_same] for n in names},
+        ("a pair of runs", BLUE): {n: [p["ratio"] for p in results[n]["pairs"]] for n in names},
     }
-    for label, (points, marker) in marks.items():
-        x, y = zip(*points, strict=True)
-        figure.add_scatter(x=x, y=y, mode="markers", name=label, marker=marker)
-    figure.update_xaxes(title="times faster than TRL", type="log", tickvals=[1, 1.5, 2, 3, 4, 5, 6, 8, 10])
-    figure.update_layout(
-        template="plotly_white",
-        height=580,
-        margin={"l": 10, "r": 20, "t": 20, "b": 40},
-        legend={"orientation": "h", "y": -0.15},
-    )
-    return figure
+    for (what, colour), of_name in marks.items():
+        chart.legend.append((what, colour))
+        known = [(math.log2(times), names.index(n), times) for n in names for times in of_name[n] if times]
+        x, y, times = zip(*known, strict=True)
+        chart.dots(x, y, [colour], [f"{what}: {one:.2f}" for one in times], size=5, opacity=0.8)
+    return {"Speed": chart}
 
 
 if __name__ == "__main__":

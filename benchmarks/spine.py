@@ -2,24 +2,23 @@
 
     python benchmarks/spine.py --seeds 0 1 2 3 4 --out runs/evidence
 
-Runs that have finished are not repeated. The picture is drawn by Chromium where it is installed.
+Runs that have finished are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-import plotly.graph_objects as go
+import numpy as np
+from pictures import write_picture
 
 from trimtab.evals.overoptimisation import hacking_summary
+from trimtab.reports.charts import ROSE, TEAL, Axis, Chart
 from trimtab.stats import moving_mean, t_interval
 
 ROOT = Path(__file__).parents[1]
@@ -99,52 +98,18 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def picture(out: Path, seeds: list[int]) -> go.Figure:
-    """Reward and gold over the square root of KL, with the leash and without, one thin line a seed."""
-    figure = go.Figure()
-    for name, colour in (("ppo", "#2a7"), ("ppo_no_leash", "#c43")):
-        for number, seed in enumerate(s for s in seeds if (out / f"seed-{s}" / name / "metrics.jsonl").exists()):
-            points = curve(out / f"seed-{seed}" / name)
-            x = [math.sqrt(k) for k, _, _ in points]
-            label = "with the KL penalty" if name == "ppo" else "without it"
-            for values, what, dash, axis in (
-                ([g for _, _, g in points], "gold", "solid", "y"),
-                ([r for _, r, _ in points], "reward", "dot", "y2"),
-            ):
-                figure.add_scatter(
-                    x=x, y=values, yaxis=axis, mode="lines", name=f"{what}, {label}", legendgroup=f"{what} {name}",
-                    showlegend=number == 0, line={"color": colour, "dash": dash, "width": 2 if number == 0 else 1},
-                    opacity=1.0 if number == 0 else 0.45,
-                )  # fmt: skip
-    figure.update_layout(
-        width=980, height=560, template="plotly_white", font={"size": 15}, margin={"l": 70, "r": 70, "t": 50, "b": 110},
-        title="The reward keeps rising; what it stands for does not",
-        xaxis={"title": "√KL to the SFT model (√nats per reply)"},
-        yaxis={"title": "gold score"},
-        yaxis2={
-            "title": "reward (dotted)", "overlaying": "y", "side": "right", "showgrid": False,
-            "tickformat": ".1f", "zeroline": False,
-        },
-        legend={"orientation": "h", "x": 0, "y": -0.2},
-    )  # fmt: skip
-    return figure
-
-
-def write_png(figure: go.Figure, path: Path) -> None:
-    """Draws the figure with Chromium, if there is one."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        print("no chromium: the picture was not drawn")
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        page = Path(scratch) / "figure.html"
-        figure.write_html(page, include_plotlyjs=True, full_html=True, config={"staticPlot": True})
-        command = [
-            browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-            f"--user-data-dir={scratch}/profile", f"--screenshot={path}", "--window-size=1000,580",
-            "--virtual-time-budget=6000", "--hide-scrollbars", page.as_uri(),
-        ]  # fmt: skip
-        subprocess.run(command, check=True, capture_output=True)
+def picture(out: Path, seeds: list[int]) -> dict[str, Chart]:
+    """Gold and reward over the square root of KL, with the leash and without, one line a seed."""
+    across = Axis("√KL to the SFT model (√nats per reply)", low=0.0)
+    gold, reward = (Chart(across, Axis(title), 330, wide=True) for title in ("gold score", "reward"))
+    for name, colour, label in (("ppo", TEAL, "with the KL penalty"), ("ppo_no_leash", ROSE, "without it")):
+        for chart in (gold, reward):
+            chart.legend.append((label, colour))
+        for seed in (s for s in seeds if (out / f"seed-{s}" / name / "metrics.jsonl").exists()):
+            kl, rewards, golds = zip(*curve(out / f"seed-{seed}" / name), strict=True)
+            gold.line(np.sqrt(kl), golds, colour, size=1.5)
+            reward.line(np.sqrt(kl), rewards, colour, size=1.5)
+    return {"What the reward stands for does not keep rising": gold, "The reward does": reward}
 
 
 def main() -> None:
@@ -176,7 +141,7 @@ def main() -> None:
     DATA.mkdir(parents=True, exist_ok=True)
     result = {"seeds": rows, "over_seeds": over_seeds, "without_the_leash": hacking, "moving_mean_steps": WINDOW}
     (DATA / "spine.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    write_png(picture(options.out, options.seeds), ROOT / "docs" / "evidence" / "overoptimisation.png")
+    write_picture(picture(options.out, options.seeds), ROOT / "docs" / "evidence" / "overoptimisation.svg")
     print(table(result))
     print(json.dumps(over_seeds, indent=1))
     print(json.dumps(hacking, indent=1))

@@ -27,7 +27,7 @@ Bar = tuple[str, Interval, str]
 MAX_POINTS = 200
 """Maximum number of points drawn for a curve. They are evenly spaced; smoothing uses all points."""
 MAX_NAME = 28
-"""Letters of a name that an axis or a legend shows."""
+"""Letters of a name that a legend or an axis shows; beside a wide chart twice as many."""
 _LETTER = 6.2
 """Mean width of a letter of the charts' 11-pixel font, in pixels."""
 _ROW = 22
@@ -57,10 +57,10 @@ class Axis:
         margin = 0.04 * (high - low) if high > low else abs(low) / 2 or 0.5
         return low - (margin if self.low is None else 0), high + (margin if self.high is None or high <= low else 0)
 
-    def ticks_in(self, low: float, high: float) -> list[tuple[float, str]]:
-        """Places and texts of at most seven ticks; of all names."""
+    def ticks_in(self, low: float, high: float, letters: int = MAX_NAME) -> list[tuple[float, str]]:
+        """Places and texts of at most seven ticks; of all names, of which it shows so many letters."""
         if self.names:
-            return [(i, _short(name)) for i, name in enumerate(self.names)]
+            return [(i, _short(name, letters)) for i, name in enumerate(self.names)]
         if self.ticks:
             return [(at, text) for at, text in self.ticks if low <= at <= high]
         power = 10.0 ** math.floor(math.log10((high - low) / 6))
@@ -145,7 +145,7 @@ class Chart:
         if not xs.size:
             return Markup('<p class="soft">Nothing to show yet.</p>')
         (x_low, x_high), (y_low, y_high) = self.x.range_of(xs), self.y.range_of(ys)
-        x_ticks, y_ticks = self.x.ticks_in(x_low, x_high), self.y.ticks_in(y_low, y_high)
+        x_ticks, y_ticks = self.x.ticks_in(x_low, x_high), self.y.ticks_in(y_low, y_high, MAX_NAME * (1 + self.wide))
         letters_x, letters_y = (max((len(text) for _, text in ticks), default=0) for ticks in (x_ticks, y_ticks))
         width = 1040 if self.wide else 360
         left, right, top = 12 + letters_y * _LETTER + (16 if self.y.title else 0), width - 12, 8
@@ -369,8 +369,8 @@ def _between(share: float) -> str:
     return "#" + "".join(f"{round(a + part * (b - a)):02x}" for a, b in ends)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
+def _short(name: str, letters: int = MAX_NAME) -> str:
+    return name if len(name) <= letters else name[: letters - 1] + "…"
 
 
 def _thin(num_points: int) -> slice:
