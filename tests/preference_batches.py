@@ -86,7 +86,7 @@ def split_pairs(pairs):
 
 def mean_loss(loss, batch, logprobs, logprobs_of=None):
     """The loss of a whole batch, prepared and divided by its weight, and its metrics."""
-    prepared = loss.prepare(batch, logprobs_of or (lambda _: logprobs.detach()))
+    prepared = loss.complete(batch, logprobs_of or (lambda _: logprobs.detach()))
     total, metrics = loss(SimpleNamespace(logprobs=logprobs), prepared)
     return total / loss.weight(prepared), metrics
 

@@ -56,7 +56,7 @@ def load_causal(path: str | Path) -> PreTrainedModel:
             where=str(path),
             fix="name a causal language model saved with its output head, such as one that `trimtab sft` wrote",
         )
-    _prepared(model)
+    _without_dropout(model)
     try:
         proved(model)
         logit_shape(model)
@@ -81,7 +81,7 @@ def load_scalar(path: str | Path, *, head_seed: int | None = None, zero_head: bo
         model = load_scalar(base, head_seed=0 if head_seed is None else head_seed, zero_head=zero_head)
         merge_adapter(model, path)
         model.config.update(reward_facts(path))
-        return _prepared(model)
+        return _without_dropout(model)
     config = load_config(path)
     if is_classifier(path) and config.num_labels != 1:
         raise EngineError(
@@ -104,7 +104,7 @@ def load_scalar(path: str | Path, *, head_seed: int | None = None, zero_head: bo
     # Damage in the backbone is found when the model is first run; the head is not run until something is scored.
     body = f"{model.base_model_prefix}."
     refuse_damage(((n, p) for n, p in model.named_parameters() if not n.startswith(body)), str(path))
-    return _prepared(model)
+    return _without_dropout(model)
 
 
 def is_classifier(path: str | Path) -> bool:
@@ -174,7 +174,7 @@ def _no_head(path: str | Path, why: str) -> EngineError:
     )
 
 
-def _prepared(model: PreTrainedModel) -> PreTrainedModel:
+def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

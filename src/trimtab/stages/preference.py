@@ -107,16 +107,16 @@ def run(settings: PreferenceSettings, run: Run) -> None:
     make_batch, validation = make_batches(settings, loss, policy, base, chat, train, used, held_out, run)
     learner = make_learner(policy, settings, epochs, name="policy")
 
-    def prepare(batch: TreeBatch) -> TreeBatch:
-        prepared: TreeBatch = loss.prepare(batch, learner.logprobs)
-        return prepared
+    def complete(batch: TreeBatch) -> TreeBatch:
+        found: TreeBatch = loss.complete(batch, learner.logprobs)
+        return found
 
     with training(run, learner, epochs, settings, description="preference") as steps:
         for number, examples in steps:
-            batch = prepare(make_batch(examples))
+            batch = complete(make_batch(examples))
             metrics = learner.update([(batch, [loss])]) | steps.speed(batch)
             if steps.validates(number):
-                metrics |= validate(learner, loss, validation, prepare)
+                metrics |= validate(learner, loss, validation, complete)
             steps.log(metrics)
     run.save_model(lambda path: save_role(policy, chat.tokenizer, path, base=base))
     last = last_metrics(run, "loss/", "policy/")
@@ -244,7 +244,7 @@ def make_batches(
     validation = Validation(
         lambda: [tree.num_tokens for tree in held_out.trees],
         lambda indices: make_held_out()(indices),
-        whole=getattr(type(loss), "prepare", None) is not PairLoss.prepare,
+        whole=getattr(type(loss), "complete", None) is not PairLoss.complete,
     )
     return make_batch, validation
 

@@ -34,7 +34,7 @@ FIT = "set max_tokens = LIMIT, so that longer examples are cut or dropped as on_
 MakeBatch = Callable[[Sequence[int]], TreeBatch]
 """Makes a batch of the examples with these numbers."""
 
-Prepare = Callable[[Any], TreeBatch]
+Complete = Callable[[Any], TreeBatch]
 """Adds to a whole batch what its micro-batches cannot know alone, computed with the weights as they are."""
 
 
@@ -143,18 +143,18 @@ class Validation:
     """Gives the number of tokens of each example."""
     make_batch: MakeBatch
     whole: bool = False
-    """Whether `prepare` has to see all examples in one batch."""
+    """Whether `complete` has to see all examples in one batch."""
 
-    def micro_batches(self, token_budget: int, prepared: Callable[[TreeBatch], TreeBatch]) -> Iterator[TreeBatch]:
+    def micro_batches(self, token_budget: int, complete: Complete) -> Iterator[TreeBatch]:
         """The examples in micro-batches of at most `token_budget` tokens, the same as `TreeBatch.micro_batches` makes
         from one batch of all examples."""
         sizes = self.sizes()
         if self.whole:
-            yield from prepared(self.make_batch(range(len(sizes)))).micro_batches(token_budget)
+            yield from complete(self.make_batch(range(len(sizes)))).micro_batches(token_budget)
             return
         groups = split_sizes(sizes, token_budget)
         for group in [list(range(len(sizes)))] if len(groups) == 1 else groups:
-            yield prepared(self.make_batch(group))
+            yield complete(self.make_batch(group))
 
 
 def last_metrics(run: Run, *prefixes: str) -> dict[str, float]:
@@ -258,14 +258,14 @@ def training(
 
 @torch.no_grad()
 def validate(
-    learner: LocalLearner, loss: Loss, validation: Validation | None, prepare: Prepare = lambda batch: batch
+    learner: LocalLearner, loss: Loss, validation: Validation | None, complete: Complete = lambda batch: batch
 ) -> Metrics:
-    """The loss's own metrics on held-out data as `OWNER/validation_QUANTITY`; empty without such data. `prepare` is
+    """The loss's own metrics on held-out data as `OWNER/validation_QUANTITY`; empty without such data. `complete` is
     applied to every batch first."""
     if validation is None:
         return {}
     parts = []
-    for micro in validation.micro_batches(learner.token_budget, prepare):
+    for micro in validation.micro_batches(learner.token_budget, complete):
         parts.append(loss(learner.role(micro.trees), micro)[1])
     return {_validation_name(name): metric for name, metric in merge(parts).items()}
 

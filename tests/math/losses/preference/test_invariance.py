@@ -59,7 +59,7 @@ def update(loss, batch, *, token_budget=10**9, tree_form=True):
     policy.tree_form = tree_form
     settings = AdamW(learning_rate=1e-3, max_gradient_norm=1e12)
     learner = LocalLearner(policy, settings, token_budget=token_budget, num_updates=1, name="policy")
-    prepared = loss.prepare(batch, lambda trees: token_logprobs_of(policy, trees, token_budget))
+    prepared = loss.complete(batch, lambda trees: token_logprobs_of(policy, trees, token_budget))
     metrics = learner.update([(prepared, [loss])])
     gradient = torch.cat([p.grad.flatten() for p in learner.parameters.values()])
     return gradient, {k: v for k, v in to_values(metrics).items() if not k.startswith("optimizer/")}

@@ -66,7 +66,7 @@ def test_a_baseline_moves_no_gradient():
         value, _ = mean_loss(loss, batch, own, logprobs_of=lambda t: mismatched if t is batch.mismatched else logprobs)
         value.backward()
         numeric = own.detach().clone()
-        fixed = loss.prepare(batch, lambda t: mismatched if t is batch.mismatched else logprobs)
+        fixed = loss.complete(batch, lambda t: mismatched if t is batch.mismatched else logprobs)
         for i in (0, 3):
             step = torch.zeros_like(numeric)
             step[i] = 1e-2

@@ -39,7 +39,7 @@ class PreferenceLoss(Protocol):
 
     @property
     def needs_mismatched(self) -> bool:
-        """Whether `prepare` needs each prompt with the replies to another prompt."""
+        """Whether `complete` needs each prompt with the replies to another prompt."""
         ...
 
     @property
@@ -55,7 +55,7 @@ class PreferenceLoss(Protocol):
         """Whether soft labels enter the loss."""
         ...
 
-    def prepare(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
+    def complete(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
         """The batch with quantities that must be computed over the whole update. Called once, before it is split into
         micro-batches."""
         ...
@@ -129,7 +129,7 @@ class PairLoss:
         """Whether soft labels enter the loss."""
         return True
 
-    def prepare(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
+    def complete(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
         """The batch unchanged, because each pair is judged on its own."""
         return batch
 

@@ -51,7 +51,7 @@ def mean_over_judgements(values: Tensor, judgements: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplyLoss:
-    """Base of a loss over judged replies. A subclass defines `good_and_bad`, and the baseline in `prepare`."""
+    """Base of a loss over judged replies. A subclass defines `good_and_bad`, and the baseline in `complete`."""
 
     coef: float = 1.0
     """Weight in the sum of losses."""
@@ -79,10 +79,10 @@ class ReplyLoss:
 
     @property
     def needs_mismatched(self) -> bool:
-        """Whether `prepare` needs each prompt with the replies to another prompt."""
+        """Whether `complete` needs each prompt with the replies to another prompt."""
         return False
 
-    def prepare(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
+    def complete(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
         """The batch with the baseline of its update."""
         raise NotImplementedError
 
@@ -140,10 +140,10 @@ class KTO(ReplyLoss):
 
     @property
     def needs_mismatched(self) -> bool:
-        """Whether `prepare` needs each prompt with the replies to another prompt."""
+        """Whether `complete` needs each prompt with the replies to another prompt."""
         return self.baseline == "mismatched"
 
-    def prepare(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
+    def complete(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
         """The batch with its KL estimate. Costs a forward pass without gradients over about as many tokens again."""
         if self.baseline == "none":
             return batch.with_baseline(torch.zeros(()))
@@ -165,7 +165,7 @@ class BCO(ReplyLoss):
     shift: Literal["update", "none"] = "update"
     """Compute the shift anew for each update, or use none."""
 
-    def prepare(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
+    def complete(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
         """The batch with its shift. Costs a forward pass over the update without gradients."""
         if self.shift == "none":
             return batch.with_baseline(torch.zeros(()))

@@ -44,7 +44,7 @@ class AOT(ReferenceLoss):
         """False: a vote for the other reply would have another rank, so soft labels cannot be used."""
         return False
 
-    def prepare(self, batch: ReferencePairs, logprobs_of: LogprobsOf) -> Any:
+    def complete(self, batch: ReferencePairs, logprobs_of: LogprobsOf) -> Any:
         """The batch with targets: see `losses`. Costs a forward pass over the update without gradients."""
         ratios = reply_logprobs(logprobs_of(batch.trees) - batch.ref_logprobs, batch)
         chosen, rejected = ratios[batch.chosen_ids], ratios[batch.rejected_ids]
