@@ -218,7 +218,8 @@ def over_kl(runs: Sequence[RunRecord], metric: str, unit: str, *, wide: bool = F
         steps, distance, values = _joined(run.metrics["policy/kl"], run.metrics[metric])
         if not steps.size:
             continue
-        window, shown = smoothing_window(len(steps)), _thin(len(steps))
+        # the few steps of a short run are noisy, and a line through each would run back and forth
+        window, shown = max(smoothing_window(len(steps)), min(7, len(steps) // 5) | 1), _thin(len(steps))
         far, smooth = moving_mean(distance, window), moving_mean(values, window)
         rows = zip(steps[shown], values[shown], distance[shown], strict=True)
         texts = [f"{run.name}, step {step:g}: {value:.3g} at √KL {at:.2f}" for step, value, at in rows]
