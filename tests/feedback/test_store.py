@@ -260,6 +260,14 @@ def test_the_tables_are_those_of_the_migrations(make: Make):
         assert compare_metadata(MigrationContext.configure(connection), t.metadata) == []
 
 
+def test_a_store_of_another_version_is_refused_in_words(make: Make):
+    store = make()
+    with store.write() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0099'")
+    with pytest.raises(ConfigError, match="another version of trimtab: .*'0099'.* knows 0001"):
+        open_store(store.project)
+
+
 def test_a_copy_of_a_store_is_a_store(small: Make, tmp_path):
     store = small()
     add(store, 1)

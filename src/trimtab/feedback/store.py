@@ -87,7 +87,8 @@ class Store:
 def open_store(project: Project | str | Path, *, must_exist: bool = False) -> Store:
     """The store of a project, made or brought up to date if needed.
 
-    Raises ConfigError if the database cannot be reached, or with `must_exist` if there is none.
+    Raises ConfigError if the database cannot be reached, if its tables are of another version of trimtab, or with
+    `must_exist` if there is none.
     """
     if not isinstance(project, Project):
         project = load_project(project)
@@ -147,8 +148,18 @@ def _bring_up_to_date(store: Store) -> None:
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     script = ScriptDirectory.from_config(config)
     with store.read() as connection:
-        if MigrationContext.configure(connection).get_current_revision() == script.get_current_head():
-            return
+        revision = MigrationContext.configure(connection).get_current_revision()
+    if revision == script.get_current_head():
+        return
+    known = [step.revision for step in script.walk_revisions()]
+    if revision is not None and revision not in known:
+        raise ConfigError(
+            f"the store was made by another version of trimtab: its tables are of the revision {revision!r}, and this "
+            f"version knows {', '.join(known)}",
+            where=f"{store.project.path}, store",
+            fix="open it with the version that made it; or export a dump with that version (--layout dump), name a new "
+            "store in the project, and import the dump with this one",
+        )
     with store.write() as connection:
         steps = EnvironmentContext(config, script, fn=lambda at, _: script._upgrade_revs("head", at))
         with steps:
