@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from tests.feedback.browsing import Browser
 from tests.feedback.conftest import Make
-from tests.feedback.projects import make_store
+from tests.feedback.projects import PASSWORD, add, lease, make_store
 from trimtab.core.errors import DataError
-from trimtab.feedback import items
+from trimtab.feedback import items, people
 from trimtab.feedback import tables as t
+from trimtab.feedback.answers import Answer
+from trimtab.feedback.exporting import write_export
 from trimtab.feedback.importing import Options, import_source, seed_items
 from trimtab.feedback.store import verify
 from trimtab.feedback.vote_files import read_votes
 from trimtab.feedback.votes import cast_votes
+from trimtab.feedback.voting import vote
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -177,6 +181,49 @@ def test_a_second_vote_measures_consistency_and_a_third_is_counted_as_left_out(m
         assert [c.answer.choice for c in cast_votes(connection, purposes=("reask",))] == ["B"]
     assert len(read_votes(store.project.path)) == 3
     assert verify(store) == []
+
+
+@pytest.mark.parametrize("left", ["A", "B", None])
+@pytest.mark.parametrize("restored", [False, True])
+def test_whoever_voted_elsewhere_can_change_and_undo_that_vote(small: Make, tmp_path: Path, left, restored: bool):
+    store = small({"assignment": {"overlap": 2}})
+    rows = [pair(i, choice="A", annotator="Ann", shown_left=left) for i in range(2)]
+    import_source(store, write(tmp_path / "rows.jsonl", rows), Options(with_votes=True))
+    if restored:
+        write_export(store, "dump", tmp_path / "dump.jsonl")
+        store = small({"assignment": {"overlap": 2}})
+        import_source(store, str(tmp_path / "dump.jsonl"))
+    browser = Browser(store)
+    with store.read() as connection:
+        ann = people.by_name(connection, "Ann")
+    assert ann is not None
+    browser.get("/join")
+    browser.post("/join", token=people.make_link(store, ann.id), name="Ann", password=PASSWORD)
+    browser.read_guideline()
+    said = {"A": "left, strength 1", "B": "right, strength 1", None: "one of the two, strength 1"}[left]
+    assert browser.get("/mine").text.count(said) == 2
+    assert browser.post("/mine/1").status_code == 200
+    browser.post(f"/task/{browser.lease()}", position="1")
+    with store.read() as connection:
+        changed = list(cast_votes(connection))[-1]
+    assert changed.answer.choice == changed.shown_left == (left or changed.shown_left)
+    assert browser.post("/undo").status_code == 200
+    assert browser.replies() == (["x", "y"] if changed.shown_left == "A" else ["y", "x"])
+    assert verify(store) == []
+
+
+def test_a_vote_given_elsewhere_is_asked_again_with_its_sides_swapped(small: Make, tmp_path: Path):
+    store = small({"assignment": {"reask_rate": 0.5}})
+    rows = [pair(i, choice="A", annotator="Ann", shown_left="B") for i in range(60)]
+    import_source(store, write(tmp_path / "rows.jsonl", rows), Options(with_votes=True))
+    with store.read() as connection:
+        ann = people.by_name(connection, "Ann")
+    assert ann is not None
+    add(store, 10)
+    while (again := lease(store, ann)) is not None and again.purpose == "task":
+        vote(store, ann, again.token, Answer(choice="A", strength=1))
+    assert again is not None
+    assert (again.purpose, again.shown_order) == ("reask", (0, 1))
 
 
 # --- columns of a file ---

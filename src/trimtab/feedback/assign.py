@@ -312,6 +312,14 @@ def _lease(
     return lease_of(connection.execute(sa.select(t.leases).where(here)).one())
 
 
+def order_of_given_vote(store: Store, person_id: int, position: int, shown_left: str | None) -> list[int]:
+    """The order for the lease of a vote over a pair that was given elsewhere: as it was shown there, or one as for a
+    new task if that is not known. The vote itself does not claim to know it."""
+    if shown_left is not None:
+        return [0, 1] if shown_left == "A" else [1, 0]
+    return shown_order(store.project.settings.assignment.seed, person_id, position, 2, "pairs")
+
+
 def shown_order(seed: int, person_id: int, position: int, num: int, kind: str) -> list[int]:
     """The places of the replies in the order in which this person sees them.
 

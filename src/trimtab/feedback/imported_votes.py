@@ -17,6 +17,7 @@ from trimtab.core.types import JsonDict
 from trimtab.data.mistakes import Mistake
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import MAX_WRITING, Answer
+from trimtab.feedback.assign import order_of_given_vote
 from trimtab.feedback.items import CHUNK, NewItem, item_row, reply_hash
 from trimtab.feedback.people import add_person, by_name
 from trimtab.feedback.project import Task
@@ -181,16 +182,17 @@ class _Chunk:
             self.counts["repeated_votes"] += purpose == "reask"
             here = (item.id, person_id, purpose)
             answered.add(here)
+            before = self.newest.get(here)
+            values = self._values(key, vote, item, here, version, before)
             lease = self.leases.get(here)
             if purpose == "task" and (lease is None or lease.state not in ("open", "done")):
                 places[item.id] += 1
             if lease is None:
-                leases.append(self._new_lease(here))
+                leases.append(self._new_lease(here, values["shown_left"]))
             else:
                 done = t.leases.update().where(t.leases.c.id == lease.id)
                 self.connection.execute(done.values(state="done", standing=False, draft={}))
-            before = self.newest.get(here)
-            rows.append((here, NewVote(self.now, self._values(key, vote, item, here, version, before), vote.rationale)))
+            rows.append((here, NewVote(self.now, values, vote.rationale)))
         if leases:
             self.connection.execute(t.leases.insert(), leases)
         self._take(places)
@@ -223,7 +225,7 @@ class _Chunk:
             "propensity": None,
         }
 
-    def _new_lease(self, here: tuple[int, int, str]) -> JsonDict:
+    def _new_lease(self, here: tuple[int, int, str], shown_left: str | None) -> JsonDict:
         """The lease that a vote given elsewhere would have had."""
         item_id, person_id, purpose = here
         position = self.positions[person_id]
@@ -236,7 +238,7 @@ class _Chunk:
             "state": "done",
             "standing": False,
             "position": position,
-            "shown_order": [],
+            "shown_order": order_of_given_vote(self.store, person_id, position, shown_left),
             "draft": {},
             "created_at": self.now,
             "opened_at": self.now,

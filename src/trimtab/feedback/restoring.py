@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
+from trimtab.feedback.assign import order_of_given_vote
 from trimtab.feedback.people import add_person, by_name
 from trimtab.feedback.store import Store, add_guideline, append_audit, guideline, row_digest
 from trimtab.feedback.voting import NewVote, insert_votes
@@ -139,7 +140,7 @@ def _restore_vote(
     lease = None
     if values["purpose"] != "adjudication":
         state = {"skip": "skipped", "undone": "expired"}.get(values["choice"], "done")
-        lease = _done_lease(store, connection, item_id, person_id, values["purpose"], values["shown_order"], state)
+        lease = _done_lease(store, connection, item_id, person_id, values, state)
     replaces = votes[values.pop("replaces")] if values.get("replaces") is not None else values.pop("replaces", None)
     row = {**values, "item_id": item_id, "person_id": person_id, "lease_id": lease, "replaces": replaces}
     return insert_votes(connection, [NewVote(created_at, row, rationale, text)])[0]
@@ -150,24 +151,27 @@ def _done_lease(
     connection: Connection,
     item_id: int,
     person_id: int,
-    purpose: str,
-    order: list[int],
-    state: str = "done",
+    vote: Mapping[str, Any],
+    state: str,
 ) -> int:
-    """The id of the lease that a vote given elsewhere would have had; it is made or brought up to date."""
+    """The id of the lease that a restored vote would have had; it is made or brought up to date."""
+    purpose = vote["purpose"]
     here = (t.leases.c.person_id == person_id) & (t.leases.c.item_id == item_id) & (t.leases.c.purpose == purpose)
     known = connection.execute(sa.select(t.leases.c.id, t.leases.c.state).where(here)).first()
     takes, took = state == "done", known is not None and known.state in ("open", "done")
     if purpose == "task" and takes != took:
         change = 1 if takes else -1
         connection.execute(t.queue.update().where(t.queue.c.item_id == item_id).values(taken=t.queue.c.taken + change))
-    if known is not None:
-        connection.execute(t.leases.update().where(here).values(state=state, shown_order=order))
-        return int(known.id)
     now = store.now()
     position = connection.execute(
         sa.select(sa.func.count()).select_from(t.leases).where(t.leases.c.person_id == person_id)
     ).scalar_one()
+    order = vote["shown_order"]
+    if vote["item_b"] and not order:
+        order = order_of_given_vote(store, person_id, position, vote["shown_left"])
+    if known is not None:
+        connection.execute(t.leases.update().where(here).values(state=state, shown_order=order))
+        return int(known.id)
     key = connection.execute(
         t.leases.insert().values(
             token=secrets.token_urlsafe(18),

@@ -379,6 +379,8 @@ def mine(request: Request, visit: SignedIn) -> HTMLResponse:
 def said_on_screen(row: Any) -> str:
     """An answer in words, with the sides as the screen showed them."""
     if row.choice in ("A", "B"):
+        if row.shown_left is None:  # of a vote given elsewhere; the letters are not of the screen either
+            return f"one of the two, strength {row.strength}"
         side = "left" if row.choice == row.shown_left else "right"
         return f"{side}, strength {row.strength}"
     if row.choice == "done":
