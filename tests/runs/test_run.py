@@ -91,6 +91,30 @@ def test_fresh_empties_a_run_and_nothing_else(tmp_path: Path):
     ]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"model": "run/model"},
+        {"rewards": [{"name": "model", "path": "run/model"}]},
+        {"data": "run/samples.jsonl?columns=text:prompt"},
+        {"data": "other.jsonl,run/*.jsonl"},
+    ],
+)
+def test_fresh_keeps_what_the_run_is_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: dict[str, Any]):
+    monkeypatch.chdir(tmp_path)
+    with opened(Path("run")) as run:
+        run.add_samples(1, [{"text": "a"}])
+        run.save_model(write_one("precious"))
+        run.finish({})
+    with pytest.raises(ConfigError, match="lies in run, which --fresh is to empty"):
+        Run.open("run", stage="sft", settings={**SETTINGS, **names}, resume=False)
+    assert (tmp_path / "run" / "model" / "weights.txt").read_text() == "precious"
+    beside = {"model": "run-before/model", "reference_cache": "run/.reference"}
+    (tmp_path / "run" / ".reference").mkdir()
+    (tmp_path / "run-before" / "model").mkdir(parents=True)
+    Run.open("run", stage="sft", settings=SETTINGS | beside, resume=False).close()
+
+
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_directory_of_something_else_is_never_touched(tmp_path: Path, resume: bool):
     (tmp_path / "model").mkdir()

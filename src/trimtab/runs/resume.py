@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,21 @@ def changes(
     return Changes(how, length, moved)
 
 
+def refuse_own_inputs(settings: Mapping[str, Any], directory: Path) -> None:
+    """Raises ConfigError if a setting names a file or directory in the run directory that is to be emptied."""
+    here, place = RunPlace.of(directory), os.path.realpath(directory)
+    lost = {key: value for key, value in _flat(settings) if _names_path(key, value) and not is_how(key)}
+    for key, value in lost.items():
+        for name in value.partition("?")[0].split(","):
+            path = here.resolved(name)
+            if os.path.commonpath([path, place]) == place and (os.path.exists(path) or glob.glob(path)):
+                raise ConfigError(
+                    f"{key} = {value!r} lies in {_shown(here)}, which --fresh is to empty",
+                    where="the run directory",
+                    fix="give another directory with --out, or move what the run reads out of this one",
+                )
+
+
 def is_how(key: str) -> bool:
     """Whether a key path says how a run is computed and not what it computes."""
     parts = key.split(".")
@@ -141,9 +157,7 @@ def _same_place(before: Any, now: Any, *, then: RunPlace | None, here: RunPlace)
 def _two_places(key: str, value: Any, *, then: RunPlace | None, here: RunPlace) -> tuple[str, str] | None:
     """What a relative path meant before and what it means now, if both exist and differ, because the command is given
     from elsewhere; else None. A run that was copied together with everything around it reads its own copies."""
-    if then is None or not isinstance(value, str) or "\n" in value:
-        return None
-    if os.sep not in value and key.rpartition(".")[2] not in _PATHS:
+    if then is None or not _names_path(key, value):
         return None
     before, now = then.resolved(value), here.resolved(value)
     if before == now or not os.path.exists(before) or not os.path.exists(now):
@@ -164,6 +178,13 @@ _PATHS = {
     "demonstrations",
 }
 """Settings that may name a file or directory without a separator."""
+
+
+def _names_path(key: str, value: Any) -> bool:
+    """Whether a setting may name a file or directory."""
+    if not isinstance(value, str) or "\n" in value:
+        return False
+    return os.sep in value or key.rpartition(".")[2] in _PATHS
 
 
 def _flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:

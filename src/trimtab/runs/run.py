@@ -29,7 +29,7 @@ from trimtab.core.files import (
 from trimtab.core.metrics import Metric
 from trimtab.runs.environment import environment
 from trimtab.runs.facts import StageFacts
-from trimtab.runs.resume import Changes, RunPlace, changes
+from trimtab.runs.resume import Changes, RunPlace, changes, refuse_own_inputs
 from trimtab.runs.trackers import Tracker, Writer
 
 SUMS = "SHA256SUMS"
@@ -87,10 +87,12 @@ class Run:
         `settings` are those of `config.dump`. A run may go on with other settings of how it is computed, from another
         place, and to a greater length (`runs.resume`); this is recorded. Raises ConfigError if another process has the
         run open, or if the directory holds something else, or a run of another stage or with other settings that has
-        begun to write.
+        begun to write, or if what is to be emptied holds something that the settings name.
         """
         directory = Path(directory)
         _refuse_strangers(directory)
+        if not resume:
+            refuse_own_inputs(settings, directory)
         with writing("the run directory", directory):
             directory.mkdir(parents=True, exist_ok=True)
             lock = _locked(directory)
