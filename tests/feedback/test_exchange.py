@@ -25,6 +25,7 @@ from trimtab.core.types import (
 )
 from trimtab.data.layouts import load
 from trimtab.data.sources import read_rows
+from trimtab.data.split import place_of_name
 from trimtab.feedback import items, people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer, from_form, from_position, to_position
@@ -321,6 +322,22 @@ def test_splits_share_no_prompt_and_no_person(small: Make):
     assert not names[0] & names[1]
 
 
+def test_votes_held_out_stay_so_when_their_author_is_deleted(small: Make, tmp_path: Path):
+    store = small({"labels": {"held_out_prompts": 0.0, "held_out_annotators": 0.2}})
+    add(store, 1)
+    name = next(name for name in map(str, range(100)) if place_of_name(name) < 0.2 <= place_of_name("deleted-1"))
+    answer_next(store, person(store, name))
+    for deleted in (False, True):
+        if deleted:
+            people.delete_person(store, 1)
+        write_export(store, "dump", tmp_path / f"{deleted}.jsonl")
+        restored = small({"labels": {"held_out_prompts": 0.0, "held_out_annotators": 0.2}})
+        import_source(restored, str(tmp_path / f"{deleted}.jsonl"))
+        for one in (store, restored):
+            assert export(one, "preference", split="train").rows == []
+            assert len(export(one, "preference").rows) == 1
+
+
 # --- out ---
 
 
@@ -336,6 +353,9 @@ def busy_store(folder: Path) -> Store:
         store, person(store, "Judge", "adjudicator"), 1, Answer(choice="B", strength=1, taxonomy="bad data"), key="k"
     )
     people.set_state(store, 2, "banned")
+    people.set_state(store, 3, "banned")
+    people.delete_person(store, 3)
+    people.update_person(store, 1, keys={"tie": "x"}, view={"stacked": True}, warned=True, opted_out=True)
     return store
 
 

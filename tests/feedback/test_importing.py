@@ -123,12 +123,13 @@ def test_choices_that_are_none_are_named_before_anything_is_stored(small: Make, 
     [
         {"strength": "high"}, {"strength": 3}, {"strength": 0}, {"strength": 1.5}, {"seconds": "fast"},
         {"seconds": -1}, {"shown_left": "left"}, {"rationale": "\ud83d"}, {"annotator": "\ud83d"},
+        {"annotator": "deleted-1"},
     ],
 )  # fmt: skip
 def test_everything_else_of_a_vote_is_checked_too(small: Make, tmp_path: Path, more: dict):
     store = small({"task": {"scale": 4}})
     path = write(tmp_path / "rows.jsonl", [pair(1, **{"choice": "A", "annotator": "ann", **more})])
-    with pytest.raises(DataError, match=r"strength|seconds|shown_left|D83D"):
+    with pytest.raises(DataError, match=r"strength|seconds|shown_left|D83D|deleted-1"):
         import_source(store, path, Options(with_votes=True))
     assert num_items(store) == 0
 

@@ -13,6 +13,8 @@ from trimtab.core.errors import ConfigError, DataError
 from trimtab.feedback import items, people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer
+from trimtab.feedback.exporting import write_export
+from trimtab.feedback.importing import import_source
 from trimtab.feedback.store import audit_head, backup, open_store, verify
 from trimtab.feedback.votes import cast_votes
 from trimtab.feedback.voting import adjudicate, reopen, undo, vote
@@ -208,6 +210,55 @@ def test_deleting_a_person_keeps_their_choices_and_nothing_else(make: Make):
     assert verify(store) == []
 
 
+def test_votes_of_somebody_who_was_banned_count_nowhere_after_deletion_either(make: Make):
+    store = make()
+    add(store, 1)
+    ann, bob = person(store, "Ann"), person(store, "Bob")
+    answer_next(store, ann)
+    people.set_state(store, ann.id, "banned")
+    people.delete_person(store, ann.id)
+    with store.read() as connection:
+        assert list(cast_votes(connection)) == []
+        assert people.by_id(connection, ann.id).state == "deleted"
+    assert verify(store) == []
+    assert answer_next(store, bob, Answer(choice="B", strength=1)) is not None
+    people.set_state(store, ann.id, "active")  # nobody lets in who is not there
+    with store.read() as connection:
+        assert [cast.answer.choice for cast in cast_votes(connection)] == ["B"]
+    assert verify(store) == []
+
+
+def test_a_name_that_a_dump_took_is_given_to_nobody_else(small: Make, tmp_path):
+    store = small()
+    add(store, 1)
+    gone = person(store, "Ann")
+    answer_next(store, gone)
+    people.delete_person(store, gone.id)
+    write_export(store, "dump", tmp_path / "dump.jsonl")
+    again = small()
+    bob, eve = person(again, "Bob"), person(again, "Eve")
+    people.delete_person(again, bob.id)  # deleted-1 here as well
+    import_source(again, str(tmp_path / "dump.jsonl"))
+    people.delete_person(again, eve.id)
+    people.delete_person(again, eve.id)  # once more changes nothing
+    with again.read() as connection:
+        assert [someone.name for someone in people.everyone(connection)] == ["deleted-1", "deleted-3", "deleted-2"]
+        (cast,) = cast_votes(connection)
+    assert cast.person_id == 3
+
+
+def test_an_answer_that_was_open_for_change_keeps_its_place_when_its_author_is_deleted(make: Make):
+    store = make()
+    add(store, 1)
+    ann = person(store, "Ann")
+    receipt = answer_next(store, ann)
+    assert receipt is not None
+    reopen(store, ann, receipt.vote_id)
+    people.delete_person(store, ann.id)
+    assert lease(store, person(store, "Bob")) is None
+    assert verify(store) == []
+
+
 def test_equal_items_are_one_item(make: Make):
     store = make()
     counts = items.add_items(store, [("a", item(1)), ("b", item(1)), ("c", item(2))])
@@ -264,7 +315,7 @@ def test_a_store_of_another_version_is_refused_in_words(make: Make):
     store = make()
     with store.write() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0099'")
-    with pytest.raises(ConfigError, match="another version of trimtab: .*'0099'.* knows 0001"):
+    with pytest.raises(ConfigError, match=r"another version of trimtab: .*'0099'.* knows 0001"):
         open_store(store.project)
 
 

@@ -24,6 +24,7 @@ from trimtab.data.rows import to_explicit_pair, to_labelled_response, to_stepped
 from trimtab.feedback import labels
 from trimtab.feedback import tables as t
 from trimtab.feedback.project import Project
+from trimtab.feedback.restoring import COLUMNS
 from trimtab.feedback.store import Store, digest, guideline
 from trimtab.feedback.votes import cast_votes, table_row
 
@@ -306,7 +307,7 @@ def dump(connection: Connection) -> Iterable[JsonDict]:
         names[row.id] = row.name
         yield {
             "record": "person",
-            **{k: row._mapping[k] for k in ("name", "role", "state", "qualified", "opted_out", "created_at")},
+            **{name: row._mapping[name] for name in COLUMNS["person"]},
         }
     hashes = {}
     queue = {row.item_id: row for row in connection.execute(sa.select(t.queue))}

@@ -19,7 +19,7 @@ from trimtab.feedback import tables as t
 from trimtab.feedback.answers import MAX_WRITING, Answer
 from trimtab.feedback.assign import order_of_given_vote
 from trimtab.feedback.items import CHUNK, NewItem, item_row, reply_hash
-from trimtab.feedback.people import add_person, by_name
+from trimtab.feedback.people import DELETED, add_person, by_name
 from trimtab.feedback.project import Task
 from trimtab.feedback.store import Store, checked_text, digest, guideline
 from trimtab.feedback.voting import NewVote, insert_votes
@@ -64,6 +64,8 @@ def vote_of_row(row: Mapping[str, Any], items: Sequence[NewItem], task: Task) ->
         checked_text(rationale + annotator, where="")
     except DataError as error:
         raise Mistake("broken_text", error.problem, error.fix) from None
+    if annotator.startswith(DELETED):
+        raise Mistake("wrong_name", f"the annotator {annotator!r}", f"call nobody {DELETED}…: deleted people are")
     if len(rationale) > MAX_WRITING:
         raise Mistake("long_text", f"rationale has {len(rationale)} letters", f"use at most {MAX_WRITING}")
     seconds = _number(row, "seconds")

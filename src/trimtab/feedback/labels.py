@@ -21,7 +21,7 @@ from trimtab.core.types import (
     from_dict,
     prompt_id,
 )
-from trimtab.data.split import place_of_name, place_of_prompt
+from trimtab.data.split import place_of_prompt
 from trimtab.feedback.project import LabelSettings
 from trimtab.feedback.store import digest
 from trimtab.feedback.votes import CountedVote, cast_votes, ranked_pairs
@@ -68,7 +68,7 @@ def votes_in(
     """
     chosen = []
     for cast, prompt_out in _placed(cast_votes(connection, judged_only=True), settings, kinds):
-        person_out = place_of_name(cast.annotator) < settings.held_out_annotators
+        person_out = cast.annotator_place < settings.held_out_annotators
         keep = {
             "all": True,
             "train": not prompt_out and not person_out,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import secrets
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from trimtab.core.errors import DataError
+from trimtab.data.split import place_of_name
 from trimtab.feedback import tables as t
 from trimtab.feedback.store import Store, append_audit, checked_text
 from trimtab.feedback.webhooks import notify
@@ -20,6 +23,8 @@ PersonRole = Literal["annotator", "adjudicator", "admin"]
 ROLES: tuple[PersonRole, ...] = ("annotator", "adjudicator", "admin")
 State = Literal["active", "paused", "banned"]
 STATES: tuple[State, ...] = ("active", "paused", "banned")
+DELETED = "deleted-"
+"""How the names of deleted people begin."""
 MIN_PASSWORD = 10
 # 32 MiB and about a tenth of a second for each guess (RFC 7914; OWASP's figures for scrypt).
 _SCRYPT = {"n": 2**15, "r": 8, "p": 1, "maxmem": 2**26}
@@ -33,6 +38,7 @@ class Person:
     name: str
     role: PersonRole
     state: str
+    """active, paused, banned or deleted."""
     qualified: bool | None
     """Whether they passed the quiz; None until that is decided."""
     opted_out: bool
@@ -53,8 +59,8 @@ class Person:
 def person_of(row: Any) -> Person:
     """The person in a row of the table."""
     return Person(
-        row.id, row.name, row.role, row.state, row.qualified, row.opted_out, row.warned, dict(row.keys_),
-        dict(row.view), bool(row.password),
+        row.id, row.name, row.role, "deleted" if row.deleted else row.state, row.qualified, row.opted_out, row.warned,
+        dict(row.keys_), dict(row.view), bool(row.password),
     )  # fmt: skip
 
 
@@ -116,7 +122,7 @@ def open_invites(store: Store) -> list[Any]:
 def can_be_administered(connection: Connection) -> bool:
     """Whether there is an admin who can sign in."""
     able = sa.select(t.people.c.id).where(
-        t.people.c.role == "admin", t.people.c.password != "", t.people.c.state.notin_(("banned", "deleted"))
+        t.people.c.role == "admin", t.people.c.password != "", t.people.c.state != "banned", ~t.people.c.deleted
     )
     return connection.execute(able).first() is not None
 
@@ -124,7 +130,7 @@ def can_be_administered(connection: Connection) -> bool:
 def join(store: Store, token: str, name: str, password: str) -> Person:
     """The person who joins: new by an invitation, known by a link. Raises DataError that says what to correct."""
     name = checked_text(" ".join(name.split()), where="the name")
-    if not 1 <= len(name) <= 60 or name.startswith("deleted-"):
+    if not 1 <= len(name) <= 60 or name.startswith(DELETED):
         raise DataError("the name needs 1 to 60 letters", where="joining", fix="choose another name")
     if len(password) < MIN_PASSWORD or len(password) > 1000:
         raise DataError(
@@ -160,8 +166,17 @@ def add_person(
     connection: Connection, at: float, name: str, role: PersonRole, *, password: str = "", actor: int | None = None
 ) -> Person:
     """A new person. Without a password they cannot sign in, such as simulated annotators or those of imported votes."""
-    row = {"name": name, "role": role, "state": "active", "password": password, "opted_out": False, "warned": False}
-    key = connection.execute(t.people.insert().values(**row, keys={}, view={}, created_at=at)).inserted_primary_key
+    row: dict[str, Any] = {
+        "name": name,
+        "role": role,
+        "state": "active",
+        "deleted": False,
+        "password": password,
+        "created_at": at,
+    }
+    row["place"] = math.floor(place_of_name(name) * 1000) / 1000  # too coarse to tell a name by, once it is deleted
+    preferences: dict[str, Any] = {"opted_out": False, "warned": False, "keys": {}, "view": {}}
+    key = connection.execute(t.people.insert().values(**row, **preferences)).inserted_primary_key
     assert key is not None
     append_audit(connection, at, actor, "person", key[0], {"role": role})
     return by_id(connection, key[0])
@@ -176,7 +191,7 @@ def sign_in(store: Store, name: str, password: str) -> Person | None:
         row = connection.execute(sa.select(*_PERSON).where(t.people.c.name == " ".join(name.split()))).first()
     known = row is not None and bool(row.password)
     matches = check_password(password, row.password if row is not None and known else _NOBODY)
-    if not known or not matches or row is None or row.state in ("banned", "deleted"):
+    if not known or not matches or row is None or row.state == "banned" or row.deleted:
         return None
     return person_of(row)
 
@@ -206,7 +221,7 @@ def person_of_session(store: Store, token: str, kind: Literal["browser", "api"])
             .join(t.sessions)
             .where(t.sessions.c.token_sha256 == _hash(token), t.sessions.c.kind == kind)
         ).first()
-    if row is None or row.expires_at < now or row.state in ("banned", "deleted"):
+    if row is None or row.expires_at < now or row.state == "banned" or row.deleted:
         return None
     if kind == "browser" and row.seen_at + idle < now:
         return None
@@ -265,10 +280,8 @@ def set_state(store: Store, person_id: int, state: State, *, actor: int | None =
         if person.state == "deleted" or person.state == state:
             return
         if (person.state == "banned") != (state == "banned"):
-            mine = t.leases.update().where(t.leases.c.person_id == person_id, t.leases.c.state == "open")
             if state == "banned":  # what is open is given back first; after that only answers hold places
-                connection.execute(mine.where(t.leases.c.standing).values(state="done", standing=False))
-                give_back(connection, mine, "expired")
+                give_back(connection, t.leases.c.person_id == person_id)
             done = sa.select(t.leases.c.item_id).where(
                 t.leases.c.person_id == person_id, t.leases.c.purpose == "task", t.leases.c.state == "done"
             )
@@ -307,11 +320,9 @@ def delete_person(store: Store, person_id: int, *, actor: int | None = None) -> 
     the log's hashes of the deleted words stay too, and reveal nothing.
     """
     with store.write() as connection:
-        person = by_id(connection, person_id)
-        leases = t.leases.update().where(t.leases.c.person_id == person_id)
-        give_back(connection, leases.where(t.leases.c.state == "open"), "expired")
-        if person.state == "banned":  # the answers hold no places, and being deleted must not give them any
-            connection.execute(leases.where(t.leases.c.state == "done").values(state="expired"))
+        if by_id(connection, person_id).state == "deleted":
+            return
+        give_back(connection, t.leases.c.person_id == person_id)
         mine = sa.select(t.votes.c.id).where(t.votes.c.person_id == person_id)
         connection.execute(t.writings.delete().where(t.writings.c.vote_id.in_(mine)))
         connection.execute(t.sessions.delete().where(t.sessions.c.person_id == person_id))
@@ -319,14 +330,28 @@ def delete_person(store: Store, person_id: int, *, actor: int | None = None) -> 
         connection.execute(
             t.people.update()
             .where(t.people.c.id == person_id)
-            .values(name=f"deleted-{person_id}", password="", state="deleted", keys={}, view={})
+            .values(
+                name=name_when_deleted(connection, f"{DELETED}{person_id}"), password="", deleted=True, keys={}, view={}
+            )
         )
         append_audit(connection, store.now(), actor, "person_deleted", person_id, {})
 
 
-def give_back(connection: Connection, leases: sa.Update, state: str) -> int:
-    """Sets the leases that an update selects to `state` and frees their places; returns how many there were."""
-    rows = connection.execute(leases.values(state=state).returning(t.leases.c.item_id, t.leases.c.purpose)).all()
+def name_when_deleted(connection: Connection, wanted: str) -> str:
+    """The wanted name, such as "deleted-7", or the first free one if a dump brought somebody of that name."""
+    names = chain([wanted], (f"{DELETED}{number}" for number in count(1)))
+    return next(name for name in names if by_name(connection, name) is None)
+
+
+def give_back(connection: Connection, which: sa.ColumnElement[bool]) -> int:
+    """Takes back those of these leases that are open and frees their places; returns how many that were.
+
+    A lease that was opened to change an answer frees no place, because that answer stands.
+    """
+    leases = t.leases.update().where(t.leases.c.state == "open", which)
+    connection.execute(leases.where(t.leases.c.standing).values(state="done", standing=False))
+    expired = leases.values(state="expired").returning(t.leases.c.item_id, t.leases.c.purpose)
+    rows = connection.execute(expired).all()
     for row in rows:
         if row.purpose == "task":
             connection.execute(

@@ -14,7 +14,7 @@ from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
 from trimtab.feedback.assign import order_of_given_vote
-from trimtab.feedback.people import add_person, by_name
+from trimtab.feedback.people import add_person, by_name, name_when_deleted
 from trimtab.feedback.store import Store, add_guideline, append_audit, guideline, row_digest
 from trimtab.feedback.voting import NewVote, insert_votes
 
@@ -42,11 +42,12 @@ def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None)
                 if versions > 1 or values["text"] != guideline(connection).text:
                     add_guideline(connection, store.now(), actor, values["text"])
             elif row["record"] == "person":
-                known = by_name(connection, values["name"])
-                person = known or add_person(connection, values["created_at"], values["name"], values["role"])
-                people[values["name"]] = person.id
-                kept = {k: values[k] for k in ("state", "qualified", "opted_out")}
-                connection.execute(t.people.update().where(t.people.c.id == person.id).values(**kept))
+                name = values.pop("name")  # a deleted person of the same name is somebody else
+                new_name = name_when_deleted(connection, name) if values["deleted"] else name
+                known = by_name(connection, new_name)
+                person = known or add_person(connection, values["created_at"], new_name, values["role"])
+                people[name] = person.id
+                connection.execute(t.people.update().where(t.people.c.id == person.id).values(**values))
                 counts["people"] += 1
             elif row["record"] == "item":
                 queue = values.pop("queue", None)
@@ -76,10 +77,12 @@ def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None)
 _JSON, _TEXT = sa.Column("", sa.JSON), sa.Column("", sa.Text, nullable=False)
 _NUMBER_OF_ANOTHER = {"id", "item_id", "person_id", "lease_id", "writing_sha256"}
 """Columns of votes that a dump leaves out, since each store has its own numbers and computes the hash again."""
+_NOT_OF_PEOPLE = {"id", "password", "streak_since", "last_vote_at"}
+"""Columns of people that a dump leaves out: what the store numbers, what is secret, and when they last worked."""
 COLUMNS: Mapping[str, Mapping[str, sa.Column[Any]]] = {
     "dump": {"version": sa.Column("", sa.Integer)},
     "guideline": {"text": _TEXT},
-    "person": {name: t.people.c[name] for name in ("name", "role", "state", "qualified", "opted_out", "created_at")},
+    "person": {c.name: c for c in t.people.c if c.name not in _NOT_OF_PEOPLE},
     "item": {c.name: c for c in t.items.c if c.name not in ("id", "prompt_id")} | {"queue": _JSON},
     "vote": {c.name: c for c in t.votes.c if c.name not in _NUMBER_OF_ANOTHER}
     | {"item": _TEXT, "person": _TEXT, "replaces": sa.Column("", sa.Text), "rationale": _TEXT, "text": _TEXT},

@@ -123,7 +123,9 @@ people = sa.Table(
     _id(),
     _text("name", unique=True),
     _text("role"),  # annotator, adjudicator or admin
-    _text("state"),  # active, paused, banned or deleted
+    _text("state"),  # active, paused or banned
+    sa.Column("place", sa.Double, nullable=False),  # of the first name, in [0, 1): whether their votes are held out
+    sa.Column("deleted", sa.Boolean, nullable=False),  # the state stays: votes of a banned person never count again
     _text("password"),
     sa.Column("qualified", sa.Boolean),  # None: not yet decided
     sa.Column("opted_out", sa.Boolean, nullable=False),  # of sensitive items

@@ -37,6 +37,8 @@ class CountedVote:
     slice: str
     person_id: int
     annotator: str
+    annotator_place: float
+    """In [0, 1), of the name they joined with, which stays when they are deleted: whether their votes are held out."""
     answer: Answer
     shown_left: str | None
     shown_order: tuple[int, ...]
@@ -69,7 +71,7 @@ def cast_votes(
         later.c.id > t.votes.c.id,
     )
     rows = (
-        sa.select(t.votes, t.people.c.name, t.writings.c.rationale, t.writings.c.text)
+        sa.select(t.votes, t.people.c.name, t.people.c.place, t.writings.c.rationale, t.writings.c.text)
         .join(t.people, t.people.c.id == t.votes.c.person_id)
         .outerjoin(t.writings, t.writings.c.vote_id == t.votes.c.id)
         .where(t.votes.c.purpose.in_(purposes), t.votes.c.choice.notin_(("undone", "skip")), ~replaced)
@@ -101,6 +103,7 @@ def cast_votes(
             slice=item.slice,
             person_id=row.person_id,
             annotator=row.name,
+            annotator_place=row.place,
             answer=restored(row._mapping, row.rationale or "", row.text or ""),
             shown_left=row.shown_left,
             shown_order=tuple(row.shown_order),
