@@ -111,6 +111,31 @@ def test_a_directory_that_holds_another_record_is_refused(here):
     assert {path: path.read_bytes() for path in (here / "out").rglob("*") if path.is_file()} == before
 
 
+def test_a_run_file_in_the_directory_of_its_run_is_kept(here):
+    (here / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    single, several = here / "one" / "settings.toml", here / "many" / "pipeline.toml"
+    write_run_file(single, {key: value for key, value in STAGES["sft"].items() if key != "stage"} | {"data": "d.jsonl"})
+    write_run_file(several, PIPELINE | {"stages": {"base": STAGES["base"]}})
+    for file, command in ((single, "sft"), (several, "run")):
+        (file.parent / "summary.json").write_text("mine")
+        before = file.read_bytes()
+        result = trimtab(command, file, "--out", file.parent)
+        assert result.exit_code == 2
+        assert file.name in result.output
+        assert "--fresh" not in result.output
+        assert file.read_bytes() == before
+        assert sorted(path.name for path in file.parent.iterdir()) == sorted([file.name, "summary.json"])
+
+
+def test_a_pipeline_that_was_killed_at_its_start_goes_on(here):
+    written = here / "before" / "pipeline.toml"
+    assert run(here).exit_code == 0
+    written.parent.mkdir()
+    shutil.copy(here / "out" / "pipeline.toml", written)
+    result = trimtab("run", here / "p.toml", "--out", written.parent)
+    assert result.exit_code == 0, result.output
+
+
 @pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "summary.json", ""])
 def test_a_stage_is_named_like_a_directory(here, name):
     values = PIPELINE | {"stages": {name: STAGES["base"]}}

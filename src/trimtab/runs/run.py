@@ -33,8 +33,8 @@ from trimtab.runs.resume import Changes, RunPlace, changes, refuse_own_inputs
 from trimtab.runs.trackers import Tracker, Writer
 
 SUMS = "SHA256SUMS"
-# Checkpoints are removed early and settings last: a `--fresh` that is cut short leaves a run that starts over, never
-# half a run.
+# Checkpoints are removed early and the records last: a `--fresh` that is cut short leaves a run that starts over, never
+# half a run. environment.json goes after settings.toml because without it the settings could be a run file of the user.
 _CONTENTS = (
     *(
         "summary.json",
@@ -46,7 +46,7 @@ _CONTENTS = (
         "data.json",
         "snapshots",
     ),
-    *("tensorboard", "wandb", "environment.json", "settings.toml"),
+    *("tensorboard", "wandb", "settings.toml", "environment.json"),
 )
 NO_FACTS = StageFacts()
 _GOES_ON = "the same command goes on from what was saved"
@@ -330,12 +330,19 @@ def _refuse_strangers(directory: Path) -> None:
     """Raises ConfigError if the path is not a directory, or if the directory holds something that is not a run."""
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{directory} is a file", where="the run directory", fix="give another directory")
-    if directory.exists() and not (directory / "settings.toml").exists() and _strangers(directory):
+    if directory.exists() and not holds_run(directory) and _strangers(directory):
         raise ConfigError(
             f"{directory} holds {', '.join(_strangers(directory)[:3])} and no run",
             where="the run directory",
             fix="give a directory that is empty or does not exist yet",
         )
+
+
+def holds_run(directory: Path) -> bool:
+    """Whether a run began here. settings.toml alone may be a run file of the user; a run has environment.json beside
+    it, or if that was lost, checkpoints."""
+    began = (directory / "environment.json").exists() or any((directory / "checkpoints").glob(f"step-*/{SUMS}"))
+    return began and (directory / "settings.toml").exists()
 
 
 def _text_of(path: Path) -> str:

@@ -33,7 +33,7 @@ from rich.console import Console
 from trimtab.core import config, registry, settings_check
 from trimtab.core.errors import ConfigError, Interrupted, Terminated
 from trimtab.core.files import json_text, read_json, write_whole, writing
-from trimtab.runs.run import Run
+from trimtab.runs.run import Run, holds_run
 from trimtab.stages import preflight
 
 TOP_LEVEL = ("seed", "variables", "stages")
@@ -48,12 +48,13 @@ def run_pipeline(values: Mapping[str, Any], out: Path, *, where: str = "the pipe
     console = Console(stderr=True, highlight=False)
     values = expand(values, where=where)
     stages = resolve_stages(values, out, where=where)
-    refuse_other_contents(out, list(stages), where=where)
+    text = config.to_toml(dict(values))
+    refuse_other_contents(out, list(stages), text, where=where)
     preflight.check(stages, out, where=where)
     refuse_stale(stages, out)
     with writing("the pipeline's directory", out):
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "pipeline.toml", config.to_toml(dict(values)))
+        write_whole(out / "pipeline.toml", text)
     for number, (name, (stage, settings)) in enumerate(stages.items(), start=1):
         title = f"[{number}/{len(stages)}] {name}"
         with open_run(out / name, stage, settings) as run:
@@ -91,26 +92,34 @@ def run_stage(stage: str, settings: Any, run: Run) -> None:
     add_to_summary(run.directory, {"seconds": time.perf_counter() - started})
 
 
-def refuse_other_contents(out: Path, names: Sequence[str], *, where: str) -> None:
-    """Raises ConfigError if the directory holds a run of one stage, or a pipeline with other stages, because their
-    records would be overwritten. A pipeline to which stages were added goes on."""
+def refuse_other_contents(out: Path, names: Sequence[str], text: str, *, where: str) -> None:
+    """Raises ConfigError if the directory holds a run of one stage, a pipeline with other stages or something else,
+    because it would be overwritten. A pipeline to which stages were added goes on. `text` is that of pipeline.toml."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file", where="the pipeline's directory", fix="give another directory with --out")
     fix = "give another directory with --out"
-    if (out / "settings.toml").exists():
+    if holds_run(out):
         raise ConfigError(f"{out} holds the run of a single stage", where=str(out / "settings.toml"), fix=fix)
     file = out / "pipeline.toml"
-    if not file.exists():
-        return
-    try:
-        there = tomllib.loads(file.read_text(encoding="utf-8")).get("stages", {})
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
-        return  # it is written anew, from the file that this command was given
-    begun = [name for name in there if name not in names and (out / name).is_dir()]
-    if begun:
+    there = stages_of(file)
+    begun = [name for name in {**dict.fromkeys(there), **dict.fromkeys(names)} if holds_run(out / name)]
+    others = sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) if out.exists() else []
+    if others and not begun and (others != [file.name] or file.read_text(encoding="utf-8", errors="replace") != text):
+        raise ConfigError(f"{out} holds {', '.join(others[:3])} and no pipeline that began", where=where, fix=fix)
+    if gone := [name for name in begun if name not in names]:
         raise ConfigError(
-            f"{out} holds another pipeline, whose stages {', '.join(begun)} are not in this one", where=where, fix=fix
+            f"{out} holds another pipeline, whose stages {', '.join(gone)} are not in this one", where=where, fix=fix
         )
+
+
+def stages_of(file: Path) -> Sequence[str]:
+    """The names of the stages of the pipeline that this file began; none if it is missing or damaged, since then it is
+    written anew from the file that the command was given."""
+    try:
+        stages = tomllib.loads(file.read_text(encoding="utf-8")).get("stages", {})
+    except (FileNotFoundError, tomllib.TOMLDecodeError, UnicodeDecodeError):
+        return []
+    return list(stages) if isinstance(stages, Mapping) else []
 
 
 def refuse_stale(stages: Mapping[str, tuple[str, Any]], out: Path) -> None:
