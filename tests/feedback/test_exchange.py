@@ -34,7 +34,7 @@ from trimtab.feedback.exporting import LAYOUTS, export, to_bytes, write_export
 from trimtab.feedback.importing import Options, import_source
 from trimtab.feedback.project import Task, load_project
 from trimtab.feedback.simulate import simulate
-from trimtab.feedback.store import Store, open_store, verify
+from trimtab.feedback.store import Store, add_guideline, open_store, verify
 from trimtab.feedback.vote_files import read_votes
 from trimtab.feedback.votes import cast_votes, ranked_pairs
 from trimtab.feedback.voting import adjudicate, vote
@@ -436,6 +436,53 @@ def test_a_dump_comes_back_without_loss(make: Make, tmp_path: Path, ending: str)
     with pytest.raises(DataError, match="has items already"):
         import_source(again, str(path))
     store.close()
+
+
+def test_a_damaged_dump_is_refused_and_nothing_of_it_is_stored(tmp_path: Path):
+    (tmp_path / "first").mkdir()
+    store = busy_store(tmp_path / "first")
+    write_export(store, "dump", tmp_path / "whole.jsonl")
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    of = {json.loads(line)["record"]: i for i, line in enumerate(lines)}  # the last of each kind
+    damages = {
+        "records follow": [lines[:-1]],
+        "not a whole JSON object": [
+            lines[: of[kind]] + [lines[of[kind]][:-9] + "\n"] + lines[of[kind] + 1 :]
+            for kind in ("person", "item", "vote")
+        ],
+        "does not hold": [
+            [line.replace('"item": "', '"item": "0') for line in lines],
+            [line.replace('"person": "Ann', '"person": "Anna') for line in lines],
+        ],
+    }
+    for said, texts in damages.items():
+        for i, text in enumerate(texts):
+            (tmp_path / "damaged.jsonl").write_text("".join(text))
+            folder = tmp_path / f"{said[:3]}{i}"
+            folder.mkdir()
+            again = make_store(folder, {"assignment": {"overlap": 3}, "task": {"scale": 4, "flags": ["rude"]}})
+            with pytest.raises(DataError, match=said):
+                import_source(again, str(tmp_path / "damaged.jsonl"))
+            assert make_board(again).counts["items"] == make_board(again).counts["people"] == 0
+            again.close()
+    store.close()
+
+
+def test_restored_votes_name_the_guideline_they_were_given_under(small: Make, tmp_path: Path):
+    store = small()
+    add(store, 1)
+    with store.write() as connection:
+        add_guideline(connection, store.now(), None, "Second")
+    answer_next(store, person(store, "Ann"))
+    write_export(store, "dump", tmp_path / "dump.jsonl")
+    again = small()
+    with again.write() as connection:
+        add_guideline(connection, again.now(), None, "Of the new project")
+    import_source(again, str(tmp_path / "dump.jsonl"))
+    with again.read() as connection:
+        (cast,) = cast_votes(connection)
+        text = sa.select(t.guidelines.c.text).where(t.guidelines.c.version == cast.guideline_version)
+        assert connection.execute(text).scalar_one() == "Second"
 
 
 def test_a_dump_in_a_table_of_texts_comes_back_too(small: Make, tmp_path: Path):

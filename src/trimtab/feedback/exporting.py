@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -224,7 +224,7 @@ def _rows(
         return [table_row(c) for c in cast_votes(connection, purposes=purposes, banned=True)], {}
     if layout == "potato":
         return list(_potato(connection, settings.task.question)), {}
-    return list(dump(connection)), {}
+    return dump(connection), {}
 
 
 def _pair_row(pair: Any, layout: str, with_margin: bool) -> JsonDict:
@@ -297,11 +297,16 @@ def _potato(connection: Connection, question: str) -> Iterable[JsonDict]:
 # --- without loss ---
 
 
-def dump(connection: Connection) -> Iterable[JsonDict]:
-    """Every guideline, person (without password), item and vote; `restoring.restore` makes a project of them."""
-    yield {"record": "dump", "version": 1}
+def dump(connection: Connection) -> list[JsonDict]:
+    """How many records there are, and every guideline, person (without password), item and vote;
+    `restoring.restore` makes a project of them."""
+    records = list(_records(connection))
+    return [{"record": "dump", "version": 1, "records": len(records)}, *records]
+
+
+def _records(connection: Connection) -> Iterator[JsonDict]:
     for row in connection.execute(sa.select(t.guidelines).order_by(t.guidelines.c.version)):
-        yield {"record": "guideline", "text": row.text}
+        yield {"record": "guideline", "version": row.version, "text": row.text}
     names = {}
     for row in connection.execute(sa.select(t.people).order_by(t.people.c.id)):
         names[row.id] = row.name

@@ -80,6 +80,8 @@ def import_source(
         return add_items(store, _from_world(source, task.kind), actor=actor)
     found = read_rows(source, limit=options.limit)
     if found.rows and found.rows[0][1].get("record") == "dump":
+        if found.bad:
+            raise DataError(found.bad[0].problem, where=found.bad[0].where, fix="copy or export the dump again")
         return restore(store, [row for _, row in found.rows], actor=actor)
     mistakes = [(bad.where, bad.problem, bad.fix) for bad in found.bad]
     new: list[tuple[str, NewItem]] = []

@@ -20,11 +20,18 @@ from trimtab.feedback.voting import NewVote, insert_votes
 
 
 def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None) -> dict[str, int]:
-    """Restores a dump into a store without items; returns counts. Raises DataError if the store has items.
+    """Restores a dump into a store without items; returns counts.
 
-    A dump holds no passwords: people come back without one and need a link to set it (`people.make_link`).
+    Raises DataError if the store has items, and for a dump that is cut off or names what it does not hold. A dump holds no passwords: people come back without one and need a link to set it (`people.make_link`).
     """
     counts = {"rows": len(rows), "items": 0, "votes": 0, "people": 0}
+    expected = record_values(rows[0])["records"]
+    if expected != len(rows) - 1:
+        raise DataError(
+            f"{len(rows) - 1} records follow the first row, which announces {expected}",
+            where="the dump",
+            fix="copy it again whole, or export it again",
+        )
     with store.write() as connection:
         if connection.execute(sa.select(t.items.c.id)).first() is not None:
             raise DataError(
@@ -34,13 +41,15 @@ def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None)
         people: dict[str, int] = {}
         items: dict[str, int] = {}
         votes: dict[str, int] = {}
-        versions = 0
+        versions: dict[int, int] = {}
         for row in rows:
             values = record_values(row)
             if row["record"] == "guideline":
-                versions += 1
-                if versions > 1 or values["text"] != guideline(connection).text:
-                    add_guideline(connection, store.now(), actor, values["text"])
+                number, current = values["version"], guideline(connection)
+                is_here = not versions and values["text"] == current.text
+                versions[number] = (
+                    current.version if is_here else add_guideline(connection, store.now(), actor, values["text"])
+                )
             elif row["record"] == "person":
                 name = values.pop("name")  # a deleted person of the same name is somebody else
                 new_name = name_when_deleted(connection, name) if values["deleted"] else name
@@ -61,7 +70,7 @@ def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None)
                 append_audit(connection, store.now(), actor, "item", key[0], {"sha256": row_digest(added)})
                 counts["items"] += 1
             elif row["record"] == "vote":
-                votes[values["key"]] = _restore_vote(store, connection, values, items, people, votes)
+                votes[values["key"]] = _restore_vote(store, connection, values, items, people, votes, versions)
                 counts["votes"] += 1
         # votes of banned people hold no places
         for person_id in (
@@ -74,14 +83,14 @@ def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None)
     return counts
 
 
-_JSON, _TEXT = sa.Column("", sa.JSON), sa.Column("", sa.Text, nullable=False)
+_JSON, _NUMBER, _TEXT = sa.Column("", sa.JSON), sa.Column("", sa.Integer), sa.Column("", sa.Text, nullable=False)
 _NUMBER_OF_ANOTHER = {"id", "item_id", "person_id", "lease_id", "writing_sha256"}
 """Columns of votes that a dump leaves out, since each store has its own numbers and computes the hash again."""
 _NOT_OF_PEOPLE = {"id", "password", "streak_since", "last_vote_at"}
 """Columns of people that a dump leaves out: what the store numbers, what is secret, and when they last worked."""
 COLUMNS: Mapping[str, Mapping[str, sa.Column[Any]]] = {
-    "dump": {"version": sa.Column("", sa.Integer)},
-    "guideline": {"text": _TEXT},
+    "dump": {"version": _NUMBER, "records": _NUMBER},
+    "guideline": {"version": _NUMBER, "text": _TEXT},
     "person": {c.name: c for c in t.people.c if c.name not in _NOT_OF_PEOPLE},
     "item": {c.name: c for c in t.items.c if c.name not in ("id", "prompt_id")} | {"queue": _JSON},
     "vote": {c.name: c for c in t.votes.c if c.name not in _NUMBER_OF_ANOTHER}
@@ -136,17 +145,31 @@ def _restore_vote(
     items: Mapping[str, int],
     people: Mapping[str, int],
     votes: Mapping[str, int],
+    versions: Mapping[int, int],
 ) -> int:
-    item_id, person_id = items[values.pop("item")], people[values.pop("person")]
+    item_id = _named(items, "item", values.pop("item"))
+    person_id = _named(people, "person", values.pop("person"))
+    values["guideline_version"] = _named(versions, "guideline version", values["guideline_version"])
     rationale, text = values.pop("rationale"), values.pop("text")
     created_at = values.pop("created_at")
     lease = None
     if values["purpose"] != "adjudication":
         state = {"skip": "skipped", "undone": "expired"}.get(values["choice"], "done")
         lease = _done_lease(store, connection, item_id, person_id, values, state)
-    replaces = votes[values.pop("replaces")] if values.get("replaces") is not None else values.pop("replaces", None)
+    replaces = values.pop("replaces")
+    replaces = None if replaces is None else _named(votes, "earlier vote", replaces)
     row = {**values, "item_id": item_id, "person_id": person_id, "lease_id": lease, "replaces": replaces}
     return insert_votes(connection, [NewVote(created_at, row, rationale, text)])[0]
+
+
+def _named(numbers: Mapping[Any, int], what: str, name: Any) -> int:
+    if name not in numbers:
+        raise DataError(
+            f"a vote names the {what} {name!r}, which the dump does not hold",
+            where="the dump",
+            fix="copy it again whole, or export it again",
+        )
+    return numbers[name]
 
 
 def _done_lease(
