@@ -328,6 +328,25 @@ PAIRS = {
         {"prompt": "Is it?", "response_0": "No.", "response_1": "Yes.", "better_response_id": 1},
         pair(prompt("Is it?")),
     ),
+    "the first model by its number": (
+        {"prompt": "Is it?", "response_a": "Yes.", "response_b": "No.", "winner": "model_1"},
+        pair(prompt("Is it?")),
+    ),
+    "the second model by its number": (
+        {"prompt": "Is it?", "response_a": "No.", "response_b": "Yes.", "winner": "model_2"},
+        pair(prompt("Is it?")),
+    ),
+    "the name of the first model": (
+        {
+            "prompt": "Is it?",
+            "response_a": "Yes.",
+            "response_b": "No.",
+            "model_a": "m-1",
+            "model_b": "m-2",
+            "winner": "m-1",
+        },
+        pair(prompt("Is it?")),
+    ),
     "arena": (
         {
             "conversation_a": [user("Is it?"), said("Yes.")],

@@ -164,10 +164,18 @@ def test_step_labels_with_a_neutral_one_are_refused(file):
         load(SteppedResponse, file(*rows), on_bad_row="drop")
 
 
-def test_a_choice_that_may_be_either_side_is_refused(file):
-    row = {"prompt": "Hi", "response_a": "a", "response_b": "b", "choice": 1}
+@pytest.mark.parametrize("choice", [1, "model_0", "model_3"])
+def test_a_choice_that_may_be_either_side_is_refused(file, choice):
+    row = {"prompt": "Hi", "response_a": "a", "response_b": "b", "choice": choice}
     with pytest.raises(DataError, match="nothing says which one that is"):
         load(PreferencePair, file(row), on_bad_row="drop")
+
+
+@pytest.mark.parametrize("choice", ["model-v1", "a model", "models a"])
+def test_a_choice_that_names_no_side_is_a_bad_row(file, choice):
+    row = {"prompt": "Hi", "response_a": "a", "response_b": "b", "choice": choice}
+    with pytest.raises(DataError, match="a comparison labelled"):
+        load(PreferencePair, file(row))
 
 
 def test_a_short_reply_that_happens_to_begin_like_its_prompt_is_read(file):

@@ -88,8 +88,6 @@ def test_a_conversation_that_such_a_template_refuses_is_refused():
         "{% set all %}{% for m in messages %}{{ m.content }}{% endfor %}{% endset %}{{ all | trim }}",
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
         "{% for m in messages %}{{ m.content }}",
-        {"default": "{{ messages }}"},
-        None,
     ],
 )
 def test_a_template_that_may_look_at_contents_is_run_each_time(template):

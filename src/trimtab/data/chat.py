@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.types import Message, MessageRole
 from trimtab.data.mistakes import Mistake
-from trimtab.data.templates import TODAY, dated, default_template, only_writes_contents
+from trimtab.data.templates import DATE, default_template, only_writes_contents, template_of
 from trimtab.data.tokenizers import ModelFacts, choose_pad, refuse_missing_rows
 from trimtab.data.words import Words
 
@@ -83,6 +83,7 @@ class Chat:
         self.tokenizer = tokenizer
         if tokenizer.chat_template is None:
             tokenizer.chat_template = default_template(tokenizer)
+        self._template = template_of(tokenizer)
         self._refusals: dict[tuple[MessageRole, ...], Mistake | None] = {}
         self._skeletons: dict[tuple[tuple[MessageRole, ...], bool], _Skeleton | None] = {}
         added = {token.content: (id_, token.special) for id_, token in tokenizer.added_tokens_decoder.items()}
@@ -296,7 +297,7 @@ class Chat:
 
     @cached_property
     def _only_writes_contents(self) -> bool:
-        return only_writes_contents(self.tokenizer.chat_template)
+        return only_writes_contents(self._template)
 
     def _filled(self, messages: Sequence[Message], generation_prompt: bool) -> str | DataError:
         """The result of `_rendered_or_error`, for a template that only writes contents."""
@@ -315,14 +316,8 @@ class Chat:
             return error
 
     def _apply_template(self, turns: list[Any], generation_prompt: bool) -> Any:
-        # Some templates write today's date, either unless `date_string` is given or by calling a function, which
-        # `dated` replaces. Both get a fixed date, because a run must not change at midnight.
         return self.tokenizer.apply_chat_template(
-            turns,
-            chat_template=dated(self.tokenizer.chat_template),
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-            date_string=TODAY.strftime("%d %b %Y"),
+            turns, chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt, **DATE
         )
 
     # ---- text to ids ----------------------------------------------------------------------------------------------

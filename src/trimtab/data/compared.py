@@ -87,7 +87,11 @@ def _share(row: JsonDict, sides: Sides) -> float:
         if by_score is not None:
             return by_score
         field_of(row, "choice")
-    share = share_for_first(row["choice"], sides)
+    models = [row.get(f"model_{side}") for side in (sides.first, sides.second)]
+    if row["choice"] in models and models[0] != models[1]:
+        share = float(row["choice"] == models[0])
+    else:
+        share = share_for_first(row["choice"], sides)
     if by_score is not None and scores is not None and abs(share - by_score) > 0.5:
         raise Mistake(
             "swapped_pair",
@@ -107,11 +111,16 @@ def share_for_first(choice: Any, sides: Sides) -> float:
         number = re.fullmatch(r"[+-]?\d+(\.\d+)?", word)
         if not number:
             end = _END.search(word)
-            if end and word.removesuffix(end[1]).strip() in _SIDE_WORDS and end[1] in (sides.first, sides.second):
+            before = word.removesuffix(end[1]).strip(" -") if end else None
+            if end and before in _SIDE_WORDS and end[1] in (sides.first, sides.second):
                 return float(end[1] == sides.first)
-            if (end and word in ("a", "b")) or (end and word.startswith("model")):
-                return float(end[1] in ("a", sides.first))
-            raise _unknown(choice)
+            if end and before in ("", "model") and end[1] in "ab":
+                return float(end[1] == "a")
+            if not end or before != "model":
+                raise _unknown(choice)
+            if not sides.first.isdigit() and end[1] in "12":
+                return float(end[1] == "1")
+            raise _which(choice)
         choice = float(word)
     if isinstance(choice, bool) or not isinstance(choice, int | float):
         raise _unknown(choice)
@@ -123,12 +132,7 @@ def share_for_first(choice: Any, sides: Sides) -> float:
         first = int(sides.first)
         if first <= choice <= first + 1:  # between the two: a probability of the second, as AlpacaEval writes it
             return first + 1 - float(choice)
-    raise Mistake(
-        "unknown_choice",
-        f"the preferred reply is given as {choice:g}, and nothing says which one that is",
-        "write A, B or tie in a column 'choice'",
-        droppable=False,
-    )
+    raise _which(f"{choice:g}")
 
 
 _SIDE_WORDS = frozenset({"", "response", "reply", "answer", "completion", "output", "model", "conversation",
@@ -138,6 +142,16 @@ _SIDE_WORDS = frozenset({"", "response", "reply", "answer", "completion", "outpu
 def _unknown(choice: Any) -> Mistake:
     return Mistake(
         "unknown_choice", f"a comparison labelled {shown(choice)}; labels are 'A', 'B' and 'tie'", "correct the label"
+    )
+
+
+def _which(choice: str) -> Mistake:
+    """The Mistake of a number that may count the replies from 0 or from 1, which no single row can tell."""
+    return Mistake(
+        "unknown_choice",
+        f"the preferred reply is given as {choice}, and nothing says which one that is",
+        "write A, B or tie in a column 'choice'",
+        droppable=False,
     )
 
 

@@ -26,7 +26,14 @@ DEFAULT_TEMPLATE = _TURNS.replace("END", "'<|end|>'")
 TODAY = datetime.date(2024, 7, 26)
 """The date that a template gets when it asks for today's, on every day: the default of the templates of Llama 3."""
 
-_DIRECTIVES = ("%-d", "%-m", *(f"%{letter}" for letter in "YymdBbAaHIMSpjeFDTcxX"))
+DATE: dict[str, Any] = {"date_string": TODAY.strftime("%d %b %Y")}
+"""What a template is given that writes today's date unless it gets one; `template_of` replaces the function that others
+call. A run must not change at midnight."""
+
+_DIRECTIVES = (
+    *(f"%-{letter}" for letter in "dmyHIMSjUWekl"),
+    *(f"%{c}" for c in "aAbBcCdDeFgGhHIjklmMpPrRSTuUVwWxXyYzZ"),
+)
 _DATE_MACRO = (
     "{%- macro strftime_now(format) -%}{{- format"
     + "".join(f" | replace('{d}', '{TODAY.strftime(d)}')" for d in _DIRECTIVES)
@@ -53,10 +60,22 @@ def default_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return "{{ bos_token }}" + turns if adds_bos else turns
 
 
-def dated(template: Any) -> str | None:
-    """The template with the date of `TODAY` if it asks for one; None if it can stay as it is."""
-    asks = isinstance(template, str) and "strftime_now" in template
-    return _DATE_MACRO + template if asks else None
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's template for conversations without tools, in which today's date is `TODAY`.
+
+    A tokenizer may have several templates by name. Raises DataError if none of them is the default.
+    """
+    found: Any = tokenizer.chat_template
+    if isinstance(found, dict):
+        if "default" not in found:
+            raise DataError(
+                f"the tokenizer has chat templates named {', '.join(map(repr, found))}, and none named 'default'",
+                where=tokenizer.name_or_path or "the tokenizer",
+                fix="name the one to use 'default', or give the tokenizer a single template",
+            )
+        found = found["default"]
+    template = str(found)
+    return _DATE_MACRO + template if "strftime_now" in template else template
 
 
 # ---- templates that do not look at contents ----------------------------------------------------------------------
@@ -65,15 +84,13 @@ _PLAIN_LOOP = frozenset({"index", "index0", "revindex", "revindex0", "first", "l
 """The attributes of a loop that give no access to a message."""
 
 
-def only_writes_contents(template: Any) -> bool:
+def only_writes_contents(template: str) -> bool:
     """Whether a template writes each content as it is or stripped, and the roles alone decide what stands around the
     contents. True only if the template can be seen to do nothing else with a message.
 
     The parsed template decides: every use of `messages` must end in a role, in a number of turns, or in a place where
     the content itself is written.
     """
-    if not isinstance(template, str):
-        return False
     try:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except jinja2.TemplateError:
