@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
@@ -394,6 +395,43 @@ def test_all_pairs_of_a_ranking_are_made_but_for_ties(file):
     replies = [{"response": text, "overall_score": score} for text, score in (("a", 3), ("b", 1), ("c", 3))]
     found = load(PreferencePair, file({"instruction": "Hi", "completions": replies})).records
     assert [(p.chosen, p.rejected) for p in found] == [("a", "b"), ("c", "b")]
+
+
+def votes_of_turns(**columns):
+    row = {"prompt": ["Hi", "Is it?"], "response_a": ["Yo", "Yes."], "response_b": ["Yo", "No."]} | columns
+    return {name: json.dumps(texts) for name, texts in row.items()} | {
+        "winner_model_a": "1",
+        "winner_model_b": "0",
+        "winner_tie": "0",
+    }
+
+
+def test_lists_of_texts_in_votes_are_the_turns_of_a_conversation(tmp_path):
+    """As lmsys-arena has them: a list for what was asked, and one for the replies of each side."""
+    path = tmp_path / "arena.csv"
+    rows = [
+        votes_of_turns(prompt=["Is it?"], response_a=["Yes."], response_b=["No."]),
+        votes_of_turns(),
+        votes_of_turns(response_a=["Hello", "Yes."]),
+    ]
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    loaded = load(PreferencePair, path, on_bad_row="drop")
+    assert loaded.records == [pair(prompt("Is it?")), pair(prompt("Hi", "Yo", "Is it?"))]
+    assert loaded.counts["dropped_no_shared_prompt"] == 1
+
+
+def test_lists_of_different_lengths_are_the_texts_that_they_look_like(file):
+    row = {"prompt": "List two.", "response_a": '["a", "b"]', "response_b": '["a"]', "choice": "A"}
+    assert load(PreferencePair, file(row)).records == [pair(prompt("List two."), '["a", "b"]', '["a"]')]
+
+
+def test_a_system_turn_beside_two_conversations_is_read(file):
+    row = {"system": "Brief.", "conversation_a": [user("Is it?"), said("Yes.")],
+           "conversation_b": [user("Is it?"), said("No.")], "winner": "model_a"}  # fmt: skip
+    assert load(PreferencePair, file(row)).records == [pair(prompt("Is it?", system="Brief."))]
 
 
 def test_votes_over_two_replies_become_one_pair_with_their_share(file):

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trimtab.core.types import Comparison, JsonDict, PreferencePair, Prompt
-from trimtab.data.messages import conversation_in, messages_of
+from trimtab.core.types import Comparison, JsonDict, Message, PreferencePair, Prompt
+from trimtab.data.messages import conversation_in, messages_of, value_in
 from trimtab.data.mistakes import Mistake, shown
 from trimtab.data.preferences import Judged, to_pairs
-from trimtab.data.prompts import field_of, make_prompt, prompt_in, reply_of, split_reply
+from trimtab.data.prompts import field_of, make_prompt, prompt_in, refuse_unread, reply_of, split_reply, with_columns
 from trimtab.data.rows import number_in
 
 _TIES = frozenset({"tie", "ties", "tied", "equal", "same", "draw", "both", "neither", "both bad", "tie (bothbad)",
@@ -59,17 +59,49 @@ def _asked(row: JsonDict) -> tuple[Prompt, str, str]:
     if row.get("prompt") is None:
         given_a, given_b = (conversation_in(v, v) if isinstance(v, str) else v for v in (given_a, given_b))
         if isinstance(given_a, list) and isinstance(given_b, list):
-            before, one = split_reply("conversation_a", messages_of("conversation_a", given_a))
-            other_before, other = split_reply("conversation_b", messages_of("conversation_b", given_b))
-            if before != other_before:
-                raise Mistake(
-                    "no_shared_prompt",
-                    "the two conversations part before the last reply, so it is not one prompt that both answer",
-                    "remove the row, or keep the turns up to the first reply",
-                )
-            return make_prompt(before, row), one, other
+            conversation_a, conversation_b = (messages_of("conversation", given) for given in (given_a, given_b))
+            return _answered_twice(row, conversation_a, conversation_b)
     asked = field_of(row, "prompt")
+    if (turns := _texts_of_turns(asked, given_a, given_b)) is not None:
+        said, one, other = turns
+        return _answered_twice(row, _by_turns(said, one), _by_turns(said, other))
     return prompt_in(row), reply_of("response_a", given_a, asked), reply_of("response_b", given_b, asked)
+
+
+def _answered_twice(
+    row: JsonDict, conversation_a: tuple[Message, ...], conversation_b: tuple[Message, ...]
+) -> tuple[Prompt, str, str]:
+    """The prompt that two whole conversations share, and the last reply of each."""
+    before, one = split_reply("conversation_a", conversation_a)
+    other_before, other = split_reply("conversation_b", conversation_b)
+    if before != other_before:
+        raise Mistake(
+            "no_shared_prompt",
+            "the two conversations part before the last reply, so it is not one prompt that both answer",
+            "remove the row, or keep the turns up to the first reply",
+        )
+    refuse_unread(row)
+    return make_prompt(with_columns(before, row), row), one, other
+
+
+def _texts_of_turns(*values: Any) -> list[list[str]] | None:
+    """What was asked and what each side replied turn after turn, if all are lists of texts of one length, as JSON text
+    or not: {"prompt": ["Hi", "And you?"], "response_a": ["Hello.", "Fine."], …}. A null is an empty text."""
+    found = []
+    for value in values:
+        texts = value_in(value) if isinstance(value, str) and value[:1] == "[" else value
+        if not isinstance(texts, list) or not texts or not all(text is None or isinstance(text, str) for text in texts):
+            return None
+        found.append([text or "" for text in texts])
+    return found if len({len(texts) for texts in found}) == 1 else None
+
+
+def _by_turns(said: Sequence[str], replies: Sequence[str]) -> tuple[Message, ...]:
+    return tuple(
+        turn
+        for question, reply in zip(said, replies, strict=True)
+        for turn in (Message("user", question), Message("assistant", reply))
+    )
 
 
 def _share(row: JsonDict, sides: Sides) -> float:
