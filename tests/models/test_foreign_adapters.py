@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import pytest
@@ -68,6 +69,7 @@ PARTS = {
     "lora on a tied head": lambda: lora(target_modules=["q_proj", "lm_head"]),
     "lora on the embedding": lambda: lora(target_modules=["q_proj", "embed_tokens"]),
     "magnitudes": lambda: lora(use_dora=True),
+    "magnitudes of the head": lambda: lora(target_modules=["q_proj", "lm_head"], use_dora=True),
     "single tokens": lambda: lora(trainable_token_indices={"embed_tokens": [3, 10]}),
     "stabilised ranks": lambda: lora(use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}),
     "biases": lambda: lora(bias="all"),
@@ -75,7 +77,7 @@ PARTS = {
         target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type=TaskType.CAUSAL_LM
     ),
 }
-ACTIVE = ("dropout", "lora on a tied head", "magnitudes", "stabilised ranks")
+ACTIVE = ("dropout", "lora on a tied head", "magnitudes", "magnitudes of the head", "stabilised ranks")
 """Those that are low-rank changes of linear layers, which a base that others share can take."""
 
 
@@ -112,8 +114,9 @@ def test_on_a_shared_base_an_adapter_is_what_peft_computes_or_is_refused_by_name
     torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
 
 
-def test_scores_follow_an_adapter_on_the_output_head_and_it_learns(base, tmp_path):
-    write(base, tmp_path / "adapter", PARTS["lora on a tied head"]())
+@pytest.mark.parametrize("part", ["lora on a tied head", "magnitudes of the head"])
+def test_scores_follow_an_adapter_on_the_output_head_and_it_learns(base, tmp_path, part):
+    write(base, tmp_path / "adapter", PARTS[part]())
     model = load_causal(base)
     load_adapter(model, "policy", tmp_path / "adapter")
     policy, merged = Policy(model, pad_id=0, adapter="policy"), Policy(load_causal(tmp_path / "adapter"), pad_id=0)
@@ -128,6 +131,8 @@ def test_scores_follow_an_adapter_on_the_output_head_and_it_learns(base, tmp_pat
     head = model.get_output_embeddings()
     assert float(head.lora_B["policy"].weight.grad.abs().max()) > 0
     assert float(head.lora_A["policy"].weight.grad.abs().max()) > 0
+    if part == "magnitudes of the head":
+        assert float(head.lora_magnitude_vector["policy"].weight.grad.abs().max()) > 0
     base_alone = Policy(model, pad_id=0)
     alone = Policy(load_causal(base), pad_id=0)
     torch.testing.assert_close(
@@ -154,6 +159,22 @@ def test_tied_embeddings_stay_tied_unless_the_adapter_changes_one_of_them(base, 
         merged = load_causal(tmp_path / target)
         assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == stays
         assert merged.config.tie_word_embeddings == stays
+
+
+def test_an_adapter_that_names_itself_as_its_base_is_refused(base, tmp_path):
+    write(base, tmp_path / "a", lora())
+    write(base, tmp_path / "b", lora())
+    for name, names, says in (("a", "a", "itself"), ("a", "b", "a circle of adapters"), ("b", "a", "a circle")):
+        file = tmp_path / name / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / names)}))
+        if (name, names) != ("a", "b"):
+            with pytest.raises(EngineError, match=f"names {says}"):
+                load_tokenizer(tmp_path / name)
+
+
+def test_a_rank_that_no_layer_can_use_is_refused(base):
+    with pytest.raises(ConfigError, match=r"rank = 1000 .* at most 32"):
+        add_adapter(load_causal(base), "policy", LoRA(rank=1000), seed=0)
 
 
 def test_what_peft_cannot_merge_is_refused(base, tmp_path):

@@ -28,7 +28,7 @@ from trimtab.core.hub import ADAPTER_WEIGHTS as WEIGHTS_FILE
 from trimtab.core.hub import BESIDE_FILE, base_of, find_model, lasting_name, read_json
 from trimtab.data.tokenizers import first_line
 from trimtab.models.quantized import Bits
-from trimtab.models.weights import check_file, refuse_damage
+from trimtab.models.weights import check_file, refuse_damage, refuse_to_write
 
 _PREFIX = "base_model.model."
 """The prefix that peft puts before the names of a model's own weights in a file."""
@@ -81,11 +81,13 @@ def add_adapter(model: PreTrainedModel, name: str, settings: LoRA, *, seed: int)
     from peft import LoraConfig
 
     model.requires_grad_(False)
+    names = _known_layers(model, settings.modules) if settings.modules else linear_layers(model)
+    _refuse_rank(model, settings.rank, names)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
-        target_modules=_known_layers(model, settings.modules) if settings.modules else linear_layers(model),
+        target_modules=names,
     )
     _inject(config, model, name, seed)
 
@@ -141,6 +143,7 @@ def save_adapter(
     config.inference_mode = True
     state = get_peft_model_state_dict(model, adapter_name=name)
     tensors = {key: value for key, value in state.items() if "lora_" in key} | (head or {})
+    refuse_to_write(tensors.items(), directory, torch.float32)
     directory.mkdir(parents=True, exist_ok=True)
     save_file({_PREFIX + k: v.detach().contiguous().clone() for k, v in tensors.items()}, directory / WEIGHTS_FILE)
     config.save_pretrained(str(directory))
@@ -204,6 +207,9 @@ def trained_weight_of(linear: nn.Module, adapter: str | None) -> Tensor:
     if adapter is None or adapter not in layer.lora_A:
         return base
     changed: Tensor = base + layer.get_delta_weight(adapter)
+    if adapter in layer.lora_magnitude_vector:  # DoRA: each row has a learned length (arXiv:2402.09353, equation 5)
+        lengths: Tensor = layer.lora_magnitude_vector[adapter].weight
+        changed = changed * (lengths / changed.norm(dim=1).detach())[:, None]
     return changed
 
 
@@ -233,6 +239,19 @@ def _known_layers(model: PreTrainedModel, chosen: tuple[str, ...]) -> list[str]:
         where="adapter.modules",
         fix=(f"did you mean {near[0]!r}? " if near else "") + f"its layers: {', '.join(known)}",
     )
+
+
+def _refuse_rank(model: PreTrainedModel, rank: int, names: list[str]) -> None:
+    """Raises ConfigError for a rank above that of every chosen layer's own weight."""
+    layers: list[Any] = [m for n, m in model.named_modules() if any(f".{n}".endswith(f".{one}") for one in names)]
+    # GPT-2's layers call them nx and nf; rounded weights have other shapes than their layers
+    sizes = [min(m.in_features, m.out_features) if hasattr(m, "in_features") else min(m.nx, m.nf) for m in layers]
+    if sizes and rank > max(sizes):
+        raise ConfigError(
+            f"rank = {rank} is more than the weights of the chosen layers have: at most {max(sizes)}",
+            where="adapter.rank",
+            fix=f"set adapter.rank to at most {max(sizes)}; 8 to 64 are usual",
+        )
 
 
 # --- the contents of an adapter directory ---
