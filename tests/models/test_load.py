@@ -66,6 +66,12 @@ def with_nan(file):
     save_file(weights, file, metadata={"format": "pt"})
 
 
+def with_nan_in_a_rare_row(file):
+    weights = load_file(file)
+    weights["model.embed_tokens.weight"][-1] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+
+
 def incomplete(file):
     weights = load_file(file)
     del weights["model.layers.0.mlp.down_proj.weight"]
@@ -89,6 +95,7 @@ def shards_missing(file):
         (pickle, r"(?s)pytorch_model\.bin, a format that can run code.*safetensors are needed.*convert"),
         (gone, r"there is no model\.safetensors"),
         (with_nan, r"1 of its weights hold nan or infinity, such as model\.norm\.weight"),
+        (with_nan_in_a_rare_row, r"1 of its weights hold nan or infinity, such as model\.embed_tokens\.weight"),
         (incomplete, r"lacks weights of a Llama\w+, such as model\.layers\.0\.mlp\.down_proj"),
         (shards_missing, r"1 of 2 files of weights are not there: model-00002"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -19,6 +21,7 @@ from transformers import (
 
 from tests.tiny import TEXTS
 from trimtab.batches.trees import TokenTrees, response_tree
+from trimtab.core.errors import EngineError
 from trimtab.core.types import Message
 from trimtab.data.chat import Chat
 from trimtab.models.forward import sequence_scores_of
@@ -134,7 +137,19 @@ def test_generation_settings_say_where_a_reply_ends_and_stay(tmp_path):
     out = rewrite(base, tmp_path / "out")
     written = GenerationConfig.from_pretrained(out)
     assert (set(written.eos_token_id), written.temperature, written.top_p) == ({0, 2, 7}, 0.6, 0.9)
+    assert not written.do_sample  # vLLM samples at this temperature, and plain generate decodes greedily, as before
     assert Chat(load_tokenizer(out)).stop_ids == {0, 2, 7}
+
+
+@pytest.mark.parametrize("broken", [math.nan, 1e5])
+def test_weights_that_the_dtype_cannot_hold_are_not_written(tmp_path, broken):
+    base = write_base(tmp_path / "base", BASES["end of the template is not eos"]())
+    model, tokenizer = load_causal(base), load_tokenizer(base)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5, 0] = broken
+    with pytest.raises(EngineError, match=r"nan or infinity in float16, such as .*embed.*not written"):
+        save_model(model, tokenizer, tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_eos_id_that_only_the_class_of_the_configuration_chose_ends_nothing(tmp_path):

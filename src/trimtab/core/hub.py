@@ -21,6 +21,7 @@ from typing import Any
 from trimtab.core.errors import EngineError
 
 MODEL_FILE, ADAPTER_FILE, ADAPTER_WEIGHTS = "config.json", "adapter_config.json", "adapter_model.safetensors"
+GENERATION_FILE = "generation_config.json"
 BESIDE_FILE = "base.json"
 """File beside an adapter with the relative path from its directory to that of its base, so that both can be moved
 together."""
@@ -73,7 +74,23 @@ def base_of(name: str | Path) -> str | None:
             where=str(file),
             fix="set base_model_name_or_path in it",
         )
-    return _base_from(path, str(base))
+    found = _base_from(path, str(base))
+    _refuse_circle(path, found)
+    return found
+
+
+def _refuse_circle(adapter: Path, base: str) -> None:
+    """Raises EngineError if the bases of an adapter lead back to an adapter that was passed already."""
+    passed = [adapter.resolve()]
+    while (file := Path(base) / ADAPTER_FILE).exists():
+        if (here := Path(base).resolve()) in passed:
+            raise EngineError(
+                f"the adapter names {'itself' if len(passed) == 1 else 'a circle of adapters'} as its base",
+                where=str(adapter / ADAPTER_FILE),
+                fix="write the model that it was trained on into base_model_name_or_path",
+            )
+        passed.append(here)
+        base = _base_from(Path(base), str(read_json(file).get("base_model_name_or_path") or ""))
 
 
 def same_model(a: str | Path, b: str | Path) -> bool:
@@ -111,7 +128,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _base_from(adapter: Path, base: str) -> str:
-    if Path(base).expanduser().is_dir():
+    if any((Path(base).expanduser() / file).exists() for file in (MODEL_FILE, ADAPTER_FILE)):
         return base
     if not Path(base).is_absolute():
         here = adapter.resolve()

@@ -57,12 +57,8 @@ def load_causal(path: str | Path) -> PreTrainedModel:
             fix="name a causal language model saved with its output head, such as one that `trimtab sft` wrote",
         )
     _without_dropout(model)
-    try:
-        proved(model)
-        logit_shape(model)
-    except EngineError as error:
-        refuse_damage(model.named_parameters(), str(path), seen=error)
-        raise
+    proved(model)
+    logit_shape(model)
     return model
 
 
@@ -101,9 +97,6 @@ def load_scalar(path: str | Path, *, head_seed: int | None = None, zero_head: bo
     if new and head_seed is None:
         raise _no_head(path, f"missing: {', '.join(new)}")
     _fill_head(model, new, head_seed or 0, zero_head)
-    # Damage in the backbone is found when the model is first run; the head is not run until something is scored.
-    body = f"{model.base_model_prefix}."
-    refuse_damage(((n, p) for n, p in model.named_parameters() if not n.startswith(body)), str(path))
     return _without_dropout(model)
 
 
@@ -145,6 +138,8 @@ def _load(auto_class: Any, path: str | Path, **options: Any) -> tuple[PreTrained
             where=str(path),
             fix="name the model it was made from; adapter.base_bits = 4 or 8 rounds a base when it is loaded",
         )
+    new = set(info["missing_keys"])  # random for now
+    refuse_damage(((n, p) for n, p in model.named_parameters() if n not in new), str(path))
     model.written_dtype = stored_dtype(name) or load_config(path).dtype or torch.float32
     return model, info
 

@@ -21,11 +21,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.core.hub import MODEL_FILE, read_json
+from trimtab.core.hub import GENERATION_FILE, MODEL_FILE, read_json
 from trimtab.data.chat import Chat
 from trimtab.models.adapters import save_adapter
 from trimtab.models.roles import Policy, ScalarModel
+from trimtab.models.weights import refuse_to_write
 
+_OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Generation settings that mean something only if replies are sampled."""
 PAD_TOKEN = "<|pad|>"
 """The pad token that is added to a tokenizer without an unused token."""
 
@@ -66,11 +69,16 @@ def save_model(
     pad_id = _set_pad(chat, written)
     if pad_id is None and not model.can_generate():
         pad_id = _add_pad(model, written)
-    _set_ids(model, _stop_ids(chat), chat.tokenizer.eos_token_id if pad_id is None else pad_id)
+    apart = _set_ids(model, _stop_ids(chat), chat.tokenizer.eos_token_id if pad_id is None else pad_id)
     if pad_id is None:
         written.pad_token = written.eos_token
     dtype = dtype or written_dtype(model)
-    model.save_pretrained(directory, state_dict=None if dtype == torch.float32 else _cast(model, dtype))
+    weights = None if dtype == torch.float32 else _cast(model, dtype)
+    refuse_to_write(model.named_parameters() if weights is None else weights.items(), directory, dtype)
+    model.save_pretrained(directory, state_dict=weights)
+    if apart:
+        file = directory / GENERATION_FILE
+        file.write_text(json.dumps(read_json(file) | apart, indent=2) + "\n", encoding="utf-8")
     if dtype != torch.float32:
         file = directory / MODEL_FILE
         file.write_text(json.dumps(_with_dtype(read_json(file), dtype), indent=2) + "\n", encoding="utf-8")
@@ -117,20 +125,26 @@ def _stop_ids(chat: Chat) -> int | list[int]:
     return ids[0] if len(ids) == 1 else ids
 
 
-def _set_ids(model: PreTrainedModel, stop_ids: int | list[int], pad_id: int) -> None:
+def _set_ids(model: PreTrainedModel, stop_ids: int | list[int], pad_id: int) -> dict[str, Any]:
+    """Sets the ids that end a reply and pad it, wherever they stand. Returns the generation settings that transformers
+    reads but refuses to write, which are taken out: published ones often have a temperature without do_sample, which
+    vLLM samples at, while transformers decodes greedily."""
     configs: dict[int, Any] = {id(c): c for c in (model.config, model.config.get_text_config())}
     for config in configs.values():
         config.eos_token_id, config.pad_token_id = stop_ids, pad_id
     generation = getattr(model, "generation_config", None)
     if generation is None:
-        return
+        return {}
     generation.eos_token_id, generation.pad_token_id = stop_ids, pad_id
     generation._from_model_config = False
     try:
         generation.validate(strict=True)
     except ValueError:
-        # Published settings often have a temperature without do_sample: transformers reads that but does not write it.
-        generation.do_sample = True
+        apart = {name: value for name in _OF_SAMPLING if (value := getattr(generation, name, None)) is not None}
+        for name in apart:
+            setattr(generation, name, None)
+        return apart
+    return {}
 
 
 def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -63,17 +63,34 @@ def check_file(file: Path) -> None:
         ) from error
 
 
-def refuse_damage(weights: Iterable[tuple[str, Tensor]], where: str, *, seen: Exception | None = None) -> None:
-    """Raises EngineError if a named weight holds nan or infinity. `seen` is the error that the damage led to, if
-    any."""
-    damaged = [name for name, weight in weights if not weight.isfinite().all()]
-    if damaged:
+def damaged_among(weights: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of the weights that hold nan or infinity."""
+    return [name for name, weight in weights if weight.is_floating_point() and not weight.isfinite().all()]
+
+
+def refuse_damage(weights: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Raises EngineError if a named weight that was read holds nan or infinity."""
+    if damaged := damaged_among(weights):
         raise EngineError(
             f"{len(damaged)} of its weights hold nan or infinity, such as {damaged[0]}: the file is damaged, or its "
             "training broke down",
             where=where,
             fix="copy or download it again, or name an earlier checkpoint",
-        ) from seen
+        )
+
+
+def refuse_to_write(weights: Iterable[tuple[str, Tensor]], where: Path, dtype: torch.dtype) -> None:
+    """Raises EngineError if a named weight that is to be written in this dtype holds nan or infinity."""
+    if damaged := damaged_among(weights):
+        small = dtype == torch.float16
+        raise EngineError(
+            f"{len(damaged)} weights hold nan or infinity in {str(dtype).removeprefix('torch.')}, such as "
+            f"{damaged[0]}, so the model was not written",
+            where=str(where),
+            fix="write it in bfloat16 or float32, which hold larger numbers"
+            if small
+            else "the training broke down: lower the learning rate and begin again, or use an earlier checkpoint",
+        )
 
 
 def stored_dtype(directory: str | Path) -> torch.dtype | None:
