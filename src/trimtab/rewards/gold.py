@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from trimtab import worlds
+from trimtab.core.errors import DataError
 from trimtab.core.metrics import Metrics, mean_of
 from trimtab.core.registry import register
-from trimtab.core.types import Rollout
+from trimtab.core.types import Prompt, Rollout
 
 
 @register("reward", "gold")
@@ -37,8 +38,18 @@ class GoldScorer:
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] gold scores in [0, 1], and the mean of each named part."""
-        golds = [self.world.gold(r.prompt, r.response) for r in rollouts]
+        golds = [self._gold(r.prompt, r.response) for r in rollouts]
         metrics: Metrics = {"gold/mean": mean_of(g.total for g in golds)}
         for part in golds[0].parts if golds else ():
             metrics[f"gold/{part}"] = mean_of(g.parts[part] for g in golds if part in g.parts)
         return torch.tensor([g.total for g in golds], dtype=torch.float32), metrics
+
+    def _gold(self, prompt: Prompt, response: str) -> worlds.Gold:
+        try:
+            return self.world.gold(prompt, response)
+        except KeyError as error:
+            raise DataError(
+                f"a prompt has no fact named {error}, which the gold score of this world needs",
+                where=f"the prompt {prompt.messages[-1].content[:60]!r}",
+                fix="use prompts of the same world, such as world:NAME?num=100, or leave the world out",
+            ) from error

@@ -16,6 +16,7 @@ from trimtab.core.metrics import Metrics
 from trimtab.core.registry import register
 from trimtab.core.types import Message, Prompt, Rollout
 from trimtab.data.chat import Chat
+from trimtab.data.templates import DATE, template_of
 from trimtab.models.forward import sequence_scores_of
 from trimtab.models.lengths import positions_of
 from trimtab.models.load import load_scalar, load_tokenizer
@@ -134,7 +135,10 @@ def template_ending(chat: Chat, pad_id: int | None) -> tuple[int, ...]:
     pass of transformers reads a score at the last token that is not padding."""
     messages = (Message("user", "a"), Message("assistant", "b"))
     turns = [{"role": m.role, "content": m.content} for m in messages]
-    encoded: Any = chat.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)
+    template = template_of(chat.tokenizer)
+    encoded: Any = chat.tokenizer.apply_chat_template(
+        turns, chat_template=template, tokenize=True, return_dict=True, **DATE
+    )
     whole: list[int] = encoded["input_ids"]
     before = chat.encode_prompt(messages[:1]) + chat.encode_response("b")[:-1]
     if whole[: len(before)] != before:
