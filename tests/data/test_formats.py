@@ -496,6 +496,30 @@ def test_turns_marked_as_not_to_be_learnt_are_kept_apart(file):
     assert found == Demonstration(prompt=prompt("a", "b", "c"), response="d", untrained_turns=(0,))
 
 
+@pytest.mark.parametrize(
+    ("row", "untrained"),
+    [
+        ({"history": [["a", "b"]], "messages": [user("c"), said("d", weight=0), user("e"), said("f")]}, (1,)),
+        ({"history": [user("a"), said("b", weight=0)], "prompt": "c", "completion": "d"}, (0,)),
+        ({"history": [user("a"), said("b", weight=0)], "question": "c", "answer": "d"}, (0,)),
+        ({"prompt": [user("a"), said("b", weight=0), user("c")], "completion": "d"}, (0,)),
+        ({"prompt": {"messages": [user("a"), said("b", train=False), user("c")]}, "completion": "d"}, (0,)),
+        ({"prompt": json.dumps([user("a"), said("b", weight=0), user("c")]), "completion": [said("d")]}, (0,)),
+        (
+            {
+                "history": [["a", "b"]],
+                "prompt": [user("c"), said("d", weight=0), user("e")],
+                "completion": [said("f"), user("g"), said("h", weight=0), user("i"), said("j")],
+            },
+            (1, 3),
+        ),
+    ],
+)
+def test_turns_not_to_be_learnt_are_counted_from_the_first_turn_of_all_columns(file, row, untrained):
+    (found,) = load(Demonstration, file(row)).records
+    assert found.untrained_turns == untrained
+
+
 def test_what_is_not_used_is_named(file):
     row = {"messages": [{**user("a"), "name": "Ann"}, said("b")], "source": "x", "score_model": 3, "empty": None}
     assert set(load(Demonstration, file(row)).unused) == {"messages[].name", "source", "score_model"}

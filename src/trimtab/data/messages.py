@@ -138,6 +138,8 @@ def untrained_turns(name: str, value: Any) -> tuple[int, ...]:
 
     Raises Mistake for a weight other than 0 and 1.
     """
+    if not any(len(turn) > 2 for turn in value):  # a role and a content, and nothing else
+        return ()
     found = []
     number = 0
     for i, turn in enumerate(value):

@@ -167,8 +167,7 @@ def with_columns(messages: tuple[Message, ...], row: Mapping[str, Any]) -> tuple
             )
         if not text.isspace():
             messages = (*messages[:-1], Message("user", f"{messages[-1].content}\n\n{text}"))
-    if "history" in present and filled(row["history"]):
-        messages = (*_earlier_turns(row["history"]), *messages)
+    messages = (*earlier_turns(row), *messages)
     for name in SYSTEM:
         value = row.get(name) if name in present else None
         if value is None or value == "":
@@ -192,8 +191,11 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
-def _earlier_turns(value: Any) -> tuple[Message, ...]:
-    """The turns before this one, given as messages or as the [question, answer] pairs of Alpaca-like files."""
+def earlier_turns(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The turns of the column `history`, which holds messages or the [question, answer] pairs of Alpaca-like files."""
+    value = row.get("history")
+    if not filled(value):
+        return ()
     if isinstance(value, list) and all(_are_texts(turn) and len(turn) == 2 for turn in value):
         return tuple(turn for q, a in value for turn in (Message("user", q), Message("assistant", a)))
     return messages_of("history", value)

@@ -29,6 +29,7 @@ from trimtab.data.messages import (
 )
 from trimtab.data.mistakes import Mistake, shown, wrong_type
 from trimtab.data.prompts import (
+    earlier_turns,
     field_of,
     make_prompt,
     no_single_reply,
@@ -245,34 +246,45 @@ def _answered(row: JsonDict, reply: Any) -> tuple[Prompt, str, tuple[int, ...]]:
     if isinstance(turns, str):
         if is_transcript(row["prompt"]):
             turns = not_empty("completion", turns.strip())
-        return prompt, turns, ()
+        return prompt, turns, _untrained_before(row, "prompt")
     if not turns or turns[0].role != "assistant":
         raise no_single_reply("completion", turns)
     before, said = split_reply("completion", turns)
-    untrained = _untrained_in("completion", reply)
-    earlier = sum(message.role == "assistant" for message in prompt.messages)
-    return (
-        replace(prompt, messages=(*prompt.messages, *before), id=str(row.get("id") or "")) if before else prompt,
-        said,
-        _before_last("completion", untrained, earlier, earlier + sum(m.role == "assistant" for m in before)),
-    )
+    earlier = _num_replies(prompt.messages)
+    untrained = (*_untrained_before(row, "prompt"), *(earlier + i for i in _untrained_in("completion", reply)))
+    if before:
+        prompt = replace(prompt, messages=(*prompt.messages, *before), id=str(row.get("id") or ""))
+    return prompt, said, _without_last("completion", untrained, prompt)
 
 
-def _untrained_in(name: str, reply: Any) -> tuple[int, ...]:
-    value = conversation_in(reply, reply) if isinstance(reply, str) else reply
-    return untrained_turns(name, value) if isinstance(value, list) else ()
+def _untrained_before(row: JsonDict, name: str) -> tuple[int, ...]:
+    """The numbers of the assistant turns not to learn from in the history and, after it, in the messages of a
+    column."""
+    earlier = _num_replies(earlier_turns(row))
+    return (*_untrained_in("history", row.get("history")), *(earlier + i for i in _untrained_in(name, row.get(name))))
 
 
-def _before_last(name: str, untrained: Sequence[int], offset: int, last: int) -> tuple[int, ...]:
-    """The untrained turns by their numbers in the whole conversation. Raises Mistake if the last is among them."""
-    found = tuple(offset + number for number in untrained)
-    if last in found:
+def _untrained_in(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, str):
+        value = conversation_in(value, value)
+    if isinstance(value, dict):
+        value = value["messages"] if "messages" in value else [value]
+    return untrained_turns(name, value) if isinstance(value, list) and value and isinstance(value[0], dict) else ()
+
+
+def _num_replies(messages: Sequence[Message]) -> int:
+    return sum(message.role == "assistant" for message in messages)
+
+
+def _without_last(name: str, untrained: tuple[int, ...], prompt: Prompt) -> tuple[int, ...]:
+    """The untrained turns themselves. Raises Mistake if the reply to the prompt is one of them."""
+    if untrained and _num_replies(prompt.messages) in untrained:
         raise Mistake(
             "weight",
             f"the last reply of {name} is marked as not to be learnt from, and it is what is learnt",
             f"end {name} with a reply to learn from, or remove the row",
         )
-    return found
+    return untrained
 
 
 def to_demonstration(row: JsonDict) -> Demonstration:
@@ -288,8 +300,9 @@ def _untrained(row: JsonDict, found: tuple[int, ...]) -> tuple[int, ...]:
 
 def to_question_answer(row: JsonDict) -> Demonstration:
     """A question with its worked answer; the final answer is a fact of the prompt."""
-    prompt, reply, _ = _answered(row, field_of(row, "worked_answer"))
-    return Demonstration(prompt=replace(prompt, facts={**final_answer(row), **prompt.facts}), response=reply)
+    prompt, reply, untrained = _answered(row, field_of(row, "worked_answer"))
+    prompt = replace(prompt, facts={**final_answer(row), **prompt.facts})
+    return Demonstration(prompt=prompt, response=reply, untrained_turns=untrained)
 
 
 def final_answer(row: JsonDict) -> JsonDict:
@@ -303,11 +316,9 @@ def to_conversation(row: JsonDict) -> Demonstration:
     refuse_unread(row)
     refuse_beside_reply(row)
     messages, reply = split_reply("messages", messages_of("messages", value))
-    last = sum(m.role == "assistant" for m in messages)
-    untrained = _before_last("messages", untrained_turns("messages", value), 0, last)
-    return Demonstration(
-        prompt=make_prompt(with_columns(messages, row), row), response=reply, untrained_turns=untrained
-    )
+    prompt = make_prompt(with_columns(messages, row), row)
+    untrained = _without_last("messages", _untrained_before(row, "messages"), prompt)
+    return Demonstration(prompt=prompt, response=reply, untrained_turns=untrained)
 
 
 def _list_of_messages(row: JsonDict) -> Any:
