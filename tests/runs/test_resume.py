@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from trimtab.core import registry
 from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.settings_help import settings_help
+from trimtab.runs import models
+from trimtab.runs.models import model_digest
 from trimtab.runs.resume import HOW, is_how
 from trimtab.runs.run import Run
 
@@ -157,6 +161,69 @@ def test_a_run_named_by_its_absolute_path_or_moved_goes_on(tmp_path: Path, monke
         run.add_data("data.jsonl", "11", 2)
 
 
+def model(directory: Path, weight: float) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text("{}")
+    save_file({"weight": torch.full([4], weight)}, directory / "model.safetensors")
+    return directory
+
+
+def adapter(directory: Path, base: Path) -> Path:
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    save_file({"lora": torch.ones(4)}, directory / "adapter_model.safetensors")
+    return directory
+
+
+def opened_with(directory: Path, *models: Path, **changes: Any) -> Run:
+    facts = registry.descriptor("stage", "sft")
+    names = {"model": str(models[0]), "rewards": [{"name": "model", "path": str(path)} for path in models[1:]]}
+    settings = {**SETTINGS, **names, **changes}
+    return Run.open(directory, stage="sft", settings=settings, facts=facts, models=[*map(str, models)])
+
+
+def test_another_model_of_the_same_name_is_refused(tmp_path: Path):
+    base, judge = model(tmp_path / "base", 1.0), model(tmp_path / "judge", 2.0)
+    tuned = adapter(tmp_path / "tuned", base)
+    with opened_with(tmp_path / "run", tuned, judge) as run:
+        run.save_checkpoint(3, write_one)
+        run.finish({})
+    before = (tmp_path / "run" / "models.json").read_text()
+    for changed, name in ((base, tuned), (judge, judge)):
+        kept = changed.rename(tmp_path / "kept")
+        model(changed, 3.0)
+        with pytest.raises(DataError) as caught:
+            opened_with(tmp_path / "run", tuned, judge, max_steps=6)
+        assert caught.value.problem == f"{name} is not the model this run began with"
+        assert (tmp_path / "run" / "summary.json").exists()
+        opened_with(tmp_path / "run", tuned, judge).close()  # a finished run reads no model
+        shutil.rmtree(changed)
+        kept.rename(changed)
+    opened_with(tmp_path / "run", tuned, judge, max_steps=6).close()
+    assert (tmp_path / "run" / "models.json").read_text() == before
+
+
+def test_a_model_may_be_mended_until_there_is_a_checkpoint(tmp_path: Path):
+    opened_with(tmp_path / "run", model(tmp_path / "base", 1.0)).close()
+    shutil.rmtree(tmp_path / "base")
+    opened_with(tmp_path / "run", model(tmp_path / "base", 2.0)).close()
+    recorded = json.loads((tmp_path / "run" / "models.json").read_text())
+    assert recorded == {str(tmp_path / "base"): {"sha256": model_digest(tmp_path / "base")}}
+
+
+def test_a_large_file_of_weights_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(models, "_WHOLE_BYTES", 1024)
+    (tmp_path / "config.json").write_text("{}")
+    values = torch.zeros(2**21)
+    save_file({"weight": values}, tmp_path / "model.safetensors")
+    before = model_digest(tmp_path)
+    save_file({"weight": values}, tmp_path / "model.safetensors")
+    assert model_digest(tmp_path) == before
+    values[2**20 : 2**20 + 2**15] = 1.0  # a 64th of the weights
+    save_file({"weight": values}, tmp_path / "model.safetensors")
+    assert model_digest(tmp_path) != before
+
+
 def test_the_same_words_from_elsewhere_may_not_mean_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     here, there = tmp_path / "here", tmp_path / "there"
     for place in (here, there):
@@ -181,12 +248,18 @@ def test_the_same_words_from_elsewhere_may_not_mean_another_model(tmp_path: Path
     [
         ("settings.toml", b"a = = 1"),
         ("settings.toml", b"\xff\xfe"),
-        *((name, text) for name in ("environment.json", "data.json") for text in (b"", b'{"a": ', b"[1]", b"\xff\xfe")),
+        *(
+            (name, text)
+            for name in ("environment.json", "data.json", "models.json")
+            for text in (b"", b'{"a": ', b"[1]", b"\xff\xfe")
+        ),
     ],
 )
 def test_a_damaged_record_is_named_with_the_way_out(begun: Path, name: str, content: bytes):
     (begun / name).write_bytes(content)
-    with pytest.raises((ConfigError, DataError)) as caught, opened(begun) as run:
+    base = model(begun.parent / "m", 1.0)
+    same = {"model": "m", "rewards": SETTINGS["rewards"]}
+    with pytest.raises((ConfigError, DataError)) as caught, opened_with(begun, base, **same) as run:
         run.add_data("a.jsonl", "00", 1)
     assert f"{name} is damaged" in caught.value.problem
     assert str(begun / name) in caught.value.where

@@ -129,7 +129,7 @@ def test_a_directory_of_something_else_is_never_touched(tmp_path: Path, resume: 
 def test_a_run_file_of_the_user_is_no_run(tmp_path: Path, resume: bool):
     (tmp_path / "settings.toml").write_text("model = 'm'  # mine\n")
     (tmp_path / "data.json").write_text("{}")
-    with pytest.raises(ConfigError, match="holds data.json, settings.toml and no run") as caught:
+    with pytest.raises(ConfigError, match=r"holds data\.json, settings\.toml and no run") as caught:
         Run.open(tmp_path, stage="sft", settings=SETTINGS, resume=resume)
     assert "--fresh" not in caught.value.fix
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.json", "settings.toml"]

@@ -29,6 +29,7 @@ from trimtab.core.files import (
 from trimtab.core.metrics import Metric
 from trimtab.runs.environment import environment
 from trimtab.runs.facts import StageFacts
+from trimtab.runs.models import model_digest
 from trimtab.runs.resume import Changes, RunPlace, changes, refuse_own_inputs
 from trimtab.runs.trackers import Tracker, Writer
 
@@ -44,6 +45,7 @@ _CONTENTS = (
         "samples.jsonl",
         "report.html",
         "data.json",
+        "models.json",
         "snapshots",
     ),
     *("tensorboard", "wandb", "settings.toml", "environment.json"),
@@ -55,8 +57,8 @@ _GOES_ON = "the same command goes on from what was saved"
 class Run:
     """An open run directory, held by this process alone until `close` or `finish`.
 
-    settings.toml (can be run again), environment.json, data.json, metrics.jsonl, samples.jsonl, checkpoints/, model/
-    and, once finished, summary.json.
+    settings.toml (can be run again), environment.json, data.json, models.json, metrics.jsonl, samples.jsonl,
+    checkpoints/, model/ and, once finished, summary.json.
     """
 
     def __init__(
@@ -80,14 +82,16 @@ class Run:
         settings: Mapping[str, Any],
         facts: StageFacts = NO_FACTS,
         resume: bool = True,
+        models: Sequence[str] = (),
         trackers: Sequence[Tracker] = (),
     ) -> Run:
         """The run in `directory`: begun if there is none, else continued, or with resume=False emptied first.
 
         `settings` are those of `config.dump`. A run may go on with other settings of how it is computed, from another
-        place, and to a greater length (`runs.resume`); this is recorded. Raises ConfigError if another process has the
-        run open, or if the directory holds something else, or a run of another stage or with other settings that has
-        begun to write, or if what is to be emptied holds something that the settings name.
+        place, and to a greater length (`runs.resume`); this is recorded. `models` are the models that the stage loads.
+        Raises DataError if one of them is another than the run began with. Raises ConfigError if another process has
+        the run open, or if the directory holds something else, or a run of another stage or with other settings that
+        has begun to write, or if what is to be emptied holds something that the settings name.
         """
         directory = Path(directory)
         _refuse_strangers(directory)
@@ -99,7 +103,7 @@ class Run:
         try:
             run = cls(directory, stage, settings, facts, lock)
             with writing("the record of the run", directory):
-                run._begin_or_go_on(resume)
+                run._begin_or_go_on(resume, models)
             if not run.finished:
                 run._writers = [tracker.start(directory, settings) for tracker in trackers]
         except BaseException:
@@ -107,7 +111,7 @@ class Run:
             raise
         return run
 
-    def _begin_or_go_on(self, resume: bool) -> None:
+    def _begin_or_go_on(self, resume: bool, models: Sequence[str]) -> None:
         """Brings settings.toml and environment.json up to date, or raises ConfigError if the run must not go on."""
         directory, settings_file = self.directory, self.directory / "settings.toml"
         record = directory / "environment.json"
@@ -119,8 +123,11 @@ class Run:
         if not settings_file.exists():
             write_whole(record, json_text({**environment(), "place": vars(here), "stage": self.facts.recorded}))
             write_whole(settings_file, text)
+            self._record_models(models)
             return
         found = self._changes(here)
+        if found.length or not self.finished:
+            self._record_models(models)
         now = environment()
         began = (
             read_json(record, fix="restore it, or remove it: the run goes on, without the record of where it began")
@@ -212,24 +219,38 @@ class Run:
 
         Raises DataError if a resumed run finds other data than it began with.
         """
-        path = self.directory / "data.json"
-        lost = "restore it, or begin again with --fresh: it says which data the run began with"
+        self._record_source("data", str(source), {"sha256": sha256, "rows": rows}, reading or {})
+        say_reading(str(source), rows, reading or {})
+
+    def _record_models(self, names: Sequence[str]) -> None:
+        """Records in models.json the directories of models that exist, each with its digest. A hub id has none. Until
+        there is a checkpoint nothing depends on them, and they may still be mended."""
+        if not self._num_done():
+            discard(self.directory / "models.json")
+        for name in names:
+            if Path(name).is_dir():
+                self._record_source("models", name, {"sha256": model_digest(name)}, {})
+
+    def _record_source(self, what: str, name: str, entry: Mapping[str, Any], further: Mapping[str, Any]) -> None:
+        """Records a source in data.json or models.json. Raises DataError if its `entry` is another than the recorded
+        one; `further` may differ."""
+        path = self.directory / f"{what}.json"
+        lost = f"restore it, or begin again with --fresh: it says which {what} the run began with"
         seen = read_json(path, fix=lost) if path.exists() else {}
-        entry = {"sha256": sha256, "rows": rows}
-        name = str(source)
         known = next((other for other in seen if other == name or self._is_same_source(other, name)), None)
-        before = entry if known is None else seen[known]
+        before = entry if known is None else seen[known] if isinstance(seen[known], dict) else {}
         if {key: before.get(key) for key in entry} != entry:
+            noun = what.removesuffix("s")
+            rows = f" ({entry['rows']} rows now, {before.get('rows')} then)" if "rows" in entry else ""
             raise DataError(
-                f"{source} is not the data this run began with ({rows} rows now, {before.get('rows')} then)",
+                f"{name} is not the {noun} this run began with{rows}",
                 where=str(path),
-                fix="restore the data, or begin again with --fresh or another --out",
+                fix=f"restore the {noun}, or begin again with --fresh or another --out",
             )
-        whole = entry | dict(reading or {})
+        whole = {**entry, **further}
         if known is None or seen[known] != whole:
-            with writing("data.json", path, kept=_GOES_ON):
+            with writing(path.name, path, kept=_GOES_ON):
                 write_whole(path, json_text({**seen, known or name: whole}))
-        say_reading(name, rows, reading or {})
 
     def _is_same_source(self, before: str, now: str) -> bool:
         """Whether two names mean one file: the run may have been moved, or its file named in another way."""
@@ -355,7 +376,7 @@ def _strangers(directory: Path) -> list[str]:
 
 def _begun(directory: Path) -> bool:
     """Whether there is anything to lose: a run that failed on a wrong path may be started again with the right one."""
-    return set(_strangers(directory)) > {"settings.toml"}
+    return bool(set(_strangers(directory)) - {"settings.toml", "models.json"})
 
 
 def _locked(directory: Path) -> IO[str]:

@@ -76,6 +76,7 @@ def open_run(directory: str | Path, stage: str, settings: Any, *, resume: bool =
         settings=config.dump(settings),
         facts=registry.descriptor("stage", stage),
         resume=resume,
+        models=[use.path for use in preflight.models_of(stage, settings)],
         trackers=getattr(settings, "trackers", ()),
     )
 

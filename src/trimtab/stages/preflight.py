@@ -83,7 +83,7 @@ def _raise(found: list[tuple[str, TrimtabError]], where: str) -> None:
 
 def _problems(stage: str, settings: Any, made: Mapping[str, str]) -> Iterator[tuple[str, TrimtabError]]:
     """Every key whose value cannot be used, and why. `made` maps earlier stages' directories to their stages."""
-    looks: list[DataUse | ModelUse] = [*_sources(stage, settings), *_models(stage, settings)]
+    looks: list[DataUse | ModelUse] = [*_sources(stage, settings), *models_of(stage, settings)]
     for look in looks:
         try:
             if isinstance(look, DataUse):
@@ -175,7 +175,7 @@ def _worlds(settings: Any) -> Iterator[tuple[str, str]]:
 # --- models ---
 
 
-def _models(stage: str, settings: Any) -> Iterator[ModelUse]:
+def models_of(stage: str, settings: Any) -> Iterator[ModelUse]:
     """The models that the stage loads, and the kind that each has to be."""
     kinds: dict[str, ModelKind] = {
         "model": describe(stage).model,
