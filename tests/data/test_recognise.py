@@ -43,6 +43,12 @@ ROWS = {
     "reasoning of a pair": (PreferencePair, PAIR, {"reasoning": "Hm."}, "holds reasoning"),
     "a weight of the row": (Demonstration, REPLY, {"weight": 0}, "weight is 0"),
     "a weight of a pair": (PreferencePair, PAIR, {"sample_weight": 0.5}, "sample_weight is 0.5"),
+    "a weight in camel case": (Demonstration, REPLY, {"sampleWeight": 0.5}, "weight is 0.5"),
+    "reasoning under another name": (Demonstration, REPLY, {"Complex_CoT": "Hm."}, "holds reasoning"),
+    "tools under another name": (Demonstration, REPLY, {"toolSchemas": CALL}, "tool_schemas holds"),
+    "arguments of the template": (Demonstration, REPLY, {"chat_template_kwargs": {"tools": CALL}}, "kwargs holds"),
+    "an image as text": (Demonstration, REPLY, {"image-base64": "iVBORw0"}, "only text is read"),
+    "several images": (Demonstration, REPLY, {"image_urls": ["cat.png"]}, "only text is read"),
     "two systems": (
         Demonstration,
         {"messages": [{"role": "system", "content": "a"}, user("b"), said("c")]},
@@ -83,6 +89,15 @@ def test_a_column_that_changes_what_a_row_means_is_a_bad_row_and_can_be_left_out
         (said("4", reasoning_content="Two and two."), "holds reasoning"),
         (said([{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "4"}]), "holds reasoning"),
         (said([{"type": "image"}, {"type": "text", "text": "4"}]), "a part of the type 'image'"),
+        (said([{"image": "cat.png", "text": "4"}]), "only text is read"),
+        (said([{"type": "text", "text": "4", "image_url": {"url": "cat.png"}}]), "only text is read"),
+        (said("4", think="Hm."), "holds reasoning"),
+        (said("4", reasoning_details=[{"text": "Hm."}]), "holds reasoning"),
+        (said("4", functionCalls="weather()"), "calls a tool"),
+        (said("4", functions=CALL), "tools that the model is told of"),
+        (said("4", attachments=["cat.png"]), "only text is read"),
+        (said("4", mask=True), "whether such turns are to be learnt from"),
+        (said("4", training=False), "marked as not to be learnt from"),
         (said("4", weight=0.5), "weight is 0.5"),
         (said("4", weight=0), "the last reply of messages is marked as not to be learnt from"),
         (said("", refusal="No."), "only text is read"),
@@ -250,6 +265,20 @@ def test_a_column_in_capitals_that_few_rows_fill_in_changes_these_rows(file):
     assert found.unused == ()
     with pytest.raises(DataError, match=r"weight is 0.*weight is the column 'Weight'"):
         load(Demonstration, file(*rows, {"prompt": "Hi", "completion": "Yo", "Weight": 0}))
+
+
+@pytest.mark.parametrize("name", ["systemPrompt", "system-prompt", "System Prompt", "sys_prompt"])
+def test_a_system_turn_is_read_in_every_spelling(file, name):
+    [found] = load(Demonstration, file(REPLY | {name: "Be brief."})).records
+    assert [(m.role, m.content) for m in found.prompt.messages] == [("system", "Be brief."), ("user", "Hi")]
+
+
+def test_a_row_with_two_spellings_of_a_column_is_a_bad_row(file):
+    path = file(REPLY, REPLY | {"system": "Be rude."}, REPLY | {"System": "Be brief.", "system": "Be rude."})
+    with pytest.raises(DataError, match="System is read as 'system', and this row fills in a column of that name"):
+        load(Demonstration, path)
+    [first, second] = load(Demonstration, file(REPLY | {"System": "a", "system": ""}, REPLY | {"system": "b"})).records
+    assert [found.prompt.messages[0].content for found in (first, second)] == ["a", "b"]
 
 
 def test_a_row_with_two_columns_of_one_meaning_is_a_bad_row(file):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 PROMPT = ("prompt", "instruction", "question", "query", "problem", "user_prompt", "input", "context", "history", "post")
@@ -10,18 +12,24 @@ PROMPT = ("prompt", "instruction", "question", "query", "problem", "user_prompt"
 COMPLETION = ("completion", "response", "output", "reply", "solution", "answer", "target")
 """Names of a reply, the likeliest first. "solution" comes before "answer": beside it, an answer is only its result."""
 MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
-SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt")
 """A column with the system turn."""
 CONTEXT = ("input", "context", "passage", "passages")
 """Names of text that belongs to the question but stands in a column of its own."""
 PART_OF_PROMPT = frozenset({*SYSTEM, *CONTEXT, "history"})
 WEIGHT = frozenset({"weight", "sample_weight", "loss_weight"})
-REASONING = frozenset({"reasoning", "reasoning_content", "thinking", "thoughts", "thought", "chain_of_thought"})
+REASONING = frozenset({"reasoning", "reasoning_content", "reasoning_details", "thinking", "thinking_blocks", "think",
+                       "thoughts", "thought", "chain_of_thought", "cot", "complex_cot"})  # fmt: skip
 UNREAD: Mapping[str, str] = {
-    **dict.fromkeys(("tools", "functions", "available_tools", "tool_definitions"), "tools"),
-    **dict.fromkeys(("image", "images", "image_url", "image_path", "audio", "audios", "video", "videos"), "not text"),
-}
-"""Columns that change what a row means and that no record here can hold, each with what it holds."""
+    **dict.fromkeys(("tools", "functions", "available_tools", "tool_definitions", "tool_schemas",
+                     "chat_template_kwargs"), "tools"),
+    **dict.fromkeys(("image", "images", "image_url", "image_urls", "image_path", "image_base64", "images_list", "img",
+                     "audio", "audios", "video", "videos"), "not text"),
+}  # fmt: skip
+"""Columns, and fields of messages, that change what they stand in and that no record here can hold, each with what it
+holds."""
+CALLS = frozenset({"tool_calls", "tool_call", "function_call", "function_calls"})
+"""Fields of a message with calls of tools."""
 PAIRS = (
     ("chosen", "rejected"),
     ("chosen_response", "rejected_response"),
@@ -57,10 +65,20 @@ KNOWN = frozenset(
      *(name for pair in (*PAIRS, *SIDES) for name in pair), "labels", "margin", "facts", "id", "annotator",
      "winner_model_a", "winner_model_b", "winner_tie",
      "score_a", "score_b", "score_0", "score_1", "score_2", "rank", "answers", "responses", "text", "role",
-     "message_id", "parent_id", "message_tree_id"}
+     "message_id", "parent_id", "message_tree_id", *CALLS}
 )  # fmt: skip
+_BY_LETTERS = {name.replace("_", ""): name for name in sorted(KNOWN, reverse=True)}
 
-_CHANGES_A_ROW = frozenset({*PART_OF_PROMPT, *REASONING, *WEIGHT, *UNREAD})
+
+@lru_cache(maxsize=4096)
+def plain_name(column: str) -> str:
+    """The name in `KNOWN` that a column has, whatever stands between its words: "system_prompt" for "System Prompt",
+    "system-prompt" and "systemPrompt". The column itself if there is none."""
+    plain = column.strip().lower().replace(" ", "_")
+    return plain if plain in KNOWN else _BY_LETTERS.get(re.sub(r"[\s_-]", "", plain), column)
+
+
+CHANGES_A_ROW = frozenset({*PART_OF_PROMPT, *REASONING, *WEIGHT, *UNREAD})
 """Columns that are used or refused in any row that has them, whatever the layout."""
 
 _UP = frozenset({"true", "yes", "y", "good", "up", "thumbs up", "thumb up", "1", "1.0", "+1", "+", "👍", "like",
@@ -86,21 +104,21 @@ def thumb(value: Any) -> bool | None:
 def names_of(columns: frozenset[str], sample: Mapping[str, Any], rare: frozenset[str] = frozenset()) -> dict[str, str]:
     """The columns of a file that have another name here, each with that name, for example {"question": "prompt"}.
 
-    Capitals and surrounding blanks are ignored if the name without them is known. `sample` holds a value of each
-    column. `rare` are columns that few rows fill in: they do not decide the layout, but a system turn under a name in
-    capitals is recognised in these rows too.
+    See `plain_name` for the spellings. `sample` holds a value of each column. `rare` are columns that few rows fill
+    in: they do not decide the layout, but a system turn in another spelling is recognised in these rows too. If a file
+    has two spellings of a column that changes a row, both are that column: no row may fill in both.
     """
     found: dict[str, str] = {}
     have: dict[str, str] = {}  # from the plain name to the name in the file
     for column in sorted(columns):
-        plain = column.strip().lower().replace(" ", "_")
-        plain = plain if plain in KNOWN and plain not in columns and plain not in have else column
-        have[plain] = column
-        if plain != column:
+        plain = plain_name(column)
+        taken = plain != column and (plain in columns or plain in have)
+        have[column if taken else plain] = column
+        if plain != column and (not taken or plain in CHANGES_A_ROW):
             found[column] = plain
     for column in sorted(rare):
-        plain = column.strip().lower().replace(" ", "_")
-        if plain in _CHANGES_A_ROW and plain not in have and plain not in rare:
+        plain = plain_name(column)
+        if plain != column and plain in CHANGES_A_ROW:
             found[column] = plain
 
     def rename(old: str, new: str) -> None:

@@ -18,7 +18,7 @@ from trimtab.core.types import (
 )
 from trimtab.data.columns import thumb
 from trimtab.data.compared import pairs_of, to_comparison, to_judged
-from trimtab.data.mistakes import Mistake
+from trimtab.data.mistakes import Mistake, filled
 from trimtab.data.prompts import prompt_in
 from trimtab.data.ranked import (
     REPLY_LISTS,
@@ -90,13 +90,17 @@ class LayoutReading:
         """The row with the column names that are used here."""
         if not self.names:
             return row
-        return {self.names.get(name, name): value for name, value in row.items() if value is not None}
+        given = [(self.names.get(name, name), value) for name, value in row.items() if value is not None]
+        found = dict(given)
+        if len(found) < len(given):  # of two columns with one name, the one that is filled in
+            found |= {name: value for name, value in given if filled(value)}
+        return found
 
     def records(self, row: JsonDict, plain: JsonDict) -> list[Any]:
         """The records of a row; `plain` is `plain(row)`. A prompt takes every unused column as a fact. Raises
         Mistake."""
         if self.names and len(plain) < sum(value is not None for value in row.values()):
-            raise _two_of_one_name(self.names, row)
+            _refuse_two_of_one_name(self.names, row)
         made = self.convert(plain)
         found = made if isinstance(made, list) else [made]
         if self.kind is Prompt and self.layout.gather is None and not _is_own(row.get("prompt")):
@@ -111,14 +115,18 @@ class LayoutReading:
         return (made, {}) if together is None else together(made)
 
 
-def _two_of_one_name(names: Mapping[str, str], row: JsonDict) -> Mistake:
-    """The Mistake of a row that fills in two columns of one name here: a renamed one, and one of that name."""
-    old = next(name for name, new in names.items() if row.get(name) is not None and row.get(new) is not None)
-    return Mistake(
-        "two_columns",
-        f"{old} is read as {names[old]!r}, and this row fills in a column of that name too",
-        f"leave that one out: FILE? with ignore={names[old]} behind it",
-    )
+def _refuse_two_of_one_name(names: Mapping[str, str], row: JsonDict) -> None:
+    """Raises Mistake for a row that fills in two columns of one name here."""
+    first: dict[str, str] = {}
+    for name in filter(lambda name: filled(row[name]), row):
+        other = first.setdefault(names.get(name, name), name)
+        if other != name:
+            renamed, left = (name, other) if name in names else (other, name)
+            raise Mistake(
+                "two_columns",
+                f"{renamed} is read as {names[renamed]!r}, and this row fills in a column of that name too",
+                f"leave that one out: FILE? with ignore={left} behind it",
+            )
 
 
 def _is_own(prompt: Any) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.core.types import Message, MessageRole
+from trimtab.data.columns import CALLS, REASONING, UNREAD, WEIGHT, plain_name
 from trimtab.data.mistakes import Mistake, filled, shown, wrong_type
 
 ROLE_NAMES: Mapping[str, MessageRole] = {
@@ -21,13 +22,16 @@ ROLE_NAMES: Mapping[str, MessageRole] = {
 _ROLE_FIELDS = ("role", "from")
 _CONTENT_FIELDS = ("content", "value", "text", "parts")
 _CALL_ROLES = frozenset({"function_call", "tool_call"})
-_CALL_FIELDS = frozenset({"tool_calls", "function_call"})
-_REASONING_FIELDS = frozenset({"reasoning_content", "reasoning", "thinking"})
-_OTHER_FORMS = frozenset({"images", "image", "audio", "audios", "video", "videos", "refusal"})
-_TRAINED_FIELDS = ("weight", "train", "loss", "trainable")
+_OTHER_FORMS = frozenset({"refusal", "attachments"})
+"""Fields of a message with something that is no part of its text, besides `columns.UNREAD`."""
+_TRAINED_FIELDS = ("weight", "train", "loss", "trainable", "training")
 """Fields with a number or boolean that says whether a turn is to be learnt from."""
 READ_FIELDS = frozenset({*_ROLE_FIELDS, *_CONTENT_FIELDS, *_TRAINED_FIELDS})
 """Fields of a message that are read. Other fields are refused if they would change its meaning, else not used."""
+
+
+READ_IN_PARTS = frozenset({"type", "text"})
+"""Fields of a part of a content that are read."""
 
 
 def messages_of(name: str, value: Any) -> tuple[Message, ...]:
@@ -43,7 +47,7 @@ def _message(name: str, i: int, turn: Any) -> Message:
     if isinstance(turn, dict):
         given, content = turn.get("role"), turn.get("content")
         if len(turn) > 2 or given is None or content is None:
-            _refuse_what_is_not_read(f"{name}[{i}]", turn)
+            refuse_fields(f"{name}[{i}]", turn, READ_FIELDS)
             given = _first(turn, _ROLE_FIELDS)
             content = _first(turn, _CONTENT_FIELDS)
     else:
@@ -68,16 +72,49 @@ def _first(turn: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((turn[name] for name in names if turn.get(name) is not None), None)
 
 
-def _refuse_what_is_not_read(place: str, turn: Mapping[str, Any]) -> None:
-    for field, value in turn.items():
-        if field in READ_FIELDS or not filled(value):
+def refuse_fields(place: str, fields: Mapping[str, Any], read: frozenset[str]) -> None:
+    """Raises Mistake for a field of a message, reply or content part, other than those that are `read`, that would
+    change what it means."""
+    for field, value in fields.items():
+        if field in read or not filled(value):
             continue
-        if field in _CALL_FIELDS:
+        plain = plain_name(field)
+        if plain in CALLS:
             _refuse_call(place, value)
-        if field in _REASONING_FIELDS:
+        if plain in REASONING:
             refuse_reasoning(f"{place}.{field}", value, field)
-        if field in _OTHER_FORMS:
+        if plain in WEIGHT:
+            refuse_weight(f"{place}.{field}", value, field)
+        if plain == "mask":
+            raise Mistake(
+                "weight",
+                f"{place}.mask is {shown(value)}, and nothing says whether such turns are to be learnt from",
+                "write a weight of 1 (learnt) or 0 (not learnt) instead, or leave it out with FILE?ignore=mask",
+            )
+        if UNREAD.get(plain) == "tools":
+            refuse_tools(f"{place}.{field}", value, field)
+        if plain in UNREAD or plain in _OTHER_FORMS:
             refuse_other_forms(f"{place}.{field}", value, field)
+
+
+def refuse_tools(place: str, value: Any, field: str) -> None:
+    """Raises Mistake, because only the chat template knows how a model is told of tools."""
+    raise Mistake(
+        "tools",
+        f"{place} holds {shown(value)}: tools that the model is told of, which are not read",
+        "write them into the system turn as the model's chat template does, and leave the column out with "
+        f'FILE?ignore={field}; or leave such rows out with on_bad_row = "drop"',
+    )
+
+
+def refuse_weight(place: str, value: Any, field: str) -> None:
+    """Raises Mistake for a weight other than 1 of something that is learnt from whole."""
+    if value not in (1, "1", "1.0"):
+        raise Mistake(
+            "weight",
+            f"{place} is {shown(value)}; every row is learnt from alike",
+            f"remove rows that are not to be learnt from, and leave the column out with FILE?ignore={field}",
+        )
 
 
 def _refuse_call(place: str, value: Any) -> None:
@@ -116,6 +153,7 @@ def _text_of_parts(place: str, content: Any) -> str:
         if isinstance(part, str) and isinstance(content, list):
             texts.append(part)
         elif isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text":
+            refuse_fields(place, part, READ_IN_PARTS)
             texts.append(part["text"])
         elif isinstance(part, dict) and "type" in part and part["type"] != "text":
             kind = str(part["type"])
@@ -195,7 +233,7 @@ def _is_turn(turn: Any) -> bool:
         return False
     role = _first(turn, _ROLE_FIELDS)
     known = isinstance(role, str) and (role.strip().lower() in ROLE_NAMES or role.lower() in _CALL_ROLES)
-    return known and any(name in turn for name in (*_CONTENT_FIELDS, *_CALL_FIELDS))
+    return known and any(name in turn for name in (*_CONTENT_FIELDS, *CALLS))
 
 
 def value_in(text: str) -> Any:

@@ -18,6 +18,8 @@ from trimtab.data.messages import (
     messages_of,
     refuse_other_forms,
     refuse_reasoning,
+    refuse_tools,
+    refuse_weight,
     transcript,
 )
 from trimtab.data.mistakes import Mistake, filled, shown, wrong_type
@@ -101,27 +103,16 @@ def refuse_unread(row: Mapping[str, Any]) -> None:
     """Raises Mistake for a filled column that changes what a row means and that no record can hold."""
     for name in row.keys() & UNREAD.keys():
         if filled(row[name]):
-            if UNREAD[name] == "tools":
-                raise Mistake(
-                    "tools",
-                    f"{name} holds {shown(row[name])}: tools that the model is told of, which are not read",
-                    "write them into the system turn as the model's chat template does, and leave the column out with "
-                    f'FILE?ignore={name}; or leave such rows out with on_bad_row = "drop"',
-                )
-            refuse_other_forms(name, row[name], name)
+            refuse = refuse_tools if UNREAD[name] == "tools" else refuse_other_forms
+            refuse(name, row[name], name)
 
 
 def refuse_beside_reply(row: Mapping[str, Any]) -> None:
     """Raises Mistake for a column of reasoning beside a reply, or for one that gives the row another weight than 1."""
     for name in row.keys() & _BESIDE_REPLY:
-        if name in REASONING and filled(row[name]):
-            refuse_reasoning(name, row[name], name)
-        if name in WEIGHT and filled(row[name]) and row[name] not in (1, "1", "1.0"):
-            raise Mistake(
-                "weight",
-                f"{name} is {shown(row[name])}; every row is learnt from alike",
-                f"remove rows that are not to be learnt from, and leave the column out with FILE?ignore={name}",
-            )
+        if filled(row[name]):
+            refuse = refuse_reasoning if name in REASONING else refuse_weight
+            refuse(name, row[name], name)
 
 
 def prompt_in(row: Mapping[str, Any], name: str = "prompt", *, facts: JsonDict | None = None) -> Prompt:

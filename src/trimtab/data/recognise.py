@@ -8,7 +8,7 @@ from typing import Any
 
 from trimtab.core.errors import DataError
 from trimtab.core.types import Demonstration, JsonDict, LabelledResponse, PreferencePair, Prompt
-from trimtab.data.columns import COMPLETION, LABEL, PART_OF_PROMPT, PROMPT, RATING, names_of, thumb
+from trimtab.data.columns import COMPLETION, LABEL, PART_OF_PROMPT, PROMPT, RATING, names_of, plain_name, thumb
 from trimtab.data.compared import sides_of
 from trimtab.data.formats import LAYOUTS, Layout, LayoutReading
 from trimtab.data.messages import conversation_in, transcript
@@ -150,7 +150,7 @@ def _misread(
 ) -> Iterator[tuple[str, str]]:
     """The problems that would make the file be read wrongly without a warning, each with its fix."""
     # From all rows: a thumb or a rating that only few replies have still judges those.
-    left = {name: name.strip().lower() for row in rows for name in row if name not in reading.used}
+    left = {name: plain_name(name) for row in rows for name in row if name not in reading.used}
     if reading.kind is Demonstration:
         yield from _judged(left, rows)
     rows = rows[:_NUM_COMPARED]

@@ -268,7 +268,7 @@ def _untrained_in(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, str):
         value = conversation_in(value, value)
     if isinstance(value, dict):
-        value = value["messages"] if "messages" in value else [value]
+        value = value.get("messages", [value])
     return untrained_turns(name, value) if isinstance(value, list) and value and isinstance(value[0], dict) else ()
 
 
