@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.core.errors import EngineError
-from trimtab.core.files import disk_problem, write_out, write_whole, writing
+from trimtab.core.files import check_out, disk_problem, write_out, write_whole, writing
 from trimtab.runs.run import Run
 
 SETTINGS = {"model": "m"}
@@ -41,6 +42,47 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path):
         write_out(path, "new" * 1000)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path):
+    target, link = tmp_path / "there" / "x.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(target)
+    for text in ("one", "two"):
+        write_out(link, text)
+        assert link.is_symlink()
+        assert target.read_text() == text
+
+
+def test_a_pipe_gets_the_text(tmp_path: Path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    check_out(pipe)
+    write_out(pipe, "text")
+    assert os.read(reader, 100) == b"text"
+    os.close(reader)
+    assert pipe.is_fifo()
+    write_out(Path("/dev/null"), "text")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_standard_output_that_is_a_file_keeps_what_it_holds(tmp_path: Path):
+    code = "from pathlib import Path; from trimtab.core.files import write_out; write_out(Path('/dev/stdout'), 'two')"
+    (tmp_path / "log").write_text("one ")
+    with (tmp_path / "log").open("a") as log:
+        subprocess.run([sys.executable, "-c", code], stdout=log, check=True)
+    assert (tmp_path / "log").read_text() == "one two"
+
+
+def test_a_place_is_checked_and_what_lies_there_stays(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text("before")
+    check_out(tmp_path / "a.jsonl")
+    check_out(tmp_path / "new" / "b.jsonl")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.jsonl", "new"]
+    assert (tmp_path / "a.jsonl").read_text() == "before"
+    for place in ("/proc/nope/x.jsonl", tmp_path / "a.jsonl" / "x.jsonl"):
+        with pytest.raises(EngineError, match="could not be written"):
+            check_out(Path(place))
 
 
 def test_whatever_a_run_writes_ends_with_a_sentence_and_nothing_damaged(tmp_path: Path):

@@ -105,10 +105,32 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
 
 
 def write_out(path: Path, text: str) -> None:
-    """Writes a file that the user named and makes its folders. Raises EngineError if the disk refuses it."""
+    """Writes a file that the user named and makes its folders; a link is followed to its file. What is no file, such as
+    /dev/stdout, gets the text appended. Raises EngineError if the disk refuses it."""
     with writing(str(path), path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+        if _is_device(path):
+            with path.open("a", encoding="utf-8") as device:
+                device.write(text)
+        else:
+            file = Path(os.path.realpath(path))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, text)
+
+
+def check_out(path: Path) -> None:
+    """Raises EngineError if `write_out` could not write there, before the text is computed. Makes the folders."""
+    if not _is_device(path):
+        file = Path(os.path.realpath(path))
+        with writing(str(path), path):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with (aside := file.with_name(WRITING + file.name)).open("w"):
+                aside.unlink()
+
+
+def _is_device(path: Path) -> bool:
+    """Whether the path is a pipe, a terminal or the like. What lies in /dev may be an open file behind a link, which
+    must not be replaced by another."""
+    return path.exists() and (not path.is_file() or path.is_relative_to("/dev"))
 
 
 def json_text(value: Any) -> str:
