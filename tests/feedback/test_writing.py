@@ -15,7 +15,7 @@ from trimtab.feedback.answers import Answer
 from trimtab.feedback.assign import reclaim
 from trimtab.feedback.server import app as app_module
 from trimtab.feedback.store import Store, verify
-from trimtab.feedback.voting import save_draft, vote
+from trimtab.feedback.voting import reopen, save_draft, undo, vote
 from trimtab.feedback.webhooks import deliver_due
 
 HOUR = 3600.0
@@ -94,6 +94,49 @@ def test_a_begun_answer_is_taken_up_again_while_there_is_a_place(make: Make):
     assert verify(store) == []
 
 
+@pytest.mark.parametrize("how", ["taken up", "typed on", "opened again", "undone"])
+def test_a_change_that_was_begun_is_there_after_its_lease(make: Make, how: str):
+    store = make(DEMONSTRATION)
+    add(store, 1, kind="demonstration", num=0)
+    ann = person(store, "Ann")
+    receipt = answer_next(store, ann, Answer(choice="done", text="first"))
+    assert receipt is not None
+    mine = reopen(store, ann, receipt.vote_id)
+    assert save_draft(store, ann, mine.token, {"text": WORDS})
+    if how != "opened again":
+        late(store)
+    if how == "typed on":
+        assert save_draft(store, ann, mine.token, {"text": WORDS + "!"})
+    elif how == "opened again":
+        assert reopen(store, ann, receipt.vote_id).token == mine.token
+    elif how == "undone":
+        undo(store, ann)
+    assert lease(store, person(store, "Bob")) is None  # the answer stands meanwhile
+    again = lease(store, ann)
+    assert again is not None
+    assert (again.token, again.standing) == (mine.token, how != "undone")
+    assert again.draft["text"] == WORDS + ("!" if how == "typed on" else "")
+    vote(store, ann, again.token, Answer(choice="done", text=WORDS))
+    assert lease(store, ann) is None
+    assert verify(store) == []
+
+
+def test_an_answer_that_was_only_looked_at_is_not_asked_again(make: Make):
+    store = make(DEMONSTRATION)
+    add(store, 1, kind="demonstration", num=0)
+    ann = person(store, "Ann")
+    receipt = answer_next(store, ann, Answer(choice="done", text="first"))
+    assert receipt is not None
+    mine = reopen(store, ann, receipt.vote_id)
+    assert mine.draft["text"] == "first"
+    late(store)
+    assert lease(store, ann) is None
+    assert save_draft(store, ann, mine.token, {"text": WORDS})  # the page is still open, and is typed in
+    again = lease(store, ann)
+    assert again is not None
+    assert again.draft["text"] == WORDS
+
+
 def test_what_came_too_late_is_given_back(small: Make):
     store = small(DEMONSTRATION)
     add(store, 1, kind="demonstration", num=0)
@@ -162,8 +205,6 @@ def test_another_answer_from_a_second_tab_is_not_dropped_without_a_word(small: M
 
 
 def test_a_changed_answer_is_one_of_the_day(make: Make):
-    from trimtab.feedback.voting import reopen
-
     store = make({"assignment": {"max_per_day": 2}})
     add(store, 3)
     ann = person(store, "Ann")

@@ -41,7 +41,7 @@ class Lease:
     purpose: str
     state: str
     standing: bool
-    """Whether it was opened to change an answer that stands until then."""
+    """Whether it was opened to change an answer that stands until then. A done lease stays so if a change was begun."""
     shown_order: tuple[int, ...]
     """Places of the replies in the order on the screen."""
     arm: str | None
@@ -107,16 +107,17 @@ def next_lease(store: Store, connection: Connection, person: Person) -> Lease | 
 
 
 def _begun(store: Store, connection: Connection, person: Person) -> Lease | None:
-    """The last task whose lease ran out while the person was writing, opened again; None if none can be had."""
+    """The last task or change whose lease ran out while the person was writing, opened again; None if there is none."""
     now, minutes = store.now(), store.project.settings.assignment.lease_minutes
     late = sa.select(t.leases).where(
-        t.leases.c.person_id == person.id, t.leases.c.state == "expired", t.leases.c.purpose != "quiz"
-    )
+        t.leases.c.person_id == person.id, t.leases.c.purpose != "quiz",
+        (t.leases.c.state == "expired") | ((t.leases.c.state == "done") & t.leases.c.standing),
+    )  # fmt: skip
     rows = connection.execute(late.order_by(t.leases.c.expires_at.desc()).limit(_LOOKED_AT)).all()
     for row in rows:
         if not any(row.draft.get(name) for name in _WORDS):
             continue
-        if row.purpose == "task":
+        if row.purpose == "task" and not row.standing:
             wanted = eligible(store, person).where(t.queue.c.item_id == row.item_id)
             if connection.execute(wanted).first() is None:
                 continue

@@ -25,6 +25,8 @@ State = Literal["active", "paused", "banned"]
 STATES: tuple[State, ...] = ("active", "paused", "banned")
 DELETED = "deleted-"
 """How the names of deleted people begin."""
+AS_ANSWERED = "as_answered"
+"""Marks the draft of a lease that shows the answer given before and holds no change of it."""
 MIN_PASSWORD = 10
 # 32 MiB and about a tenth of a second for each guess (RFC 7914; OWASP's figures for scrypt).
 _SCRYPT = {"n": 2**15, "r": 8, "p": 1, "maxmem": 2**26}
@@ -326,7 +328,7 @@ def delete_person(store: Store, person_id: int, *, actor: int | None = None) -> 
         mine = sa.select(t.votes.c.id).where(t.votes.c.person_id == person_id)
         connection.execute(t.writings.delete().where(t.writings.c.vote_id.in_(mine)))
         connection.execute(t.sessions.delete().where(t.sessions.c.person_id == person_id))
-        connection.execute(t.leases.update().where(t.leases.c.person_id == person_id).values(draft={}))
+        connection.execute(t.leases.update().where(t.leases.c.person_id == person_id).values(draft={}, standing=False))
         connection.execute(
             t.people.update()
             .where(t.people.c.id == person_id)
@@ -346,10 +348,14 @@ def name_when_deleted(connection: Connection, wanted: str) -> str:
 def give_back(connection: Connection, which: sa.ColumnElement[bool]) -> int:
     """Takes back those of these leases that are open and frees their places; returns how many that were.
 
-    A lease that was opened to change an answer frees no place, because that answer stands.
+    A lease that was opened to change an answer frees no place, because that answer stands. It stays marked if a change
+    was begun, which can then be taken up again.
     """
     leases = t.leases.update().where(t.leases.c.state == "open", which)
-    connection.execute(leases.where(t.leases.c.standing).values(state="done", standing=False))
+    changing = sa.select(t.leases.c.id, t.leases.c.draft).where(t.leases.c.state == "open", t.leases.c.standing, which)
+    for row in connection.execute(changing).all():
+        begun = AS_ANSWERED not in row.draft
+        connection.execute(leases.where(t.leases.c.id == row.id).values(state="done", standing=begun))
     expired = leases.values(state="expired").returning(t.leases.c.item_id, t.leases.c.purpose)
     rows = connection.execute(expired).all()
     for row in rows:

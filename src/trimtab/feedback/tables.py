@@ -146,7 +146,7 @@ leases = sa.Table(
     sa.Column("person_id", sa.ForeignKey("people.id"), nullable=False),
     _text("purpose"),
     _text("state"),  # open, done, skipped or expired
-    sa.Column("standing", sa.Boolean, nullable=False),  # open to change an answer that stands until then
+    sa.Column("standing", sa.Boolean, nullable=False),  # a change of an answer that stands until then
     sa.Column("position", sa.Integer, nullable=False),  # how many leases the person had before
     sa.Column("shown_order", sa.JSON, nullable=False),
     sa.Column("arm", sa.Text),

@@ -13,7 +13,7 @@ from trimtab.core.errors import DataError
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import TAXONOMY, Answer, agrees, check, restored
 from trimtab.feedback.assign import Lease, lease_of
-from trimtab.feedback.people import Person, by_id
+from trimtab.feedback.people import AS_ANSWERED, Person, by_id
 from trimtab.feedback.project import Kind, Task
 from trimtab.feedback.store import (
     AuditEntry,
@@ -136,17 +136,21 @@ def save_draft(store: Store, person: Person, token: str, draft: Mapping[str, Any
     """Keeps an unfinished answer, to be continued anywhere; False if the item is full or the person was banned.
 
     A person who writes is at work, so the lease begins anew. An expired lease is opened again if the item has a place
-    left; if it has none, the draft is kept all the same. So is the draft of somebody who was banned meanwhile.
+    left; if it has none, the draft is kept all the same. So is the draft of somebody who was banned meanwhile. A change
+    of an answer needs no place of its own.
     """
     now, minutes = store.now(), store.project.settings.assignment.lease_minutes
     with store.write(durable=False) as connection:
         here = (t.leases.c.token == token) & (t.leases.c.person_id == person.id)
-        row = connection.execute(sa.select(t.leases).where(here, t.leases.c.state.in_(("open", "expired")))).first()
-        if row is None:  # the answer itself arrived first
-            return True
-        values: dict[str, Any] = {"draft": dict(draft)}
+        if connection.execute(sa.select(t.votes.c.id).where(t.votes.c.key == token)).first() is not None:
+            return True  # the answer itself arrived first
+        row = connection.execute(sa.select(t.leases).where(here)).first()
+        if row is None:  # it was opened anew under another name
+            return False
+        changes = row.standing or row.state == "done"
+        values: dict[str, Any] = {"draft": dict(draft), "standing": changes}
         in_time = _takes_part(connection, person) and (
-            row.state == "open" or row.purpose != "task" or _has_place(connection, row.item_id)
+            row.state != "expired" or row.purpose != "task" or _has_place(connection, row.item_id)
         )
         if in_time:
             if row.state == "expired" and row.purpose == "task":
@@ -344,11 +348,13 @@ def _reopen(store: Store, connection: Connection, person: Person, row: Row[Any],
             replaces=row.id,
         )
     now = store.now()
+    stands = not withdraw and row.choice != "skip"
+    begun = lease.standing and AS_ANSWERED not in lease.draft  # a change of it that was not finished
     values = {
-        "token": secrets.token_urlsafe(18),
+        "token": lease.token if begun else secrets.token_urlsafe(18),
         "state": "open",
-        "standing": not withdraw and row.choice != "skip",
-        "draft": draft_of(answer),
+        "standing": stands,
+        "draft": lease.draft if begun else draft_of(answer) | ({AS_ANSWERED: True} if stands else {}),
         "opened_at": now,
         "expires_at": now + store.project.settings.assignment.lease_minutes * 60,
     }
