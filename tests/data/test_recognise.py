@@ -116,6 +116,9 @@ def test_a_field_of_a_message_that_changes_its_meaning_is_a_bad_row(file, turn, 
 FILES = {
     "rating": (Demonstration, REPLY | {"rating": 2}, "judges the replies", "ignore=rating"),
     "score as text": (Demonstration, REPLY | {"score": "2.5"}, "judges the replies", "ignore=score"),
+    "a reward": (Demonstration, REPLY | {"reward": -3.0}, "judges the replies", "ignore=reward"),
+    "a share of stars": (Demonstration, REPLY | {"rating": "1/5"}, "judges the replies", "ignore=rating"),
+    "a thumb with a hyphen": (Demonstration, REPLY | {"feedback": "thumbs-down"}, "thumbs up or", "ignore=feedback"),
     "a word as quality": (Demonstration, REPLY | {"quality": "bad"}, "judges the replies", "ignore=quality"),
     "stars as label": (Demonstration, REPLY | {"label": 4}, "judges the replies", "ignore=label"),
     "two replies": (Demonstration, REPLY | {"output": "No"}, "two columns may be the reply", "ignore=output"),
@@ -288,6 +291,27 @@ def test_a_row_with_two_columns_of_one_meaning_is_a_bad_row(file):
     with pytest.raises(DataError, match="response is read as 'completion', and this row fills in a column of that"):
         load(Demonstration, path)
     assert load(Demonstration, f"{path}?ignore=completion").records[9].response == "one"
+
+
+@pytest.mark.parametrize("values", [["5", "1", ""], ["", "5", "1"], ["5", "1", "N/A"], ["5/5", "1/5", "not rated"]])
+def test_a_rating_is_one_although_a_cell_is_empty_or_another_word(tmp_path, values):
+    path = tmp_path / "data.csv"
+    path.write_text("prompt,completion,rating\n" + "".join(f"Hi {v},Yo,{v}\n" for v in values), encoding="utf-8")
+    with pytest.raises(DataError, match="rating is '5(/5)?': it judges the replies"):
+        load(Demonstration, path)
+
+
+def test_a_thumb_is_one_although_the_first_cell_is_empty(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("prompt,completion,liked\nHi,Yo,\nWho?,Me,no\nHo,Hi,yes\n", encoding="utf-8")
+    with pytest.raises(DataError, match="thumbs up or down"):
+        load(Demonstration, path)
+    assert [found.label for found in load(LabelledResponse, path, on_bad_row="drop").records] == [False, True]
+
+
+def test_feedback_in_words_is_only_not_used(file):
+    rows = [REPLY | {"feedback": text} for text in ("Good point, but long.", "good", "Say more.")]
+    assert load(Demonstration, file(*rows)).unused == ("feedback",)
 
 
 def test_a_label_that_may_be_a_category_is_asked_about(file):

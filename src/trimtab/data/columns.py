@@ -55,7 +55,8 @@ CHOICE = ("choice", "winner", "preference", "preferred", "label", "labels", "bet
 LABEL = ("label", "kto_tag", "thumb", "thumbs", "thumbs_up", "liked", "is_good", "desirable", "is_desirable",
          "feedback", "accepted", "is_accepted", "upvoted", "correct", "is_correct")  # fmt: skip
 """Names of a thumb up or down on one reply."""
-RATING = ("rating", "ratings", "score", "stars", "overall_rating", "overall_score", "helpfulness", "quality", "grade")
+RATING = ("rating", "ratings", "score", "stars", "overall_rating", "overall_score", "helpfulness", "quality", "grade",
+          "reward", "reward_score")  # fmt: skip
 """Names of a number on one reply."""
 _STEPS = ("completions", "steps")
 
@@ -97,7 +98,9 @@ def thumb(value: Any) -> bool | None:
         return True if value == 1 else False if value in (0, -1) else None
     if isinstance(value, str):
         word = value.strip().lower().replace("_", " ")
-        return True if word in _UP else False if word in _DOWN else None
+        for spelled in (word, word.replace("-", " ")):  # "-1" and "-" are thumbs too
+            if spelled in _UP or spelled in _DOWN:
+                return spelled in _UP
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -32,7 +33,7 @@ def recognise(rows: Sequence[JsonDict], *, where: str, kind: type | None = None)
     """
     filled_in = Counter(name for row in rows for name, value in row.items() if value is not None)
     columns = frozenset(name for name, num in filled_in.items() if 2 * num >= len(rows))
-    sample = {name: next(row[name] for row in rows if row.get(name) is not None) for name in columns}
+    sample = {name: _first_value(rows, name) for name in columns}
     names = names_of(columns, sample, frozenset(filled_in) - columns)
     plain = {names.get(name, name): _value(value) for name, value in sample.items()}
     layout = _layout(frozenset(plain), plain, kind)
@@ -52,6 +53,12 @@ def recognise(rows: Sequence[JsonDict], *, where: str, kind: type | None = None)
         for problem, fix in _misread(reading, rows, columns, plain):
             raise DataError(problem, where=where, fix=named(fix, where, names))
     return reading
+
+
+def _first_value(rows: Sequence[JsonDict], name: str) -> Any:
+    """The first value of a column that is not empty, or an empty one if there is no other."""
+    given = [row[name] for row in rows if row.get(name) is not None]
+    return next(filter(filled, given), given[0])
 
 
 def _used_by(layout: Layout, kind: type, columns: frozenset[str]) -> frozenset[str]:
@@ -175,7 +182,7 @@ def _judged(left: Mapping[str, str], rows: Sequence[JsonDict]) -> Iterator[tuple
     found = [name for name in found if left[name] in LABEL[:2] or _judges(rows, name)]
     found += [name for name, plain in left.items() if plain in RATING and _judges(rows, name)]
     for name in found:
-        value = next((row[name] for row in rows if row.get(name) is not None), None)
+        value = next(_values(rows, name), None)
         if value is not None and _judges(rows, name):
             yield (
                 f"{name} is {shown(value)}: it judges the replies, and all of them would be imitated",
@@ -189,16 +196,27 @@ def _judged(left: Mapping[str, str], rows: Sequence[JsonDict]) -> Iterator[tuple
             )
 
 
+_NUMBER = re.compile(r"[-+]?(\d+([.,]\d*)?|[.,]\d+)(e[-+]?\d+)? *(/ *\d+|%|stars?)?", re.IGNORECASE)
+_NO_VALUE = frozenset({"", "n/a", "na", "nan", "none", "null", "unknown"})
+
+
 def _judges(rows: Sequence[JsonDict], name: str) -> bool:
-    """Whether every value of a column is a number or a thumb."""
-    for value in (row[name] for row in rows if row.get(name) is not None):
-        if thumb(value) is not None:
-            continue
-        try:
-            float(value)
-        except (TypeError, ValueError):
-            return False
-    return True
+    """Whether at least half of the values of a column are numbers ("4", "4/5", "4 stars") or thumbs."""
+    found = [_is_judgement(value) for value in _values(rows, name)]
+    return bool(found) and 2 * sum(found) >= len(found)
+
+
+def _values(rows: Sequence[JsonDict], name: str) -> Iterator[Any]:
+    """The values of a column that are not missing, empty, or a word such as "N/A"."""
+    for value in (row[name] for row in rows if filled(row.get(name))):
+        if not isinstance(value, str) or value.strip().lower() not in _NO_VALUE:
+            yield value
+
+
+def _is_judgement(value: Any) -> bool:
+    if isinstance(value, str):
+        return thumb(value) is not None or bool(_NUMBER.fullmatch(value.strip()))
+    return isinstance(value, int | float)
 
 
 def _second_questions(
