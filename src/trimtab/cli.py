@@ -141,7 +141,9 @@ def main() -> None:
 
 
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-_seed = click.option("--seed", default=0, show_default=True, help="Equal seeds give equal results.")
+_seed = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Equal seeds give equal results."
+)
 _model = click.option("--model", required=True, help="A model directory or Hub id.")
 _temperature = click.option("--temperature", default=1.0, show_default=True, help="0 takes the likeliest token.")
 _max_new_tokens = click.option("--max-new-tokens", default=256, show_default=True, help="Where a reply is cut off.")
@@ -158,7 +160,7 @@ def _directory(help_line: str, *, default: str | None = None, required: bool = F
 @main.command()
 @_overrides
 @_directory("The directory of the pipeline.", default="runs/quickstart")
-@click.option("--seed", type=int, help="Another seed than the file's.")
+@click.option("--seed", type=click.IntRange(min=0), help="Another seed than the file's.")
 def quickstart(overrides: tuple[str, ...], out: Path, seed: int | None) -> None:
     """Run the whole loop on the help-desk world, on a laptop CPU."""
     chosen = overrides if seed is None else (*overrides, f"seed={seed}")
@@ -336,7 +338,9 @@ for _name in registry.modules("stage"):
 @_temperature
 @click.option("--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens of this total.")
 @click.option("--top-k", default=0, show_default=True, help="Sample from this many likeliest tokens; 0 is all.")
-@click.option("--num-samples", default=1, show_default=True, help="Replies for each prompt.")
+@click.option(
+    "--num-samples", type=click.IntRange(min=1), default=1, show_default=True, help="Replies for each prompt."
+)
 @_seed
 def generate(**options: Any) -> None:
     """Sample replies of a model to prompts."""

@@ -61,12 +61,21 @@ def test_a_conversation_remembers_and_ends_with_an_empty_line(base):
         (["--prompt", "a", "--data", "b"], "give either a prompt or a data file"),
         (["--prompt", "a", "--temperature", -1], "temperature = -1.0"),
         (["--prompt", "a", "--top-p", 1.5], "top_p = 1.5"),
+        (["--prompt", "a", "--num-samples", 0], "'--num-samples': 0 is not in the range x>=1"),
+        (["--prompt", "a", "--seed", -1], "'--seed': -1 is not in the range x>=0"),
     ],
 )
 def test_a_mistake_is_answered_with_what_to_change(base, options, said):
     result = trimtab("generate", "--model", base, *options)
     assert result.exit_code == 2
     assert said in result.output
+
+
+@pytest.mark.parametrize("words", [["generate", "--prompt", "a"], ["score", "--data", "world:arithmetic?num=2"]])
+def test_a_place_that_cannot_be_written_is_answered_before_the_model_is_loaded(words):
+    result = trimtab(*words, "--model", "nowhere/at/all", "--out", "/proc/nope/x.jsonl")
+    assert result.exit_code == 2
+    assert "/proc/nope/x.jsonl could not be written" in result.output
 
 
 def test_a_model_without_a_score_head_cannot_score(tmp_path, base):

@@ -10,7 +10,7 @@ from typing import Any
 
 from trimtab.core import config, seeds
 from trimtab.core.errors import ConfigError
-from trimtab.core.files import write_out
+from trimtab.core.files import check_out, write_out
 from trimtab.core.types import Demonstration, Message, PreferencePair, Prompt, to_dict
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import kinds_of, load
@@ -54,6 +54,8 @@ def generate_file(
     or through `show` as text if `out` is None."""
     if (data is None) == (prompt is None):
         raise ConfigError("give either a prompt or a data file", where="generate", fix="--prompt TEXT or --data FILE")
+    if out is not None:
+        check_out(out)
     prompts = (
         load(Prompt, data, limit=limit).records
         if data is not None
@@ -75,6 +77,8 @@ def score_file(*, model: str, data: str, out: Path | None, show: Callable[[str],
     Each reply (in any layout, or in a rollout) gets a `reward`. A preference pair gets one for each side, and the card
     of the reward model on the pairs is shown: how often it orders them as they are labelled, and what might explain it.
     """
+    if out is not None:
+        check_out(out)
     if holds_pairs(data):
         return _score_pairs(model, data, out, show)
     if out is None:
