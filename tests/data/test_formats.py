@@ -472,6 +472,34 @@ def test_trees_of_messages_give_ranked_pairs_and_the_best_replies(file, rows):
     assert load(Prompt, path).records == [prompt("Hi")]
 
 
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_trees_of_messages_are_read_from_the_texts_of_a_table(tmp_path, separator):
+    """A parent is empty, a rank is "0", and what was deleted says "True"."""
+    path = tmp_path / ("data.csv" if separator == "," else "data.tsv")
+    rows = [{**row, "deleted": str(row.get("deleted", False))} for row in TREE]
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]), delimiter=separator)
+        table.writeheader()
+        table.writerows(rows)
+    assert load(PreferencePair, path).records == [pair(prompt("Hi"), "Hello", "Go")]
+    assert load(Demonstration, path).records == [shown("Hi", "Hello")]
+
+
+def test_a_tree_whose_first_message_was_deleted_gives_nothing(file):
+    spam = [{**row, "message_id": row["message_id"] + "x", "parent_id": row["parent_id"] and row["parent_id"] + "x"}
+            for row in TREE]  # fmt: skip
+    spam[0] = {**spam[0], "text": "Spam", "deleted": True}
+    assert load(Demonstration, file(*TREE, *spam)).records == [shown("Hi", "Hello")]
+
+
+def test_messages_that_answer_each_other_in_a_circle_are_bad_rows(file):
+    circle = [{**TREE[1], "message_id": "7", "parent_id": "8"}, {**TREE[3], "message_id": "8", "parent_id": "7"},
+              {**TREE[0], "message_id": "9", "parent_id": "9"}, {**TREE[1], "message_id": "10", "parent_id": "9"}]  # fmt: skip
+    loaded = load(Demonstration, file(*TREE, *circle), on_bad_row="drop")
+    assert loaded.records == [shown("Hi", "Hello")]
+    assert loaded.counts["dropped_no_first_message"] == 4
+
+
 def test_messages_without_the_one_they_answer_are_bad_rows(file):
     loaded = load(PreferencePair, file(*TREE[:3], {**TREE[3], "parent_id": "9"}), on_bad_row="drop")
     assert loaded.counts["dropped_missing_parent"] == 1

@@ -297,7 +297,7 @@ def test_a_row_with_two_columns_of_one_meaning_is_a_bad_row(file):
 def test_a_rating_is_one_although_a_cell_is_empty_or_another_word(tmp_path, values):
     path = tmp_path / "data.csv"
     path.write_text("prompt,completion,rating\n" + "".join(f"Hi {v},Yo,{v}\n" for v in values), encoding="utf-8")
-    with pytest.raises(DataError, match="rating is '5(/5)?': it judges the replies"):
+    with pytest.raises(DataError, match=r"rating is .*: it judges the replies"):
         load(Demonstration, path)
 
 

@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from trimtab.core.types import Demonstration, JsonDict, Message, PreferencePair, Prompt
+from trimtab.data.columns import thumb
 from trimtab.data.files import Located
 from trimtab.data.mistakes import BadRow, Mistake, shown, wrong_type
 from trimtab.data.prompts import field_of, prompt_in, reply_of
@@ -115,7 +116,8 @@ def _scored(row: JsonDict, place: str, reply: Any) -> _Scored | None:
 def trees_of_rows(rows: Iterable[Located | BadRow]) -> Iterator[Located | BadRow]:
     """Rows that each hold one message and the id of its parent, joined to one row for each tree of messages.
 
-    A message whose parent is not in the file is a bad row. So is a second message with the same id if the two differ.
+    A message whose parent is not in the file is a bad row, and so is a message that no first message leads to. So is
+    a second message with the same id if the two differ.
     """
     messages: dict[str, tuple[str, JsonDict]] = {}
     bad: list[BadRow] = []
@@ -132,13 +134,24 @@ def trees_of_rows(rows: Iterable[Located | BadRow]) -> Iterator[Located | BadRow
     roots = []
     for where, message in messages.values():
         parent = message.get("parent_id")
-        if parent is None:
+        if parent is None or parent == "":
             roots.append((where, {"message_tree_id": message.get("message_id"), "prompt": message}))
         elif str(parent) in messages:
             messages[str(parent)][1]["replies"].append(message)
         else:
             problem = f"the message before it, {shown(parent)}, is not in the file"
             bad.append(BadRow(where, "missing_parent", problem, "add that message, or remove what answers it"))
+    reached = set()
+    waiting = [root["prompt"] for _, root in roots]
+    while waiting:
+        message = waiting.pop()
+        reached.add(str(message.get("message_id")))
+        waiting += message["replies"]
+    missing = {row.where for row in bad}
+    for name, (where, message) in messages.items():
+        if name not in reached and where not in missing:
+            problem = f"no first message leads to it: it answers {shown(message.get('parent_id'))}"
+            bad.append(BadRow(where, "no_first_message", problem, "correct parent_id, or remove the message"))
     yield from bad
     yield from roots
 
@@ -152,6 +165,8 @@ def _walk(row: JsonDict) -> Iterator[tuple[_Path, list[JsonDict], bool]]:
     root = field_of(row, "prompt")
     if not isinstance(root, dict):
         wrong_type("prompt", root, "a message with text and replies")
+    if _is_removed(root):
+        return
     waiting: list[tuple[_Path, JsonDict, bool]] = [((), root, True)]
     while waiting:
         before, message, best = waiting.pop(0)
@@ -163,28 +178,40 @@ def _walk(row: JsonDict) -> Iterator[tuple[_Path, list[JsonDict], bool]]:
             raise Mistake("unknown_role", f"a message has the role {role!r}, not prompter or assistant", "correct it")
         path = (*before, Message("user" if role == "prompter" else "assistant", text))
         given = message.get("replies") or []
-        replies = [r for r in given if not r.get("deleted") and r.get("review_result") is not False]
+        replies = [reply for reply in given if not _is_removed(reply)]
         yield path, replies, best
         top = _best(replies)
         waiting += [(path, r, best and (role == "assistant" or r is top)) for r in replies]
+
+
+def _is_removed(message: JsonDict) -> bool:
+    """Whether a message was deleted or failed its review; CSV files have both as text."""
+    return thumb(message.get("deleted")) is True or thumb(message.get("review_result")) is False
+
+
+def _rank(message: JsonDict) -> float | None:
+    """The rank of a reply, 0 for the best; None if it has none. Raises Mistake for a rank that is no number."""
+    rank = message.get("rank")
+    return None if rank is None or rank != rank else number_in(message, "rank")  # a table may hold NaN for none
 
 
 def _best(replies: Sequence[JsonDict]) -> JsonDict | None:
     """The reply with the lowest rank, or the only reply; None if nothing says which is best."""
     if len(replies) == 1:
         return replies[0]
-    ranked = [r for r in replies if isinstance(r.get("rank"), int | float)]
-    return min(ranked, key=lambda r: r["rank"]) if ranked else None
+    ranked = [(rank, i) for i, reply in enumerate(replies) if (rank := _rank(reply)) is not None]
+    return replies[min(ranked)[1]] if ranked else None
 
 
 def to_tree_pairs(row: JsonDict) -> list[PreferencePair]:
     """A pair for every two replies to the same turn of a tree that differ in rank. Raises Mistake."""
     found = []
     for path, replies, _ in _walk(row):
-        ranked = [r for r in replies if isinstance(r.get("rank"), int | float) and r.get("role") == "assistant"]
-        for one, other in combinations(ranked, 2):
-            if one["rank"] != other["rank"] and one["text"] != other["text"]:
-                better, worse = (one, other) if one["rank"] < other["rank"] else (other, one)
+        said = [(_rank(reply), reply) for reply in replies if reply.get("role") == "assistant"]
+        ranked = [(rank, reply) for rank, reply in said if rank is not None]
+        for (rank, one), (other_rank, other) in combinations(ranked, 2):
+            if rank != other_rank and one.get("text") != other.get("text"):
+                better, worse = (one, other) if rank < other_rank else (other, one)
                 prompt = Prompt(messages=path)
                 found.append(PreferencePair(prompt=prompt, chosen=better["text"], rejected=worse["text"]))
     return found
