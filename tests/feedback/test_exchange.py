@@ -338,6 +338,17 @@ def test_votes_held_out_stay_so_when_their_author_is_deleted(small: Make, tmp_pa
             assert len(export(one, "preference").rows) == 1
 
 
+def test_prompts_of_two_files_that_number_their_rows_alike_are_different_prompts(small: Make, tmp_path: Path):
+    store = small()
+    for name in "ab":
+        rows = [
+            {"id": "1", "prompt": f"{name}?", "response_a": "x", "response_b": "y", "choice": "A", "annotator": "Z"}
+        ]
+        import_source(store, write(tmp_path / f"{name}.jsonl", rows), Options(with_votes=True))
+    prompts = load(Prompt, f"feedback:{store.project.path}").records
+    assert [prompt.text for prompt in prompts] == ["a?", "b?"]
+
+
 # --- out ---
 
 
@@ -355,7 +366,7 @@ def busy_store(folder: Path) -> Store:
     people.set_state(store, 2, "banned")
     people.set_state(store, 3, "banned")
     people.delete_person(store, 3)
-    people.update_person(store, 1, keys={"tie": "x"}, view={"stacked": True}, warned=True, opted_out=True)
+    people.update_person(store, 1, keys={"tie": "x"}, view={"stacked": True}, warned=True)
     return store
 
 

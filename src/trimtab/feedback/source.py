@@ -15,6 +15,7 @@ from trimtab.core.types import (
     PreferencePair,
     Prompt,
     SteppedResponse,
+    prompt_id,
     records_hash,
 )
 from trimtab.feedback import labels
@@ -56,7 +57,8 @@ def records(kind: type, source: str) -> FoundRecords:
                 found, counts = labels.demonstrations(connection, settings.labels, split)
             elif kind is Prompt:
                 pairs, counts = labels.preference_pairs(connection, settings.labels, split)
-                found = list({pair.prompt.id: pair.prompt for pair in pairs}.values())
+                by_content = {prompt_id(pair.prompt.messages): pair.prompt for pair in pairs}  # files number rows alike
+                found = list(by_content.values())
             else:
                 raise DataError(
                     f"a feedback project gives no {kind.__name__}", where=source, fix="use a file or another source"
