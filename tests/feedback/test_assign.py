@@ -25,7 +25,7 @@ from trimtab.feedback.items import apply_settings, policy_score
 from trimtab.feedback.project import Project
 from trimtab.feedback.store import Store, verify
 from trimtab.feedback.votes import cast_votes
-from trimtab.feedback.voting import reopen, save_draft, undo, vote
+from trimtab.feedback.voting import reopen, save_draft, set_opted_out, undo, vote
 
 CAP = 2
 
@@ -257,6 +257,54 @@ def test_asking_again_swaps_the_sides_and_adds_no_label(make: Make):
     assert len(first) + len(again) == 45
     for cast in again:
         assert cast.shown_left != first[cast.item_id].shown_left
+    assert verify(store) == []
+
+
+def test_the_quiz_of_somebody_who_opted_out_has_no_sensitive_questions(make: Make):
+    store = make({"qualification": {"questions": 2}})
+    add(store, 1)
+    add(store, 1, first=10, purpose="quiz", gold={"choice": "A"})
+    add(store, 1, first=11, purpose="quiz", gold={"choice": "A"}, sensitive=True)
+    ann = person(store, "Ann")
+    set_opted_out(store, ann, True)
+    quiz = lease(store, ann)
+    assert quiz is not None
+    vote(store, ann, quiz.token, Answer(choice="A", strength=1))
+    task = lease(store, ann)
+    assert task is not None
+    assert (quiz.purpose, task.purpose) == ("quiz", "task")
+
+
+def test_who_opts_out_in_the_midst_of_the_quiz_has_answered_what_is_left_of_it(make: Make):
+    store = make({"qualification": {"questions": 2}})
+    add(store, 1)
+    add(store, 1, first=10, purpose="quiz", gold={"choice": "A"})
+    add(store, 1, first=11, purpose="quiz", gold={"choice": "A"}, sensitive=True)
+    ann = person(store, "Ann")
+    answer_next(store, ann)
+    set_opted_out(store, ann, True)
+    after = lease(store, ann)
+    assert after is not None
+    assert after.purpose == "task"
+
+
+def test_who_opts_out_gives_back_what_is_sensitive_and_is_not_asked_it_again(make: Make):
+    store = make({"assignment": {"reask_rate": 0.5}})
+    add(store, 13, sensitive=True)
+    ann, bob = person(store, "Ann"), person(store, "Bob")
+    for _ in range(12):
+        answer_next(store, ann)
+    in_hand = lease(store, ann)
+    set_opted_out(store, ann, True)
+    add(store, 30, first=50)
+    while (given := lease(store, ann)) is not None:
+        with store.read() as connection:
+            is_sensitive = sa.select(t.items.c.sensitive).where(t.items.c.id == given.item_id)
+            assert not connection.execute(is_sensitive).scalar_one()
+        vote(store, ann, given.token, Answer(choice="A", strength=1))
+    theirs = lease(store, bob)
+    assert in_hand is not None
+    assert theirs is not None
     assert verify(store) == []
 
 

@@ -109,13 +109,13 @@ def next_lease(store: Store, connection: Connection, person: Person) -> Lease | 
 def _begun(store: Store, connection: Connection, person: Person) -> Lease | None:
     """The last task or change whose lease ran out while the person was writing, opened again; None if there is none."""
     now, minutes = store.now(), store.project.settings.assignment.lease_minutes
-    late = sa.select(t.leases).where(
+    late = sa.select(t.leases, t.items.c.sensitive).join(t.items).where(
         t.leases.c.person_id == person.id, t.leases.c.purpose != "quiz",
         (t.leases.c.state == "expired") | ((t.leases.c.state == "done") & t.leases.c.standing),
     )  # fmt: skip
     rows = connection.execute(late.order_by(t.leases.c.expires_at.desc()).limit(_LOOKED_AT)).all()
     for row in rows:
-        if not any(row.draft.get(name) for name in _WORDS):
+        if not any(row.draft.get(name) for name in _WORDS) or (person.opted_out and row.sensitive):
             continue
         if row.purpose == "task" and not row.standing:
             wanted = eligible(store, person).where(t.queue.c.item_id == row.item_id)
@@ -266,6 +266,8 @@ def _earlier(connection: Connection, person: Person, random: np.random.Generator
         .order_by(t.leases.c.position.desc())
         .offset(REASK_AFTER)
     )
+    if person.opted_out:
+        rows = rows.where(~t.items.c.sensitive)
     found = [i for i in connection.execute(rows).scalars() if i not in set(connection.execute(again).scalars())]
     return found[int(random.integers(len(found)))] if found else None
 

@@ -367,8 +367,8 @@ def give_back(connection: Connection, which: sa.ColumnElement[bool]) -> int:
 
 
 def update_person(store: Store, person_id: int, **values: Any) -> None:
-    """Sets a person's own preferences: `opted_out`, `warned`, `keys`, `view`."""
-    assert values.keys() <= {"opted_out", "warned", "keys", "view"}
+    """Sets a person's own preferences: `warned`, `keys`, `view`."""
+    assert values.keys() <= {"warned", "keys", "view"}
     with store.write() as connection:
         connection.execute(t.people.update().where(t.people.c.id == person_id).values(**values))
 

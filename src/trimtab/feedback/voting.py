@@ -13,7 +13,7 @@ from trimtab.core.errors import DataError
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import TAXONOMY, Answer, agrees, check, restored
 from trimtab.feedback.assign import Lease, lease_of
-from trimtab.feedback.people import AS_ANSWERED, Person, by_id
+from trimtab.feedback.people import AS_ANSWERED, Person, by_id, give_back
 from trimtab.feedback.project import Kind, Task
 from trimtab.feedback.store import (
     AuditEntry,
@@ -184,6 +184,18 @@ def reopen(store: Store, person: Person, vote_id: int) -> Lease:
         if row is None or newest is None or newest.id != row.id or row.choice == "undone":
             raise DataError("this answer cannot be changed", where="your answers", fix="open its newest version")
         return _reopen(store, connection, person, row, withdraw=False)
+
+
+def set_opted_out(store: Store, person: Person, out: bool) -> None:
+    """Notes whether the person does not want sensitive items. Who opts out gives back those in hand, and may with that
+    have answered every question of the quiz."""
+    with store.write() as connection:
+        connection.execute(t.people.update().where(t.people.c.id == person.id).values(opted_out=out))
+        if out:
+            sensitive = sa.select(t.items.c.id).where(t.items.c.sensitive)
+            give_back(connection, (t.leases.c.person_id == person.id) & t.leases.c.item_id.in_(sensitive))
+            if by_id(connection, person.id).qualified is None and store.project.settings.qualification.questions:
+                _decide_quiz(store, connection, person)
 
 
 def adjudicate(store: Store, person: Person, item_id: int, answer: Answer, *, key: str) -> Receipt:
@@ -427,11 +439,11 @@ def _decide_quiz(store: Store, connection: Connection, person: Person) -> None:
         .join(t.items)
         .where(t.votes.c.person_id == person.id, t.votes.c.purpose == "quiz")
     ).all()
-    available = connection.execute(
-        sa.select(sa.func.count()).select_from(t.items).where(t.items.c.purpose == "quiz")
-    ).scalar_one()
-    needed = min(settings.questions, available)
-    if len(rows) < needed:
+    questions = sa.select(sa.func.count()).select_from(t.items).where(t.items.c.purpose == "quiz")
+    if by_id(connection, person.id).opted_out:
+        questions = questions.where(~t.items.c.sensitive)
+    needed = min(settings.questions, connection.execute(questions).scalar_one())
+    if not rows or len(rows) < needed:
         return
     right = sum(agrees(restored(row._mapping), row.gold) for row in rows)
     passed = right / len(rows) >= settings.pass_mark

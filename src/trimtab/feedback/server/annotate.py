@@ -29,7 +29,7 @@ from trimtab.feedback.server.security import (
     limit_sign_ins,
 )
 from trimtab.feedback.store import guideline
-from trimtab.feedback.voting import Late, reopen, save_draft, undo, vote
+from trimtab.feedback.voting import Late, reopen, save_draft, set_opted_out, undo, vote
 
 router = APIRouter()
 _LIMITED = [Depends(limit_sign_ins)]
@@ -341,7 +341,8 @@ def guideline_page(request: Request, visit: SignedIn) -> HTMLResponse:
 @router.post("/warned")
 def warned(visit: SignedIn, form: PostedForm) -> RedirectResponse:
     """Notes that the warning was read, and whether the person wants sensitive items."""
-    people.update_person(visit.store, visit.someone.id, warned=True, opted_out=field(form, "choice") == "out")
+    people.update_person(visit.store, visit.someone.id, warned=True)
+    set_opted_out(visit.store, visit.someone, field(form, "choice") == "out")
     return to("/task")
 
 
@@ -422,7 +423,7 @@ def change_account(request: Request, visit: SignedIn, part: str, form: PostedFor
             wanted = {} if reset else {name: field(form, name) for name in form if name not in ("csrf", "reset")}
             people.update_person(store, person.id, keys=checked_keys(wanted))
         elif part == "sensitive":
-            people.update_person(store, person.id, opted_out=field(form, "out") == "1")
+            set_opted_out(store, person, field(form, "out") == "1")
         elif part == "view":
             known = {name: field(form, name) == "1" for name in ("stacked", "diff", "source") if name in form}
             people.update_person(store, person.id, view=person.view | known)
