@@ -493,8 +493,8 @@ def test_a_tree_whose_first_message_was_deleted_gives_nothing(file):
 
 
 def test_messages_that_answer_each_other_in_a_circle_are_bad_rows(file):
-    circle = [{**TREE[1], "message_id": "7", "parent_id": "8"}, {**TREE[3], "message_id": "8", "parent_id": "7"},
-              {**TREE[0], "message_id": "9", "parent_id": "9"}, {**TREE[1], "message_id": "10", "parent_id": "9"}]  # fmt: skip
+    parents = {"7": "8", "8": "7", "9": "9", "10": "9"}
+    circle = [{**TREE[1], "message_id": name, "parent_id": parent} for name, parent in parents.items()]
     loaded = load(Demonstration, file(*TREE, *circle), on_bad_row="drop")
     assert loaded.records == [shown("Hi", "Hello")]
     assert loaded.counts["dropped_no_first_message"] == 4

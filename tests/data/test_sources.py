@@ -253,6 +253,41 @@ def test_a_folder_that_lacks_a_shard_or_mixes_types_is_refused(shards):
         read_rows(shards)
 
 
+@pytest.mark.parametrize(
+    ("train", "other", "split"),
+    [
+        ("data_train.jsonl", "data_test.jsonl", "test"),
+        ("sft-train.jsonl", "sft-val.jsonl", "validation"),
+        ("helpful_train-00000-of-00001.jsonl", "helpful.eval.jsonl", "test"),
+    ],
+)
+def test_a_split_is_named_anywhere_in_the_name_of_a_file(tmp_path, train, other, split):
+    write(tmp_path / train, b'{"prompt": "a"}\n')
+    write(tmp_path / other, b'{"prompt": "b"}\n')
+    with pytest.raises(DataError, match="the splits"):
+        read_rows(tmp_path)
+    assert names(read_rows(f"{tmp_path}?split=train")) == ["a"]
+    assert names(read_rows(f"{tmp_path}?split={split}")) == ["b"]
+
+
+@pytest.mark.parametrize("name", ["part2.jsonl.zst", "part2.jsonl.bz2", "part2.zip", "more.xlsx", "part2.txt", "part2"])
+def test_a_folder_with_data_of_a_type_that_is_not_read_is_refused(tmp_path, name):
+    write(tmp_path / "part1.jsonl", b'{"prompt": "a"}\n')
+    write(tmp_path / name, b"b")
+    with pytest.raises(DataError, match="of no type that is read") as caught:
+        read_rows(tmp_path)
+    assert name in caught.value.problem
+    assert names(read_rows(f"{tmp_path}/*.jsonl")) == ["a"]
+
+
+def test_a_folder_may_hold_what_is_no_data_and_endings_in_capitals(tmp_path):
+    for name in ("README.md", "LICENSE", "LICENSE.txt", ".gitattributes", "train-1.py", "test.jsonl.zst"):
+        write(tmp_path / name, b"b")
+    write(tmp_path / "train-1.jsonl", b'{"prompt": "a"}\n')
+    write(tmp_path / "train-2.JSONL", b'{"prompt": "b"}\n')
+    assert names(read_rows(tmp_path)) == ["a", "b"]
+
+
 def test_a_saved_data_set_is_read(tmp_path):
     import datasets
 

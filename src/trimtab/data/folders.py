@@ -10,9 +10,13 @@ from pathlib import Path
 from trimtab.core.errors import DataError
 from trimtab.data.files import FILE_TYPES
 
-_SPLIT = re.compile(r"(train|training|validation|valid|val|dev|test|eval)(?:[-_.\d]|\Z)", re.IGNORECASE)
+_SPLIT = re.compile(r"(?:\A|[-_.])(train|training|validation|valid|val|dev|test|eval)(?=[-_.\d]|\Z)", re.IGNORECASE)
+"""The word of a name that says the split: "train-0.jsonl", "data_train.jsonl"."""
 _SAME_SPLIT = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "eval": "test"}
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\..*)")
+_UNREAD = frozenset({".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz", ".7z", ".lz4", ".xls", ".xlsx", ".pkl",
+                     ".pickle", ".feather", ".orc", ".avro"})  # fmt: skip
+"""Types of files that hold data and are not read."""
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 
 
@@ -34,7 +38,8 @@ def files_in(folder: Path, split: str | None) -> list[Path]:
                 fix="save it again with data.flatten_indices().save_to_disk(FOLDER), or with data.to_parquet(FILE)",
             )
         return [folder / shard["filename"] for shard in state["_data_files"]]
-    found = [path for path in folder.rglob("*") if _is_data(path.relative_to(folder)) and path.is_file()]
+    files = [path for path in folder.rglob("*") if not _is_aside(path.relative_to(folder)) and path.is_file()]
+    found = [path for path in files if path.name.lower().endswith(FILE_TYPES)]
     if not found:
         raise DataError(
             f"there is no data file in the folder {str(folder)!r}",
@@ -44,8 +49,11 @@ def files_in(folder: Path, split: str | None) -> list[Path]:
     by_split: dict[str, list[Path]] = {}
     for path in sorted(found):
         by_split.setdefault(_split_of(path.relative_to(folder)), []).append(path)
-    paths = by_split[_chosen(folder, list(by_split), split)] if split or len(by_split) > 1 else sorted(found)
-    kinds = sorted({path.name.partition(".")[2].removesuffix(".gz").rpartition(".")[2] for path in paths})
+    chosen = _chosen(folder, list(by_split), split)
+    paths = by_split[chosen]
+    others = [path for path in files if path not in found and _split_of(path.relative_to(folder)) in (chosen, "")]
+    _refuse_unread(folder, paths, others)
+    kinds = sorted({path.name.lower().partition(".")[2].removesuffix(".gz").rpartition(".")[2] for path in paths})
     if len(kinds) > 1:
         raise DataError(
             f"the folder holds files of several types: {', '.join(kinds)}",
@@ -56,16 +64,34 @@ def files_in(folder: Path, split: str | None) -> list[Path]:
     return paths
 
 
-def _is_data(path: Path) -> bool:
+def _is_aside(path: Path) -> bool:
+    """Whether a file is hidden or about the data."""
     hidden = any(part.startswith((".", "_")) for part in path.parts)
-    about = path.name in _ABOUT or path.name.endswith(".card.json")
-    return path.name.lower().endswith(FILE_TYPES) and not hidden and not about
+    return hidden or path.name in _ABOUT or path.name.endswith(".card.json")
+
+
+def _refuse_unread(folder: Path, paths: Sequence[Path], others: Sequence[Path]) -> None:
+    """Raises DataError if one of the other files is data as well: by its type, or as a text file with the name of a
+    shard."""
+    shards = {(path.parent, _without_digits(path)) for path in paths}
+    for path in sorted(others):
+        like_a_shard = path.suffix.lower() in (".txt", "") and (path.parent, _without_digits(path)) in shards
+        if path.suffix.lower() in _UNREAD or like_a_shard:
+            raise DataError(
+                f"the folder holds {path.name!r} too, which is of no type that is read",
+                where=str(folder),
+                fix=f"unpack or convert it, or name the files that are meant, for instance {folder}/*{paths[0].suffix}",
+            )
+
+
+def _without_digits(path: Path) -> str:
+    return re.sub(r"\d+", "#", path.name.partition(".")[0])
 
 
 def _split_of(path: Path) -> str:
     """The split that a file belongs to by its name or by that of its folder; "" if neither names one."""
     for name in (path.name, *reversed(path.parent.parts)):
-        if found := _SPLIT.match(name):
+        if found := _SPLIT.search(name):
             name = found[1].lower()
             return _SAME_SPLIT.get(name, name)
     return ""
