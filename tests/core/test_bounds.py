@@ -45,6 +45,7 @@ def test_every_range_is_that_of_a_number():
         ("limit", 0),
         ("token_budget", 0),
         ("num_epochs", 0),
+        ("num_epochs", 1e308),
         ("batch_size", 0),
         ("checkpoint_every", 0),
         ("max_steps", 0),
@@ -59,6 +60,7 @@ def test_every_range_is_that_of_a_number():
         ("optimizer.learning_rate", math.nan),
         ("optimizer.learning_rate", math.inf),
         ("adapter.rank", 0),
+        ("adapter.rank", 100_000),
     ],
 )
 def test_an_absurd_number_is_refused_in_a_run_file_of_sft(key: str, value: float):

@@ -47,7 +47,8 @@ BOUND = Range(0, low_open=True, infinite=True)
 
 RANGES: dict[str, Range] = {
     # data and models
-    **dict.fromkeys(["limit", "num_documents", "num_prompts", "num_held_out_prompts", "max_tokens", "rank"], COUNT),
+    **dict.fromkeys(["limit", "num_documents", "num_prompts", "num_held_out_prompts", "max_tokens"], COUNT),
+    "rank": Range(1, 2**16),  # no layer is wider; each adapter's own layers are looked at when it is made
     **dict.fromkeys(["num_layers", "hidden_size", "num_heads", "mlp_size"], COUNT),
     "max_positions": Range(2),
     "vocab_size": Range(261),  # every byte and the special tokens
@@ -60,7 +61,7 @@ RANGES: dict[str, Range] = {
         ["prompts_per_step", "group_size", "num_minibatches", "replies_per_prompt", "best_of_prompts"], COUNT
     ),
     **dict.fromkeys(["validate_every", "sample_every", "num_samples", "best_of", "warmup_steps", "seed"], OR_NONE),
-    "num_epochs": AMOUNT,
+    "num_epochs": Range(0, 1e6, low_open=True),
     # optimizers
     **dict.fromkeys(["learning_rate", "eps"], AMOUNT),
     **dict.fromkeys(["beta1", "beta2", "warmup_fraction"], Range(0, 1, high_open=True)),
