@@ -1,8 +1,11 @@
-"""The order of examples, and held-out examples in pieces."""
+"""The order of examples, held-out examples in pieces, and the metrics of the summary."""
+
+from pathlib import Path
 
 import pytest
 
 from tests.data.conftest import make
+from tests.stages.commands import run_stage, trimtab
 from trimtab.core.types import Message, PreferencePair, Prompt
 from trimtab.data.chat import Chat
 from trimtab.data.pairs import group_pairs
@@ -41,3 +44,14 @@ def test_held_out_examples_come_in_the_pieces_of_one_batch(budget, whole):
     assert [piece.trees.trees for piece in pieces] == [piece.trees.trees for piece in expected]
     assert [piece.labels.tolist() for piece in pieces] == [piece.labels.tolist() for piece in expected]
     assert seen == ([len(comparisons.trees)] if whole else [len(piece.trees.trees) for piece in expected])
+
+
+@pytest.mark.parametrize("lost", [Path.unlink, lambda path: path.write_text("")])
+def test_lost_metrics_of_a_run_at_its_end_are_named(tmp_path, base, lost):
+    out = run_stage("sft", tmp_path / "run", model=str(base), data="world:arithmetic?num=8", batch_size=8)
+    (out / "summary.json").unlink()
+    lost(out / "metrics.jsonl")
+    again = trimtab("sft", out / "settings.toml", "--out", out)
+    assert again.exit_code == 2
+    assert "metrics.jsonl has no row of the last step" in again.output
+    assert "make room" not in again.output

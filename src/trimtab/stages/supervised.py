@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from trimtab.batches.trees import TreeBatch, split_sizes
 from trimtab.core import seeds
 from trimtab.core.config import Choice
+from trimtab.core.errors import DataError
 from trimtab.core.metrics import Mean, Metrics, Total, merge
 from trimtab.engines.base import Loss
 from trimtab.engines.local.learner import AdamW, LocalLearner
@@ -158,10 +159,17 @@ class Validation:
 
 
 def last_metrics(run: Run, *prefixes: str) -> dict[str, float]:
-    """The metrics of the last logged step whose names begin with one of `prefixes`."""
-    lines = (run.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    row = json.loads(lines[-1]) if lines else {}
-    return {name: value for name, value in row.items() if name.startswith(prefixes)}
+    """The metrics of the last logged step whose names begin with one of `prefixes`. Raises DataError if a finished
+    run's rows were lost."""
+    path = run.directory / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if not lines:
+        raise DataError(
+            f"{path.name} has no row of the last step, whose metrics belong into the summary",
+            where=str(path),
+            fix="restore it, or begin again with --fresh or another --out",
+        )
+    return {name: value for name, value in json.loads(lines[-1]).items() if name.startswith(prefixes)}
 
 
 def make_learner(role: Policy | ScalarModel, settings: TrainingSettings, epochs: Epochs, *, name: str) -> LocalLearner:
