@@ -248,6 +248,8 @@ def test_the_same_words_from_elsewhere_may_not_mean_another_model(tmp_path: Path
     [
         ("settings.toml", b"a = = 1"),
         ("settings.toml", b"\xff\xfe"),
+        ("environment.json", b'{"paths": []}'),
+        ("environment.json", b'{"resumed_with": {}}'),
         *(
             (name, text)
             for name in ("environment.json", "data.json", "models.json")

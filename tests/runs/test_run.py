@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.errors import ConfigError, DataError, EngineError
 from trimtab.core.metrics import Mean
 from trimtab.runs.facts import StageFacts
 from trimtab.runs.run import Run
@@ -161,13 +161,47 @@ def test_rewinding_drops_later_rows_and_a_half_written_one(tmp_path: Path):
         run.rewind(2)
         assert steps(tmp_path / "metrics.jsonl") == [1, 2]
         assert steps(tmp_path / "samples.jsonl") == [1, 1, 2, 2]
-        for torn in ('{"step": 2, "loss', '{"step": 2}'):
+        for torn in ('{"step": 2, "loss', '{"step": 2}', '{"step": "1"}\n', '{"step": null}\n', "5\n", '{"loss": 1}\n'):
             with (tmp_path / "metrics.jsonl").open("a") as file:
                 file.write(torn)
             run.rewind(2)
             assert steps(tmp_path / "metrics.jsonl") == [1, 2]
         run.rewind(0)
         assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_run_whose_samples_are_damaged_is_rewound(tmp_path: Path):
+    with opened(tmp_path) as run:
+        run.add_samples(1, [{"response": "a"}])
+        with (tmp_path / "samples.jsonl").open("a") as file:
+            file.write("7\n")
+        run.rewind(2)
+    assert steps(tmp_path / "samples.jsonl") == [1]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"num_st'])
+def test_a_damaged_summary_is_answered_with_how_to_finish_again(tmp_path: Path, content: str):
+    with opened(tmp_path) as run:
+        run.finish({"num_steps": 3})
+    (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(DataError, match=r"summary\.json is damaged") as caught:
+        opened(tmp_path)
+    assert "remove it" in caught.value.fix
+    (tmp_path / "summary.json").unlink()
+    with opened(tmp_path) as run:
+        assert not run.finished
+
+
+def test_a_checkpoint_that_cannot_be_written_says_what_is_kept(tmp_path: Path):
+    def full(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with opened(tmp_path) as run:
+        with pytest.raises(EngineError, match="nothing was saved yet: the same command begins again"):
+            run.save_checkpoint(1, full)
+        run.save_checkpoint(2, write_one("x"))
+        with pytest.raises(EngineError, match="goes on from the checkpoint of step 2"):
+            run.save_checkpoint(3, full)
 
 
 def test_the_newest_checkpoints_are_kept_and_sha256sum_agrees_with_them(tmp_path: Path):

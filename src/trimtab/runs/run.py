@@ -52,6 +52,7 @@ _CONTENTS = (
 )
 NO_FACTS = StageFacts()
 _GOES_ON = "the same command goes on from what was saved"
+_BEGINS_AGAIN = "nothing was saved yet: the same command begins again"
 
 
 class Run:
@@ -129,11 +130,7 @@ class Run:
         if found.length or not self.finished:
             self._record_models(models)
         now = environment()
-        began = (
-            read_json(record, fix="restore it, or remove it: the run goes on, without the record of where it began")
-            if record.exists()
-            else now
-        )
+        began = self._environment() or now
         other = {key: value for key, value in now.items() if began.get(key, value) != value}
         if other and other not in began.get("resumed_with", []):
             print(f"warning: the run began with another {', '.join(other)}; numbers may differ", file=sys.stderr)
@@ -142,6 +139,18 @@ class Run:
             self._take_over(found, text, began)
         if began.get("place") != vars(here) or other or found or not record.exists():
             write_whole(record, json_text({**began, "place": vars(here)}))
+
+    def _environment(self) -> dict[str, Any]:
+        """What environment.json holds; {} if it was lost. Raises DataError if it is damaged."""
+        record, fix = (
+            self.directory / "environment.json",
+            "restore it, or remove it: the run goes on without this record",
+        )
+        found = read_json(record, fix=fix) if record.exists() else {}
+        for name, kind in (("paths", dict), ("resumed_with", list), ("changed_settings", list)):
+            if not isinstance(found.get(name, kind()), kind):
+                raise DataError(f"{record.name} is damaged: {name} = {found[name]!r:.40}", where=str(record), fix=fix)
+        return found
 
     def _changes(self, here: RunPlace) -> Changes:
         """How the settings in the directory differ from those now. Raises ConfigError for what may not differ."""
@@ -155,8 +164,7 @@ class Run:
                 fix="restore it, give another directory with --out, or begin again there with --fresh",
             ) from error
         now = tomllib.loads(config.to_toml({"stage": self.stage, **self.settings}))
-        record = self.directory / "environment.json"
-        place = read_json(record, fix="restore it, or remove it").get("place") if record.exists() else None
+        place = self._environment().get("place")
         then = RunPlace(**place) if isinstance(place, dict) and set(place) == set(vars(here)) else None
         return changes(
             before, now, grows=self.facts.grows, then=then, here=here, num_done=self._num_done(), finished=self.finished
@@ -192,8 +200,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """True once `finish` was called, by this process or an earlier one."""
-        return (self.directory / "summary.json").exists()
+        """True once `finish` was called, by this process or an earlier one. Raises DataError if summary.json is
+        damaged."""
+        path = self.directory / "summary.json"
+        if path.exists():
+            read_json(path, fix="remove it: the same command finishes the run again from its last checkpoint")
+        return path.exists()
 
     def log(self, step: int, metrics: Mapping[str, Metric] | Mapping[str, float]) -> None:
         """Appends one row to metrics.jsonl and passes it to the trackers. Steps count from 1 and never go back.
@@ -267,7 +279,7 @@ class Run:
         it.
         """
         record = self.directory / "environment.json"
-        noted = read_json(record, fix="restore it, or remove it") if record.exists() else {}
+        noted = self._environment()
         before = noted.setdefault("paths", {}).get(name)
         other = {f"paths.{name}": taken}
         if before == taken or other in noted.get("resumed_with", []):
@@ -287,7 +299,8 @@ class Run:
         The newest `keep` checkpoints stay. Raises EngineError if it cannot be written; the one before stays good.
         """
         checkpoints = self.directory / "checkpoints"
-        kept = "the same command goes on from the checkpoint before"
+        before = self._num_done()
+        kept = f"the same command goes on from the checkpoint of step {before}" if before else _BEGINS_AGAIN
         with writing(f"the checkpoint of step {step}", checkpoints, kept=kept):
             checkpoints.mkdir(exist_ok=True)
             with replacing(checkpoints / _step_name(step)) as aside:
@@ -316,7 +329,7 @@ class Run:
         return None
 
     def rewind(self, step: int) -> None:
-        """Cuts metrics.jsonl and samples.jsonl before their first row that is after `step` or incomplete."""
+        """Cuts metrics.jsonl and samples.jsonl before their first row that is after `step`, incomplete or damaged."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.directory / name
             if path.exists():
@@ -456,15 +469,15 @@ def _damage(directory: Path) -> str:
 
 
 def _end_of_step(path: Path, step: int) -> int:
-    """The byte at which the first row begins that is after `step` or incomplete."""
+    """The byte at which the first row begins that is after `step`, incomplete or damaged."""
     end = 0
     with path.open("rb") as file:
         for line in file:
             try:
-                row = json.loads(line)
-            except ValueError:
+                number = json.loads(line)["step"]
+            except (ValueError, TypeError, KeyError):
                 break
-            if not line.endswith(b"\n") or row["step"] > step:
+            if not line.endswith(b"\n") or not isinstance(number, int) or number > step:
                 break
             end += len(line)
     return end
