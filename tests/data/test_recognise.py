@@ -230,6 +230,13 @@ def test_a_transcript_with_something_before_the_first_speaker_is_a_bad_row(file)
         load(PreferencePair, file({"prompt": head, "chosen": " Yo", "rejected": " No"}))
 
 
+@pytest.mark.parametrize("begin", ["", " Yes, "])
+def test_two_transcripts_with_something_before_the_first_speaker_are_a_bad_row(file, begin):
+    head = "Be brief.\n\nHuman: Hi\n\nAssistant:" + begin
+    with pytest.raises(DataError, match="before anybody speaks"):
+        load(PreferencePair, file({"chosen": head + " Yo", "rejected": head + " No"}))
+
+
 def test_options_that_say_nothing_are_refused(file):
     path = file(REPLY)
     with pytest.raises(DataError, match="no row has a column 'compltion'"):

@@ -287,11 +287,7 @@ def transcript(name: str, text: str) -> tuple[Message, ...] | None:
         return None
     if not _OPENING.match(text):
         if "\n\nHuman:" in text and _ENDS_OPEN.search(text):
-            raise Mistake(
-                "odd_transcript",
-                f"{name} is a transcript that begins with {shown(text.partition('Human:')[0])}, before anybody speaks",
-                "begin it with Human: or Assistant:, and give an instruction in a column 'system'",
-            )
+            refuse_opening(name, text)
         return None
     parts = _BETWEEN.split(text)
     if len(parts) == 3:  # one turn: either single line breaks separate the turns, or this is no transcript
@@ -302,6 +298,15 @@ def transcript(name: str, text: str) -> tuple[Message, ...] | None:
             return None
     turns = zip(parts[1::2], parts[2::2], strict=True)
     return tuple(Message("user" if who == "Human" else "assistant", said.strip()) for who, said in turns)
+
+
+def refuse_opening(name: str, text: str) -> None:
+    """Raises Mistake for a transcript with other text before the first speaker; nothing says whose turn that is."""
+    raise Mistake(
+        "odd_transcript",
+        f"{name} is a transcript that begins with {shown(text.partition('Human:')[0])}, before anybody speaks",
+        "begin it with Human: or Assistant:, and give an instruction in a column 'system'",
+    )
 
 
 def is_transcript(value: Any) -> bool:

@@ -24,6 +24,7 @@ from trimtab.data.messages import (
     is_transcript,
     joined,
     messages_of,
+    refuse_opening,
     transcript,
     untrained_turns,
 )
@@ -230,6 +231,8 @@ def _plain_text_pair(row: JsonDict, chosen: str, rejected: str) -> PreferencePai
             "chosen and rejected do not begin alike, and there is no prompt",
             "add a column 'prompt', or let both begin with it",
         )
+    if "\n\nAssistant:" in shared.partition("\n\nHuman:")[2]:
+        refuse_opening("chosen", shared)
     turns = with_columns((Message("user", shared[:cut].rstrip()),), row)
     return _pair(row, make_prompt(turns, row), not_empty("chosen", chosen[cut:]), not_empty("rejected", rejected[cut:]))
 
