@@ -142,6 +142,23 @@ DEMONSTRATIONS = {
         },
         shown("Hi", "Yo"),
     ),
+    "an input that the prompt was made of": (
+        {
+            "prompt": "### Input:\ncheese\n\n### Response:",
+            "instruction": "cheese",
+            "input": "cheese",
+            "output": "fromage",
+        },
+        shown("### Input:\ncheese\n\n### Response:", "fromage"),
+    ),
+    "a context that the prompt was made of": (
+        {"prompt": "Context: Bob did it. Question: Who?", "context": "Bob did it.", "response": "Bob"},
+        shown("Context: Bob did it. Question: Who?", "Bob"),
+    ),
+    "an input that is a word of the instruction by chance": (
+        {"instruction": "Is it a noun?", "input": "a", "output": "No"},
+        shown("Is it a noun?\n\na", "No"),
+    ),
     "instances": (
         {"instruction": "Add.", "instances": [{"input": "2 and 3", "output": "5"}]},
         shown("Add.\n\n2 and 3", "5"),

@@ -6,6 +6,7 @@ Columns that no record can hold are refused here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -144,8 +145,8 @@ def prompt_in(row: Mapping[str, Any], name: str = "prompt", *, facts: JsonDict |
 
 
 def with_columns(messages: tuple[Message, ...], row: Mapping[str, Any]) -> tuple[Message, ...]:
-    """The turns with what other columns add to them: an input or context at the end of the last user turn, earlier
-    turns and a system turn before the first."""
+    """The turns with what other columns add to them: an input or context at the end of the last user turn, unless it is
+    stated there, and earlier turns and a system turn before the first."""
     present = row.keys() & PART_OF_PROMPT
     if not present:
         return messages
@@ -156,7 +157,7 @@ def with_columns(messages: tuple[Message, ...], row: Mapping[str, Any]) -> tuple
             raise Mistake(
                 "no_place", f"{name} is given, but no user turn comes last that it could belong to", f"remove {name}"
             )
-        if not text.isspace():
+        if not text.isspace() and not _is_stated(text.strip(), messages[-1].content):
             messages = (*messages[:-1], Message("user", f"{messages[-1].content}\n\n{text}"))
     messages = (*earlier_turns(row), *messages)
     for name in SYSTEM:
@@ -167,6 +168,14 @@ def with_columns(messages: tuple[Message, ...], row: Mapping[str, Any]) -> tuple
             wrong_type(name, value, "text")
         messages = _with_system(name, value, messages)
     return messages
+
+
+def _is_stated(text: str, said: str) -> bool:
+    """Whether a prompt holds an input already, as prompts do that were filled into a template. One word may occur by
+    chance ("a" in "Is it a noun?"), so it must end a line and begin one or stand behind a colon."""
+    if text not in said:
+        return False
+    return len(text.split()) > 1 or bool(re.search(rf"(?:^|:)[ \t]*{re.escape(text)}[ \t]*$", said, re.MULTILINE))
 
 
 def _running_text(name: str, value: Any) -> str:
