@@ -234,13 +234,21 @@ def test_a_reply_ends_with_a_stop_text_which_is_not_part_of_its_text(model_dir):
 
 
 def test_a_small_cache_means_fewer_replies_at_a_time_and_the_same_replies(model_dir):
-    tight = generator(model_dir, cache_gb=1e-5)
+    tight = generator(model_dir, cache_gb=2e-5)
     encoded = [tight.encode(p) for p in SOME]
     assert tight.choice.form.num_groups(encoded, 3, 12) == 1
     assert generator(model_dir).choice.form.num_groups(encoded, 3, 12) == len(SOME)
     assert [r.response_ids for r in tight.generate(SOME, group_size=3, seed=1)] == [
         r.response_ids for r in generator(model_dir).generate(SOME, group_size=3, seed=1)
     ]
+
+
+def test_a_cache_that_cannot_hold_one_prompt_is_refused_before_it_is_allocated(model_dir):
+    huge = generator(model_dir, max_new_tokens=10**9)
+    with pytest.raises(
+        EngineError, match=r"(?s)one prompt and its replies take .* GB, and cache_gb = 4.*lower max_new"
+    ):
+        huge.generate(SOME[:1], group_size=1, seed=1)
 
 
 def test_a_reply_stops_where_the_models_generation_settings_say_too(model_dir):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from trimtab.core.errors import EngineError
 from trimtab.engines.local.fused import FusedForward
 from trimtab.engines.local.kernels import Kernels, find
 from trimtab.engines.local.replies import ReplyBuffer, Sampling
@@ -74,10 +75,18 @@ class SlotForm:
             hidden = forward.hidden(tokens, slots.positions, slots.extend()) if len(tokens) else None
 
     def num_groups(self, prompts: Sequence[Sequence[int]], group_size: int, reply_width: int) -> int:
-        """The number of prompts that are decoded together, with all their replies."""
+        """The number of prompts that are decoded together, with all their replies. Raises EngineError if the cache of a
+        single one would be larger than the settings allow."""
         prompt_copies = 1 if group_size == 1 else 2
         tokens = prompt_copies * max(len(p) for p in prompts) + group_size * reply_width
-        room = int(self.sampling.cache_gb * 2**30 / (self._bytes_per_token * tokens))
+        needed, allowed = self._bytes_per_token * tokens / 2**30, self.sampling.cache_gb
+        if needed > allowed:
+            raise EngineError(
+                f"the keys and values of one prompt and its replies take {needed:.3g} GB, and cache_gb = {allowed:g}",
+                where=f"{group_size} replies of up to {reply_width} tokens to a prompt",
+                fix="lower max_new_tokens or the replies to a prompt, or raise sampling.cache_gb",
+            )
+        room = int(allowed / needed)
         return max(1, min(len(prompts), self.sampling.batch_size // group_size, room))
 
     @functools.cached_property
