@@ -325,7 +325,7 @@ def test_authors_do_not_judge_their_own_prompts_where_that_is_wished(make: Make)
     given_out = lease(store, person(store, "Ann"))
     assert given_out is not None
     with store.read() as connection:
-        row = connection.execute(sa.select(t.items).where(t.items.c.id == given_out.item_id)).one()
+        row = connection.execute(sa.select(t.queue).where(t.queue.c.item_id == given_out.item_id)).one()
     assert row.author == "Bob"
 
 

@@ -458,7 +458,7 @@ def test_a_damaged_dump_is_refused_and_nothing_of_it_is_stored(tmp_path: Path):
     damages = {
         "records follow": [lines[:-1]],
         "not a whole JSON object": [
-            lines[: of[kind]] + [lines[of[kind]][:-9] + "\n"] + lines[of[kind] + 1 :]
+            [*lines[: of[kind]], lines[of[kind]][:-9] + "\n", *lines[of[kind] + 1 :]]
             for kind in ("person", "item", "vote")
         ],
         "does not hold": [

@@ -13,7 +13,7 @@ from trimtab.core.errors import ConfigError, DataError
 from trimtab.feedback import items, people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer
-from trimtab.feedback.exporting import write_export
+from trimtab.feedback.exporting import export, write_export
 from trimtab.feedback.importing import import_source
 from trimtab.feedback.store import audit_head, backup, open_store, verify
 from trimtab.feedback.votes import cast_votes
@@ -195,10 +195,14 @@ def test_a_ban_frees_places_and_takes_the_votes_out(make: Make):
 
 def test_deleting_a_person_keeps_their_choices_and_nothing_else(make: Make):
     store = make()
-    add(store, 1)
-    token = people.make_invite(store, "annotator")
+    add(store, 1, author="Ann Example")
+    add(store, 2, first=1)
+    token = people.make_invite(store, "adjudicator")
     ann = people.join(store, token, "Ann Example", PASSWORD)
+    for _ in range(2):
+        answer_next(store, ann, Answer(choice="skip", reason="my aunt says so"))
     answer_next(store, ann, Answer(choice="A", strength=1, rationale="my aunt says so"))
+    adjudicate(store, ann, 1, Answer(choice="A", strength=1, taxonomy="bad data", reason="my aunt says so"), key="k")
     people.delete_person(store, ann.id)
     with store.read() as connection:
         (cast,) = cast_votes(connection)
@@ -206,6 +210,7 @@ def test_deleting_a_person_keeps_their_choices_and_nothing_else(make: Make):
     assert (cast.answer.choice, cast.annotator, cast.answer.rationale) == ("A", f"deleted-{ann.id}", "")
     assert "aunt" not in str(tables)
     assert "Ann Example" not in str(tables)
+    assert "Ann Example" not in str(export(store, "dump").rows)
     assert people.sign_in(store, "Ann Example", PASSWORD) is None
     assert verify(store) == []
 

@@ -18,6 +18,8 @@ from trimtab.feedback.store import checked_text
 
 MAX_WRITING = 50_000
 """Letters of a rationale or a written reply."""
+WORDS = ("rationale", "reason", "text")
+"""Parts of an answer in a person's own words. They are stored beside the vote, since they are deleted when asked."""
 TAXONOMY = ("guideline gap", "annotator error", "ambiguous prompt", "matter of taste", "bad data")
 """Why annotators disagreed, as an adjudicator sees it."""
 SKIP_REASONS = ("not my language", "outside my knowledge", "upsetting", "broken item", "other")
@@ -60,15 +62,15 @@ class Answer:
             "steps": list(self.steps),
             "flags": list(self.flags),
             "criteria": dict(self.criteria),
-            "reason": self.reason,
             "taxonomy": self.taxonomy,
         }
         return {name: value for name, value in values.items() if value not in (None, "", [], {})}
 
 
-def restored(row: Mapping[Any, Any], rationale: str = "", text: str = "") -> Answer:
-    """The answer in a row of votes."""
+def restored(row: Mapping[Any, Any]) -> Answer:
+    """The answer in a row of votes. Its words are those of `writings` if the row was joined with them, else empty."""
     answer = row["answer"]
+    words = {name: row.get(name) or "" for name in WORDS}
     return Answer(
         choice=row["choice"],
         strength=row["strength"],
@@ -77,17 +79,16 @@ def restored(row: Mapping[Any, Any], rationale: str = "", text: str = "") -> Ans
         steps=tuple(answer.get("steps", ())),
         flags=tuple(answer.get("flags", ())),
         criteria=answer.get("criteria", {}),
-        reason=answer.get("reason", ""),
         taxonomy=answer.get("taxonomy", ""),
-        rationale=rationale,
-        text=text,
         seconds=row["seconds"],
+        **words,
     )
 
 
 def check(answer: Answer, *, kind: Kind, num_replies: int, task: Task) -> Answer:
     """The answer, if it fits what was asked. Raises DataError that says what is wrong or missing."""
-    for name, value in (("rationale", answer.rationale), ("text", answer.text), ("reason", answer.reason)):
+    for name in WORDS:
+        value = getattr(answer, name)
         checked_text(value, where=name)
         if len(value) > MAX_WRITING:
             _refuse(f"{name} has {len(value)} letters", f"use at most {MAX_WRITING}")

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Row
 
 from trimtab.core import seeds
 from trimtab.feedback import tables as t
+from trimtab.feedback.answers import WORDS
 from trimtab.feedback.people import Person, by_id, give_back
 from trimtab.feedback.store import Store, append_audit
 
@@ -24,8 +25,6 @@ REASK_AFTER = 10
 """Least number of answers before an item is asked again with its sides swapped."""
 _LOOKED_AT = 20
 """Number of most recently expired leases that are searched for an answer that was begun."""
-_WORDS = ("text", "rationale", "reason")
-"""Parts of a draft in a person's own words, which would be work to write again."""
 TAKES_A_PLACE = ("open", "done")
 """States of a lease that count towards the cap of an item."""
 
@@ -115,7 +114,7 @@ def _begun(store: Store, connection: Connection, person: Person) -> Lease | None
     )  # fmt: skip
     rows = connection.execute(late.order_by(t.leases.c.expires_at.desc()).limit(_LOOKED_AT)).all()
     for row in rows:
-        if not any(row.draft.get(name) for name in _WORDS) or (person.opted_out and row.sensitive):
+        if not any(row.draft.get(name) for name in WORDS) or (person.opted_out and row.sensitive):
             continue
         if row.purpose == "task" and not row.standing:
             wanted = eligible(store, person).where(t.queue.c.item_id == row.item_id)
@@ -144,10 +143,10 @@ def eligible(store: Store, person: Person) -> sa.Select[Any]:
         _waiting(), ~met.exists()
     )
     own_prompts = store.project.settings.assignment.own_prompts
-    if person.opted_out or not own_prompts:
-        rows = rows.join(t.items, t.items.c.id == t.queue.c.item_id)
-        rows = rows.where(~t.items.c.sensitive) if person.opted_out else rows
-        rows = rows if own_prompts else rows.where(t.items.c.author != person.name)
+    if person.opted_out:
+        rows = rows.join(t.items, t.items.c.id == t.queue.c.item_id).where(~t.items.c.sensitive)
+    if not own_prompts:
+        rows = rows.where(t.queue.c.author != person.name)
     return rows
 
 

@@ -23,6 +23,7 @@ from trimtab.data.mistakes import Mistake
 from trimtab.data.rows import to_explicit_pair, to_labelled_response, to_stepped_response
 from trimtab.feedback import labels
 from trimtab.feedback import tables as t
+from trimtab.feedback.answers import WORDS
 from trimtab.feedback.project import Project
 from trimtab.feedback.restoring import COLUMNS
 from trimtab.feedback.store import Store, digest, guideline
@@ -334,5 +335,5 @@ def _records(connection: Connection) -> Iterator[JsonDict]:
         }
         vote |= {"item": hashes[row.item_id], "person": names[row.person_id], "replaces": keys.get(row.replaces)}
         if row.id in written:
-            vote |= {"rationale": written[row.id].rationale, "text": written[row.id].text}
+            vote |= {name: written[row.id]._mapping[name] for name in WORDS}
         yield {"record": "vote", **vote}

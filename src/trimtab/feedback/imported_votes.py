@@ -6,7 +6,7 @@ import math
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -194,7 +194,7 @@ class _Chunk:
             else:
                 done = t.leases.update().where(t.leases.c.id == lease.id)
                 self.connection.execute(done.values(state="done", standing=False, draft={}))
-            rows.append((here, NewVote(self.now, values, vote.rationale)))
+            rows.append((here, NewVote(self.now, values, {"rationale": vote.rationale})))
         if leases:
             self.connection.execute(t.leases.insert(), leases)
         self._take(places)
@@ -262,4 +262,4 @@ class _Chunk:
         found = {
             (r.item_id, r.person_id, r.purpose): r.id for r in self.connection.execute(sa.select(*columns).where(met))
         }
-        return [NewVote(vote.at, {**vote.values, "lease_id": found[here]}, vote.rationale) for here, vote in rows]
+        return [replace(vote, values={**vote.values, "lease_id": found[here]}) for here, vote in rows]

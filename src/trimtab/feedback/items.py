@@ -160,6 +160,7 @@ def _queue_row(item_id: int, item: NewItem, store: Store) -> JsonDict:
         "taken": 0,
         "open": True,
         "scores": {name: list(scores) for name, scores in item.scores.items()},
+        "author": item.author,
         "given": item.given,
         "score": policy_score(settings.policy, item.scores, item.given),
     }
@@ -179,7 +180,6 @@ def item_row(item: NewItem, at: float) -> JsonDict:
         "gold": dict(item.gold),
         "slice": item.slice,
         "sensitive": item.sensitive,
-        "author": item.author,
         "created_at": at,
     }
 

@@ -322,20 +322,18 @@ def delete_person(store: Store, person_id: int, *, actor: int | None = None) -> 
     the log's hashes of the deleted words stay too, and reveal nothing.
     """
     with store.write() as connection:
-        if by_id(connection, person_id).state == "deleted":
+        person = by_id(connection, person_id)
+        if person.state == "deleted":
             return
         give_back(connection, t.leases.c.person_id == person_id)
         mine = sa.select(t.votes.c.id).where(t.votes.c.person_id == person_id)
         connection.execute(t.writings.delete().where(t.writings.c.vote_id.in_(mine)))
         connection.execute(t.sessions.delete().where(t.sessions.c.person_id == person_id))
         connection.execute(t.leases.update().where(t.leases.c.person_id == person_id).values(draft={}, standing=False))
-        connection.execute(
-            t.people.update()
-            .where(t.people.c.id == person_id)
-            .values(
-                name=name_when_deleted(connection, f"{DELETED}{person_id}"), password="", deleted=True, keys={}, view={}
-            )
-        )
+        name = name_when_deleted(connection, f"{DELETED}{person_id}")
+        connection.execute(t.queue.update().where(t.queue.c.author == person.name).values(author=name))
+        values: dict[str, Any] = {"name": name, "password": "", "deleted": True, "keys": {}, "view": {}}
+        connection.execute(t.people.update().where(t.people.c.id == person_id).values(**values))
         append_audit(connection, store.now(), actor, "person_deleted", person_id, {})
 
 

@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
+from trimtab.feedback.answers import WORDS
 from trimtab.feedback.assign import order_of_given_vote
 from trimtab.feedback.people import add_person, by_name, name_when_deleted
 from trimtab.feedback.store import Store, add_guideline, append_audit, guideline, row_digest
@@ -22,7 +23,8 @@ from trimtab.feedback.voting import NewVote, insert_votes
 def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None) -> dict[str, int]:
     """Restores a dump into a store without items; returns counts.
 
-    Raises DataError if the store has items, and for a dump that is cut off or names what it does not hold. A dump holds no passwords: people come back without one and need a link to set it (`people.make_link`).
+    Raises DataError if the store has items, and for a dump that is cut off or names what it does not hold. A dump holds
+    no passwords: people come back without one and need a link to set it (`people.make_link`).
     """
     counts = {"rows": len(rows), "items": 0, "votes": 0, "people": 0}
     expected = record_values(rows[0])["records"]
@@ -94,7 +96,8 @@ COLUMNS: Mapping[str, Mapping[str, sa.Column[Any]]] = {
     "person": {c.name: c for c in t.people.c if c.name not in _NOT_OF_PEOPLE},
     "item": {c.name: c for c in t.items.c if c.name not in ("id", "prompt_id")} | {"queue": _JSON},
     "vote": {c.name: c for c in t.votes.c if c.name not in _NUMBER_OF_ANOTHER}
-    | {"item": _TEXT, "person": _TEXT, "replaces": sa.Column("", sa.Text), "rationale": _TEXT, "text": _TEXT},
+    | {"item": _TEXT, "person": _TEXT, "replaces": sa.Column("", sa.Text)}
+    | dict.fromkeys(WORDS, _TEXT),
 }
 """The columns of each kind of record in a dump. In a table (CSV, Parquet) every row has the columns of all kinds."""
 
@@ -150,7 +153,7 @@ def _restore_vote(
     item_id = _named(items, "item", values.pop("item"))
     person_id = _named(people, "person", values.pop("person"))
     values["guideline_version"] = _named(versions, "guideline version", values["guideline_version"])
-    rationale, text = values.pop("rationale"), values.pop("text")
+    words = {name: values.pop(name) for name in WORDS}
     created_at = values.pop("created_at")
     lease = None
     if values["purpose"] != "adjudication":
@@ -159,7 +162,7 @@ def _restore_vote(
     replaces = values.pop("replaces")
     replaces = None if replaces is None else _named(votes, "earlier vote", replaces)
     row = {**values, "item_id": item_id, "person_id": person_id, "lease_id": lease, "replaces": replaces}
-    return insert_votes(connection, [NewVote(created_at, row, rationale, text)])[0]
+    return insert_votes(connection, [NewVote(created_at, row, words)])[0]
 
 
 def _named(numbers: Mapping[Any, int], what: str, name: Any) -> int:

@@ -256,7 +256,7 @@ def verify(store: Store, *, head: str | None = None) -> list[str]:
                     problems.append(f"{action} {name}: changed since it was added")
             problems += [f"{action} {name}: missing" for kind, name in logged if kind == action and name not in seen]
         for row in connection.execute(sa.select(t.writings, t.votes.c.writing_sha256).join(t.votes)):
-            if writing_digest(row.rationale, row.text) != row.writing_sha256:
+            if writing_digest(row.rationale, row.reason, row.text) != row.writing_sha256:
                 problems.append(f"vote {row.vote_id}: what was written has changed")
         problems += [f"item {item}: {a} places taken, {b} leases" for item, a, b in _miscounted(connection)]
     return problems
@@ -333,9 +333,9 @@ def row_digest(row: Row[Any]) -> str:
     return digest(dict(row._mapping))
 
 
-def writing_digest(rationale: str, text: str) -> str:
+def writing_digest(rationale: str, reason: str, text: str) -> str:
     """SHA-256 of what a person wrote with a vote."""
-    return digest([rationale, text])
+    return digest([rationale, reason, text])
 
 
 def checked_text(text: str, *, where: str) -> str:

@@ -34,7 +34,6 @@ items = sa.Table(
     sa.Column("gold", sa.JSON, nullable=False),  # the expected answer, {} if there is none
     _text("slice"),
     sa.Column("sensitive", sa.Boolean, nullable=False),
-    _text("author"),  # who wrote the prompt, "" if not known
     _at(),
 )
 
@@ -52,7 +51,7 @@ votes = sa.Table(
     _text("item_b"),
     sa.Column("shown_left", sa.Text),  # A or B
     sa.Column("shown_order", sa.JSON, nullable=False),  # places of the replies in the order on the screen
-    sa.Column("answer", sa.JSON, nullable=False),  # ranking, rating, steps, flags, criteria, reason, taxonomy
+    sa.Column("answer", sa.JSON, nullable=False),  # ranking, rating, steps, flags, criteria, taxonomy
     sa.Column("writing_sha256", sa.Text),  # of the row in `writings`, which can be deleted
     sa.Column("seconds", sa.Double),
     sa.Column("guideline_version", sa.Integer, nullable=False),
@@ -99,6 +98,7 @@ writings = sa.Table(  # what people wrote in their own words; deleted when they 
     metadata,
     sa.Column("vote_id", sa.ForeignKey("votes.id"), primary_key=True),
     _text("rationale"),
+    _text("reason"),
     _text("text"),
 )
 
@@ -110,6 +110,7 @@ queue = sa.Table(  # the state of each item of purpose "task"
     sa.Column("taken", sa.Integer, nullable=False),  # leases that are open or done
     sa.Column("open", sa.Boolean, nullable=False),
     sa.Column("scores", sa.JSON, nullable=False),  # {"reward model": [score of each reply]}
+    _text("author"),  # who wrote the prompt, "" if not known; not in `items`, since a name can be deleted
     sa.Column("given", sa.Double, nullable=False),
     sa.Column("score", sa.Double, nullable=False),  # of the policy; higher is asked sooner
     sa.Column("arm", sa.Text),  # how it was first chosen, and with which probability

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row
 
 from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
-from trimtab.feedback.answers import Answer, restored
+from trimtab.feedback.answers import WORDS, Answer, restored
 from trimtab.feedback.store import digest, open_store
 from trimtab.feedback.voting import JUDGED
 from trimtab.votes.table import VoteTable, votes_from_rows
@@ -71,7 +71,7 @@ def cast_votes(
         later.c.id > t.votes.c.id,
     )
     rows = (
-        sa.select(t.votes, t.people.c.name, t.people.c.place, t.writings.c.rationale, t.writings.c.text)
+        sa.select(t.votes, t.people.c.name, t.people.c.place, *(t.writings.c[name] for name in WORDS))
         .join(t.people, t.people.c.id == t.votes.c.person_id)
         .outerjoin(t.writings, t.writings.c.vote_id == t.votes.c.id)
         .where(t.votes.c.purpose.in_(purposes), t.votes.c.choice.notin_(("undone", "skip")), ~replaced)
@@ -104,7 +104,7 @@ def cast_votes(
             person_id=row.person_id,
             annotator=row.name,
             annotator_place=row.place,
-            answer=restored(row._mapping, row.rationale or "", row.text or ""),
+            answer=restored(row._mapping),
             shown_left=row.shown_left,
             shown_order=tuple(row.shown_order),
             guideline_version=row.guideline_version,
@@ -148,6 +148,7 @@ def table_row(cast: CountedVote) -> JsonDict:
         "propensity": cast.propensity,
         "created_at": cast.created_at,
         "rationale": answer.rationale,
+        "reason": answer.reason,
         "text": answer.text,
         **answer.stored(),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row
 
 from trimtab.core.errors import DataError
 from trimtab.feedback import tables as t
-from trimtab.feedback.answers import TAXONOMY, Answer, agrees, check, restored
+from trimtab.feedback.answers import TAXONOMY, WORDS, Answer, agrees, check, restored
 from trimtab.feedback.assign import Lease, lease_of
 from trimtab.feedback.people import AS_ANSWERED, Person, by_id, give_back
 from trimtab.feedback.project import Kind, Task
@@ -110,13 +110,13 @@ def vote(store: Store, person: Person, token: str, answer: Answer, *, measured: 
 def _sent_before(connection: Connection, person: Person, key: str, answer: Answer, task: Task) -> Receipt | None:
     """The receipt of an answer or a decision that this person sent under the same key; None if there is none."""
     known = connection.execute(
-        sa.select(t.votes, t.writings.c.rationale, t.writings.c.text)
+        sa.select(t.votes, *(t.writings.c[name] for name in WORDS))
         .outerjoin(t.writings, t.writings.c.vote_id == t.votes.c.id)
         .where(t.votes.c.key == key, t.votes.c.person_id == person.id)
     ).first()
     if known is None:
         return None
-    stored = restored(known._mapping, known.rationale or "", known.text or "")
+    stored = restored(known._mapping)
     item = connection.execute(sa.select(t.items).where(t.items.c.id == known.item_id)).one()
     differs = _is_other(answer, stored, kind=item.kind, num_replies=len(item.replies), task=task)
     return Receipt(known.id, duplicate=True, differs=differs)
@@ -251,34 +251,30 @@ class NewVote:
 
     at: float
     values: Mapping[str, Any]
-    rationale: str = ""
-    text: str = ""
+    words: Mapping[str, str] = field(default_factory=dict)
+    """The texts of `WORDS` that are not empty."""
 
 
 def insert_votes(connection: Connection, new: Sequence[NewVote]) -> list[int]:
     """Adds rows to the votes with what was written, and logs their hashes; returns their ids."""
     if not new:
         return []
-    written = [bool(vote.rationale or vote.text) for vote in new]
+    written = [{name: vote.words.get(name, "") for name in WORDS} for vote in new]
     rows = [
         {
             **vote.values,
-            "writing_sha256": writing_digest(vote.rationale, vote.text) if has_words else None,
+            "writing_sha256": writing_digest(**words) if any(words.values()) else None,
             "created_at": vote.at,
         }
-        for vote, has_words in zip(new, written, strict=True)
+        for vote, words in zip(new, written, strict=True)
     ]
     connection.execute(t.votes.insert(), rows)
     found = connection.execute(sa.select(t.votes).where(t.votes.c.key.in_([row["key"] for row in rows]))).all()
     by_key = {row.key: row for row in found}
     added = [by_key[row["key"]] for row in rows]
-    words = [
-        {"vote_id": row.id, "rationale": vote.rationale, "text": vote.text}
-        for row, vote, has_words in zip(added, new, written, strict=True)
-        if has_words
-    ]
-    if words:
-        connection.execute(t.writings.insert(), words)
+    writings = [{"vote_id": row.id, **words} for row, words in zip(added, written, strict=True) if any(words.values())]
+    if writings:
+        connection.execute(t.writings.insert(), writings)
     append_audits(
         connection,
         [
@@ -307,6 +303,7 @@ def _add(
 ) -> int:
     replies = [reply["sha256"] for reply in item.replies]
     pair = item.kind == "pairs"
+    words = {name: getattr(answer, name) for name in WORDS}
     values = {
         "item_id": item.id,
         "person_id": person.id,
@@ -326,7 +323,7 @@ def _add(
         "arm": arm,
         "propensity": propensity,
     }
-    return insert_votes(connection, [NewVote(store.now(), values, answer.rationale, answer.text)])[0]
+    return insert_votes(connection, [NewVote(store.now(), values, words)])[0]
 
 
 def _reopen(store: Store, connection: Connection, person: Person, row: Row[Any], *, withdraw: bool) -> Lease:
@@ -344,7 +341,7 @@ def _reopen(store: Store, connection: Connection, person: Person, row: Row[Any],
     item = connection.execute(sa.select(t.items).where(t.items.c.id == row.item_id)).one()
     lease = connection.execute(sa.select(t.leases).where(t.leases.c.id == row.lease_id)).one()
     written = connection.execute(sa.select(t.writings).where(t.writings.c.vote_id == row.id)).first()
-    answer = restored(row._mapping, written.rationale if written else "", written.text if written else "")
+    answer = restored({**row._mapping, **(written._mapping if written is not None else {})})
     if withdraw:
         _add(
             store,
