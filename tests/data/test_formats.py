@@ -297,6 +297,10 @@ PAIRS = {
         },
         pair(prompt("Is it?")),
     ),
+    "groups with rankings": (
+        {"prompt": "Is it?", "responses": ["No.", "Yes."], "rankings": [2, 1]},
+        pair(prompt("Is it?")),
+    ),
     "groups with mean ranks": (
         {"prompt": "Is it?", "responses": ["No.", "Yes."], "mean_ranks": [2.0, 1.0]},
         pair(prompt("Is it?")),
@@ -568,6 +572,42 @@ def test_turns_not_to_be_learnt_are_counted_from_the_first_turn_of_all_columns(f
 def test_what_is_not_used_is_named(file):
     row = {"messages": [{**user("a"), "name": "Ann"}, said("b")], "source": "x", "score_model": 3, "empty": None}
     assert set(load(Demonstration, file(row)).unused) == {"messages[].name", "source", "score_model"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "unused"),
+    [
+        (Demonstration, {"messages": json.dumps([{**user("a"), "name": "Ann"}, said("b")])}, {"messages[].name"}),
+        (
+            Demonstration,
+            {"messages": [user([{"type": "text", "text": "a", "cache_control": "x"}]), said("b")]},
+            {"messages[].content[].cache_control"},
+        ),
+        (
+            Demonstration,
+            {"prompt": {"messages": [user("a")], "model": "m"}, "completion": said("b", score=1)},
+            {"prompt.model", "completion[].score"},
+        ),
+        (
+            PreferencePair,
+            {
+                "prompt": "a",
+                "completions": [
+                    {"response": "b", "rating": 2, "custom_system_prompt": "Be a pirate."},
+                    {"response": "c", "rating": 1, "principle": "honesty"},
+                ],
+            },
+            {"completions[].custom_system_prompt", "completions[].principle"},
+        ),
+        (
+            Demonstration,
+            {"instruction": "a", "instances": [{"input": "b", "output": "c", "constraints": "One word."}]},
+            {"instances[].constraints"},
+        ),
+    ],
+)
+def test_fields_within_columns_that_are_not_used_are_named(file, kind, row, unused):
+    assert set(load(kind, file(row)).unused) == unused
 
 
 def test_the_kinds_of_a_source_are_those_of_its_layout(file):

@@ -96,6 +96,7 @@ def test_a_column_that_changes_what_a_row_means_is_a_bad_row_and_can_be_left_out
         (said("4", functionCalls="weather()"), "calls a tool"),
         (said("4", functions=CALL), "tools that the model is told of"),
         (said("4", attachments=["cat.png"]), "only text is read"),
+        (said("4", value="5"), "has the contents content"),
         (said("4", mask=True), "whether such turns are to be learnt from"),
         (said("4", training=False), "marked as not to be learnt from"),
         (said("4", weight=0.5), "weight is 0.5"),
@@ -111,6 +112,27 @@ def test_a_field_of_a_message_that_changes_its_meaning_is_a_bad_row(file, turn, 
         load(Demonstration, path)
     assert caught.value.where.endswith("row 2")
     assert len(load(Demonstration, path, on_bad_row="drop").records) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"reasoning": "Hm."}, "holds reasoning"),
+        ({"images": ["cat.png"]}, "only text is read"),
+        ({"tool_calls": CALL}, "calls a tool"),
+    ],
+)
+def test_a_field_of_one_of_several_replies_that_changes_its_meaning_is_a_bad_row(file, more, message):
+    ranked = {"prompt": "Hi", "answers": [{"answer": "Yo", "rank": 1, **more}, {"answer": "No", "rank": 2}]}
+    with pytest.raises(DataError, match=message):
+        load(PreferencePair, file(ranked))
+    with pytest.raises(DataError, match=message):
+        load(Demonstration, file({"instruction": "Hi", "instances": [{"input": "a", "output": "b", **more}]}))
+
+
+def test_a_content_that_stands_twice_in_a_message_is_one(file):
+    turns = [{**user("Hi"), "parts": [{"type": "text", "text": "Hi"}]}, said("Yo")]
+    assert load(Demonstration, file({"messages": turns})).records[0].prompt.text == "Hi"
 
 
 FILES = {

@@ -18,9 +18,12 @@ from trimtab.core.types import (
 )
 from trimtab.data.columns import thumb
 from trimtab.data.compared import pairs_of, to_comparison, to_judged
+from trimtab.data.messages import READ_FIELDS
 from trimtab.data.mistakes import Mistake, filled
 from trimtab.data.prompts import prompt_in
 from trimtab.data.ranked import (
+    READ_OF_INSTANCE,
+    READ_OF_REPLY,
     REPLY_LISTS,
     SCORE_LISTS,
     is_ranked,
@@ -63,6 +66,8 @@ class Layout:
     layout is for."""
     uses: frozenset[str] = frozenset()
     """Columns that become part of the records."""
+    reads: frozenset[str] = READ_FIELDS
+    """Fields that are read of the objects in these columns."""
     instead: Mapping[type, str] = field(default_factory=dict)
     """For a kind of record that the layout seems to hold but does not: the fix that an error shows."""
     gather: Callable[[Iterable[Any]], Iterator[Any]] | None = None
@@ -157,6 +162,7 @@ _THUMBS_ARE_NO_DEMONSTRATION = (
 _SAYS_WHICH = frozenset(
     {"choice", "winner_model_a", "winner_model_b", "winner_tie", "score_a", "score_b", "score_0", "score_1", "score_2"}
 )
+_OF_TREES = frozenset({"message_id", "parent_id", "role", "text", "rank", "deleted", "review_result"})
 _REPLY = frozenset({"completion", "response", "untrained_turns"})
 
 
@@ -179,7 +185,7 @@ LAYOUTS: tuple[Layout, ...] = (
         converters={
             PreferencePair: to_tree_pairs, Demonstration: to_tree_demonstrations, Prompt: to_tree_prompts
         },
-        uses=frozenset({"message_id", "parent_id", "role", "text", "rank", "deleted", "review_result"}),
+        uses=_OF_TREES,
         gather=trees_of_rows,
     ),
     Layout(
@@ -190,6 +196,7 @@ LAYOUTS: tuple[Layout, ...] = (
             PreferencePair: to_tree_pairs, Demonstration: to_tree_demonstrations, Prompt: to_tree_prompts
         },
         uses=frozenset({"prompt"}),
+        reads=READ_FIELDS | _OF_TREES | {"replies"},
     ),
     Layout(
         name="comparisons",
@@ -218,6 +225,7 @@ LAYOUTS: tuple[Layout, ...] = (
         matches=lambda columns, sample: "prompt" in columns and is_ranked(dict(sample)),
         converters={PreferencePair: to_ranked_pairs, Prompt: prompt_in},
         uses=frozenset({*SCORE_LISTS, *REPLY_LISTS, "targets"}),
+        reads=READ_OF_REPLY,
         instead={Demonstration: _CHOSEN_IS_NO_DEMONSTRATION},
     ),
     Layout(
@@ -264,6 +272,7 @@ LAYOUTS: tuple[Layout, ...] = (
         matches=lambda columns, sample: "prompt" in columns and isinstance(sample.get("instances"), list),
         converters={Demonstration: to_instances, Prompt: lambda row: [d.prompt for d in to_instances(row)]},
         uses=frozenset({"instances"}),
+        reads=READ_OF_INSTANCE,
     ),
     Layout(
         name="questions with answers",

@@ -13,7 +13,7 @@ from trimtab.core.errors import DataError
 from trimtab.core.source import Source
 from trimtab.core.types import JsonDict, Message, Prompt, Record, records_hash
 from trimtab.data.formats import LAYOUTS, Layout, LayoutReading
-from trimtab.data.messages import READ_FIELDS
+from trimtab.data.messages import READ_FIELDS, unread_fields
 from trimtab.data.mistakes import BadRow, Mistake, filled
 from trimtab.data.recognise import named, recognise
 from trimtab.data.sources import RowStream, records_source, stream_rows
@@ -276,11 +276,9 @@ def _note_unused(row: JsonDict, reading: LayoutReading, unused: dict[str, None])
         if filled(row[name]):
             unused[name] = None
     for name, value in row.items():
-        if type(value) is list and value and type(value[0]) is dict and name in reading.used:
-            for turn in value:
-                if len(turn) > 2 and ("role" in turn or "from" in turn):
-                    others = turn.keys() - READ_FIELDS
-                    unused |= dict.fromkeys(f"{name}[].{field}" for field in sorted(others) if filled(turn[field]))
+        if name in reading.used and value and (type(value) is not str or value[0] in "[{"):
+            read = reading.layout.reads if reading.names.get(name, name) in reading.layout.uses else READ_FIELDS
+            unused |= dict.fromkeys(unread_fields(name, value, read))
 
 
 def _load_records(own: Source, kind: type[Record], source: str, limit: int | None) -> Loaded[Record]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from trimtab.core.types import Message, MessageRole
-from trimtab.data.columns import CALLS, REASONING, UNREAD, WEIGHT, plain_name
+from trimtab.data.columns import CALLS, PART_OF_PROMPT, REASONING, UNREAD, WEIGHT, plain_name
 from trimtab.data.mistakes import Mistake, filled, shown, wrong_type
 
 ROLE_NAMES: Mapping[str, MessageRole] = {
@@ -30,6 +31,8 @@ READ_FIELDS = frozenset({*_ROLE_FIELDS, *_CONTENT_FIELDS, *_TRAINED_FIELDS})
 """Fields of a message that are read. Other fields are refused if they would change its meaning, else not used."""
 
 
+_REQUEST_FIELDS = frozenset({"messages", "id", "facts", *PART_OF_PROMPT})
+"""Fields of an object with messages that are read."""
 READ_IN_PARTS = frozenset({"type", "text"})
 """Fields of a part of a content that are read."""
 
@@ -49,7 +52,7 @@ def _message(name: str, i: int, turn: Any) -> Message:
         if len(turn) > 2 or given is None or content is None:
             refuse_fields(f"{name}[{i}]", turn, READ_FIELDS)
             given = _first(turn, _ROLE_FIELDS)
-            content = _first(turn, _CONTENT_FIELDS)
+            content = _only_content(f"{name}[{i}]", turn)
     else:
         given = content = None
     if given is None or (content is None and not any(field in turn for field in _CONTENT_FIELDS)):
@@ -70,6 +73,20 @@ def _message(name: str, i: int, turn: Any) -> Message:
 
 def _first(turn: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((turn[name] for name in names if turn.get(name) is not None), None)
+
+
+def _only_content(place: str, turn: Mapping[str, Any]) -> Any:
+    """The content of a message, which may stand twice. Raises Mistake if two fields hold different contents."""
+    given = [field for field in _CONTENT_FIELDS if filled(turn.get(field))]
+    if len(given) > 1:
+        said = [turn[f] if isinstance(turn[f], str) else _text_of_parts(f"{place}.{f}", turn[f]) for f in given]
+        if any(text != said[0] for text in said):
+            raise Mistake(
+                "two_contents",
+                f"{place} has the contents {given[0]} ({shown(said[0])}) and {given[1]} ({shown(said[1])})",
+                f"leave one of them out, for instance with FILE?ignore={given[1]}",
+            )
+    return _first(turn, _CONTENT_FIELDS)
 
 
 def refuse_fields(place: str, fields: Mapping[str, Any], read: frozenset[str]) -> None:
@@ -171,6 +188,27 @@ def _text_of_parts(place: str, content: Any) -> str:
     return "".join(texts)
 
 
+def unread_fields(name: str, value: Any, read: frozenset[str]) -> Iterator[str]:
+    """The names of the filled fields that are not `read`, in a column that holds messages or replies as a list, as one
+    object, as an object with `messages` in it, or as JSON text of these: for example "messages[].name"."""
+    if isinstance(value, str):
+        value = conversation_in(value, value)
+    if isinstance(value, dict):
+        if isinstance(value.get("messages"), list):
+            yield from (f"{name}.{field}" for field in sorted(value.keys() - _REQUEST_FIELDS) if filled(value[field]))
+            value, name = value["messages"], f"{name}.messages"
+        elif not value.keys().isdisjoint(_ROLE_FIELDS):
+            value = [value]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        for turn in filter(lambda turn: isinstance(turn, dict), value):
+            if not turn.keys() <= read:
+                yield from (f"{name}[].{field}" for field in sorted(turn.keys() - read) if filled(turn[field]))
+            parts = turn.get("content")
+            for part in parts if isinstance(parts, list) else ():
+                others = sorted(part.keys() - READ_IN_PARTS) if isinstance(part, dict) else ()
+                yield from (f"{name}[].content[].{field}" for field in others if filled(part[field]))
+
+
 def untrained_turns(name: str, value: Any) -> tuple[int, ...]:
     """The numbers, from 0, of the assistant turns marked as not to be learnt from (`weight: 0`, `train: false`).
 
@@ -204,6 +242,7 @@ def untrained_turns(name: str, value: Any) -> tuple[int, ...]:
 
 _LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{\s*['\"]")
 _OBJECT = re.compile(r"\s*\{\s*['\"](?:role|from|content|value|messages)['\"]\s*:")
+_REQUEST = re.compile(r"\s*\{.*['\"]messages['\"]\s*:\s*\[\s*\{", re.DOTALL)
 _BEGINS_A_MESSAGE = re.compile(r"\s*\[\s*\{\s*['\"](?:role|from)['\"]\s*:")
 
 
@@ -211,9 +250,11 @@ def conversation_in(text: str, otherwise: Any) -> Any:
     """The list of messages (or the one message) that a text holds as JSON or as Python prints it; `otherwise` for any
     other text. Raises Mistake for a text that begins like a list of messages and cannot be read."""
     first = text[:1]
-    if (first not in "[{" and not first.isspace()) or not (_LIST_OF_OBJECTS.match(text) or _OBJECT.match(text)):
+    if first not in "[{" and not first.isspace():
         return otherwise
-    value = value_in(text)
+    if not (_LIST_OF_OBJECTS.match(text) or _OBJECT.match(text) or _REQUEST.match(text)):
+        return otherwise
+    value = _parsed(text)
     turns = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
     if turns and all(_is_turn(turn) for turn in turns):
         return value
@@ -226,6 +267,12 @@ def conversation_in(text: str, otherwise: Any) -> Any:
             "write the list of messages as JSON (json.dumps in Python) instead of as a table prints it",
         )
     return otherwise
+
+
+@lru_cache(maxsize=16)
+def _parsed(text: str) -> Any:
+    """`value_in` of the cells of a row, each of which several functions look at; nothing changes the value."""
+    return value_in(text)
 
 
 def _is_turn(turn: Any) -> bool:

@@ -10,13 +10,18 @@ from typing import Any
 from trimtab.core.types import Demonstration, JsonDict, Message, PreferencePair, Prompt
 from trimtab.data.columns import thumb
 from trimtab.data.files import Located
+from trimtab.data.messages import refuse_fields
 from trimtab.data.mistakes import BadRow, Mistake, shown, wrong_type
 from trimtab.data.prompts import field_of, prompt_in, reply_of
 from trimtab.data.rows import number_in
 
 _TEXT = ("response", "answer", "text", "completion", "content", "output")
 _BY_SCORE = ("overall_score", "score", "rating", "overall_rating")
-SCORE_LISTS = {"scores": 1.0, "ratings": 1.0, "ranks": -1.0, "rank": -1.0, "mean_ranks": -1.0}
+READ_OF_REPLY = frozenset({*_TEXT, *_BY_SCORE, "rank"})
+"""Fields of a reply in a list of replies that are read."""
+READ_OF_INSTANCE = frozenset({"input", "output"})
+"""Fields of an instance of an instruction that are read."""
+SCORE_LISTS = {"scores": 1.0, "ratings": 1.0, "ranks": -1.0, "rank": -1.0, "mean_ranks": -1.0, "rankings": -1.0}
 """Columns with a list of one number for each reply: 1 if higher is better, -1 if lower is better."""
 REPLY_LISTS = ("responses", "answers", "completions", "replies")
 
@@ -33,9 +38,7 @@ def _ranked_list(row: JsonDict) -> str:
             continue
         if isinstance(value[0], dict) and any(t in value[0] for t in _TEXT) and "role" not in value[0]:
             return name
-        if any(
-            isinstance(row.get(by), list) for by in ("scores", "ranks", "rank", "ratings", "mean_ranks", "rankings")
-        ):
+        if any(isinstance(row.get(by), list) for by in SCORE_LISTS):
             return name
     return ""
 
@@ -95,6 +98,7 @@ def _scored(row: JsonDict, place: str, reply: Any) -> _Scored | None:
     """A reply with its score; None if the score is empty."""
     if not isinstance(reply, dict):
         wrong_type(place, reply, "an object with the reply and its score or rank")
+    refuse_fields(place, reply, READ_OF_REPLY)
     text = reply_of(place, field_of(reply, *_TEXT), row["prompt"])
     if reply.get("rank") is not None:
         number = number_in(reply, "rank")
@@ -241,7 +245,8 @@ def to_instances(row: JsonDict) -> list[Demonstration]:
     if not isinstance(instances, list) or not instances or not all(isinstance(i, dict) for i in instances):
         wrong_type("instances", instances, 'a list of objects with "input" and "output"')
     found = []
-    for instance in instances:
+    for i, instance in enumerate(instances):
+        refuse_fields(f"instances[{i}]", instance, READ_OF_INSTANCE)
         prompt = prompt_in({**row, "input": instance.get("input")})
         found.append(Demonstration(prompt=prompt, response=reply_of("output", instance.get("output"))))
     return found if len(found) == 1 else [replace(d, prompt=replace(d.prompt, id="")) for d in found]
