@@ -12,12 +12,12 @@ import sqlalchemy as sa
 
 from tests.feedback.browsing import Browser
 from tests.feedback.conftest import Make
-from tests.feedback.projects import PASSWORD, add, lease, make_store
+from tests.feedback.projects import PASSWORD, add, lease, make_store, person
 from trimtab.core.errors import DataError
 from trimtab.feedback import items, people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer
-from trimtab.feedback.exporting import write_export
+from trimtab.feedback.exporting import to_bytes, write_export
 from trimtab.feedback.importing import Options, import_source, seed_items
 from trimtab.feedback.store import verify
 from trimtab.feedback.vote_files import read_votes
@@ -211,6 +211,36 @@ def test_whoever_voted_elsewhere_can_change_and_undo_that_vote(small: Make, tmp_
     assert browser.post("/undo").status_code == 200
     assert browser.replies() == (["x", "y"] if changed.shown_left == "A" else ["y", "x"])
     assert verify(store) == []
+
+
+def test_votes_of_somebody_who_is_banned_take_no_places(make: Make, tmp_path: Path):
+    store = make()
+    spam = person(store, "spam")
+    people.set_state(store, spam.id, "banned")
+    path = write(tmp_path / "rows.jsonl", [pair(1, choice="A", annotator="spam")])
+    assert import_source(store, path, Options(with_votes=True))["votes"] == 1
+    assert verify(store) == []
+    assert lease(store, person(store, "Ann")) is not None
+    people.set_state(store, spam.id, "active")
+    assert verify(store) == []
+
+
+@pytest.mark.parametrize("name", ["Bob  Smith", " worker 7 ", "f" * 64])
+def test_whoever_is_named_in_a_file_can_use_their_link(small: Make, tmp_path: Path, name: str):
+    store = small()
+    path = write(tmp_path / "rows.jsonl", [pair(1, choice="A", annotator=name)])
+    import_source(store, path, Options(with_votes=True))
+    assert people.join(store, people.make_link(store, 1), name, PASSWORD).id == 1
+
+
+def test_names_that_are_numbers_are_read_as_the_statistics_read_them(small: Make, tmp_path: Path):
+    rows = [pair(1, choice="A", annotator=7.0), pair(2, choice="B", annotator=None)]
+    (tmp_path / "rows.parquet").write_bytes(to_bytes(rows, "rows.parquet"))
+    store = small()
+    import_source(store, str(tmp_path / "rows.parquet"), Options(with_votes=True))
+    with store.read() as connection:
+        assert [someone.name for someone in people.everyone(connection)] == ["7", "imported"]
+    assert read_votes(tmp_path / "rows.parquet").annotators == ("7", "(unnamed)")
 
 
 def test_a_vote_given_elsewhere_is_asked_again_with_its_sides_swapped(small: Make, tmp_path: Path):

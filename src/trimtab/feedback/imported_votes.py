@@ -19,10 +19,11 @@ from trimtab.feedback import tables as t
 from trimtab.feedback.answers import MAX_WRITING, Answer
 from trimtab.feedback.assign import order_of_given_vote
 from trimtab.feedback.items import CHUNK, NewItem, item_row, reply_hash
-from trimtab.feedback.people import DELETED, add_person, by_name
+from trimtab.feedback.people import DELETED, Person, add_person, by_name
 from trimtab.feedback.project import Task
 from trimtab.feedback.store import Store, checked_text, digest, guideline
 from trimtab.feedback.voting import NewVote, insert_votes
+from trimtab.votes.table import text_of
 
 _CHOICES = ("A", "B", "tie", "both_bad", "cannot_judge")
 _OTHER = {"A": "B", "B": "A"}
@@ -59,7 +60,8 @@ def vote_of_row(row: Mapping[str, Any], items: Sequence[NewItem], task: Task) ->
     left = row.get("shown_left") or None
     if left not in (None, "A", "B"):
         raise Mistake("wrong_side", f"shown_left is {left!r}", "name the side on the left, A or B, or leave it empty")
-    rationale, annotator = str(row.get("rationale") or ""), str(row.get("annotator") or "imported")
+    rationale = str(row.get("rationale") or "")
+    annotator = " ".join(text_of(row.get("annotator")).split()) or "imported"  # as people write it who sign in
     try:
         checked_text(rationale + annotator, where="")
     except DataError as error:
@@ -137,7 +139,9 @@ class _Chunk:
         self.store, self.connection, self.keyed, self.counts = store, connection, keyed, counts
         self.now = store.now()
         names = dict.fromkeys(vote.annotator for _, vote in keyed)
-        self.people = {name: self._person(name) for name in names}
+        found = {name: self._person(name) for name in names}
+        self.people = {name: person.id for name, person in found.items()}
+        self.banned = {person.id for person in found.values() if person.state == "banned"}
         wanted = {vote.item_sha256 for _, vote in keyed}
         rows = sa.select(t.items.c.id, t.items.c.sha256, t.items.c.replies).where(t.items.c.sha256.in_(wanted))
         self.items = {row.sha256: row for row in connection.execute(rows)}
@@ -157,9 +161,8 @@ class _Chunk:
         counted = sa.select(t.leases.c.person_id, sa.func.count()).where(t.leases.c.person_id.in_(persons))
         self.positions: Counter[int] = Counter(dict(connection.execute(counted.group_by(t.leases.c.person_id)).all()))
 
-    def _person(self, name: str) -> int:
-        person = by_name(self.connection, name) or add_person(self.connection, self.now, name, "annotator")
-        return person.id
+    def _person(self, name: str) -> Person:
+        return by_name(self.connection, name) or add_person(self.connection, self.now, name, "annotator")
 
     def add(self) -> None:
         version = guideline(self.connection).version
@@ -188,7 +191,7 @@ class _Chunk:
             values = self._values(key, vote, item, here, version, before)
             lease = self.leases.get(here)
             if purpose == "task" and (lease is None or lease.state not in ("open", "done")):
-                places[item.id] += 1
+                places[item.id] += person_id not in self.banned  # whose answers hold no places
             if lease is None:
                 leases.append(self._new_lease(here, values["shown_left"]))
             else:

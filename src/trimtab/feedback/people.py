@@ -132,8 +132,6 @@ def can_be_administered(connection: Connection) -> bool:
 def join(store: Store, token: str, name: str, password: str) -> Person:
     """The person who joins: new by an invitation, known by a link. Raises DataError that says what to correct."""
     name = checked_text(" ".join(name.split()), where="the name")
-    if not 1 <= len(name) <= 60 or name.startswith(DELETED):
-        raise DataError("the name needs 1 to 60 letters", where="joining", fix="choose another name")
     if len(password) < MIN_PASSWORD or len(password) > 1000:
         raise DataError(
             f"the password needs at least {MIN_PASSWORD} letters", where="joining", fix="a few words in a row do well"
@@ -146,6 +144,8 @@ def join(store: Store, token: str, name: str, password: str) -> Person:
                 "the invitation is not known, used up or too old", where="joining", fix="ask for a new invitation"
             )
         known = by_name(connection, name)
+        if invite.person_id is None and (not 1 <= len(name) <= 60 or name.startswith(DELETED)):
+            raise DataError("the name needs 1 to 60 letters", where="joining", fix="choose another name")
         if invite.person_id is not None and (known is None or known.id != invite.person_id):
             raise DataError(
                 "this link is for another name", where="joining", fix="write the name under which you took part before"
