@@ -192,9 +192,25 @@ def test_rows_of_other_faults_have_kinds_of_their_own(tmp_path, line, kind):
     assert [(bad.where[-5:], bad.kind) for bad in rows.bad] == [("row 2", kind)]
 
 
+@pytest.mark.parametrize("column", ["messages", "dialogue", "label", "steps", "meta"])
+def test_half_a_character_in_a_csv_cell_is_a_bad_row(tmp_path, column):
+    content = f'{column}\n"[{{""content"": ""cut \\ud83d""}}]"\n"[1]"\n'
+    rows = read_rows(write(tmp_path / "d.csv", content.encode()))
+    assert [row for _, row in rows.rows] == [{column: [1]}]
+    assert [(bad.where[-5:], bad.kind) for bad in rows.bad] == [("row 1", "half_character")]
+
+
+def test_half_a_character_is_a_bad_row_where_fields_are_left_out(tmp_path):
+    content = 'prompt,source\n"[{""role"": ""user"", ""content"": ""cut \\ud83d""}]",x\nHi,x\n'
+    rows = read_rows(f"{write(tmp_path / 'd.csv', content.encode())}?ignore=source")
+    assert [row for _, row in rows.rows] == [{"prompt": "Hi"}]
+    assert [bad.kind for bad in rows.bad] == ["half_character"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "fix"),
     [
+        ("d.json", b'{"system": "Be brief.", "data": [{"prompt": "a"}]}', "write it into every row"),
         ("d.txt", b"a", "a text file has no columns"),
         ("d.jsonl.zst", b"a", "zstd -d"),
         ("d.xlsx", b"a", "save the sheet as CSV"),

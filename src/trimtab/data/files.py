@@ -14,8 +14,9 @@ from typing import Any, BinaryIO, cast
 
 from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict
+from trimtab.data.columns import CHANGES_A_ROW, PROMPT, plain_name
 from trimtab.data.messages import refuse_half_characters, value_in
-from trimtab.data.mistakes import BadRow, Mistake
+from trimtab.data.mistakes import BadRow, Mistake, filled, shown
 
 Located = tuple[str, JsonDict]
 """A row with its place, such as "pairs.jsonl, row 17"."""
@@ -235,6 +236,13 @@ def _rows_of_object(path: Path, value: JsonDict) -> Iterable[Any]:
     lists = [name for name, v in value.items() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)]
     others = [v for v in value.values() if isinstance(v, list | dict)]
     if len(lists) == 1 and len(others) == 1 and lists[0] not in _COLUMNS_OF_OBJECTS:
+        for name, beside in value.items():
+            if plain_name(name) in CHANGES_A_ROW.union(PROMPT) and filled(beside) and name != lists[0]:
+                raise DataError(
+                    f"{name} ({shown(beside)}) stands beside the list {lists[0]!r}, and would belong to all of its rows",
+                    where=str(path),
+                    fix=f"write it into every row: jq -c '.{name} as $x | .{lists[0]}[] | .{name} = $x' {path.name}",
+                )
         return cast("list[Any]", value[lists[0]])
     tables = list(value.values())
     if len(tables) > 1 and all(isinstance(t, dict) and t and set(t) == set(tables[0]) for t in tables):
@@ -290,8 +298,13 @@ def _csv_rows(path: Path) -> Iterator[Located | BadRow]:
                         f"{len(cells)} cells under {len(header)} column names",
                         f"put cells that hold {separator!r}, quotes or line breaks in double quotes",
                     )
+                    continue
+                try:
+                    row = {name: _csv_value(name, cell) for name, cell in zip(header, cells, strict=True)}
+                except Mistake as mistake:
+                    yield BadRow(where, mistake.kind, mistake.problem, mistake.fix)
                 else:
-                    yield where, {name: _csv_value(name, cell) for name, cell in zip(header, cells, strict=True)}
+                    yield where, row
         except csv.Error as error:
             raise DataError(
                 f"not a CSV file: {error}",
@@ -350,7 +363,10 @@ def _csv_value(name: str, cell: str) -> Any:
 
 def _value_of(cell: str) -> Any:
     try:
-        return json.loads(cell.lower() if cell.lower() in ("true", "false") else cell)
+        value = json.loads(cell.lower() if cell.lower() in ("true", "false") else cell)
+        if "\\u" in cell:
+            refuse_half_characters(value)
+        return value
     except (ValueError, RecursionError):
         found = value_in(cell) if cell[:1] in ("[", "{") else None
         return found if found is not None else cell or None

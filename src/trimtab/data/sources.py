@@ -175,9 +175,13 @@ def _renamed(
                 )
         # An ignored column makes room for one that is renamed to its name.
         changed: JsonDict = {names.get(name, name): value for name, value in row.items() if name not in ignored}
-        if ignored:
-            changed = {name: _without(value, ignored, seen) for name, value in changed.items()}
-        yield where, changed
+        try:
+            if ignored:
+                changed = {name: _without(value, ignored, seen) for name, value in changed.items()}
+        except Mistake as mistake:
+            yield BadRow(where, mistake.kind, mistake.problem, mistake.fix)
+        else:
+            yield where, changed
     if missing := sorted(wanted - seen):
         raise DataError(
             f"no row has a column {', '.join(map(repr, missing))}",
