@@ -527,6 +527,23 @@ def test_messages_without_the_one_they_answer_are_bad_rows(file):
     assert "row 4" in loaded.dropped[0]
 
 
+def test_a_system_turn_within_the_prompt_or_the_replies_is_read(file):
+    request = {"model": "m", "system": "Brief.", "messages": [user("Hi")]}
+    for asked in (request, json.dumps(request)):
+        found = load(Demonstration, file({"prompt": asked, "completion": "Yo"})).records
+        assert found == [Demonstration(prompt=prompt("Hi", system="Brief."), response="Yo")]
+    sides = {name: {"system": "Brief.", "messages": [user("Is it?"), said(reply)]}
+             for name, reply in (("chosen", "Yes."), ("rejected", "No."))}  # fmt: skip
+    assert load(PreferencePair, file(sides)).records == [pair(prompt("Is it?", system="Brief."))]
+    with pytest.raises(DataError, match="part at turn 1, before the last reply"):
+        load(PreferencePair, file(sides | {"rejected": {**sides["rejected"], "system": "Rude."}}))
+
+
+def test_the_columns_beside_a_prompt_with_messages_are_facts_of_it(file):
+    [found] = load(Prompt, file({"prompt": {"messages": [user("2+2?")]}, "answer": "4"})).records
+    assert found == prompt("2+2?", facts={"answer": "4"})
+
+
 def test_the_answer_beside_a_solution_is_a_fact_of_the_prompt(file):
     [found] = load(Prompt, file({"problem": "2+2?", "solution": "Two and two are 4.", "answer": "4"})).records
     assert found.facts == {"solution": "Two and two are 4.", "answer": "4"}

@@ -59,6 +59,12 @@ ROWS = {
     "ratings that say the contrary": (PreferencePair, PAIR, {"chosen-rating": 1, "rejected-rating": 2}, "better one"),
     "label of a pair": (PreferencePair, PAIR, {"label": 0}, "label is 0"),
     "a category as label of a pair": (PreferencePair, PAIR, {"label": "x"}, "label is 'x'"),
+    "a fact that has another value": (
+        Prompt,
+        {"prompt": "2+2?", "facts": {"answer": "4"}},
+        {"answer": "5"},
+        "answer is '5' in its column and '4' in facts",
+    ),
     "a vote against the scores": (
         Comparison,
         {"prompt": "Hi", "response_a": "a", "response_b": "b", "choice": "A"},

@@ -19,7 +19,7 @@ from trimtab.core.types import (
 from trimtab.data.columns import thumb
 from trimtab.data.compared import pairs_of, to_comparison, to_judged
 from trimtab.data.messages import READ_FIELDS
-from trimtab.data.mistakes import Mistake, filled
+from trimtab.data.mistakes import Mistake, filled, shown
 from trimtab.data.prompts import prompt_in
 from trimtab.data.ranked import (
     READ_OF_INSTANCE,
@@ -110,6 +110,7 @@ class LayoutReading:
         found = made if isinstance(made, list) else [made]
         if self.kind is Prompt and self.layout.gather is None and not _is_own(row.get("prompt")):
             others = {k: v for k, v in row.items() if k not in self.used and v is not None and v == v}
+            _refuse_two_facts(others, row.get("facts"), self.names)
             facts: JsonDict = json.loads(json.dumps(others, default=str)) if others else {}
             found = found if not facts else [replace(prompt, facts={**facts, **prompt.facts}) for prompt in found]
         return found
@@ -136,7 +137,19 @@ def _refuse_two_of_one_name(names: Mapping[str, str], row: JsonDict) -> None:
 
 def _is_own(prompt: Any) -> bool:
     """Whether this is a prompt as `to_dict` writes it, with facts of its own."""
-    return isinstance(prompt, dict) and "messages" in prompt
+    return isinstance(prompt, dict) and "messages" in prompt and "facts" in prompt
+
+
+def _refuse_two_facts(columns: JsonDict, facts: Any, names: Mapping[str, str]) -> None:
+    """Raises Mistake for a column that holds another value than the fact of its name. A worked answer may: its last
+    line alone is the fact."""
+    for name, fact in facts.items() if isinstance(facts, dict) else ():
+        if name in columns and str(columns[name]) != str(fact) and names.get(name) != "worked_answer":
+            raise Mistake(
+                "two_facts",
+                f"{name} is {shown(columns[name])} in its column and {shown(fact)} in facts",
+                f"correct one of them, or leave the column out with FILE?ignore={name}",
+            )
 
 
 def _has(*names: str) -> Callable[[ColumnSet, Sample], bool]:

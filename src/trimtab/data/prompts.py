@@ -49,8 +49,11 @@ def reply_turns(name: str, value: Any) -> tuple[Message, ...] | str:
         value = conversation_in(value, value)
         if isinstance(value, str):
             return not_empty(name, value)
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):
+        refuse_unread(value)
+        return with_columns(messages_of(f"{name}.messages", value["messages"]), value)
     if isinstance(value, dict):
-        value = value["messages"] if isinstance(value.get("messages"), list) else [value]
+        value = [value]
     if not isinstance(value, list):
         wrong_type(name, value, "text or a list of messages")
     return messages_of(name, value)
@@ -125,7 +128,7 @@ def prompt_in(row: Mapping[str, Any], name: str = "prompt", *, facts: JsonDict |
         value = [value]
     if isinstance(value, dict) and "messages" in value:
         refuse_unread({**row, **value})
-        messages = messages_of(f"{name}.messages", value["messages"])
+        messages = with_columns(messages_of(f"{name}.messages", value["messages"]), value)
         return make_prompt(with_columns(messages, row), {**row, **value}, facts)
     refuse_unread(row)
     if isinstance(value, dict) and isinstance(value.get("full_text"), str):
