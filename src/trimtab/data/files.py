@@ -239,7 +239,7 @@ def _rows_of_object(path: Path, value: JsonDict) -> Iterable[Any]:
         for name, beside in value.items():
             if plain_name(name) in CHANGES_A_ROW.union(PROMPT) and filled(beside) and name != lists[0]:
                 raise DataError(
-                    f"{name} ({shown(beside)}) stands beside the list {lists[0]!r}, and would belong to all of its rows",
+                    f"{name} ({shown(beside)}) stands beside the list {lists[0]!r} and would belong to all its rows",
                     where=str(path),
                     fix=f"write it into every row: jq -c '.{name} as $x | .{lists[0]}[] | .{name} = $x' {path.name}",
                 )

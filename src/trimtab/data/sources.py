@@ -21,7 +21,7 @@ from trimtab.core.types import JsonDict, rows_hash
 from trimtab.data.files import FILE_TYPES, Located, rows_of_file
 from trimtab.data.folders import files_in
 from trimtab.data.messages import conversation_in
-from trimtab.data.mistakes import BadRow
+from trimtab.data.mistakes import BadRow, Mistake
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
