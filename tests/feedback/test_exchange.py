@@ -37,7 +37,8 @@ from trimtab.feedback.simulate import simulate
 from trimtab.feedback.store import Store, add_guideline, open_store, verify
 from trimtab.feedback.vote_files import read_votes
 from trimtab.feedback.votes import cast_votes, ranked_pairs
-from trimtab.feedback.voting import adjudicate, vote
+from trimtab.feedback.voting import adjudicate, reopen, vote
+from trimtab.votes.study import study
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -416,6 +417,70 @@ def test_the_statistics_read_the_vote_table_and_the_project_alike(tmp_path: Path
         num = len(list(cast_votes(connection)))
     store.close()
     assert len(read_votes(store.project.path)) == num
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
+def test_the_exported_votes_give_the_same_judgements_as_the_project(tmp_path: Path, ending: str):
+    assignment = {"overlap": 9, "gold_rate": 0.2, "reask_rate": 0.2}
+    store = make_store(tmp_path, {"assignment": assignment, "qualification": {"questions": 1}})
+    add(store, 30)
+    add(store, 5, first=100, purpose="gold", gold={"choice": "A"})
+    add(store, 1, first=200, purpose="quiz", gold={"choice": "A"})
+    for name in ("Ann", "Bob", "Eve"):
+        someone = person(store, name)
+        while answer_next(store, someone) is not None:
+            pass
+    people.set_state(store, 2, "banned")
+    adjudicate(
+        store, person(store, "Jo", "adjudicator"), 1, Answer(choice="B", strength=1, taxonomy="bad data"), key="k"
+    )
+    write_export(store, "votes", tmp_path / f"votes.{ending}")
+    store.close()
+    exported, project = read_votes(tmp_path / f"votes.{ending}"), read_votes(store.project.path)
+    for one in (exported, project):
+        assert one.annotators == ("Ann", "Eve")
+    assert len(exported) == len(project)
+    assert exported.table().sum() == project.table().sum() == len(project)
+    assert exported.counts["not_counted"] == exported.counts["rows"] - len(exported) > 30  # Bob's, gold, quiz, decision
+    assert any("left out" in note for note in study(exported, num_resamples=2).notes)
+
+
+def test_agreement_rests_on_the_first_vote_also_if_it_was_changed_later(small: Make, tmp_path: Path):
+    store = small({"assignment": {"reask_rate": 0.5}})
+    add(store, 40)
+    ann = person(store, "Ann")
+    receipts = {}
+    while (given_out := lease(store, ann)) is not None and given_out.purpose == "task":
+        receipts[given_out.item_id] = vote(store, ann, given_out.token, B)
+    assert given_out is not None
+    vote(store, ann, given_out.token, B)
+    vote(store, ann, reopen(store, ann, receipts[given_out.item_id].vote_id).token, A)
+    write_export(store, "votes", tmp_path / "votes.jsonl")
+    for source in (store.project.path, tmp_path / "votes.jsonl"):
+        votes = read_votes(source)
+        first = votes.first_votes()
+        assert len(votes) == len(first) + 1
+        assert [votes.categories[choice] for choice in first.choice].count("A") == 1
+    with store.read() as connection:
+        changed = next(cast.id for cast in cast_votes(connection) if cast.answer.choice == "A")
+    vote(store, ann, reopen(store, ann, changed).token, Answer(choice="cannot_judge"))
+    write_export(store, "votes", tmp_path / "votes.jsonl")
+    for source in (store.project.path, tmp_path / "votes.jsonl"):
+        assert len(read_votes(source)) == len(first) - 1  # without its first vote the other says nothing
+
+
+def test_rankings_that_nobody_could_judge_are_counted(small: Make):
+    store = small({"task": {"kind": "ranking"}, "assignment": {"overlap": 2}})
+    add(store, 1, kind="ranking", num=3)
+    answered(store, Answer(choice="done", ranking=((0,), (1,), (2,))), Answer(choice="cannot_judge"))
+    assert read_votes(store.project.path).counts == {"rows": 4, "votes": 3, "not_judged": 1}
+
+
+def test_points_that_nobody_gave_are_part_of_the_scale(small: Make):
+    store = small({"task": {"kind": "rating", "rating_scale": 5}, "assignment": {"overlap": 2}})
+    add(store, 1, kind="rating", num=1)
+    answered(store, Answer(choice="done", rating=4), Answer(choice="done", rating=5))
+    assert read_votes(store.project.path).categories == ("1", "2", "3", "4", "5")
 
 
 def test_a_card_says_where_rows_come_from(tmp_path: Path):

@@ -98,7 +98,7 @@ class Board:
 def make_board(store: Store, *, num_resamples: int = LIVE_RESAMPLES) -> Board:
     """The board as of now."""
     with store.read() as connection:
-        votes = votes_as_table(connection)
+        votes = votes_as_table(connection, store.project.settings.task)
         gold = _gold(connection)
         people = everyone(connection)
         skips = _skips(connection)

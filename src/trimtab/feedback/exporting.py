@@ -42,7 +42,7 @@ LAYOUTS: dict[ExportLayout, str] = {
     "sft": "messages: what people wrote and edited",
     "groups": "prompt, responses and every ranking (K-wise)",
     "comparisons": "one vote a row: prompt, response_a, response_b, choice, annotator",
-    "votes": "one vote a row with all that is known of it: disagreement studies",
+    "votes": "one vote a row with all that is known of it, gold, quiz, decisions and banned people too: studies",
     "potato": "Potato's instances with their label annotations",
     "dump": "everything but passwords, to import again without loss",
 }

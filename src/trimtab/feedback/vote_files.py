@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from trimtab.core.errors import DataError, EngineError, install
 from trimtab.core.types import JsonDict
 from trimtab.data.sources import read_rows
-from trimtab.votes.table import COLUMNS, VoteTable, refuse_rows, text_of, votes_from_rows
+from trimtab.votes.table import COLUMNS, NOT_JUDGED, VoteTable, refuse_rows, text_of, votes_from_rows
 
 
 def read_votes(
@@ -24,7 +25,8 @@ def read_votes(
     `votes_from_rows` says which columns a table has. `columns` maps these to the columns of another table; "+" joins
     several, as in {"item": "document+system"}. `annotator_columns` are the columns with one annotator's choices each,
     for a table with one row for each item. `missing` are further choices that are no judgement, `order` the categories
-    from low to high. Raises DataError with the first mistakes.
+    from low to high. Of a project's export, votes on gold and quiz items, decisions and votes of banned people are left
+    out and counted as `not_counted`. Raises DataError with the first mistakes.
     """
     path = Path(source)
     if path.suffix == ".toml":
@@ -35,7 +37,27 @@ def read_votes(
     rows: Iterable[tuple[str, JsonDict]] = [(where, _renamed(row, columns or {}, where)) for where, row in table.rows]
     if annotator_columns:
         rows = list(_long(rows, annotator_columns))
-    return votes_from_rows(rows, missing=missing, order=order)
+    rows = list(rows)
+    counted = _counted(rows)
+    votes = votes_from_rows(counted, missing=missing, order=order)
+    left_out = {"not_counted": len(rows) - len(counted)} if len(counted) < len(rows) else {}
+    return replace(votes, counts={**votes.counts, "rows": len(rows), **left_out})
+
+
+def _counted(rows: Sequence[tuple[str, JsonDict]]) -> list[tuple[str, JsonDict]]:
+    """The votes of a project's export (with the columns purpose and banned) that the project itself counts: those on
+    tasks, and then those of tasks asked again, by people who are not banned. Of another table all rows."""
+    if not rows or not {"purpose", "banned"} <= rows[0][1].keys():
+        return list(rows)
+    cast = [(where, row) for where, row in rows if text_of(row["banned"]).lower() != "true"]
+    first = [(where, row) for where, row in cast if row["purpose"] == "task"]
+    judged = {_asked(row) for _, row in first if text_of(row.get("choice")) not in NOT_JUDGED}
+    again = [(where, row) for where, row in cast if row["purpose"] == "reask" and _asked(row) in judged]
+    return first + again
+
+
+def _asked(row: JsonDict) -> tuple[str, str]:
+    return text_of(row.get("item")), text_of(row.get("annotator"))
 
 
 def _project_votes(path: Path) -> VoteTable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Row
 from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import WORDS, Answer, restored
+from trimtab.feedback.project import Task
 from trimtab.feedback.store import digest, open_store
 from trimtab.feedback.voting import JUDGED
 from trimtab.votes.table import VoteTable, votes_from_rows
@@ -39,6 +40,8 @@ class CountedVote:
     annotator: str
     annotator_place: float
     """In [0, 1), of the name they joined with, which stays when they are deleted: whether their votes are held out."""
+    banned: bool
+    """Whether the annotator is banned, so that the vote counts nowhere."""
     answer: Answer
     shown_left: str | None
     shown_order: tuple[int, ...]
@@ -71,7 +74,7 @@ def cast_votes(
         later.c.id > t.votes.c.id,
     )
     rows = (
-        sa.select(t.votes, t.people.c.name, t.people.c.place, *(t.writings.c[name] for name in WORDS))
+        sa.select(t.votes, t.people.c.name, t.people.c.place, t.people.c.state, *(t.writings.c[name] for name in WORDS))
         .join(t.people, t.people.c.id == t.votes.c.person_id)
         .outerjoin(t.writings, t.writings.c.vote_id == t.votes.c.id)
         .where(t.votes.c.purpose.in_(purposes), t.votes.c.choice.notin_(("undone", "skip")), ~replaced)
@@ -104,6 +107,7 @@ def cast_votes(
             person_id=row.person_id,
             annotator=row.name,
             annotator_place=row.place,
+            banned=row.state == "banned",
             answer=restored(row._mapping),
             shown_left=row.shown_left,
             shown_order=tuple(row.shown_order),
@@ -140,6 +144,7 @@ def table_row(cast: CountedVote) -> JsonDict:
         "strength": answer.strength,
         "kind": cast.kind,
         "purpose": cast.purpose,
+        "banned": cast.banned,
         "prompt_id": cast.prompt_id,
         "group": group_of(cast),
         "shown_order": list(cast.shown_order),
@@ -175,16 +180,27 @@ def _category(cast: CountedVote) -> str:
     return "done"
 
 
-def votes_as_table(connection: Connection, *, purposes: Sequence[str] = ("task", "reask")) -> VoteTable:
-    """The votes as a table for the statistics. A ranking counts as one vote for each of its pairs."""
-    return votes_from_rows(_rows(connection, purposes))
+def votes_as_table(connection: Connection, task: Task) -> VoteTable:
+    """The votes as a table for the statistics. A ranking counts as one vote for each of its pairs.
+
+    First votes come before those of items asked again, also if they were changed later, because agreement rests on the
+    first vote of an annotator on an item. A vote when asked again whose first vote is gone says nothing. A rating has
+    all points of the scale as categories, whether or not somebody gave them.
+    """
+    casts = list(cast_votes(connection))
+    first = {(cast.item_id, cast.person_id) for cast in casts if cast.answer.choice in JUDGED}
+    again = cast_votes(connection, purposes=("reask",))
+    casts += [cast for cast in again if (cast.item_id, cast.person_id) in first]
+    points = max([task.rating_scale, *(cast.answer.rating or 0 for cast in casts)])
+    order = [str(point) for point in range(1, points + 1)] if task.kind == "rating" else []
+    return votes_from_rows(_rows(casts), order=order)
 
 
-def _rows(connection: Connection, purposes: Sequence[str]) -> Iterator[tuple[str, JsonDict]]:
+def _rows(casts: Iterable[CountedVote]) -> Iterator[tuple[str, JsonDict]]:
     columns = (
         "item", "annotator", "choice", "shown_left", "seconds", "slice", "strength", "model_a", "model_b", "group",
     )  # fmt: skip
-    for cast in cast_votes(connection, purposes=purposes):
+    for cast in casts:
         where = f"vote {cast.id}"
         if cast.kind == "ranking" and cast.answer.choice == "done":
             for a, b, choice in ranked_pairs(cast.answer.ranking):
@@ -195,7 +211,7 @@ def _rows(connection: Connection, purposes: Sequence[str]) -> Iterator[tuple[str
                 if cast.slice:
                     row["slice"] = cast.slice
                 yield where, row
-        elif cast.kind in ("pairs", "rating", "steps"):
+        elif cast.kind in ("pairs", "ranking", "rating", "steps"):
             row = {name: value for name, value in table_row(cast).items() if name in columns and value is not None}
             if cast.kind == "pairs":
                 row["prompt"] = cast.prompt
@@ -217,7 +233,7 @@ def votes_of(project: str | Path) -> VoteTable:
     store = open_store(project, must_exist=True)
     try:
         with store.read() as connection:
-            return votes_as_table(connection)
+            return votes_as_table(connection, store.project.settings.task)
     finally:
         store.close()
 

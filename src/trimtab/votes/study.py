@@ -98,6 +98,11 @@ def study(votes: VoteTable, *, as_given: bool = False, num_resamples: int = 1000
     notes = []
     if repeats := len(votes) - len(first):
         notes.append(f"{repeats} repeated votes count for consistency only, not for agreement")
+    if votes.counts.get("not_counted"):
+        notes.append(
+            f"{votes.counts['not_counted']} votes are of gold or quiz items, decisions or of banned people, and are "
+            "left out"
+        )
     if votes.counts.get("not_judged"):
         notes.append(f"{votes.counts['not_judged']} votes were no judgement and are left out")
     if votes.swap is not None:
