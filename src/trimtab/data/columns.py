@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -43,6 +43,13 @@ PAIRS = (
     ("better", "worse"),
 )
 """Names of the better and the worse reply."""
+_SCORE_OF = tuple(
+    pattern.format(score)
+    for score in ("score", "rating", "reward")
+    for pattern in ("{}_{{}}", "{{}}_{}", "{{}}_avg_{}", "{{}}_{}s")
+)
+SCORES_OF_PAIR = tuple((name.format("chosen"), name.format("rejected")) for name in _SCORE_OF)
+"""Names of a score of the better and of the worse reply."""
 SIDES = (
     *((f"{name}_a", f"{name}_b") for name in ("response", "reply", "answer", "completion", "output", "human_ref")),
     *((f"{name}_{i}", f"{name}_{i + 1}") for i in (1, 0) for name in ("response", "output", "answer", "completion")),
@@ -63,8 +70,8 @@ _STEPS = ("completions", "steps")
 # Every name above, and the names that records use. Other columns become facts or are not used.
 KNOWN = frozenset(
     {*PROMPT, *COMPLETION, *MESSAGES, *PART_OF_PROMPT, *REASONING, *WEIGHT, *UNREAD, *CHOICE, *LABEL, *RATING, *_STEPS,
-     *(name for pair in (*PAIRS, *SIDES) for name in pair), "labels", "margin", "facts", "id", "annotator",
-     "winner_model_a", "winner_model_b", "winner_tie",
+     *(name for pair in (*PAIRS, *SIDES, *SCORES_OF_PAIR) for name in pair), "labels", "margin", "facts", "id",
+     "annotator", "winner_model_a", "winner_model_b", "winner_tie",
      "score_a", "score_b", "score_0", "score_1", "score_2", "rank", "answers", "responses", "text", "role",
      "message_id", "parent_id", "message_tree_id", *CALLS}
 )  # fmt: skip
@@ -134,6 +141,10 @@ def names_of(columns: frozenset[str], sample: Mapping[str, Any], rare: frozenset
 
     for one, other in PAIRS:
         if one in have and other in have and isinstance(sample.get(have[one]), str | list | dict):
+            for old, new in _scores_of(one, other):
+                if set(old) <= have.keys() and not set(new) & have.keys():
+                    rename(old[0], new[0])
+                    rename(old[1], new[1])
             rename(one, "chosen")
             rename(other, "rejected")
             break
@@ -160,6 +171,18 @@ def names_of(columns: frozenset[str], sample: Mapping[str, Any], rare: frozenset
     if name is not None and (name in LABEL[:2] or thumb(sample[have[name]]) is not None):
         rename(name, "label")
     return found
+
+
+def _scores_of(one: str, other: str) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    """The names that scores of two columns may have, each with what they are called here: for "response_j" and
+    "response_k", the pair "score_j" and "score_k" is "score_chosen" and "score_rejected"."""
+    words = [name.split("_") for name in (one, other)]
+    better_word, worse_word = (
+        next((word for word in mine if word not in its), mine[0]) for mine, its in (words, words[::-1])
+    )
+    for score, new in zip(_SCORE_OF, SCORES_OF_PAIR, strict=True):
+        for better, worse in ((one, other), (better_word, worse_word)):
+            yield (score.format(better), score.format(worse)), new
 
 
 def _third(second: str) -> str:

@@ -11,7 +11,16 @@ from trimtab.core.types import Comparison, JsonDict, Message, PreferencePair, Pr
 from trimtab.data.messages import conversation_in, messages_of, value_in
 from trimtab.data.mistakes import Mistake, shown
 from trimtab.data.preferences import Judged, to_pairs
-from trimtab.data.prompts import field_of, make_prompt, prompt_in, refuse_unread, reply_of, split_reply, with_columns
+from trimtab.data.prompts import (
+    field_of,
+    make_prompt,
+    prompt_in,
+    refuse_row_weight,
+    refuse_unread,
+    reply_of,
+    split_reply,
+    with_columns,
+)
 from trimtab.data.rows import number_in
 
 _TIES = frozenset({"tie", "ties", "tied", "equal", "same", "draw", "both", "neither", "both bad", "tie (bothbad)",
@@ -46,6 +55,7 @@ def sides_of(names: Mapping[str, str]) -> Sides:
 
 def to_judged(row: JsonDict, sides: Sides) -> Judged:
     """One vote over two replies. Raises Mistake."""
+    refuse_row_weight(row)
     prompt, response_a, response_b = _asked(row)
     share = _share(row, sides)
     if response_a == response_b and share != 0.5:

@@ -119,6 +119,14 @@ def refuse_beside_reply(row: Mapping[str, Any]) -> None:
             refuse(name, row[name], name)
 
 
+def refuse_row_weight(row: Mapping[str, Any]) -> None:
+    """Raises Mistake for a column that gives the row another weight than 1. Beside several replies, reasoning may be
+    that of whoever compared them, so it is only not used."""
+    for name in row.keys() & WEIGHT:
+        if filled(row[name]):
+            refuse_weight(name, row[name], name)
+
+
 def prompt_in(row: Mapping[str, Any], name: str = "prompt", *, facts: JsonDict | None = None) -> Prompt:
     """The prompt under `name`: text, a transcript, messages, or a `Prompt` as `to_dict` writes it. Raises Mistake."""
     value = field_of(row, name)

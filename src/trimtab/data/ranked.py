@@ -12,7 +12,7 @@ from trimtab.data.columns import thumb
 from trimtab.data.files import Located
 from trimtab.data.messages import refuse_fields
 from trimtab.data.mistakes import BadRow, Mistake, shown, wrong_type
-from trimtab.data.prompts import field_of, prompt_in, reply_of
+from trimtab.data.prompts import field_of, prompt_in, refuse_beside_reply, refuse_row_weight, reply_of
 from trimtab.data.rows import number_in
 
 _TEXT = ("response", "answer", "text", "completion", "content", "output")
@@ -53,6 +53,7 @@ class _Scored:
 def to_ranked_pairs(row: JsonDict) -> list[PreferencePair]:
     """A pair for every two replies of which one is better, in the order of the row. Raises Mistake."""
     field_of(row, "prompt")
+    refuse_row_weight(row)
     prompt, replies = _read(row)
     found = []
     for one, other in combinations(replies, 2):
@@ -244,6 +245,7 @@ def to_instances(row: JsonDict) -> list[Demonstration]:
     instances = field_of(row, "instances")
     if not isinstance(instances, list) or not instances or not all(isinstance(i, dict) for i in instances):
         wrong_type("instances", instances, 'a list of objects with "input" and "output"')
+    refuse_beside_reply(row)
     found = []
     for i, instance in enumerate(instances):
         refuse_fields(f"instances[{i}]", instance, READ_OF_INSTANCE)

@@ -18,7 +18,7 @@ from trimtab.core.types import (
     Prompt,
     SteppedResponse,
 )
-from trimtab.data.columns import SYSTEM, thumb
+from trimtab.data.columns import SCORES_OF_PAIR, SYSTEM, thumb
 from trimtab.data.messages import (
     conversation_in,
     is_transcript,
@@ -81,12 +81,7 @@ def number_in(row: Mapping[str, Any], name: str) -> float | None:
 
 # ---- pairs ----------------------------------------------------------------------------------------------------------
 
-_SCORES_OF_PAIR = tuple(
-    (one.format("chosen"), one.format("rejected"))
-    for score in ("score", "rating", "reward")
-    for one in (f"{score}_{{}}", f"{{}}_{score}", f"{{}}-{score}", f"{{}}_avg_{score}", f"{{}}_{score}s")
-)
-_SCORE_COLUMNS = frozenset(name for names in _SCORES_OF_PAIR for name in names)
+_SCORE_COLUMNS = frozenset(name for names in SCORES_OF_PAIR for name in names)
 
 
 def _pair(row: JsonDict, prompt: Prompt, chosen: str, rejected: str) -> PreferencePair:
@@ -109,7 +104,7 @@ def _pair(row: JsonDict, prompt: Prompt, chosen: str, rejected: str) -> Preferen
 
 
 def _refuse_swapped(row: JsonDict) -> None:
-    for one, other in _SCORES_OF_PAIR:
+    for one, other in SCORES_OF_PAIR:
         if row.get(one) is None or row.get(other) is None:
             continue
         chosen, rejected = number_in(row, one), number_in(row, other)
@@ -360,6 +355,7 @@ def to_stepped_response(row: JsonDict) -> SteppedResponse:
         raise Mistake(
             "wrong_number_of_labels", f"{len(steps)} steps with {len(labels)} labels", "give each step one label"
         )
+    refuse_beside_reply(row)
     return SteppedResponse(prompt=prompt_in(row), steps=tuple(steps), labels=labels)
 
 
