@@ -140,6 +140,7 @@ TABLE = [{"prompt": "a", "completion": "b, c"}, {"prompt": "d; e", "completion":
         ("d.csv", 'prompt;completion\na;b, c\n"d; e";f\n'),
         ("d.csv", 'sep=;\r\nprompt;completion\r\na;b, c\r\n"d; e";f\r\n'),
         ("d.csv", "prompt|completion\na|b, c\nd; e|f\n"),
+        ("d.csv", '\n  \nprompt,completion\na,"b, c"\nd; e,f\n'),
         ("d.CSV", 'prompt,completion\na,"b, c"\nd; e,f\n'),
     ],
 )
@@ -164,6 +165,12 @@ def test_a_csv_cell_that_looks_like_a_formula_comes_back_as_it_was(tmp_path, tex
     content = to_bytes([{"prompt": text, "chosen": [text], "n": 1}], "d.csv")
     ((_, row),) = read_rows(write(tmp_path / "d.csv", content)).rows
     assert row["prompt"] == text
+
+
+@pytest.mark.parametrize("column", ["prompt", "Prompt", "target", "output_1", "response-chosen", "User Prompt"])
+def test_a_csv_cell_of_a_prompt_or_reply_is_a_text_although_it_looks_like_a_list(tmp_path, column):
+    ((_, row),) = read_rows(write(tmp_path / "d.csv", f'{column},n\n"[1, 2]",3\n'.encode())).rows
+    assert row[column] == "[1, 2]"
 
 
 @pytest.mark.parametrize(
@@ -218,6 +225,8 @@ def test_half_a_character_is_a_bad_row_where_fields_are_left_out(tmp_path):
         ("d.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), "iconv -f utf-16"),
         ("d.csv", "prompt\na\n".encode("utf-16"), "iconv -f utf-16"),
         ("d.json", b'{"prompt": {"0": "a"}, "completion": {"0": "b"}}', "orient='records'"),
+        ("d.csv", b"prompt\ra\rb\r", "convert it: tr"),
+        ("d.jsonl", b'{"prompt": "a"}\r{"prompt": "b"}\r', "convert it: tr"),
         ("d.jsonl.gz", b'{"prompt": "a"}\n', "take .gz off its name"),
     ],
 )

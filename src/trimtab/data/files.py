@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 
 from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict
-from trimtab.data.columns import CHANGES_A_ROW, PROMPT, plain_name
+from trimtab.data.columns import CHANGES_A_ROW, COMPLETION, PAIRS, PROMPT, SIDES, SYSTEM, plain_name
 from trimtab.data.messages import refuse_half_characters, value_in
 from trimtab.data.mistakes import BadRow, Mistake, filled, shown
 
@@ -82,13 +82,23 @@ def _lines(path: Path) -> Iterator[bytes]:
             ) from error
 
 
+_RETURN_ALONE = re.compile(rb"\r[^\n]")
+
+
 def _begin(path: Path) -> Iterator[bytes]:
-    """The lines of a text file, without a byte order mark. Raises DataError if the text is UTF-16."""
+    """The lines of a text file, without a byte order mark. Raises DataError if the text is UTF-16 or its lines end
+    with a carriage return alone."""
     lines = _lines(path)
     first = next(lines, b"")
     if first.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in first[:4]:
         raise DataError(
             "the text is UTF-16, not UTF-8", where=str(path), fix=f"convert it: iconv -f utf-16 -t utf-8 {path.name}"
+        )
+    if _RETURN_ALONE.search(first) and b"\n" not in first and not path.name.lower().endswith((".json", ".json.gz")):
+        raise DataError(
+            "its lines end with a carriage return alone, as those of old Macs did",
+            where=str(path),
+            fix=f"convert it: tr '\\r' '\\n' < {path.name} > NEW",
         )
     return chain((first.removeprefix(b"\xef\xbb\xbf"),), lines)
 
@@ -268,10 +278,9 @@ _CSV_VALUES = frozenset(
 )
 # Replies and prompts stay texts even if they look like lists; `messages.conversation_in` recognises conversations.
 _CSV_TEXTS = frozenset(
-    {"prompt", "instruction", "question", "query", "problem", "input", "context", "system", "text", "chosen",
-     "rejected", "completion", "response", "output", "answer", "reply", "solution", "response_a", "response_b",
-     "rationale", "comment", "note"}
-)  # fmt: skip
+    {*PROMPT, *COMPLETION, *SYSTEM, *(name for pair in (*PAIRS, *SIDES) for name in pair), "text", "rationale",
+     "comment", "note"}
+) - {"history"}  # fmt: skip
 _MISSING = frozenset({"nan", "NaN", "<NA>"})
 _TAKEN_FOR_ELSE = r"(?: *[=+\-@\t\r]|(?:nan|NaN|<NA>)\Z)"
 NEEDS_APOSTROPHE = re.compile(f"'*{_TAKEN_FOR_ELSE}")
@@ -283,12 +292,13 @@ def _csv_rows(path: Path) -> Iterator[Located | BadRow]:
     csv.field_size_limit(2**31 - 1)  # the default refuses replies of more than 131072 characters
     lines = (line.decode() for line in _begin(path))
     try:
-        first = next(lines, "")
+        first = next((line for line in lines if line.strip()), "")
         stated = re.fullmatch(r'"?sep=(.)"?\s*', first)
         separator = stated[1] if stated else _separator(path, first)
         reader = csv.reader(lines if stated else chain((first,), lines), strict=True, delimiter=separator)
         try:
-            header = _header(path, next(reader, []))
+            header = _header(path, next(filter(any, reader), []))
+            columns = [(name, plain_name(name)) for name in header]
             for number, cells in enumerate((cells for cells in reader if cells), 1):
                 where = f"{path}, row {number}"
                 if len(cells) != len(header):
@@ -300,7 +310,7 @@ def _csv_rows(path: Path) -> Iterator[Located | BadRow]:
                     )
                     continue
                 try:
-                    row = {name: _csv_value(name, cell) for name, cell in zip(header, cells, strict=True)}
+                    row = {name: _csv_value(plain, cell) for (name, plain), cell in zip(columns, cells, strict=True)}
                 except Mistake as mistake:
                     yield BadRow(where, mistake.kind, mistake.problem, mistake.fix)
                 else:
@@ -348,14 +358,15 @@ def _header(path: Path, names: list[str]) -> list[str]:
     return names
 
 
-def _csv_value(name: str, cell: str) -> Any:
+def _csv_value(plain: str, cell: str) -> Any:
+    """The value of a cell; `plain` is the `columns.plain_name` of its column."""
     if cell[:1] == "'" and _HAS_APOSTROPHE.match(cell):
         return cell[1:]
     if cell in _MISSING:
         return None
-    if name in _CSV_VALUES:
+    if plain in _CSV_VALUES:
         return _value_of(cell)
-    if cell[:1] in "[{" and cell and name not in _CSV_TEXTS:
+    if cell[:1] in "[{" and cell and plain not in _CSV_TEXTS:
         found = value_in(cell)
         return cell if found is None else found
     return cell
