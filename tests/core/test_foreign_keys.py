@@ -62,6 +62,18 @@ def answer(stage: str, key: str) -> str:
         ("sft", "gradient_checkpointing", "checkpoint_activations"),
         ("sft", "load_in_4bit", "adapter.base_bits"),
         ("sft", "val_set_size", "held_out"),
+        ("preference", "dpo_beta", "loss.beta"),
+        ("preference", "max_prompt_length", "max_tokens"),
+        ("preference", "truncation_mode", "on_too_long"),
+        ("online", "max_prompt_length", "sampling.max_prompt_tokens"),
+        ("online", "delta", "loss.dual_clip"),
+        ("online", "stop_token", "sampling.stop"),
+        ("online", "generation_batch_size", "prompts_per_step"),
+        ("online", "micro_rollout_batch_size", "sampling.batch_size"),
+        ("online", "normalize_reward", "shaping.normalize"),
+        ("online", "use_kl_in_reward", "kl_in"),
+        ("online", "use_kl_loss", "kl_in"),
+        ("online", "kl_penalty", "kl_estimator"),
     ],
 )
 def test_a_key_of_another_library_is_answered_with_ours(stage: str, key: str, ours: str):
@@ -69,10 +81,46 @@ def test_a_key_of_another_library_is_answered_with_ours(stage: str, key: str, ou
 
 
 @pytest.mark.parametrize(
-    ("key", "said"), [("output_dir", "--out DIR"), ("sample_packing", "never"), ("logging_steps", "metrics.jsonl")]
+    ("stage", "key", "said"),
+    [
+        ("sft", "output_dir", "--out DIR"),
+        ("sft", "sample_packing", "ever padded"),
+        ("sft", "logging_steps", "metrics.jsonl"),
+        ("sft", "num_gpus", "the local engine trains and samples"),
+        ("sft", "trust_remote_code", "is never run"),
+        ("sft", "hf_token", "hf auth login"),
+        ("sft", "use_dora", "plain low-rank change"),
+        ("sft", "lora_dropout", "with dropout"),
+        *(("sft", key, "used as it is") for key in ("tokenizer", "chat_template", "special_tokens", "pad_token")),
+        *(("sft", key, "columns=question:prompt") for key in ("dataset_text_field", "input_key")),
+        ("online", "eos_token", "used as it is"),
+        ("online", "repetition_penalty", "another policy"),
+        ("online", "importance_sampling_level", 'loss.name = "gspo"'),
+        ("preference", "kto_beta", 'loss.beta, with loss.name = "kto"'),
+        ("preference", "cpo_alpha", 'loss.nll_coef, with loss.name = "cpo"'),
+        ("preference", "orpo_alpha", 'loss.odds_coef, with loss.name = "orpo"'),
+        ("preference", "simpo_gamma", 'loss.gamma, with loss.name = "simpo"'),
+    ],
 )
-def test_a_key_without_a_counterpart_is_answered_with_why(key: str, said: str):
-    assert said.removeprefix("never") in answer("sft", key)
+def test_a_key_without_a_counterpart_is_answered_with_why(stage: str, key: str, said: str):
+    assert said in answer(stage, key)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("adapter.dropout", "with dropout"),
+        ("adapter.bias", "no biases"),
+        ("adapter.use_rslora", "did you mean adapter.alpha?"),
+        ("optimizer.name", "AdamW is the only optimizer"),
+        ("optimizer.type", "AdamW is the only optimizer"),
+    ],
+)
+def test_a_foreign_key_of_a_table_is_answered_there(key: str, said: str):
+    table, _, name = key.partition(".")
+    (problem,) = settings_check.mistakes(registry.modules("stage")["sft"], REQUIRED["sft"] | {table: {name: 1}}, "")
+    assert problem.startswith(f"{key}: unknown key; ")
+    assert said in problem
 
 
 def test_a_key_in_a_table_is_answered_with_one_of_that_table():

@@ -375,7 +375,7 @@ def unknown_key(full: str, siblings: Sequence[str], everything: Sequence[str]) -
     table, and `everything` also includes those of the tables below it, all as full paths."""
     key = full.rpartition(".")[2]
     deeper = sorted((p for p in everything if p not in siblings), key=lambda p: p.count("."))
-    if ours := ours_for(key, [*siblings, *deeper]):
+    if ours := ours_for(full, [*siblings, *deeper]):
         return f"{full}: unknown key; {ours}"
     same_name = [p for p in deeper if p.rpartition(".")[2] == key]
     close = same_name or difflib.get_close_matches(full, siblings, 1) or difflib.get_close_matches(full, deeper, 1)

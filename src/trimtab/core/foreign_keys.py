@@ -13,6 +13,11 @@ _DIRECTORY = 'the run directory is given on the command line, as "--out DIR"'
 _TRACKERS = 'write trackers = ["wandb"] or ["tensorboard"]; metrics.jsonl is always written'
 _PACKED = "nothing is ever padded: sequences are packed and share their prefixes always; remove the key"
 _ENGINE = "there is nothing to choose: the local engine trains and samples; remove the key"
+_TOKENIZER = (
+    "the tokenizer in the model's directory is used as it is, with its tokens and chat template; change it there"
+)
+_COLUMNS = 'columns are recognised; another name is given in the source, as "FILE?columns=question:prompt"'
+_KL = 'kl_in = "reward" or "loss", with its weight in kl.coef'
 _REWARDS = "rewards are a list: [[rewards]] with a name, and path for a reward model or function for a callable"
 
 OURS: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {
@@ -32,7 +37,10 @@ OURS: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {
         ("optimizer.max_gradient_norm",),
         "",
     ),
-    ("optim", "optimizer_name"): ((), "AdamW is the only optimizer, and its settings are the table [optimizer]"),
+    ("optim", "optimizer_name", "optimizer_type", "optimizer.name", "optimizer.type"): (
+        (),
+        "AdamW is the only optimizer, and its settings are the table [optimizer]",
+    ),
     # steps and batches
     ("per_device_train_batch_size", "train_batch_size", "global_batch_size", "gradient_batch_size"): (
         ("batch_size", "prompts_per_step"),
@@ -43,6 +51,8 @@ OURS: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {
         "batch_size or prompts_per_step is the whole update, and token_budget splits it into forward passes",
     ),
     ("rollout_batch_size", "num_prompts_per_step"): (("prompts_per_step",), ""),
+    ("generation_batch_size",): (("prompts_per_step",), "in prompts, each with group_size replies"),
+    ("micro_rollout_batch_size",): (("sampling.batch_size",), "memory and speed only"),
     ("num_generations", "n_samples_per_prompt", "num_return_sequences", "n_samples", "num_samples_per_prompt"): (
         ("group_size", "replies_per_prompt"),
         "",
@@ -74,12 +84,23 @@ OURS: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {
     ("packing", "sample_packing", "pad_to_sequence_len", "group_by_length", "padding_free"): ((), _PACKED),
     ("use_vllm", "vllm_mode", "deepspeed", "zero_stage", "fsdp", "flash_attn", "flash_attention"): ((), _ENGINE),
     ("attn_implementation", "use_liger_kernel", "use_liger_loss"): ((), _ENGINE),
+    ("num_gpus", "n_gpus_per_node", "nnodes", "device", "device_map", "world_size"): ((), _ENGINE),
     # adapters
     ("lora_rank", "lora_r", "peft_lora_r", "r"): (("adapter.rank",), ""),
     ("lora_alpha", "peft_lora_alpha"): (("adapter.alpha",), ""),
     ("lora_target_modules", "target_modules", "lora_target_linear"): (("adapter.modules",), ""),
     ("load_in_4bit", "load_in_8bit", "qlora", "bits"): (("adapter.base_bits",), ""),
-    ("peft_config", "use_peft", "use_lora", "lora", "lora_dropout"): (("adapter",), _ADAPTER),
+    ("peft_config", "use_peft", "use_lora", "lora"): (("adapter",), _ADAPTER),
+    ("use_rslora", "peft_use_rslora"): (
+        ("adapter.alpha",),
+        "the change is scaled by alpha / rank; rsLoRA is alpha times the root of rank",
+    ),
+    ("use_dora", "peft_use_dora"): ((), "an adapter is a plain low-rank change; remove the key"),
+    ("adapter.bias", "lora_bias"): (
+        (),
+        "an adapter changes the weights of linear layers and no biases; remove the key",
+    ),
+    ("dropout", "lora_dropout"): ((), "nothing is trained with dropout; remove the key"),
     # models and data
     ("model_name_or_path", "base_model", "pretrain", "model_path", "model_name", "model_id"): (("model",), ""),
     ("ref_model", "ref_pretrain", "ref_model_path", "reference_model"): (("reference", "baseline"), ""),
@@ -88,6 +109,13 @@ OURS: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {
         _REWARDS,
     ),
     ("critic_pretrain", "value_model", "value_model_path"): (("critic.path",), ""),
+    ("trust_remote_code",): ((), "code in a model's directory is never run; remove the key"),
+    ("hf_token", "use_auth_token", "hub_token"): (
+        (),
+        "the hub is asked with the login of `hf auth login`, or HF_TOKEN",
+    ),
+    ("tokenizer", "tokenizer_name_or_path", "tokenizer_path", "chat_template"): ((), _TOKENIZER),
+    ("special_tokens", "pad_token", "eos_token", "bos_token"): ((), _TOKENIZER),
     ("dataset", "dataset_name", "datasets", "train_dataset", "dataset_path", "train_data", "train_file"): (
         ("data", "prompts"),
         "a file, a hub id or a world",
@@ -97,7 +125,17 @@ OURS: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {
     ("val_set_size", "test_size", "eval_split_ratio"): (("held_out",), ""),
     ("max_samples", "max_train_samples"): (("limit", "num_prompts"), ""),
     ("max_length", "max_seq_length", "max_seq_len", "sequence_len", "cutoff_len", "max_len"): (("max_tokens",), ""),
-    ("max_prompt_length", "prompt_max_len"): (("sampling.max_prompt_tokens",), ""),
+    ("max_prompt_length", "prompt_max_len"): (("sampling.max_prompt_tokens", "max_tokens"), ""),
+    ("truncation_mode",): (("on_too_long",), "a prompt is cut on its left"),
+    ("dataset_text_field", "input_key", "output_key", "prompt_key", "label_key", "chosen_key", "rejected_key"): (
+        (),
+        _COLUMNS,
+    ),
+    ("stop_token",): (("sampling.stop",), "further texts; the end token of the model always ends a reply"),
+    ("repetition_penalty", "presence_penalty", "frequency_penalty"): (
+        (),
+        "a penalty would make the sampler another policy than the one that is trained; remove the key",
+    ),
     ("max_completion_length", "generate_max_len", "response_length", "max_tokens"): (("sampling.max_new_tokens",), ""),
     ("train_on_inputs", "completion_only_loss", "assistant_only_loss", "train_on_input"): (("train_on",), ""),
     ("precompute_ref_log_probs",): (
@@ -107,6 +145,12 @@ OURS: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {
     # losses
     ("loss_type", "rl_loss"): (("loss",), ""),
     ("beta", "kl_coef", "init_kl_coef", "kl_loss_coef", "kl_coeff", "init_kl_coeff"): (("loss.beta", "kl.coef"), ""),
+    ("use_kl_in_reward", "use_kl_loss"): (("kl_in",), _KL),
+    ("kl_penalty", "kl_loss_type"): (("kl_estimator",), ""),
+    ("dpo_beta",): (("loss.beta",), ""),
+    ("kto_beta",): ((), 'did you mean loss.beta, with loss.name = "kto"?'),
+    ("orpo_alpha",): ((), 'did you mean loss.odds_coef, with loss.name = "orpo"?'),
+    ("cpo_alpha",): ((), 'did you mean loss.nll_coef, with loss.name = "cpo"?'),
     ("target_kl",): (("stop_kl",), "to end the passes of a step; kl.target is that of the adaptive coefficient"),
     ("kl_target",): (("kl.target",), 'with kl.name = "adaptive"'),
     ("cliprange", "clip_range", "eps_clip", "clip_eps", "epsilon", "eps_clip_low", "clip_ratio"): (
@@ -114,27 +158,32 @@ OURS: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {
         "and loss.clip_high",
     ),
     ("epsilon_high", "eps_clip_high", "clip_ratio_high"): (("loss.clip_high",), ""),
+    ("delta",): (("loss.dual_clip",), "the bound on the ratio for negative advantages"),
+    ("importance_sampling_level",): ((), 'did you mean loss.name = "gspo", whose ratios are of whole replies?'),
     ("cliprange_value", "value_clip", "clip_range_value"): (("critic.loss.clip",), ""),
     ("vf_coef", "value_loss_coef"): (("critic.loss.coef",), ""),
     ("gae_lambda", "lambd", "lambda"): (("advantage.lam",), ""),
     ("gamma",): (("advantage.gamma", "loss.gamma"), ""),
     ("advantage_estimator", "adv_estimator"): (("advantage",), ""),
+    ("normalize_reward",): (("shaping.normalize",), ""),
     ("scale_rewards",): (("advantage.scale", "advantage"), 'of advantage.name = "grpo"'),
     ("mask_truncated_completions", "overlong_filtering"): (("skip_truncated",), ""),
     ("ent_coef", "entropy_loss_coef"): (("entropy_coef",), ""),
     ("rpo_alpha", "sft_loss_coef"): (("loss.nll_coef",), ""),
-    ("simpo_gamma",): (("loss.gamma",), 'of loss.name = "simpo"'),
+    ("simpo_gamma",): ((), 'did you mean loss.gamma, with loss.name = "simpo"?'),
     ("center_rewards_coefficient",): (("loss.centering_coef",), ""),
     ("ptx_coef", "pretrain_data"): (("pretraining_mix",), ""),
 }
 """Maps foreign names with one meaning to (our names, a remark). The first of our names that the stage has is suggested;
-with no such name, the remark is the whole answer."""
+with no such name, the remark is the whole answer. A foreign name may name its table too, as "optimizer.name"."""
 
 
 def ours_for(key: str, known: Sequence[str]) -> str:
-    """What to write instead of another library's key, or "". `known` holds the key paths of the run file's stage."""
+    """What to write instead of another library's key path, or "". `known` holds the key paths of the run file's
+    stage."""
+    meant = f".{key.lower().replace('-', '_')}"
     for names, (candidates, said) in OURS.items():
-        if key.lower().replace("-", "_") not in names:
+        if not any(meant.endswith(f".{name}") for name in names):
             continue
         found = [path for ours in candidates for path in known if f".{path}".endswith(f".{ours}")]
         if found:
