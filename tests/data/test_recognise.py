@@ -200,6 +200,12 @@ FILES = {
     "stars as label": (Demonstration, REPLY | {"label": 4}, "judges the replies", "ignore=label"),
     "two replies": (Demonstration, REPLY | {"output": "No"}, "two columns may be the reply", "ignore=output"),
     "two questions": (Demonstration, REPLY | {"question": "Who?"}, "no part of the prompt", "ignore=question"),
+    "options that the question lacks": (
+        Demonstration,
+        {"question": "Which is it?", "choices": ["Yes", "No"], "answer": "A"},
+        "no part of the prompt",
+        "ignore=choices",
+    ),
     "a question beside messages": (
         Demonstration,
         {"query": "Who?", "messages": [user("a"), said("b")]},
@@ -343,6 +349,50 @@ def test_what_few_rows_fill_in_says_no_less_of_those(file, column, value, messag
         load(Demonstration, path)
     assert f"{path}?ignore={column}" in error.value.fix
     assert len(load(Demonstration, f"{path}?ignore={column}").records) == 10
+
+
+REPLIES = [{"prompt": f"Question {i}?", "completion": "Yo", "liked": "", "system": ""} for i in range(1001)]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("label", False, "label is False: it judges the replies"),
+        ("liked", "no", "liked is 'no': it judges the replies"),
+        ("Rating", 1, "Rating is 1: it judges the replies"),
+        ("question", "Which one is it?", "question holds 'Which one is it"),
+        ("output", "No", "two columns may be the reply"),
+        ("Weight", 0, "weight is 0"),
+        ("Tools", CALL, "tools holds"),
+    ],
+)
+def test_a_column_that_begins_late_in_a_file_says_no_less(file, column, value, message):
+    """The first thousand rows show the layout."""
+    path = file(*REPLIES, {"prompt": "Is it?", "completion": "Yes", column: value})
+    with pytest.raises(DataError, match=message) as error:
+        load(Demonstration, path)
+    assert error.value.where == f"{path}, row 1002"
+    assert f"{path}?ignore={column}" in error.value.fix
+    assert len(load(Demonstration, f"{path}?ignore={column}").records) == 1002
+
+
+def test_columns_of_the_prompt_that_begin_late_in_a_file_are_used(file):
+    path = file(*REPLIES, REPLY | {"system": "Be brief.", "input": "Yo?"}, REPLY | {"System": "Be rude.", "lang": "en"})
+    loaded = load(Demonstration, path)
+    assert [m.content for m in loaded.records[1001].prompt.messages] == ["Be brief.", "Hi\n\nYo?"]
+    assert [m.content for m in loaded.records[1002].prompt.messages] == ["Be rude.", "Hi"]
+    assert loaded.unused == ("lang",)
+    assert load(Prompt, path).records[1002].facts == {"completion": "Yo", "lang": "en"}
+
+
+def test_an_empty_column_of_the_prompt_is_no_fact_of_it(file):
+    [found] = load(Prompt, file({"prompt": "Hi", "input": "", "answer": "4"})).records
+    assert found.facts == {"answer": "4"}
+
+
+def test_options_that_the_question_states_are_only_not_used(file):
+    row = {"question": "Yes or No?", "options": {"A": "Yes", "B": "No"}, "answer": "A"}
+    assert load(Demonstration, file(row)).unused == ("options",)
 
 
 def test_a_column_in_capitals_that_few_rows_fill_in_changes_these_rows(file):

@@ -16,6 +16,8 @@ SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "sy
 """A column with the system turn."""
 CONTEXT = ("input", "context", "passage", "passages")
 """Names of text that belongs to the question but stands in a column of its own."""
+OPTIONS = ("choices", "options")
+"""Names of the options of a question, of which a reply may be the letter."""
 PART_OF_PROMPT = frozenset({*SYSTEM, *CONTEXT, "history"})
 WEIGHT = frozenset({"weight", "sample_weight", "loss_weight"})
 REASONING = frozenset({"reasoning", "reasoning_content", "reasoning_details", "thinking", "thinking_blocks", "think",
@@ -69,9 +71,9 @@ _STEPS = ("completions", "steps")
 
 # Every name above, and the names that records use. Other columns become facts or are not used.
 KNOWN = frozenset(
-    {*PROMPT, *COMPLETION, *MESSAGES, *PART_OF_PROMPT, *REASONING, *WEIGHT, *UNREAD, *CHOICE, *LABEL, *RATING, *_STEPS,
-     *(name for pair in (*PAIRS, *SIDES, *SCORES_OF_PAIR) for name in pair), "labels", "margin", "facts", "id",
-     "annotator", "winner_model_a", "winner_model_b", "winner_tie",
+    {*PROMPT, *COMPLETION, *MESSAGES, *PART_OF_PROMPT, *OPTIONS, *REASONING, *WEIGHT, *UNREAD, *CHOICE, *LABEL,
+     *RATING, *_STEPS, *(name for pair in (*PAIRS, *SIDES, *SCORES_OF_PAIR) for name in pair), "labels", "margin",
+     "facts", "id", "annotator", "winner_model_a", "winner_model_b", "winner_tie",
      "score_a", "score_b", "score_0", "score_1", "score_2", "rank", "answers", "responses", "text", "role",
      "message_id", "parent_id", "message_tree_id", *CALLS}
 )  # fmt: skip

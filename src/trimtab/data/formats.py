@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from trimtab.core.types import (
@@ -88,8 +89,15 @@ class LayoutReading:
     names: Mapping[str, str]
     """For each renamed column, from its name in the file to its name here: for example {"question": "prompt"}."""
     convert: Callable[[JsonDict], Any]
-    used: frozenset[str]
-    """The columns that are part of the records, by their names in the file."""
+    uses: frozenset[str]
+    """The names, here, of columns that are part of the records."""
+    seen: frozenset[str]
+    """The columns that a row has filled in so far, by their names in the file."""
+
+    @cached_property
+    def used(self) -> frozenset[str]:
+        """The columns seen that are part of the records, by their names in the file."""
+        return frozenset(name for name in self.seen if self.names.get(name, name) in self.uses)
 
     def plain(self, row: JsonDict) -> JsonDict:
         """The row with the column names that are used here."""
@@ -109,7 +117,8 @@ class LayoutReading:
         made = self.convert(plain)
         found = made if isinstance(made, list) else [made]
         if self.kind is Prompt and self.layout.gather is None and not _is_own(row.get("prompt")):
-            others = {k: v for k, v in row.items() if k not in self.used and v is not None and v == v}
+            left = {k: v for k, v in row.items() if self.names.get(k, k) not in self.uses}
+            others = {k: v for k, v in left.items() if v is not None and v == v}
             _refuse_two_facts(others, row.get("facts"), self.names)
             facts: JsonDict = json.loads(json.dumps(others, default=str)) if others else {}
             found = found if not facts else [replace(prompt, facts={**facts, **prompt.facts}) for prompt in found]

@@ -15,7 +15,7 @@ from trimtab.core.types import JsonDict, Message, Prompt, Record, records_hash
 from trimtab.data.formats import LAYOUTS, Layout, LayoutReading
 from trimtab.data.messages import READ_FIELDS, unread_fields
 from trimtab.data.mistakes import BadRow, Mistake, filled
-from trimtab.data.recognise import named, recognise
+from trimtab.data.recognise import named, recognise, with_new_columns
 from trimtab.data.sources import RowStream, records_source, stream_rows
 
 NUM_SHOWN = 5
@@ -162,9 +162,10 @@ def stream_records(
     from 0, and says whether its records are made."""
     stream = stream_rows(source, limit=limit)
     unused: dict[str, None] = {}
-    found, reading = _begin(stream, kind, unused)
+    found, first_reading = _begin(stream, kind, unused)
 
     def rows() -> Iterator[tuple[str, Any]]:
+        reading = first_reading
         for number, row in enumerate(found):
             if isinstance(row, BadRow):
                 yield row.where, row
@@ -172,15 +173,18 @@ def stream_records(
                 yield row[0], None
             else:
                 assert reading is not None
+                if not row[1].keys() <= reading.seen and reading.layout.gather is None:
+                    reading = with_new_columns(reading, row[1], where=row[0], source=stream.source)
                 yield row[0], _made(row[0], row[1], reading, stream.source, accepts, unused)
 
     return RecordStream(
         source=stream.source,
         sha256=stream.sha256,
-        layout=reading.layout.name if reading else "",
+        layout=first_reading.layout.name if first_reading else "",
         rows=rows(),
-        collect=reading.collect if reading else lambda made: (made, {}),
-        by_row=reading is None or (reading.layout.gather is None and kind not in reading.layout.collect),
+        collect=first_reading.collect if first_reading else lambda made: (made, {}),
+        by_row=first_reading is None
+        or (first_reading.layout.gather is None and kind not in first_reading.layout.collect),
         unused=unused,
     )
 

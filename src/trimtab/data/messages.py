@@ -200,13 +200,15 @@ def unread_fields(name: str, value: Any, read: frozenset[str]) -> Iterator[str]:
         elif not value.keys().isdisjoint(_ROLE_FIELDS):
             value = [value]
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        for turn in filter(lambda turn: isinstance(turn, dict), value):
+        for turn in value:
+            if not isinstance(turn, dict):
+                continue
             if not turn.keys() <= read:
                 yield from (f"{name}[].{field}" for field in sorted(turn.keys() - read) if filled(turn[field]))
-            parts = turn.get("content")
-            for part in parts if isinstance(parts, list) else ():
-                others = sorted(part.keys() - READ_IN_PARTS) if isinstance(part, dict) else ()
-                yield from (f"{name}[].content[].{field}" for field in others if filled(part[field]))
+            if isinstance(parts := turn.get("content"), list):
+                for part in parts:
+                    others = sorted(part.keys() - READ_IN_PARTS) if isinstance(part, dict) else ()
+                    yield from (f"{name}[].content[].{field}" for field in others if filled(part[field]))
 
 
 def untrained_turns(name: str, value: Any) -> tuple[int, ...]:

@@ -136,7 +136,7 @@ def trees_of_rows(rows: Iterable[Located | BadRow]) -> Iterator[Located | BadRow
         if {k: v for k, v in known.items() if k != "replies"} != row:
             problem = f"two messages have the id {name}, and they differ"
             bad.append(BadRow(where, "repeated_id", problem, "give every message an id of its own"))
-    roots = []
+    roots: list[Located] = []
     for where, message in messages.values():
         parent = message.get("parent_id")
         if parent is None or parent == "":
@@ -146,12 +146,12 @@ def trees_of_rows(rows: Iterable[Located | BadRow]) -> Iterator[Located | BadRow
         else:
             problem = f"the message before it, {shown(parent)}, is not in the file"
             bad.append(BadRow(where, "missing_parent", problem, "add that message, or remove what answers it"))
-    reached = set()
-    waiting = [root["prompt"] for _, root in roots]
+    reached = set[str]()
+    waiting: list[JsonDict] = [root["prompt"] for _, root in roots]
     while waiting:
-        message = waiting.pop()
-        reached.add(str(message.get("message_id")))
-        waiting += message["replies"]
+        known = waiting.pop()
+        reached.add(str(known.get("message_id")))
+        waiting += known["replies"]
     missing = {row.where for row in bad}
     for name, (where, message) in messages.items():
         if name not in reached and where not in missing:

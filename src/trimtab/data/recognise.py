@@ -5,18 +5,30 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from trimtab.core.errors import DataError
 from trimtab.core.types import Demonstration, JsonDict, LabelledResponse, PreferencePair, Prompt
-from trimtab.data.columns import COMPLETION, LABEL, PART_OF_PROMPT, PROMPT, RATING, names_of, plain_name, thumb
+from trimtab.data.columns import (
+    CHANGES_A_ROW,
+    COMPLETION,
+    LABEL,
+    OPTIONS,
+    PART_OF_PROMPT,
+    PROMPT,
+    RATING,
+    names_of,
+    plain_name,
+    thumb,
+)
 from trimtab.data.compared import sides_of
 from trimtab.data.formats import LAYOUTS, Layout, LayoutReading
 from trimtab.data.messages import conversation_in, transcript
 from trimtab.data.mistakes import Mistake, filled, shown
 
 _NUM_COMPARED = 50
-"""How many rows are searched for a second column of replies or questions, and for replies that repeat the prompt."""
+"""How many rows are searched for a column that may hold the prompt, and for replies that repeat it."""
 _ABOUT = frozenset(
     {"id", "source", "dataset", "category", "subset", "split", "type", "task", "topic", "domain", "language", "lang",
      "model", "url", "tags", "tag", "author", "license", "label", "margin", "annotator", "timestamp", "date"}
@@ -47,11 +59,25 @@ def recognise(rows: Sequence[JsonDict], *, where: str, kind: type | None = None)
         sides, told = sides_of(names), convert
         convert = lambda row: told(row, sides)  # noqa: E731
     uses = _used_by(layout, kind, frozenset(plain))
-    used = frozenset(name for name in filled_in if names.get(name, name) in uses)
-    reading = LayoutReading(layout=layout, kind=kind, names=names, convert=convert, used=used)
-    if kind is not Prompt:
-        for problem, fix in _misread(reading, rows, columns, plain):
-            raise DataError(problem, where=where, fix=named(fix, where, names))
+    seen = frozenset(name for row in rows for name, value in row.items() if filled(value))
+    reading = LayoutReading(layout=layout, kind=kind, names=names, convert=convert, uses=uses, seen=seen)
+    for problem, fix in () if kind is Prompt else _misread(reading, rows, columns, plain):
+        raise DataError(problem, where=where, fix=named(fix, where, names))
+    return reading
+
+
+def with_new_columns(reading: LayoutReading, row: JsonDict, *, where: str, source: str) -> LayoutReading:
+    """The reading after a row that is the first to fill in a column. Raises DataError if this column would have been
+    refused among the rows that showed the layout: what judges replies, or may be a second prompt or reply."""
+    new = frozenset(name for name in row.keys() - reading.seen if filled(row[name]))
+    if not new:
+        return reading
+    spelled = {name: plain_name(name) for name in new}
+    names = {name: plain for name, plain in spelled.items() if plain != name and plain in CHANGES_A_ROW}
+    reading = replace(reading, names={**names, **reading.names}, seen=reading.seen | new)
+    left = {name: plain for name, plain in spelled.items() if name not in reading.used}
+    for problem, fix in () if reading.kind is Prompt else _misread_columns(reading, [row], left):
+        raise DataError(problem, where=where, fix=named(fix, source, reading.names))
     return reading
 
 
@@ -156,12 +182,24 @@ def _misread(
     reading: LayoutReading, rows: Sequence[JsonDict], columns: frozenset[str], sample: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """The problems that would make the file be read wrongly without a warning, each with its fix."""
-    # From all rows: a thumb or a rating that only few replies have still judges those.
+    # From all rows: a thumb, a rating or a question that only few rows have still says something of those.
     left = {name: plain_name(name) for row in rows for name in row if name not in reading.used}
+    yield from _misread_columns(reading, rows, left)
+    rows = rows[:_NUM_COMPARED]
+    if reading.layout.name.startswith("preference pairs"):
+        common = {name: plain for name, plain in left.items() if name in columns}
+        yield from _hidden_prompts(reading, rows, common, sample)
+    if reading.layout.name in ("preference pairs", "prompts with completions"):
+        yield from _repeated_prompts(reading, rows)
+
+
+def _misread_columns(
+    reading: LayoutReading, rows: Sequence[JsonDict], left: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """The problems of columns that are not used, `left`, each with its fix."""
     if reading.kind is Demonstration:
         yield from _judged(left, rows)
-    rows = rows[:_NUM_COMPARED]
-    if reading.kind in (Demonstration, LabelledResponse) and "completion" in sample:
+    if reading.kind in (Demonstration, LabelledResponse) and "completion" in reading.uses:
         for name, plain in left.items():
             if plain in COMPLETION[:4] and any(filled(row.get(name)) for row in rows):
                 yield (
@@ -169,11 +207,6 @@ def _misread(
                     f"leave one of them out, for instance FILE?ignore={name}",
                 )
     yield from _second_questions(reading, rows, left)
-    if reading.layout.name.startswith("preference pairs"):
-        common = {name: plain for name, plain in left.items() if name in columns}
-        yield from _hidden_prompts(reading, rows, common, sample)
-    if reading.layout.name in ("preference pairs", "prompts with completions"):
-        yield from _repeated_prompts(reading, rows)
 
 
 def _judged(left: Mapping[str, str], rows: Sequence[JsonDict]) -> Iterator[tuple[str, str]]:
@@ -223,10 +256,11 @@ def _second_questions(
     reading: LayoutReading, rows: Sequence[JsonDict], left: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
     for name, plain in left.items():
-        if plain not in PROMPT or plain in PART_OF_PROMPT:
+        if plain not in (*PROMPT, *OPTIONS) or plain in PART_OF_PROMPT:
             continue
-        asked = [row for row in rows if isinstance(row.get(name), str) and row[name].strip()]
-        missing = [row for row in asked if not _is_part(row[name].strip(), reading, row)]
+        kinds = (str, list, dict) if plain in OPTIONS else str
+        asked = [row for row in rows if isinstance(row.get(name), kinds) and any(map(str.strip, _texts(row[name])))]
+        missing = [row for row in asked if not all(_is_part(text.strip(), reading, row) for text in _texts(row[name]))]
         if missing and 2 * len(missing) >= len(asked):
             yield (
                 f"{name} holds {shown(missing[0][name])}, which is no part of the prompt, and would not be used",
