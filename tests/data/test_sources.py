@@ -199,6 +199,11 @@ def test_rows_of_other_faults_have_kinds_of_their_own(tmp_path, line, kind):
     assert [(bad.where[-5:], bad.kind) for bad in rows.bad] == [("row 2", kind)]
 
 
+def test_an_object_with_earlier_turns_is_one_row(tmp_path):
+    row = {"instruction": "And now?", "history": [{"role": "user", "content": "Hi"}], "output": "Bye."}
+    assert [found for _, found in read_rows(write(tmp_path / "d.json", json.dumps(row).encode())).rows] == [row]
+
+
 @pytest.mark.parametrize("column", ["messages", "dialogue", "label", "steps", "meta"])
 def test_half_a_character_in_a_csv_cell_is_a_bad_row(tmp_path, column):
     content = f'{column}\n"[{{""content"": ""cut \\ud83d""}}]"\n"[1]"\n'

@@ -266,7 +266,7 @@ def _rows_of_object(path: Path, value: JsonDict) -> Iterable[Any]:
 
 _COLUMNS_OF_OBJECTS = frozenset(
     {"messages", "conversations", "conversation", "dialogue", "chosen", "rejected", "prompt", "completion",
-     "completions", "answers", "responses", "instances", "replies"}
+     "completions", "answers", "responses", "instances", "replies", "history"}
 )  # fmt: skip
 
 
