@@ -100,6 +100,19 @@ def test_samples_of_one_prompt_are_compared_whatever_ids_their_rows_have(small: 
     assert import_source(small(), write(tmp_path / "rows.jsonl", rows))["added"] == 3 + 1
 
 
+def test_what_one_sample_says_is_true_of_the_prompt(small: Make, tmp_path: Path):
+    rows: list[dict[str, Any]] = [{"prompt": "p", "response": text} for text in "xy"]
+    rows[1] |= {"sensitive": True, "slice": "s", "priority": 5}
+    store = small()
+    import_source(store, write(tmp_path / "rows.jsonl", rows))
+    with store.read() as connection:
+        row = connection.execute(sa.select(t.items, t.queue.c.given).join(t.queue)).one()
+    assert (row.sensitive, row.slice, row.given) == (True, "s", 5.0)
+    rows[0]["slice"] = "another"
+    with pytest.raises(DataError, match="have the slice 'another' and 's'"):
+        import_source(small(), write(tmp_path / "rows.jsonl", rows))
+
+
 # --- votes given elsewhere ---
 
 SAID = ["a", "both_bad", "tie", "left", "1", "", "A "]

@@ -111,9 +111,10 @@ def import_source(
         except DataError as error:
             mistakes.append((where, error.problem, error.fix))
     for group in samples.values():
-        where, row, prompt, _ = group[0]
+        where, _, prompt, _ = group[0]
         replies = list({reply.text: reply for _, _, _, reply in group}.values())
         try:
+            row = _row_of_samples([row for _, row, _, _ in group])
             for item in _of_replies(prompt, replies, row, task, options):
                 item.refuse(where)
                 new.append((where, item))
@@ -165,6 +166,23 @@ def _is_sample(row: JsonDict, kind: Kind) -> bool:
     has_reply = any(row.get(name) is not None for name in ("response", "completion"))
     others = ("response_a", "responses", "chosen", "completions", "steps", "label")
     return has_reply and kind in ("pairs", "ranking") and not any(row.get(name) is not None for name in others)
+
+
+def _row_of_samples(rows: Sequence[JsonDict]) -> JsonDict:
+    """The row of all samples of a prompt: sensitive if one is. Raises Mistake if they contradict each other."""
+    sensitive = [_truth(row, "sensitive") for row in rows]  # each is read, so that each mistake is found
+    merged = {**rows[0], "sensitive": any(sensitive)}
+    for name in ("slice", "priority", "author"):
+        given = [row[name] for row in rows if row.get(name) not in (None, "")]
+        other = next((value for value in given if value != given[0]), None)
+        if other is not None:
+            raise Mistake(
+                "contradiction",
+                f"the samples of one prompt have the {name} {given[0]!r} and {other!r}",
+                "give all samples of a prompt the same, or leave it out",
+            )
+        merged[name] = given[0] if given else None
+    return merged
 
 
 def items_of_row(row: JsonDict, task: Task, options: Options) -> Iterator[NewItem]:
