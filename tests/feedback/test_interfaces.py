@@ -19,14 +19,17 @@ from fastapi.testclient import TestClient
 from tests.feedback.conftest import Make
 from tests.feedback.projects import add, answer_next, lease, make_project, person
 from trimtab.cli import main
+from trimtab.core.errors import ConfigError
 from trimtab.feedback import people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer
 from trimtab.feedback.client import Client
+from trimtab.feedback.importing import Options, import_source
+from trimtab.feedback.project import load_project
 from trimtab.feedback.server.app import create_app
 from trimtab.feedback.store import Store
 from trimtab.feedback.votes import cast_votes
-from trimtab.feedback.voting import vote
+from trimtab.feedback.voting import reopen, vote
 from trimtab.feedback.webhooks import RETRY_SECONDS, deliver_due
 
 
@@ -124,11 +127,45 @@ class Receiver:
         self.server.server_close()
 
 
+def test_the_client_reads_all_votes_page_by_page(small: Make, tmp_path: Path):
+    store = small()
+    rows = [
+        {"prompt": f"p{i}", "response_a": "x", "response_b": "y", "choice": "A", "annotator": "Ann"}
+        for i in range(1100)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    import_source(store, str(tmp_path / "rows.jsonl"), Options(with_votes=True))
+    api = Api(store, "admin")
+
+    class Here(Client):
+        def _call(self, method: str, path: str, body: Any = None) -> Any:
+            return api(method, path, body)
+
+    assert len({vote["id"] for vote in Here("", "").votes()}) == 1100
+
+
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
     made = Receiver()
     yield made
     made.close()
+
+
+def test_an_item_is_done_once_whatever_is_changed_later(small: Make):
+    store = small({"webhooks": [{"url": "http://x", "secret_env": "K", "events": ["item_done"]}]})
+    add(store, 1)
+    ann = person(store, "Ann")
+    receipt = answer_next(store, ann)
+    assert receipt is not None
+    vote(store, ann, reopen(store, ann, receipt.vote_id).token, Answer(choice="B", strength=1))
+    with store.read() as connection:
+        assert len(connection.execute(sa.select(t.deliveries)).all()) == 1
+
+
+def test_two_webhooks_of_one_address_have_one_key(tmp_path):
+    hooks = [{"url": "http://x", "secret_env": key, "events": ["vote"]} for key in ("ONE", "TWO")]
+    with pytest.raises(ConfigError, match=r"http://x.*ONE.*TWO"):
+        load_project(make_project(tmp_path, {"webhooks": hooks}))
 
 
 def test_webhooks_are_signed_and_sent_again_until_they_arrive(make: Make, receiver: Receiver, monkeypatch):

@@ -48,8 +48,12 @@ class Client:
         return int(self._call("PUT", "scores", {"scores": scores})["items"])
 
     def votes(self, after: int = 0) -> list[dict[str, Any]]:
-        """Votes given after the one with this id."""
-        return cast("list[dict[str, Any]]", self._call("GET", f"votes?after={after}"))
+        """All votes given after the one with this id, read page by page."""
+        found: list[dict[str, Any]] = []
+        while page := cast("list[dict[str, Any]]", self._call("GET", f"votes?after={after}")):
+            found += page
+            after = page[-1]["id"]
+        return found
 
     def export(self, layout: str, split: str = "all") -> dict[str, Any]:
         """Rows and card of a layout."""

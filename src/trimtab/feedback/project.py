@@ -216,6 +216,13 @@ class ProjectSettings:
     webhooks: tuple[Webhook, ...] = ()
     """Addresses that are told what happens."""
 
+    def __post_init__(self) -> None:
+        keys: dict[str, str] = {}
+        for hook in self.webhooks:
+            if keys.setdefault(hook.url, hook.secret_env) != hook.secret_env:
+                both = f"{keys[hook.url]} and {hook.secret_env}"
+                raise ValueError(f"the webhook address {hook.url} has the keys {both}; an address has one")
+
 
 @dataclass(frozen=True)
 class Project:
