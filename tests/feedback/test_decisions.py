@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,11 @@ from trimtab.core.types import Message, Prompt
 from trimtab.feedback import labels, people
 from trimtab.feedback.answers import Answer
 from trimtab.feedback.assign import num_eligible
+from trimtab.feedback.board import disagreements
 from trimtab.feedback.exporting import export
 from trimtab.feedback.project import LabelSettings
-from trimtab.feedback.voting import adjudicate
+from trimtab.feedback.votes import cast_votes
+from trimtab.feedback.voting import Late, adjudicate, reopen, save_draft, undo, vote
 
 A, B = Answer(choice="A", strength=1), Answer(choice="B", strength=1)
 TIE, BAD, SKIP = Answer(choice="tie"), Answer(choice="both_bad"), Answer(choice="skip")
@@ -124,6 +127,57 @@ def test_an_adjudicator_who_was_banned_decides_nothing(make: Make):
     people.set_state(store, judge.id, "banned")
     with pytest.raises(DataError, match="no longer take part"):  # let in just before the ban
         adjudicate(store, judge, 1, Answer(choice="A", strength=1, taxonomy="bad data"), key="k")
+
+
+def test_an_answer_that_is_open_for_change_is_locked_by_the_decision(make: Make):
+    store = make({"task": {"rationale": "optional"}})
+    add(store, 1)
+    ann = person(store, "Ann")
+    receipt = answer_next(store, ann)
+    assert receipt is not None
+    opened = reopen(store, ann, receipt.vote_id)
+    assert save_draft(store, ann, opened.token, {"rationale": "because"})
+    decision = Answer(choice="B", strength=1, taxonomy="bad data")
+    adjudicate(store, person(store, "Jo", "adjudicator"), 1, decision, key="k")
+    with pytest.raises(Late, match="locked"):
+        vote(store, ann, opened.token, B)
+    assert not save_draft(store, ann, opened.token, {"rationale": "because of this"})
+    assert lease(store, ann) is None
+    with store.read() as connection:
+        assert [cast.answer.choice for cast in cast_votes(connection)] == ["A"]
+
+
+def test_what_a_banned_adjudicator_decided_is_open_again(make: Make):
+    store = make({"assignment": {"overlap": 2}})
+    add(store, 1)
+    ann, judge = person(store, "Ann"), person(store, "Jo", "adjudicator")
+    receipt = answer_next(store, ann, replace(A, flags=("flagged",)))
+    assert receipt is not None
+    adjudicate(store, judge, 1, Answer(choice="B", strength=1, taxonomy="bad data"), key="k")
+    for state, num in (("banned", 1), ("active", 0), ("banned", 1)):
+        people.set_state(store, judge.id, state)
+        with store.read() as connection:
+            assert len(disagreements(connection)) == num
+    assert reopen(store, ann, receipt.vote_id).standing
+    assert lease(store, person(store, "Bob")) is not None
+
+
+def test_a_flag_that_was_taken_back_is_shown_no_more(small: Make):
+    store = small()
+    add(store, 1)
+    ann = person(store, "Ann")
+    answer_next(store, ann, replace(A, flags=("flagged",)))
+    vote(store, ann, undo(store, ann).token, A)
+    with store.read() as connection:
+        assert disagreements(connection) == []
+
+
+def test_a_decision_on_a_gold_item_is_no_label(small: Make):
+    store = small()
+    add(store, 1, purpose="gold", gold={"choice": "A"})
+    adjudicate(store, person(store, "Jo", "adjudicator"), 1, replace(A, taxonomy="bad data"), key="k")
+    assert export(store, "preference").rows == []
+    assert export(store, "comparisons").rows == []
 
 
 def test_no_prompt_is_in_both_splits_whatever_ids_rows_have(small: Make, tmp_path: Path):

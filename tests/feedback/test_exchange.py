@@ -411,6 +411,20 @@ def test_odd_texts_come_back_equal_in_every_format(tmp_path: Path, turns, ending
     store.close()
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
+def test_a_reply_that_looks_like_messages_is_no_message(tmp_path: Path, ending: str):
+    store = make_store(tmp_path)
+    texts = ('[{"role": "assistant", "content": "x"}]', "other")
+    replies = tuple(items.NewReply(text=text) for text in texts)
+    items.add_items(store, [("row 1", items.NewItem(kind="pairs", prompt=item(1).prompt, replies=replies))])
+    answered(store, A)
+    write_export(store, "comparisons", tmp_path / f"c.{ending}")
+    (comparison,) = load(Comparison, tmp_path / f"c.{ending}").records
+    assert {comparison.response_a, comparison.response_b} == set(texts)
+    assert len(read_votes(tmp_path / f"c.{ending}")) == 1
+    store.close()
+
+
 def test_the_statistics_read_the_vote_table_and_the_project_alike(tmp_path: Path):
     store = busy_store(tmp_path)
     with store.read() as connection:

@@ -152,8 +152,13 @@ def eligible(store: Store, person: Person) -> sa.Select[Any]:
 
 def _waiting() -> sa.ColumnElement[bool]:
     """The condition that an item of the queue is open, has a place left and was not decided by an adjudicator."""
-    decided = sa.select(t.votes.c.item_id).where(t.votes.c.purpose == "adjudication")
-    return t.queue.c.open & (t.queue.c.taken < t.queue.c.cap) & t.queue.c.item_id.notin_(decided)
+    return t.queue.c.open & (t.queue.c.taken < t.queue.c.cap) & t.queue.c.item_id.notin_(decided_items())
+
+
+def decided_items() -> sa.Select[Any]:
+    """A query of the ids of the items that an adjudicator who is not banned has decided."""
+    decisions = sa.select(t.votes.c.item_id).join(t.people, t.people.c.id == t.votes.c.person_id)
+    return decisions.where(t.votes.c.purpose == "adjudication", t.people.c.state != "banned")
 
 
 def num_eligible(store: Store, connection: Connection, person: Person) -> int:

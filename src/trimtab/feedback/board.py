@@ -16,10 +16,11 @@ from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import agrees
+from trimtab.feedback.assign import decided_items
 from trimtab.feedback.people import everyone
 from trimtab.feedback.progress import counts
 from trimtab.feedback.store import Store
-from trimtab.feedback.votes import cast_votes, votes_as_table
+from trimtab.feedback.votes import cast_votes, replaced, votes_as_table
 from trimtab.stats import Interval, wilson
 from trimtab.votes.annotators import AnnotatorCard, annotator_cards
 from trimtab.votes.study import Study, study
@@ -179,18 +180,14 @@ def disagreements(connection: Connection, *, limit: int = 200) -> list[dict[str,
     Within each group they are ordered by (1 - share of the most common answer) * (1 + the item's score by the policy).
     Adjudicated items are left out.
     """
-    decided = sa.select(t.votes.c.item_id).where(t.votes.c.purpose == "adjudication")
-    done = set(connection.execute(decided).scalars())
+    done = set(connection.execute(decided_items()).scalars())
     score = dict(connection.execute(sa.select(t.queue.c.item_id, t.queue.c.score)).all())
     groups: dict[int, list[Any]] = defaultdict(list)
     for cast in cast_votes(connection):
         if cast.item_id not in done:
             groups[cast.item_id].append(cast)
-    flagged = {
-        row.item_id
-        for row in connection.execute(sa.select(t.votes.c.item_id, t.votes.c.answer).where(t.votes.c.purpose == "task"))
-        if row.answer.get("flags")
-    }
+    said_last = sa.select(t.votes.c.item_id, t.votes.c.answer).where(t.votes.c.purpose == "task", ~replaced())
+    flagged = {row.item_id for row in connection.execute(said_last) if row.answer.get("flags")}
     found = []
     for item_id, casts in groups.items():
         said = Counter(_said(cast) for cast in casts)

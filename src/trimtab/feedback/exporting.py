@@ -18,6 +18,7 @@ import trimtab
 from trimtab.core.errors import DataError
 from trimtab.core.files import replacing, write_whole, writing
 from trimtab.core.types import JsonDict, Prompt
+from trimtab.data.compared import to_comparison
 from trimtab.data.files import NEEDS_APOSTROPHE
 from trimtab.data.mistakes import Mistake
 from trimtab.data.rows import to_explicit_pair, to_labelled_response, to_stepped_response
@@ -207,7 +208,8 @@ def _rows(
     if layout == "groups":
         return labels.groups(connection, settings.labels, split)
     if layout == "comparisons":
-        return [
+        compared = labels.comparisons(connection, settings.labels, split)
+        rows = [
             {
                 "prompt": _messages(c.prompt),
                 "id": c.prompt.id,
@@ -216,8 +218,14 @@ def _rows(
                 "choice": c.choice,
                 "annotator": c.annotator,
             }
-            for c in labels.comparisons(connection, settings.labels, split)
-        ], {}
+            for c in compared
+        ]
+        if not _read_back(rows, compared, to_comparison, "response_a", "response_b"):
+            sides = ("response_a", "response_b")
+            rows = [
+                row | {side: _said(getattr(c, side)) for side in sides} for row, c in zip(rows, compared, strict=True)
+            ]
+        return rows, {}
     if split != "all":
         raise DataError(f"the layout {layout!r} has no splits", where="the export", fix="export all of it")
     if layout == "votes":

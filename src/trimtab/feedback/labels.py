@@ -82,12 +82,13 @@ def votes_in(
 def decisions_in(
     connection: Connection, settings: LabelSettings, split: LabelSplit, kinds: Sequence[str]
 ) -> dict[str, CountedVote]:
-    """The newest decision on each adjudicated item, by the item's hash.
+    """The newest decision on each adjudicated task, by the item's hash.
 
     A decision is the project's and not a person's: it is in the split of its prompt, whoever made it. The choice
     "cannot_judge" decides that the item gives no label.
     """
-    found = _placed(cast_votes(connection, purposes=("adjudication",)), settings, kinds)
+    decisions = cast_votes(connection, purposes=("adjudication",))
+    found = _placed((cast for cast in decisions if cast.item_purpose == "task"), settings, kinds)
     wanted = {"all": (True, False), "train": (False,), "held_out": (True,)}[split]
     return {cast.item_sha256: cast for cast, prompt_out in found if prompt_out in wanted}
 

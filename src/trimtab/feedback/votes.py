@@ -29,6 +29,8 @@ class CountedVote:
     id: int
     item_id: int
     item_sha256: str
+    item_purpose: str
+    """task, gold or quiz."""
     kind: str
     purpose: str
     prompt_id: str
@@ -66,18 +68,11 @@ def cast_votes(
     `banned` includes those of banned people, `judged_only` keeps only judgements, `item_id` keeps the votes on one
     item, and `after` (a vote's id) and `limit` read one page.
     """
-    later = t.votes.alias("later")
-    replaced = sa.exists().where(
-        later.c.person_id == t.votes.c.person_id,
-        later.c.item_id == t.votes.c.item_id,
-        later.c.purpose == t.votes.c.purpose,
-        later.c.id > t.votes.c.id,
-    )
     rows = (
         sa.select(t.votes, t.people.c.name, t.people.c.place, t.people.c.state, *(t.writings.c[name] for name in WORDS))
         .join(t.people, t.people.c.id == t.votes.c.person_id)
         .outerjoin(t.writings, t.writings.c.vote_id == t.votes.c.id)
-        .where(t.votes.c.purpose.in_(purposes), t.votes.c.choice.notin_(("undone", "skip")), ~replaced)
+        .where(t.votes.c.purpose.in_(purposes), t.votes.c.choice.notin_(("undone", "skip")), ~replaced())
         .order_by(t.votes.c.id)
         .limit(limit)
     )
@@ -97,6 +92,7 @@ def cast_votes(
             id=row.id,
             item_id=row.item_id,
             item_sha256=item.sha256,
+            item_purpose=item.purpose,
             kind=item.kind,
             purpose=row.purpose,
             prompt_id=item.prompt_id,
@@ -116,6 +112,17 @@ def cast_votes(
             propensity=row.propensity,
             created_at=row.created_at,
         )
+
+
+def replaced() -> sa.Exists:
+    """The condition that a newer row of the same person on the same item counts in place of a vote."""
+    later = t.votes.alias("later")
+    return sa.exists().where(
+        later.c.person_id == t.votes.c.person_id,
+        later.c.item_id == t.votes.c.item_id,
+        later.c.purpose == t.votes.c.purpose,
+        later.c.id > t.votes.c.id,
+    )
 
 
 def _items(connection: Connection, wanted: set[int]) -> dict[int, Row[Any]]:

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row
 from trimtab.core.errors import DataError
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import TAXONOMY, WORDS, Answer, agrees, check, restored
-from trimtab.feedback.assign import Lease, lease_of
+from trimtab.feedback.assign import Lease, decided_items, lease_of
 from trimtab.feedback.people import AS_ANSWERED, Person, by_id, give_back
 from trimtab.feedback.project import Kind, Task
 from trimtab.feedback.store import (
@@ -35,7 +35,7 @@ JUDGED = ("A", "B", "tie", "both_bad", "done")
 
 
 class Late(DataError):
-    """Raised for an answer whose lease had run out, to an item that others have answered meanwhile."""
+    """Raised for an answer to an item that others have answered since the lease ran out, or that was adjudicated."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,12 @@ def vote(store: Store, person: Person, token: str, answer: Answer, *, measured: 
         answer = check(answer, kind=item.kind, num_replies=len(item.replies), task=task)
         if lease.state == "expired":
             _take_place_again(connection, lease)
+        before = latest(connection, person.id, item.id, lease.purpose)
+        changes = before is not None and before.choice not in ("undone", "skip")
+        if changes and _is_decided(connection, item.id):
+            raise Late("your answer before is locked: the item was adjudicated", where="the answer", fix="go on")
         elapsed = max(0.0, now - lease.opened_at)
         seconds = elapsed if answer.seconds is None else answer.seconds if measured else min(answer.seconds, elapsed)
-        before = latest(connection, person.id, item.id, lease.purpose)
         vote_id = _add(
             store,
             connection,
@@ -97,7 +100,8 @@ def vote(store: Store, person: Person, token: str, answer: Answer, *, measured: 
         if lease.purpose == "task":
             if state == "skipped":
                 _places(connection, item.id, -1)
-            _tell_if_done(store, connection, item)
+            elif not changes:  # a changed answer completes nothing
+                _tell_if_done(store, connection, item)
         _count_streak(connection, person, now)
         right = None
         if lease.purpose == "quiz":
@@ -133,11 +137,11 @@ def _is_other(answer: Answer, stored: Answer, *, kind: Kind, num_replies: int, t
 
 
 def save_draft(store: Store, person: Person, token: str, draft: Mapping[str, Any]) -> bool:
-    """Keeps an unfinished answer, to be continued anywhere; False if the item is full or the person was banned.
+    """Keeps an unfinished answer, to be continued anywhere; False if it can no longer be given.
 
     A person who writes is at work, so the lease begins anew. An expired lease is opened again if the item has a place
     left; if it has none, the draft is kept all the same. So is the draft of somebody who was banned meanwhile. A change
-    of an answer needs no place of its own.
+    of an answer needs no place of its own, but cannot be made once the item is adjudicated.
     """
     now, minutes = store.now(), store.project.settings.assignment.lease_minutes
     with store.write(durable=False) as connection:
@@ -148,14 +152,16 @@ def save_draft(store: Store, person: Person, token: str, draft: Mapping[str, Any
         if row is None:  # it was opened anew under another name
             return False
         changes = row.standing or row.state == "done"
-        values: dict[str, Any] = {"draft": dict(draft), "standing": changes}
-        in_time = _takes_part(connection, person) and (
-            row.state != "expired" or row.purpose != "task" or _has_place(connection, row.item_id)
-        )
+        values: dict[str, Any] = {"draft": dict(draft)}
+        in_time = _takes_part(connection, person)
+        if changes:
+            in_time = in_time and not _is_decided(connection, row.item_id)
+        elif row.state == "expired" and row.purpose == "task":
+            in_time = in_time and _has_place(connection, row.item_id)
         if in_time:
             if row.state == "expired" and row.purpose == "task":
                 _places(connection, row.item_id, +1)
-            values |= {"state": "open", "expires_at": now + minutes * 60}
+            values |= {"state": "open", "standing": changes, "expires_at": now + minutes * 60}
         connection.execute(t.leases.update().where(here).values(**values))
         return in_time
 
@@ -231,6 +237,8 @@ def adjudicate(store: Store, person: Person, item_id: int, answer: Answer, *, ke
             key=key,
             replaces=before.id if before is not None else None,
         )
+        changing = t.leases.update().where(t.leases.c.item_id == item.id, t.leases.c.standing)
+        connection.execute(changing.values(state="done", standing=False))
         notify(store, connection, "adjudicated", {"vote": vote_id, "item": item.sha256})
     return Receipt(vote_id, duplicate=False)
 
@@ -331,8 +339,7 @@ def _reopen(store: Store, connection: Connection, person: Person, row: Row[Any],
 
     if row.purpose == "quiz":
         raise DataError("quiz answers cannot be changed", where="your answers", fix="go on with the next task")
-    decided = sa.select(t.votes.c.id).where(t.votes.c.item_id == row.item_id, t.votes.c.purpose == "adjudication")
-    if connection.execute(decided).first() is not None:
+    if _is_decided(connection, row.item_id):
         raise DataError("this answer is locked: the item was adjudicated", where="your answers", fix="go on")
     if row.choice == "skip" and row.purpose == "task" and not _has_place(connection, row.item_id):
         raise DataError("others have answered it meanwhile", where="your answers", fix="go on with the next task")
@@ -396,6 +403,10 @@ def _take_place_again(connection: Connection, lease: Lease) -> None:
             fix="go on with the next one",
         )
     _places(connection, lease.item_id, +1)
+
+
+def _is_decided(connection: Connection, item_id: int) -> bool:
+    return connection.execute(decided_items().where(t.votes.c.item_id == item_id)).first() is not None
 
 
 def _has_place(connection: Connection, item_id: int) -> bool:

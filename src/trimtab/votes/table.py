@@ -312,9 +312,15 @@ def _scale(seen: set[str], order: Sequence[str], pairwise: bool) -> tuple[tuple[
 
 
 def _replies(row: JsonDict) -> tuple[str, str] | None:
-    if all(isinstance(row.get(name), str) for name in ("response_a", "response_b")) and "prompt" in row:
-        return row["response_a"], row["response_b"]
-    return None
+    a, b = _reply(row.get("response_a")), _reply(row.get("response_b"))
+    return (a, b) if a is not None and b is not None and "prompt" in row else None
+
+
+def _reply(value: Any) -> str | None:
+    """The text of a reply, which may be a list of one message."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        value = value[0].get("content")
+    return value if isinstance(value, str) else None
 
 
 def _numbered(groups: Sequence[str | None]) -> Ints | None:

@@ -29,6 +29,7 @@ from trimtab.feedback.server.security import (
     limit_sign_ins,
 )
 from trimtab.feedback.store import guideline
+from trimtab.feedback.votes import replaced
 from trimtab.feedback.voting import Late, reopen, save_draft, set_opted_out, undo, vote
 
 router = APIRouter()
@@ -349,13 +350,6 @@ def warned(visit: SignedIn, form: PostedForm) -> RedirectResponse:
 @router.get("/mine")
 def mine(request: Request, visit: SignedIn) -> HTMLResponse:
     """The person's last answers, to look at and change."""
-    later = t.votes.alias("later")
-    replaced = sa.exists().where(
-        later.c.person_id == t.votes.c.person_id,
-        later.c.item_id == t.votes.c.item_id,
-        later.c.purpose == t.votes.c.purpose,
-        later.c.id > t.votes.c.id,
-    )
     with visit.store.read() as connection:
         rows = connection.execute(
             sa.select(t.votes, t.items.c.prompt, t.items.c.kind)
@@ -364,7 +358,7 @@ def mine(request: Request, visit: SignedIn) -> HTMLResponse:
                 t.votes.c.person_id == visit.someone.id,
                 t.votes.c.purpose.notin_(("quiz", "adjudication")),
                 t.votes.c.choice != "undone",
-                ~replaced,
+                ~replaced(),
             )
             .order_by(t.votes.c.id.desc())
             .limit(100)
