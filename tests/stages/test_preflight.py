@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
-from tests.stages.commands import trimtab, write_run_file
+from tests import tiny
+from tests.stages.commands import PROMPTS, SHORT, run_stage, trimtab, write_run_file
 from tests.stages.test_pipeline import PIPELINE, STAGES
 
 REWARD = {"stage": "reward", "model": "@base", "data": "pairs.jsonl"}
@@ -50,6 +52,89 @@ def test_a_later_stage_that_cannot_run_is_answered_before_the_first(here, stage,
     assert said in result.output
     assert "later" in result.output
     assert not (here / "out").exists()
+
+
+def pointer(path):
+    (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n")
+
+
+def cut(path):
+    weights = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+
+
+def without_tokenizer(path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (path / name).unlink()
+
+
+def two_labels(path):
+    described = json.loads((path / "config.json").read_text())
+    labels = {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
+    (path / "config.json").write_text(json.dumps(described | labels))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (pointer, "a pointer of Git LFS"),
+        (cut, "model.safetensors is damaged or cut short"),
+        (lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"), "safetensors are needed"),
+        (without_tokenizer, "no tokenizer can be loaded"),
+    ],
+)
+def test_a_damaged_model_of_a_later_stage_is_answered_before_the_first(here, base, change, said):
+    change(Path(shutil.copytree(base, here / "damaged")))
+    result = run(here, later=REWARD | {"model": "damaged"})
+    assert result.exit_code == 2
+    assert said in result.output
+    assert not (here / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A model whose tokenizer was trained on other text than that of `base`."""
+    directory = tmp_path_factory.mktemp("foreign") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "TEXTS", ("zebra quick brown fox " * 5, "jumped over dogs lazily " * 4))
+        return tiny.write_model_directory(directory)
+
+
+def test_a_model_that_fits_no_earlier_one_is_answered_before_the_first(here, base, foreign, reward_run, pairs):
+    two_labels(Path(shutil.copytree(reward_run / "model", here / "labels")))
+    of_base = {"name": "model", "path": str(reward_run / "model")}
+    of_foreign = {"name": "model", "path": str(run_reward(here / "foreign", foreign, pairs))}
+    adapter = run_reward(here / "adapter", base, pairs, adapter={"rank": 2})
+    lost = Path(shutil.copytree(adapter, here / "lost"))
+    config = json.loads((lost / "adapter_config.json").read_text())
+    (lost / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/nowhere/base"}))
+    (lost / "base.json").unlink()
+    sft = STAGES["sft"] | {"model": str(base)}
+    check = {"stage": "evaluate", "model": "@sft", "prompts": PROMPTS, "sampling": SHORT}
+    judged = check | {"world": "arithmetic"}
+    online = {"stage": "online", "model": "@sft", "prompts": PROMPTS, "rewards": [of_base], "sampling": SHORT}
+    online |= {"prompts_per_step": 4}
+    preference = {"stage": "preference", "model": "@sft", "data": str(pairs)}
+    for later, said in [
+        (check | {"reward_model": "labels"}, "a classifier with 2 labels"),
+        (check | {"reward_model": "lost"}, "the base of the adapter is not found"),
+        (judged | {"baseline": str(adapter)}, "is a reward model, and baseline is to be a policy"),
+        (judged | {"baseline": str(foreign)}, "another vocabulary"),
+        (preference | {"reference": str(foreign)}, "another vocabulary"),
+        (online | {"reference": str(foreign)}, "another vocabulary"),
+        (online | {"rewards": [of_foreign]}, "set critic.init = 'policy'"),
+        (online | {"prompts": "prompts.jsonl"}, "prompts_per_step = 4 of 1 prompts"),
+        (check | {"prompts": "prompts.jsonl", "rewards": ["exact_answer"]}, "no prompt has the fact 'answer'"),
+        (sft | {"adapter": {"modules": ["qproj"]}}, "did you mean 'q_proj'?"),
+    ]:
+        result = run(here, sft=sft, later=later)
+        assert result.exit_code == 2, later
+        assert said in result.output
+        assert not (here / "out").exists()
+
+
+def run_reward(out, model, pairs, **settings):
+    return run_stage("reward", out, model=str(model), data=str(pairs), max_steps=1, **settings) / "model"
 
 
 def test_all_that_is_missing_is_said_at_once(here):

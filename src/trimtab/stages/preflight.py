@@ -6,24 +6,34 @@ read here; the stage itself reads the whole, and has the last word.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM
+
 from trimtab import worlds
 from trimtab.core import config, registry
 from trimtab.core.errors import EXTRAS, ConfigError, DataError, EngineError, TrimtabError, need
+from trimtab.core.hub import ADAPTER_FILE, ADAPTER_WEIGHTS, MODEL_FILE, base_of
 from trimtab.core.types import Demonstration, Prompt
+from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
 from trimtab.data.sources import read_rows, records_source
+from trimtab.data.tokenizers import load_config, load_tokenizer
+from trimtab.models.adapters import add_adapter
+from trimtab.models.load import is_classifier
+from trimtab.models.vocabulary import refuse_other_vocabulary
+from trimtab.models.weights import check_file, check_weights
 from trimtab.rewards.gold import GoldReward
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.python_callable import PythonCallable, load_function
 from trimtab.stages.stage import ModelKind, Stage
 
+Made = Mapping[str, tuple[str, Any]]
+"""The directories of earlier stages of a pipeline, each with the stage and its settings."""
 NUM_ROWS = 1000
 """How many rows of a file are checked."""
 
@@ -50,13 +60,13 @@ class ModelUse:
 def check(stages: Mapping[str, tuple[str, Any]], out: Path, *, where: str) -> None:
     """Raises one error with all that is missing or does not fit in the stages of a pipeline in `out`, by their names.
     Finished stages are not checked."""
-    earlier: dict[str, str] = {}
+    earlier: dict[str, tuple[str, Any]] = {}
     found: list[tuple[str, TrimtabError]] = []
     for name, (stage, settings) in stages.items():
         if not (out / name / "summary.json").exists():
-            made = {str(out / before): kind for before, kind in earlier.items()}
+            made = {str(out / before): done for before, done in earlier.items()}
             found += [(f"stages.{name}.{key}", error) for key, error in _problems(stage, settings, made)]
-        earlier[name] = stage
+        earlier[name] = stage, settings
     _raise(found, where)
 
 
@@ -81,16 +91,21 @@ def _raise(found: list[tuple[str, TrimtabError]], where: str) -> None:
     raise type(error)(error.problem, where=f"{error.where} ({key})", fix=error.fix)
 
 
-def _problems(stage: str, settings: Any, made: Mapping[str, str]) -> Iterator[tuple[str, TrimtabError]]:
-    """Every key whose value cannot be used, and why. `made` maps earlier stages' directories to their stages."""
+def _problems(stage: str, settings: Any, made: Made) -> Iterator[tuple[str, TrimtabError]]:
+    """Every key whose value cannot be used, and why."""
     looks: list[DataUse | ModelUse] = [*_sources(stage, settings), *models_of(stage, settings)]
+    broken: set[str] = set()  # each model is reported once
     for look in looks:
+        if isinstance(look, ModelUse) and look.path in broken:
+            continue
         try:
             if isinstance(look, DataUse):
-                _check_source(look, settings, made)
+                _check_source(look, stage, settings, made)
             else:
                 _check_model(look, made)
+                _check_fit(look, settings, made)
         except TrimtabError as error:
+            broken |= {look.path} if isinstance(look, ModelUse) else set()
             yield look.key, error
     for key, name in _worlds(settings):
         try:
@@ -131,13 +146,14 @@ def _sources(stage: str, settings: Any) -> Iterator[DataUse]:
         yield DataUse("pretraining_mix.data", mix.data, (Demonstration,))
 
 
-def _check_source(look: DataUse, settings: Any, made: Mapping[str, str]) -> None:
-    """Raises an error if the data cannot be read as any of the kinds of record that it may hold."""
+def _check_source(look: DataUse, stage: str, settings: Any, made: Made) -> None:
+    """Raises an error if the data cannot be read as any of the kinds of record that it may hold, or if it holds too few
+    prompts for a step or none of the facts that a reward asks for."""
     if (step := _made_by(look.source, made)) is not None:
-        stage, file = step
-        if file not in (writes := describe(stage).writes):
+        maker, _, file = step
+        if file not in (writes := describe(maker).writes):
             raise DataError(
-                f"the stage {stage} writes no {file!r}",
+                f"the stage {maker} writes no {file!r}",
                 where=look.source,
                 fix=f"it writes {', '.join(writes)}",
             )
@@ -154,13 +170,34 @@ def _check_source(look: DataUse, settings: Any, made: Mapping[str, str]) -> None
             if own is not None:
                 own.check(kind, look.source)
             else:
-                load(kind, look.source, on_bad_row="drop" if drops else "stop", limit=limit)
+                loaded = load(kind, look.source, on_bad_row="drop" if drops else "stop", limit=limit)
+                if look.key == "prompts":
+                    _check_prompts(loaded.records, look.source, describe(stage).least_prompts(settings), settings)
             return
         except DataError as error:
             errors.append(error)
     # If bad rows may be dropped, the rows at the beginning say nothing about the others.
     if not (drops and "rows cannot be used" in errors[-1].problem):
         raise errors[-1]
+
+
+def _check_prompts(prompts: Sequence[Prompt], source: str, least: int, settings: Any) -> None:
+    if len(prompts) < min(least, NUM_ROWS) and getattr(settings, "on_bad_row", "stop") == "stop":
+        raise ConfigError(
+            f"prompts_per_step = {least} of {len(prompts)} prompts: a step would hold some twice",
+            where=source,
+            fix="give more prompts, or lower prompts_per_step",
+        )
+    for number, reward in enumerate(getattr(settings, "rewards", ())):
+        fact = getattr(reward, "fact", None)
+        if isinstance(fact, str) and not any(fact in prompt.facts for prompt in prompts):
+            known = sorted({name for prompt in prompts for name in prompt.facts})
+            raise DataError(
+                f"no prompt has the fact {fact!r} that rewards.{number} compares with; there are "
+                f"{', '.join(known) or 'none'}",
+                where=source,
+                fix="add a column of that name to the prompts' file, or name the right fact in the reward's settings",
+            )
 
 
 def _worlds(settings: Any) -> Iterator[tuple[str, str]]:
@@ -190,14 +227,19 @@ def models_of(stage: str, settings: Any) -> Iterator[ModelUse]:
         if isinstance(reward, RewardModel):
             yield ModelUse(f"rewards.{number}.path", reward.path, "reward model")
     critic = getattr(settings, "critic", None)
-    if critic is not None and critic.path is not None and settings.advantage.needs_critic:
-        yield ModelUse("critic.path", critic.path, "any")
+    if critic is not None and settings.advantage.needs_critic:
+        judge = next((reward.path for reward in settings.rewards if isinstance(reward, RewardModel)), None)
+        if critic.path is not None:
+            yield ModelUse("critic.path", critic.path, "any")
+        elif critic.init == "reward" and judge is not None:
+            yield ModelUse("critic.init", judge, "any")
 
 
-def _check_model(look: ModelUse, made: Mapping[str, str]) -> None:
-    """Raises an error if a model directory is missing, is not a model directory, or holds a model of another kind."""
+def _check_model(look: ModelUse, made: Made) -> None:
+    """Raises an error if a model directory is missing or damaged, is not a model directory, or holds a model of another
+    kind."""
     if (step := _made_by(look.path, made)) is not None:
-        stage, file = step
+        stage, _, file = step
         makes = describe(stage).makes
         if file != "model" or makes is None:
             able = [name for name in registry.modules("stage") if describe(name).makes is not None]
@@ -213,27 +255,87 @@ def _check_model(look: ModelUse, made: Mapping[str, str]) -> None:
         if _is_a_path(look.path):
             raise EngineError(f"there is no directory {look.path!r}", where=look.path, fix=_near(path))
         return  # a hub id
-    if not (path / "config.json").exists():
-        if (path / "adapter_config.json").exists():
-            return
+    if not (path / MODEL_FILE).exists() and not (path / ADAPTER_FILE).exists():
         inner = path / "model"
-        meant = f"did you mean {str(inner)!r}? " if (inner / "config.json").exists() else ""
+        meant = f"did you mean {str(inner)!r}? " if (inner / MODEL_FILE).exists() else ""
         raise EngineError(
             f"{look.path!r} is no model: it has no config.json",
             where=look.path,
             fix=f"{meant}a model directory holds config.json, model.safetensors and a tokenizer",
         )
-    try:
-        described = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        architectures = described.get("architectures") or [""]
-    except (ValueError, AttributeError) as error:
-        raise EngineError(
-            f"config.json is damaged: {error}", where=str(path / "config.json"), fix="copy or download the model again"
-        ) from error
-    if architectures[0].endswith("ForSequenceClassification"):
+    _check_directory(look)
+
+
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+
+
+def _check_directory(look: ModelUse) -> None:
+    """The checks that loading a directory makes, but for the numbers in its weights."""
+    whole = look.path
+    while (base := base_of(whole)) is not None:
+        check_file(Path(whole) / ADAPTER_WEIGHTS)
+        whole = base
+    if not Path(whole).is_dir():
+        return  # a base on the hub
+    check_weights(whole)
+    if is_classifier(look.path):
         _require_kind(look, "reward model")
-    elif architectures[0].endswith(("ForCausalLM", "LMHeadModel")):
+    elif _architecture(whole).endswith(_CAUSAL):
         _require_kind(look, "policy")
+    if is_classifier(whole) and (num := load_config(whole).num_labels) != 1:
+        raise EngineError(
+            f"a classifier with {num} labels; a reward model gives one score, so one label is needed",
+            where=look.path,
+            fix="name a sequence classifier with num_labels = 1, or train one from a language model: `trimtab reward`",
+        )
+    if look.key == "model" or look.kind == "reward model":
+        Chat(load_tokenizer(look.path))  # of the other models only the weights are read
+
+
+def _architecture(path: str) -> str:
+    return next(iter(load_config(path).architectures or ()), "")
+
+
+def _check_fit(look: ModelUse, settings: Any, made: Made) -> None:
+    """Raises an error if the model does not fit the other settings: its vocabulary has to be that of the policy, and an
+    adapter needs layers of the names that are asked for."""
+    adapter = getattr(settings, "adapter", None)
+    whole = Path(look.path).is_dir() and base_of(look.path) is None
+    if look.key == "model" and adapter is not None and whole and _architecture(look.path).endswith(_CAUSAL):
+        from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+        causal: Any = AutoModelForCausalLM
+        with init_empty_weights():
+            add_adapter(causal.from_config(load_config(look.path)), "policy", adapter, seed=0)
+    policy, other = _origin(settings.model, made), _origin(look.path, made)
+    if policy is None or other is None or not _reads_ids_of_policy(look, settings):
+        return
+    refuse_other_vocabulary(
+        load_tokenizer(policy),
+        other,
+        role=look.key.partition(".")[0],
+        where=f"{look.path} and {settings.model}",
+        fix="set critic.init = 'policy' (or 'value_head'), so that the critic starts from the policy; the reward model "
+        "can stay, for it is given the text"
+        if look.key.startswith("critic")
+        else "name a model of the policy's own family and tokenizer, usually the one that it starts from",
+    )
+
+
+def _reads_ids_of_policy(look: ModelUse, settings: Any) -> bool:
+    """Whether this model is given the token ids of the policy, and not the text."""
+    if look.key == "reference":
+        return bool(getattr(settings.loss, "needs_reference", True))
+    return look.key in ("baseline", "critic.path", "critic.init")
+
+
+def _origin(path: str, made: Made) -> str | None:
+    """The directory whose vocabulary the model has: its own, or that of the model that earlier stages started from.
+    None if there is none yet."""
+    name: str | None = path
+    while name is not None and (step := _made_by(name, made)) is not None:
+        name = getattr(step[1], "model", None)
+    return name if name is not None and Path(name).is_dir() else None
 
 
 def _require_kind(look: ModelUse, kind: ModelKind) -> None:
@@ -261,9 +363,10 @@ def _near(path: Path) -> str:
     return f"check the path, which is read from {os.getcwd()}{there}"
 
 
-def _made_by(path: str, made: Mapping[str, str]) -> tuple[str, str] | None:
-    """The stage that is to write this path, and the path below its directory; None if no earlier stage writes it."""
-    for directory, stage in made.items():
+def _made_by(path: str, made: Made) -> tuple[str, Any, str] | None:
+    """The stage that is to write this path, its settings, and the path below its directory; None if no earlier stage
+    writes it."""
+    for directory, (stage, settings) in made.items():
         if path.startswith(directory + os.sep):
-            return stage, path.removeprefix(directory + os.sep)
+            return stage, settings, path.removeprefix(directory + os.sep)
     return None

@@ -47,6 +47,8 @@ class Stage(StageFacts):
     data: Callable[[Any], tuple[type, ...]] = lambda _settings: ()
     """The kinds of record, any one of them, that its settings `data` and `held_out_data` name; () if any text will
     do."""
+    least_prompts: Callable[[Any], int] = lambda _settings: 1
+    """The number of different prompts that it needs at least."""
     few: Callable[[Mapping[str, Any], Any], Mapping[str, Any]] = _few_steps
     """The keys that cut a table of settings short for a rehearsal, given the table and the settings it resolves to."""
     further_steps: Callable[[Any, int], float] = lambda _settings, _num_steps: 0.0

@@ -281,6 +281,7 @@ STAGE = Stage(
     trains="policy",
     writes=("metrics.jsonl", "samples.jsonl"),
     grows=("num_steps",),
+    least_prompts=lambda settings: settings.prompts_per_step,
     few=few_steps,
     about="Reinforcement learning: sample replies, score them with the reward model, move towards the better ones.",
     charts=(
