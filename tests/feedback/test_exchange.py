@@ -586,6 +586,19 @@ def test_a_dump_in_a_table_of_texts_comes_back_too(small: Make, tmp_path: Path):
     assert verify(again) == []
 
 
+def test_a_name_that_a_csv_file_cannot_hold_is_named(small: Make, tmp_path: Path):
+    store = small()
+    person(store, "[7]")
+    write_export(store, "dump", tmp_path / "dump.csv")
+    with pytest.raises(DataError, match=r"name is \[7\](.|\n)*\.jsonl"):
+        import_source(small(), str(tmp_path / "dump.csv"))
+    write_export(store, "dump", tmp_path / "dump.jsonl")
+    again = small()
+    import_source(again, str(tmp_path / "dump.jsonl"))
+    with again.read() as connection:
+        assert people.by_name(connection, "[7]") is not None
+
+
 def test_no_column_is_lost_because_the_first_row_lacks_it(tmp_path: Path):
     rows = [
         {"a": 1},

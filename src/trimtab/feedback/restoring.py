@@ -118,7 +118,9 @@ def record_values(row: Mapping[str, Any]) -> JsonDict:
         return {name: _cell(row.get(name), column) for name, column in columns.items()}
     except ValueError as error:
         raise DataError(
-            f"a {row['record']} record that cannot be read: {error}", where="the dump", fix="export the dump again"
+            f"a {row['record']} record that cannot be read: {error}",
+            where="the dump",
+            fix="export the dump again, as .jsonl",
         ) from None
 
 
@@ -137,6 +139,8 @@ def _cell(value: Any, column: sa.Column[Any]) -> Any:
             )
         return int(value) if isinstance(kind, sa.Integer) else float(value)
     if isinstance(kind, sa.Text):
+        if not isinstance(value, str | None):  # the readers take a CSV cell such as [7] for a list
+            raise ValueError(f"{column.name or 'a text'} is {value!r}")
         return (value or None) if column.nullable else (value or "")
     return value
 
