@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, GPT2Config
 
 from tests.stages.commands import PROMPTS, SHORT, run_stage, summary, trimtab, write_run_file
 from trimtab.engines.local import sampler as local_generator
 from trimtab.engines.local.kernels import SWITCH, find
 from trimtab.engines.local.slots import SlotForm
+from trimtab.models.load import load_tokenizer
+from trimtab.models.save import save_model
 
 SMALL = {"sampling": SHORT}
 GRPO = {"advantage": {"name": "grpo"}, "rewards": [{"name": "length", "max_tokens": 3}], "group_size": 2}
@@ -35,6 +38,25 @@ def test_replies_beyond_the_positions_of_the_model_are_refused_before_any_is_sam
     assert result.exit_code == 2
     assert "and a reply of up to 8 need" in result.output
     assert "positions; the model has 20" in result.output
+
+
+@pytest.mark.parametrize(("stage", "new_tokens"), [("evaluate", 60), ("select", 60), ("online", 60), ("online", 8)])
+def test_replies_beyond_the_positions_of_the_reward_model_are_refused_before_any_is_sampled(
+    stage, new_tokens, base, tmp_path
+):
+    tokenizer = load_tokenizer(base)
+    shape = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128}
+    config = GPT2Config(**shape, num_labels=1, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    save_model(AutoModelForSequenceClassification.from_config(config), tokenizer, tmp_path / "judge")
+    judged = {"rewards": [{"name": "model", "path": str(tmp_path / "judge")}]}
+    settings = stages(base)[stage] | judged | {"sampling": {"max_new_tokens": new_tokens}}
+    run_file = write_run_file(tmp_path / "run.toml", settings)
+    result = trimtab(stage, run_file, "--out", tmp_path / "run")
+    assert (result.exit_code == 2) == (new_tokens == 60), result.output
+    if new_tokens == 60:
+        assert "and a reply of up to 60 need" in result.output
+        assert "the reward model has learned 128" in result.output
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("stage", ["compare", "evaluate", "select", "online", "generate"])

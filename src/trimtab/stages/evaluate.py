@@ -35,6 +35,7 @@ from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
 from trimtab.stages.online.sampling import in_groups, rollout_trees
 from trimtab.stages.reading import read
+from trimtab.stages.reward_positions import refuse_short_reward_models
 from trimtab.stages.stage import Stage, few_prompts
 from trimtab.stats import bootstrap_mean, paired_difference, win_rate
 
@@ -105,7 +106,7 @@ def run(settings: EvaluateSettings, run: Run) -> None:
             "without a baseline",
         )
         models["baseline"] = load_policy(settings.baseline, chat, settings)
-    score = load_judges(settings)
+    score = load_judges(settings, loaded.records, chat)
     generators = {name: LocalSampler(model, chat, settings.sampling) for name, model in models.items()}
     for generator in generators.values():
         generator.check_prompts(loaded.records)
@@ -145,14 +146,19 @@ def load_policy(path: str, chat: Chat, settings: EvaluateSettings) -> Policy:
     return Policy(load_causal(path), pad_id=chat.pad_id, temperature=settings.sampling.temperature)
 
 
-def load_judges(settings: EvaluateSettings) -> Callable[[Sequence[Rollout]], dict[str, np.ndarray]]:
-    """A function that gives every reply its scores: by "gold", by "reward", and by the rewards under their names."""
+def load_judges(
+    settings: EvaluateSettings, prompts: Sequence[Prompt], chat: Chat
+) -> Callable[[Sequence[Rollout]], dict[str, np.ndarray]]:
+    """A function that gives every reply its scores: by "gold", by "reward", and by the rewards under their names.
+    Raises ConfigError if a reward model could not read the longest reply to one of the prompts."""
     judges: dict[str, GoldScorer | RewardModelScorer] = {}
     if settings.world is not None:
         judges["gold"] = GoldScorer(worlds.load(settings.world))
     if settings.reward_model is not None:
         judges["reward"] = RewardModelScorer.from_directory(settings.reward_model, token_budget=settings.token_budget)
     combined = load_rewards(settings.rewards, token_budget=settings.token_budget) if settings.rewards else None
+    models = [*judges.values(), *(part.reward for part in (combined.parts if combined is not None else ()))]
+    refuse_short_reward_models(models, prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)
 
     def score(rollouts: Sequence[Rollout]) -> dict[str, np.ndarray]:
         scores = {name: judge.score(rollouts)[0].numpy() for name, judge in judges.items()}

@@ -32,6 +32,7 @@ from trimtab.runs.loop import stepping
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
 from trimtab.stages.reading import read
+from trimtab.stages.reward_positions import refuse_short_reward_models
 from trimtab.stages.selection import (
     Filter,
     Pairs,
@@ -110,7 +111,10 @@ def run(settings: SelectSettings, run: Run) -> None:
     refuse_unknown_rewards(settings.filter, rewards)
     policy = Policy(load_causal(settings.model), pad_id=chat.pad_id, temperature=settings.sampling.temperature)
     sampler = LocalSampler(policy, chat, settings.sampling)
-    sampler.check_prompts(item.prompt for item in asked)
+    prompts = [item.prompt for item in asked]
+    sampler.check_prompts(prompts)
+    judges = [part.reward for part in rewards.parts] if rewards else []
+    refuse_short_reward_models(judges, prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)
     world = GoldScorer(worlds.load(settings.world)) if settings.world else None
     replies = ReplyFile(run.directory / "replies.jsonl")
     run.note_path("sampler", sampler.sampler)

@@ -56,6 +56,7 @@ from trimtab.stages.online.samplers import make_samplers
 from trimtab.stages.online.sampling import RolloutBatch, RolloutSource, shape_rewards
 from trimtab.stages.online.settings import OnlineSettings
 from trimtab.stages.online.state import OnlineState
+from trimtab.stages.reward_positions import refuse_short_reward_models
 from trimtab.stages.stage import FEW_STEPS, Stage
 from trimtab.stages.supervised import last_metrics
 
@@ -76,6 +77,8 @@ def run(settings: OnlineSettings, run: Run) -> None:
     policy, reference, critic = make_engines(settings, models)
     world = GoldScorer(worlds.load(settings.world)) if settings.world else None
     sampler, greedy = make_samplers(settings, models.policy, chat, prompts)
+    judges = [part.reward for part in models.rewards.parts]
+    refuse_short_reward_models(judges, prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)
     source = RolloutSource(sampler, greedy, models.rewards, world, settings)
     pretraining = PretrainingBatches(demonstrations, settings)
     state = OnlineState(
