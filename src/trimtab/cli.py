@@ -26,7 +26,7 @@ from trimtab.core.errors import (
     TrimtabError,
     not_installed,
 )
-from trimtab.core.files import disk_problem, unwritable
+from trimtab.core.files import disk_problem, unwritable, writing
 from trimtab.core.settings_help import settings_help, summary_of
 from trimtab.feedback.command_line import add_to
 
@@ -425,7 +425,9 @@ def world(name: str, rows: int, out: Path, seed: int) -> None:
     """Write the data sets of a world as JSON lines."""
     from trimtab import worlds
 
-    for file, count in worlds.write_sets(worlds.load(name), rows, out, seed).items():
+    with writing(str(out), out):
+        counts = worlds.write_sets(worlds.load(name), rows, out, seed)
+    for file, count in counts.items():
         click.echo(f"{out / file}: {count} rows")
 
 

@@ -155,4 +155,5 @@ def test_a_command_that_cannot_write_says_so_in_a_sentence(words: list[str], tmp
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "could not be written" in done.stderr
+    assert f"where: {words[-1]}" in done.stderr
     assert "Traceback" not in done.stderr

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from tests.core.test_files import small_disk
 from tests.models.test_foreign_adapters import IDS, PARTS, logits, lora, write
 from tests.stages.commands import trimtab
 from tests.tiny import write_model_directory
@@ -42,3 +43,12 @@ def test_nothing_is_written_over(base, tmp_path):
     done = trimtab("export", "--model", base, "--out", tmp_path)
     assert done.exit_code == 2
     assert "is there and not empty" in done.output
+
+
+def test_a_disk_that_is_full_leaves_nothing(base, tmp_path):
+    with small_disk(20_000):
+        done = trimtab("export", "--model", base, "--out", tmp_path / "new" / "whole")
+    assert done.exit_code == 2
+    assert "new/whole could not be written: File too large" in done.output
+    assert not any((tmp_path / "new").iterdir())
+    assert trimtab("export", "--model", base, "--out", tmp_path / "new" / "whole").exit_code == 0

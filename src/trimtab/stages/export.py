@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from trimtab.core.errors import ConfigError
+from trimtab.core.files import replacing, writing
 from trimtab.models.load import is_classifier, load_causal, load_scalar, load_tokenizer
 from trimtab.models.save import save_model
 
@@ -15,7 +17,8 @@ Dtype = Literal["as stored", "float32", "bfloat16", "float16"]
 
 
 def export(*, model: str, out: Path, dtype: Dtype = "as stored") -> str:
-    """Writes the policy or reward model `model` to `out` and says what was written. The directory must be new or empty.
+    """Writes the policy or reward model `model` to `out`, whole or not at all, and says what was written. The directory
+    must be new or empty.
 
     An adapter of any kind that peft can merge is merged, with every part it brings.
     """
@@ -24,5 +27,9 @@ def export(*, model: str, out: Path, dtype: Dtype = "as stored") -> str:
     tokenizer = load_tokenizer(model)
     scalar = is_classifier(model)
     loaded = load_scalar(model) if scalar else load_causal(model)
-    save_model(loaded, tokenizer, out, dtype=None if dtype == "as stored" else getattr(torch, dtype))
+    place = Path(os.path.realpath(out))
+    with writing(str(out), out):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(place) as aside:
+            save_model(loaded, tokenizer, aside, dtype=None if dtype == "as stored" else getattr(torch, dtype))
     return f"{out}: a {'reward model' if scalar else 'language model'}, {type(loaded).__name__}"
