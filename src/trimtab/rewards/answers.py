@@ -15,13 +15,23 @@ from trimtab.core.errors import DataError, need
 from trimtab.core.metrics import Metrics
 from trimtab.core.registry import register
 from trimtab.core.types import Prompt, Rollout
+from trimtab.rewards.amounts import TIMES_POWER_OF_TEN, amount_of, as_number
 from trimtab.rewards.each import Score, fact, score_each
 from trimtab.rewards.helper import Helper
-from trimtab.rewards.written import amount_of, as_number, clean, same_text
+from trimtab.rewards.written import clean, same_text
 
 AnswerForm = Literal["hashes", "boxed", "last_number"]
 
-_IN_TEXT = re.compile(r"(?<![\w.])[-+−]?[$€£¥]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_IN_TEXT = re.compile(
+    r"\\[dtc]?frac\s*\{\d+\}\s*\{\d+\}"
+    r"|(?<![\w.^])(?<!\^\{)(?<!\*\*)"  # neither within a word nor an exponent
+    r"(?:[-+−]|(?:\A|(?<=[=:(])|(?<=[=:(] )|(?<=\bis ))[-−] )?[$€£¥]?"  # "5 - 3" holds no negative number
+    r"(?:\d+ \d+/\d+|\d{1,3}(?: \d{3})+(?!\d)|\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?(?:[eE][-+]?\d+)?"
+    rf"(?:{TIMES_POWER_OF_TEN.pattern}|\s*(?:\^|\*\*)\s*\{{?[-+−]?\d+\}}?)?"
+    r"(?: (?:hundred|thousand|million|billion|trillion|dozen)s?\b)*"
+)
+"""A number within a reply, whole: 10^3 is one number, and so are 2.5e-3, 1 000 and 5 million."""
+_WORDS = re.compile(r"(?<![\\A-Za-z])(?!(?:sqrt|frac|pi|sin|cos|tan|log|ln|exp)(?![A-Za-z]))[A-Za-z]{2,}")
 _SEVERAL = ("$", "\\(", "\\)", "\\[", "\\]", "\\boxed", "\n")
 """Marks that would end one formula and begin another: an answer is a single formula."""
 
@@ -93,8 +103,10 @@ class ExactAnswerScorer:
     def _same(self, right: str, given: str) -> bool:
         if same_text(right, given):
             return True
-        both_numbers = amount_of(clean(right)) is not None and amount_of(clean(given)) is not None
-        if not self.settings.maths or both_numbers or any(mark in _plain(given) for mark in _SEVERAL):
+        if not self.settings.maths or any(mark in _plain(given) for mark in _SEVERAL):
+            return False
+        # math-verify reads "5 millions" and "not 5" as 5, and 50% as 1/2.
+        if amount_of(clean(right)) and (amount_of(clean(given)) or _WORDS.search(clean(given))):
             return False
         return bool(self.helper.ask("same_maths", _plain(right), _plain(given)))
 
@@ -130,7 +142,7 @@ def _boxed(reply: str) -> str | None:
 
 
 def _last_number(reply: str) -> str | None:
-    found = _IN_TEXT.findall(reply)
+    found = [match[0] for match in _IN_TEXT.finditer(reply)]
     return found[-1].rstrip(",") if found else None
 
 
