@@ -199,6 +199,12 @@ FILES = {
     "a word as quality": (Demonstration, REPLY | {"quality": "bad"}, "judges the replies", "ignore=quality"),
     "stars as label": (Demonstration, REPLY | {"label": 4}, "judges the replies", "ignore=label"),
     "two replies": (Demonstration, REPLY | {"output": "No"}, "two columns may be the reply", "ignore=output"),
+    "a reply beside messages": (
+        Demonstration,
+        {"messages": [user("a"), said("b")], "response": "c"},
+        "two columns may be the reply",
+        "ignore=response",
+    ),
     "two questions": (Demonstration, REPLY | {"question": "Who?"}, "no part of the prompt", "ignore=question"),
     "options that the question lacks": (
         Demonstration,

@@ -199,7 +199,7 @@ def _misread_columns(
     """The problems of columns that are not used, `left`, each with its fix."""
     if reading.kind is Demonstration:
         yield from _judged(left, rows)
-    if reading.kind in (Demonstration, LabelledResponse) and "completion" in reading.uses:
+    if reading.kind in (Demonstration, LabelledResponse):
         for name, plain in left.items():
             if plain in COMPLETION[:4] and any(filled(row.get(name)) for row in rows):
                 yield (
