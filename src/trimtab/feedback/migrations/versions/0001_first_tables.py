@@ -7,7 +7,7 @@ from alembic import op
 
 from trimtab.feedback.tables import metadata
 
-revision = "2026-11-27"  # until the first release the day on which the tables changed last: older stores are refused
+revision = "20261127"  # until the first release the day on which the tables changed last: older stores are refused
 down_revision = None
 
 
