@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.models.test_forward import some_trees
 from tests.tiny import write_model_directory
 from trimtab.core.errors import ConfigError, EngineError
-from trimtab.models.adapters import LoRA, add_adapter, load_adapter, using, weight_of
+from trimtab.models.adapters import LoRA, add_adapter, load_adapter, refuse_other_shape, using, weight_of
 from trimtab.models.forward import token_logprobs_of
 from trimtab.models.load import load_causal, load_scalar, load_tokenizer
 from trimtab.models.roles import Policy, ScalarModel
@@ -170,6 +170,19 @@ def test_an_adapter_that_names_itself_as_its_base_is_refused(base, tmp_path):
         if (name, names) != ("a", "b"):
             with pytest.raises(EngineError, match=f"names {says}"):
                 load_tokenizer(tmp_path / name)
+
+
+def test_settings_that_the_adapter_which_is_trained_on_does_not_have_are_refused(base, tmp_path):
+    write(base, tmp_path / "a", lora(target_modules=["q_proj"], lora_alpha=8))
+    for same in (LoRA(), LoRA(rank=4), LoRA(alpha=8.0, modules=("q_proj",))):
+        refuse_other_shape(tmp_path / "a", same)
+    for other, says in (
+        (LoRA(rank=64), r"adapter\.rank = 64, and the adapter that is trained on has 4"),
+        (LoRA(alpha=1.0), r"adapter\.alpha = 1\.0, and .* has 8"),
+        (LoRA(modules=("v_proj",)), r"adapter\.modules = \['v_proj'\], and .* has \['q_proj'\]"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            refuse_other_shape(tmp_path / "a", other)
 
 
 def test_a_rank_that_no_layer_can_use_is_refused(base):

@@ -129,6 +129,31 @@ def load_adapter(model: PreTrainedModel, name: str, path: str | Path, *, with_he
     return head
 
 
+def refuse_other_shape(path: str | Path, settings: LoRA) -> None:
+    """Raises ConfigError if the settings ask for another shape than that of the adapter directory, which is trained on
+    with its own. Values that are the defaults ask for nothing."""
+    own = read_json(Path(find_model(path)) / CONFIG_FILE)
+    modules = own.get("target_modules")
+    has = LoRA(
+        rank=int(own.get("r") or 1),
+        alpha=float(own.get("lora_alpha") or 1.0),
+        modules=tuple(modules) if isinstance(modules, list) else (),
+    )
+    usual = LoRA()
+    asked: dict[str, tuple[Any, Any, Any]] = {
+        "rank": (settings.rank, has.rank, usual.rank),
+        "alpha": (settings.alpha, has.alpha, usual.alpha),
+        "modules": (sorted(settings.modules), sorted(has.modules), []),
+    }
+    for name, (wanted, there, default) in asked.items():
+        if wanted not in (there, default):
+            raise ConfigError(
+                f"adapter.{name} = {wanted}, and the adapter that is trained on has {there}",
+                where=str(path),
+                fix=f"leave adapter.{name} out, or make a whole model of it first: trimtab export --model {path}",
+            )
+
+
 def save_adapter(
     model: PreTrainedModel, name: str, directory: Path, *, base: str, head: dict[str, Tensor] | None = None
 ) -> None:

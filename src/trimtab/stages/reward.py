@@ -22,7 +22,7 @@ from trimtab.data.pairs import Comparisons, group_pairs
 from trimtab.engines.local.learner import AdamW
 from trimtab.evals.reward_card import reward_card
 from trimtab.math.losses.reward import RewardLoss
-from trimtab.models.adapters import LoRA, add_adapter, load_adapter
+from trimtab.models.adapters import LoRA, add_adapter, load_adapter, refuse_other_shape
 from trimtab.models.forward import sequence_scores_of
 from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_scalar, load_tokenizer
@@ -123,6 +123,7 @@ def start_reward_model(settings: RewardSettings, chat: Chat) -> tuple[ScalarMode
     if base is None:
         add_adapter(model, "reward", settings.adapter, seed=seeds.derive(settings.seed, "adapter", "reward"))
     else:
+        refuse_other_shape(settings.model, settings.adapter)
         head = load_adapter(model, "reward", settings.model, with_head=True)
         model.load_state_dict(head, strict=False)
     return ScalarModel(model, pad_id=chat.pad_id, adapter="reward", gives="scores"), base or settings.model

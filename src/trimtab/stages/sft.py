@@ -20,7 +20,7 @@ from trimtab.data.pairs import group
 from trimtab.data.tokens import Lazy, TokenTable
 from trimtab.engines.local.learner import AdamW
 from trimtab.math.losses.sft import SFTLoss
-from trimtab.models.adapters import LoRA, add_adapter, load_adapter
+from trimtab.models.adapters import LoRA, add_adapter, load_adapter, refuse_other_shape
 from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.quantized import quantize
@@ -107,6 +107,7 @@ def start_policy(path: str, adapter: LoRA | None, chat: Chat, *, seed: int) -> t
     if base is None:
         add_adapter(model, "policy", adapter, seed=seeds.derive(seed, "adapter", "policy"))
     else:
+        refuse_other_shape(path, adapter)
         load_adapter(model, "policy", path)
     return Policy(model, pad_id=chat.pad_id, adapter="policy"), base or path
 

@@ -12,7 +12,7 @@ from trimtab.core import seeds
 from trimtab.core.errors import ConfigError
 from trimtab.core.hub import base_of, on_base, same_model
 from trimtab.data.chat import Chat
-from trimtab.models.adapters import add_adapter, load_adapter
+from trimtab.models.adapters import add_adapter, load_adapter, refuse_other_shape
 from trimtab.models.load import load_causal, load_scalar
 from trimtab.models.quantized import quantize
 from trimtab.models.roles import Policy, ScalarModel, head_of_weights, zero_head
@@ -85,6 +85,8 @@ def shared_models(settings: OnlineSettings, chat: Chat) -> Models:
     adapter that was trained before is a copy of that adapter."""
     assert settings.adapter is not None
     lora, base = settings.adapter, base_of(settings.model) or settings.model
+    if base_of(settings.model):
+        refuse_other_shape(settings.model, lora)
     shared = load_causal(base)
     quantize(shared, lora.base_bits)
 
