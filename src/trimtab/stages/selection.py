@@ -186,9 +186,9 @@ def choose(asked: Sequence[PromptItem], rows: Iterable[Sequence[Reply]], rule: F
 def write_demonstrations(
     path: Path, asked: Sequence[PromptItem], rows: Iterable[Sequence[Reply]], choice: Selection
 ) -> None:
-    """Writes each reply that was kept as a demonstration, with its reward."""
+    """Writes each reply that was kept as a demonstration, with the reward that it was kept for."""
     chosen = (
-        to_dict(Demonstration(prompt=one.prompt, response=replies[i].response)) | {"reward": replies[i].reward}
+        to_dict(Demonstration(prompt=one.prompt, response=replies[i].response)) | {"best_reward": replies[i].reward}
         for one, replies, picked in zip(asked, rows, choice.picked, strict=False)
         for i in picked
     )
