@@ -87,3 +87,14 @@ def test_all_mistakes_of_all_stages_are_reported_at_once(tmp_path):
     for key in ("base.vocabsize", "base.batch_size", "sft.num_epoch", "check.sampling"):
         assert f"stages.{key}" in result.output
     assert "num_epochs" in result.output
+
+
+def test_a_stage_with_other_settings_says_which_directory_to_remove(tmp_path):
+    only_base = PIPELINE | {"stages": {"base": STAGES["base"]}}
+    assert run(tmp_path, only_base).exit_code == 0
+    other = PIPELINE | {"stages": {"base": STAGES["base"] | {"vocab_size": 290}}}
+    result = run(tmp_path, other)
+    assert result.exit_code == 2
+    assert "vocab_size: 280 there, 290 now" in result.output
+    assert f"remove {tmp_path / 'out' / 'base'}" in result.output.replace("\n", "")
+    assert "--fresh" not in result.output

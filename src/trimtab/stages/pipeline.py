@@ -24,14 +24,15 @@ import signal
 import sys
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from trimtab.core import config, registry, settings_check
-from trimtab.core.errors import ConfigError, Interrupted, Terminated
+from trimtab.core.errors import ConfigError, Interrupted, Terminated, TrimtabError
 from trimtab.core.files import json_text, read_json, write_whole, writing
 from trimtab.runs.run import Run, holds_run
 from trimtab.stages import preflight
@@ -57,7 +58,7 @@ def run_pipeline(values: Mapping[str, Any], out: Path, *, where: str = "the pipe
         write_whole(out / "pipeline.toml", text)
     for number, (name, (stage, settings)) in enumerate(stages.items(), start=1):
         title = f"[{number}/{len(stages)}] {name}"
-        with open_run(out / name, stage, settings) as run:
+        with _without_fresh(out / name), open_run(out / name, stage, settings) as run:
             if run.finished:
                 console.print(f"{title}: finished before", style="dim")
                 continue
@@ -66,6 +67,18 @@ def run_pipeline(values: Mapping[str, Any], out: Path, *, where: str = "the pipe
     summary = summarise(values, {name: stage for name, (stage, _) in stages.items()}, out)
     write_json(out / "summary.json", summary)
     return summary
+
+
+@contextmanager
+def _without_fresh(directory: Path) -> Iterator[None]:
+    """Errors inside advise to remove the directory of the stage instead of --fresh, which a pipeline does not have."""
+    try:
+        yield
+    except TrimtabError as error:
+        fix = re.sub(r"begin again (there )?with --fresh", f"remove {directory} so that it begins again", error.fix)
+        if fix == error.fix:
+            raise
+        raise type(error)(error.problem, where=error.where, fix=fix) from error
 
 
 def open_run(directory: str | Path, stage: str, settings: Any, *, resume: bool = True) -> Run:
