@@ -433,6 +433,19 @@ def test_the_statistics_read_the_vote_table_and_the_project_alike(tmp_path: Path
     assert len(read_votes(store.project.path)) == num
 
 
+def test_replies_that_begin_with_their_prompt_come_back(tmp_path: Path):
+    store = make_store(tmp_path)
+    prompt = Prompt(messages=(Message("user", "Say hi there"),))
+    replies = tuple(items.NewReply(text=f"Say hi there {word}") for word in ("yes", "no"))
+    items.add_items(store, [("row 1", items.NewItem(kind="pairs", prompt=prompt, replies=replies))])
+    answered(store, A)
+    write_export(store, "preference", tmp_path / "p.jsonl")
+    (pair,) = load(PreferencePair, tmp_path / "p.jsonl").records
+    assert pair.prompt.messages == prompt.messages
+    assert {pair.chosen, pair.rejected} == {"Say hi there yes", "Say hi there no"}
+    store.close()
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
 def test_the_exported_votes_give_the_same_judgements_as_the_project(tmp_path: Path, ending: str):
     assignment = {"overlap": 9, "gold_rate": 0.2, "reask_rate": 0.2}

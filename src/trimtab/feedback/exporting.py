@@ -186,7 +186,9 @@ def _rows(
         pairs, counts = labels.preference_pairs(connection, settings.labels, split)
         margins = bool(settings.labels.margins)
         rows = [_pair_row(pair, layout, margins) for pair in pairs]
-        if layout == "preference" and not _read_back(rows, pairs, to_explicit_pair, "chosen", "rejected"):
+        repeated = any(p.chosen.startswith(_text(p.prompt)) and p.rejected.startswith(_text(p.prompt)) for p in pairs)
+        read = layout != "preference" or _read_back(rows, pairs, to_explicit_pair, "chosen", "rejected")
+        if layout == "preference" and (repeated or not read):  # replies that begin with the prompt are refused as text
             rows = [_pair_row(pair, "conversational", margins) for pair in pairs]
         return rows, counts
     if layout == "unpaired":
