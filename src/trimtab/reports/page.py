@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from markupsafe import Markup
 
-from trimtab.core.files import write_whole
+from trimtab.core.files import write_out
 from trimtab.reports.charts import Chart
 from trimtab.reports.headline import Tile, Verdict
 from trimtab.reports.markup import REPORTS
@@ -122,9 +122,8 @@ def render(page: Report) -> str:
 
 
 def write(page: Report, path: Path) -> Path:
-    """Writes the page whole, and returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, render(page))
+    """Writes the page whole where the user wants it, and returns the path."""
+    write_out(path, render(page))
     return path
 
 

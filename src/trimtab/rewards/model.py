@@ -116,7 +116,8 @@ class RewardModelScorer:
             raise EngineError(
                 f"a prompt and reply of {longest} tokens; the reward model has learned {self.positions} positions",
                 where=str(self.model.model.config._name_or_path or "the reward model"),
-                fix="lower sampling.max_new_tokens or max_prompt_tokens, or use a reward model that reads longer texts",
+                fix="give shorter texts (a run bounds them by sampling.max_new_tokens and max_prompt_tokens), or use a "
+                "reward model that reads longer ones",
             )
         replies: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
         for prompt, reply in sequences:
