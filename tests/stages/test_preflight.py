@@ -125,6 +125,8 @@ def test_a_model_that_fits_no_earlier_one_is_answered_before_the_first(here, bas
         (online | {"rewards": [of_foreign]}, "set critic.init = 'policy'"),
         (online | {"prompts": "prompts.jsonl"}, "prompts_per_step = 4 of 1 prompts"),
         (check | {"prompts": "prompts.jsonl", "rewards": ["exact_answer"]}, "no prompt has the fact 'answer'"),
+        (check | {"prompts": "prompts.jsonl", "world": "helpdesk"}, "no fact named 'topic'"),
+        (check | {"prompts": "prompts.jsonl", "rewards": [{"name": "gold", "world": "helpdesk"}]}, "no fact named"),
         (sft | {"adapter": {"modules": ["qproj"]}}, "did you mean 'q_proj'?"),
     ]:
         result = run(here, sft=sft, later=later)

@@ -38,13 +38,14 @@ class GoldScorer:
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] gold scores in [0, 1], and the mean of each named part."""
-        golds = [self._gold(r.prompt, r.response) for r in rollouts]
+        golds = [self.gold(r.prompt, r.response) for r in rollouts]
         metrics: Metrics = {"gold/mean": mean_of(g.total for g in golds)}
         for part in golds[0].parts if golds else ():
             metrics[f"gold/{part}"] = mean_of(g.parts[part] for g in golds if part in g.parts)
         return torch.tensor([g.total for g in golds], dtype=torch.float32), metrics
 
-    def _gold(self, prompt: Prompt, response: str) -> worlds.Gold:
+    def gold(self, prompt: Prompt, response: str) -> worlds.Gold:
+        """The gold of one reply. Raises DataError, with the name of the fact, if the prompt is not of this world."""
         try:
             return self.world.gold(prompt, response)
         except KeyError as error:

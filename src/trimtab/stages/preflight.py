@@ -27,7 +27,7 @@ from trimtab.models.adapters import add_adapter
 from trimtab.models.load import is_classifier
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.models.weights import check_file, check_weights
-from trimtab.rewards.gold import GoldReward
+from trimtab.rewards.gold import GoldReward, GoldScorer
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.python_callable import PythonCallable, load_function
 from trimtab.stages.stage import ModelKind, Stage
@@ -198,6 +198,9 @@ def _check_prompts(prompts: Sequence[Prompt], source: str, least: int, settings:
                 where=source,
                 fix="add a column of that name to the prompts' file, or name the right fact in the reward's settings",
             )
+    for _, name in _worlds(settings):
+        if prompts and name in registry.names("world"):
+            GoldScorer(worlds.load(name)).gold(prompts[0], "")
 
 
 def _worlds(settings: Any) -> Iterator[tuple[str, str]]:
