@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.reports.fabricate import card, online_metrics
@@ -144,6 +144,18 @@ def test_rows_are_as_many_as_their_names_and_those_without_a_value_are_left_out(
     circles = list(drawn(chart).iter("circle"))
     assert len(circles) == 2
     assert circles[1].attrib["fill"] == charts.ROSE
+
+
+@given(st.lists(st.floats(allow_infinity=False), min_size=1, max_size=4), st.sampled_from([None, 0.0]))
+@example([0.0, 5e-324], None)
+@example([1.7e308, -1.7e308], None)
+@example([1e9, 1e9 + 1e-6], None)
+def test_there_is_a_chart_of_any_numbers(values, low):
+    chart = Chart(Axis("x", low), Axis("y", low))
+    chart.dots(values, values, ["#000"], ["value"] * len(values))
+    text = str(chart.__html__())
+    assert "nan" not in text
+    assert text.count('class="grid"') <= 14
 
 
 def test_a_chart_without_values_says_so():

@@ -28,6 +28,8 @@ MAX_POINTS = 200
 """Maximum number of points drawn for a curve. They are evenly spaced; smoothing uses all points."""
 MAX_NAME = 28
 """Letters of a name that a legend or an axis shows; beside a wide chart twice as many."""
+_FAR = 1e300
+"""No axis reaches further, nor shows differences smaller than one part of this."""
 _LETTER = 6.2
 """Mean width of a letter of the charts' 11-pixel font, in pixels."""
 _ROW = 22
@@ -54,8 +56,12 @@ class Axis:
         known = values[np.isfinite(values)]
         low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
         low, high = (low if self.low is None else self.low), (high if self.high is None else self.high)
-        margin = 0.04 * (high - low) if high > low else abs(low) / 2 or 0.5
-        return low - (margin if self.low is None else 0), high + (margin if self.high is None or high <= low else 0)
+        low = min(max(low, -_FAR), _FAR)
+        high = min(max(high, low), _FAR)
+        # values that differ in their last digits only are one value, and have no round numbers between them
+        apart = high - low > max(1e-9 * max(abs(low), abs(high)), 1 / _FAR)
+        margin = 0.04 * (high - low) if apart else abs(low) / 2 or 0.5
+        return low - (margin if self.low is None else 0), high + (margin if self.high is None or not apart else 0)
 
     def ticks_in(self, low: float, high: float, letters: int = MAX_NAME) -> list[tuple[float, str]]:
         """Places and texts of at most seven ticks; of all names, of which it shows so many letters."""
