@@ -34,7 +34,7 @@ class EngineError(TrimtabError):
 
 
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": ("torch", "transformers", "tokenizers", "safetensors", "datasets", "peft"),
+    "train": ("torch", "transformers", "tokenizers", "safetensors", "datasets", "peft", "accelerate"),
     "feedback": (
         *("fastapi", "uvicorn", "sqlalchemy", "alembic", "markdown_it", "mdit_py_plugins", "nh3"),
         *("latex2mathml", "pyarrow"),

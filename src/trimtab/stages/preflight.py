@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM
 
 from trimtab import worlds
@@ -306,8 +305,10 @@ def _check_fit(look: ModelUse, settings: Any, made: Made) -> None:
     adapter = getattr(settings, "adapter", None)
     whole = Path(look.path).is_dir() and base_of(look.path) is None
     if look.key == "model" and adapter is not None and whole and _architecture(look.path).endswith(_CAUSAL):
+        from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
         causal: Any = AutoModelForCausalLM
-        with torch.device("meta"):  # a model without weights
+        with init_empty_weights():
             add_adapter(causal.from_config(load_config(look.path)), "policy", adapter, seed=0)
     policy, other = _origin(settings.model, made), _origin(look.path, made)
     if policy is None or other is None or not _reads_ids_of_policy(look, settings):
