@@ -163,8 +163,10 @@ def test_a_mistake_is_answered_with_what_to_change(tmp_path, base, reward_run, c
 def test_two_prompts_of_one_id_are_refused(tmp_path, base, reward_run):
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt": text, "id": "x"}) + "\n" for text in ("one", "two")))
-    file = write_run_file(tmp_path / "run.toml", settings(base, reward_run, prompts=str(data)))
-    result = trimtab("select", file, "--out", tmp_path / "run")
+    values = settings(base, reward_run, prompts=str(data))
+    # These prompts are of no world.
+    del values["world"]
+    result = trimtab("select", write_run_file(tmp_path / "run.toml", values), "--out", tmp_path / "run")
     assert result.exit_code == 2
     assert "two different prompts have the id 'x'" in result.output
 

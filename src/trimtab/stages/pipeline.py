@@ -19,9 +19,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import resource
 import signal
-import sys
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +32,7 @@ from rich.console import Console
 from trimtab.core import config, registry, settings_check
 from trimtab.core.errors import ConfigError, Interrupted, Terminated, TrimtabError
 from trimtab.core.files import json_text, read_json, write_whole, writing
+from trimtab.core.process import peak_rss_gb
 from trimtab.runs.run import Run, holds_run
 from trimtab.stages import preflight
 
@@ -276,11 +275,10 @@ def summarise(values: Mapping[str, Any], stages: Mapping[str, str], out: Path) -
     """The summary of all stages, with what a reader asks for first under `reward_model` and `policy`."""
     again = "remove it: the same command finishes the stage again from its last checkpoint"
     summaries = {name: read_json(out / name / "summary.json", fix=again) for name in stages}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     summary: dict[str, Any] = {
         "seed": values.get("seed"),
         "seconds": sum(s.get("seconds", 0.0) for s in summaries.values()),
-        "peak_rss_gb": peak / (2**30 if sys.platform == "darwin" else 2**20),
+        "peak_rss_gb": peak_rss_gb(),
         "num_cpus": os.cpu_count(),
         "stages": {name: {"stage": stage, "seconds": summaries[name].get("seconds")} for name, stage in stages.items()},
     }

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trimtab.core.errors import EngineError
+from trimtab.core.process import peak_rss_gb
 from trimtab.stages import preflight
 from trimtab.stages.pipeline import expand, resolve_stages, run_pipeline
 from trimtab.stages.stage import share_of_prompts
@@ -167,13 +168,6 @@ def file_gb(directory: str | Path | None) -> float:
         with safe_open(file, "pt") as tensors:
             num += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
     return num * 4 / 2**30
-
-
-def peak_rss_gb() -> float:
-    """The most memory that this process has held, in GB."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def show(plans: list[StagePlan], console: Console) -> None:
