@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.optimize
-import scipy.special
-import scipy.stats
+import scipy  # it loads each of its parts when that is first used
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]

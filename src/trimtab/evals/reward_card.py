@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.optimize
-import scipy.sparse
-import scipy.special
+import scipy
 from numpy.typing import ArrayLike
 
 from trimtab.core.types import PreferencePair, prompt_id

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.special
-import scipy.stats
+import scipy
 
 from trimtab.core.errors import ConfigError
 

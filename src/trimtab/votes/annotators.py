@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.special
-import scipy.stats
+import scipy
 from numpy.typing import NDArray
 
 from trimtab.stats import Floats, Interval, wilson

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import scipy.sparse
-import scipy.sparse.csgraph
+import scipy
 from numpy.typing import NDArray
 
 from trimtab.core.errors import DataError
