@@ -105,3 +105,53 @@ def test_settings_survive_the_trip_through_toml():
 def test_no_sandbox_at_a_time_is_refused():
     with pytest.raises(ValueError, match="num_parallel = 0"):
         UnitTests(num_parallel=0)
+
+
+CHECK = "def check(candidate):\n    assert candidate(2) == 4"
+
+
+@pytest.mark.parametrize("code", ["x = 1", "", "def g(x): return 4"])
+def test_code_without_the_entry_point_is_wrong(code, rollout):
+    assert scores([rollout(fenced(code), tests=CHECK, entry_point="f")])[0].tolist() == [0]
+
+
+def test_an_entry_point_may_be_a_method(rollout):
+    right = "class Solution:\n    def twice(self, x): return 2 * x"
+    codes = [right, "class Solution: pass", "def twice(x): return 2 * x"]
+    replies = [rollout(fenced(c), tests=CHECK, entry_point="Solution().twice") for c in codes]
+    assert scores(replies)[0].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("tests", ['["assert add(1, 2) == 3"]', "['assert add(1, 2) == 3']"])
+def test_a_list_of_tests_may_be_text(tests, rollout):
+    codes = ["def add(a, b): return a + b", "def add(a, b): return 0"]
+    assert scores([rollout(fenced(c), tests=tests) for c in codes])[0].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "",
+        "['assert add(1, 2) == 3' 'assert add(1, 1) == 2']",
+        CHECK,
+        "class TestAdd:\n    def test_it(self): assert add(1, 2) == 3",
+        "async def test_it(): assert add(1, 2) == 3",
+        "def main(): assert add(1, 2) == 3\nif __name__ == '__main__': main()",
+    ],
+)
+def test_tests_that_pass_without_any_code_judge_nothing(tests, rollout):
+    assert math.isnan(scores([rollout(fenced("def add(a, b): return 0"), tests=tests)])[0].item())
+
+
+def test_setup_may_be_a_list_of_lines(rollout):
+    tests = "assert math.isclose(f(2), math.sqrt(2))"
+    reply = rollout(fenced("def f(x): return x ** 0.5"), tests=tests, setup=["import math", "import os"])
+    assert scores([reply])[0].tolist() == [1]
+    wrong = rollout(fenced("def f(x): return x ** 0.5"), tests=tests, setup=[1])
+    assert math.isnan(scores([wrong])[0].item())
+
+
+def test_a_program_that_crashes_after_its_answer_is_wrong(rollout):
+    tests = [{"input": "", "output": "5"}]
+    codes = ["print(5)", "print(5)\nraise ValueError", "print(5)\nraise SystemExit(3)"]
+    assert scores([rollout(fenced(c), tests=tests) for c in codes])[0].tolist() == [1, 0, 0]

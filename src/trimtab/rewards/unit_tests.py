@@ -13,6 +13,7 @@ from trimtab.core.errors import DataError
 from trimtab.core.metrics import Metrics
 from trimtab.core.registry import register
 from trimtab.core.types import Rollout
+from trimtab.data.messages import value_in
 from trimtab.rewards.each import Score, fact, score_each
 from trimtab.rewards.formats import last_fenced
 from trimtab.sandbox.sandbox import Limits, Sandbox
@@ -24,12 +25,13 @@ class UnitTests:
     """1 for a reply whose code passes every test of its prompt, else 0. The code runs in a sandbox."""
 
     fact: str = "tests"
-    """The prompt's fact that holds the tests: Python to run, one text or several; or pairs of "input" and "output"."""
+    """The prompt's fact that holds the tests: Python to run, one text or several; or pairs of "input" and "output". A
+    list may also be written as text. Tests that pass without any code judge nothing, and are refused."""
     setup_fact: str = "setup"
-    """The fact, if there is one, with Python to run before each test, such as imports."""
+    """The fact, if there is one, with Python to run before each test, such as imports: a text, or a list of lines."""
     entry_point_fact: str = "entry_point"
     """The fact, if there is one, with the name (or names) of the code that the tests use; they then see no other
-    name."""
+    name. It may also be a method, such as `Solution().two_sum`. `check` in the tests is called with each."""
     score: Literal["all", "share"] = "all"
     """Whether every test has to pass, or the reward is the share of tests that pass."""
     code: Literal["fenced", "whole"] = "fenced"
@@ -78,6 +80,9 @@ class UnitTestsScorer:
     def _judge(self, rollout: Rollout) -> Score:
         facts = rollout.prompt.facts
         given: Any = fact(rollout.prompt, self.settings.fact)
+        # JSON lines made from tables often hold a list as text, which Python would run and pass: it asserts nothing.
+        if isinstance(given, str) and (listed := value_in(given)) is not None:
+            given = listed
         tests: Sequence[Any] = given if isinstance(given, list | tuple) else [given]
         code = rollout.response if self.settings.code == "whole" else last_fenced(rollout.response)
         if code is None:
@@ -97,13 +102,10 @@ class UnitTestsScorer:
         return Score(value, {"passed": share, "timed_out": float(verdict.timed_out), "no_code": 0.0})
 
     def _examine(self, code: str, tests: Sequence[str], facts: Mapping[str, Any]) -> TestVerdict:
-        names = facts.get(self.settings.entry_point_fact) or []
-        report = self.sandbox.examine(
-            code,
-            tests,
-            setup=str(facts.get(self.settings.setup_fact) or ""),
-            entry_points=[names] if isinstance(names, str) else names,
+        setup, entry_points = (
+            _texts(facts, name) for name in (self.settings.setup_fact, self.settings.entry_point_fact)
         )
+        report = self.sandbox.examine(code, tests, setup="\n".join(setup), entry_points=entry_points)
         if report.refused:
             raise DataError(
                 f"the tests cannot judge any code: {report.refused}", where="the tests", fix="correct the tests"
@@ -115,10 +117,22 @@ class UnitTestsScorer:
         for test in tests:
             output = self.sandbox.run(code, str(test["input"]))
             timed_out |= output.timed_out
-            passed.append(not output.timed_out and _tidy(output.stdout) == _tidy(str(test["output"])))
+            passed.append(output.ended_well and _tidy(output.stdout) == _tidy(str(test["output"])))
             if self.settings.score == "all" and not passed[-1]:
                 break
         return TestVerdict(passed + [False] * (len(tests) - len(passed)), timed_out)
+
+
+def _texts(facts: Mapping[str, Any], name: str) -> list[str]:
+    """The texts of a fact that is one text, a list of texts, or missing. Raises DataError for anything else."""
+    given = facts.get(name) or []
+    if isinstance(given, str):
+        given = value_in(given) or [given]
+    if not isinstance(given, list | tuple) or not all(isinstance(text, str) for text in given):
+        raise DataError(
+            f"the fact {name!r} is {str(given)[:100]}, which is no text", where="the tests", fix="give a text or a list"
+        )
+    return list(given)
 
 
 def _tidy(text: str) -> list[str]:

@@ -64,6 +64,8 @@ class Output:
 
     stdout: str
     timed_out: bool
+    ended_well: bool
+    """Whether it ended by itself, with the exit status 0."""
 
 
 class Sandbox:
@@ -116,7 +118,7 @@ class Sandbox:
         with _file(code) as source, _file(stdin) as given, _file("") as output:
             files = [source.fileno(), given.fileno(), output.fileno()]
             status, _ = self._run({"mode": "program", "program_files": files}, files)
-            return Output(_read(output), status == OUT_OF_TIME)
+            return Output(_read(output), status == OUT_OF_TIME, status == 0)
 
     def _find_walls(self) -> Walls:
         if sys.platform != "linux":

@@ -12,6 +12,7 @@ import importlib
 import json
 import operator
 import os
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -342,25 +343,25 @@ def run_examiner(asked: dict[str, Any], socket: int, verdict: int) -> NoReturn:
             out.write(json.dumps({"result": result, "message": message[:2000]}) + "\n")
             out.flush()
 
+        entry_points: list[str] = asked["entry_points"]
         try:
-            compiled = [compile(test, "<test>", "exec") for test in [asked["setup"], *asked["tests"]]]
+            setup, *tests = [compile(test, "<test>", "exec") for test in [asked["setup"], *asked["tests"]]]
+            for entry_point in entry_points:
+                compile(entry_point, "<entry point>", "eval")
         except (SyntaxError, ValueError) as error:
             say("refused", f"the tests are no Python: {error}")
             os._exit(0)
         say("ready")
+        if all(passes_without_code(setup, test, entry_points) for test in tests):
+            say("refused", "they pass without any code, as tests do that are only defined and never called")
+            os._exit(0)
         examiner = Examiner(Stream(raw))
         names: dict[str, Any] | None = None
-        for test in compiled[1:]:
+        for test in tests:
             try:
                 if names is None:
-                    names = examiner.names(asked["entry_points"])
-                    module = types.ModuleType("solution")
-                    vars(module).update(names)
-                    sys.modules["solution"] = module
-                namespace = dict(names, __name__="tests")
-                exec(compiled[0], namespace)
-                exec(test, namespace)
-                run_collected(namespace, [names[name] for name in asked["entry_points"] if name in names])
+                    names = examiner.names([re.split(r"\W", entry_point.strip())[0] for entry_point in entry_points])
+                run_test(setup, test, names, entry_points)
             except Refused as error:
                 say("refused", str(error))
             except BaseException as error:  # a test fails whatever it raises
@@ -372,7 +373,28 @@ def run_examiner(asked: dict[str, Any], socket: int, verdict: int) -> NoReturn:
     os._exit(0)
 
 
-def run_collected(namespace: dict[str, Any], entry_points: list[Any]) -> None:
+def passes_without_code(setup: types.CodeType, test: types.CodeType, entry_points: list[str]) -> bool:
+    """Whether a test passes when the code under test defines nothing, so that it judges nothing."""
+    try:
+        run_test(setup, test, {}, entry_points)
+    except BaseException:  # a test fails whatever it raises
+        return False
+    return True
+
+
+def run_test(setup: types.CodeType, test: types.CodeType, names: dict[str, Any], entry_points: list[str]) -> None:
+    """Runs one test with the names of the code under test, which it may also import from `solution`. Raises what the
+    test raises."""
+    module = types.ModuleType("solution")
+    vars(module).update(names)
+    sys.modules["solution"] = module
+    namespace = dict(names, __name__="tests")
+    exec(setup, namespace)
+    exec(test, namespace)
+    run_collected(namespace, names, entry_points)
+
+
+def run_collected(namespace: dict[str, Any], names: dict[str, Any], entry_points: list[str]) -> None:
     """Calls what a test only defines: functions `test…`, `unittest` cases, and `check` with each entry point."""
     unittest = sys.modules.get("unittest")
     for name, value in list(namespace.items()):
@@ -384,4 +406,4 @@ def run_collected(namespace: dict[str, Any], entry_points: list[Any]) -> None:
             value()
         elif isinstance(value, types.FunctionType) and name == "check":
             for entry_point in entry_points:
-                value(entry_point)
+                value(eval(entry_point, dict(names)))  # a NameError if the code does not define it
