@@ -142,3 +142,31 @@ def test_the_vocabulary_keeps_the_commonest_words_whatever_the_order_of_the_pair
     here = fit_bag_of_words(chosen, rejected, max_words=3)
     there = fit_bag_of_words(chosen[::-1], rejected[::-1], max_words=3)
     assert set(here.weights) == set(there.weights) == {"a", "b", "c"}
+
+
+def labelled(*labels: float) -> list[PreferencePair]:
+    return [
+        PreferencePair(prompt=Prompt(messages=(Message("user", str(i)),)), chosen="a", rejected="b", label=label)
+        for i, label in enumerate(labels)
+    ]
+
+
+def test_a_model_that_knows_how_sure_the_voters_are_is_calibrated():
+    margin = np.full(100, np.log(0.6 / 0.4))
+    card = reward_card(labelled(*[0.6] * 100), score_chosen=margin, score_rejected=np.zeros(100))
+    assert card["ece"] == pytest.approx(0, abs=1e-12)
+    assert card["temperature"] == pytest.approx(1, abs=1e-4)
+    assert card["accuracy"] == 1
+
+
+def test_an_even_label_has_no_right_side():
+    card = reward_card(labelled(1.0, 0.5, 0.5), score_chosen=[1.0, 0.0, 0.0], score_rejected=[0.0, 3.0, 2.0])
+    assert (card["accuracy"], card["auc"], card["num_pairs"], card["num_even"]) == (1, 1, 3, 2)
+    assert sum(part["count"] for part in card["by_margin"]) == 1
+    assert np.isnan(reward_card(labelled(0.5), score_chosen=[1.0], score_rejected=[0.0])["accuracy"])
+
+
+def test_the_limit_of_single_votes_is_none_for_majorities():
+    chances = {"probability_chosen": [0.7, 0.7], "score_chosen": [1.0, 1.0], "score_rejected": [0.0, 0.0]}
+    assert reward_card(labelled(1.0, 1.0), **chances)["bayes_accuracy"] == pytest.approx(0.7)
+    assert "bayes_accuracy" not in reward_card(labelled(1.0, 2 / 3), **chances)

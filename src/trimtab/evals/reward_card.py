@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -104,9 +105,12 @@ def reward_card(
     """The card of a reward model on held-out pairs, as JSON values; the reward stage's summary.
 
     `score_chosen` and `score_rejected` are its rewards, [num_pairs]. If there are `training_pairs`, a bag of words is
-    trained on them, and `bag_of_words` is its accuracy on `pairs`. `bayes_accuracy` is the highest accuracy that any
+    trained on them, and `bag_of_words` is its accuracy on `pairs`. Pairs with an even label have no right side:
+    they count in `reliability`, `ece` and `temperature`, whose outcomes are the labels, and in nothing else.
+    `bayes_accuracy` is the highest accuracy that any
     judge could reach against these noisy annotators. If it is not given, it is the mean of max(p, 1 - p) over
-    `probability_chosen` (the known chance that a simulated annotator prefers `chosen`); without that it is absent.
+    `probability_chosen` (the known chance that a simulated annotator prefers `chosen`) if every label is a single vote;
+    otherwise it is absent.
     `share_of_bayes` says how far accuracy goes from chance (0) to that limit (1). Lengths are in words. `seed` decides
     only which side of a pair is put first for calibration.
     """
@@ -118,18 +122,26 @@ def reward_card(
     chosen_lengths = np.array([len(words(pair.chosen)) for pair in pairs], dtype=np.float64)
     rejected_lengths = np.array([len(words(pair.rejected)) for pair in pairs], dtype=np.float64)
 
-    prompts = [prompt_id(pair.prompt.messages) for pair in pairs]  # rows of one prompt may have ids of their own
-    accuracy = ordering_accuracy(chosen, rejected, prompts)
-    longer = ordering_accuracy(chosen_lengths, rejected_lengths, prompts)
+    labels = np.array([pair.label for pair in pairs], dtype=np.float64)
+    decided = labels != 0.5
+
+    def share_right(chosen_scores: Floats, rejected_scores: Floats) -> Interval:
+        # rows of one prompt may have ids of their own
+        prompts = [prompt_id(pair.prompt.messages) for pair in compress(pairs, decided)]
+        return ordering_accuracy(chosen_scores[decided], rejected_scores[decided], prompts)
+
+    accuracy = share_right(chosen, rejected)
+    longer = share_right(chosen_lengths, rejected_lengths)
     card: dict[str, Any] = {
         "num_pairs": num_pairs,
+        "num_even": num_pairs - int(decided.sum()),
         **accuracy.named("accuracy"),
         **longer.named("longer_wins"),
-        "auc": auc(np.concatenate([chosen, rejected]), np.repeat([1.0, 0.0], num_pairs)),
+        "auc": auc(np.concatenate([chosen[decided], rejected[decided]]), np.repeat([1.0, 0.0], decided.sum())),
         "length_spearman": spearman(
             np.concatenate([chosen, rejected]), np.concatenate([chosen_lengths, rejected_lengths])
         ),
-        "by_margin": _by_margin(chosen - rejected, num_margin_bins),
+        "by_margin": _by_margin((chosen - rejected)[decided], num_margin_bins),
         "by_length": _by_length(
             np.concatenate([chosen, rejected]), np.concatenate([chosen_lengths, rejected_lengths]), num_margin_bins
         ),
@@ -142,28 +154,32 @@ def reward_card(
         "chosen_shorter": difference < 0,
         "chosen_longer": difference > 0,
     }
-    card["slices"] = {name: _share(ordering_accuracy(chosen[m], rejected[m])) for name, m in slices.items()}
+    card["slices"] = {
+        name: _share(ordering_accuracy(chosen[m & decided], rejected[m & decided])) for name, m in slices.items()
+    }
 
     if training_pairs:
         judge = fit_bag_of_words([pair.chosen for pair in training_pairs], [pair.rejected for pair in training_pairs])
-        bag_of_words = ordering_accuracy(
-            [judge.score(pair.chosen) for pair in pairs], [judge.score(pair.rejected) for pair in pairs], prompts
+        bag_of_words = share_right(
+            np.array([judge.score(pair.chosen) for pair in pairs]),
+            np.array([judge.score(pair.rejected) for pair in pairs]),
         )
         card |= bag_of_words.named("bag_of_words")
 
-    # random orientation: with the chosen reply always first, every outcome would be 1
+    # random orientation: with the chosen reply always first, no outcome would be below a half
     flipped = np.random.default_rng(seed).random(num_pairs) < 0.5
     logits = np.where(flipped, rejected - chosen, chosen - rejected)
-    outcomes = np.where(flipped, 0.0, 1.0)
+    outcomes = np.where(flipped, 1 - labels, labels)
     forecasts = scipy.special.expit(logits)
     card["reliability"] = [
         dataclasses.asdict(b) for b in reliability_bins(forecasts, outcomes, num_bins=num_calibration_bins)
     ]
     card["ece"] = expected_calibration_error(forecasts, outcomes)
     # one temperature changes no order, so it is fitted on the very pairs that it describes, with either side first
-    card["temperature"] = fit_temperature(chosen - rejected, np.ones(num_pairs))
+    card["temperature"] = fit_temperature(chosen - rejected, labels)
 
-    if bayes_accuracy is None and probability_chosen is not None:
+    # The limit is that of single votes; several are more often right than one.
+    if bayes_accuracy is None and probability_chosen is not None and (labels == 1).all():
         p = np.asarray(probability_chosen, dtype=np.float64)
         bayes_accuracy = float(np.maximum(p, 1 - p).mean())
     if bayes_accuracy is not None:
@@ -180,8 +196,8 @@ def _share(interval: Interval) -> dict[str, float]:
 def _by_margin(margins: Floats, num_bins: int) -> list[dict[str, float]]:
     """Accuracy in equal-mass bins of the absolute reward difference: a useful model is right when it is certain."""
     sizes = np.abs(margins)
-    bins = []
-    for members in np.array_split(np.argsort(sizes, kind="stable"), min(num_bins, sizes.size)):
+    bins: list[dict[str, float]] = []
+    for members in np.array_split(np.argsort(sizes, kind="stable"), min(num_bins, sizes.size)) if sizes.size else ():
         share = ordering_accuracy(margins[members], np.zeros(members.size))
         bins.append(
             {
