@@ -109,6 +109,6 @@ def _on_shared_base(shared: PreTrainedModel, name: str, path: str, token_budget:
             where=path,
             fix="train one with `trimtab reward`, or name a directory that the reward stage wrote",
         )
-    chat = Chat(load_tokenizer(path))
+    chat, shift = Chat(load_tokenizer(path)), reward_facts(path).get("reward_shift")
     model = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=head_of_weights(weights), gives="scores")
-    return RewardModelScorer(model, chat, token_budget=token_budget, shift=reward_facts(path).get("reward_shift", 0.0))
+    return RewardModelScorer.of(model, chat, token_budget=token_budget, shift=shift)

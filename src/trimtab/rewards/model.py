@@ -65,12 +65,16 @@ class RewardModelScorer:
     @classmethod
     def from_directory(cls, path: str, *, token_budget: int) -> RewardModelScorer:
         """A frozen reward model. Raises EngineError if the directory has no trained score head."""
-        chat = Chat(load_tokenizer(path))
-        model = load_scalar(path)
-        shift = getattr(model.config, "reward_shift", None)
-        ending = None if shift is not None else template_ending(chat, getattr(model.config, "pad_token_id", None))
+        chat, model = Chat(load_tokenizer(path)), load_scalar(path)
         role = ScalarModel(model, pad_id=chat.pad_id, gives="scores")
-        return cls(role, chat, token_budget=token_budget, shift=float(shift or 0.0), ending=ending)
+        return cls.of(role, chat, token_budget=token_budget, shift=getattr(model.config, "reward_shift", None))
+
+    @classmethod
+    def of(cls, model: ScalarModel, chat: Chat, *, token_budget: int, shift: float | None) -> RewardModelScorer:
+        """A reward model of the reward stage, with the shift that it wrote; or one of another program, without."""
+        pad_id = getattr(model.model.config, "pad_token_id", None)
+        ending = template_ending(chat, pad_id) if shift is None else None
+        return cls(model, chat, token_budget=token_budget, shift=float(shift or 0.0), ending=ending)
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] calibrated rewards of the exact tokens that were sampled.
@@ -91,7 +95,9 @@ class RewardModelScorer:
         ended = rollout.finish_reason != "length"
         if rollout.prompt_ids != prompt_ids or not self._reads(rollout):
             ids = tuple(self.chat.encode_response(rollout.response, ended=ended))
-        return ids[:-1] + self.ending if ended and self.chat.stop_ids.intersection(ids[-1:]) else ids
+        # The policy may stop at a special token that does not end a reply for this model, and that stands for no text.
+        stopped = bool(self.chat.stop_ids.intersection(ids[-1:])) or (ids and not self.chat.decode_response(ids[-1:]))
+        return ids[:-1] + self.ending if ended and stopped else ids
 
     def _reads(self, rollout: Rollout) -> bool:
         """Whether this tokenizer reads the ids of a reply as its text: different tokenizers may agree on a short
