@@ -3,6 +3,7 @@ in plain loops over transformers' own models."""
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import statistics
@@ -581,3 +582,13 @@ def test_settings_that_contradict_each_other_are_refused_before_anything_is_load
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_prompt_without_its_fact_is_answered_before_the_first_step(tmp_path, base):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": f"{i}?", "answer": "" if i == 3 else str(i)} for i in range(8)]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = family(base, prompts=str(prompts), rewards=[{"name": "exact_answer"}])
+    result = trimtab("online", write_run_file(tmp_path / "run.toml", values), "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "1 of 8 prompts have no fact 'answer'" in result.output

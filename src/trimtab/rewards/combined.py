@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimtab.core import registry
-from trimtab.core.errors import EngineError
+from trimtab.core.errors import DataError, EngineError
 from trimtab.core.hub import on_base
 from trimtab.core.metrics import Mean, Metrics, Total, mean_of, merge
-from trimtab.core.types import Rollout
+from trimtab.core.types import Prompt, Rollout
 from trimtab.data.chat import Chat
 from trimtab.models.adapters import load_adapter
 from trimtab.models.load import load_tokenizer, reward_facts
@@ -90,6 +90,20 @@ def load_rewards(
             scorer = reward.load(token_budget=token_budget)
         parts.append(RewardPart(name, reward.weight, scorer))
     return CombinedReward(parts)
+
+
+def refuse_missing_facts(rewards: Sequence[Any], prompts: Sequence[Prompt], *, where: str) -> None:
+    """Raises DataError if prompts lack a fact that a reward compares with."""
+    for number, reward in enumerate(rewards):
+        fact = getattr(reward, "fact", None)
+        lacking = [p for p in prompts if p.facts.get(fact) in (None, "")] if isinstance(fact, str) else []
+        if lacking:
+            raise DataError(
+                f"{len(lacking)} of {len(prompts)} prompts have no fact {fact!r} that rewards.{number} compares with; "
+                f"the first is {lacking[0].text[:60]!r}",
+                where=where,
+                fix="give each its fact, or remove them; on_failed_reward = 'drop' leaves out the replies to them",
+            )
 
 
 def _numbered(rewards: Sequence[Any]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from trimtab.batches.trees import Tree
 from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.types import Prompt
 from trimtab.data.chat import Chat
+from trimtab.rewards.combined import refuse_missing_facts
 from trimtab.runs.run import Run
 from trimtab.stages.online.settings import OnlineSettings
 from trimtab.stages.reading import FEW, read, read_demonstration_trees
@@ -36,6 +37,8 @@ def read_prompts(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[st
             where=f"prompts_per_step and {settings.prompts}",
             fix="give more prompts, or lower prompts_per_step",
         )
+    if settings.on_failed_reward == "stop":
+        refuse_missing_facts(settings.rewards, prompts, where=settings.prompts)
     counts |= dict(loaded.counts) | {"dropped_long_prompts": len(loaded.records) - len(prompts)}
     if (num := counts["dropped_long_prompts"]) > FEW:
         note = f"note: {num:,} of {len(loaded.records):,} prompts are left out: they are longer than"
