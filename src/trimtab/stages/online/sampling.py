@@ -145,6 +145,8 @@ class RolloutSource:
         baselines = self._greedy_scores(number, prompts)
         clock.mark("generate")
         size = settings.group_size
+        if self.greedy is not None:  # a reply without its baseline has no advantage
+            judged &= baselines.isfinite().repeat_interleave(size)
         groups = []
         for i in range(len(prompts)):
             mine = [j for j in range(i * size, (i + 1) * size) if judged[j]]
@@ -158,7 +160,7 @@ class RolloutSource:
             return torch.full((len(prompts),), torch.nan)
         replies = self.greedy.generate(prompts, group_size=1, seed=seeds.derive(self.settings.seed, "greedy", number))
         scores, _ = self.reward.score(replies)
-        if not scores.isfinite().all():
+        if not scores.isfinite().all() and self.settings.on_failed_reward == "stop":
             raise _not_judged(replies, scores.isfinite(), number, {})
         return scores
 
