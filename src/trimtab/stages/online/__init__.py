@@ -213,7 +213,7 @@ def rewards_per_token(
     rewards: Tensor, kl: Tensor, sequence_ids: Tensor, kl_coef: float, settings: OnlineSettings
 ) -> Tensor:
     """The token rewards [M]: the reward of each reply at its last token, less the KL of each token if it is paid here,
-    and divided by their deviation if the settings ask for that."""
+    and whitened around their mean if the settings ask for that."""
     paid = token_rewards(rewards, kl, sequence_ids, kl_coef=kl_coef if settings.kl_in == "reward" else 0.0)
     return whiten(paid, shift_mean=False) if settings.whiten_rewards else paid
 

@@ -139,7 +139,8 @@ class OnlineSettings:
     pretraining_mix: PretrainingMix | None = None
     """PPO-ptx; None leaves it out."""
     whiten_rewards: bool = False
-    """Divide the shaped token rewards of a batch by their deviation."""
+    """Divide the distances of the shaped token rewards of a batch from their mean by their deviation, as in Ziegler et
+    al. (arXiv:1909.08593). Their mean stays, so each token of a reply adds mean * (1 - 1 / deviation) to its return."""
     on_failed_reward: Literal["stop", "drop"] = "stop"
     """Stop at a reply that a reward could not judge, or leave it out and count it. It never counts as zero."""
     skip_truncated: bool = False
