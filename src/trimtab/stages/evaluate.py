@@ -9,6 +9,7 @@ counted.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -22,7 +23,7 @@ from trimtab.core.types import Prompt, Rollout
 from trimtab.data.chat import Chat
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.evals.overoptimisation import best_of_n_curve, sizes_up_to
-from trimtab.evals.text import text_stats
+from trimtab.evals.text import text_stats, words
 from trimtab.math.masking import sum_per_sequence
 from trimtab.models.forward import exact_kl_of, token_logprobs_of
 from trimtab.models.load import load_causal, load_tokenizer
@@ -126,14 +127,26 @@ def run(settings: EvaluateSettings, run: Run) -> None:
         for i, name in enumerate(replies)
     }
     prompt_ids = [p.id for p in loaded.records]
+    # Longer texts repeat more words, so variety is compared at an equal number of them.
+    num_words = min(sum(len(words(r.response)) for r in rollouts) for rollouts in replies.values())
     summary: dict[str, object] = {
-        name: describe(rollouts, scores[name], prompt_ids) | sampled_by(generators[name])
+        name: describe(rollouts, scores[name], prompt_ids, num_words) | sampled_by(generators[name])
         for name, rollouts in replies.items()
     }
     summary["judges"] = list(scores["policy"])
     if "baseline" in models:
         summary |= compare(scores["policy"], scores["baseline"], prompt_ids)
-        summary["kl"] = kl_to_baseline(models["policy"], models["baseline"], replies["policy"], settings.token_budget)
+        if settings.sampling.truncates:
+            print(
+                f"note: with sampling.top_p = {settings.sampling.top_p} and sampling.top_k = {settings.sampling.top_k} "
+                "replies are drawn from another distribution than the policy's, so its KL to the baseline cannot be "
+                "measured on them and is left out",
+                file=sys.stderr,
+            )
+        else:
+            summary["kl"] = kl_to_baseline(
+                models["policy"], models["baseline"], replies["policy"], settings.token_budget
+            )
     if settings.best_of:
         summary["best_of"] = best_of_baseline(settings, generators["baseline"], loaded.records)
     run.rewind(-1)  # a run killed between here and its end has written the samples already
@@ -186,8 +199,11 @@ def compare(ours: Scores, theirs: Scores, prompt_ids: Sequence[str]) -> dict[str
     return found
 
 
-def describe(rollouts: Sequence[Rollout], scores: Scores, prompt_ids: Sequence[str]) -> dict[str, object]:
-    """Scores with their intervals, lengths and text statistics of one model's replies."""
+def describe(
+    rollouts: Sequence[Rollout], scores: Scores, prompt_ids: Sequence[str], num_words: int
+) -> dict[str, object]:
+    """Scores with their intervals, lengths and text statistics of one model's replies; those of variety are of the
+    first `num_words` words."""
     numbers: dict[str, object] = {}
     for judge, values in scores.items():
         judged = np.isfinite(values)
@@ -198,7 +214,7 @@ def describe(rollouts: Sequence[Rollout], scores: Scores, prompt_ids: Sequence[s
     lengths = [len(r.response_ids) for r in rollouts]
     truncated = sum(r.finish_reason == "length" for r in rollouts) / len(rollouts)
     numbers |= {"length_mean": float(np.mean(lengths)), "truncated_fraction": truncated, "num_replies": len(rollouts)}
-    return numbers | text_stats([r.response for r in rollouts])
+    return numbers | text_stats([r.response for r in rollouts], num_words=num_words)
 
 
 def sampled_by(generator: LocalSampler) -> dict[str, object]:
