@@ -143,7 +143,7 @@ def weights(stage: str, settings: Any, directory: Path) -> dict[str, float]:
     # A model that is trained from scratch is as large as the one that was written.
     start = getattr(settings, "model", directory / "model")
     sizes = {trained or "policy": file_gb(start) * (times if trained else 1)}
-    if critic is not None and adapter is None:
+    if critic is not None and adapter is None and settings.advantage.needs_critic:
         sizes["reference"] = file_gb(settings.reference or settings.model)
         if critic.init != "value_head":
             judges = [reward.path for reward in settings.rewards if hasattr(reward, "path")]
