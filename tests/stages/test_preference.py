@@ -18,6 +18,7 @@ from trimtab.math.losses.preference.pairs import DPO
 from trimtab.math.losses.preference.replies import KTO
 from trimtab.stages import plan
 from trimtab.stages.preference import PreferenceSettings, say_balance
+from trimtab.stats import wilson
 
 FASTER = FAST | {"learning_rate": 1e-2}
 
@@ -325,3 +326,28 @@ def test_help_lists_the_settings_that_losses_share():
     said = trimtab("preference", "--help").output
     for words in ("loss.ld_alpha", "[simpo]", "[kto]", "loss.nll_coef", "divergence"):
         assert words in said, words
+
+
+def test_held_out_pairs_with_even_votes_only_have_no_accuracy_and_no_traceback(tmp_path, base, pairs):
+    row = json.loads(pairs.read_text().splitlines()[0]) | {"label": 0.5}
+    row.pop("margin", None)
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps(row) + "\n")
+    values = settings(base, pairs, max_steps=1, held_out_data=str(held_out)) | {"held_out": 0.0}
+    found = summary(run_stage("preference", tmp_path / "run", **values))
+    assert found["num_held_out"] == 0
+    assert found["accuracy"] is None
+
+
+def test_the_interval_counts_each_prompt_once(tmp_path, base, tied):
+    found = summary(run_stage("preference", tmp_path / "run", **settings(base, tied, max_steps=1, held_out=0.5)))
+    assert found["accuracy_high"] - found["accuracy_low"] > 0
+    one_prompt = {"prompt": "p", "chosen": "a"}
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps(one_prompt | {"rejected": f"b{i}"}) + "\n" for i in range(9)))
+    values = settings(base, tied, max_steps=1, held_out_data=str(held_out)) | {"held_out": 0.0}
+    found = summary(run_stage("preference", tmp_path / "other", **values))
+    assert found["num_held_out"] == 9
+    assert found["accuracy_high"] - found["accuracy_low"] == pytest.approx(
+        wilson(found["accuracy"], 1).high - wilson(found["accuracy"], 1).low
+    )

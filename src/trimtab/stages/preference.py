@@ -127,9 +127,15 @@ def run(settings: PreferenceSettings, run: Run) -> None:
 def held_out_accuracy(held_out: Comparisons | Judgements, last: dict[str, float]) -> dict[str, float]:
     """The share of held-out pairs (or replies) on which the implied reward is right, with its interval and their
     number. Pairs with even votes have no right side and are left out."""
-    decided = int((held_out.labels != 0.5).sum()) if isinstance(held_out, Comparisons) else None
-    num = round(sum(held_out.totals)) if isinstance(held_out, Judgements) else decided or 0
-    found = wilson(min(num, last.get("policy/validation_accuracy", 0.0) * num), num)
+    if isinstance(held_out, Judgements):
+        num, num_prompts = round(sum(held_out.totals)), len(held_out.trees)
+    else:
+        decided = held_out.labels != 0.5
+        num = int(decided.sum())
+        num_prompts = int(np.logical_or.reduceat(decided, held_out.groups.starts[:-1]).sum()) if len(decided) else 0
+    share = last.get("policy/validation_accuracy") or 0.0
+    # Pairs of one prompt are not independent; the interval counts each prompt once, which is wide rather than narrow.
+    found = wilson(min(num_prompts, share * num_prompts), num_prompts)
     return found.named("accuracy") | {"num_held_out": num}
 
 
@@ -272,12 +278,13 @@ def late_reference(
     @contextmanager
     def again() -> Iterator[Policy | None]:
         if reference is not policy:
-            was = reference.model.training if reference is not None else False
-            if reference is not None:
-                reference.model.eval()  # type: ignore[no-untyped-call]
+            # It may be the policy's own model, some of whose blocks train with checkpointing.
+            modes = [(m, m.training) for m in reference.model.modules()] if reference is not None else []
+            for module, _ in modes:
+                module.training = False
             yield reference
-            if reference is not None:
-                reference.model.train(was)
+            for module, was in modes:
+                module.training = was
             return
         copy, _ = start_policy(settings.model, settings.adapter, chat, seed=settings.seed)
         copy.precision = settings.precision
