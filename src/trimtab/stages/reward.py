@@ -154,7 +154,9 @@ def calibrate(
 ) -> dict[str, float]:
     """The shift that makes demonstrations average zero (Ouyang et al., arXiv:2203.02155, section 3.5), and the mean
     and deviation of the shifted reward over the replies compared in training."""
-    batch = train.batch(range(min(len(train.trees), NUM_MEASURED)))
+    num = len(train.trees)
+    # Spread over the data, which may be sorted.
+    batch = train.batch([i * num // NUM_MEASURED for i in range(NUM_MEASURED)] if num > NUM_MEASURED else range(num))
     scores = sequence_scores_of(model, batch.trees, settings.token_budget).double()
     if shown:
         shift = float(sequence_scores_of(model, TokenTrees.build(shown), settings.token_budget).double().mean())
