@@ -418,6 +418,36 @@ def test_all_pairs_of_a_ranking_are_made_but_for_ties(file):
     assert [(p.chosen, p.rejected) for p in found] == [("a", "b"), ("c", "b")]
 
 
+def ranking(*replies, **columns):
+    return {
+        "prompt": "Hi",
+        "responses": [{"response": f"reply {i}", **reply} for i, reply in enumerate(replies)],
+        **columns,
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (ranking({"rank": 1}, {"score": 8}), "responses[1] has no rank, and another reply of the row has one"),
+        (ranking({"rating": 4}, {"overall_score": 9}), "responses[0] has no overall_score"),
+        (ranking({"rank": 1, "score": 2}, {"rank": 2, "score": 8}), "rank and score put replies 0 and 1 in opposite"),
+        ({"prompt": "Hi", "responses": ["a", "b"], "scores": [1, 2], "ranks": [1, 2]}, "scores and ranks put replies"),
+        (ranking({"rank": 1}, {"answer_rank": 2}), "responses[1] has neither a score nor a rank"),
+    ],
+)
+def test_replies_of_one_row_are_compared_by_one_kind_of_score(file, row, said):
+    """A rank beside a score of 8 would be the worse reply whatever it is."""
+    with pytest.raises(DataError) as error:
+        load(PreferencePair, file(row))
+    assert said in str(error.value)
+
+
+def test_scores_that_agree_and_empty_ones_are_no_mistake(file):
+    row = ranking({"rank": 1, "score": 8}, {"rank": 2, "score": 8}, {"rank": "", "score": 9})
+    assert [(p.chosen, p.rejected) for p in load(PreferencePair, file(row)).records] == [("reply 0", "reply 1")]
+
+
 def votes_of_turns(**columns):
     row = {"prompt": ["Hi", "Is it?"], "response_a": ["Yo", "Yes."], "response_b": ["Yo", "No."]} | columns
     return {name: json.dumps(texts) for name, texts in row.items()} | {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -16,8 +17,9 @@ from trimtab.data.prompts import field_of, prompt_in, refuse_beside_reply, refus
 from trimtab.data.rows import number_in
 
 _TEXT = ("response", "answer", "text", "completion", "content", "output")
-_BY_SCORE = ("overall_score", "score", "rating", "overall_rating")
-READ_OF_REPLY = frozenset({*_TEXT, *_BY_SCORE, "rank"})
+_SCORES = {"rank": -1.0, "overall_score": 1.0, "score": 1.0, "rating": 1.0, "overall_rating": 1.0}
+"""Fields of a reply that say how good it is: 1 if higher is better, -1 if lower is better."""
+READ_OF_REPLY = frozenset({*_TEXT, *_SCORES})
 """Fields of a reply in a list of replies that are read."""
 READ_OF_INSTANCE = frozenset({"input", "output"})
 """Fields of an instance of an instruction that are read."""
@@ -69,50 +71,75 @@ def _read(row: JsonDict) -> tuple[Prompt, list[_Scored]]:
     if isinstance(row.get("targets"), dict):  # multiple choice: 1 is right, 0 wrong
         targets = row["targets"]
         texts, scores = targets.get("choices"), targets.get("labels")
-        return prompt_in(row), _zipped(row, "targets", texts, scores, 1.0)
+        by_first = _by_first({"labels": _numbers("targets", texts, scores, 1.0)}, "targets")
+        return prompt_in(row), [_Scored(reply_of("targets", texts[i], row["prompt"]), score) for i, score in by_first]
     name = _ranked_list(row)
     if not name:
         field_of(row, *REPLY_LISTS)
         wrong_type("responses", row.get("responses") or row.get("answers"), "a list of replies with scores or ranks")
-    value = row[name]
+    prompt, value = prompt_in(row), row[name]
     if isinstance(value[0], dict):
-        replies = [_scored(row, f"{name}[{i}]", reply) for i, reply in enumerate(value)]
-        return prompt_in(row), [reply for reply in replies if reply is not None]
-    for by, sign in SCORE_LISTS.items():
-        if isinstance(row.get(by), list):
-            return prompt_in(row), _zipped(row, name, value, row[by], sign)
-    return wrong_type(name, value, "a list of replies with scores or ranks")
+        return prompt, _scored(row, name, value)
+    scores = {
+        by: _numbers(name, value, row[by], sign) for by, sign in SCORE_LISTS.items() if isinstance(row.get(by), list)
+    }
+    if not scores:
+        wrong_type(name, value, "a list of replies with scores or ranks")
+    return prompt, [_Scored(reply_of(name, value[i], row["prompt"]), score) for i, score in _by_first(scores, name)]
 
 
-def _zipped(row: JsonDict, name: str, texts: Any, scores: Any, sign: float) -> list[_Scored]:
+def _numbers(name: str, texts: Any, scores: Any, sign: float) -> list[float]:
+    """One number for each text, higher for better ones; nan for one that is empty."""
     if not isinstance(texts, list) or not isinstance(scores, list) or len(texts) != len(scores):
         raise Mistake("wrong_number_of_labels", f"{name} has not one score for each reply", "give each reply one score")
-    found = []
-    for text, score in zip(texts, scores, strict=True):
-        number = number_in({name: score}, name)
-        if number is not None:
-            found.append(_Scored(reply_of(name, text, row["prompt"]), sign * number))
-    return found
+    numbers = [number_in({name: score}, name) for score in scores]
+    return [math.nan if number is None else sign * number for number in numbers]
 
 
-def _scored(row: JsonDict, place: str, reply: Any) -> _Scored | None:
-    """A reply with its score; None if the score is empty."""
-    if not isinstance(reply, dict):
-        wrong_type(place, reply, "an object with the reply and its score or rank")
-    refuse_fields(place, reply, READ_OF_REPLY)
-    text = reply_of(place, field_of(reply, *_TEXT), row["prompt"])
-    if reply.get("rank") is not None:
-        number = number_in(reply, "rank")
-        return None if number is None else _Scored(text, -number)
-    name = next((name for name in _BY_SCORE if reply.get(name) is not None), None)
-    if name is None:
-        raise Mistake(
-            "missing_field",
-            f"{place} has neither a score nor a rank: it has {', '.join(reply)}",
-            f"give each reply one of {', '.join(_BY_SCORE)}, rank",
-        )
-    number = number_in(reply, name)
-    return None if number is None else _Scored(text, number)
+def _scored(row: JsonDict, name: str, replies: Sequence[Any]) -> list[_Scored]:
+    """The replies of a list of objects that hold a reply and its scores."""
+    texts = []
+    for i, reply in enumerate(replies):
+        place = f"{name}[{i}]"
+        if not isinstance(reply, dict):
+            wrong_type(place, reply, "an object with the reply and its score or rank")
+        refuse_fields(place, reply, READ_OF_REPLY)
+        texts.append(reply_of(place, field_of(reply, *_TEXT), row["prompt"]))
+        if all(reply.get(by) is None for by in _SCORES):
+            raise Mistake(
+                "missing_field",
+                f"{place} has neither a score nor a rank: it has {', '.join(reply)}",
+                f"give each reply one of {', '.join(_SCORES)}",
+            )
+    scores = {
+        by: _numbers(f"{name}.{by}", texts, [reply.get(by) for reply in replies], sign)
+        for by, sign in _SCORES.items()
+        if any(reply.get(by) is not None for reply in replies)
+    }
+    for i, reply in enumerate(replies):
+        if reply.get(by := next(iter(scores))) is None:
+            raise Mistake(
+                "mixed_scores",
+                f"{name}[{i}] has no {by}, and another reply of the row has one",
+                f"give each reply its {by}, or leave that field out of all",
+            )
+    return [_Scored(texts[i], score) for i, score in _by_first(scores, name)]
+
+
+def _by_first(scores: Mapping[str, list[float]], name: str) -> list[tuple[int, float]]:
+    """Numbers of the replies and their scores of the first kind, without those for which it is empty. Raises Mistake if
+    another kind puts two of these replies in the other order."""
+    (first, chosen), *others = scores.items()
+    known = [i for i, score in enumerate(chosen) if not math.isnan(score)]
+    for kind, further in others:
+        for i, j in combinations(known, 2):
+            if (chosen[i] - chosen[j]) * (further[i] - further[j]) < 0:
+                raise Mistake(
+                    "scores_disagree",
+                    f"{name}: {first} and {kind} put replies {i} and {j} in opposite orders",
+                    f"leave {first} or {kind} out of the file: only one can say which reply is better",
+                )
+    return [(i, chosen[i]) for i in known]
 
 
 # ---- OpenAssistant --------------------------------------------------------------------------------------------------
