@@ -22,6 +22,7 @@ from typing import IO, Any
 import numpy as np
 
 from trimtab.core.errors import ConfigError, EngineError
+from trimtab.core.files import sync_tree
 from trimtab.data.tokens import DTYPES, Array, Columns
 
 BOUND = "TRIMTAB_DATA_CACHE_GB"
@@ -105,6 +106,7 @@ class Keeper:
                 name: _mapped(self._directory / name, dtype, size) for name, (dtype, size) in self._sizes.items()
             }
             if read(self._key) is None:
+                sync_tree(self._directory)  # after a power cut, a complete name must not hold empty columns
                 self._give_name()
         except OSError as error:
             raise _no_room(error) from error

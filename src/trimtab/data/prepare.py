@@ -319,14 +319,14 @@ def _in_order(work: _Work, processes: int) -> Iterator[_Block]:
     ends, children = [], []
     for part in range(processes):
         end, other_end = context.Pipe(duplex=False)
-        child = context.Process(target=_send_blocks, args=(work, part, processes, other_end), daemon=True)
+        ends.append(end)
+        child = context.Process(target=_send_blocks, args=(work, part, processes, other_end, ends), daemon=True)
         with warnings.catch_warnings():
             # The warning is about threads that might hold a lock: those of torch and of the tokenizer, which the child
             # does not use.
             warnings.simplefilter("ignore", DeprecationWarning)
             child.start()
         other_end.close()
-        ends.append(end)
         children.append(child)
     try:
         number = 0
@@ -359,7 +359,11 @@ def _received(end: Connection, child: Any) -> _Block | None:
     return block
 
 
-def _send_blocks(work: _Work, part: int, num_parts: int, end: Connection) -> None:
+def _send_blocks(work: _Work, part: int, num_parts: int, end: Connection, inherited: Sequence[Connection]) -> None:
+    # As long as a child holds the ends that are read, sending does not fail when the parent is killed: the child would
+    # wait for ever, and keep its memory and the lock of the run.
+    for other in inherited:
+        other.close()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process of its own already
     try:
         for block in work.blocks(part, num_parts):
