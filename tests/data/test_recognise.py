@@ -483,3 +483,21 @@ def test_a_dialogue_that_is_a_text_is_no_list_of_messages(file):
     assert f"{path}?columns=NAME:prompt,OTHER:completion" in error.value.fix
     [found] = load(Demonstration, f"{path}?columns=dialogue:prompt,summary:completion").records
     assert found.response == "They greet."
+
+
+def test_a_misspelled_column_to_ignore_is_named_however_few_rows_are_read(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "system": "s"}
+    path.write_text("".join(json.dumps(row) + "\n" for _ in range(5)))
+    with pytest.raises(DataError, match="no row has a column 'sytem'"):
+        load(PreferencePair, f"{path}?ignore=sytem", limit=2)
+    # A column that only later rows have may be left out of the first ones.
+    assert len(load(PreferencePair, f"{path}?ignore=comment", limit=2).records) == 2
+
+
+@pytest.mark.parametrize("name", ["margin", "label"])
+def test_a_number_too_large_for_any_computer_is_a_bad_row(tmp_path, name):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b", name: 10**400}) + "\n")
+    with pytest.raises(DataError, match=name):
+        load(PreferencePair, path)

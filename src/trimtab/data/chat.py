@@ -194,15 +194,16 @@ class Chat:
         """What is wrong with a prompt for this template: it refuses the conversation, or leaves a turn out. None if
         nothing is wrong.
 
-        If the template renders the conversation, the result is remembered for its order of roles, since that is what
-        templates look at. If it refuses, the contents may be the reason, so nothing is remembered.
+        What a template leaves out is remembered for the order of roles. Whether it refuses a conversation is so too if
+        it only writes contents; other templates may look at the contents, and are asked each time.
         """
         roles = tuple(m.role for m in messages)
-        if roles not in self._refusals:
+        if roles not in self._refusals or not self._only_writes_contents:
             try:
                 self._render(messages, True)
             except DataError as error:
                 return Mistake("template_refuses", error.problem, error.fix)
+        if roles not in self._refusals:
             self._refusals[roles] = self._left_out(messages)
         return self._refusals[roles]
 

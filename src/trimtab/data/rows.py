@@ -69,14 +69,15 @@ def number_in(row: Mapping[str, Any], name: str) -> float | None:
     value = row.get(name)
     if value is None or value == "":
         return None
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            wrong_type(name, value, "a finite number")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         wrong_type(name, value, "a finite number")
-    return float(value)
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):  # a whole number may be too large
+        number = math.nan
+    if not math.isfinite(number):
+        wrong_type(name, value, "a finite number")
+    return number
 
 
 # ---- pairs ----------------------------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def _probability(value: Any) -> float:
         return 1.0
     try:
         label = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         label = math.nan
     if not 0.5 <= label <= 1:
         raise Mistake(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import hashlib
 import re
@@ -78,7 +79,8 @@ def stream_rows(source: str | Path, *, limit: int | None = None) -> RowStream:
     else:
         paths, options = files_of(source)
         rows = chain.from_iterable(map(rows_of_file, paths))
-        stream = RowStream(source=str(source), sha256=_hash_of(paths), rows=_changed(rows, options, str(source)))
+        rows = _changed(islice(rows, limit), options, str(source), whole=limit is None)
+        stream = RowStream(source=str(source), sha256=_hash_of(paths), rows=rows)
     first = next(stream.rows, None)
     if first is None:
         raise DataError("there are no rows in it", where=stream.source, fix="name a file that holds data")
@@ -138,7 +140,9 @@ def files_of(source: str | Path) -> tuple[list[Path], dict[str, str]]:
     return found, given
 
 
-def _changed(rows: Iterator[Located | BadRow], options: Mapping[str, str], source: str) -> Iterator[Located | BadRow]:
+def _changed(
+    rows: Iterator[Located | BadRow], options: Mapping[str, str], source: str, *, whole: bool
+) -> Iterator[Located | BadRow]:
     """The rows with columns renamed and left out as the options say."""
     if not options:
         return rows
@@ -153,19 +157,20 @@ def _changed(rows: Iterator[Located | BadRow], options: Mapping[str, str], sourc
             )
         names[old] = new
     ignored = {name.strip() for name in options.get("ignore", "").split(",") if name.strip()}
-    return _renamed(rows, names, ignored, source)
+    return _renamed(rows, names, ignored, source, whole)
 
 
 def _renamed(
-    rows: Iterator[Located | BadRow], names: Mapping[str, str], ignored: set[str], source: str
+    rows: Iterator[Located | BadRow], names: Mapping[str, str], ignored: set[str], source: str, whole: bool
 ) -> Iterator[Located | BadRow]:
-    wanted, seen = {*names, *ignored}, set[str]()
+    wanted, seen, columns = {*names, *ignored}, set[str](), set[str]()
     for found in rows:
         if isinstance(found, BadRow):
             yield found
             continue
         where, row = found
         seen |= wanted & row.keys()
+        columns |= row.keys()
         for new in names.values():
             if row.get(new) is not None and new not in wanted:
                 raise DataError(
@@ -182,11 +187,14 @@ def _renamed(
             yield BadRow(where, mistake.kind, mistake.problem, mistake.fix)
         else:
             yield where, changed
-    if missing := sorted(wanted - seen):
+    close = {name: difflib.get_close_matches(name, columns, 1, 0.8) for name in sorted(wanted - seen)}
+    # A column that the first rows lack may be in the others, unless its name is nearly that of one which is there.
+    if missing := [name for name, others in close.items() if whole or others]:
+        meant = next((others[0] for others in close.values() if others), "")
         raise DataError(
             f"no row has a column {', '.join(map(repr, missing))}",
             where=source,
-            fix="check the names behind columns= and ignore=",
+            fix=f"{f'did you mean {meant!r}? ' if meant else ''}check the names behind columns= and ignore=",
         )
 
 

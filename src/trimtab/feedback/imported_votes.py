@@ -103,7 +103,7 @@ def _number(row: Mapping[str, Any], name: str) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not 0 <= number < math.inf:
         raise Mistake("wrong_number", f"{name} is {value!r}", "give a number that is not negative, or nothing")
