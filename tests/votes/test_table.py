@@ -166,3 +166,10 @@ def test_style_is_counted_and_its_difference_turns_with_the_sides():
     assert style_of(text).tolist() == [10, 1, 2, 1]
     a, b = style_of(text), style_of("plain")
     np.testing.assert_allclose(style_difference(a, b), -style_difference(b, a))
+
+
+def test_a_csv_column_with_a_gap_has_the_same_categories(tmp_path):
+    path = tmp_path / "votes.csv"
+    path.write_text("item,r1,r2\n1,3,3.0\n2,4,4.0\n3,5,\n")
+    table = read_votes(path, annotator_columns=("r1", "r2"))
+    assert list(table.categories) == ["3", "4", "5"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -199,7 +200,7 @@ class _Reader:
         if absent:
             self._mistakes.append((where, f"no {' and no '.join(absent)} (its columns: {', '.join(row)})"))
             return
-        choice = text_of(row["choice"])
+        choice = category_of(row["choice"])
         if choice in self._missing:
             self._num_not_judged += 1
             return
@@ -341,6 +342,12 @@ def _styles(replies: Sequence[tuple[str, str] | None]) -> Floats | None:
     if not known or len(known) < len(replies):
         return None
     return np.array([style_difference(style_of(a), style_of(b)) for a, b in known])
+
+
+def category_of(value: Any) -> str:
+    """A choice as text. Whole numbers of a CSV file have a decimal point as soon as their column has an empty cell."""
+    text = text_of(value)
+    return text.partition(".")[0] if re.fullmatch(r"[+-]?\d+\.0+", text) else text
 
 
 def text_of(value: Any) -> str:
