@@ -378,3 +378,72 @@ def test_many_votes_are_imported_in_few_steps(small: Make, tmp_path: Path, monke
     counts = import_source(store, write(tmp_path / "rows.jsonl", said), Options(with_votes=True))
     assert counts["votes"] == 600
     assert len(statements) < 100
+
+
+# --- columns that would change what is judged ---
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Answer the question.", "question": "What is 2+2?", "response_a": "4", "response_b": "5"},
+        {"prompt": "Pick one.", "choices": ["Oslo", "Rome"], "response_a": "A", "response_b": "B"},
+        {"prompt": "Answer.", "question": "What is 2+2?", "response": "4"},
+    ],
+)
+def test_a_question_that_nobody_would_see_is_refused(small: Make, tmp_path: Path, row: dict):
+    with pytest.raises(DataError, match="no part of the prompt, and would not be shown"):
+        import_source(small(), write(tmp_path / "rows.jsonl", [row]))
+
+
+def test_a_question_that_the_prompt_states_is_no_second_one(small: Make, tmp_path: Path):
+    row = {"prompt": "Q: What is 2+2?", "question": "What is 2+2?", "response_a": "4", "response_b": "5"}
+    assert import_source(small(), write(tmp_path / "rows.jsonl", [row]))["items"] == 1
+
+
+def test_a_system_turn_is_used_and_tools_are_refused_in_any_spelling(small: Make, tmp_path: Path):
+    store = small()
+    import_source(store, write(tmp_path / "rows.jsonl", [pair(1) | {"System Prompt": "Answer in French."}]))
+    with store.read() as connection:
+        (prompt,) = connection.execute(sa.select(t.items.c.prompt)).scalars()
+    assert prompt["messages"][0] == {"role": "system", "content": "Answer in French."}
+    with pytest.raises(DataError, match="tools"):
+        import_source(store, write(tmp_path / "rows.jsonl", [pair(2) | {"Tools": [{"name": "f"}]}]))
+    both = pair(3) | {"system_prompt": "a", "System Prompt": "b"}
+    with pytest.raises(DataError, match="are the same column"):
+        import_source(store, write(tmp_path / "rows.jsonl", [both]))
+
+
+def test_equal_samples_are_counted_and_belong_to_the_first_model(small: Make, tmp_path: Path):
+    store = small()
+    rows = [{"prompt": "p", "response": text, "model": model} for text, model in (("x", "a"), ("x", "b"), ("y", "c"))]
+    assert import_source(store, write(tmp_path / "rows.jsonl", rows))["dropped_same_reply"] == 1
+    with store.read() as connection:
+        (replies,) = connection.execute(sa.select(t.items.c.replies)).scalars()
+    assert {r["text"]: r["source"]["model"] for r in replies} == {"x": "a", "y": "c"}
+
+
+def test_data_of_a_project_may_be_a_folder_that_grows_or_have_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "project" / "shards").mkdir(parents=True)
+    write(tmp_path / "project" / "shards" / "1.jsonl", [pair(1)])
+    write(tmp_path / "project" / "more.jsonl", [{"question": "q", "response_a": "x", "response_b": "y"}])
+    settings = {"data": ["shards", "more.jsonl?columns=question:prompt"]}
+    store = make_store(tmp_path / "project", settings)
+    monkeypatch.chdir(tmp_path)
+    seed_items(store)
+    assert num_items(store) == 2
+    assert seed_items(store) == {}
+    write(tmp_path / "project" / "shards" / "2.jsonl", [pair(2)])
+    seed_items(store)
+    assert num_items(store) == 3
+
+
+def test_scores_of_several_models_are_set_one_by_one(small: Make):
+    store = small()
+    add(store, 1)
+    with store.read() as connection:
+        sha256 = connection.execute(sa.select(t.items.c.sha256)).scalar_one()
+    items.set_scores(store, {sha256: {"a": [0.1, 0.2]}})
+    items.set_scores(store, {sha256: {"b": [0.4, 0.1]}})
+    with store.read() as connection:
+        assert set(connection.execute(sa.select(t.queue.c.scores)).scalar_one()) == {"a", "b"}

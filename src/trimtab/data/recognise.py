@@ -259,8 +259,10 @@ def _second_questions(
         if plain not in (*PROMPT, *OPTIONS) or plain in PART_OF_PROMPT:
             continue
         kinds = (str, list, dict) if plain in OPTIONS else str
-        asked = [row for row in rows if isinstance(row.get(name), kinds) and any(map(str.strip, _texts(row[name])))]
-        missing = [row for row in asked if not all(_is_part(text.strip(), reading, row) for text in _texts(row[name]))]
+        asked = [row for row in rows if isinstance(row.get(name), kinds) and any(map(str.strip, texts_in(row[name])))]
+        missing = [
+            row for row in asked if not all(_is_part(text.strip(), reading, row) for text in texts_in(row[name]))
+        ]
         if missing and 2 * len(missing) >= len(asked):
             yield (
                 f"{name} holds {shown(missing[0][name])}, which is no part of the prompt, and would not be used",
@@ -269,15 +271,16 @@ def _second_questions(
 
 
 def _is_part(text: str, reading: LayoutReading, row: JsonDict) -> bool:
-    return any(text in said for name, value in row.items() if name in reading.used for said in _texts(_value(value)))
+    return any(text in said for name, value in row.items() if name in reading.used for said in texts_in(_value(value)))
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> Iterator[str]:
+    """The texts that a value is or holds, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts(inner)
+            yield from texts_in(inner)
 
 
 def _hidden_prompts(

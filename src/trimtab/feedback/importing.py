@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,15 +17,17 @@ import sqlalchemy as sa
 from trimtab import worlds
 from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict, Message, Prompt
+from trimtab.data.columns import CHANGES_A_ROW, OPTIONS, PART_OF_PROMPT, PROMPT, plain_name
 from trimtab.data.compared import to_comparison
-from trimtab.data.mistakes import Mistake
+from trimtab.data.mistakes import Mistake, filled, shown
+from trimtab.data.recognise import texts_in
 from trimtab.data.rows import (
     to_conversation_prompt,
     to_demonstration,
     to_explicit_pair,
     to_implicit_pair,
 )
-from trimtab.data.sources import read_rows
+from trimtab.data.sources import is_hub, read_rows, stream_rows
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import checked_gold
 from trimtab.feedback.imported_votes import GivenVote, add_votes, vote_of_row
@@ -88,12 +89,13 @@ def import_source(
     votes: list[GivenVote] = []
     counts = {"rows": len(found.rows) + len(found.bad)}
     samples: dict[tuple[Message, ...], list[tuple[str, JsonDict, Prompt, NewReply]]] = {}
-    not_judged = 0
+    not_judged = same_replies = 0
     for where, row in found.rows:
         try:
-            row = renamed(row, options.columns)
+            row = with_plain_names(renamed(row, options.columns))
             if _is_sample(row, task.kind):
                 demonstration = to_demonstration(row)
+                refuse_second_questions(row, demonstration.prompt, [demonstration.response])
                 reply = NewReply(text=demonstration.response, source=_source(row))
                 group = samples.setdefault(demonstration.prompt.messages, [])
                 group.append((where, row, demonstration.prompt, reply))
@@ -112,7 +114,10 @@ def import_source(
             mistakes.append((where, error.problem, error.fix))
     for group in samples.values():
         where, _, prompt, _ = group[0]
-        replies = list({reply.text: reply for _, _, _, reply in group}.values())
+        by_text: dict[str, NewReply] = {}
+        for _, _, _, reply in group:
+            by_text.setdefault(reply.text, reply)
+        replies, same_replies = list(by_text.values()), same_replies + len(group) - len(by_text)
         try:
             row = _row_of_samples([row for _, row, _, _ in group])
             for item in _of_replies(prompt, replies, row, task, options):
@@ -123,6 +128,8 @@ def import_source(
     if mistakes and (options.on_bad_row == "stop" or not new):
         raise _all_mistakes(mistakes, counts["rows"])
     counts["dropped_bad_row"] = len(mistakes)
+    if same_replies:
+        counts["dropped_same_reply"] = same_replies
     counts |= add_items(store, new, actor=actor)
     if options.with_votes:
         counts |= add_votes(store, votes) | {"not_judged": not_judged}
@@ -185,8 +192,50 @@ def _row_of_samples(rows: Sequence[JsonDict]) -> JsonDict:
     return merged
 
 
+def with_plain_names(row: JsonDict) -> JsonDict:
+    """The row with the columns that change what it means under their one name: "system" for "System". Raises Mistake if
+    two of its columns are one."""
+    named = dict(row)
+    for name in row:
+        plain = plain_name(name)
+        if plain == name or plain not in CHANGES_A_ROW or not filled(row[name]):
+            continue
+        if filled(named.get(plain)):
+            raise Mistake(
+                "contradiction", f"{plain!r} and {name!r} are the same column", f"leave one out with FILE?ignore={name}"
+            )
+        named[plain] = named.pop(name)
+    return named
+
+
+def refuse_second_questions(row: JsonDict, prompt: Prompt, replies: Sequence[str]) -> None:
+    """Raises Mistake for a column with a question or options that neither the prompt nor a reply states: nobody who
+    judges the replies would see it."""
+    said = [*(message.content for message in prompt.messages), *replies]
+    for name, value in row.items():
+        plain = plain_name(name)
+        if name == "prompt" or plain not in (*PROMPT, *OPTIONS) or plain in PART_OF_PROMPT:
+            continue
+        texts = [text.strip() for text in texts_in(value)] if isinstance(value, str) or plain in OPTIONS else []
+        if any(not any(text in one for one in said) for text in texts):
+            raise Mistake(
+                "unused_question",
+                f"{name} holds {shown(value)}, which is no part of the prompt, and would not be shown",
+                f"put it into the prompt with --columns prompt=prompt+{name}, or leave it out with FILE?ignore={name}",
+            )
+
+
 def items_of_row(row: JsonDict, task: Task, options: Options) -> Iterator[NewItem]:
     """The items of one row, in any layout that holds all replies in one row. Raises Mistake and DataError."""
+    row = with_plain_names(row)
+    items = list(_items_of_row(row, task, options))
+    replies = [reply.text for item in items for reply in item.replies]
+    for prompt in {item.prompt.id: item.prompt for item in items}.values():
+        refuse_second_questions(row, prompt, replies)
+    return iter(items)
+
+
+def _items_of_row(row: JsonDict, task: Task, options: Options) -> Iterator[NewItem]:
     kind = task.kind
     responses = _json(row, "responses", list)
     if row.get("response_a") is not None:
@@ -302,7 +351,7 @@ def _number(row: Mapping[str, Any], name: str) -> float:
     value = row.get(name)
     try:
         number = 0.0 if value in (None, "") else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise Mistake("wrong_type", f"{name!r} is {value!r}", "give a finite number")
@@ -352,6 +401,16 @@ def _from_world(source: str, kind: Kind) -> Iterator[tuple[str, NewItem]]:
 # --- the project's own data ---
 
 
+def _beside(directory: Path, source: str) -> str:
+    """The source with its paths relative to the project's directory; a world or a data set of the hub as it is."""
+    files, mark, options = source.partition("?")
+    if (directory / source).exists():
+        return str(directory / source)
+    if is_world(source) or (is_hub(source) and not (directory / files).exists()):
+        return source
+    return ",".join(str(directory / file.strip()) for file in files.split(",")) + mark + options
+
+
 def seed_items(store: Store) -> dict[str, int]:
     """Imports what the store does not have yet of the project's own `data`; returns counts of what was done.
 
@@ -360,9 +419,8 @@ def seed_items(store: Store) -> dict[str, int]:
     """
     total: dict[str, int] = {}
     for source in store.project.settings.data:
-        here = store.project.directory / source
-        named = str(here) if not is_world(source) and not Path(source).is_absolute() and here.is_file() else source
-        done = hashlib.sha256(Path(named).read_bytes()).hexdigest() if Path(named).is_file() else "whole"
+        named = _beside(store.project.directory, source)
+        done = "whole" if is_world(source) or is_hub(named) else stream_rows(named).sha256
         name = f"data:{source}"
         with store.read() as connection:
             known = connection.execute(sa.select(t.facts.c.value).where(t.facts.c.name == name)).scalar()
