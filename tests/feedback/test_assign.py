@@ -340,5 +340,8 @@ def test_a_paused_project_gives_out_nothing(make: Make):
     assert in_hand is not None
     vote(store, ann, in_hand.token, Answer(choice="A", strength=1))
     assert lease(store, ann) is None
+    add(store, 3, first=2)
+    items.add_items(store, [("gold", item(9, purpose="gold", gold={"choice": "A"}))])
+    assert lease(store, ann) is None
     set_open(store, True)
     assert lease(store, ann) is not None

@@ -29,7 +29,10 @@ def files_like(path: Path) -> list[Path]:
     return [path.parent / name for name in difflib.get_close_matches(path.name, names, n=NUM_SUGGESTED)]
 
 
-_OF_THE_DISK = re.compile(r"os error (\d+)|PytorchStreamWriter failed")
+_OF_THE_DISK = re.compile(
+    r"os error (\d+)|PytorchStreamWriter failed"
+    r"|(?:database or disk is full|unable to open database file|disk I/O error|a readonly database|database is locked)"
+)
 
 
 def disk_problem(error: BaseException) -> str:

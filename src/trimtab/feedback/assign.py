@@ -17,7 +17,7 @@ from trimtab.core import seeds
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import WORDS
 from trimtab.feedback.people import Person, by_id, give_back
-from trimtab.feedback.store import Store, append_audit
+from trimtab.feedback.store import Store, append_audit, is_paused, set_paused
 
 _BLOCK = 8
 """Consecutive pairs in which each side is on the left equally often."""
@@ -85,12 +85,12 @@ def next_lease(store: Store, connection: Connection, person: Person) -> Lease | 
     ).scalar_one()
     random = seeds.generator(settings.assignment.seed, "assign", person.id, position)
     if settings.qualification.questions and person.qualified is not True:
-        if person.qualified is False:
+        if person.qualified is False or is_paused(connection):
             return None
         quiz = _unseen(connection, person, "quiz", random)
         return _lease(store, connection, person, quiz, "quiz", position) if quiz is not None else None
     begun = _begun(store, connection, person)
-    if begun is not None:
+    if begun is not None or is_paused(connection):
         return begun
     draw = random.random()
     rates = settings.assignment
@@ -345,4 +345,5 @@ def set_open(store: Store, is_open: bool, *, actor: int | None = None) -> None:
     """Opens or pauses the whole queue. People may finish the tasks that they have."""
     with store.write() as connection:
         connection.execute(t.queue.update().values(open=is_open))
+        set_paused(connection, not is_open)
         append_audit(connection, store.now(), actor, "queue", "", {"open": is_open})

@@ -21,6 +21,7 @@ from trimtab.feedback.store import (
     append_audits,
     checked_values,
     digest,
+    is_paused,
     row_digest,
 )
 
@@ -147,18 +148,21 @@ def _add(store: Store, pending: list[NewItem], counts: dict[str, int], actor: in
         append_audits(
             connection, [AuditEntry(now, actor, "item", row.id, {"sha256": row_digest(row)}) for row in added]
         )
-        queued = [_queue_row(row.id, items[row.sha256], store) for row in added if row.purpose == "task"]
+        is_open = not is_paused(connection)
+        queued = [
+            _queue_row(row.id, items[row.sha256], store, is_open=is_open) for row in added if row.purpose == "task"
+        ]
         if queued:
             connection.execute(t.queue.insert(), queued)
 
 
-def _queue_row(item_id: int, item: NewItem, store: Store) -> JsonDict:
+def _queue_row(item_id: int, item: NewItem, store: Store, *, is_open: bool) -> JsonDict:
     settings = store.project.settings.assignment
     return {
         "item_id": item_id,
         "cap": settings.overlap,
         "taken": 0,
-        "open": True,
+        "open": is_open,
         "scores": {name: list(scores) for name, scores in item.scores.items()},
         "author": item.author,
         "given": item.given,
@@ -214,16 +218,18 @@ def prompt_of(row: Row[Any]) -> Prompt:
 def set_scores(store: Store, scores: Mapping[str, Mapping[str, Sequence[float]]], *, actor: int | None = None) -> int:
     """Stores reward-model scores by the items' hashes; returns how many items had new ones.
 
-    The policy uses them at once.
+    The policy uses them at once. Scores of other models that an item has already stay.
     """
     num = 0
     policy = store.project.settings.assignment.policy
     with store.write() as connection:
-        rows = connection.execute(sa.select(t.items, t.queue.c.given).join(t.queue).where(t.items.c.sha256.in_(scores)))
+        rows = connection.execute(
+            sa.select(t.items, t.queue.c.given, t.queue.c.scores).join(t.queue).where(t.items.c.sha256.in_(scores))
+        )
         for row in rows.all():
-            new = dict(scores[row.sha256])
-            for name, values in new.items():
+            for name, values in scores[row.sha256].items():
                 check_scores(name, values, len(row.replies), where=f"item {row.sha256}")
+            new = {**row.scores, **scores[row.sha256]}
             value = policy_score(policy, new, row.given)
             connection.execute(t.queue.update().where(t.queue.c.item_id == row.id).values(scores=new, score=value))
             num += 1

@@ -57,6 +57,10 @@ def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None)
                 new_name = name_when_deleted(connection, name) if values["deleted"] else name
                 known = by_name(connection, new_name)
                 person = known or add_person(connection, values["created_at"], new_name, values["role"])
+                if known is not None:  # a dump neither gives nor takes rights here, and a ban holds wherever it stands
+                    del values["role"]
+                    if values["state"] != "banned":
+                        del values["state"]
                 people[name] = person.id
                 connection.execute(t.people.update().where(t.people.c.id == person.id).values(**values))
                 counts["people"] += 1

@@ -20,10 +20,13 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, Row, event
 
 from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.files import replacing, writing
 from trimtab.feedback import tables as t
 from trimtab.feedback.project import Project, load_project
 
 _WRITER = 7_318_349_394_477_056  # the key of PostgreSQL's advisory lock: "trimtab" as a number
+PAUSED = "paused"
+"""The fact that the whole queue is paused."""
 BUSY_SECONDS = 30.0
 """How long a connection to SQLite waits for a lock."""
 
@@ -289,11 +292,24 @@ def audit_head(store: Store) -> tuple[int, str]:
 
 def add_guideline(connection: Connection, at: float, actor: int | None, text: str) -> int:
     """The number of a new guideline version. Everyone reads it before their next task."""
+    text = checked_text(text, where="the guideline")
     version = (connection.execute(sa.select(sa.func.max(t.guidelines.c.version))).scalar() or 0) + 1
     row = {"version": version, "text": text, "sha256": hashlib.sha256(text.encode()).hexdigest(), "created_at": at}
     connection.execute(t.guidelines.insert().values(**row))
     append_audit(connection, at, actor, "guideline", version, {"sha256": digest(row)})
     return version
+
+
+def is_paused(connection: Connection) -> bool:
+    """Whether the whole queue is paused, so that nobody is given anything new."""
+    return connection.execute(sa.select(t.facts.c.value).where(t.facts.c.name == PAUSED)).scalar() is not None
+
+
+def set_paused(connection: Connection, paused: bool) -> None:
+    """Notes that the whole queue is paused, or that it is not."""
+    connection.execute(t.facts.delete().where(t.facts.c.name == PAUSED))
+    if paused:
+        connection.execute(t.facts.insert().values(name=PAUSED, value="yes"))
 
 
 def guideline(connection: Connection) -> Row[Any]:
@@ -310,9 +326,11 @@ def backup(store: Store, out: Path) -> None:
         raise DataError("the store is not SQLite", where=str(store.project.path), fix="use pg_dump for PostgreSQL")
     if out.exists():
         raise DataError(f"{str(out)!r} exists", where="the backup", fix="name a new file")
-    raw = store.engine.raw_connection()
-    with closing(raw), closing(sqlite3.connect(out)) as copy:
-        raw.driver_connection.backup(copy)  # type: ignore[union-attr]
+    with writing("the backup", out, kept="the store is as it was"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        raw = store.engine.raw_connection()
+        with replacing(out) as aside, closing(raw), closing(sqlite3.connect(aside)) as copy:
+            raw.driver_connection.backup(copy)  # type: ignore[union-attr]
 
 
 # --- hashes ---
