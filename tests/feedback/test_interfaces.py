@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from fastapi.testclient import TestClient
 
 from tests.feedback.conftest import Make
-from tests.feedback.projects import add, answer_next, lease, make_project, person
+from tests.feedback.projects import add, answer_next, lease, make_project, make_store, person
 from trimtab.cli import main
 from trimtab.core.errors import ConfigError
 from trimtab.feedback import people
@@ -284,3 +284,55 @@ def test_a_vote_cast_over_the_interface_counts_as_any_other(small: Make):
     vote(store, ann, given_out.token, Answer(choice="tie"))
     with store.read() as connection:
         assert [c.answer.choice for c in cast_votes(connection)] == ["tie"]
+
+
+def test_nothing_of_the_user_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("feedback").mkdir()
+    Path("feedback/guideline.md").write_text("Our rules")
+    result = CliRunner().invoke(main, ["feedback", "init"])
+    assert result.exit_code == 2
+    assert "holds guideline.md already" in result.output
+    votes = [{"item": i, "annotator": a, "choice": "A"} for i in range(3) for a in ("ann", "bob")]
+    Path("votes.json").write_text(json.dumps(votes))
+    for out in ("votes.html", "other.json"):
+        result = CliRunner().invoke(main, ["feedback", "agreement", "votes.json", "--out", out])
+        assert result.exit_code == 2, result.output
+    assert json.loads(Path("votes.json").read_text()) == votes
+    assert Path("feedback/guideline.md").read_text() == "Our rules"
+
+
+def test_a_guideline_that_is_not_utf_8_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    CliRunner().invoke(main, ["feedback", "init"])
+    Path("g.md").write_bytes("Antworte höflich".encode("latin-1"))
+    result = CliRunner().invoke(main, ["feedback", "guideline", "feedback/project.toml", "g.md"])
+    assert result.exit_code == 2
+    assert "save it as UTF-8" in result.output
+
+
+def test_a_backup_makes_its_folder_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    CliRunner().invoke(main, ["feedback", "init"])
+    project = "feedback/project.toml"
+    CliRunner().invoke(main, ["feedback", "invite", project, "--name", "Ann"])
+    result = CliRunner().invoke(main, ["feedback", "backup", project, "copies/b.sqlite"])
+    assert result.exit_code == 0, result.output
+    assert [p.name for p in Path("copies").iterdir()] == ["b.sqlite"]
+
+
+def test_two_models_score_an_item_in_rows_of_their_own(tmp_path: Path):
+    store = make_store(tmp_path)
+    add(store, 1)
+    with store.read() as connection:
+        sha256 = connection.execute(sa.select(t.items.c.sha256)).scalar_one()
+    rows = [{"item": sha256, "scores": {name: [0.1, 0.2]}} for name in ("a", "b")]
+    file = tmp_path / "scores.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = CliRunner().invoke(main, ["feedback", "scores", str(store.project.path), str(file)])
+    assert result.output == "1 items\n"
+    with store.read() as connection:
+        assert set(connection.execute(sa.select(t.queue.c.scores)).scalar_one()) == {"a", "b"}
+    file.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0]) + "\n")
+    again = CliRunner().invoke(main, ["feedback", "scores", str(store.project.path), str(file)])
+    assert "'a' has scored item" in again.output

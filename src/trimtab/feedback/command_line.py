@@ -51,12 +51,17 @@ def init(directory: Path) -> None:
 def _copy_example(directory: Path) -> None:
     from trimtab.core.errors import ConfigError
 
-    if (directory / "project.toml").exists():
-        raise ConfigError(f"{str(directory)!r} holds a project", where="trimtab feedback init", fix="name a new folder")
+    names = ("project.toml", "guideline.md", "reward.toml")
+    if there := [name for name in names if (directory / name).exists()]:
+        raise ConfigError(
+            f"{str(directory)!r} holds {', '.join(there)} already",
+            where="trimtab feedback init",
+            fix="name a new folder, or move them aside",
+        )
     package = Path(trimtab.__file__).parent
     examples = package / "examples" if (package / "examples").is_dir() else package.parents[1] / "examples"
     directory.mkdir(parents=True, exist_ok=True)
-    for name in ("project.toml", "guideline.md", "reward.toml"):
+    for name in names:
         shutil.copyfile(examples / "feedback" / name, directory / name)
     click.echo(f"{directory / 'project.toml'}: edit it, then trimtab feedback serve {directory / 'project.toml'}")
 
@@ -142,7 +147,10 @@ def import_(
         drawn = {"model": model, "num_samples": num_samples, "seed": seed, "limit": limit, **sampling}
         sample(data=source, prompt=None, out=sampled, **drawn)
         origin = {"model": model, "sampling": sampling, "seed": seed}
-        rows = [json.loads(line) | origin for line in sampled.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) | origin for line in sampled.read_text(encoding="utf-8").split("\n") if line]
+        for row in rows:  # what the file says of a prompt as an item became facts of the prompt
+            facts = row["prompt"]["facts"]
+            row |= {name: facts[name] for name in ("sensitive", "author", "slice", "priority") if name in facts}
         sampled.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         _tell(importing.import_source(store, str(sampled), options))
 
@@ -332,12 +340,13 @@ def adjudicate(
 def guideline(project: Path, file: Path | None) -> None:
     """Print the guideline, or make FILE its next version."""
     from trimtab.feedback import store as module
+    from trimtab.feedback.project import read_guideline
     from trimtab.feedback.webhooks import publish_guideline
 
     store = _open(project)
     if file is not None:
         with store.write() as connection:
-            text = file.read_text(encoding="utf-8")
+            text = read_guideline(file)
             version = publish_guideline(store, connection, None, text)
         click.echo(f"version {version}")
         return
@@ -365,13 +374,20 @@ def scores(project: Path, file: Path) -> None:
     from trimtab.feedback.items import set_scores
 
     rows = read_rows(file)
-    bad = next(
-        (where for where, row in rows.rows if "item" not in row or not isinstance(row.get("scores"), dict)), None
-    )
-    if rows.bad or bad:
-        raise DataError("a row without item or scores", where=bad or rows.bad[0].where, fix="see the command's help")
-    num = set_scores(_open(project), {row["item"]: row["scores"] for _, row in rows.rows})
-    unknown = f", {len(rows.rows) - num} rows name no item of the project" if num < len(rows.rows) else ""
+    if rows.bad:
+        raise DataError(rows.bad[0].problem, where=rows.bad[0].where, fix="see the command's help")
+    of_items: dict[str, dict[str, Any]] = {}
+    for where, row in rows.rows:
+        item, given = row.get("item"), row.get("scores")
+        if not isinstance(item, str) or not isinstance(given, dict):
+            raise DataError("a row without item or scores", where=where, fix="see the command's help")
+        if again := of_items.setdefault(item, {}).keys() & given.keys():
+            raise DataError(
+                f"{sorted(again)[0]!r} has scored item {item} already", where=where, fix="give each model's scores once"
+            )
+        of_items[item] |= given
+    num = set_scores(_open(project), of_items)
+    unknown = f", {len(of_items) - num} of {len(of_items)} are not in the project" if num < len(of_items) else ""
     click.echo(f"{num} items{unknown}")
 
 

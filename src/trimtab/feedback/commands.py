@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from trimtab.core.errors import ConfigError
+from trimtab.core.files import write_out
 from trimtab.feedback import agreement_page, campaign
 from trimtab.feedback.campaign import Campaign
 from trimtab.feedback.vote_files import read_votes
@@ -28,6 +29,15 @@ def agreement(
     seed: int,
 ) -> None:
     """Prints the agreement of a source's votes, writes a page about it and, beside the page, the figures as JSON."""
+    name = Path(source).name.partition(".")[0] or "votes"
+    page = out or Path(f"{name}-agreement.html")
+    figures = page.with_suffix(".json")
+    if page == figures or Path(source).resolve() in (page.resolve(), figures.resolve()):
+        raise ConfigError(
+            f"the page {str(page)!r} and its figures {str(figures)!r} would replace each other or the votes",
+            where="--out",
+            fix="name a page, such as agreement.html, whose name with .json is free",
+        )
     votes = read_votes(
         source,
         columns=parse_columns(columns),
@@ -38,12 +48,9 @@ def agreement(
     found = study(votes, as_given=as_given, seed=seed)
     for line in _study_lines(found):
         click.echo(line)
-    name = Path(source).name.partition(".")[0] or "votes"
-    page = out or Path(f"{name}-agreement.html")
     page.parent.mkdir(parents=True, exist_ok=True)
     agreement_page.write_page(found, page, title=Path(source).name)
-    figures = page.with_suffix(".json")
-    figures.write_text(json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_out(figures, json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n")
     click.echo(f"page: {page}\nfigures: {figures}")
 
 

@@ -260,7 +260,17 @@ class Project:
     def guideline_text(self) -> str:
         """The guideline file, or a line that says there is none."""
         path = self.directory / self.settings.task.guideline
-        return path.read_text(encoding="utf-8") if path.is_file() else "Answer as you would for yourself."
+        return read_guideline(path) if path.is_file() else "Answer as you would for yourself."
+
+
+def read_guideline(path: Path) -> str:
+    """The text of a guideline file. Raises ConfigError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"the guideline is not UTF-8 text: {error.reason}", where=str(path), fix="save it as UTF-8"
+        ) from None
 
 
 def load_project(path: str | Path) -> Project:
