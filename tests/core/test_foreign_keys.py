@@ -139,5 +139,5 @@ def test_every_key_that_an_answer_names_exists():
         for line, _ in settings_help(module)
     }
     for candidates, _ in OURS.values():
-        for ours in candidates:
+        for ours in candidates.split():
             assert any(f".{key}".endswith(f".{ours}") for key in known), ours

@@ -20,162 +20,139 @@ _COLUMNS = 'columns are recognised; another name is given in the source, as "FIL
 _KL = 'kl_in = "reward" or "loss", with its weight in kl.coef'
 _REWARDS = "rewards are a list: [[rewards]] with a name, and path for a reward model or function for a callable"
 
-OURS: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {
+OURS: dict[str, tuple[str, str]] = {
     # optimizers
-    ("lr", "learning_rate", "actor_learning_rate", "actor_lr", "policy_lr"): (("optimizer.learning_rate",), ""),
-    ("critic_learning_rate", "critic_lr", "value_lr"): (("critic.optimizer.learning_rate",), ""),
-    ("lr_scheduler_type", "lr_scheduler", "lr_schedule", "scheduler"): (("optimizer.schedule",), ""),
-    ("warmup_ratio", "lr_warmup_ratio", "lr_warmup_steps", "warmup_steps", "num_warmup_steps"): (
-        ("optimizer.warmup_fraction",),
+    "lr learning_rate actor_learning_rate actor_lr policy_lr": ("optimizer.learning_rate", ""),
+    "critic_learning_rate critic_lr value_lr": ("critic.optimizer.learning_rate", ""),
+    "lr_scheduler_type lr_scheduler lr_schedule scheduler": ("optimizer.schedule", ""),
+    "warmup_ratio lr_warmup_ratio lr_warmup_steps warmup_steps num_warmup_steps": (
+        "optimizer.warmup_fraction",
         "a share of the run's updates",
     ),
-    ("weight_decay", "l2"): (("optimizer.weight_decay",), ""),
-    ("adam_beta1", "adam_betas", "betas"): (("optimizer.beta1",), "and optimizer.beta2"),
-    ("adam_beta2",): (("optimizer.beta2",), ""),
-    ("adam_epsilon", "adam_eps"): (("optimizer.eps",), ""),
-    ("max_grad_norm", "grad_clip", "gradient_clipping", "max_norm", "clip_grad"): (
-        ("optimizer.max_gradient_norm",),
+    "weight_decay l2": ("optimizer.weight_decay", ""),
+    "adam_beta1 adam_betas betas": ("optimizer.beta1", "and optimizer.beta2"),
+    "adam_beta2": ("optimizer.beta2", ""),
+    "adam_epsilon adam_eps": ("optimizer.eps", ""),
+    "max_grad_norm grad_clip gradient_clipping max_norm clip_grad": ("optimizer.max_gradient_norm", ""),
+    "optim optimizer_name optimizer_type optimizer.name optimizer.type": (
         "",
-    ),
-    ("optim", "optimizer_name", "optimizer_type", "optimizer.name", "optimizer.type"): (
-        (),
         "AdamW is the only optimizer, and its settings are the table [optimizer]",
     ),
     # steps and batches
-    ("per_device_train_batch_size", "train_batch_size", "global_batch_size", "gradient_batch_size"): (
-        ("batch_size", "prompts_per_step"),
+    "per_device_train_batch_size train_batch_size global_batch_size gradient_batch_size": (
+        "batch_size prompts_per_step",
         _BATCH,
     ),
-    ("gradient_accumulation_steps", "micro_batch_size", "micro_train_batch_size", "per_device_eval_batch_size"): (
-        ("token_budget",),
+    "gradient_accumulation_steps micro_batch_size micro_train_batch_size per_device_eval_batch_size": (
+        "token_budget",
         "batch_size or prompts_per_step is the whole update, and token_budget splits it into forward passes",
     ),
-    ("rollout_batch_size", "num_prompts_per_step"): (("prompts_per_step",), ""),
-    ("generation_batch_size",): (("prompts_per_step",), "in prompts, each with group_size replies"),
-    ("micro_rollout_batch_size",): (("sampling.batch_size",), "memory and speed only"),
-    ("num_generations", "n_samples_per_prompt", "num_return_sequences", "n_samples", "num_samples_per_prompt"): (
-        ("group_size", "replies_per_prompt"),
+    "rollout_batch_size num_prompts_per_step": ("prompts_per_step", ""),
+    "generation_batch_size": ("prompts_per_step", "in prompts, each with group_size replies"),
+    "micro_rollout_batch_size": ("sampling.batch_size", "memory and speed only"),
+    "num_generations n_samples_per_prompt num_return_sequences n_samples num_samples_per_prompt": (
+        "group_size replies_per_prompt",
         "",
     ),
-    ("num_train_epochs", "max_epochs", "epochs", "n_epochs"): (("num_epochs",), ""),
-    ("num_ppo_epochs", "ppo_epochs", "num_iterations"): (("num_epochs",), "passes over the rollouts of a step"),
-    ("max_train_steps", "total_steps", "total_episodes", "num_episodes", "max_steps"): (("num_steps",), ""),
-    ("num_mini_batches", "mini_batch_size", "ppo_mini_batch_size"): (("num_minibatches",), "updates of one pass"),
-    ("save_steps", "save_interval", "save_freq", "save_strategy", "saves_per_epoch"): (("checkpoint_every",), ""),
-    ("save_total_limit",): ((), "the newest two checkpoints are kept; remove the key"),
-    ("eval_steps", "eval_strategy", "evaluation_strategy", "evals_per_epoch"): (("validate_every",), ""),
-    ("logging_steps", "logging_strategy"): ((), "every step is logged in metrics.jsonl; remove the key"),
-    ("output_dir", "save_path", "ckpt_path", "run_name", "logging_dir"): ((), _DIRECTORY),
-    ("resume_from_checkpoint", "overwrite_output_dir"): (
-        (),
+    "num_train_epochs max_epochs epochs n_epochs": ("num_epochs", ""),
+    "num_ppo_epochs ppo_epochs num_iterations": ("num_epochs", "passes over the rollouts of a step"),
+    "max_train_steps total_steps total_episodes num_episodes max_steps": ("num_steps", ""),
+    "num_mini_batches mini_batch_size ppo_mini_batch_size": ("num_minibatches", "updates of one pass"),
+    "save_steps save_interval save_freq save_strategy saves_per_epoch": ("checkpoint_every", ""),
+    "save_total_limit": ("", "the newest two checkpoints are kept; remove the key"),
+    "eval_steps eval_strategy evaluation_strategy evals_per_epoch": ("validate_every", ""),
+    "logging_steps logging_strategy": ("", "every step is logged in metrics.jsonl; remove the key"),
+    "output_dir save_path ckpt_path run_name logging_dir": ("", _DIRECTORY),
+    "resume_from_checkpoint overwrite_output_dir": (
+        "",
         'the same command goes on where it stopped, and "--fresh" begins again; remove the key',
     ),
-    ("push_to_hub", "hub_model_id"): ((), "model/ of the run directory is an ordinary directory to upload"),
-    ("report_to", "wandb", "use_wandb", "wandb_project", "wandb_run_name", "use_tensorboard", "logger"): (
-        ("trackers",),
-        _TRACKERS,
-    ),
+    "push_to_hub hub_model_id": ("", "model/ of the run directory is an ordinary directory to upload"),
+    "report_to wandb use_wandb wandb_project wandb_run_name use_tensorboard logger": ("trackers", _TRACKERS),
     # precision, memory and engines
-    ("bf16", "fp16", "tf32", "dtype", "torch_dtype", "mixed_precision", "param_dtype"): (
-        ("precision",),
+    "bf16 fp16 tf32 dtype torch_dtype mixed_precision param_dtype": (
+        "precision",
         'precision = "bfloat16" or "float32"',
     ),
-    ("gradient_checkpointing", "activation_checkpointing"): (("checkpoint_activations",), ""),
-    ("packing", "sample_packing", "pad_to_sequence_len", "group_by_length", "padding_free"): ((), _PACKED),
-    ("use_vllm", "vllm_mode", "deepspeed", "zero_stage", "fsdp", "flash_attn", "flash_attention"): ((), _ENGINE),
-    ("attn_implementation", "use_liger_kernel", "use_liger_loss"): ((), _ENGINE),
-    ("num_gpus", "n_gpus_per_node", "nnodes", "device", "device_map", "world_size"): ((), _ENGINE),
+    "gradient_checkpointing activation_checkpointing": ("checkpoint_activations", ""),
+    "packing sample_packing pad_to_sequence_len group_by_length padding_free": ("", _PACKED),
+    "use_vllm vllm_mode deepspeed zero_stage fsdp flash_attn flash_attention": ("", _ENGINE),
+    "attn_implementation use_liger_kernel use_liger_loss": ("", _ENGINE),
+    "num_gpus n_gpus_per_node nnodes device device_map world_size": ("", _ENGINE),
     # adapters
-    ("lora_rank", "lora_r", "peft_lora_r", "r"): (("adapter.rank",), ""),
-    ("lora_alpha", "peft_lora_alpha"): (("adapter.alpha",), ""),
-    ("lora_target_modules", "target_modules", "lora_target_linear"): (("adapter.modules",), ""),
-    ("load_in_4bit", "load_in_8bit", "qlora", "bits"): (("adapter.base_bits",), ""),
-    ("peft_config", "use_peft", "use_lora", "lora"): (("adapter",), _ADAPTER),
-    ("use_rslora", "peft_use_rslora"): (
-        ("adapter.alpha",),
+    "lora_rank lora_r peft_lora_r r": ("adapter.rank", ""),
+    "lora_alpha peft_lora_alpha": ("adapter.alpha", ""),
+    "lora_target_modules target_modules lora_target_linear": ("adapter.modules", ""),
+    "load_in_4bit load_in_8bit qlora bits": ("adapter.base_bits", ""),
+    "peft_config use_peft use_lora lora": ("adapter", _ADAPTER),
+    "use_rslora peft_use_rslora": (
+        "adapter.alpha",
         "the change is scaled by alpha / rank; rsLoRA is alpha times the root of rank",
     ),
-    ("use_dora", "peft_use_dora"): ((), "an adapter is a plain low-rank change; remove the key"),
-    ("adapter.bias", "lora_bias"): (
-        (),
-        "an adapter changes the weights of linear layers and no biases; remove the key",
-    ),
-    ("dropout", "lora_dropout"): ((), "nothing is trained with dropout; remove the key"),
+    "use_dora peft_use_dora": ("", "an adapter is a plain low-rank change; remove the key"),
+    "adapter.bias lora_bias": ("", "an adapter changes the weights of linear layers and no biases; remove the key"),
+    "dropout lora_dropout": ("", "nothing is trained with dropout; remove the key"),
     # models and data
-    ("model_name_or_path", "base_model", "pretrain", "model_path", "model_name", "model_id"): (("model",), ""),
-    ("ref_model", "ref_pretrain", "ref_model_path", "reference_model"): (("reference", "baseline"), ""),
-    ("reward_pretrain", "reward_model_path", "reward_funcs", "reward_function", "reward_model", "remote_rm_url"): (
-        ("rewards",),
-        _REWARDS,
-    ),
-    ("critic_pretrain", "value_model", "value_model_path"): (("critic.path",), ""),
-    ("trust_remote_code",): ((), "code in a model's directory is never run; remove the key"),
-    ("hf_token", "use_auth_token", "hub_token"): (
-        (),
-        "the hub is asked with the login of `hf auth login`, or HF_TOKEN",
-    ),
-    ("tokenizer", "tokenizer_name_or_path", "tokenizer_path", "chat_template"): ((), _TOKENIZER),
-    ("special_tokens", "pad_token", "eos_token", "bos_token"): ((), _TOKENIZER),
-    ("dataset", "dataset_name", "datasets", "train_dataset", "dataset_path", "train_data", "train_file"): (
-        ("data", "prompts"),
+    "model_name_or_path base_model pretrain model_path model_name model_id": ("model", ""),
+    "ref_model ref_pretrain ref_model_path reference_model": ("reference baseline", ""),
+    "reward_pretrain reward_model_path reward_funcs reward_function reward_model remote_rm_url": ("rewards", _REWARDS),
+    "critic_pretrain value_model value_model_path": ("critic.path", ""),
+    "trust_remote_code": ("", "code in a model's directory is never run; remove the key"),
+    "hf_token use_auth_token hub_token": ("", "the hub is asked with the login of `hf auth login`, or HF_TOKEN"),
+    "tokenizer tokenizer_name_or_path tokenizer_path chat_template": ("", _TOKENIZER),
+    "special_tokens pad_token eos_token bos_token": ("", _TOKENIZER),
+    "dataset dataset_name datasets train_dataset dataset_path train_data train_file": (
+        "data prompts",
         "a file, a hub id or a world",
     ),
-    ("prompt_data", "prompt_dataset"): (("prompts", "data"), ""),
-    ("eval_dataset", "val_dataset", "validation_data", "test_file"): (("held_out_data",), ""),
-    ("val_set_size", "test_size", "eval_split_ratio"): (("held_out",), ""),
-    ("max_samples", "max_train_samples"): (("limit", "num_prompts"), ""),
-    ("max_length", "max_seq_length", "max_seq_len", "sequence_len", "cutoff_len", "max_len"): (("max_tokens",), ""),
-    ("max_prompt_length", "prompt_max_len"): (("sampling.max_prompt_tokens", "max_tokens"), ""),
-    ("truncation_mode",): (("on_too_long",), "a prompt is cut on its left"),
-    ("dataset_text_field", "input_key", "output_key", "prompt_key", "label_key", "chosen_key", "rejected_key"): (
-        (),
-        _COLUMNS,
-    ),
-    ("stop_token",): (("sampling.stop",), "further texts; the end token of the model always ends a reply"),
-    ("repetition_penalty", "presence_penalty", "frequency_penalty"): (
-        (),
+    "prompt_data prompt_dataset": ("prompts data", ""),
+    "eval_dataset val_dataset validation_data test_file": ("held_out_data", ""),
+    "val_set_size test_size eval_split_ratio": ("held_out", ""),
+    "max_samples max_train_samples": ("limit num_prompts", ""),
+    "max_length max_seq_length max_seq_len sequence_len cutoff_len max_len": ("max_tokens", ""),
+    "max_prompt_length prompt_max_len": ("sampling.max_prompt_tokens max_tokens", ""),
+    "truncation_mode": ("on_too_long", "a prompt is cut on its left"),
+    "dataset_text_field input_key output_key prompt_key label_key chosen_key rejected_key": ("", _COLUMNS),
+    "stop_token": ("sampling.stop", "further texts; the end token of the model always ends a reply"),
+    "repetition_penalty presence_penalty frequency_penalty": (
+        "",
         "a penalty would make the sampler another policy than the one that is trained; remove the key",
     ),
-    ("max_completion_length", "generate_max_len", "response_length", "max_tokens"): (("sampling.max_new_tokens",), ""),
-    ("train_on_inputs", "completion_only_loss", "assistant_only_loss", "train_on_input"): (("train_on",), ""),
-    ("precompute_ref_log_probs",): (
-        ("reference_cache",),
-        "the reference reads the data once and is kept on disk always",
-    ),
+    "max_completion_length generate_max_len response_length max_tokens": ("sampling.max_new_tokens", ""),
+    "train_on_inputs completion_only_loss assistant_only_loss train_on_input": ("train_on", ""),
+    "precompute_ref_log_probs": ("reference_cache", "the reference reads the data once and is kept on disk always"),
     # losses
-    ("loss_type", "rl_loss"): (("loss",), ""),
-    ("beta", "kl_coef", "init_kl_coef", "kl_loss_coef", "kl_coeff", "init_kl_coeff"): (("loss.beta", "kl.coef"), ""),
-    ("use_kl_in_reward", "use_kl_loss"): (("kl_in",), _KL),
-    ("kl_penalty", "kl_loss_type"): (("kl_estimator",), ""),
-    ("dpo_beta",): (("loss.beta",), ""),
-    ("kto_beta",): ((), 'did you mean loss.beta, with loss.name = "kto"?'),
-    ("orpo_alpha",): ((), 'did you mean loss.odds_coef, with loss.name = "orpo"?'),
-    ("cpo_alpha",): ((), 'did you mean loss.nll_coef, with loss.name = "cpo"?'),
-    ("target_kl",): (("stop_kl",), "to end the passes of a step; kl.target is that of the adaptive coefficient"),
-    ("kl_target",): (("kl.target",), 'with kl.name = "adaptive"'),
-    ("cliprange", "clip_range", "eps_clip", "clip_eps", "epsilon", "eps_clip_low", "clip_ratio"): (
-        ("loss.clip_low",),
-        "and loss.clip_high",
-    ),
-    ("epsilon_high", "eps_clip_high", "clip_ratio_high"): (("loss.clip_high",), ""),
-    ("delta",): (("loss.dual_clip",), "the bound on the ratio for negative advantages"),
-    ("importance_sampling_level",): ((), 'did you mean loss.name = "gspo", whose ratios are of whole replies?'),
-    ("cliprange_value", "value_clip", "clip_range_value"): (("critic.loss.clip",), ""),
-    ("vf_coef", "value_loss_coef"): (("critic.loss.coef",), ""),
-    ("gae_lambda", "lambd", "lambda"): (("advantage.lam",), ""),
-    ("gamma",): (("advantage.gamma", "loss.gamma"), ""),
-    ("advantage_estimator", "adv_estimator"): (("advantage",), ""),
-    ("normalize_reward",): (("shaping.normalize",), ""),
-    ("scale_rewards",): (("advantage.scale", "advantage"), 'of advantage.name = "grpo"'),
-    ("mask_truncated_completions", "overlong_filtering"): (("skip_truncated",), ""),
-    ("ent_coef", "entropy_loss_coef"): (("entropy_coef",), ""),
-    ("rpo_alpha", "sft_loss_coef"): (("loss.nll_coef",), ""),
-    ("simpo_gamma",): ((), 'did you mean loss.gamma, with loss.name = "simpo"?'),
-    ("center_rewards_coefficient",): (("loss.centering_coef",), ""),
-    ("ptx_coef", "pretrain_data"): (("pretraining_mix",), ""),
+    "loss_type rl_loss": ("loss", ""),
+    "beta kl_coef init_kl_coef kl_loss_coef kl_coeff init_kl_coeff": ("loss.beta kl.coef", ""),
+    "use_kl_in_reward use_kl_loss": ("kl_in", _KL),
+    "kl_penalty kl_loss_type": ("kl_estimator", ""),
+    "dpo_beta": ("loss.beta", ""),
+    "kto_beta": ("", 'did you mean loss.beta, with loss.name = "kto"?'),
+    "orpo_alpha": ("", 'did you mean loss.odds_coef, with loss.name = "orpo"?'),
+    "cpo_alpha": ("", 'did you mean loss.nll_coef, with loss.name = "cpo"?'),
+    "target_kl": ("stop_kl", "to end the passes of a step; kl.target is that of the adaptive coefficient"),
+    "kl_target": ("kl.target", 'with kl.name = "adaptive"'),
+    "cliprange clip_range eps_clip clip_eps epsilon eps_clip_low clip_ratio": ("loss.clip_low", "and loss.clip_high"),
+    "epsilon_high eps_clip_high clip_ratio_high": ("loss.clip_high", ""),
+    "delta": ("loss.dual_clip", "the bound on the ratio for negative advantages"),
+    "importance_sampling_level": ("", 'did you mean loss.name = "gspo", whose ratios are of whole replies?'),
+    "cliprange_value value_clip clip_range_value": ("critic.loss.clip", ""),
+    "vf_coef value_loss_coef": ("critic.loss.coef", ""),
+    "gae_lambda lambd lambda": ("advantage.lam", ""),
+    "gamma": ("advantage.gamma loss.gamma", ""),
+    "advantage_estimator adv_estimator": ("advantage", ""),
+    "normalize_reward": ("shaping.normalize", ""),
+    "scale_rewards": ("advantage.scale advantage", 'of advantage.name = "grpo"'),
+    "mask_truncated_completions overlong_filtering": ("skip_truncated", ""),
+    "ent_coef entropy_loss_coef": ("entropy_coef", ""),
+    "rpo_alpha sft_loss_coef": ("loss.nll_coef", ""),
+    "simpo_gamma": ("", 'did you mean loss.gamma, with loss.name = "simpo"?'),
+    "center_rewards_coefficient": ("loss.centering_coef", ""),
+    "ptx_coef pretrain_data": ("pretraining_mix", ""),
 }
-"""Maps foreign names with one meaning to (our names, a remark). The first of our names that the stage has is suggested;
-with no such name, the remark is the whole answer. A foreign name may name its table too, as "optimizer.name"."""
+"""Maps foreign names with one meaning to (our names, a remark); several names are the words of one text. The first of
+our names that the stage has is suggested; with no such name, the remark is the whole answer. A foreign name may name
+its table too, as "optimizer.name"."""
 
 
 def ours_for(key: str, known: Sequence[str]) -> str:
@@ -183,9 +160,9 @@ def ours_for(key: str, known: Sequence[str]) -> str:
     stage."""
     meant = f".{key.lower().replace('-', '_')}"
     for names, (candidates, said) in OURS.items():
-        if not any(meant.endswith(f".{name}") for name in names):
+        if not any(meant.endswith(f".{name}") for name in names.split()):
             continue
-        found = [path for ours in candidates for path in known if f".{path}".endswith(f".{ours}")]
+        found = [path for ours in candidates.split() for path in known if f".{path}".endswith(f".{ours}")]
         if found:
             nearest = min(found, key=lambda path: path.count("."))
             return f"did you mean {nearest}?{f' ({said})' if said else ''}"
