@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -48,53 +49,43 @@ class LoopState(Protocol):
         """Restores the state that `save` wrote there."""
 
 
+@dataclass
 class Steps:
-    """The steps of a run that are still to be done, counted from 0. Each is logged before the next begins."""
+    """The steps of a run that are still to be done, counted from 0. Each is logged before the next begins; `stepping`
+    yields them."""
 
-    def __init__(
-        self,
-        run: Run,
-        state: LoopState,
-        *,
-        done: int,
-        num_steps: int,
-        checkpoint_every: int,
-        interrupted: Callable[[], int],
-        show: Callable[[int, Metrics], None],
-    ) -> None:
-        """Use `stepping`."""
-        self.done = done
-        self.at_work = False
-        """True between the start of a step and its log."""
-        self._run = run
-        self._state = state
-        self._num_steps = num_steps
-        self._checkpoint_every = checkpoint_every
-        self._interrupted = interrupted
-        self._show = show
-        self._began = 0.0
+    run: Run
+    state: LoopState
+    done: int
+    num_steps: int
+    checkpoint_every: int
+    interrupted: Callable[[], int]
+    show: Callable[[int, Metrics], None]
+    at_work: bool = False
+    """True between the start of a step and its log."""
+    began: float = 0.0
 
     def __iter__(self) -> Iterator[int]:
-        for number in range(self.done, self._num_steps):
-            self.at_work, self._began = True, time.perf_counter()
+        for number in range(self.done, self.num_steps):
+            self.at_work, self.began = True, time.perf_counter()
             yield number
             assert self.done == number + 1, f"step {number} was not logged"
-            stop = self._interrupted()
-            if self.done % self._checkpoint_every == 0 or self.done == self._num_steps or stop:
-                self._run.save_checkpoint(self.done, self._state.save)
+            stop = self.interrupted()
+            if self.done % self.checkpoint_every == 0 or self.done == self.num_steps or stop:
+                self.run.save_checkpoint(self.done, self.state.save)
             if stop:
                 break
-        if self._interrupted():
-            said = f"stopped after step {self.done} of {self._num_steps}, saved in {self._run.directory}"
-            raise Interrupted(said, signal_number=self._interrupted())
+        if self.interrupted():
+            said = f"stopped after step {self.done} of {self.num_steps}, saved in {self.run.directory}"
+            raise Interrupted(said, signal_number=self.interrupted())
 
     def log(self, metrics: Metrics) -> None:
         """Ends the current step: its metrics, with the seconds since it began, become its row of metrics.jsonl."""
         self.at_work = False
-        seconds: Metrics = {"time/step_seconds": Total(time.perf_counter() - self._began)}
-        self._run.log(self.done + 1, seconds | metrics)
+        seconds: Metrics = {"time/step_seconds": Total(time.perf_counter() - self.began)}
+        self.run.log(self.done + 1, seconds | metrics)
         self.done += 1
-        self._show(self.done, metrics)
+        self.show(self.done, metrics)
 
 
 @contextmanager
@@ -120,15 +111,7 @@ def stepping(run: Run, state: LoopState, *, num_steps: int, checkpoint_every: in
             fix="ask for as many steps or more, or begin again with --fresh",
         )
     with _interrupts() as interrupted, _progress(description, done, num_steps) as show:
-        steps = Steps(
-            run,
-            state,
-            done=done,
-            num_steps=num_steps,
-            checkpoint_every=checkpoint_every,
-            interrupted=interrupted,
-            show=show,
-        )
+        steps = Steps(run, state, done, num_steps, checkpoint_every, interrupted, show)
         try:
             yield steps
         except EngineError as error:
@@ -214,14 +197,7 @@ def _progress(description: str, done: int, num_steps: int) -> Iterator[Callable[
         yield line
         return
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-    )
-    with Progress(*columns, console=console) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=console) as progress:
         task = progress.add_task(description, total=num_steps, completed=done, status="")
         yield lambda step, metrics: progress.update(task, completed=step, status=status(step, metrics))
