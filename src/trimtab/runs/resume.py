@@ -166,17 +166,9 @@ def _two_places(key: str, value: Any, *, then: RunPlace | None, here: RunPlace) 
     return None if moved_along else (before, now)
 
 
-_PATHS = {
-    "model",
-    "reference",
-    "baseline",
-    "reward_model",
-    "path",
-    "data",
-    "held_out_data",
-    "prompts",
-    "demonstrations",
-}
+_PATHS = frozenset(
+    {"model", "reference", "baseline", "reward_model", "path", "data", "held_out_data", "prompts", "demonstrations"}
+)
 """Settings that may name a file or directory without a separator."""
 
 

@@ -37,18 +37,8 @@ SUMS = "SHA256SUMS"
 # Checkpoints are removed early and the records last: a `--fresh` that is cut short leaves a run that starts over, never
 # half a run. environment.json goes after settings.toml because without it the settings could be a run file of the user.
 _CONTENTS = (
-    *(
-        "summary.json",
-        "checkpoints",
-        "model",
-        "metrics.jsonl",
-        "samples.jsonl",
-        "report.html",
-        "data.json",
-        "models.json",
-        "snapshots",
-    ),
-    *("tensorboard", "wandb", "settings.toml", "environment.json"),
+    *("summary.json", "checkpoints", "model", "metrics.jsonl", "samples.jsonl", "report.html", "data.json"),
+    *("models.json", "snapshots", "tensorboard", "wandb", "settings.toml", "environment.json"),
 )
 NO_FACTS = StageFacts()
 _GOES_ON = "the same command goes on from what was saved"
@@ -142,10 +132,8 @@ class Run:
 
     def _environment(self) -> dict[str, Any]:
         """What environment.json holds; {} if it was lost. Raises DataError if it is damaged."""
-        record, fix = (
-            self.directory / "environment.json",
-            "restore it, or remove it: the run goes on without this record",
-        )
+        record = self.directory / "environment.json"
+        fix = "restore it, or remove it: the run goes on without this record"
         found = read_json(record, fix=fix) if record.exists() else {}
         for name, kind in (("paths", dict), ("resumed_with", list), ("changed_settings", list)):
             if not isinstance(found.get(name, kind()), kind):
@@ -303,7 +291,7 @@ class Run:
         kept = f"the same command goes on from the checkpoint of step {before}" if before else _BEGINS_AGAIN
         with writing(f"the checkpoint of step {step}", checkpoints, kept=kept):
             checkpoints.mkdir(exist_ok=True)
-            with replacing(checkpoints / _step_name(step)) as aside:
+            with replacing(checkpoints / f"step-{step:08d}") as aside:
                 aside.mkdir()
                 write(aside)
                 (aside / SUMS).write_text(_sums(aside), encoding="utf-8")
@@ -435,26 +423,18 @@ def _remove_unfinished(directory: Path) -> None:
 # --- checkpoints ---
 
 
-def _step_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
 def _checkpoints(directory: Path) -> list[Path]:
     return sorted(directory.glob("step-*"))
-
-
-def _files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / SUMS)
 
 
 def _sums(directory: Path) -> str:
     """The checksums of all files, as `sha256sum` writes them, so that `sha256sum -c SHA256SUMS` checks them too."""
     lines = []
-    for path in _files(directory):
-        with path.open("rb") as file:
-            lines.append(
-                f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.relative_to(directory).as_posix()}\n"
-            )
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path != directory / SUMS:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            lines.append(f"{digest}  {path.relative_to(directory).as_posix()}\n")
     return "".join(lines)
 
 
