@@ -5,6 +5,7 @@ All mistakes of a file are reported in one message.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -89,7 +90,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
     `rewards.0.weight=2` sets a key of a list's first table, and `loss.clip_high=0.3` turns `loss = "ppo"` into a table.
     Raises ConfigError naming every override that cannot be applied.
     """
-    result: dict[str, Any] = _copied(values)
+    result = copy.deepcopy(dict(values))
     mistakes = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -161,11 +162,12 @@ def _table(cls: type, values: Any, default: Any, path: str, mistakes: list[str])
     known = {field.name: field for field in _fields(cls)}
     for key in values:
         if key not in known:
-            mistakes.append(_unknown_key(_join(path, key), path, cls, values))
+            siblings = [join(path, name) for name in known]
+            mistakes.append(unknown_key(join(path, key), siblings, list(_key_paths(cls, values, path))))
     arguments = {}
     ours = cls.__module__.startswith("trimtab.")  # ranges go by name, and a user's class may use a name differently
     for name, field in known.items():
-        standing, full = _default(field, default), _join(path, name)
+        standing, full = _default(field, default), join(path, name)
         if name in values:
             arguments[name] = _value(hints[name], values[name], standing, full, mistakes)
             if ours and (problem := out_of_range(full, arguments[name])):
@@ -193,7 +195,7 @@ def _value(hint: Any, value: Any, default: Any, path: str, mistakes: list[str]) 
         if not _is_tuple(hint):
             return _chosen(choice.kind, value, default, path, mistakes)
         if isinstance(value, Sequence) and not isinstance(value, str):
-            return tuple(_chosen(choice.kind, v, MISSING, _join(path, str(i)), mistakes) for i, v in enumerate(value))
+            return tuple(_chosen(choice.kind, v, MISSING, join(path, str(i)), mistakes) for i, v in enumerate(value))
         mistakes.append(f"{path}: should be a list of names or tables, not {value!r}")
         return None
     if dataclasses.is_dataclass(hint):
@@ -310,12 +312,6 @@ def _plain(value: Any) -> Any:
 # --- overrides ---
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _copied(v) for k, v in value.items()}
-    return [_copied(v) for v in value] if isinstance(value, list) else value
-
-
 def _parsed(text: str) -> Any:
     try:
         table = tomllib.loads(f"value = {text}")
@@ -350,7 +346,8 @@ def _set(values: dict[str, Any], steps: list[str], value: Any) -> str:
 # --- messages ---
 
 
-def _join(path: str, key: str) -> str:
+def join(path: str, key: str) -> str:
+    """The key path of a key in the table at `path`; "" is the whole file."""
     return f"{path}.{key}" if path else key
 
 
@@ -358,11 +355,6 @@ def _listed(mistakes: list[str]) -> str:
     if len(mistakes) == 1:
         return mistakes[0]
     return f"{len(mistakes)} mistakes:" + "".join(f"\n  - {mistake}" for mistake in mistakes)
-
-
-def _unknown_key(full: str, path: str, cls: type, values: Mapping[str, Any]) -> str:
-    siblings = [_join(path, field.name) for field in _fields(cls)]
-    return unknown_key(full, siblings, list(_key_paths(cls, values, path)))
 
 
 def missing(full: str) -> str:
@@ -388,7 +380,7 @@ def _key_paths(cls: type, values: Mapping[str, Any], path: str) -> Iterator[str]
     values name, or of its default's class."""
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in _fields(cls):
-        full, hint, value = _join(path, field.name), _without_none(hints[field.name]), values.get(field.name, {})
+        full, hint, value = join(path, field.name), _without_none(hints[field.name]), values.get(field.name, {})
         yield full
         if (choice := _choice(hint)) and not _is_tuple(hint) and isinstance(value, str | Mapping):
             try:

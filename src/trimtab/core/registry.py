@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from trimtab.core.errors import ConfigError
@@ -94,11 +94,15 @@ def find(kind: str, name: str, *, where: str) -> type:
         return _REGISTERED[kind][name]
     if ":" in name:
         return register(kind, name)(_of_kind(kind, _named_class(name, where=where), name, where=where))
+    raise unknown_name(kind, name, known, where=where)
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], *, where: str) -> ConfigError:
+    """The error for a name that no class of this kind has. It suggests the nearest known one."""
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ConfigError(
-        f"no {kind.replace('_', ' ')} is called {name!r}", where=where, fix=f"{hint}known names: {', '.join(known)}"
-    )
+    fix = f"{hint}known names: {', '.join(sorted(known))}"
+    return ConfigError(f"no {kind.replace('_', ' ')} is called {name!r}", where=where, fix=fix)
 
 
 def _named_class(name: str, *, where: str) -> type:

@@ -8,17 +8,17 @@ Importing a stage loads torch, which takes seconds, while a typo should be repor
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from trimtab.core import config
+from trimtab.core import config, registry
 from trimtab.core.bounds import out_of_range
+from trimtab.core.config import join
 from trimtab.core.errors import ConfigError
 from trimtab.core.foreign_keys import ours_for
-from trimtab.core.settings_help import SettingsField, definition, registered, settings_class, settings_fields
+from trimtab.core.settings_help import SettingsField, definition, keywords, registered, settings_class, settings_fields
 
 
 def check(tables: Mapping[str, tuple[str, Mapping[str, Any]]], *, where: str) -> None:
@@ -34,20 +34,11 @@ def mistakes(module: str, values: Any, path: str) -> list[str]:
     return list(_table(_Class(module, settings_class(module)), values, path, defaults={}))
 
 
-def fits(module: str, values: Mapping[str, Any]) -> bool:
-    """Whether a run file has no mistakes for this stage: the stage knows all its keys, and none it needs is missing."""
-    return not mistakes(module, values, "")
-
-
 class _Class(NamedTuple):
     """A settings class, named by the module that defines it and its name."""
 
     module: str
     name: str
-
-    @property
-    def fields(self) -> dict[str, SettingsField]:
-        return _fields(self)
 
 
 @functools.cache
@@ -72,16 +63,16 @@ def _table(cls: _Class, values: Any, path: str, *, defaults: Mapping[str, Any]) 
     if not isinstance(values, Mapping):
         yield f"{path}: should be a table, not {values!r}"
         return
-    fields = cls.fields
+    fields = _fields(cls)
     for key in values:
         if key not in fields:
-            siblings = [_join(path, name) for name in fields]
-            yield config.unknown_key(_join(path, key), siblings, list(_key_paths(cls, values, path)))
+            siblings = [join(path, name) for name in fields]
+            yield config.unknown_key(join(path, key), siblings, list(_key_paths(cls, values, path)))
     for name, field in fields.items():
         if name in values:
-            yield from _value(field, values[name], _join(path, name))
+            yield from _value(field, values[name], join(path, name))
         elif field.default is None and name not in defaults:
-            yield config.missing(_join(path, name))
+            yield config.missing(join(path, name))
 
 
 def _value(field: SettingsField, value: Any, path: str) -> Iterator[str]:
@@ -89,13 +80,13 @@ def _value(field: SettingsField, value: Any, path: str) -> Iterator[str]:
     if meaning.optional and (value is None or value == config.NONE):
         return
     if meaning.table is not None:
-        yield from _table(meaning.table, value, path, defaults=_given(field))
+        yield from _table(meaning.table, value, path, defaults=keywords(field.default))
     elif meaning.kind and meaning.several:
         if not isinstance(value, Sequence) or isinstance(value, str):
             yield f"{path}: should be a list of names or tables, not {value!r}"
             return
         for number, one in enumerate(value):
-            yield from _chosen(meaning.kind, one, _join(path, str(number)), field=None)
+            yield from _chosen(meaning.kind, one, join(path, str(number)), field=None)
     elif meaning.kind:
         yield from _chosen(meaning.kind, value, path, field=field)
     elif meaning.plain is not None:
@@ -117,13 +108,12 @@ def _chosen(kind: str, value: Any, path: str, *, field: SettingsField | None) ->
     elif ":" in name:
         return  # a class of the user's own
     elif name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        yield (f"{path}: no {kind.replace('_', ' ')} is called {name!r}; {hint}known names: {', '.join(sorted(known))}")
+        error = registry.unknown_name(kind, name, known, where=path)
+        yield f"{path}: {error.problem}; {error.fix}"
     else:
         values = {} if isinstance(value, str) else {k: v for k, v in value.items() if k != "name"}
         same = field is not None and name == _default_name(field, known)
-        given = _given(field) if field is not None and same else {}
+        given = keywords(field.default) if field is not None and same else {}
         yield from _table(_Class(*known[name]), values, path, defaults=given)
 
 
@@ -133,12 +123,6 @@ def _default_name(field: SettingsField | None, known: Mapping[str, tuple[str, st
         return None
     made = ast.unparse(field.default.func)
     return next((name for name, (_, cls) in known.items() if cls == made), None)
-
-
-def _given(field: SettingsField) -> dict[str, Any]:
-    """The keywords of a default such as `AdamW(learning_rate=1e-5)`. The table need not set these keys."""
-    keywords = field.default.keywords if isinstance(field.default, ast.Call) else []
-    return {keyword.arg: keyword.value for keyword in keywords if keyword.arg}
 
 
 def _meaning(field: SettingsField) -> _Meaning:
@@ -167,8 +151,8 @@ def _meaning(field: SettingsField) -> _Meaning:
 def _key_paths(cls: _Class, values: Mapping[str, Any], path: str) -> Iterator[str]:
     """Every key path under `path` that these values could set. A choice contributes the fields of the class that the
     values name, or of its default's class."""
-    for name, field in cls.fields.items():
-        full, meaning, value = _join(path, name), _meaning(field), values.get(name, {})
+    for name, field in _fields(cls).items():
+        full, meaning, value = join(path, name), _meaning(field), values.get(name, {})
         yield full
         inner = meaning.table
         if meaning.kind and not meaning.several and isinstance(value, str | Mapping):
@@ -179,13 +163,9 @@ def _key_paths(cls: _Class, values: Mapping[str, Any], path: str) -> Iterator[st
             yield from _key_paths(inner, value if isinstance(value, Mapping) else {}, full)
 
 
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
 def nearest_stage(values: Mapping[str, Any], modules: Mapping[str, str]) -> list[str]:
     """The stages for which these values are a run file without mistakes."""
-    return [stage for stage, module in modules.items() if fits(module, values)]
+    return [stage for stage, module in modules.items() if not mistakes(module, values, "")]
 
 
 def option_as_override(module: str, option: str, value: str | None) -> ConfigError:
@@ -195,7 +175,7 @@ def option_as_override(module: str, option: str, value: str | None) -> ConfigErr
     paths = list(_key_paths(cls, {}, ""))
     paths.sort(key=lambda path: path.count("."))
     ours = next((path for path in paths if path.rpartition(".")[2] == key), "")
-    said = "" if ours else config.unknown_key(key, list(cls.fields), paths).partition("; ")[2]
+    said = "" if ours else config.unknown_key(key, list(_fields(cls)), paths).partition("; ")[2]
     if not ours and (meant := re.match(r"did you mean (\S+)\?", ours_for(key, paths))):
         ours = meant[1]
     given = value if value and not value.startswith("-") else "…"

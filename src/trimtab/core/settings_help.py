@@ -41,7 +41,7 @@ def settings_help(
         annotation = ast.unparse(annotated)
         default = (defaults or {}).get(name) or (ast.unparse(value) if value else None)
         key, said = prefix + name, f" = {default}" if default else ", required"
-        inner = _keywords(value)
+        inner = keywords(value)
         if kind := re.search(r"Choice\('(\w+)'\)", annotation):
             choices = registered(kind[1])
             several = "several of: " if "tuple[" in annotation else "one of: "
@@ -62,7 +62,7 @@ def settings_class(module: str) -> str:
     """The name of the settings class in the module's `STAGE = Stage(settings=…)`."""
     for node in _parsed(module).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "STAGE":
-            return _keywords(node.value)["settings"]
+            return keywords(node.value)["settings"]
     raise AssertionError(f"{module} holds no stage")
 
 
@@ -142,7 +142,7 @@ def _default(field: ast.AnnAssign) -> ast.expr | None:
     return factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], [])
 
 
-def _keywords(value: ast.expr | None) -> dict[str, str]:
+def keywords(value: ast.expr | None) -> dict[str, str]:
     """The keywords of a call such as `AdamW(learning_rate=1e-5)`, as source text."""
-    keywords = value.keywords if isinstance(value, ast.Call) else []
-    return {keyword.arg: ast.unparse(keyword.value) for keyword in keywords if keyword.arg}
+    given = value.keywords if isinstance(value, ast.Call) else []
+    return {keyword.arg: ast.unparse(keyword.value) for keyword in given if keyword.arg}
