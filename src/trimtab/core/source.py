@@ -6,9 +6,12 @@ directly; the registry names its module.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import urllib.parse
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from trimtab.core.errors import DataError
 
 FoundRecords = tuple[list[Any], str, dict[str, int]]
 """Records, their SHA-256, and how many items were left out for each reason."""
@@ -29,3 +32,17 @@ class Source:
     """All records of a type. Raises DataError if it has none of that type, or an option does not exist."""
     check: Callable[[type, str], None]
     """Raises the errors that `read` would raise, as far as they can be found quickly."""
+
+
+def options_in(text: str, defaults: Mapping[str, str], *, where: str) -> tuple[str, dict[str, str]]:
+    """The name and the options of "name?key=value&key=value". Raises DataError for an option without a default."""
+    name, _, query = text.partition("?")
+    given = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    unknown = sorted(set(given) - set(defaults))
+    if unknown or not name:
+        raise DataError(
+            f"no option is called {', '.join(map(repr, unknown))}" if unknown else "the source has no name",
+            where=where,
+            fix=f"write NAME?key=value&key=value with the keys {', '.join(defaults)}",
+        )
+    return name, {**defaults, **given}

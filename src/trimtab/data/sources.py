@@ -17,7 +17,7 @@ from typing import Any
 from trimtab.core import hub, registry
 from trimtab.core.errors import DataError
 from trimtab.core.files import files_like
-from trimtab.core.source import Source
+from trimtab.core.source import Source, options_in
 from trimtab.core.types import JsonDict, rows_hash
 from trimtab.data.files import FILE_TYPES, Located, rows_of_file
 from trimtab.data.folders import files_in
@@ -231,23 +231,9 @@ def records_source(source: str | Path) -> Source | None:
     return found
 
 
-def _options(text: str, source: str, defaults: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """The name and the options of "name?key=value&key=value"."""
-    name, _, query = text.partition("?")
-    given = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-    unknown = sorted(set(given) - set(defaults))
-    if unknown or not name:
-        raise DataError(
-            f"no option is called {', '.join(map(repr, unknown))}" if unknown else "the source has no name",
-            where=source,
-            fix=f"write NAME?key=value&key=value with the keys {', '.join(defaults)}",
-        )
-    return name, {**defaults, **given}
-
-
 def _hub_stream(text: str, limit: int | None) -> RowStream:
     defaults = {"split": "train", "config": "", "data_dir": "", "revision": "", "columns": "", "ignore": ""}
-    name, options = _options(text, f"hub:{text}", defaults)
+    name, options = options_in(text, defaults, where=f"hub:{text}")
     source = f"hub:{name}?split={options['split']}"
     import datasets
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from typing import Any
-from urllib.parse import parse_qsl
 
 from trimtab import worlds
 from trimtab.core.errors import DataError
-from trimtab.core.source import FoundRecords, Source
+from trimtab.core.source import FoundRecords, Source, options_in
 from trimtab.core.types import Demonstration, Prompt, records_hash
 from trimtab.worlds.world import SPLITS
 
@@ -27,22 +26,9 @@ def read_world(source: str, *, demonstrations: bool) -> list[Prompt] | list[Demo
     `seed` says which prompts are drawn; the rules of a world do not depend on it. Raises DataError for an unknown
     option, and what `trimtab.worlds.load` raises for an unknown name.
     """
-    name, _, query = source.removeprefix(PREFIX).partition("?")
-    given = dict(parse_qsl(query, keep_blank_values=True))
-    unknown = sorted(set(given) - set(_DEFAULTS))
-    if unknown or not name:
-        raise DataError(
-            f"no option is called {', '.join(map(repr, unknown))}" if unknown else "the source has no name",
-            where=source,
-            fix=f"write NAME?key=value&key=value with the keys {', '.join(_DEFAULTS)}",
-        )
-    options = _DEFAULTS | given
+    name, options = options_in(source.removeprefix(PREFIX), _DEFAULTS, where=source)
     if options["split"] not in SPLITS:
-        raise DataError(
-            f"no split is called {options['split']!r}",
-            where=source,
-            fix=f"use {', '.join(SPLITS)}",
-        )
+        raise DataError(f"no split is called {options['split']!r}", where=source, fix=f"use {', '.join(SPLITS)}")
     try:
         num, seed = int(options["num"]), int(options["seed"])
     except ValueError:
