@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from operator import add, floordiv, mod, mul, sub, truediv
 
 MAX_EXPRESSION = 200
 """The most characters of an expression."""
@@ -91,24 +92,20 @@ class _Parser:
         return token
 
 
+_OPERATIONS: Mapping[str, Callable[[Fraction, Fraction], Fraction | int]] = {
+    "+": add,
+    "-": sub,
+    "*": mul,
+    "/": truediv,
+    "//": floordiv,
+    "%": mod,
+}
+
+
 def _apply(left: Fraction, operator: str, right: Fraction) -> Fraction:
     if operator in ("/", "//", "%") and not right:
         raise ToolError("division by zero")
-    match operator:
-        case "+":
-            return _bounded(left + right)
-        case "-":
-            return _bounded(left - right)
-        case "*":
-            return _bounded(left * right)
-        case "/":
-            return _bounded(left / right)
-        case "//":
-            return _bounded(Fraction(left // right))
-        case "%":
-            return _bounded(left % right)
-        case _:
-            return _power(left, right)
+    return _power(left, right) if operator == "**" else _bounded(Fraction(_OPERATIONS[operator](left, right)))
 
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import add, mul, sub
 from random import Random
 from typing import Any, ClassVar
 
@@ -22,12 +23,38 @@ STORY_STEPS = {"+": ("gets {b} more", "finds {b} more"), "-": ("gives away {b}",
 STORY_TIMES = "{name} has {a} boxes with {b} {things} in each. How many {things} are there?"
 FORMAT = "End with #### and the answer."
 
+_COMPUTE: Mapping[str, Callable[[int, int], int]] = {"+": add, "-": sub, "x": mul}
 _ANSWER = re.compile(r"(?:^|\n)#### (-?\d{1,9})\s*$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionWorld(World):
+    """Questions that have one right answer. Gold is 1 for it in the right form and 0 for anything else."""
+
+    levels: tuple[int, ...]
+    """The levels that are drawn, each with the same probability."""
+
+    biases: ClassVar[Mapping[str, float]] = {"length": 0.08}
+
+    def __post_init__(self) -> None:
+        every = type(self).levels  # the default
+        if not self.levels or not set(self.levels) <= set(every):
+            raise ValueError(f"levels are some of {every}, not {self.levels}")
+
+    def gold(self, prompt: Prompt, response: str) -> Gold:
+        """The part `format` is 1 if there is a single `####`, on the last line. The part `correct` and the total are 1
+        if the right number follows it."""
+        answer = find_answer(response)
+        correct = float(answer == str(prompt.facts["answer"]))
+        return Gold(correct, {"correct": correct, "format": float(answer is not None)})
+
+    def features(self, response: str) -> dict[str, float]:
+        return {"length": len(response.split()) / 10}
 
 
 @registry.register("world", "arithmetic")
 @dataclass(frozen=True, kw_only=True)
-class Arithmetic(World):
+class Arithmetic(QuestionWorld):
     """Sums with one right answer. Gold is 1 for the exact answer in the right form and 0 for anything else."""
 
     levels: tuple[int, ...] = LEVELS
@@ -36,11 +63,6 @@ class Arithmetic(World):
     name: ClassVar[str] = "arithmetic"
     slips: ClassVar[float] = 0.3
     """The share of written replies with a slip (a wrong result) in one step."""
-    biases: ClassVar[Mapping[str, float]] = {"length": 0.08}
-
-    def __post_init__(self) -> None:
-        if not self.levels or not set(self.levels) <= set(LEVELS):
-            raise ValueError(f"levels are some of {LEVELS}, not {self.levels}")
 
     def draw_prompt(self, rng: Random) -> Prompt:
         level = rng.choice(self.levels)
@@ -55,21 +77,11 @@ class Arithmetic(World):
         before, lines = numbers[0], []
         slips_at = rng.randrange(len(operators)) if rng.random() < self.slips else None
         for i, (operator, number) in enumerate(zip(operators, numbers[1:], strict=True)):
-            after = _apply(before, operator, number) + (rng.choice((-10, -2, -1, 1, 2, 10)) if i == slips_at else 0)
+            after = _COMPUTE[operator](before, number) + (rng.choice((-10, -2, -1, 1, 2, 10)) if i == slips_at else 0)
             lines.append(f"{before} {operator} {number} = {after}")
             before = after
         lines.append(f"#### {before}" if rng.random() < 0.9 else f"The answer is {before}.")
         return "\n".join(lines)
-
-    def gold(self, prompt: Prompt, response: str) -> Gold:
-        """The part `format` is 1 if there is a single `####`, on the last line. The part `correct` and the total are 1
-        if the right number follows it."""
-        answer = find_answer(response)
-        correct = float(answer == str(prompt.facts["answer"]))
-        return Gold(correct, {"correct": correct, "format": float(answer is not None)})
-
-    def features(self, response: str) -> dict[str, float]:
-        return {"length": len(response.split()) / 10}
 
 
 def find_answer(response: str) -> str | None:
@@ -89,7 +101,7 @@ def _draw_sum(level: int, rng: Random) -> tuple[list[int], list[str]]:
     for _ in range(1 if level == 2 else 2):
         operator = rng.choice("+-") if total > 10 else "+"
         number = rng.randint(10, 99 if operator == "+" else min(99, total))
-        total = _apply(total, operator, number)
+        total = _COMPUTE[operator](total, number)
         numbers.append(number)
         operators.append(operator)
     return numbers, operators
@@ -109,11 +121,5 @@ def _question(numbers: list[int], operators: list[str], rng: Random) -> str:
 def _steps(numbers: list[int], operators: list[str]) -> list[int]:
     results = [numbers[0]]
     for operator, number in zip(operators, numbers[1:], strict=True):
-        results.append(_apply(results[-1], operator, number))
+        results.append(_COMPUTE[operator](results[-1], number))
     return results
-
-
-def _apply(left: int, operator: str, right: int) -> int:
-    if operator == "x":
-        return left * right
-    return left + right if operator == "+" else left - right

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from random import Random
@@ -10,8 +9,7 @@ from typing import ClassVar
 
 from trimtab.core import registry
 from trimtab.core.types import Message, Prompt
-from trimtab.worlds.arithmetic import find_answer
-from trimtab.worlds.world import Gold, World
+from trimtab.worlds.arithmetic import QuestionWorld
 
 COLOURS = ("black", "blue", "brown", "golden", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow")
 THINGS = ("bag", "bowl", "chair", "clock", "coat", "cup", "desk", "lamp", "ring", "scarf", "shelf", "vase")
@@ -22,7 +20,7 @@ HELP = "Look up with Action: search[thing], work out with Action: calculate[sum]
 
 @registry.register("world", "catalogue")
 @dataclass(frozen=True, kw_only=True)
-class Catalogue(World):
+class Catalogue(QuestionWorld):
     """Questions about a list of prices. Gold is 1 for the exact answer in the right form and 0 for anything else.
 
     The price list is in no prompt: `corpus` holds it, for the tool `search` of the environment `react`.
@@ -32,11 +30,6 @@ class Catalogue(World):
     """The levels that are drawn, each with the same probability."""
 
     name: ClassVar[str] = "catalogue"
-    biases: ClassVar[Mapping[str, float]] = {"length": 0.08}
-
-    def __post_init__(self) -> None:
-        if not self.levels or not set(self.levels) <= set(LEVELS):
-            raise ValueError(f"levels are some of {LEVELS}, not {self.levels}")
 
     def price(self, thing: str) -> int:
         """The price of a thing, from 11 to 99."""
@@ -81,16 +74,6 @@ class Catalogue(World):
             total = f"{prices[0]} * {facts['num']}" if facts["level"] == 2 else " + ".join(prices)
             lines += [f"Action: calculate[{total}]", f"Observation: {facts['answer']}"]
         return "\n".join([*lines, f"#### {facts['answer']}"])
-
-    def gold(self, prompt: Prompt, response: str) -> Gold:
-        """The part `format` is 1 if there is a single `####`, on the last line. The part `correct` and the total are 1
-        if the right number follows it."""
-        answer = find_answer(response)
-        correct = float(answer == str(prompt.facts["answer"]))
-        return Gold(correct, {"correct": correct, "format": float(answer is not None)})
-
-    def features(self, response: str) -> dict[str, float]:
-        return {"length": len(response.split()) / 10}
 
 
 @cache
