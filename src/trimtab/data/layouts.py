@@ -27,10 +27,9 @@ _NUM_LOOKED_AT = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded(Generic[Record]):
-    """The result of `load`."""
+class Reading:
+    """What is known of a source once its rows are records."""
 
-    records: list[Record]
     layout: str
     """Name of the layout that was recognised."""
     source: str
@@ -46,13 +45,20 @@ class Loaded(Generic[Record]):
     @property
     def report(self) -> JsonDict:
         """What a run reports about the reading: the layout, what was not used, and dropped rows by kind of mistake."""
-        return report(self.layout, self.unused, self.counts)
+        dropped = {k.removeprefix("dropped_"): num for k, num in self.counts.items() if k.startswith("dropped_")}
+        return {"layout": self.layout, "not_used": list(self.unused), "dropped": dropped}
+
+    @property
+    def other_counts(self) -> dict[str, int]:
+        """The counts besides `rows` and `records`."""
+        return {name: num for name, num in self.counts.items() if name not in ("rows", "records")}
 
 
-def report(layout: str, unused: Sequence[str], counts: Mapping[str, int]) -> JsonDict:
-    """See `Loaded.report`."""
-    dropped = {name.removeprefix("dropped_"): num for name, num in counts.items() if name.startswith("dropped_")}
-    return {"layout": layout, "not_used": list(unused), "dropped": dropped}
+@dataclass(frozen=True, kw_only=True)
+class Loaded(Reading, Generic[Record]):
+    """The result of `load`."""
+
+    records: list[Record]
 
 
 def load(
@@ -118,9 +124,13 @@ class Seen:
         """Counts a row. True if it holds records."""
         self.num_rows += 1
         if isinstance(found, BadRow):
-            self.kinds[found.kind] += 1
-            self.bad = [*self.bad, found][:NUM_SHOWN]
+            self.note(found)
         return not isinstance(found, BadRow)
+
+    def note(self, bad: BadRow) -> None:
+        """Notes the mistake of a row that is counted already."""
+        self.kinds[bad.kind] += 1
+        self.bad = [*self.bad, bad][:NUM_SHOWN]
 
     def refuse(self, on_bad_row: str, *, num_records: int) -> None:
         """Raises DataError if there are bad rows and they are not to be dropped or no record is left."""
@@ -252,15 +262,13 @@ def _accepted(loaded: Loaded[Record], accepts: Accepts, on_bad_row: str) -> Load
         try:
             _refuse_unless(accepts, [record])
         except Mistake as mistake:
-            seen.kinds[mistake.kind] += 1
             where = f"{loaded.source}, record {number}"
-            seen.bad = [*seen.bad, BadRow(where, mistake.kind, mistake.problem, mistake.fix)][:NUM_SHOWN]
+            seen.note(BadRow(where, mistake.kind, mistake.problem, mistake.fix))
         else:
             kept.append(record)
     seen.refuse(on_bad_row, num_records=len(kept))
-    others = {name: num for name, num in loaded.counts.items() if name not in ("rows", "records")}
     dropped = tuple(f"{row.where}: {row.problem}" for row in seen.bad)
-    return replace(loaded, records=kept, counts=seen.counts(len(kept), others), dropped=dropped)
+    return replace(loaded, records=kept, counts=seen.counts(len(kept), loaded.other_counts), dropped=dropped)
 
 
 def _placed(where: str, mistake: Mistake, reading: LayoutReading, source: str) -> BadRow:

@@ -29,7 +29,7 @@ from trimtab.core.errors import DataError, TrimtabError
 from trimtab.data import kept
 from trimtab.data.chat import Chat
 from trimtab.data.files import is_document
-from trimtab.data.layouts import NUM_SHOWN, Loaded, RecordStream, Seen, load, none_made, report, stream_records
+from trimtab.data.layouts import NUM_SHOWN, Loaded, Reading, RecordStream, Seen, load, none_made, stream_records
 from trimtab.data.mistakes import BadRow
 from trimtab.data.progress import showing_rows
 from trimtab.data.sources import files_of, is_hub, records_source
@@ -47,21 +47,10 @@ Stamp = tuple[str, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """The result of `prepare`. Fields that `layouts.Loaded` has too mean the same."""
+class Prepared(Reading):
+    """The result of `prepare`."""
 
     table: TokenTable
-    layout: str
-    source: str
-    sha256: str
-    counts: dict[str, int]
-    dropped: tuple[str, ...]
-    unused: tuple[str, ...] = ()
-
-    @property
-    def report(self) -> dict[str, Any]:
-        """See `Loaded.report`."""
-        return report(self.layout, self.unused, self.counts)
 
 
 @dataclass(frozen=True)
@@ -103,14 +92,12 @@ def prepare(
     """
     records_of = Records(kind, source, limit, chat)
     if records_source(source) is not None:
-        loaded = _loaded(records_of, on_bad_row)
-        return prepare_loaded(kind, loaded, chat, on_bad_row=on_bad_row, by_prompt=by_prompt)
+        return _in_memory(records_of, on_bad_row, by_prompt)
     work = _Work(records_of, _stamps(source))
     size = None if is_hub(source) else sum(size for _, size, _ in work.stamps)
     stream = records_of.stream()
     if not stream.by_row:
-        loaded = _loaded(records_of, on_bad_row)
-        return prepare_loaded(kind, loaded, chat, on_bad_row=on_bad_row, by_prompt=by_prompt)
+        return _in_memory(records_of, on_bad_row, by_prompt)
     facts: dict[str, Any] = {"layout": stream.layout, "source": stream.source, "sha256": stream.sha256}
     del stream  # frees the file, which may be in memory whole
     large = size is None or size > SMALL
@@ -188,14 +175,13 @@ def _counted(error: DataError, num: int, num_records: int) -> DataError:
     )
 
 
-def _loaded(records_of: Records, on_bad_row: Literal["stop", "drop"]) -> Loaded[Any]:
-    return load(
-        records_of.kind,
-        records_of.source,
-        on_bad_row=on_bad_row,
-        limit=records_of.limit,
-        accepts=records_of.chat.refusal,
+def _in_memory(records_of: Records, on_bad_row: Literal["stop", "drop"], by_prompt: bool) -> Prepared:
+    """The result of `prepare` for a source whose records are made all at once."""
+    kind, chat = records_of.kind, records_of.chat
+    loaded: Loaded[Any] = load(
+        kind, records_of.source, on_bad_row=on_bad_row, limit=records_of.limit, accepts=chat.refusal
     )
+    return prepare_loaded(kind, loaded, chat, on_bad_row=on_bad_row, by_prompt=by_prompt)
 
 
 def prepare_loaded(
@@ -206,10 +192,8 @@ def prepare_loaded(
     columns, refused = tokenise(chat, records, range(len(records)))
     seen = Seen(num_rows=loaded.counts["rows"])
     for record, error in refused.items():
-        seen.kinds["template_refuses"] += 1
-        seen.bad = [*seen.bad, _refused(f"{loaded.source}, record {record + 1}", error)][:NUM_SHOWN]
+        seen.note(_refused(f"{loaded.source}, record {record + 1}", error))
     seen.refuse(on_bad_row, num_records=len(columns["row"]))
-    others = {name: num for name, num in loaded.counts.items() if name not in ("rows", "records")}
     found = _prepared(
         columns=columns,
         kind=kind,
@@ -222,7 +206,7 @@ def prepare_loaded(
         source=loaded.source,
         sha256=loaded.sha256,
         unused=loaded.unused,
-        others=others,
+        others=loaded.other_counts,
     )
     return dataclasses.replace(found, dropped=(*loaded.dropped, *found.dropped)[:NUM_SHOWN])
 
