@@ -23,8 +23,8 @@ ROLE_NAMES: Mapping[str, MessageRole] = {
 _ROLE_FIELDS = ("role", "from")
 _CONTENT_FIELDS = ("content", "value", "text", "parts")
 _CALL_ROLES = frozenset({"function_call", "tool_call"})
-_OTHER_FORMS = frozenset({"refusal", "attachments"})
-"""Fields of a message with something that is no part of its text, besides `columns.UNREAD`."""
+_CHANGES_A_MESSAGE = frozenset({*REASONING, *WEIGHT, *UNREAD, "refusal", "attachments"})
+"""Fields of a message that change what it means and are not read."""
 _TRAINED_FIELDS = ("weight", "train", "loss", "trainable", "training")
 """Fields with a number or boolean that says whether a turn is to be learnt from."""
 READ_FIELDS = frozenset({*_ROLE_FIELDS, *_CONTENT_FIELDS, *_TRAINED_FIELDS})
@@ -98,23 +98,30 @@ def refuse_fields(place: str, fields: Mapping[str, Any], read: frozenset[str]) -
         plain = plain_name(field)
         if plain in CALLS:
             _refuse_call(place, value)
-        if plain in REASONING:
-            refuse_reasoning(f"{place}.{field}", value, field)
-        if plain in WEIGHT:
-            refuse_weight(f"{place}.{field}", value, field)
         if plain == "mask":
             raise Mistake(
                 "weight",
                 f"{place}.mask is {shown(value)}, and nothing says whether such turns are to be learnt from",
                 "write a weight of 1 (learnt) or 0 (not learnt) instead, or leave it out with FILE?ignore=mask",
             )
-        if UNREAD.get(plain) == "tools":
-            refuse_tools(f"{place}.{field}", value, field)
-        if plain in UNREAD or plain in _OTHER_FORMS:
-            refuse_other_forms(f"{place}.{field}", value, field)
+        if plain in _CHANGES_A_MESSAGE:
+            refuse_field(f"{place}.{field}", value, field)
 
 
-def refuse_tools(place: str, value: Any, field: str) -> None:
+def refuse_field(place: str, value: Any, field: str) -> None:
+    """Raises Mistake for a column or field that changes what it stands in, unless it is a weight of 1."""
+    plain = plain_name(field)
+    if plain in WEIGHT:
+        _refuse_weight(place, value, field)
+    elif plain in REASONING:
+        _refuse_reasoning(place, value, field)
+    elif UNREAD.get(plain) == "tools":
+        _refuse_tools(place, value, field)
+    else:
+        _refuse_other_forms(place, value, field)
+
+
+def _refuse_tools(place: str, value: Any, field: str) -> None:
     """Raises Mistake, because only the chat template knows how a model is told of tools."""
     raise Mistake(
         "tools",
@@ -124,7 +131,7 @@ def refuse_tools(place: str, value: Any, field: str) -> None:
     )
 
 
-def refuse_weight(place: str, value: Any, field: str) -> None:
+def _refuse_weight(place: str, value: Any, field: str) -> None:
     """Raises Mistake for a weight other than 1 of something that is learnt from whole."""
     if value not in (1, "1", "1.0"):
         raise Mistake(
@@ -143,7 +150,7 @@ def _refuse_call(place: str, value: Any) -> None:
     )
 
 
-def refuse_reasoning(place: str, value: Any, field: str) -> None:
+def _refuse_reasoning(place: str, value: Any, field: str) -> None:
     """Raises Mistake, because only the chat template knows how reasoning is written into a reply."""
     raise Mistake(
         "reasoning",
@@ -153,7 +160,7 @@ def refuse_reasoning(place: str, value: Any, field: str) -> None:
     )
 
 
-def refuse_other_forms(place: str, value: Any, field: str) -> None:
+def _refuse_other_forms(place: str, value: Any, field: str) -> None:
     """Raises Mistake, because images, audio and video are not read."""
     raise Mistake(
         "not_text",
@@ -175,7 +182,7 @@ def _text_of_parts(place: str, content: Any) -> str:
         elif isinstance(part, dict) and "type" in part and part["type"] != "text":
             kind = str(part["type"])
             if kind in ("thinking", "reasoning"):
-                refuse_reasoning(place, part, kind)
+                _refuse_reasoning(place, part, kind)
             if kind in ("tool_use", "tool_call"):
                 _refuse_call(place, part)
             raise Mistake(

@@ -7,22 +7,12 @@ Columns that no record can hold are refused here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from trimtab.core.types import JsonDict, Message, Prompt
 from trimtab.data.columns import CONTEXT, PART_OF_PROMPT, REASONING, SYSTEM, UNREAD, WEIGHT
-from trimtab.data.messages import (
-    conversation_in,
-    is_transcript,
-    joined,
-    messages_of,
-    refuse_other_forms,
-    refuse_reasoning,
-    refuse_tools,
-    refuse_weight,
-    transcript,
-)
+from trimtab.data.messages import conversation_in, is_transcript, joined, messages_of, refuse_field, transcript
 from trimtab.data.mistakes import Mistake, filled, shown, wrong_type
 
 _BESIDE_REPLY = REASONING | WEIGHT
@@ -105,26 +95,24 @@ def split_reply(name: str, messages: tuple[Message, ...]) -> tuple[tuple[Message
 
 def refuse_unread(row: Mapping[str, Any]) -> None:
     """Raises Mistake for a filled column that changes what a row means and that no record can hold."""
-    for name in row.keys() & UNREAD.keys():
-        if filled(row[name]):
-            refuse = refuse_tools if UNREAD[name] == "tools" else refuse_other_forms
-            refuse(name, row[name], name)
+    _refuse_columns(row, UNREAD.keys())
 
 
 def refuse_beside_reply(row: Mapping[str, Any]) -> None:
     """Raises Mistake for a column of reasoning beside a reply, or for one that gives the row another weight than 1."""
-    for name in row.keys() & _BESIDE_REPLY:
-        if filled(row[name]):
-            refuse = refuse_reasoning if name in REASONING else refuse_weight
-            refuse(name, row[name], name)
+    _refuse_columns(row, _BESIDE_REPLY)
 
 
 def refuse_row_weight(row: Mapping[str, Any]) -> None:
     """Raises Mistake for a column that gives the row another weight than 1. Beside several replies, reasoning may be
     that of whoever compared them, so it is only not used."""
-    for name in row.keys() & WEIGHT:
+    _refuse_columns(row, WEIGHT)
+
+
+def _refuse_columns(row: Mapping[str, Any], names: Set[str]) -> None:
+    for name in row.keys() & names:
         if filled(row[name]):
-            refuse_weight(name, row[name], name)
+            refuse_field(name, row[name], name)
 
 
 def prompt_in(row: Mapping[str, Any], name: str = "prompt", *, facts: JsonDict | None = None) -> Prompt:
