@@ -135,11 +135,6 @@ def _probability(value: Any) -> float:
     return label
 
 
-def to_pair(row: JsonDict) -> PreferencePair:
-    """A pair with or without a prompt column. Raises Mistake."""
-    return to_explicit_pair(row) if row.get("prompt") is not None else to_implicit_pair(row)
-
-
 def to_explicit_pair(row: JsonDict) -> PreferencePair:
     """A pair with its prompt in a column of its own."""
     chosen = reply_turns("chosen", field_of(row, "chosen"))
