@@ -82,6 +82,13 @@ def _lines(path: Path) -> Iterator[bytes]:
             ) from error
 
 
+_TO_UTF8 = "save the file as UTF-8, for instance: iconv -f latin1 -t utf-8"
+
+
+def _not_utf8(path: Path, line: int, byte: int) -> DataError:
+    return DataError(f"byte {byte:#04x} is not UTF-8", where=f"{path}, line {line}", fix=_TO_UTF8)
+
+
 _RETURN_ALONE = re.compile(rb"\r[^\n]")
 
 
@@ -163,12 +170,8 @@ def _bad_line(where: str, line: bytes, error: Exception) -> BadRow:
     if isinstance(error, Mistake):
         return BadRow(where, error.kind, error.problem, error.fix)
     if isinstance(error, UnicodeDecodeError):
-        return BadRow(
-            where,
-            "not_utf8",
-            f"byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8",
-            "save the file as UTF-8, for instance: iconv -f latin1 -t utf-8",
-        )
+        problem = f"byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8"
+        return BadRow(where, "not_utf8", problem, _TO_UTF8)
     if isinstance(error, _RepeatedNameError):
         return BadRow(where, "repeated_name", str(error), "leave one of them, or rename one")
     if isinstance(error, json.JSONDecodeError):
@@ -220,12 +223,7 @@ def _rows_in(path: Path, content: bytes) -> Iterator[Any]:
             else:
                 yield from _rows_of_object(path, value) if isinstance(value, dict) else (value,)
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"byte {content[error.start]:#04x} is not UTF-8",
-            where=f"{path}, line {line}",
-            fix="save the file as UTF-8, for instance: iconv -f latin1 -t utf-8",
-        ) from error
+        raise _not_utf8(path, content.count(b"\n", 0, error.start) + 1, content[error.start]) from error
     except json.JSONDecodeError as error:
         around = repr(error.doc[max(error.pos - 20, 0) : error.pos + 20])
         raise DataError(
@@ -322,11 +320,7 @@ def _csv_rows(path: Path) -> Iterator[Located | BadRow]:
                 fix="close every double quote, and write a quote inside a cell twice",
             ) from error
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"byte {error.object[error.start]:#04x} is not UTF-8",
-            where=f"{path}, line {_first_bad_line(path)}",
-            fix="save the file as UTF-8, for instance: iconv -f latin1 -t utf-8",
-        ) from error
+        raise _not_utf8(path, _first_bad_line(path), error.object[error.start]) from error
 
 
 def _first_bad_line(path: Path) -> int:
