@@ -17,15 +17,7 @@ import click
 
 import trimtab
 from trimtab.core import registry
-from trimtab.core.errors import (
-    EXTRAS,
-    ConfigError,
-    EngineError,
-    Interrupted,
-    Terminated,
-    TrimtabError,
-    not_installed,
-)
+from trimtab.core.errors import EXTRAS, ConfigError, EngineError, Interrupted, Terminated, TrimtabError, not_installed
 from trimtab.core.files import disk_problem, unwritable, writing
 from trimtab.core.settings_help import settings_help, summary_of
 from trimtab.feedback.command_line import add_to
@@ -111,7 +103,7 @@ class _StageCommand(click.Command):
 
     def __init__(self, name: str, **options: Any) -> None:
         self.module = registry.modules("stage")[name]
-        super().__init__(name, help=summary_of(self.module), **options)
+        super().__init__(name, **options | {"help": summary_of(self.module)})
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parses the arguments. For an unknown option such as `--learning-rate 1e-4`, raises an error with the key to
@@ -140,6 +132,7 @@ def main() -> None:
     """
 
 
+_run_file = click.argument("run_file", type=click.Path(path_type=Path))
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 _seed = click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Equal seeds give equal results."
@@ -168,7 +161,7 @@ def quickstart(overrides: tuple[str, ...], out: Path, seed: int | None) -> None:
 
 
 @main.command("run")
-@click.argument("run_file", type=click.Path(path_type=Path))
+@_run_file
 @_overrides
 @_directory("The directory of the pipeline.  [default: runs/<name of the file>]")
 def run_(run_file: Path, overrides: tuple[str, ...], out: Path | None) -> None:
@@ -180,7 +173,7 @@ def run_(run_file: Path, overrides: tuple[str, ...], out: Path | None) -> None:
 
 
 @main.command()
-@click.argument("run_file", type=click.Path(path_type=Path))
+@_run_file
 @_overrides
 @click.option(
     "--stage",
@@ -265,6 +258,11 @@ def examples_dir() -> Path:
 def stage_command(name: str) -> click.Command:
     """The command that runs the stage with this name from a run file."""
 
+    @click.command(name, cls=_StageCommand)
+    @_run_file
+    @_overrides
+    @_directory("The run directory.  [default: runs/<name of the file>]")
+    @click.option("--fresh", is_flag=True, help="Empty the run directory first, instead of going on there.")
     def invoke(run_file: Path, overrides: tuple[str, ...], out: Path | None, fresh: bool) -> None:
         directory = out or Path("runs") / run_file.stem
         with _opened(name, run_file, overrides, directory, fresh) as (stage, settings, run):
@@ -275,20 +273,7 @@ def stage_command(name: str) -> click.Command:
         _tell(directory)
         _write_report(directory)
 
-    return _StageCommand(
-        name,
-        callback=invoke,
-        params=[
-            click.Argument(["run_file"], type=click.Path(path_type=Path)),
-            click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]..."),
-            click.Option(
-                ["--out"],
-                type=click.Path(file_okay=False, path_type=Path),
-                help="The run directory.  [default: runs/<name of the file>]",
-            ),
-            click.Option(["--fresh"], is_flag=True, help="Empty the run directory first, instead of going on there."),
-        ],
-    )
+    return invoke
 
 
 @contextmanager
@@ -400,14 +385,7 @@ def export(model: str, out: Path, dtype: Dtype) -> None:
 @click.pass_context
 def feedback(ctx: click.Context) -> None:
     """Collect human judgements and know what they are worth."""
-    ctx.obj = _sample
-
-
-def _sample(**options: Any) -> None:
-    """Samples replies of a checkpoint, for a feedback project that collects judgements of them."""
-    from trimtab.stages.use import generate_file
-
-    generate_file(**options)
+    ctx.obj = generate.callback  # a project samples replies with it
 
 
 add_to(feedback)
