@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Literal
 
 import numpy as np
@@ -187,7 +188,7 @@ def smoothing_window(num_points: int) -> int:
 def curves(series: Mapping[str, Series], unit: str) -> Chart:
     """One or more metrics over the steps: every value as a faint point, its moving mean as a line."""
     chart = Chart(Axis("step"), Axis(unit, low=0.0 if unit == "seconds" else None), height=200 + 50 * (len(series) > 2))
-    for (name, one), colour in zip(series.items(), _colours(), strict=False):
+    for (name, one), colour in zip(series.items(), cycle(PALETTE), strict=False):
         chart.legend.append((_short(name), colour))
         window, shown = smoothing_window(len(one)), _thin(len(one))
         chart.line(one.steps[shown], moving_mean(one.values, window)[shown], colour)
@@ -202,7 +203,7 @@ def stacked(series: Mapping[str, Series], unit: str) -> Chart:
     chart = Chart(Axis("step"), Axis(unit, low=0.0), height=250)
     steps = next(iter(series.values())).steps
     shown, below = _thin(len(steps)), np.zeros(len(steps))
-    for (name, one), colour in zip(series.items(), _colours(), strict=False):
+    for (name, one), colour in zip(series.items(), cycle(PALETTE), strict=False):
         chart.legend.append((_short(name), colour))
         values = np.interp(steps, one.steps, np.nan_to_num(moving_mean(one.values, smoothing_window(len(one)))))
         chart.area(steps[shown], below[shown], (below + values)[shown], colour)
@@ -217,7 +218,7 @@ def over_kl(runs: Sequence[RunRecord], metric: str, unit: str, *, wide: bool = F
     """
     furthest = max((float(np.nanmax(_root(run.metrics["policy/kl"].values), initial=0.0)) for run in runs), default=0)
     chart = Chart(Axis("√KL from the reference (√nats)", 0.0, furthest * 1.02 or 1.0), Axis(unit), 280, wide)
-    for run, colour in zip(runs, _colours(), strict=False):
+    for run, colour in zip(runs, cycle(PALETTE), strict=False):
         chart.legend.append((_short(run.name), colour))
         if metric not in run.metrics:
             continue
@@ -362,11 +363,6 @@ def _joined(kl: Series, other: Series) -> tuple[Floats, Floats, Floats]:
 def _root(kl: Floats) -> Floats:
     """sqrt(KL); an estimate below 0 counts as 0."""
     return np.sqrt(np.maximum(kl, 0.0))
-
-
-def _colours() -> list[str]:
-    """Colours enough for any number of lines."""
-    return [*PALETTE] * 40
 
 
 def _between(share: float) -> str:

@@ -136,14 +136,12 @@ def _with_bounds(estimate: Interval, show_one: Callable[[float], str] = show) ->
 def hacking(run: RunRecord) -> HackingSummary | None:
     """Gold against proxy over a run, averaged over neighbouring steps; None if KL, reward or gold was not logged."""
     columns = [run.metrics.get(name) for name in ("policy/kl", "reward/mean", "gold/mean")]
-    by_step: list[dict[float, float]] = []
-    for column in columns:
-        if column is None:
-            return None
-        by_step.append(dict(zip(column.steps.tolist(), column.values.tolist(), strict=True)))
-    steps = sorted(set(by_step[0]) & set(by_step[1]) & set(by_step[2]))
-    points = [(by_step[0][s], by_step[1][s], by_step[2][s]) for s in steps]
-    points = [point for point in points if not any(math.isnan(value) for value in point)]
+    by_step = [dict(zip(c.steps.tolist(), c.values.tolist(), strict=True)) for c in columns if c is not None]
+    if len(by_step) < len(columns):
+        return None
+    kl, reward, gold = by_step
+    points = [(kl[step], reward[step], gold[step]) for step in sorted(kl.keys() & reward.keys() & gold.keys())]
+    points = [point for point in points if not any(map(math.isnan, point))]
     return hacking_summary(points, window=min(MOST_AVERAGED, len(points) // 5 | 1)) if points else None
 
 

@@ -30,6 +30,7 @@ from trimtab.reports.page import (
     settings_table,
     write,
 )
+from trimtab.runs.facts import StageFacts
 from trimtab.stats import Interval
 
 NUM_SAMPLES = 12
@@ -37,8 +38,6 @@ NUM_SAMPLES = 12
 NUM_OPEN_SAMPLES = 4
 """Samples shown before the reader opens the others."""
 
-_CHARTS = (("loss/train", "loss/validation"), ("optimizer/learning_rate",), ("time/tokens_per_second",))
-"""The metrics of the first charts, for a run that does not say which to show first."""
 _FOOTER = (
     "Brackets are 95% intervals. Lines are moving means, points the values as logged; rest the pointer on one to read "
     "it. This page holds everything it shows, loads nothing and runs no script."
@@ -119,7 +118,7 @@ def _run_parts(run: RunRecord, *, samples: bool) -> list[Part]:
 def _curves(run: RunRecord) -> list[Part]:
     left = {name: series for name, series in run.metrics.items() if len(series)}
     shown = []
-    for names in _CHARTS if run.charts is None else run.charts:
+    for names in StageFacts().charts if run.charts is None else run.charts:
         logged = {name: left.pop(name) for name in names if name in left}
         if logged:
             shown.append(_curve_panel(logged))
