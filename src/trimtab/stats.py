@@ -89,8 +89,7 @@ def paired_difference(
     seed: int = 0,
 ) -> Interval:
     """Mean of a - b over items measured under both a and b, with the interval of `bootstrap_mean`."""
-    a, b = _vector(values_a), _vector(values_b)
-    _same_length(values_a=a, values_b=b)
+    a, b = _vectors(values_a=values_a, values_b=values_b)
     return bootstrap_mean(a - b, groups=groups, confidence=confidence, num_resamples=num_resamples, seed=seed)
 
 
@@ -120,8 +119,7 @@ def win_rate(
     Without `groups` the items count as independent (Wilson). With prompt ids as `groups`, whole prompts are resampled.
     If every item has the same outcome, a bootstrap would claim certainty, so Wilson over the prompts is used instead.
     """
-    a, b = _vector(scores_a), _vector(scores_b)
-    _same_length(scores_a=a, scores_b=b)
+    a, b = _vectors(scores_a=scores_a, scores_b=scores_b)
     wins = (a > b) + 0.5 * (a == b)
     if groups is None:
         return wilson(float(wins.sum()), wins.size, confidence=confidence)
@@ -155,8 +153,7 @@ def reliability_bins(
     Outcomes are 0 or 1, or a known probability in between. For comparisons, put the two replies of each pair in random
     order first: with the chosen reply always first, every outcome is 1 and the curve shows nothing.
     """
-    p, y = _vector(probabilities), _vector(outcomes)
-    _same_length(probabilities=p, outcomes=y)
+    p, y = _vectors(probabilities=probabilities, outcomes=outcomes)
     order = np.argsort(p, kind="stable")
     bins = []
     for members in np.array_split(order, min(num_bins, max(p.size, 1))):
@@ -192,8 +189,8 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
 
     It is nan unless both labels occur.
     """
-    s, positive = _vector(scores), _vector(labels) > 0.5
-    _same_length(scores=s, labels=_vector(labels))
+    s, y = _vectors(scores=scores, labels=labels)
+    positive = y > 0.5
     num_positive = int(positive.sum())
     num_negative = s.size - num_positive
     if not num_positive or not num_negative:
@@ -204,8 +201,7 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Rank correlation with mean ranks for ties; nan if either side does not vary."""
-    x, y = scipy.stats.rankdata(_vector(a)), scipy.stats.rankdata(_vector(b))
-    _same_length(a=x, b=y)
+    x, y = (scipy.stats.rankdata(row) for row in _vectors(a=a, b=b))
     if x.size < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
     return float(np.corrcoef(x, y)[0, 1])
@@ -216,8 +212,7 @@ def fit_temperature(logits: ArrayLike, outcomes: ArrayLike) -> float:
 
     The loss is convex in 1 / T. T is 1000 if the logits carry no information or are opposite to the outcomes.
     """
-    z, y = _vector(logits), _vector(outcomes)
-    _same_length(logits=z, outcomes=y)
+    z, y = _vectors(logits=logits, outcomes=outcomes)
 
     def loss(log_scale: float) -> float:
         scaled = z * math.exp(log_scale)
@@ -259,6 +254,9 @@ def _vector(values: ArrayLike) -> Floats:
     return flat
 
 
-def _same_length(**arrays: Floats) -> None:
+def _vectors(**values: ArrayLike) -> list[Floats]:
+    """Rows of one length, one value for each item in each. Raises ValueError if the lengths differ."""
+    arrays = {name: _vector(given) for name, given in values.items()}
     if len({a.size for a in arrays.values()}) > 1:
         raise ValueError("lengths differ: " + ", ".join(f"{name} {a.size}" for name, a in arrays.items()))
+    return list(arrays.values())
