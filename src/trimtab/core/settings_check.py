@@ -127,11 +127,9 @@ def _default_name(field: SettingsField | None, known: Mapping[str, tuple[str, st
 
 def _meaning(field: SettingsField) -> _Meaning:
     """The meaning of a field's annotation. Names in it are followed to where they are defined."""
-    node: ast.expr = field.annotation
-    optional = isinstance(node, ast.BinOp) and ast.unparse(node.right) == "None"
-    if optional and isinstance(node, ast.BinOp):
-        node = node.left
-    text = ast.unparse(node)
+    annotation = ast.unparse(field.annotation)
+    text = annotation.removesuffix(" | None")
+    optional = text != annotation
     if text.startswith("Annotated[") and "Choice('" in text:
         kind = text.partition("Choice('")[2].partition("'")[0]
         return _Meaning(kind=kind, several=text.startswith("Annotated[tuple["), optional=optional)
