@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Literal
 
 from trimtab.core.errors import DataError
@@ -71,11 +72,11 @@ class Annotators:
     def bayes_accuracy(self, pairs: Sequence[Pair]) -> float:
         """The accuracy on single votes of a reward model that knows the utility: mean max(p, 1 - p). No reward model
         can do better."""
-        return _mean([max(p, 1 - p) for p in self._probabilities(pairs)])
+        return fmean([max(p, 1 - p) for p in self._probabilities(pairs)])
 
     def expected_agreement(self, pairs: Sequence[Pair]) -> float:
         """The share of pairs on which two annotators choose alike: mean p^2 + (1 - p)^2."""
-        return _mean([p * p + (1 - p) * (1 - p) for p in self._probabilities(pairs)])
+        return fmean([p * p + (1 - p) * (1 - p) for p in self._probabilities(pairs)])
 
     def _probabilities(self, pairs: Sequence[Pair]) -> list[float]:
         return [self.preference_probability(prompt, a, b) for prompt, a, b in pairs]
@@ -95,7 +96,7 @@ def calibrate(world: World, biases: Mapping[str, float], pairs: Sequence[Pair], 
 
     def agreement_at(scale: float) -> float:
         chances = [_sigmoid(scale * gap) for gap in gaps]
-        return _mean([p * p + (1 - p) * (1 - p) for p in chances])
+        return fmean([p * p + (1 - p) * (1 - p) for p in chances])
 
     most = agreement_at(_STEEPEST)
     if not 0.5 < agreement < most:
@@ -116,7 +117,3 @@ def _sigmoid(x: float) -> float:
     if x >= 0:
         return 1 / (1 + math.exp(-x))
     return math.exp(x) / (1 + math.exp(x))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
