@@ -139,18 +139,8 @@ class Observation:
     """Event counts to add, for example {"tool_calls": 1, "tool_errors": 0}."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalRecord:
-    """One reply of one model with its scores by name."""
-
-    prompt: Prompt
-    response: str
-    model: str
-    scores: Mapping[str, float]
-
-
 Record = TypeVar(
-    "Record", Prompt, Demonstration, Comparison, PreferencePair, LabelledResponse, SteppedResponse, Rollout, EvalRecord
+    "Record", Prompt, Demonstration, Comparison, PreferencePair, LabelledResponse, SteppedResponse, Rollout
 )
 
 
