@@ -21,6 +21,7 @@ WRONG = [
     ("preference", {"loss": {"name": "kto", "clip": 1}, "trackers": "wandb"}),
     ("evaluate", {"sampling": {"stop": "end", "top_k": 1.5}, "on_bad_row": "keep"}),
     ("reward", {"loss": {"label_smoothing": "a"}, "precision": "fp16"}),
+    ("online", {"foo": 1, "loss": {"name": ["ppo"]}}),
 ]
 
 

@@ -501,3 +501,22 @@ def test_a_number_too_large_for_any_computer_is_a_bad_row(tmp_path, name):
     path.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b", name: 10**400}) + "\n")
     with pytest.raises(DataError, match=name):
         load(PreferencePair, path)
+
+
+def test_a_turn_that_is_none_is_a_bad_row_with_columns_left_out_too(file):
+    with pytest.raises(DataError, match="oops"):
+        load(Demonstration, f"{file({'messages': [user('Hi'), 'oops'], 'x': 1})}?ignore=x")
+
+
+@pytest.mark.parametrize("kind", [Demonstration, PreferencePair])
+def test_a_reply_of_a_tree_without_text_is_a_bad_row(file, kind):
+    replies = [{"role": "assistant", "rank": 0}, {"role": "assistant", "rank": 1, "text": "Yes"}]
+    tree = {"message_tree_id": "1", "prompt": {"role": "prompter", "text": "Hi", "replies": replies}}
+    with pytest.raises(DataError, match="text"):
+        load(kind, file(tree))
+
+
+def test_a_row_with_two_reasons_is_counted_under_the_same_one_every_time(file):
+    row = {"prompt": "a", "completion": "b", "weight": 0.5, "reasoning": "x"}
+    with pytest.raises(DataError, match="reasoning is"):
+        load(Demonstration, file(row))

@@ -156,7 +156,7 @@ def _key_paths(cls: _Class, values: Mapping[str, Any], path: str) -> Iterator[st
         if meaning.kind and not meaning.several and isinstance(value, str | Mapping):
             known = registered(meaning.kind)
             chosen = value if isinstance(value, str) else value.get("name", _default_name(field, known))
-            inner = _Class(*known[chosen]) if chosen in known else None
+            inner = _Class(*known[chosen]) if isinstance(chosen, str) and chosen in known else None
         if inner is not None:
             yield from _key_paths(inner, value if isinstance(value, Mapping) else {}, full)
 

@@ -137,14 +137,10 @@ class Chat:
     def encode_prompts(self, prompts: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]] | DataError]:
         """For each prompt, the ids of `encode_prompt` and the mask of earlier replies, or the error that it raises."""
         rendered = self._render_many(prompts, True)
-        refused = {i: text for i, text in enumerate(rendered) if isinstance(text, DataError)}
-        parts = [
-            self._prompt_parts(messages, text)
-            for messages, text in zip(prompts, rendered, strict=True)
-            if isinstance(text, str)
-        ]
+        pairs = zip(prompts, rendered, strict=True)
+        parts = [self._prompt_parts(messages, text) for messages, text in pairs if isinstance(text, str)]
         encoded = iter(self._encode_many(parts))
-        return [refused[i] if i in refused else next(encoded) for i in range(len(prompts))]
+        return [next(encoded) if isinstance(text, str) else text for text in rendered]
 
     def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of `encode_response` for each reply."""
@@ -440,7 +436,7 @@ def fit(
         room = min(room, max_prompt_length)
     if len(prompt_ids) <= room:
         return Fitted(prompt_ids, "kept")
-    kept = prompt_ids[:1] if prompt_ids[0] == bos_id else []
+    kept = prompt_ids[:1] if prompt_ids[:1] == [bos_id] else []
     if on_too_long == "drop" or room <= len(kept):
         return Fitted([], "dropped")
     return Fitted(kept + prompt_ids[len(prompt_ids) - room + len(kept) :], "truncated")

@@ -110,7 +110,7 @@ def refuse_row_weight(row: Mapping[str, Any]) -> None:
 
 
 def _refuse_columns(row: Mapping[str, Any], names: Set[str]) -> None:
-    for name in row.keys() & names:
+    for name in sorted(row.keys() & names):
         if filled(row[name]):
             refuse_field(name, row[name], name)
 

@@ -244,8 +244,8 @@ def to_tree_pairs(row: JsonDict) -> list[PreferencePair]:
         for (rank, one), (other_rank, other) in combinations(ranked, 2):
             if rank != other_rank and one.get("text") != other.get("text"):
                 better, worse = (one, other) if rank < other_rank else (other, one)
-                prompt = Prompt(messages=path)
-                found.append(PreferencePair(prompt=prompt, chosen=better["text"], rejected=worse["text"]))
+                texts = (field_of(better, "text"), field_of(worse, "text"))
+                found.append(PreferencePair(prompt=Prompt(messages=path), chosen=texts[0], rejected=texts[1]))
     return found
 
 
@@ -255,7 +255,7 @@ def to_tree_demonstrations(row: JsonDict) -> list[Demonstration]:
     for path, replies, best in _walk(row):
         top = _best(replies) if best and path[-1].role == "user" else None
         if top is not None:
-            found.append(Demonstration(prompt=Prompt(messages=path), response=reply_of("text", top["text"])))
+            found.append(Demonstration(prompt=Prompt(messages=path), response=reply_of("text", field_of(top, "text"))))
     return found
 
 

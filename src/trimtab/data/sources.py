@@ -207,9 +207,12 @@ def _without(value: Any, ignored: set[str], seen: set[str]) -> Any:
         return {name: _without(inner, ignored, seen) for name, inner in value.items() if name not in ignored}
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return value
-    for turn in value:
+    turns = [turn for turn in value if isinstance(turn, dict)]  # what reads them says what the others are
+    for turn in turns:
         seen |= ignored & turn.keys()
-    return [{name: field for name, field in turn.items() if name not in ignored} for turn in value]
+    if len(turns) < len(value):
+        return value
+    return [{name: field for name, field in turn.items() if name not in ignored} for turn in turns]
 
 
 def is_hub(source: str | Path) -> bool:
