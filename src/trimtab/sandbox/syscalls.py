@@ -12,135 +12,49 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
 
-# Names to numbers: (x86_64, aarch64); None if the machine has no such call.
-_NUMBERS: dict[str, tuple[int | None, int | None]] = {
-    "acct": (163, 89),
-    "add_key": (248, 217),
-    "bpf": (321, 280),
-    "capset": (126, 91),
-    "chmod": (90, None),
-    "chown": (92, None),
-    "chroot": (161, 51),
-    "clone": (56, 220),
-    "clone3": (435, 435),
-    "delete_module": (176, 106),
-    "execve": (59, 221),
-    "execveat": (322, 281),
-    "fanotify_init": (300, 262),
-    "fchmod": (91, 52),
-    "fchmodat": (268, 53),
-    "fchmodat2": (452, 452),
-    "fchown": (93, 55),
-    "fchownat": (260, 54),
-    "fcntl": (72, 25),
-    "finit_module": (313, 273),
-    "fork": (57, None),
-    "fremovexattr": (199, 16),
-    "fsconfig": (431, 431),
-    "fsetxattr": (190, 7),
-    "fsmount": (432, 432),
-    "fsopen": (430, 430),
-    "fspick": (433, 433),
-    "futimesat": (261, None),
-    "init_module": (175, 105),
-    "io_setup": (206, 0),
-    "io_uring_enter": (426, 426),
-    "io_uring_register": (427, 427),
-    "io_uring_setup": (425, 425),
-    "ioctl": (16, 29),
-    "ioperm": (173, None),
-    "iopl": (172, None),
-    "ioprio_set": (251, 30),
-    "kcmp": (312, 272),
-    "kexec_file_load": (320, 294),
-    "kexec_load": (246, 104),
-    "keyctl": (250, 219),
-    "kill": (62, 129),
-    "lchown": (94, None),
-    "lremovexattr": (198, 15),
-    "lsetxattr": (189, 6),
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    "migrate_pages": (256, 238),
-    "mount": (165, 40),
-    "mount_setattr": (442, 442),
-    "move_mount": (429, 429),
-    "move_pages": (279, 239),
-    "mq_open": (240, 180),
-    "msgget": (68, 186),
-    "name_to_handle_at": (303, 264),
-    "open_by_handle_at": (304, 265),
-    "open_tree": (428, 428),
-    "perf_event_open": (298, 241),
-    "personality": (135, 92),
-    "pidfd_getfd": (438, 438),
-    "pidfd_open": (434, 434),
-    "pidfd_send_signal": (424, 424),
-    "pivot_root": (155, 41),
-    "prctl": (157, 167),
-    "prlimit64": (302, 261),
-    "process_madvise": (440, 440),
-    "process_mrelease": (448, 448),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "ptrace": (101, 117),
-    "quotactl": (179, 60),
-    "quotactl_fd": (443, 443),
-    "reboot": (169, 142),
-    "removexattr": (197, 14),
-    "request_key": (249, 218),
-    "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240),
-    "sched_setaffinity": (203, 122),
-    "sched_setattr": (314, 274),
-    "sched_setparam": (142, 118),
-    "sched_setscheduler": (144, 119),
-    "semget": (64, 190),
-    "setns": (308, 268),
-    "setpriority": (141, 140),
-    "setxattr": (188, 5),
-    "shmget": (29, 194),
-    "socket": (41, 198),
-    "swapoff": (168, 225),
-    "swapon": (167, 224),
-    "syslog": (103, 116),
-    "tgkill": (234, 131),
-    "tkill": (200, 130),
-    "umount2": (166, 39),
-    "unshare": (272, 97),
-    "userfaultfd": (323, 282),
-    "utime": (132, None),
-    "utimensat": (280, 88),
-    "utimes": (235, None),
-    "vfork": (58, None),
+_Numbers = dict[str, tuple[int | None, int | None]]
+"""Names of system calls to their numbers: (x86_64, aarch64); None if the machine has no such call."""
+# fmt: off
+_NEVER: _Numbers = {
+    "acct": (163, 89), "add_key": (248, 217), "bpf": (321, 280), "chroot": (161, 51), "delete_module": (176, 106),
+    "fanotify_init": (300, 262), "finit_module": (313, 273), "fsconfig": (431, 431), "fsmount": (432, 432),
+    "fsopen": (430, 430), "fspick": (433, 433), "init_module": (175, 105), "io_setup": (206, 0),
+    "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "io_uring_setup": (425, 425), "ioperm": (173, None),
+    "iopl": (172, None), "kcmp": (312, 272), "kexec_file_load": (320, 294), "kexec_load": (246, 104),
+    "keyctl": (250, 219), "memfd_create": (319, 279), "memfd_secret": (447, 447), "migrate_pages": (256, 238),
+    "mount": (165, 40), "mount_setattr": (442, 442), "move_mount": (429, 429), "move_pages": (279, 239),
+    "mq_open": (240, 180), "msgget": (68, 186), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
+    "open_tree": (428, 428), "perf_event_open": (298, 241), "personality": (135, 92), "pidfd_getfd": (438, 438),
+    "pivot_root": (155, 41), "process_madvise": (440, 440), "process_mrelease": (448, 448),
+    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "ptrace": (101, 117), "quotactl": (179, 60),
+    "quotactl_fd": (443, 443), "reboot": (169, 142), "request_key": (249, 218), "semget": (64, 190),
+    "setns": (308, 268), "shmget": (29, 194), "socket": (41, 198), "swapoff": (168, 225), "swapon": (167, 224),
+    "syslog": (103, 116), "umount2": (166, 39), "unshare": (272, 97), "userfaultfd": (323, 282),
 }
+"""Calls that no code under test needs: for networks, other address spaces and views of the system, and memory outside
+the limits."""
+_NEVER_IN_THE_OPEN: _Numbers = {
+    "chmod": (90, None), "chown": (92, None), "clone": (56, 220), "execve": (59, 221), "execveat": (322, 281),
+    "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "fchown": (93, 55), "fchownat": (260, 54),
+    "fork": (57, None), "fremovexattr": (199, 16), "fsetxattr": (190, 7), "futimesat": (261, None),
+    "ioprio_set": (251, 30), "lchown": (94, None), "lremovexattr": (198, 15), "lsetxattr": (189, 6),
+    "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424), "removexattr": (197, 14), "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240), "sched_setaffinity": (203, 122), "sched_setattr": (314, 274),
+    "sched_setparam": (142, 118), "sched_setscheduler": (144, 119), "setpriority": (141, 140), "setxattr": (188, 5),
+    "tkill": (200, 130), "utime": (132, None), "utimensat": (280, 88), "utimes": (235, None), "vfork": (58, None),
+}
+"""Calls that are refused too if the code shares the process table and the file tree of the user: no second process, no
+signal to another one, and no change to a file or process by its name."""
+_NUMBERS: _Numbers = _NEVER | _NEVER_IN_THE_OPEN | {
+    "capset": (126, 91), "clone3": (435, 435), "fcntl": (72, 25), "ioctl": (16, 29), "kill": (62, 129),
+    "prctl": (157, 167), "prlimit64": (302, 261), "tgkill": (234, 131),
+}
+# fmt: on
 # The filter does not know the calls above this number; for sandboxed code they do not exist.
 _NEWEST_KNOWN = 452
 
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Column of `_NUMBERS` and the kernel's name of the architecture."""
-
-# Calls that no code under test needs: for networks, other address spaces and views of the system, and memory outside
-# the limits.
-# fmt: off
-_NEVER = (
-    "acct", "add_key", "bpf", "chroot", "delete_module", "fanotify_init", "finit_module", "fsconfig", "fsmount",
-    "fsopen", "fspick", "init_module", "io_setup", "io_uring_enter", "io_uring_register", "io_uring_setup", "ioperm",
-    "iopl", "kcmp", "kexec_file_load", "kexec_load", "keyctl", "memfd_create", "memfd_secret", "migrate_pages", "mount",
-    "mount_setattr", "move_mount", "move_pages", "mq_open", "msgget", "name_to_handle_at", "open_by_handle_at",
-    "open_tree", "perf_event_open", "personality", "pidfd_getfd", "pivot_root", "process_madvise", "process_mrelease",
-    "process_vm_readv", "process_vm_writev", "ptrace", "quotactl", "quotactl_fd", "reboot", "request_key", "semget",
-    "setns", "shmget", "socket", "swapoff", "swapon", "syslog", "umount2", "unshare", "userfaultfd",
-)
-# Calls that are refused too if the code shares the process table and the file tree of the user: no second process, no
-# signal to another one, and no change to a file or process by its name.
-_NEVER_IN_THE_OPEN = (
-    "chmod", "chown", "clone", "execve", "execveat", "fchmod", "fchmodat", "fchmodat2", "fchown", "fchownat", "fork",
-    "fremovexattr", "fsetxattr", "futimesat", "ioprio_set", "lchown", "lremovexattr", "lsetxattr", "pidfd_open",
-    "pidfd_send_signal", "removexattr", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "sched_setaffinity", "sched_setattr",
-    "sched_setparam", "sched_setscheduler", "setpriority", "setxattr", "tkill", "utime", "utimensat", "utimes", "vfork",
-)
-# fmt: on
 _NEW_NAMESPACES = 0x7E020000
 """CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET."""
 _OWNER_COMMANDS = (8, 10, 15)
@@ -219,7 +133,7 @@ def _program(*, in_the_open: bool) -> list[tuple[int, int, int, int]]:
         (_JGT, 0, 1, _NEWEST_KNOWN),  # the x32 calls are above it too
         (_RETURN, 0, 0, _ERRNO | errno.ENOSYS),
     ]
-    for name in _NEVER + (_NEVER_IN_THE_OPEN if in_the_open else ()):
+    for name in [*_NEVER, *(_NEVER_IN_THE_OPEN if in_the_open else ())]:
         program += _refuse(name, errno.EPERM)
     program += _refuse("clone3", errno.ENOSYS)  # its flags lie in memory; libc then uses clone, whose flags can be seen
     program += _refuse_if("clone", 0, [(_JSET, _NEW_NAMESPACES)])
