@@ -142,8 +142,8 @@ def _program(*, in_the_open: bool) -> list[tuple[int, int, int, int]]:
     if in_the_open:
         program += _refuse_if("fcntl", 1, [(_JEQ, command) for command in _OWNER_COMMANDS])
         for name in ("kill", "tgkill"):
-            program += _refuse_unless(name, 0, os.getpid())
-        program += _refuse_unless("prlimit64", 0, 0)
+            program += _refuse_if(name, 0, [(_JEQ, os.getpid())], holds=False)
+        program += _refuse_if("prlimit64", 0, [(_JEQ, 0)], holds=False)
     return [*program, (_RETURN, 0, 0, _ALLOW)]
 
 
@@ -152,22 +152,17 @@ def _refuse(name: str, error: int) -> list[tuple[int, int, int, int]]:
     return [(_JEQ, 0, 1, number), (_RETURN, 0, 0, _ERRNO | error)] if number is not None else []
 
 
-def _refuse_if(name: str, argument: int, tests: list[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
-    """Refuses the call when a test of the low word of its argument holds."""
+def _refuse_if(
+    name: str, argument: int, tests: list[tuple[int, int]], *, holds: bool = True
+) -> list[tuple[int, int, int, int]]:
+    """Refuses the call when a test of the low word of its argument holds; with `holds` false, when one does not."""
     number = _number(name)
     if number is None:
         return []
+    jumps = (0, 1) if holds else (1, 0)
     body = [(_LOAD, 0, 0, _of_argument(argument))]
     for code, value in tests:
-        body += [(code, 0, 1, value), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
-    return [(_JEQ, 0, len(body), number), *body, (_LOAD, 0, 0, _OF_NUMBER)]
-
-
-def _refuse_unless(name: str, argument: int, value: int) -> list[tuple[int, int, int, int]]:
-    number = _number(name)
-    if number is None:
-        return []
-    body = [(_LOAD, 0, 0, _of_argument(argument)), (_JEQ, 1, 0, value), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
+        body += [(code, *jumps, value), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
     return [(_JEQ, 0, len(body), number), *body, (_LOAD, 0, 0, _OF_NUMBER)]
 
 
