@@ -11,19 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 # Relative, because the bare interpreter that loads this knows no package `trimtab`.
-from .syscalls import PR_SET_NO_NEW_PRIVS, call, drop_capabilities, mount, prctl, umount, unshare
+from .syscalls import PR_SET_NO_NEW_PRIVS, call, checked, drop_capabilities, libc, mount, prctl, umount, unshare
 
 NOBODY = 65534
 """The user that root becomes, because limits on processes do not bind root."""
 
-_NEW_USER, _NEW_MOUNTS, _NEW_PROCESSES, _NEW_NETWORK, _NEW_IPC, _NEW_NAME = (
-    0x10000000,
-    0x00020000,
-    0x20000000,
-    0x40000000,
-    0x08000000,
-    0x04000000,
-)
+_OWN_NAMESPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x04000000
+"""CLONE_NEWUSER, NEWNS (mounts), NEWPID, NEWNET, NEWIPC and NEWUTS (the name of the machine)."""
 _READ_ONLY, _NO_SUID, _NO_DEVICES, _BIND, _RECURSIVE, _PRIVATE = 1, 2, 4, 4096, 16384, 1 << 18
 _AT_FDCWD, _AT_RECURSIVE, _DETACH = -100, 0x8000, 2
 
@@ -51,7 +45,7 @@ def enter_namespaces(readable: list[str], *, file_mb: int) -> None:
     if os.getuid() == 0 and not _exists(NOBODY):
         raise OSError(f"this root can not become user {NOBODY}, and limits on processes do not bind root")
     write_maps = _maps_writer()
-    unshare(_NEW_USER | _NEW_MOUNTS | _NEW_PROCESSES | _NEW_NETWORK | _NEW_IPC | _NEW_NAME)
+    unshare(_OWN_NAMESPACES)
     write_maps()
     mount("", "/", "", _RECURSIVE | _PRIVATE)
     mount("tmpfs", root, "tmpfs", _NO_SUID | _NO_DEVICES, "size=1m,mode=755")
@@ -140,7 +134,6 @@ _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 
 def landlock_version() -> int:
     """The kernel's version of Landlock; 0 if it has none."""
-    libc = ctypes.CDLL(None, use_errno=True)
     return max(0, int(libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1))))
 
 
@@ -151,28 +144,23 @@ def has_landlock() -> bool:
 
 def restrict_files(readable: list[str]) -> None:
     """From now on, this process can open only `readable`, and only to read. Raises OSError."""
-    libc, version = ctypes.CDLL(None, use_errno=True), landlock_version()
+    version = landlock_version()
 
     def known(rights: dict[int, int]) -> int:
         return sum(bits for since, bits in rights.items() if since <= version)
 
-    def checked(result: int) -> int:
-        if result < 0:
-            raise OSError(ctypes.get_errno(), f"Landlock: {os.strerror(ctypes.get_errno())}")
-        return result
-
     words = [known(_FILE_RIGHTS), known(_NETWORK_RIGHTS), known(_SCOPES)]
     size = 8 if version < 4 else 16 if version < 6 else 24
     ruleset = struct.pack("QQQ", *words)[:size]
-    fd = checked(libc.syscall(_CREATE_RULESET, ruleset, ctypes.c_size_t(size), ctypes.c_uint32(0)))
+    fd = checked("Landlock", libc.syscall(_CREATE_RULESET, ruleset, ctypes.c_size_t(size), ctypes.c_uint32(0)))
     for path in [*readable, "/dev/null", "/dev/urandom"]:
         rights = _READ_FILE | (_EXECUTE | _READ_DIRECTORY if os.path.isdir(path) else 0)
         where = os.open(path, os.O_PATH | os.O_CLOEXEC)
         rule = struct.pack("=Qi", rights, where)
-        checked(libc.syscall(_ADD_RULE, fd, 1, rule, ctypes.c_uint32(0)))
+        checked("Landlock", libc.syscall(_ADD_RULE, fd, 1, rule, ctypes.c_uint32(0)))
         os.close(where)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    checked(libc.syscall(_RESTRICT_SELF, fd, ctypes.c_uint32(0)))
+    checked("Landlock", libc.syscall(_RESTRICT_SELF, fd, ctypes.c_uint32(0)))
     os.close(fd)
 
 

@@ -8,7 +8,7 @@ import os
 import platform
 import struct
 
-_libc = ctypes.CDLL(None, use_errno=True)
+libc = ctypes.CDLL(None, use_errno=True)
 
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
 
@@ -73,29 +73,29 @@ def call(name: str, *arguments: object) -> int:
     number = _number(name)
     if number is None:
         raise OSError(errno.ENOSYS, f"{name} on {platform.machine()}")
-    return _checked(name, _libc.syscall(number, *arguments))
+    return checked(name, libc.syscall(number, *arguments))
 
 
 def prctl(option: int, *arguments: object) -> int:
     """prctl(2). Raises OSError."""
     padded = [*arguments, *[0] * (4 - len(arguments))]
-    return _checked("prctl", _libc.prctl(option, *[ctypes.c_ulong(a) if isinstance(a, int) else a for a in padded]))
+    return checked("prctl", libc.prctl(option, *[ctypes.c_ulong(a) if isinstance(a, int) else a for a in padded]))
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
     """mount(2). Raises OSError."""
     encoded = [text.encode() or None for text in (source, target, kind)]
-    _checked(f"mount {target}", _libc.mount(*encoded, ctypes.c_ulong(flags), options.encode() or None))
+    checked(f"mount {target}", libc.mount(*encoded, ctypes.c_ulong(flags), options.encode() or None))
 
 
 def umount(target: str, flags: int) -> None:
     """umount2(2). Raises OSError."""
-    _checked("umount", _libc.umount2(target.encode(), flags))
+    checked("umount", libc.umount2(target.encode(), flags))
 
 
 def unshare(flags: int) -> None:
     """unshare(2). Raises OSError."""
-    _checked("unshare", _libc.unshare(flags))
+    checked("unshare", libc.unshare(flags))
 
 
 def drop_capabilities() -> None:
@@ -175,7 +175,8 @@ def _number(name: str) -> int | None:
     return None if column is None else _NUMBERS[name][column]
 
 
-def _checked(name: str, result: int) -> int:
+def checked(name: str, result: int) -> int:
+    """The result of a system call. Raises OSError, with the name, for a result below 0."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
