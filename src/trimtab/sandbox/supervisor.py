@@ -28,9 +28,15 @@ ENDED_BY_ITSELF, OUT_OF_TIME, NOT_WANTED, NO_WALLS, BROKEN = 0, 10, 11, 12, 13
 def main() -> NoReturn:
     """Runs the sandbox that `sys.argv[1]` describes and exits with one of the statuses above."""
     spec = json.loads(sys.argv[1])
+    _exit_with(lambda: _run(spec))
+
+
+def _exit_with(work: Callable[[], int]) -> NoReturn:
+    """Does `work` and ends this process with the status that it gives. The process also ends when its parent does."""
     status = BROKEN
     try:
-        status = _run(spec)
+        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+        status = work()
     except OSError as error:
         _report({"error": f"{type(error).__name__}: {error}"})
     finally:
@@ -38,7 +44,6 @@ def main() -> NoReturn:
 
 
 def _run(spec: dict[str, Any]) -> int:
-    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
     syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     if os.getppid() != spec["owner"]:
         return NOT_WANTED
@@ -96,14 +101,7 @@ def _in_child(work: Callable[[], int]) -> int:
     """Runs `work` in a process of its own; returns the status that it gives."""
     child = os.fork()
     if child == 0:
-        status = BROKEN
-        try:
-            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-            status = work()
-        except OSError as error:
-            _report({"error": f"{type(error).__name__}: {error}"})
-        finally:
-            os._exit(status)
+        _exit_with(work)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256
 
 
