@@ -11,6 +11,7 @@ from typing import Any
 
 _LONGEST_MESSAGE = 64 << 20
 _SCALARS = (type(None), bool, int, float, str)
+_CONTAINERS: dict[str, type[Any]] = {"l": list, "t": tuple, "s": set, "f": frozenset}
 _DICTS = (dict, Counter, OrderedDict, defaultdict)
 _NUMBERS = {("decimal", "Decimal"), ("fractions", "Fraction")}
 
@@ -73,12 +74,9 @@ class Connection:
         kind = type(value)
         if kind in _SCALARS:
             return value
-        if kind is list:
-            return ["l", *map(self.encode, value)]
-        if kind is tuple:
-            return ["t", *map(self.encode, value)]
-        if kind is set or kind is frozenset:
-            return ["s" if kind is set else "f", *map(self.encode, value)]
+        for letter, container in _CONTAINERS.items():
+            if kind is container:
+                return [letter, *map(self.encode, value)]
         if kind in _DICTS:
             return ["d", *([self.encode(k), self.encode(v)] for k, v in value.items())]
         if kind is bytes:
@@ -97,14 +95,9 @@ class Connection:
         if type(value) in _SCALARS:
             return value
         tag, *parts = value
-        if tag == "l":
-            return [self.decode(v) for v in parts]
-        if tag == "t":
-            return tuple(self.decode(v) for v in parts)
-        if tag == "s":
-            return {self.decode(v) for v in parts}
-        if tag == "f":
-            return frozenset(self.decode(v) for v in parts)
+        for letter, container in _CONTAINERS.items():
+            if tag == letter:
+                return container(map(self.decode, parts))
         if tag == "d":
             return {self.decode(k): self.decode(v) for k, v in parts}
         if tag == "b":
