@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -182,21 +181,6 @@ def make_learner(role: Policy | ScalarModel, settings: TrainingSettings, epochs:
     )
 
 
-@dataclass
-class LearnerState:
-    """The state that a supervised run needs to go on: its learner. Everything else follows from the step number."""
-
-    learner: LocalLearner
-
-    def save(self, path: Path) -> None:
-        """Writes the learner into `path`."""
-        self.learner.save(path)
-
-    def load(self, path: Path) -> None:
-        """Restores what `save` wrote."""
-        self.learner.load(path)
-
-
 class TrainingSteps:
     """The steps of a supervised run that are still to be done; see `training`."""
 
@@ -256,7 +240,7 @@ def training(
     num_steps = epochs.num_steps if settings.max_steps is None else min(settings.max_steps, epochs.num_steps)
     with stepping(
         run,
-        LearnerState(learner),
+        learner,  # its state is all that a supervised run needs to go on; the rest follows from the step number
         num_steps=num_steps,
         checkpoint_every=settings.checkpoint_every,
         description=description,
