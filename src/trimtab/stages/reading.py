@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def read(kind: type[Record], source: str, run: Run, **options: Any) -> Loaded[Re
     A project of judgements may grow while a run goes on. Its records are written into the run when they are first read,
     so that a resumed run trains on what it began with; a new run sees the project as it is by then.
     """
-    loaded = (_snapshot if is_live(source) else _whole)(kind, source, run, **options)
+    loaded = _snapshot(kind, source, run, **options) if is_live(source) else load(kind, source, **options)
     run.add_data(source, loaded.sha256, len(loaded.records), loaded.report)
     return loaded
 
@@ -68,10 +68,6 @@ def is_live(source: str) -> bool:
     return own is not None and own.live
 
 
-def _whole(kind: type[Record], source: str, _run: Run, **options: Any) -> Loaded[Record]:
-    return load(kind, source, **options)
-
-
 def _snapshot(kind: type[Record], source: str, run: Run, **options: Any) -> Loaded[Record]:
     # Another limit, or another way with bad rows, gives other records of the same source.
     asked = [kind.__name__, source, options.get("limit"), options.get("on_bad_row")]
@@ -79,26 +75,11 @@ def _snapshot(kind: type[Record], source: str, run: Run, **options: Any) -> Load
     path: Path = run.directory / "snapshots" / f"{name}.json"
     if path.exists():
         kept = read_json(path, fix="restore it, or begin again with --fresh: it holds the judgements as they were")
-        records = cast("list[Record]", [from_dict(kind, row) for row in kept["records"]])
-        return Loaded(
-            records=records,
-            layout=kept["layout"],
-            source=source,
-            sha256=kept["sha256"],
-            counts=kept["counts"],
-            dropped=tuple(kept["dropped"]),
-            unused=tuple(kept["unused"]),
-        )
+        records = [from_dict(kind, row) for row in kept["records"]]
+        told = {name: tuple(kept[name]) for name in ("dropped", "unused")}
+        return Loaded(**kept | told | {"records": records})
     loaded = load(kind, source, **options)
-    kept = {
-        "source": source,
-        "layout": loaded.layout,
-        "sha256": loaded.sha256,
-        "counts": loaded.counts,
-        "dropped": list(loaded.dropped),
-        "unused": list(loaded.unused),
-        "records": [to_dict(record) for record in loaded.records],
-    }
+    kept = vars(loaded) | {"records": [to_dict(record) for record in loaded.records]}
     with writing("the judgements", path):
         path.parent.mkdir(exist_ok=True)
         write_whole(path, json_text(kept))
