@@ -42,7 +42,7 @@ from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.runs.run import Run
-from trimtab.stages.reading import hold_out, prepare_data, say_too_long
+from trimtab.stages.reading import read_split, say_too_long
 from trimtab.stages.sft import start_policy
 from trimtab.stages.stage import EPOCHS_GROW, Stage
 from trimtab.stages.supervised import (
@@ -148,14 +148,8 @@ def read_data(
     """The data to train on and the data to validate on, grouped by prompt. What was dropped, and the margins and labels
     that the loss does not use, are added to `counts`."""
     kind: type[Any] = LabelledResponse if loss.reads == "replies" and holds_labels(settings.data) else PreferencePair
-    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row}
-    prepared = prepare_data(kind, settings.data, run, chat, limit=settings.limit, **options)
-    counts |= prepared.counts
-    if settings.held_out_data is None:
-        train, held_out = hold_out(prepared.table, settings.held_out, where=settings.data)
-    else:
-        judged = prepare_data(kind, settings.held_out_data, run, chat, **options)
-        train, held_out = prepared.table, judged.table
+    train, held_out, read = read_split(kind, settings, run, chat)
+    counts |= read
     fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
     if kind is LabelledResponse:
         replies = group_replies(train, chat, **fit_in)

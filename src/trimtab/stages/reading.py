@@ -62,6 +62,17 @@ def prepare_data(
     return prepared
 
 
+def read_split(kind: type, settings: Any, run: Run, chat: Chat) -> tuple[TokenTable, TokenTable, dict[str, int]]:
+    """The records of `settings.data` to train on, those to judge by, and counts of what was read of `data`. Those to
+    judge by are the records of `held_out_data`; without it, a share of `data`."""
+    prepared = prepare_data(kind, settings.data, run, chat, on_bad_row=settings.on_bad_row, limit=settings.limit)
+    counts = dict(prepared.counts)
+    if settings.held_out_data is None:
+        return *hold_out(prepared.table, settings.held_out, where=settings.data), counts
+    judged = prepare_data(kind, settings.held_out_data, run, chat, on_bad_row=settings.on_bad_row)
+    return prepared.table, judged.table, counts
+
+
 def is_live(source: str) -> bool:
     """Whether the source may grow while a run goes on."""
     own = records_source(source)

@@ -30,7 +30,7 @@ from trimtab.models.quantized import quantize
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import round_as_written, save_role
 from trimtab.runs.run import Run
-from trimtab.stages.reading import hold_out, prepare_data, read_demonstration_trees, say_too_long
+from trimtab.stages.reading import read_demonstration_trees, read_split, say_too_long
 from trimtab.stages.stage import EPOCHS_GROW, Stage
 from trimtab.stages.supervised import FIT, Epochs, TrainingSettings, Validation, make_learner, training, validate
 from trimtab.stats import Floats
@@ -71,14 +71,7 @@ class RewardSettings(TrainingSettings):
 def run(settings: RewardSettings, run: Run) -> None:
     """Trains, calibrates and judges the reward model; writes it to `run.model_dir` and its card to summary.json."""
     chat = Chat(load_tokenizer(settings.model))
-    options: dict[str, Any] = {"on_bad_row": settings.on_bad_row}
-    prepared = prepare_data(PreferencePair, settings.data, run, chat, limit=settings.limit, **options)
-    counts: dict[str, int] = dict(prepared.counts)
-    if settings.held_out_data is None:
-        train, held_out = hold_out(prepared.table, settings.held_out, where=settings.data)
-    else:
-        judged = prepare_data(PreferencePair, settings.held_out_data, run, chat, **options)
-        train, held_out = prepared.table, judged.table
+    train, held_out, counts = read_split(PreferencePair, settings, run, chat)
     fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
     judged_by = group_pairs(held_out, chat, **fit_in)
     train_on = group_pairs(train, chat, **fit_in)
