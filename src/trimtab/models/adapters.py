@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trimtab.core import seeds
 from trimtab.core.errors import ConfigError, EngineError
 from trimtab.core.hub import ADAPTER_FILE as CONFIG_FILE
 from trimtab.core.hub import ADAPTER_WEIGHTS as WEIGHTS_FILE
 from trimtab.core.hub import BESIDE_FILE, base_of, find_model, lasting_name, read_json
 from trimtab.data.tokenizers import first_line
-from trimtab.models.quantized import Bits
+from trimtab.models.quantized import Bits, quantize
 from trimtab.models.weights import check_file, refuse_damage, refuse_to_write
 
 _PREFIX = "base_model.model."
@@ -127,6 +128,19 @@ def load_adapter(model: PreTrainedModel, name: str, path: str | Path, *, with_he
     if lacking := [key for key in loaded.missing_keys if f".{name}." in key]:
         raise does_not_fit(path, f"its file lacks weights that its configuration names: {some(lacking)}")
     return head
+
+
+def start_adapter(
+    model: PreTrainedModel, name: str, path: str, settings: LoRA, *, seed: int, with_head: bool = False
+) -> dict[str, Tensor]:
+    """Puts onto `model` an adapter to train: that of the directory `path`, or a new one if `path` is no adapter. The
+    base is rounded first if the settings ask for that. Returns the same as `load_adapter`."""
+    quantize(model, settings.base_bits)
+    if base_of(path) is None:
+        add_adapter(model, name, settings, seed=seeds.derive(seed, "adapter", name))
+        return {}
+    refuse_other_shape(path, settings)
+    return load_adapter(model, name, path, with_head=with_head)
 
 
 def refuse_other_shape(path: str | Path, settings: LoRA) -> None:

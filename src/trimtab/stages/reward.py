@@ -22,11 +22,10 @@ from trimtab.data.pairs import Comparisons, group_pairs
 from trimtab.engines.local.learner import AdamW
 from trimtab.evals.reward_card import reward_card
 from trimtab.math.losses.reward import RewardLoss
-from trimtab.models.adapters import LoRA, add_adapter, load_adapter, refuse_other_shape
+from trimtab.models.adapters import LoRA, start_adapter
 from trimtab.models.forward import sequence_scores_of
 from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_scalar, load_tokenizer
-from trimtab.models.quantized import quantize
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import round_as_written, save_role
 from trimtab.runs.run import Run
@@ -105,21 +104,15 @@ def run(settings: RewardSettings, run: Run) -> None:
 
 def start_reward_model(settings: RewardSettings, chat: Chat) -> tuple[ScalarModel, str]:
     """The model to train and the base it belongs to: whole, or an adapter, which may begin as the policy's."""
-    head_seed = seeds.derive(settings.seed, "reward head")
-    base = base_of(settings.model)
+    path, head_seed = settings.model, seeds.derive(settings.seed, "reward head")
     if settings.adapter is None:
-        return ScalarModel(
-            load_scalar(settings.model, head_seed=head_seed), pad_id=chat.pad_id, gives="scores"
-        ), settings.model
-    model = load_scalar(base or settings.model, head_seed=head_seed)
-    quantize(model, settings.adapter.base_bits)
-    if base is None:
-        add_adapter(model, "reward", settings.adapter, seed=seeds.derive(settings.seed, "adapter", "reward"))
-    else:
-        refuse_other_shape(settings.model, settings.adapter)
-        head = load_adapter(model, "reward", settings.model, with_head=True)
+        return ScalarModel(load_scalar(path, head_seed=head_seed), pad_id=chat.pad_id, gives="scores"), path
+    base = base_of(path) or path
+    model = load_scalar(base, head_seed=head_seed)
+    head = start_adapter(model, "reward", path, settings.adapter, seed=settings.seed, with_head=True)
+    if head:
         model.load_state_dict(head, strict=False)
-    return ScalarModel(model, pad_id=chat.pad_id, adapter="reward", gives="scores"), base or settings.model
+    return ScalarModel(model, pad_id=chat.pad_id, adapter="reward", gives="scores"), base
 
 
 def read_demonstrations(settings: RewardSettings, chat: Chat, run: Run, counts: dict[str, int]) -> Sequence[Tree]:

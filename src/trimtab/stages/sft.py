@@ -11,7 +11,6 @@ from itertools import chain
 from typing import Any, Literal
 
 from trimtab.batches.trees import TokenTrees, Tree, TreeBatch, sequence_tree
-from trimtab.core import seeds
 from trimtab.core.errors import DataError
 from trimtab.core.hub import base_of
 from trimtab.core.types import Demonstration, PreferencePair
@@ -20,10 +19,9 @@ from trimtab.data.pairs import group
 from trimtab.data.tokens import Lazy, TokenTable
 from trimtab.engines.local.learner import AdamW
 from trimtab.math.losses.sft import SFTLoss
-from trimtab.models.adapters import LoRA, add_adapter, load_adapter, refuse_other_shape
+from trimtab.models.adapters import LoRA, start_adapter
 from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_causal, load_tokenizer
-from trimtab.models.quantized import quantize
 from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
 from trimtab.runs.run import Run
@@ -99,17 +97,12 @@ def run(settings: SFTSettings, run: Run) -> None:
 
 def start_policy(path: str, adapter: LoRA | None, chat: Chat, *, seed: int) -> tuple[Policy, str]:
     """The policy to train and the base it belongs to: a whole model, a new adapter, or an adapter to train further."""
-    base = base_of(path)
     if adapter is None:
         return Policy(load_causal(path), pad_id=chat.pad_id), path
-    model = load_causal(base or path)
-    quantize(model, adapter.base_bits)
-    if base is None:
-        add_adapter(model, "policy", adapter, seed=seeds.derive(seed, "adapter", "policy"))
-    else:
-        refuse_other_shape(path, adapter)
-        load_adapter(model, "policy", path)
-    return Policy(model, pad_id=chat.pad_id, adapter="policy"), base or path
+    base = base_of(path) or path
+    model = load_causal(base)
+    start_adapter(model, "policy", path, adapter, seed=seed)
+    return Policy(model, pad_id=chat.pad_id, adapter="policy"), base
 
 
 def read_demonstrations(settings: SFTSettings, chat: Chat, run: Run) -> tuple[TokenTable, dict[str, int]]:
