@@ -78,13 +78,7 @@ def load_scalar(path: str | Path, *, head_seed: int | None = None, zero_head: bo
         merge_adapter(model, path)
         model.config.update(reward_facts(path))
         return _without_dropout(model)
-    config = load_config(path)
-    if is_classifier(path) and config.num_labels != 1:
-        raise EngineError(
-            f"a classifier with {config.num_labels} labels; a reward model gives one score, so one label is needed",
-            where=str(path),
-            fix="name a sequence classifier with num_labels = 1, or train one from a language model: `trimtab reward`",
-        )
+    refuse_several_labels(path, where=str(path))
     model, info = _load(AutoModelForSequenceClassification, path, num_labels=1)
     new = _missing(model, info)
     of_backbone = [name for name in new if name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name]
@@ -98,6 +92,16 @@ def load_scalar(path: str | Path, *, head_seed: int | None = None, zero_head: bo
         raise _no_head(path, f"missing: {', '.join(new)}")
     _fill_head(model, new, head_seed or 0, zero_head)
     return _without_dropout(model)
+
+
+def refuse_several_labels(path: str | Path, *, where: str) -> None:
+    """Raises EngineError for a classifier that gives more than one score, or none."""
+    if is_classifier(path) and (num := load_config(path).num_labels) != 1:
+        raise EngineError(
+            f"a classifier with {num} labels; a reward model gives one score, so one label is needed",
+            where=where,
+            fix="name a sequence classifier with num_labels = 1, or train one from a language model: `trimtab reward`",
+        )
 
 
 def is_classifier(path: str | Path) -> bool:

@@ -24,7 +24,7 @@ from trimtab.data.layouts import load
 from trimtab.data.sources import read_rows, records_source
 from trimtab.data.tokenizers import load_config, load_tokenizer
 from trimtab.models.adapters import add_adapter
-from trimtab.models.load import is_classifier
+from trimtab.models.load import is_classifier, refuse_several_labels
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.models.weights import check_file, check_weights
 from trimtab.rewards.gold import GoldReward, GoldScorer
@@ -285,12 +285,7 @@ def _check_directory(look: ModelUse) -> None:
         _require_kind(look, "reward model")
     elif _architecture(whole).endswith(_CAUSAL):
         _require_kind(look, "policy")
-    if is_classifier(whole) and (num := load_config(whole).num_labels) != 1:
-        raise EngineError(
-            f"a classifier with {num} labels; a reward model gives one score, so one label is needed",
-            where=look.path,
-            fix="name a sequence classifier with num_labels = 1, or train one from a language model: `trimtab reward`",
-        )
+    refuse_several_labels(whole, where=look.path)
     if look.key == "model" or look.kind == "reward model":
         Chat(load_tokenizer(look.path))  # of the other models only the weights are read
 
