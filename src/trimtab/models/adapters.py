@@ -148,16 +148,11 @@ def refuse_other_shape(path: str | Path, settings: LoRA) -> None:
     with its own. Values that are the defaults ask for nothing."""
     own = read_json(Path(find_model(path)) / CONFIG_FILE)
     modules = own.get("target_modules")
-    has = LoRA(
-        rank=int(own.get("r") or 1),
-        alpha=float(own.get("lora_alpha") or 1.0),
-        modules=tuple(modules) if isinstance(modules, list) else (),
-    )
     usual = LoRA()
     asked: dict[str, tuple[Any, Any, Any]] = {
-        "rank": (settings.rank, has.rank, usual.rank),
-        "alpha": (settings.alpha, has.alpha, usual.alpha),
-        "modules": (sorted(settings.modules), sorted(has.modules), []),
+        "rank": (settings.rank, int(own.get("r") or 1), usual.rank),
+        "alpha": (settings.alpha, float(own.get("lora_alpha") or 1.0), usual.alpha),
+        "modules": (sorted(settings.modules), sorted(modules) if isinstance(modules, list) else [], []),
     }
     for name, (wanted, there, default) in asked.items():
         if wanted not in (there, default):
