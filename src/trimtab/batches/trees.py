@@ -142,11 +142,11 @@ class TokenTrees:
 
     @cached_property
     def _token_starts(self) -> list[int]:
-        return _starts(t.num_trained for t in self.trees)
+        return [0, *accumulate(t.num_trained for t in self.trees)]
 
     @cached_property
     def _sequence_starts(self) -> list[int]:
-        return _starts(len(t.branches) for t in self.trees)
+        return [0, *accumulate(len(t.branches) for t in self.trees)]
 
     def index_of(self, axis: str, indices: Sequence[int]) -> Tensor:
         """The indices of these trees' trained tokens ("token"), sequences ("sequence") or of the trees ("tree")."""
@@ -311,12 +311,7 @@ class TreeBatch:
 
     def select(self, indices: Sequence[int]) -> Self:
         """A copy with only these trees, in this order."""
-        fields = {
-            f.name: getattr(self, f.name)[self.trees.index_of(axis, indices)]
-            for f in dataclasses.fields(self)
-            if (axis := f.metadata.get("axis"))
-        }
-        return dataclasses.replace(self, trees=self.trees.select(indices), **fields)
+        return self._only(self.trees.select(indices), lambda axis: self.trees.index_of(axis, indices))
 
     def filter(self, kept: Tensor) -> Self:
         """A copy with only the sequences that are `kept` ([B], bool). A tree that keeps no sequence is left out."""
@@ -327,13 +322,17 @@ class TreeBatch:
             "sequence": kept,
             "tree": torch.tensor([bool(bs) for bs in branches], dtype=torch.bool),
         }
+        trees = [Tree(tree.prompt, bs) for tree, bs in zip(self.trees.trees, branches, strict=True) if bs]
+        return self._only(TokenTrees.build(trees), kept_of.__getitem__)
+
+    def _only(self, trees: TokenTrees, entries: Callable[[str], Tensor]) -> Self:
+        """A copy with these trees, and of every field made with `per` the entries that `entries` gives for its axis."""
         fields = {
-            f.name: getattr(self, f.name)[kept_of[axis]]
+            f.name: getattr(self, f.name)[entries(axis)]
             for f in dataclasses.fields(self)
             if (axis := f.metadata.get("axis"))
         }
-        trees = [Tree(tree.prompt, bs) for tree, bs in zip(self.trees.trees, branches, strict=True) if bs]
-        return dataclasses.replace(self, trees=TokenTrees.build(trees), **fields)
+        return dataclasses.replace(self, trees=trees, **fields)
 
     def micro_batches(self, token_budget: int) -> Iterator[Self]:
         """Yields the batch in parts of at most `token_budget` tokens, as `split_by_tokens` groups them."""
@@ -378,10 +377,3 @@ def _alike(items: Sequence[Any], length: Callable[[Any], int]) -> list[list[Any]
 
 
 _PAIRS_PER_CALL = 1 << 16
-
-
-def _starts(sizes: Iterable[int]) -> list[int]:
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
-    return starts
