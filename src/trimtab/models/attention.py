@@ -260,17 +260,9 @@ def row_states(backbone: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
     once."""
     layers: list[int] = []
 
-    def counted(
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        window: Window,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def counted(layer: int, *states: Any, **options: Any) -> Tensor:
         layers.append(layer)
-        return attend(layer, query, key, value, scaling, window, sinks)
+        return attend(layer, *states, **options)
 
     with attending(counted):
         hidden: Tensor = backbone(
