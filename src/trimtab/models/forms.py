@@ -14,7 +14,7 @@ to stretch are always computed alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.batches.trees import TokenTrees, response_tree
+from trimtab.batches.trees import PaddedRows, TokenTrees, response_tree
 from trimtab.core.errors import EngineError
 from trimtab.models.attention import ROW_ATTENTION, backbone, row_states
 from trimtab.models.last_block import reading
@@ -92,27 +92,24 @@ def hidden_states(
     if form == "tree":
         return _tree_states(backbone, trees, places)
     padded = trees.padded(pad_id)
-    if form == "padded":
-        hidden = run_rows(backbone, padded.input_ids, padded.attention_mask)
-    else:
-        hidden = alone(lambda row: run_rows(backbone, row), padded.input_ids, padded.attention_mask)
-    hidden = hidden.reshape(-1, hidden.shape[-1])
+    hidden = _padded_states(backbone, padded, form).flatten(0, 1)
     return [hidden.index_select(0, getattr(padded, place)) for place in places]
 
 
-def alone(run: Callable[[Tensor], Tensor], input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """[B, T, D] the results of `run` for each row without its padding, put together with zeros at the padding."""
+def _padded_states(backbone: PreTrainedModel, padded: PaddedRows, form: Form) -> Tensor:
+    """[B, T, D] last hidden states as transformers computes them: of all rows together, or ("alone") of each row
+    without its padding, with zeros at the padding."""
+    if form == "padded":
+        return _states_of(backbone, padded.input_ids, padded.attention_mask.long())
     rows = []
-    for ids, mask in zip(input_ids, attention_mask, strict=True):
-        states = run(ids[mask][None])[0]
+    for ids, mask in zip(padded.input_ids, padded.attention_mask, strict=True):
+        states = _states_of(backbone, ids[mask][None])[0]
         rows.append(torch.cat([states, states.new_zeros(int((~mask).sum()), states.shape[-1])]))
     return torch.stack(rows)
 
 
-def run_rows(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """[B, T, D] last hidden states of padded rows, as transformers computes them."""
-    mask = None if attention_mask is None else attention_mask.long()
-    hidden: Tensor = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+def _states_of(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    hidden: Tensor = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     return hidden
 
 
@@ -215,12 +212,9 @@ def _agrees(
 
 def _all_states(base: PreTrainedModel, trees: TokenTrees, form: Form) -> Tensor:
     """Hidden states of all tokens of all sequences, one after the other."""
-    padded = trees.padded(0)
-    if form == "padded":
-        return run_rows(base, padded.input_ids, padded.attention_mask)[padded.attention_mask]
-    if form == "alone":
-        states = alone(lambda row: run_rows(base, row), padded.input_ids, padded.attention_mask)
-        return states[padded.attention_mask]
+    if form != "tree":
+        padded = trees.padded(0)
+        return _padded_states(base, padded, form)[padded.attention_mask]
     hidden = row_states(base, trees.input_ids, trees.position_ids, tree_attention(trees))
     rows, start = [], 0
     for tree in trees.trees:
