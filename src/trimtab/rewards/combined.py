@@ -66,15 +66,11 @@ class CombinedReward:
             total += part.weight * by_name[part.name]
         known = total[total.isfinite()].double()
         deviation = float(known.std(correction=0)) if len(known) else 0.0
-        return (
-            total,
-            by_name,
-            merge(logged)
-            | {
-                "reward/mean": Mean(float(known.sum()), len(known)),
-                "reward/std": Mean(deviation * len(known), len(known)),
-            },
-        )
+        metrics = merge(logged) | {
+            "reward/mean": Mean(float(known.sum()), len(known)),
+            "reward/std": Mean(deviation * len(known), len(known)),
+        }
+        return total, by_name, metrics
 
 
 def load_rewards(

@@ -312,9 +312,8 @@ def policy_summary(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 def add_to_summary(directory: Path, values: Mapping[str, Any]) -> None:
     """Adds `values` to a finished stage's summary.json."""
     path = directory / "summary.json"
-    write_json(
-        path, read_json(path, fix="remove it: the stage is finished again from its last checkpoint") | dict(values)
-    )
+    again = "remove it: the stage is finished again from its last checkpoint"
+    write_json(path, read_json(path, fix=again) | dict(values))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.metrics import Metrics, Peak, Total, mean_of
 from trimtab.core.types import Demonstration, Prompt, Rollout
 from trimtab.data.chat import Chat
+from trimtab.data.layouts import Loaded
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
@@ -176,17 +177,14 @@ def sample_step(
     if rewards is not None:
         known = [[r.reward for r in row if not math.isnan(r.reward)] for row in rows]
         best["select/best_reward"] = mean_of(max(found) for found in known if found)
-    return rows, (
-        best
-        | metrics
-        | {
-            "rollout/logprob_difference": Peak(sampler.difference),
-            "rollout/length_mean": mean_of(r.length for r in replies),
-            "rollout/truncated_fraction": mean_of(not r.finished for r in replies),
-            "time/generate_seconds": Total(generated - started),
-            "time/score_seconds": Total(time.perf_counter() - generated),
-        }
-    )
+    logged: Metrics = {
+        "rollout/logprob_difference": Peak(sampler.difference),
+        "rollout/length_mean": mean_of(r.length for r in replies),
+        "rollout/truncated_fraction": mean_of(not r.finished for r in replies),
+        "time/generate_seconds": Total(generated - started),
+        "time/score_seconds": Total(time.perf_counter() - generated),
+    }
+    return rows, best | metrics | logged
 
 
 def scored(
@@ -254,14 +252,10 @@ def load_asked(settings: SelectSettings, chat: Chat, run: Run) -> tuple[list[Pro
     source = settings.demonstrations or settings.prompts
     assert source is not None
     options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "limit": settings.limit, "accepts": chat.refusal}
-    if settings.demonstrations is not None:
-        demonstrations = read(Demonstration, source, run, **options)
-        found = [PromptItem(d.prompt, d.response) for d in demonstrations.records]
-        counts = Counter(demonstrations.counts)
-    else:
-        prompts = read(Prompt, source, run, **options)
-        found = [PromptItem(p, None) for p in prompts.records]
-        counts = Counter(prompts.counts)
+    kind: type[Any] = Prompt if settings.demonstrations is None else Demonstration
+    loaded: Loaded[Any] = read(kind, source, run, **options)
+    found = [PromptItem(r, None) if kind is Prompt else PromptItem(r.prompt, r.response) for r in loaded.records]
+    counts = Counter(loaded.counts)
     asked: dict[str, PromptItem] = {}
     for one in found:
         before = asked.setdefault(one.prompt.id, one)
