@@ -99,14 +99,8 @@ def _layer(block: Any, num_rows: int, kernels: Kernels, eps: float) -> Layer:
 
     norm = None
     if hasattr(attention, "q_norm"):
-        heads = (attention.q_proj.out_features, attention.k_proj.out_features)
-        query_heads, key_heads = (h // attention.head_dim for h in heads)
-        norm = torch.cat(
-            [
-                attention.q_norm.weight.detach().expand(query_heads, -1),
-                attention.k_norm.weight.detach().expand(key_heads, -1),
-            ]
-        )
+        normed = ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj))
+        norm = torch.cat([n.weight.detach().expand(p.out_features // attention.head_dim, -1) for n, p in normed])
     return Layer(
         norm=ProductForm("normed", block.input_layernorm.weight.detach(), eps),
         query_key_value=matrix(attention.q_proj, attention.k_proj, attention.v_proj),

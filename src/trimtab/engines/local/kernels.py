@@ -214,12 +214,10 @@ def find(weight: Tensor) -> Kernels:
     if library is not None:
         return CompiledKernels(library)
     if asked == "compiled":
-        problem, fix = (
-            "no C compiler with OpenMP was found, or its result cannot be kept",
-            ("install gcc or name a compiler in CC, and see that XDG_CACHE_HOME (~/.cache) can be written"),
-        )
-        if not fits:
-            problem, fix = "only float32 weights on a CPU have compiled kernels", "leave the variable out"
+        problem, fix = "only float32 weights on a CPU have compiled kernels", "leave the variable out"
+        if fits:
+            problem = "no C compiler with OpenMP was found, or its result cannot be kept"
+            fix = "install gcc or name a compiler in CC, and see that XDG_CACHE_HOME (~/.cache) can be written"
         raise EngineError(f"{SWITCH} = 'compiled', but {problem}", where="the environment", fix=fix)
     return Kernels()
 

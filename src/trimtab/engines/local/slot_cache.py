@@ -275,9 +275,8 @@ def _to_prompts(x: Tensor, cell: Tensor, num_prompts: int, group_size: int) -> T
     heads, repeats, size = x.shape[1:]
     grid = x.new_zeros(num_prompts * group_size, heads, repeats, size)
     grid[cell] = x
-    return (
-        grid.view(num_prompts, group_size, heads, repeats, size).transpose(1, 2).reshape(num_prompts, heads, -1, size)
-    )
+    by_prompt = grid.view(num_prompts, group_size, heads, repeats, size).transpose(1, 2)
+    return by_prompt.reshape(num_prompts, heads, -1, size)
 
 
 def _to_rows(x: Tensor, cell: Tensor, group_size: int) -> Tensor:
