@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trimtab.batches.outputs import ScoreOutputs
 from trimtab.batches.trees import TokenTrees, split_by_tokens
 from trimtab.models.roles import Policy, ScalarModel
 
@@ -33,12 +32,7 @@ def token_values_of(role: Policy | ScalarModel, trees: TokenTrees, token_budget:
 @torch.no_grad()
 def sequence_scores_of(model: ScalarModel, trees: TokenTrees, token_budget: int) -> Tensor:
     """[B] scores at the last token of each sequence."""
-
-    def scores(piece: TokenTrees) -> Tensor:
-        outputs: ScoreOutputs = model(piece)
-        return outputs.scores
-
-    return _in_pieces(trees, token_budget, "sequence", scores)
+    return _in_pieces(trees, token_budget, "sequence", lambda piece: model(piece).scores)
 
 
 def _in_pieces(trees: TokenTrees, token_budget: int, axis: str, run: Callable[[TokenTrees], Tensor]) -> Tensor:
