@@ -93,13 +93,8 @@ class TokenTrees:
     @classmethod
     def build(cls, trees: Sequence[Tree]) -> Self:
         """Builds the row of `trees`, in their order."""
-        ids: list[int] = []
-        positions: list[int] = []
-        nodes: list[int] = []
-        predict_from: list[int] = []
-        targets: list[int] = []
-        sequence_ids: list[int] = []
-        last_tokens: list[int] = []
+        columns: list[list[int]] = [[] for _ in range(7)]
+        ids, positions, nodes, predict_from, targets, sequence_ids, last_tokens = columns  # as the fields
         for tree in trees:
             fork, num_prompt = len(ids), len(tree.prompt)
             ids += tree.prompt
@@ -118,7 +113,6 @@ class TokenTrees:
                 positions += range(num_prompt, num_prompt + len(branch.ids))
                 nodes += [node] * len(branch.ids)
                 last_tokens.append(before)
-        columns = (ids, positions, nodes, predict_from, targets, sequence_ids, last_tokens)
         return cls(tuple(trees), *(torch.tensor(c, dtype=torch.int64) for c in columns))
 
     @property
