@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def choose_form(policy: Policy, sampling: Sampling, chat: Chat) -> FormChoice:
     passed_over: dict[str, str] = {}
     if not policy.tree_form:
         passed_over["slots"] = "the model does not compute its numbers over flat rows"
-    check = _Check.of(policy, chat)
+    check = _Check(policy, chat)
     for form in forms(policy, sampling, chat):
         with narrow_windows(policy.model):
             problem = check.problem(form)
@@ -101,18 +102,14 @@ def forms(policy: Policy, sampling: Sampling, chat: Chat) -> Iterator[DecodingFo
 class _Check:
     policy: Policy
     chat: Chat
-    prompts: list[list[int]]
 
-    @classmethod
-    def of(cls, policy: Policy, chat: Chat) -> _Check:
-        """A check with prompts that need padding, whose rows grow longer than the model's (narrowed) windows."""
-        size = policy.model.config.get_text_config().vocab_size
+    @cached_property
+    def prompts(self) -> list[list[int]]:
+        """Prompts that need padding, whose rows grow longer than the model's (narrowed) windows."""
+        size = self.policy.model.config.get_text_config().vocab_size
         draw = torch.Generator().manual_seed(0)
-        lengths = prompt_lengths(policy)
-        # The first ids are those of special tokens in most vocabularies.
-        return cls(
-            policy, chat, [torch.randint(min(3, size - 1), size, (n,), generator=draw).tolist() for n in lengths]
-        )
+        first = min(3, size - 1)  # the first ids are those of special tokens in most vocabularies
+        return [torch.randint(first, size, (n,), generator=draw).tolist() for n in prompt_lengths(self.policy)]
 
     @torch.no_grad()
     def problem(self, form: DecodingForm) -> str | None:
