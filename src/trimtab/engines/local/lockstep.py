@@ -35,9 +35,8 @@ class LockstepForm:
         """See `DecodingForm.decode`."""
         with own_attention(self.policy.model):
             for numbers in batches(prompts, max(1, self.sampling.batch_size // group_size), replies.width):
-                rows = LockstepRows.start(
-                    [prompts[i] for i in numbers], numbers, group_size, replies.width, self.pad_id
-                )
+                together = [prompts[i] for i in numbers]
+                rows = LockstepRows(together, numbers, group_size, replies.width, self.pad_id)
                 self._decode_batch(rows, replies)
 
     def _decode_batch(self, rows: LockstepRows, replies: ReplyBuffer) -> None:
@@ -65,27 +64,21 @@ class LockstepForm:
 class LockstepRows:
     """Sequences being decoded, with the sequence that each row holds."""
 
-    def __init__(self, tokens: Tensor, sequences: Tensor, prompt_lengths: Tensor) -> None:
-        """`tokens` [n, longest] hold prompts and replies, `sequences` [n] the sequence in each row, and
-        `prompt_lengths` [n] the length of its prompt."""
-        self.tokens = tokens
-        self.sequences = sequences
-        self.prompt_lengths = prompt_lengths
-        self.alive = torch.ones(len(tokens), dtype=torch.bool)
-
-    @classmethod
-    def start(
-        cls, prompts: Sequence[Sequence[int]], numbers: Sequence[int], group_size: int, reply_width: int, pad_id: int
-    ) -> LockstepRows:
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], group_size: int, reply_width: int, pad_id: int
+    ) -> None:
         """One row for each reply to these prompts; `numbers` are the prompts' indices in the whole call."""
         lengths = torch.tensor([len(p) for p in prompts])
         tokens = torch.full((len(prompts), int(lengths.max()) + reply_width), pad_id)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
-        sequences = torch.tensor(numbers)[:, None] * group_size + torch.arange(group_size)
-        return cls(
-            tokens.repeat_interleave(group_size, 0), sequences.flatten(), lengths.repeat_interleave(group_size, 0)
-        )
+        self.tokens = tokens.repeat_interleave(group_size, 0)
+        """[n, longest] prompts and replies."""
+        self.sequences = (torch.tensor(numbers)[:, None] * group_size + torch.arange(group_size)).flatten()
+        """[n] the sequence in each row."""
+        self.prompt_lengths = lengths.repeat_interleave(group_size, 0)
+        """[n] the length of its prompt."""
+        self.alive = torch.ones(len(self.tokens), dtype=torch.bool)
 
     @property
     def shortest(self) -> int:
