@@ -97,11 +97,9 @@ class ReplyBuffer:
         self.chat = chat
         self.tokens = torch.zeros(uniforms.shape, dtype=torch.int64)
         self.logprobs = torch.zeros(uniforms.shape)
-        self.policy_logprobs = self.logprobs
+        self.policy_logprobs = torch.zeros(uniforms.shape) if sampling.truncates else self.logprobs
         """`logprobs` under the whole softmax, as the policy is scored. A tensor of its own only if sampling
         truncates."""
-        if sampling.truncates:
-            self.policy_logprobs = torch.zeros(uniforms.shape)
         self.lengths = torch.zeros(len(uniforms), dtype=torch.int64)
         self.stopped = torch.zeros(len(uniforms), dtype=torch.bool)
         self._stop_ids = torch.tensor(sorted(chat.stop_ids if stop_ids is None else stop_ids), dtype=torch.int64)
