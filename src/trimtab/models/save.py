@@ -46,10 +46,8 @@ def save_role(role: Policy | ScalarModel, tokenizer: PreTrainedTokenizerBase, di
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "reward.json").write_text(json.dumps(facts), encoding="utf-8")
     save_adapter(role.model, role.adapter, directory, base=base, head=head)
-    written = copy.deepcopy(tokenizer)
-    chat = Chat(written)
-    pad_id = _set_pad(chat, written)
-    written.save_pretrained(directory)
+    chat, pad_id = _chat_to_write(tokenizer)
+    chat.tokenizer.save_pretrained(directory)
     if not isinstance(role, ScalarModel):  # for other libraries that generate with base and adapter
         settings: Any = GenerationConfig
         settings(eos_token_id=_stop_ids(chat), pad_token_id=pad_id).save_pretrained(directory)
@@ -64,14 +62,12 @@ def save_model(
 ) -> None:
     """Writes the model and its tokenizer as a Hugging Face directory, in `dtype` or by default in the dtype in which
     the model was stored."""
-    written = copy.deepcopy(tokenizer)
-    chat = Chat(written)
-    pad_id = _set_pad(chat, written)
+    chat, pad_id = _chat_to_write(tokenizer)
     if pad_id is None and not model.can_generate():
-        pad_id = _add_pad(model, written)
+        pad_id = _add_pad(model, chat.tokenizer)
     apart = _set_ids(model, _stop_ids(chat), chat.tokenizer.eos_token_id if pad_id is None else pad_id)
     if pad_id is None:
-        written.pad_token = written.eos_token
+        chat.tokenizer.pad_token = chat.tokenizer.eos_token
     dtype = dtype or written_dtype(model)
     weights = None if dtype == torch.float32 else _cast(model, dtype)
     refuse_to_write(model.named_parameters() if weights is None else weights.items(), directory, dtype)
@@ -82,7 +78,7 @@ def save_model(
     if dtype != torch.float32:
         file = directory / MODEL_FILE
         file.write_text(json.dumps(_with_dtype(read_json(file), dtype), indent=2) + "\n", encoding="utf-8")
-    written.save_pretrained(directory)
+    chat.tokenizer.save_pretrained(directory)
 
 
 def written_dtype(model: PreTrainedModel) -> torch.dtype:
@@ -100,14 +96,15 @@ def round_as_written(model: PreTrainedModel) -> None:
         tensor.copy_(tensor.to(dtype))
 
 
-def _set_pad(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Gives the tokenizer the pad token of the conversations, and returns its id. None if the pad token could also
-    occur in a text."""
+def _chat_to_write(tokenizer: PreTrainedTokenizerBase) -> tuple[Chat, int | None]:
+    """The chat of a copy of the tokenizer that has the pad token of the conversations, and the id of that token; None
+    if the pad token could also occur in a text."""
+    chat = Chat(copy.deepcopy(tokenizer))
     if not chat.pad_is_spare:
-        return None
-    if tokenizer.pad_token_id != chat.pad_id:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chat.pad_id)
-    return chat.pad_id
+        return chat, None
+    if chat.tokenizer.pad_token_id != chat.pad_id:
+        chat.tokenizer.pad_token = chat.tokenizer.convert_ids_to_tokens(chat.pad_id)
+    return chat, chat.pad_id
 
 
 def _add_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
