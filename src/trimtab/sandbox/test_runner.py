@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 
 from .rpc import Connection, Gone, Refused, Stream
 
+_BUILTINS = ("getattr", "setattr", "len", "bool", "str", "repr", "iter", "isinstance")
+_ITEM_OPERATORS = ("getitem", "setitem", "delitem", "contains")
 _SAME_TYPE_OPERATORS = ("eq", "ne", "lt", "le", "gt", "ge")
 _BINARY_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
 
@@ -105,20 +107,9 @@ def _next(iterator: Iterator[Any]) -> list[Any]:
 
 _DO: dict[str, Callable[..., Any]] = {
     "call": _call,
-    "getattr": getattr,
-    "setattr": setattr,
-    "getitem": operator.getitem,
-    "setitem": operator.setitem,
-    "delitem": operator.delitem,
-    "contains": operator.contains,
-    "len": len,
-    "bool": bool,
-    "str": str,
-    "repr": repr,
-    "iter": iter,
     "next": _next,
-    "isinstance": isinstance,
-    **{name: getattr(operator, name) for name in _SAME_TYPE_OPERATORS + _BINARY_OPERATORS},
+    **{name: getattr(builtins, name) for name in _BUILTINS},
+    **{name: getattr(operator, name) for name in _ITEM_OPERATORS + _SAME_TYPE_OPERATORS + _BINARY_OPERATORS},
 }
 
 
