@@ -8,7 +8,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -142,16 +142,12 @@ class Sandbox:
         return walls
 
     def _run(self, work: dict[str, Any], files: list[int]) -> tuple[int, dict[str, Any]]:
-        limits = self.limits
-        spec = work | {
+        spec = work | asdict(self.limits)
+        spec |= {
             "owner": os.getpid(),
             "packages": self.packages,
             "walls": self.allowed_walls,
             "allow_unisolated": self.allow_unisolated,
-            "seconds": limits.seconds,
-            "memory_mb": limits.memory_mb,
-            "num_processes": limits.num_processes,
-            "file_mb": limits.file_mb,
         }
         interpreter = os.path.realpath(sys.executable)
         with _file("") as report:
@@ -165,7 +161,7 @@ class Sandbox:
                 cwd="/",
                 start_new_session=True,
             )
-            status = _wait(supervisor, limits.seconds + _GRACE_SECONDS)
+            status = _wait(supervisor, self.limits.seconds + _GRACE_SECONDS)
             said = _read(report)
         rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
         if status not in (ENDED_BY_ITSELF, OUT_OF_TIME, NO_WALLS):
