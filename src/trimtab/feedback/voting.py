@@ -51,6 +51,13 @@ class Receipt:
     """For a quiz question, whether the answer agreed with the expected one."""
 
 
+def task_of(store: Store, person: Person, token: str) -> Row[Any] | None:
+    """The kind of an item that the person was given and the order of its replies; None if the token is not theirs."""
+    rows = sa.select(t.leases.c.shown_order, t.items.c.kind).join(t.items)
+    with store.read() as connection:
+        return connection.execute(rows.where(t.leases.c.token == token, t.leases.c.person_id == person.id)).first()
+
+
 def vote(store: Store, person: Person, token: str, answer: Answer, *, measured: bool = False) -> Receipt:
     """Stores an answer to the item of a lease. An answer that is sent again is not stored again.
 

@@ -30,7 +30,7 @@ from trimtab.feedback.server.security import (
 )
 from trimtab.feedback.store import guideline
 from trimtab.feedback.votes import replaced
-from trimtab.feedback.voting import Late, reopen, save_draft, set_opted_out, undo, vote
+from trimtab.feedback.voting import Late, reopen, save_draft, set_opted_out, task_of, undo, vote
 
 router = APIRouter()
 _LIMITED = [Depends(limit_sign_ins)]
@@ -139,12 +139,7 @@ def task(request: Request, visit: SignedIn) -> Response:
 def answer(request: Request, visit: SignedIn, token: str, form: PostedForm) -> Response:
     """Stores the answer and goes on. An answer that is sent twice is stored once."""
     store, person = visit.store, visit.someone
-    with store.read() as connection:
-        row = connection.execute(
-            sa.select(t.leases, t.items.c.kind)
-            .join(t.items)
-            .where(t.leases.c.token == token, t.leases.c.person_id == person.id)
-        ).first()
+    row = task_of(store, person, token)
     kept = written(form)
     if row is None:  # answered in another tab and opened anew since, or somebody else signed in
         if not kept:
@@ -172,12 +167,7 @@ def answer(request: Request, visit: SignedIn, token: str, form: PostedForm) -> R
 def draft(visit: SignedIn, token: str, form: PostedForm) -> Response:
     """Stores what is filled in so far as a draft."""
     store = visit.store
-    with store.read() as connection:
-        row = connection.execute(
-            sa.select(t.leases.c.shown_order, t.items.c.kind)
-            .join(t.items)
-            .where(t.leases.c.token == token, t.leases.c.person_id == visit.someone.id)
-        ).first()
+    row = task_of(store, visit.someone, token)
     if row is None:
         raise HTTPException(404, "no such task")
     if not save_draft(store, visit.someone, token, _draft_of(form)):

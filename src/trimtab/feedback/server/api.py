@@ -26,7 +26,7 @@ from trimtab.feedback.server.admin import board_of
 from trimtab.feedback.server.security import api_person, store_of
 from trimtab.feedback.store import audit_head, guideline, verify
 from trimtab.feedback.votes import as_dict, cast_votes
-from trimtab.feedback.voting import adjudicate, undo, vote
+from trimtab.feedback.voting import adjudicate, task_of, undo, vote
 from trimtab.feedback.webhooks import publish_guideline
 
 router = APIRouter(prefix="/api/v1")
@@ -132,12 +132,7 @@ def next_task(request: Request, person: Annotator) -> dict[str, Any]:
 def answer_task(request: Request, person: Annotator, token: str, body: AnswerBody) -> dict[str, Any]:
     """Stores an answer; sending the same token again stores nothing new."""
     store = store_of(request)
-    with store.read() as connection:
-        row = connection.execute(
-            sa.select(t.leases.c.shown_order, t.items.c.kind)
-            .join(t.items)
-            .where(t.leases.c.token == token, t.leases.c.person_id == person.id)
-        ).first()
+    row = task_of(store, person, token)
     if row is None:
         raise HTTPException(404, "no such task")
     answer = from_form(_form(body), kind=row.kind, order=row.shown_order, task=store.project.settings.task)
