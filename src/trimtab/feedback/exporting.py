@@ -27,7 +27,7 @@ from trimtab.feedback import tables as t
 from trimtab.feedback.answers import WORDS
 from trimtab.feedback.project import Project
 from trimtab.feedback.restoring import COLUMNS
-from trimtab.feedback.store import Store, digest, guideline
+from trimtab.feedback.store import Store, digest, guideline, last_entry
 from trimtab.feedback.votes import cast_votes, table_row
 
 ExportLayout = Literal[
@@ -63,7 +63,7 @@ def export(store: Store, layout: ExportLayout, *, split: labels.LabelSplit = "al
     with store.read() as connection:
         rows, counts = _rows(store.project, connection, layout, split)
         version = guideline(connection).version
-        head = connection.execute(sa.select(t.audit.c.sha256).order_by(t.audit.c.seq.desc()).limit(1)).scalar_one()
+        _, head = last_entry(connection)
     card = {
         "project": settings.name,
         "layout": layout,

@@ -199,10 +199,8 @@ def append_audits(connection: Connection, entries: Sequence[AuditEntry]) -> None
     """Adds entries in order, each with the hash of the one before it. Only the writer may do this."""
     if not entries:
         return
-    last = connection.execute(
-        sa.select(t.audit.c.seq, t.audit.c.sha256).order_by(t.audit.c.seq.desc()).limit(1)
-    ).first()
-    seq, previous, rows = (last.seq, last.sha256, []) if last else (0, "", [])
+    seq, previous = last_entry(connection)
+    rows = []
     for new in entries:
         seq += 1
         entry = {
@@ -281,10 +279,14 @@ def _miscounted(connection: Connection) -> Iterator[tuple[int, int, int]]:
 def audit_head(store: Store) -> tuple[int, str]:
     """Number and hash of the last audit entry: noted elsewhere, it shows later that nothing before it was changed."""
     with store.read() as connection:
-        row = connection.execute(
-            sa.select(t.audit.c.seq, t.audit.c.sha256).order_by(t.audit.c.seq.desc()).limit(1)
-        ).one()
-    return row.seq, row.sha256
+        return last_entry(connection)
+
+
+def last_entry(connection: Connection) -> tuple[int, str]:
+    """Number and hash of the last audit entry; 0 and "" if there is none."""
+    last = sa.select(t.audit.c.seq, t.audit.c.sha256).order_by(t.audit.c.seq.desc()).limit(1)
+    row = connection.execute(last).first()
+    return (row.seq, row.sha256) if row else (0, "")
 
 
 # --- guidelines ---
