@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import os
@@ -136,10 +137,14 @@ def _is_device(path: Path) -> bool:
     return path.exists() and (not path.is_file() or path.is_relative_to("/dev"))
 
 
+def finite(value: Any) -> Any:
+    """The value as JSON holds it: records as objects, and null for numbers that are not finite, which it has not."""
+    return json.loads(json.dumps(value, default=dataclasses.asdict), parse_constant=lambda _: None)
+
+
 def json_text(value: Any) -> str:
     """The value as a JSON document. Numbers that are not finite become null, since JSON cannot express them."""
-    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    return json.dumps(finite, ensure_ascii=False, sort_keys=True, indent=2) + "\n"
+    return json.dumps(finite(value), ensure_ascii=False, sort_keys=True, indent=2) + "\n"
 
 
 def read_json(path: Path, *, fix: str) -> dict[str, Any]:
@@ -155,9 +160,9 @@ def read_json(path: Path, *, fix: str) -> dict[str, Any]:
 
 def append_rows(path: Path, rows: list[Mapping[str, Any]]) -> None:
     """Appends rows to a JSON lines file. Numbers that are not finite become null."""
-    finite = json.loads(json.dumps(rows), parse_constant=lambda _: None)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in finite(rows)]
     with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in finite))
+        file.write("".join(lines))
 
 
 def discard(path: Path) -> None:

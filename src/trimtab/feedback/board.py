@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from trimtab.core.errors import DataError
+from trimtab.core.files import finite
 from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import agrees
@@ -67,14 +68,14 @@ class Board:
 
     def to_dict(self) -> JsonDict:
         """The board as JSON values."""
-        return {
+        values: JsonDict = {
             "at": self.at,
             **self.counts,
-            "agreement": self.study.to_dict()["coefficients"] if self.study is not None else [],
-            "slices": self.study.to_dict()["slices"] if self.study is not None else [],
-            "gold_accuracy": _plain(self.gold),
-            "left": _plain(self.left),
-            "ties": _plain(self.ties),
+            "agreement": self.study.coefficients if self.study is not None else [],
+            "slices": self.study.slices if self.study is not None else [],
+            "gold_accuracy": self.gold,
+            "left": self.left,
+            "ties": self.ties,
             "median_seconds": self.median_seconds,
             "arms": self.arms,
             "annotators": [
@@ -84,16 +85,18 @@ class Board:
                     "state": row.state,
                     "votes": row.votes,
                     "skips": row.skips,
-                    "gold_accuracy": _plain(row.gold),
-                    "left": _plain(row.card.left) if row.card else None,
-                    "agreement": _plain(row.card.agreement) if row.card else None,
-                    "median_seconds": _number(row.card.median_seconds) if row.card else None,
+                    "gold_accuracy": row.gold,
+                    "left": row.card.left if row.card else None,
+                    "agreement": row.card.agreement if row.card else None,
+                    "median_seconds": row.card.median_seconds if row.card else None,
                     "longest_run": row.card.longest_run if row.card else None,
-                    "flags": list(row.flags),
+                    "flags": row.flags,
                 }
                 for row in self.rows
             ],
         }
+        board: JsonDict = finite(values)
+        return board
 
 
 def make_board(store: Store, *, num_resamples: int = LIVE_RESAMPLES) -> Board:
@@ -259,16 +262,3 @@ def _throughput(moments: list[float], now: float) -> tuple[float, list[tuple[flo
 
 def _sided(votes: Any) -> Any:
     return np.isin(votes.choice, [i for i, c in enumerate(votes.categories) if c in ("A", "B")])
-
-
-def _plain(interval: Interval) -> JsonDict:
-    return {
-        "value": _number(interval.value),
-        "low": _number(interval.low),
-        "high": _number(interval.high),
-        "count": interval.count,
-    }
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.core.errors import DataError
+from trimtab.core.files import finite
 from trimtab.core.types import JsonDict
 from trimtab.stats import Interval
 from trimtab.votes.aggregate import AggregationMethod, aggregate
@@ -81,7 +81,7 @@ class Study:
 
     def to_dict(self) -> JsonDict:
         """The record as JSON values; a number that is not finite is None."""
-        found: JsonDict = _plain(dataclasses.asdict(self))
+        found: JsonDict = finite(self)
         return found
 
 
@@ -258,13 +258,3 @@ def _ladder(votes: VoteTable, options: dict[str, Any], notes: list[str]) -> Rati
         notes += found.notes
         return found
     return None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(member) for key, member in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(member) for member in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
