@@ -191,15 +191,19 @@ def disagreements(connection: Connection, *, limit: int = 200) -> list[dict[str,
             groups[cast.item_id].append(cast)
     said_last = sa.select(t.votes.c.item_id, t.votes.c.answer).where(t.votes.c.purpose == "task", ~replaced())
     flagged = {row.item_id for row in connection.execute(said_last) if row.answer.get("flags")}
+    for item_id in flagged - groups.keys() - done:  # skipped and flagged by everyone
+        groups[item_id] = []
     found = []
     for item_id, casts in groups.items():
         said = Counter(_said(cast) for cast in casts)
-        split = 1 - said.most_common(1)[0][1] / len(casts)
+        split = 1 - max(said.values()) / len(casts) if casts else 0.0
         if split > 0 or item_id in flagged:
+            asked = sa.select(t.items.c.prompt).where(t.items.c.id == item_id)
+            prompt = casts[0].prompt if casts else connection.execute(asked).scalar_one()
             found.append(
                 {
                     "item_id": item_id,
-                    "prompt": casts[0].prompt["messages"][-1]["content"],
+                    "prompt": prompt["messages"][-1]["content"],
                     "votes": len(casts),
                     "said": dict(said),
                     "disagreement": split,
@@ -207,19 +211,6 @@ def disagreements(connection: Connection, *, limit: int = 200) -> list[dict[str,
                     "rank": (item_id in flagged, split * (1 + max(0.0, score.get(item_id, 0.0)))),
                 }
             )
-    for item_id in flagged - groups.keys() - done:  # skipped and flagged by everyone
-        row = connection.execute(sa.select(t.items.c.prompt).where(t.items.c.id == item_id)).one()
-        found.append(
-            {
-                "item_id": item_id,
-                "prompt": row.prompt["messages"][-1]["content"],
-                "votes": 0,
-                "said": {},
-                "disagreement": 0.0,
-                "flagged": True,
-                "rank": (True, 0.0),
-            }
-        )
     return sorted(found, key=lambda item: item["rank"], reverse=True)[:limit]
 
 
