@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,14 +238,5 @@ def ranked_pairs(ranking: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, s
 
 def votes_of(project: str | Path) -> VoteTable:
     """The votes of a project as a table. Raises ConfigError if it has no store."""
-    store = open_store(project, must_exist=True)
-    try:
-        with store.read() as connection:
-            return votes_as_table(connection, store.project.settings.task)
-    finally:
-        store.close()
-
-
-def as_dict(cast: CountedVote) -> dict[str, Any]:
-    """A vote for the REST interface: the row of the vote table, with the vote's id."""
-    return {"id": cast.id, **table_row(cast)}
+    with closing(open_store(project, must_exist=True)) as store, store.read() as connection:
+        return votes_as_table(connection, store.project.settings.task)

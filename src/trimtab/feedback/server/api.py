@@ -25,7 +25,7 @@ from trimtab.feedback.progress import counts
 from trimtab.feedback.server.admin import board_of
 from trimtab.feedback.server.security import api_person, store_of
 from trimtab.feedback.store import audit_head, guideline, verify
-from trimtab.feedback.votes import as_dict, cast_votes
+from trimtab.feedback.votes import cast_votes, table_row
 from trimtab.feedback.voting import adjudicate, task_of, undo, vote
 from trimtab.feedback.webhooks import publish_guideline
 
@@ -230,7 +230,8 @@ def list_votes(request: Request, person: Admin, after: int = 0, limit: Page = 10
     """Votes that count, in the order they were given, after the one with the id `after`."""
     with store_of(request).read() as connection:
         purposes = ("task", "gold", "reask", "adjudication")
-        return [as_dict(c) for c in cast_votes(connection, purposes=purposes, after=after, limit=limit)]
+        casts = cast_votes(connection, purposes=purposes, after=after, limit=limit)
+        return [{"id": cast.id, **table_row(cast)} for cast in casts]
 
 
 @router.get("/people")
