@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qs
 
 from fastapi import Depends, HTTPException, Request
 from fastapi.security import HTTPBearer
@@ -102,13 +102,9 @@ async def read_form(request: Request) -> PostedFields:
         if len(body) > MAX_BODY:
             raise HTTPException(413, "the form is too large")
     try:
-        pairs = parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=2_000, errors="strict")
+        return parse_qs(body.decode(), keep_blank_values=True, max_num_fields=2_000, errors="strict")
     except ValueError:
         raise HTTPException(400, "the form cannot be read") from None
-    fields: dict[str, list[str]] = {}
-    for name, value in pairs:
-        fields.setdefault(name, []).append(value)
-    return fields
 
 
 async def checked_form(
@@ -117,7 +113,7 @@ async def checked_form(
     """The form, if it came from one of our own pages. Raises BadForm if not."""
     if not _from_our_pages(request, visit.store):
         raise BadForm("the form came from another site", form)
-    if not hmac.compare_digest(_one(form, "csrf").encode("utf-8", "replace"), visit.csrf.encode()):
+    if not hmac.compare_digest(field(form, "csrf").encode("utf-8", "replace"), visit.csrf.encode()):
         raise BadForm("the page is too old; go back, reload it and send again", form)
     return form
 
@@ -141,12 +137,9 @@ def _from_our_pages(request: Request, store: Store) -> bool:
 PostedForm = Annotated[PostedFields, Depends(checked_form)]
 
 
-def _one(form: PostedFields, name: str) -> str:
+def field(form: PostedFields, name: str) -> str:
+    """The last value of a field; "" if there is none."""
     return form[name][-1] if form.get(name) else ""
-
-
-field = _one
-"""The last value of a field; "" if there is none."""
 
 
 async def signed_in(visit: AnyVisit) -> Visit:
