@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypedDict, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trimtab.stats import Floats, Interval
 from trimtab.votes.table import Ints, VoteTable
@@ -26,6 +27,18 @@ Scale = Literal["nominal", "ordinal", "interval", "ratio"]
 Weights = Literal["identity", "linear", "quadratic", "ordinal"]
 Statistic = Callable[[Floats, Floats], Floats]
 """From distinct rows of counts [U, q] and their weights [B, U] to values [B], nan if undefined."""
+
+
+class Resampling(TypedDict, total=False):
+    """How intervals are found, the same for all coefficients."""
+
+    groups: Ints | None
+    """[I], the group of each item. Items of one group are resampled together; None if all are independent."""
+    num_resamples: int
+    """1000 unless given."""
+    seed: int
+    """0 unless given."""
+
 
 _CELLS = 4_000_000
 """Numbers held in memory at once while resampling: 32 MB."""
@@ -53,25 +66,19 @@ class Agreement:
         return f"{self.interval.value:.3f}{bounds} (n={self.interval.count})"
 
 
-def raw_agreement(table: Floats, *, groups: Ints | None = None, num_resamples: int = 1000, seed: int = 0) -> Agreement:
+def raw_agreement(table: Floats, **resampling: Unpack[Resampling]) -> Agreement:
     """How often two randomly chosen annotators of the same item agree, not corrected for chance.
 
     The mean is over items with two votes or more; `table` [I, q] holds counts of votes. It is the P-bar of Fleiss and
-    the observed agreement of Gwet. Here and below, items of one group in `groups` [I] are resampled together.
+    the observed agreement of Gwet.
     """
-    rated, groups = _rows_with(table.sum(axis=1) >= 2, table, groups)
-    why = "" if rated.size else _no_overlap(table)
-    return _with_interval("raw agreement", _raw, rated, why, groups=groups, num_resamples=num_resamples, seed=seed)
+    several = table.sum(axis=1) >= 2
+    why = "" if several.any() else _no_overlap(table)
+    return _with_interval("raw agreement", _raw, table, several, why, **resampling)
 
 
 def fleiss_kappa(
-    table: Floats,
-    *,
-    swap: Ints | None = None,
-    categories: Sequence[str] = (),
-    groups: Ints | None = None,
-    num_resamples: int = 1000,
-    seed: int = 0,
+    table: Floats, *, swap: Ints | None = None, categories: Sequence[str] = (), **resampling: Unpack[Resampling]
 ) -> Agreement:
     """Fleiss' kappa for items with equally many votes (Fleiss 1971, Psychological Bulletin 76, eq. 7).
 
@@ -85,21 +92,10 @@ def fleiss_kappa(
         return _undefined("Fleiss' kappa", _no_overlap(table))
     found, times = np.unique(several, return_counts=True)
     size = found[np.argmax(times)]
-    rated, groups = _rows_with(sizes == size, table, groups)
-    left_out = int((sizes > 0).sum()) - len(rated)
+    left_out = int((sizes > 0).sum() - (sizes == size).sum())
     note = f"on the items with exactly {size:.0f} votes; {left_out} others left out" if left_out else ""
-    why = _no_variation(rated, categories)
-    return _with_interval(
-        "Fleiss' kappa",
-        _fleiss,
-        rated,
-        why,
-        swap=swap,
-        groups=groups,
-        note=note,
-        num_resamples=num_resamples,
-        seed=seed,
-    )
+    why = _no_variation(table[sizes == size], categories)
+    return _with_interval("Fleiss' kappa", _fleiss, table, sizes == size, why, swap=swap, note=note, **resampling)
 
 
 def krippendorff_alpha(
@@ -109,9 +105,7 @@ def krippendorff_alpha(
     values: Floats | None = None,
     swap: Ints | None = None,
     categories: Sequence[str] = (),
-    groups: Ints | None = None,
-    num_resamples: int = 1000,
-    seed: int = 0,
+    **resampling: Unpack[Resampling],
 ) -> Agreement:
     """Krippendorff's alpha: for any number of annotators, with any votes missing (Krippendorff 2004, ch. 11).
 
@@ -123,18 +117,10 @@ def krippendorff_alpha(
     """
     if scale in ("interval", "ratio") and values is None:
         raise ValueError(f"a {scale} scale needs the values of its categories")
-    rated, groups = _rows_with(table.sum(axis=1) >= 2, table, groups)
-    why = _no_overlap(table) if not rated.size else _no_variation(rated, categories)
-    return _with_interval(
-        f"Krippendorff's alpha ({scale})",
-        _alpha(scale, values),
-        rated,
-        why,
-        swap=swap,
-        groups=groups,
-        num_resamples=num_resamples,
-        seed=seed,
-    )
+    several = table.sum(axis=1) >= 2
+    why = _no_variation(table[several], categories) if several.any() else _no_overlap(table)
+    name = f"Krippendorff's alpha ({scale})"
+    return _with_interval(name, _alpha(scale, values), table, several, why, swap=swap, **resampling)
 
 
 def gwet_ac(
@@ -144,9 +130,7 @@ def gwet_ac(
     values: Floats | None = None,
     swap: Ints | None = None,
     categories: Sequence[str] = (),
-    groups: Ints | None = None,
-    num_resamples: int = 1000,
-    seed: int = 0,
+    **resampling: Unpack[Resampling],
 ) -> Agreement:
     """Gwet's AC1, or AC2 with weights, which does not collapse when one category is common (Gwet 2008, BJMSP 61).
 
@@ -156,37 +140,28 @@ def gwet_ac(
     more, q the number of columns: a category that could be chosen but never was needs a column too.
     """
     name = "Gwet's AC1" if weights == "identity" else f"Gwet's AC2 ({weights})"
-    why = "" if (table.sum(axis=1) >= 2).any() else _no_overlap(table)
+    sizes = table.sum(axis=1)
+    several = sizes >= 2
+    why = "" if several.any() else _no_overlap(table)
     if not why and table.shape[1] < 2:
         why = _no_variation(table, categories)
-    several = table.sum(axis=1) >= 2
-    counted = int(several.sum()) if groups is None else np.unique(groups[several]).size
-    rated, groups = _rows_with(table.sum(axis=1) >= 1, table, groups)
+    groups = resampling.get("groups")
+    num_several = int(several.sum()) if groups is None else np.unique(groups[several]).size
     matrix = agreement_weights(table.shape[1], weights, values)
-    found = _with_interval(
-        name, _gwet(matrix), rated, why, swap=swap, groups=groups, num_resamples=num_resamples, seed=seed
-    )
-    used = Interval(found.interval.value, found.interval.low, found.interval.high, counted)
-    return Agreement(name=name, interval=used, undefined=found.undefined, note=found.note)
+    found = _with_interval(name, _gwet(matrix), table, sizes >= 1, why, swap=swap, **resampling)
+    return replace(found, interval=replace(found.interval, count=num_several))
 
 
-def leave_one_out(table: Floats, *, groups: Ints | None = None, num_resamples: int = 1000, seed: int = 0) -> Agreement:
+def leave_one_out(table: Floats, **resampling: Unpack[Resampling]) -> Agreement:
     """How often a vote equals the majority of the item's other votes: one person's score, to compare a model with.
 
     If the others are evenly split, one of their most common choices is drawn (Dubois et al., arXiv:2305.14387). The
     mean is over items with two votes or more.
     """
-    rated, groups = _rows_with(table.sum(axis=1) >= 2, table, groups)
-    why = "" if rated.size else _no_overlap(table)
-    return _with_interval(
-        "one against the majority of the others",
-        _leave_one_out,
-        rated,
-        why,
-        groups=groups,
-        num_resamples=num_resamples,
-        seed=seed,
-    )
+    several = table.sum(axis=1) >= 2
+    why = "" if several.any() else _no_overlap(table)
+    name = "one against the majority of the others"
+    return _with_interval(name, _leave_one_out, table, several, why, **resampling)
 
 
 def cohen_kappa(
@@ -198,9 +173,7 @@ def cohen_kappa(
     values: Floats | None = None,
     swap: Ints | None = None,
     categories: Sequence[str] = (),
-    groups: Ints | None = None,
-    num_resamples: int = 1000,
-    seed: int = 0,
+    **resampling: Unpack[Resampling],
 ) -> Agreement:
     """Cohen's kappa of two annotators over the items both judged (Cohen 1960; weighted: Cohen 1968).
 
@@ -228,8 +201,8 @@ def cohen_kappa(
         return _beyond_chance(np.einsum("bkl,kl->b", square, matrix), chance)
 
     value = float(kappa(cells[None])[0])
-    drawn = [kappa(part) for part in _resampled(places, cells.size, groups, num_resamples, seed)]
-    return _finish(name, value, drawn, n, "", groups)
+    drawn = [kappa(part) for part in _resampled(places, cells.size, **resampling)]
+    return _finish(name, value, drawn, n, "", resampling.get("groups"))
 
 
 def agreement_weights(num_categories: int, kind: Weights, values: Floats | None = None) -> Floats:
@@ -296,19 +269,11 @@ def annotator_pairs(votes: VoteTable, *, num_resamples: int = 1000, seed: int = 
         both = judged[i] & judged[j]
         first, second = chosen[i, both], chosen[j, both]
         groups = None if votes.group is None else votes.group[both]
+        how: Resampling = {"groups": groups, "num_resamples": num_resamples, "seed": seed}
         apart = (first != second).astype(np.int64)
-        drawn = [part[:, 0] / part.sum(axis=1) for part in _resampled(apart, 2, groups, num_resamples, seed)]
+        drawn = [part[:, 0] / part.sum(axis=1) for part in _resampled(apart, 2, **how)]
         raw = _finish("agreement", 1 - float(apart.mean()), drawn, apart.size, "", groups)
-        kappa = cohen_kappa(
-            first,
-            second,
-            q,
-            swap=votes.swap,
-            categories=votes.categories,
-            groups=groups,
-            num_resamples=num_resamples,
-            seed=seed,
-        )
+        kappa = cohen_kappa(first, second, q, swap=votes.swap, categories=votes.categories, **how)
         pairs.append(
             AnnotatorPair(first=votes.annotators[i], second=votes.annotators[j], agreement=raw.interval, kappa=kappa)
         )
@@ -402,23 +367,21 @@ def _beyond_chance(observed: Floats, chance: Floats) -> Floats:
 # --- intervals and words ---
 
 
-def _rows_with(mask: Any, table: Floats, groups: Ints | None) -> tuple[Floats, Ints | None]:
-    return table[mask], None if groups is None else groups[mask]
-
-
 def _with_interval(
     name: str,
     statistic: Statistic,
-    rated: Floats,
+    table: Floats,
+    counted: NDArray[np.bool_],
     why: str,
     *,
     swap: Ints | None = None,
-    groups: Ints | None = None,
     note: str = "",
-    num_resamples: int,
-    seed: int,
+    **resampling: Unpack[Resampling],
 ) -> Agreement:
-    """The statistic of the items' count rows, with a percentile bootstrap over items, or over groups of them."""
+    """The statistic of the counted rows [I] of a table, with a percentile bootstrap over items, or groups of them."""
+    rated, groups = table[counted], resampling.get("groups")
+    if groups is not None:
+        groups = resampling["groups"] = groups[counted]
     n = len(rated)
     if why:
         return _undefined(name, why, n)
@@ -429,12 +392,12 @@ def _with_interval(
         return statistic(both, weights if swap is None else np.concatenate([weights, weights], axis=1) / 2)
 
     value = float(of(times[None].astype(np.float64))[0])
-    drawn = [of(part) for part in _resampled(kinds.ravel(), len(rows), groups, num_resamples, seed, cells=both.size)]
+    drawn = [of(part) for part in _resampled(kinds.ravel(), len(rows), cells=both.size, **resampling)]
     return _finish(name, value, drawn, n, note, groups)
 
 
 def _resampled(
-    kinds: Ints, num_kinds: int, groups: Ints | None, num_resamples: int, seed: int, *, cells: int = 1
+    kinds: Ints, num_kinds: int, *, cells: int = 1, groups: Ints | None = None, num_resamples: int = 1000, seed: int = 0
 ) -> Iterator[Floats]:
     """How often each kind of item is in each resample, [B, kinds], in blocks that fit into memory.
 
