@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy
@@ -66,35 +67,34 @@ def annotator_cards(votes: VoteTable, *, confidence: float = 0.95) -> list[Annot
     hasty = hasty_votes(votes)
     timed = ~np.isnan(votes.seconds)
     neither = np.array([c in ("tie", "both_bad") for c in votes.categories])[votes.choice]
-    same, repeats, repeated = _repeats(votes)
+    alike, repeated = _repeats(votes)
     alone = _first_of_groups(votes)
     runs = [_longest_run(_answers(votes)[alone & (votes.annotator == r)]) for r in range(num)]
     everybody = _shares_of_answers(votes)
     strict = 1 - (1 - confidence) / num
     everyone_hasty = hasty[timed].mean() if timed.any() else math.nan
 
-    def per(values: Floats, who: Ints, effects: Floats, level: float) -> list[Interval]:
-        sums, sizes = np.bincount(who, weights=values, minlength=num), np.bincount(who, minlength=num)
-        return [_share(s, int(n), effect, level) for s, n, effect in zip(sums, sizes, effects, strict=True)]
-
     who = votes.annotator
+    measured: dict[str, tuple[VoteTable, NDArray[Any], NDArray[np.bool_]]] = {
+        "agreement": (first, right, judged),
+        "left": (votes, left, decided),
+        "ties": (votes, neither, np.full(len(votes), votes.pairwise)),
+        "hasty": (votes, hasty, timed),
+        "consistency": (votes, alike, repeated),
+    }
     columns = {
-        "agreement": (right[judged], first.annotator[judged]),
-        "left": (left[decided], who[decided]),
-        "ties": (neither.astype(np.float64), who) if votes.pairwise else (np.empty(0), np.empty(0, dtype=np.int64)),
-        "hasty": (hasty[timed].astype(np.float64), who[timed]),
-        "consistency": (same, repeats),
+        name: (values[mask].astype(np.float64), table.annotator[mask], table.group_of_votes[mask])
+        for name, (table, values, mask) in measured.items()
     }
-    groups = {
-        "agreement": first.group_of_votes[judged],
-        "left": votes.group_of_votes[decided],
-        "ties": votes.group_of_votes if votes.pairwise else np.empty(0, dtype=np.int64),
-        "hasty": votes.group_of_votes[timed],
-        "consistency": votes.group_of_votes[repeated],
-    }
-    effect = {name: _design_effects(*columns[name], groups[name], num) for name in columns}
-    shown = {name: per(*columns[name], effect[name], confidence) for name in columns}
-    sure = {name: per(*columns[name], effect[name], strict) for name in columns}
+    effect = {name: _design_effects(*column, num) for name, column in columns.items()}
+
+    def per(name: str, level: float) -> list[Interval]:
+        values, who, _ = columns[name]
+        sums, sizes = np.bincount(who, weights=values, minlength=num), np.bincount(who, minlength=num)
+        return [_share(s, int(n), worse, level) for s, n, worse in zip(sums, sizes, effect[name], strict=True)]
+
+    shown = {name: per(name, confidence) for name in columns}
+    sure = {name: per(name, strict) for name in columns}
     mean_agreement = float(right[judged].mean()) if judged.any() else math.nan
     cards = []
     for r, name in enumerate(votes.annotators):
@@ -169,7 +169,7 @@ def _first_of_groups(votes: VoteTable) -> NDArray[np.bool_]:
     """True for the first vote [V] of each annotator in each group: the pairs of a ranking are one answer, not a run."""
     key = votes.group_of_votes * len(votes.annotators) + votes.annotator
     first = np.zeros(len(votes), dtype=bool)
-    again = _repeats(votes)[2] if votes.group is None else np.zeros(len(votes), dtype=bool)
+    again = _repeats(votes)[1] if votes.group is None else np.zeros(len(votes), dtype=bool)
     first[np.unique(key, return_index=True)[1]] = True
     return first | again
 
@@ -273,12 +273,12 @@ def _with_the_others(votes: VoteTable) -> tuple[Floats, NDArray[np.bool_]]:
     return favourite[np.arange(len(votes)), votes.choice] / favourite.sum(axis=1), others.sum(axis=1) > 0
 
 
-def _repeats(votes: VoteTable) -> tuple[Floats, Ints, NDArray[np.bool_]]:
-    """For each repeated vote, whether it equals the annotator's first on the item, and who gave it; and a mask [V]."""
+def _repeats(votes: VoteTable) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Whether each vote [V] equals the annotator's first on the item, and which votes [V] repeat one."""
     key = votes.item * len(votes.annotators) + votes.annotator
     _, first, index = np.unique(key, return_index=True, return_inverse=True)
     again = first[index] != np.arange(len(votes))
-    return (votes.choice == votes.choice[first][index])[again].astype(np.float64), votes.annotator[again], again
+    return votes.choice == votes.choice[first][index], again
 
 
 def _answers(votes: VoteTable) -> Ints:
