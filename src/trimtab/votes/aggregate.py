@@ -31,17 +31,17 @@ class ItemLabels:
     """[I, q], probability of each category; by majority, its share of the votes. nan for an item without votes."""
     num_votes: Floats
     """[I], number of votes of each item."""
-    skills: Floats | None
+    skills: Floats | None = None
     """[R], probability that an annotator's answer is right, averaged over the prior (MACE: that it is not a guess);
     None by majority."""
-    confusion: Floats | None
+    confusion: Floats | None = None
     """[R, q, q], probability of each answer (last axis) given each truth; None by majority."""
-    prior: Floats | None
+    prior: Floats | None = None
     """[q], estimated share of items of each category; None by majority."""
-    log_likelihood: float
+    log_likelihood: float = 0.0
     """Log-likelihood of the votes under the fitted model; 0 by majority."""
-    num_iterations: int
-    converged: bool
+    num_iterations: int = 0
+    converged: bool = True
 
     @property
     def best(self) -> tuple[int | None, ...]:
@@ -83,17 +83,7 @@ def aggregate(
     with np.errstate(invalid="ignore"):
         shares = table / num_votes[:, None]
     if method == "majority" or not len(votes):
-        return ItemLabels(
-            method=method,
-            probabilities=shares,
-            num_votes=num_votes,
-            skills=None,
-            confusion=None,
-            prior=None,
-            log_likelihood=0.0,
-            num_iterations=0,
-            converged=True,
-        )
+        return ItemLabels(method=method, probabilities=shares, num_votes=num_votes)
     q, num = len(votes.categories), len(votes.annotators)
     tie_matrix = _under_exchange(votes)
     fit = _mace_fit(tie_matrix) if method == "mace" else _counted_fit(method, tie_matrix)
