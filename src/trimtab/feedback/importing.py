@@ -108,9 +108,7 @@ def import_source(
                 votes += [given] if given is not None else []
                 not_judged += given is None
             new += [(where, item) for item in asked]
-        except Mistake as mistake:
-            mistakes.append((where, mistake.problem, mistake.fix))
-        except DataError as error:
+        except (DataError, Mistake) as error:
             mistakes.append((where, error.problem, error.fix))
     for group in samples.values():
         where, _, prompt, _ = group[0]

@@ -136,11 +136,7 @@ def _cell(value: Any, column: sa.Column[Any]) -> Any:
         if value == "":
             return None
         if isinstance(kind, sa.Boolean):
-            return (
-                {"true": True, "false": False}[value.lower()]
-                if value.lower() in ("true", "false")
-                else bool(int(value))
-            )
+            return value.lower() == "true" if value.lower() in ("true", "false") else bool(int(value))
         return int(value) if isinstance(kind, sa.Integer) else float(value)
     if isinstance(kind, sa.Text):
         if not isinstance(value, str | None):  # the readers take a CSV cell such as [7] for a list
