@@ -226,8 +226,6 @@ class _Chunk:
             "guideline_version": version,
             "key": key,
             "replaces": None if before is None else before.id,
-            "arm": None,
-            "propensity": None,
         }
 
     def _new_lease(self, here: tuple[int, int, str], shown_left: str | None) -> JsonDict:

@@ -300,43 +300,22 @@ def insert_votes(connection: Connection, new: Sequence[NewVote]) -> list[int]:
     return [int(row.id) for row in added]
 
 
-def _add(
-    store: Store,
-    connection: Connection,
-    person: Person,
-    item: Row[Any],
-    answer: Answer,
-    *,
-    purpose: str,
-    shown_order: list[int],
-    seconds: float | None,
-    key: str,
-    replaces: int | None,
-    lease_id: int | None = None,
-    arm: str | None = None,
-    propensity: float | None = None,
-) -> int:
+def _add(store: Store, connection: Connection, person: Person, item: Row[Any], answer: Answer, **more: Any) -> int:
+    """The id of a new row about an item. `more` are its columns that do not follow from the item and the answer."""
     replies = [reply["sha256"] for reply in item.replies]
-    pair = item.kind == "pairs"
+    pair, shown_order = item.kind == "pairs", more["shown_order"]
     words = {name: getattr(answer, name) for name in WORDS}
     values = {
         "item_id": item.id,
         "person_id": person.id,
-        "lease_id": lease_id,
-        "purpose": purpose,
         "choice": answer.choice,
         "strength": answer.strength,
         "item_a": replies[0] if replies else "",
         "item_b": replies[1] if pair else "",
         "shown_left": "AB"[shown_order[0]] if pair and shown_order else None,
-        "shown_order": shown_order,
         "answer": answer.stored(),
-        "seconds": seconds,
         "guideline_version": guideline(connection).version,
-        "key": key,
-        "replaces": replaces,
-        "arm": arm,
-        "propensity": propensity,
+        **more,
     }
     return insert_votes(connection, [NewVote(store.now(), values, words)])[0]
 
