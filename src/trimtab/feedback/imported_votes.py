@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Row
 
 from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict
@@ -130,6 +130,10 @@ def add_votes(store: Store, votes: Sequence[GivenVote]) -> dict[str, int]:
     return counts
 
 
+def _here(row: Row[Any]) -> tuple[int, int, str]:
+    return row.item_id, row.person_id, row.purpose
+
+
 class _Chunk:
     """The votes of one transaction, and what the store knows of their items and people, read once for all of them."""
 
@@ -147,15 +151,11 @@ class _Chunk:
         self.items = {row.sha256: row for row in connection.execute(rows)}
         ids, persons = [row.id for row in self.items.values()], list(self.people.values())
         met = t.leases.c.item_id.in_(ids) & t.leases.c.person_id.in_(persons)
-        self.leases = {
-            (row.item_id, row.person_id, row.purpose): row for row in connection.execute(sa.select(t.leases).where(met))
-        }
+        self.leases = {_here(row): row for row in connection.execute(sa.select(t.leases).where(met))}
         given = t.votes.c.item_id.in_(ids) & t.votes.c.person_id.in_(persons)
         columns = (t.votes.c.id, t.votes.c.item_id, t.votes.c.person_id, t.votes.c.purpose, t.votes.c.choice)
-        self.newest = {
-            (row.item_id, row.person_id, row.purpose): row
-            for row in connection.execute(sa.select(*columns).where(given).order_by(t.votes.c.id))
-        }
+        newest = sa.select(*columns).where(given).order_by(t.votes.c.id)
+        self.newest = {_here(row): row for row in connection.execute(newest)}
         keys = [key for key, _ in keyed]
         self.known = set(connection.execute(sa.select(t.votes.c.key).where(t.votes.c.key.in_(keys))).scalars())
         counted = sa.select(t.leases.c.person_id, sa.func.count()).where(t.leases.c.person_id.in_(persons))
@@ -260,7 +260,5 @@ class _Chunk:
         persons = list(self.people.values())
         met = t.leases.c.item_id.in_(ids) & t.leases.c.person_id.in_(persons)
         columns = (t.leases.c.id, t.leases.c.item_id, t.leases.c.person_id, t.leases.c.purpose)
-        found = {
-            (r.item_id, r.person_id, r.purpose): r.id for r in self.connection.execute(sa.select(*columns).where(met))
-        }
+        found = {_here(row): row.id for row in self.connection.execute(sa.select(*columns).where(met))}
         return [replace(vote, values={**vote.values, "lease_id": found[here]}) for here, vote in rows]
