@@ -393,26 +393,19 @@ def scores(project: Path, file: Path) -> None:
 
 @click.command()
 @_project
-@click.option("--world", default="helpdesk", show_default=True, help="Whose annotators vote, by its true reward.")
-@click.option("--annotators", default=20, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--world", "world_name", default="helpdesk", show_default=True, help="Whose annotators vote, by its true reward."
+)
+@click.option("--annotators", "num_annotators", default=20, show_default=True, type=click.IntRange(min=1))
 @click.option("--agreement", default=0.7, show_default=True, help="How often two of them agree.")
 @click.option("--limit", type=click.IntRange(min=1), help="Votes to give; all that are wanted without it.")
 @click.option("--seed", default=0, show_default=True)
-def simulate(project: Path, world: str, annotators: int, agreement: float, limit: int | None, seed: int) -> None:
+def simulate(project: Path, **options: Any) -> None:
     """Have a world's simulated annotators vote through the store, as people do."""
     from trimtab.feedback import simulate as simulating
     from trimtab.feedback.store import open_store
 
-    _tell(
-        simulating.simulate(
-            open_store(project),
-            world_name=world,
-            num_annotators=annotators,
-            agreement=agreement,
-            limit=limit,
-            seed=seed,
-        )
-    )
+    _tell(simulating.simulate(open_store(project), **options))
 
 
 @click.command()
