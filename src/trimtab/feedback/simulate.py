@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import sqlalchemy as sa
@@ -93,13 +94,8 @@ def _answer(people: Annotators, row: Any, annotator: int, seed: int, scale: int)
             for a in range(len(texts))
         ]
         order = sorted(range(len(texts)), key=lambda place: -wins[place])
-        tiers: list[list[int]] = []
-        for place in order:
-            if tiers and wins[tiers[-1][0]] == wins[place]:
-                tiers[-1].append(place)
-            else:
-                tiers.append([place])
-        return Answer(choice="done", ranking=tuple(map(tuple, tiers)), seconds=seconds)
+        ranking = tuple(tuple(tier) for _, tier in groupby(order, key=lambda place: wins[place]))
+        return Answer(choice="done", ranking=ranking, seconds=seconds)
     choice = people.vote(prompt, texts[0], texts[1], annotator=annotator, seed=seed)
     return Answer(choice=choice, strength=_strength(people, prompt, texts, scale), seconds=seconds)
 
