@@ -288,15 +288,14 @@ def _lease(
     propensity: float | None = None,
 ) -> Lease:
     now, settings = store.now(), store.project.settings.assignment
-    num = len(connection.execute(sa.select(t.items.c.replies).where(t.items.c.id == item_id)).scalar_one())
-    kind = connection.execute(sa.select(t.items.c.kind).where(t.items.c.id == item_id)).scalar_one()
+    item = connection.execute(sa.select(t.items.c.replies, t.items.c.kind).where(t.items.c.id == item_id)).one()
     if purpose == "reask":
         before = sa.select(t.leases.c.shown_order).where(
             t.leases.c.person_id == person.id, t.leases.c.item_id == item_id, t.leases.c.purpose == "task"
         )
         order = list(reversed(connection.execute(before).scalar_one()))
     else:
-        order = shown_order(settings.seed, person.id, position, num, kind)
+        order = shown_order(settings.seed, person.id, position, len(item.replies), item.kind)
     values = {
         "token": secrets.token_urlsafe(18),
         "purpose": purpose,
