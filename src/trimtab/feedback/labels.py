@@ -30,13 +30,6 @@ from trimtab.votes.aggregate import AggregationMethod, aggregate, share_of_a
 from trimtab.votes.table import votes_from_rows
 
 LabelSplit = Literal["all", "train", "held_out"]
-_METHODS: dict[str, AggregationMethod] = {
-    "share": "majority",
-    "majority": "majority",
-    "dawid_skene": "dawid_skene",
-    "one_coin": "one_coin",
-    "mace": "mace",
-}
 _WORTH = {"A": 1.0, "B": 0.0, "tie": 0.5, "both_bad": 0.5}
 """The share of preference for A that each decision stands for."""
 
@@ -352,7 +345,7 @@ def _shares(judgements: Sequence[_Judgement], settings: LabelSettings) -> dict[s
     unreliable. A third class, chosen seldom or never, would take its part of every item's probability (with MACE, whose
     classes are equally likely beforehand, nearly all of it).
     """
-    method = _METHODS[settings.rule]
+    method: AggregationMethod = "majority" if settings.rule == "share" else settings.rule
     rows = [
         (f"vote {j.cast.id}", {"item": j.key, "annotator": j.cast.annotator, "choice": _side(j)})
         for j in judgements
