@@ -173,7 +173,7 @@ def _common(a: Any, b: Any) -> Any:
         return [_common(a[0], b[0])]
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         return {name: _common(a[name], b[name]) for name in a}
-    if {a, b} == {int, float} if isinstance(a, type) and isinstance(b, type) else False:
+    if isinstance(a, type) and isinstance(b, type) and {a, b} == {int, float}:
         return float
     raise ValueError
 

@@ -12,7 +12,7 @@ from trimtab.core.errors import DataError
 from trimtab.core.types import Prompt, from_dict
 from trimtab.feedback import people
 from trimtab.feedback import tables as t
-from trimtab.feedback.answers import SKIP_REASONS, agrees, from_form, restored, to_position
+from trimtab.feedback.answers import MAX_WRITING, SKIP_REASONS, WORDS, agrees, from_form, restored, to_position
 from trimtab.feedback.assign import Lease, next_lease, reached_daily_limit
 from trimtab.feedback.progress import progress_of
 from trimtab.feedback.project import Task
@@ -177,10 +177,7 @@ def draft(visit: SignedIn, token: str, form: PostedForm) -> Response:
 
 def _draft_of(form: PostedFields) -> dict[str, Any]:
     """The draft of what is filled in so far."""
-    kept: dict[str, Any] = {}
-    for name in ("rationale", "reason", "text"):
-        if field(form, name):
-            kept[name] = field(form, name)[:50_000]
+    kept: dict[str, Any] = {name: field(form, name)[:MAX_WRITING] for name in WORDS if field(form, name)}
     kept["flags"] = list(form.get("flag", ()))[:50]
     kept["form"] = {
         name: field(form, name)[:20]
