@@ -178,13 +178,13 @@ def _annotators(cards: Sequence[AnnotatorCard]) -> Table:
         (
             card.name,
             f"{card.num_votes:,}",
-            _share(card.agreement),
-            _share(card.left),
-            _number(card.left_bias),
-            _share(card.ties),
+            _estimate(card.agreement),
+            _estimate(card.left),
+            _estimate(card.left_bias, "+.2f"),
+            _estimate(card.ties),
             f"{card.median_seconds:.1f}" if not math.isnan(card.median_seconds) else "–",
-            _share(card.hasty),
-            _share(card.consistency),
+            _estimate(card.hasty),
+            _estimate(card.consistency),
             card.longest_run,
         )
         for card in cards
@@ -228,7 +228,7 @@ def _pairs(study: Study) -> list[Part]:
             values[i, j] = values[j, i] = pair.agreement.value
     how = "How often each two agree on the items both judged. A pale row is one annotator against all."
     rows = [
-        (f"{pair.first} and {pair.second}", f"{pair.agreement.count:,}", _share(pair.agreement), pair.kappa.text)
+        (f"{pair.first} and {pair.second}", f"{pair.agreement.count:,}", _estimate(pair.agreement), pair.kappa.text)
         for pair in study.pairs[: 10 * MAX_ROWS]
     ]
     left_out = len(study.pairs) - len(rows)
@@ -238,14 +238,9 @@ def _pairs(study: Study) -> list[Part]:
     return [Panels([square] if len(names) > 2 else []), Folded(f"{len(study.pairs)} pairs", table + remark)]
 
 
-def _share(estimate: Interval) -> str:
+def _estimate(estimate: Interval, form: str = ".0%") -> str:
+    """An estimate with its bounds, if they are known, as text, such as 71% [68%, 74%]."""
     if math.isnan(estimate.value):
         return "–"
-    bounds = "" if math.isnan(estimate.low) else f" [{estimate.low:.0%}, {estimate.high:.0%}]"
-    return f"{estimate.value:.0%}{bounds}"
-
-
-def _number(estimate: Interval) -> str:
-    if math.isnan(estimate.value):
-        return "–"
-    return f"{estimate.value:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]"
+    bounds = "" if math.isnan(estimate.low) else f" [{estimate.low:{form}}, {estimate.high:{form}}]"
+    return f"{estimate.value:{form}}{bounds}"
