@@ -18,8 +18,9 @@ from trimtab.stats import Floats
 from trimtab.votes.table import VoteTable
 
 AggregationMethod = Literal["majority", "dawid_skene", "one_coin", "mace"]
-LabelFit = Callable[[Floats, Floats], tuple[Floats, Floats]]
-"""An M-step: from expected counts [R, q, q] (truth, answer) and the last matrices to new ones and skills [R]."""
+LabelFit = Callable[[Floats, Floats], tuple[Floats, Floats | None]]
+"""An M-step: from expected counts [R, q, q] (truth, answer) and the last matrices to new ones, and to skills [R] if
+these are parameters of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +86,7 @@ def aggregate(
     if method == "majority" or not len(votes):
         return ItemLabels(method=method, probabilities=shares, num_votes=num_votes)
     q, num = len(votes.categories), len(votes.annotators)
-    tie_matrix = _under_exchange(votes)
-    fit = _mace_fit(tie_matrix) if method == "mace" else _counted_fit(method, tie_matrix)
+    fit, swap = _FITS[method], votes.swap
     item, who, answer = votes.item, votes.annotator, votes.choice
     answers_of = who * q + answer
     judged = num_votes > 0
@@ -97,10 +97,12 @@ def aggregate(
         num_iterations += 1
         seen = [np.bincount(answers_of, weights=belief[item, k], minlength=num * q) for k in range(q)]
         counts = np.stack(seen, axis=1).reshape(num, q, q).swapaxes(1, 2) + pseudo_count * (1 + np.eye(q))
+        if swap is not None:
+            counts = (counts + counts[:, swap][:, :, swap]) / 2
         confusion, skills = fit(counts, confusion)
         prior = np.full(q, 1 / q) if method == "mace" else belief[judged].mean(axis=0)
-        if votes.swap is not None:
-            prior = (prior + prior[votes.swap]) / 2
+        if swap is not None:
+            prior = (prior + prior[swap]) / 2
         with np.errstate(divide="ignore"):
             likely = np.log(confusion)
             votes_say = [np.bincount(item, weights=likely[who, k, answer], minlength=len(belief)) for k in range(q)]
@@ -109,12 +111,11 @@ def aggregate(
         belief = np.exp(log_belief - evidence[:, None])
         gained, likelihood = float(evidence.sum()) - likelihood, float(evidence.sum())
         converged = abs(gained) < tolerance
-    right = np.einsum("rkk,k->r", confusion, prior)
     return ItemLabels(
         method=method,
         probabilities=np.where(judged[:, None], belief, np.nan),
         num_votes=num_votes,
-        skills=skills if method == "mace" else right,
+        skills=np.einsum("rkk,k->r", confusion, prior) if skills is None else skills,
         confusion=confusion,
         prior=prior,
         log_likelihood=likelihood,
@@ -134,48 +135,35 @@ def share_of_a(votes: VoteTable, labels: ItemLabels) -> Floats:
     return np.asarray(labels.probabilities @ worth)
 
 
-def _under_exchange(votes: VoteTable) -> Callable[[Floats], Floats]:
-    """A function that averages counts [R, q, q] with those of exchanged sides, or keeps them if there are no sides."""
-    swap = votes.swap
-    return (lambda counts: counts) if swap is None else (lambda counts: (counts + counts[:, swap][:, :, swap]) / 2)
+def _one_coin(counts: Floats, _: Floats) -> tuple[Floats, None]:
+    q = counts.shape[1]
+    right = np.einsum("rkk->r", counts) / np.maximum(counts.sum(axis=(1, 2)), 1e-300)
+    wrong = (1 - right) / max(q - 1, 1)
+    return wrong[:, None, None] + (right - wrong)[:, None, None] * np.eye(q), None
 
 
-def _counted_fit(method: AggregationMethod, tie: Callable[[Floats], Floats]) -> LabelFit:
-    def fit(counts: Floats, before: Floats) -> tuple[Floats, Floats]:
-        counts = tie(counts)
-        q = counts.shape[1]
-        if method == "one_coin":
-            right = np.einsum("rkk->r", counts) / np.maximum(counts.sum(axis=(1, 2)), 1e-300)
-            wrong = (1 - right) / max(q - 1, 1)
-            confusion = wrong[:, None, None] + (right - wrong)[:, None, None] * np.eye(q)
-        else:
-            # a row has no counts if the annotator never met this truth: every answer is then equally likely
-            sums = counts.sum(axis=2, keepdims=True)
-            confusion = np.where(sums > 0, counts / np.where(sums > 0, sums, 1.0), 1 / q)
-        return confusion, np.einsum("rkk->r", confusion) / q
-
-    return fit
+def _dawid_skene(counts: Floats, _: Floats) -> tuple[Floats, None]:
+    # a row has no counts if the annotator never met this truth: every answer is then equally likely
+    sums = counts.sum(axis=2, keepdims=True)
+    return np.where(sums > 0, counts / np.where(sums > 0, sums, 1.0), 1 / counts.shape[1]), None
 
 
-def _mace_fit(tie: Callable[[Floats], Floats]) -> LabelFit:
+def _mace(counts: Floats, before: Floats) -> tuple[Floats, Floats]:
     """The M-step of MACE, theta[k, l] = (1 - s) [k = l] + s habit[l]: an annotator guesses with probability s.
 
     A right answer k was a guess with probability s habit[k] / theta[k, k]; a wrong answer always was.
     """
+    eye = np.eye(counts.shape[1])
+    # the last matrices say how often a right answer was a guess; off the diagonal every answer is one
+    guess_share = _guesses(before)
+    guessed = counts * np.where(eye == 1, guess_share[:, :, None], 1.0)
+    habit = guessed.sum(axis=1) + 1e-12
+    s = guessed.sum(axis=(1, 2)) / counts.sum(axis=(1, 2))
+    habit /= habit.sum(axis=1, keepdims=True)
+    return (1 - s)[:, None, None] * eye + s[:, None, None] * habit[:, None, :], 1 - s
 
-    def fit(counts: Floats, before: Floats) -> tuple[Floats, Floats]:
-        counts = tie(counts)
-        q = counts.shape[1]
-        eye = np.eye(q)
-        # the last matrices say how often a right answer was a guess; off the diagonal every answer is one
-        guess_share = _guesses(before)
-        guessed = counts * np.where(eye == 1, guess_share[:, :, None], 1.0)
-        habit = guessed.sum(axis=1) + 1e-12
-        s = guessed.sum(axis=(1, 2)) / counts.sum(axis=(1, 2))
-        habit /= habit.sum(axis=1, keepdims=True)
-        return (1 - s)[:, None, None] * eye + s[:, None, None] * habit[:, None, :], 1 - s
 
-    return fit
+_FITS: dict[AggregationMethod, LabelFit] = {"one_coin": _one_coin, "dawid_skene": _dawid_skene, "mace": _mace}
 
 
 def _guesses(confusion: Floats) -> Floats:
