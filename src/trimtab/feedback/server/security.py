@@ -9,12 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from urllib.parse import parse_qs
 
 from fastapi import Depends, HTTPException, Request
 from fastapi.security import HTTPBearer
 from starlette.datastructures import MutableHeaders
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab.feedback.people import Person, PersonRole, person_of_session
@@ -240,17 +241,14 @@ class Guard:
         headers = {
             name: value for name, value in scope["headers"] if name in (b"cookie", b"authorization", b"content-length")
         }
-        who = headers.get(b"authorization") or headers.get(b"cookie") or (scope.get("client") or ("",))[0].encode()
+        address = (scope.get("client") or ("",))[0]
+        who = headers.get(b"authorization") or headers.get(b"cookie") or address.encode()
         static = scope["path"].startswith("/static/")
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 sent = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    if name != "Cache-Control" or not static:
-                        sent[name] = value
-                if static:
-                    sent["Cache-Control"] = "no-cache"
+                sent.update(HEADERS | {"Cache-Control": "no-cache"} if static else HEADERS)
             await send(message)
 
         received = 0
@@ -261,17 +259,11 @@ class Guard:
             received += len(message.get("body", b""))
             return message if received <= MAX_BODY else {"type": "http.disconnect"}
 
-        address = (scope.get("client") or ("",))[0]
         allowed = static or (self.addresses.allows(address) and self.requests.allows(hashlib.sha256(who).hexdigest()))
+        retry = {"Retry-After": "60"}
         if not allowed:
-            await _plain(with_headers, 429, "too many requests; wait a minute")
+            await PlainTextResponse("too many requests; wait a minute", 429, retry)(scope, receive, with_headers)
         elif int(headers.get(b"content-length", b"0").decode() or 0) > MAX_BODY:
-            await _plain(with_headers, 413, "the request is too large")
+            await PlainTextResponse("the request is too large", 413, retry)(scope, receive, with_headers)
         else:
             await self.app(scope, limited, with_headers)
-
-
-async def _plain(send: Send, status: Literal[413, 429], text: str) -> None:
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"retry-after", b"60")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": text.encode()})
