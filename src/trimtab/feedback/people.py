@@ -21,6 +21,7 @@ from trimtab.feedback.webhooks import notify
 
 PersonRole = Literal["annotator", "adjudicator", "admin"]
 ROLES: tuple[PersonRole, ...] = ("annotator", "adjudicator", "admin")
+"""In the order of what they may do: each may do what those before it may."""
 State = Literal["active", "paused", "banned"]
 STATES: tuple[State, ...] = ("active", "paused", "banned")
 DELETED = "deleted-"

@@ -18,7 +18,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trimtab.feedback.people import Person, PersonRole, person_of_session
+from trimtab.feedback.people import ROLES, Person, PersonRole, person_of_session
 from trimtab.feedback.store import Store
 
 COOKIE = "trimtab_session"
@@ -176,14 +176,13 @@ _bearer = HTTPBearer(auto_error=False, description="A token of `trimtab feedback
 
 def api_person(role: PersonRole) -> Callable[..., Person]:
     """A dependency that gives the person of the token, who must have this role or a higher one."""
-    order = {"annotator": 0, "adjudicator": 1, "admin": 2}
 
     def check(request: Request, credentials: Annotated[Any, Depends(_bearer)]) -> Person:
         token = credentials.credentials if credentials is not None else ""
         person = person_of_session(store_of(request), token, "api") if token else None
         if person is None:
             raise HTTPException(401, "a valid token is needed", headers={"WWW-Authenticate": "Bearer"})
-        if order[person.role] < order[role]:
+        if ROLES.index(person.role) < ROLES.index(role):
             raise HTTPException(403, f"the role {role} is needed")
         return person
 
