@@ -31,10 +31,10 @@ def add_to(group: click.Group) -> None:
         group.add_command(command)
 
 
-def _open(project: Path) -> Any:
+def _open(project: Path, *, must_exist: bool = True) -> Any:
     from trimtab.feedback.store import open_store
 
-    return open_store(project, must_exist=True)
+    return open_store(project, must_exist=must_exist)
 
 
 def _tell(counts: dict[str, int]) -> None:
@@ -122,9 +122,8 @@ def import_(
     """
     from trimtab.feedback import importing
     from trimtab.feedback.commands import parse_columns
-    from trimtab.feedback.store import open_store
 
-    store = open_store(project)
+    store = _open(project, must_exist=False)
     if source is None:
         _tell(importing.seed_items(store) or {"new items: the project's data is in the store": 0})
         return
@@ -216,9 +215,8 @@ def invite(
 ) -> None:
     """Make an invitation, or list or revoke them."""
     from trimtab.feedback import people
-    from trimtab.feedback.store import open_store
 
-    store = open_store(project)
+    store = _open(project, must_exist=False)
     if revoke is not None:
         people.revoke_invite(store, revoke)
     if show_open or revoke is not None:
@@ -403,9 +401,8 @@ def scores(project: Path, file: Path) -> None:
 def simulate(project: Path, **options: Any) -> None:
     """Have a world's simulated annotators vote through the store, as people do."""
     from trimtab.feedback import simulate as simulating
-    from trimtab.feedback.store import open_store
 
-    _tell(simulating.simulate(open_store(project), **options))
+    _tell(simulating.simulate(_open(project, must_exist=False), **options))
 
 
 @click.command()
