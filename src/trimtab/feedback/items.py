@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -269,13 +270,9 @@ def policy_score(policy: AssignmentPolicy, scores: Mapping[str, Sequence[float]]
         return given
     if policy == "random" or not scores:
         return 0.0
-    num = len(next(iter(scores.values())))
-    best = 0.0
-    for i in range(num):
-        for j in range(i):
-            differences = [values[i] - values[j] for values in scores.values()]
-            best = max(best, _pair_score(policy, differences))
-    return best
+    pairs = combinations(range(len(next(iter(scores.values())))), 2)
+    differences = ([values[i] - values[j] for values in scores.values()] for j, i in pairs)
+    return max([0.0, *(_pair_score(policy, of_pair) for of_pair in differences)])
 
 
 def _pair_score(policy: AssignmentPolicy, differences: Sequence[float]) -> float:

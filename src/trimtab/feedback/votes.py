@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -230,10 +231,8 @@ def _rows(casts: Iterable[CountedVote]) -> Iterator[tuple[str, JsonDict]]:
 def ranked_pairs(ranking: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, str]]:
     """Every two places (a < b) of a ranking and which of them is better: A (place a), B (place b) or tie."""
     rank = {place: i for i, tier in enumerate(ranking) for place in tier}
-    for a in sorted(rank):
-        for b in sorted(rank):
-            if a < b:
-                yield a, b, "A" if rank[a] < rank[b] else "B" if rank[b] < rank[a] else "tie"
+    for a, b in combinations(sorted(rank), 2):
+        yield a, b, "A" if rank[a] < rank[b] else "B" if rank[b] < rank[a] else "tie"
 
 
 def votes_of(project: str | Path) -> VoteTable:
