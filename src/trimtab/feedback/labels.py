@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy
 from sqlalchemy import Connection
 
 from trimtab.core.types import (
@@ -26,6 +27,7 @@ from trimtab.feedback.project import LabelSettings
 from trimtab.feedback.store import digest
 from trimtab.feedback.votes import CountedVote, cast_votes, ranked_pairs
 from trimtab.feedback.voting import JUDGED
+from trimtab.stats import Floats
 from trimtab.votes.aggregate import AggregationMethod, aggregate, share_of_a
 from trimtab.votes.table import votes_from_rows
 
@@ -306,15 +308,10 @@ def groups(
     return rows, dict(counts)
 
 
-def _ranks(ranking: Sequence[Sequence[int]]) -> list[float]:
+def _ranks(ranking: Sequence[Sequence[int]]) -> Floats:
     """The rank of each place; tied places share their mean rank."""
-    ranks: dict[int, float] = {}
-    above = 0
-    for tier in ranking:
-        for place in tier:
-            ranks[place] = above + (len(tier) + 1) / 2
-        above += len(tier)
-    return [ranks[place] for place in sorted(ranks)]
+    tier = {place: i for i, places in enumerate(ranking) for place in places}
+    return np.asarray(scipy.stats.rankdata([tier[place] for place in sorted(tier)]))
 
 
 def _judgements(cast: CountedVote, settings: LabelSettings) -> Iterable[_Judgement]:
