@@ -62,11 +62,9 @@ def simulate(
         i = waiting.pop(0)
         with store.write(durable=False) as connection:
             lease = next_lease(store, connection, crowd[i])
-            row = None
-            if lease is not None:
-                row = connection.execute(sa.select(t.items).where(t.items.c.id == lease.item_id)).one()
-        if lease is None or row is None:
-            continue
+            if lease is None:
+                continue
+            row = connection.execute(sa.select(t.items).where(t.items.c.id == lease.item_id)).one()
         answer = _answer(people, row, i, seed, store.project.settings.task.scale)
         vote(store, crowd[i], lease.token, answer, measured=True)
         num += 1
