@@ -142,10 +142,9 @@ def eligible(store: Store, person: Person) -> sa.Select[Any]:
     rows = sa.select(t.queue.c.item_id, t.queue.c.score, t.queue.c.taken, t.queue.c.arm).where(
         _waiting(), ~met.exists()
     )
-    own_prompts = store.project.settings.assignment.own_prompts
     if person.opted_out:
         rows = rows.join(t.items, t.items.c.id == t.queue.c.item_id).where(~t.items.c.sensitive)
-    if not own_prompts:
+    if not store.project.settings.assignment.own_prompts:
         rows = rows.where(t.queue.c.author != person.name)
     return rows
 

@@ -321,10 +321,7 @@ def _records(connection: Connection) -> Iterator[JsonDict]:
     names = {}
     for row in connection.execute(sa.select(t.people).order_by(t.people.c.id)):
         names[row.id] = row.name
-        yield {
-            "record": "person",
-            **{name: row._mapping[name] for name in COLUMNS["person"]},
-        }
+        yield {"record": "person", **{name: row._mapping[name] for name in COLUMNS["person"]}}
     hashes = {}
     queue = {row.item_id: row for row in connection.execute(sa.select(t.queue))}
     for row in connection.execute(sa.select(t.items).order_by(t.items.c.id)):

@@ -382,7 +382,5 @@ def checked_values(value: Any, *, where: str) -> None:
     elif isinstance(value, list | tuple):
         for member in value:
             checked_values(member, where=where)
-    elif (isinstance(value, float) and not math.isfinite(value)) or not (
-        value is None or isinstance(value, bool | int | float)
-    ):
+    elif not (value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
         raise DataError(f"the value {value!r}", where=where, fix="write texts, finite numbers, true, false or null")

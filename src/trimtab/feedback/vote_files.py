@@ -34,10 +34,9 @@ def read_votes(
     table = read_rows(source)
     if table.bad:
         refuse_rows([(bad.where, bad.problem) for bad in table.bad], table.bad[0].fix)
-    rows: Iterable[tuple[str, JsonDict]] = [(where, _renamed(row, columns or {}, where)) for where, row in table.rows]
+    rows: list[tuple[str, JsonDict]] = [(where, _renamed(row, columns or {}, where)) for where, row in table.rows]
     if annotator_columns:
         rows = list(_long(rows, annotator_columns))
-    rows = list(rows)
     counted = _counted(rows)
     votes = votes_from_rows(counted, missing=missing, order=order)
     left_out = {"not_counted": len(rows) - len(counted)} if len(counted) < len(rows) else {}
