@@ -25,8 +25,6 @@ REASK_AFTER = 10
 """Least number of answers before an item is asked again with its sides swapped."""
 _LOOKED_AT = 20
 """Number of most recently expired leases that are searched for an answer that was begun."""
-TAKES_A_PLACE = ("open", "done")
-"""States of a lease that count towards the cap of an item."""
 
 
 @dataclass(frozen=True)

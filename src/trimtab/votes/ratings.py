@@ -99,7 +99,7 @@ def games_of(votes: VoteTable) -> Games:
         outcome=worth[votes.choice],
         style=None if votes.style is None else votes.style[votes.item],
         style_names=STYLE if votes.style is not None else (),
-        group=votes.item if votes.group is None else votes.group[votes.item],
+        group=votes.group_of_votes,
     )
 
 
