@@ -22,7 +22,7 @@ from trimtab.feedback.items import CHUNK, NewItem, item_row, reply_hash
 from trimtab.feedback.people import DELETED, Person, add_person, by_name
 from trimtab.feedback.project import Task
 from trimtab.feedback.store import Store, checked_text, digest, guideline
-from trimtab.feedback.voting import NewVote, insert_votes
+from trimtab.feedback.voting import NewVote, insert_votes, vote_row
 from trimtab.votes.table import text_of
 
 _CHOICES = ("A", "B", "tie", "both_bad", "cannot_judge")
@@ -147,7 +147,8 @@ class _Chunk:
         self.people = {name: person.id for name, person in found.items()}
         self.banned = {person.id for person in found.values() if person.state == "banned"}
         wanted = {vote.item_sha256 for _, vote in keyed}
-        rows = sa.select(t.items.c.id, t.items.c.sha256, t.items.c.replies).where(t.items.c.sha256.in_(wanted))
+        asked = sa.select(t.items.c.id, t.items.c.sha256, t.items.c.kind, t.items.c.replies)
+        rows = asked.where(t.items.c.sha256.in_(wanted))
         self.items = {row.sha256: row for row in connection.execute(rows)}
         ids, persons = [row.id for row in self.items.values()], list(self.people.values())
         met = t.leases.c.item_id.in_(ids) & t.leases.c.person_id.in_(persons)
@@ -206,27 +207,13 @@ class _Chunk:
     def _values(
         self, key: str, vote: GivenVote, item: Any, here: tuple[int, int, str], version: int, before: Any
     ) -> JsonDict:
-        a, b = (reply["sha256"] for reply in item.replies)
-        turned = vote.a != a  # the store had the same two replies the other way round
+        turned = vote.a != item.replies[0]["sha256"]  # the store had the same two replies the other way round
         choice = _OTHER.get(vote.choice, vote.choice) if turned else vote.choice
         left = _OTHER.get(vote.shown_left or "") if turned else vote.shown_left
         answer = Answer(choice=choice, strength=vote.strength, rationale=vote.rationale)
-        return {
-            "item_id": item.id,
-            "person_id": here[1],
-            "purpose": here[2],
-            "choice": choice,
-            "strength": vote.strength,
-            "item_a": a,
-            "item_b": b,
-            "shown_left": left,
-            "shown_order": [],
-            "answer": answer.stored(),
-            "seconds": vote.seconds,
-            "guideline_version": version,
-            "key": key,
-            "replaces": None if before is None else before.id,
-        }
+        given = {"purpose": here[2], "shown_left": left, "shown_order": [], "seconds": vote.seconds, "key": key}
+        replaces = None if before is None else before.id
+        return vote_row(item, here[1], answer, version, replaces=replaces, **given)
 
     def _new_lease(self, here: tuple[int, int, str], shown_left: str | None) -> JsonDict:
         """The lease that a vote given elsewhere would have had."""

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
 from trimtab.core.errors import DataError
+from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import TAXONOMY, WORDS, Answer, agrees, check, restored
 from trimtab.feedback.assign import Lease, decided_items, lease_of
@@ -300,23 +301,28 @@ def insert_votes(connection: Connection, new: Sequence[NewVote]) -> list[int]:
     return [int(row.id) for row in added]
 
 
-def _add(store: Store, connection: Connection, person: Person, item: Row[Any], answer: Answer, **more: Any) -> int:
-    """The id of a new row about an item. `more` are its columns that do not follow from the item and the answer."""
+def vote_row(item: Row[Any], person_id: int, answer: Answer, guideline_version: int, **more: Any) -> JsonDict:
+    """The columns of a vote that follow from its item and its answer, and `more` columns."""
     replies = [reply["sha256"] for reply in item.replies]
-    pair, shown_order = item.kind == "pairs", more["shown_order"]
-    words = {name: getattr(answer, name) for name in WORDS}
-    values = {
+    return {
         "item_id": item.id,
-        "person_id": person.id,
+        "person_id": person_id,
         "choice": answer.choice,
         "strength": answer.strength,
         "item_a": replies[0] if replies else "",
-        "item_b": replies[1] if pair else "",
-        "shown_left": "AB"[shown_order[0]] if pair and shown_order else None,
+        "item_b": replies[1] if item.kind == "pairs" else "",
         "answer": answer.stored(),
-        "guideline_version": guideline(connection).version,
+        "guideline_version": guideline_version,
         **more,
     }
+
+
+def _add(store: Store, connection: Connection, person: Person, item: Row[Any], answer: Answer, **more: Any) -> int:
+    """The id of a new row about an item. `more` are its columns that do not follow from the item and the answer."""
+    order = more["shown_order"]
+    left = "AB"[order[0]] if item.kind == "pairs" and order else None
+    values = vote_row(item, person.id, answer, guideline(connection).version, shown_left=left, **more)
+    words = {name: getattr(answer, name) for name in WORDS}
     return insert_votes(connection, [NewVote(store.now(), values, words)])[0]
 
 
