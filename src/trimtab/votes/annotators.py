@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -296,10 +297,7 @@ def _shares_of_answers(votes: VoteTable) -> Floats:
 
 
 def _longest_run(answers: Ints) -> int:
-    if not answers.size:
-        return 0
-    breaks = np.flatnonzero(np.diff(answers)) + 1
-    return int(np.diff(np.concatenate([[0], breaks, [answers.size]])).max())
+    return max((len(list(run)) for _, run in groupby(answers.tolist())), default=0)
 
 
 def _run_p_value(length: int, num: int, shares: Floats) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import html
 import re
+from itertools import accumulate
 from typing import Any
 
 import latex2mathml.converter
@@ -135,11 +136,7 @@ def _math(source: str, options: dict[str, Any]) -> str:
 
 
 def _nesting(source: str) -> int:
-    depth = deepest = 0
-    for letter in source:
-        depth += {"{": 1, "}": -1}.get(letter, 0)
-        deepest = max(deepest, depth)
-    return deepest
+    return max(accumulate(({"{": 1, "}": -1}.get(letter, 0) for letter in source), initial=0))
 
 
 def _link_open(_: Any, tokens: list[Token], index: int, *__: Any) -> str:
