@@ -291,13 +291,9 @@ def insert_votes(connection: Connection, new: Sequence[NewVote]) -> list[int]:
     writings = [{"vote_id": row.id, **words} for row, words in zip(added, written, strict=True) if any(words.values())]
     if writings:
         connection.execute(t.writings.insert(), writings)
-    append_audits(
-        connection,
-        [
-            AuditEntry(vote.at, row.person_id, "vote", row.id, {"sha256": row_digest(row)})
-            for row, vote in zip(added, new, strict=True)
-        ],
-    )
+    logged = zip(added, new, strict=True)
+    entries = [AuditEntry(vote.at, row.person_id, "vote", row.id, {"sha256": row_digest(row)}) for row, vote in logged]
+    append_audits(connection, entries)
     return [int(row.id) for row in added]
 
 

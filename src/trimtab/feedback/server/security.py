@@ -128,11 +128,8 @@ def _from_our_pages(request: Request, store: Store) -> bool:
         return request.headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
     host = origin.partition("://")[2]
     # A proxy may put its own name into Host; the project's names are then what people see.
-    return (
-        host == request.headers.get("host")
-        or host.rpartition(":")[0] in store.project.settings.server.names
-        or (host in store.project.settings.server.names)
-    )
+    names = store.project.settings.server.names
+    return host == request.headers.get("host") or host in names or host.rpartition(":")[0] in names
 
 
 PostedForm = Annotated[PostedFields, Depends(checked_form)]
