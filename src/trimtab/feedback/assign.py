@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
 from trimtab.core import seeds
+from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import WORDS
 from trimtab.feedback.people import Person, by_id, give_back
@@ -311,6 +312,12 @@ def _lease(
     if connection.execute(t.leases.update().where(here).values(**values)).rowcount == 0:
         connection.execute(t.leases.insert().values(item_id=item_id, person_id=person.id, created_at=now, **values))
     return lease_of(connection.execute(sa.select(t.leases).where(here)).one())
+
+
+def past_lease(at: float, item_id: int, person_id: int, purpose: str, **more: Any) -> JsonDict:
+    """The row of a lease for an answer that was given elsewhere and is stored now; `more` are its other columns."""
+    row = {"token": secrets.token_urlsafe(18), "item_id": item_id, "person_id": person_id, "purpose": purpose}
+    return {**row, "created_at": at, "opened_at": at, "expires_at": at, **more}
 
 
 def order_of_given_vote(store: Store, person_id: int, position: int, shown_left: str | None) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from trimtab.core.types import JsonDict
 from trimtab.data.mistakes import Mistake
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import MAX_WRITING, Answer
-from trimtab.feedback.assign import order_of_given_vote
+from trimtab.feedback.assign import order_of_given_vote, past_lease
 from trimtab.feedback.items import CHUNK, NewItem, item_row, reply_hash
 from trimtab.feedback.people import DELETED, Person, add_person, by_name
 from trimtab.feedback.project import Task
@@ -220,20 +219,8 @@ class _Chunk:
         item_id, person_id, purpose = here
         position = self.positions[person_id]
         self.positions[person_id] += 1
-        return {
-            "token": secrets.token_urlsafe(18),
-            "item_id": item_id,
-            "person_id": person_id,
-            "purpose": purpose,
-            "state": "done",
-            "standing": False,
-            "position": position,
-            "shown_order": order_of_given_vote(self.store, person_id, position, shown_left),
-            "draft": {},
-            "created_at": self.now,
-            "opened_at": self.now,
-            "expires_at": self.now,
-        }
+        order = order_of_given_vote(self.store, person_id, position, shown_left)
+        return past_lease(self.now, item_id, person_id, purpose, state="done", position=position, shown_order=order)
 
     def _take(self, places: Mapping[int, int]) -> None:
         for num in set(places.values()):

@@ -162,7 +162,6 @@ def _queue_row(item_id: int, item: NewItem, store: Store, *, is_open: bool) -> J
     return {
         "item_id": item_id,
         "cap": settings.overlap,
-        "taken": 0,
         "open": is_open,
         "scores": {name: list(scores) for name, scores in item.scores.items()},
         "author": item.author,

@@ -169,17 +169,9 @@ def add_person(
     connection: Connection, at: float, name: str, role: PersonRole, *, password: str = "", actor: int | None = None
 ) -> Person:
     """A new person. Without a password they cannot sign in, such as simulated annotators or those of imported votes."""
-    row: dict[str, Any] = {
-        "name": name,
-        "role": role,
-        "state": "active",
-        "deleted": False,
-        "password": password,
-        "created_at": at,
-    }
-    row["place"] = math.floor(place_of_name(name) * 1000) / 1000  # too coarse to tell a name by, once it is deleted
-    preferences: dict[str, Any] = {"opted_out": False, "warned": False, "keys": {}, "view": {}}
-    key = connection.execute(t.people.insert().values(**row, **preferences)).inserted_primary_key
+    place = math.floor(place_of_name(name) * 1000) / 1000  # too coarse to tell a name by, once it is deleted
+    row = {"name": name, "role": role, "password": password, "place": place, "created_at": at}
+    key = connection.execute(t.people.insert().values(**row)).inserted_primary_key
     assert key is not None
     append_audit(connection, at, actor, "person", key[0], {"role": role})
     return by_id(connection, key[0])

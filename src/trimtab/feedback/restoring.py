@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import WORDS
-from trimtab.feedback.assign import order_of_given_vote
+from trimtab.feedback.assign import order_of_given_vote, past_lease
 from trimtab.feedback.people import add_person, by_name, name_when_deleted
 from trimtab.feedback.store import Store, add_guideline, append_audit, guideline, row_digest
 from trimtab.feedback.voting import NewVote, insert_votes
@@ -71,7 +70,7 @@ def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None)
                 assert key is not None
                 items[values["sha256"]] = key[0]
                 if queue:
-                    connection.execute(t.queue.insert().values(item_id=key[0], taken=0, **queue))
+                    connection.execute(t.queue.insert().values(item_id=key[0], **queue))
                 added = connection.execute(sa.select(t.items).where(t.items.c.id == key[0])).one()
                 append_audit(connection, store.now(), actor, "item", key[0], {"sha256": row_digest(added)})
                 counts["items"] += 1
@@ -195,31 +194,17 @@ def _done_lease(
     if purpose == "task" and takes != took:
         change = 1 if takes else -1
         connection.execute(t.queue.update().where(t.queue.c.item_id == item_id).values(taken=t.queue.c.taken + change))
-    now = store.now()
     position = connection.execute(
         sa.select(sa.func.count()).select_from(t.leases).where(t.leases.c.person_id == person_id)
     ).scalar_one()
     order = vote["shown_order"]
     if vote["item_b"] and not order:
         order = order_of_given_vote(store, person_id, position, vote["shown_left"])
+    values = {"state": state, "shown_order": order}
     if known is not None:
-        connection.execute(t.leases.update().where(here).values(state=state, shown_order=order))
+        connection.execute(t.leases.update().where(here).values(**values))
         return int(known.id)
-    key = connection.execute(
-        t.leases.insert().values(
-            token=secrets.token_urlsafe(18),
-            item_id=item_id,
-            person_id=person_id,
-            purpose=purpose,
-            state=state,
-            standing=False,
-            position=position,
-            shown_order=order,
-            draft={},
-            created_at=now,
-            opened_at=now,
-            expires_at=now,
-        )
-    ).inserted_primary_key
+    row = past_lease(store.now(), item_id, person_id, purpose, position=position, **values)
+    key = connection.execute(t.leases.insert().values(**row)).inserted_primary_key
     assert key is not None
     return int(key[0])

@@ -15,6 +15,10 @@ def _text(name: str, **options: object) -> sa.Column[str]:
     return sa.Column(name, sa.Text, nullable=False, **options)  # type: ignore[arg-type]
 
 
+def _no(name: str) -> sa.Column[bool]:
+    return sa.Column(name, sa.Boolean, nullable=False, default=False)
+
+
 def _at(name: str = "created_at", *, nullable: bool = False) -> sa.Column[float]:
     return sa.Column(name, sa.Double, nullable=nullable)  # seconds since 1970, UTC
 
@@ -107,8 +111,8 @@ queue = sa.Table(  # the state of each item of purpose "task"
     metadata,
     sa.Column("item_id", sa.ForeignKey("items.id"), primary_key=True),
     sa.Column("cap", sa.Integer, nullable=False),
-    sa.Column("taken", sa.Integer, nullable=False),  # leases that are open or done
-    sa.Column("open", sa.Boolean, nullable=False),
+    sa.Column("taken", sa.Integer, nullable=False, default=0),  # leases that are open or done
+    sa.Column("open", sa.Boolean, nullable=False, default=True),
     sa.Column("scores", sa.JSON, nullable=False),  # {"reward model": [score of each reply]}
     _text("author"),  # who wrote the prompt, "" if not known; not in `items`, since a name can be deleted
     sa.Column("given", sa.Double, nullable=False),
@@ -124,15 +128,15 @@ people = sa.Table(
     _id(),
     _text("name", unique=True),
     _text("role"),  # annotator, adjudicator or admin
-    _text("state"),  # active, paused or banned
+    _text("state", default="active"),  # active, paused or banned
     sa.Column("place", sa.Double, nullable=False),  # of the first name, in [0, 1): whether their votes are held out
-    sa.Column("deleted", sa.Boolean, nullable=False),  # the state stays: votes of a banned person never count again
+    _no("deleted"),  # the state stays: votes of a banned person never count again
     _text("password"),
     sa.Column("qualified", sa.Boolean),  # None: not yet decided
-    sa.Column("opted_out", sa.Boolean, nullable=False),  # of sensitive items
-    sa.Column("warned", sa.Boolean, nullable=False),  # has seen the content warning
-    sa.Column("keys", sa.JSON, nullable=False),  # own keys: {"tie": "x"}
-    sa.Column("view", sa.JSON, nullable=False),  # stacked, raw, diff
+    _no("opted_out"),  # of sensitive items
+    _no("warned"),  # has seen the content warning
+    sa.Column("keys", sa.JSON, nullable=False, default=dict),  # own keys: {"tie": "x"}
+    sa.Column("view", sa.JSON, nullable=False, default=dict),  # stacked, raw, diff
     _at("streak_since", nullable=True),
     _at("last_vote_at", nullable=True),
     _at(),
@@ -147,12 +151,12 @@ leases = sa.Table(
     sa.Column("person_id", sa.ForeignKey("people.id"), nullable=False),
     _text("purpose"),
     _text("state"),  # open, done, skipped or expired
-    sa.Column("standing", sa.Boolean, nullable=False),  # a change of an answer that stands until then
+    _no("standing"),  # a change of an answer that stands until then
     sa.Column("position", sa.Integer, nullable=False),  # how many leases the person had before
     sa.Column("shown_order", sa.JSON, nullable=False),
     sa.Column("arm", sa.Text),
     sa.Column("propensity", sa.Double),
-    sa.Column("draft", sa.JSON, nullable=False),
+    sa.Column("draft", sa.JSON, nullable=False, default=dict),
     _at(),
     _at("opened_at"),
     _at("expires_at"),
@@ -201,10 +205,10 @@ deliveries = sa.Table(
     _text("url"),
     _text("event"),
     sa.Column("body", sa.JSON, nullable=False),
-    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False, default=0),
     _at("next_at", nullable=True),  # None once delivered or given up
     _at("delivered_at", nullable=True),
-    _text("last_error"),
+    _text("last_error", default=""),
     _at(),
 )
 

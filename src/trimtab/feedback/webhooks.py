@@ -34,9 +34,7 @@ def notify(store: Store, connection: Connection, event: Event, body: Mapping[str
                     url=hook.url,
                     event=event,
                     body={"event": event, "project": store.project.settings.name, "at": store.now(), **body},
-                    attempts=0,
                     next_at=store.now(),
-                    last_error="",
                     created_at=store.now(),
                 )
             )
