@@ -17,7 +17,7 @@ from trimtab.core import seeds
 from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import WORDS
-from trimtab.feedback.people import Person, by_id, give_back
+from trimtab.feedback.people import Person, by_id, change_places, give_back
 from trimtab.feedback.store import Store, append_audit, is_paused, set_paused
 
 _BLOCK = 8
@@ -119,8 +119,7 @@ def _begun(store: Store, connection: Connection, person: Person) -> Lease | None
             wanted = eligible(store, person).where(t.queue.c.item_id == row.item_id)
             if connection.execute(wanted).first() is None:
                 continue
-            here = t.queue.update().where(t.queue.c.item_id == row.item_id)
-            connection.execute(here.values(taken=t.queue.c.taken + 1))
+            change_places(connection, [row.item_id], +1)
         again = {"state": "open", "opened_at": now, "expires_at": now + minutes * 60}
         connection.execute(t.leases.update().where(t.leases.c.id == row.id).values(**again))
         return lease_of(connection.execute(sa.select(t.leases).where(t.leases.c.id == row.id)).one())

@@ -18,7 +18,7 @@ from trimtab.feedback import tables as t
 from trimtab.feedback.answers import MAX_WRITING, Answer
 from trimtab.feedback.assign import order_of_given_vote, past_lease
 from trimtab.feedback.items import CHUNK, NewItem, item_row, reply_hash
-from trimtab.feedback.people import DELETED, Person, add_person, by_name
+from trimtab.feedback.people import DELETED, Person, add_person, by_name, change_places
 from trimtab.feedback.project import Task
 from trimtab.feedback.store import Store, checked_text, digest, guideline
 from trimtab.feedback.voting import NewVote, insert_votes, vote_row
@@ -200,7 +200,8 @@ class _Chunk:
             rows.append((here, NewVote(self.now, values, {"rationale": vote.rationale})))
         if leases:
             self.connection.execute(t.leases.insert(), leases)
-        self._take(places)
+        for num in set(places.values()):
+            change_places(self.connection, [item_id for item_id, times in places.items() if times == num], num)
         insert_votes(self.connection, self._with_leases(rows))
 
     def _values(
@@ -221,13 +222,6 @@ class _Chunk:
         self.positions[person_id] += 1
         order = order_of_given_vote(self.store, person_id, position, shown_left)
         return past_lease(self.now, item_id, person_id, purpose, state="done", position=position, shown_order=order)
-
-    def _take(self, places: Mapping[int, int]) -> None:
-        for num in set(places.values()):
-            of = [item_id for item_id, times in places.items() if times == num]
-            self.connection.execute(
-                t.queue.update().where(t.queue.c.item_id.in_(of)).values(taken=t.queue.c.taken + num)
-            )
 
     def _with_leases(self, rows: Sequence[tuple[tuple[int, int, str], NewVote]]) -> list[NewVote]:
         ids = {here[0] for here, _ in rows}

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any, Literal
@@ -277,13 +278,7 @@ def set_state(store: Store, person_id: int, state: State, *, actor: int | None =
         if (person.state == "banned") != (state == "banned"):
             if state == "banned":  # what is open is given back first; after that only answers hold places
                 give_back(connection, t.leases.c.person_id == person_id)
-            done = sa.select(t.leases.c.item_id).where(
-                t.leases.c.person_id == person_id, t.leases.c.purpose == "task", t.leases.c.state == "done"
-            )
-            change = -1 if state == "banned" else 1
-            connection.execute(
-                t.queue.update().where(t.queue.c.item_id.in_(done)).values(taken=t.queue.c.taken + change)
-            )
+            change_answered_places(connection, person_id, -1 if state == "banned" else 1)
         connection.execute(t.people.update().where(t.people.c.id == person_id).values(state=state))
         if state == "banned":
             connection.execute(t.sessions.delete().where(t.sessions.c.person_id == person_id))
@@ -330,6 +325,20 @@ def delete_person(store: Store, person_id: int, *, actor: int | None = None) -> 
         append_audit(connection, store.now(), actor, "person_deleted", person_id, {})
 
 
+def change_places(connection: Connection, items: Sequence[int] | sa.Select[Any], change: int) -> None:
+    """Adds `change` to the places taken of these items, such as -1 for one that becomes free."""
+    here = t.queue.update().where(t.queue.c.item_id.in_(items))
+    connection.execute(here.values(taken=t.queue.c.taken + change))
+
+
+def change_answered_places(connection: Connection, person_id: int, change: int) -> None:
+    """Adds `change` to the places taken of the tasks that a person answered: the answers of the banned hold none."""
+    answered = sa.select(t.leases.c.item_id).where(
+        t.leases.c.person_id == person_id, t.leases.c.purpose == "task", t.leases.c.state == "done"
+    )
+    change_places(connection, answered, change)
+
+
 def name_when_deleted(connection: Connection, wanted: str) -> str:
     """The wanted name, such as "deleted-7", or the first free one if a dump brought somebody of that name."""
     names = chain([wanted], (f"{DELETED}{number}" for number in count(1)))
@@ -351,9 +360,7 @@ def give_back(connection: Connection, which: sa.ColumnElement[bool]) -> int:
     rows = connection.execute(expired).all()
     for row in rows:
         if row.purpose == "task":
-            connection.execute(
-                t.queue.update().where(t.queue.c.item_id == row.item_id).values(taken=t.queue.c.taken - 1)
-            )
+            change_places(connection, [row.item_id], -1)
     return len(rows)
 
 

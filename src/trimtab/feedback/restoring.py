@@ -14,7 +14,7 @@ from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import WORDS
 from trimtab.feedback.assign import order_of_given_vote, past_lease
-from trimtab.feedback.people import add_person, by_name, name_when_deleted
+from trimtab.feedback.people import add_person, by_name, change_answered_places, change_places, name_when_deleted
 from trimtab.feedback.store import Store, add_guideline, append_audit, guideline, row_digest
 from trimtab.feedback.voting import NewVote, insert_votes
 
@@ -77,14 +77,9 @@ def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None)
             elif row["record"] == "vote":
                 votes[values["key"]] = _restore_vote(store, connection, values, items, people, votes, versions)
                 counts["votes"] += 1
-        # votes of banned people hold no places
-        for person_id in (
-            connection.execute(sa.select(t.people.c.id).where(t.people.c.state == "banned")).scalars().all()
-        ):
-            done = sa.select(t.leases.c.item_id).where(
-                t.leases.c.person_id == person_id, t.leases.c.purpose == "task", t.leases.c.state == "done"
-            )
-            connection.execute(t.queue.update().where(t.queue.c.item_id.in_(done)).values(taken=t.queue.c.taken - 1))
+        banned = sa.select(t.people.c.id).where(t.people.c.state == "banned")
+        for person_id in connection.execute(banned).scalars().all():  # whose votes hold no places
+            change_answered_places(connection, person_id, -1)
     return counts
 
 
@@ -192,8 +187,7 @@ def _done_lease(
     known = connection.execute(sa.select(t.leases.c.id, t.leases.c.state).where(here)).first()
     takes, took = state == "done", known is not None and known.state in ("open", "done")
     if purpose == "task" and takes != took:
-        change = 1 if takes else -1
-        connection.execute(t.queue.update().where(t.queue.c.item_id == item_id).values(taken=t.queue.c.taken + change))
+        change_places(connection, [item_id], 1 if takes else -1)
     position = connection.execute(
         sa.select(sa.func.count()).select_from(t.leases).where(t.leases.c.person_id == person_id)
     ).scalar_one()

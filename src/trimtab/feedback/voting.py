@@ -14,7 +14,7 @@ from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import TAXONOMY, WORDS, Answer, agrees, check, restored
 from trimtab.feedback.assign import Lease, decided_items, lease_of
-from trimtab.feedback.people import AS_ANSWERED, Person, by_id, give_back
+from trimtab.feedback.people import AS_ANSWERED, Person, by_id, change_places, give_back
 from trimtab.feedback.project import Kind, Task
 from trimtab.feedback.store import (
     AuditEntry,
@@ -107,7 +107,7 @@ def vote(store: Store, person: Person, token: str, answer: Answer, *, measured: 
         connection.execute(here.values(state=state, standing=False, draft={}))
         if lease.purpose == "task":
             if state == "skipped":
-                _places(connection, item.id, -1)
+                change_places(connection, [item.id], -1)
             elif not changes:  # a changed answer completes nothing
                 _tell_if_done(store, connection, item)
         _count_streak(connection, person, now)
@@ -168,7 +168,7 @@ def save_draft(store: Store, person: Person, token: str, draft: Mapping[str, Any
             in_time = in_time and _has_place(connection, row.item_id)
         if in_time:
             if row.state == "expired" and row.purpose == "task":
-                _places(connection, row.item_id, +1)
+                change_places(connection, [row.item_id], +1)
             values |= {"state": "open", "standing": changes, "expires_at": now + minutes * 60}
         connection.execute(t.leases.update().where(here).values(**values))
         return in_time
@@ -332,7 +332,7 @@ def _reopen(store: Store, connection: Connection, person: Person, row: Row[Any],
     if row.choice == "skip" and row.purpose == "task" and not _has_place(connection, row.item_id):
         raise DataError("others have answered it meanwhile", where="your answers", fix="go on with the next task")
     if row.choice == "skip" and row.purpose == "task":
-        _places(connection, row.item_id, +1)
+        change_places(connection, [row.item_id], +1)
     item = connection.execute(sa.select(t.items).where(t.items.c.id == row.item_id)).one()
     lease = connection.execute(sa.select(t.leases).where(t.leases.c.id == row.lease_id)).one()
     written = connection.execute(sa.select(t.writings).where(t.writings.c.vote_id == row.id)).first()
@@ -390,7 +390,7 @@ def _take_place_again(connection: Connection, lease: Lease) -> None:
             where="the answer",
             fix="go on with the next one",
         )
-    _places(connection, lease.item_id, +1)
+    change_places(connection, [lease.item_id], +1)
 
 
 def _is_decided(connection: Connection, item_id: int) -> bool:
@@ -400,11 +400,6 @@ def _is_decided(connection: Connection, item_id: int) -> bool:
 def _has_place(connection: Connection, item_id: int) -> bool:
     row = connection.execute(sa.select(t.queue).where(t.queue.c.item_id == item_id)).one()
     return bool(row.taken < row.cap)
-
-
-def _places(connection: Connection, item_id: int, change: int) -> None:
-    here = t.queue.update().where(t.queue.c.item_id == item_id)
-    connection.execute(here.values(taken=t.queue.c.taken + change))
 
 
 def _tell_if_done(store: Store, connection: Connection, item: Row[Any]) -> None:
