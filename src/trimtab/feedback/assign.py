@@ -18,7 +18,7 @@ from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import WORDS
 from trimtab.feedback.people import Person, by_id, change_places, give_back
-from trimtab.feedback.store import Store, append_audit, is_paused, set_paused
+from trimtab.feedback.store import Store, append_audit, is_paused, num_rows, set_paused
 
 _BLOCK = 8
 """Consecutive pairs in which each side is on the left equally often."""
@@ -79,9 +79,7 @@ def next_lease(store: Store, connection: Connection, person: Person) -> Lease | 
         return lease_of(open_one)
     if person.state != "active" or reached_daily_limit(store, connection, person):
         return None
-    position = connection.execute(
-        sa.select(sa.func.count()).select_from(t.leases).where(t.leases.c.person_id == person.id)
-    ).scalar_one()
+    position = num_rows(connection, t.leases, t.leases.c.person_id == person.id)
     random = seeds.generator(settings.assignment.seed, "assign", person.id, position)
     if settings.qualification.questions and person.qualified is not True:
         if person.qualified is False or is_paused(connection):
@@ -161,18 +159,12 @@ def decided_items() -> sa.Select[Any]:
 def num_eligible(store: Store, connection: Connection, person: Person) -> int:
     """How many items this person can be given."""
     if person.opted_out or not store.project.settings.assignment.own_prompts:
-        rows = eligible(store, person).subquery()
-        return int(connection.execute(sa.select(sa.func.count()).select_from(rows)).scalar_one())
+        return num_rows(connection, eligible(store, person).subquery())
     # Everyone can be given the same items but those they have met: two counts by index, and no look at every item.
     waiting = _waiting()
-    everyone = sa.select(sa.func.count()).select_from(t.queue).where(waiting)
-    met = (
-        sa.select(sa.func.count())
-        .select_from(t.leases)
-        .join(t.queue, t.queue.c.item_id == t.leases.c.item_id)
-        .where(t.leases.c.person_id == person.id, t.leases.c.purpose == "task", t.leases.c.state != "expired", waiting)
-    )
-    return int(connection.execute(everyone).scalar_one() - connection.execute(met).scalar_one())
+    in_queue = t.leases.join(t.queue, t.queue.c.item_id == t.leases.c.item_id)
+    mine = (t.leases.c.person_id == person.id) & (t.leases.c.purpose == "task") & (t.leases.c.state != "expired")
+    return num_rows(connection, t.queue, waiting) - num_rows(connection, in_queue, mine, waiting)
 
 
 def reached_daily_limit(store: Store, connection: Connection, person: Person) -> bool:
@@ -183,8 +175,7 @@ def reached_daily_limit(store: Store, connection: Connection, person: Person) ->
     since = store.now() - 24 * 3600
     mine = sa.select(t.votes.c.item_id, t.votes.c.purpose).where(t.votes.c.person_id == person.id)
     given = mine.where(t.votes.c.created_at > since, ~t.votes.c.choice.in_(("skip", "undone"))).distinct().subquery()
-    num = connection.execute(sa.select(sa.func.count()).select_from(given)).scalar_one()  # a changed answer is one
-    return bool(num >= limit)
+    return num_rows(connection, given) >= limit  # a changed answer is one
 
 
 def _from_queue(
@@ -220,7 +211,7 @@ def _from_queue(
 
 def _one_of(connection: Connection, rows: sa.Select[Any], random: np.random.Generator) -> Row[Any] | None:
     """One of the rows, each equally likely, with their number as `num`; None if there are none."""
-    num = connection.execute(sa.select(sa.func.count()).select_from(rows.subquery())).scalar_one()
+    num = num_rows(connection, rows.subquery())
     if num == 0:
         return None
     counted = rows.add_columns(sa.literal(num).label("num")).order_by(t.queue.c.item_id)

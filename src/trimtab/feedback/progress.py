@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from trimtab.feedback import tables as t
 from trimtab.feedback.assign import num_eligible
 from trimtab.feedback.people import Person
-from trimtab.feedback.store import Store
+from trimtab.feedback.store import Store, num_rows
 from trimtab.feedback.voting import NEW_STREAK_AFTER
 
 _RECENT = 50
@@ -45,24 +45,17 @@ class Progress:
 
 def progress_of(store: Store, connection: Connection, person: Person) -> Progress:
     """The person's own progress and pace."""
-    mine = sa.select(sa.func.count()).select_from(t.leases)
-    mine = mine.where(t.leases.c.person_id == person.id, t.leases.c.state == "done", t.leases.c.purpose != "quiz")
-    recent = connection.execute(
-        sa.select(t.votes.c.seconds)
-        .where(t.votes.c.person_id == person.id, t.votes.c.seconds.isnot(None))
-        .order_by(t.votes.c.id.desc())
-        .limit(_RECENT)
-    ).scalars()
-    seconds = list(recent)
-    today = sa.select(sa.func.count()).select_from(t.votes).where(
-        t.votes.c.person_id == person.id, t.votes.c.created_at > store.now() - 24 * 3600, t.votes.c.choice != "undone"
-    )  # fmt: skip
+    my_leases, my_votes = t.leases.c.person_id == person.id, t.votes.c.person_id == person.id
+    answered = my_leases & (t.leases.c.state == "done") & (t.leases.c.purpose != "quiz")
+    today = my_votes & (t.votes.c.created_at > store.now() - 24 * 3600) & (t.votes.c.choice != "undone")
+    timed = sa.select(t.votes.c.seconds).where(my_votes, t.votes.c.seconds.isnot(None))
+    seconds = connection.execute(timed.order_by(t.votes.c.id.desc()).limit(_RECENT)).scalars().all()
     row = connection.execute(sa.select(t.people).where(t.people.c.id == person.id)).one()
     since = row.streak_since
     resting = row.last_vote_at is None or store.now() - row.last_vote_at > NEW_STREAK_AFTER
     return Progress(
-        answered=connection.execute(mine).scalar_one(),
-        today=connection.execute(today).scalar_one(),
+        answered=num_rows(connection, t.leases, answered),
+        today=num_rows(connection, t.votes, today),
         remaining=num_eligible(store, connection, person),
         median_seconds=statistics.median(seconds) if seconds else None,
         working_minutes=0.0 if resting or since is None else (store.now() - since) / 60,
@@ -94,5 +87,5 @@ def counts(connection: Connection) -> dict[str, Any]:
         "open": bool(queue[3]) or queue[0] == 0,
         "answers": leases.get("done", 0),
         "in_hand": leases.get("open", 0),
-        "people": connection.execute(sa.select(sa.func.count()).select_from(t.people)).scalar_one(),
+        "people": num_rows(connection, t.people),
     }

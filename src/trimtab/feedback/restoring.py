@@ -15,7 +15,7 @@ from trimtab.feedback import tables as t
 from trimtab.feedback.answers import WORDS
 from trimtab.feedback.assign import order_of_given_vote, past_lease
 from trimtab.feedback.people import add_person, by_name, change_answered_places, change_places, name_when_deleted
-from trimtab.feedback.store import Store, add_guideline, append_audit, guideline, row_digest
+from trimtab.feedback.store import Store, add_guideline, append_audit, guideline, num_rows, row_digest
 from trimtab.feedback.voting import NewVote, insert_votes
 
 
@@ -188,9 +188,7 @@ def _done_lease(
     takes, took = state == "done", known is not None and known.state in ("open", "done")
     if purpose == "task" and takes != took:
         change_places(connection, [item_id], 1 if takes else -1)
-    position = connection.execute(
-        sa.select(sa.func.count()).select_from(t.leases).where(t.leases.c.person_id == person_id)
-    ).scalar_one()
+    position = num_rows(connection, t.leases, t.leases.c.person_id == person_id)
     order = vote["shown_order"]
     if vote["item_b"] and not order:
         order = order_of_given_vote(store, person_id, position, vote["shown_left"])

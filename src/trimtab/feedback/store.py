@@ -174,6 +174,11 @@ def _bring_up_to_date(store: Store) -> None:
             add_guideline(connection, store.now(), None, store.project.guideline_text())
 
 
+def num_rows(connection: Connection, rows: sa.FromClause, *where: sa.ColumnElement[bool]) -> int:
+    """How many rows of a table, a join or a subquery fulfil these conditions."""
+    return int(connection.execute(sa.select(sa.func.count()).select_from(rows).where(*where)).scalar_one())
+
+
 # --- the audit log ---
 
 

@@ -22,6 +22,7 @@ from trimtab.feedback.store import (
     append_audit,
     append_audits,
     guideline,
+    num_rows,
     row_digest,
     writing_digest,
 )
@@ -404,14 +405,8 @@ def _has_place(connection: Connection, item_id: int) -> bool:
 
 def _tell_if_done(store: Store, connection: Connection, item: Row[Any]) -> None:
     state = connection.execute(sa.select(t.queue).where(t.queue.c.item_id == item.id)).one()
-    answered = sa.select(sa.func.count()).select_from(t.leases).join(t.people)
-    answered = answered.where(
-        t.leases.c.item_id == item.id,
-        t.leases.c.purpose == "task",
-        t.leases.c.state == "done",
-        t.people.c.state != "banned",
-    )
-    if connection.execute(answered).scalar_one() == state.cap:
+    done = (t.leases.c.item_id == item.id) & (t.leases.c.purpose == "task") & (t.leases.c.state == "done")
+    if num_rows(connection, t.leases.join(t.people), done, t.people.c.state != "banned") == state.cap:
         notify(store, connection, "item_done", {"item": item.sha256, "answers": state.cap})
 
 

@@ -25,7 +25,7 @@ from trimtab.feedback.exporting import LAYOUTS, export, to_bytes
 from trimtab.feedback.labels import LabelSplit
 from trimtab.feedback.server.pages import page, to
 from trimtab.feedback.server.security import Adjudicating, Administering, PostedForm, Visit, field
-from trimtab.feedback.store import audit_head, guideline, verify
+from trimtab.feedback.store import audit_head, guideline, num_rows, verify
 from trimtab.feedback.votes import cast_votes
 from trimtab.feedback.voting import adjudicate
 from trimtab.feedback.webhooks import publish_guideline
@@ -283,9 +283,7 @@ def guideline_page(request: Request, visit: Administering) -> HTMLResponse:
     """The guideline to edit."""
     with visit.store.read() as connection:
         current = guideline(connection)
-        touched = connection.execute(
-            sa.select(sa.func.count()).select_from(t.votes).where(t.votes.c.guideline_version == current.version)
-        ).scalar_one()
+        touched = num_rows(connection, t.votes, t.votes.c.guideline_version == current.version)
     return page(request, visit, "guideline_edit.html", guideline=current, touched=touched)
 
 

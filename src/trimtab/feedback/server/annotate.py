@@ -121,13 +121,10 @@ def task(request: Request, visit: SignedIn) -> Response:
     store, person = visit.store, visit.someone
     with store.read() as connection:
         current = guideline(connection)
-        read = connection.execute(
-            sa.select(t.readings).where(t.readings.c.person_id == person.id, t.readings.c.version == current.version)
-        ).first()
-        readings = sa.select(sa.func.count()).select_from(t.readings).where(t.readings.c.person_id == person.id)
-        earlier = connection.execute(readings).scalar_one()
-    if read is None:
-        return page(request, visit, "guideline.html", guideline=current, must_confirm=True, changed=earlier > 0)
+        versions = sa.select(t.readings.c.version).where(t.readings.c.person_id == person.id)
+        read = connection.execute(versions).scalars().all()
+    if current.version not in read:
+        return page(request, visit, "guideline.html", guideline=current, must_confirm=True, changed=bool(read))
     if store.project.settings.task.content_warning and not person.warned:
         return page(request, visit, "warning.html")
     with store.write(durable=False) as connection:
