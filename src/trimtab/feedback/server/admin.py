@@ -25,7 +25,7 @@ from trimtab.feedback.exporting import LAYOUTS, export, to_bytes
 from trimtab.feedback.labels import LabelSplit
 from trimtab.feedback.server.pages import page, to
 from trimtab.feedback.server.security import Adjudicating, Administering, PostedForm, Visit, field
-from trimtab.feedback.store import audit_head, guideline, num_rows, verify
+from trimtab.feedback.store import Store, audit_head, guideline, num_rows, verify
 from trimtab.feedback.votes import cast_votes
 from trimtab.feedback.voting import adjudicate
 from trimtab.feedback.webhooks import publish_guideline
@@ -109,10 +109,8 @@ def disagreement(request: Request, visit: Adjudicating, item_id: int) -> HTMLRes
 
 
 def _adjudication(request: Request, visit: Visit, item_id: int, *, status: int = 200, error: str = "") -> HTMLResponse:
+    item = item_of(visit.store, item_id)
     with visit.store.read() as connection:
-        item = connection.execute(sa.select(t.items).where(t.items.c.id == item_id)).first()
-        if item is None:
-            raise HTTPException(404, "no such item")
         votes = list(cast_votes(connection, banned=True, item_id=item_id))
         decisions = list(cast_votes(connection, purposes=("adjudication",), item_id=item_id))
         current = guideline(connection)
@@ -137,6 +135,15 @@ def _adjudication(request: Request, visit: Visit, item_id: int, *, status: int =
     )
 
 
+def item_of(store: Store, item_id: int) -> sa.Row[Any]:
+    """The item of this number. Raises HTTPException 404 if there is none."""
+    with store.read() as connection:
+        item = connection.execute(sa.select(t.items).where(t.items.c.id == item_id)).first()
+    if item is None:
+        raise HTTPException(404, "no such item")
+    return item
+
+
 def _order(visit: Visit, item_id: int, num: int, kind: str) -> list[int]:
     """The order of the replies for one adjudicator, always the same."""
     if kind not in ("pairs", "ranking"):
@@ -149,10 +156,7 @@ def _order(visit: Visit, item_id: int, num: int, kind: str) -> list[int]:
 def decide(request: Request, visit: Adjudicating, item_id: int, form: PostedForm) -> Response:
     """Stores a decision beside the votes."""
     store = visit.store
-    with store.read() as connection:
-        item = connection.execute(sa.select(t.items).where(t.items.c.id == item_id)).first()
-    if item is None:
-        raise HTTPException(404, "no such item")
+    item = item_of(store, item_id)
     order = _order(visit, item_id, len(item.replies), item.kind)
     try:
         answer = from_form(form, kind=item.kind, order=order, task=store.project.settings.task)
@@ -214,7 +218,7 @@ def password_link(request: Request, visit: Administering, person_id: int, form: 
 @router.post("/people/{person_id}/role")
 def set_role(visit: Administering, person_id: int, form: PostedForm) -> Response:
     """Gives somebody another role."""
-    _not_oneself(visit, person_id)
+    not_oneself(visit.someone, person_id)
     people.set_role(visit.store, person_id, cast(people.PersonRole, field(form, "role")), actor=visit.someone.id)
     return to("/admin/people")
 
@@ -230,7 +234,7 @@ def sign_out_everywhere(visit: Administering, person_id: int, form: PostedForm) 
 def set_state(request: Request, visit: Administering, person_id: int, form: PostedForm) -> Response:
     """Pauses, bans or lets somebody back in."""
     board_of(request).forget()
-    _not_oneself(visit, person_id)
+    not_oneself(visit.someone, person_id)
     people.set_state(visit.store, person_id, cast(people.State, field(form, "state")), actor=visit.someone.id)
     return to("/admin/people")
 
@@ -238,7 +242,7 @@ def set_state(request: Request, visit: Administering, person_id: int, form: Post
 @router.post("/people/{person_id}/delete")
 def delete(visit: Administering, person_id: int, form: PostedForm) -> Response:
     """Deletes the name and the words of somebody, after their name was typed."""
-    _not_oneself(visit, person_id)
+    not_oneself(visit.someone, person_id)
     with visit.store.read() as connection:
         person = people.by_id(connection, person_id)
     if field(form, "name") != person.name:
@@ -247,8 +251,9 @@ def delete(visit: Administering, person_id: int, form: PostedForm) -> Response:
     return to("/admin/people")
 
 
-def _not_oneself(visit: Visit, person_id: int) -> None:
-    if person_id == visit.someone.id:
+def not_oneself(person: people.Person, person_id: int) -> None:
+    """Raises HTTPException 422 if an admin is about to change themselves."""
+    if person_id == person.id:
         raise HTTPException(422, "this would lock you out; ask another admin")
 
 

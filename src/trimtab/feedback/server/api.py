@@ -22,7 +22,7 @@ from trimtab.feedback.items import add_items, search_items, set_scores
 from trimtab.feedback.labels import LabelSplit
 from trimtab.feedback.people import Person
 from trimtab.feedback.progress import counts
-from trimtab.feedback.server.admin import board_of
+from trimtab.feedback.server.admin import board_of, item_of, not_oneself
 from trimtab.feedback.server.security import api_person, store_of
 from trimtab.feedback.store import audit_head, guideline, verify
 from trimtab.feedback.votes import cast_votes, table_row
@@ -174,10 +174,7 @@ def disagreement_list(request: Request, person: Adjudicator, limit: Page = 100) 
 def decide(request: Request, person: Adjudicator, item_id: int, body: DecisionBody) -> dict[str, Any]:
     """Stores a decision beside the votes."""
     store = store_of(request)
-    with store.read() as connection:
-        item = connection.execute(sa.select(t.items).where(t.items.c.id == item_id)).first()
-    if item is None:
-        raise HTTPException(404, "no such item")
+    item = item_of(store, item_id)
     order = list(range(len(item.replies))) or [0]
     answer: Answer = from_form(_form(body), kind=item.kind, order=order, task=store.project.settings.task)
     answer = replace(answer, taxonomy=body.taxonomy, reason=body.reason)
@@ -254,8 +251,7 @@ def make_invite(request: Request, person: Admin, body: InviteBody) -> dict[str, 
 @router.put("/people/{person_id}/state")
 def set_state(request: Request, person: Admin, person_id: int, body: StateBody) -> dict[str, Any]:
     """Pauses, bans or lets somebody back in."""
-    if person_id == person.id:
-        raise HTTPException(422, "this would lock you out; ask another admin")
+    not_oneself(person, person_id)
     people.set_state(store_of(request), person_id, body.state, actor=person.id)
     return {"id": person_id, "state": body.state}
 
@@ -263,8 +259,7 @@ def set_state(request: Request, person: Admin, person_id: int, body: StateBody) 
 @router.put("/people/{person_id}/role")
 def set_role(request: Request, person: Admin, person_id: int, body: RoleBody) -> dict[str, Any]:
     """Gives somebody another role."""
-    if person_id == person.id:
-        raise HTTPException(422, "this would lock you out; ask another admin")
+    not_oneself(person, person_id)
     people.set_role(store_of(request), person_id, body.role, actor=person.id)
     return {"id": person_id, "role": body.role}
 
@@ -297,8 +292,7 @@ def revoke_invite(request: Request, person: Admin, invite_id: int) -> None:
 @router.delete("/people/{person_id}", status_code=204, response_class=Response)
 def delete_person(request: Request, person: Admin, person_id: int) -> None:
     """Deletes the name and the words of somebody; their choices stay without a name."""
-    if person_id == person.id:
-        raise HTTPException(422, "this would lock you out; ask another admin")
+    not_oneself(person, person_id)
     people.delete_person(store_of(request), person_id, actor=person.id)
 
 
