@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,16 +40,13 @@ def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None)
                 "the store has items already", where="the dump", fix="restore into a new project file and store"
             )
         append_audit(connection, store.now(), actor, "restore", "", {"rows": len(rows)})
-        people: dict[str, int] = {}
-        items: dict[str, int] = {}
-        votes: dict[str, int] = {}
-        versions: dict[int, int] = {}
+        numbers: dict[str, dict[Any, int]] = defaultdict(dict)  # new ones, by what the dump calls the same
         for row in rows:
             values = record_values(row)
             if row["record"] == "guideline":
                 number, current = values["version"], guideline(connection)
-                is_here = not versions and values["text"] == current.text
-                versions[number] = (
+                is_here = not numbers["guideline version"] and values["text"] == current.text
+                numbers["guideline version"][number] = (
                     current.version if is_here else add_guideline(connection, store.now(), actor, values["text"])
                 )
             elif row["record"] == "person":
@@ -60,7 +58,7 @@ def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None)
                     del values["role"]
                     if values["state"] != "banned":
                         del values["state"]
-                people[name] = person.id
+                numbers["person"][name] = person.id
                 connection.execute(t.people.update().where(t.people.c.id == person.id).values(**values))
                 counts["people"] += 1
             elif row["record"] == "item":
@@ -68,14 +66,14 @@ def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None)
                 values["prompt_id"] = values["prompt"]["id"]
                 key = connection.execute(t.items.insert().values(**values)).inserted_primary_key
                 assert key is not None
-                items[values["sha256"]] = key[0]
+                numbers["item"][values["sha256"]] = key[0]
                 if queue:
                     connection.execute(t.queue.insert().values(item_id=key[0], **queue))
                 added = connection.execute(sa.select(t.items).where(t.items.c.id == key[0])).one()
                 append_audit(connection, store.now(), actor, "item", key[0], {"sha256": row_digest(added)})
                 counts["items"] += 1
             elif row["record"] == "vote":
-                votes[values["key"]] = _restore_vote(store, connection, values, items, people, votes, versions)
+                numbers["earlier vote"][values["key"]] = _restore_vote(store, connection, values, numbers)
                 counts["votes"] += 1
         banned = sa.select(t.people.c.id).where(t.people.c.state == "banned")
         for person_id in connection.execute(banned).scalars().all():  # whose votes hold no places
@@ -140,17 +138,11 @@ def _cell(value: Any, column: sa.Column[Any]) -> Any:
 
 
 def _restore_vote(
-    store: Store,
-    connection: Connection,
-    values: JsonDict,
-    items: Mapping[str, int],
-    people: Mapping[str, int],
-    votes: Mapping[str, int],
-    versions: Mapping[int, int],
+    store: Store, connection: Connection, values: JsonDict, numbers: Mapping[str, Mapping[Any, int]]
 ) -> int:
-    item_id = _named(items, "item", values.pop("item"))
-    person_id = _named(people, "person", values.pop("person"))
-    values["guideline_version"] = _named(versions, "guideline version", values["guideline_version"])
+    item_id = _named(numbers, "item", values.pop("item"))
+    person_id = _named(numbers, "person", values.pop("person"))
+    values["guideline_version"] = _named(numbers, "guideline version", values["guideline_version"])
     words = {name: values.pop(name) for name in WORDS}
     created_at = values.pop("created_at")
     lease = None
@@ -158,28 +150,23 @@ def _restore_vote(
         state = {"skip": "skipped", "undone": "expired"}.get(values["choice"], "done")
         lease = _done_lease(store, connection, item_id, person_id, values, state)
     replaces = values.pop("replaces")
-    replaces = None if replaces is None else _named(votes, "earlier vote", replaces)
+    replaces = None if replaces is None else _named(numbers, "earlier vote", replaces)
     row = {**values, "item_id": item_id, "person_id": person_id, "lease_id": lease, "replaces": replaces}
     return insert_votes(connection, [NewVote(created_at, row, words)])[0]
 
 
-def _named(numbers: Mapping[Any, int], what: str, name: Any) -> int:
-    if name not in numbers:
+def _named(numbers: Mapping[str, Mapping[Any, int]], what: str, name: Any) -> int:
+    if name not in numbers[what]:
         raise DataError(
             f"a vote names the {what} {name!r}, which the dump does not hold",
             where="the dump",
             fix="copy it again whole, or export it again",
         )
-    return numbers[name]
+    return numbers[what][name]
 
 
 def _done_lease(
-    store: Store,
-    connection: Connection,
-    item_id: int,
-    person_id: int,
-    vote: Mapping[str, Any],
-    state: str,
+    store: Store, connection: Connection, item_id: int, person_id: int, vote: Mapping[str, Any], state: str
 ) -> int:
     """The id of the lease that a restored vote would have had; it is made or brought up to date."""
     purpose = vote["purpose"]
