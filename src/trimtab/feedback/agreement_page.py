@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from trimtab.reports import charts
 from trimtab.reports.charts import AMBER, BLUE, LIME, ROSE, TEAL, VIOLET
 from trimtab.reports.headline import Verdict
-from trimtab.reports.page import Folded, Panel, Panels, Part, Report, Section, Table, Text, write
+from trimtab.reports.page import Folded, Panel, Panels, Part, Report, Section, Table, Text
 from trimtab.stats import Interval
 from trimtab.votes.agreement import Agreement
 from trimtab.votes.annotators import AnnotatorCard
@@ -28,11 +27,6 @@ _MEANS = {
     "Cohen": "1 is perfect, 0 is chance. Two annotators, each with habits of their own.",
     "Gwet": "1 is perfect. Does not collapse where one choice is common.",
 }
-
-
-def write_page(study: Study, path: Path, *, title: str) -> Path:
-    """Writes the page to `path` and returns the path."""
-    return write(page_of(study, title=title), path)
 
 
 def page_of(study: Study, *, title: str) -> Report:
@@ -200,7 +194,7 @@ def _ladder(study: Study) -> list[Part]:
         (
             player.name,
             player.rank or "–",
-            player.undefined or f"{player.elo.value:.0f} [{player.elo.low:.0f}, {player.elo.high:.0f}]",
+            player.text,
             f"{player.elo.count:,}",
             player.component + 1,
         )

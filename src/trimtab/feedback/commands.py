@@ -14,6 +14,7 @@ from trimtab.core.files import write_out
 from trimtab.feedback import agreement_page, campaign
 from trimtab.feedback.campaign import Campaign
 from trimtab.feedback.vote_files import read_votes
+from trimtab.reports.page import write
 from trimtab.votes.study import Study, study
 
 
@@ -49,7 +50,7 @@ def agreement(
     for line in _study_lines(found):
         click.echo(line)
     page.parent.mkdir(parents=True, exist_ok=True)
-    agreement_page.write_page(found, page, title=Path(source).name)
+    write(agreement_page.page_of(found, title=Path(source).name), page)
     write_out(figures, json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n")
     click.echo(f"page: {page}\nfigures: {figures}")
 
@@ -76,14 +77,7 @@ def _study_lines(found: Study) -> list[str]:
     if flagged:
         lines += ["", "to look at", *_aligned(flagged)]
     if found.ladder is not None:
-        rated = [
-            (
-                player.name,
-                player.undefined or f"{player.elo.value:.0f} [{player.elo.low:.0f}, {player.elo.high:.0f}]",
-                f"{player.elo.count} games",
-            )
-            for player in found.ladder.players
-        ]
+        rated = [(player.name, player.text, f"{player.elo.count} games") for player in found.ladder.players]
         lines += ["", "ratings", *_aligned(rated)]
     if found.notes:
         lines += ["", *(f"note: {note}" for note in found.notes)]

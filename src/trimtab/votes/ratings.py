@@ -66,6 +66,11 @@ class Rating:
     undefined: str = ""
     """Why there is no rating; empty if there is one."""
 
+    @property
+    def text(self) -> str:
+        """The rating as text, such as 1032 [1010, 1055]; without one, the reason."""
+        return self.undefined or f"{self.elo.value:.0f} [{self.elo.low:.0f}, {self.elo.high:.0f}]"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ratings:
