@@ -218,7 +218,8 @@ def test_tests_that_cannot_judge_are_refused(roomy):
 
 
 def test_setup_is_run_before_each_test(roomy):
-    assert roomy.examine(HONEST, ["x += 1\nassert x == 2"] * 2, setup="x = 1").passed == (True, True)
+    code = "def double(x): return 2 * x"
+    assert roomy.examine(code, ["x += 1\nassert double(x) == 4"] * 2, setup="x = 1").passed == (True, True)
 
 
 def test_packages_can_be_imported_where_they_are_named(tmp_path):

@@ -117,8 +117,8 @@ class Sandbox:
         """The output of `code`, run as a program. Raises EngineError if the sandbox itself failed."""
         with _file(code) as source, _file(stdin) as given, _file("") as output:
             files = [source.fileno(), given.fileno(), output.fileno()]
-            status, _ = self._run({"mode": "program", "program_files": files}, files)
-            return Output(_read(output), status == OUT_OF_TIME, status == 0)
+            status, report = self._run({"mode": "program", "program_files": files}, files)
+            return Output(_read(output), status == OUT_OF_TIME, report.get("ended_well", False))
 
     def _find_walls(self) -> Walls:
         if sys.platform != "linux":
@@ -173,7 +173,8 @@ class Sandbox:
                 else "report this as a bug",
             )
         why_not = [row["why_not"] for row in rows if "why_not" in row]
-        return status, {**(rows[-1] if rows else {}), "why_not": why_not or ["no walls were asked for"]}
+        found = {name: value for row in rows for name, value in row.items()}
+        return status, found | {"why_not": why_not or ["no walls were asked for"]}
 
 
 def _wait(supervisor: subprocess.Popen[bytes], seconds: float) -> int:

@@ -130,7 +130,11 @@ def _keep_watch(spec: dict[str, Any], walls: str, readable: list[str]) -> int:
     else:
         processes.append(_start(lambda: _run_program(spec), spec, walls, readable, keep=spec["program_files"]))
     try:
-        return _wait(processes[0], started + spec["seconds"])
+        status = _wait(processes[0], started + spec["seconds"])
+        if status == ENDED_BY_ITSELF:
+            end = os.waitid(os.P_PID, processes[0], os.WEXITED | os.WNOWAIT)
+            _report({"ended_well": end is not None and (end.si_code, end.si_status) == (os.CLD_EXITED, 0)})
+        return status
     finally:
         _end(processes, walls)
 
