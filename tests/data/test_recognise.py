@@ -518,5 +518,5 @@ def test_a_reply_of_a_tree_without_text_is_a_bad_row(file, kind):
 
 def test_a_row_with_two_reasons_is_counted_under_the_same_one_every_time(file):
     row = {"prompt": "a", "completion": "b", "weight": 0.5, "reasoning": "x"}
-    with pytest.raises(DataError, match="reasoning is"):
+    with pytest.raises(DataError, match="1 reasoning"):
         load(Demonstration, file(row))

@@ -305,6 +305,8 @@ def test_nothing_of_the_user_is_overwritten(tmp_path: Path, monkeypatch: pytest.
 def test_a_guideline_that_is_not_utf_8_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     CliRunner().invoke(main, ["feedback", "init"])
+    Path("items.jsonl").write_text(json.dumps({"prompt": "p", "response_a": "x", "response_b": "y"}) + "\n")
+    CliRunner().invoke(main, ["feedback", "import", "feedback/project.toml", "items.jsonl"])
     Path("g.md").write_bytes("Antworte höflich".encode("latin-1"))
     result = CliRunner().invoke(main, ["feedback", "guideline", "feedback/project.toml", "g.md"])
     assert result.exit_code == 2
@@ -315,7 +317,8 @@ def test_a_backup_makes_its_folder_and_leaves_no_half_file(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     CliRunner().invoke(main, ["feedback", "init"])
     project = "feedback/project.toml"
-    CliRunner().invoke(main, ["feedback", "invite", project, "--name", "Ann"])
+    Path("items.jsonl").write_text(json.dumps({"prompt": "p", "response_a": "x", "response_b": "y"}) + "\n")
+    CliRunner().invoke(main, ["feedback", "import", project, "items.jsonl"])
     result = CliRunner().invoke(main, ["feedback", "backup", project, "copies/b.sqlite"])
     assert result.exit_code == 0, result.output
     assert [p.name for p in Path("copies").iterdir()] == ["b.sqlite"]

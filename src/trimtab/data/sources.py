@@ -78,13 +78,13 @@ def stream_rows(source: str | Path, *, limit: int | None = None) -> RowStream:
         stream = _hub_stream(str(source).removeprefix("hub:"), limit)
     else:
         paths, options = files_of(source)
-        rows = chain.from_iterable(map(rows_of_file, paths))
-        rows = _changed(islice(rows, limit), options, str(source), whole=limit is None)
+        first_rows = islice(chain.from_iterable(map(rows_of_file, paths)), limit)
+        rows = _changed(first_rows, options, str(source), whole=limit is None)
         stream = RowStream(source=str(source), sha256=_hash_of(paths), rows=rows)
     first = next(stream.rows, None)
     if first is None:
         raise DataError("there are no rows in it", where=stream.source, fix="name a file that holds data")
-    return replace(stream, rows=islice(chain((first,), stream.rows), limit))
+    return replace(stream, rows=chain((first,), stream.rows))
 
 
 def _hash_of(paths: Sequence[Path]) -> str:
@@ -261,4 +261,4 @@ def _hub_stream(text: str, limit: int | None) -> RowStream:
         ) from error
     located = ((f"{source}, row {i}", row) for i, row in enumerate(rows, 1))
     changes = {option: options[option] for option in ("columns", "ignore") if options[option]}
-    return RowStream(source=source, sha256=rows_hash(rows), rows=_changed(iter(located), changes, source))
+    return RowStream(source=source, sha256=rows_hash(rows), rows=_changed(iter(located), changes, source, whole=False))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import Connection, Row
+from sqlalchemy import Connection
 
 from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict
@@ -129,7 +129,7 @@ def add_votes(store: Store, votes: Sequence[GivenVote]) -> dict[str, int]:
     return counts
 
 
-def _here(row: Row[Any]) -> tuple[int, int, str]:
+def _here(row: Any) -> tuple[int, int, str]:
     return row.item_id, row.person_id, row.purpose
 
 
@@ -211,7 +211,8 @@ class _Chunk:
         choice = _OTHER.get(vote.choice, vote.choice) if turned else vote.choice
         left = _OTHER.get(vote.shown_left or "") if turned else vote.shown_left
         answer = Answer(choice=choice, strength=vote.strength, rationale=vote.rationale)
-        given = {"purpose": here[2], "shown_left": left, "shown_order": [], "seconds": vote.seconds, "key": key}
+        given: JsonDict = {"purpose": here[2], "shown_left": left, "shown_order": []}
+        given |= {"seconds": vote.seconds, "key": key}
         replaces = None if before is None else before.id
         return vote_row(item, here[1], answer, version, replaces=replaces, **given)
 

@@ -53,7 +53,7 @@ class Receipt:
     """For a quiz question, whether the answer agreed with the expected one."""
 
 
-def task_of(store: Store, person: Person, token: str) -> Row[Any] | None:
+def task_of(store: Store, person: Person, token: str) -> Row[Any, Any] | None:
     """The kind of an item that the person was given and the order of its replies; None if the token is not theirs."""
     rows = sa.select(t.leases.c.shown_order, t.items.c.kind).join(t.items)
     with store.read() as connection:

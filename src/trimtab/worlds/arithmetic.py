@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ class QuestionWorld(World):
     biases: ClassVar[Mapping[str, float]] = {"length": 0.08}
 
     def __post_init__(self) -> None:
-        every = type(self).levels  # the default
+        every = next(field.default for field in dataclasses.fields(self) if field.name == "levels")
+        assert isinstance(every, tuple)
         if not self.levels or not set(self.levels) <= set(every):
             raise ValueError(f"levels are some of {every}, not {self.levels}")
 
