@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -454,3 +458,37 @@ def test_what_a_process_raises_is_raised_here(tmp_path, large):
     path.write_bytes(packed[: len(packed) // 2])
     with pytest.raises(DataError, match="cut off or damaged"):
         prepare.prepare(PreferencePair, path, Chat(make("ours")))
+
+
+ENDLESS = """
+import multiprocessing, time
+from trimtab.data import prepare
+
+class Work:
+    def blocks(self, part, num_parts):
+        while True:
+            yield "x" * 100_000
+
+for _ in prepare._in_order(Work(), 2):
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    time.sleep(60)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see whether a process lives")
+def test_processes_that_tokenise_end_with_the_one_that_is_killed():
+    with subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, text=True) as parent:
+        children = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(children) == 2
+        parent.kill()
+    until = time.monotonic() + 20
+    while any(map(alive, children)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(alive, children))
