@@ -588,6 +588,20 @@ def test_restored_votes_name_the_guideline_they_were_given_under(small: Make, tm
         assert connection.execute(text).scalar_one() == "Second"
 
 
+def test_a_dump_neither_gives_nor_takes_rights(small: Make, tmp_path: Path):
+    store = small()
+    person(store, "Ann")
+    person(store, "Bob", "admin")
+    write_export(store, "dump", tmp_path / "dump.jsonl")
+    again = small()
+    person(again, "Ann", "admin")
+    person(again, "Bob")
+    import_source(again, str(tmp_path / "dump.jsonl"))
+    with again.read() as connection:
+        roles = {row.name: row.role for row in connection.execute(sa.select(t.people))}
+    assert (roles["Ann"], roles["Bob"]) == ("admin", "annotator")
+
+
 def test_a_dump_in_a_table_of_texts_comes_back_too(small: Make, tmp_path: Path):
     store = small({"assignment": {"overlap": 3}})
     add(store, 2)

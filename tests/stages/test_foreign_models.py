@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from transformers import GPT2Config
 
 from tests.models.test_save import BASES, write_base
-from tests.stages.commands import online_settings, run_stage, trimtab, write_run_file
+from tests.stages.commands import FAST, online_settings, run_stage, trimtab, write_run_file
 from tests.tiny import write_model_directory
-from trimtab.models.load import load_scalar, load_tokenizer
+from trimtab.core.types import Message, Prompt, Rollout
+from trimtab.data.chat import Chat
+from trimtab.models.load import load_causal, load_scalar, load_tokenizer
 from trimtab.models.save import save_model
+from trimtab.rewards.combined import load_rewards
+from trimtab.rewards.model import RewardModel, RewardModelScorer
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +87,26 @@ def test_examples_beyond_the_positions_of_a_model_are_refused_before_the_first_s
     assert "1 of 2 examples have more tokens than the 96 positions" in said
     assert "max_tokens = 96" in said
     run_stage("sft", tmp_path / "fits", **settings, max_tokens=96)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_reward_adapter_scores_alike_alone_and_on_a_shared_base(tmp_path, base, pairs, ours):
+    out = run_stage(
+        "reward", tmp_path / "run", model=str(base), data=str(pairs), adapter={"rank": 2}, max_steps=2, batch_size=4,
+        optimizer=FAST,
+    )  # fmt: skip
+    path = str(out / "model")
+    if not ours:  # as another program writes it
+        (Path(path) / "reward.json").unlink()
+    chat = Chat(load_tokenizer(path))
+    prompt = Prompt(messages=(Message("user", "Hi"),))
+    ids = tuple(chat.encode_response("Hello"))
+    one = Rollout(
+        prompt=prompt, response="Hello", prompt_ids=tuple(chat.encode_prompt(prompt.messages)), response_ids=ids,
+        logprobs=(0.0,) * len(ids), finish_reason="stop",
+    )  # fmt: skip
+    alone = RewardModelScorer.from_directory(path, token_budget=100).score([one])[0]
+    shared = load_rewards([RewardModel(path=path)], token_budget=100, shared=load_causal(base), base=str(base)).score(
+        [one]
+    )[0]
+    torch.testing.assert_close(alone, shared, rtol=1e-4, atol=1e-5)

@@ -592,3 +592,11 @@ def test_a_prompt_without_its_fact_is_answered_before_the_first_step(tmp_path, b
     result = trimtab("online", write_run_file(tmp_path / "run.toml", values), "--out", tmp_path / "run")
     assert result.exit_code == 2
     assert "1 of 8 prompts have no fact 'answer'" in result.output
+
+
+def test_replies_whose_greedy_reply_cannot_be_judged_are_left_out_too(tmp_path, base):
+    remax = {"advantage": {"name": "remax"}, "loss": {"name": "reinforce"}}
+    out = run_stage("online", tmp_path / "other", **family(base, "picky", on_failed_reward="drop", **remax))
+    for row in rows(out):
+        assert row["rollout/unjudged"] >= row["reward/callable_failed"]
+        assert not math.isnan(row["policy/loss"])
