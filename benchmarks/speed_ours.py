@@ -9,7 +9,6 @@ import argparse
 import gzip
 import json
 import re
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -169,8 +168,9 @@ def main() -> None:
         result = generate(options.model, options.rows, options)
     else:
         result = train(options.stage, options.model, options.rows, options)
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps(result | {"rss_gb": round(rss, 3)}))
+    from trimtab.core.process import peak_rss_gb
+
+    print(json.dumps(result | {"rss_gb": round(peak_rss_gb(), 3)}))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import gzip
 import itertools
 import json
 import os
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -86,8 +85,9 @@ def generate(model_dir: str, rows: str, options: dict[str, int]) -> None:
 
 
 def peak_rss_gb() -> float:
-    """The most memory this process has held."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+    """The most memory this program has held; `ru_maxrss` would begin at that of its launcher."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20, 3)
 
 
 def pairs_of(rows: str) -> list[dict[str, list[dict[str, str]]]]:
