@@ -155,3 +155,11 @@ def test_a_program_that_crashes_after_its_answer_is_wrong(rollout):
     tests = [{"input": "", "output": "5"}]
     codes = ["print(5)", "print(5)\nraise ValueError", "print(5)\nraise SystemExit(3)"]
     assert scores([rollout(fenced(c), tests=tests) for c in codes])[0].tolist() == [1, 0, 0]
+
+
+def test_an_entry_point_named_like_a_function_of_python_is_the_code_s_own(rollout):
+    tests = "def check(candidate):\n    assert candidate([1, 2]) == 3"
+    codes = ["def sum(x): return x[0] + x[1]", "def sum(x): return 0", "y = 1"]
+    assert scores([rollout(fenced(c), tests=tests, entry_point="sum") for c in codes])[0].tolist() == [1, 0, 0]
+    called = [rollout(fenced(c), tests="assert sum([1, 2]) == 3", entry_point="sum") for c in codes[:2]]
+    assert scores(called)[0].tolist() == [1, 0]

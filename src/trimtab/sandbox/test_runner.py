@@ -351,7 +351,7 @@ def run_examiner(asked: dict[str, Any], socket: int, verdict: int) -> NoReturn:
         for test in tests:
             try:
                 if names is None:
-                    names = examiner.names([re.split(r"\W", entry_point.strip())[0] for entry_point in entry_points])
+                    names = examiner.names([name_in(entry_point) for entry_point in entry_points])
                 run_test(setup, test, names, entry_points)
             except Refused as error:
                 say("refused", str(error))
@@ -364,10 +364,17 @@ def run_examiner(asked: dict[str, Any], socket: int, verdict: int) -> NoReturn:
     os._exit(0)
 
 
+def name_in(entry_point: str) -> str:
+    """The name that the code has to define for an entry point: "Solution" for "Solution().two_sum"."""
+    return re.split(r"\W", entry_point.strip())[0]
+
+
 def passes_without_code(setup: types.CodeType, test: types.CodeType, entry_points: list[str]) -> bool:
     """Whether a test passes when the code under test defines nothing, so that it judges nothing."""
+    # None, because an entry point may have a name of Python's own, such as `sum`, which would pass.
+    nothing = dict.fromkeys(map(name_in, entry_points))
     try:
-        run_test(setup, test, {}, entry_points)
+        run_test(setup, test, nothing, entry_points)
     except BaseException:  # a test fails whatever it raises
         return False
     return True
@@ -397,4 +404,5 @@ def run_collected(namespace: dict[str, Any], names: dict[str, Any], entry_points
             value()
         elif isinstance(value, types.FunctionType) and name == "check":
             for entry_point in entry_points:
-                value(eval(entry_point, dict(names)))  # a NameError if the code does not define it
+                assert name_in(entry_point) in names, f"the code defines no {name_in(entry_point)}"
+                value(eval(entry_point, dict(names)))
