@@ -95,9 +95,13 @@ class RewardModelScorer:
         ended = rollout.finish_reason != "length"
         if rollout.prompt_ids != prompt_ids or not self._reads(rollout):
             ids = tuple(self.chat.encode_response(rollout.response, ended=ended))
-        # The policy may stop at a special token that does not end a reply for this model, and that stands for no text.
-        stopped = bool(self.chat.stop_ids.intersection(ids[-1:])) or (ids and not self.chat.decode_response(ids[-1:]))
-        return ids[:-1] + self.ending if ended and stopped else ids
+        return ids[:-1] + self.ending if ended and self._ends(ids[-1:]) else ids
+
+    def _ends(self, last: tuple[int, ...]) -> bool:
+        """Whether the last id of a reply stands for its end. The policy may stop at a special token that ends no reply
+        for this model; such a token stands for no text."""
+        text = self.chat.tokenizer.decode(list(last), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return bool(last) and (last[0] in self.chat.stop_ids or not text)
 
     def _reads(self, rollout: Rollout) -> bool:
         """Whether this tokenizer reads the ids of a reply as its text: different tokenizers may agree on a short
