@@ -116,12 +116,13 @@ def _scored(row: JsonDict, name: str, replies: Sequence[Any]) -> list[_Scored]:
         for by, sign in _SCORES.items()
         if any(reply.get(by) is not None for reply in replies)
     }
+    first = next(iter(scores))
     for i, reply in enumerate(replies):
-        if reply.get(by := next(iter(scores))) is None:
+        if reply.get(first) is None:
             raise Mistake(
                 "mixed_scores",
-                f"{name}[{i}] has no {by}, and another reply of the row has one",
-                f"give each reply its {by}, or leave that field out of all",
+                f"{name}[{i}] has no {first}, and another reply of the row has one",
+                f"give each reply its {first}, or leave that field out of all",
             )
     return [_Scored(texts[i], score) for i, score in _by_first(scores, name)]
 

@@ -255,14 +255,9 @@ def _is_judgement(value: Any) -> bool:
 def _second_questions(
     reading: LayoutReading, rows: Sequence[JsonDict], left: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
-    for name, plain in left.items():
-        if plain not in (*PROMPT, *OPTIONS) or plain in PART_OF_PROMPT:
-            continue
-        kinds = (str, list, dict) if plain in OPTIONS else str
-        asked = [row for row in rows if isinstance(row.get(name), kinds) and any(map(str.strip, texts_in(row[name])))]
-        missing = [
-            row for row in asked if not all(_is_part(text.strip(), reading, row) for text in texts_in(row[name]))
-        ]
+    for name in left:
+        asked = [row for row in rows if any(map(str.strip, _asks(name, row.get(name))))]
+        missing = [row for row in asked if is_unstated(name, row[name], _used_texts(reading, row))]
         if missing and 2 * len(missing) >= len(asked):
             yield (
                 f"{name} holds {shown(missing[0][name])}, which is no part of the prompt, and would not be used",
@@ -270,17 +265,30 @@ def _second_questions(
             )
 
 
-def _is_part(text: str, reading: LayoutReading, row: JsonDict) -> bool:
-    return any(text in said for name, value in row.items() if name in reading.used for said in texts_in(_value(value)))
+def is_unstated(name: str, value: Any, said: Sequence[str]) -> bool:
+    """Whether a column holds a question, or options of one, that none of the texts `said` states whole."""
+    return any(not any(text.strip() in one for one in said) for text in _asks(name, value))
 
 
-def texts_in(value: Any) -> Iterator[str]:
+def _asks(name: str, value: Any) -> list[str]:
+    """The texts of a column if its name is that of a question or of options; else none."""
+    plain = plain_name(name)
+    if plain not in (*PROMPT, *OPTIONS) or plain in PART_OF_PROMPT:
+        return []
+    return list(_texts(value)) if isinstance(value, str) or plain in OPTIONS else []
+
+
+def _used_texts(reading: LayoutReading, row: JsonDict) -> list[str]:
+    return [said for name, value in row.items() if name in reading.used for said in _texts(_value(value))]
+
+
+def _texts(value: Any) -> Iterator[str]:
     """The texts that a value is or holds, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from texts_in(inner)
+            yield from _texts(inner)
 
 
 def _hidden_prompts(

@@ -261,4 +261,5 @@ def _hub_stream(text: str, limit: int | None) -> RowStream:
         ) from error
     located = ((f"{source}, row {i}", row) for i, row in enumerate(rows, 1))
     changes = {option: options[option] for option in ("columns", "ignore") if options[option]}
-    return RowStream(source=source, sha256=rows_hash(rows), rows=_changed(iter(located), changes, source, whole=False))
+    changed = _changed(iter(located), changes, source, whole=limit is None)
+    return RowStream(source=source, sha256=rows_hash(rows), rows=changed)

@@ -17,10 +17,10 @@ import sqlalchemy as sa
 from trimtab import worlds
 from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict, Message, Prompt
-from trimtab.data.columns import CHANGES_A_ROW, OPTIONS, PART_OF_PROMPT, PROMPT, plain_name
+from trimtab.data.columns import CHANGES_A_ROW, plain_name
 from trimtab.data.compared import to_comparison
 from trimtab.data.mistakes import Mistake, filled, shown
-from trimtab.data.recognise import texts_in
+from trimtab.data.recognise import is_unstated
 from trimtab.data.rows import (
     to_conversation_prompt,
     to_demonstration,
@@ -92,9 +92,9 @@ def import_source(
     not_judged = same_replies = 0
     for where, row in found.rows:
         try:
-            row = with_plain_names(renamed(row, options.columns))
+            row = renamed(row, options.columns)
             if _is_sample(row, task.kind):
-                demonstration = to_demonstration(row)
+                demonstration = to_demonstration(with_plain_names(row))
                 refuse_second_questions(row, demonstration.prompt, [demonstration.response])
                 reply = NewReply(text=demonstration.response, source=_source(row))
                 group = samples.setdefault(demonstration.prompt.messages, [])
@@ -112,10 +112,8 @@ def import_source(
             mistakes.append((where, error.problem, error.fix))
     for group in samples.values():
         where, _, prompt, _ = group[0]
-        by_text: dict[str, NewReply] = {}
-        for _, _, _, reply in group:
-            by_text.setdefault(reply.text, reply)
-        replies, same_replies = list(by_text.values()), same_replies + len(group) - len(by_text)
+        replies = _first_of_equal([reply for _, _, _, reply in group])
+        same_replies += len(group) - len(replies)
         try:
             row = _row_of_samples([row for _, row, _, _ in group])
             for item in _of_replies(prompt, replies, row, task, options):
@@ -190,6 +188,14 @@ def _row_of_samples(rows: Sequence[JsonDict]) -> JsonDict:
     return merged
 
 
+def _first_of_equal(replies: Sequence[NewReply]) -> list[NewReply]:
+    """Each text once, with the source of the first reply that has it."""
+    found: dict[str, NewReply] = {}
+    for reply in replies:
+        found.setdefault(reply.text, reply)
+    return list(found.values())
+
+
 def with_plain_names(row: JsonDict) -> JsonDict:
     """The row with the columns that change what it means under their one name: "system" for "System". Raises Mistake if
     two of its columns are one."""
@@ -211,11 +217,7 @@ def refuse_second_questions(row: JsonDict, prompt: Prompt, replies: Sequence[str
     judges the replies would see it."""
     said = [*(message.content for message in prompt.messages), *replies]
     for name, value in row.items():
-        plain = plain_name(name)
-        if name == "prompt" or plain not in (*PROMPT, *OPTIONS) or plain in PART_OF_PROMPT:
-            continue
-        texts = [text.strip() for text in texts_in(value)] if isinstance(value, str) or plain in OPTIONS else []
-        if any(not any(text in one for one in said) for text in texts):
+        if name != "prompt" and is_unstated(name, value, said):
             raise Mistake(
                 "unused_question",
                 f"{name} holds {shown(value)}, which is no part of the prompt, and would not be shown",
