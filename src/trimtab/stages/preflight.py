@@ -27,6 +27,7 @@ from trimtab.models.adapters import add_adapter
 from trimtab.models.load import is_classifier, refuse_several_labels
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.models.weights import check_file, check_weights
+from trimtab.rewards.combined import refuse_missing_facts
 from trimtab.rewards.gold import GoldReward, GoldScorer
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.python_callable import PythonCallable, load_function
@@ -198,6 +199,8 @@ def _check_prompts(prompts: Sequence[Prompt], source: str, least: int, settings:
                 where=source,
                 fix="add a column of that name to the prompts' file, or name the right fact in the reward's settings",
             )
+    if getattr(settings, "on_failed_reward", "drop") == "stop":
+        refuse_missing_facts(settings.rewards, prompts, where=source)
     for _, name in _worlds(settings):
         if prompts and name in registry.names("world"):
             GoldScorer(worlds.load(name)).gold(prompts[0], "")
