@@ -104,15 +104,14 @@ def reward_card(
 ) -> dict[str, Any]:
     """The card of a reward model on held-out pairs, as JSON values; the reward stage's summary.
 
-    `score_chosen` and `score_rejected` are its rewards, [num_pairs]. If there are `training_pairs`, a bag of words is
-    trained on them, and `bag_of_words` is its accuracy on `pairs`. Pairs with an even label have no right side:
-    they count in `reliability`, `ece` and `temperature`, whose outcomes are the labels, and in nothing else.
-    `bayes_accuracy` is the highest accuracy that any
-    judge could reach against these noisy annotators. If it is not given, it is the mean of max(p, 1 - p) over
-    `probability_chosen` (the known chance that a simulated annotator prefers `chosen`) if every label is a single vote;
-    otherwise it is absent.
-    `share_of_bayes` says how far accuracy goes from chance (0) to that limit (1). Lengths are in words. `seed` decides
-    only which side of a pair is put first for calibration.
+    `score_chosen` and `score_rejected` are its rewards, [num_pairs]. Pairs with an even label (0.5) have no right side.
+    They are left out of every accuracy and of `auc`, and counted in `num_even`; `reliability`, `ece` and `temperature`
+    compare with the labels, even ones too. If there are `training_pairs`, a bag of words is trained on them, and
+    `bag_of_words` is its accuracy on `pairs`. `bayes_accuracy` is the highest accuracy that any judge could reach
+    against these noisy annotators. If it is not given, it is the mean of max(p, 1 - p) over `probability_chosen` (the
+    known chance that a simulated annotator prefers `chosen`) if every label is 1; otherwise it is absent, because
+    several votes are more often right than one. `share_of_bayes` says how far accuracy goes from chance (0) to that
+    limit (1). Lengths are in words. `seed` decides only which side of a pair is put first for calibration.
     """
     chosen = np.asarray(score_chosen, dtype=np.float64)
     rejected = np.asarray(score_rejected, dtype=np.float64)
@@ -124,10 +123,10 @@ def reward_card(
 
     labels = np.array([pair.label for pair in pairs], dtype=np.float64)
     decided = labels != 0.5
+    # rows of one prompt may have ids of their own
+    prompts = [prompt_id(pair.prompt.messages) for pair in compress(pairs, decided)]
 
     def share_right(chosen_scores: Floats, rejected_scores: Floats) -> Interval:
-        # rows of one prompt may have ids of their own
-        prompts = [prompt_id(pair.prompt.messages) for pair in compress(pairs, decided)]
         return ordering_accuracy(chosen_scores[decided], rejected_scores[decided], prompts)
 
     accuracy = share_right(chosen, rejected)
@@ -178,7 +177,6 @@ def reward_card(
     # one temperature changes no order, so it is fitted on the very pairs that it describes, with either side first
     card["temperature"] = fit_temperature(chosen - rejected, labels)
 
-    # The limit is that of single votes; several are more often right than one.
     if bayes_accuracy is None and probability_chosen is not None and (labels == 1).all():
         p = np.asarray(probability_chosen, dtype=np.float64)
         bayes_accuracy = float(np.maximum(p, 1 - p).mean())
