@@ -313,3 +313,4 @@ def test_a_conversation_refused_for_its_contents_says_nothing_of_others():
     chat = Chat(tokenizer)
     assert chat.refusal([Message("user", "no")]).kind == "template_refuses"
     assert chat.refusal([Message("user", "yes")]) is None
+    assert chat.refusal([Message("user", "no")]).kind == "template_refuses"

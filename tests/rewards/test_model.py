@@ -1,5 +1,7 @@
 """A reward model gives the score that it was trained to give, at the place it was trained at."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -104,3 +106,15 @@ def test_scores_and_values_are_float32_when_products_are_bfloat16():
         scores = role(some_trees()).scores
         assert scores.dtype == torch.float32
         assert not torch.equal(scores, scores.bfloat16().float())
+
+
+def test_a_reply_that_ended_on_another_special_token_gets_the_ending_that_was_learnt(foreign):
+    scorer = RewardModelScorer.from_directory(str(foreign()), token_budget=4096)
+    chat = scorer.chat
+    other = next(i for i in chat.tokenizer.all_special_ids if i not in chat.stop_ids)
+    usual = rollout(chat, "No", reason="stop", own=True)
+    ended = dataclasses.replace(usual, response_ids=(*usual.response_ids[:-1], other))
+    assert torch.equal(scorer.score([usual])[0], scorer.score([ended])[0])
+    for text in ("No\n", "No "):  # ordinary text at the end is no ending
+        ids = chat.tokenizer.encode(text, add_special_tokens=False)
+        assert not scorer._ends((ids[-1],))

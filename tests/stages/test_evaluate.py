@@ -119,3 +119,11 @@ def test_a_mistake_is_answered_with_what_to_change(tmp_path, base, changed, said
     result = trimtab("evaluate", write_run_file(tmp_path / "run.toml", values), "--out", tmp_path / "run")
     assert result.exit_code == 2
     assert said in result.output
+
+
+def test_replies_of_another_distribution_have_no_kl(tmp_path, base, other):
+    values = settings(other, base, sampling=SHORT | {"top_k": 1})
+    result = trimtab("evaluate", write_run_file(tmp_path / "run.toml", values), "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "kl" not in summary(tmp_path / "run")
+    assert "cannot be measured" in " ".join(result.output.split())

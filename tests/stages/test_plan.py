@@ -4,7 +4,9 @@ import pytest
 
 from tests.stages.commands import FAST, SHORT, online_settings, summary, trimtab, write_run_file
 from tests.stages.test_pipeline import PIPELINE, STAGES
-from trimtab.stages.plan import cut_short, duration, plan
+from trimtab.core import config
+from trimtab.stages.online.settings import OnlineSettings
+from trimtab.stages.plan import cut_short, duration, plan, weights
 from trimtab.stages.stage import FEW_PROMPTS, FEW_STEPS
 
 COMPARED = PIPELINE | {
@@ -102,3 +104,11 @@ def test_a_rehearsal_is_short_and_trains_the_policy():
 @pytest.mark.parametrize(("seconds", "said"), [(5, "5 s"), (89.6, "90 s"), (300, "5 min"), (3 * 3600, "3.0 h")])
 def test_durations_read_as_people_say_them(seconds, said):
     assert duration(seconds) == said
+
+
+@pytest.mark.parametrize(("advantage", "held"), [("gae", True), ("grpo", False)])
+def test_a_critic_is_counted_if_it_is_loaded(tmp_path, base, advantage, held):
+    values = {"model": str(base), "prompts": "world:arithmetic?num=8", "advantage": advantage, "group_size": 2}
+    rewards = [{"name": "exact_answer"}]
+    settings = config.resolve(OnlineSettings, values | {"rewards": rewards}, where="the test")
+    assert ("critic" in weights("online", settings, tmp_path)) == held

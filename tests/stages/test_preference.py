@@ -14,10 +14,15 @@ from tests.stages.test_resume import differences, kill_after, num_rows, start, w
 from trimtab import cli
 from trimtab.core import config
 from trimtab.core.hub import base_of
+from trimtab.data.chat import Chat
 from trimtab.math.losses.preference.pairs import DPO
 from trimtab.math.losses.preference.replies import KTO
+from trimtab.models.adapters import LoRA
+from trimtab.models.load import load_tokenizer
+from trimtab.models.roles import Policy
 from trimtab.stages import plan
-from trimtab.stages.preference import PreferenceSettings, say_balance
+from trimtab.stages.preference import PreferenceSettings, late_reference, say_balance
+from trimtab.stages.sft import start_policy
 from trimtab.stats import wilson
 
 FASTER = FAST | {"learning_rate": 1e-2}
@@ -351,3 +356,17 @@ def test_the_interval_counts_each_prompt_once(tmp_path, base, tied):
     assert found["accuracy_high"] - found["accuracy_low"] == pytest.approx(
         wilson(found["accuracy"], 1).high - wilson(found["accuracy"], 1).low
     )
+
+
+def test_asking_the_reference_leaves_the_mode_of_each_block_as_it_was(base):
+    """Blocks that train with checkpointing are in another mode than the model around them."""
+    chat = Chat(load_tokenizer(base))
+    policy, _ = start_policy(str(base), LoRA(rank=2), chat, seed=0)
+    for number, module in enumerate(policy.model.modules()):
+        module.training = number % 2 == 1
+    modes = [m.training for m in policy.model.modules()]
+    values = {"model": str(base), "data": "pairs.jsonl", "adapter": {"rank": 2}}
+    settings = config.resolve(PreferenceSettings, values, where="the test")
+    with late_reference(settings, policy, Policy(policy.model, pad_id=chat.pad_id), chat)() as reference:
+        assert not any(m.training for m in reference.model.modules())
+    assert [m.training for m in policy.model.modules()] == modes
