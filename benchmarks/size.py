@@ -1,13 +1,15 @@
 """How long a large file takes before the first step, cold and warm, and how much memory.
 
     python benchmarks/size.py --num 20000 300000 --out /tmp/size
-    python benchmarks/size.py --num 3000000 --out /tmp/size                     # 2.4 GB of pairs, about 1 GB kept
+    python benchmarks/size.py --num 3000000 --out /tmp/size --stop              # 2.4 GB of pairs, until the first step
     python benchmarks/size.py --num 20000 --out /tmp/size --peer PEER/bin/python  # TRL's start on the same file
 
 Writes pairs of realistic lengths (prompt, chosen, rejected; about 800 bytes a row), then runs two steps of `trimtab
 reward` and of `trimtab preference` on a tiny model, each with nothing kept and again, and `trimtab data show --rows 1`.
 Seconds are from the start of the command to the end of the first step; memory is the largest of the process and of all
-its children together, without what files are mapped. `--hh FILE` adds a file of hh-rlhf, repeated to 170,000 rows.
+its children together, without what files are mapped. With `--stop` a run is killed when its first step is done: what
+comes after it, mostly the tenth of the pairs that is held out, takes longer than the start. `--hh FILE` adds a file of
+hh-rlhf, repeated to 170,000 rows.
 Results of several calls are merged in `docs/evidence/data/size.json`.
 """
 
@@ -33,6 +35,7 @@ ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "docs" / "evidence" / "data" / "size.json"
 HH_ROWS = 170_000
 STEPS = "max_steps=2"
+PARTS = ["reward", "preference", "show"]
 PEER_CODE = """
 import sys, time
 began = time.perf_counter()
@@ -143,28 +146,32 @@ def own_memory(pid: int) -> int:
 class Watch(threading.Thread):
     """Notes the largest memory of a process with its children, and when a line or a file says that a step is done."""
 
-    def __init__(self, pid: int, done: Path | None) -> None:
+    def __init__(self, process: subprocess.Popen[str], done: Path | None, stop: bool) -> None:
         super().__init__(daemon=True)
-        self.pid, self.done = pid, done
+        self.process, self.done, self.stop = process, done, stop
         self.peak = 0
         self.began = time.perf_counter()
         self.first_step = 0.0
 
     def run(self) -> None:
         """Looks ten times a second until the process ends."""
-        while Path(f"/proc/{self.pid}").exists():
-            self.peak = max(self.peak, sum(map(own_memory, descendants(self.pid))))
+        while Path(f"/proc/{self.process.pid}").exists():
+            self.peak = max(self.peak, sum(map(own_memory, descendants(self.process.pid))))
             if self.done is not None and not self.first_step and self.done.exists() and self.done.stat().st_size:
                 self.first_step = time.perf_counter() - self.began
+            if self.stop and self.first_step:
+                self.process.kill()
             time.sleep(0.1)
 
 
-def measured(command: list[str], cache: Path, *, done: Path | None = None, line: str = "") -> dict[str, float]:
+def measured(
+    command: list[str], cache: Path, *, done: Path | None = None, line: str = "", stop: bool = False
+) -> dict[str, float]:
     """Seconds to the end of the first step (`done` is then written, or `line` printed), seconds in all, CPU, memory."""
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
     before = os.times()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    watch = Watch(process.pid, done)
+    watch = Watch(process, done, stop)
     watch.start()
     errors: list[str] = []
     reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()), daemon=True)
@@ -175,7 +182,7 @@ def measured(command: list[str], cache: Path, *, done: Path | None = None, line:
     code = process.wait()
     seconds = time.perf_counter() - watch.began
     reader.join()
-    if code:
+    if code and not (stop and watch.first_step):
         sys.exit(f"{' '.join(command)} ended with {code}:\n{''.join(errors[-20:])}")
     after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
@@ -183,39 +190,40 @@ def measured(command: list[str], cache: Path, *, done: Path | None = None, line:
     return first | {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "peak_gb": round(watch.peak / 1e9, 2)}
 
 
-def stage(name: str, model: Path, data: Path, out: Path, cache: Path) -> dict[str, float]:
+def stage(name: str, model: Path, data: Path, out: Path, cache: Path, *, stop: bool) -> dict[str, float]:
     """Two steps of a stage."""
     run = out / f"run-{name}"
     shutil.rmtree(run, ignore_errors=True)
     settings = out / f"{name}.toml"
     settings.write_text(f'model = "{model}"\ndata = "{data}"\nbatch_size = 32\n', encoding="utf-8")
     command = [sys.executable, "-m", "trimtab", name, str(settings), STEPS, "--out", str(run)]
-    return measured(command, cache, done=run / "metrics.jsonl")
+    return measured(command, cache, done=run / "metrics.jsonl", stop=stop)
 
 
-def measure(data: Path, model: Path, out: Path, peer: str | None) -> dict[str, object]:
-    """Everything of one file."""
+def measure(data: Path, model: Path, out: Path, parts: list[str], peer: str | None, *, stop: bool) -> dict[str, object]:
+    """Everything asked for of one file."""
     with data.open("rb") as file:
         num_rows = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 22), b""))
     result: dict[str, object] = {"rows": num_rows, "file_gb": round(data.stat().st_size / 1e9, 3)}
     cache = out / "cache"
-    for name in ("reward", "preference"):
+    for name in (part for part in parts if part != "show"):
         shutil.rmtree(cache, ignore_errors=True)
-        result[f"{name}_cold"] = stage(name, model, data, out, cache)
-        result[f"{name}_warm"] = stage(name, model, data, out, cache)
-    kept = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
-    result["kept_gb"] = round(kept / 1e9, 3)
+        result[f"{name}_cold"] = stage(name, model, data, out, cache, stop=stop)
+        result[f"{name}_warm"] = stage(name, model, data, out, cache, stop=stop)
+        kept = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+        result["kept_gb"] = round(kept / 1e9, 3)
     shutil.rmtree(cache, ignore_errors=True)
-    show = [sys.executable, "-m", "trimtab", "data", "show", str(data), "--model", str(model), "--rows", "1"]
-    result["data_show"] = measured(show, cache)
+    if "show" in parts:
+        show = [sys.executable, "-m", "trimtab", "data", "show", str(data), "--model", str(model), "--rows", "1"]
+        result["data_show"] = measured(show, cache)
     if peer is not None:
         code = out / "peer.py"
         code.write_text(PEER_CODE, encoding="utf-8")
         command = [peer, str(code), str(model), str(data), str(out / "peer")]
         os.environ["HF_HOME"] = str(out / "peer-cache")
         shutil.rmtree(out / "peer-cache", ignore_errors=True)
-        result["trl_cold"] = measured(command, cache, line="FIRST STEP")
-        result["trl_warm"] = measured(command, cache, line="FIRST STEP")
+        result["trl_cold"] = measured(command, cache, line="FIRST STEP", stop=stop)
+        result["trl_warm"] = measured(command, cache, line="FIRST STEP", stop=stop)
     print(data.name, json.dumps(result, indent=1), flush=True)
     return result
 
@@ -227,6 +235,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a folder for the files, the model and the runs")
     parser.add_argument("--hh", type=Path, help="a file of hh-rlhf (jsonl.gz)")
     parser.add_argument("--peer", help="the Python of an environment with TRL")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="which commands (all of them)")
+    parser.add_argument("--stop", action="store_true", help="end each run with its first step")
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -245,7 +255,7 @@ def main() -> None:
     machine = {"cpus": len(os.sched_getaffinity(0)), "processor": platform.processor() or platform.machine()}
     for path, _ in files:  # each is written when it is known: the largest take an hour
         load = round(os.getloadavg()[0], 1)
-        measures = measure(path, model, out, options.peer)
+        measures = measure(path, model, out, options.parts, options.peer, stop=options.stop)
         found[path.stem] = {**found.get(path.stem, {}), **measures, "load_before": load}
         result = {"command": "python benchmarks/size.py", "machine": machine, "files": found}
         RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
