@@ -44,7 +44,7 @@ def product_in_float64(x, weights, biases, form, norm, eps):
 
 @pytest.mark.parametrize("form", ["plain", "normed", "gated"])
 @pytest.mark.parametrize(("ins", "outs"), [(64, (64, 32, 32)), (100, (37, 5)), (1, (1,)), (200, (6, 1, 12))])
-@pytest.mark.parametrize("n", [1, 2, 8, 9, 16, 17, 33, 70])
+@pytest.mark.parametrize("n", [1, 2, 8, 9, 16, 17, 24, 33, 47, 70])
 def test_products_are_torchs(compiled, n, ins, outs, form):
     torch.manual_seed(n)
     weights = [torch.randn(o, ins) / ins**0.5 for o in outs]
@@ -194,7 +194,7 @@ def test_vectors_of_every_width_compute_the_same(monkeypatch, lanes):
     monkeypatch.setenv("CC", f"{os.environ.get('CC') or 'cc'} {width}")
     found = find(WEIGHT)
     assert found.compiled
-    for n in (1, 5, 16, 33):
+    for n in (1, 5, 11, 16, 23, 33, 41):
         test_products_are_torchs(found, n, 100, (37, 5), "normed")
         test_products_are_torchs(found, n, 64, (64, 32, 32), "gated")
     test_what_is_not_a_number_stays_so(found)

@@ -17,7 +17,7 @@ enum { LANES = 4 };
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-enum { OUTS = 6, WIDE = 2 * LANES, CHUNK = 64, LINE = 16 };
+enum { MOST_OUTS = 6, MOST_VECS = 3, WIDEST = MOST_VECS * LANES, CHUNK = 64, LINE = 16 };
 enum { PLAIN = 0, NORMED = 1, GATED = 2 };
 
 /* e^x for x <= 88, within 2 units in the last place: 2^n times a polynomial (minimax, as in Cephes' expf). */
@@ -68,48 +68,82 @@ static inline void prepare(const float *x, int64_t k, int64_t size, int64_t form
         memcpy(made, x, sizeof *x * (size_t)size);
 }
 
-/* OUTS rows of weights times one or two vectors of columns; the rows of weights behind them are fetched meanwhile. */
-static inline __attribute__((always_inline)) void multiply(const float *const *w, const float *columns, int64_t k,
-                                                           int vecs, const float *ahead, float done[OUTS][WIDE]) {
-    vec sums[OUTS][2] = {0};
-    for (int64_t i = 0; i < k; i++) {
-        if (ahead && i % LINE == 0)
-            for (int o = 0; o < OUTS; o++) __builtin_prefetch(ahead + o * k + i);
-        vec low = *(const vec *)(columns + i * WIDE), high = *(const vec *)(columns + i * WIDE + LANES);
-        for (int o = 0; o < OUTS; o++) {
-            sums[o][0] += low * w[o][i];
-            if (vecs == 2) sums[o][1] += high * w[o][i];
-        }
+/* OUTS rows of weights times the first VECS of WIDE vectors of columns; the rows of weights behind them are fetched
+   meanwhile.
+
+   Twelve sums stand in registers. They stay there because this is a function of its own, and because the columns are
+   volatile: each is read once and kept, where the compiler would read it again for each row of weights. */
+typedef void multiplier(const float *const *w, const float *columns, int64_t k, const float *ahead,
+                        float done[MOST_OUTS][WIDEST]);
+#define MULTIPLIER(NAME, OUTS, VECS, WIDE)                                                                             \
+    static __attribute__((noinline)) void NAME(const float *const *w, const float *columns, int64_t k,                 \
+                                               const float *ahead, float done[MOST_OUTS][WIDEST]) {                    \
+        vec sums[OUTS][VECS] = {0};                                                                                    \
+        for (int64_t i = 0; i < k; i++) {                                                                              \
+            if (ahead && i % LINE == 0)                                                                                \
+                for (int o = 0; o < OUTS; o++) __builtin_prefetch(ahead + o * k + i);                                  \
+            vec kept[VECS];                                                                                            \
+            for (int v = 0; v < VECS; v++) kept[v] = *(const volatile vec *)(columns + (i * WIDE + v) * LANES);        \
+            for (int o = 0; o < OUTS; o++)                                                                             \
+                for (int v = 0; v < VECS; v++) sums[o][v] += kept[v] * w[o][i];                                        \
+        }                                                                                                              \
+        for (int o = 0; o < OUTS; o++)                                                                                 \
+            for (int v = 0; v < VECS; v++) *(loose *)(done[o] + v * LANES) = sums[o][v];                               \
     }
-    memcpy(done, sums, sizeof sums);
-}
+MULTIPLIER(multiply_half, 6, 1, 2)
+MULTIPLIER(multiply_two, 6, 2, 2)
+MULTIPLIER(multiply_three, 4, 3, 3)
 
 /* Columns of results to rows: to[r * width + o] = done[o][r], plus the bias, plus what is there where `add`. */
-static inline void store(float done[OUTS][WIDE], int64_t rows, int64_t valid, const float *bias, int64_t add, float *to,
-                         int64_t width) {
+static inline __attribute__((always_inline)) void store(float done[MOST_OUTS][WIDEST], int64_t rows, int outs,
+                                                        int64_t valid, const float *bias, int64_t add, float *to,
+                                                        int64_t width) {
     for (int64_t r = 0; r < rows; r++, to += width) {
         if (add)
-            for (int o = 0; o < OUTS; o++) done[o][r] += o < valid ? to[o] : 0;
+            for (int o = 0; o < outs; o++) done[o][r] += o < valid ? to[o] : 0;
         if (bias)
-            for (int o = 0; o < OUTS; o++) done[o][r] += o < valid ? bias[o] : 0;
-        if (valid == OUTS)
-            for (int o = 0; o < OUTS; o++) to[o] = done[o][r];
+            for (int o = 0; o < outs; o++) done[o][r] += o < valid ? bias[o] : 0;
+        if (valid == outs)
+            for (int o = 0; o < outs; o++) to[o] = done[o][r];
         else
             for (int o = 0; o < valid; o++) to[o] = done[o][r];
     }
 }
 
+/* One matrix [outs, k] times the tiles of `vecs` vectors of rows that stand in `room`, `many` outs at a time; see
+   product. `half` multiplies a tile with no more rows than a vector. */
+static inline __attribute__((always_inline)) void multiply(const float *weights, const float *bias, int64_t outs,
+                                                           int64_t k, int vecs, int many, multiplier *whole,
+                                                           multiplier *half, const float *room, int64_t n, float *y,
+                                                           int64_t width, int64_t add) {
+    int64_t wide = vecs * LANES, blocks = (outs + many - 1) / many;
+#pragma omp for schedule(static) nowait
+    for (int64_t block = 0; block < blocks; block++) {
+        int64_t out = block * many, valid = outs - out < many ? outs - out : many;
+        const float *w[MOST_OUTS], *next = block + 1 < blocks ? weights + (out + many) * k : NULL;
+        for (int o = 0; o < many; o++) w[o] = weights + (o < valid ? out + o : out) * k;
+        for (int64_t row = 0; row < n; row += wide) {
+            int64_t rows = n - row < wide ? n - row : wide;
+            float done[MOST_OUTS][WIDEST];
+            (rows > LANES ? whole : half)(w, room + row * k, k, row ? NULL : next, done);
+            store(done, rows, many, valid, bias ? bias + out : NULL, add, y + row * width + out, width);
+        }
+    }
+}
+
 /* y[n, sum of outs] = or += prepared x[n, k] times the matrices [outs[m], k] transposed, side by side.
 
-   Rows stand in the lanes: `room`, aligned, holds k columns of WIDE rows for each tile, and behind them a scale for
-   each row; each weight is read once, where the model has it, and multiplied with all rows. */
+   Rows stand in the lanes: `room`, aligned, holds k columns of the rows of each tile, and behind them a scale for each
+   row; each weight is read once, where the model has it, and multiplied with all rows. A tile is two vectors of rows,
+   or three where those hold all rows. */
 void product(const float *x, int64_t n, int64_t k, int64_t form, const float *norm, float eps, int64_t matrices,
              const float *const *weights, const float *const *biases, const int64_t *outs, float *y, int64_t add,
              float *room, int64_t threads) {
-    int64_t tiles = (n + WIDE - 1) / WIDE, parts = (k + CHUNK - 1) / CHUNK, stride = form == GATED ? 2 * k : k;
+    int64_t vecs = (n + LANES - 1) / LANES, height = vecs == 3 ? 3 : 2, wide = height * LANES;
+    int64_t tiles = (n + wide - 1) / wide, parts = (k + CHUNK - 1) / CHUNK, stride = form == GATED ? 2 * k : k;
     int64_t width = 0;
     for (int64_t m = 0; m < matrices; m++) width += outs[m];
-    float *scales = room + tiles * WIDE * k;
+    float *scales = room + tiles * wide * k;
 #pragma omp parallel num_threads(threads)
     {
         if (form == NORMED) {
@@ -118,30 +152,21 @@ void product(const float *x, int64_t n, int64_t k, int64_t form, const float *no
         }
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tiles * parts; task++) {
-            int64_t first = task / parts * WIDE, from = task % parts * CHUNK;
+            int64_t first = task / parts * wide, from = task % parts * CHUNK;
             int64_t size = k - from < CHUNK ? k - from : CHUNK;
-            float *to = room + first * k + from * WIDE, made[CHUNK] = {0};
-            for (int64_t r = first; r < first + WIDE; r++, to++) {
+            float *to = room + first * k + from * wide, made[CHUNK] = {0};
+            for (int64_t r = first; r < first + wide; r++, to++) {
                 if (r < n) prepare(x + r * stride + from, k, size, form, norm ? norm + from : NULL, scales[r], made);
                 else memset(made, 0, sizeof made);
-                for (int64_t i = 0; i < size; i++) to[i * WIDE] = made[i];
+                for (int64_t i = 0; i < size; i++) to[i * wide] = made[i];
             }
         }
         for (int64_t m = 0, first = 0; m < matrices; first += outs[m++]) {
-            int64_t blocks = (outs[m] + OUTS - 1) / OUTS;
-#pragma omp for schedule(static) nowait
-            for (int64_t block = 0; block < blocks; block++) {
-                int64_t out = block * OUTS, valid = outs[m] - out < OUTS ? outs[m] - out : OUTS;
-                const float *w[OUTS], *next = block + 1 < blocks ? weights[m] + (out + OUTS) * k : NULL;
-                for (int o = 0; o < OUTS; o++) w[o] = weights[m] + (o < valid ? out + o : out) * k;
-                for (int64_t t = 0; t < tiles; t++) {
-                    int64_t rows = n - t * WIDE < WIDE ? n - t * WIDE : WIDE;
-                    float done[OUTS][WIDE], *to = y + t * WIDE * width + first + out;
-                    if (rows > LANES) multiply(w, room + t * WIDE * k, k, 2, t ? NULL : next, done);
-                    else multiply(w, room + t * WIDE * k, k, 1, t ? NULL : next, done);
-                    store(done, rows, valid, biases[m] ? biases[m] + out : NULL, add, to, width);
-                }
-            }
+            const float *w = weights[m], *bias = biases[m];
+            if (height == 3)
+                multiply(w, bias, outs[m], k, 3, 4, multiply_three, NULL, room, n, y + first, width, add);
+            else
+                multiply(w, bias, outs[m], k, 2, 6, multiply_two, multiply_half, room, n, y + first, width, add);
         }
     }
 }
