@@ -133,8 +133,8 @@ class ReplyBuffer:
 
     def finished(self) -> list[SampledReply]:
         """All replies, each cut to its length."""
-        columns = (self.tokens.tolist(), self.logprobs.tolist(), self.lengths.tolist(), self.stopped.tolist())
-        return [(ids[:n], logprobs[:n], stopped) for ids, logprobs, n, stopped in zip(*columns, strict=True)]
+        ends = enumerate(zip(self.lengths.tolist(), self.stopped.tolist(), strict=True))
+        return [(self.tokens[i, :n].tolist(), self.logprobs[i, :n].tolist(), stopped) for i, (n, stopped) in ends]
 
     def _holds_stop(self, sequence: Tensor, place: Tensor) -> bool:
         end = int(place) + 1

@@ -76,6 +76,8 @@ class LocalSampler:
         """`group_size` rollouts for each prompt. Every reply has its own random numbers, made from the seed, its
         prompt's id and its number in the group, so batch size and order of prompts do not change what is drawn."""
         encoded = [self.encode(p) for p in prompts]
+        if prompts and isinstance(self.choice.form, SlotForm):  # before anything as wide as a reply is allocated
+            self.choice.form.num_groups(encoded, group_size, self.sampling.max_new_tokens)
         uniforms = self.uniforms(prompts, group_size=group_size, seed=seed)
         return [
             Rollout(
