@@ -346,16 +346,22 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out.resolve()
     with ThreadPoolExecutor(options.jobs) as pool:
-        given = dict(zip(options.seeds, pool.map(lambda seed: start(out, seed), options.seeds), strict=True))
+        starts = [] if options.only == ["arithmetic"] else options.seeds
+        given = dict(zip(starts, pool.map(lambda seed: start(out, seed), starts), strict=True))
         jobs = [(name, seed) for seed in options.seeds for name in options.only if name in names]
         jobs += [(name, options.seeds[0]) for name in options.only if name in ALONE]
         running = [pool.submit(train_and_test, name, out, seed, given[seed]) for name, seed in jobs]
         sums = [pool.submit(arithmetic, out, seed) for seed in options.seeds if "arithmetic" in options.only]
         rows, answers = [f.result() for f in running], [f.result() for f in sums]
+    # What was not asked for stays as it was measured before.
+    kept = options.data / "algorithms.json"
+    before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {"runs": [], "arithmetic": []}
+    rows = [r for r in before["runs"] if r["name"] not in options.only] + rows
+    answers = answers or before["arithmetic"]
     means = [over_seeds(each) for name in names if (each := [r for r in rows if r["name"] == name])]
     result = {"runs": rows, "over_seeds": means, "arithmetic": answers}
     options.data.mkdir(parents=True, exist_ok=True)
-    (options.data / "algorithms.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    kept.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     write_picture(picture(rows), options.data.parent / "algorithms.svg")
     print(table(rows, means))
     print(json.dumps(answers, indent=1))
