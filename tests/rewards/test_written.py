@@ -107,6 +107,7 @@ RIGHT = [
     ("Paris", "\\text{Paris}"),
     ("Monday", "monday"),
     ("72", "72 apples in total"),
+    ("72", "72 apples, in total"),
 ]
 WRONG = [
     ("72", "27"),
@@ -152,6 +153,8 @@ WRONG = [
     ("7", "-7"),
     ("1.5", "1 1/3"),
     ("72", "72 apples and 3 pears"),
+    ("72", "72 apples, not pears"),
+    ("72", "72 apples, in total 80"),
     ("72", "seventy"),
     ("Blue sky", "blue sea"),
     ("x", "X"),

@@ -141,7 +141,7 @@ _UNITS = {
 """Units by their usual forms. A unit that is not listed is compared as its word without a plural s."""
 _RATES = {"mph": "miles per hour", "kph": "km per hour", "kmh": "km per hour", "per cent": "percent"}
 _POWERS = {"square": "²", "sq": "²", "cubic": "³", "cu": "³"}
-_FILLERS = _set("a an the of in total altogether left us each full whole")
+_FILLERS = _set("a an the of in all total altogether left us each full whole")
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def _with_unit(value: Fraction, number: str, behind: str) -> Amount | None:
     """The amount, if the text behind the number can only be multiples, a unit and words about it; else None."""
     sign = next((s for s in _CURRENCIES if s in number), "")
     token = rf"°[CF]?|[%¢€£¥/]|{_WORD.pattern}"
-    behind = re.sub(r"\^?'+$|^-(?=[^\W\d_]{2})", " ", behind)
+    behind = re.sub(r"\^?'+$|^-(?=[^\W\d_]{2})|,(?= (?:in total|in all|altogether|each|left)$)", " ", behind)
     if not re.fullmatch(rf"(?:\s|{token})*", behind):
         return None
     for short, long in _RATES.items():
