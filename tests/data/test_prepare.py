@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -348,6 +349,28 @@ def test_two_processes_may_keep_the_same_and_a_third_remove_it(cache):
     shutil.rmtree(cache)
     for found in (first, second):
         assert all((found[name] == columns[name]).all() for name in columns)
+
+
+def test_columns_are_on_the_disk_before_they_get_their_name(cache, monkeypatch):
+    synced: dict[int, int] = {}
+
+    def sync(descriptor):
+        found = os.fstat(descriptor)
+        synced[found.st_ino] = found.st_size
+
+    def name(keeper):
+        found = [path.stat() for path in (*keeper._directory.iterdir(), keeper._directory)]
+        assert len(found) == len(kept.DTYPES) + 2, "the columns, their note and the directory"
+        assert all(synced[file.st_ino] == file.st_size for file in found)
+        named.append(keeper)
+
+    named: list[kept.Keeper] = []
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(kept.Keeper, "_give_name", name)
+    keeper = kept.Keeper("a" * 32)
+    keeper.add({name: np.arange(5).astype(dtype) for name, dtype in kept.DTYPES.items()})
+    keeper.finish({})
+    assert named == [keeper]
 
 
 def test_what_a_kept_table_follows_from_is_in_its_name(tmp_path, monkeypatch):

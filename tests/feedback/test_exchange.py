@@ -246,6 +246,17 @@ def test_a_ranking_becomes_every_pair_but_the_ties(make: Make):
     assert group["mean_ranks"] == [2.5, 4.0, 1.0, 2.5]
 
 
+def test_a_set_that_too_few_have_ranked_is_no_group(make: Make):
+    store = make({"task": {"kind": "ranking"}, "assignment": {"overlap": 2}, "labels": {"min_votes": 2}})
+    add(store, 2, kind="ranking", num=3)
+    ranked = Answer(choice="done", ranking=((2,), (0,), (1,)))
+    answered(store, ranked, ranked)
+    answer_next(store, person(store, "once"), ranked)
+    exported = export(store, "groups")
+    assert [len(row["rankings"]) for row in exported.rows] == [2]
+    assert exported.card["counts"]["dropped_few_votes"] == 1
+
+
 @st.composite
 def rankings(draw) -> tuple[tuple[int, ...], ...]:
     order = draw(st.permutations(range(5)))

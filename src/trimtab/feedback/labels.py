@@ -293,6 +293,9 @@ def groups(
     by_item, counts = _by_item(connection, settings, split, ("ranking",))
     rows = []
     for casts in by_item:
+        if _too_few(casts, settings):
+            counts["dropped_few_votes"] += 1
+            continue
         ranks = np.array([_ranks(c.answer.ranking) for c in casts])
         rows.append(
             {
