@@ -41,7 +41,7 @@ def main() -> None:
     print(f"{'ins x outs':>12} {'rows':>5} {'compiled':>9} {'oneDNN':>7} {'torch':>6}")
     for ins, outs in SHAPES:
         weights = [torch.randn(outs, ins) for _ in range(BYTES // (4 * ins * outs))]
-        for num_rows in (1, 8, 16, 32, 128):
+        for num_rows in (1, 8, 16, 24, 32, 128):
             rows = torch.randn(num_rows, ins)
             ways = {
                 "compiled": [find(w).matrices([w], [None], num_rows) for w in weights],
