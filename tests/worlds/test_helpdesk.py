@@ -4,6 +4,7 @@ import random
 import re
 import statistics
 import time
+import tracemalloc
 
 import pytest
 
@@ -284,3 +285,15 @@ def test_gold_is_fast_enough_for_a_training_loop():
         WORLD.gold(demo.prompt, demo.response)
     # About 0.1 ms a reply; the bound is loose for busy machines.
     assert time.process_time() - start < 1.0
+
+
+def test_memory_does_not_grow_with_the_replies_that_are_judged():
+    replies = [f"{GOOD} This is letter {i} of all. We can refund {i} lamps, or {i + 1} mugs." for i in range(1500)]
+    held = []
+    tracemalloc.start()
+    for start in range(0, len(replies), 500):
+        for reply in replies[start : start + 500]:
+            gold(LATE, reply)
+        held.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert held[2] - held[1] < 1_000_000, f"{held} bytes after 500, 1000 and 1500 replies"

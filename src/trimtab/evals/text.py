@@ -54,7 +54,7 @@ _BLEU_MARKS = (
 _ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=64)
 def _bleu_counts(text: str) -> tuple[int, tuple[Counter[tuple[str, ...]], ...]]:
     """The number of tokens and the counts of n-grams, n from 1 to 4, by the rules of mteval-v13a."""
     line = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")

@@ -210,7 +210,7 @@ def _wrong_numbers(facts: Facts, sentence: Sentence) -> Iterator[str]:
                 yield "number"
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=512)
 def _amounts_of_customer(message: str) -> frozenset[int]:
     return frozenset(number for number, _, _ in amounts(words_of(message)))
 

@@ -113,7 +113,7 @@ def _honesty(says: ReplyReading) -> float:
     return max(0.0, 1 - lost - _PROMISE_COST * says.promises)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=512)
 def _runs_of_customer(message: str) -> frozenset[WordRun]:
     return runs_of(words_of(message))
 

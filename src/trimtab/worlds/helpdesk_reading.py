@@ -116,9 +116,10 @@ class ReplyReading:
     agrees: bool
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=512)
 def read(response: str) -> ReplyReading:
-    """The reading of a reply."""
+    """The reading of a reply. A few are kept, since every part of gold reads it: one of 60 words takes 18 kB, and
+    memory must not grow with the replies that a run draws."""
     tokens = _tokens(response)
     words = [token for token in tokens if token not in _ENDS]
     said = _sentences(tokens)

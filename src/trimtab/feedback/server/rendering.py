@@ -60,7 +60,7 @@ _DELIMITERS = set("|:- >\t*+.0123456789")
 """The characters that a line that begins a table may hold, with the signs of lists and quotes before it."""
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=512)
 def render(text: str) -> Markup:
     """The text as safe HTML."""
     shown = visible(text)
