@@ -6,6 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sqlalchemy as sa
 from hypothesis import given
@@ -36,9 +37,10 @@ from trimtab.feedback.project import Task, load_project
 from trimtab.feedback.simulate import simulate
 from trimtab.feedback.store import Store, add_guideline, open_store, verify
 from trimtab.feedback.vote_files import read_votes
-from trimtab.feedback.votes import cast_votes, ranked_pairs
+from trimtab.feedback.votes import cast_votes
 from trimtab.feedback.voting import adjudicate, reopen, vote
 from trimtab.votes.study import study
+from trimtab.votes.table import ranked_pairs
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -481,6 +483,25 @@ def test_the_exported_votes_give_the_same_judgements_as_the_project(tmp_path: Pa
     assert exported.table().sum() == project.table().sum() == len(project)
     assert exported.counts["not_counted"] == exported.counts["rows"] - len(exported) > 30  # Bob's, gold, quiz, decision
     assert any("left out" in note for note in study(exported, num_resamples=2).notes)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_an_exported_ranking_counts_as_it_does_in_the_project(tmp_path: Path, ending: str):
+    store = make_store(tmp_path, {"task": {"kind": "ranking"}, "assignment": {"overlap": 3}})
+    add(store, 6, kind="ranking", num=4)
+    for number, name in enumerate(("Ann", "Bob", "Eve")):
+        someone = person(store, name)
+        while given_out := lease(store, someone):
+            order = ((2,), (0, 3), (1,)) if (given_out.item_id + number) % 3 else ((1,), (2,), (3,), (0,))
+            vote(store, someone, given_out.token, Answer(choice="done", ranking=order))
+    write_export(store, "votes", tmp_path / f"votes.{ending}")
+    store.close()
+    exported, project = read_votes(tmp_path / f"votes.{ending}"), read_votes(store.project.path)
+    assert len(exported) == len(project) == 18 * 6
+    assert exported.categories == project.categories
+    assert (exported.table() == project.table()).all()
+    assert (exported.group == project.group).all()
+    assert np.array_equal(exported.a_left, project.a_left, equal_nan=True)
 
 
 def test_agreement_rests_on_the_first_vote_also_if_it_was_changed_later(small: Make, tmp_path: Path):

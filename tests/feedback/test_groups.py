@@ -10,12 +10,12 @@ import pytest
 from tests.feedback.conftest import Make
 from tests.feedback.projects import add, answer_next, person
 from trimtab.feedback.answers import Answer
-from trimtab.feedback.votes import ranked_pairs, votes_of
+from trimtab.feedback.votes import votes_of
 from trimtab.votes.agreement import cohen_kappa, krippendorff_alpha, raw_agreement
 from trimtab.votes.annotators import annotator_cards
 from trimtab.votes.ratings import games_of, rate
 from trimtab.votes.study import study
-from trimtab.votes.table import VoteTable, votes_from_rows
+from trimtab.votes.table import VoteTable, ranked_pairs, votes_from_rows
 
 
 def rankings(seed: int, *, num: int = 40, replies: int = 6, annotators: int = 3) -> VoteTable:

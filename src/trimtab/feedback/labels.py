@@ -25,11 +25,11 @@ from trimtab.core.types import (
 from trimtab.data.split import place_of_prompt
 from trimtab.feedback.project import LabelSettings
 from trimtab.feedback.store import digest
-from trimtab.feedback.votes import CountedVote, cast_votes, ranked_pairs
+from trimtab.feedback.votes import CountedVote, cast_votes
 from trimtab.feedback.voting import JUDGED
 from trimtab.stats import Floats
 from trimtab.votes.aggregate import AggregationMethod, aggregate, share_of_a
-from trimtab.votes.table import votes_from_rows
+from trimtab.votes.table import ranked_pairs, votes_from_rows
 
 LabelSplit = Literal["all", "train", "held_out"]
 _WORTH = {"A": 1.0, "B": 0.0, "tie": 0.5, "both_bad": 0.5}

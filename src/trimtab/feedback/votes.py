@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -208,31 +207,16 @@ def votes_as_table(connection: Connection, task: Task) -> VoteTable:
 def _rows(casts: Iterable[CountedVote]) -> Iterator[tuple[str, JsonDict]]:
     columns = (
         "item", "annotator", "choice", "shown_left", "seconds", "slice", "strength", "model_a", "model_b", "group",
+        "ranking", "shown_order",
     )  # fmt: skip
     for cast in casts:
         where = f"vote {cast.id}"
-        if cast.kind == "ranking" and cast.answer.choice == "done":
-            for a, b, choice in ranked_pairs(cast.answer.ranking):
-                name = f"{cast.item_sha256}/{a}-{b}"
-                row: JsonDict = {"item": name, "annotator": cast.annotator, "choice": choice, "group": group_of(cast)}
-                if cast.shown_order:
-                    row["shown_left"] = "A" if cast.shown_order.index(a) < cast.shown_order.index(b) else "B"
-                if cast.slice:
-                    row["slice"] = cast.slice
-                yield where, row
-        elif cast.kind in ("pairs", "ranking", "rating", "steps"):
+        if cast.kind in ("pairs", "ranking", "rating", "steps"):
             row = {name: value for name, value in table_row(cast).items() if name in columns and value is not None}
             if cast.kind == "pairs":
                 row["prompt"] = cast.prompt
                 row |= {f"response_{side}": r["text"] for side, r in zip("ab", cast.replies, strict=True)}
             yield where, row
-
-
-def ranked_pairs(ranking: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, str]]:
-    """Every two places (a < b) of a ranking and which of them is better: A (place a), B (place b) or tie."""
-    rank = {place: i for i, tier in enumerate(ranking) for place in tier}
-    for a, b in combinations(sorted(rank), 2):
-        yield a, b, "A" if rank[a] < rank[b] else "B" if rank[b] < rank[a] else "tie"
 
 
 def votes_of(project: str | Path) -> VoteTable:

@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -151,13 +152,47 @@ def votes_from_rows(
     A row has the columns item, annotator, choice and, if they are known, shown_left (the side, A or B, that was on the
     left), seconds, slice, strength, model_a, model_b and group (items of one ranking or prompt, whose votes depend on
     each other); or it has the comparisons layout (prompt, response_a, response_b, choice, annotator), in which
-    votes over the same two replies count as one item, whichever was A. `missing` are further choices that are no
+    votes over the same two replies count as one item, whichever was A. A row with a ranking, such as [[2], [0, 1]]:
+    places from best to worst, is one vote for each of its pairs. `missing` are further choices that are no
     judgement, `order` are the categories from low to high. Raises DataError with the first mistakes.
     """
     reader = _Reader((*NOT_JUDGED, *missing))
     for where, row in rows:
-        reader.add(where, row)
+        for vote in _pairs_of_ranking(row) or [row]:
+            reader.add(where, vote)
     return reader.votes(order)
+
+
+def ranked_pairs(ranking: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, str]]:
+    """Every two places (a < b) of a ranking and which of them is better: A (place a), B (place b) or tie."""
+    rank = {place: i for i, tier in enumerate(ranking) for place in tier}
+    for a, b in combinations(sorted(rank), 2):
+        yield a, b, "A" if rank[a] < rank[b] else "B" if rank[b] < rank[a] else "tie"
+
+
+def _pairs_of_ranking(row: JsonDict) -> list[JsonDict]:
+    """A vote for each two places of the row's ranking; none if it holds no ranking."""
+    ranking, shown = _listed(row.get("ranking")), _listed(row.get("shown_order"))
+    if not ranking or not all(isinstance(tier, list) for tier in ranking):
+        return []
+    found = []
+    for a, b, choice in ranked_pairs(ranking):
+        vote = {"item": f"{text_of(row.get('item'))}/{a}-{b}", "choice": choice}
+        vote |= {name: row[name] for name in ("annotator", "group", "slice") if name in row}
+        if a in shown and b in shown:
+            vote["shown_left"] = "A" if shown.index(a) < shown.index(b) else "B"
+        found.append(vote)
+    return found
+
+
+def _listed(value: Any) -> list[Any]:
+    """The value if it is a list, or a list as JSON text; else an empty one."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return []
+    return value if isinstance(value, list) else []
 
 
 def style_of(text: str) -> Floats:
