@@ -210,6 +210,13 @@ def test_an_observation_that_leaves_no_room_to_answer_is_not_begun(model_dir):
     assert all(len(r.response_ids) <= size + 2 and r.response_mask[-1] for r in rollouts)
 
 
+def test_episodes_too_long_for_the_cache_are_refused_before_anything_is_drawn(model_dir, monkeypatch):
+    sampler = generator(model_dir, Scripted(), max_new_tokens=10**9)
+    monkeypatch.setattr(sampler.generator, "uniforms", lambda *_, **__: pytest.fail("a billion random numbers"))
+    with pytest.raises(EngineError, match="cache_gb = 4"):
+        sampler.generate(SOME[:1], group_size=1, seed=1)
+
+
 @pytest.mark.parametrize("new_turn", [False, True])
 def test_a_long_observation_is_cut_and_counted(model_dir, new_turn):
     environment = Scripted(text="ünïcödé " * 9, num=2, new_turn=new_turn)

@@ -118,6 +118,7 @@ class EpisodeSampler:
         random number, whatever was observed before, and the environment has its own seed, so batch size and order of
         prompts do not change the episodes."""
         encoded = [self.generator.encode(p) for p in prompts]
+        self.generator.check_cache(encoded, group_size)
         uniforms = self.generator.uniforms(prompts, group_size=group_size, seed=seed)
         episodes = []
         for i, name in enumerate(reply_names(prompts, group_size)):

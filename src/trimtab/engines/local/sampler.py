@@ -76,8 +76,7 @@ class LocalSampler:
         """`group_size` rollouts for each prompt. Every reply has its own random numbers, made from the seed, its
         prompt's id and its number in the group, so batch size and order of prompts do not change what is drawn."""
         encoded = [self.encode(p) for p in prompts]
-        if prompts and isinstance(self.choice.form, SlotForm):  # before anything as wide as a reply is allocated
-            self.choice.form.num_groups(encoded, group_size, self.sampling.max_new_tokens)
+        self.check_cache(encoded, group_size)
         uniforms = self.uniforms(prompts, group_size=group_size, seed=seed)
         return [
             Rollout(
@@ -167,6 +166,12 @@ class LocalSampler:
                 where=f"sampling.max_new_tokens, architecture {type(self.policy.model).__name__}",
                 fix=fix,
             )
+
+    def check_cache(self, prompts: Sequence[Sequence[int]], group_size: int) -> None:
+        """Raises EngineError if the cache cannot hold one prompt and its replies. Called before anything as wide as a
+        reply is allocated."""
+        if prompts and isinstance(self.choice.form, SlotForm):
+            self.choice.form.num_groups(prompts, group_size, self.sampling.max_new_tokens)
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of a reply, without its end token and up to the first stop text."""
