@@ -528,11 +528,13 @@ def test_agreement_rests_on_the_first_vote_also_if_it_was_changed_later(small: M
         assert len(read_votes(source)) == len(first) - 1  # without its first vote the other says nothing
 
 
-def test_rankings_that_nobody_could_judge_are_counted(small: Make):
+def test_rankings_that_nobody_could_judge_are_counted(small: Make, tmp_path: Path):
     store = small({"task": {"kind": "ranking"}, "assignment": {"overlap": 2}})
     add(store, 1, kind="ranking", num=3)
     answered(store, Answer(choice="done", ranking=((0,), (1,), (2,))), Answer(choice="cannot_judge"))
-    assert read_votes(store.project.path).counts == {"rows": 4, "votes": 3, "not_judged": 1}
+    write_export(store, "votes", tmp_path / "votes.csv")
+    for source in (store.project.path, tmp_path / "votes.csv"):
+        assert read_votes(source).counts == {"rows": 2, "votes": 3, "not_judged": 1}
 
 
 def test_points_that_nobody_gave_are_part_of_the_scale(small: Make):

@@ -9,6 +9,7 @@ import pytest
 
 from tests.feedback.conftest import Make
 from tests.feedback.projects import add, answer_next, person
+from trimtab.core.errors import DataError
 from trimtab.feedback.answers import Answer
 from trimtab.feedback.votes import votes_of
 from trimtab.votes.agreement import cohen_kappa, krippendorff_alpha, raw_agreement
@@ -112,3 +113,27 @@ def test_a_ranking_in_the_order_of_the_screen_is_no_run_of_equal_answers(small: 
     for card in annotator_cards(votes):
         assert card.longest_run <= 6
         assert not [flag for flag in card.flags if "in a row" in flag]
+
+
+RANKED = {"item": "i", "annotator": "ann", "choice": "2", "ranking": [[2], [0, 1]]}
+
+
+def test_a_ranking_is_a_vote_for_each_of_its_pairs_if_it_was_judged():
+    votes = votes_from_rows([("r", RANKED), ("s", {**RANKED, "item": "j", "choice": "cannot_judge"})])
+    assert votes.items == ("i/0-1", "i/0-2", "i/1-2")
+    assert [votes.categories[c] for c in votes.choice] == ["tie", "B", "B"]
+    assert votes.counts == {"rows": 2, "votes": 3, "not_judged": 1}
+    pair = {**RANKED, "prompt": "q", "response_a": "x", "response_b": "y", "choice": "A"}
+    assert len(votes_from_rows([("r", pair)])) == 1, "it judges the two replies that it holds"
+    assert votes_from_rows([("r", {**RANKED, "ranking": 7})]).items == ("i",), "a column of another meaning"
+
+
+@pytest.mark.parametrize("ranking", ["[[2], [0", [[2], [0, 0]], [[0], [2]], [["a"], ["b"]], [[0], 1], [[0.0], [1]]])
+def test_a_ranking_that_is_none_is_refused(ranking):
+    with pytest.raises(DataError, match="is no ranking"):
+        votes_from_rows([("row 1", {**RANKED, "ranking": ranking})])
+
+
+def test_rankings_without_an_item_are_not_one_item():
+    with pytest.raises(DataError, match="no item"):
+        votes_from_rows([("row 1", {name: value for name, value in RANKED.items() if name != "item"})])

@@ -158,8 +158,7 @@ def votes_from_rows(
     """
     reader = _Reader((*NOT_JUDGED, *missing))
     for where, row in rows:
-        for vote in _pairs_of_ranking(row) or [row]:
-            reader.add(where, vote)
+        reader.add(where, row)
     return reader.votes(order)
 
 
@@ -170,29 +169,32 @@ def ranked_pairs(ranking: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, s
         yield a, b, "A" if rank[a] < rank[b] else "B" if rank[b] < rank[a] else "tie"
 
 
-def _pairs_of_ranking(row: JsonDict) -> list[JsonDict]:
-    """A vote for each two places of the row's ranking; none if it holds no ranking."""
-    ranking, shown = _listed(row.get("ranking")), _listed(row.get("shown_order"))
-    if not ranking or not all(isinstance(tier, list) for tier in ranking):
-        return []
-    found = []
+def _ranking_of(row: JsonDict) -> list[list[int]]:
+    """The ranking of a row, a list or its JSON text; empty if it has none. Raises ValueError unless it names each place
+    from 0 up once."""
+    value = row.get("ranking")
+    if isinstance(value, str) and value.lstrip().startswith("[["):
+        value = json.loads(value)
+    if not isinstance(value, list) or not value or not isinstance(value[0], list):
+        return []  # a column of another meaning
+    tiers = [tier if isinstance(tier, list) else [None] for tier in value]
+    places: list[Any] = [place for tier in tiers for place in tier]
+    if any(type(place) is not int for place in places) or sorted(places) != list(range(len(places))):
+        raise ValueError("it does not name each place from 0 up once")
+    return value
+
+
+def _pairs_of_ranking(row: JsonDict, ranking: Sequence[Sequence[int]]) -> Iterator[JsonDict]:
+    """A vote for each two places of a row's ranking."""
+    shown = row.get("shown_order") or []
+    if isinstance(shown, str):
+        shown = json.loads(shown)
     for a, b, choice in ranked_pairs(ranking):
-        vote = {"item": f"{text_of(row.get('item'))}/{a}-{b}", "choice": choice}
+        vote = {"item": f"{row['item']}/{a}-{b}", "choice": choice}
         vote |= {name: row[name] for name in ("annotator", "group", "slice") if name in row}
         if a in shown and b in shown:
             vote["shown_left"] = "A" if shown.index(a) < shown.index(b) else "B"
-        found.append(vote)
-    return found
-
-
-def _listed(value: Any) -> list[Any]:
-    """The value if it is a list, or a list as JSON text; else an empty one."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return []
-    return value if isinstance(value, list) else []
+        yield vote
 
 
 def style_of(text: str) -> Floats:
@@ -227,6 +229,7 @@ class _Reader:
         self._num_rows = self._num_not_judged = 0
 
     def add(self, where: str, row: JsonDict) -> None:
+        """Adds the votes of a row: one, or one for each pair of its ranking."""
         self._num_rows += 1
         absent = [name for name in ("annotator", "choice") if name not in row]
         texts = _replies(row)
@@ -239,6 +242,18 @@ class _Reader:
         if choice in self._missing:
             self._num_not_judged += 1
             return
+        try:
+            ranking = [] if texts is not None else _ranking_of(row)
+            votes = list(_pairs_of_ranking(row, ranking))
+        except ValueError as error:
+            self._mistakes.append((where, f"ranking is {row['ranking']!r}, which is no ranking: {error}"))
+            return
+        if not ranking:
+            self._add_vote(where, row, choice, texts)
+        for vote in votes:
+            self._add_vote(where, vote, vote["choice"], None)
+
+    def _add_vote(self, where: str, row: JsonDict, choice: str, texts: tuple[str, str] | None) -> None:
         shown = text_of(row.get("shown_left")).upper()
         if shown not in ("", "A", "B"):
             self._mistakes.append((where, f"shown_left is {row['shown_left']!r}; it names a side, A or B"))
