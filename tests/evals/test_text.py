@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 import zlib
 
 import pytest
@@ -87,3 +88,12 @@ def test_length_stats_count_words():
 def test_text_stats_of_nothing_are_all_unknown():
     assert all(math.isnan(value) for value in text_stats([]).values())
     assert text_stats(["a b", "c d"])["distinct_1"] == 1
+
+
+def test_the_texts_that_self_bleu_compared_are_not_kept():
+    texts = [" ".join(f"w{i * j % 997}" for j in range(1, 300)) for i in range(1, 201)]
+    tracemalloc.start()
+    self_bleu(texts)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 15e6, f"{held} bytes for 200 texts of 300 words"

@@ -66,6 +66,16 @@ def test_products_are_torchs(compiled, n, ins, outs, form):
         )
 
 
+@pytest.mark.parametrize("form", ["plain", "normed", "gated"])
+def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(compiled, form):
+    torch.manual_seed(0)
+    x, norm = torch.randn(70, 2 * 200 if form == "gated" else 200), torch.rand(200)
+    matrices = compiled.matrices([torch.randn(37, 200)], [torch.randn(37)], 70)
+    whole = matrices(x, ProductForm(form, norm, 1e-6))
+    for n in range(1, 70):
+        assert torch.equal(matrices(x[:n], ProductForm(form, norm, 1e-6)), whole[:n]), n
+
+
 @pytest.mark.parametrize("value", [-1e4, -88.0, -50.0, 0.0, 50.0, 88.0, 1e4])
 def test_the_gate_saturates_as_silu_does(compiled, value):
     x = torch.tensor([[value, 1.0]])
