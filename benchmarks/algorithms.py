@@ -353,7 +353,7 @@ def main() -> None:
         running = [pool.submit(train_and_test, name, out, seed, given[seed]) for name, seed in jobs]
         sums = [pool.submit(arithmetic, out, seed) for seed in options.seeds if "arithmetic" in options.only]
         rows, answers = [f.result() for f in running], [f.result() for f in sums]
-    # What was not asked for stays as it was measured before.
+    # Algorithms that were not asked for stay as they were measured before.
     kept = options.data / "algorithms.json"
     before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {"runs": [], "arithmetic": []}
     rows = [r for r in before["runs"] if r["name"] not in options.only] + rows

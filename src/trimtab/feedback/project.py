@@ -126,7 +126,8 @@ class LabelSettings:
     both_bad: Literal["tie", "drop"] = "drop"
     """Whether "both bad" counts as a tie or is left out."""
     min_votes: int = 1
-    """Items with fewer votes are left out and counted."""
+    """Items with fewer votes are left out and counted, but not from comparisons and demonstrations, which are single
+    answers."""
     min_agreement: float = 0.5
     """Pairs whose preferred side has a smaller share are left out and counted."""
     margins: tuple[float, ...] = ()

@@ -246,7 +246,9 @@ class _Reader:
             ranking = [] if texts is not None else _ranking_of(row)
             votes = list(_pairs_of_ranking(row, ranking))
         except ValueError as error:
-            self._mistakes.append((where, f"ranking is {row['ranking']!r}, which is no ranking: {error}"))
+            self._mistakes.append(
+                (where, f"ranking is {row['ranking']!r}, which is no ranking such as [[2], [0, 1]]: {error}")
+            )
             return
         if not ranking:
             self._add_vote(where, row, choice, texts)
