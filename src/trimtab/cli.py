@@ -138,6 +138,9 @@ _seed = click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Equal seeds give equal results."
 )
 _model = click.option("--model", required=True, help="A model directory or Hub id.")
+_device = click.option(
+    "--device", metavar="DEVICE", help='Where models compute: "cpu", "cuda" or for example "cuda:1" (engine.device).'
+)
 _temperature = click.option("--temperature", default=1.0, show_default=True, help="0 takes the likeliest token.")
 _max_new_tokens = click.option("--max-new-tokens", default=256, show_default=True, help="Where a reply is cut off.")
 
@@ -154,22 +157,24 @@ def _directory(help_line: str, *, default: str | None = None, required: bool = F
 @_overrides
 @_directory("The directory of the pipeline.", default="runs/quickstart")
 @click.option("--seed", type=click.IntRange(min=0), help="Another seed than the file's.")
-def quickstart(overrides: tuple[str, ...], out: Path, seed: int | None) -> None:
+@_device
+def quickstart(overrides: tuple[str, ...], out: Path, seed: int | None, device: str | None) -> None:
     """Run the whole loop on the help-desk world, on a laptop CPU."""
     chosen = overrides if seed is None else (*overrides, f"seed={seed}")
-    _run_pipeline(examples_dir() / "quickstart" / "pipeline.toml", chosen, out)
+    _run_pipeline(examples_dir() / "quickstart" / "pipeline.toml", _on(device, chosen), out)
 
 
 @main.command("run")
 @_run_file
 @_overrides
 @_directory("The directory of the pipeline.  [default: runs/<name of the file>]")
-def run_(run_file: Path, overrides: tuple[str, ...], out: Path | None) -> None:
+@_device
+def run_(run_file: Path, overrides: tuple[str, ...], out: Path | None, device: str | None) -> None:
     """Run a pipeline of stages.
 
     Finished stages are skipped and an interrupted one goes on.
     """
-    _run_pipeline(run_file, overrides, out or Path("runs") / run_file.stem)
+    _run_pipeline(run_file, _on(device, overrides), out or Path("runs") / run_file.stem)
 
 
 @main.command()
@@ -180,20 +185,26 @@ def run_(run_file: Path, overrides: tuple[str, ...], out: Path | None) -> None:
     type=click.Choice(list(registry.modules("stage"))),
     help="The stage of a run file that is not a pipeline.",
 )
-def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None) -> None:
+@_device
+def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None, device: str | None) -> None:
     """Say what a run will take: time, memory and steps.
 
     Rehearses a few steps of every stage in a scratch directory, with the run's own data, models and batch sizes.
     """
     from rich.console import Console
 
-    values, where = _read(run_file, overrides)
+    values, where = _read(run_file, _on(device, overrides))
     if "stages" not in values:
         stage = stage or values.get("stage") or _stage_of(values, where)
         values = {"stages": {stage: {**values, "stage": stage}}}
     from trimtab.stages import plan as planning
 
     planning.show(planning.plan(values, where=where), Console(width=120))
+
+
+def _on(device: str | None, overrides: tuple[str, ...]) -> tuple[str, ...]:
+    """The overrides with the one that `--device` stands for."""
+    return overrides if device is None else (*overrides, f'engine.device="{device}"')
 
 
 def _read(run_file: Path, overrides: tuple[str, ...]) -> tuple[dict[str, Any], str]:
@@ -263,9 +274,10 @@ def stage_command(name: str) -> click.Command:
     @_overrides
     @_directory("The run directory.  [default: runs/<name of the file>]")
     @click.option("--fresh", is_flag=True, help="Empty the run directory first, instead of going on there.")
-    def invoke(run_file: Path, overrides: tuple[str, ...], out: Path | None, fresh: bool) -> None:
+    @_device
+    def invoke(run_file: Path, overrides: tuple[str, ...], out: Path | None, fresh: bool, device: str | None) -> None:
         directory = out or Path("runs") / run_file.stem
-        with _opened(name, run_file, overrides, directory, fresh) as (stage, settings, run):
+        with _opened(name, run_file, _on(device, overrides), directory, fresh) as (stage, settings, run):
             if run.finished:
                 click.echo(f"{directory} is finished; --fresh begins it again")
             else:
@@ -327,6 +339,7 @@ for _name in registry.modules("stage"):
     "--num-samples", type=click.IntRange(min=1), default=1, show_default=True, help="Replies for each prompt."
 )
 @_seed
+@_device
 def generate(**options: Any) -> None:
     """Sample replies of a model to prompts."""
     from trimtab.stages.use import generate_file
@@ -338,6 +351,7 @@ def generate(**options: Any) -> None:
 @_model
 @click.option("--data", required=True, help="Replies (a file of `trimtab generate`, a data set), or preference pairs.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON lines to write; pairs need none.")
+@_device
 def score(**options: Any) -> None:
     """Score replies with a reward model, or judge it on preference pairs.
 
@@ -354,6 +368,7 @@ def score(**options: Any) -> None:
 @_temperature
 @_max_new_tokens
 @_seed
+@_device
 def chat(**options: Any) -> None:
     """Talk to a model."""
     from trimtab.stages import use

@@ -19,7 +19,7 @@ def test_float32_products_are_float32_whatever_the_process_allows(users_setting)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(users_setting)
     try:
-        with computing_in("float32"):
+        with computing_in("float32", "cpu"):
             assert torch.get_float32_matmul_precision() == "highest"
             error = float((torch.nn.functional.linear(a, b) - exact).abs().max() / exact.abs().max())
         assert torch.get_float32_matmul_precision() == users_setting
@@ -30,7 +30,7 @@ def test_float32_products_are_float32_whatever_the_process_allows(users_setting)
 
 def test_settings_are_put_back():
     before = torch.get_float32_matmul_precision()
-    with computing_in("bfloat16"):
+    with computing_in("bfloat16", "cpu"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     assert torch.get_float32_matmul_precision() == before
     assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32

@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.stages.commands import FAST, online_settings, rows, run_stage, summary, trimtab, write_run_file
+from trimtab.engines.local import agreement
 from trimtab.engines.local.learner import LocalLearner
 from trimtab.engines.local.sampler import Sampling
-from trimtab.stages.online import checks as online_watch
 from trimtab.stages.online.checks import say_truncation
 
 GOLD = {"name": "gold", "world": "arithmetic"}
@@ -233,7 +233,7 @@ def test_a_finished_run_is_left_alone_and_fresh_begins_again(tmp_path, base, rew
 
 
 def test_a_sampler_that_is_not_the_policy_is_refused_before_any_update(tmp_path, base, reward_run, monkeypatch):
-    monkeypatch.setitem(online_watch.MAX_LOGPROB_DIFFERENCE, "float32", -1.0)
+    monkeypatch.setitem(agreement.MAX_LOGPROB_DIFFERENCE, "float32", -1.0)
     monkeypatch.setattr(LocalLearner, "update", lambda *_: pytest.fail("it trained"))
     run_file = write_run_file(tmp_path / "run.toml", online_settings(base, reward_run / "model"))
     result = trimtab("online", run_file, "--out", tmp_path / "run")

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from tests.stages.commands import FAST, SHORT, summary, trimtab, write_run_file
 
@@ -87,6 +88,19 @@ def test_all_mistakes_of_all_stages_are_reported_at_once(tmp_path):
     for key in ("base.vocabsize", "base.batch_size", "sft.num_epoch", "check.sampling"):
         assert f"stages.{key}" in result.output
     assert "num_epochs" in result.output
+
+
+def test_the_engine_of_a_pipeline_is_that_of_every_stage_and_is_looked_at_first(tmp_path):
+    assert run(tmp_path, PIPELINE | {"engine": {"device": "cpu"}}).exit_code == 0
+    assert 'device = "cpu"' in (tmp_path / "out" / "sft" / "settings.toml").read_text()
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: the refusal needs one without")
+    run_file = write_run_file(tmp_path / "gpu.toml", PIPELINE)
+    result = trimtab("run", run_file, "--out", tmp_path / "gpu", "--device", "cuda:1")
+    assert result.exit_code == 2
+    for name in STAGES:
+        assert f"stages.{name}.engine.device: device = 'cuda:1', but torch sees no GPU" in result.output
+    assert not (tmp_path / "gpu").exists()
 
 
 def test_a_stage_with_other_settings_says_which_directory_to_remove(tmp_path):

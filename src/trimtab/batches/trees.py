@@ -17,6 +17,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from trimtab.batches.device import sent
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -149,16 +151,21 @@ class TokenTrees:
         starts = self._token_starts if axis == "token" else self._sequence_starts
         return torch.tensor([j for i in indices for j in range(starts[i], starts[i + 1])], dtype=torch.int64)
 
+    def to(self, device: torch.device) -> Self:
+        """The same row on a device, with what it needs for attention."""
+        return sent(self, device)
+
     @cached_property
     def parts(self) -> TreeParts:
         """The row as chains and forks, for attention without a mask."""
-        return TreeParts.build(self.trees)
+        return TreeParts.build(self.trees).to(self.input_ids.device)
 
     @cached_property
     def strips(self) -> Strips:
         """The trees side by side, one in each strip."""
         ends = list(accumulate(t.num_tokens for t in self.trees))
-        return Strips.build([(end - t.num_tokens, t.num_tokens) for t, end in zip(self.trees, ends, strict=True)])
+        stretches = [(end - t.num_tokens, t.num_tokens) for t, end in zip(self.trees, ends, strict=True)]
+        return Strips.build(stretches).to(self.input_ids.device)
 
     def visible(self, window: int | Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
         """[P, L, L] true if a token of a tree (second axis) sees another (third).
@@ -168,7 +175,7 @@ class TokenTrees:
         which are seen. Places past a tree's end see place 0, so that no softmax runs over nothing.
         """
         strips = self.strips
-        place = torch.arange(strips.rows.shape[1])
+        place = torch.arange(strips.rows.shape[1], device=strips.rows.device)
         nodes = torch.where(strips.filled, self.node_ids[strips.rows], -1)
         same_path = (nodes[:, None, :] == nodes[:, :, None]) | (nodes[:, None, :] == 0)
         visible = same_path & (place <= place[:, None]) & strips.filled[:, None, :]
@@ -204,6 +211,12 @@ class Strips:
     """[C, L] index in the row of each stretch's tokens. Places past a stretch's end hold 0 and are never read back."""
     filled: Tensor
     """[C, L] true if the place holds a token."""
+    places: Tensor
+    """[n] the indices of the tokens in the flattened strips."""
+    tokens: Tensor
+    """[n] the indices in the row of those tokens."""
+    is_full: bool
+    """Whether every place holds a token."""
 
     @classmethod
     def build(cls, stretches: Sequence[tuple[int, int]]) -> Self:
@@ -211,17 +224,13 @@ class Strips:
         starts, lengths = torch.tensor(stretches, dtype=torch.int64).view(-1, 2).unbind(1)
         place = torch.arange(int(lengths.max()) if len(lengths) else 0)
         filled = place < lengths[:, None]
-        return cls(torch.where(filled, place + starts[:, None], 0), filled)
+        rows = torch.where(filled, place + starts[:, None], 0)
+        places = torch.nonzero(filled.flatten()).squeeze(1)
+        return cls(rows, filled, places, rows.flatten().index_select(0, places), len(places) == filled.numel())
 
-    @cached_property
-    def places(self) -> Tensor:
-        """[n] the indices of the tokens in the flattened strips."""
-        return torch.nonzero(self.filled.flatten()).squeeze(1)
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """[n] the indices in the row of those tokens."""
-        return self.rows.flatten().index_select(0, self.places)
+    def to(self, device: torch.device) -> Self:
+        """The same strips on a device."""
+        return sent(self, device)
 
     def cut(self, x: Tensor) -> Tensor:
         """[C, H, L, D] x [N, H, D] cut into strips."""
@@ -262,6 +271,13 @@ class TreeParts:
                 (Strips.build([b for b, _ in group]), Strips.build([p for _, p in group]))
                 for group in _alike(forks, lambda fork: fork[0][1] + fork[1][1])
             ),
+        )
+
+    def to(self, device: torch.device) -> TreeParts:
+        """The same parts on a device."""
+        return TreeParts(
+            tuple(sent(chain, device) for chain in self.chains),
+            tuple((sent(branches, device), sent(prompts, device)) for branches, prompts in self.forks),
         )
 
 

@@ -14,6 +14,8 @@ from trimtab.math.row_sums import add_to_rows
 
 TILE = (1024, 2048)
 """Rows and vocabulary entries of the logits that are in memory at a time: 8 MB in float32."""
+TILE_OF_GPU = (8192, 32768)
+"""The same on a GPU: 1 GB in float32. With small tiles, starting a product would take longer than the product."""
 
 
 def token_logprobs(
@@ -25,7 +27,7 @@ def token_logprobs(
     temperature: float = 1.0,
     scale: float = 1.0,
     cap: float | None = None,
-    tile: tuple[int, int] = TILE,
+    tile: tuple[int, int] | None = None,
     with_entropy: bool = False,
     weight_gradient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -36,12 +38,13 @@ def token_logprobs(
     With a cap, each logit x is replaced by cap tanh(x / cap), as in Gemma 2 (arXiv:2408.00118, section 2).
 
     `hidden` [M, D], `weight` [V, D], `bias` [V], `targets` [M]. Computed in float32 (float64 if given float64),
-    inside autocast too. Only the logits of one `tile` (rows, vocabulary entries) are in memory at a time, also in the
-    backward pass, which computes them again. A tile stays in the processor's cache from product to product, and each
-    entry of the head is read, and its gradient written, once. Differentiable once, in hidden, weight and bias, through
-    both results. With `weight_gradient` [V, D], float32, the gradient of the weight is added to it in the backward pass
-    and not returned.
+    inside autocast too. Only the logits of one `tile` (rows, vocabulary entries; `TILE` or `TILE_OF_GPU` if not given)
+    are in memory at a time, also in the backward pass, which computes them again. A tile stays in the processor's cache
+    from product to product, and each entry of the head is read, and its gradient written, once. Differentiable once, in
+    hidden, weight and bias, through both results. With `weight_gradient` [V, D], float32, the gradient of the weight is
+    added to it in the backward pass and not returned.
     """
+    tile = _tile_for(hidden, tile)
     return cast(
         tuple[Tensor, Tensor | None],
         _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
@@ -62,7 +65,7 @@ def exact_kl(
     temperature: float = 1.0,
     shape_p: tuple[float, float | None] = (1.0, None),
     shape_q: tuple[float, float | None] = (1.0, None),
-    tile: tuple[int, int] = TILE,
+    tile: tuple[int, int] | None = None,
 ) -> Tensor:
     """KL(p || q) [M] in nats over the whole vocabulary, for the two models' hidden states at the same tokens.
 
@@ -74,11 +77,15 @@ def exact_kl(
     p = _Head(hidden_p, weight_p, bias_p, (temperature, *shape_p))
     q = _Head(hidden_q, weight_q, bias_q, (temperature, *shape_q))
     sum_p, sum_q = _RunningSoftmax(p), _RunningSoftmax(q)
-    for rows, entries in p.tiles(tile):
+    for rows, entries in p.tiles(_tile_for(hidden_p, tile)):
         logits_p, logits_q = p.logits(rows, entries), q.logits(rows, entries)
         sum_p.add(rows, logits_p, logits_p - logits_q)
         sum_q.add(rows, logits_q)
     return (sum_p.mean - sum_p.logsumexp + sum_q.logsumexp).clamp_(min=0).to(p.dtype)
+
+
+def _tile_for(hidden: Tensor, tile: tuple[int, int] | None) -> tuple[int, int]:
+    return tile or (TILE if hidden.device.type == "cpu" else TILE_OF_GPU)
 
 
 def truncated_logprobs(logits: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:

@@ -15,6 +15,10 @@ def add_to_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
     last digits then differ from run to run. Here the values of equal rows are summed first, as in the backward pass of
     an embedding with only these rows, and every row is added to once.
     """
+    if total.device.type != "cpu":
+        # On a GPU this sorts the indices, adds in their order, and needs no count that the program would wait for.
+        total.index_put_((rows.reshape(-1),), values.reshape(rows.numel(), *total.shape[1:]).to(total.dtype), True)
+        return
     places, which = rows.reshape(-1).unique(return_inverse=True)  # type: ignore[no-untyped-call]
     flat = values.reshape(len(which), math.prod(total.shape[1:])).to(total.dtype)
     summed = torch.ops.aten.embedding_dense_backward(flat, which, len(places), -1, False)

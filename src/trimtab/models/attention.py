@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from trimtab.batches.device import to_device
 from trimtab.core.errors import EngineError
 
 LLAMA_LIKE = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -259,6 +260,7 @@ def row_states(backbone: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
     """[N, D] last hidden states of one flat row of tokens. Raises EngineError unless every layer used `attend` exactly
     once."""
     layers: list[int] = []
+    input_ids, position_ids = (to_device(x, backbone.device) for x in (input_ids, position_ids))
 
     def counted(layer: int, *states: Any, **options: Any) -> Tensor:
         layers.append(layer)

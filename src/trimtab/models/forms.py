@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trimtab.batches.device import to_device
 from trimtab.batches.trees import PaddedRows, TokenTrees, response_tree
 from trimtab.core.errors import EngineError
 from trimtab.models.attention import ROW_ATTENTION, backbone, row_states
@@ -93,7 +94,7 @@ def hidden_states(
         return _tree_states(backbone, trees, places)
     padded = trees.padded(pad_id)
     hidden = _padded_states(backbone, padded, form).flatten(0, 1)
-    return [hidden.index_select(0, getattr(padded, place)) for place in places]
+    return [hidden.index_select(0, to_device(getattr(padded, place), hidden.device)) for place in places]
 
 
 def _padded_states(backbone: PreTrainedModel, padded: PaddedRows, form: Form) -> Tensor:
@@ -109,18 +110,21 @@ def _padded_states(backbone: PreTrainedModel, padded: PaddedRows, form: Form) ->
 
 
 def _states_of(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    hidden: Tensor = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    mask = None if attention_mask is None else to_device(attention_mask, backbone.device)
+    ids = to_device(input_ids, backbone.device)
+    hidden: Tensor = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     return hidden
 
 
 def _tree_states(backbone: PreTrainedModel, trees: TokenTrees, places: Sequence[Place]) -> list[Tensor]:
     wanted = [getattr(trees, place) for place in places]
     rows, found = torch.unique(torch.cat(wanted), return_inverse=True)
-    with reading(backbone, rows, trees.num_tokens):
+    trees = trees.to(backbone.device)
+    with reading(backbone, to_device(rows, backbone.device), trees.num_tokens):
         hidden = row_states(backbone, trees.input_ids, trees.position_ids, tree_attention(trees))
-    if len(hidden) == trees.num_tokens:
-        return [hidden.index_select(0, where) for where in wanted]
-    return [hidden.index_select(0, where) for where in found.split([len(w) for w in wanted])]
+    if len(hidden) < trees.num_tokens:
+        wanted = list(found.split([len(w) for w in wanted]))
+    return [hidden.index_select(0, to_device(where, hidden.device)) for where in wanted]
 
 
 def _by_length(
@@ -138,12 +142,11 @@ def _by_length(
             some = trees.select(indices)
             parts.append((indices, hidden_states(backbone, some, places, form=kind, pad_id=pad_id)))
     axes = {"predict_from": "token", "last_tokens": "sequence"}
-    return [
-        torch.cat([states[i] for _, states in parts])[
-            torch.argsort(torch.cat([trees.index_of(axes[place], indices) for indices, _ in parts]))
-        ]
-        for i, place in enumerate(places)
-    ]
+    found = []
+    for i, place in enumerate(places):
+        order = torch.argsort(torch.cat([trees.index_of(axes[place], indices) for indices, _ in parts]))
+        found.append(torch.cat([states[i] for _, states in parts])[to_device(order, backbone.device)])
+    return found
 
 
 def _prove(model: PreTrainedModel) -> Proved:
@@ -214,7 +217,9 @@ def _all_states(base: PreTrainedModel, trees: TokenTrees, form: Form) -> Tensor:
     """Hidden states of all tokens of all sequences, one after the other."""
     if form != "tree":
         padded = trees.padded(0)
-        return _padded_states(base, padded, form)[padded.attention_mask]
+        states = _padded_states(base, padded, form)
+        return states[to_device(padded.attention_mask, states.device)]
+    trees = trees.to(base.device)
     hidden = row_states(base, trees.input_ids, trees.position_ids, tree_attention(trees))
     rows, start = [], 0
     for tree in trees.trees:
@@ -222,7 +227,7 @@ def _all_states(base: PreTrainedModel, trees: TokenTrees, form: Form) -> Tensor:
         for at, length in branches:
             rows += [*range(start, start + prompt), *range(start + at, start + at + length)]
         start += tree.num_tokens
-    return hidden[torch.tensor(rows)]
+    return hidden[to_device(torch.tensor(rows), hidden.device)]
 
 
 def _is_causal(trees: TokenTrees, states: Tensor) -> bool:

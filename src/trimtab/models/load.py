@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from trimtab.batches.device import CPU
 from trimtab.core.errors import EngineError
 from trimtab.core.hub import base_of, find_model, read_json
 from trimtab.data.tokenizers import first_line, load_config
@@ -33,8 +34,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 _CLASSIFIER = "ForSequenceClassification"
 
 
-def load_causal(path: str | Path) -> PreTrainedModel:
-    """A causal language model in float32 with dropout off.
+def load_causal(path: str | Path, *, device: torch.device = CPU) -> PreTrainedModel:
+    """A causal language model in float32 on a device, with dropout off.
 
     It is checked that this package computes the same hidden states (`models/forms.py`) and logits (`models/logits.py`)
     as transformers. An adapter directory gives its base with the adapter merged. Raises EngineError for a reward model.
@@ -42,7 +43,7 @@ def load_causal(path: str | Path) -> PreTrainedModel:
     if (base := base_of(path)) is not None:
         if is_reward_adapter(path):
             raise reward_model_as_policy(path, "the adapter of a reward model")
-        model = load_causal(base)
+        model = load_causal(base, device=device)
         merge_adapter(model, path)
         return model
     kinds = load_config(path).architectures or []
@@ -56,14 +57,16 @@ def load_causal(path: str | Path) -> PreTrainedModel:
             where=str(path),
             fix="name a causal language model saved with its output head, such as one that `trimtab sft` wrote",
         )
-    _without_dropout(model)
+    _without_dropout(model, device)
     proved(model)
     logit_shape(model)
     return model
 
 
-def load_scalar(path: str | Path, *, head_seed: int | None = None, zero_head: bool = False) -> PreTrainedModel:
-    """A model with one score per sequence or token (`num_labels = 1`), in float32 with dropout off.
+def load_scalar(
+    path: str | Path, *, head_seed: int | None = None, zero_head: bool = False, device: torch.device = CPU
+) -> PreTrainedModel:
+    """A model with one score per sequence or token (`num_labels = 1`), in float32 on a device, with dropout off.
 
     A directory saved by the reward stage keeps its head. For any other model a new head is drawn from `head_seed`
     with standard deviation 1 / sqrt(D + 1) (Stiennon et al., arXiv:2009.01325, appendix B), or set to zero, as suits
@@ -74,10 +77,11 @@ def load_scalar(path: str | Path, *, head_seed: int | None = None, zero_head: bo
         brings_head = is_reward_adapter(path) and any(map(is_head, adapter_weights(path)))
         if not brings_head and head_seed is None and not is_classifier(base):
             raise _no_head(path, "the adapter brings none, and its base has none")
-        model = load_scalar(base, head_seed=0 if head_seed is None else head_seed, zero_head=zero_head)
+        head_seed = 0 if head_seed is None else head_seed
+        model = load_scalar(base, head_seed=head_seed, zero_head=zero_head, device=device)
         merge_adapter(model, path)
         model.config.update(reward_facts(path))
-        return _without_dropout(model)
+        return _without_dropout(model, device)
     refuse_several_labels(path, where=str(path))
     model, info = _load(AutoModelForSequenceClassification, path, num_labels=1)
     new = _missing(model, info)
@@ -91,7 +95,7 @@ def load_scalar(path: str | Path, *, head_seed: int | None = None, zero_head: bo
     if new and head_seed is None:
         raise _no_head(path, f"missing: {', '.join(new)}")
     _fill_head(model, new, head_seed or 0, zero_head)
-    return _without_dropout(model)
+    return _without_dropout(model, device)
 
 
 def refuse_several_labels(path: str | Path, *, where: str) -> None:
@@ -173,7 +177,8 @@ def _no_head(path: str | Path, why: str) -> EngineError:
     )
 
 
-def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+def _without_dropout(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    torch.nn.Module.to(model, device)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trimtab.batches.device import to_device
 from trimtab.core.errors import EngineError
 from trimtab.models.attention import backbone
 
@@ -65,7 +66,8 @@ def _find(model: PreTrainedModel) -> LogitShape:
     hidden = torch.randn(len(SIZES), weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     bias = getattr(head, "bias", None)
     products = (hidden @ weight.T).float()
-    hidden = hidden * (torch.tensor(SIZES) / products.std(-1).clamp_min(1e-30))[:, None].to(weight)
+    sizes = to_device(torch.tensor(SIZES), weight.device)
+    hidden = hidden * (sizes / products.std(-1).clamp_min(1e-30))[:, None].to(weight)
     raw = head(hidden).float()
     shown = _logits_for(model, hidden)
     if shown.shape != raw.shape:
@@ -99,7 +101,7 @@ def _logits_for(model: PreTrainedModel, hidden: Tensor) -> Tensor:
         output.last_hidden_state = hidden[None]
         return output
 
-    ids = torch.arange(len(hidden))[None] % model.config.get_text_config().vocab_size
+    ids = torch.arange(len(hidden), device=hidden.device)[None] % model.config.get_text_config().vocab_size
     # Some models call their decoder and not the backbone around it.
     bodies: list[Any] = [backbone(model), model.get_decoder()]  # type: ignore[no-untyped-call]
     hooks = [body.register_forward_hook(put) for body in bodies if body is not None and body is not model]

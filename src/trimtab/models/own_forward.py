@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trimtab.batches.device import to_device
 from trimtab.models.attention import ROW_ATTENTION
+from trimtab.models.precision import products_in_float32
 
 
 @contextmanager
@@ -29,10 +32,15 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def last_logits(model: PreTrainedModel, input_ids: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
-    """[B, V] the model's own logits after the last token of each row [B, T], and all outputs of the forward pass."""
+    """[B, V] the model's own logits after the last token of each row [B, T], and all outputs of the forward pass. The
+    head computes in float32, whatever the precision of the model's products."""
     if _takes_logits_to_keep(type(model).forward):
         inputs["logits_to_keep"] = 1
-    outputs = model(input_ids=input_ids, **inputs)
+    inputs = {name: to_device(x, model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    autocast = torch.is_autocast_enabled(model.device.type)
+    head = model.get_output_embeddings() if autocast else None  # type: ignore[no-untyped-call]
+    with products_in_float32([head] if head is not None else []):
+        outputs = model(input_ids=to_device(input_ids, model.device), **inputs)
     logits: Tensor = outputs.logits[:, -1]
     return logits, outputs
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -19,7 +21,25 @@ for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 
 
 @contextmanager
-def computing_in(precision: Precision, device_type: str = "cpu") -> Iterator[None]:
+def products_in_float32(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside this block these layers compute in float32, even under autocast."""
+    plain = [layer.forward for layer in layers]
+    for layer, forward in zip(layers, plain, strict=True):
+        layer.forward = partial(_in_float32, forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _in_float32(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return forward(x.float())
+
+
+@contextmanager
+def computing_in(precision: Precision, device_type: str) -> Iterator[None]:
     """Inside this block products are computed in this precision. Weights, sums of losses and log-probabilities stay
     float32.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trimtab.batches.device import to_cpu, to_device
 from trimtab.batches.outputs import ScoreOutputs, TokenOutputs
 from trimtab.batches.trees import TokenTrees
 from trimtab.core.errors import EngineError
@@ -21,7 +21,7 @@ from trimtab.models.checkpointing import checkpoint_blocks
 from trimtab.models.embedding_gradients import gradients_in_place, takes_in_place
 from trimtab.models.forms import Form, Place, hidden_states, proved
 from trimtab.models.logits import head_of, logit_shape
-from trimtab.models.precision import Precision, computing_in
+from trimtab.models.precision import Precision, computing_in, products_in_float32
 
 
 class Role(nn.Module):
@@ -42,8 +42,13 @@ class Role(nn.Module):
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside this block the model computes for this role: with its adapter or none, and in its precision."""
-        with using(self.model, self.adapter), computing_in(self.precision):
+        with using(self.model, self.adapter), computing_in(self.precision, self.device.type):
             yield
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes. Trees come from the CPU, and results go back to it: this is where tensors cross."""
+        return self.model.device
 
     @property
     def tree_form(self) -> bool:
@@ -122,8 +127,9 @@ class Policy(Role):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, V] the model's logits for hidden states [n, D]: the output of its head, scaled and capped as in the
-        model."""
-        raw: Tensor = self.head(hidden)
+        model. The head computes in float32, whatever the precision of the model's products."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            raw: Tensor = self.head(hidden.to(self.head.weight.dtype))
         return self.shaped(raw)
 
     @property
@@ -144,7 +150,7 @@ class Policy(Role):
         logprobs, entropies = token_logprobs(
             hidden,
             self.head_weight,
-            trees.targets,
+            to_device(trees.targets, hidden.device),
             bias=self.head.bias,
             temperature=self.temperature if temperature is None else temperature,
             scale=self.shaped.scale,
@@ -153,7 +159,7 @@ class Policy(Role):
             weight_gradient=self.head.weight.grad if self.in_place else None,
         )
         values = self.value_head(hidden.float()).squeeze(-1) if self.value_head is not None else None
-        return TokenOutputs(logprobs, entropies, values)
+        return TokenOutputs(*to_cpu(logprobs, entropies, values))
 
     @torch.no_grad()
     def kl_to(self, reference: Policy, trees: TokenTrees) -> Tensor:
@@ -175,7 +181,7 @@ class Policy(Role):
             temperature=self.temperature,
             shape_p=(self.shaped.scale, self.shaped.cap),
             shape_q=(reference.shaped.scale, reference.shaped.cap),
-        )
+        ).cpu()
 
 
 class ScalarModel(Role):
@@ -227,13 +233,13 @@ class ScalarModel(Role):
         with self.active():
             if not self.is_decoder:
                 # An encoder sees the whole reply at every position: it has a score, but no value before a token.
-                scores = self._pooled(trees)
+                scores = self._pooled(trees).cpu()
                 return ScoreOutputs(values=scores.new_full((trees.num_trained,), torch.nan), scores=scores)
             places: list[Place] = [] if self.gives == "scores" else ["predict_from"]
             places += [] if self.gives == "values" else ["last_tokens"]
             states = self.states(trees, places)
             with torch.autocast(states[0].device.type, enabled=False):
-                read = {place: self.head(x.float()).squeeze(-1) for place, x in zip(places, states, strict=True)}
+                read = {place: self.head(x.float()).squeeze(-1).cpu() for place, x in zip(places, states, strict=True)}
         return ScoreOutputs(
             values=read.get("predict_from", torch.full((trees.num_trained,), torch.nan)),
             scores=read.get("last_tokens", torch.full((trees.num_sequences,), torch.nan)),
@@ -242,12 +248,15 @@ class ScalarModel(Role):
     def _pooled(self, trees: TokenTrees) -> Tensor:
         """[B] scores from the model's own pooling."""
         rows = trees.padded(self.pad_id)
-        with last_products_in_float32(self.model):
+        heads = [m for m in self.model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+        with products_in_float32(heads):
             if self.form == "alone":
                 pairs = zip(rows.input_ids, rows.attention_mask, strict=True)
-                logits = torch.cat([self.model(input_ids=ids[mask][None]).logits for ids, mask in pairs])
+                alone = [to_device(ids[mask][None], self.device) for ids, mask in pairs]
+                logits = torch.cat([self.model(input_ids=ids).logits for ids in alone])
             else:
-                logits = self.model(input_ids=rows.input_ids, attention_mask=rows.attention_mask.long()).logits
+                ids, mask = (to_device(x, self.device) for x in (rows.input_ids, rows.attention_mask.long()))
+                logits = self.model(input_ids=ids, attention_mask=mask).logits
         return logits[:, 0].float()
 
 
@@ -258,44 +267,26 @@ def reads_last_token(model: PreTrainedModel) -> bool:
     if not callable(head):
         return False
     config = model.config.get_text_config()
-    ids = (torch.arange(3, 9) % config.vocab_size)[None]
+    ids = (torch.arange(3, 9, device=model.device) % config.vocab_size)[None]
     ids = torch.where(ids == model.config.pad_token_id, (ids + 7) % config.vocab_size, ids)
     theirs = model(input_ids=ids).logits.flatten()
     ours = head(backbone(model)(input_ids=ids).last_hidden_state[:, -1]).flatten()
     return theirs.shape == ours.shape and bool(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4))
 
 
-@contextmanager
-def last_products_in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Inside this block linear layers with one output compute in float32, even under autocast."""
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
-    for layer in layers:
-        layer.forward = partial(_linear_in_float32, layer)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _linear_in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        return nn.functional.linear(x.float(), layer.weight, layer.bias)
-
-
 def zero_head(model: PreTrainedModel) -> nn.Linear:
     """A scalar head of zeros for a model's hidden states."""
-    head = nn.Linear(model.config.get_text_config().hidden_size, 1)
+    head = nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
 
 
 @torch.no_grad()
-def head_of_weights(weights: dict[str, Tensor]) -> nn.Linear:
+def head_of_weights(weights: dict[str, Tensor], device: torch.device) -> nn.Linear:
     """The scalar head stored beside an adapter: "score.weight" [1, D] and, if there, "score.bias"."""
     weight, bias = weights["score.weight"], weights.get("score.bias")
-    head = nn.Linear(weight.shape[1], 1, bias=bias is not None)
+    head = nn.Linear(weight.shape[1], 1, bias=bias is not None, device=device)
     head.weight.copy_(weight)
     if bias is not None:
         head.bias.copy_(bias)

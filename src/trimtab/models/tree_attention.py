@@ -89,7 +89,7 @@ def _parts(parts: TreeParts) -> list[AttentionPart]:
 
 def _whole(strips: Strips, visible: Tensor, like: Tensor) -> AttentionPart:
     """The trees side by side under their mask [P, 1, L, L], as one part."""
-    bias = torch.zeros(visible.shape, dtype=like.dtype).masked_fill_(~visible, UNSEEN)
+    bias = torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible, UNSEEN)
     return AttentionPart(strips, strips, False, bias, False)
 
 
@@ -165,9 +165,10 @@ def _cut(query: Tensor, key: Tensor, value: Tensor, asking: Strips, seen: Strips
 
 def _padding(strips: Strips) -> Tensor | None:
     """[C, 1, 1, L] added to the scores to hide the empty places of `strips`; None if there are no empty places."""
-    if bool(strips.filled.all()):
+    if strips.is_full:
         return None
-    return torch.zeros(strips.filled.shape).masked_fill_(~strips.filled, UNSEEN)[:, None, None]
+    filled = strips.filled
+    return torch.zeros(filled.shape, device=filled.device).masked_fill_(~filled, UNSEEN)[:, None, None]
 
 
 def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trimtab.batches.device import CPU
 from trimtab.core import registry
 from trimtab.core.errors import DataError, EngineError
 from trimtab.core.hub import on_base
@@ -74,16 +75,23 @@ class CombinedReward:
 
 
 def load_rewards(
-    rewards: Sequence[Any], *, token_budget: int, shared: PreTrainedModel | None = None, base: str = ""
+    rewards: Sequence[Any],
+    *,
+    token_budget: int,
+    device: torch.device = CPU,
+    shared: PreTrainedModel | None = None,
+    base: str = "",
 ) -> CombinedReward:
-    """The rewards of a run file, loaded; a repeated name gets a number, such as `length_2`. A reward model that is an
-    adapter of the `shared` base becomes another adapter on it."""
+    """The rewards of a run file, with their models on a device; a repeated name gets a number, such as `length_2`. A
+    reward model that is an adapter of the `shared` base becomes another adapter on it."""
     parts = []
     for name, reward in zip(_numbered(rewards), rewards, strict=True):
         if shared is not None and isinstance(reward, RewardModel) and on_base(reward.path, base):
             scorer: Reward = _on_shared_base(shared, f"reward_{name}", reward.path, token_budget)
         else:
-            scorer = reward.load(token_budget=token_budget)
+            # A reward that is no model has no device.
+            place = {"device": device} if isinstance(reward, RewardModel) else {}
+            scorer = reward.load(token_budget=token_budget, **place)
         parts.append(RewardPart(name, reward.weight, scorer))
     return CombinedReward(parts)
 
@@ -120,5 +128,6 @@ def _on_shared_base(shared: PreTrainedModel, name: str, path: str, token_budget:
             fix="train one with `trimtab reward`, or name a directory that the reward stage wrote",
         )
     chat, shift = Chat(load_tokenizer(path)), reward_facts(path).get("reward_shift")
-    model = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=head_of_weights(weights), gives="scores")
+    head = head_of_weights(weights, shared.device)
+    model = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=head, gives="scores")
     return RewardModelScorer.of(model, chat, token_budget=token_budget, shift=shift)

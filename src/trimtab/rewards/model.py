@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.batches.device import CPU
 from trimtab.batches.trees import TokenTrees, response_tree
 from trimtab.core.errors import EngineError
 from trimtab.core.metrics import Metrics
@@ -33,9 +34,9 @@ class RewardModel:
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
-    def load(self, *, token_budget: int) -> RewardModelScorer:
-        """The model in memory."""
-        return RewardModelScorer.from_directory(self.path, token_budget=token_budget)
+    def load(self, *, token_budget: int, device: torch.device = CPU) -> RewardModelScorer:
+        """The model on a device."""
+        return RewardModelScorer.from_directory(self.path, token_budget=token_budget, device=device)
 
 
 class RewardModelScorer:
@@ -63,9 +64,9 @@ class RewardModelScorer:
         self.positions = positions_of(model.model)
 
     @classmethod
-    def from_directory(cls, path: str, *, token_budget: int) -> RewardModelScorer:
+    def from_directory(cls, path: str, *, token_budget: int, device: torch.device = CPU) -> RewardModelScorer:
         """A frozen reward model. Raises EngineError if the directory has no trained score head."""
-        chat, model = Chat(load_tokenizer(path)), load_scalar(path)
+        chat, model = Chat(load_tokenizer(path)), load_scalar(path, device=device)
         role = ScalarModel(model, pad_id=chat.pad_id, gives="scores")
         return cls.of(role, chat, token_budget=token_budget, shift=getattr(model.config, "reward_shift", None))
 

@@ -14,6 +14,7 @@ from trimtab.core import seeds
 from trimtab.core.files import write_rows
 from trimtab.core.types import PreferencePair, Prompt, Rollout, to_dict
 from trimtab.data.chat import Chat
+from trimtab.engines.device import EngineSettings
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
@@ -47,6 +48,8 @@ class CompareSettings:
     """What annotators like and the gold score does not, in units of gold; None takes the world's own biases."""
     sampling: Sampling = field(default_factory=Sampling)
     """How replies are drawn."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    """How the stage is computed."""
     seed: int = 0
     """Seed of prompts, replies and votes."""
 
@@ -64,7 +67,8 @@ def run(settings: CompareSettings, run: Run) -> None:
     """Writes train.jsonl and held_out.jsonl (preference pairs) into the run directory."""
     world = worlds.load(settings.world)
     chat = Chat(load_tokenizer(settings.model))
-    policy = Policy(load_causal(settings.model), pad_id=chat.pad_id, temperature=settings.sampling.temperature)
+    model = load_causal(settings.model, device=settings.engine.find_device())
+    policy = Policy(model, pad_id=chat.pad_id, temperature=settings.sampling.temperature)
     generator = LocalSampler(policy, chat, settings.sampling)
     run.add_data(f"world:{settings.world}", "", settings.num_prompts + settings.num_held_out_prompts)
     run.note_path("sampler", generator.sampler)

@@ -21,6 +21,7 @@ from trimtab.core import seeds
 from trimtab.core.config import Choice
 from trimtab.core.types import Prompt, Rollout
 from trimtab.data.chat import Chat
+from trimtab.engines.device import EngineSettings
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.evals.overoptimisation import best_of_n_curve, sizes_up_to
 from trimtab.evals.text import text_stats, words
@@ -71,6 +72,8 @@ class EvaluateSettings:
     """Replies of both models written to samples.jsonl."""
     token_budget: int = 8192
     """Tokens of one forward pass: memory and speed only."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    """How the stage is computed."""
     seed: int = 0
     """Seed of the replies; both models draw with the same random numbers."""
 
@@ -156,7 +159,8 @@ def run(settings: EvaluateSettings, run: Run) -> None:
 
 def load_policy(path: str, chat: Chat, settings: EvaluateSettings) -> Policy:
     """The policy of a checkpoint, to sample from."""
-    return Policy(load_causal(path), pad_id=chat.pad_id, temperature=settings.sampling.temperature)
+    model = load_causal(path, device=settings.engine.find_device())
+    return Policy(model, pad_id=chat.pad_id, temperature=settings.sampling.temperature)
 
 
 def load_judges(
@@ -165,11 +169,12 @@ def load_judges(
     """A function that gives every reply its scores: by "gold", by "reward", and by the rewards under their names.
     Raises ConfigError if a reward model could not read the longest reply to one of the prompts."""
     judges: dict[str, GoldScorer | RewardModelScorer] = {}
+    options: dict[str, Any] = {"token_budget": settings.token_budget, "device": settings.engine.find_device()}
     if settings.world is not None:
         judges["gold"] = GoldScorer(worlds.load(settings.world))
     if settings.reward_model is not None:
-        judges["reward"] = RewardModelScorer.from_directory(settings.reward_model, token_budget=settings.token_budget)
-    combined = load_rewards(settings.rewards, token_budget=settings.token_budget) if settings.rewards else None
+        judges["reward"] = RewardModelScorer.from_directory(settings.reward_model, **options)
+    combined = load_rewards(settings.rewards, **options) if settings.rewards else None
     models = [*judges.values(), *(part.reward for part in (combined.parts if combined is not None else ()))]
     refuse_short_reward_models(models, prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)
 

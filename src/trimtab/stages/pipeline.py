@@ -1,6 +1,7 @@
 """A pipeline: stages by name in one TOML file. Finished stages are skipped, an interrupted one goes on.
 
 seed = 0
+engine.device = "cuda"   # how every stage is computed
 [variables]
 rows = "path/to/preferences.jsonl.gz"
 [stages.sft]
@@ -36,7 +37,7 @@ from trimtab.core.process import peak_rss_gb
 from trimtab.runs.run import Run, holds_run
 from trimtab.stages import preflight
 
-TOP_LEVEL = ("seed", "variables", "stages")
+TOP_LEVEL = ("seed", "engine", "variables", "stages")
 RESERVED = ("pipeline.toml", "summary.json", "report.html")
 
 
@@ -211,7 +212,8 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
         raise ConfigError(
             f"unknown keys: {', '.join(sorted(unknown))}",
             where=where,
-            fix=f"{nearest(sorted(unknown)[0], TOP_LEVEL)}a pipeline has seed, [variables] and [stages.NAME] tables",
+            fix=f"{nearest(sorted(unknown)[0], TOP_LEVEL)}a pipeline has seed, [engine], [variables] and "
+            "[stages.NAME] tables",
         )
     known = registry.modules("stage")
     resolved: dict[str, Any] = {}
@@ -232,6 +234,8 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
         settings = {key: value for key, value in table.items() if key != "stage"}
         if "seed" in values:
             settings.setdefault("seed", values["seed"])
+        if "engine" in values:
+            settings["engine"] = overlay(values["engine"], settings.get("engine", {}))
         key = f"stages.{name}"
         resolved[key] = substitute(settings, key, values.get("variables", {}), earlier, out, where)
         earlier.add(name)

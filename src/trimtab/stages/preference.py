@@ -100,7 +100,8 @@ def run(settings: PreferenceSettings, run: Run) -> None:
         )
     epochs = Epochs.of(settings, len(train.trees))
     num_steps = epochs.num_steps if settings.max_steps is None else min(settings.max_steps, epochs.num_steps)
-    policy, base = start_policy(settings.model, settings.adapter, chat, seed=settings.seed)
+    device = settings.engine.find_device()
+    policy, base = start_policy(settings.model, settings.adapter, chat, seed=settings.seed, device=device)
     refuse_long(policy.model, chain(train.trees, held_out.trees), where=settings.data, fix=FIT)
     policy.precision = settings.precision
     used = epochs.used(num_steps)
@@ -280,7 +281,8 @@ def late_reference(
             for module, was in modes:
                 module.training = was
             return
-        copy, _ = start_policy(settings.model, settings.adapter, chat, seed=settings.seed)
+        device = settings.engine.find_device()
+        copy, _ = start_policy(settings.model, settings.adapter, chat, seed=settings.seed, device=device)
         copy.precision = settings.precision
         if model_hash(copy) != digest:
             raise EngineError(
@@ -345,7 +347,7 @@ def start_reference(settings: PreferenceSettings, policy: Policy, base: str, cha
             where="reference and model",
             fix="name a reference of the policy's own family and tokenizer, usually the model that it starts from",
         )
-        reference = Policy(load_causal(path), pad_id=chat.pad_id)
+        reference = Policy(load_causal(path, device=settings.engine.find_device()), pad_id=chat.pad_id)
     reference.precision = settings.precision
     return reference
 

@@ -94,6 +94,11 @@ def _raise(found: list[tuple[str, TrimtabError]], where: str) -> None:
 
 def _problems(stage: str, settings: Any, made: Made) -> Iterator[tuple[str, TrimtabError]]:
     """Every key whose value cannot be used, and why."""
+    try:
+        if (engine := getattr(settings, "engine", None)) is not None:
+            engine.find_device()
+    except TrimtabError as error:
+        yield "engine.device", error
     looks: list[DataUse | ModelUse] = [*_sources(stage, settings), *models_of(stage, settings)]
     broken: set[str] = set()  # each model is reported once
     for look in looks:

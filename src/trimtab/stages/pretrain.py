@@ -136,7 +136,7 @@ def run(settings: PretrainSettings, run: Run) -> None:
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         with replacing(start) as aside:
             save_model(model, tokenizer, aside)
-    model = load_causal(start)
+    model = load_causal(start, device=settings.engine.find_device())
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
     trees = document_trees(documents, tokenizer, settings.max_tokens)
     if not trees:

@@ -105,10 +105,11 @@ def run(settings: RewardSettings, run: Run) -> None:
 def start_reward_model(settings: RewardSettings, chat: Chat) -> tuple[ScalarModel, str]:
     """The model to train and the base it belongs to: whole, or an adapter, which may begin as the policy's."""
     path, head_seed = settings.model, seeds.derive(settings.seed, "reward head")
+    options: dict[str, Any] = {"head_seed": head_seed, "device": settings.engine.find_device()}
     if settings.adapter is None:
-        return ScalarModel(load_scalar(path, head_seed=head_seed), pad_id=chat.pad_id, gives="scores"), path
+        return ScalarModel(load_scalar(path, **options), pad_id=chat.pad_id, gives="scores"), path
     base = base_of(path) or path
-    model = load_scalar(base, head_seed=head_seed)
+    model = load_scalar(base, **options)
     head = start_adapter(model, "reward", path, settings.adapter, seed=settings.seed, with_head=True)
     if head:
         model.load_state_dict(head, strict=False)

@@ -24,6 +24,7 @@ from trimtab.core.metrics import Metrics, Peak, Total, mean_of
 from trimtab.core.types import Demonstration, Prompt, Rollout
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import Loaded
+from trimtab.engines.device import EngineSettings
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
@@ -81,6 +82,8 @@ class SelectSettings:
     """Stop after this many steps, and choose from what there is by then; None samples for every prompt."""
     token_budget: int = 4096
     """Tokens of one forward pass of a reward model: memory and speed only."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    """How the stage is computed."""
     num_samples: int = 12
     """Prompts whose best reply is written to samples.jsonl, beside the first one drawn."""
     seed: int = 0
@@ -108,9 +111,12 @@ def run(settings: SelectSettings, run: Run) -> None:
     """Writes replies.jsonl and, chosen from it, best.jsonl (demonstrations) and pairs.jsonl (preference pairs)."""
     chat = Chat(load_tokenizer(settings.model))
     asked, counts = load_asked(settings, chat, run)
-    rewards = load_rewards(settings.rewards, token_budget=settings.token_budget) if settings.rewards else None
+    device = settings.engine.find_device()
+    options: dict[str, Any] = {"token_budget": settings.token_budget, "device": device}
+    rewards = load_rewards(settings.rewards, **options) if settings.rewards else None
     refuse_unknown_rewards(settings.filter, rewards)
-    policy = Policy(load_causal(settings.model), pad_id=chat.pad_id, temperature=settings.sampling.temperature)
+    model = load_causal(settings.model, device=device)
+    policy = Policy(model, pad_id=chat.pad_id, temperature=settings.sampling.temperature)
     sampler = LocalSampler(policy, chat, settings.sampling)
     prompts = [item.prompt for item in asked]
     sampler.check_prompts(prompts)

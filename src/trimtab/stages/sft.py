@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
 
+import torch
+
+from trimtab.batches.device import CPU
 from trimtab.batches.trees import TokenTrees, Tree, TreeBatch, sequence_tree
 from trimtab.core.errors import DataError
 from trimtab.core.hub import base_of
@@ -79,7 +82,8 @@ def run(settings: SFTSettings, run: Run) -> None:
             fix=f"raise max_tokens (now {settings.max_tokens}) or lower held_out (now {settings.held_out})",
         )
     epochs = Epochs.of(settings, len(trees))
-    policy, base = start_policy(settings.model, settings.adapter, chat, seed=settings.seed)
+    device = settings.engine.find_device()
+    policy, base = start_policy(settings.model, settings.adapter, chat, seed=settings.seed, device=device)
     refuse_long(policy.model, chain(trees, validation), where=settings.data, fix=FIT)
     learner = make_learner(policy, settings, epochs, name="policy")
     loss, make_batch = SFTLoss(), batch_of(trees)
@@ -95,12 +99,14 @@ def run(settings: SFTSettings, run: Run) -> None:
     run.finish({"num_examples": len(trees), "counts": counts} | steps.counts | last_metrics(run, "loss/"))
 
 
-def start_policy(path: str, adapter: LoRA | None, chat: Chat, *, seed: int) -> tuple[Policy, str]:
+def start_policy(
+    path: str, adapter: LoRA | None, chat: Chat, *, seed: int, device: torch.device = CPU
+) -> tuple[Policy, str]:
     """The policy to train and the base it belongs to: a whole model, a new adapter, or an adapter to train further."""
     if adapter is None:
-        return Policy(load_causal(path), pad_id=chat.pad_id), path
+        return Policy(load_causal(path, device=device), pad_id=chat.pad_id), path
     base = base_of(path) or path
-    model = load_causal(base)
+    model = load_causal(base, device=device)
     start_adapter(model, "policy", path, adapter, seed=seed)
     return Policy(model, pad_id=chat.pad_id, adapter="policy"), base
 

@@ -21,6 +21,7 @@ from trimtab.core.config import Choice
 from trimtab.core.errors import DataError
 from trimtab.core.metrics import Mean, Metrics, Total, merge
 from trimtab.engines.base import Loss
+from trimtab.engines.device import EngineSettings
 from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.models.precision import Precision
 from trimtab.models.roles import Policy, ScalarModel
@@ -52,6 +53,8 @@ class EpochSettings:
     """Tokens of one forward pass: memory and speed only."""
     checkpoint_every: int = 100
     """Updates between checkpoints."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    """How the stage is computed."""
     seed: int = 0
     """Seed of the order of examples and of new weights."""
     trackers: Annotated[tuple[Any, ...], Choice("tracker")] = ()

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trimtab.core import config, seeds
 from trimtab.core.errors import ConfigError
 from trimtab.core.files import check_out, write_out
@@ -15,6 +17,7 @@ from trimtab.core.types import Demonstration, Message, PreferencePair, Prompt, t
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import kinds_of, load
 from trimtab.data.sources import records_source
+from trimtab.engines.device import EngineSettings
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.evals.reward_card import reward_card
 from trimtab.models.load import load_causal, load_tokenizer
@@ -26,13 +29,20 @@ TOKEN_BUDGET = 4096
 """The number of tokens in one forward pass of a reward model."""
 
 
-def _generator(model: str, *, temperature: float, top_k: int = 0, **sampled: Any) -> LocalSampler:
+def _generator(model: str, *, temperature: float, device: str | None, top_k: int = 0, **sampled: Any) -> LocalSampler:
     """A sampler for a checkpoint. Temperature 0 means its limit, the likeliest token."""
     values = {"top_k": 1} if temperature == 0 else {"temperature": temperature, "top_k": top_k}
     sampling = config.resolve(Sampling, values | sampled, where="the command line")
     chat = Chat(load_tokenizer(model))
-    policy = Policy(load_causal(model), pad_id=chat.pad_id, temperature=sampling.temperature)
+    loaded = load_causal(model, device=_device(device))
+    policy = Policy(loaded, pad_id=chat.pad_id, temperature=sampling.temperature)
     return LocalSampler(policy, chat, sampling)
+
+
+def _device(name: str | None) -> torch.device:
+    """The device that an option names; the CPU without it."""
+    values = {} if name is None else {"device": name}
+    return config.resolve(EngineSettings, values, where="the command line").find_device()
 
 
 def generate_file(
@@ -47,6 +57,7 @@ def generate_file(
     top_k: int,
     num_samples: int,
     seed: int,
+    device: str | None = None,
     limit: int | None = None,
     show: Callable[[str], None] = print,
 ) -> int:
@@ -61,7 +72,8 @@ def generate_file(
         if data is not None
         else [Prompt(messages=(Message("user", prompt or ""),))]
     )
-    generator = _generator(model, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+    drawn: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    generator = _generator(model, device=device, max_new_tokens=max_new_tokens, **drawn)
     rollouts = generator.generate(prompts, group_size=num_samples, seed=seed)
     if out is None:
         for r in rollouts:
@@ -71,7 +83,9 @@ def generate_file(
     return len(rollouts)
 
 
-def score_file(*, model: str, data: str, out: Path | None, show: Callable[[str], None] = print) -> int:
+def score_file(
+    *, model: str, data: str, out: Path | None, device: str | None = None, show: Callable[[str], None] = print
+) -> int:
     """Scores the rows of `data` with a reward model; returns how many. They go to `out` as JSON lines, if it is given.
 
     Each reply (in any layout, or in a rollout) gets a `reward`. A preference pair gets one for each side, and the card
@@ -80,20 +94,20 @@ def score_file(*, model: str, data: str, out: Path | None, show: Callable[[str],
     if out is not None:
         check_out(out)
     if holds_pairs(data):
-        return _score_pairs(model, data, out, show)
+        return _score_pairs(model, data, out, _device(device), show)
     if out is None:
         raise ConfigError("replies are scored into a file", where="score", fix="--out FILE.jsonl")
     demonstrations = load(Demonstration, data).records
-    scorer = RewardModelScorer.from_directory(model, token_budget=TOKEN_BUDGET)
+    scorer = RewardModelScorer.from_directory(model, token_budget=TOKEN_BUDGET, device=_device(device))
     rewards = scorer.score_texts([(d.prompt, d.response) for d in demonstrations]).tolist()
     rows = [to_dict(d) | {"reward": reward} for d, reward in zip(demonstrations, rewards, strict=True)]
     write_out(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return len(rows)
 
 
-def _score_pairs(model: str, data: str, out: Path | None, show: Callable[[str], None]) -> int:
+def _score_pairs(model: str, data: str, out: Path | None, device: torch.device, show: Callable[[str], None]) -> int:
     pairs = load(PreferencePair, data).records
-    scorer = RewardModelScorer.from_directory(model, token_budget=TOKEN_BUDGET)
+    scorer = RewardModelScorer.from_directory(model, token_budget=TOKEN_BUDGET, device=device)
     sides = {
         name: scorer.score_texts([(pair.prompt, getattr(pair, name)) for pair in pairs]).double().numpy()
         for name in ("chosen", "rejected")
@@ -121,11 +135,12 @@ def chat(
     temperature: float,
     max_new_tokens: int,
     seed: int,
+    device: str | None = None,
     read: Callable[[str], str] = input,
     show: Callable[[str], None] = print,
 ) -> None:
     """Holds a conversation in the terminal; an empty line or the end of input closes it."""
-    generator = _generator(model, max_new_tokens=max_new_tokens, temperature=temperature)
+    generator = _generator(model, device=device, max_new_tokens=max_new_tokens, temperature=temperature)
     prompt = Prompt(messages=())
     turn = 0
     while text := _next_line(read):

@@ -15,7 +15,7 @@ from trimtab.models.roles import Policy
 
 MAX_LOGPROB_DIFFERENCE: dict[Precision, float] = {"float32": 0.01, "bfloat16": 0.5}
 """Largest allowed difference at one token, in nats. In float32 the local sampler and scorer differ only by rounding,
-about 1e-5. Replies are sampled in float32, from which a scorer in bfloat16 differs by a few hundredths."""
+about 1e-5. If either of them computes in bfloat16, they differ by a few hundredths."""
 NUM_TOKENS = 256
 """Tokens of prompts and replies that are scored for the comparison, about a hundredth of the work of sampling a
 batch."""
@@ -39,9 +39,14 @@ def logprob_difference(
     return float((sampled - scored).abs().max())
 
 
-def refuse_difference(difference: float, precision: Precision, *, where: str) -> None:
-    """Raises EngineError for a difference that is more than rounding."""
-    bound = MAX_LOGPROB_DIFFERENCE[precision]
+def allowed_difference(policy: Precision, sampler: Precision) -> float:
+    """The largest difference that rounding explains, for the precisions of policy and sampler."""
+    return max(MAX_LOGPROB_DIFFERENCE[precision] for precision in (policy, sampler))
+
+
+def refuse_difference(difference: float, policy: Precision, sampler: Precision, *, where: str) -> None:
+    """Raises EngineError for a difference that is more than rounding in these precisions."""
+    bound = allowed_difference(policy, sampler)
     if not difference <= bound:
         raise EngineError(
             f"sampler and policy disagree by {difference:.3g} nats on the same token (bound: {bound})",

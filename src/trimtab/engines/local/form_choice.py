@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trimtab.batches.device import to_device
 from trimtab.core.errors import EngineError
 from trimtab.data.chat import Chat
 from trimtab.engines.local.fused import supports_fusing
@@ -146,8 +147,9 @@ class _Check:
 def own_logits(model: PreTrainedModel, ids: Sequence[int], num: int) -> Tensor:
     """[num, V] the model's own logits that predict the last `num` tokens of a row."""
     with own_attention(model):
-        logits: Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
-    return logits[-num - 1 : -1].float()
+        input_ids = to_device(torch.tensor([list(ids)]), model.device)
+        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits[0]
+    return logits[-num - 1 : -1].float().cpu()
 
 
 def prompt_lengths(policy: Policy) -> list[int]:

@@ -15,13 +15,17 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
+from trimtab.batches.device import to_device
 from trimtab.batches.trees import TokenTrees, sequence_tree
 from trimtab.core.errors import EngineError
-from trimtab.engines.local.kernels import GATED, Kernels, Matrices, ProductForm
+from trimtab.engines.local.kernels import GATED, Kernels, Matrices, ProductForm, find, product_dtype
 from trimtab.models.adapters import is_adapted, weight_of
 from trimtab.models.attention import LLAMA_LIKE, Attend, backbone, row_states
 from trimtab.models.quantized import is_quantized
 from trimtab.models.tree_attention import tree_attention
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""Largest difference of a logit from the model's own, relative to the largest logit, by the dtype of products."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,16 @@ class FusedForward:
         self.final_norm = base.norm.weight.detach()
         self.layers = [_layer(block, num_rows, kernels, self.eps) for block in base.layers]
         output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self.head = kernels.matrices([weight_of(output)], [output.bias], num_rows)
+        with _float32(self.embedding):
+            self._head = find(self.embedding).matrices([weight_of(output)], [output.bias], num_rows)
+        self.tolerance = TOLERANCE[product_dtype(self.embedding)]
         self.head_size: int = base.layers[0].self_attn.head_dim
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """[n, D] last hidden states of the tokens [n] at these positions."""
+        input_ids, position_ids = (to_device(x, self.embedding.device) for x in (input_ids, position_ids))
         x = self.embedding[input_ids]
         cos, sin = (c[0] for c in self.rotary(x, position_ids[None]))
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
@@ -74,21 +81,33 @@ class FusedForward:
             layer.down(gate_up, GATED, add_to=x)
         return rms_norm(x, (x.shape[-1],), self.final_norm, self.eps)
 
+    def head(self, hidden: Tensor) -> Tensor:
+        """[n, V] the output of the head, always in float32, from hidden states [n, D]."""
+        with _float32(hidden):
+            return self._head(hidden)
+
     def prove_fresh(self, model: PreTrainedModel) -> None:
         """Computes a fixed sequence here and in the model; raises EngineError unless the logits agree."""
-        trees = TokenTrees.build([sequence_tree([i % len(self.embedding) for i in range(3, 19)])])
+        row = TokenTrees.build([sequence_tree([i % len(self.embedding) for i in range(3, 19)])])
+        trees = row.to(self.embedding.device)
         attend = tree_attention(trees)
         with torch.no_grad():
             ours = self.head(self(trees.input_ids, trees.position_ids, attend))
             hidden = row_states(backbone(model), trees.input_ids, trees.position_ids, attend)
-            theirs = model.get_output_embeddings()(hidden)  # type: ignore[no-untyped-call]
+            with _float32(hidden):
+                theirs = model.get_output_embeddings()(hidden.to(ours.dtype))  # type: ignore[no-untyped-call]
         difference = float((ours - theirs).abs().max())
-        if not difference <= 1e-3 * max(1.0, float(theirs.abs().max())):
+        if not difference <= self.tolerance * max(1.0, float(theirs.abs().max())):
             raise EngineError(
                 f"the fused copy that replies are sampled from differs from the model by {difference:.3g} in a logit",
                 where=f"architecture {type(model).__name__}",
                 fix="please report this; until it is mended, sample with another engine",
             )
+
+
+def _float32(x: Tensor) -> torch.autocast:
+    """Inside this block no products are rounded to bfloat16."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _layer(block: Any, num_rows: int, kernels: Kernels, eps: float) -> Layer:

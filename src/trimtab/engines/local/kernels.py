@@ -64,10 +64,11 @@ class Matrices:
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], num_rows: int) -> None:
         """`weights` [out, k], `biases` [out] or None. `num_rows`, the rows of a usual product, is a hint for the
         layout."""
-        weight = torch.cat(list(weights))
-        present = [b.detach() for b in biases if b is not None]
+        dtype = product_dtype(weights[0])
+        weight = torch.cat([w.to(dtype) for w in weights])
+        present = [b.detach().to(dtype) for b in biases if b is not None]
         self._bias = torch.cat(present) if present else None
-        self._weight = weight
+        self._weight, self._dtype = weight, dtype
         packs = weight.device.type == "cpu" and weight.numel() >= PACK_FROM and has_onednn()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), num_rows) if packs else None
         if self._packed is not None:
@@ -80,6 +81,7 @@ class Matrices:
         elif form.kind == "gated":
             gate, up = x.chunk(2, -1)
             x = silu(gate).mul_(up)
+        x = x.to(self._dtype)
         if self._packed is None:
             result = linear(x, self._weight, self._bias)
         else:
@@ -209,7 +211,7 @@ def find(weight: Tensor) -> Kernels:
         raise EngineError(
             f"{SWITCH} = {asked!r}", where="the environment", fix="set it to torch or compiled, or leave it out"
         )
-    fits = weight.dtype == torch.float32 and weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    fits = product_dtype(weight) == torch.float32 and weight.device.type == "cpu"
     library = _library() if fits and asked != "torch" else None
     if library is not None:
         return CompiledKernels(library)
@@ -220,6 +222,12 @@ def find(weight: Tensor) -> Kernels:
             fix = "install gcc or name a compiler in CC, and see that XDG_CACHE_HOME (~/.cache) can be written"
         raise EngineError(f"{SWITCH} = 'compiled', but {problem}", where="the environment", fix=fix)
     return Kernels()
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which products with this weight are computed here, which autocast may change."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def has_onednn() -> bool:

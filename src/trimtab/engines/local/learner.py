@@ -145,7 +145,7 @@ class LocalLearner(LocalScorer):
                 tensors[f"adam.{key}/{n}"] = value
         tensors["updates_done"] = torch.tensor(self.updates_done)
         directory.mkdir(parents=True, exist_ok=True)
-        save_file({k: t.contiguous() for k, t in tensors.items()}, directory / f"{self.name}.safetensors")
+        save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, directory / f"{self.name}.safetensors")
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
@@ -157,7 +157,8 @@ class LocalLearner(LocalScorer):
                 k: tensors[f"adam.{k}/{n}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{k}/{n}" in tensors
             }
             if state:
-                self.adam.state[p] = state
+                # A fused optimizer wants its moments and its count of steps beside the weight.
+                self.adam.state[p] = {key: value.to(p.device) for key, value in state.items()}
         self.updates_done = int(tensors["updates_done"])
 
 
@@ -175,7 +176,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
 
 
 def squared_norm(x: Tensor) -> Tensor:
-    """The sum of squares in float64, block by block. The copy of a block stays in the processor's cache, so this takes
-    a fifth of the time of torch's norm in float64."""
+    """The sum of squares in float64. On a CPU it is summed block by block: the copy of a block stays in the processor's
+    cache, so this takes a fifth of the time of torch's norm in float64."""
+    if x.device.type != "cpu":
+        norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+        return norm.square()
     blocks = (block.double() for block in torch.split(x.reshape(-1), NORM_BLOCK))
     return torch.stack([torch.dot(block, block) for block in blocks]).sum()

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from trimtab.batches.device import to_device
 from trimtab.engines.local.replies import ReplyBuffer, Sampling
 from trimtab.models.own_forward import last_logits, own_attention
 from trimtab.models.roles import Policy
@@ -71,7 +72,7 @@ class PaddedForm:
                 return
             if int(alive.sum()) <= KEPT_WHILE * len(rows):
                 keep = torch.nonzero(alive).squeeze(1)
-                cache.batch_select_indices(keep)
+                cache.batch_select_indices(to_device(keep, model.device))
                 rows, mask, tokens, alive = rows[keep], mask[keep], tokens[keep], alive[keep]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             logits = step(tokens[:, None], (prompt_lengths[rows] + place)[:, None])
@@ -100,14 +101,15 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _extended(self, name: str, old: Tensor, new: Tensor) -> Tensor:
         length = old.shape[2] + new.shape[2]
-        buffer: Tensor | None = getattr(self, name, None)
-        if buffer is None or buffer.data_ptr() != old.data_ptr() or buffer.shape[2] < length:
+        buffer, filled = getattr(self, name, (None, None))
+        if buffer is None or filled is not old or buffer.shape[2] < length:
             batch, heads, _, size = new.shape
             buffer = new.new_empty(batch, heads, length + self.ROOM, size)
             buffer[:, :, : old.shape[2]] = old
-            setattr(self, name, buffer)
         buffer[:, :, old.shape[2] : length] = new
-        return buffer[:, :, :length]
+        filled = buffer[:, :, :length]
+        setattr(self, name, (buffer, filled))
+        return filled
 
 
 def roomy_cache(model: PreTrainedModel) -> DynamicCache:

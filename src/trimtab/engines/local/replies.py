@@ -9,8 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trimtab.batches.device import to_cpu, to_device
 from trimtab.data.chat import Chat
 from trimtab.math.logprobs import draw
+from trimtab.models.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,8 @@ class Sampling:
     stop text."""
     batch_size: int = 256
     """Replies decoded together. Speed and memory only."""
+    precision: Precision = "float32"
+    """Precision of the matrix products while replies are drawn; the output head and log-probabilities stay float32."""
     cache_gb: float = 4.0
     """Memory for keys and values, in GiB; if it is too small for batch_size, fewer replies are decoded together."""
 
@@ -111,19 +115,24 @@ class ReplyBuffer:
         """Draws the next tokens [n] of these sequences [n] at these places [n] from logits [n, V]. Returns them, and
         whether each sequence ends with its token [n]."""
         logits = logits.float()
-        named = logits if self._unnamed is None else logits.masked_fill(self._unnamed, -torch.inf)
-        tokens, logprobs = draw(
-            named,
-            self.uniforms[sequences, places],
+        if self._unnamed is not None:
+            self._unnamed = to_device(self._unnamed, logits.device)
+        drawn, logprobs = draw(
+            logits if self._unnamed is None else logits.masked_fill(self._unnamed, -torch.inf),
+            to_device(self.uniforms[sequences, places], logits.device),
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             top_k=self.sampling.top_k,
         )
-        self.tokens[sequences, places] = tokens
-        self.logprobs[sequences, places] = logprobs
+        of_policy: Tensor | None = None
         if self.sampling.truncates or self._unnamed is not None:
             whole = (logits / self.sampling.temperature).log_softmax(-1)
-            self.policy_logprobs[sequences, places] = whole.gather(1, tokens[:, None])[:, 0]
+            of_policy = whole.gather(1, drawn[:, None])[:, 0]
+        tokens, *found = to_cpu(drawn, logprobs, of_policy)
+        self.tokens[sequences, places] = tokens
+        for column, values in zip((self.logprobs, self.policy_logprobs), found, strict=True):
+            if values is not None:
+                column[sequences, places] = values
         self.lengths[sequences] = places + 1
         stopped = torch.isin(tokens, self._stop_ids)
         if self.sampling.stop:

@@ -24,6 +24,7 @@ from trimtab.engines.local.slots import SlotForm
 from trimtab.engines.local.token_sets import stop_ids, unnamed_tokens
 from trimtab.models.adapters import using
 from trimtab.models.own_forward import learned_positions
+from trimtab.models.precision import computing_in
 from trimtab.models.roles import Policy
 
 __all__ = ["LocalSampler", "ReplyBuffer", "SampledReply", "Sampling", "reply_names"]
@@ -68,9 +69,12 @@ class LocalSampler:
 
     @property
     def sampler(self) -> str:
-        """The name of the form, and whether its steps are compiled, such as "fused, compiled"."""
-        form = self.choice.form
-        return f"{form.name}, compiled" if isinstance(form, SlotForm) and form.kernels.compiled else form.name
+        """The name of the form, and whether its steps are compiled or in another precision than float32, such as
+        "fused, compiled"."""
+        form, precision = self.choice.form, self.sampling.precision
+        with computing_in(precision, self.policy.device.type):
+            compiled = isinstance(form, SlotForm) and form.kernels.compiled
+        return form.name + ", compiled" * compiled + f", {precision}" * (precision != "float32")
 
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
         """`group_size` rollouts for each prompt. Every reply has its own random numbers, made from the seed, its
@@ -119,11 +123,12 @@ class LocalSampler:
         self.check_room(*max(lengths, key=sum))
         replies = ReplyBuffer(uniforms, self.sampling, self.chat, limits, stop_ids=self.stop_ids, unnamed=self._unnamed)
         form = self.choice.form
-        with torch.no_grad(), using(self.policy.model, self.policy.adapter):
+        policy, precision = self.policy, self.sampling.precision
+        with torch.no_grad(), using(policy.model, policy.adapter), computing_in(precision, policy.device.type):
             form.decode(prefixes, group_size, replies)
         if self._watched:
-            self.difference = logprob_difference(self.policy, prefixes, group_size, replies)
-            refuse_difference(self.difference, self.policy.precision, where=self._name)
+            self.difference = logprob_difference(policy, prefixes, group_size, replies)
+            refuse_difference(self.difference, policy.precision, precision, where=self._name)
         return replies.finished()
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from trimtab.batches.device import CPU, to_device
 from trimtab.batches.trees import Strips
 from trimtab.core.errors import EngineError
 from trimtab.engines.local.kernels import CompiledKernels, Kernels
@@ -34,13 +35,17 @@ class SlotCache:
         prompt_width: int,
         reply_width: int,
         kernels: Kernels,
+        device: torch.device = CPU,
     ) -> None:
+        """`device` holds the keys and values; what says whose they are stays on the CPU, and each step sends the
+        indices that it needs once."""
         self.num_rows = num_rows
         self.num_prompts = num_prompts
         self.group_size = group_size
         self._prompt_width = prompt_width
         self._reply_width = reply_width
         self._kernels = kernels
+        self._device = device
         self._layers: dict[int, tuple[Tensor, ...]] = {}
         self.sequences = torch.empty(0, dtype=torch.int64)
         """[n] the sequence that each row holds: prompt number * group_size + number in its group."""
@@ -75,7 +80,7 @@ class SlotCache:
         self._prompt_of = torch.cat([self._prompt_of, owners.repeat_interleave(self.group_size)])
 
         starts = (lengths.cumsum(0) - lengths).tolist()
-        strips = Strips.build(list(zip(starts, lengths.tolist(), strict=True)))
+        strips = Strips.build(list(zip(starts, lengths.tolist(), strict=True))).to(self._device)
         longest = strips.rows.shape[1]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
@@ -85,7 +90,7 @@ class SlotCache:
             prompt_values[first : first + len(prompts), :, :longest] = values
             near = None
             if window is not None and window < longest:
-                slot = torch.arange(longest)
+                slot = torch.arange(longest, device=self._device)
                 near = (slot <= slot[:, None]) & (slot > slot[:, None] - window)
             output = scaled_dot_product_attention(
                 queries,
@@ -131,9 +136,11 @@ class SlotCache:
         return attend
 
     def _extend_whole(self) -> AttendWithin:
-        positions = self.positions
-        rows, width = torch.arange(len(positions)), int(positions.max()) + 1
-        slots, own = torch.arange(width), positions[:, None]
+        width = int(self.positions.max()) + 1
+        positions, rows, slots = map(
+            self._sent, (self.positions, torch.arange(len(self.positions)), torch.arange(width))
+        )
+        own = positions[:, None]
         biases: dict[int | None, Tensor] = {}
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
@@ -155,14 +162,14 @@ class SlotCache:
         places, positions = self.lengths, self.positions
         num_rows, num_prompts = len(places), len(self._prompt_lengths)
         width, prompt_width = int(places.max()) + 1, int(self._prompt_lengths.max())
-        rows = torch.arange(num_rows)
-        cell = self._prompt_of * self.group_size + self.sequences % self.group_size
+        cell = self._sent(self._prompt_of * self.group_size + self.sequences % self.group_size)
+        stored_at, rows = self._sent(places), self._sent(torch.arange(num_rows))
         biases: dict[int | None, Tensor] = {}
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
             prompt_keys, prompt_values, keys, values = self._buffers(layer, key)
-            keys[rows, :, places] = key
-            values[rows, :, places] = value
+            keys[rows, :, stored_at] = key
+            values[rows, :, stored_at] = value
             if window not in biases:
                 biases[window] = self._bias(places, positions, prompt_width, width, window)
             kv_heads, size = key.shape[1:]
@@ -190,7 +197,7 @@ class SlotCache:
             oldest = (positions - window)[:, None]
             of_prompt &= prompt_slots > oldest
             own &= starts[:, None] + slots > oldest
-        return _unseen(torch.cat([of_prompt, own], -1))
+        return self._sent(_unseen(torch.cat([of_prompt, own], -1)))
 
     def keep(self, alive: Tensor) -> Tensor:
         """Frees the rows of replies that are not `alive` [n]. Returns [n'] the old row of each reply that is kept."""
@@ -216,12 +223,16 @@ class SlotCache:
         gaps = torch.nonzero(~alive[:count]).squeeze(1)
         movers = torch.nonzero(alive[count:]).squeeze(1) + count
         if len(gaps):
+            to, from_ = self._sent(gaps), self._sent(movers)
             for layer in self._layers.values():
                 for index in buffers:
-                    layer[index][gaps] = layer[index][movers]
+                    layer[index][to] = layer[index][from_]
         order = torch.arange(count)
         order[gaps] = movers
         return order
+
+    def _sent(self, x: Tensor) -> Tensor:
+        return to_device(x, self._device)
 
     def _buffers(self, layer: int, key: Tensor) -> tuple[Tensor, ...]:
         """The keys and values of a layer. With a group size of 1, two tensors hold prompts and replies; otherwise two
@@ -266,7 +277,7 @@ def _of_windows(attend: AttendWithin) -> Attend:
 def _unseen(seen: Tensor) -> Tensor:
     """[n, 1, 1, T] added to scores: 0 where a place is seen [n, T], else `UNSEEN`."""
     seen = seen[:, None, None]
-    return torch.zeros(seen.shape).masked_fill_(~seen, UNSEEN)
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, UNSEEN)
 
 
 def _to_prompts(x: Tensor, cell: Tensor, num_prompts: int, group_size: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from trimtab.batches.device import to_device
 from trimtab.core.errors import EngineError
 from trimtab.engines.local.fused import FusedForward
 from trimtab.engines.local.kernels import Kernels, find
@@ -59,6 +60,7 @@ class SlotForm:
             prompt_width=max(len(p) for p in prompts),
             reply_width=replies.width,
             kernels=kernels,
+            device=self.policy.device,
         )
         # Prompts are taken from the end, the longest first, so that similar lengths are decoded together.
         waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -129,5 +131,5 @@ def start_prompts(forward: Forward, slots: SlotCache, prompts: Sequence[Sequence
         positions = torch.cat([torch.arange(len(row)) for row in rows])
         last = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
         hidden = forward.hidden(ids, positions, slots.add(numbers, rows))
-        states.append(hidden[last].repeat_interleave(slots.group_size, 0))
+        states.append(hidden[to_device(last, hidden.device)].repeat_interleave(slots.group_size, 0))
     return torch.cat(states)

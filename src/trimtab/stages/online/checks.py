@@ -11,7 +11,7 @@ from torch import Tensor
 from trimtab.core.errors import EngineError
 from trimtab.core.metrics import Mean, Metrics, Peak, Total, mean_of, merge
 from trimtab.core.types import Rollout
-from trimtab.engines.local.agreement import MAX_LOGPROB_DIFFERENCE
+from trimtab.engines.local.agreement import allowed_difference
 from trimtab.evals.text import distinct_n
 from trimtab.math.losses.value import explained_variance
 from trimtab.rewards.gold import GoldScorer
@@ -45,11 +45,11 @@ def check_sampler(difference: float, settings: OnlineSettings, where: str) -> Me
     """The largest difference of sampler and policy on one token, in nats, as a metric; refuses a sampler that is not
     the policy.
 
-    Without a correction, a difference above MAX_LOGPROB_DIFFERENCE raises EngineError, on the first step and on every
+    Without a correction, a difference that is more than rounding raises EngineError, on the first step and on every
     other: training on it would be off-policy without anyone knowing, and a copy of the weights may go stale at any
     step. With top-p or top-k the two are different distributions, and only the metric is kept.
     """
-    bound = MAX_LOGPROB_DIFFERENCE[settings.precision]
+    bound = allowed_difference(settings.precision, settings.sampling.precision)
     if settings.correction is None and not settings.sampling.truncates and not difference <= bound:
         raise EngineError(
             f"sampler and policy disagree by {difference:.3g} nats on the same token (bound: {bound})",

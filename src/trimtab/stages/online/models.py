@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -44,19 +45,21 @@ def full_models(settings: OnlineSettings, chat: Chat) -> Models:
     """The models without adapters: each role is a model of its own."""
     options: dict[str, Any] = {"pad_id": chat.pad_id, "temperature": settings.sampling.temperature}
     value_head = settings.advantage.needs_critic and settings.critic.init == "value_head"
-    policy = Policy(load_causal(settings.model), with_value_head=value_head, **options)
-    reference = Policy(_other_causal(settings.reference or settings.model, chat), **options)
+    device = settings.engine.find_device()
+    policy = Policy(load_causal(settings.model, device=device), with_value_head=value_head, **options)
+    reference = Policy(_other_causal(settings.reference or settings.model, chat, device), **options)
     reference.requires_grad_(False)
     critic: Policy | ScalarModel | None = policy if value_head else None
     if settings.advantage.needs_critic and not value_head:
         start = critic_start(settings)
         refuse_other_critic(start, chat)
-        model = load_scalar(start, head_seed=seeds.derive(settings.seed, "critic"), zero_head=True)
+        head_seed = seeds.derive(settings.seed, "critic")
+        model = load_scalar(start, head_seed=head_seed, zero_head=True, device=device)
         critic = ScalarModel(model, pad_id=chat.pad_id, gives="values")
     return Models(policy, reference, critic, _rewards(settings), settings.model)
 
 
-def _other_causal(path: str, chat: Chat) -> PreTrainedModel:
+def _other_causal(path: str, chat: Chat, device: torch.device) -> PreTrainedModel:
     """A reference with weights of its own, which has to read the policy's token ids."""
     refuse_other_vocabulary(
         chat.tokenizer,
@@ -65,7 +68,7 @@ def _other_causal(path: str, chat: Chat) -> PreTrainedModel:
         where="reference and model",
         fix="name a reference of the policy's own family and tokenizer, usually the model that the policy starts from",
     )
-    return load_causal(path)
+    return load_causal(path, device=device)
 
 
 def refuse_other_critic(path: str, chat: Chat) -> None:
@@ -87,7 +90,8 @@ def shared_models(settings: OnlineSettings, chat: Chat) -> Models:
     lora, base = settings.adapter, base_of(settings.model) or settings.model
     if base_of(settings.model):
         refuse_other_shape(settings.model, lora)
-    shared = load_causal(base)
+    device = settings.engine.find_device()
+    shared = load_causal(base, device=device)
     quantize(shared, lora.base_bits)
 
     heads: dict[str, dict[str, Tensor]] = {}
@@ -114,7 +118,7 @@ def shared_models(settings: OnlineSettings, chat: Chat) -> Models:
     elif on_base(reference_path, base):
         reference = Policy(shared, adapter=adapter("reference", reference_path), **options)
     else:
-        reference = Policy(_other_causal(reference_path, chat), **options)
+        reference = Policy(_other_causal(reference_path, chat, device), **options)
         reference.requires_grad_(False)
     critic: Policy | ScalarModel | None = policy if value_head else None
     if settings.advantage.needs_critic and not value_head:
@@ -128,13 +132,14 @@ def shared_models(settings: OnlineSettings, chat: Chat) -> Models:
         name = adapter("critic", start if on_base(start, base) else None)
         # A critic that starts from a reward model also starts from its head, as a critic with weights of its own does.
         brought = heads.get(name, {})
-        head = head_of_weights(brought) if "score.weight" in brought else zero_head(shared)
+        head = head_of_weights(brought, shared.device) if "score.weight" in brought else zero_head(shared)
         critic = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=head, gives="values")
     return Models(policy, reference, critic, _rewards(settings, shared, base), base)
 
 
 def _rewards(settings: OnlineSettings, shared: PreTrainedModel | None = None, base: str = "") -> CombinedReward:
-    return load_rewards(settings.rewards, token_budget=settings.token_budget, shared=shared, base=base)
+    options: dict[str, Any] = {"token_budget": settings.token_budget, "device": settings.engine.find_device()}
+    return load_rewards(settings.rewards, shared=shared, base=base, **options)
 
 
 def critic_start(settings: OnlineSettings) -> str:

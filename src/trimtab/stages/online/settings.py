@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trimtab.core.config import Choice
 from trimtab.core.metrics import Metrics
+from trimtab.engines.device import EngineSettings
 from trimtab.engines.episodes import EpisodeLimits
 from trimtab.engines.local.learner import AdamW
 from trimtab.engines.local.sampler import Sampling
@@ -148,8 +149,9 @@ class OnlineSettings:
     dynamic_sampling: DynamicSampling | None = None
     """Replace groups whose replies all have the same reward; None trains on them."""
     correction: SamplerCorrection | None = None
-    """Weigh tokens by how the policy and the sampler differ; None requires that they agree, except with top-p or top-k:
-    then they differ by definition, and replies are trained on without weights."""
+    """Weigh tokens by how the policy and the sampler differ. None requires that they agree, if both compute in float32;
+    in another precision they never do, and the defaults of this table hold. With top-p or top-k they differ by
+    definition, and replies are trained on without weights."""
 
     environment: Annotated[Any, Choice("environment")] | None = None
     """The environment that answers the policy between its turns, such as tools; None for replies of one turn."""
@@ -180,6 +182,8 @@ class OnlineSettings:
     """Keep only the input of each block for the backward pass: less memory, a third more work."""
     token_budget: int = 4096
     """Tokens of one forward pass: memory and speed only."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    """How the stage is computed."""
     sample_every: int = 5
     """Steps between samples written to samples.jsonl; 0 writes none."""
     num_samples: int = 4
@@ -217,7 +221,13 @@ class OnlineSettings:
     @property
     def weigh(self) -> Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Metrics]]:
         """What weighs tokens by how the policy and the sampler differ: 1 for each without a correction."""
-        return self.correction or no_correction
+        never_equal = not self.sampling.truncates and not self.computes_in_float32
+        return self.correction or (SamplerCorrection() if never_equal else no_correction)
+
+    @property
+    def computes_in_float32(self) -> bool:
+        """Whether policy and sampler do, and so agree but for the last digits."""
+        return self.precision == self.sampling.precision == "float32"
 
     def scores_old_policy(self, number: int) -> bool:
         """Whether this step scores its rollouts with the policy before it learns from them.
@@ -228,5 +238,5 @@ class OnlineSettings:
         learns.
         """
         single = self.num_epochs * self.num_minibatches == 1 and number >= max(1, self.critic.warmup_steps)
-        same = self.precision == "float32" and self.correction is None and not self.sampling.truncates
+        same = self.computes_in_float32 and self.correction is None and not self.sampling.truncates
         return not (single and same)

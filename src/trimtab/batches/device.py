@@ -1,0 +1,43 @@
+"""Moves tensors to the device on which a model computes.
+
+Everything that a stage holds lives on the CPU: trees, batches, log-probabilities, metrics. A model moves what it reads
+to its own device and gives its results back on the CPU, so no code above it names a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+CPU = torch.device("cpu")
+Tensors = TypeVar("Tensors", bound="DataclassInstance")
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. The program does not wait until a GPU has it, for which it must lie in memory that the
+    system never moves."""
+    if x.device == device:
+        return x
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def sent(tensors: Tensors, device: torch.device) -> Tensors:
+    """A copy of a dataclass with its tensors on a device; `tensors` itself if they are there."""
+    columns = {f.name: x for f in dataclasses.fields(tensors) if isinstance(x := getattr(tensors, f.name), Tensor)}
+    moved = {name: to_device(x, device) for name, x in columns.items() if x.device != device}
+    return dataclasses.replace(tensors, **moved) if moved else tensors
+
+
+def to_cpu(first: Tensor, *others: Tensor | None) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
+    """Columns of one length on the CPU. A GPU is waited for once, whatever their number: they travel together in
+    float64, which holds token ids and log-probabilities exactly."""
+    if first.device.type == "cpu":
+        return (first, *others)
+    there = iter(torch.stack([x.double() for x in (first, *others) if x is not None]).cpu())
+    return (next(there).to(first.dtype), *(None if x is None else next(there).to(x.dtype) for x in others))
