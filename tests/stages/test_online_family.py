@@ -26,7 +26,7 @@ from trimtab.data.chat import Chat
 from trimtab.engines.local.learner import LocalLearner
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.engines.local.scorer import LocalScorer
-from trimtab.math.correction import SamplerCorrection
+from trimtab.math.correction import SamplerCorrection, no_correction
 from trimtab.math.rewards import RunningMoments
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
@@ -291,6 +291,26 @@ def test_weights_of_a_sampler_that_is_not_the_policy_by_hand(correction, weights
     assert metrics["rollout/ratio_mean"].value == pytest.approx(sum(raw) / 5)
     assert metrics["rollout/ratio_max"].value == pytest.approx(max(raw))
     assert metrics["rollout/ratio_bounded_fraction"].value == pytest.approx(bounded)
+    # Per token, sampled by the sampler: KL(sampler || policy) is the mean of r - 1 - log r.
+    k3 = [r - 1 - math.log(r) for r in (2.0, 0.5, 1.0, 4.0, 1.0)]
+    assert metrics["rollout/sampler_kl"].value == pytest.approx(sum(k3) / 5)
+    assert metrics["rollout/effective_fraction"].value == pytest.approx(sum(raw) ** 2 / sum(r * r for r in raw) / 5)
+
+
+@pytest.mark.parametrize("changed", [{"precision": "bfloat16"}, {"sampling": {"precision": "bfloat16"}}])
+def test_another_precision_is_weighed_without_being_asked(tmp_path, base, changed):
+    settings = config.resolve(OnlineSettings, family(base, **changed), where="the test")
+    assert settings.weigh == SamplerCorrection()
+    (first, *_) = rows(run_stage("online", tmp_path / "run", **family(base, **changed)))
+    assert 1e-4 < first["rollout/logprob_difference"] < 0.1
+    assert 0.999 < first["rollout/effective_fraction"] < 1
+    assert 0 < first["rollout/sampler_kl"] < 1e-3
+
+
+def test_truncated_sampling_is_not_weighed_without_being_asked(base):
+    changed = {"sampling": {"precision": "bfloat16", "top_k": 8}}
+    settings = config.resolve(OnlineSettings, family(base, **changed), where="the test")
+    assert settings.weigh is no_correction
 
 
 def test_a_truncated_sampler_is_weighed_back_to_the_policy(loop_of, base):
@@ -338,6 +358,7 @@ def test_a_single_update_does_not_score_the_policy_again(tmp_path, base, monkeyp
         {"num_epochs": 2},
         {"num_minibatches": 2},
         {"precision": "bfloat16"},
+        {"sampling": {"precision": "bfloat16"}},
         {"sampling": {"top_k": 8}},
         {"correction": {"kind": "truncate"}},
         {"critic": {"warmup_steps": 3}},

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.metrics import Mean, Metrics, Peak
-from trimtab.math.kl import MAX_LOG_RATIO
+from trimtab.math.kl import MAX_LOG_RATIO, k3
 from trimtab.math.masking import at_least_float32, mean_per_sequence, sum_per_sequence
 
 
@@ -41,8 +41,10 @@ class SamplerCorrection:
     def __call__(
         self, old_logprobs: Tensor, rollout_logprobs: Tensor, sequence_ids: Tensor, num_sequences: int
     ) -> tuple[Tensor, Metrics]:
-        """[M] the weights, and metrics of the raw weights before they are bounded."""
+        """[M] the weights, and metrics of the raw weights before they are bounded, of how many draws they are worth
+        (the effective sample size, as a share), and of the KL of sampler to policy per token (k3, nats)."""
         log_ratio = at_least_float32(old_logprobs) - at_least_float32(rollout_logprobs)
+        sampler_kl = k3(-log_ratio).double().sum()
         if self.level != "token":
             pool = sum_per_sequence if self.level == "sequence" else mean_per_sequence
             log_ratio = pool(log_ratio, sequence_ids, num_sequences)[sequence_ids]
@@ -53,8 +55,12 @@ class SamplerCorrection:
         else:
             bounded = (raw > self.high) | (raw < self.low)
             weights = raw.masked_fill(bounded, 0.0)
+        total, squares = float(raw.double().sum()), float(raw.double().square().sum())
         return weights, {
-            "rollout/ratio_mean": Mean(float(raw.double().sum()), raw.numel()),
+            "rollout/sampler_kl": Mean(float(sampler_kl), log_ratio.numel()),
+            # Kish: as many draws from the policy itself would give estimates of the same variance.
+            "rollout/effective_fraction": Mean(total**2 / squares if squares else 0.0, raw.numel()),
+            "rollout/ratio_mean": Mean(total, raw.numel()),
             "rollout/ratio_max": Peak(float(raw.max()) if raw.numel() else 1.0),
             "rollout/ratio_bounded_fraction": Mean(float(bounded.sum()), bounded.numel()),
         }
