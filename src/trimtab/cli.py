@@ -141,6 +141,9 @@ _model = click.option("--model", required=True, help="A model directory or Hub i
 _device = click.option(
     "--device", metavar="DEVICE", help='Where models compute: "cpu", "cuda" or for example "cuda:1" (engine.device).'
 )
+_workers = click.option(
+    "--workers", type=click.IntRange(min=1), help="Processes that compute together (engine.workers)."
+)
 _temperature = click.option("--temperature", default=1.0, show_default=True, help="0 takes the likeliest token.")
 _max_new_tokens = click.option("--max-new-tokens", default=256, show_default=True, help="Where a reply is cut off.")
 
@@ -158,10 +161,13 @@ def _directory(help_line: str, *, default: str | None = None, required: bool = F
 @_directory("The directory of the pipeline.", default="runs/quickstart")
 @click.option("--seed", type=click.IntRange(min=0), help="Another seed than the file's.")
 @_device
-def quickstart(overrides: tuple[str, ...], out: Path, seed: int | None, device: str | None) -> None:
+@_workers
+def quickstart(
+    overrides: tuple[str, ...], out: Path, seed: int | None, device: str | None, workers: int | None
+) -> None:
     """Run the whole loop on the help-desk world, on a laptop CPU."""
     chosen = overrides if seed is None else (*overrides, f"seed={seed}")
-    _run_pipeline(examples_dir() / "quickstart" / "pipeline.toml", _on(device, chosen), out)
+    _run_pipeline(examples_dir() / "quickstart" / "pipeline.toml", _on(chosen, device, workers), out)
 
 
 @main.command("run")
@@ -169,12 +175,13 @@ def quickstart(overrides: tuple[str, ...], out: Path, seed: int | None, device: 
 @_overrides
 @_directory("The directory of the pipeline.  [default: runs/<name of the file>]")
 @_device
-def run_(run_file: Path, overrides: tuple[str, ...], out: Path | None, device: str | None) -> None:
+@_workers
+def run_(run_file: Path, overrides: tuple[str, ...], out: Path | None, device: str | None, workers: int | None) -> None:
     """Run a pipeline of stages.
 
     Finished stages are skipped and an interrupted one goes on.
     """
-    _run_pipeline(run_file, _on(device, overrides), out or Path("runs") / run_file.stem)
+    _run_pipeline(run_file, _on(overrides, device, workers), out or Path("runs") / run_file.stem)
 
 
 @main.command()
@@ -193,7 +200,7 @@ def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None, device: 
     """
     from rich.console import Console
 
-    values, where = _read(run_file, _on(device, overrides))
+    values, where = _read(run_file, _on(overrides, device))
     if "stages" not in values:
         stage = stage or values.get("stage") or _stage_of(values, where)
         values = {"stages": {stage: {**values, "stage": stage}}}
@@ -202,9 +209,10 @@ def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None, device: 
     planning.show(planning.plan(values, where=where), Console(width=120))
 
 
-def _on(device: str | None, overrides: tuple[str, ...]) -> tuple[str, ...]:
-    """The overrides with the one that `--device` stands for."""
-    return overrides if device is None else (*overrides, f'engine.device="{device}"')
+def _on(overrides: tuple[str, ...], device: str | None, workers: int | None = None) -> tuple[str, ...]:
+    """The overrides with those that `--device` and `--workers` stand for."""
+    further = [] if device is None else [f'engine.device="{device}"']
+    return (*overrides, *further, *([] if workers is None else [f"engine.workers={workers}"]))
 
 
 def _read(run_file: Path, overrides: tuple[str, ...]) -> tuple[dict[str, Any], str]:
@@ -275,9 +283,17 @@ def stage_command(name: str) -> click.Command:
     @_directory("The run directory.  [default: runs/<name of the file>]")
     @click.option("--fresh", is_flag=True, help="Empty the run directory first, instead of going on there.")
     @_device
-    def invoke(run_file: Path, overrides: tuple[str, ...], out: Path | None, fresh: bool, device: str | None) -> None:
+    @_workers
+    def invoke(
+        run_file: Path,
+        overrides: tuple[str, ...],
+        out: Path | None,
+        fresh: bool,
+        device: str | None,
+        workers: int | None,
+    ) -> None:
         directory = out or Path("runs") / run_file.stem
-        with _opened(name, run_file, _on(device, overrides), directory, fresh) as (stage, settings, run):
+        with _opened(name, run_file, _on(overrides, device, workers), directory, fresh) as (stage, settings, run):
             if run.finished:
                 click.echo(f"{directory} is finished; --fresh begins it again")
             else:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"
@@ -51,6 +52,14 @@ def test_memory_as_planned_is_that_of_its_data():
     for name, found in data("plan").items():
         cells = f"| {found['predicted_gb']:.2f} GB | {found['measured_gb']:.2f} GB | {found['ratio']:.2f} |"
         assert any(line.startswith(f"| {name}") and line.endswith(cells) for line in text.splitlines()), (name, cells)
+
+
+@pytest.mark.parametrize("part", ["bits", "sft", "rl", "sampling"])
+def test_the_script_for_a_gpu_runs_dry(script, part):
+    cuda = script("cuda")
+    found = cuda.PARTS[part](cuda.Place(torch.device("cpu"), dry=True))
+    assert found
+    assert "failed" not in found
 
 
 def test_every_file_of_data_is_made_by_a_script_or_a_test_of_this_repository():

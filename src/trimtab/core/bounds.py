@@ -97,6 +97,8 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(["min_tokens", "per_token", "most"], OR_NONE),
     **dict.fromkeys(["buffer_tokens", "n", "memory_mb", "num_processes", "file_mb", "num_parallel"], COUNT),
     "seconds": AMOUNT,
+    "workers": COUNT,
+    "timeout_seconds": AMOUNT,
     "free": Range(0, 1, high_open=True),
     "top_fraction": Range(0, 1, low_open=True),
     # annotators

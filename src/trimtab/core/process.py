@@ -6,9 +6,23 @@ import resource
 import sys
 from pathlib import Path
 
+_workers_gb = 0.0
+
+
+def note_workers(gb: float) -> None:
+    """Adds the most memory that processes held together which computed for this program and are about to end. If there
+    were several such groups, one after the other, the largest counts."""
+    global _workers_gb
+    _workers_gb = max(_workers_gb, gb)
+
 
 def peak_rss_gb() -> float:
-    """The most memory that this program has held since it began, in GB (2^30 bytes).
+    """The most memory that this program has held since it began, and its workers with it, in GB (2^30 bytes)."""
+    return own_peak_rss_gb() + _workers_gb
+
+
+def own_peak_rss_gb() -> float:
+    """The most memory that this process has held since it began, in GB (2^30 bytes).
 
     Linux's `ru_maxrss` starts at the peak of the program that launched this one, so a run launched by a program that
     once held 20 GB would claim them. `VmHWM` belongs to this program's own memory.

@@ -1,4 +1,5 @@
-"""The device on which a stage's models compute. It is chosen here; everything below follows the device of its input."""
+"""Where a stage computes: the device of its models, and the processes. It is chosen here; everything below follows the
+device of its input."""
 
 from __future__ import annotations
 
@@ -17,7 +18,17 @@ class EngineSettings:
     device: str = "cpu"
     """Where the models compute: "cpu", "cuda", or for example "cuda:1" for the second GPU."""
 
+    workers: int = 1
+    """Processes of this machine that compute together. Each holds the models and takes a share of every batch."""
+    timeout_seconds: float = 600.0
+    """A worker that takes longer over one call has hung, and ends the run."""
+
     def __post_init__(self) -> None:
+        if self.workers > 1 and self.device != "cpu":
+            raise ValueError(
+                f"workers = {self.workers} with device = {self.device!r}: several processes compute on the CPU only; "
+                "set device = 'cpu' or workers = 1"
+            )
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ValueError(f'device = {self.device!r}; it is "cpu", "cuda", or "cuda:1" for the second GPU')
 

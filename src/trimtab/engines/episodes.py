@@ -99,10 +99,11 @@ class EpisodeSampler:
         *,
         choice: FormChoice | None = None,
         watched: bool = False,
+        make: Callable[..., LocalSampler] = LocalSampler,
     ) -> None:
-        """`choice` and `watched` mean the same as for `LocalSampler`."""
+        """`choice` and `watched` mean the same as for `LocalSampler`, and `make` makes the sampler of the turns."""
         stopping = replace(sampling, stop=(*sampling.stop, *environment.stop))
-        self.generator = LocalSampler(policy, chat, stopping, choice=choice, watched=watched)
+        self.generator = make(policy, chat, stopping, choice=choice, watched=watched)
         self.chat = chat
         self.environment = environment
         self.limits = limits

@@ -14,12 +14,13 @@ from trimtab.core import seeds
 from trimtab.core.files import write_rows
 from trimtab.core.types import PreferencePair, Prompt, Rollout, to_dict
 from trimtab.data.chat import Chat
+from trimtab.engines.build import Engines, load_policy, sampling_roles
 from trimtab.engines.device import EngineSettings
 from trimtab.engines.local.sampler import LocalSampler, Sampling
-from trimtab.models.load import load_causal, load_tokenizer
-from trimtab.models.roles import Policy
+from trimtab.models.load import load_tokenizer
 from trimtab.runs.run import Run
 from trimtab.stages.stage import Stage, few_prompts
+from trimtab.worlds import World
 from trimtab.worlds.annotators import Annotators, calibrate
 
 
@@ -67,9 +68,13 @@ def run(settings: CompareSettings, run: Run) -> None:
     """Writes train.jsonl and held_out.jsonl (preference pairs) into the run directory."""
     world = worlds.load(settings.world)
     chat = Chat(load_tokenizer(settings.model))
-    model = load_causal(settings.model, device=settings.engine.find_device())
-    policy = Policy(model, pad_id=chat.pad_id, temperature=settings.sampling.temperature)
-    generator = LocalSampler(policy, chat, settings.sampling)
+    policy = load_policy(settings.model, chat, settings)
+    with Engines.start(settings, run.directory, load=sampling_roles, models={"policy": policy}) as engines:
+        compare(settings, run, world, engines.sampler(policy, chat, settings.sampling))
+
+
+def compare(settings: CompareSettings, run: Run, world: World, generator: LocalSampler) -> None:
+    """Samples, has the pairs voted on, and finishes the run."""
     run.add_data(f"world:{settings.world}", "", settings.num_prompts + settings.num_held_out_prompts)
     run.note_path("sampler", generator.sampler)
     summary: dict[str, object] = {}

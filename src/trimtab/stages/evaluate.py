@@ -21,13 +21,14 @@ from trimtab.core import seeds
 from trimtab.core.config import Choice
 from trimtab.core.types import Prompt, Rollout
 from trimtab.data.chat import Chat
+from trimtab.engines.build import Engines, load_policy, sampling_roles
 from trimtab.engines.device import EngineSettings
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.evals.overoptimisation import best_of_n_curve, sizes_up_to
 from trimtab.evals.text import text_stats, words
 from trimtab.math.masking import sum_per_sequence
 from trimtab.models.forward import exact_kl_of, token_logprobs_of
-from trimtab.models.load import load_causal, load_tokenizer
+from trimtab.models.load import load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.rewards.combined import load_rewards
@@ -111,13 +112,17 @@ def run(settings: EvaluateSettings, run: Run) -> None:
         )
         models["baseline"] = load_policy(settings.baseline, chat, settings)
     score = load_judges(settings, loaded.records, chat)
-    generators = {name: LocalSampler(model, chat, settings.sampling) for name, model in models.items()}
-    for generator in generators.values():
-        generator.check_prompts(loaded.records)
-    replies = {
-        name: generator.generate(loaded.records, group_size=1, seed=seeds.derive(settings.seed, "evaluate"))
-        for name, generator in generators.items()
-    }
+    with Engines.start(settings, run.directory, load=sampling_roles, models=models) as engines:
+        generators = {
+            name: engines.sampler(model, chat, settings.sampling, name=name) for name, model in models.items()
+        }
+        for generator in generators.values():
+            generator.check_prompts(loaded.records)
+        replies = {
+            name: generator.generate(loaded.records, group_size=1, seed=seeds.derive(settings.seed, "evaluate"))
+            for name, generator in generators.items()
+        }
+        best_of = best_of_baseline(settings, generators["baseline"], loaded.records) if settings.best_of else None
     for name, generator in generators.items():
         run.note_path(f"sampler of {name}", generator.sampler)
     seed_noise(settings.seed, "evaluate")  # for judges that draw random numbers
@@ -150,17 +155,11 @@ def run(settings: EvaluateSettings, run: Run) -> None:
             summary["kl"] = kl_to_baseline(
                 models["policy"], models["baseline"], replies["policy"], settings.token_budget
             )
-    if settings.best_of:
-        summary["best_of"] = best_of_baseline(settings, generators["baseline"], loaded.records)
+    if best_of is not None:
+        summary["best_of"] = best_of
     run.rewind(-1)  # a run killed between here and its end has written the samples already
     run.add_samples(0, sample_rows(replies, scores, settings.num_samples))
     run.finish(summary)
-
-
-def load_policy(path: str, chat: Chat, settings: EvaluateSettings) -> Policy:
-    """The policy of a checkpoint, to sample from."""
-    model = load_causal(path, device=settings.engine.find_device())
-    return Policy(model, pad_id=chat.pad_id, temperature=settings.sampling.temperature)
 
 
 def load_judges(

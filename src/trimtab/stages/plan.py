@@ -41,7 +41,7 @@ class StagePlan:
     seconds: float
     """Time of the stage from its start to its end."""
     peak_rss_gb: float
-    """Most memory of the process up to the end of this stage."""
+    """Most memory of the process, and of its workers together, up to the end of this stage."""
     tokens_per_second: float | None
     laps: dict[str, float]
     """Seconds of each phase of a step, if the stage measures them."""

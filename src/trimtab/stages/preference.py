@@ -30,6 +30,7 @@ from trimtab.data.layouts import kinds_of
 from trimtab.data.pairs import Comparisons, Judgements, group_pairs, group_replies, mismatch, split_in_two
 from trimtab.data.sources import records_source
 from trimtab.data.tokens import Lazy
+from trimtab.engines.build import Engines
 from trimtab.engines.local.learner import AdamW
 from trimtab.math.losses.preference import PreferenceLoss
 from trimtab.math.losses.preference.common import PairLoss
@@ -43,7 +44,7 @@ from trimtab.models.save import save_role
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.runs.run import Run
 from trimtab.stages.reading import read_split, say_too_long
-from trimtab.stages.sft import start_policy
+from trimtab.stages.sft import load_roles, start_policy
 from trimtab.stages.stage import EPOCHS_GROW, Stage
 from trimtab.stages.supervised import (
     FIT,
@@ -106,13 +107,14 @@ def run(settings: PreferenceSettings, run: Run) -> None:
     policy.precision = settings.precision
     used = epochs.used(num_steps)
     make_batch, validation = make_batches(settings, loss, policy, base, chat, train, used, held_out, run)
-    learner = make_learner(policy, settings, epochs, name="policy")
+    engines = Engines.start(settings, run.directory, load=load_roles, models={"policy": policy})
+    learner = make_learner(policy, settings, epochs, engines, name="policy")
 
     def complete(batch: TreeBatch) -> TreeBatch:
         found: TreeBatch = loss.complete(batch, learner.logprobs)
         return found
 
-    with training(run, learner, epochs, settings, description="preference") as steps:
+    with engines, training(run, learner, epochs, settings, description="preference") as steps:
         for number, examples in steps:
             batch = complete(make_batch(examples))
             metrics = learner.update([(batch, [loss])]) | steps.speed(batch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,7 +31,8 @@ from trimtab.core.types import Demonstration, Message, PreferencePair, Prompt
 from trimtab.data.layouts import Loaded, kinds_of, load
 from trimtab.data.sources import SourceRows, read_rows
 from trimtab.data.templates import DEFAULT_TEMPLATE, SPECIAL_TOKENS
-from trimtab.engines.local.learner import AdamW, LocalLearner
+from trimtab.engines.build import Engines
+from trimtab.engines.local.learner import AdamW
 from trimtab.math.losses.sft import SFTLoss
 from trimtab.models.load import load_causal
 from trimtab.models.roles import Policy
@@ -147,11 +149,11 @@ def run(settings: PretrainSettings, run: Run) -> None:
         )
     epochs = Epochs.of(settings, len(trees))
     policy = Policy(model, pad_id=tokenizer.pad_token_id)
-    learner = LocalLearner(
-        policy, settings.optimizer, token_budget=settings.token_budget, num_updates=epochs.num_steps, name="policy"
-    )
+    engines = Engines.start(settings, run.directory, load=load_roles, models={"policy": policy})
+    how: dict[str, Any] = {"token_budget": settings.token_budget, "num_updates": epochs.num_steps}
+    learner = engines.learner(policy, settings.optimizer, name="policy", **how)
     loss = SFTLoss()
-    with training(run, learner, epochs, settings, description="pretrain") as steps:
+    with engines, training(run, learner, epochs, settings, description="pretrain") as steps:
         for _, examples in steps:
             batch = TreeBatch(trees=TokenTrees.build([trees[i] for i in examples]))
             steps.log(learner.update([(batch, [loss])]) | steps.speed(batch))
@@ -160,6 +162,14 @@ def run(settings: PretrainSettings, run: Run) -> None:
     run.finish(
         {"num_parameters": parameters, "num_documents": len(documents)} | steps.counts | last_metrics(run, "loss/")
     )
+
+
+def load_roles(settings: PretrainSettings, directory: Path) -> tuple[str, dict[str, Policy]]:
+    """The tokenizer and the policy as the run began; see `Engines.start`."""
+    start = directory / "start"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
+    model = load_causal(start, device=settings.engine.find_device())
+    return str(start), {"policy": Policy(model, pad_id=tokenizer.pad_token_id)}
 
 
 def read_documents(settings: PretrainSettings, run: Run) -> list[str]:

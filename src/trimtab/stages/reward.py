@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from trimtab.core.hub import base_of
 from trimtab.core.types import PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.pairs import Comparisons, group_pairs
+from trimtab.engines.build import Engines
 from trimtab.engines.local.learner import AdamW
 from trimtab.evals.reward_card import reward_card
 from trimtab.math.losses.reward import RewardLoss
@@ -85,9 +87,10 @@ def run(settings: RewardSettings, run: Run) -> None:
     model, base = start_reward_model(settings, chat)
     refuse_long(model.model, chain(train_on.trees, judged_by.trees, shown), where=settings.data, fix=FIT)
     epochs = Epochs.of(settings, len(train_on.trees))
-    learner = make_learner(model, settings, epochs, name="reward")
+    engines = Engines.start(settings, run.directory, load=load_roles, models={"reward": model})
+    learner = make_learner(model, settings, epochs, engines, name="reward")
     validation = Validation(lambda: [tree.num_tokens for tree in judged_by.trees], judged_by.batch)
-    with training(run, learner, epochs, settings, description="reward") as steps:
+    with engines, training(run, learner, epochs, settings, description="reward") as steps:
         for number, examples in steps:
             batch = train_on.batch(examples)
             metrics = learner.update([(batch, [settings.loss])]) | steps.speed(batch)
@@ -114,6 +117,12 @@ def start_reward_model(settings: RewardSettings, chat: Chat) -> tuple[ScalarMode
     if head:
         model.load_state_dict(head, strict=False)
     return ScalarModel(model, pad_id=chat.pad_id, adapter="reward", gives="scores"), base
+
+
+def load_roles(settings: RewardSettings, _directory: Path) -> tuple[str, dict[str, ScalarModel]]:
+    """The tokenizer and the reward model; see `Engines.start`."""
+    model, _ = start_reward_model(settings, Chat(load_tokenizer(settings.model)))
+    return settings.model, {"reward": model}
 
 
 def read_demonstrations(settings: RewardSettings, chat: Chat, run: Run, counts: dict[str, int]) -> Sequence[Tree]:

@@ -24,10 +24,10 @@ from trimtab.core.metrics import Metrics, Peak, Total, mean_of
 from trimtab.core.types import Demonstration, Prompt, Rollout
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import Loaded
+from trimtab.engines.build import Engines, load_policy, sampling_roles
 from trimtab.engines.device import EngineSettings
 from trimtab.engines.local.sampler import LocalSampler, Sampling
-from trimtab.models.load import load_causal, load_tokenizer
-from trimtab.models.roles import Policy
+from trimtab.models.load import load_tokenizer
 from trimtab.rewards.combined import CombinedReward, load_rewards
 from trimtab.rewards.gold import GoldScorer
 from trimtab.runs.loop import stepping
@@ -115,9 +115,9 @@ def run(settings: SelectSettings, run: Run) -> None:
     options: dict[str, Any] = {"token_budget": settings.token_budget, "device": device}
     rewards = load_rewards(settings.rewards, **options) if settings.rewards else None
     refuse_unknown_rewards(settings.filter, rewards)
-    model = load_causal(settings.model, device=device)
-    policy = Policy(model, pad_id=chat.pad_id, temperature=settings.sampling.temperature)
-    sampler = LocalSampler(policy, chat, settings.sampling)
+    policy = load_policy(settings.model, chat, settings)
+    engines = Engines.start(settings, run.directory, load=sampling_roles, models={"policy": policy})
+    sampler = engines.sampler(policy, chat, settings.sampling)
     prompts = [item.prompt for item in asked]
     sampler.check_prompts(prompts)
     judges = [part.reward for part in rewards.parts] if rewards else []
@@ -127,7 +127,7 @@ def run(settings: SelectSettings, run: Run) -> None:
     run.note_path("sampler", sampler.sampler)
     num_planned = math.ceil(len(asked) / settings.prompts_per_step)
     num_steps = min(num_planned, settings.max_steps or num_planned)
-    with stepping(run, replies, num_steps=num_steps, checkpoint_every=1, description="select") as steps:
+    with engines, stepping(run, replies, num_steps=num_steps, checkpoint_every=1, description="select") as steps:
         for number in steps:
             seed_noise(settings.seed, "select", number)
             items = asked[number * settings.prompts_per_step :][: settings.prompts_per_step]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from trimtab.core.types import Demonstration, PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.pairs import group
 from trimtab.data.tokens import Lazy, TokenTable
+from trimtab.engines.build import Engines
 from trimtab.engines.local.learner import AdamW
 from trimtab.math.losses.sft import SFTLoss
 from trimtab.models.adapters import LoRA, start_adapter
@@ -85,10 +87,11 @@ def run(settings: SFTSettings, run: Run) -> None:
     device = settings.engine.find_device()
     policy, base = start_policy(settings.model, settings.adapter, chat, seed=settings.seed, device=device)
     refuse_long(policy.model, chain(trees, validation), where=settings.data, fix=FIT)
-    learner = make_learner(policy, settings, epochs, name="policy")
+    engines = Engines.start(settings, run.directory, load=load_roles, models={"policy": policy})
+    learner = make_learner(policy, settings, epochs, engines, name="policy")
     loss, make_batch = SFTLoss(), batch_of(trees)
     judged = Validation(lambda: [tree.num_tokens for tree in validation], batch_of(validation)) if validation else None
-    with training(run, learner, epochs, settings, description="sft") as steps:
+    with engines, training(run, learner, epochs, settings, description="sft") as steps:
         for number, examples in steps:
             batch = make_batch(examples)
             metrics = learner.update([(batch, [loss])]) | steps.speed(batch)
@@ -109,6 +112,13 @@ def start_policy(
     model = load_causal(base, device=device)
     start_adapter(model, "policy", path, adapter, seed=seed)
     return Policy(model, pad_id=chat.pad_id, adapter="policy"), base
+
+
+def load_roles(settings: Any, _directory: Path) -> tuple[str, dict[str, Policy]]:
+    """The tokenizer and the policy, for a stage that starts from one as this does; see `Engines.start`."""
+    chat, device = Chat(load_tokenizer(settings.model)), settings.engine.find_device()
+    policy, _ = start_policy(settings.model, settings.adapter, chat, seed=settings.seed, device=device)
+    return settings.model, {"policy": policy}
 
 
 def read_demonstrations(settings: SFTSettings, chat: Chat, run: Run) -> tuple[TokenTable, dict[str, int]]:

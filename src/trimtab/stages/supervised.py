@@ -21,6 +21,7 @@ from trimtab.core.config import Choice
 from trimtab.core.errors import DataError
 from trimtab.core.metrics import Mean, Metrics, Total, merge
 from trimtab.engines.base import Loss
+from trimtab.engines.build import Engines
 from trimtab.engines.device import EngineSettings
 from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.models.precision import Precision
@@ -174,13 +175,18 @@ def last_metrics(run: Run, *prefixes: str) -> dict[str, float]:
     return {name: value for name, value in json.loads(lines[-1]).items() if name.startswith(prefixes)}
 
 
-def make_learner(role: Policy | ScalarModel, settings: TrainingSettings, epochs: Epochs, *, name: str) -> LocalLearner:
+def make_learner(
+    role: Policy | ScalarModel, settings: TrainingSettings, epochs: Epochs, engines: Engines, *, name: str
+) -> LocalLearner:
     """The learner of a model, which computes as the settings say."""
-    role.precision = settings.precision
-    if settings.checkpoint_activations:
-        role.checkpoint_activations()
-    return LocalLearner(
-        role, settings.optimizer, token_budget=settings.token_budget, num_updates=epochs.num_steps, name=name
+    return engines.learner(
+        role,
+        settings.optimizer,
+        name=name,
+        token_budget=settings.token_budget,
+        num_updates=epochs.num_steps,
+        precision=settings.precision,
+        checkpoint_activations=settings.checkpoint_activations,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,11 +67,20 @@ class LocalLearner(LocalScorer):
     """Trains one model in this process, and scores trees with it."""
 
     def __init__(
-        self, role: Policy | ScalarModel, optimizer: AdamW, *, token_budget: int, num_updates: int, name: str
+        self,
+        role: Policy | ScalarModel,
+        optimizer: AdamW,
+        *,
+        token_budget: int,
+        num_updates: int,
+        name: str,
+        reduce_gradients: Callable[[Iterable[nn.Parameter]], None] = lambda _parameters: None,
     ) -> None:
         """`token_budget` bounds the tokens of one forward pass, `num_updates` is the length of the schedule, and `name`
-        ("policy", "critic", …) is used in metrics and errors."""
+        ("policy", "critic", …) is used in metrics and errors. `reduce_gradients` is called before each update, and may
+        add the gradients that other processes have computed."""
         super().__init__(role, token_budget=token_budget)
+        self.reduce_gradients = reduce_gradients
         self.settings = optimizer
         self.num_updates = num_updates
         self.name = name
@@ -109,6 +118,7 @@ class LocalLearner(LocalScorer):
                     self._require_finite(total.item(), "loss")
                     with self.role.active():
                         total.backward()  # type: ignore[no-untyped-call]
+        self.reduce_gradients(self.parameters.values())
         norm = clip_gradients(self.parameters.values(), self.settings.max_gradient_norm)
         self._require_finite(norm, "gradient norm")
         for group in self.adam.param_groups:

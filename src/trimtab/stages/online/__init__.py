@@ -27,6 +27,7 @@ from trimtab.batches.trees import TokenTrees
 from trimtab.core.metrics import Mean, Metrics
 from trimtab.data.chat import Chat
 from trimtab.engines.base import Learner, Scorer
+from trimtab.engines.build import IN_THIS_PROCESS, Engines
 from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.engines.local.scorer import LocalScorer
 from trimtab.math.advantages import Episodes, token_rewards
@@ -50,7 +51,7 @@ from trimtab.stages.online.checks import (
     value_metrics,
 )
 from trimtab.stages.online.data import read_mix, read_prompts
-from trimtab.stages.online.models import Models, load_models
+from trimtab.stages.online.models import Models, load_models, load_roles
 from trimtab.stages.online.objectives import Minibatches, PretrainingBatches, objectives
 from trimtab.stages.online.samplers import make_samplers
 from trimtab.stages.online.sampling import RolloutBatch, RolloutSource, shape_rewards
@@ -73,10 +74,11 @@ def run(settings: OnlineSettings, run: Run) -> None:
     prompts = read_prompts(settings, chat, run, counts)
     demonstrations = read_mix(settings, chat, run, counts)
     models = load_models(settings, chat)
+    engines = Engines.start(settings, run.directory, load=load_roles, models=models.roles)
     refuse_long(models.policy.model, demonstrations, where="pretraining_mix", fix=FIT)
-    policy, reference, critic = make_engines(settings, models)
+    policy, reference, critic = make_engines(settings, models, engines)
     world = GoldScorer(worlds.load(settings.world)) if settings.world else None
-    sampler, greedy = make_samplers(settings, models.policy, chat, prompts)
+    sampler, greedy = make_samplers(settings, models.policy, chat, prompts, engines.sampler)
     judges = [part.reward for part in models.rewards.parts]
     refuse_short_reward_models(judges, prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)
     source = RolloutSource(sampler, greedy, models.rewards, world, settings)
@@ -91,13 +93,8 @@ def run(settings: OnlineSettings, run: Run) -> None:
     run.note_path("sampler", sampler.sampler)
     run.note_path("form", models.policy.form)
 
-    with stepping(
-        run,
-        state,
-        num_steps=settings.num_steps,
-        checkpoint_every=settings.checkpoint_every,
-        description="online",
-    ) as steps:
+    length = {"num_steps": settings.num_steps, "checkpoint_every": settings.checkpoint_every}
+    with engines, stepping(run, state, **length, description="online") as steps:
         for number in steps:
             seed_noise(settings.seed, "online", number)
             clock = Clock()
@@ -248,16 +245,22 @@ def mean(values: Tensor) -> Mean:
     return Mean(float(values.double().sum()), len(values))
 
 
-def make_engines(settings: OnlineSettings, models: Models) -> tuple[LocalLearner, LocalScorer, LocalLearner | None]:
+def make_engines(
+    settings: OnlineSettings, models: Models, engines: Engines = IN_THIS_PROCESS
+) -> tuple[LocalLearner, LocalScorer, LocalLearner | None]:
     """Policy, reference and critic as engines. A critic that is a head on the policy is the policy's own engine."""
-    budget = {"token_budget": settings.token_budget}
+    how: dict[str, Any] = {"token_budget": settings.token_budget, "precision": settings.precision}
     per_step = settings.num_epochs * settings.num_minibatches
 
     def learner(role: Policy | ScalarModel, optimizer: AdamW, name: str, num_steps: int) -> LocalLearner:
-        made = LocalLearner(role, optimizer, num_updates=num_steps * per_step, name=name, **budget)
-        if settings.checkpoint_activations:
-            role.checkpoint_activations()
-        return made
+        return engines.learner(
+            role,
+            optimizer,
+            name=name,
+            num_updates=num_steps * per_step,
+            checkpoint_activations=settings.checkpoint_activations,
+            **how,
+        )
 
     # While the critic warms up the policy makes no update, and its schedule has not begun.
     warmup_steps = settings.critic.warmup_steps if models.critic not in (None, models.policy) else 0
@@ -265,9 +268,7 @@ def make_engines(settings: OnlineSettings, models: Models) -> tuple[LocalLearner
     critic = policy if models.critic is models.policy else None
     if models.critic is not None and critic is None:
         critic = learner(models.critic, settings.critic.optimizer, "critic", settings.num_steps)
-    for role in {models.policy, models.reference, models.critic or models.policy}:
-        role.precision = settings.precision
-    return policy, LocalScorer(models.reference, **budget), critic
+    return policy, engines.scorer(models.reference, name="reference", **how), critic
 
 
 def few_steps(table: Mapping[str, Any], _settings: OnlineSettings) -> dict[str, Any]:

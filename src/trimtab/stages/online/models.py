@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from trimtab.core.errors import ConfigError
 from trimtab.core.hub import base_of, on_base, same_model
 from trimtab.data.chat import Chat
 from trimtab.models.adapters import add_adapter, load_adapter, refuse_other_shape
-from trimtab.models.load import load_causal, load_scalar
+from trimtab.models.load import load_causal, load_scalar, load_tokenizer
 from trimtab.models.quantized import quantize
 from trimtab.models.roles import Policy, ScalarModel, head_of_weights, zero_head
 from trimtab.models.vocabulary import refuse_other_vocabulary
@@ -35,13 +36,26 @@ class Models:
     base: str
     """The model that the policy's adapter belongs to; without adapters, the model that the policy started from."""
 
+    @property
+    def roles(self) -> dict[str, Policy | ScalarModel]:
+        """Policy, reference and a critic of its own, by name."""
+        own = {} if self.critic in (None, self.policy) else {"critic": self.critic}
+        return {"policy": self.policy, "reference": self.reference} | own
 
-def load_models(settings: OnlineSettings, chat: Chat) -> Models:
-    """Every model that the settings name. Raises an error with its fix for whatever does not fit together."""
-    return full_models(settings, chat) if settings.adapter is None else shared_models(settings, chat)
+
+def load_models(settings: OnlineSettings, chat: Chat, *, with_rewards: bool = True) -> Models:
+    """Every model that the settings name; without the rewards for a process that does not judge. Raises an error with
+    its fix for whatever does not fit together."""
+    make = full_models if settings.adapter is None else shared_models
+    return make(settings, chat, with_rewards=with_rewards)
 
 
-def full_models(settings: OnlineSettings, chat: Chat) -> Models:
+def load_roles(settings: OnlineSettings, _directory: Path) -> tuple[str, dict[str, Policy | ScalarModel]]:
+    """The tokenizer and the roles by name; see `Engines.start`."""
+    return settings.model, load_models(settings, Chat(load_tokenizer(settings.model)), with_rewards=False).roles
+
+
+def full_models(settings: OnlineSettings, chat: Chat, *, with_rewards: bool) -> Models:
     """The models without adapters: each role is a model of its own."""
     options: dict[str, Any] = {"pad_id": chat.pad_id, "temperature": settings.sampling.temperature}
     value_head = settings.advantage.needs_critic and settings.critic.init == "value_head"
@@ -56,7 +70,8 @@ def full_models(settings: OnlineSettings, chat: Chat) -> Models:
         head_seed = seeds.derive(settings.seed, "critic")
         model = load_scalar(start, head_seed=head_seed, zero_head=True, device=device)
         critic = ScalarModel(model, pad_id=chat.pad_id, gives="values")
-    return Models(policy, reference, critic, _rewards(settings), settings.model)
+    rewards = _rewards(settings) if with_rewards else CombinedReward([])
+    return Models(policy, reference, critic, rewards, settings.model)
 
 
 def _other_causal(path: str, chat: Chat, device: torch.device) -> PreTrainedModel:
@@ -83,7 +98,7 @@ def refuse_other_critic(path: str, chat: Chat) -> None:
     )
 
 
-def shared_models(settings: OnlineSettings, chat: Chat) -> Models:
+def shared_models(settings: OnlineSettings, chat: Chat, *, with_rewards: bool) -> Models:
     """The models as adapters on one frozen base. The reference of a new adapter is the base itself; the reference of an
     adapter that was trained before is a copy of that adapter."""
     assert settings.adapter is not None
@@ -134,7 +149,8 @@ def shared_models(settings: OnlineSettings, chat: Chat) -> Models:
         brought = heads.get(name, {})
         head = head_of_weights(brought, shared.device) if "score.weight" in brought else zero_head(shared)
         critic = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=head, gives="values")
-    return Models(policy, reference, critic, _rewards(settings, shared, base), base)
+    rewards = _rewards(settings, shared, base) if with_rewards else CombinedReward([])
+    return Models(policy, reference, critic, rewards, base)
 
 
 def _rewards(settings: OnlineSettings, shared: PreTrainedModel | None = None, base: str = "") -> CombinedReward:

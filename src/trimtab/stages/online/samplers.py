@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +17,15 @@ from trimtab.stages.online.settings import OnlineSettings
 
 
 def make_samplers(
-    settings: OnlineSettings, policy: Policy, chat: Chat, prompts: Sequence[Prompt]
+    settings: OnlineSettings,
+    policy: Policy,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    make_sampler: Callable[..., LocalSampler] = LocalSampler,
 ) -> tuple[Sampler, Sampler | None]:
-    """The sampler of rollouts, and the sampler of the likeliest replies if the advantages compare with them. Raises an
-    error with its fix if the longest prompt leaves no room for a reply."""
+    """The sampler of rollouts, and the sampler of the likeliest replies if the advantages compare with them;
+    `make_sampler` is that of the engines. Raises an error with its fix if the longest prompt leaves no room for a
+    reply."""
     environment = settings.environment.load() if settings.environment is not None else None
     choice = choose_form(policy, settings.sampling, chat)
 
@@ -29,7 +34,8 @@ def make_samplers(
         # different distributions; then the sampler does.
         options: dict[str, Any] = {"choice": choice, "watched": sampling.truncates and settings.correction is None}
         if environment is None:
-            return LocalSampler(policy, chat, sampling, **options)
+            return make_sampler(policy, chat, sampling, **options)
+        options["make"] = make_sampler
         return EpisodeSampler(policy, chat, sampling, environment, settings.episodes, **options)
 
     LocalSampler(policy, chat, settings.sampling, choice=choice).check_prompts(prompts)

@@ -1,0 +1,143 @@
+"""Makes the engines of a stage: in this process, or spread over several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.core.errors import EngineError
+from trimtab.core.process import note_workers
+from trimtab.data.chat import Chat
+from trimtab.engines.device import EngineSettings
+from trimtab.engines.group import WorkerGroup
+from trimtab.engines.local.form_choice import FormChoice
+from trimtab.engines.local.learner import AdamW, LocalLearner
+from trimtab.engines.local.replies import Sampling
+from trimtab.engines.local.sampler import LocalSampler
+from trimtab.engines.local.scorer import LocalScorer
+from trimtab.engines.replica import checksums
+from trimtab.engines.spread import SpreadLearner, SpreadSampler, SpreadScorer
+from trimtab.models.load import load_causal, load_tokenizer
+from trimtab.models.precision import Precision
+from trimtab.models.roles import Policy, ScalarModel
+
+LoadRoles = Callable[[Any, Path], tuple[str, Mapping[str, Policy | ScalarModel]]]
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Makes the engines of one run. With workers they end with it: `with engines: …`."""
+
+    group: WorkerGroup | None = None
+
+    @classmethod
+    def start(
+        cls, settings: Any, directory: Path, *, load: LoadRoles, models: Mapping[str, Policy | ScalarModel]
+    ) -> Engines:
+        """The engines for a stage with these settings, whose `engine` says how many processes compute.
+
+        `models` are those in this process, by the names of their roles. Workers get theirs by calling `load`, a
+        function of a module, with the settings and the directory of the run: it returns the path of the tokenizer and
+        the models. Raises EngineError if their weights are others.
+        """
+        engine: EngineSettings = settings.engine
+        if engine.workers == 1:
+            return cls()
+        group = WorkerGroup(
+            engine.workers,
+            limit_seconds=engine.timeout_seconds,
+            load=f"{load.__module__}:{load.__qualname__}",
+            settings=settings,
+            directory=directory,
+        )
+        ours = checksums(models)
+        for rank, theirs in enumerate(group.checksums, start=1):
+            if theirs != ours:
+                group.close()
+                raise EngineError(
+                    f"worker {rank} loaded other weights than the controller (sums {theirs} and {ours})",
+                    where="engine.workers",
+                    fix="see that the model's files do not change while the run starts; please report this otherwise",
+                )
+        return cls(group)
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.group is None:
+            return
+        if kind is None:
+            note_workers(sum(self._everywhere("peak_rss_gb", {})))
+        self.group.close()
+
+    def learner(
+        self,
+        role: Policy | ScalarModel,
+        optimizer: AdamW,
+        *,
+        name: str,
+        token_budget: int,
+        num_updates: int,
+        precision: Precision = "float32",
+        checkpoint_activations: bool = False,
+    ) -> LocalLearner:
+        """The learner of a role; `name` is that of the role."""
+        role.precision = precision
+        if checkpoint_activations:
+            role.checkpoint_activations()
+        options: dict[str, Any] = {"name": name, "token_budget": token_budget, "num_updates": num_updates}
+        if self.group is None:
+            return LocalLearner(role, optimizer, **options)
+        how = {"optimizer": optimizer, "precision": precision, "checkpoint_activations": checkpoint_activations}
+        self._everywhere("make_learner", options | how)
+        return SpreadLearner(role, optimizer, group=self.group, **options)
+
+    def scorer(
+        self, role: Policy | ScalarModel, *, name: str, token_budget: int, precision: Precision = "float32"
+    ) -> LocalScorer:
+        """The scorer of a role that is not trained."""
+        role.precision = precision
+        if self.group is None:
+            return LocalScorer(role, token_budget=token_budget)
+        self._everywhere("make_scorer", {"name": name, "token_budget": token_budget, "precision": precision})
+        return SpreadScorer(role, token_budget=token_budget, name=name, group=self.group)
+
+    def sampler(
+        self,
+        policy: Policy,
+        chat: Chat,
+        sampling: Sampling,
+        *,
+        name: str = "policy",
+        choice: FormChoice | None = None,
+        watched: bool = True,
+    ) -> LocalSampler:
+        """A sampler of the role with this name; see `LocalSampler`."""
+        if self.group is None:
+            return LocalSampler(policy, chat, sampling, choice=choice, watched=watched)
+        return SpreadSampler(policy, chat, sampling, name=name, group=self.group, choice=choice, watched=watched)
+
+    def _everywhere(self, method: str, arguments: Mapping[str, Any]) -> list[Any]:
+        """The answers of all workers to one call."""
+        assert self.group is not None
+        self.group.call(method, [arguments] * (self.group.size - 1))
+        return self.group.answers(method)
+
+
+IN_THIS_PROCESS = Engines()
+
+
+def load_policy(path: str, chat: Chat, settings: Any) -> Policy:
+    """The policy of a checkpoint, to sample from as `settings` with `engine` and `sampling` say."""
+    model = load_causal(path, device=settings.engine.find_device())
+    return Policy(model, pad_id=chat.pad_id, temperature=settings.sampling.temperature)
+
+
+def sampling_roles(settings: Any, _directory: Path) -> tuple[str, dict[str, Policy]]:
+    """The roles of a stage that samples from `settings.model`, and from a baseline if it has one."""
+    chat = Chat(load_tokenizer(settings.model))
+    paths = {"policy": settings.model, "baseline": getattr(settings, "baseline", None)}
+    return settings.model, {name: load_policy(path, chat, settings) for name, path in paths.items() if path is not None}

@@ -1,0 +1,132 @@
+"""Stages in several processes, through the command line: the numbers of one process, and what a kill leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.stages.commands import FAST, online_settings, rows, run_stage, trimtab, write_run_file
+from tests.stages.test_resume import EVIDENCE, differences, num_rows, start, wait_for_rows
+
+KILLS = EVIDENCE.with_name("kills_of_workers.json")
+
+
+def settings_of(base, reward_run, **changed):
+    critic = {"init": "policy", "optimizer": FAST}
+    settings = online_settings(base, reward_run / "model", group_size=2, critic=critic, checkpoint_every=1)
+    return settings | {"num_steps": 4} | changed
+
+
+def assert_near(out: Path, other: Path) -> None:
+    """The same samples, and metrics that differ by rounding."""
+    for mine, theirs in zip(rows(out, "samples.jsonl"), rows(other, "samples.jsonl"), strict=True):
+        assert (mine["prompt"], mine["response"]) == (theirs["prompt"], theirs["response"])
+    for mine, theirs in zip(rows(out), rows(other), strict=True):
+        exact = {k: v for k, v in theirs.items() if not k.startswith("time/") and k != "rollout/logprob_difference"}
+        assert {k: mine[k] for k in exact} == pytest.approx(exact, rel=1e-3, abs=1e-5)
+
+
+def children(process) -> list[int]:
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
+
+
+def is_there(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, base, reward_run):
+    """Four steps in one process."""
+    return run_stage("online", tmp_path_factory.mktemp("workers") / "alone", **settings_of(base, reward_run))
+
+
+def test_two_workers_sample_score_and_learn_as_one_process_does(tmp_path, base, reward_run, alone):
+    run_file = write_run_file(tmp_path / "run.toml", settings_of(base, reward_run))
+    result = trimtab("online", run_file, "--out", tmp_path / "run", "--workers", 2)
+    assert result.exit_code == 0, result.output
+    assert_near(tmp_path / "run", alone)
+    assert "workers = 2" in (tmp_path / "run" / "settings.toml").read_text()
+
+
+def test_a_killed_run_leaves_no_process_and_goes_on_in_another_number_of_them(tmp_path, base, reward_run, alone):
+    out = tmp_path / "run"
+    run_file = write_run_file(tmp_path / "run.toml", settings_of(base, reward_run, engine={"workers": 3}))
+    process = start("online", run_file, out)
+    wait_for_rows(process, out, 2)
+    workers = children(process)
+    assert len(workers) == 2
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 5
+    while any(map(is_there, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_there, workers))
+    result = trimtab("online", run_file, "--out", out, "engine.workers=1")
+    assert result.exit_code == 0, result.output
+    assert "engine.workers 3 → 1" in result.output
+    assert_near(out, alone)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_with_the_command_that_goes_on(tmp_path, base, reward_run, alone):
+    out = tmp_path / "run"
+    run_file = write_run_file(tmp_path / "run.toml", settings_of(base, reward_run, engine={"workers": 2}))
+    process = start("online", run_file, out)
+    wait_for_rows(process, out, 1)
+    os.kill(children(process)[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "worker 1 was killed by SIGKILL" in said
+    assert "Traceback" not in said
+    assert trimtab("online", run_file, "--out", out).exit_code == 0
+    assert_near(out, alone)
+
+
+@pytest.mark.slow
+def test_any_process_killed_many_times_it_ends_with_the_same_bits(tmp_path, base, reward_run):
+    """Thirty kills (TRIMTAB_KILLS) of the controller or the worker at random moments. A run that finishes is compared
+    with one that was left alone, and the next one begun."""
+    wanted = int(os.environ.get("TRIMTAB_KILLS", "30"))
+    draw = random.Random(0)
+    run_file = write_run_file(tmp_path / "run.toml", settings_of(base, reward_run, engine={"workers": 2}))
+    undisturbed = tmp_path / "undisturbed"
+    began = time.monotonic()
+    whole_run = start("online", run_file, undisturbed)
+    whole_run.communicate()
+    assert whole_run.returncode == 0
+    whole = time.monotonic() - began
+    kills = {"controller": 0, "worker": 0}
+    runs, late, out = 0, [], tmp_path / "run-0"
+    while sum(kills.values()) < wanted or num_rows(out):
+        process = start("online", run_file, out)
+        time.sleep(draw.uniform(0.5, whole))
+        who = draw.choice(["controller", "worker"])
+        workers = children(process) if process.poll() is None else []
+        if process.poll() is None and sum(kills.values()) < wanted and (who == "controller" or workers):
+            os.kill(process.pid if who == "controller" else workers[0], signal.SIGKILL)
+            kills[who] += 1
+        asked = time.monotonic()
+        process.communicate(timeout=60)  # a hang is an error
+        late.append(time.monotonic() - asked)
+        deadline = time.monotonic() + 5
+        while any(map(is_there, workers)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(is_there, workers)), "a worker outlived its controller"
+        if (out / "summary.json").exists():
+            assert not differences(undisturbed, out)
+            runs += 1
+            out = tmp_path / f"run-{runs}"
+    found = {"kills": kills, "finished_runs": runs, "equal_runs": runs, "slowest_end_seconds": max(late)}
+    print(json.dumps(found, indent=2))
+    if os.environ.get("TRIMTAB_EVIDENCE") == "1":
+        KILLS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
