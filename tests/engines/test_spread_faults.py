@@ -72,3 +72,14 @@ def test_other_weights_in_a_worker_are_refused(directory, tmp_path):
         next(models["llama"].parameters())[0, 0] += 1
     with pytest.raises(EngineError, match="worker 1 loaded other weights"):
         Engines.start(settings, directory, load=load, models=models)
+
+
+def test_a_sharded_adapter_is_refused(directory):
+    engines, models = start(directory, 2, ("adapter",), shard=True)
+    with engines, pytest.raises(EngineError, match="the frozen base of an adapter is not sharded"):
+        engines.learner(models["adapter"], OPTIMIZER, name="adapter", **HOW)
+
+
+def test_shards_of_one_process_are_refused():
+    with pytest.raises(ValueError, match="no other process to share with"):
+        EngineSettings(shard=True)

@@ -85,6 +85,18 @@ step."""
 class Learner(Scorer, Protocol):
     """Owns a model's optimizer and the one backward pass."""
 
+    token_budget: int
+    """The tokens of one forward pass."""
+
+    @property
+    def form(self) -> str:
+        """How the model computes a batch, for the run's records: "tree", "padded" or "alone"."""
+        ...
+
+    def evaluate(self, batch: Any, loss: Loss) -> Metrics:
+        """The metrics of a loss on one micro-batch, without gradients."""
+        ...
+
     def update(self, work: Work) -> Metrics:
         """One optimizer step. Micro-batches and ranks change neither the gradient nor the metrics."""
         ...

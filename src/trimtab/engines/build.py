@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import EngineError
 from trimtab.core.process import note_workers
 from trimtab.data.chat import Chat
+from trimtab.engines.base import Learner, Scorer
 from trimtab.engines.device import EngineSettings
 from trimtab.engines.group import WorkerGroup
 from trimtab.engines.local.form_choice import FormChoice
@@ -17,7 +20,7 @@ from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.engines.local.replies import Sampling
 from trimtab.engines.local.sampler import LocalSampler
 from trimtab.engines.local.scorer import LocalScorer
-from trimtab.engines.replica import checksums
+from trimtab.engines.replica import checksums, local_learner, prepared
 from trimtab.engines.spread import SpreadLearner, SpreadSampler, SpreadScorer
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.precision import Precision
@@ -31,6 +34,10 @@ class Engines:
     """Makes the engines of one run. With workers they end with it: `with engines: …`."""
 
     group: WorkerGroup | None = None
+    sharded: bool = False
+    """Whether each process has a share of a trained model and not the whole."""
+    learners: dict[str, SpreadLearner] = field(default_factory=dict)
+    """The learners that were made, by the names of their roles."""
 
     @classmethod
     def start(
@@ -61,15 +68,17 @@ class Engines:
                     where="engine.workers",
                     fix="see that the model's files do not change while the run starts; please report this otherwise",
                 )
-        return cls(group)
+        return cls(group, sharded=engine.shard)
 
     def __enter__(self) -> Engines:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.group is None:
+        if self.group is None or self.group.closed:
             return
         if kind is None:
+            for learner in self.learners.values():
+                learner.hold()  # what follows, such as saving the model, needs no other process
             note_workers(sum(self._everywhere("peak_rss_gb", {})))
         self.group.close()
 
@@ -83,27 +92,29 @@ class Engines:
         num_updates: int,
         precision: Precision = "float32",
         checkpoint_activations: bool = False,
-    ) -> LocalLearner:
+    ) -> Learner:
         """The learner of a role; `name` is that of the role."""
-        role.precision = precision
-        if checkpoint_activations:
-            role.checkpoint_activations()
         options: dict[str, Any] = {"name": name, "token_budget": token_budget, "num_updates": num_updates}
+        role = prepared(role, precision, checkpoint_activations)
         if self.group is None:
             return LocalLearner(role, optimizer, **options)
         how = {"optimizer": optimizer, "precision": precision, "checkpoint_activations": checkpoint_activations}
-        self._everywhere("make_learner", options | how)
-        return SpreadLearner(role, optimizer, group=self.group, **options)
+        self.group.call("make_learner", [{**options, **how, "sharded": self.sharded}] * (self.group.size - 1))
+        with self.group.working("make_learner"):
+            made = local_learner(role, optimizer, sharded=self.sharded, **options)
+        self.group.answers("make_learner")
+        self.learners[name] = SpreadLearner(made, group=self.group)
+        return self.learners[name]
 
     def scorer(
         self, role: Policy | ScalarModel, *, name: str, token_budget: int, precision: Precision = "float32"
-    ) -> LocalScorer:
+    ) -> Scorer:
         """The scorer of a role that is not trained."""
-        role.precision = precision
+        local = LocalScorer(prepared(role, precision, False), token_budget=token_budget)
         if self.group is None:
-            return LocalScorer(role, token_budget=token_budget)
+            return local
         self._everywhere("make_scorer", {"name": name, "token_budget": token_budget, "precision": precision})
-        return SpreadScorer(role, token_budget=token_budget, name=name, group=self.group)
+        return SpreadScorer(local, name=name, group=self.group)
 
     def sampler(
         self,
@@ -116,9 +127,15 @@ class Engines:
         watched: bool = True,
     ) -> LocalSampler:
         """A sampler of the role with this name; see `LocalSampler`."""
+        options: dict[str, Any] = {"choice": choice, "watched": watched}
         if self.group is None:
-            return LocalSampler(policy, chat, sampling, choice=choice, watched=watched)
-        return SpreadSampler(policy, chat, sampling, name=name, group=self.group, choice=choice, watched=watched)
+            return LocalSampler(policy, chat, sampling, **options)
+        whole = partial(self._whole, name)
+        return SpreadSampler(policy, chat, sampling, name=name, group=self.group, whole=whole, **options)
+
+    def _whole(self, name: str) -> AbstractContextManager[None]:
+        """Inside this block the role has all its weights; workers are inside such a block of their own."""
+        return self.learners[name].local.whole() if name in self.learners else nullcontext()
 
     def _everywhere(self, method: str, arguments: Mapping[str, Any]) -> list[Any]:
         """The answers of all workers to one call."""

@@ -20,10 +20,15 @@ class EngineSettings:
 
     workers: int = 1
     """Processes of this machine that compute together. Each holds the models and takes a share of every batch."""
+    shard: bool = False
+    """Each process keeps a share of the weights, gradients and optimizer state of a trained model, and gathers it to
+    sample and to score. False keeps the whole model in each."""
     timeout_seconds: float = 600.0
     """A worker that takes longer over one call has hung, and ends the run."""
 
     def __post_init__(self) -> None:
+        if self.shard and self.workers == 1:
+            raise ValueError("shard = true with workers = 1: there is no other process to share with")
         if self.workers > 1 and self.device != "cpu":
             raise ValueError(
                 f"workers = {self.workers} with device = {self.device!r}: several processes compute on the CPU only; "

@@ -115,6 +115,11 @@ class WorkerGroup:
             self.close()
             raise
 
+    @property
+    def closed(self) -> bool:
+        """Whether the workers have been ended."""
+        return not self._close.alive
+
     def close(self) -> None:
         """Ends the workers."""
         if self._close.alive:
@@ -177,6 +182,7 @@ _DOING = {
     "update": "updating the weights",
     "score": "scoring",
     "sample": "sampling replies",
+    "hold": "gathering the weights",
 }
 
 

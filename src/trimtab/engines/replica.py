@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,14 @@ from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.engines.local.replies import SampledReply, Sampling
 from trimtab.engines.local.sampler import LocalSampler
 from trimtab.engines.local.scorer import LocalScorer
+from trimtab.engines.shards import ShardedLearner
 from trimtab.models.precision import Precision
 from trimtab.models.roles import Policy, ScalarModel
 
-CALLS = ("make_learner", "make_scorer", "update", "load", "score", "sample", "checksums", "peak_rss_gb")
+CALLS = (
+    *("make_learner", "make_scorer", "update", "save", "load", "hold", "release", "score", "sample"),
+    *("checksums", "peak_rss_gb"),
+)
 """The methods of `Replica` that a controller may call."""
 _REDUCED = 1 << 24
 """Entries of gradients that are added over the processes at a time: 64 MB in float32."""
@@ -49,20 +54,12 @@ class Replica:
         num_updates: int,
         precision: Precision,
         checkpoint_activations: bool,
+        sharded: bool,
     ) -> None:
-        """Makes the learner of a role. Its gradients are those of all processes together."""
-        role = self.roles[name]
-        role.precision = precision
-        if checkpoint_activations:
-            role.checkpoint_activations()
-        self.scorers[name] = LocalLearner(
-            role,
-            optimizer,
-            token_budget=token_budget,
-            num_updates=num_updates,
-            name=name,
-            reduce_gradients=sum_over_processes,
-        )
+        """Makes this process' part of the learner of a role."""
+        options: dict[str, Any] = {"name": name, "token_budget": token_budget, "num_updates": num_updates}
+        role = prepared(self.roles[name], precision, checkpoint_activations)
+        self.scorers[name] = local_learner(role, optimizer, sharded=sharded, **options)
 
     def make_scorer(self, *, name: str, token_budget: int, precision: Precision) -> None:
         """Makes the scorer of a role."""
@@ -77,11 +74,26 @@ class Replica:
         """Restores a learner."""
         self._learner(name).load(Path(directory))
 
+    def save(self, *, name: str, directory: str) -> None:
+        """Takes part in gathering what is saved."""
+        self._learner(name).save(Path(directory))
+
+    def hold(self, *, name: str) -> None:
+        """Takes part in gathering the weights of a role, and keeps them until `release`."""
+        self.scorers[name].hold()
+
+    def release(self, *, name: str) -> None:
+        """Lets go of what `hold` gathered."""
+        self.scorers[name].release()
+
     def score(self, *, name: str, method: str, pieces: Sequence[TokenTrees], reference: str | None) -> list[Tensor]:
         """The results of a method of a scorer for some of the pieces of a batch."""
         scorer = self.scorers[name]
         others = () if reference is None else (self.scorers[reference],)
-        return [getattr(scorer, method)(*others, piece) for piece in pieces]
+        with ExitStack() as stack:
+            for one in (scorer, *others):
+                stack.enter_context(one.whole())
+            return [getattr(scorer, method)(*others, piece) for piece in pieces]
 
     def sample(
         self,
@@ -104,7 +116,8 @@ class Replica:
             choice = FormChoice(type(policy.model).__name__, chosen, {})
             self._samplers[key] = LocalSampler(policy, self.chat, sampling, choice=choice, watched=watched)
         sampler = self._samplers[key]
-        drawn = sampler.continue_ids(prefixes, group_size=group_size, uniforms=uniforms, limits=limits)
+        with self.scorers[name].whole() if name in self.scorers else nullcontext():
+            drawn = sampler.continue_ids(prefixes, group_size=group_size, uniforms=uniforms, limits=limits)
         return drawn, sampler.difference
 
     def peak_rss_gb(self) -> float:
@@ -119,6 +132,22 @@ class Replica:
         learner = self.scorers[name]
         assert isinstance(learner, LocalLearner)
         return learner
+
+
+def prepared(role: Policy | ScalarModel, precision: Precision, checkpoint_activations: bool) -> Policy | ScalarModel:
+    """The role, set to compute as a stage's settings say."""
+    role.precision = precision
+    if checkpoint_activations:
+        role.checkpoint_activations()
+    return role
+
+
+def local_learner(role: Policy | ScalarModel, optimizer: AdamW, *, sharded: bool, **options: Any) -> LocalLearner:
+    """One process' part of a learner that all processes make at the same time: with a whole model each, whose gradients
+    are added, or with a share of it."""
+    if sharded:
+        return ShardedLearner(role, optimizer, **options)
+    return LocalLearner(role, optimizer, reduce_gradients=sum_over_processes, **options)
 
 
 @torch.no_grad()

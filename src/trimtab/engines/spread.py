@@ -7,8 +7,10 @@ equal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,11 @@ from trimtab.data.chat import Chat
 from trimtab.engines.base import Loss, Scorer, Work
 from trimtab.engines.group import WorkerGroup
 from trimtab.engines.local.form_choice import FormChoice
-from trimtab.engines.local.learner import AdamW, LocalLearner
+from trimtab.engines.local.learner import LocalLearner
 from trimtab.engines.local.replies import SampledReply, Sampling
 from trimtab.engines.local.sampler import LocalSampler
 from trimtab.engines.local.scorer import LocalScorer
-from trimtab.engines.replica import sum_over_processes
-from trimtab.models.roles import Policy, ScalarModel
+from trimtab.models.roles import Policy
 
 
 @dataclass(frozen=True)
@@ -61,48 +62,38 @@ class ShareOfLoss:
         return self.loss(outputs, batch)
 
 
-class SpreadScorer(LocalScorer):
+class SpreadScorer:
     """Scores the pieces of a batch in all processes. A piece computes the same wherever it is computed."""
 
-    def __init__(self, role: Policy | ScalarModel, *, token_budget: int, name: str, group: WorkerGroup) -> None:
-        super().__init__(role, token_budget=token_budget)
+    def __init__(self, local: LocalScorer, *, name: str, group: WorkerGroup) -> None:
+        """`local` is this process' part, `name` that of the role; those of the workers are made already."""
+        self.local = local
         self.name = name
+        self.token_budget = local.token_budget
         self.group = group
 
     def logprobs(self, trees: TokenTrees) -> Tensor:
         """[M] log-probability of every trained token at the policy's temperature."""
-        return _spread(self, LocalScorer.logprobs, trees)
+        return _spread(self, "logprobs", trees)
 
     def values(self, trees: TokenTrees) -> Tensor:
         """[M] the critic's value before every trained token."""
-        return _spread(self, LocalScorer.values, trees)
+        return _spread(self, "values", trees)
 
     def kl_to(self, reference: Scorer, trees: TokenTrees) -> Tensor:
         """[M] exact KL(self || reference) of the next-token distribution at every trained token, in nats."""
-        return _spread(self, LocalScorer.kl_to, trees, reference)
+        assert isinstance(reference, SpreadScorer | SpreadLearner)
+        return _spread(self, "kl_to", trees, reference)
 
 
-class SpreadLearner(LocalLearner):
-    """Updates the model of every process by the gradients of all of them."""
+class SpreadLearner:
+    """A learner of which every process has a part: a whole model, or a share of one."""
 
-    def __init__(
-        self,
-        role: Policy | ScalarModel,
-        optimizer: AdamW,
-        *,
-        token_budget: int,
-        num_updates: int,
-        name: str,
-        group: WorkerGroup,
-    ) -> None:
-        super().__init__(
-            role,
-            optimizer,
-            token_budget=token_budget,
-            num_updates=num_updates,
-            name=name,
-            reduce_gradients=sum_over_processes,
-        )
+    def __init__(self, local: LocalLearner, *, group: WorkerGroup) -> None:
+        """`local` is this process' part; those of the workers are made already."""
+        self.local = local
+        self.name = local.name
+        self.token_budget = local.token_budget
         self.group = group
 
     def update(self, work: Work) -> Metrics:
@@ -110,38 +101,69 @@ class SpreadLearner(LocalLearner):
         shares = shares_of(work, self.group.size)
         self.group.call("update", [{"name": self.name, "work": share} for share in shares[1:]])
         with self.group.working("update"):
-            own = super().update(shares[0])
+            own = self.local.update(shares[0])
         others = self.group.answers("update")
         norm = f"optimizer/{self.name}_gradient_norm"
         if any(other[norm].value != own[norm].value for other in others):
             self.group.close()
             raise EngineError(
                 f"the processes made different updates: gradient norms {[m[norm].value for m in (own, *others)]}",
-                where=f"update {self.updates_done}",
+                where=f"update {self.local.updates_done}",
                 fix="please report this; the same command goes on from the last checkpoint",
             )
         of_shares = ({k: v for k, v in m.items() if not k.startswith("optimizer/")} for m in others)
         return merge([own, *of_shares])
 
+    @property
+    def form(self) -> str:
+        """How the model computes a batch."""
+        return self.local.form
+
+    def save(self, directory: Path) -> None:
+        """Weights and optimizer state, as `LocalLearner.save` writes them."""
+        self._together("save", partial(self.local.save, directory), directory=str(directory.resolve()))
+
     def load(self, directory: Path) -> None:
         """Restores what `save` wrote, in every process."""
-        arguments = {"name": self.name, "directory": str(directory.resolve())}
-        self.group.call("load", [arguments] * (self.group.size - 1))
-        with self.group.working("load"):
-            super().load(directory)
-        self.group.answers("load")
+        self._together("load", partial(self.local.load, directory), directory=str(directory.resolve()))
+
+    def evaluate(self, batch: Any, loss: Loss) -> Metrics:
+        """The metrics of a loss on one micro-batch, without gradients."""
+        with self.whole():
+            return self.local.evaluate(batch, loss)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside this block the role of this process has all its weights."""
+        self.hold()
+        try:
+            yield
+        finally:
+            self._together("release", self.local.release)
+
+    def hold(self) -> None:
+        """Gives the roles of all processes all their weights."""
+        self._together("hold", self.local.hold)
 
     def logprobs(self, trees: TokenTrees) -> Tensor:
         """[M] log-probability of every trained token at the policy's temperature."""
-        return _spread(self, LocalScorer.logprobs, trees)
+        return _spread(self, "logprobs", trees)
 
     def values(self, trees: TokenTrees) -> Tensor:
         """[M] the critic's value before every trained token."""
-        return _spread(self, LocalScorer.values, trees)
+        return _spread(self, "values", trees)
 
     def kl_to(self, reference: Scorer, trees: TokenTrees) -> Tensor:
         """[M] exact KL(self || reference) of the next-token distribution at every trained token, in nats."""
-        return _spread(self, LocalScorer.kl_to, trees, reference)
+        assert isinstance(reference, SpreadScorer | SpreadLearner)
+        return _spread(self, "kl_to", trees, reference)
+
+    def _together(self, method: str, here: Callable[[], Any], **arguments: Any) -> None:
+        """Calls a method of all workers, and does this process' part meanwhile."""
+        self.group.call(method, [{"name": self.name, **arguments}] * (self.group.size - 1))
+        with self.group.working(method):
+            here()
+        self.group.answers(method)
 
 
 class SpreadSampler(LocalSampler):
@@ -156,12 +178,15 @@ class SpreadSampler(LocalSampler):
         *,
         name: str,
         group: WorkerGroup,
+        whole: Callable[[], AbstractContextManager[None]],
         choice: FormChoice | None = None,
         watched: bool = True,
     ) -> None:
+        """`name` is that of the role, which has its weights inside `whole()`."""
         super().__init__(policy, chat, sampling, choice=choice, watched=watched)
         self.name = name
         self.group = group
+        self._whole = whole
 
     def continue_ids(
         self,
@@ -185,7 +210,7 @@ class SpreadSampler(LocalSampler):
         ]
         what = {"name": self.name, "sampling": self.sampling, "form": self.method, "watched": self._watched}
         self.group.call("sample", [what | share for share in given[1:]])
-        with self.group.working("sample"):
+        with self.group.working("sample"), self._whole():
             drawn = [super().continue_ids(**given[0])]
         for theirs, difference in self.group.answers("sample"):
             drawn.append(theirs)
@@ -196,16 +221,20 @@ class SpreadSampler(LocalSampler):
         return [found[i] for i in range(len(found))]
 
 
-def _spread(scorer: SpreadScorer | SpreadLearner, method: Any, trees: TokenTrees, *others: Any) -> Tensor:
-    """The result [M] of a method of `LocalScorer`, whose pieces are computed in all processes."""
+def _spread(
+    scorer: SpreadScorer | SpreadLearner, method: str, trees: TokenTrees, *others: SpreadScorer | SpreadLearner
+) -> Tensor:
+    """The result [M] of a method of `Scorer`, whose pieces are computed in all processes."""
     groups = split_by_tokens(trees, scorer.token_budget)
     pieces = [trees.select(indices) for indices in groups]
     shares = deal([cost(piece.trees) for piece in pieces], scorer.group.size)
-    reference = others[0].name if others else None
-    what = {"name": scorer.name, "method": method.__name__, "reference": reference}
+    what = {"name": scorer.name, "method": method, "reference": others[0].name if others else None}
     scorer.group.call("score", [what | {"pieces": [pieces[i] for i in share]} for share in shares[1:]])
-    with scorer.group.working("score"):
-        found = [[method(scorer, *others, pieces[i]) for i in shares[0]]]
+    with scorer.group.working("score"), ExitStack() as stack:
+        for one in (scorer, *others):
+            stack.enter_context(one.local.whole())
+        compute = getattr(scorer.local, method)
+        found = [[compute(*(other.local for other in others), pieces[i]) for i in shares[0]]]
     found += scorer.group.answers("score")
     result = torch.empty(trees.num_trained)
     for share, values in zip(shares, found, strict=True):

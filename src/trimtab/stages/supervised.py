@@ -20,10 +20,10 @@ from trimtab.core import seeds
 from trimtab.core.config import Choice
 from trimtab.core.errors import DataError
 from trimtab.core.metrics import Mean, Metrics, Total, merge
-from trimtab.engines.base import Loss
+from trimtab.engines.base import Learner, Loss
 from trimtab.engines.build import Engines
 from trimtab.engines.device import EngineSettings
-from trimtab.engines.local.learner import AdamW, LocalLearner
+from trimtab.engines.local.learner import AdamW
 from trimtab.models.precision import Precision
 from trimtab.models.roles import Policy, ScalarModel
 from trimtab.runs.loop import Steps, stepping
@@ -177,7 +177,7 @@ def last_metrics(run: Run, *prefixes: str) -> dict[str, float]:
 
 def make_learner(
     role: Policy | ScalarModel, settings: TrainingSettings, epochs: Epochs, engines: Engines, *, name: str
-) -> LocalLearner:
+) -> Learner:
     """The learner of a model, which computes as the settings say."""
     return engines.learner(
         role,
@@ -233,7 +233,7 @@ class TrainingSteps:
 
 @contextmanager
 def training(
-    run: Run, learner: LocalLearner, epochs: Epochs, settings: EpochSettings, *, description: str
+    run: Run, learner: Learner, epochs: Epochs, settings: EpochSettings, *, description: str
 ) -> Iterator[TrainingSteps]:
     """Yields the steps up to the last one, or up to `max_steps`, and resumes where an earlier call was stopped.
 
@@ -245,7 +245,7 @@ def training(
                 metrics |= validate(learner, loss, validation)
             steps.log(metrics)
     """
-    run.note_path("form", learner.role.form)
+    run.note_path("form", learner.form)
     num_steps = epochs.num_steps if settings.max_steps is None else min(settings.max_steps, epochs.num_steps)
     with stepping(
         run,
@@ -259,7 +259,7 @@ def training(
 
 @torch.no_grad()
 def validate(
-    learner: LocalLearner, loss: Loss, validation: Validation | None, complete: Complete = lambda batch: batch
+    learner: Learner, loss: Loss, validation: Validation | None, complete: Complete = lambda batch: batch
 ) -> Metrics:
     """The loss's own metrics on held-out data as `OWNER/validation_QUANTITY`; empty without such data. `complete` is
     applied to every batch first."""
@@ -267,7 +267,7 @@ def validate(
         return {}
     parts = []
     for micro in validation.micro_batches(learner.token_budget, complete):
-        parts.append(loss(learner.role(micro.trees), micro)[1])
+        parts.append(learner.evaluate(micro, loss))
     return {_validation_name(name): metric for name, metric in merge(parts).items()}
 
 

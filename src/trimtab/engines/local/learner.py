@@ -75,12 +75,14 @@ class LocalLearner(LocalScorer):
         num_updates: int,
         name: str,
         reduce_gradients: Callable[[Iterable[nn.Parameter]], None] = lambda _parameters: None,
+        clip: Callable[[Iterable[nn.Parameter], float], float] | None = None,
     ) -> None:
         """`token_budget` bounds the tokens of one forward pass, `num_updates` is the length of the schedule, and `name`
         ("policy", "critic", …) is used in metrics and errors. `reduce_gradients` is called before each update, and may
-        add the gradients that other processes have computed."""
+        add the gradients that other processes have computed; `clip` may be another function than `clip_gradients`."""
         super().__init__(role, token_budget=token_budget)
         self.reduce_gradients = reduce_gradients
+        self.clip = clip or clip_gradients
         self.settings = optimizer
         self.num_updates = num_updates
         self.name = name
@@ -119,7 +121,7 @@ class LocalLearner(LocalScorer):
                     with self.role.active():
                         total.backward()  # type: ignore[no-untyped-call]
         self.reduce_gradients(self.parameters.values())
-        norm = clip_gradients(self.parameters.values(), self.settings.max_gradient_norm)
+        norm = self.clip(self.parameters.values(), self.settings.max_gradient_norm)
         self._require_finite(norm, "gradient norm")
         for group in self.adam.param_groups:
             group["lr"] = rate
@@ -130,6 +132,16 @@ class LocalLearner(LocalScorer):
             f"optimizer/{self.name}_learning_rate": Mean(rate, 1),
             f"optimizer/{self.name}_updates": Total(1),
         }
+
+    @property
+    def form(self) -> str:
+        """How the model computes a batch."""
+        return self.role.form
+
+    @torch.no_grad()
+    def evaluate(self, batch: Any, loss: Loss) -> Metrics:
+        """The metrics of a loss on one micro-batch, without gradients."""
+        return loss(self.role(batch.trees), batch)[1]
 
     def _forward(self, trees: TokenTrees, losses: Sequence[Loss]) -> Any:
         if not isinstance(self.role, Policy):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 from trimtab.batches.trees import TokenTrees
@@ -17,6 +20,22 @@ class LocalScorer:
         """`token_budget` bounds the tokens of one forward pass."""
         self.role = role
         self.token_budget = token_budget
+
+    def hold(self) -> None:
+        """Gives the role all its weights until `release`. Here it always has them; an engine that spreads them over
+        processes gathers them."""
+
+    def release(self) -> None:
+        """Ends what `hold` began."""
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside this block the role has all its weights."""
+        self.hold()
+        try:
+            yield
+        finally:
+            self.release()
 
     def logprobs(self, trees: TokenTrees) -> Tensor:
         """[M] log-probability of every trained token at the policy's temperature."""

@@ -28,8 +28,7 @@ from trimtab.core.metrics import Mean, Metrics
 from trimtab.data.chat import Chat
 from trimtab.engines.base import Learner, Scorer
 from trimtab.engines.build import IN_THIS_PROCESS, Engines
-from trimtab.engines.local.learner import AdamW, LocalLearner
-from trimtab.engines.local.scorer import LocalScorer
+from trimtab.engines.local.learner import AdamW
 from trimtab.math.advantages import Episodes, token_rewards
 from trimtab.math.kl import ESTIMATORS, k1, k3
 from trimtab.math.masking import sum_per_sequence, whiten
@@ -76,9 +75,9 @@ def run(settings: OnlineSettings, run: Run) -> None:
     models = load_models(settings, chat)
     engines = Engines.start(settings, run.directory, load=load_roles, models=models.roles)
     refuse_long(models.policy.model, demonstrations, where="pretraining_mix", fix=FIT)
+    sampler, greedy = make_samplers(settings, models.policy, chat, prompts, engines.sampler)
     policy, reference, critic = make_engines(settings, models, engines)
     world = GoldScorer(worlds.load(settings.world)) if settings.world else None
-    sampler, greedy = make_samplers(settings, models.policy, chat, prompts, engines.sampler)
     judges = [part.reward for part in models.rewards.parts]
     refuse_short_reward_models(judges, prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)
     source = RolloutSource(sampler, greedy, models.rewards, world, settings)
@@ -247,12 +246,12 @@ def mean(values: Tensor) -> Mean:
 
 def make_engines(
     settings: OnlineSettings, models: Models, engines: Engines = IN_THIS_PROCESS
-) -> tuple[LocalLearner, LocalScorer, LocalLearner | None]:
+) -> tuple[Learner, Scorer, Learner | None]:
     """Policy, reference and critic as engines. A critic that is a head on the policy is the policy's own engine."""
     how: dict[str, Any] = {"token_budget": settings.token_budget, "precision": settings.precision}
     per_step = settings.num_epochs * settings.num_minibatches
 
-    def learner(role: Policy | ScalarModel, optimizer: AdamW, name: str, num_steps: int) -> LocalLearner:
+    def learner(role: Policy | ScalarModel, optimizer: AdamW, name: str, num_steps: int) -> Learner:
         return engines.learner(
             role,
             optimizer,
