@@ -93,6 +93,14 @@ def test_a_killed_worker_ends_the_run_with_the_command_that_goes_on(tmp_path, ba
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_in_one_two_sharded_three_and_one_process(tmp_path, base, reward_run, alone):
+    engines = [{}, {"workers": 2, "shard": True}, {"workers": 3}, {}]
+    for steps, engine in enumerate(engines, start=1):
+        out = run_stage("online", tmp_path / "run", **settings_of(base, reward_run, num_steps=steps, engine=engine))
+    assert_near(out, alone)
+
+
+@pytest.mark.slow
 def test_any_process_killed_many_times_it_ends_with_the_same_bits(tmp_path, base, reward_run):
     """Thirty kills (TRIMTAB_KILLS) of the controller or the worker at random moments. A run that finishes is compared
     with one that was left alone, and the next one begun."""
