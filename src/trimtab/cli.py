@@ -215,6 +215,31 @@ def _on(overrides: tuple[str, ...], device: str | None, workers: int | None = No
     return (*overrides, *further, *([] if workers is None else [f"engine.workers={workers}"]))
 
 
+@main.command()
+@_device
+@_workers
+@_directory("Where runs will be written.", default="runs")
+def check(out: Path, device: str | None, workers: int | None) -> None:
+    """Check this machine: rates, and whether all ways of computing agree.
+
+    Takes half a minute and downloads nothing. Exit code 1 if something is wrong.
+    """
+    from trimtab.core import config
+    from trimtab.engines.check import check
+    from trimtab.engines.device import EngineSettings
+
+    given = {"device": device, "workers": workers or 2}
+    values = {key: value for key, value in given.items() if value is not None}
+    wrong = 0
+    for finding in check(config.resolve(EngineSettings, values, where="the command line"), out):
+        click.echo(f"{finding.what:<32} {finding.found}")
+        if finding.wrong:
+            click.echo(f"{'':<32} {'! ' + finding.wrong}")
+        wrong += finding.matters
+    click.echo("something is wrong" if wrong else "all agree")
+    sys.exit(min(wrong, 1))
+
+
 def _read(run_file: Path, overrides: tuple[str, ...]) -> tuple[dict[str, Any], str]:
     """The values of a run file with the overrides applied, and the text that names their origin in messages."""
     from trimtab.core import config

@@ -26,7 +26,7 @@ from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.precision import Precision
 from trimtab.models.roles import Policy, ScalarModel
 
-LoadRoles = Callable[[Any, Path], tuple[str, Mapping[str, Policy | ScalarModel]]]
+LoadRoles = Callable[[Any, Path], tuple[str | None, Mapping[str, Policy | ScalarModel]]]
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Engines:
         """The engines for a stage with these settings, whose `engine` says how many processes compute.
 
         `models` are those in this process, by the names of their roles. Workers get theirs by calling `load`, a
-        function of a module, with the settings and the directory of the run: it returns the path of the tokenizer and
-        the models. Raises EngineError if their weights are others.
+        function of a module, with the settings and the directory of the run: it returns the path of the tokenizer
+        (None if nothing is sampled) and the models. Raises EngineError if their weights are others.
         """
         engine: EngineSettings = settings.engine
         if engine.workers == 1:

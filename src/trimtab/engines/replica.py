@@ -40,7 +40,7 @@ class Replica:
     """The roles of a stage by name, and the engines made of them."""
 
     roles: Mapping[str, Policy | ScalarModel]
-    chat: Chat
+    chat: Chat | None
     scorers: dict[str, LocalScorer] = field(default_factory=dict)
     """By the name of the role; a learner is a scorer too."""
     _samplers: dict[Any, LocalSampler] = field(default_factory=dict)
@@ -112,6 +112,7 @@ class Replica:
         if key not in self._samplers:
             policy = self.roles[name]
             assert isinstance(policy, Policy)
+            assert self.chat is not None
             chosen = next(f for f in forms(policy, sampling, self.chat) if f.name == form)
             choice = FormChoice(type(policy.model).__name__, chosen, {})
             self._samplers[key] = LocalSampler(policy, self.chat, sampling, choice=choice, watched=watched)

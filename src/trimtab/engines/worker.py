@@ -22,7 +22,7 @@ def main(rank: int) -> int:
         module, _, function = begin["load"].partition(":")
         load = getattr(importlib.import_module(module), function)
         tokenizer, roles = load(begin["settings"], Path(begin["directory"]))
-        replica = Replica(roles, Chat(load_tokenizer(tokenizer)))
+        replica = Replica(roles, None if tokenizer is None else Chat(load_tokenizer(tokenizer)))
         caller.answer(replica.checksums())
         while (call := caller.next_call()) is not None:
             method, arguments = call

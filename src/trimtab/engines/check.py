@@ -1,0 +1,261 @@
+"""Checks a machine before it is used: how fast it computes, and whether every way of computing gives the same numbers.
+
+Nothing is downloaded: a small model with random weights is made in memory. What is found agrees or does not, whatever
+the model's size; how fast a run will be says `trimtab plan`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from trimtab.batches.rollouts import PolicyBatch
+from trimtab.batches.trees import TokenTrees, response_tree
+from trimtab.data.chat import Chat
+from trimtab.engines.build import Engines
+from trimtab.engines.device import EngineSettings
+from trimtab.engines.local.form_choice import forms
+from trimtab.engines.local.learner import AdamW, LocalLearner
+from trimtab.engines.local.replies import DecodingForm, ReplyBuffer, Sampling
+from trimtab.engines.local.scorer import LocalScorer
+from trimtab.engines.local.slots import SlotForm
+from trimtab.math.losses.policy import PPO
+from trimtab.models.roles import Policy
+
+SIZE = 1024
+"""Rows and columns of the matrices whose product is timed."""
+SECONDS = 0.5
+"""How long a rate is measured."""
+NEAR = 1e-3
+"""Largest difference of two ways of computing in float32, in nats or relative; rounding is a hundred times smaller."""
+NUM_REPLIES, NUM_TOKENS = 32, 24
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the check, such as `Finding("products in float32", "142 GFLOP/s")`."""
+
+    what: str
+    found: str
+    wrong: str = ""
+    """What is wrong, and what to do; "" if nothing is."""
+    matters: bool = False
+    """Whether that makes numbers wrong or runs impossible, and not only slow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckSettings:
+    """The settings of the processes that a check starts."""
+
+    engine: EngineSettings = field(default_factory=EngineSettings)
+
+
+def check(engine: EngineSettings, directory: Path) -> Iterator[Finding]:
+    """Yields what is found, one after the other, in about half a minute. `directory` is where runs will be written."""
+    device = engine.find_device()
+    yield from machine(device)
+    exact, half = (products(device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    slow = 'precision = "bfloat16" would slow this machine down' if half < exact else ""
+    yield Finding("products in float32", f"{exact:,.0f} GFLOP/s")
+    yield Finding("products in bfloat16", f"{half:,.0f} GFLOP/s", slow)
+    yield Finding("memory, read and written", f"{memory(device):,.1f} GB/s")
+    yield from sampling(device)
+    if device.type != "cpu":
+        yield updates(device)
+    yield disk(directory)
+    if engine.workers > 1:
+        yield from workers(engine)
+
+
+def machine(device: torch.device) -> Iterator[Finding]:
+    """What computes."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield Finding("processor", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {capability}")
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device)
+        yield Finding("GPU", f"{there.name}, {there.total_memory / 2**30:.0f} GiB")
+
+
+def products(device: torch.device, dtype: torch.dtype) -> float:
+    """GFLOP/s of products of square matrices."""
+    a, b = torch.randn(2, SIZE, SIZE, device=device).to(dtype).unbind()
+    return 2 * SIZE**3 * times_a_second(lambda: a @ b, device) / 1e9
+
+
+def memory(device: torch.device) -> float:
+    """GB/s of copying an array that no cache holds, counting what is read and what is written."""
+    source = torch.zeros(1 << 26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 * times_a_second(lambda: target.copy_(source), device) / 1e9
+
+
+def times_a_second(work: Callable[[], Any], device: torch.device) -> float:
+    """How often the work is done in a second."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    work()
+    wait()
+    num, began = 0, time.perf_counter()
+    while time.perf_counter() - began < SECONDS:
+        work()
+        wait()
+        num += 1
+    return num / (time.perf_counter() - began)
+
+
+def sampling(device: torch.device) -> Iterator[Finding]:
+    """Whether each way of drawing replies draws the same ones, and gives the log-probabilities of the scorer."""
+    policy = small_policy(device)
+    prompts = [list(range(3, 3 + n)) for n in (5, 17, 9, 30)]
+    drawn: dict[str, ReplyBuffer] = {}
+    for form in forms(policy, Sampling(max_new_tokens=NUM_TOKENS), cast(Chat, NoChat())):
+        if form.name != "uncached":
+            drawn[form.name] = draw(form, prompts)
+            yield compared(form, policy, prompts, drawn)
+    if isinstance(first := next(forms(policy, Sampling(), cast(Chat, NoChat()))), SlotForm) and device.type == "cpu":
+        slow = "" if first.kernels.compiled else "no C compiler was found: replies are drawn 1.3 to 1.5 times slower"
+        yield Finding("compiled kernels", "yes" if first.kernels.compiled else "no", slow)
+
+
+def draw(form: DecodingForm, prompts: Sequence[Sequence[int]]) -> ReplyBuffer:
+    """Replies by one way of drawing them; the random numbers are always the same."""
+    generator = torch.Generator().manual_seed(0)
+    uniforms = torch.rand(NUM_REPLIES, NUM_TOKENS, generator=generator, dtype=torch.float64)
+    replies = ReplyBuffer(uniforms, Sampling(max_new_tokens=NUM_TOKENS), cast(Chat, NoChat()))
+    with torch.no_grad():
+        form.decode(prompts, NUM_REPLIES // len(prompts), replies)
+    return replies
+
+
+def compared(
+    form: DecodingForm, policy: Policy, prompts: Sequence[Sequence[int]], drawn: dict[str, ReplyBuffer]
+) -> Finding:
+    """The replies of a form beside those of the first, and its log-probabilities beside the scorer's."""
+    replies = drawn[form.name]
+    each = NUM_REPLIES // len(prompts)
+    trees = [response_tree(p, replies.tokens[i * each : (i + 1) * each].tolist()) for i, p in enumerate(prompts)]
+    scored = LocalScorer(policy, token_budget=4096).logprobs(TokenTrees.build(trees))
+    difference = float((scored - replies.logprobs.flatten()).abs().max())
+    first = next(iter(drawn.values()))
+    same = int((replies.tokens == first.tokens).all(1).sum())
+    wrong = ""
+    if not difference <= NEAR:
+        wrong = f"the log-probabilities are {difference:.2g} nats from the scorer's; please report this machine"
+    found = f"{same} of {NUM_REPLIES} replies as drawn first, log-probabilities within {difference:.0e} nats"
+    return Finding(f"replies, {form.name}", found, wrong, bool(wrong))
+
+
+def updates(device: torch.device) -> Finding:
+    """Whether an update on the device is that of the CPU."""
+    norms = []
+    for place in (torch.device("cpu"), device):
+        made = LocalLearner(small_policy(place), AdamW(), token_budget=256, num_updates=1, name="policy")
+        norms.append(made.update([(some_batch(), [PPO()])])["optimizer/policy_gradient_norm"].value)
+    return _same("an update on the device", norms[1], norms[0])
+
+
+def workers(engine: EngineSettings) -> Iterator[Finding]:
+    """How long several processes take to start and to add their gradients, and whether their update is that of one."""
+    settings = CheckSettings(engine=replace(engine, device="cpu"))
+    alone = LocalLearner(small_policy(), AdamW(), token_budget=256, num_updates=1, name="policy")
+    expected = alone.update([(some_batch(), [PPO()])])["optimizer/policy_gradient_norm"].value
+    began = time.perf_counter()
+    policy = small_policy()
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        engines = Engines.start(settings, directory, load=load_small_policy, models={"policy": policy})
+        with engines:
+            yield Finding(f"{engine.workers} processes", f"started in {time.perf_counter() - began:.1f} s")
+            learner = engines.learner(policy, AdamW(), name="policy", token_budget=256, num_updates=1)
+            found = learner.update([(some_batch(), [PPO()])])["optimizer/policy_gradient_norm"].value
+            yield _same(f"an update in {engine.workers} processes", found, expected)
+
+
+def disk(directory: Path) -> Finding:
+    """How fast a checkpoint is written where runs go, onto the disk itself."""
+    size = 64 << 20
+    block = os.urandom(1 << 20) * (size >> 20)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory) as file:
+            began = time.perf_counter()
+            file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            rate = size / (time.perf_counter() - began) / 1e6
+    except OSError as error:
+        advice = f"{error.strerror}: give runs another --out"
+        return Finding(f"disk at {directory}", "cannot be written", advice, matters=True)
+    return Finding(f"disk at {directory}", f"{rate:,.0f} MB/s")
+
+
+def _same(what: str, found: float, expected: float) -> Finding:
+    difference = abs(found - expected) / expected
+    wrong = "" if difference <= NEAR else "it is another update; please report this machine"
+    return Finding(what, f"gradient norm within {difference:.0e} of one process on the CPU", wrong, bool(wrong))
+
+
+def load_small_policy(_settings: CheckSettings, _directory: Path) -> tuple[None, dict[str, Policy]]:
+    """The model of the check for a worker; see `Engines.start`."""
+    return None, {"policy": small_policy()}
+
+
+def small_policy(device: torch.device | None = None) -> Policy:
+    """A small model whose weights are large enough that its replies differ."""
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        num_hidden_layers=2,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
+        for weight in model.parameters():
+            weight.mul_(4.0 if weight.ndim >= 2 else 1.0)
+    return Policy(model if device is None else torch.nn.Module.to(model, device), pad_id=0)
+
+
+def some_batch() -> PolicyBatch:
+    """Made-up replies to four prompts, with advantages."""
+    draw = torch.Generator().manual_seed(1)
+
+    def ids(num: int) -> list[int]:
+        found: list[int] = torch.randint(2, 512, (num,), generator=draw).tolist()
+        return found
+
+    trees = TokenTrees.build([response_tree(ids(n), [ids(n + i) for i in range(1, 4)]) for n in (5, 9, 17, 12)])
+    zeros: Tensor = torch.zeros(trees.num_trained)
+    return PolicyBatch(
+        trees=trees,
+        old_logprobs=zeros - 6,
+        correction=zeros + 1,
+        ref_logprobs=zeros - 6,
+        old_values=zeros,
+        advantages=torch.randn(trees.num_trained, generator=draw),
+        returns=zeros,
+    )
+
+
+class NoChat:
+    """A chat without a tokenizer, in which no token ends a reply."""
+
+    stop_ids: frozenset[int] = frozenset()
+    pad_id = 0
+    tokenizer = None

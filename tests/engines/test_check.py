@@ -1,0 +1,44 @@
+"""`trimtab check` says what a machine is, and finds a way of computing that gives other numbers."""
+
+import pytest
+
+from tests.stages.commands import trimtab
+from trimtab.engines import check
+from trimtab.engines.local.scorer import LocalScorer
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(check, "SECONDS", 0.01)
+
+
+def test_a_machine_that_is_right(tmp_path):
+    result = trimtab("check", "--workers", 1, "--out", tmp_path / "runs")
+    assert result.exit_code == 0, result.output
+    for line in ("products in float32", "memory", "replies, fused", "replies, lockstep", f"disk at {tmp_path}"):
+        assert line in result.output
+    assert result.output.endswith("all agree\n")
+    assert not any((tmp_path / "runs").iterdir())
+
+
+def test_log_probabilities_that_differ_are_found(tmp_path, monkeypatch):
+    right = LocalScorer.logprobs
+    monkeypatch.setattr(LocalScorer, "logprobs", lambda *args: right(*args) + 0.01)
+    result = trimtab("check", "--workers", 1, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "0.01 nats from the scorer's" in result.output
+    assert result.output.endswith("something is wrong\n")
+
+
+def test_a_place_that_cannot_be_written_is_found(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = trimtab("check", "--workers", 1, "--out", tmp_path / "file" / "runs")
+    assert result.exit_code == 1
+    assert "cannot be written" in result.output
+
+
+@pytest.mark.slow
+def test_several_processes_are_started_and_make_the_update_of_one(tmp_path):
+    result = trimtab("check", "--workers", 2, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "an update in 2 processes" in result.output
