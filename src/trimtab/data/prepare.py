@@ -240,6 +240,10 @@ def _build(work: _Work, key: str | None, on_bad_row: str, processes: int) -> tup
             "unused": list(unused),
         }
         return keeper.finish(note), note
+    except DataError:
+        keeper.discard()
+        work.refuse_changed()  # half a file may have been read; that it changed is the cause
+        raise
     except BaseException:
         keeper.discard()
         raise

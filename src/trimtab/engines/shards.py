@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from trimtab.batches.trees import TokenTrees, sequence_tree, split_by_tokens
+from trimtab.batches.trees import TokenTrees, TreeBatch, sequence_tree, split_by_tokens
 from trimtab.core.errors import EngineError
 from trimtab.core.metrics import Metrics
 from trimtab.engines.base import Loss, Scorer, Work
@@ -31,7 +32,33 @@ from trimtab.models.attention import num_layers
 from trimtab.models.roles import Policy, ScalarModel
 
 NOTHING = sequence_tree([0, 0])
-"""What a process computes while the others still have micro-batches: all of them take part in gathering each block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmptyRounds(TreeBatch):
+    """What a process computes while others still have micro-batches, since all take part in gathering each block."""
+
+    num: int
+    """The number of micro-batches."""
+
+    def micro_batches(self, token_budget: int) -> Iterator[Self]:
+        """Yields the batch `num` times."""
+        return iter([self] * self.num)
+
+
+class NoLoss:
+    """A loss that is zero, and whose gradients are."""
+
+    coef = 1.0
+
+    def weight(self, batch: Any) -> Tensor:
+        """One."""
+        return torch.ones(())
+
+    def __call__(self, outputs: Any, batch: Any) -> tuple[Tensor, Metrics]:
+        """Zero."""
+        found = [x.sum() for x in vars(outputs).values() if isinstance(x, Tensor) and x.requires_grad]
+        return torch.stack(found).sum() * 0, {}
 
 
 class ShardedLearner(LocalLearner):
@@ -53,11 +80,9 @@ class ShardedLearner(LocalLearner):
             token_budget=token_budget,
             num_updates=num_updates,
             name=name,
-            reduce_gradients=self._finish_rounds,
             clip=clip_shards,
         )
         self._scorer = LocalScorer(role, token_budget=token_budget)
-        self._empty_rounds = 0
         self._users = 0
         self._empty()
 
@@ -98,23 +123,14 @@ class ShardedLearner(LocalLearner):
         own = sum(len(split_by_tokens(batch.trees, self.token_budget)) for batch, _ in work)
         most = torch.tensor(own)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        self._empty_rounds = int(most) - own
-        return super().update(work)
+        empty = EmptyRounds(trees=TokenTrees.build([NOTHING]), num=int(most) - own)
+        return super().update([*work, (empty, [NoLoss()])])
 
     def _forward(self, trees: TokenTrees, losses: Sequence[Loss]) -> Any:
         with warnings.catch_warnings():
             # Values are a view of the head's output, and nothing changes them in place.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
             return super()._forward(trees, losses)
-
-    def _finish_rounds(self, _parameters: Iterable[nn.Parameter]) -> None:
-        """Takes part in the rounds that other processes still need, without adding to any gradient."""
-        for _ in range(self._empty_rounds):
-            outputs = self._forward(TokenTrees.build([NOTHING]), ())
-            tensors = (x for x in vars(outputs).values() if isinstance(x, Tensor) and x.requires_grad)
-            nothing = torch.stack([x.sum() * 0 for x in tensors]).sum()
-            with self.role.active():
-                nothing.backward()  # type: ignore[no-untyped-call]
 
     def save(self, directory: Path) -> None:
         """Writes what `LocalLearner.save` writes, from the first process."""
