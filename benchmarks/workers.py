@@ -75,6 +75,24 @@ def seconds(out: Path) -> float:
     return round(statistics.median(row["time/step_seconds"] for row in rows(out, "metrics.jsonl")), 3)
 
 
+def table(found: dict[str, Any]) -> str:
+    """The rows of the page."""
+    lines = []
+    for name in RUNS:
+        for workers, seconds_ in found[name]["seconds_of_a_step"].items():
+            if workers == "1":
+                lines.append(f"| {name} | 1 | | | | {seconds_} s |")
+                continue
+            row = found[name][f"{workers} processes"]
+            metric, worst = row["largest_relative_difference_until_then"]
+            ends = ", ".join(
+                f"`{n}` {a:.2f} and {b:.2f}" for n, (a, b) in row["last_step_here_and_in_one_process"].items()
+            )
+            same = f"{row['replies_equal_until_step']} of {row['steps']}"
+            lines.append(f"| {name} | {workers} | {same} | {worst:.0e} (`{metric}`) | {ends} | {seconds_} s |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Runs all, compares, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

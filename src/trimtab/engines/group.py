@@ -17,6 +17,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -72,8 +73,7 @@ class WorkerGroup:
         }
         for link in self._links:
             link.send_bytes(encode(begin))
-        with self.working("begin"):
-            _join(store, 0, size, limit_seconds)
+        self._join_with_all(store)
         self.checksums: list[dict[str, float]] = self.answers("begin")
         """The checksums of the weights that each worker loaded, by role."""
 
@@ -88,6 +88,24 @@ class WorkerGroup:
                 return int.from_bytes(link.recv_bytes(), "little"), link
             if time.monotonic() > deadline or any(process.poll() is not None for process in self._processes):
                 raise TimeoutError("not every worker called")
+
+    def _join_with_all(self, store: Any) -> None:
+        """Finds the other processes. Finding one that has ended would last until the limit, so a thread does it, and is
+        given up when a worker ends."""
+        failed: list[BaseException] = []
+
+        def join() -> None:
+            try:
+                _join(store, 0, self.size, self._limit)
+            except Exception as error:  # it is raised in the thread that waits
+                failed.append(error)
+
+        thread = threading.Thread(target=join, daemon=True)
+        thread.start()
+        while thread.is_alive() and all(process.poll() is None for process in self._processes):
+            thread.join(0.1)
+        if failed or thread.is_alive():
+            raise self._ended("begin", failed[0] if failed else "it ended before it was found")
 
     def call(self, method: str, arguments: Sequence[Mapping[str, Any]]) -> None:
         """Begins a call of every worker; `arguments` are those of worker 1, 2 and so on. The caller then does its own
