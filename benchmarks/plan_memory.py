@@ -33,6 +33,10 @@ WORKLOADS = {
     "PPO, 30m": ("ppo", "30m"),
     "SFT, bigvocab": ("sft", "bigvocab"),
     "PPO, bigvocab": ("ppo", "bigvocab"),
+    "SFT, 30m, 2 processes": ("sft", "30m"),
+    "SFT, 30m, 2 processes with shards": ("sft", "30m"),
+    "PPO, 30m, 2 processes": ("ppo", "30m"),
+    "PPO, 30m, 2 processes with shards": ("ppo", "30m"),
 }
 STAGES = {"dpo": "preference", "ppo": "online", "grpo": "online"}
 
@@ -79,7 +83,9 @@ def main() -> None:
             )
             used = f"{model}-rm" if kind == "reward" else str(model)
             table = settings_of(kind, used, str(rows), options) | {"stage": STAGES.get(kind, kind)}
-            values = {"stages": {kind: table}}
+            values: dict[str, Any] = {"stages": {kind: table}}
+            if "processes" in name:
+                values["engine"] = {"workers": 2, "shard": "shards" in name}
             predicted = plan(values, where=name)[0].peak_rss_gb
             measured = measure(values)
             found[name] = {"predicted_gb": predicted, "measured_gb": measured, "ratio": predicted / measured}

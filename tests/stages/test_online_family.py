@@ -305,6 +305,7 @@ def test_another_precision_is_weighed_without_being_asked(tmp_path, base, change
     assert 1e-4 < first["rollout/logprob_difference"] < 0.1
     assert 0.999 < first["rollout/effective_fraction"] < 1
     assert 0 < first["rollout/sampler_kl"] < 1e-3
+    assert first["policy/kl"] == 0  # policy and reference compute in one precision, on one path
 
 
 def test_truncated_sampling_is_not_weighed_without_being_asked(base):

@@ -73,10 +73,24 @@ def dpo_run(tmp_path_factory, base, pairs):
     return run_stage("preference", out, **settings(base, pairs, num_epochs=2))
 
 
+def assert_nothing_has_moved(first):
+    """The first update of DPO starts from its reference: exactly, and not up to rounding."""
+    assert first["loss/train"] == float(torch.tensor(math.log(2), dtype=torch.float32))
+    assert first["policy/margin"] == 0.0
+    assert first["policy/accuracy"] == 0.5
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("changed", [{}, {"token_budget": 100}, {"adapter": {"rank": 2}, "token_budget": 100}])
+def test_the_first_loss_is_exactly_log_2_in_every_precision(tmp_path, base, pairs, precision, changed):
+    changed = changed | {"precision": precision, "max_steps": 1}
+    out = run_stage("preference", tmp_path / "run", **settings(base, pairs, **changed))
+    assert_nothing_has_moved(rows(out)[0])
+
+
 def test_it_trains_a_model_and_says_how_it_orders_held_out_pairs(dpo_run):
     found = rows(dpo_run)
-    assert found[0]["loss/train"] == pytest.approx(math.log(2), rel=1e-6)
-    assert found[0]["policy/margin"] == pytest.approx(0.0, abs=1e-6)
+    assert_nothing_has_moved(found[0])
     assert found[-1]["loss/train"] < found[0]["loss/train"]
     assert found[-1]["policy/validation_accuracy"] == 1.0
     assert {"policy/chosen_reward", "policy/rejected_reward", "policy/margin"} <= summary(dpo_run).keys()

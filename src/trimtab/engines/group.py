@@ -22,6 +22,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,7 @@ class WorkerGroup:
             "threads": threads,
             "limit_seconds": limit_seconds,
         }
-        for link in self._links:
-            link.send_bytes(encode(begin))
+        self._send("begin", [begin] * len(self._links))
         self._join_with_all(store)
         self.checksums: list[dict[str, float]] = self.answers("begin")
         """The checksums of the weights that each worker loaded, by role."""
@@ -83,7 +83,7 @@ class WorkerGroup:
         deadline = time.monotonic() + _START_SECONDS
         listener._listener._socket.settimeout(0.2)  # type: ignore[attr-defined]
         while True:
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError, AuthenticationError):  # a stranger without the key is sent away
                 link = listener.accept()
                 return int.from_bytes(link.recv_bytes(), "little"), link
             if time.monotonic() > deadline or any(process.poll() is not None for process in self._processes):
@@ -110,17 +110,7 @@ class WorkerGroup:
     def call(self, method: str, arguments: Sequence[Mapping[str, Any]]) -> None:
         """Begins a call of every worker; `arguments` are those of worker 1, 2 and so on. The caller then does its own
         share and asks for the `answers`."""
-        assert len(arguments) == len(self._links), f"{len(arguments)} calls for {len(self._links)} workers"
-        try:
-            for link, given in zip(self._links, arguments, strict=True):
-                link.send_bytes(encode({"do": method, "arguments": dict(given)}))
-        except OSError as error:
-            raise self._ended(method, error) from error
-
-    def answers(self, method: str) -> list[Any]:
-        """What each worker answered to the call that was begun, in their order. Raises the error of a worker that
-        failed, and EngineError if one has ended or did not answer in time; the group is closed then."""
-        return self._collect(method)
+        self._send(method, [{"do": method, "arguments": dict(given)} for given in arguments])
 
     @contextlib.contextmanager
     def working(self, method: str) -> Any:
@@ -146,7 +136,16 @@ class WorkerGroup:
                 dist.destroy_process_group()
         self._close()
 
-    def _collect(self, method: str) -> list[Any]:
+    def _send(self, method: str, messages: Sequence[Mapping[str, Any]]) -> None:
+        try:
+            for link, message in zip(self._links, messages, strict=True):
+                link.send_bytes(encode(message))
+        except OSError as error:
+            raise self._ended(method, error) from error
+
+    def answers(self, method: str) -> list[Any]:
+        """What each worker answered to the call that was begun, in their order. Raises the error of a worker that
+        failed, and EngineError if one has ended or did not answer in time; the group is closed then."""
         found = []
         for rank, link in enumerate(self._links, start=1):
             try:

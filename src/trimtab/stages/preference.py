@@ -36,6 +36,7 @@ from trimtab.math.losses.preference import PreferenceLoss
 from trimtab.math.losses.preference.common import PairLoss
 from trimtab.math.losses.preference.pairs import DPO
 from trimtab.models.adapters import LoRA
+from trimtab.models.forward import token_logprobs_of
 from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.reference_cache import model_hash, reference_logprobs
@@ -106,7 +107,9 @@ def run(settings: PreferenceSettings, run: Run) -> None:
     refuse_long(policy.model, chain(train.trees, held_out.trees), where=settings.data, fix=FIT)
     policy.precision = settings.precision
     used = epochs.used(num_steps)
-    make_batch, validation = make_batches(settings, loss, policy, base, chat, train, used, held_out, run)
+    make_batch, validation = make_batches(
+        settings, loss, policy, base, chat, train, used, epochs.examples(0), held_out, run
+    )
     engines = Engines.start(settings, run.directory, load=load_roles, models={"policy": policy})
     learner = make_learner(policy, settings, epochs, engines, name="policy")
 
@@ -204,13 +207,16 @@ def make_batches(
     chat: Chat,
     train: Comparisons | Judgements,
     used: Sequence[int],
+    first: Sequence[int],
     held_out: Comparisons | Judgements,
     run: Run,
 ) -> tuple[MakeBatch, Validation | None]:
     """A function that makes the batch of some examples, and the validation data.
 
     The reference reads the examples in `used` once, before any weight changes. It reads the held-out ones when they are
-    first judged, so that a run of a few steps on a large set need not wait for them.
+    first judged, so that a run of a few steps on a large set need not wait for them. Those of the first update,
+    `first`, it reads together, as the update does: a policy that starts as its reference then differs from it by
+    exactly nothing, in every precision, and the first loss says so.
     """
     reference = start_reference(settings, policy, base, chat) if loss.needs_reference else None
     directory = Path(settings.reference_cache) if settings.reference_cache else run.directory.parent / ".reference"
@@ -224,6 +230,10 @@ def make_batches(
 
     def batch_maker(scorer: Policy | None, examples: Comparisons | Judgements, places: Sequence[int]) -> MakeBatch:
         ref = logprobs_by_place(scorer, examples.trees, places)
+        if scorer is not None and examples is train:
+            trees = TokenTrees.build([train.trees[i] for i in first])
+            found = token_logprobs_of(scorer, trees, settings.token_budget)
+            ref |= zip(first, torch.split(found, [tree.num_trained for tree in trees.trees]), strict=True)
         if isinstance(examples, Comparisons):
             return lambda indices: pair_batch(examples, indices, ref)
         if not loss.needs_mismatched:
