@@ -25,7 +25,7 @@ OUT = DATA.with_name("workers.json")
 KEEP = ("sample_every=1", "num_samples=1000")
 RUNS = {
     "PPO": (),
-    "GRPO": ("advantage.name=grpo", "kl_in=loss", 'kl={name="fixed", coef=0.04}', "num_epochs=1", "num_minibatches=1"),
+    "GRPO": ("advantage=grpo", "kl_in=loss", 'kl={name="fixed", coef=0.04}', "num_epochs=1", "num_minibatches=1"),
 }
 
 
@@ -35,7 +35,9 @@ def rows(directory: Path, name: str) -> list[dict[str, Any]]:
 
 
 def train(settings: Path, out: Path, workers: int, *changed: str) -> None:
-    """One run from its beginning."""
+    """One run, from its beginning unless it is finished."""
+    if (out / "summary.json").exists():
+        return
     shutil.rmtree(out, ignore_errors=True)
     stage = [sys.executable, "-m", "trimtab", "online", str(settings), "--out", str(out)]
     subprocess.run([*stage, f"engine.workers={workers}", *KEEP, *changed], check=True, stdout=subprocess.DEVNULL)
@@ -98,7 +100,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", type=Path, required=True, help="the directory of a finished quickstart")
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--keep", action="store_true", help="compare finished runs that are there from before")
     options = parser.parse_args()
+    if not options.keep:
+        shutil.rmtree(options.quickstart / "workers", ignore_errors=True)
     settings = options.quickstart / "ppo" / "settings.toml"
     result: dict[str, Any] = {"command": "python benchmarks/workers.py", "machine": machine()}
     for name, changed in RUNS.items():
