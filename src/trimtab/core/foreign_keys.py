@@ -12,7 +12,7 @@ _ADAPTER = "low-rank adapters are the table [adapter]"
 _DIRECTORY = 'the run directory is given on the command line, as "--out DIR"'
 _TRACKERS = 'write trackers = ["wandb"] or ["tensorboard"]; metrics.jsonl is always written'
 _PACKED = "nothing is ever padded: sequences are packed and share their prefixes always; remove the key"
-_ENGINE = "there is nothing to choose: the local engine trains and samples; remove the key"
+_ATTENTION = "how attention and logits are computed is chosen and proved when a model is loaded; remove the key"
 _TOKENIZER = (
     "the tokenizer in the model's directory is used as it is, with its tokens and chat template; change it there"
 )
@@ -76,9 +76,21 @@ OURS: dict[str, tuple[str, str]] = {
     ),
     "gradient_checkpointing activation_checkpointing": ("checkpoint_activations", ""),
     "packing sample_packing pad_to_sequence_len group_by_length padding_free": ("", _PACKED),
-    "use_vllm vllm_mode deepspeed zero_stage fsdp flash_attn flash_attention": ("", _ENGINE),
-    "attn_implementation use_liger_kernel use_liger_loss": ("", _ENGINE),
-    "num_gpus n_gpus_per_node nnodes device device_map world_size": ("", _ENGINE),
+    "use_vllm vllm_mode vllm_gpu_memory_utilization": (
+        "",
+        "replies are sampled by the local engine, and no other is there yet; remove the key",
+    ),
+    "flash_attn flash_attention attn_implementation use_liger_kernel use_liger_loss": ("", _ATTENTION),
+    "deepspeed zero_stage fsdp fsdp_config": ("engine.shard", "true or false, with engine.workers processes"),
+    "num_processes nproc_per_node world_size": (
+        "engine.workers",
+        "the processes of this machine that compute together",
+    ),
+    "device device_map": ("engine.device", '"cpu", or "cuda" for one GPU'),
+    "num_gpus n_gpus_per_node nnodes num_machines": (
+        "",
+        "one GPU (engine.device) or several processes on the CPU (engine.workers); several GPUs are not there yet",
+    ),
     # adapters
     "lora_rank lora_r peft_lora_r r": ("adapter.rank", ""),
     "lora_alpha peft_lora_alpha": ("adapter.alpha", ""),
