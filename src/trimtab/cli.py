@@ -162,12 +162,10 @@ def _directory(help_line: str, *, default: str | None = None, required: bool = F
 @click.option("--seed", type=click.IntRange(min=0), help="Another seed than the file's.")
 @_device
 @_workers
-def quickstart(
-    overrides: tuple[str, ...], out: Path, seed: int | None, device: str | None, workers: int | None
-) -> None:
+def quickstart(overrides: tuple[str, ...], out: Path, seed: int | None, **engine: Any) -> None:
     """Run the whole loop on the help-desk world, on a laptop CPU."""
     chosen = overrides if seed is None else (*overrides, f"seed={seed}")
-    _run_pipeline(examples_dir() / "quickstart" / "pipeline.toml", _on(chosen, device, workers), out)
+    _run_pipeline(examples_dir() / "quickstart" / "pipeline.toml", _on(chosen, **engine), out)
 
 
 @main.command("run")
@@ -176,12 +174,12 @@ def quickstart(
 @_directory("The directory of the pipeline.  [default: runs/<name of the file>]")
 @_device
 @_workers
-def run_(run_file: Path, overrides: tuple[str, ...], out: Path | None, device: str | None, workers: int | None) -> None:
+def run_(run_file: Path, overrides: tuple[str, ...], out: Path | None, **engine: Any) -> None:
     """Run a pipeline of stages.
 
     Finished stages are skipped and an interrupted one goes on.
     """
-    _run_pipeline(run_file, _on(overrides, device, workers), out or Path("runs") / run_file.stem)
+    _run_pipeline(run_file, _on(overrides, **engine), out or Path("runs") / run_file.stem)
 
 
 @main.command()
@@ -193,14 +191,14 @@ def run_(run_file: Path, overrides: tuple[str, ...], out: Path | None, device: s
     help="The stage of a run file that is not a pipeline.",
 )
 @_device
-def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None, device: str | None) -> None:
+def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None, **engine: Any) -> None:
     """Say what a run will take: time, memory and steps.
 
     Rehearses a few steps of every stage in a scratch directory, with the run's own data, models and batch sizes.
     """
     from rich.console import Console
 
-    values, where = _read(run_file, _on(overrides, device))
+    values, where = _read(run_file, _on(overrides, **engine))
     if "stages" not in values:
         stage = stage or values.get("stage") or _stage_of(values, where)
         values = {"stages": {stage: {**values, "stage": stage}}}
@@ -209,35 +207,23 @@ def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None, device: 
     planning.show(planning.plan(values, where=where), Console(width=120))
 
 
-def _on(overrides: tuple[str, ...], device: str | None, workers: int | None = None) -> tuple[str, ...]:
+def _on(overrides: tuple[str, ...], **engine: Any) -> tuple[str, ...]:
     """The overrides with those that `--device` and `--workers` stand for."""
-    further = [] if device is None else [f'engine.device="{device}"']
-    return (*overrides, *further, *([] if workers is None else [f"engine.workers={workers}"]))
+    return (*overrides, *(f"engine.{key}={value}" for key, value in engine.items() if value is not None))
 
 
 @main.command()
 @_device
 @_workers
 @_directory("Where runs will be written.", default="runs")
-def check(out: Path, device: str | None, workers: int | None) -> None:
+def check(out: Path, **engine: Any) -> None:
     """Check this machine: rates, and whether all ways of computing agree.
 
     Takes half a minute and downloads nothing. Exit code 1 if something is wrong.
     """
-    from trimtab.core import config
-    from trimtab.engines.check import check
-    from trimtab.engines.device import EngineSettings
+    from trimtab.engines.check import show
 
-    given = {"device": device, "workers": workers or 2}
-    values = {key: value for key, value in given.items() if value is not None}
-    wrong = 0
-    for finding in check(config.resolve(EngineSettings, values, where="the command line"), out):
-        click.echo(f"{finding.what:<32} {finding.found}")
-        if finding.wrong:
-            click.echo(f"{'':<32} {'! ' + finding.wrong}")
-        wrong += finding.matters
-    click.echo("something is wrong" if wrong else "all agree")
-    sys.exit(min(wrong, 1))
+    sys.exit(show({"workers": 2} | {key: value for key, value in engine.items() if value is not None}, out))
 
 
 def _read(run_file: Path, overrides: tuple[str, ...]) -> tuple[dict[str, Any], str]:
@@ -309,16 +295,9 @@ def stage_command(name: str) -> click.Command:
     @click.option("--fresh", is_flag=True, help="Empty the run directory first, instead of going on there.")
     @_device
     @_workers
-    def invoke(
-        run_file: Path,
-        overrides: tuple[str, ...],
-        out: Path | None,
-        fresh: bool,
-        device: str | None,
-        workers: int | None,
-    ) -> None:
+    def invoke(run_file: Path, overrides: tuple[str, ...], out: Path | None, fresh: bool, **engine: Any) -> None:
         directory = out or Path("runs") / run_file.stem
-        with _opened(name, run_file, _on(overrides, device, workers), directory, fresh) as (stage, settings, run):
+        with _opened(name, run_file, _on(overrides, **engine), directory, fresh) as (stage, settings, run):
             if run.finished:
                 click.echo(f"{directory} is finished; --fresh begins it again")
             else:

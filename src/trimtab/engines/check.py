@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trimtab.batches.rollouts import PolicyBatch
 from trimtab.batches.trees import TokenTrees, response_tree
+from trimtab.core import config
 from trimtab.data.chat import Chat
 from trimtab.engines.build import Engines
 from trimtab.engines.device import EngineSettings
@@ -74,6 +75,18 @@ def check(engine: EngineSettings, directory: Path) -> Iterator[Finding]:
     yield disk(directory)
     if engine.workers > 1:
         yield from workers(engine)
+
+
+def show(values: Mapping[str, Any], directory: Path, say: Callable[[str], None] = print) -> int:
+    """Says what is found for these settings of the engine; returns 1 if something is wrong, else 0."""
+    wrong = False
+    for finding in check(config.resolve(EngineSettings, values, where="the command line"), directory):
+        say(f"{finding.what:<32} {finding.found}")
+        if finding.wrong:
+            say(f"{'':<32} ! {finding.wrong}")
+        wrong |= finding.matters
+    say("something is wrong" if wrong else "all agree")
+    return int(wrong)
 
 
 def machine(device: torch.device) -> Iterator[Finding]:

@@ -38,9 +38,6 @@ def sequence_scores_of(model: ScalarModel, trees: TokenTrees, token_budget: int)
 def _in_pieces(trees: TokenTrees, token_budget: int, axis: str, run: Callable[[TokenTrees], Tensor]) -> Tensor:
     size = trees.num_trained if axis == "token" else trees.num_sequences
     result = torch.empty(size, dtype=torch.float32)
-    groups = split_by_tokens(trees, token_budget)
-    if len(groups) == 1:
-        return run(trees).float()  # in the order of the batch, as an update computes it
-    for indices in groups:
+    for indices in split_by_tokens(trees, token_budget):
         result[trees.index_of(axis, indices)] = run(trees.select(indices))
     return result

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trimtab.batches.pairs import PairBatch, ReferencePairs
 from trimtab.batches.replies import JudgedReplies, MismatchedReplies
-from trimtab.batches.trees import TokenTrees, Tree, TreeBatch
+from trimtab.batches.trees import TokenTrees, Tree, TreeBatch, split_by_tokens
 from trimtab.core.config import Choice
 from trimtab.core.errors import DataError, EngineError
 from trimtab.core.hub import same_model
@@ -232,7 +232,7 @@ def make_batches(
         ref = logprobs_by_place(scorer, examples.trees, places)
         if scorer is not None and examples is train:
             trees = TokenTrees.build([train.trees[i] for i in first])
-            found = token_logprobs_of(scorer, trees, settings.token_budget)
+            found = logprobs_as_in_update(scorer, trees, settings.token_budget)
             ref |= zip(first, torch.split(found, [tree.num_trained for tree in trees.trees]), strict=True)
         if isinstance(examples, Comparisons):
             return lambda indices: pair_batch(examples, indices, ref)
@@ -260,6 +260,15 @@ def make_batches(
         whole=getattr(type(loss), "complete", None) is not PairLoss.complete,
     )
     return make_batch, validation
+
+
+@torch.no_grad()
+def logprobs_as_in_update(policy: Policy, trees: TokenTrees, token_budget: int) -> Tensor:
+    """[M] log-probabilities with the bits that an update over these trees gives them: a batch that is one micro-batch
+    keeps its order there, while scoring sorts it."""
+    if len(split_by_tokens(trees, token_budget)) == 1:
+        return policy(trees).logprobs  # type: ignore[no-any-return]
+    return token_logprobs_of(policy, trees, token_budget)
 
 
 def check_mismatched(
