@@ -26,6 +26,8 @@ from speed import DATA, ROOT, busy_seconds, machine
 KINDS = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
 """Values of ATEN_CPU_CAPABILITY and what torch then says it uses."""
 OUT = DATA.with_name("machines.json")
+HERE = f"{Path(__file__).resolve().parents[1]}/"
+"""What paths begin with here, which says nothing elsewhere."""
 
 
 def measured(command: list[str], environment: dict[str, str], threads: int) -> dict[str, Any]:
@@ -36,13 +38,13 @@ def measured(command: list[str], environment: dict[str, str], threads: int) -> d
         command, env=os.environ | environment | limits, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         assert process.stdout is not None
-        words = process.stdout.read()
+        words = process.stdout.read().replace(HERE, "")
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.perf_counter() - began
     foreign = (busy_seconds() - busy - (sum(os.times()[2:4]) - own)) / wall
     return {
-        "command": " ".join(["python", *command[1:]]),
+        "command": " ".join(["python", *command[1:]]).replace(HERE, ""),
         "seconds": round(wall, 1),
         "peak_rss_gb": round(usage.ru_maxrss / 2**20, 3),
         "threads": threads,
