@@ -26,7 +26,7 @@ from speed import DATA, ROOT, busy_seconds, machine
 KINDS = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
 """Values of ATEN_CPU_CAPABILITY and what torch then says it uses."""
 OUT = DATA.with_name("machines.json")
-HERE = f"{Path(__file__).resolve().parents[1]}/"
+HERE = f"{ROOT}/"
 """What paths begin with here, which says nothing elsewhere."""
 
 
