@@ -86,7 +86,7 @@ def test_a_key_of_another_library_is_answered_with_ours(stage: str, key: str, ou
         ("sft", "output_dir", "--out DIR"),
         ("sft", "sample_packing", "ever padded"),
         ("sft", "logging_steps", "metrics.jsonl"),
-        ("sft", "num_gpus", "the local engine trains and samples"),
+        ("sft", "num_gpus", "several GPUs are not there yet"),
         ("sft", "trust_remote_code", "is never run"),
         ("sft", "hf_token", "hf auth login"),
         ("sft", "use_dora", "plain low-rank change"),

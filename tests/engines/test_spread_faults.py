@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.engines.models_of_tests import CaseSettings, load, start
+from tests.engines.models_of_tests import CASES, CaseSettings, load, start
 from tests.engines.test_device import batch
 from trimtab.core.errors import EngineError
 from trimtab.engines.build import Engines
 from trimtab.engines.device import EngineSettings
 from trimtab.engines.local.learner import AdamW
+from trimtab.engines.shards import ShardedLearner
 from trimtab.engines.spread import cost, deal
 from trimtab.math.losses.policy import PPO
 
@@ -52,6 +53,7 @@ def test_a_worker_that_is_killed_is_named_and_the_others_end(directory):
         assert second.wait(timeout=10) is not None
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_ends_the_run_within_the_limit(directory):
     engines, models = start(directory, 2, ("llama",), timeout_seconds=5)
     with engines:
@@ -65,6 +67,7 @@ def test_a_worker_that_hangs_ends_the_run_within_the_limit(directory):
         assert worker.wait(timeout=10) == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_other_weights_in_a_worker_are_refused(directory, tmp_path):
     settings = CaseSettings(model=str(directory), cases=("llama",), engine=EngineSettings(workers=2))
     models = load(settings, directory)[1]
@@ -74,10 +77,9 @@ def test_other_weights_in_a_worker_are_refused(directory, tmp_path):
         Engines.start(settings, directory, load=load, models=models)
 
 
-def test_a_sharded_adapter_is_refused(directory):
-    engines, models = start(directory, 2, ("adapter",), shard=True)
-    with engines, pytest.raises(EngineError, match="the frozen base of an adapter is not sharded"):
-        engines.learner(models["adapter"], OPTIMIZER, name="adapter", **HOW)
+def test_a_sharded_adapter_is_refused():
+    with pytest.raises(EngineError, match="the frozen base of an adapter is not sharded"):
+        ShardedLearner(CASES["adapter"](), OPTIMIZER, name="adapter", **HOW)
 
 
 def test_shards_of_one_process_are_refused():
