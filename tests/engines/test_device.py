@@ -11,6 +11,7 @@ from trimtab.core.errors import EngineError
 from trimtab.core.types import Message, Prompt
 from trimtab.data.chat import Chat
 from trimtab.engines.device import EngineSettings
+from trimtab.engines.local import kernels
 from trimtab.engines.local.form_choice import FormChoice, forms
 from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.engines.local.sampler import LocalSampler, Sampling
@@ -178,7 +179,8 @@ def test_every_form_of_decoding_draws_the_same_replies_on_a_device(tmp_path, nam
 
 
 @pytest.mark.parametrize("name", ["fused", "rows", "padded", "lockstep"])
-def test_sampling_has_its_own_precision(tmp_path, name):
+def test_sampling_has_its_own_precision(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(kernels, "PACK_FROM", 1)  # as for matrices of real sizes, which are packed in float32
     chat = Chat(load_tokenizer(tiny.write_model_directory(tmp_path / "model")))
     policy = Policy(load_causal(tmp_path / "model"), pad_id=chat.pad_id)
     differences = {}

@@ -69,7 +69,8 @@ class Matrices:
         present = [b.detach().to(dtype) for b in biases if b is not None]
         self._bias = torch.cat(present) if present else None
         self._weight, self._dtype = weight, dtype
-        packs = weight.device.type == "cpu" and weight.numel() >= PACK_FROM and has_onednn()
+        fits = weight.device.type == "cpu" and dtype == torch.float32  # others need processors of certain kinds
+        packs = fits and weight.numel() >= PACK_FROM and has_onednn()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), num_rows) if packs else None
         if self._packed is not None:
             self._weight = weight.new_empty(0)  # a slice would keep the whole weight in memory
