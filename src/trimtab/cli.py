@@ -191,6 +191,7 @@ def run_(run_file: Path, overrides: tuple[str, ...], out: Path | None, **engine:
     help="The stage of a run file that is not a pipeline.",
 )
 @_device
+@_workers
 def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None, **engine: Any) -> None:
     """Say what a run will take: time, memory and steps.
 
@@ -223,7 +224,7 @@ def check(out: Path, **engine: Any) -> None:
     """
     from trimtab.engines.check import show
 
-    sys.exit(show({"workers": 2} | {key: value for key, value in engine.items() if value is not None}, out))
+    sys.exit(show({key: value for key, value in engine.items() if value is not None}, out))
 
 
 def _read(run_file: Path, overrides: tuple[str, ...]) -> tuple[dict[str, Any], str]:

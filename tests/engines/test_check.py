@@ -1,6 +1,7 @@
 """`trimtab check` says what a machine is, and finds a way of computing that gives other numbers."""
 
 import pytest
+import torch
 
 from tests.stages.commands import trimtab
 from trimtab.engines import check
@@ -35,6 +36,15 @@ def test_a_place_that_cannot_be_written_is_found(tmp_path):
     result = trimtab("check", "--workers", 1, "--out", tmp_path / "file" / "runs")
     assert result.exit_code == 1
     assert "cannot be written" in result.output
+
+
+def test_a_device_that_is_not_there_is_said_and_nothing_of_processes():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: the refusal needs one without")
+    result = trimtab("check", "--device", "cuda")
+    assert result.exit_code == 2
+    assert "torch sees no GPU" in result.output
+    assert "workers" not in result.output
 
 
 @pytest.mark.slow

@@ -78,9 +78,11 @@ def check(engine: EngineSettings, directory: Path) -> Iterator[Finding]:
 
 
 def show(values: Mapping[str, Any], directory: Path, say: Callable[[str], None] = print) -> int:
-    """Says what is found for these settings of the engine; returns 1 if something is wrong, else 0."""
+    """Says what is found for these settings of the engine; returns 1 if something is wrong, else 0. On a CPU two
+    processes are tried too, if no other number is given."""
     wrong = False
-    for finding in check(config.resolve(EngineSettings, values, where="the command line"), directory):
+    tried = {"workers": 2} if values.get("device", "cpu") == "cpu" else {}
+    for finding in check(config.resolve(EngineSettings, tried | dict(values), where="the command line"), directory):
         say(f"{finding.what:<32} {finding.found}")
         if finding.wrong:
             say(f"{'':<32} ! {finding.wrong}")
