@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,6 +59,26 @@ class Scorer(Protocol):
     def kl_to(self, reference: Scorer, trees: TokenTrees) -> Tensor:
         """[M] exact KL(self || reference) at every trained token, in nats."""
         ...
+
+
+class WeightHolder:
+    """A scorer or learner whose role has all its weights inside `with scorer.whole(): …`. Here it always has them; an
+    engine that spreads them over processes gathers them for that time."""
+
+    def hold(self) -> None:
+        """Gives the role all its weights until `release`."""
+
+    def release(self) -> None:
+        """Ends what `hold` began."""
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside this block the role has all its weights."""
+        self.hold()
+        try:
+            yield
+        finally:
+            self.release()
 
 
 class Loss(Protocol):

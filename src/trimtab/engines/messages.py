@@ -55,7 +55,7 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {"table": [[_plain(k, tensors), _plain(v, tensors)] for k, v in value.items()]}
     if isinstance(value, tuple):
         return {"tuple": [_plain(v, tensors) for v in value]}
-    if isinstance(value, list | set | frozenset):
+    if isinstance(value, list):
         return [_plain(v, tensors) for v in value]
     raise TypeError(f"a {type(value).__name__} cannot be sent to another process")
 

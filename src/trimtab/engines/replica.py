@@ -75,8 +75,9 @@ class Replica:
         self._learner(name).load(Path(directory))
 
     def save(self, *, name: str, directory: str) -> None:
-        """Takes part in gathering what is saved."""
-        self._learner(name).save(Path(directory))
+        """Takes part in gathering what the controller saves, if this process has a share of it."""
+        if isinstance(learner := self._learner(name), ShardedLearner):
+            learner.save(Path(directory))
 
     def hold(self, *, name: str) -> None:
         """Takes part in gathering the weights of a role, and keeps them until `release`."""
@@ -119,7 +120,7 @@ class Replica:
         sampler = self._samplers[key]
         with self.scorers[name].whole() if name in self.scorers else nullcontext():
             drawn = sampler.continue_ids(prefixes, group_size=group_size, uniforms=uniforms, limits=limits)
-        return drawn, sampler.difference
+        return drawn, sampler.difference if prefixes else 0.0
 
     def peak_rss_gb(self) -> float:
         """The most memory that this process has held."""

@@ -148,9 +148,9 @@ class ShardedLearner(LocalLearner):
         """Restores what any learner's `save` wrote."""
         tensors = load_file(directory / f"{self.name}.safetensors")
         for n, p in self.parameters.items():
-            p.copy_(shared_as(p, tensors[f"weight/{n}"]))
+            p.copy_(sharded_like(p, tensors[f"weight/{n}"]))
             if f"adam.exp_avg/{n}" in tensors:
-                moments = {key: shared_as(p, tensors[f"adam.{key}/{n}"]) for key in ("exp_avg", "exp_avg_sq")}
+                moments = {key: sharded_like(p, tensors[f"adam.{key}/{n}"]) for key in ("exp_avg", "exp_avg_sq")}
                 self.adam.state[p] = {"step": tensors[f"adam.step/{n}"], **moments}
         self.updates_done = int(tensors["updates_done"])
 
@@ -200,7 +200,7 @@ def gathered(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def shared_as(like: Tensor, whole: Tensor) -> Tensor:
+def sharded_like(like: Tensor, whole: Tensor) -> Tensor:
     """The whole tensor, spread as `like` is. Every process has it, so nothing is sent."""
     if not isinstance(like, DTensor):
         return whole

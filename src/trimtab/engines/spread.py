@@ -1,4 +1,5 @@
-"""Engines whose work is spread over the processes of a group. Each has the whole model and takes a share of a batch.
+"""Engines whose work is spread over the processes of a group. Each process takes a share of every batch, and has the
+whole model or, while it trains, a share of it (`shards.py`).
 
 The denominators of losses are those of the whole batch, so what the shares are changes no gradient beyond rounding: the
 sum over the shares is the update that one process would make. Every process then makes it, and their weights stay
@@ -7,8 +8,8 @@ equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from trimtab.batches.trees import TokenTrees, Tree, split_by_tokens
 from trimtab.core.errors import EngineError
 from trimtab.core.metrics import Metrics, merge
 from trimtab.data.chat import Chat
-from trimtab.engines.base import Loss, Scorer, Work
+from trimtab.engines.base import Loss, Scorer, WeightHolder, Work
 from trimtab.engines.group import WorkerGroup
 from trimtab.engines.local.form_choice import FormChoice
 from trimtab.engines.local.learner import LocalLearner
@@ -62,7 +63,7 @@ class ShareOfLoss:
         return self.loss(outputs, batch)
 
 
-class SpreadScorer:
+class SpreadScorer(WeightHolder):
     """Scores the pieces of a batch in all processes. A piece computes the same wherever it is computed."""
 
     def __init__(self, local: LocalScorer, *, name: str, group: WorkerGroup) -> None:
@@ -82,33 +83,31 @@ class SpreadScorer:
 
     def kl_to(self, reference: Scorer, trees: TokenTrees) -> Tensor:
         """[M] exact KL(self || reference) of the next-token distribution at every trained token, in nats."""
-        assert isinstance(reference, SpreadScorer | SpreadLearner)
+        assert isinstance(reference, SpreadScorer)
         return _spread(self, "kl_to", trees, reference)
 
 
-class SpreadLearner:
+class SpreadLearner(SpreadScorer):
     """A learner of which every process has a part: a whole model, or a share of one."""
 
     def __init__(self, local: LocalLearner, *, group: WorkerGroup) -> None:
         """`local` is this process' part; those of the workers are made already."""
-        self.local = local
-        self.name = local.name
-        self.token_budget = local.token_budget
-        self.group = group
+        super().__init__(local, name=local.name, group=group)
+        self.learner = local
 
     def update(self, work: Work) -> Metrics:
         """One optimizer step over all of `work`; see `LocalLearner.update`."""
         shares = shares_of(work, self.group.size)
         self.group.call("update", [{"name": self.name, "work": share} for share in shares[1:]])
         with self.group.working("update"):
-            own = self.local.update(shares[0])
+            own = self.learner.update(shares[0])
         others = self.group.answers("update")
         norm = f"optimizer/{self.name}_gradient_norm"
         if any(other[norm].value != own[norm].value for other in others):
             self.group.close()
             raise EngineError(
                 f"the processes made different updates: gradient norms {[m[norm].value for m in (own, *others)]}",
-                where=f"update {self.local.updates_done}",
+                where=f"update {self.learner.updates_done}",
                 fix="please report this; the same command goes on from the last checkpoint",
             )
         of_shares = ({k: v for k, v in m.items() if not k.startswith("optimizer/")} for m in others)
@@ -117,46 +116,28 @@ class SpreadLearner:
     @property
     def form(self) -> str:
         """How the model computes a batch."""
-        return self.local.form
+        return self.learner.form
 
     def save(self, directory: Path) -> None:
         """Weights and optimizer state, as `LocalLearner.save` writes them."""
-        self._together("save", partial(self.local.save, directory), directory=str(directory.resolve()))
+        self._together("save", partial(self.learner.save, directory), directory=str(directory.resolve()))
 
     def load(self, directory: Path) -> None:
         """Restores what `save` wrote, in every process."""
-        self._together("load", partial(self.local.load, directory), directory=str(directory.resolve()))
+        self._together("load", partial(self.learner.load, directory), directory=str(directory.resolve()))
 
     def evaluate(self, batch: Any, loss: Loss) -> Metrics:
         """The metrics of a loss on one micro-batch, without gradients."""
         with self.whole():
-            return self.local.evaluate(batch, loss)
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Inside this block the role of this process has all its weights."""
-        self.hold()
-        try:
-            yield
-        finally:
-            self._together("release", self.local.release)
+            return self.learner.evaluate(batch, loss)
 
     def hold(self) -> None:
         """Gives the roles of all processes all their weights."""
         self._together("hold", self.local.hold)
 
-    def logprobs(self, trees: TokenTrees) -> Tensor:
-        """[M] log-probability of every trained token at the policy's temperature."""
-        return _spread(self, "logprobs", trees)
-
-    def values(self, trees: TokenTrees) -> Tensor:
-        """[M] the critic's value before every trained token."""
-        return _spread(self, "values", trees)
-
-    def kl_to(self, reference: Scorer, trees: TokenTrees) -> Tensor:
-        """[M] exact KL(self || reference) of the next-token distribution at every trained token, in nats."""
-        assert isinstance(reference, SpreadScorer | SpreadLearner)
-        return _spread(self, "kl_to", trees, reference)
+    def release(self) -> None:
+        """Ends what `hold` began, in all processes."""
+        self._together("release", self.local.release)
 
     def _together(self, method: str, here: Callable[[], Any], **arguments: Any) -> None:
         """Calls a method of all workers, and does this process' part meanwhile."""
@@ -209,6 +190,7 @@ class SpreadSampler(LocalSampler):
             for share, rows in zip(shares, replies, strict=True)
         ]
         what = {"name": self.name, "sampling": self.sampling, "form": self.method, "watched": self._watched}
+        self.difference = 0.0
         self.group.call("sample", [what | share for share in given[1:]])
         with self.group.working("sample"), self._whole():
             drawn = [super().continue_ids(**given[0])]
@@ -221,9 +203,7 @@ class SpreadSampler(LocalSampler):
         return [found[i] for i in range(len(found))]
 
 
-def _spread(
-    scorer: SpreadScorer | SpreadLearner, method: str, trees: TokenTrees, *others: SpreadScorer | SpreadLearner
-) -> Tensor:
+def _spread(scorer: SpreadScorer, method: str, trees: TokenTrees, *others: SpreadScorer) -> Tensor:
     """The result [M] of a method of `Scorer`, whose pieces are computed in all processes."""
     groups = split_by_tokens(trees, scorer.token_budget)
     pieces = [trees.select(indices) for indices in groups]

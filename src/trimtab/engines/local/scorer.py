@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import Tensor
 
 from trimtab.batches.trees import TokenTrees
-from trimtab.engines.base import Scorer
+from trimtab.engines.base import Scorer, WeightHolder
 from trimtab.models.forward import exact_kl_of, token_logprobs_of, token_values_of
 from trimtab.models.roles import Policy, ScalarModel
 
 
-class LocalScorer:
+class LocalScorer(WeightHolder):
     """Scores trees with a policy, a reference or a critic in this process."""
 
     def __init__(self, role: Policy | ScalarModel, *, token_budget: int) -> None:
         """`token_budget` bounds the tokens of one forward pass."""
         self.role = role
         self.token_budget = token_budget
-
-    def hold(self) -> None:
-        """Gives the role all its weights until `release`. Here it always has them; an engine that spreads them over
-        processes gathers them."""
-
-    def release(self) -> None:
-        """Ends what `hold` began."""
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Inside this block the role has all its weights."""
-        self.hold()
-        try:
-            yield
-        finally:
-            self.release()
 
     def logprobs(self, trees: TokenTrees) -> Tensor:
         """[M] log-probability of every trained token at the policy's temperature."""

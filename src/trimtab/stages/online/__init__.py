@@ -73,13 +73,13 @@ def run(settings: OnlineSettings, run: Run) -> None:
     prompts = read_prompts(settings, chat, run, counts)
     demonstrations = read_mix(settings, chat, run, counts)
     models = load_models(settings, chat)
-    engines = Engines.start(settings, run.directory, load=load_roles, models=models.roles)
     refuse_long(models.policy.model, demonstrations, where="pretraining_mix", fix=FIT)
+    judges = [part.reward for part in models.rewards.parts]
+    refuse_short_reward_models(judges, prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)
+    engines = Engines.start(settings, run.directory, load=load_roles, models=models.roles)
     sampler, greedy = make_samplers(settings, models.policy, chat, prompts, engines.sampler)
     policy, reference, critic = make_engines(settings, models, engines)
     world = GoldScorer(worlds.load(settings.world)) if settings.world else None
-    judges = [part.reward for part in models.rewards.parts]
-    refuse_short_reward_models(judges, prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)
     source = RolloutSource(sampler, greedy, models.rewards, world, settings)
     pretraining = PretrainingBatches(demonstrations, settings)
     state = OnlineState(
