@@ -411,7 +411,10 @@ def test_a_json_document_is_held_in_memory_by_one_process_alone(tmp_path, monkey
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_file_that_changes_while_it_is_read_is_refused_and_not_kept(tmp_path, large, cache, monkeypatch, processes):
+@pytest.mark.parametrize("times", [2, 0])  # a second time the rows, or only the beginning of a write
+def test_a_file_that_changes_while_it_is_read_is_refused_and_not_kept(
+    tmp_path, large, cache, monkeypatch, processes, times
+):
     """Its tokens were kept under the hash of what it was before."""
     path = write(
         tmp_path / "pairs.jsonl", [{"prompt": f"Question {i}?", "chosen": "y", "rejected": "n"} for i in range(20)]
@@ -420,7 +423,9 @@ def test_a_file_that_changes_while_it_is_read_is_refused_and_not_kept(tmp_path, 
     monkeypatch.setattr(prepare, "num_processes", lambda _: processes)
 
     def while_it_is_written(chat, records, rows):
-        path.write_text(plain + plain)
+        path.write_text(plain * times)
+        if times == 0:
+            raise DataError("there are no rows in it", where=str(path), fix="name a file that holds data")
         return real(chat, records, rows)
 
     monkeypatch.setattr(prepare, "tokenise", while_it_is_written)

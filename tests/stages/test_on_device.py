@@ -40,7 +40,7 @@ def both(tmp_path, monkeypatch, stage, **settings):
 def assert_same_numbers(ours, theirs):
     for mine, other in zip(ours, theirs, strict=True):
         numbers = {k: v for k, v in other.items() if isinstance(v, int | float) and not k.startswith("time/")}
-        assert {k: mine[k] for k in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-5)
+        assert {k: mine[k] for k in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("adapter", [None, ADAPTER])

@@ -20,14 +20,13 @@ Tensors = TypeVar("Tensors", bound="DataclassInstance")
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device. The program does not wait until a GPU has it, for which it must lie in memory that the
-    system never moves."""
+    """The tensor on a device. A copy to a GPU goes on in the background, which needs pinned memory."""
     if x.device == device:
         return x
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
-def sent(tensors: Tensors, device: torch.device) -> Tensors:
+def tensors_to_device(tensors: Tensors, device: torch.device) -> Tensors:
     """A copy of a dataclass with its tensors on a device; `tensors` itself if they are there."""
     columns = {f.name: x for f in dataclasses.fields(tensors) if isinstance(x := getattr(tensors, f.name), Tensor)}
     moved = {name: to_device(x, device) for name, x in columns.items() if x.device != device}

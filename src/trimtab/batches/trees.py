@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from trimtab.batches.device import sent
+from trimtab.batches.device import tensors_to_device
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class TokenTrees:
 
     def to(self, device: torch.device) -> Self:
         """The same row on a device, with what it needs for attention."""
-        return sent(self, device)
+        return tensors_to_device(self, device)
 
     @cached_property
     def parts(self) -> TreeParts:
@@ -230,7 +230,7 @@ class Strips:
 
     def to(self, device: torch.device) -> Self:
         """The same strips on a device."""
-        return sent(self, device)
+        return tensors_to_device(self, device)
 
     def cut(self, x: Tensor) -> Tensor:
         """[C, H, L, D] x [N, H, D] cut into strips."""
@@ -276,8 +276,11 @@ class TreeParts:
     def to(self, device: torch.device) -> TreeParts:
         """The same parts on a device."""
         return TreeParts(
-            tuple(sent(chain, device) for chain in self.chains),
-            tuple((sent(branches, device), sent(prompts, device)) for branches, prompts in self.forks),
+            tuple(tensors_to_device(chain, device) for chain in self.chains),
+            tuple(
+                (tensors_to_device(branches, device), tensors_to_device(prompts, device))
+                for branches, prompts in self.forks
+            ),
         )
 
 

@@ -10,8 +10,8 @@ _workers_gb = 0.0
 
 
 def note_workers(gb: float) -> None:
-    """Adds the most memory that processes held together which computed for this program and are about to end. If there
-    were several such groups, one after the other, the largest counts."""
+    """Records the memory of the worker processes of this program, in GB, before they end: the sum of their peaks. A
+    program may have groups of workers one after the other; the largest sum counts."""
     global _workers_gb
     _workers_gb = max(_workers_gb, gb)
 
