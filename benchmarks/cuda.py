@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralC
 from trimtab.batches.rollouts import PolicyBatch
 from trimtab.batches.trees import TokenTrees, TreeBatch, response_tree, sequence_tree
 from trimtab.core import seeds
+from trimtab.engines.check import NoChat
 from trimtab.engines.local.form_choice import choose_form, forms
 from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.engines.local.replies import ReplyBuffer, Sampling
@@ -48,14 +49,6 @@ PUBLISHED = {
     "rl_16384": {"tokens_per_second": 11896, "gib": 12.5, "mfu": 0.111, "step_seconds": 1.99},
 }
 """prime-rl, January 2026, one H100, trainer steps on made-up data (FlashAttention 3, compiled, recomputing)."""
-
-
-class NoChat:
-    """A chat without a tokenizer: no token ends a reply."""
-
-    stop_ids: frozenset[int] = frozenset()
-    pad_id = 0
-    tokenizer = None
 
 
 @dataclass(frozen=True)
