@@ -127,6 +127,17 @@ def test_every_other_stage_computes_in_two_processes_as_in_one(tmp_path, base, p
 
 
 @pytest.mark.slow
+def test_adapters_of_policy_critic_and_reward_on_one_base(tmp_path, base, pairs):
+    """Workers load no rewards, so the base of theirs has no adapter of the reward."""
+    adapter = {"rank": 2}
+    reward = {"model": str(base), "data": str(pairs), "batch_size": 4, "max_steps": 2, "optimizer": FAST}
+    reward_run = run_stage("reward", tmp_path / "reward", **reward, adapter=adapter)
+    settings = settings_of(base, reward_run, adapter=adapter, num_steps=2, critic={"init": "reward", "optimizer": FAST})
+    alone, two = (run_stage("online", tmp_path / str(n), **settings, engine={"workers": n}) for n in (1, 2))
+    assert_near(two, alone)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_in_one_two_sharded_three_and_one_process(tmp_path, base, reward_run, alone):
     engines = [{}, {"workers": 2, "shard": True}, {"workers": 3}, {}]
     for steps, engine in enumerate(engines, start=1):

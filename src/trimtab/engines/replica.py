@@ -153,9 +153,18 @@ def local_learner(role: Policy | ScalarModel, optimizer: AdamW, *, sharded: bool
 
 
 @torch.no_grad()
-def checksums(roles: Mapping[str, nn.Module]) -> dict[str, float]:
-    """The sum of all weights of each role, in float64."""
-    return {name: float(sum(p.double().sum() for p in role.parameters())) for name, role in roles.items()}
+def checksums(roles: Mapping[str, Policy | ScalarModel]) -> dict[str, float]:
+    """The sum of the weights of each role, in float64. Adapters of other roles on its base do not count: those of
+    rewards are only where rewards are."""
+    return {
+        name: float(sum(p.double().sum() for n, p in role.named_parameters() if is_of_role(n, role.adapter)))
+        for name, role in roles.items()
+    }
+
+
+def is_of_role(name: str, adapter: str | None) -> bool:
+    """Whether a weight belongs to a role that is this adapter, or the base alone."""
+    return "lora_" not in name or (adapter is not None and f".{adapter}." in name)
 
 
 def sum_over_processes(parameters: Iterable[nn.Parameter]) -> None:
