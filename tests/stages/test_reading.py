@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,7 @@ import pytest
 
 from trimtab.core import registry
 from trimtab.core.source import Source
-from trimtab.core.types import Message, Prompt, records_hash
+from trimtab.core.types import Demonstration, Message, Prompt, records_hash
 from trimtab.runs.run import Run
 from trimtab.stages.reading import read
 
@@ -47,3 +48,13 @@ def test_another_limit_is_kept_apart(growing: list[str], tmp_path: Path):
     with Run.open(tmp_path / "all", stage="sft", settings={}) as run:
         assert len(read(Prompt, "growing:", run).records) == 3
     assert not (tmp_path / "all" / "snapshots" / kept.name).exists()
+
+
+def test_a_source_read_as_two_kinds_of_record_is_two_sources(tmp_path: Path):
+    """A world gives prompts and demonstrations, which have hashes of their own: a run of both was refused."""
+    for _ in range(2):  # and again, as when it is resumed
+        with Run.open(tmp_path / "run", stage="online", settings={}) as run:
+            for kind in (Prompt, Demonstration):
+                read(kind, "world:arithmetic?num=4", run)
+    names = json.loads((tmp_path / "run" / "data.json").read_text()).keys()
+    assert names == {"world:arithmetic?num=4", "world:arithmetic?num=4 as Demonstration"}

@@ -63,6 +63,8 @@ class Run:
         self.model_dir = directory / "model"
         self._lock = lock
         self._writers: list[Writer] = []
+        self._kinds: dict[str, str] = {}
+        """The kind of record that each source was first read as."""
 
     @classmethod
     def open(
@@ -213,13 +215,18 @@ class Run:
         with writing(name, self.directory / name, kept=_GOES_ON):
             append_rows(self.directory / name, rows)
 
-    def add_data(self, source: str | Path, sha256: str, rows: int, reading: Mapping[str, Any] | None = None) -> None:
+    def add_data(
+        self, source: str | Path, sha256: str, rows: int, reading: Mapping[str, Any] | None = None, *, kind: str = ""
+    ) -> None:
         """Records in data.json what was read and how. `reading` holds `not_used`, the columns that are not part of the
-        records, and `dropped`, the numbers of dropped rows by kind of mistake; both are said on stderr too.
+        records, and `dropped`, the numbers of dropped rows by kind of mistake; both are said on stderr too. A source
+        that a stage reads as two kinds of record, such as prompts and demonstrations, has an entry for each.
 
         Raises DataError if a resumed run finds other data than it began with.
         """
-        self._record_source("data", str(source), {"sha256": sha256, "rows": rows}, reading or {})
+        first = self._kinds.setdefault(str(source), kind)
+        name = str(source) if kind == first else f"{source} as {kind}"
+        self._record_source("data", name, {"sha256": sha256, "rows": rows}, reading or {})
         say_reading(str(source), rows, reading or {})
 
     def _record_models(self, names: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ def read(kind: type[Record], source: str, run: Run, **options: Any) -> Loaded[Re
     so that a resumed run trains on what it began with; a new run sees the project as it is by then.
     """
     loaded = _snapshot(kind, source, run, **options) if is_live(source) else load(kind, source, **options)
-    run.add_data(source, loaded.sha256, len(loaded.records), loaded.report)
+    run.add_data(source, loaded.sha256, len(loaded.records), loaded.report, kind=kind.__name__)
     return loaded
 
 
@@ -58,7 +58,7 @@ def prepare_data(
         prepared = prepare_loaded(kind, loaded, chat, on_bad_row=on_bad_row, by_prompt=by_prompt)
     else:
         prepared = prepare(kind, source, chat, by_prompt=by_prompt, **options)
-    run.add_data(source, prepared.sha256, len(prepared.table), prepared.report)
+    run.add_data(source, prepared.sha256, len(prepared.table), prepared.report, kind=kind.__name__)
     return prepared
 
 
