@@ -7,6 +7,8 @@ to its own device and gives its results back on the CPU, so no code above it nam
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -40,3 +42,28 @@ def to_cpu(first: Tensor, *others: Tensor | None) -> tuple[Tensor, *tuple[Tensor
         return (first, *others)
     there = iter(torch.stack([x.double() for x in (first, *others) if x is not None]).cpu())
     return (next(there).to(first.dtype), *(None if x is None else next(there).to(x.dtype) for x in others))
+
+
+def is_gpu(x: Tensor) -> bool:
+    """Whether the tensor is on a GPU, which has kernels of its own."""
+    return x.device.type == "cuda"
+
+
+def num_multiprocessors(x: Tensor) -> int:
+    """The multiprocessors of the GPU that the tensor is on: parts that compute at the same time."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Inside this block a GPU adds in an order that does not change from run to run, where torch has such a way. Only
+    for single operations: others have none and would raise."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

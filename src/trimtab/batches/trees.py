@@ -134,6 +134,8 @@ class TokenTrees:
 
     def select(self, indices: Sequence[int]) -> TokenTrees:
         """The row with only these trees, in this order."""
+        if list(indices) == list(range(len(self.trees))):
+            return self
         return TokenTrees.build([self.trees[i] for i in indices])
 
     @cached_property
@@ -159,6 +161,11 @@ class TokenTrees:
     def parts(self) -> TreeParts:
         """The row as chains and forks, for attention without a mask."""
         return TreeParts.build(self.trees).to(self.input_ids.device)
+
+    @cached_property
+    def packed(self) -> PackedParts:
+        """The same, for kernels that need no padding."""
+        return PackedParts.build(self.trees).to(self.input_ids.device)
 
     @cached_property
     def strips(self) -> Strips:
@@ -252,19 +259,8 @@ class TreeParts:
 
     @classmethod
     def build(cls, trees: Sequence[Tree]) -> Self:
-        """Builds the parts of `trees`. A prompt with a single branch is one chain."""
-        chains: list[tuple[int, int]] = []
-        forks: list[tuple[tuple[int, int], tuple[int, int]]] = []
-        start = 0
-        for tree in trees:
-            num_prompt = len(tree.prompt)
-            if len(tree.branches) == 1:
-                chains.append((start, tree.num_tokens))
-            else:
-                chains += [(start + at, length) for at, length in tree.nodes() if length]
-                if num_prompt:
-                    forks.append(((start + num_prompt, tree.num_tokens - num_prompt), (start, num_prompt)))
-            start += tree.num_tokens
+        """Builds the parts of `trees`."""
+        chains, forks = chains_and_forks(trees)
         return cls(
             tuple(Strips.build(group) for group in _alike(chains, lambda chain: chain[1])),
             tuple(
@@ -282,6 +278,73 @@ class TreeParts:
                 for branches, prompts in self.forks
             ),
         )
+
+
+Stretch = tuple[int, int]
+"""Neighbouring tokens of the row: the index of the first, and their number."""
+
+
+def chains_and_forks(trees: Sequence[Tree]) -> tuple[list[Stretch], list[tuple[Stretch, Stretch]]]:
+    """The chains of `trees`, in the order of the row, of which they leave out nothing, and the forks as (branches,
+    prompt). A prompt with a single branch is one chain."""
+    chains: list[Stretch] = []
+    forks: list[tuple[Stretch, Stretch]] = []
+    start = 0
+    for tree in trees:
+        num_prompt = len(tree.prompt)
+        if len(tree.branches) == 1:
+            chains.append((start, tree.num_tokens))
+        else:
+            chains += [(start + at, length) for at, length in tree.nodes() if length]
+            if num_prompt:
+                forks.append(((start + num_prompt, tree.num_tokens - num_prompt), (start, num_prompt)))
+        start += tree.num_tokens
+    return chains, forks
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Stretches of the row one after the other, without padding."""
+
+    tokens: Tensor
+    """[n] the indices in the row of their tokens."""
+    bounds: Tensor
+    """[C + 1] int32, where each stretch begins among `tokens`, and n."""
+    longest: int
+    """The length of the longest stretch."""
+
+    @classmethod
+    def build(cls, stretches: Sequence[Stretch]) -> Self:
+        """Packs these stretches."""
+        tokens = torch.tensor(
+            [i for start, length in stretches for i in range(start, start + length)], dtype=torch.int64
+        )
+        bounds = torch.tensor([0, *accumulate(length for _, length in stretches)], dtype=torch.int32)
+        return cls(tokens, bounds, max((length for _, length in stretches), default=0))
+
+
+@dataclass(frozen=True)
+class PackedParts:
+    """What `TreeParts` holds, for kernels that read stretches of different lengths without padding."""
+
+    chains: Packed
+    """All tokens, in the order of the row."""
+    forks: tuple[Packed, Packed] | None
+    """(branches, prompts) with the same trees; None if no tree has both a prompt and several branches."""
+
+    @classmethod
+    def build(cls, trees: Sequence[Tree]) -> Self:
+        """Builds the parts of `trees`."""
+        chains, forks = chains_and_forks(trees)
+        branches, prompts = [b for b, _ in forks], [p for _, p in forks]
+        return cls(Packed.build(chains), (Packed.build(branches), Packed.build(prompts)) if forks else None)
+
+    def to(self, device: torch.device) -> PackedParts:
+        """The same parts on a device."""
+        chains, forks = tensors_to_device(self.chains, device), None
+        if self.forks is not None:
+            forks = tensors_to_device(self.forks[0], device), tensors_to_device(self.forks[1], device)
+        return PackedParts(chains, forks)
 
 
 @dataclass(frozen=True)
