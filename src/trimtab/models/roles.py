@@ -157,6 +157,7 @@ class Policy(Role):
             cap=self.shaped.cap,
             with_entropy=entropy,
             weight_gradient=self.head.weight.grad if self.in_place else None,
+            rounded=self.precision == "bfloat16",
         )
         values = self.value_head(hidden.float()).squeeze(-1) if self.value_head is not None else None
         return TokenOutputs(*to_cpu(logprobs, entropies, values))
@@ -181,6 +182,7 @@ class Policy(Role):
             temperature=self.temperature,
             shape_p=(self.shaped.scale, self.shaped.cap),
             shape_q=(reference.shaped.scale, reference.shaped.cap),
+            rounded=self.precision == "bfloat16",
         ).cpu()
 
 
