@@ -26,7 +26,7 @@ from trimtab.batches.trees import TokenTrees, TreeBatch, sequence_tree, split_by
 from trimtab.core.errors import EngineError
 from trimtab.core.metrics import Metrics
 from trimtab.engines.base import Loss, Scorer, Work
-from trimtab.engines.local.learner import AdamW, LocalLearner, squared_norm
+from trimtab.engines.local.learner import AdamW, LocalLearner, sum_of_squares
 from trimtab.engines.local.scorer import LocalScorer
 from trimtab.models.attention import num_layers
 from trimtab.models.roles import Policy, ScalarModel
@@ -183,10 +183,7 @@ def shard(role: Policy | ScalarModel) -> Policy | ScalarModel:
 def clip_shards(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """What `clip_gradients` does, for gradients of which each process has a share."""
     shares = [g.to_local() if isinstance(g := p.grad, DTensor) else g for p in parameters if p.grad is not None]
-    total = torch.zeros((), dtype=torch.float64)
-    for share in shares:
-        if share.numel():
-            total += squared_norm(share)
+    total = torch.tensor(sum_of_squares([share for share in shares if share.numel()]), dtype=torch.float64)
     dist.all_reduce(total)
     norm = float(total.sqrt())
     if norm > max_norm:

@@ -1,4 +1,5 @@
-"""Adds values to rows that several values share, in an order that does not depend on threads."""
+"""Reads rows several times and adds values to rows that several values share, in an order that does not depend on
+threads."""
 
 from __future__ import annotations
 
@@ -23,3 +24,10 @@ def add_to_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
     flat = values.reshape(len(which), math.prod(total.shape[1:])).to(total.dtype)
     summed = torch.ops.aten.embedding_dense_backward(flat, which, len(places), -1, False)
     total.index_put_((places,), total[places] + summed.reshape(len(places), *total.shape[1:]))
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """The rows of `x` [N, D] with the indices `rows` [n], which may repeat. In the backward pass gradients of equal
+    rows are added in one order: that of index_select on a CPU, and of indexing on a GPU, whose index_select has
+    none."""
+    return x.index_select(0, rows) if x.device.type == "cpu" else x[rows]

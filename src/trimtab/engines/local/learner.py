@@ -190,18 +190,24 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     Float32 norms of large tensors have errors of 1e-4 on CPUs, which change with how the tensor is split.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = float(torch.stack([squared_norm(g) for g in gradients]).sum().sqrt()) if gradients else 0.0
+    norm = math.sqrt(sum_of_squares(gradients))
     if norm > max_norm:
-        for g in gradients:
-            g.mul_(max_norm / norm)
+        torch._foreach_mul_(gradients, max_norm / norm)
     return norm
 
 
-def squared_norm(x: Tensor) -> Tensor:
-    """The sum of squares in float64. On a CPU it is summed block by block: the copy of a block stays in the processor's
-    cache, so this takes a fifth of the time of torch's norm in float64."""
-    if x.device.type != "cpu":
-        norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
-        return norm.square()
+def sum_of_squares(tensors: Sequence[Tensor]) -> float:
+    """The sum of squares of all entries in float64. A GPU takes the norms of all tensors in one operation."""
+    if not tensors:
+        return 0.0
+    if all(x.device.type == "cpu" for x in tensors):
+        return float(torch.stack([_sum_of_squares(x) for x in tensors]).sum())
+    norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float64)
+    return float(torch.stack(norms).square().sum())
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """Summed block by block: the copy of a block stays in the processor's cache, so this takes a fifth of the time of
+    torch's norm in float64."""
     blocks = (block.double() for block in torch.split(x.reshape(-1), NORM_BLOCK))
     return torch.stack([torch.dot(block, block) for block in blocks]).sum()
