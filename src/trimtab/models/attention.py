@@ -134,6 +134,11 @@ def row_mask(*, mask_function: Callable[..., Any] = causal_mask_function, **kwar
     return marker
 
 
+def is_row(mask: Tensor | None) -> bool:
+    """Whether this mask stands for a flat row (`row_mask`)."""
+    return hasattr(mask, _ROW)
+
+
 AttentionInterface.register(ROW_ATTENTION, row_attention)
 AttentionMaskInterface.register(ROW_ATTENTION, row_mask)
 

@@ -28,7 +28,9 @@ from transformers import PreTrainedModel
 from trimtab.batches.device import to_device
 from trimtab.batches.trees import PaddedRows, TokenTrees, response_tree
 from trimtab.core.errors import EngineError
+from trimtab.math.row_sums import take_rows
 from trimtab.models.attention import ROW_ATTENTION, backbone, row_states
+from trimtab.models.fused_layers import fuse_layers, own_layers
 from trimtab.models.last_block import reading
 from trimtab.models.positions import forget_lengths, length_limit
 from trimtab.models.tree_attention import tree_attention
@@ -94,7 +96,7 @@ def hidden_states(
         return _tree_states(backbone, trees, places)
     padded = trees.padded(pad_id)
     hidden = _padded_states(backbone, padded, form).flatten(0, 1)
-    return [hidden.index_select(0, to_device(getattr(padded, place), hidden.device)) for place in places]
+    return [take_rows(hidden, to_device(getattr(padded, place), hidden.device)) for place in places]
 
 
 def _padded_states(backbone: PreTrainedModel, padded: PaddedRows, form: Form) -> Tensor:
@@ -124,7 +126,7 @@ def _tree_states(backbone: PreTrainedModel, trees: TokenTrees, places: Sequence[
         hidden = row_states(backbone, trees.input_ids, trees.position_ids, tree_attention(trees))
     if len(hidden) < trees.num_tokens:
         wanted = list(found.split([len(w) for w in wanted]))
-    return [hidden.index_select(0, to_device(where, hidden.device)) for where in wanted]
+    return [take_rows(hidden, to_device(where, hidden.device)) for where in wanted]
 
 
 def _by_length(
@@ -152,6 +154,7 @@ def _by_length(
 def _prove(model: PreTrainedModel) -> Proved:
     base, own = backbone(model), model.config._attn_implementation
     forget_lengths(model)
+    fuse_layers(model)
     training = model.training
     model.train(False)
 
@@ -191,7 +194,8 @@ def _plain(model: PreTrainedModel, base: PreTrainedModel, trees: TokenTrees, own
     if not _attend_with(model, "eager"):
         _attend_with(model, own)
     try:
-        return _all_states(base, trees, "alone")
+        with own_layers(model):
+            return _all_states(base, trees, "alone")
     except Exception as error:
         raise EngineError(
             f"transformers cannot run this model on one plain row: {type(error).__name__}: {_first_line(error)}",
