@@ -1,15 +1,18 @@
-"""Proves trimtab on one GPU and measures it there, in at most eight minutes: `docs/evidence/data/cuda.json`.
+"""Proves trimtab on one GPU and measures it there, in at most eight minutes: `docs/evidence/data/gpu.json`.
 
-    python benchmarks/cuda.py                # on a machine with a GPU
-    python benchmarks/cuda.py --dry          # everything with tiny sizes on the CPU, in half a minute
+    python benchmarks/gpu.py                # on a machine with a GPU
+    python benchmarks/gpu.py --dry          # everything with tiny sizes on the CPU, in half a minute
 
 Each part stands alone: one that fails is noted with its error, and the next begins. No model is downloaded; weights are
 random, with a fixed seed. Parts:
 
-- agree: updates, scores and every form of sampling on the GPU beside the CPU, in float32 and in bfloat16;
+- attention: trees in 16 bits by the flash kernel beside the masked definition in float32, forward and backward;
 - bits: whether the same update gives the same bits twice, and after saving and loading;
 - sft, rl: training steps at the shapes of published single-GPU figures (Qwen3 0.6B; 8,192 and 16,384 tokens): tokens a
   second, model FLOP utilisation, memory; replies alone beside the same replies in groups of 8 that share a prompt;
+- resume: a run of PPO by the command line, killed with SIGKILL and run again, beside one that was left alone;
+- peer: TRL's SFT steps of the same shape, if it is installed;
+- agree: updates, scores and every form of sampling on the GPU beside the CPU, in float32 and in bfloat16;
 - sampling: replies a second in slots, in float32 and bfloat16.
 """
 
@@ -17,6 +20,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -31,7 +37,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralC
 
 from trimtab.batches.rollouts import PolicyBatch
 from trimtab.batches.trees import TokenTrees, TreeBatch, response_tree, sequence_tree
-from trimtab.core import seeds
+from trimtab.core import config, seeds
 from trimtab.engines.check import NoChat
 from trimtab.engines.local.form_choice import choose_form, forms
 from trimtab.engines.local.learner import AdamW, LocalLearner
@@ -40,10 +46,13 @@ from trimtab.engines.local.scorer import LocalScorer
 from trimtab.math.losses.policy import PPO, EntropyBonus
 from trimtab.math.losses.sft import SFTLoss
 from trimtab.models.roles import Policy
+from trimtab.models.tree_attention import masked_attention, takes_packed, tree_attention
 
-OUT = Path(__file__).parents[1] / "docs" / "evidence" / "data" / "cuda.json"
+OUT = Path(__file__).parents[1] / "docs" / "evidence" / "data" / "gpu.json"
 PEAK_FLOPS = 989e12
 """Of an H100 (SXM) in bfloat16 without sparsity, of which utilisation is a share."""
+TOKEN_BUDGET = 18 * 1024
+"""Tokens of a forward pass."""
 PUBLISHED = {
     "sft_8192": {"tokens_per_second": 26005, "gib": 31.7, "mfu": 0.168, "step_seconds": 0.62},
     "rl_16384": {"tokens_per_second": 11896, "gib": 12.5, "mfu": 0.111, "step_seconds": 1.99},
@@ -87,6 +96,7 @@ def tiny(family: str) -> Any:
     config = {
         "llama": lambda: LlamaConfig(**shape, **heads),
         "qwen3": lambda: Qwen3Config(**shape, **heads, head_dim=16),
+        "qwen3, 512 wide": lambda: Qwen3Config(**(shape | {"hidden_size": 512}), **heads, head_dim=64),
         "gpt2": lambda: GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=512, **no_ids),
         "mistral, windowed": lambda: MistralConfig(**shape, **heads, sliding_window=8),
     }[family]()
@@ -99,14 +109,17 @@ def tiny(family: str) -> Any:
     return model.eval()
 
 
-def large(dry: bool) -> Any:
-    """Qwen3 of 0.6 billion weights; when dry, a very small one."""
+def large(place: Place) -> Any:
+    """Qwen3 of 0.6 billion weights, made on the device; when dry, a very small one."""
     size = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 1000}
     full = {"hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "vocab_size": 151936}
-    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 16 if dry else 128}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 16 if place.dry else 128}
     torch.manual_seed(0)
-    config = Qwen3Config(**(size if dry else full), **heads, max_position_embeddings=40960, tie_word_embeddings=True)
-    return AutoModelForCausalLM.from_config(config).eval()
+    shape = size if place.dry else full
+    with place.device:
+        return AutoModelForCausalLM.from_config(
+            Qwen3Config(**shape, **heads, max_position_embeddings=40960, tie_word_embeddings=True)
+        ).eval()
 
 
 def on(device: torch.device, model: Any, **options: Any) -> Policy:
@@ -155,7 +168,7 @@ def learner(policy: Policy, **options: Any) -> LocalLearner:
 def agree(place: Place) -> dict[str, Any]:
     """How far the device is from the CPU."""
     found: dict[str, Any] = {}
-    for family in ("llama", "qwen3", "gpt2", "mistral, windowed"):
+    for family in ("llama", "qwen3", "gpt2", "mistral, windowed", "qwen3, 512 wide"):
         found[family] = row = {}
         cpu, gpu = (on(device, tiny(family)) for device in (torch.device("cpu"), place.device))
         batch = small_batch()
@@ -209,12 +222,51 @@ def replies_agree(family: str, place: Place) -> dict[str, Any]:
     return found
 
 
+def attention(place: Place) -> dict[str, Any]:
+    """The largest errors of output and gradients, relative to the largest entry, and whether they are the same twice;
+    where there is no GPU, of whatever computes 16 bits there."""
+    draw = torch.Generator().manual_seed(0)
+    trees = TokenTrees.build([*small_batch().trees.trees, sequence_tree(ids(draw, 100, 512))]).to(place.device)
+    found: dict[str, Any] = {}
+    for heads, size in ((4, 4), 16), ((16, 8), 64), ((16, 8), 128), ((8, 1), 256):
+        shapes = [(trees.num_tokens, n, size) for n in (heads[0], heads[1], heads[1], heads[0])]
+        *states, weights = (torch.randn(shape, generator=draw).bfloat16().to(place.device) for shape in shapes)
+        exact = [x.float().requires_grad_() for x in states]
+        rounded = [x.requires_grad_() for x in states]
+        visible = trees.visible()[:, None]
+        defined = masked_attention(*exact, trees.strips, visible, size**-0.5)
+        wanted = [defined.detach(), *torch.autograd.grad((defined * weights.float()).sum(), exact)]
+        twice = []
+        for _ in range(2):
+            output = tree_attention(trees)(0, *rounded, size**-0.5, None)
+            twice.append([output.detach(), *torch.autograd.grad(output, rounded, weights)])
+        found[f"{heads[0]} and {heads[1]} heads of {size}"] = {
+            "packed": takes_packed(states[0]),
+            "errors": [
+                float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(twice[0], wanted, strict=True)
+            ],
+            "same twice": all(map(torch.equal, *twice)),
+        }
+    return found
+
+
 def bits(place: Place) -> dict[str, Any]:
     """Whether an update has the same bits twice, and whether one that is loaded goes on with the same bits."""
+    return {
+        f"{family}, {precision}": same_bits(place, family, precision)
+        for family in ("qwen3", "mistral, windowed", "gpt2")
+        for precision in ("float32", "bfloat16")
+    }
+
+
+def same_bits(place: Place, family: str, precision: Any) -> dict[str, bool]:
+    """Two updates by a learner, by another, and by one that was loaded after the first."""
     ends = []
     with tempfile.TemporaryDirectory() as scratch:
         for way in ("once", "again", "loaded"):
-            made = learner(on(place.device, tiny("qwen3")))
+            policy = on(place.device, tiny(family))
+            policy.precision = precision
+            made = learner(policy)
             if way == "loaded":
                 made.load(Path(scratch))
             else:
@@ -240,28 +292,32 @@ def flops(model: Any, trees: TokenTrees) -> float:
     return 6.0 * weights * trees.num_tokens + 12.0 * config.num_hidden_layers * width * pairs
 
 
-def training(place: Place, work: list[Any], *, precision: Any = "bfloat16", steps: int = 5) -> dict[str, Any]:
-    """Steps of training on this work: the median is that of the steps after the first."""
-    policy = on(place.device, large(place.dry))
+def training(
+    place: Place, batch: Any, losses: list[Any], *, precision: Any = "bfloat16", steps: int = 6
+) -> dict[str, Any]:
+    """Steps of training on this batch: the median is that of the steps after the first two."""
+    policy = on(place.device, large(place))
     policy.precision = precision
     policy.checkpoint_activations()
-    made = learner(policy, token_budget=max(b.trees.num_tokens for b, _ in work))
+    made = learner(policy, token_budget=TOKEN_BUDGET)
     seconds = []
     found: dict[str, Any] = {}
     for _ in range(steps):
         with place.measured(found):
-            made.update(work)
+            made.update([(batch, losses)])
         seconds.append(found["seconds"])
-    trees = [batch.trees for batch, _ in work]
-    replies = sum(sum(len(t.prompt) + len(b.ids) for t in one.trees for b in t.branches) for one in trees)
-    median = sorted(seconds[1:])[len(seconds[1:]) // 2]
+    trees = batch.trees
+    tokens = sum(len(t.prompt) + len(b.ids) for t in trees.trees for b in t.branches)
+    later = sorted(seconds[2:])
+    median = later[len(later) // 2]
     return found | {
         "seconds": median,
+        "slowest_seconds": later[-1],
         "first_seconds": seconds[0],
-        "tokens": replies,
-        "tokens_computed": sum(t.num_tokens for t in trees),
-        "tokens_per_second": round(replies / median),
-        "mfu": round(sum(flops(policy.model, t) for t in trees) / median / PEAK_FLOPS, 4),
+        "tokens": tokens,
+        "tokens_computed": trees.num_tokens,
+        "tokens_per_second": round(tokens / median),
+        "mfu": round(flops(policy.model, trees) / median / PEAK_FLOPS, 4),
     }
 
 
@@ -269,27 +325,78 @@ def sft(place: Place) -> dict[str, Any]:
     """Two sequences of 8,192 tokens a step."""
     length, vocabulary = (128, 1000) if place.dry else (8192, 151936)
     draw = torch.Generator().manual_seed(0)
-    batches = [TreeBatch(trees=TokenTrees.build([sequence_tree(ids(draw, length, vocabulary))])) for _ in range(2)]
-    return {
-        "published": PUBLISHED["sft_8192"],
-        "bfloat16": training(place, [(b, [SFTLoss()]) for b in batches]),
-        "float32": training(place, [(b, [SFTLoss()]) for b in batches], precision="float32", steps=3),
-    }
+    batch = TreeBatch(trees=TokenTrees.build([sequence_tree(ids(draw, length, vocabulary)) for _ in range(2)]))
+    return {"published": PUBLISHED["sft_8192"], "bfloat16": training(place, batch, [SFTLoss()])}
 
 
 def rl(place: Place) -> dict[str, Any]:
-    """Replies of 1,024 tokens to prompts of 1,024, 16,384 tokens of them twice a step: alone, and in groups of 8."""
-    prompt, reply, vocabulary = (32, 32, 1000) if place.dry else (1024, 1024, 151936)
+    """Two sequences of 16,384 tokens a step, as published; and 16 replies of 1,024 tokens to two prompts of 1,024, each
+    alone and in groups of 8."""
+    prompt, reply, long, vocabulary = (32, 32, 64, 1000) if place.dry else (1024, 1024, 15 * 1024, 151936)
     draw = torch.Generator().manual_seed(0)
     prompts = [ids(draw, prompt, vocabulary) for _ in range(2)]
     replies = [[ids(draw, reply, vocabulary) for _ in range(8)] for _ in prompts]
     groups = [response_tree(p, r) for p, r in zip(prompts, replies, strict=True)]
-    alone = [[response_tree(p, [one]) for one in r] for p, r in zip(prompts, replies, strict=True)]
+    alone = [response_tree(p, [one]) for p, r in zip(prompts, replies, strict=True) for one in r]
+    longest = [response_tree(p, [ids(draw, long, vocabulary)]) for p in prompts]
     found: dict[str, Any] = {"published": PUBLISHED["rl_16384"]}
-    for name, trees in (("replies alone", alone), ("groups of 8", [[g] for g in groups])):
-        work = [(policy_batch(TokenTrees.build(t), draw), [PPO()]) for t in trees]
-        found[name] = training(place, work)
+    for name, trees in (("16,384 tokens", longest), ("replies alone", alone), ("groups of 8", groups)):
+        found[name] = training(place, policy_batch(TokenTrees.build(trees), draw), [PPO()])
     return found
+
+
+def resume(place: Place) -> dict[str, Any]:
+    """Which files differ between a run that was killed and run again and one that was left alone."""
+    shape = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "mlp_size": 96, "max_positions": 256}
+    pretrain = {"data": "world:arithmetic", "num_documents": 64, "vocab_size": 280, "architecture": shape}
+    online = {
+        "prompts": "world:arithmetic?num=32",
+        "rewards": [{"name": "regex", "pattern": "[a-f].*[a-f]", "match": "search"}],
+        "critic": {"init": "policy"},
+        "sampling": {"max_new_tokens": 24},
+        "precision": "bfloat16",
+        "prompts_per_step": 16,
+        "num_steps": 8,
+        "checkpoint_every": 1,
+        "sample_every": 1,
+        "num_samples": 100,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        at = Path(scratch)
+        online["model"] = str(at / "base" / "model")
+        for name, settings in (("base", pretrain), ("online", online)):
+            (at / f"{name}.toml").write_text(config.to_toml(settings), encoding="utf-8")
+
+        def begin(stage: str, run_file: str, out: str) -> subprocess.Popen[str]:
+            words = [sys.executable, "-m", "trimtab", stage, str(at / run_file), "--out", str(at / out)]
+            return subprocess.Popen([*words, "--device", place.device.type], stderr=subprocess.PIPE, text=True)
+
+        def finish(process: subprocess.Popen[str]) -> None:
+            said = process.communicate()[1]
+            if process.returncode:
+                raise RuntimeError(said[-2000:])
+
+        finish(begin("pretrain", "base.toml", "base"))
+        alone, killed = begin("online", "online.toml", "alone"), begin("online", "online.toml", "killed")
+        steps = at / "killed" / "metrics.jsonl"
+        while killed.poll() is None and (not steps.exists() or len(steps.read_text().splitlines()) < 3):
+            time.sleep(0.02)
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+        done = len(steps.read_text().splitlines())
+        finish(alone)
+        finish(begin("online", "online.toml", "killed"))
+        names = ("model/model.safetensors", "samples.jsonl", "metrics.jsonl")
+        content = [{name: without_times(at / out / name) for name in names} for out in ("alone", "killed")]
+    return {"steps before the kill": done, "differ": [n for n in names if content[0][n] != content[1][n]]}
+
+
+def without_times(path: Path) -> Any:
+    """What must be equal in equal runs."""
+    if path.suffix != ".jsonl":
+        return path.read_bytes()
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
 
 
 def sampling(place: Place) -> dict[str, Any]:
@@ -299,8 +406,8 @@ def sampling(place: Place) -> dict[str, Any]:
     vocabulary = 1000 if place.dry else 151936
     chat: Any = NoChat()
     for precision in ("float32", "bfloat16"):
-        policy = on(place.device, large(place.dry))
-        for num, length in ((4, 8),) if place.dry else ((64, 256), (256, 256)):
+        policy = on(place.device, large(place))
+        for num, length in ((4, 8),) if place.dry else ((64, 128), (256, 128)):
             prompts = [ids(draw, 8 if place.dry else 128, vocabulary) for _ in range(num)]
             settings = Sampling(max_new_tokens=length, batch_size=num, precision=precision, cache_gb=30)
             form = next(forms(policy, settings, chat))
@@ -317,11 +424,24 @@ def sampling(place: Place) -> dict[str, Any]:
     return found
 
 
+def peer(place: Place) -> dict[str, Any]:
+    """TRL's SFT steps of the same shape, with and without its fused kernels (`gpu_peer.py`)."""
+    found: dict[str, Any] = {}
+    for name, options in (("TRL with Liger", ["--liger"]), ("TRL", [])):
+        words = [sys.executable, str(Path(__file__).with_name("gpu_peer.py")), *options]
+        ran = subprocess.run([*words, "--dry"] if place.dry else words, capture_output=True, text=True, check=False)
+        found[name] = json.loads(ran.stdout.splitlines()[-1]) if ran.returncode == 0 else ran.stderr[-500:]
+    return found
+
+
 PARTS: dict[str, Callable[[Place], dict[str, Any]]] = {
-    "agree": agree,
+    "attention": attention,
     "bits": bits,
     "sft": sft,
     "rl": rl,
+    "resume": resume,
+    "peer": peer,
+    "agree": agree,
     "sampling": sampling,
 }
 
@@ -335,7 +455,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cpu") if options.dry else torch.device("cuda", 0)
     machine = "CPU, dry run" if options.dry else torch.cuda.get_device_name(device)
-    found: dict[str, Any] = {"machine": machine, "torch": torch.__version__, "command": "python benchmarks/cuda.py"}
+    found: dict[str, Any] = {"machine": machine, "torch": torch.__version__, "command": "python benchmarks/gpu.py"}
     for name in options.parts:
         began = time.perf_counter()
         try:

@@ -58,10 +58,10 @@ def test_memory_as_planned_is_that_of_its_data():
         assert any(line.startswith(f"| {name}") and line.endswith(cells) for line in text.splitlines()), (name, cells)
 
 
-@pytest.mark.parametrize("part", ["bits", "sft", "rl", "sampling"])
+@pytest.mark.parametrize("part", ["attention", "bits", "resume", "sft", "rl", "sampling"])
 def test_the_script_for_a_gpu_runs_dry(script, part):
-    cuda = script("cuda")
-    found = cuda.PARTS[part](cuda.Place(torch.device("cpu"), dry=True))
+    gpu = script("gpu")
+    found = gpu.PARTS[part](gpu.Place(torch.device("cpu"), dry=True))
     assert found
     assert "failed" not in found
 
