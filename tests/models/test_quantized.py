@@ -159,3 +159,10 @@ def test_an_adapter_made_on_it_fits_the_base_as_it_was(tmp_path):
     saved = {n: p for n, p in model.named_parameters() if "lora_" in n}
     assert saved
     assert all(torch.equal(p, whole.get_parameter(n)) for n, p in saved.items())
+
+
+def test_passes_without_gradients_use_the_weights_of_those_with_gradients():
+    """On processors with bfloat16, bitsandbytes would repack them on the first pass without gradients."""
+    layers = [m for m in quantized("llama", 4).modules() if type(m).__name__ == "Linear4bit"]
+    assert layers
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)

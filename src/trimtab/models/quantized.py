@@ -52,6 +52,9 @@ def _rounded(layer: nn.Module, bits: Bits) -> nn.Module:
         kind: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4"}
         made = bnb.Linear4bit(*weight.T.shape, bias=bias is not None, compute_dtype=torch.float32, **kind)
         made.weight = bnb.Params4bit(weight, requires_grad=False, **kind)
+        # On processors with bfloat16, passes without gradients would repack the weights and multiply in bfloat16,
+        # whatever the precision, and raise for layers narrower than a block. Scores would not be those of training.
+        made.support_avx512bf16_for_cpu = False
     else:
         made = bnb.Linear8bitLt(*weight.T.shape, bias=bias is not None, has_fp16_weights=False)
         made.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
