@@ -446,6 +446,26 @@ PARTS: dict[str, Callable[[Place], dict[str, Any]]] = {
 }
 
 
+def table(found: dict[str, Any]) -> str:
+    """The rows of steps of training on the page."""
+    steps = {"SFT, 2 x 8,192": found["sft"]["bfloat16"]}
+    steps |= {f"PPO, {name}": row for name, row in found["rl"].items() if isinstance(row, dict) and "tokens" in row}
+    lines = [
+        f"| {name} | {row['tokens']:,} | {row['seconds']:.3f} s ({row['slowest_seconds']:.3f}) | "
+        f"{row['tokens_per_second']:,} | {row['mfu']:.1%} | {row['gib']:.1f} |"
+        for name, row in steps.items()
+    ]
+    for name, row in found["peer"].items():
+        if isinstance(row, dict):
+            lines.append(
+                f"| {name}: SFT | | {row['seconds']:.3f} s | {row['tokens_per_second']:,} | | {row['gib']:.1f} |"
+            )
+    for name, row in PUBLISHED.items():
+        cells = f"{row['step_seconds']:.2f} s | {row['tokens_per_second']:,.0f} | {row['mfu']:.1%} | {row['gib']:.1f}"
+        lines.append(f"| published, one H100: {name} | | {cells} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Runs the parts and writes what they found after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

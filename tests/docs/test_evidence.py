@@ -47,6 +47,10 @@ def test_the_table_of_runs_in_several_processes_is_that_of_its_data(script):
     assert_on_page("engines", script("workers").table(data("workers")))
 
 
+def test_the_table_of_steps_on_a_gpu_is_that_of_its_data(script):
+    assert_on_page("engines", script("gpu").table(data("gpu")))
+
+
 def test_the_table_of_the_house_is_that_of_its_data(script):
     assert_on_page("house", script("rooms").table(data("house")))
 
