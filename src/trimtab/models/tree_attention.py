@@ -133,12 +133,12 @@ class AttentionPart(Protocol):
         """Whether the output is merged with that of an earlier part, which had the same queries and other keys."""
         ...
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """The output [n, H, D] at its queries and the logsumexp [n, H] of their scores, from query, key and value of
         the whole row."""
         ...
 
-    def backward(
+    def gradients(
         self, grad: Tensor, states: tuple[Tensor, Tensor, Tensor], output: Tensor, lse: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of its queries [n, H, D], keys and values [m, KV heads, D]. `states` are query, key and value
@@ -168,13 +168,13 @@ class StripsPart:
         """See `AttentionPart`."""
         return self.keys.tokens
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """See `AttentionPart`."""
         states = self._cut(query, key, value)
         output, lse = attention_with_lse(*states, _like(self.bias, query), scaling, causal=self.causal)
         return self.queries.back(output), self.queries.back(lse)
 
-    def backward(
+    def gradients(
         self, grad: Tensor, states: tuple[Tensor, Tensor, Tensor], output: Tensor, lse: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `AttentionPart`."""
@@ -223,7 +223,7 @@ class PackedPart:
         """See `AttentionPart`."""
         return self.keys.tokens if self.merges else None
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """See `AttentionPart`."""
         states = (_rows(query, self.asking), _rows(key, self.seen), _rows(value, self.seen))
         output, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -231,7 +231,7 @@ class PackedPart:
         )
         return output, lse.T
 
-    def backward(
+    def gradients(
         self, grad: Tensor, states: tuple[Tensor, Tensor, Tensor], output: Tensor, lse: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `AttentionPart`. Query heads are computed in groups that fill the GPU."""
@@ -345,7 +345,7 @@ def _attend_in_parts(
     output = torch.empty_like(query)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     for p in parts:
-        part, part_lse = p.forward(query, key, value, scaling)
+        part, part_lse = p.attend(query, key, value, scaling)
         if p.asking is None:
             output, lse = part, part_lse
             continue
@@ -383,7 +383,7 @@ class _PartedAttention(torch.autograd.Function):
         query, key, value, sinks, output, lse = ctx.saved_tensors
         grads: list[Tensor] = []
         for p in ctx.parts:
-            part = p.backward(grad_output, (query, key, value), output, lse, ctx.scaling)
+            part = p.gradients(grad_output, (query, key, value), output, lse, ctx.scaling)
             if p.asking is None:  # the whole row, which comes first
                 grads = list(part)
                 continue
