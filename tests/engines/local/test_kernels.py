@@ -4,14 +4,19 @@ import itertools
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
+from tests import tiny
 from trimtab.core.errors import EngineError
-from trimtab.engines.local import kernels
+from trimtab.engines.local import kernels, slots
+from trimtab.engines.local.form_choice import FormChoice, forms
 from trimtab.engines.local.kernels import GATED, SWITCH, CompiledKernels, Kernels, ProductForm, find
+from trimtab.engines.local.sampler import LocalSampler, Sampling
+from trimtab.models.roles import Policy
 
 WEIGHT = torch.zeros(1)
 
@@ -31,13 +36,15 @@ def looked_for_anew():
     kernels._library.cache_clear()
 
 
-def product_in_float64(x, weights, biases, form, norm, eps):
+def product_in_float64(x, weights, biases, form, norm, eps, *, rounded=False):
     x = x.double()
     if form == "normed":
         x = rms_norm(x, (x.shape[1],), norm.double(), eps)
     if form == "gated":
         gate, up = x.chunk(2, 1)
         x = silu(gate) * up
+    if rounded:
+        x, weights = x.bfloat16().double(), [w.bfloat16() for w in weights]
     parts = [linear(x, w.double(), None if b is None else b.double()) for w, b in zip(weights, biases, strict=True)]
     return torch.cat(parts, 1)
 
@@ -169,11 +176,42 @@ def test_weights_are_used_where_they_are(compiled):
     assert matrices(torch.ones(1, 8)).tolist() == [[16.0] * 3]
 
 
-def test_other_types_and_autocast_are_left_to_torch():
+def test_other_types_are_left_to_torch():
     assert not find(torch.zeros(1, dtype=torch.bfloat16)).compiled
     assert not find(torch.zeros(1, dtype=torch.float64)).compiled
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_autocast_is_left_to_torch_but_on_processors_that_multiply_bfloat16(compiled, monkeypatch, multiplies):
+    monkeypatch.setattr(kernels, "_library", lambda: SimpleNamespace(multiplies_pairs=lambda: int(multiplies)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not find(WEIGHT).compiled
+        found = find(WEIGHT)
+        assert found.compiled == multiplies
+        assert not multiplies or found.dtype == torch.bfloat16
+        if not multiplies:
+            monkeypatch.setenv(SWITCH, "compiled")
+            with pytest.raises(EngineError, match="this processor does not multiply bfloat16"):
+                find(WEIGHT)
+    assert find(WEIGHT).dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", ["plain", "normed", "gated"])
+@pytest.mark.parametrize(("ins", "outs"), [(64, (64, 32, 32)), (100, (37, 5)), (2, (1,)), (200, (6, 1, 12)), (7, (9,))])
+@pytest.mark.parametrize("n", [1, 9, 16, 24, 33, 47, 70])
+def test_products_in_bfloat16_are_those_of_rounded_operands(compiled, n, ins, outs, form):
+    torch.manual_seed(n)
+    in_pairs = CompiledKernels(compiled.library, torch.bfloat16)
+    weights = [torch.randn(o, ins) / ins**0.5 for o in outs]
+    biases = [torch.randn(o) if i % 2 else None for i, o in enumerate(outs)]
+    x = torch.randn(n, 2 * ins if form == "gated" else ins) * 3
+    norm, start = torch.rand(ins), torch.randn(n, sum(outs))
+    made = in_pairs.matrices(weights, biases, n)(x, ProductForm(form, norm, 1e-6), add_to=start.clone())
+    exact = product_in_float64(x, weights, biases, form, norm, 1e-6)
+    rounded = product_in_float64(x, weights, biases, form, norm, 1e-6, rounded=ins % 2 == 0)
+    assert ins % 2 or not torch.equal(rounded, exact)
+    # An entry on the edge may be rounded the other way, by a part in 256.
+    torch.testing.assert_close(made.double(), start.double() + rounded, atol=2e-2, rtol=1e-5)
+    assert (made.double() - start.double() - rounded).abs().mean() < 1e-4
 
 
 def test_they_can_be_switched_off(monkeypatch):
@@ -207,6 +245,7 @@ def test_vectors_of_every_width_compute_the_same(monkeypatch, lanes):
     for n in (1, 5, 11, 16, 23, 33, 41):
         test_products_are_torchs(found, n, 100, (37, 5), "normed")
         test_products_are_torchs(found, n, 64, (64, 32, 32), "gated")
+        test_products_in_bfloat16_are_those_of_rounded_operands(found, n, 64, (64, 32, 32), "gated")
     test_what_is_not_a_number_stays_so(found)
 
 
@@ -236,3 +275,23 @@ def test_they_are_compiled_once_and_kept_where_only_their_owner_writes(monkeypat
     code = "import torch; from trimtab.engines.local.kernels import find; assert find(torch.zeros(1)).compiled"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert made.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral_windowed", "gpt2"])
+def test_replies_in_bfloat16_are_near_the_policy_in_each_form(compiled, monkeypatch, family):
+    """Also where the processor does not multiply bfloat16: then the kernels compute the same more slowly."""
+    pairs = CompiledKernels(compiled.library, torch.bfloat16)
+    monkeypatch.setattr(
+        slots, "find", lambda weight: pairs if kernels.product_dtype(weight) != weight.dtype else compiled
+    )
+    policy = Policy(tiny.causal(family), pad_id=0)
+    chat = SimpleNamespace(stop_ids={1}, pad_id=0)
+    prompts = [[3, 4, 5, 6], [7, 8], [9] * 12]
+    uniforms = torch.rand(6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sampler = LocalSampler(policy, chat, Sampling(max_new_tokens=20, precision="bfloat16"))
+    for form in forms(policy, sampler.sampling, chat):
+        sampler._choice = FormChoice(family, form, {})
+        assert isinstance(form, slots.SlotForm) == (form.name in ("fused", "rows"))
+        replies = sampler.continue_ids(prompts, group_size=2, uniforms=uniforms)
+        assert 0 < sampler.difference < 0.2
+        assert all(ids for ids, _, _ in replies)

@@ -1,11 +1,18 @@
 /* What a decoding step computes for a few rows: products, rotated queries and keys, attention. Called by kernels.py.
 
-   Everything is float32 and dense. A result depends on its own row alone, not on how many rows or threads there are. */
+   Everything is float32 and dense, but that a product may have operands of bfloat16, in pairs of 32 bits, on processors
+   that multiply those. A result depends on its own row alone, not on how many rows or threads there are. */
 
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#define HAS_BFLOAT16 1
+#include <immintrin.h>
+#else
+#define HAS_BFLOAT16 0
+#endif
 
 #if defined(__AVX512F__)
 enum { LANES = 16 };
@@ -37,25 +44,50 @@ static inline float exponential(float x) {
     return p * power;
 }
 
-static inline float dot(const float *a, const float *b, int64_t n) {
-    vec even = {0}, odd = {0};
-    int64_t i = 0;
-    for (; i + 2 * LANES <= n; i += 2 * LANES) {
-        even += *(const loose *)(a + i) * *(const loose *)(b + i);
-        odd += *(const loose *)(a + i + LANES) * *(const loose *)(b + i + LANES);
+/* sums[j] = a . b[j] for NUM vectors b that are n apart. Lanes are added one after the other, which takes long for one
+   sum and no longer for several. */
+enum { TOGETHER = 8 };
+#define DOTS(NAME, NUM)                                                                                                \
+    static inline __attribute__((always_inline)) void NAME(const float *a, const float *b, int64_t n, float *sums) {  \
+        vec lanes[NUM];                                                                                                \
+        int64_t i = n - n % (2 * LANES);                                                                               \
+        for (int j = 0; j < NUM; j++) {                                                                                \
+            vec even = {0}, odd = {0};                                                                                 \
+            for (int64_t at = 0; at < i; at += 2 * LANES) {                                                            \
+                const float *there = b + j * n + at;                                                                   \
+                even += *(const loose *)(a + at) * *(const loose *)there;                                              \
+                odd += *(const loose *)(a + at + LANES) * *(const loose *)(there + LANES);                             \
+            }                                                                                                          \
+            lanes[j] = even + odd;                                                                                     \
+            sums[j] = 0;                                                                                               \
+        }                                                                                                              \
+        for (int lane = 0; lane < LANES; lane++)                                                                       \
+            for (int j = 0; j < NUM; j++) sums[j] += lanes[j][lane];                                                   \
+        for (; i < n; i++)                                                                                             \
+            for (int j = 0; j < NUM; j++) sums[j] += a[i] * b[j * n + i];                                              \
     }
-    float sum = 0;
-    even += odd;
-    for (int lane = 0; lane < LANES; lane++) sum += even[lane];
-    for (; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
+DOTS(dot, 1)
+DOTS(dots, TOGETHER)
 
 static inline float scale_of(const float *row, int64_t n, float eps) {
-    return 1.0f / sqrtf(dot(row, row, n) / (float)n + eps);
+    float sum;
+    dot(row, row, n, &sum);
+    return 1.0f / sqrtf(sum / (float)n + eps);
 }
 
 static inline float silu(float x) { return x / (1.0f + exponential(x < -87.0f ? 87.0f : -x)); }
+
+/* Two numbers as bfloat16, rounded to the nearest, of ties to the even; the first in the lower half. */
+static inline float pair_of(float first, float second) {
+    uint32_t bits[2], pair;
+    memcpy(bits, &first, sizeof first);
+    memcpy(bits + 1, &second, sizeof second);
+    for (int i = 0; i < 2; i++) bits[i] = (bits[i] + 0x7fff + (bits[i] >> 16 & 1)) >> 16;
+    pair = bits[0] | bits[1] << 16;
+    float word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
+}
 
 /* Entries of a row in the form it is multiplied in: itself, its norm, or silu of them times those k further on. */
 static inline void prepare(const float *x, int64_t k, int64_t size, int64_t form, const float *norm, float scale,
@@ -75,7 +107,7 @@ static inline void prepare(const float *x, int64_t k, int64_t size, int64_t form
    volatile: each is read once and kept, where the compiler would read it again for each row of weights. */
 typedef void multiplier(const float *const *w, const float *columns, int64_t k, const float *ahead,
                         float done[MOST_OUTS][WIDEST]);
-#define MULTIPLIER(NAME, OUTS, VECS, WIDE)                                                                             \
+#define MULTIPLIER(NAME, OUTS, VECS, WIDE, ADD)                                                                        \
     static __attribute__((noinline)) void NAME(const float *const *w, const float *columns, int64_t k,                 \
                                                const float *ahead, float done[MOST_OUTS][WIDEST]) {                    \
         vec sums[OUTS][VECS] = {0};                                                                                    \
@@ -85,14 +117,34 @@ typedef void multiplier(const float *const *w, const float *columns, int64_t k, 
             vec kept[VECS];                                                                                            \
             for (int v = 0; v < VECS; v++) kept[v] = *(const volatile vec *)(columns + (i * WIDE + v) * LANES);        \
             for (int o = 0; o < OUTS; o++)                                                                             \
-                for (int v = 0; v < VECS; v++) sums[o][v] += kept[v] * w[o][i];                                        \
+                for (int v = 0; v < VECS; v++) ADD(sums[o][v], kept[v], w[o][i]);                                      \
         }                                                                                                              \
         for (int o = 0; o < OUTS; o++)                                                                                 \
             for (int v = 0; v < VECS; v++) *(loose *)(done[o] + v * LANES) = sums[o][v];                               \
     }
-MULTIPLIER(multiply_half, 6, 1, 2)
-MULTIPLIER(multiply_two, 6, 2, 2)
-MULTIPLIER(multiply_three, 4, 3, 3)
+#define ADD_PRODUCT(SUM, COLUMN, WEIGHT) SUM += COLUMN * WEIGHT
+MULTIPLIER(multiply_half, 6, 1, 2, ADD_PRODUCT)
+MULTIPLIER(multiply_two, 6, 2, 2, ADD_PRODUCT)
+MULTIPLIER(multiply_three, 4, 3, 3, ADD_PRODUCT)
+#if HAS_BFLOAT16
+#define ADD_PAIR(SUM, COLUMN, WEIGHT)                                                                                  \
+    SUM = (vec)_mm512_dpbf16_ps((__m512)SUM, (__m512bh)COLUMN, (__m512bh)_mm512_set1_ps(WEIGHT))
+#else
+typedef int32_t bits __attribute__((vector_size(4 * LANES)));
+static inline vec add_pair(vec sum, vec column, float weight) {
+    int32_t pair;
+    memcpy(&pair, &weight, sizeof pair);
+    bits columns = (bits)column, weights = columns - columns + pair, upper = columns - columns - 65536;
+    return sum + (vec)(columns << 16) * (vec)(weights << 16) + (vec)(columns & upper) * (vec)(weights & upper);
+}
+#define ADD_PAIR(SUM, COLUMN, WEIGHT) SUM = add_pair(SUM, COLUMN, WEIGHT)
+#endif
+MULTIPLIER(multiply_half_of_pairs, 6, 1, 2, ADD_PAIR)
+MULTIPLIER(multiply_two_of_pairs, 6, 2, 2, ADD_PAIR)
+MULTIPLIER(multiply_three_of_pairs, 4, 3, 3, ADD_PAIR)
+
+/* Whether the processor multiplies pairs itself, which is then twice as fast as float32; else it is slower. */
+int64_t multiplies_pairs(void) { return HAS_BFLOAT16; }
 
 /* Columns of results to rows: to[r * width + o] = done[o][r], plus the bias, plus what is there where `add`. */
 static inline __attribute__((always_inline)) void store(float done[MOST_OUTS][WIDEST], int64_t rows, int outs,
@@ -135,15 +187,17 @@ static inline __attribute__((always_inline)) void multiply(const float *weights,
 
    Rows stand in the lanes: `room`, aligned, holds k columns of the rows of each tile, and behind them a scale for each
    row; each weight is read once, where the model has it, and multiplied with all rows. A tile is two vectors of rows,
-   or three where those hold all rows. */
+   or three where those hold all rows. With `pairs` the weights are bfloat16, and x is rounded to it: two entries, of
+   which there must be an even number, are one word of 32 bits. */
 void product(const float *x, int64_t n, int64_t k, int64_t form, const float *norm, float eps, int64_t matrices,
              const float *const *weights, const float *const *biases, const int64_t *outs, float *y, int64_t add,
-             float *room, int64_t threads) {
+             float *room, int64_t pairs, int64_t threads) {
+    int64_t words = pairs ? k / 2 : k;
     int64_t vecs = (n + LANES - 1) / LANES, height = vecs == 3 ? 3 : 2, wide = height * LANES;
     int64_t tiles = (n + wide - 1) / wide, parts = (k + CHUNK - 1) / CHUNK, stride = form == GATED ? 2 * k : k;
     int64_t width = 0;
     for (int64_t m = 0; m < matrices; m++) width += outs[m];
-    float *scales = room + tiles * wide * k;
+    float *scales = room + tiles * wide * words;
 #pragma omp parallel num_threads(threads)
     {
         if (form == NORMED) {
@@ -154,19 +208,24 @@ void product(const float *x, int64_t n, int64_t k, int64_t form, const float *no
         for (int64_t task = 0; task < tiles * parts; task++) {
             int64_t first = task / parts * wide, from = task % parts * CHUNK;
             int64_t size = k - from < CHUNK ? k - from : CHUNK;
-            float *to = room + first * k + from * wide, made[CHUNK] = {0};
+            float *to = room + first * words + (pairs ? from / 2 : from) * wide, made[CHUNK] = {0};
             for (int64_t r = first; r < first + wide; r++, to++) {
                 if (r < n) prepare(x + r * stride + from, k, size, form, norm ? norm + from : NULL, scales[r], made);
                 else memset(made, 0, sizeof made);
-                for (int64_t i = 0; i < size; i++) to[i * wide] = made[i];
+                if (pairs)
+                    for (int64_t i = 0; i < size / 2; i++) to[i * wide] = pair_of(made[2 * i], made[2 * i + 1]);
+                else
+                    for (int64_t i = 0; i < size; i++) to[i * wide] = made[i];
             }
         }
         for (int64_t m = 0, first = 0; m < matrices; first += outs[m++]) {
             const float *w = weights[m], *bias = biases[m];
             if (height == 3)
-                multiply(w, bias, outs[m], k, 3, 4, multiply_three, NULL, room, n, y + first, width, add);
+                multiply(w, bias, outs[m], words, 3, 4, pairs ? multiply_three_of_pairs : multiply_three, NULL, room, n,
+                         y + first, width, add);
             else
-                multiply(w, bias, outs[m], k, 2, 6, multiply_two, multiply_half, room, n, y + first, width, add);
+                multiply(w, bias, outs[m], words, 2, 6, pairs ? multiply_two_of_pairs : multiply_two,
+                         pairs ? multiply_half_of_pairs : multiply_half, room, n, y + first, width, add);
         }
     }
 }
@@ -196,14 +255,28 @@ void rotate(float *x, int64_t n, int64_t width, int64_t heads, int64_t size, con
 /* scores[r, t] for the keys `from` to `to`; a query's scores are `room` apart from the next one's. */
 static void score(const float *queries, int64_t repeats, const float *keys, int64_t from, int64_t to, int64_t size,
                   float scaling, float *scores, int64_t room) {
-    for (int64_t t = from; t < to; t++, scores++)
-        for (int64_t r = 0; r < repeats; r++)
-            scores[r * room] = dot(queries + r * size, keys + t * size, size) * scaling;
+    int64_t t = from;
+    float sums[TOGETHER];
+    for (; t + TOGETHER <= to; t += TOGETHER, scores += TOGETHER)
+        for (int64_t r = 0; r < repeats; r++) {
+            if (size == 64)
+                dots(queries + r * 64, keys + t * 64, 64, sums); /* lengths that the compiler knows are faster */
+            else if (size == 128)
+                dots(queries + r * 128, keys + t * 128, 128, sums);
+            else
+                dots(queries + r * size, keys + t * size, size, sums);
+            for (int j = 0; j < TOGETHER; j++) scores[r * room + j] = sums[j] * scaling;
+        }
+    for (; t < to; t++, scores++)
+        for (int64_t r = 0; r < repeats; r++) {
+            dot(queries + r * size, keys + t * size, size, sums);
+            scores[r * room] = sums[0] * scaling;
+        }
 }
 
 /* sum[size] += weights times the values `from` to `to`. */
 static void gather(const float *weights, const float *values, int64_t from, int64_t to, int64_t size, float *sum) {
-    enum { KEPT = 8 };
+    enum { KEPT = 64 / LANES };
     int64_t first = 0;
     for (; first + KEPT * LANES <= size; first += KEPT * LANES) {
         vec kept[KEPT];
@@ -215,6 +288,38 @@ static void gather(const float *weights, const float *values, int64_t from, int6
     }
     for (int64_t t = from; t < to; t++)
         for (int64_t i = first; i < size; i++) sum[i] += weights[t - from] * values[t * size + i];
+}
+
+static inline float highest_of(const float *x, int64_t n) {
+    float highest = x[0], tops[LANES];
+    int64_t i = 0;
+    if (n >= LANES) {
+        memcpy(tops, x, sizeof tops);
+        for (i = LANES; i + LANES <= n; i += LANES)
+            for (int lane = 0; lane < LANES; lane++) tops[lane] = x[i + lane] > tops[lane] ? x[i + lane] : tops[lane];
+        for (int lane = 0; lane < LANES; lane++) highest = tops[lane] > highest ? tops[lane] : highest;
+    }
+    for (; i < n; i++) highest = x[i] > highest ? x[i] : highest;
+    return highest;
+}
+
+/* Softmax of `many` rows of n scores, in place; rows are `room` apart. Each is summed from its first score to its last,
+   four rows at a time, because a sum waits for its last addition. */
+static inline void softmax(float *scores, int64_t many, int64_t n, int64_t room) {
+    enum { ROWS = 4 };
+    for (int64_t r = 0; r < many; r++) {
+        float *row = scores + r * room, highest = highest_of(row, n);
+        for (int64_t t = 0; t < n; t++) row[t] = exponential(row[t] - highest);
+    }
+    for (int64_t r = 0; r < many; r += ROWS) {
+        const float *rows[ROWS];
+        float sums[ROWS] = {0};
+        for (int64_t j = 0; j < ROWS; j++) rows[j] = scores + (r + j < many ? r + j : r) * room;
+        for (int64_t t = 0; t < n; t++)
+            for (int j = 0; j < ROWS; j++) sums[j] += rows[j][t];
+        for (int64_t j = 0; j < ROWS && r + j < many; j++)
+            for (int64_t t = 0; t < n; t++) scores[(r + j) * room + t] /= sums[j];
+    }
 }
 
 /* The next token of n replies, whose row i is in rows[i] and whose prompt, if any, is prompts[prompt_of[i]].
@@ -249,12 +354,8 @@ void attend(const float *query, int64_t query_stride, const float *key, const fl
         score(queries, repeats, own_keys, own, end, size, scaling, weights + seen, room);
         float *to = output + (row * kv_heads + head) * repeats * size;
         memset(to, 0, sizeof *to * (size_t)(repeats * size));
+        softmax(weights, repeats, num, room);
         for (int64_t r = 0; r < repeats; r++, weights += room, to += size) {
-            float highest = weights[0], sum = 0;
-            for (int64_t t = 1; t < num; t++) highest = weights[t] > highest ? weights[t] : highest;
-            for (int64_t t = 0; t < num; t++) weights[t] = exponential(weights[t] - highest);
-            for (int64_t t = 0; t < num; t++) sum += weights[t];
-            for (int64_t t = 0; t < num; t++) weights[t] /= sum;
             gather(weights, values, from, length, size, to);
             gather(weights + seen, own_values, own, end, size, to);
         }

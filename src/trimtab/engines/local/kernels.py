@@ -1,7 +1,7 @@
 """The operations of a decoding step with few rows: in torch, and in C (`kernels.c`), which is faster.
 
 The C file is compiled by the machine's own compiler at its first use and kept in the user's cache. torch computes the
-same if there is no compiler with OpenMP, and for anything but float32 on a CPU.
+same if there is no compiler with OpenMP, on a GPU, and in bfloat16 on processors that do not multiply it.
 """
 
 from __future__ import annotations
@@ -114,12 +114,15 @@ class CompiledKernels(Kernels):
 
     compiled = True
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype = torch.float32) -> None:
+        """`dtype` is that of the operands of products; all else is float32."""
         self.library = library
+        self.dtype = dtype
         self._scratch = torch.empty(0)
 
     def matrices(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], num_rows: int) -> Matrices:
-        """The layers in the model's own memory: nothing is copied, so a change of the weights is seen here."""
+        """The layers in the model's own memory: nothing is copied, so a change of the weights is seen here. Weights in
+        bfloat16 are a copy."""
         return _CompiledMatrices(self, weights, biases)
 
     def rotate(self, x: Tensor, heads: int, norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> None:
@@ -182,7 +185,11 @@ class _CompiledMatrices(Matrices):
     def __init__(self, kernels: CompiledKernels, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
         many = len(weights)
         self._kernels = kernels
-        self._kept = [None if x is None else x.detach().contiguous() for x in (*weights, *biases)]
+        # Pairs of entries are multiplied in bfloat16, so an odd number of them is not.
+        self._pairs = kernels.dtype == torch.bfloat16 and weights[0].shape[1] % 2 == 0
+        dtype = torch.bfloat16 if self._pairs else torch.float32
+        self._kept: list[Tensor | None] = [x.detach().to(dtype).contiguous() for x in weights]
+        self._kept += [None if x is None else x.detach().contiguous() for x in biases]
         self._num_ins, self._num_outs = weights[0].shape[1], sum(map(len, weights))
         self._arguments = (
             many,
@@ -199,7 +206,8 @@ class _CompiledMatrices(Matrices):
         padded = -(-n // MOST_LANES) * MOST_LANES
         self._kernels.library.product(
             _address(x), n, k, FORMS.index(form.kind), _address(form.norm), form.eps, *self._arguments,
-            _address(result), add_to is not None, self._kernels.room(padded * (k + 1)), torch.get_num_threads(),
+            _address(result), add_to is not None, self._kernels.room(padded * (k + 1)), self._pairs,
+            torch.get_num_threads(),
         )  # fmt: skip
         return result
 
@@ -212,13 +220,16 @@ def find(weight: Tensor) -> Kernels:
         raise EngineError(
             f"{SWITCH} = {asked!r}", where="the environment", fix="set it to torch or compiled, or leave it out"
         )
-    fits = product_dtype(weight) == torch.float32 and weight.device.type == "cpu"
+    dtype = product_dtype(weight)
+    fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and dtype in (torch.float32, torch.bfloat16)
     library = _library() if fits and asked != "torch" else None
-    if library is not None:
-        return CompiledKernels(library)
+    if library is not None and (dtype == torch.float32 or library.multiplies_pairs()):
+        return CompiledKernels(library, dtype)
     if asked == "compiled":
         problem, fix = "only float32 weights on a CPU have compiled kernels", "leave the variable out"
-        if fits:
+        if library is not None:
+            problem = "this processor does not multiply bfloat16, in which replies are to be sampled"
+        elif fits:
             problem = "no C compiler with OpenMP was found, or its result cannot be kept"
             fix = "install gcc or name a compiler in CC, and see that XDG_CACHE_HOME (~/.cache) can be written"
         raise EngineError(f"{SWITCH} = 'compiled', but {problem}", where="the environment", fix=fix)
@@ -246,11 +257,12 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     p, i, f = c_void_p, c_int64, c_float
-    library.product.argtypes = [p, i, i, i, p, f, i, p, p, p, p, i, p, i]
+    library.product.argtypes = [p, i, i, i, p, f, i, p, p, p, p, i, p, i, i]
     library.rotate.argtypes = [p, i, i, i, i, p, f, p, p, i]
     library.attend.argtypes = [p, i, p, p, i, i, i, i, i, f, i, p, p, i, p, p, p, p, i, p, p, p, i]
     for function in (library.product, library.rotate, library.attend):
         function.restype = None
+    library.multiplies_pairs.restype = i
     return library
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab.batches.device import to_device
 from trimtab.core.errors import EngineError
 from trimtab.engines.local.fused import FusedForward
-from trimtab.engines.local.kernels import Kernels, find
+from trimtab.engines.local.kernels import Kernels, find, product_dtype
 from trimtab.engines.local.replies import ReplyBuffer, Sampling
 from trimtab.engines.local.slot_cache import SlotCache
 from trimtab.models.attention import Attend, backbone, row_states
@@ -44,8 +44,10 @@ class SlotForm:
 
     @property
     def kernels(self) -> Kernels:
-        """The kernels of the decoding steps: C if this machine and these weights allow it, else torch."""
-        return find(next(self.policy.model.parameters()))
+        """The kernels of the decoding steps: C if this machine and these weights allow it, else torch. C computes
+        attention in float32, which a model's own forward pass does not hand it under autocast."""
+        weight = next(self.policy.model.parameters())
+        return Kernels() if self.name == "rows" and product_dtype(weight) != weight.dtype else find(weight)
 
     def decode(self, prompts: Sequence[Sequence[int]], group_size: int, replies: ReplyBuffer) -> None:
         """See `DecodingForm.decode`."""
@@ -96,9 +98,10 @@ class SlotForm:
         """Bytes of the keys and values of one token in all layers. Measured, not read from the configuration, because
         layers may differ in their heads, and some may keep nothing."""
         sizes: list[int] = []
+        compiled = self.kernels.compiled  # then they are float32
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-            sizes.extend(x.numel() * x.element_size() for x in (key, value))
+            sizes.extend(x.numel() * (4 if compiled else x.element_size()) for x in (key, value))
             return value.repeat_interleave(query.shape[1] // value.shape[1], 1)
 
         zero = torch.zeros(1, dtype=torch.int64)
