@@ -51,6 +51,10 @@ def test_the_table_of_steps_on_a_gpu_is_that_of_its_data(script):
     assert_on_page("engines", script("gpu").table(data("gpu")))
 
 
+def test_the_table_of_sampling_beside_vllm_is_that_of_its_data(script):
+    assert_on_page("engines", script("sampling_vllm").table(data("sampling_vllm")))
+
+
 def test_the_table_of_the_house_is_that_of_its_data(script):
     assert_on_page("house", script("rooms").table(data("house")))
 

@@ -49,6 +49,15 @@ def is_gpu(x: Tensor) -> bool:
     return x.device.type == "cuda"
 
 
+def has_flash_attention(x: Tensor) -> bool:
+    """Whether the tensor is on a GPU on which torch's flash kernel runs: Ampere or newer."""
+    return (
+        is_gpu(x)
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
+
+
 def num_multiprocessors(x: Tensor) -> int:
     """The multiprocessors of the GPU that the tensor is on: parts that compute at the same time."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from trimtab.batches.device import is_gpu, num_multiprocessors, repeatable
+from trimtab.batches.device import has_flash_attention, is_gpu, num_multiprocessors, repeatable
 from trimtab.batches.trees import Packed, PackedParts, Strips, TokenTrees, TreeParts
 from trimtab.models.attention import UNSEEN, Attend, Window, attention_with_lse, merge_attention, softmax_attention
 
@@ -274,7 +274,7 @@ class PackedPart:
         return self.queries.bounds, self.keys.bounds, self.queries.longest, self.keys.longest
 
 
-@cache
+@lru_cache(maxsize=4096)
 def head_groups(
     *, num_heads: int, shared: int, num_stretches: int, num_blocks: int, num_processors: int, causal: bool
 ) -> tuple[int, ...]:
@@ -306,13 +306,12 @@ def head_groups(
 
 
 def takes_packed(query: Tensor) -> bool:
-    """Whether the flash kernel of the GPU takes these queries [N, H, D]. It computes in 16 bits only."""
+    """Whether the flash kernel of a GPU takes these queries [N, H, D]. It computes in 16 bits only."""
     return (
-        is_gpu(query)
-        and query.dtype in (torch.bfloat16, torch.float16)
+        query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 256
-        and torch.backends.cuda.is_flash_attention_available()
+        and has_flash_attention(query)
     )
 
 

@@ -81,9 +81,9 @@ class FusedForward:
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         for index, layer in enumerate(self.layers):
             states = layer.query_key_value(x, layer.norm)
-            states = states.view(len(x), -1, self.head_size)
+            states = states.view(x.shape[0], -1, self.head_size)
             self.kernels.rotate(states, self.num_heads + self.num_kv_heads, layer.query_key_norm, self.eps, cos, sin)
-            query, key, value = torch.split(states, heads, 1)
+            query, key, value = torch.split_with_sizes(states, heads, 1)
             mixed = attend(index, query, key, value, layer.scaling, layer.window)
             layer.output(mixed.flatten(1), add_to=x)
             gate_up = layer.gate_up(x, layer.mlp_norm)

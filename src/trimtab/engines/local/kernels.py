@@ -162,7 +162,8 @@ class CompiledKernels(Kernels):
             key, value = key.contiguous(), value.contiguous()
         assert query.dtype == key.dtype == value.dtype == torch.float32
         n, heads, size = query.shape
-        kv_heads, repeats = key.shape[1], heads // key.shape[1]
+        kv_heads = key.shape[1]
+        repeats = heads // kv_heads
         prompt_room, row_room = 0 if prompts is None else prompts[0].shape[2], rows[0].shape[2]
         threads = torch.get_num_threads()
         output = query.new_empty(query.shape)
@@ -176,7 +177,7 @@ class CompiledKernels(Kernels):
 
     def room(self, num_floats: int) -> int:
         """The address of working memory for this many floats, valid until the next call."""
-        if len(self._scratch) < num_floats:
+        if self._scratch.shape[0] < num_floats:
             self._scratch = torch.empty(num_floats)
         return self._scratch.data_ptr()
 
@@ -199,7 +200,7 @@ class _CompiledMatrices(Matrices):
         )
 
     def __call__(self, x: Tensor, form: ProductForm = PLAIN, *, add_to: Tensor | None = None) -> Tensor:
-        x, n, k = x.contiguous(), len(x), self._num_ins
+        x, n, k = x.contiguous(), x.shape[0], self._num_ins
         assert x.dtype == torch.float32
         assert x.shape[1] == (2 * k if form.kind == "gated" else k)
         result = x.new_empty(n, self._num_outs) if add_to is None else add_to
