@@ -31,7 +31,8 @@ def assert_on_page(page, table):
 
 
 def test_the_table_of_speed_is_that_of_its_data(script):
-    assert_on_page("speed", script("speed").table(data("speed")["workloads"]))
+    for name in ("speed", "speed_avx512"):
+        assert_on_page("speed", script("speed").table(data(name)["workloads"]))
 
 
 def test_the_table_of_the_quickstart_over_seeds_is_that_of_its_data(script):
