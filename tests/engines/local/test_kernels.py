@@ -14,6 +14,7 @@ from tests import tiny
 from trimtab.core.errors import EngineError
 from trimtab.engines.local import kernels, slots
 from trimtab.engines.local.form_choice import FormChoice, forms
+from trimtab.engines.local.fused import FusedForward
 from trimtab.engines.local.kernels import GATED, SWITCH, CompiledKernels, Kernels, ProductForm, find
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.models.roles import Policy
@@ -275,6 +276,28 @@ def test_they_are_compiled_once_and_kept_where_only_their_owner_writes(monkeypat
     code = "import torch; from trimtab.engines.local.kernels import find; assert find(torch.zeros(1)).compiled"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert made.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7F800001, -0x400000, -1])
+def test_what_is_not_a_number_stays_so_in_bfloat16(compiled, bits):
+    x = torch.ones(2, 4)
+    x[0, 1] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    assert x[0, 1].isnan()
+    made = CompiledKernels(compiled.library, torch.bfloat16).matrices([torch.ones(3, 4)], [None], 2)(x)
+    assert made[0].isnan().all()
+    assert made[1].tolist() == [4.0] * 3
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_a_copy_with_other_weights_is_refused_in_both_precisions(compiled, precision):
+    model = Policy(tiny.causal("llama"), pad_id=0).model
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision is not None):
+        fused = FusedForward(model, 4, CompiledKernels(compiled.library, precision or torch.float32))
+        fused.prove_fresh(model)
+        with torch.autocast("cpu", enabled=False):
+            model.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(-model.model.layers[0].mlp.down_proj.weight)
+        with pytest.raises(EngineError, match="differs from the model"):
+            fused.prove_fresh(model)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral_windowed", "gpt2"])

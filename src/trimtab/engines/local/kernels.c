@@ -77,12 +77,16 @@ static inline float scale_of(const float *row, int64_t n, float eps) {
 
 static inline float silu(float x) { return x / (1.0f + exponential(x < -87.0f ? 87.0f : -x)); }
 
-/* Two numbers as bfloat16, rounded to the nearest, of ties to the even; the first in the lower half. */
+/* Two numbers as bfloat16, rounded to the nearest, of ties to the even; the first in the lower half. What is not a
+   number stays so: adding to its bits could carry it over to a zero. */
 static inline float pair_of(float first, float second) {
     uint32_t bits[2], pair;
     memcpy(bits, &first, sizeof first);
     memcpy(bits + 1, &second, sizeof second);
-    for (int i = 0; i < 2; i++) bits[i] = (bits[i] + 0x7fff + (bits[i] >> 16 & 1)) >> 16;
+    for (int i = 0; i < 2; i++) {
+        int is_number = (bits[i] & 0x7fffffff) <= 0x7f800000;
+        bits[i] = is_number ? (bits[i] + 0x7fff + (bits[i] >> 16 & 1)) >> 16 : 0x7fc0;
+    }
     pair = bits[0] | bits[1] << 16;
     float word;
     memcpy(&word, &pair, sizeof word);
@@ -130,11 +134,11 @@ MULTIPLIER(multiply_three, 4, 3, 3, ADD_PRODUCT)
 #define ADD_PAIR(SUM, COLUMN, WEIGHT)                                                                                  \
     SUM = (vec)_mm512_dpbf16_ps((__m512)SUM, (__m512bh)COLUMN, (__m512bh)_mm512_set1_ps(WEIGHT))
 #else
-typedef int32_t bits __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 static inline vec add_pair(vec sum, vec column, float weight) {
     int32_t pair;
     memcpy(&pair, &weight, sizeof pair);
-    bits columns = (bits)column, weights = columns - columns + pair, upper = columns - columns - 65536;
+    ints columns = (ints)column, weights = columns - columns + pair, upper = columns - columns - 65536;
     return sum + (vec)(columns << 16) * (vec)(weights << 16) + (vec)(columns & upper) * (vec)(weights & upper);
 }
 #define ADD_PAIR(SUM, COLUMN, WEIGHT) SUM = add_pair(SUM, COLUMN, WEIGHT)
