@@ -68,25 +68,33 @@ def test_gradients_of_tree_and_padded_rows_agree(name):
     assert relative_difference(*whole) < 1e-5
 
 
+def attention_and_gradients(attend, trees, heads):
+    """The output of `attend` for random states with these numbers of query and key heads, and their gradients."""
+    draw = torch.Generator().manual_seed(1)
+    query_heads, key_heads = heads
+    states = [
+        torch.randn(trees.num_tokens, n, 8, generator=draw, requires_grad=True)
+        for n in (query_heads, key_heads, key_heads)
+    ]
+    output = attend(*states)
+    weights = torch.randn(output.shape, generator=draw)
+    return [output, *torch.autograd.grad((output * weights).sum(), states)]
+
+
+def masked(trees, window=None):
+    """Attention over the trees by its definition."""
+    visible = trees.visible(window)[:, None]
+    return lambda q, k, v: masked_attention(q, k, v, trees.strips, visible, 0.3)
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 def test_attention_in_parts_is_attention_under_the_mask(heads):
     trees = TokenTrees.build(
         [*some_trees().trees, response_tree([3] * 30, [[4] * 5, [5] * 11]), response_tree([], [[6], [7] * 4])]
     )
-    draw = torch.Generator().manual_seed(1)
-    states = [
-        torch.randn(trees.num_tokens, h, 8, generator=draw, requires_grad=True) for h in (heads[0], heads[1], heads[1])
-    ]
-    weights = torch.randn(trees.num_tokens, heads[0], 8, generator=draw)
-    results = []
-    for attend in (
-        lambda q, k, v: tree_attention(trees)(0, q, k, v, 0.3, None),
-        lambda q, k, v: masked_attention(q, k, v, trees.strips, trees.visible()[:, None], 0.3),
-    ):
-        output = attend(*states)
-        results.append([output, *torch.autograd.grad((output * weights).sum(), states)])
-    for parted, masked in zip(*results, strict=True):
-        assert relative_difference(parted, masked) < 2e-6
+    parted = attention_and_gradients(lambda q, k, v: tree_attention(trees)(0, q, k, v, 0.3, None), trees, heads)
+    for ours, defined in zip(parted, attention_and_gradients(masked(trees), trees, heads), strict=True):
+        assert relative_difference(ours, defined) < 2e-6
 
 
 def test_an_encoder_is_recognised():

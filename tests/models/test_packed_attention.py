@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests import tiny
-from tests.models.test_forward import relative_difference, some_trees
+from tests.models.test_forward import attention_and_gradients, masked, relative_difference, some_trees
 from trimtab.batches.trees import PackedParts, TokenTrees, response_tree, sequence_tree
 from trimtab.models import tree_attention as module
 from trimtab.models.roles import Policy
@@ -84,19 +84,9 @@ ROWS = {
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 def test_packed_parts_are_masked_attention_forward_and_backward(row, heads):
     trees = TokenTrees.build(ROWS[row])
-    draw = torch.Generator().manual_seed(1)
-    shapes = [(trees.num_tokens, h, 8) for h in (heads[0], heads[1], heads[1])]
-    states = [torch.randn(shape, generator=draw, requires_grad=True) for shape in shapes]
-    weights = torch.randn(shapes[0], generator=draw)
-    results = []
-    for attend in (
-        lambda q, k, v: tree_attention(trees)(0, q, k, v, 0.3, None),
-        lambda q, k, v: masked_attention(q, k, v, trees.strips, trees.visible()[:, None], 0.3),
-    ):
-        output = attend(*states)
-        results.append([output, *torch.autograd.grad((output * weights).sum(), states)])
-    for packed, defined in zip(*results, strict=True):
-        assert relative_difference(packed, defined) < 2e-6
+    packed = attention_and_gradients(lambda q, k, v: tree_attention(trees)(0, q, k, v, 0.3, None), trees, heads)
+    for ours, defined in zip(packed, attention_and_gradients(masked(trees), trees, heads), strict=True):
+        assert relative_difference(ours, defined) < 2e-6
 
 
 @pytest.mark.usefixtures("kernel")
@@ -126,18 +116,11 @@ def test_a_float32_row_on_the_cpu_is_not_packed():
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 def test_masked_attention_of_a_gpu_has_the_gradients_of_the_definition(heads, window, monkeypatch):
     trees = TokenTrees.build(ROWS["trees"])
-    draw = torch.Generator().manual_seed(1)
-    shapes = [(trees.num_tokens, h, 8) for h in (heads[0], heads[1], heads[1])]
-    states = [torch.randn(shape, generator=draw, requires_grad=True) for shape in shapes]
-    weights = torch.randn(shapes[0], generator=draw)
-    results = []
-    for on_gpu in (True, False):
-        monkeypatch.setattr(module, "is_gpu", lambda x, on_gpu=on_gpu: on_gpu)
-        output = masked_attention(*states, trees.strips, trees.visible(window)[:, None], 0.3)
-        results.append([output, *torch.autograd.grad((output * weights).sum(), states)])
-        assert not torch.are_deterministic_algorithms_enabled()
-    for ours, defined in zip(*results, strict=True):
-        assert relative_difference(ours, defined) < 2e-6
+    defined = attention_and_gradients(masked(trees, window), trees, heads)
+    monkeypatch.setattr(module, "is_gpu", lambda x: True)
+    for ours, theirs in zip(attention_and_gradients(masked(trees, window), trees, heads), defined, strict=True):
+        assert relative_difference(ours, theirs) < 2e-6
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.usefixtures("kernel")

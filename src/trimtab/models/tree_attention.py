@@ -333,29 +333,6 @@ def _whole(strips: Strips, visible: Tensor, like: Tensor) -> AttentionPart:
     return StripsPart(strips, strips, False, bias, False)
 
 
-def _attend_in_parts(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    parts: Sequence[AttentionPart],
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    output = torch.empty_like(query)
-    lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-    for p in parts:
-        part, part_lse = p.attend(query, key, value, scaling)
-        if p.asking is None:
-            output, lse = part, part_lse
-            continue
-        if p.merges:
-            part, part_lse = merge_attention(output[p.asking], lse[p.asking], part, part_lse)
-        output[p.asking], lse[p.asking] = part, part_lse
-    if sinks is not None:
-        output, lse = merge_attention(output, lse, torch.zeros_like(output), sinks.float().expand_as(lse))
-    return output, lse
-
-
 class _PartedAttention(torch.autograd.Function):
     """Attention in parts. A sink is a part too: one key with the score `sinks` [H] and the value 0."""
 
@@ -370,7 +347,22 @@ class _PartedAttention(torch.autograd.Function):
         scaling: float,
         known: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        output, lse = known or _attend_in_parts(query, key, value, sinks, parts, scaling)
+        """`known` are the results of an earlier call with the same states, which are not computed again."""
+        if known is not None:
+            output, lse = known
+        else:
+            output = torch.empty_like(query)
+            lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+            for p in parts:
+                part, part_lse = p.attend(query, key, value, scaling)
+                if p.asking is None:
+                    output, lse = part, part_lse
+                    continue
+                if p.merges:
+                    part, part_lse = merge_attention(output[p.asking], lse[p.asking], part, part_lse)
+                output[p.asking], lse[p.asking] = part, part_lse
+            if sinks is not None:
+                output, lse = merge_attention(output, lse, torch.zeros_like(output), sinks.float().expand_as(lse))
         ctx.save_for_backward(query, key, value, sinks, output, lse)
         ctx.mark_non_differentiable(lse)
         ctx.parts, ctx.scaling = parts, scaling
