@@ -1,5 +1,6 @@
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from scipy.special import softmax as scipy_softmax
 from scipy.stats import entropy as scipy_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trimtab.math.logprobs import draw, exact_kl, sample, sample_softmax, token_logprobs, truncated_logprobs
+from tests import tiny
+from trimtab.batches.trees import TokenTrees, response_tree
+from trimtab.math.logprobs import _products, draw, exact_kl, sample, sample_softmax, token_logprobs, truncated_logprobs
+from trimtab.models import roles
 
 
 def gather_logprobs(hidden, weight, targets, *, bias=None, temperature=1.0, scale=1.0, cap=None):
@@ -373,3 +377,31 @@ def test_draw_reports_the_logprobs_of_what_it_sampled_from():
         ids, logprobs = draw(logits, uniforms, **options)
         expected = truncated_logprobs(logits, **options).gather(1, ids[:, None])[:, 0]
         torch.testing.assert_close(logprobs, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("device", "rounded", "allowed"), [("cuda", True, "high"), ("cuda", False, "highest"), ("cpu", True, "highest")]
+)
+def test_tf32_is_allowed_for_products_of_the_head_on_a_gpu_alone(device, rounded, allowed):
+    like = SimpleNamespace(device=torch.device(device))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with _products(like, rounded):
+            assert torch.get_float32_matmul_precision() == allowed
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(("precision", "rounded"), [("bfloat16", True), ("float32", False)])
+def test_a_policy_lets_its_head_round_in_bfloat16_alone(precision, rounded, monkeypatch):
+    asked = []
+    for name in ("token_logprobs", "exact_kl"):
+        real = getattr(roles, name)
+        monkeypatch.setattr(roles, name, lambda *a, real=real, **k: asked.append(k["rounded"]) or real(*a, **k))
+    policy = roles.Policy(tiny.causal(), pad_id=0)
+    policy.precision = precision
+    trees = TokenTrees.build([response_tree([3, 4], [[5, 6]])])
+    policy(trees)
+    policy.kl_to(policy, trees)
+    assert asked == [rounded, rounded]
