@@ -105,6 +105,7 @@ def test_where_nothing_can_be_compiled_it_is_said_once(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch's compiler, at itself
 def test_compiled_they_are_the_same_and_new_lengths_need_no_new_kernel():
     draw = torch.Generator().manual_seed(0)
     weight = torch.rand(16, generator=draw)
