@@ -13,7 +13,7 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, 
 from tests import tiny
 from trimtab.core.errors import EngineError
 from trimtab.engines.local import kernels, slots
-from trimtab.engines.local.form_choice import FormChoice, forms
+from trimtab.engines.local.form_choice import FormChoice, choose_form, forms
 from trimtab.engines.local.fused import FusedForward
 from trimtab.engines.local.kernels import GATED, SWITCH, CompiledKernels, Kernels, ProductForm, find
 from trimtab.engines.local.sampler import LocalSampler, Sampling
@@ -233,6 +233,15 @@ def test_what_is_asked_for_and_cannot_be_had_is_said(monkeypatch, looked_for_ane
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(EngineError, match=r"no C compiler with OpenMP[^$]*install gcc or name"):
         find(WEIGHT)
+
+
+@pytest.mark.parametrize(("asked", "answer"), [("off", "set it to torch or compiled"), ("compiled", "no C compiler")])
+def test_a_mistake_in_the_environment_does_not_end_in_a_slower_form(monkeypatch, looked_for_anew, asked, answer):
+    monkeypatch.setenv(SWITCH, asked)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    chat = SimpleNamespace(stop_ids={1}, pad_id=0)
+    with pytest.raises(EngineError, match=answer):
+        choose_form(Policy(tiny.causal("llama"), pad_id=0), Sampling(), chat)
 
 
 @pytest.mark.parametrize("lanes", [4, 8, 16])

@@ -20,6 +20,7 @@ from trimtab.batches.device import to_device
 from trimtab.core.errors import EngineError
 from trimtab.data.chat import Chat
 from trimtab.engines.local.fused import supports_fusing
+from trimtab.engines.local.kernels import find
 from trimtab.engines.local.lockstep import LockstepForm
 from trimtab.engines.local.padded import PaddedForm
 from trimtab.engines.local.replies import DecodingForm, ReplyBuffer, SampledReply, Sampling
@@ -70,6 +71,7 @@ def choose_form(policy: Policy, sampling: Sampling, chat: Chat) -> FormChoice:
     passed_over: dict[str, str] = {}
     if not policy.tree_form:
         passed_over["slots"] = "the model does not compute its numbers over flat rows"
+    find(next(policy.model.parameters()))  # a mistake in the environment is no reason to take a slower form
     check = _Check(policy, chat)
     for form in forms(policy, sampling, chat):
         with narrow_windows(policy.model):
