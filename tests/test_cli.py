@@ -53,7 +53,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module.STAGE = Stage(settings=Settings, run=lambda settings, opened: module.run(settings, opened))
     monkeypatch.setitem(sys.modules, "probe_stage", module)
     monkeypatch.setitem(registry.modules("stage"), "probe", "probe_stage")
-    monkeypatch.setattr(cli, "summary_of", lambda _module: "A probe.")
+    monkeypatch.setattr(cli.helpers, "summary_of", lambda _module: "A probe.")
     monkeypatch.setattr(settings_check, "check", lambda *_, **__: None)  # it reads the source of this package only
     commands = {**cli.main.commands, "probe": cli.stage_command("probe")}
     monkeypatch.setattr(cli.main, "commands", commands)
@@ -242,7 +242,7 @@ def test_without_torch_a_command_that_trains_says_what_to_install(command: list[
     ],
 )
 def test_a_missing_library_is_answered_with_the_command_that_installs_it(module: str, extra: str, command: list[str]):
-    @click.group(cls=cli._Commands)
+    @click.group(cls=cli.Commands)
     def group() -> None: ...
 
     @group.command(command[0], context_settings={"ignore_unknown_options": True})
@@ -266,7 +266,7 @@ def test_every_extra_brings_the_modules_that_are_asked_for():
 
 
 def test_a_module_that_no_extra_brings_is_a_bug_and_travels_on():
-    @click.group(cls=cli._Commands)
+    @click.group(cls=cli.Commands)
     def group() -> None: ...
 
     @group.command()

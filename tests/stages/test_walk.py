@@ -51,7 +51,7 @@ def test_a_command_reaches_the_backward_pass_in_five_frames_and_three_files(
     frames = frames_at_backward(monkeypatch, lambda: run_stage(stage, tmp_path / "run", **settings))
     own = f"stages/{stage}/__init__.py" if stage == "online" else f"stages/{stage}.py"
     steps = [f"{own}:run", *([f"{own}:train_step"] if stage == "online" else [])]
-    assert frames == ["cli.py:invoke", "cli.py:invoke", *steps, "engines/local/learner.py:update"]
+    assert frames == ["cli/__init__.py:invoke", "cli/__init__.py:invoke", *steps, "engines/local/learner.py:update"]
 
 
 def test_ppo_is_a_step_of_thirty_lines():

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import shlex
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 import trimtab
+from trimtab.cli.helpers import StageCommand, missing_extra, same_command, sigterm_raised
 from trimtab.core import registry
-from trimtab.core.errors import EXTRAS, ConfigError, EngineError, Interrupted, Terminated, TrimtabError, not_installed
+from trimtab.core.errors import ConfigError, Interrupted, Terminated, TrimtabError
 from trimtab.core.files import disk_problem, unwritable, writing
-from trimtab.core.settings_help import settings_help, summary_of
 from trimtab.feedback.command_line import add_to
 
 if TYPE_CHECKING:
@@ -29,23 +26,23 @@ if TYPE_CHECKING:
     from trimtab.stages.stage import Stage
 
 
-class _Commands(click.Group):
+class Commands(click.Group):
     """A command group that turns mistakes into messages and exit codes. Only bugs give a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _sigterm_raised():
+            with sigterm_raised():
                 return super().invoke(ctx)
         except TrimtabError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
         except ModuleNotFoundError as missing:
-            if (wanting := _not_installed(missing, ctx)) is None:
+            if (wanting := missing_extra(missing, ctx)) is None:
                 raise
             click.echo(f"error: {wanting}", err=True)
             ctx.exit(2)
         except Interrupted as stop:
-            click.echo(f"{stop}\nto go on: {_same_command()}", err=True)
+            click.echo(f"{stop}\nto go on: {same_command()}", err=True)
             ctx.exit(128 + stop.signal_number)
         except KeyboardInterrupt as stop:
             click.echo("stopped at once; what was not saved yet is done again by the same command", err=True)
@@ -71,58 +68,7 @@ class _Commands(click.Group):
         return list(self.commands)
 
 
-@contextmanager
-def _sigterm_raised() -> Iterator[None]:
-    """Inside this block SIGTERM ends a command as Ctrl-C does: files are closed, and a message says what is kept."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _not_installed(missing: ModuleNotFoundError, ctx: click.Context) -> EngineError | None:
-    """The error that says which extra to install for a missing module; None if the module belongs to no extra."""
-    module = (missing.name or "").partition(".")[0]
-    preferred = ("feedback",) if ctx.invoked_subcommand == "feedback" else ()
-    extra = next((name for name in (*preferred, *EXTRAS) if module in EXTRAS[name]), None)
-    if extra is None:
-        return None
-    return not_installed(module, extra=extra, needed_by="this command", where=f"trimtab {ctx.invoked_subcommand}")
-
-
-class _StageCommand(click.Command):
-    """A command for a stage. Its help is the stage's summary, followed by the settings."""
-
-    def __init__(self, name: str, **options: Any) -> None:
-        self.module = registry.modules("stage")[name]
-        super().__init__(name, **options | {"help": summary_of(self.module)})
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parses the arguments. For an unknown option such as `--learning-rate 1e-4`, raises an error with the key to
-        write."""
-        try:
-            return super().parse_args(ctx, list(args))
-        except click.NoSuchOption as wrong:
-            place = next((i for i, word in enumerate(args) if word.partition("=")[0] == wrong.option_name), -1)
-            given = args[place].partition("=")[2] or "".join(args[place + 1 : place + 2]) if place >= 0 else ""
-            from trimtab.core.settings_check import option_as_override
-
-            raise option_as_override(self.module, wrong.option_name, given) from wrong
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Settings (keys of the run file, or key=value)"):
-            formatter.write_dl(list(settings_help(self.module)))
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(trimtab.__version__, prog_name="trimtab")
 def main() -> None:
     """The whole RLHF loop: from human judgements to an aligned model, and the evidence that it is aligned.
@@ -141,11 +87,19 @@ _model = click.option("--model", required=True, help="A model directory or Hub i
 _device = click.option(
     "--device", metavar="DEVICE", help='Where models compute: "cpu", "cuda" or for example "cuda:1" (engine.device).'
 )
-_workers = click.option(
-    "--workers", type=click.IntRange(min=1), help="Processes that compute together (engine.workers)."
+_ENGINE = (
+    _device,
+    click.option("--workers", type=click.IntRange(min=1), help="Processes that compute together (engine.workers)."),
 )
 _temperature = click.option("--temperature", default=1.0, show_default=True, help="0 takes the likeliest token.")
 _max_new_tokens = click.option("--max-new-tokens", default=256, show_default=True, help="Where a reply is cut off.")
+
+
+def _engine(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command the options that stand for settings of `engine`."""
+    for option in reversed(_ENGINE):
+        command = option(command)
+    return command
 
 
 def _directory(help_line: str, *, default: str | None = None, required: bool = False) -> Callable[[Any], Any]:
@@ -160,8 +114,7 @@ def _directory(help_line: str, *, default: str | None = None, required: bool = F
 @_overrides
 @_directory("The directory of the pipeline.", default="runs/quickstart")
 @click.option("--seed", type=click.IntRange(min=0), help="Another seed than the file's.")
-@_device
-@_workers
+@_engine
 def quickstart(overrides: tuple[str, ...], out: Path, seed: int | None, **engine: Any) -> None:
     """Run the whole loop on the help-desk world, on a laptop CPU."""
     chosen = overrides if seed is None else (*overrides, f"seed={seed}")
@@ -172,8 +125,7 @@ def quickstart(overrides: tuple[str, ...], out: Path, seed: int | None, **engine
 @_run_file
 @_overrides
 @_directory("The directory of the pipeline.  [default: runs/<name of the file>]")
-@_device
-@_workers
+@_engine
 def run_(run_file: Path, overrides: tuple[str, ...], out: Path | None, **engine: Any) -> None:
     """Run a pipeline of stages.
 
@@ -190,8 +142,7 @@ def run_(run_file: Path, overrides: tuple[str, ...], out: Path | None, **engine:
     type=click.Choice(list(registry.modules("stage"))),
     help="The stage of a run file that is not a pipeline.",
 )
-@_device
-@_workers
+@_engine
 def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None, **engine: Any) -> None:
     """Say what a run will take: time, memory and steps.
 
@@ -209,13 +160,12 @@ def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None, **engine
 
 
 def _on(overrides: tuple[str, ...], **engine: Any) -> tuple[str, ...]:
-    """The overrides with those that `--device` and `--workers` stand for."""
+    """The overrides with those that the options of `_ENGINE` stand for."""
     return (*overrides, *(f"engine.{key}={value}" for key, value in engine.items() if value is not None))
 
 
 @main.command()
-@_device
-@_workers
+@_engine
 @_directory("Where runs will be written.", default="runs")
 def check(out: Path, **engine: Any) -> None:
     """Check this machine: rates, and whether all ways of computing agree.
@@ -289,13 +239,12 @@ def examples_dir() -> Path:
 def stage_command(name: str) -> click.Command:
     """The command that runs the stage with this name from a run file."""
 
-    @click.command(name, cls=_StageCommand)
+    @click.command(name, cls=StageCommand)
     @_run_file
     @_overrides
     @_directory("The run directory.  [default: runs/<name of the file>]")
     @click.option("--fresh", is_flag=True, help="Empty the run directory first, instead of going on there.")
-    @_device
-    @_workers
+    @_engine
     def invoke(run_file: Path, overrides: tuple[str, ...], out: Path | None, fresh: bool, **engine: Any) -> None:
         directory = out or Path("runs") / run_file.stem
         with _opened(name, run_file, _on(overrides, **engine), directory, fresh) as (stage, settings, run):
@@ -492,7 +441,3 @@ def _write_report(directory: Path, out: Path | None = None) -> None:
     from trimtab.reports.run_page import write_report
 
     click.echo(f"report: {write_report(directory, out)}")
-
-
-def _same_command() -> str:
-    return shlex.join(["trimtab", *(word for word in sys.argv[1:] if word != "--fresh")])

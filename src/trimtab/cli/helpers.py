@@ -1,0 +1,74 @@
+"""What the command table is made of besides its rows: the command of a stage, and the answers to what goes wrong."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import click
+
+from trimtab.core import registry
+from trimtab.core.errors import EXTRAS, EngineError, Terminated, not_installed
+from trimtab.core.settings_help import settings_help, summary_of
+
+
+@contextmanager
+def sigterm_raised() -> Iterator[None]:
+    """Inside this block SIGTERM ends a command as Ctrl-C does: files are closed, and a message says what is kept."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def missing_extra(missing: ModuleNotFoundError, ctx: click.Context) -> EngineError | None:
+    """The error that says which extra to install for a missing module; None if the module belongs to no extra."""
+    module = (missing.name or "").partition(".")[0]
+    preferred = ("feedback",) if ctx.invoked_subcommand == "feedback" else ()
+    extra = next((name for name in (*preferred, *EXTRAS) if module in EXTRAS[name]), None)
+    if extra is None:
+        return None
+    return not_installed(module, extra=extra, needed_by="this command", where=f"trimtab {ctx.invoked_subcommand}")
+
+
+class StageCommand(click.Command):
+    """A command for a stage. Its help is the stage's summary, followed by the settings."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        self.module = registry.modules("stage")[name]
+        super().__init__(name, **options | {"help": summary_of(self.module)})
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parses the arguments. For an unknown option such as `--learning-rate 1e-4`, raises an error with the key to
+        write."""
+        try:
+            return super().parse_args(ctx, list(args))
+        except click.NoSuchOption as wrong:
+            place = next((i for i, word in enumerate(args) if word.partition("=")[0] == wrong.option_name), -1)
+            given = args[place].partition("=")[2] or "".join(args[place + 1 : place + 2]) if place >= 0 else ""
+            from trimtab.core.settings_check import option_as_override
+
+            raise option_as_override(self.module, wrong.option_name, given) from wrong
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Settings (keys of the run file, or key=value)"):
+            formatter.write_dl(list(settings_help(self.module)))
+
+
+def same_command() -> str:
+    """The command that goes on with what this one began."""
+    return shlex.join(["trimtab", *(word for word in sys.argv[1:] if word != "--fresh")])
