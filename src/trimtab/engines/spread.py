@@ -114,6 +114,11 @@ class SpreadLearner(SpreadScorer):
         return merge([own, *of_shares])
 
     @property
+    def version(self) -> int:
+        """How often the weights have changed."""
+        return self.learner.version
+
+    @property
     def form(self) -> str:
         """How the model computes a batch."""
         return self.learner.form

@@ -97,6 +97,7 @@ def _problems(stage: str, settings: Any, made: Made) -> Iterator[tuple[str, Trim
     try:
         if (engine := getattr(settings, "engine", None)) is not None:
             engine.find_device()
+            engine.sampler.find()
     except TrimtabError as error:
         yield "engine.device", error
     looks: list[DataUse | ModelUse] = [*_sources(stage, settings), *models_of(stage, settings)]

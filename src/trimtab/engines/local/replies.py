@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -106,8 +106,11 @@ class ReplyBuffer:
         truncates."""
         self.lengths = torch.zeros(len(uniforms), dtype=torch.int64)
         self.stopped = torch.zeros(len(uniforms), dtype=torch.bool)
-        self._stop_ids = torch.tensor(sorted(chat.stop_ids if stop_ids is None else stop_ids), dtype=torch.int64)
-        self._unnamed = unnamed
+        self.stop_ids = frozenset(chat.stop_ids if stop_ids is None else stop_ids)
+        """Tokens that end a reply."""
+        self._stop_ids = torch.tensor(sorted(self.stop_ids), dtype=torch.int64)
+        self.unnamed = unnamed
+        """[V] true for tokens that are never drawn; None if all may be."""
         # A character has at most four tokens: that many if tokens are bytes.
         self._tail = 4 * max((len(s) for s in sampling.stop), default=0)
 
@@ -115,17 +118,17 @@ class ReplyBuffer:
         """Draws the next tokens [n] of these sequences [n] at these places [n] from logits [n, V]. Returns them, and
         whether each sequence ends with its token [n]."""
         logits = logits.float()
-        if self._unnamed is not None:
-            self._unnamed = to_device(self._unnamed, logits.device)
+        if self.unnamed is not None:
+            self.unnamed = to_device(self.unnamed, logits.device)
         drawn, logprobs = draw(
-            logits if self._unnamed is None else logits.masked_fill(self._unnamed, -torch.inf),
+            logits if self.unnamed is None else logits.masked_fill(self.unnamed, -torch.inf),
             to_device(self.uniforms[sequences, places], logits.device),
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             top_k=self.sampling.top_k,
         )
         of_policy: Tensor | None = None
-        if self.sampling.truncates or self._unnamed is not None:
+        if self.sampling.truncates or self.unnamed is not None:
             whole = (logits / self.sampling.temperature).log_softmax(-1)
             of_policy = whole.gather(1, drawn[:, None])[:, 0]
         tokens, *found = to_cpu(drawn, logprobs, of_policy)
@@ -139,6 +142,16 @@ class ReplyBuffer:
             stopped |= torch.tensor([self._holds_stop(*row) for row in zip(sequences, places, strict=True)])
         self.stopped[sequences] = stopped
         return tokens, stopped | (places + 1 == self.limits[sequences])
+
+    def columns(self) -> dict[str, Tensor]:
+        """What was drawn, as tensors; `fill` takes them."""
+        names = ("tokens", "logprobs", "policy_logprobs", "lengths", "stopped")
+        return {name: getattr(self, name) for name in names}
+
+    def fill(self, rows: Tensor, columns: Mapping[str, Tensor]) -> None:
+        """Takes over the replies [n] that another buffer of this width drew, as sequences `rows` [n]."""
+        for name, column in columns.items():
+            getattr(self, name)[rows] = column
 
     def finished(self) -> list[SampledReply]:
         """All replies, each cut to its length."""

@@ -27,7 +27,7 @@ from trimtab.batches.trees import TokenTrees
 from trimtab.core.metrics import Mean, Metrics
 from trimtab.data.chat import Chat
 from trimtab.engines.base import Learner, Scorer
-from trimtab.engines.build import IN_THIS_PROCESS, Engines
+from trimtab.engines.build import Engines
 from trimtab.engines.local.learner import AdamW
 from trimtab.math.advantages import Episodes, token_rewards
 from trimtab.math.kl import ESTIMATORS, k1, k3
@@ -245,11 +245,12 @@ def mean(values: Tensor) -> Mean:
 
 
 def make_engines(
-    settings: OnlineSettings, models: Models, engines: Engines = IN_THIS_PROCESS
+    settings: OnlineSettings, models: Models, engines: Engines | None = None
 ) -> tuple[Learner, Scorer, Learner | None]:
     """Policy, reference and critic as engines. A critic that is a head on the policy is the policy's own engine."""
     how: dict[str, Any] = {"token_budget": settings.token_budget, "precision": settings.precision}
     per_step = settings.num_epochs * settings.num_minibatches
+    engines = engines or Engines()
 
     def learner(role: Policy | ScalarModel, optimizer: AdamW, name: str, num_steps: int) -> Learner:
         return engines.learner(

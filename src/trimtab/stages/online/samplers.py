@@ -10,7 +10,7 @@ from trimtab.core.types import Prompt
 from trimtab.data.chat import Chat
 from trimtab.engines.base import Sampler
 from trimtab.engines.episodes import EpisodeSampler
-from trimtab.engines.local.form_choice import choose_form
+from trimtab.engines.local.form_choice import FormChoice
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.models.roles import Policy
 from trimtab.stages.online.settings import OnlineSettings
@@ -27,17 +27,21 @@ def make_samplers(
     `make_sampler` is that of the engines. Raises an error with its fix if the longest prompt leaves no room for a
     reply."""
     environment = settings.environment.load() if settings.environment is not None else None
-    choice = choose_form(policy, settings.sampling, chat)
 
-    def make(sampling: Sampling) -> Sampler:
+    def make(sampling: Sampling, choice: FormChoice | None = None) -> tuple[Sampler, LocalSampler]:
+        """The sampler, and the one that draws its turns, which is itself if there is no environment."""
         # The step itself compares sampler and policy on every reply. With truncation it cannot, because the two are
         # different distributions; then the sampler does.
         options: dict[str, Any] = {"choice": choice, "watched": sampling.truncates and settings.correction is None}
         if environment is None:
-            return make_sampler(policy, chat, sampling, **options)
+            made = make_sampler(policy, chat, sampling, **options)
+            return made, made
         options["make"] = make_sampler
-        return EpisodeSampler(policy, chat, sampling, environment, settings.episodes, **options)
+        episodes = EpisodeSampler(policy, chat, sampling, environment, settings.episodes, **options)
+        return episodes, episodes.generator
 
-    LocalSampler(policy, chat, settings.sampling, choice=choice).check_prompts(prompts)
-    greedy = make(replace(settings.sampling, top_k=1)) if settings.advantage.needs_greedy else None
-    return make(settings.sampling), greedy
+    sampler, turns = make(settings.sampling)
+    turns.check_prompts(prompts)
+    if not settings.advantage.needs_greedy:
+        return sampler, None
+    return sampler, make(replace(settings.sampling, top_k=1), turns.choice)[0]

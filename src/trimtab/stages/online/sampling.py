@@ -98,6 +98,7 @@ class RolloutSource:
         groups are still missing then, the batch is filled with such groups: a step needs a batch, and they do no
         harm."""
         settings = self.settings
+        self.sampler.sync()
         max_rounds = settings.dynamic_sampling.max_rounds if settings.dynamic_sampling else 1
         kept: list[Group] = []
         flat: list[Group] = []

@@ -221,13 +221,18 @@ class OnlineSettings:
     @property
     def weigh(self) -> Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Metrics]]:
         """What weighs tokens by how the policy and the sampler differ: 1 for each without a correction."""
-        never_equal = not self.sampling.truncates and not self.computes_in_float32
+        never_equal = not self.sampling.truncates and not (self.computes_in_float32 and self.one_engine)
         return self.correction or (SamplerCorrection() if never_equal else no_correction)
 
     @property
     def computes_in_float32(self) -> bool:
         """Whether policy and sampler do, and so agree but for the last digits."""
         return self.precision == self.sampling.precision == "float32"
+
+    @property
+    def one_engine(self) -> bool:
+        """Whether policy and sampler are computed by the same code."""
+        return self.engine.sampler.name != "vllm"
 
     def scores_old_policy(self, number: int) -> bool:
         """Whether this step scores its rollouts with the policy before it learns from them.
@@ -238,5 +243,6 @@ class OnlineSettings:
         learns.
         """
         single = self.num_epochs * self.num_minibatches == 1 and number >= max(1, self.critic.warmup_steps)
-        same = self.computes_in_float32 and self.correction is None and not self.sampling.truncates
+        float32 = self.computes_in_float32 and self.one_engine
+        same = float32 and self.correction is None and not self.sampling.truncates
         return not (single and same)

@@ -1,0 +1,279 @@
+"""Processes that draw replies: the local sampler's replies, from whatever engine, and every stale weight noticed.
+
+With TRIMTAB_VLLM=PYTHON, an interpreter of an environment with vLLM, the same is asked of vLLM.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from tests import tiny
+from trimtab.core.errors import EngineError
+from trimtab.core.types import Message, Prompt
+from trimtab.data.chat import Chat
+from trimtab.data.tokenizers import load_tokenizer
+from trimtab.engines.device import SamplerSettings
+from trimtab.engines.local.sampler import LocalSampler, Sampling
+from trimtab.engines.samplers import pool as pools
+from trimtab.engines.samplers.pool import PooledSampler, SamplerPool
+from trimtab.models.adapters import LoRA, adapter_parameters, add_adapter
+from trimtab.models.load import load_causal
+from trimtab.models.roles import Policy
+from trimtab.models.save import save_model
+from trimtab.stages.pretrain import train_tokenizer
+
+VLLM = os.environ.get("TRIMTAB_VLLM")
+ENGINES = [
+    "process",
+    pytest.param(
+        "vllm",
+        marks=pytest.mark.skipif(not VLLM, reason="TRIMTAB_VLLM names no interpreter of an environment with vLLM"),
+    ),
+]
+SAMPLING = Sampling(max_new_tokens=12, temperature=0.7, max_prompt_tokens=190, cache_gb=0.1)
+PROMPTS = [Prompt(messages=(Message("user", "Where is my lamp? " * n),)) for n in (1, 9, 2, 5, 3)]
+CASES = {
+    "tied": lambda ids: LlamaConfig(**ids, num_key_value_heads=1, tie_word_embeddings=True),
+    "untied": lambda ids: Qwen3Config(**ids, num_key_value_heads=1, head_dim=32, tie_word_embeddings=False),
+    "adapter": lambda ids: LlamaConfig(**ids, num_key_value_heads=2, tie_word_embeddings=True),
+}
+
+
+class Drawn:
+    """A policy, its pool of processes, and the count of its weights."""
+
+    def __init__(self, engine: str, case: str, directory: Path, **settings) -> None:
+        tokenizer = train_tokenizer([*tiny.TEXTS] * 2, 320)
+        shape = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 2}
+        config = CASES[case]({"vocab_size": len(tokenizer), "bos_token_id": None, **shape})
+        torch.manual_seed(0)
+        save_model(tiny._louder(AutoModelForCausalLM.from_config(config)), tokenizer, directory)
+        self.chat = Chat(load_tokenizer(str(directory)))
+        model = load_causal(str(directory))
+        adapter = "policy" if case == "adapter" else None
+        if adapter:
+            add_adapter(model, adapter, LoRA(rank=4), seed=0)
+        self.policy = Policy(model, pad_id=self.chat.pad_id, temperature=0.7, adapter=adapter)
+        self.version = 0
+        python = {"python": VLLM} if engine == "vllm" else {}
+        self.pool = SamplerPool(
+            self.policy,
+            self.chat,
+            SamplerSettings(name=engine, **(python | settings)),
+            SAMPLING,
+            version=lambda: self.version,
+            whole=nullcontext,
+            limit_seconds=240,
+        )
+
+    @torch.no_grad()
+    def learn(self) -> None:
+        """Changes the weights, as an update does."""
+        model = self.policy.model
+        changed = adapter_parameters(model, "policy").values() if self.policy.adapter else model.parameters()
+        draw = torch.Generator().manual_seed(self.version)
+        for weight in changed:
+            weight.add_(0.1 * torch.randn(weight.shape, generator=draw))
+        self.version += 1
+
+    def local(self, sampling: Sampling = SAMPLING) -> LocalSampler:
+        return LocalSampler(self.policy, self.chat, sampling)
+
+    def pooled(self, sampling: Sampling = SAMPLING) -> PooledSampler:
+        return PooledSampler(self.policy, self.chat, sampling, pool=self.pool)
+
+
+@pytest.fixture(scope="module", params=[(e, c) for e in ("process", "vllm") for c in CASES], ids=str)
+def drawn(request, tmp_path_factory):
+    engine, case = request.param
+    if engine == "vllm" and not VLLM:
+        pytest.skip("TRIMTAB_VLLM names no interpreter of an environment with vLLM")
+    made = Drawn(
+        engine, case, tmp_path_factory.mktemp(case), processes=2 if (engine, case) == ("process", "tied") else 1
+    )
+    yield made
+    made.pool.close()
+
+
+def assert_same(ours, theirs, *, tolerance=2e-5):
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.response_ids, a.response, a.finish_reason) == (b.response_ids, b.response, b.finish_reason)
+        assert b.logprobs == pytest.approx(a.logprobs, abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"top_p": 0.8, "top_k": 20}, {"top_k": 1}, {"stop": ("e", "an")}, {"max_new_tokens": 3}],
+    ids=lambda changed: ",".join(changed) or "plain",
+)
+def test_replies_are_those_of_the_local_sampler(drawn, changed):
+    sampling = replace(SAMPLING, **changed)
+    for group_size in (1, 4):
+        options = {"group_size": group_size, "seed": 3}
+        assert_same(
+            drawn.local(sampling).generate(PROMPTS, **options), drawn.pooled(sampling).generate(PROMPTS, **options)
+        )
+
+
+def test_replies_depend_on_no_order_and_on_no_others(drawn):
+    sampler = drawn.pooled()
+    whole = sampler.generate(PROMPTS, group_size=2, seed=5)
+    turned = sampler.generate(PROMPTS[::-1], group_size=2, seed=5)
+    assert_same(sorted(whole, key=lambda r: r.prompt.id), sorted(turned, key=lambda r: r.prompt.id))
+    assert_same(whole[4:6], sampler.generate([PROMPTS[2]], group_size=2, seed=5))
+
+
+def test_replies_follow_the_weights_from_sync_to_sync(drawn):
+    sampler = drawn.pooled()
+    before = sampler.generate(PROMPTS, group_size=2, seed=7)
+    drawn.learn()
+    assert_same(before, sampler.generate(PROMPTS, group_size=2, seed=7))  # not yet: the weights are its own
+    sampler.sync()
+    after = sampler.generate(PROMPTS, group_size=2, seed=7)
+    assert_same(drawn.local().generate(PROMPTS, group_size=2, seed=7), after)
+    assert [r.response_ids for r in after] != [r.response_ids for r in before]
+    assert len(list(drawn.pool._scratch.glob("version-*"))) == 1
+
+
+def test_a_killed_process_is_started_again_and_draws_the_same(drawn, capfd):
+    sampler = drawn.pooled()
+    expected = sampler.generate(PROMPTS, group_size=2, seed=9)
+    drawn.learn()  # the policy moves on; the process that is started again gets the weights of the last sync
+    drawn.pool._processes[0]._process.kill()
+    assert_same(expected, sampler.generate(PROMPTS, group_size=2, seed=9))
+    assert "sampler 1 was killed by SIGKILL; it is started again" in capfd.readouterr().err
+    drawn.pool.sync()
+
+
+def serve_with(fault: str, path: Path, python: str) -> str:
+    """An interpreter that serves with a fault: lines of code which run before the server does."""
+    script = path / "planted.py"
+    script.write_text(
+        "from trimtab.engines.samplers import serve\n"
+        "def plant():\n" + "".join(f"    {line}\n" for line in fault.splitlines()) + "    return serve.main()\n"
+        "if __name__ == '__main__':\n    raise SystemExit(plant())\n"
+    )
+    wrapper = path / "python"
+    wrapper.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then exec {python} "$@"; fi\nexec {python} {script}\n')
+    wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
+    return str(wrapper)
+
+
+OF_VLLM = "from trimtab.engines.samplers import vllm_form\n"
+FAULTS = {
+    "weights that are not taken": (
+        "serve.SamplerServer.update = lambda s, *, directory, version: setattr(s, 'version', version)",
+        "tied",
+    ),
+    "an older version": (
+        "serve.SamplerServer.update = lambda s, *, directory, version: setattr(s, 'version', 0)",
+        "untied",
+    ),
+    "a tied head": (OF_VLLM + "vllm_form.pack_tied_head = lambda model: None", "tied"),
+    "a stale prefix cache": (OF_VLLM + "vllm_form.VllmForm.forget = lambda self: None", "untied"),
+    "an adapter under the number of the one before": (
+        OF_VLLM + "request = vllm_form.LoRARequest\n"
+        "vllm_form.LoRARequest = lambda name, number, path: request('one', 1, path)\n"
+        "vllm_form._unbound = lambda worker, number: []",
+        "adapter",
+    ),
+}
+
+
+def learn_and_sync_twice(made: Drawn) -> None:
+    """After the second change an engine that keeps the first one is behind, too."""
+    for _ in range(2):
+        made.learn()
+        made.pool.sync()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_weights_that_are_not_the_policys_are_refused(fault, engine, tmp_path, monkeypatch):
+    code, case = FAULTS[fault]
+    if OF_VLLM in code and engine != "vllm":
+        pytest.skip("a fault of vLLM")
+    python = serve_with(code, tmp_path, VLLM if engine == "vllm" else sys.executable)
+    monkeypatch.setattr(sys, "executable", python)
+    made = Drawn(engine, case, tmp_path / "model", **({"python": python} if engine == "vllm" else {}))
+    try:
+        with pytest.raises(EngineError, match=r"has other weights than the policy|was to be drawn from") as refused:
+            learn_and_sync_twice(made)
+        assert refused.value.fix
+    finally:
+        made.pool.close()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_missing_weight_is_named(engine, tmp_path, monkeypatch):
+    made = Drawn(engine, "untied", tmp_path)
+    write = pools.write_version
+
+    def without_one(policy, directory, precision):
+        write(policy, directory, precision)
+        weights = load_file(directory / "model.safetensors")
+        del weights["model.layers.0.mlp.up_proj.weight"]
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(pools, "write_version", without_one)
+    made.learn()
+    with pytest.raises(EngineError, match="up_proj"):
+        made.pool.sync()
+    made.pool.close()
+
+
+@pytest.mark.skipif(not VLLM, reason="TRIMTAB_VLLM names no interpreter of an environment with vLLM")
+def test_an_adapter_of_which_vllm_takes_nothing_is_refused(tmp_path, monkeypatch):
+    made = Drawn("vllm", "adapter", tmp_path)
+    write = pools.write_version
+
+    def elsewhere(policy, directory, precision):
+        write(policy, directory, precision)
+        weights = load_file(directory / "adapter_model.safetensors")
+        renamed = {name.replace("model.layers.", "model.blocks."): w for name, w in weights.items()}
+        save_file(renamed, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(pools, "write_version", elsewhere)
+    made.learn()
+    with pytest.raises(EngineError, match=r"has no place for|other weights than the policy"):
+        made.pool.sync()
+    made.pool.close()
+
+
+def test_a_process_that_ends_again_and_again_ends_the_run(tmp_path, monkeypatch):
+    python = serve_with(
+        "serve.SamplerServer.sample = lambda self, **_: __import__('os')._exit(7)", tmp_path, sys.executable
+    )
+    monkeypatch.setattr(sys, "executable", python)
+    with pytest.raises(EngineError, match=r"sampler 1 ended with exit code 7, and processes ended 4 times in 10 calls"):
+        Drawn("process", "tied", tmp_path / "model")
+
+
+def test_a_process_that_cannot_start_says_its_last_words(tmp_path, monkeypatch):
+    python = serve_with("print('no room here', flush=True); raise SystemExit(3)", tmp_path, sys.executable)
+    monkeypatch.setattr(sys, "executable", python)
+    with pytest.raises(EngineError, match="ended with exit code 3 while it started; its last words:\n    no room here"):
+        Drawn("process", "tied", tmp_path / "model")
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(ValueError, match="tpu"):
+        SamplerSettings(name="vllm", device="tpu")
+
+
+def test_an_environment_without_vllm_is_answered_with_the_command_that_makes_one(tmp_path):
+    with pytest.raises(EngineError, match="has no vllm") as refused:
+        SamplerSettings(name="vllm", python=sys.executable).find()
+    assert "pip install 'trimtab[vllm]'" in refused.value.fix
+    with pytest.raises(EngineError, match="cannot be run"):
+        SamplerSettings(name="vllm", python=str(tmp_path / "nothing")).find()
