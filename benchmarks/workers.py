@@ -1,11 +1,11 @@
-"""The same runs in one process and in several: `docs/evidence/data/workers.json`.
+"""The same runs by every engine: `docs/evidence/data/workers.json`.
 
-    python benchmarks/workers.py --quickstart runs/quickstart
+    python benchmarks/workers.py --quickstart runs/quickstart --vllm vllm/bin/python --ray
 
 Runs the quickstart's PPO, and GRPO with the same models and prompts, from the models of a finished quickstart: in one
-process with all threads, and in two and three with as many threads together. Every reply of every step is kept. Noted
-are the first step in which any reply differs, the largest relative difference of a metric until then and at the end of
-training, and the seconds of a step.
+process with all threads; in two and three with as many threads together; with replies drawn by vLLM; and with workers
+and vLLM started by Ray. Every reply of every step is kept. Noted are the first step in which any reply differs, the
+largest relative difference of a metric until then, the metrics at the end, and the seconds of a step.
 """
 
 from __future__ import annotations
@@ -34,13 +34,24 @@ def rows(directory: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / name).read_text(encoding="utf-8").splitlines()]
 
 
-def train(settings: Path, out: Path, workers: int, *changed: str) -> None:
+def ways(vllm: str | None, ray: bool) -> dict[str, list[str]]:
+    """What computes, and the overrides that say so."""
+    sampler = ["engine.sampler.name=vllm", f"engine.sampler.python={vllm}"] if vllm else []
+    found = {"one process": [], "2 processes": ["engine.workers=2"], "3 processes": ["engine.workers=3"]}
+    found |= {"vLLM": sampler} if vllm else {}
+    found |= {"Ray, 2 processes": ["engine.workers=2", "engine.ray=local"]} if ray else {}
+    return found | (
+        {"Ray, 2 processes, vLLM": ["engine.workers=2", "engine.ray=local", *sampler]} if vllm and ray else {}
+    )
+
+
+def train(settings: Path, out: Path, *changed: str) -> None:
     """One run, from its beginning unless it is finished."""
     if (out / "summary.json").exists():
         return
     shutil.rmtree(out, ignore_errors=True)
     stage = [sys.executable, "-m", "trimtab", "online", str(settings), "--out", str(out)]
-    subprocess.run([*stage, f"engine.workers={workers}", *KEEP, *changed], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*stage, *KEEP, *changed], check=True, stdout=subprocess.DEVNULL)
 
 
 def compared(out: Path, alone: Path) -> dict[str, Any]:
@@ -81,17 +92,17 @@ def table(found: dict[str, Any]) -> str:
     """The rows of the page."""
     lines = []
     for name in RUNS:
-        for workers, seconds_ in found[name]["seconds_of_a_step"].items():
-            if workers == "1":
-                lines.append(f"| {name} | 1 | | | | {seconds_} s |")
+        for way, seconds_ in found[name]["seconds_of_a_step"].items():
+            if way == "one process":
+                lines.append(f"| {name} | {way} | | | | {seconds_} s |")
                 continue
-            row = found[name][f"{workers} processes"]
+            row = found[name][way]
             metric, worst = row["largest_relative_difference_until_then"]
             ends = ", ".join(
                 f"`{n}` {a:.2f} and {b:.2f}" for n, (a, b) in row["last_step_here_and_in_one_process"].items()
             )
             same = f"{row['replies_equal_until_step']} of {row['steps']}"
-            lines.append(f"| {name} | {workers} | {same} | {worst:.0e} (`{metric}`) | {ends} | {seconds_} s |")
+            lines.append(f"| {name} | {way} | {same} | {worst:.0e} (`{metric}`) | {ends} | {seconds_} s |")
     return "\n".join(lines)
 
 
@@ -99,7 +110,8 @@ def main() -> None:
     """Runs all, compares, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", type=Path, required=True, help="the directory of a finished quickstart")
-    parser.add_argument("--workers", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--vllm", help="an interpreter with vLLM")
+    parser.add_argument("--ray", action="store_true", help="with Ray too")
     parser.add_argument("--keep", action="store_true", help="compare finished runs that are there from before")
     options = parser.parse_args()
     if not options.keep:
@@ -107,16 +119,16 @@ def main() -> None:
     settings = options.quickstart / "ppo" / "settings.toml"
     result: dict[str, Any] = {"command": "python benchmarks/workers.py", "machine": machine()}
     for name, changed in RUNS.items():
-        alone = options.quickstart / "workers" / f"{name}-1"
-        train(settings, alone, 1, *changed)
-        result[name] = {"seconds_of_a_step": {"1": seconds(alone)}}
-        for workers in options.workers:
-            out = alone.with_name(f"{name}-{workers}")
-            train(settings, out, workers, *changed)
-            result[name][f"{workers} processes"] = compared(out, alone)
-            result[name]["seconds_of_a_step"][str(workers)] = seconds(out)
+        result[name] = {"seconds_of_a_step": {}}
+        alone = options.quickstart / "workers" / f"{name}, one process"
+        for way, how in ways(options.vllm, options.ray).items():
+            out = alone.with_name(f"{name}, {way}")
+            train(settings, out, *how, *changed)
+            if out != alone:
+                result[name][way] = compared(out, alone)
+            result[name]["seconds_of_a_step"][way] = seconds(out)
     OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    print(table(result))
 
 
 if __name__ == "__main__":

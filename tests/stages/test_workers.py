@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
 from tests.stages.commands import FAST, SHORT, online_settings, rows, run_stage, trimtab, without_times, write_run_file
 from tests.stages.test_resume import EVIDENCE, differences, num_rows, start, wait_for_rows
 
@@ -145,37 +146,52 @@ def test_a_run_goes_on_in_one_two_sharded_three_and_one_process(tmp_path, base, 
     assert_near(out, alone)
 
 
+VLLM = os.environ.get("TRIMTAB_VLLM")
+KILLED = {
+    "two processes": {"workers": 2},
+    "two processes, a sampler": {"workers": 2, "sampler": {"name": "process"}},
+    "two processes, vLLM": {"workers": 2, "sampler": {"name": "vllm", "python": VLLM}},
+}
+
+
 @pytest.mark.slow
-def test_any_process_killed_many_times_it_ends_with_the_same_bits(tmp_path, base, reward_run):
-    """Thirty kills (TRIMTAB_KILLS) of the controller or the worker at random moments. A run that finishes is compared
-    with one that was left alone, and the next one begun."""
+@pytest.mark.parametrize("engine", KILLED)
+def test_any_process_killed_many_times_it_ends_with_the_same_bits(engine, tmp_path, reward_run):
+    """Thirty kills (TRIMTAB_KILLS) of the controller, the worker or the sampler at random moments. A run that finishes
+    is compared with one that was left alone, and the next one begun."""
+    if "vLLM" in engine and not VLLM:
+        pytest.skip("TRIMTAB_VLLM names no interpreter of an environment with vLLM")
+    base = tiny.write_model_directory(tmp_path / "base", hidden_size=64)  # vLLM computes no narrower heads on a CPU
     wanted = int(os.environ.get("TRIMTAB_KILLS", "30"))
     draw = random.Random(0)
-    run_file = write_run_file(tmp_path / "run.toml", settings_of(base, reward_run, engine={"workers": 2}))
+    settings = settings_of(base, reward_run, engine=KILLED[engine], num_steps=12)
+    run_file = write_run_file(tmp_path / "run.toml", settings)
     undisturbed = tmp_path / "undisturbed"
     began = time.monotonic()
     whole_run = start("online", run_file, undisturbed)
     whole_run.communicate()
     assert whole_run.returncode == 0
     whole = time.monotonic() - began
-    kills = {"controller": 0, "worker": 0}
+    kills = dict.fromkeys(["controller", "worker", "sampler"][: 2 + ("sampler" in KILLED[engine])], 0)
     runs, late, out = 0, [], tmp_path / "run-0"
     while sum(kills.values()) < wanted or num_rows(out):
         process = start("online", run_file, out)
         time.sleep(draw.uniform(0.5, whole))
-        who = draw.choice(["controller", "worker"])
-        workers = children(process) if process.poll() is None else []
-        if process.poll() is None and sum(kills.values()) < wanted and (who == "controller" or workers):
-            os.kill(process.pid if who == "controller" else workers[0], signal.SIGKILL)
+        who = draw.choice(list(kills))
+        others = children(process) if process.poll() is None else []
+        pid = process.pid if who == "controller" else next((pid for pid in others if who in command_of(pid)), None)
+        if process.poll() is None and sum(kills.values()) < wanted and pid is not None:
+            os.kill(pid, signal.SIGKILL)
             kills[who] += 1
-            killed = time.monotonic()
-            process.communicate(timeout=60)  # a hang is an error
-            late.append(time.monotonic() - killed)
-        process.communicate(timeout=60)
+            if who != "sampler":  # which is started again, and the run goes on
+                killed = time.monotonic()
+                process.communicate(timeout=60)  # a hang is an error
+                late.append(time.monotonic() - killed)
+        process.communicate(timeout=60 + 3 * whole)
         deadline = time.monotonic() + 5
-        while any(map(is_there, workers)) and time.monotonic() < deadline:
+        while any(map(is_there, others)) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not any(map(is_there, workers)), "a worker outlived its controller"
+        assert not any(map(is_there, others)), "a process outlived its controller"
         if (out / "summary.json").exists():
             assert not differences(undisturbed, out)
             runs += 1
@@ -183,4 +199,13 @@ def test_any_process_killed_many_times_it_ends_with_the_same_bits(tmp_path, base
     found = {"kills": kills, "finished_runs": runs, "equal_runs": runs, "slowest_end_seconds": max(late)}
     print(json.dumps(found, indent=2))
     if os.environ.get("TRIMTAB_EVIDENCE") == "1":
-        KILLS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        before = json.loads(KILLS.read_text(encoding="utf-8"))
+        KILLS.write_text(json.dumps(before | {engine: found}, indent=2) + "\n", encoding="utf-8")
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process; "" if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except FileNotFoundError:
+        return ""
