@@ -443,6 +443,26 @@ def test_replies_of_one_row_are_compared_by_one_kind_of_score(file, row, said):
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "missing"), [([1, 2, 4], 3), ([2, 3, 4], 1), ([0, 2, 3], 1), ([1, 1, 4], 2), ([1, 3, 2, 5], 4)]
+)
+def test_a_ranking_with_a_gap_is_refused(file, ranks, missing):
+    with pytest.raises(DataError, match=f"no reply is at {missing}") as error:
+        load(PreferencePair, file({"prompt": "Hi", "responses": ["a", "b", "c", "d"][: len(ranks)], "ranks": ranks}))
+    assert "1 ranking_gap" in str(error.value)
+    by_reply = [{"rank": rank} for rank in ranks]
+    with pytest.raises(DataError, match=f"no reply is at {missing}"):
+        load(PreferencePair, file(ranking(*by_reply)))
+
+
+@pytest.mark.parametrize("ranks", [[1, 2, 3], [0, 1, 2], [3, 1, 2], [1, 1, 2], [1, 1, 3], [1, 2, 2], [1.5, 3.5, 9.0]])
+def test_a_ranking_without_a_gap_is_read(file, ranks):
+    found = load(PreferencePair, file({"prompt": "Hi", "responses": ["a", "b", "c"], "ranks": ranks})).records
+    text = dict(zip("abc", ranks, strict=True))
+    assert found
+    assert all(text[pair.chosen] < text[pair.rejected] for pair in found)
+
+
 def test_scores_that_agree_and_empty_ones_are_no_mistake(file):
     row = ranking({"rank": 1, "score": 8}, {"rank": 2, "score": 8}, {"rank": "", "score": 9})
     assert [(p.chosen, p.rejected) for p in load(PreferencePair, file(row)).records] == [("reply 0", "reply 1")]

@@ -60,6 +60,11 @@ def test_the_table_of_the_house_is_that_of_its_data(script):
     assert_on_page("house", script("rooms").table(data("house")))
 
 
+@pytest.mark.parametrize("part", ["kwise"])
+def test_the_tables_of_reward_models_are_those_of_their_data(script, part):
+    assert_on_page("reward-models", script("reward_models").TABLES[part](data("reward_models")[part]))
+
+
 def test_memory_as_planned_is_that_of_its_data():
     text = (EVIDENCE / "speed.md").read_text(encoding="utf-8")
     for name, found in data("plan").items():

@@ -28,6 +28,7 @@ GOLD = {"rewards": [{"name": "gold", "world": "helpdesk"}]}
 STAGE_OF = {
     "algorithms/online.md": ("online", GOLD | {"group_size": 4}),
     "algorithms/preference.md": ("preference", {}),
+    "algorithms/reward-models.md": ("reward", {}),
     "algorithms/selection.md": ("select", GOLD | {"num_replies": 4}),
     "algorithms/tools.md": ("online", GOLD | {"group_size": 4, "advantage": "grpo"}),
     "extending.md": ("online", GOLD | {"group_size": 4, "advantage": "grpo"}),

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.parity import needs_trl
 from tests.parity.trl_online import PROMPT, Rollouts, Told, model_directory
-from trimtab.math.losses.reward import RewardLoss
+from trimtab.math.losses.reward import BradleyTerry
 from trimtab.math.losses.sft import SFTLoss
 from trimtab.models.load import load_causal, load_scalar, load_tokenizer
 
@@ -123,7 +123,7 @@ def test_the_loss_of_a_reward_model_is_trls(tmp_path, margin, centering):
         margins=margins if margin else torch.full((5,), torch.nan),
         labels=torch.ones(5),
     )
-    loss = RewardLoss(centering_coef=centering or 0.0)
+    loss = BradleyTerry(centering_coef=centering or 0.0)
     total, metrics = loss(SimpleNamespace(scores=mine_of), batch)
     mine = total / loss.weight(batch).float()
     close(mine.detach(), theirs.detach())

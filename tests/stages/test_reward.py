@@ -8,7 +8,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.stages.commands import FAST, rows, run_stage, summary, trimtab, write_run_file
 from trimtab.core import seeds
-from trimtab.models.load import load_scalar
+from trimtab.core.types import Message, PreferencePair, Prompt
+from trimtab.data.chat import Chat
+from trimtab.data.pairs import group_pairs
+from trimtab.models.forward import sequence_scores_of
+from trimtab.models.load import load_scalar, load_tokenizer
+from trimtab.models.roles import ScalarModel
+from trimtab.stages.reward import RewardSettings, calibrate
 
 
 def settings(model, pairs, **changed):
@@ -110,3 +116,26 @@ def test_rows_with_one_id_and_several_prompts_are_named(tmp_path, base):
     result = trimtab("reward", write_run_file(tmp_path / "run.toml", settings(base, data)), "--out", tmp_path / "run")
     assert "the id '1' is that of another prompt: here 'Capital of France?'" in result.output
     assert f"{data}, row 3" in result.output
+
+
+def test_the_moments_of_sorted_pairs_are_those_of_all_of_them(base):
+    """A file may be sorted by how clear the preference is; of 600 prompts, 256 are measured, and not the first ones."""
+    chat = Chat(load_tokenizer(base))
+    replies = ["We can refund the lamp."] * 200 + ["#### 42"] * 400
+    pairs = [
+        PreferencePair(prompt=Prompt(messages=(Message("user", f"What is {i}?"),)), chosen=reply, rejected="I want!")
+        for i, reply in enumerate(replies)
+    ]
+    fit_in = {"max_tokens": 100, "on_too_long": "drop", "counts": {}}
+    settings_ = RewardSettings(model=str(base), data="")
+    model = ScalarModel(load_scalar(base, head_seed=0), pad_id=chat.pad_id, gives="scores")
+    found = calibrate(model, settings_, group_pairs(pairs, chat, **fit_in), ())
+
+    everything = group_pairs(pairs, chat, **fit_in).batch()
+    scores = sequence_scores_of(model, everything.trees, 4096).double()
+    chosen = scores[everything.chosen_ids]
+    first = chosen[:256].mean()
+    assert abs(first - chosen.mean()) > 0.3 * scores.std()  # so the order of the file matters
+    assert found["shift"] == pytest.approx(float(chosen.mean()), abs=0.05 * float(scores.std()))
+    assert found["mean"] == pytest.approx(float(scores.mean() - chosen.mean()), abs=0.05 * float(scores.std()))
+    assert found["std"] == pytest.approx(float(scores.std(correction=0)), rel=0.05)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, combinations
 from typing import Any, Self
 
 import torch
@@ -24,6 +24,27 @@ class Compared:
     rejected: int
     margin: float
     label: float
+
+
+def ranks_of(compared: Iterable[Compared], num_replies: int) -> list[int]:
+    """The rank of each of `num_replies` replies, 0 for the best, if these are all pairs of one ranking; tied replies,
+    of which there is no pair, share one rank.
+
+    `ranks_of([Compared(0, 1, 0, 1), Compared(0, 2, 0, 1)], 3)` is [0, 1, 1]. Raises ValueError that says why the pairs
+    are no ranking: one reply is preferred to another and the other to it, or the order of two replies follows from the
+    others but is not among the pairs (a gap).
+    """
+    better = {(pair.chosen, pair.rejected) for pair in compared}
+    ranks = [sum((i, reply) in better for i in range(num_replies)) for reply in range(num_replies)]
+    for a, b in combinations(range(num_replies), 2):
+        if (a, b) in better and (b, a) in better:
+            raise ValueError(f"of replies {a} and {b}, each is preferred to the other")
+        first, second = (a, b) if ranks[a] < ranks[b] else (b, a)
+        if ranks[a] == ranks[b] and ((a, b) in better or (b, a) in better):
+            raise ValueError(f"replies {a} and {b} are beaten by {ranks[a]} others each, and one by the other")
+        if ranks[a] != ranks[b] and (first, second) not in better:
+            raise ValueError(f"no pair says whether reply {first} is better than reply {second}")
+    return ranks
 
 
 _PER_PAIR = {"pairs": True}
@@ -70,6 +91,23 @@ class PairBatch(TreeBatch):
     def labels(self) -> Tensor:
         """[P] the probability that the chosen reply is preferred."""
         return torch.tensor([pair.label for pairs in self.compared for pair in pairs])
+
+    @cached_property
+    def sequence_trees(self) -> Tensor:
+        """[B] the number of the tree that each reply belongs to, 0 for the first of this batch."""
+        return torch.tensor([i for i, tree in enumerate(self.trees.trees) for _ in tree.branches], dtype=torch.int64)
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """[P] one divided by the number of pairs of the same tree: 1 / C(K, 2) for K replies without ties."""
+        return torch.tensor([1 / len(pairs) for pairs in self.compared for _ in pairs])
+
+    @cached_property
+    def ranks(self) -> Tensor:
+        """[B] the rank of each reply among those of its tree, 0 for the best; tied replies share one. Raises ValueError
+        if the pairs of a tree are not those of a ranking; see `ranks_of`."""
+        pairs_of = zip(self.compared, self.trees.trees, strict=True)
+        return torch.tensor([rank for pairs, tree in pairs_of for rank in ranks_of(pairs, len(tree.branches))])
 
     def _sequences(self, branches: Sequence[Sequence[int]]) -> Tensor:
         starts = [0, *accumulate(len(tree.branches) for tree in self.trees.trees)]

@@ -19,6 +19,7 @@ T = TypeVar("T")
 _HOMES: dict[str, tuple[str, ...]] = {
     "policy_loss": ("trimtab.math.losses.policy",),
     "preference_loss": ("trimtab.math.losses.preference",),
+    "reward_loss": ("trimtab.math.losses.reward",),
     "advantage": ("trimtab.math.advantages",),
     "kl_controller": ("trimtab.math.kl",),
     "reward": ("trimtab.rewards",),
@@ -29,6 +30,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
 # Attributes or fields that every class of a kind has: a user's class of another kind is refused before it is used.
 _OFFERS: dict[str, tuple[str, ...]] = {
     "policy_loss": ("weight", "__call__", "aggregation", "length"),
+    "reward_loss": ("weight", "__call__", "coef", "needs_ranking"),
     "advantage": ("__call__", "needs_critic", "needs_greedy", "needs_group", "whiten"),
     "kl_controller": ("initial", "update"),
     "reward": ("load", "weight"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -25,6 +26,8 @@ READ_OF_INSTANCE = frozenset({"input", "output"})
 """Fields of an instance of an instruction that are read."""
 SCORE_LISTS = {"scores": 1.0, "ratings": 1.0, "ranks": -1.0, "rank": -1.0, "mean_ranks": -1.0, "rankings": -1.0}
 """Columns with a list of one number for each reply: 1 if higher is better, -1 if lower is better."""
+_RANKS = frozenset({"rank", "ranks", "rankings"})
+"""The fields that hold places in an order, of which none may be missing. Mean ranks are not among them."""
 REPLY_LISTS = ("responses", "answers", "completions", "replies")
 
 
@@ -129,7 +132,9 @@ def _scored(row: JsonDict, name: str, replies: Sequence[Any]) -> list[_Scored]:
 
 def _by_first(scores: Mapping[str, list[float]], name: str) -> list[tuple[int, float]]:
     """Numbers of the replies and their scores of the first kind, without those for which it is empty. Raises Mistake if
-    another kind puts two of these replies in the other order."""
+    another kind puts two of these replies in the other order, or if ranks have a gap."""
+    for kind in _RANKS & scores.keys():
+        _refuse_gap(kind, [-score for score in scores[kind] if not math.isnan(score)], name)
     (first, chosen), *others = scores.items()
     known = [i for i, score in enumerate(chosen) if not math.isnan(score)]
     for kind, further in others:
@@ -141,6 +146,25 @@ def _by_first(scores: Mapping[str, list[float]], name: str) -> list[tuple[int, f
                     f"leave {first} or {kind} out of the file: only one can say which reply is better",
                 )
     return [(i, chosen[i]) for i in known]
+
+
+def _refuse_gap(kind: str, ranks: Sequence[float], name: str) -> None:
+    """Raises Mistake for ranks that leave a place empty, as 1, 2, 4 do: a reply of the ranking is missing. They begin
+    at 0 or 1. Behind two replies at rank 1 the next rank is 2 or 3. Ranks that are not whole numbers are scores."""
+    if not ranks or not all(rank.is_integer() for rank in ranks):
+        return
+    counts = Counter(ranks)
+    expected = min(1.0, max(0.0, min(ranks)))
+    latest = expected
+    for rank in sorted(counts):
+        if not expected <= rank <= latest:
+            raise Mistake(
+                "ranking_gap",
+                f"{name}: the {kind} values are {', '.join(f'{r:g}' for r in sorted(ranks))}, and no reply is at "
+                f"{expected:g}",
+                "add the reply that is missing, or number the others without a gap",
+            )
+        expected, latest = rank + 1, rank + counts[rank]
 
 
 # ---- OpenAssistant --------------------------------------------------------------------------------------------------

@@ -9,21 +9,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from trimtab.batches.trees import TokenTrees, Tree, split_sizes
 from trimtab.core import seeds
+from trimtab.core.config import Choice
 from trimtab.core.errors import DataError
 from trimtab.core.hub import base_of
 from trimtab.core.types import PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.pairs import Comparisons, group_pairs
+from trimtab.data.rankings import only_rankings
 from trimtab.engines.build import Engines
 from trimtab.engines.local.learner import AdamW
 from trimtab.evals.reward_card import reward_card
-from trimtab.math.losses.reward import RewardLoss
+from trimtab.math.losses.reward import BradleyTerry
 from trimtab.models.adapters import LoRA, start_adapter
 from trimtab.models.forward import sequence_scores_of
 from trimtab.models.lengths import refuse_long
@@ -57,8 +59,8 @@ class RewardSettings(TrainingSettings):
     demonstrations: str | None = None
     """Demonstrations whose mean reward is shifted to zero: the first 1000 of them, fitted to max_tokens; without them,
     the chosen replies of the training pairs."""
-    loss: RewardLoss = field(default_factory=RewardLoss)
-    """The Bradley-Terry loss and its options."""
+    loss: Annotated[Any, Choice("reward_loss")] = field(default_factory=BradleyTerry)
+    """The loss that is minimised: "bradley_terry" over pairs, or "plackett_luce" over whole rankings."""
     num_epochs: float = 1.0
     """Passes over the data; more than one overfits noisy votes quickly."""
     batch_size: int = 64
@@ -76,6 +78,11 @@ def run(settings: RewardSettings, run: Run) -> None:
     fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
     judged_by = group_pairs(held_out, chat, **fit_in)
     train_on = group_pairs(train, chat, **fit_in)
+    if settings.loss.needs_ranking:
+        ties = getattr(settings.loss, "ties", "refuse")
+        ranked: dict[str, Any] = {"ties": ties, "on_bad_row": settings.on_bad_row, "counts": counts}
+        train_on = only_rankings(train_on, where=settings.data, **ranked)
+        judged_by = only_rankings(judged_by, where=settings.held_out_data or settings.data, **ranked)
     say_too_long(counts, settings.max_tokens)
     if not train_on.trees or not judged_by.trees:
         raise DataError(

@@ -1,8 +1,9 @@
-"""Reward models: preferences as differences of scores."""
+"""Reward models: preferences as differences of scores, over pairs (Bradley-Terry) or rankings (Plackett-Luce)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.nn.functional import logsigmoid
 from trimtab.batches.outputs import ScoreOutputs
 from trimtab.batches.pairs import PairBatch
 from trimtab.core.metrics import Metrics
+from trimtab.core.registry import register
 from trimtab.math.losses.aggregation import means
 from trimtab.math.masking import at_least_float32
 
@@ -45,8 +47,24 @@ def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
     return (at_least_float32(chosen) + at_least_float32(rejected)).square()
 
 
+def plackett_luce(scores: Tensor, ranks: Tensor, rankings: Tensor) -> Tensor:
+    """Loss of each reply in nats, [B]; its sum over a ranking is the negative log-likelihood of that order (Plackett,
+    1975; Luce, 1959; as a loss: Xia et al., 2008, "ListMLE").
+
+        L_i = log sum_{j: rank_j >= rank_i} exp(s_j) - s_i
+
+    The best reply is chosen among all, the next among those that are left, and so on. `ranks` [B] are those of
+    `PairBatch.ranks`, and `rankings` [B] is the ranking that each reply belongs to. Each of several tied replies is
+    chosen among all that are not better than it (Breslow, 1974). With two replies this is Bradley-Terry.
+    """
+    scores = at_least_float32(scores)
+    left = (rankings[:, None] == rankings[None, :]) & (ranks[None, :] >= ranks[:, None])
+    return torch.where(left, scores[None, :], -torch.inf).logsumexp(1) - scores
+
+
+@register("reward_loss", "bradley_terry")
 @dataclass(frozen=True, kw_only=True)
-class RewardLoss:
+class BradleyTerry:
     """Bradley-Terry over pairs, with their margins and soft labels if they have any."""
 
     coef: float = 1.0
@@ -55,16 +73,20 @@ class RewardLoss:
     """Share of the labels assumed to be wrong."""
     centering_coef: float = 0.01
     """Weight of the penalty that keeps scores around zero; 0 leaves their level free."""
+    mean_over: Literal["pairs", "prompts"] = "pairs"
+    """What counts the same: all pairs, or all prompts; then a pair of a prompt with K ranked replies weighs
+    1 / C(K, 2)."""
+
+    needs_ranking: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        _refuse_negative(self.centering_coef)
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 0.5)")
-        if self.centering_coef < 0:
-            raise ValueError(f"centering_coef is {self.centering_coef}; it must be at least 0")
 
     def weight(self, batch: PairBatch) -> Tensor:
-        """The number of pairs."""
-        return torch.tensor(len(batch.chosen_ids), dtype=torch.float64)
+        """The number of pairs, or of prompts."""
+        return torch.tensor(len(batch.chosen_ids if self.mean_over == "pairs" else batch.compared), dtype=torch.float64)
 
     def __call__(self, outputs: ScoreOutputs, batch: PairBatch) -> tuple[Tensor, Metrics]:
         scores = at_least_float32(outputs.scores)
@@ -76,13 +98,57 @@ class RewardLoss:
             label=batch.labels,
             label_smoothing=self.label_smoothing,
         ) + self.centering_coef * centering(chosen, rejected)
-        difference = chosen - rejected
-        right = (difference.sign() + 1) / 2  # a tie is half right
-        metrics = means(
-            {
-                "loss/train": losses,
-                "reward/margin": difference,
-                "reward/accuracy": right[batch.labels != 0.5],  # pairs judged a tie have no right side
-            }
+        if self.mean_over == "prompts":
+            losses = losses * batch.shares
+        return losses.sum(), _metrics(losses, self.weight(batch), chosen - rejected, batch)
+
+
+@register("reward_loss", "plackett_luce")
+@dataclass(frozen=True, kw_only=True)
+class PlackettLuce:
+    """Plackett-Luce over the whole ranking of a prompt's replies; every prompt counts the same."""
+
+    coef: float = 1.0
+    """Weight in the sum of losses."""
+    centering_coef: float = 0.01
+    """Weight of the penalty that keeps scores around zero; 0 leaves their level free."""
+    ties: Literal["refuse", "breslow"] = "refuse"
+    """Refuse rankings with tied replies, or choose each of them among all that are not better (Breslow)."""
+
+    needs_ranking: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _refuse_negative(self.centering_coef)
+
+    def weight(self, batch: PairBatch) -> Tensor:
+        """The number of rankings."""
+        return torch.tensor(len(batch.compared), dtype=torch.float64)
+
+    def __call__(self, outputs: ScoreOutputs, batch: PairBatch) -> tuple[Tensor, Metrics]:
+        scores = at_least_float32(outputs.scores)
+        chosen, rejected = scores[batch.chosen_ids], scores[batch.rejected_ids]
+        losses = torch.cat(
+            [
+                plackett_luce(scores, batch.ranks, batch.sequence_trees),
+                self.centering_coef * centering(chosen, rejected) * batch.shares,
+            ]
         )
-        return losses.sum(), metrics
+        return losses.sum(), _metrics(losses, self.weight(batch), chosen - rejected, batch)
+
+
+def _refuse_negative(centering_coef: float) -> None:
+    if centering_coef < 0:
+        raise ValueError(f"centering_coef is {centering_coef}; it must be at least 0")
+
+
+def _metrics(losses: Tensor, weight: Tensor, difference: Tensor, batch: PairBatch) -> Metrics:
+    """The loss per unit of its weight, and the accuracy and margin over pairs."""
+    right = (difference.sign() + 1) / 2  # a tie is half right
+    return means(
+        {
+            "loss/train": losses,
+            "reward/margin": difference,
+            "reward/accuracy": right[batch.labels != 0.5],  # pairs judged a tie have no right side
+        },
+        {"loss/train": weight},
+    )
