@@ -12,7 +12,15 @@ from trimtab.batches.pairs import Compared, PairBatch
 from trimtab.batches.trees import TokenTrees, response_tree
 from trimtab.core.metrics import merge, to_values
 from trimtab.engines.local.learner import AdamW, LocalLearner
-from trimtab.math.losses.reward import BradleyTerry, PlackettLuce, bradley_terry, centering, plackett_luce
+from trimtab.math.losses.preference.pairs import robust_dpo
+from trimtab.math.losses.reward import (
+    BradleyTerry,
+    PlackettLuce,
+    bradley_terry,
+    centering,
+    plackett_luce,
+    unbiased_label,
+)
 from trimtab.models.roles import ScalarModel
 
 
@@ -116,10 +124,46 @@ def test_splitting_the_pairs_changes_nothing():
     assert {k: m.value for k, m in merged.items()} == pytest.approx({k: m.value for k, m in metrics.items()})
 
 
-@pytest.mark.parametrize("wrong", [{"label_smoothing": 0.5}, {"label_smoothing": -0.1}, {"centering_coef": -1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"label_smoothing": 0.5}, {"label_smoothing": -0.1}, {"centering_coef": -1.0}, {"unbiased": True}]
+)
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         BradleyTerry(**wrong)
+
+
+def test_the_unbiased_loss_over_noisy_labels_is_the_loss_over_correct_ones():
+    chosen, rejected = torch.randn(2, 5, dtype=torch.float64)
+    noise = 0.2
+    label = unbiased_label(torch.ones(5, dtype=torch.float64), noise)
+    right = bradley_terry(chosen, rejected, label=label)
+    wrong = bradley_terry(rejected, chosen, label=label)  # the label was flipped
+    torch.testing.assert_close((1 - noise) * right + noise * wrong, bradley_terry(chosen, rejected))
+    # Written out as Chowdhury et al. do, and as our robust DPO computes it.
+    torch.testing.assert_close(right, robust_dpo(chosen - rejected, noise))
+
+
+def test_smoothing_has_a_finite_best_margin_and_the_unbiased_loss_has_none():
+    """Smoothing learns that labels are wrong now and then; the unbiased form learns the clean preference."""
+    batch = batch_of([math.nan], [1.0])
+    gradients = {}
+    for unbiased in (False, True):
+        scores = torch.tensor([6.0, -6.0], requires_grad=True)
+        loss = BradleyTerry(label_smoothing=0.1, unbiased=unbiased, centering_coef=0.0)
+        loss(SimpleNamespace(scores=scores), batch)[0].backward()
+        gradients[unbiased] = float(scores.grad[0])
+    assert gradients[False] > 0  # 12 nats apart is too far for one label in ten wrong
+    assert gradients[True] < 0
+
+
+def test_strength_grades_become_margins():
+    """Grades 3, 2, 1 and 0, as thirds (Llama 2's small margins): a gap as large as the margin is undecided."""
+    scores = torch.tensor([1.0, 0.0, 2 / 3, 0.0, 1 / 3, 0.0, 0.0, 0.0])
+    loss = BradleyTerry(margin_coef=1 / 3, centering_coef=0.0)
+    total, _ = loss(SimpleNamespace(scores=scores), batch_of([3.0, 2.0, 1.0, 0.0], [1.0] * 4))
+    assert total.item() == pytest.approx(4 * math.log(2))
+    ignored, _ = BradleyTerry(margin_coef=0.0)(SimpleNamespace(scores=scores), batch_of([3.0] * 4, [1.0] * 4))
+    assert ignored == BradleyTerry()(SimpleNamespace(scores=scores), batch_of([math.nan] * 4, [1.0] * 4))[0]
 
 
 # --- rankings ---
@@ -209,7 +253,7 @@ def test_the_mean_over_prompts_weighs_each_pair_by_its_share():
 
 RANKED_LOSSES = [
     (BradleyTerry(), ORDERS),
-    (BradleyTerry(mean_over="prompts", label_smoothing=0.1), ORDERS),
+    (BradleyTerry(mean_over="prompts", label_smoothing=0.1, unbiased=True), ORDERS),
     (PlackettLuce(), ORDERS),
     (PlackettLuce(ties="breslow", centering_coef=0.2), TIED),
 ]

@@ -41,6 +41,18 @@ def bradley_terry(
     return -q * logsigmoid(logits) - (1 - q) * logsigmoid(-logits)
 
 
+def unbiased_label(label: Tensor, flipped: float) -> Tensor:
+    """The label [P] to learn from when a share `flipped` of the labels is wrong (Natarajan et al., 2013, lemma 1; for
+    preferences: Chowdhury et al., arXiv:2403.00409, section 3).
+
+        q' = (q - flipped) / (1 - 2 flipped)
+
+    The mean of the loss over noisy labels is then the mean over correct ones. q' is above 1 for a clear label, so the
+    loss of a pair can be negative, and it has no lower bound.
+    """
+    return (label - flipped) / (1 - 2 * flipped)
+
+
 def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Penalty of each pair, [P]: (chosen + rejected)^2. It fixes the zero of scores, which Bradley-Terry leaves free
     (Eisenstein et al., arXiv:2312.09244, eq. 2)."""
@@ -71,6 +83,10 @@ class BradleyTerry:
     """Weight in the sum of losses."""
     label_smoothing: float = 0.0
     """Share of the labels assumed to be wrong."""
+    unbiased: bool = False
+    """Correct for the wrong labels instead of learning that they occur; see `unbiased_label`."""
+    margin_coef: float = 1.0
+    """Factor of the margins: 0 ignores them, 1/3 makes 1 of the strongest of the grades 0 to 3."""
     centering_coef: float = 0.01
     """Weight of the penalty that keeps scores around zero; 0 leaves their level free."""
     mean_over: Literal["pairs", "prompts"] = "pairs"
@@ -83,6 +99,8 @@ class BradleyTerry:
         _refuse_negative(self.centering_coef)
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 0.5)")
+        if self.unbiased and not self.label_smoothing:
+            raise ValueError("unbiased = true corrects for wrong labels; label_smoothing says how many there are")
 
     def weight(self, batch: PairBatch) -> Tensor:
         """The number of pairs, or of prompts."""
@@ -94,9 +112,9 @@ class BradleyTerry:
         losses = bradley_terry(
             chosen,
             rejected,
-            margin=batch.margins.nan_to_num(nan=0.0),
-            label=batch.labels,
-            label_smoothing=self.label_smoothing,
+            margin=self.margin_coef * batch.margins.nan_to_num(nan=0.0),
+            label=unbiased_label(batch.labels, self.label_smoothing) if self.unbiased else batch.labels,
+            label_smoothing=0.0 if self.unbiased else self.label_smoothing,
         ) + self.centering_coef * centering(chosen, rejected)
         if self.mean_over == "prompts":
             losses = losses * batch.shares
