@@ -44,7 +44,7 @@ MORE = {
 # In this order: later ones start from what earlier ones have made.
 COMMANDS = [
     "trimtab quickstart",
-    *(f"trimtab run {path}" for path in RUN_FILES if path.parent.name in ("online", "selection")),
+    *(f"trimtab run {path}" for path in RUN_FILES if path.parent.name in ("online", "reward", "selection")),
     "trimtab run examples/hh/pipeline.toml --out runs/hh",
     "trimtab preference examples/hh/dpo.toml",
     "trimtab run examples/gsm8k/pipeline.toml --out runs/gsm8k",

@@ -365,6 +365,27 @@ def export(model: str, out: Path, dtype: Dtype) -> None:
     click.echo(exporting.export(model=model, out=out, dtype=dtype))
 
 
+@main.command()
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("models", nargs=-1, required=True, metavar="MODEL MODEL...")
+@click.option("--weight", "weights", multiple=True, type=float, help="One for each model, in order.  [default: equal]")
+@click.option("--data", help="Pairs that no member was trained on; needed for reward models.")
+@click.option("--rank", type=click.IntRange(min=1), help="Rank of averaged adapters.  [default: the sum, exact]")
+@click.option(
+    "--tolerance", default=0.01, show_default=True, help="How far the accuracy may sink below that of the members."
+)
+@click.option("--force", is_flag=True, help="Write the average even if it sinks further.")
+def average(**options: Any) -> None:
+    """Average the weights of models that began as one.
+
+    Reward models (WARM) are judged by pairs on the way from each member to the average.
+    """
+    from trimtab.stages import average as averaging
+
+    for sentence in averaging.average(**options):
+        click.echo(sentence)
+
+
 # --- human judgements ---
 
 

@@ -60,7 +60,9 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(
         ["prompts_per_step", "group_size", "num_minibatches", "replies_per_prompt", "best_of_prompts"], COUNT
     ),
-    **dict.fromkeys(["validate_every", "sample_every", "num_samples", "best_of", "warmup_steps", "seed"], OR_NONE),
+    **dict.fromkeys(
+        ["validate_every", "sample_every", "num_samples", "best_of", "warmup_steps", "seed", "head_seed"], OR_NONE
+    ),
     "num_epochs": Range(0, 1e6, low_open=True),
     # optimizers
     **dict.fromkeys(["learning_rate", "eps"], AMOUNT),

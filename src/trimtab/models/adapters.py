@@ -182,6 +182,11 @@ def save_adapter(
     save_file({_PREFIX + k: v.detach().contiguous().clone() for k, v in tensors.items()}, directory / WEIGHTS_FILE)
     config.save_pretrained(str(directory))
     config.modules_to_save = None
+    write_beside(directory, base)
+
+
+def write_beside(directory: Path, base: str) -> None:
+    """Writes the way from an adapter's directory to that of its base, so that both can be moved together."""
     if Path(base).is_dir():
         beside = os.path.relpath(Path(base).resolve(), directory.resolve())
         (directory / BESIDE_FILE).write_text(json.dumps({"beside": beside}) + "\n", encoding="utf-8")

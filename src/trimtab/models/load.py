@@ -116,8 +116,9 @@ def is_classifier(path: str | Path) -> bool:
     return any(kind.endswith(_CLASSIFIER) for kind in load_config(path).architectures or [])
 
 
-def reward_facts(path: str | Path) -> dict[str, float]:
-    """The shift and temperature that the reward stage wrote beside a reward adapter; empty if there are none."""
+def reward_facts(path: str | Path) -> dict[str, Any]:
+    """The shift, moments and head start that the reward stage wrote beside a reward adapter; empty if there are
+    none."""
     file = Path(find_model(path)) / "reward.json"
     return read_json(file) if file.exists() else {}
 

@@ -5,6 +5,7 @@ It learns from comparisons what people prefer, and the stage writes down how far
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from torch import nn
 
 from trimtab.batches.trees import TokenTrees, Tree, split_sizes
 from trimtab.core import seeds
@@ -27,6 +29,7 @@ from trimtab.engines.local.learner import AdamW
 from trimtab.evals.reward_card import reward_card
 from trimtab.math.losses.reward import BradleyTerry
 from trimtab.models.adapters import LoRA, start_adapter
+from trimtab.models.average import HEAD_START
 from trimtab.models.forward import sequence_scores_of
 from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_scalar, load_tokenizer
@@ -69,6 +72,8 @@ class RewardSettings(TrainingSettings):
     """The optimizer and its schedule."""
     adapter: LoRA | None = None
     """Train a low-rank adapter and the score head on the frozen model instead of all its weights."""
+    head_seed: int | None = None
+    """Seed of a new score head; None takes `seed`. Models to be averaged need one head to begin with."""
 
 
 def run(settings: RewardSettings, run: Run) -> None:
@@ -94,6 +99,7 @@ def run(settings: RewardSettings, run: Run) -> None:
     model, base = start_reward_model(settings, chat)
     refuse_long(model.model, chain(train_on.trees, judged_by.trees, shown), where=settings.data, fix=FIT)
     epochs = Epochs.of(settings, len(train_on.trees))
+    model.model.config.update({HEAD_START: fingerprint(model.head)})
     engines = Engines.start(settings, run.directory, load=load_roles, models={"reward": model})
     learner = make_learner(model, settings, epochs, engines, name="reward")
     validation = Validation(lambda: [tree.num_tokens for tree in judged_by.trees], judged_by.batch)
@@ -114,7 +120,8 @@ def run(settings: RewardSettings, run: Run) -> None:
 
 def start_reward_model(settings: RewardSettings, chat: Chat) -> tuple[ScalarModel, str]:
     """The model to train and the base it belongs to: whole, or an adapter, which may begin as the policy's."""
-    path, head_seed = settings.model, seeds.derive(settings.seed, "reward head")
+    path = settings.model
+    head_seed = seeds.derive(settings.seed if settings.head_seed is None else settings.head_seed, "reward head")
     options: dict[str, Any] = {"head_seed": head_seed, "device": settings.engine.find_device()}
     if settings.adapter is None:
         return ScalarModel(load_scalar(path, **options), pad_id=chat.pad_id, gives="scores"), path
@@ -124,6 +131,14 @@ def start_reward_model(settings: RewardSettings, chat: Chat) -> tuple[ScalarMode
     if head:
         model.load_state_dict(head, strict=False)
     return ScalarModel(model, pad_id=chat.pad_id, adapter="reward", gives="scores"), base
+
+
+def fingerprint(head: nn.Module) -> str:
+    """Sixteen hex digits of the SHA-256 of a head's weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for _, weight in sorted(head.named_parameters()):
+        digest.update(weight.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_roles(settings: RewardSettings, _directory: Path) -> tuple[str, dict[str, ScalarModel]]:

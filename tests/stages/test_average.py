@@ -1,0 +1,202 @@
+"""`trimtab average`: weights of reward models and policies, adapters by their products, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from tests.stages.commands import FAST, run_stage, summary, trimtab
+from tests.tiny import write_model_directory
+from trimtab.core.types import PreferencePair
+from trimtab.data.layouts import load
+from trimtab.models.average import weights_of
+from trimtab.models.load import load_causal, load_scalar, load_tokenizer
+from trimtab.models.save import save_model
+from trimtab.rewards.model import RewardModelScorer
+
+
+def train(base, pairs, out, **changed):
+    settings = {"held_out": 0.3, "batch_size": 10, "optimizer": FAST, "num_epochs": 10.0, "head_seed": 0} | changed
+    return run_stage("reward", out, model=str(base), data=str(pairs), **settings) / "model"
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory, base, pairs):
+    """Two reward models of one head and two orders of the data."""
+    directory = tmp_path_factory.mktemp("members")
+    return [train(base, pairs, directory / f"member_{seed}", seed=seed) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, base, pairs):
+    """The same as adapters, of different ranks."""
+    directory = tmp_path_factory.mktemp("adapters")
+    return [
+        train(
+            base,
+            pairs,
+            directory / f"adapter_{seed}",
+            seed=seed,
+            adapter={"rank": rank},
+            optimizer={"learning_rate": 0.01},
+        )
+        for seed, rank in ((1, 2), (2, 3))
+    ]
+
+
+def averaged(out, *arguments):
+    done = trimtab("average", out, *arguments)
+    assert done.exit_code == 0, done.output
+    return json.loads((out / "average.json").read_text())
+
+
+def refused(out, *arguments):
+    done = trimtab("average", out, *arguments)
+    assert done.exit_code == 2
+    assert not out.exists()
+    return done.output
+
+
+def test_every_weight_is_the_mean_of_the_members_weights(members, pairs, tmp_path):
+    record = averaged(tmp_path / "mean", *members, "--weight", 0.25, "--weight", 0.75, "--data", pairs)
+    one, other, mean = (load_file(path / "model.safetensors") for path in (*members, tmp_path / "mean"))
+    assert mean.keys() == one.keys()
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    for name, weight in mean.items():
+        torch.testing.assert_close(weight, 0.25 * one[name] + 0.75 * other[name])
+    assert record["weights"] == [0.25, 0.75]
+    ends = [p["accuracy"] for p in record["points"] if p["part"] == 0]
+    assert record["points"][-1]["chord"] == pytest.approx(0.25 * ends[0] + 0.75 * ends[1])
+
+
+def test_the_average_of_equal_models_is_the_model(members, pairs, tmp_path):
+    averaged(tmp_path / "mean", members[0], members[0], "--data", pairs)
+    one, mean = (weights_of(load_scalar(path)) for path in (members[0], tmp_path / "mean"))
+    assert all(torch.equal(one[name], mean[name]) for name in one)
+
+
+def test_zero_moments_and_temperature_are_fitted_anew(members, pairs, tmp_path):
+    record = averaged(tmp_path / "mean", *members, "--data", pairs)
+    records = load(PreferencePair, pairs).records
+    scorer = RewardModelScorer.from_directory(str(tmp_path / "mean"), token_budget=4096)
+    chosen = scorer.score_texts([(p.prompt, p.chosen) for p in records])
+    both = torch.cat([chosen, scorer.score_texts([(p.prompt, p.rejected) for p in records])]).double()
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "mean").config
+    assert float(chosen.mean()) == pytest.approx(0, abs=1e-5)
+    assert config.reward_mean == pytest.approx(float(both.mean()), abs=1e-5)
+    assert config.reward_std == pytest.approx(float(both.std(correction=0)), rel=1e-4)
+    assert config.reward_temperature == record["card"]["temperature"]
+
+
+def test_adapters_are_averaged_by_their_products(adapters, pairs, tmp_path):
+    record = averaged(tmp_path / "mean", *adapters, "--data", pairs)
+    assert record["rank"] == 5
+    one, other, mean = (weights_of(load_scalar(path)) for path in (*adapters, tmp_path / "mean"))
+    changed = 0.0
+    for name in one:
+        torch.testing.assert_close(mean[name], (one[name] + other[name]) / 2, rtol=1e-4, atol=1e-6)
+        changed = max(changed, float((one[name] - other[name]).abs().max()))
+    assert changed > 1e-3
+
+
+def test_a_lower_rank_keeps_the_largest_part_of_the_change(adapters, pairs, tmp_path):
+    record = averaged(tmp_path / "low", *adapters, "--data", pairs, "--rank", 2, "--tolerance", 1)
+    base, low, one, other = (
+        weights_of(load_scalar(path, head_seed=0))
+        for path in (json.loads((adapters[0] / "adapter_config.json").read_text())["base_model_name_or_path"],
+                     tmp_path / "low", *adapters)
+    )  # fmt: skip
+    lost = total = 0.0
+    for name in low:
+        if "proj" in name:
+            change = (one[name] + other[name]) / 2 - base[name]
+            values = torch.linalg.svdvals(change.double())
+            kept = low[name] - base[name]
+            assert float((kept - change).double().norm()) == pytest.approx(float(values[2:].norm()), rel=1e-3, abs=1e-5)
+            lost, total = lost + float(values[2:].square().sum()), total + float(values.square().sum())
+    assert record["kept_fraction"] == pytest.approx(1 - lost / total, rel=1e-4)
+    assert 0.5 < record["kept_fraction"] < 1
+
+
+def test_policies_are_interpolated_without_pairs(base, tmp_path):
+    other = write_model_directory(tmp_path / "other", seed=5)
+    averaged(tmp_path / "mean", base, other, "--weight", 0.9, "--weight", 0.1)
+    one, two, mean = (weights_of(load_causal(path)) for path in (base, other, tmp_path / "mean"))
+    for name in mean:
+        torch.testing.assert_close(mean[name], 0.9 * one[name] + 0.1 * two[name])
+
+
+@pytest.fixture(scope="module")
+def turned(members, tmp_path_factory):
+    """The first member with its head and its last norm negated: the same scores, and no head half way."""
+    model = load_scalar(members[0])
+    with torch.no_grad():
+        model.score.weight.neg_()
+        model.model.norm.weight.neg_()
+    directory = tmp_path_factory.mktemp("turned") / "model"
+    save_model(model, load_tokenizer(members[0]), directory)
+    return directory
+
+
+def test_an_average_that_sinks_below_the_chord_is_refused(members, turned, pairs, tmp_path):
+    said = refused(tmp_path / "mean", members[0], turned, "--data", pairs)
+    assert "the accuracy sinks between these models: on 20 pairs the average is right about 50.00%" in said
+    assert summary(members[0].parent)["accuracy"] > 0.9
+    done = trimtab("average", tmp_path / "mean", members[0], turned, "--data", pairs, "--force")
+    assert "written because of --force" in done.output
+    points = json.loads((tmp_path / "mean" / "average.json").read_text())["points"]
+    assert points[-1]["accuracy"] == 0.5
+    assert [p["accuracy"] for p in points if p["part"] == 0] == [points[-1]["chord"]] * 2
+
+
+def test_models_that_do_not_belong_together_are_refused(base, members, adapters, other, pairs, tmp_path):
+    out, data = tmp_path / "mean", ("--data", pairs)
+    one = members[0]
+    assert "different score heads" in refused(
+        out, one, train(base, pairs, tmp_path / "head", seed=3, head_seed=3, num_epochs=1.0), *data
+    )
+    wide = write_model_directory(tmp_path / "wide", hidden_size=64)
+    assert "has the shapes (320, 32) and (320, 64)" in refused(out, base, wide).replace("\n", " ")
+    assert "one is an adapter and the other a whole model" in refused(out, one, adapters[0], *data)
+    assert "is a reward model and" in refused(out, one, base, *data)
+    theirs = train(other, pairs, tmp_path / "theirs", adapter={"rank": 2}, num_epochs=1.0)
+    assert "they are adapters of" in refused(out, adapters[0], theirs, *data)
+    layers = train(base, pairs, tmp_path / "layers", adapter={"rank": 2, "modules": ["q_proj"]}, num_epochs=1.0)
+    assert "only one of them changes" in refused(out, adapters[0], layers, *data)
+
+
+def test_other_configurations_and_templates_are_refused(base, tmp_path):
+    theta, template = (shutil.copytree(base, tmp_path / name) for name in ("theta", "template"))
+    config = json.loads((theta / "config.json").read_text())
+    config["rms_norm_eps"] = 0.1
+    (theta / "config.json").write_text(json.dumps(config))
+    assert "have rms_norm_eps = 1e-06 and 0.1" in refused(tmp_path / "mean", base, theta)
+    file = next(template.glob("chat_template*"), None) or template / "tokenizer_config.json"
+    file.write_text(file.read_text().replace("<|assistant|>", "<|user|>"))
+    assert "other chat templates" in refused(tmp_path / "mean", base, template)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "the average of reward models has another zero"),
+        (("--data", "PAIRS", "--weight", 1.0), "the weights 1 of 2 models"),
+        (("--data", "PAIRS", "--weight", 0.5, "--weight", 0.6), "the weights 0.5, 0.6 of 2 models"),
+        (("--data", "PAIRS", "--rank", 2), "these are whole models, which have no rank"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(members, pairs, tmp_path, options, said):
+    assert said in refused(tmp_path / "mean", *members, *(pairs if o == "PAIRS" else o for o in options))
+
+
+def test_one_model_data_for_policies_and_a_full_directory_are_refused(base, members, adapters, pairs, tmp_path):
+    assert "an average needs two or more" in refused(tmp_path / "mean", members[0], "--data", pairs)
+    assert "these models are policies" in refused(tmp_path / "mean", base, base, "--data", pairs)
+    assert "has rank 5" in refused(tmp_path / "mean", *adapters, "--data", pairs, "--rank", 6)
+    done = trimtab("average", members[0], *members, "--data", pairs)
+    assert "is there and not empty" in done.output
