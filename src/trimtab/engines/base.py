@@ -24,12 +24,12 @@ class Sampler(Protocol):
 
     @property
     def has_own_weights(self) -> bool:
-        """Whether `generate` may run while the policy is updated, because the sampler has a copy of its weights."""
+        """Whether `generate` may run while the policy is updated."""
         ...
 
     def sync(self) -> None:
-        """Takes the policy's weights as they are now; `generate` uses those until the next sync. A sampler that shares
-        the policy's weights has nothing to do."""
+        """Takes the policy's weights as they are now; `generate` uses those until the next sync. For a sampler that
+        shares the policy's weights nothing is to be done."""
         ...
 
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:

@@ -116,11 +116,11 @@ class EpisodeSampler:
 
     @property
     def has_own_weights(self) -> bool:
-        """Whether the sampler of the turns has."""
-        return self.generator.has_own_weights
+        """False: the environment is the user's code, and is called by the thread that updates the policy."""
+        return False
 
     def sync(self) -> None:
-        """Takes the policy's weights as they are now."""
+        """Gives the sampler of the turns the policy's weights as they are now."""
         self.generator.sync()
 
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:

@@ -70,6 +70,8 @@ class ExactAnswer:
 class ExactAnswerScorer:
     """Finds final answers and compares them."""
 
+    thread_safe = True
+
     def __init__(self, settings: ExactAnswer) -> None:
         self.settings = settings
         self.helper = Helper(seconds=settings.seconds)

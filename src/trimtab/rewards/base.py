@@ -12,7 +12,12 @@ from trimtab.core.types import Rollout
 
 
 class Reward(Protocol):
-    """Judges finished rollouts. For example, `GoldScorer` and `RewardModelScorer` are rewards."""
+    """Judges finished rollouts. For example, `GoldScorer` and `RewardModelScorer` are rewards.
+
+    A reward may say `thread_safe = True`: it may be scored in another thread than the one that trains, while models are
+    trained. Then it uses no model of the run, draws nothing from global random generators, and needs no signals. A
+    reward that does not say so is scored by the thread of the training loop.
+    """
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] float32 rewards in the reward's own units (nan for a reply that it cannot judge), and each of its parts

@@ -40,6 +40,11 @@ class CombinedReward:
 
     parts: Sequence[RewardPart]
 
+    @property
+    def thread_safe(self) -> bool:
+        """Whether all parts are; see `Reward`."""
+        return all(getattr(part.reward, "thread_safe", False) for part in self.parts)
+
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] weighted sums, nan for a reply that a part could not judge; see `score_parts`."""
         total, _, metrics = self.score_parts(rollouts)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -51,6 +51,8 @@ class Regex:
 class RegexScorer:
     """Matches replies in a process of its own."""
 
+    thread_safe = True
+
     def __init__(self, settings: Regex) -> None:
         self.settings = settings
         self.helper = Helper(seconds=settings.seconds)
@@ -76,6 +78,8 @@ class ReasoningFormat:
     """Whether the prompt ends with the first opening tag, so that replies begin inside it."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
+
+    thread_safe: ClassVar[bool] = True
 
     def load(self, *, token_budget: int) -> ReasoningFormat:
         """The reward itself; nothing needs loading."""
@@ -155,6 +159,8 @@ class JsonSchema:
 
 class JsonSchemaScorer:
     """Validates replies in a process of its own."""
+
+    thread_safe = True
 
     def __init__(self, settings: JsonSchema, schema: str) -> None:
         self.settings = settings

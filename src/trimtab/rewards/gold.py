@@ -31,7 +31,9 @@ class GoldReward:
 
 
 class GoldScorer:
-    """Scores rollouts, or plain replies, by the world's program."""
+    """Scores rollouts, or plain replies, by the world's program, which reads facts and text alone."""
+
+    thread_safe = True
 
     def __init__(self, world: worlds.World) -> None:
         self.world = world

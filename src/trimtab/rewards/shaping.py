@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -29,6 +30,8 @@ class Length:
     """The highest charge for a reply."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
+
+    thread_safe: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_tokens <= self.max_tokens:
@@ -65,6 +68,8 @@ class Overlong:
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
+    thread_safe: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if not 0 < self.buffer_tokens <= self.max_tokens:
             raise ValueError(
@@ -97,6 +102,8 @@ class Repetition:
     """This share costs nothing; the rest is stretched back to [-1, 0]."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
+
+    thread_safe: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.n < 1:

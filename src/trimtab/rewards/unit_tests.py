@@ -65,7 +65,9 @@ class TestVerdict:
 
 
 class UnitTestsScorer:
-    """Runs the code of replies."""
+    """Runs the code of replies, in processes of their own."""
+
+    thread_safe = True
 
     def __init__(self, settings: UnitTests) -> None:
         self.settings = settings

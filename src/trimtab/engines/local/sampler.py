@@ -33,8 +33,6 @@ __all__ = ["LocalSampler", "ReplyBuffer", "SampledReply", "Sampling", "reply_nam
 class LocalSampler:
     """Samples from the policy with its weights at the time of each call."""
 
-    has_own_weights = False
-
     def __init__(
         self, policy: Policy, chat: Chat, sampling: Sampling, *, choice: FormChoice | None = None, watched: bool = True
     ) -> None:
@@ -78,8 +76,13 @@ class LocalSampler:
             compiled = isinstance(form, SlotForm) and form.kernels.compiled
         return form.name + ", compiled" * compiled + f", {precision}" * (precision != "float32")
 
+    @property
+    def has_own_weights(self) -> bool:
+        """False: it samples from the policy itself."""
+        return False
+
     def sync(self) -> None:
-        """Does nothing: the weights are the policy's."""
+        """Does nothing, since it shares the policy's weights."""
 
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
         """`group_size` rollouts for each prompt. Every reply has its own random numbers, made from the seed, its

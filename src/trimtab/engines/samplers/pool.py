@@ -276,13 +276,16 @@ class SamplerPool:
 class PooledSampler(LocalSampler):
     """A sampler whose replies a pool draws. Its weights are those of the last `sync`, which has compared them."""
 
-    has_own_weights = True
-
     def __init__(self, policy: Policy, chat: Chat, sampling: Sampling, *, pool: SamplerPool) -> None:
         """`pool` draws from this policy."""
         choice = FormChoice(type(policy.model).__name__, pool, {})
         super().__init__(policy, chat, sampling, choice=choice, watched=False)
         self.pool = pool
+
+    @property
+    def has_own_weights(self) -> bool:
+        """True: those of the last sync."""
+        return True
 
     def sync(self) -> None:
         """Takes the policy's weights as they are now; raises EngineError if that fails in any process."""

@@ -99,6 +99,8 @@ class PolicyLoss:
     """The constant of aggregation = "constant_length": usually max_new_tokens."""
 
     needs_entropy: ClassVar[bool] = True  # to log it: its collapse is the first sign of trouble
+    bounds_ratio: ClassVar[bool] = False
+    """Whether the loss bounds the ratio of new to old policy, which rollouts of older weights need."""
 
     def __post_init__(self) -> None:
         if (self.aggregation == "constant_length") != (self.length is not None):
@@ -147,6 +149,8 @@ class PPO(PolicyLoss):
     dual_clip: float | None = None
     """Dual-clip bound c on the ratio for negative advantages; None disables it. The paper uses 3."""
 
+    bounds_ratio: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_clips(self.clip_low, self.clip_high)
@@ -178,6 +182,8 @@ class GSPO(PolicyLoss):
     clip_high: float = 4e-4
     """The sequence's ratio is held below 1 + clip_high."""
 
+    bounds_ratio: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_clips(self.clip_low, self.clip_high)
@@ -197,6 +203,8 @@ class CISPO(PolicyLoss):
 
     max_ratio: float = 5.0
     """Upper bound of the importance weights."""
+
+    bounds_ratio: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
