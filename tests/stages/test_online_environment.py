@@ -20,7 +20,7 @@ from trimtab.math.losses.policy import PPO, EntropyBonus, KLPenalty, Reinforce
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.stages import online
-from trimtab.stages.online.sampling import in_groups, rollout_trees
+from trimtab.stages.online.rollouts import in_groups, rollout_trees
 
 TEXTS = ("I want a refund!", "What is 12 + 30?", "Item: lamp. Policy: refund within 30 days.", "Thank you")
 

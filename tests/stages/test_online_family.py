@@ -35,8 +35,9 @@ from trimtab.stages.online import kl_per_token, make_engines
 from trimtab.stages.online.checks import Clock
 from trimtab.stages.online.data import read_prompts
 from trimtab.stages.online.models import load_models
+from trimtab.stages.online.rollouts import RolloutBatch
 from trimtab.stages.online.samplers import make_samplers
-from trimtab.stages.online.sampling import RolloutBatch, RolloutSource, shape_rewards
+from trimtab.stages.online.sampling import RolloutSource, shape_rewards
 from trimtab.stages.online.settings import OnlineSettings
 from trimtab.stages.online.state import OnlineState
 

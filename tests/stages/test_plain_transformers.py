@@ -12,7 +12,7 @@ from trimtab.models.forward import token_logprobs_of
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.rewards.model import RewardModelScorer
-from trimtab.stages.online.sampling import in_groups, rollout_trees
+from trimtab.stages.online.rollouts import in_groups, rollout_trees
 
 
 @pytest.fixture(scope="module", params=["sft", "online"])

@@ -66,7 +66,7 @@ from trimtab.rewards.combined import CombinedReward, RewardPart
 from trimtab.rewards.model import RewardModelScorer
 from trimtab.stages.online.models import load_models
 from trimtab.stages.online.objectives import minibatches
-from trimtab.stages.online.sampling import rollout_trees
+from trimtab.stages.online.rollouts import rollout_trees
 from trimtab.stages.online.settings import OnlineSettings
 
 

@@ -61,6 +61,7 @@ class Steps:
     checkpoint_every: int
     interrupted: Callable[[], int]
     show: Callable[[int, Metrics], None]
+    before_save: Callable[[], None]
     at_work: bool = False
     """True between the start of a step and its log."""
     began: float = 0.0
@@ -72,6 +73,7 @@ class Steps:
             assert self.done == number + 1, f"step {number} was not logged"
             stop = self.interrupted()
             if self.done % self.checkpoint_every == 0 or self.done == self.num_steps or stop:
+                self.before_save()
                 self.run.save_checkpoint(self.done, self.state.save)
             if stop:
                 break
@@ -89,7 +91,15 @@ class Steps:
 
 
 @contextmanager
-def stepping(run: Run, state: LoopState, *, num_steps: int, checkpoint_every: int, description: str) -> Iterator[Steps]:
+def stepping(
+    run: Run,
+    state: LoopState,
+    *,
+    num_steps: int,
+    checkpoint_every: int,
+    description: str,
+    before_save: Callable[[], None] = lambda: None,
+) -> Iterator[Steps]:
     """Yields the steps that are still to be done, from where the run had got to; step i is logged as step i + 1.
 
         with stepping(run, state, num_steps=100, checkpoint_every=10, description="sft") as steps:
@@ -98,7 +108,8 @@ def stepping(run: Run, state: LoopState, *, num_steps: int, checkpoint_every: in
 
     If the process is killed at any instant and this is called again, the state and the rows become the same, `time/`
     metrics aside. Samples of step i are added under i + 1 too. Nothing is logged before the first step: first
-    measurements belong to step 1. The progress shows the metrics in `SHOWN`.
+    measurements belong to step 1. The progress shows the metrics in `SHOWN`. `before_save` is called before each
+    checkpoint, and completes a state on which other threads are at work.
 
     Raises Interrupted after Ctrl-C or SIGTERM, once the current step is finished and saved (a second signal stops at
     once). An EngineError of a step is raised with the last good checkpoint named in its fix.
@@ -111,7 +122,7 @@ def stepping(run: Run, state: LoopState, *, num_steps: int, checkpoint_every: in
             fix="ask for as many steps or more, or begin again with --fresh",
         )
     with _interrupts() as interrupted, _progress(description, done, num_steps) as show:
-        steps = Steps(run, state, done, num_steps, checkpoint_every, interrupted, show)
+        steps = Steps(run, state, done, num_steps, checkpoint_every, interrupted, show, before_save)
         try:
             yield steps
         except EngineError as error:

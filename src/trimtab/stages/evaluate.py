@@ -36,7 +36,7 @@ from trimtab.rewards.gold import GoldReward, GoldScorer
 from trimtab.rewards.model import RewardModelScorer
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
-from trimtab.stages.online.sampling import in_groups, rollout_trees
+from trimtab.stages.online.rollouts import in_groups, rollout_trees
 from trimtab.stages.reading import read
 from trimtab.stages.reward_positions import refuse_short_reward_models
 from trimtab.stages.stage import Stage, few_prompts

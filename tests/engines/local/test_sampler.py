@@ -18,7 +18,7 @@ from trimtab.math.logprobs import truncated_logprobs
 from trimtab.models.forward import token_logprobs_of
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
-from trimtab.stages.online.sampling import in_groups, rollout_trees
+from trimtab.stages.online.rollouts import in_groups, rollout_trees
 
 
 @pytest.fixture(scope="module")

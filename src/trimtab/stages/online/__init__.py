@@ -52,8 +52,10 @@ from trimtab.stages.online.checks import (
 from trimtab.stages.online.data import read_mix, read_prompts
 from trimtab.stages.online.models import Models, load_models, load_roles
 from trimtab.stages.online.objectives import Minibatches, PretrainingBatches, objectives
+from trimtab.stages.online.rollout_queue import RolloutQueue
+from trimtab.stages.online.rollouts import RolloutBatch
 from trimtab.stages.online.samplers import make_samplers
-from trimtab.stages.online.sampling import RolloutBatch, RolloutSource, shape_rewards
+from trimtab.stages.online.sampling import RolloutSource, shape_rewards
 from trimtab.stages.online.settings import OnlineSettings
 from trimtab.stages.online.state import OnlineState
 from trimtab.stages.reward_positions import refuse_short_reward_models
@@ -80,7 +82,6 @@ def run(settings: OnlineSettings, run: Run) -> None:
     sampler, greedy = make_samplers(settings, models.policy, chat, prompts, engines.sampler)
     policy, reference, critic = make_engines(settings, models, engines)
     world = GoldScorer(worlds.load(settings.world)) if settings.world else None
-    source = RolloutSource(sampler, greedy, models.rewards, world, settings)
     pretraining = PretrainingBatches(demonstrations, settings)
     state = OnlineState(
         learners=[policy] if critic is None or critic is policy else [policy, critic],
@@ -89,17 +90,18 @@ def run(settings: OnlineSettings, run: Run) -> None:
         kl_coef=settings.kl.initial,
         moments=RunningMoments(),
     )
+    queue = RolloutQueue(RolloutSource(sampler, greedy, models.rewards, world, settings), state, settings)
     run.note_path("sampler", sampler.sampler)
     run.note_path("form", models.policy.form)
 
     length = {"num_steps": settings.num_steps, "checkpoint_every": settings.checkpoint_every}
-    with engines, stepping(run, state, **length, description="online") as steps:
+    with queue, engines, stepping(run, state, **length, description="online", before_save=queue.finish) as steps:
         for number in steps:
             seed_noise(settings.seed, "online", number)
             clock = Clock()
             done = train_step(
                 number,
-                source=source,
+                queue=queue,
                 policy=policy,
                 reference=reference,
                 critic=critic,
@@ -144,7 +146,7 @@ class StepDone:
 def train_step(
     number: int,
     *,
-    source: RolloutSource,
+    queue: RolloutQueue,
     policy: Learner,
     reference: Scorer,
     critic: Learner | None,
@@ -155,7 +157,7 @@ def train_step(
 ) -> StepDone:
     """One round of sampling and the updates made from it (Ouyang et al., arXiv:2203.02155, section 3.5, with the
     PPO of Schulman et al., arXiv:1707.06347)."""
-    rollouts = source.sample(number, state, clock)  # in groups, with their rewards
+    rollouts = queue.take(number, clock)  # in groups, with their rewards
     trees, ids = rollouts.trees, rollouts.trees.sequence_ids  # a prompt once for all its replies, nothing padded
 
     old_logprobs, agreement = old_logprobs_of(rollouts, policy, number, settings)  # [M]
@@ -196,11 +198,13 @@ def old_logprobs_of(
 
     They are the sampler's own in a step with a single update, unless `OnlineSettings.scores_old_policy` asks for more.
     If they are scored, raises EngineError before the updates of this step for a difference that is more than rounding
-    and that no setting explains (`check_sampler`).
+    and that no setting explains (`check_sampler`). Rollouts of older weights are not compared.
     """
     if not settings.scores_old_policy(number):
         return rollouts.logprobs, {}
     scored = policy.logprobs(rollouts.trees)
+    if rollouts.staleness:
+        return scored, {}
     difference = float((rollouts.logprobs - scored).abs().max())
     return scored, check_sampler(difference, settings, f"step {number + 1}, before its updates")
 
@@ -227,7 +231,7 @@ def kl_per_token(
 def checked_metrics(number: int, done: StepDone, settings: OnlineSettings) -> Metrics:
     """The metrics of a step. Raises EngineError if its only update shows that the sampler was not the policy."""
     batch, metrics = done.batch, rollout_metrics(done.rollouts.rollouts) | done.metrics
-    if "rollout/logprob_difference" not in metrics and (moved := metrics.get("policy/log_ratio_max")):
+    if not settings.scores_old_policy(number) and (moved := metrics.get("policy/log_ratio_max")):
         metrics |= check_sampler(moved.value, settings, f"step {number + 1}, in its only update")
     if settings.advantage.needs_critic:
         metrics |= value_metrics(batch.old_values, batch.returns)
@@ -271,11 +275,14 @@ def make_engines(
     return policy, engines.scorer(models.reference, name="reference", **how), critic
 
 
-def few_steps(table: Mapping[str, Any], _settings: OnlineSettings) -> dict[str, Any]:
+def few_steps(table: Mapping[str, Any], settings: OnlineSettings) -> dict[str, Any]:
     """Settings for a few steps that are like the later ones of a run: without the critic's warm-up, in which the policy
-    is not updated."""
+    is not updated, and without a lag, because of which the first step draws for several and the last ones for none."""
     steps = min(FEW_STEPS, table.get("num_steps", FEW_STEPS))
-    return {"num_steps": steps, "critic": dict(table.get("critic", {})) | {"warmup_steps": 0}}
+    critic = dict(table.get("critic", {})) | {"warmup_steps": 0}
+    if not settings.engine.max_staleness:
+        return {"num_steps": steps, "critic": critic}
+    return {"num_steps": steps, "critic": critic, "engine": dict(table.get("engine", {})) | {"max_staleness": 0}}
 
 
 STAGE = Stage(

@@ -30,9 +30,10 @@ def make_samplers(
 
     def make(sampling: Sampling, choice: FormChoice | None = None) -> tuple[Sampler, LocalSampler]:
         """The sampler, and the one that draws its turns, which is itself if there is no environment."""
-        # The step itself compares sampler and policy on every reply. With truncation it cannot, because the two are
-        # different distributions; then the sampler does.
-        options: dict[str, Any] = {"choice": choice, "watched": sampling.truncates and settings.correction is None}
+        # The step itself compares sampler and policy on every reply. It cannot with truncation, because the two are
+        # different distributions, nor if it trains on rollouts of older weights; then the sampler does, when it draws.
+        watched = (sampling.truncates and settings.correction is None) or settings.engine.max_staleness > 0
+        options: dict[str, Any] = {"choice": choice, "watched": watched}
         if environment is None:
             made = make_sampler(policy, chat, sampling, **options)
             return made, made

@@ -103,6 +103,21 @@ class PretrainingMix:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnlineEngineSettings(EngineSettings):
+    """How online training is computed. A resumed run may change all of it; a lag then holds from there on."""
+
+    max_staleness: int = 0
+    """The lag of rollouts: step n trains on rollouts drawn with the weights after step n - 1 - max_staleness (the first
+    steps with those of the start). 0 draws with the newest weights; 1 lets a sampler with weights of its own draw while
+    the policy is updated. More than 0 needs the table [correction] and a loss that bounds its ratios."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_staleness < 0:
+            raise ValueError(f"max_staleness = {self.max_staleness}; it is a number of steps, at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OnlineSettings:
     """Settings of the online stage."""
 
@@ -182,7 +197,7 @@ class OnlineSettings:
     """Keep only the input of each block for the backward pass: less memory, a third more work."""
     token_budget: int = 4096
     """Tokens of one forward pass: memory and speed only."""
-    engine: EngineSettings = field(default_factory=EngineSettings)
+    engine: OnlineEngineSettings = field(default_factory=OnlineEngineSettings)
     """How the stage is computed."""
     sample_every: int = 5
     """Steps between samples written to samples.jsonl; 0 writes none."""
@@ -214,9 +229,25 @@ class OnlineSettings:
                 f"kl_estimator = {self.kl_estimator!r} with kl_in = 'loss': the expected gradient of k1 as a loss is "
                 "zero, and that of k2 is the exact KL's; set kl_estimator = 'k2' or 'k3', or kl_in = 'reward'"
             )
+        if lag := self.engine.max_staleness:
+            self._refuse_lag(lag)
         for name in ("prompts_per_step", "group_size", "num_steps", "num_epochs", "num_minibatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
+
+    def _refuse_lag(self, lag: int) -> None:
+        """Raises ValueError if rollouts of older weights would be trained on as if the policy had drawn them."""
+        if self.correction is None:
+            raise ValueError(
+                f"engine.max_staleness = {lag} without a correction: rollouts of older weights need weights of their "
+                "own; add the table [correction] (its defaults will do: correction = {})"
+            )
+        if not getattr(self.loss, "bounds_ratio", False):
+            raise ValueError(
+                f"engine.max_staleness = {lag} with the loss {type(self.loss).__name__}, which does not bound its "
+                "ratios, so that one old reply could move the policy far; use 'ppo', 'gspo' or 'cispo', or set "
+                "max_staleness = 0 (a loss of your own that bounds them says so with bounds_ratio = True)"
+            )
 
     @property
     def weigh(self) -> Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Metrics]]:

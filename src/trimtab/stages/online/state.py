@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trimtab.core.types import Prompt
 from trimtab.engines.base import Learner
 from trimtab.math.rewards import RunningMoments
+from trimtab.stages.online.draws import Draw, load_draws, save_draws
 from trimtab.stages.supervised import Epochs
 
 
 @dataclass
 class OnlineState:
-    """Learners, KL coefficient, running reward moments and place in the prompts: a run goes on from it bit for bit."""
+    """Learners, KL coefficient, running reward moments, place in the prompts and rollouts that were drawn ahead: a run
+    goes on from it bit for bit."""
 
     learners: Sequence[Learner]
     prompts: Sequence[Prompt]
@@ -23,6 +26,8 @@ class OnlineState:
     kl_coef: float
     moments: RunningMoments
     num_prompts_taken: int = 0
+    drawn: list[Draw] = field(default_factory=list)
+    """The rollouts of the steps to come, as far as they are drawn and judged; see `RolloutQueue`."""
 
     def take_prompts(self, num: int) -> list[Prompt]:
         """The next prompts: every prompt once before any comes again, each pass in an order of its own."""
@@ -34,11 +39,13 @@ class OnlineState:
         """Writes the state into the directory `path`."""
         for learner in self.learners:
             learner.save(path)
-        numbers = {
+        numbers: dict[str, Any] = {
             "kl_coef": self.kl_coef,
             "moments": self.moments.state(),
             "num_prompts_taken": self.num_prompts_taken,
         }
+        if self.drawn:
+            numbers["drawn"] = save_draws(self.drawn, path)
         (path / "state.json").write_text(json.dumps(numbers), encoding="utf-8")
 
     def load(self, path: Path) -> None:
@@ -49,6 +56,7 @@ class OnlineState:
         self.kl_coef = numbers["kl_coef"]
         self.moments = RunningMoments(**numbers["moments"])
         self.num_prompts_taken = numbers["num_prompts_taken"]
+        self.drawn = load_draws(numbers.get("drawn", []), path)
 
 
 def endless(num_examples: int, batch_size: int, seed: int) -> Epochs:

@@ -1,0 +1,96 @@
+"""What a round of sampling gives: groups of rollouts with their rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from trimtab.batches.trees import TokenTrees, response_tree
+from trimtab.core.metrics import Metrics
+from trimtab.core.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Group:
+    """The replies to one prompt with their rewards [G], and the reward of the greedy reply, nan if there is none."""
+
+    rollouts: Sequence[Rollout]
+    rewards: Tensor
+    baseline: float
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether some reply is better than another."""
+        return bool(self.rewards.min() < self.rewards.max())
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """The rollouts that a step trains on: groups with their rewards, B rollouts in all, and the metrics of sampling."""
+
+    groups: Sequence[Group]
+    metrics: Metrics
+    staleness: int = 0
+    """The steps whose updates the policy has made since these rollouts were drawn."""
+
+    @cached_property
+    def rollouts(self) -> list[Rollout]:
+        """All rollouts, group after group."""
+        return [r for group in self.groups for r in group.rollouts]
+
+    @cached_property
+    def trees(self) -> TokenTrees:
+        """The rollouts as trees, the prompt of a group once."""
+        return rollout_trees([group.rollouts for group in self.groups])
+
+    @cached_property
+    def logprobs(self) -> Tensor:
+        """[M] the sampler's log-probability of every token that it drew."""
+        return torch.tensor([x for r in self.rollouts for x in r.logprobs])
+
+    @property
+    def rewards(self) -> Tensor:
+        """[B] the rewards, group after group."""
+        return torch.cat([group.rewards for group in self.groups])
+
+    @property
+    def baselines(self) -> Tensor:
+        """[B] the reward of the greedy reply to the same prompt; nan if none was asked for."""
+        return torch.cat([torch.full_like(group.rewards, group.baseline) for group in self.groups])
+
+    @property
+    def group_ids(self) -> Tensor:
+        """[B] the number of each rollout's group."""
+        sizes = torch.tensor([len(group.rollouts) for group in self.groups])
+        return torch.arange(len(sizes)).repeat_interleave(sizes)
+
+    @property
+    def finished(self) -> Tensor:
+        """[B] whether a reply ended by itself."""
+        return torch.tensor([r.finish_reason == "stop" for r in self.rollouts])
+
+
+@dataclass(frozen=True)
+class Replies:
+    """The replies to some prompts, before they are judged: `group_size` rollouts for each prompt, and the likeliest
+    reply to each if the advantages compare with it."""
+
+    prompts: Sequence[Prompt]
+    rollouts: Sequence[Rollout]
+    greedy: Sequence[Rollout]
+
+
+def rollout_trees(groups: Sequence[Sequence[Rollout]]) -> TokenTrees:
+    """The rollouts as trees, the prompt of a group once; the sampled token ids are the ids that are trained on."""
+    return TokenTrees.build(
+        [response_tree(g[0].prompt_ids, [r.response_ids for r in g], [r.response_mask for r in g]) for g in groups]
+    )
+
+
+def in_groups(rollouts: Sequence[Rollout], size: int) -> list[list[Rollout]]:
+    """The rollouts of each prompt; a sampler gives `size` of them for each prompt, one prompt after the other."""
+    return [list(rollouts[i : i + size]) for i in range(0, len(rollouts), size)]
