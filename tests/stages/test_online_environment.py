@@ -202,8 +202,10 @@ class Killed(BaseException):
     pass
 
 
-def test_a_run_in_an_environment_that_is_resumed_ends_as_one_that_was_not(tmp_path, base, monkeypatch):
-    settings = settings_of(base, num_steps=3, checkpoint_every=1, optimizer=FAST)
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_run_in_an_environment_that_is_resumed_ends_as_one_that_was_not(tmp_path, base, monkeypatch, lag):
+    engine = {"correction": {"kind": "truncate"}, "engine": {"max_staleness": lag}} if lag else {}
+    settings = settings_of(base, num_steps=3, checkpoint_every=1, optimizer=FAST, **engine)
     whole = run_stage("online", tmp_path / "whole", **settings)
 
     def die(number, step=online.train_step, **rest):

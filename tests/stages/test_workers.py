@@ -69,6 +69,17 @@ def test_two_workers_sample_score_and_learn_as_one_process_does(tmp_path, base, 
     assert "workers = 2" in (tmp_path / "run" / "settings.toml").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_rollouts_that_lag_are_the_same_in_two_workers(tmp_path, base, reward_run, shard):
+    settings = settings_of(base, reward_run, correction={"kind": "truncate"})
+    alone = run_stage("online", tmp_path / "alone", **settings | {"engine": {"max_staleness": 1}})
+    engine = {"max_staleness": 1, "workers": 2, "shard": shard}
+    out = run_stage("online", tmp_path / "run", **settings | {"engine": engine})
+    assert [row["rollout/version"] for row in rows(out)] == [0, 0, 1, 2]
+    assert_near(out, alone)
+
+
 def test_a_killed_run_leaves_no_process_and_goes_on_in_another_number_of_them(tmp_path, base, reward_run, alone):
     out = tmp_path / "run"
     run_file = write_run_file(tmp_path / "run.toml", settings_of(base, reward_run, engine={"workers": 3}))

@@ -1,0 +1,519 @@
+"""Rollouts that lag by a fixed number of steps: against a loop that applies the lag by hand, in one thread and in two,
+stopped and resumed, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.stages.commands import FAST, rows, run_stage, trimtab, without_times, write_run_file
+from tests.stages.test_online_arithmetic import mean, token_logprobs
+from tests.stages.test_online_family import TEMPERATURE, family, places, reward
+from tests.stages.test_resume import differences, kill_after, num_rows, start, wait_for_rows
+from trimtab import worlds
+from trimtab.core import config, seeds
+from trimtab.core.errors import EngineError
+from trimtab.core.metrics import Mean, Peak, Total
+from trimtab.core.types import Message, Prompt, Rollout
+from trimtab.data.chat import Chat
+from trimtab.engines.episodes import EpisodeLimits, EpisodeSampler
+from trimtab.engines.local import agreement
+from trimtab.engines.local.learner import LocalLearner
+from trimtab.engines.local.sampler import LocalSampler, Sampling
+from trimtab.math.rewards import RunningMoments
+from trimtab.models.load import load_causal, load_tokenizer
+from trimtab.models.roles import Policy
+from trimtab.stages import online
+from trimtab.stages.online import rollout_queue
+from trimtab.stages.online.draws import Draw
+from trimtab.stages.online.rollouts import Group, RolloutBatch
+from trimtab.stages.online.state import OnlineState
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = worlds.load("arithmetic").prompts("train", 12)
+TRUNCATE = {"kind": "truncate"}
+BRIEF = {"name": "length", "max_tokens": 1, "per_token": 0.3, "most": 5.0}
+"""A reward that may be scored in any thread; `family` has one that may not."""
+
+
+def lagging(base, lag, **changed):
+    """Five steps of GRPO whose rollouts lag."""
+    return family(base, engine={"max_staleness": lag}, correction=TRUNCATE, num_steps=5) | changed
+
+
+def metrics(out, *without):
+    return [{k: v for k, v in row.items() if k not in without} for row in without_times(rows(out))]
+
+
+# ---- a loop that applies the lag by hand ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_a_run_with_a_lag_is_a_slow_loop_that_keeps_old_weights(tmp_path, base, lag):
+    """Every step samples with a model made from the weights of `lag` steps ago, and makes two updates on all replies by
+    the decoupled loss, in plain loops over transformers' own model."""
+    rate = 5e-3
+    out = run_stage(
+        "online",
+        tmp_path / "run",
+        **lagging(base, lag, num_epochs=2, optimizer={"learning_rate": rate, "max_gradient_norm": 1e9}),
+    )
+    chat = Chat(load_tokenizer(base))
+    policy = AutoModelForCausalLM.from_pretrained(base).eval()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=rate, weight_decay=0.0)
+    versions = [copy.deepcopy(policy.state_dict())]
+    prompts = OnlineState([], PROMPTS, 0, 0.0, RunningMoments())
+    samples, logged, weighed = rows(out, "samples.jsonl"), rows(out), []
+    for number in range(5):
+        version = max(0, number - lag)
+        old = load_causal(base)
+        old.load_state_dict(versions[version])
+        sampler = LocalSampler(
+            Policy(old, pad_id=chat.pad_id, temperature=TEMPERATURE),
+            chat,
+            Sampling(max_new_tokens=5, temperature=TEMPERATURE),
+        )
+        seed = seeds.derive(0, "rollouts", number)
+        rollouts = sampler.generate(prompts.take_prompts(3), group_size=3, seed=seed)
+        assert [r.response for r in rollouts] == [s["response"] for s in samples if s["step"] == number + 1]
+        weighed.append(decoupled_updates(policy, optimizer, rollouts))
+        versions.append(copy.deepcopy(policy.state_dict()))
+        row = logged[number]
+        assert row["rollout/version"] == version
+        assert row["rollout/staleness_mean"] == row["rollout/staleness_max"] == number - version
+        assert row["rollout/ratio_mean"] == pytest.approx(weighed[-1], rel=1e-4)
+    assert max(abs(w - 1) for w in weighed) > 0.01, "the lag is to be seen"
+    begun, found = load_file(base / "model.safetensors"), load_file(out / "model" / "model.safetensors")
+    by_name = policy.state_dict()
+    for name, weight in found.items():
+        moved = float((by_name[name] - begun[name]).norm())
+        assert float((weight - by_name[name]).norm()) <= 0.01 * moved + 1e-6, name
+
+
+def decoupled_updates(policy, optimizer, rollouts):
+    """Two updates: the clipped surrogate to the policy as the step began, each token weighed by how that policy differs
+    from the one that drew it, at most by 2. Returns the mean of these weights before they are bounded."""
+    behaviour = [x for r in rollouts for x in r.logprobs]
+    rewards = [len(r.response) / 10 for r in rollouts]
+    advantages = []
+    for g in range(3):
+        group = rewards[3 * g : 3 * g + 3]
+        deviation = (sum((r - mean(group)) ** 2 for r in group) / 2) ** 0.5
+        advantages += [(r - mean(group)) / (deviation + 1e-4) for r in group]
+    with torch.no_grad():
+        proximal = token_logprobs(policy, rollouts)[0].tolist()
+    raw = [float(torch.tensor(p - b).exp()) for p, b in zip(proximal, behaviour, strict=True)]
+    for _ in range(2):
+        logprobs, losses = token_logprobs(policy, rollouts)[0], []
+        for m, (b, _, _) in enumerate(places(rollouts)):
+            ratio = (logprobs[m] - proximal[m]).exp()
+            surrogate = torch.minimum(ratio * advantages[b], ratio.clamp(0.8, 1.2) * advantages[b])
+            losses.append(-min(raw[m], 2.0) * surrogate)
+        optimizer.zero_grad()
+        (sum(losses) / len(losses)).backward()
+        optimizer.step()
+    return mean(raw)
+
+
+def test_without_a_lag_nothing_is_kept_or_logged_for_it(tmp_path, base):
+    out = run_stage("online", tmp_path / "run", **family(base, engine={"max_staleness": 0}))
+    assert not any(name.startswith(("rollout/stale", "rollout/version", "time/wait")) for r in rows(out) for name in r)
+    (saved,) = (out / "checkpoints").iterdir()
+    assert {p.name for p in saved.iterdir()} == {"SHA256SUMS", "policy.safetensors", "state.json"}
+
+
+def test_a_lag_longer_than_the_run_trains_on_rollouts_of_the_start(tmp_path, base):
+    out = run_stage("online", tmp_path / "run", **lagging(base, 9, num_steps=3))
+    assert [(row["rollout/version"], row["rollout/staleness_max"]) for row in rows(out)] == [(0, 0), (0, 1), (0, 2)]
+
+
+# ---- a sampler with weights of its own, in a thread of its own -----------------------------------------------------
+
+
+class CopySampler:
+    """Samples from a copy of the policy."""
+
+    has_own_weights = True
+    sampler = "a copy"
+
+    def __init__(self, policy, chat, sampling):
+        self.policy = policy
+        self.copy = copy.deepcopy(policy)
+        self.local = LocalSampler(self.copy, chat, sampling)
+        self.threads = []
+        self.fails = None
+        """What it raises when it is asked for the third time."""
+
+    def sync(self):
+        assert threading.current_thread() is threading.main_thread()
+        self.copy.load_state_dict(self.policy.state_dict())
+
+    def generate(self, prompts, *, group_size, seed):
+        self.threads.append(threading.current_thread().name)
+        if self.fails is not None and len(self.threads) == 3:
+            raise self.fails
+        return self.local.generate(prompts, group_size=group_size, seed=seed)
+
+
+@pytest.fixture
+def own_weights(monkeypatch):
+    """Runs of the online stage sample from a copy of the policy; the copies made, newest last."""
+    made = []
+
+    def make_samplers(settings, policy, chat, prompts, make):
+        samplers = online.samplers.make_samplers(settings, policy, chat, prompts, make)
+        made.extend(None if s is None else CopySampler(policy, chat, s.sampling) for s in samplers)
+        return made[-2], made[-1]
+
+    monkeypatch.setattr(online, "make_samplers", make_samplers)
+    monkeypatch.setattr(rollout_queue, "_LAST_SECONDS", 30.0)
+    return made
+
+
+KINDS = {
+    "a reward for any thread": {"rewards": [BRIEF]},
+    "a reward for the loop's thread": {},
+    "greedy baselines": {"rewards": [BRIEF], "advantage": {"name": "remax"}},
+    "dynamic sampling": {"rewards": [BRIEF], "dynamic_sampling": {"max_rounds": 3}},
+    "dynamic sampling that waits for the loop": {"dynamic_sampling": {"max_rounds": 3}},
+}
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_drawing_while_the_policy_learns_gives_the_bits_of_drawing_before(tmp_path, base, own_weights, kind, lag):
+    settings = lagging(base, lag, checkpoint_every=2, **KINDS[kind])
+    out = run_stage("online", tmp_path / "own", **settings)
+    (sampler, greedy) = own_weights
+    apart = lag > 0 and kind != "dynamic sampling that waits for the loop"
+    for one in filter(None, (sampler, greedy)):
+        assert set(one.threads) == {"rollouts" if apart else "MainThread"}
+        assert len(one.threads) == 5 or "dynamic" in kind
+    assert ("time/wait_for_rollouts_seconds" in rows(out)[1]) == apart
+    assert all("time/sync_seconds" in row for row in rows(out)[: 5 - lag])
+    with pytest.MonkeyPatch.context() as undone:
+        undone.setattr(online, "make_samplers", online.samplers.make_samplers)
+        shared = run_stage("online", tmp_path / "shared", **settings)
+    watched = ("rollout/logprob_difference",)
+    assert metrics(out, *watched) == metrics(shared, *watched)
+    assert rows(out, "samples.jsonl") == rows(shared, "samples.jsonl")
+    assert (out / "model/model.safetensors").read_bytes() == (shared / "model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "error", [EngineError("no more", where="here", fix="rest"), KeyError("x"), KeyboardInterrupt()]
+)
+def test_a_failure_in_the_thread_is_raised_in_the_loop(tmp_path, base, own_weights, monkeypatch, error):
+    made = online.make_samplers
+
+    def failing(*arguments):
+        samplers = made(*arguments)
+        samplers[0].fails = error
+        return samplers
+
+    monkeypatch.setattr(online, "make_samplers", failing)
+    run_file = write_run_file(tmp_path / "run.toml", lagging(base, 1, rewards=[BRIEF], checkpoint_every=1))
+    out = tmp_path / "run"
+    if isinstance(error, KeyError):
+        with pytest.raises(KeyError, match="x"):
+            trimtab("online", run_file, "--out", out)
+    else:
+        result = trimtab("online", run_file, "--out", out)
+        assert result.exit_code == (2 if isinstance(error, EngineError) else 130)
+        assert ("no more" if isinstance(error, EngineError) else "goes on after step 1") in result.output
+    assert not [t for t in threading.enumerate() if t.name == "rollouts"]
+    # What could not be drawn belonged to the third step, and to the checkpoint of the second.
+    assert len(rows(out)) == 2
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000001"]
+    monkeypatch.setattr(online, "make_samplers", made)
+    run_stage("online", out, **lagging(base, 1, rewards=[BRIEF], checkpoint_every=1))
+    undisturbed = run_stage("online", tmp_path / "undisturbed", **lagging(base, 1, rewards=[BRIEF]))
+    assert not differences(undisturbed, out)
+
+
+def test_a_sampler_that_hangs_does_not_keep_a_failed_run(tmp_path, base, own_weights, monkeypatch):
+    monkeypatch.setattr(rollout_queue, "_LAST_SECONDS", 0.2)
+    going_on = threading.Event()
+    generate, update = CopySampler.generate, LocalLearner.update
+
+    def hangs(self, *arguments, **options):
+        if len(self.threads) == 1:
+            going_on.wait(60)
+        return generate(self, *arguments, **options)
+
+    def fails(self, *arguments):
+        raise EngineError("the loss is nan", where="here", fix="lower the rate")
+
+    monkeypatch.setattr(CopySampler, "generate", hangs)
+    monkeypatch.setattr(LocalLearner, "update", fails)
+    run_file = write_run_file(tmp_path / "run.toml", lagging(base, 1, rewards=[BRIEF]))
+    began = time.monotonic()
+    result = trimtab("online", run_file, "--out", tmp_path / "run")
+    assert "the loss is nan" in result.output
+    assert time.monotonic() - began < 50
+    (left,) = (t for t in threading.enumerate() if t.name == "rollouts")
+    assert left.daemon
+    going_on.set()
+    left.join()
+    monkeypatch.setattr(LocalLearner, "update", update)
+
+
+def test_a_sampler_whose_weights_are_not_the_policys_is_refused_in_the_first_step(
+    tmp_path, base, other, own_weights, monkeypatch
+):
+    strange = load_causal(other).state_dict()
+    monkeypatch.setattr(CopySampler, "sync", lambda self: self.copy.model.load_state_dict(strange))
+    monkeypatch.setattr(LocalLearner, "update", lambda *_: pytest.fail("it trained"))
+    run_file = write_run_file(tmp_path / "run.toml", lagging(base, 2, rewards=[BRIEF]))
+    result = trimtab("online", run_file, "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "sampler and policy disagree" in result.output
+    assert "weigh them with [correction]" not in result.output
+
+
+def test_a_sampler_that_shares_the_weights_is_compared_at_every_draw(tmp_path, base, monkeypatch):
+    compared = []
+    compare = agreement.logprob_difference
+    monkeypatch.setattr(
+        "trimtab.engines.local.sampler.logprob_difference", lambda *a: compared.append(compare(*a)) or compared[-1]
+    )
+    out = run_stage("online", tmp_path / "run", **lagging(base, 2))
+    assert len(compared) == 5
+    assert max(compared) < 1e-4
+    assert ["rollout/logprob_difference" in row for row in rows(out)] == [True, False, False, False, False]
+    assert rows(out)[3]["rollout/sampler_kl"] > 1e-6
+
+
+def test_samplers_of_this_package_share_the_policys_weights(base):
+    chat = Chat(load_tokenizer(base))
+    policy = Policy(load_causal(base), pad_id=chat.pad_id)
+    local = LocalSampler(policy, chat, Sampling())
+    episodes = EpisodeSampler(policy, chat, Sampling(), SimpleNamespace(stop=()), EpisodeLimits())
+    assert not local.has_own_weights
+    assert not episodes.has_own_weights
+    before = local.generate(PROMPTS, group_size=2, seed=0)
+    local.sync()
+    episodes.sync()
+    assert local.generate(PROMPTS, group_size=2, seed=0) == before
+
+
+# ---- stopped and resumed -------------------------------------------------------------------------------------------
+
+
+def everything(base, lag, **changed):
+    """All the state there is: moments, an adapted coefficient, a critic, rounds that differ."""
+    return (
+        lagging(
+            base,
+            lag,
+            rewards=reward("even"),
+            num_steps=6,
+            checkpoint_every=1,
+            advantage={"name": "gae"},
+            critic={"init": "policy", "optimizer": FAST, "warmup_steps": 1},
+            dynamic_sampling={"max_rounds": 3},
+            shaping={"normalize": True, "clip": 2.0},
+            kl={"name": "adaptive", "coef": 0.1, "target": 0.5, "horizon": 30.0},
+        )
+        | changed
+    )
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_killed_with_rollouts_in_store_it_ends_with_the_same_bits(tmp_path, base, lag, monkeypatch):
+    monkeypatch.chdir(ROOT)  # where the process finds the reward
+    settings = everything(base, lag)
+    undisturbed = run_stage("online", tmp_path / "undisturbed", **settings)
+    assert len({row["rollout/rounds"] for row in rows(undisturbed)}) > 1
+    run_file, out = write_run_file(tmp_path / "run.toml", settings), tmp_path / "run"
+    process = start("online", run_file, out)
+    wait_for_rows(process, out, 2)
+    assert kill_after(process, random.Random(lag).uniform(0, 0.05)), "it was to be killed at work"
+    done = num_rows(out)
+    assert done >= 2
+    stored = sorted((out / "checkpoints").glob("step-*"))[-1]
+    assert json.loads((stored / "state.json").read_text())["drawn"][0]["number"] == int(stored.name[5:])
+    run_stage("online", out, **settings)
+    assert not differences(undisturbed, out)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("rewards", [{"rewards": [BRIEF]}, {}], ids=["any thread", "the loop's thread"])
+def test_asked_to_stop_while_the_thread_draws_it_saves_what_was_drawn(
+    tmp_path, base, own_weights, monkeypatch, sent, rewards
+):
+    settings = lagging(base, 2, **rewards)
+    undisturbed = run_stage("online", tmp_path / "undisturbed", **settings)
+    update, asked = LocalLearner.update, []
+
+    def interrupted(self, work):
+        asked.append(1)
+        if len(asked) == 3:
+            os.kill(os.getpid(), sent)
+        return update(self, work)
+
+    run_file, out = write_run_file(tmp_path / "run.toml", settings), tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalLearner, "update", interrupted)
+        result = trimtab("online", run_file, "--out", out)
+    assert result.exit_code == 128 + sent
+    assert "stopped after step 3 of 5" in result.output
+    (saved,) = (out / "checkpoints").iterdir()
+    stored = [json.loads(line) for line in (saved / "rollouts.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in stored] == [4] * 3 + [5] * 3
+    run_stage("online", out, **settings)
+    assert not differences(undisturbed, out)
+
+
+def stopped_after(tmp_path, monkeypatch, settings, num):
+    """A run that was stopped after `num` steps; its directory."""
+    update, asked, out = LocalLearner.update, [], tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+
+    def interrupted(self, work):
+        asked.append(1)
+        if len(asked) == num:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, work)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalLearner, "update", interrupted)
+        result = trimtab("online", write_run_file(out.with_suffix(".toml"), settings), "--out", out)
+    assert f"stopped after step {num}" in result.output
+    return out
+
+
+def test_a_run_that_goes_on_with_a_smaller_lag_draws_the_same_prompts_again(tmp_path, base, monkeypatch):
+    out = stopped_after(tmp_path, monkeypatch, lagging(base, 2, prompts="world:arithmetic?num=15"), 2)
+    run_file = write_run_file(tmp_path / "now.toml", lagging(base, 0, prompts="world:arithmetic?num=15"))
+    result = trimtab("online", run_file, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "engine.max_staleness 2 → 0" in result.output
+    assert "rollouts for step 3 and 4 are older than engine.max_staleness = 0 allows" in result.output
+    assert [row.get("rollout/staleness_max", 0) for row in rows(out)] == [0, 1, 0, 0, 0]
+    prompts = [row["prompt"] for row in rows(out, "samples.jsonl")][::3]
+    assert len(set(prompts)) == len(prompts) == 15
+    recorded = json.loads((out / "environment.json").read_text())["changed_settings"]
+    assert recorded == [{"after_step": 2, "settings": {"engine.max_staleness": {"before": 2, "now": 0}}}]
+    order = OnlineState([], worlds.load("arithmetic").prompts("train", 15), 0, 0.0, RunningMoments())
+    assert prompts == [p.text for p in order.take_prompts(15)]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "ages"), [(0, 2, [0, 0, 0, 1, 2]), (2, 1, [0, 1, 0, 1, 1]), (1, 2, [0, 1, 1, 1, 2])]
+)
+def test_a_lag_that_changes_holds_from_there_on_and_is_exact_again(tmp_path, base, monkeypatch, before, after, ages):
+    """The first draws after the change are all made with the weights of that moment."""
+    then, now = lagging(base, before), lagging(base, after, checkpoint_every=1)
+    out = stopped_after(tmp_path, monkeypatch, then, 2)
+    run_stage("online", out, **now)
+    assert [row.get("rollout/staleness_max", 0) for row in rows(out)] == ages
+    again = stopped_after(tmp_path, monkeypatch, then, 2)
+    with monkeypatch.context() as patched:
+        take, taken = rollout_queue.RolloutQueue.take, []
+
+        def dies(self, *arguments):
+            taken.append(1)
+            if len(taken) == 2:
+                raise SystemError
+            return take(self, *arguments)
+
+        patched.setattr(rollout_queue.RolloutQueue, "take", dies)
+        with pytest.raises(SystemError):
+            trimtab("online", write_run_file(tmp_path / "again.toml", now), "--out", again)
+    run_stage("online", again, **now)
+    assert not differences(out, again)
+
+
+def test_a_finished_run_that_grows_draws_what_it_lacks_with_the_weights_it_has(tmp_path, base):
+    out = run_stage("online", tmp_path / "run", **lagging(base, 2, num_steps=3))
+    run_stage("online", out, **lagging(base, 2, num_steps=6))
+    assert [row["rollout/version"] for row in rows(out)] == [0, 0, 0, 3, 3, 3]
+
+
+def test_stored_rollouts_come_back_to_the_last_bit(tmp_path):
+    prompt = Prompt(messages=(Message("system", "be brief"), Message("user", "é?")), facts={"numbers": [1, 2]})
+    plain = Rollout(
+        prompt=prompt,
+        response="1\u2028 2",
+        prompt_ids=(1, 2),
+        response_ids=(3, 4, 0),
+        logprobs=(-0.1, -1e-30, float(torch.tensor(-1 / 3))),
+        finish_reason="stop",
+    )
+    episode = Rollout(
+        prompt=prompt,
+        response="a b",
+        prompt_ids=(1,),
+        response_ids=(5, 6, 7),
+        logprobs=(-0.25, 0.0),
+        finish_reason="length",
+        observations=((1, 2),),
+        events={"turns": 2},
+    )
+    groups = [
+        Group([plain, episode], torch.tensor([1 / 3, -2e-8]), float("nan")),
+        Group([episode], torch.tensor([7.0]), 0.1 + 0.2),
+    ]
+    logged = {"reward/mean": Mean(1.0, 3), "rollout/unjudged": Total(2), "x/max": Peak(0.1), "x/none": Mean(0.0, 0)}
+    state = OnlineState([], [prompt], 0, 0.5, RunningMoments(), 9, [Draw(4, 2, 6, RolloutBatch(groups, logged))])
+    state.save(tmp_path)
+    found = OnlineState([], [prompt], 0, 0.0, RunningMoments())
+    found.load(tmp_path)
+    assert (found.kl_coef, found.num_prompts_taken) == (0.5, 9)
+    (draw,) = found.drawn
+    assert (draw.number, draw.version, draw.num_prompts_before) == (4, 2, 6)
+    for mine, stored in zip(groups, draw.rollouts.groups, strict=True):
+        assert list(mine.rollouts) == list(stored.rollouts)
+        assert torch.equal(mine.rewards, stored.rewards)
+        assert mine.rewards.dtype == stored.rewards.dtype
+        assert repr(mine.baseline) == repr(stored.baseline)
+    assert {n: repr(m.value) for n, m in logged.items()} == {n: repr(m.value) for n, m in draw.rollouts.metrics.items()}
+
+
+# ---- what is refused, and what a plan rehearses --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"correction": None}, "add the table [correction]"),
+        ({"loss": {"name": "reinforce"}}, "the loss Reinforce, which does not bound its ratios"),
+        ({"engine": {"max_staleness": -1}}, "max_staleness = -1"),
+    ],
+)
+def test_a_lag_that_would_train_on_old_replies_as_if_they_were_new_is_refused(tmp_path, base, changed, said):
+    settings = {k: v for k, v in (lagging(base, 1) | changed).items() if v is not None}
+    result = trimtab("online", write_run_file(tmp_path / "run.toml", settings), "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo"])
+def test_losses_that_bound_their_ratios_go_with_a_lag(base, loss):
+    config.resolve(online.OnlineSettings, lagging(base, 1, loss={"name": loss}), where="the test")
+
+
+def test_a_stage_that_draws_no_rollouts_knows_no_lag(tmp_path, base):
+    settings = {"model": str(base), "data": "world:arithmetic?num=8", "engine": {"max_staleness": 1}}
+    result = trimtab("sft", write_run_file(tmp_path / "run.toml", settings), "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "max_staleness" in result.output
+
+
+def test_a_plan_rehearses_without_a_lag(base):
+    table = lagging(base, 2, engine={"max_staleness": 2, "timeout_seconds": 60.0})
+    settings = config.resolve(online.OnlineSettings, table, where="the test")
+    assert online.few_steps(table, settings)["engine"] == {"max_staleness": 0, "timeout_seconds": 60.0}
+    assert "engine" not in online.few_steps(family(base), config.resolve(online.OnlineSettings, family(base), where=""))
