@@ -1,6 +1,6 @@
 """GRPO on sums with rollouts that lag by 0, 1 and 2 steps: section 4 of `docs/evidence/engines.md`, as JSON and tables.
 
-    python benchmarks/staleness.py --out runs/staleness
+    python benchmarks/staleness.py
 
 The base and the SFT model of `examples/arithmetic/grpo.toml` are made once, with seed 0. From there its GRPO is run for
 each seed and lag, one run after the other on one thread, with half the prompts of the example in a step and twice its
@@ -97,7 +97,7 @@ def table_of_differences(found: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Runs all, writes what was found and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/staleness"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lags", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)

@@ -280,7 +280,7 @@ def test_a_sampler_whose_weights_are_not_the_policys_is_refused_in_the_first_ste
     result = trimtab("online", run_file, "--out", tmp_path / "run")
     assert result.exit_code == 2
     assert "sampler and policy disagree" in result.output
-    assert "weigh them with [correction]" not in result.output
+    assert "or weigh them with [correction] and engine.max_staleness = 0" in result.output
 
 
 def test_a_sampler_that_shares_the_weights_is_compared_at_every_draw(tmp_path, base, monkeypatch):
@@ -347,6 +347,27 @@ def test_killed_with_rollouts_in_store_it_ends_with_the_same_bits(tmp_path, base
     assert json.loads((stored / "state.json").read_text())["drawn"][0]["number"] == int(stored.name[5:])
     run_stage("online", out, **settings)
     assert not differences(undisturbed, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lag", [1, 2])
+def test_killed_many_times_with_rollouts_in_store_it_ends_with_the_same_bits(tmp_path, base, lag, monkeypatch):
+    """Kills (TRIMTAB_KILLS, 15 for each lag) at random moments of runs, each of which is compared when it has ended."""
+    monkeypatch.chdir(ROOT)
+    settings, draw = everything(base, lag), random.Random(lag)
+    undisturbed = run_stage("online", tmp_path / "undisturbed", **settings)
+    run_file, kills, runs = write_run_file(tmp_path / "run.toml", settings), 0, 0
+    wanted = int(os.environ.get("TRIMTAB_KILLS", "15"))
+    while kills < wanted:
+        out = tmp_path / f"run-{runs}"
+        while not (out / "summary.json").exists():
+            process = start("online", run_file, out)
+            if kills < wanted:
+                wait_for_rows(process, out, min(6, num_rows(out) + draw.choice((0, 1, 2))))
+            kills += kill_after(process, draw.uniform(0, 0.4) if kills < wanted else 600.0)
+        assert not differences(undisturbed, out), (runs, kills)
+        runs += 1
+    print(f"lag {lag}: {kills} kills, {runs} runs, all with the same bits")
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

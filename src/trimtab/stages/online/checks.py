@@ -48,19 +48,17 @@ def check_sampler(difference: float, settings: OnlineSettings, where: str) -> Me
     Without a correction, a difference that is more than rounding raises EngineError, on the first step and on every
     other: training on it would be off-policy without anyone knowing, and a copy of the weights may go stale at any
     step. With top-p or top-k the two are different distributions, and only the metric is kept. A correction that is
-    there for a lag (engine.max_staleness) explains no difference of rollouts that do not lag, if both compute in
-    float32.
+    there for a lag (engine.max_staleness) explains no difference of rollouts that do not lag.
     """
     bound = allowed_difference(settings.precision, settings.sampling.precision)
-    only_lag = settings.engine.max_staleness > 0 and settings.computes_in_float32
-    explained = settings.sampling.truncates or (settings.correction is not None and not only_lag)
+    lags = settings.engine.max_staleness > 0
+    explained = settings.sampling.truncates or (settings.correction is not None and not lags)
     if not explained and not difference <= bound:
-        weigh = "" if settings.correction else ", or weigh them with [correction]"
         raise EngineError(
             f"sampler and policy disagree by {difference:.3g} nats on the same token (bound: {bound})",
             where=where,
-            fix="the sampler's weights, template or precision differ from the policy's; do not train on its samples"
-            + weigh,
+            fix="the sampler's weights, template or precision differ from the policy's; do not train on its samples, "
+            "or weigh them with [correction]" + " and engine.max_staleness = 0" * lags,
         )
     return {"rollout/logprob_difference": Peak(difference)}
 
