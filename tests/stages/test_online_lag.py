@@ -246,7 +246,7 @@ def test_a_failure_in_the_thread_is_raised_in_the_loop(tmp_path, base, own_weigh
 def test_a_sampler_that_hangs_does_not_keep_a_failed_run(tmp_path, base, own_weights, monkeypatch):
     monkeypatch.setattr(rollout_queue, "_LAST_SECONDS", 0.2)
     going_on = threading.Event()
-    generate, update = CopySampler.generate, LocalLearner.update
+    generate = CopySampler.generate
 
     def hangs(self, *arguments, **options):
         if len(self.threads) == 1:
@@ -267,7 +267,6 @@ def test_a_sampler_that_hangs_does_not_keep_a_failed_run(tmp_path, base, own_wei
     assert left.daemon
     going_on.set()
     left.join()
-    monkeypatch.setattr(LocalLearner, "update", update)
 
 
 def test_a_sampler_whose_weights_are_not_the_policys_is_refused_in_the_first_step(
