@@ -63,3 +63,14 @@ def test_a_killed_run_leaves_nothing_and_goes_on_to_the_same_end(name, tmp_path,
 def weights_of(pid: int) -> list[Path]:
     """The weights that a process sent to its samplers and that still take up memory."""
     return list(Path("/dev/shm").glob(f"trimtab-weights-{pid}-*"))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_lag_is_the_one_of_the_local_sampler(name, tmp_path, wide, reward_run):
+    """The processes draw while the policy learns, and the local sampler before it: the same replies."""
+    lagging = {"correction": {"kind": "truncate"}}
+    local, apart = (
+        run_stage("online", tmp_path / str(n), **settings_of(wide, reward_run, engine=engine, **lagging))
+        for n, engine in enumerate([{"max_staleness": 1}, {"max_staleness": 1, "sampler": ENGINES[name]}])
+    )
+    assert_near(apart, local)
