@@ -60,6 +60,24 @@ def test_a_killed_run_leaves_nothing_and_goes_on_to_the_same_end(name, tmp_path,
     assert_near(out, alone)
 
 
+def test_a_request_to_stop_that_reaches_all_processes_saves_the_step(tmp_path, wide, reward_run, alone):
+    """Batch systems and `timeout` send SIGTERM to every process of a job."""
+    out = tmp_path / "run"
+    run_file = write_run_file(
+        tmp_path / "run.toml", settings_of(wide, reward_run, engine={"sampler": ENGINES["process"]})
+    )
+    process = start("online", run_file, out)
+    wait_for_rows(process, out, 1)
+    for pid in (*children(process), process.pid):
+        os.kill(pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "saved in" in said
+    assert "to go on" in said
+    assert trimtab("online", run_file, "--out", out).exit_code == 0
+    assert_near(out, alone)
+
+
 def weights_of(pid: int) -> list[Path]:
     """The weights that a process sent to its samplers and that still take up memory."""
     return list(Path("/dev/shm").glob(f"trimtab-weights-{pid}-*"))

@@ -104,7 +104,8 @@ class SamplerProcess:
 
     def last_words(self) -> str:
         """The last lines that the process printed."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        said = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        lines = said.strip().splitlines()
         return "\n".join(f"    {line}" for line in lines[-_LAST_LINES:] or ["none"])
 
     def close(self) -> None:

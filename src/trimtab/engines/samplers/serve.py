@@ -99,8 +99,9 @@ def _form(start: SamplerStart, chat: Chat) -> ServedForm:
 def main() -> int:
     """Answers calls until the controller ends. Returns the exit code."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SIGNAL_WHEN_PARENT_ENDS, signal.SIGTERM)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the controller says when to stop
+        ctypes.CDLL(None).prctl(_SIGNAL_WHEN_PARENT_ENDS, signal.SIGUSR1)
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach all processes; the controller says when to stop
+        signal.signal(number, signal.SIG_IGN)
     link = Client(("127.0.0.1", int(os.environ[PORT])), authkey=bytes.fromhex(os.environ.pop(KEY)))
     begin = decode(link.recv_bytes())
 
@@ -108,7 +109,7 @@ def main() -> int:
         shutil.rmtree(begin["scratch"], ignore_errors=True)  # the controller cannot do it if it was killed
         os._exit(1)
 
-    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGUSR1, end)
     if sys.platform == "linux" and os.getppid() == 1:  # it ended before the call above
         end()
     try:
