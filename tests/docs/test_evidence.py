@@ -48,6 +48,13 @@ def test_the_table_of_runs_in_several_processes_is_that_of_its_data(script):
     assert_on_page("engines", script("workers").table(data("workers")))
 
 
+def test_the_tables_of_rollouts_that_lag_are_those_of_their_data(script):
+    staleness, found = script("staleness"), data("staleness")
+    assert found["compared_with_lag_0"] == staleness.compared(found["runs"])
+    assert_on_page("engines", staleness.table(found["runs"]))
+    assert_on_page("engines", staleness.table_of_differences(found["compared_with_lag_0"]))
+
+
 def test_the_table_of_steps_on_a_gpu_is_that_of_its_data(script):
     assert_on_page("engines", script("gpu").table(data("gpu")))
 
