@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pytest
 
 from tests import tiny
 from trimtab.data.chat import Chat
@@ -13,6 +16,10 @@ from trimtab.engines.device import EngineSettings
 from trimtab.models.adapters import LoRA, add_adapter
 from trimtab.models.load import load_causal
 from trimtab.models.roles import Policy, ScalarModel
+
+with_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="ray is not installed; pip install '.[ray]' lifts this"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,19 @@
 """Engines spread over several processes are held to the local ones."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import torch
 
 from tests import tiny
-from tests.engines.models_of_tests import CASES, start
+from tests.engines.models_of_tests import CASES, start, with_ray
 from tests.engines.test_device import batch, values_of
+from tests.engines.test_launch import agents
 from trimtab.core.metrics import Mean, Peak, Total
 from trimtab.core.types import Message, Prompt
 from trimtab.data.chat import Chat
+from trimtab.engines import placement
 from trimtab.engines.episodes import EpisodeLimits, EpisodeSampler
 from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.engines.local.sampler import LocalSampler, Sampling
@@ -42,17 +45,26 @@ def directory(tmp_path_factory):
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((2, False), id="2", marks=pytest.mark.slow),
-        pytest.param((3, False), id="3"),
-        pytest.param((2, True), id="2 shards", marks=pytest.mark.slow),
-        pytest.param((3, True), id="3 shards"),
+        pytest.param((2, False, ""), id="2", marks=pytest.mark.slow),
+        pytest.param((3, False, ""), id="3"),
+        pytest.param((2, True, ""), id="2 shards", marks=pytest.mark.slow),
+        pytest.param((3, True, ""), id="3 shards"),
+        pytest.param((3, False, "agents"), id="3 by agents", marks=pytest.mark.slow),
+        pytest.param((2, False, "ray"), id="2 by ray", marks=[pytest.mark.slow, with_ray]),
+        pytest.param((2, True, "ray"), id="2 shards by ray", marks=[pytest.mark.slow, with_ray]),
     ],
 )
 def spread(request, directory):
-    workers, shard = request.param
-    engines, models = start(directory, workers, shard=shard)
-    with engines:
-        yield engines, models
+    workers, shard, launcher = request.param
+    with ExitStack() as stack:
+        if launcher == "agents":
+            by_agents, _ = stack.enter_context(agents(workers - 1))
+            placement.join(by_agents, workers, "a test")
+            stack.callback(placement.leave)
+        cluster = {"ray": "local"} if launcher == "ray" else {}
+        engines, models = start(directory, workers, shard=shard, **cluster)
+        with engines:
+            yield engines, models
 
 
 @pytest.mark.parametrize("name", LEARNED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -91,16 +92,28 @@ _ENGINE = (
     _device,
     click.option("--sampler", help='Who draws replies: "local", "process" or "vllm" (engine.sampler.name).'),
     click.option("--workers", type=click.IntRange(min=1), help="Processes that compute together (engine.workers)."),
+    click.option(
+        "--ray", metavar="ADDRESS", help='The Ray cluster of the workers: "auto", "local" or HOST:PORT (engine.ray).'
+    ),
 )
 _temperature = click.option("--temperature", default=1.0, show_default=True, help="0 takes the likeliest token.")
 _max_new_tokens = click.option("--max-new-tokens", default=256, show_default=True, help="Where a reply is cut off.")
 
 
 def _engine(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a command the options that stand for settings of `engine`."""
+    """Gives a command the options that stand for settings of `engine`. Started several times by torchrun or srun, it is
+    run once, and the others compute for it."""
+
+    @functools.wraps(command)
+    def once(*arguments: Any, **options: Any) -> Any:
+        from trimtab.engines.joined import together
+
+        with together():
+            return command(*arguments, **options)
+
     for option in reversed(_ENGINE):
-        command = option(command)
-    return command
+        once = option(once)
+    return once
 
 
 def _directory(help_line: str, *, default: str | None = None, required: bool = False) -> Callable[[Any], Any]:
@@ -175,15 +188,19 @@ def check(out: Path, **engine: Any) -> None:
     Takes half a minute and downloads nothing. Exit code 1 if something is wrong.
     """
     from trimtab.engines.check import show
+    from trimtab.engines.placement import with_workers
 
-    sys.exit(show({key: value for key, value in engine.items() if value is not None}, out))
+    given = {key: value for key, value in engine.items() if value is not None}
+    sys.exit(show(with_workers({"engine": given})["engine"], out))
 
 
 def _read(run_file: Path, overrides: tuple[str, ...]) -> tuple[dict[str, Any], str]:
     """The values of a run file with the overrides applied, and the text that names their origin in messages."""
     from trimtab.core import config
+    from trimtab.engines.placement import with_workers
 
-    return config.apply_overrides(config.load_run_file(run_file), overrides), " ".join([str(run_file), *overrides])
+    values = config.apply_overrides(config.load_run_file(run_file), overrides)
+    return with_workers(values), " ".join([str(run_file), *overrides])
 
 
 def _stage_of(values: dict[str, Any], where: str) -> str:

@@ -43,6 +43,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "math": ("math_verify", "latex2sympy2_extended"),
     "json": ("jsonschema",),
     "quantized": ("bitsandbytes",),
+    "ray": ("ray",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
 }

@@ -20,6 +20,7 @@ from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.engines.local.replies import Sampling
 from trimtab.engines.local.sampler import LocalSampler
 from trimtab.engines.local.scorer import LocalScorer
+from trimtab.engines.placement import find_launcher
 from trimtab.engines.replica import checksums, local_learner, prepared
 from trimtab.engines.samplers.pool import PooledSampler, SamplerPool
 from trimtab.engines.spread import SpreadLearner, SpreadSampler, SpreadScorer
@@ -57,6 +58,7 @@ class Engines:
             return cls(engine)
         group = WorkerGroup(
             engine.workers,
+            launcher=find_launcher(engine),
             limit_seconds=engine.timeout_seconds,
             load=f"{load.__module__}:{load.__qualname__}",
             settings=settings,

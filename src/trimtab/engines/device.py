@@ -57,7 +57,10 @@ class EngineSettings:
     """Where the models compute: "cpu", "cuda", or for example "cuda:1" for the second GPU."""
 
     workers: int = 1
-    """Processes of this machine that compute together. Each holds the models and takes a share of every batch."""
+    """Processes that compute together. Each holds the models and takes a share of every batch."""
+    ray: str = ""
+    """The Ray cluster that starts the workers: "auto" is the one that runs here, "10.0.0.1:6379" the one with this
+    head, and "local" one of this machine alone, made for the run. With "" they are children of the controller."""
     shard: bool = False
     """Each process keeps a share of the weights, gradients and optimizer state of a trained model, and gathers it to
     sample and to score. False keeps the whole model in each."""
@@ -69,6 +72,13 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.shard and self.workers == 1:
             raise ValueError("shard = true with workers = 1: there is no other process to share with")
+        if self.ray and self.workers == 1:
+            raise ValueError(f"ray = {self.ray!r} with workers = 1: there is no worker to start")
+        if self.ray and not re.fullmatch(r"auto|local|[^/:]+:\d+", self.ray):
+            raise ValueError(
+                f'ray = {self.ray!r}; it is "auto", "local", or, on a machine of a cluster, the address of its head, '
+                'such as "10.0.0.1:6379"'
+            )
         if self.workers > 1 and self.device != "cpu":
             raise ValueError(
                 f"workers = {self.workers} with device = {self.device!r}: several processes compute on the CPU only; "

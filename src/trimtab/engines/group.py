@@ -1,8 +1,8 @@
 """The processes that compute together. One of them, the controller, runs the stage; the others wait for its calls.
 
-The controller starts the workers on its own machine. Each loads the models by the same function and from the same
-settings, so no weights are sent, and then answers calls: the name of one of the methods of `Replica`, with
-plain data (`messages.py`). Calls and answers travel over sockets, gradients through torch.distributed.
+A launcher (`launch.py`) starts the workers. Each loads the models by the same function and from the same settings, so
+no weights are sent, and then answers calls: the name of one of the methods of `Replica`, with plain data
+(`messages.py`). Calls and answers travel over links (`links.py`), gradients through torch.distributed.
 
 Nothing waits forever. A worker that ends is seen at once, because its sockets close, and one that hangs within the
 limit; either way all processes end, and the error names the worker. Workers end with the controller.
@@ -11,9 +11,7 @@ limit; either way all processes end, and the error names the worker. Workers end
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -22,8 +20,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,33 +30,42 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from trimtab.core.errors import ConfigError, DataError, EngineError, TrimtabError
+from trimtab.engines.launch import PYTHON, Launcher, Process, end_with_parent
+from trimtab.engines.links import KEY, LinkListener, connect, receive
 from trimtab.engines.messages import decode, encode
 
-_ADDRESS, _KEY = "TRIMTAB_GROUP", "TRIMTAB_GROUP_KEY"
-_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
+_ADDRESS = "TRIMTAB_GROUP"
 _ERRORS: dict[str, type[TrimtabError]] = {e.__name__: e for e in (ConfigError, DataError, EngineError)}
 
 
 class WorkerGroup:
     """The workers of a run as the controller sees them. Worker i has rank i; the controller itself is rank 0."""
 
-    def __init__(self, size: int, *, limit_seconds: float, load: str, settings: Any, directory: Path) -> None:
-        """Starts `size` - 1 workers. Each gets its models by the function `load` ("package.module:function"), given the
-        settings and the directory of the run. A call that takes longer than `limit_seconds` ends the run."""
+    def __init__(
+        self, size: int, *, launcher: Launcher, limit_seconds: float, load: str, settings: Any, directory: Path
+    ) -> None:
+        """Starts `size` - 1 workers by the launcher, which is closed with the group. Each gets its models by the
+        function `load` ("package.module:function"), given the settings and the directory of the run. A call that takes
+        longer than `limit_seconds` ends the run."""
         self.size = size
+        self._launcher = launcher
         self._limit = limit_seconds
-        threads = max(1, torch.get_num_threads() // size)
+        self._processes: list[Process] = []
+        self._links: list[Connection] = []
+        self._close = weakref.finalize(self, _stop, self._processes, self._links, launcher)
         self._threads_before = torch.get_num_threads()
+        threads = launcher.num_threads(self._threads_before, size)
         torch.set_num_threads(threads)
         store = TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
-        key = secrets.token_bytes(32)
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._links: list[Connection] = []
-        self._close = weakref.finalize(self, _stop, self._processes, self._links)
-        with Listener(("127.0.0.1", 0), authkey=key) as listener:
-            place = f"{listener.address[1]}:{store.port}:{size}"
-            for rank in range(1, size):
-                self._processes.append(_start(rank, {_ADDRESS: place, _KEY: key.hex()}))
+        with LinkListener(launcher.interface, launcher.key) as listener:
+            place = f"{launcher.host} {listener.port} {store.port} {size}"
+            try:
+                for rank in range(1, size):
+                    command = [PYTHON, "-m", "trimtab.engines.worker", str(rank)]
+                    self._processes.append(launcher.launch(command, {_ADDRESS: place}, rank))
+            except BaseException:
+                self.close()
+                raise
             try:
                 links = dict(self._accepted(listener) for _ in self._processes)
             except (OSError, EOFError) as error:
@@ -77,15 +83,13 @@ class WorkerGroup:
         self.checksums: list[dict[str, float]] = self.answers("begin")
         """The checksums of the weights that each worker loaded, by role."""
 
-    def _accepted(self, listener: Listener) -> tuple[int, Connection]:
+    def _accepted(self, listener: LinkListener) -> tuple[int, Connection]:
         """The rank of the next worker that calls, and its link. Raises TimeoutError if one ended before it called, or
         if none calls."""
         deadline = time.monotonic() + _START_SECONDS
-        listener._listener._socket.settimeout(0.2)  # type: ignore[attr-defined]
         while True:
-            with contextlib.suppress(TimeoutError, AuthenticationError):  # a stranger without the key is sent away
-                link = listener.accept()
-                return int.from_bytes(link.recv_bytes(), "little"), link
+            if (link := listener.accept(0.2)) is not None and (rank := receive(link, _START_SECONDS)) is not None:
+                return int.from_bytes(rank, "little"), link
             if time.monotonic() > deadline or any(process.poll() is not None for process in self._processes):
                 raise TimeoutError("not every worker called")
 
@@ -176,11 +180,15 @@ class WorkerGroup:
 
     def _lost(self, method: str, error: BaseException | str) -> EngineError:
         """The error for workers that ended or hang. One that only waited for another has ended by itself by now."""
-        codes = {rank: process.poll() for rank, process in enumerate(self._processes, start=1)}
-        killed = [f"worker {rank} was killed by {signal.Signals(-c).name}" for rank, c in codes.items() if c and c < 0]
-        hangs = [f"worker {rank} does not answer" for rank, code in codes.items() if code is None]
+        codes = {self._name(rank): process.poll() for rank, process in enumerate(self._processes, start=1)}
+        killed = [
+            f"{worker} was killed by {signal.Signals(-code).name}"
+            for worker, code in codes.items()
+            if code and code < 0
+        ]
+        hangs = [f"{worker} does not answer" for worker, code in codes.items() if code is None]
         said = str(error).splitlines()
-        ended = [f"worker {rank} ended with exit code {code}" for rank, code in codes.items() if code is not None]
+        ended = [f"{worker} ended with exit code {code}" for worker, code in codes.items() if code is not None]
         return EngineError(
             f"{', '.join(killed or hangs or ended)} while {_DOING.get(method, method)}",
             where=f"engine.workers = {self.size} ({said[0] if said else type(error).__name__})",
@@ -188,11 +196,17 @@ class WorkerGroup:
             "memory, use fewer workers or a smaller token_budget",
         )
 
+    def _name(self, rank: int) -> str:
+        return f"worker {rank}{self._launcher.place(rank)}"
 
-_START_SECONDS = 60.0
-"""A new process has this long to say that it is there, and as long to find the others."""
+
+_START_SECONDS = 180.0
+"""A new process has this long to say that it is there, and as long to find the others. From a file system that many
+machines share, importing torch for the first time takes a minute or two."""
 _LAST_WORDS_SECONDS = 1.0
 """After a failure, the time in which workers that waited for the one that failed notice it."""
+_END_SECONDS = 10.0
+"""A killed process is waited for so long."""
 _DOING = {
     "begin": "loading the models",
     "load": "loading a checkpoint",
@@ -203,17 +217,15 @@ _DOING = {
 }
 
 
-def _start(rank: int, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "trimtab.engines.worker", str(rank)]
-    return subprocess.Popen(command, env={**os.environ, **variables}, stdin=subprocess.DEVNULL)
-
-
-def _stop(processes: Sequence[subprocess.Popen[bytes]], links: Sequence[Connection]) -> None:
+def _stop(processes: Sequence[Process], links: Sequence[Connection], launcher: Launcher) -> None:
     for link in links:
         link.close()
     for process in processes:
         process.kill()
-        process.wait()
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its machine is gone, or its agent hangs
+            process.wait(_END_SECONDS)
+    launcher.close()
 
 
 def _error_of(answer: Mapping[str, Any]) -> TrimtabError:
@@ -238,20 +250,21 @@ class Caller:
     """The controller as a worker sees it."""
 
     def __init__(self, rank: int) -> None:
-        """Connects to the controller that started this process, which ends when the controller does."""
-        _end_with_parent()
+        """Connects to the controller for which this process was started, and with which it ends."""
+        end_with_parent()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the controller says when to stop
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.rank = rank
-        port, self._store_port, self._size = (int(n) for n in os.environ[_ADDRESS].split(":"))
-        self._link = Client(("127.0.0.1", port), authkey=bytes.fromhex(os.environ.pop(_KEY)))
+        self._host, port, *numbers = os.environ[_ADDRESS].split()
+        self._store_port, self._size = map(int, numbers)
+        self._link = connect(self._host, int(port), os.environ.pop(KEY))
         self._link.send_bytes(rank.to_bytes(8, "little"))
 
     def begin(self) -> dict[str, Any]:
         """What loads the models, and from what. From now on this process is part of the group."""
         begin: dict[str, Any] = decode(self._link.recv_bytes())
         torch.set_num_threads(begin["threads"])
-        store = TCPStore("127.0.0.1", self._store_port, self._size, is_master=False)
+        store = TCPStore(self._host, self._store_port, self._size, is_master=False)
         _join(store, self.rank, self._size, begin["limit_seconds"])
         return begin
 
@@ -278,10 +291,3 @@ class Caller:
         said["kind"] = type(error).__name__
         with contextlib.suppress(OSError):
             self._link.send_bytes(encode({"error": said}))
-
-
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
-        if os.getppid() == 1:  # the parent ended before the call
-            sys.exit(1)

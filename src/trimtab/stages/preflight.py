@@ -23,6 +23,7 @@ from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
 from trimtab.data.sources import read_rows, records_source
 from trimtab.data.tokenizers import load_config, load_tokenizer
+from trimtab.engines.placement import check_launcher
 from trimtab.models.adapters import add_adapter
 from trimtab.models.load import is_classifier, refuse_several_labels
 from trimtab.models.vocabulary import refuse_other_vocabulary
@@ -94,12 +95,16 @@ def _raise(found: list[tuple[str, TrimtabError]], where: str) -> None:
 
 def _problems(stage: str, settings: Any, made: Made) -> Iterator[tuple[str, TrimtabError]]:
     """Every key whose value cannot be used, and why."""
-    try:
-        if (engine := getattr(settings, "engine", None)) is not None:
+    if (engine := getattr(settings, "engine", None)) is not None:
+        try:
             engine.find_device()
+        except TrimtabError as error:
+            yield "engine.device", error
+        try:
             engine.sampler.find()
-    except TrimtabError as error:
-        yield "engine.device", error
+            check_launcher(engine)
+        except TrimtabError as error:
+            yield "engine", error
     looks: list[DataUse | ModelUse] = [*_sources(stage, settings), *models_of(stage, settings)]
     broken: set[str] = set()  # each model is reported once
     for look in looks:

@@ -1,0 +1,79 @@
+"""Which launcher a run has: that of its settings, or that of the program which has started its processes already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from trimtab.core.errors import ConfigError, need
+from trimtab.engines.launch import ChildLauncher, Launcher
+
+
+class ProcessSettings(Protocol):
+    """What the settings of an engine say of its processes."""
+
+    @property
+    def workers(self) -> int:
+        """The number of processes."""
+        ...
+
+    @property
+    def ray(self) -> str:
+        """The Ray cluster that starts them, or ""."""
+        ...
+
+
+_joined: tuple[Launcher, int, str] | None = None
+"""The launcher of the processes that torchrun or srun has started, their number, and which of the two it was."""
+
+
+def join(launcher: Launcher, size: int, name: str) -> None:
+    """From now on `find_launcher` gives this launcher, whose processes are there already. `name` is that of the program
+    that started them."""
+    global _joined
+    _joined = launcher, size, name
+
+
+def leave() -> None:
+    """Undoes `join`."""
+    global _joined
+    _joined = None
+
+
+def with_workers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a run file. engine.workers, if left out, is the number of processes that were started."""
+    if _joined is None:
+        return dict(values)
+    return {**values, "engine": {"workers": _joined[1], **values.get("engine", {})}}
+
+
+def find_launcher(engine: ProcessSettings) -> Launcher:
+    """The launcher for these settings. Raises what `check_launcher` does, and EngineError for a cluster that is not
+    there."""
+    check_launcher(engine)
+    if _joined is not None:
+        return _joined[0]
+    if engine.ray:
+        from trimtab.engines.ray_cluster import RayLauncher
+
+        return RayLauncher(engine.ray, engine.workers)
+    return ChildLauncher()
+
+
+def check_launcher(engine: ProcessSettings) -> None:
+    """Raises ConfigError if the processes that are there are not those that the settings ask for, and EngineError if a
+    library is missing."""
+    if _joined is not None and engine.ray:
+        raise ConfigError(
+            f"ray = {engine.ray!r}, but {_joined[2]} has started the processes already",
+            where="engine.ray",
+            fix=f"start the command without {_joined[2]}, or leave engine.ray out",
+        )
+    if _joined is not None and engine.workers != _joined[1]:
+        raise ConfigError(
+            f"workers = {engine.workers}, but {_joined[2]} has started {_joined[1]} processes",
+            where="engine.workers",
+            fix="leave engine.workers out: it is then their number",
+        )
+    if engine.ray:
+        need("ray", extra="ray", setting="engine.ray", where="engine.ray")
