@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,12 +28,61 @@ SRUN = {
     "SLURM_STEP_NODELIST": "localhost",
     "SLURM_STEP_TASKS_PER_NODE": "2",
 }
+SECRET = {"TRIMTAB_GROUP_KEY": "a secret of this test"}
 TRIMTAB = ["-m", "trimtab"]
 LAUNCHERS = [
     pytest.param("torchrun", id="torchrun"),
     pytest.param("srun", id="srun", marks=pytest.mark.slow),
     pytest.param("ray", id="ray", marks=[with_ray, pytest.mark.slow]),
 ]
+
+
+class Machines:
+    """Two machines with a network between them, played by network namespaces. The name of each is known to no other."""
+
+    def __init__(self):
+        self.names = [f"trimtab-{os.getpid()}-{rank}" for rank in range(2)]
+        interfaces = [f"trimtab{rank}" for rank in range(2)]
+        self._ip("link", "add", interfaces[0], "type", "veth", "peer", "name", interfaces[1])
+        for rank, (name, interface) in enumerate(zip(self.names, interfaces, strict=True)):
+            self._ip("netns", "add", name)
+            self._ip("link", "set", interface, "netns", name)
+            self._ip("-n", name, "addr", "add", f"10.77.0.{rank + 1}/24", "dev", interface)
+            self._ip("-n", name, "link", "set", interface, "up")
+            self._ip("-n", name, "link", "set", "lo", "up")
+
+    def torchruns(self):
+        for rank, name in enumerate(self.names):
+            named = ["unshare", "--uts", "sh", "-c", f'hostname machine{rank}; exec "$@"', "sh"]
+            nodes = ["--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1"]
+            master = ["--master-addr", "10.77.0.1", "--master-port", "29500"]
+            torchrun = [sys.executable, "-m", "torch.distributed.run", *nodes, *master]
+            yield ["ip", "netns", "exec", name, *named, *torchrun]
+
+    def part(self):
+        """Takes the network away without a word."""
+        self._ip("-n", self.names[0], "link", "set", "trimtab0", "down")
+
+    def remove(self):
+        for name in self.names:
+            subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
+
+    @staticmethod
+    def _ip(*arguments):
+        subprocess.run(["ip", *arguments], check=True)
+
+
+@pytest.fixture
+def machines():
+    may = shutil.which("ip") and subprocess.run(
+        ["ip", "netns", "add", "trimtab-may"], check=False, stderr=subprocess.DEVNULL
+    )
+    if not may or may.returncode != 0:
+        pytest.skip("two machines are played by network namespaces, which need iproute2 and the rights of root")
+    subprocess.run(["ip", "netns", "del", "trimtab-may"], check=True)
+    made = Machines()
+    yield made
+    made.remove()
 
 
 class Started:
@@ -48,6 +98,8 @@ class Started:
         elif launcher == "srun":
             ranks = [environment | SRUN | {"SLURM_PROCID": str(rank)} for rank in range(2)]
             self.processes = [self._start(command, variables) for variables in ranks]
+        elif isinstance(launcher, Machines):
+            self.processes = [self._start([*on, *arguments], environment | SECRET) for on in launcher.torchruns()]
         else:
             ray = ["--workers", "2", "--ray", "local"] if launcher == "ray" else []
             self.processes = [self._start([*command, *ray], environment)]
@@ -270,3 +322,23 @@ cluster.shutdown()
         cluster.stdout.close()
     run_stage("online", out, **config.load_run_file(run_file), engine={"workers": 2})
     assert not differences(two_workers, out)
+
+
+@pytest.mark.slow
+def test_two_machines_have_the_bits_of_two_workers(tmp_path, run_file, two_workers, machines):
+    codes, printed = Started(machines, "online", run_file, "--out", tmp_path / "run").finish()
+    assert codes == [0, 0], printed
+    assert not differences(two_workers, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_machine_that_vanishes_ends_the_run_on_both(tmp_path, base, reward_run, machines):
+    long = settings_of(base, reward_run, num_steps=4000, engine={"timeout_seconds": 10})
+    started = Started(machines, "online", write_run_file(tmp_path / "long.toml", long), "--out", tmp_path / "run")
+    wait_for_rows(started.first, tmp_path / "run", 2)
+    there = started.descendants()
+    machines.part()
+    codes, printed = started.finish(120)
+    assert all(codes)
+    assert "worker 1 on machine1 does not answer" in printed
+    assert all_gone(there)

@@ -6,6 +6,7 @@ What is sent afterwards is not encrypted. A stranger that connects and says noth
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -19,8 +20,9 @@ KEY = "TRIMTAB_GROUP_KEY"
 """The variable of the environment that holds the key."""
 _PROOF_SECONDS = 5.0
 """Within this time a caller has to prove that it knows the key."""
+_GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 _SILENT_SECONDS, _ASK_SECONDS, _NUM_ASKED = 30, 10, 3
-"""A machine that went away without a word is noticed by the system after a minute: keep-alive of TCP."""
+"""A machine that went away without a word is noticed by the system after a minute: TCP asks whether it is there."""
 
 
 class LinkListener:
@@ -66,6 +68,23 @@ def connect(host: str, port: int, key: str) -> Connection:
     return link
 
 
+def interface_of(link: Connection) -> str | None:
+    """The network interface of this machine that a link uses, such as "eth0"; None if it stays within the machine, or
+    if the system does not say."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    with socket.socket(fileno=os.dup(link.fileno())) as connected:
+        address = connected.getsockname()[0]
+        for _, name in socket.if_nameindex() if not address.startswith("127.") else ():
+            with contextlib.suppress(OSError):  # an interface without an address
+                found = fcntl.ioctl(connected, _GET_ADDRESS, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return None
+
+
 def receive(link: Connection, seconds: float) -> bytes | None:
     """The next message; None if there is none within this time. Raises EOFError or OSError if the other end is gone."""
     return link.recv_bytes() if link.poll(seconds) else None
@@ -106,5 +125,7 @@ def _notice_silence(connected: socket.socket) -> None:
             (socket.TCP_KEEPIDLE, _SILENT_SECONDS),
             (socket.TCP_KEEPINTVL, _ASK_SECONDS),
             (socket.TCP_KEEPCNT, _NUM_ASKED),
+            # It does not ask while something sent is unanswered, which is sent again for a quarter of an hour.
+            (socket.TCP_USER_TIMEOUT, 1000 * (_SILENT_SECONDS + _NUM_ASKED * _ASK_SECONDS)),
         ):
             connected.setsockopt(socket.IPPROTO_TCP, option, value)
