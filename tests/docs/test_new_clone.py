@@ -40,6 +40,9 @@ MORE = {
     "examples/gsm8k/pipeline.toml": ["variables.rows=gsm8k.jsonl.gz"],
     "examples/gsm8k/grpo.toml": ["prompts=gsm8k.jsonl.gz"],
     "examples/gsm8k/evaluate.toml": ["prompts=gsm8k.jsonl.gz"],
+    # Without the GPU and the cluster that they are for.
+    "examples/scale/one_gpu.toml": ["prompts=gsm8k.jsonl.gz", "model=runs/gsm8k/sft/model", "engine.device=cpu"],
+    "examples/scale/ray.toml": ['engine.ray=""', "engine.workers=2"],
 }  # fmt: skip
 # In this order: later ones start from what earlier ones have made.
 COMMANDS = [
@@ -50,6 +53,8 @@ COMMANDS = [
     "trimtab run examples/gsm8k/pipeline.toml --out runs/gsm8k",
     "trimtab online examples/gsm8k/grpo.toml",
     "trimtab evaluate examples/gsm8k/evaluate.toml",
+    "trimtab online examples/scale/one_gpu.toml",
+    "trimtab run examples/scale/ray.toml",
     "trimtab run examples/arithmetic/grpo.toml --out runs/arithmetic",
     "trimtab run examples/tools/pipeline.toml",
 ]
