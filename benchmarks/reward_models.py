@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -29,9 +31,13 @@ from trimtab.batches.pairs import Compared, PairBatch
 from trimtab.batches.trees import TokenTrees, Tree, response_tree
 from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.math.losses.reward import BradleyTerry
+from trimtab.models.adapters import LoRA, add_adapter
+from trimtab.models.load import drawn_head
 from trimtab.models.roles import ScalarModel
+from trimtab.rewards.ensemble import scores_of_members
 
-DATA = Path(__file__).parents[1] / "docs" / "evidence" / "data" / "reward_models.json"
+HERE = Path(__file__).parent
+DATA = HERE.parent / "docs" / "evidence" / "data" / "reward_models.json"
 ROUNDS = 3
 TOKEN_BUDGET = 4096
 
@@ -120,8 +126,89 @@ def kwise_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {"kwise": kwise}
-TABLES: dict[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {"kwise": kwise_table}
+# --- ensembles ---
+
+LAST_BLOCKS = (1, 2, 8)
+"""Of 8 blocks, how many have adapters."""
+MEMBERS = 5
+
+
+def members_of(num: int, last_blocks: int) -> list[ScalarModel]:
+    """Members as adapters on one random base of 8 blocks."""
+    model = random_model(num_hidden_layers=8).model
+    for number in range(num):
+        add_adapter(model, f"member_{number}", LoRA(rank=8, last_blocks=last_blocks), seed=number)
+    return [
+        ScalarModel(model, pad_id=0, adapter=f"member_{n}", head=drawn_head(model, n), gives="scores")
+        for n in range(num)
+    ]
+
+
+def memory_mb(num: int, last_blocks: int) -> float:
+    """Peak memory of making and using an ensemble, above that of the libraries; for a process of its own."""
+    torch.set_num_threads(1)
+    scores_of_members(members_of(1, last_blocks)[:1], TokenTrees.build(random_replies(1, 1, 8, 8)), TOKEN_BUDGET)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _rss_mb("VmRSS")
+    scores_of_members(members_of(num, last_blocks), TokenTrees.build(random_replies(16, 4, 64, 64)), TOKEN_BUDGET)
+    return _rss_mb("VmHWM") - before
+
+
+def _rss_mb(field: str) -> float:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def ensemble() -> list[dict[str, Any]]:
+    """Scoring 16 replies with five adapter members on one base, and with one of them."""
+    rows = []
+    trees = TokenTrees.build(random_replies(4, 4, 64, 64))
+    for last_blocks in LAST_BLOCKS:
+        members = members_of(MEMBERS, last_blocks)
+        seconds = seconds_of(
+            {
+                "one": partial(scores_of_members, members[:1], trees, TOKEN_BUDGET),
+                "all": partial(scores_of_members, members, trees, TOKEN_BUDGET),
+            }
+        )
+        memory = {}
+        for num in (1, MEMBERS):
+            call = f"import reward_models as r; print(r.memory_mb({num}, {last_blocks}))"
+            command = [sys.executable, "-c", call]
+            runs = [
+                subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True) for _ in range(ROUNDS)
+            ]
+            memory[num] = statistics.median(float(done.stdout) for done in runs)
+        rows.append(
+            {
+                "last_blocks": last_blocks,
+                "one_seconds": seconds["one"],
+                "all_seconds": seconds["all"],
+                "ratio": round(seconds["all"] / seconds["one"], 2),
+                "one_mb": round(memory[1], 1),
+                "all_mb": round(memory[MEMBERS], 1),
+                "memory_ratio": round(memory[MEMBERS] / memory[1], 2),
+            }
+        )
+    return rows
+
+
+def ensemble_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table of the page."""
+    lines = [
+        "| adapted blocks of 8 | one member | five members | ratio | memory of one | of five | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['last_blocks']} | {row['one_seconds']:.2f} s | {row['all_seconds']:.2f} s | {row['ratio']:.2f} "
+            f"| {row['one_mb']:.0f} MB | {row['all_mb']:.0f} MB | {row['memory_ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {"kwise": kwise, "ensemble": ensemble}
+TABLES: dict[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {"kwise": kwise_table, "ensemble": ensemble_table}
 
 
 def main() -> None:

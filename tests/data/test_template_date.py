@@ -7,7 +7,7 @@ import pytest
 from trimtab.core.errors import DataError
 from trimtab.core.types import Message
 from trimtab.data.chat import Chat
-from trimtab.rewards.model import template_ending
+from trimtab.rewards.scorer import template_ending
 
 TURNS = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"

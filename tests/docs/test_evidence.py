@@ -67,7 +67,7 @@ def test_the_table_of_the_house_is_that_of_its_data(script):
     assert_on_page("house", script("rooms").table(data("house")))
 
 
-@pytest.mark.parametrize("part", ["kwise"])
+@pytest.mark.parametrize("part", ["kwise", "ensemble"])
 def test_the_tables_of_reward_models_are_those_of_their_data(script, part):
     assert_on_page("reward-models", script("reward_models").TABLES[part](data("reward_models")[part]))
 

@@ -8,7 +8,7 @@ from tests.models.test_save import BASES, write_base
 from trimtab.core.types import Message, Prompt, Rollout
 from trimtab.models.load import load_scalar, load_tokenizer
 from trimtab.models.save import save_model
-from trimtab.rewards.model import RewardModelScorer
+from trimtab.rewards.scorer import RewardModelScorer
 
 PROMPT = Prompt(messages=(Message("user", "I want a refund!"),))
 TEXT = "We can refund the"

@@ -10,7 +10,7 @@ from tests.tiny import scalar, write_model_directory
 from trimtab.core.types import Message, Prompt, Rollout
 from trimtab.models.load import load_scalar, load_tokenizer
 from trimtab.models.save import save_model
-from trimtab.rewards.model import RewardModelScorer, template_ending
+from trimtab.rewards.scorer import RewardModelScorer, template_ending
 
 LINE_BREAK_BEHIND = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"

@@ -17,7 +17,7 @@ from trimtab.data.layouts import load
 from trimtab.models.average import weights_of
 from trimtab.models.load import load_causal, load_scalar, load_tokenizer
 from trimtab.models.save import save_model
-from trimtab.rewards.model import RewardModelScorer
+from trimtab.rewards.scorer import RewardModelScorer
 
 
 def train(base, pairs, out, **changed):

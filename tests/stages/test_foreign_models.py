@@ -17,7 +17,8 @@ from trimtab.data.chat import Chat
 from trimtab.models.load import load_causal, load_scalar, load_tokenizer
 from trimtab.models.save import save_model
 from trimtab.rewards.combined import load_rewards
-from trimtab.rewards.model import RewardModel, RewardModelScorer
+from trimtab.rewards.model import RewardModel
+from trimtab.rewards.scorer import RewardModelScorer
 
 
 @pytest.fixture(scope="module")

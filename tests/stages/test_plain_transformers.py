@@ -11,7 +11,7 @@ from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.models.forward import token_logprobs_of
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
-from trimtab.rewards.model import RewardModelScorer
+from trimtab.rewards.scorer import RewardModelScorer
 from trimtab.stages.online.rollouts import in_groups, rollout_trees
 
 

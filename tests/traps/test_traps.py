@@ -63,7 +63,7 @@ from trimtab.models.load import load_causal, load_scalar, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.models.save import save_model
 from trimtab.rewards.combined import CombinedReward, RewardPart
-from trimtab.rewards.model import RewardModelScorer
+from trimtab.rewards.scorer import RewardModelScorer
 from trimtab.stages.online.models import load_models
 from trimtab.stages.online.objectives import minibatches
 from trimtab.stages.online.rollouts import rollout_trees

@@ -53,6 +53,7 @@ RANGES: dict[str, Range] = {
     "max_positions": Range(2),
     "vocab_size": Range(261),  # every byte and the special tokens
     "held_out": Range(0, 1, high_open=True),
+    **dict.fromkeys(["last_blocks", "members"], COUNT),
     "alpha": AMOUNT,
     "base_bits": Range(4, 32),
     # steps and batches
@@ -96,6 +97,7 @@ RANGES: dict[str, Range] = {
     # rewards
     "weight": ANY,
     "missing_eos_penalty": OR_NONE,
+    "aggregate_coef": AMOUNT,
     **dict.fromkeys(["min_tokens", "per_token", "most"], OR_NONE),
     **dict.fromkeys(["buffer_tokens", "n", "memory_mb", "num_processes", "file_mb", "num_parallel"], COUNT),
     "seconds": AMOUNT,

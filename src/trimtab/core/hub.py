@@ -22,6 +22,8 @@ from trimtab.core.errors import EngineError
 
 MODEL_FILE, ADAPTER_FILE, ADAPTER_WEIGHTS = "config.json", "adapter_config.json", "adapter_model.safetensors"
 GENERATION_FILE = "generation_config.json"
+ENSEMBLE_FILE = "ensemble.json"
+"""File in the directory of an ensemble of reward models, which is that of its first member too."""
 BESIDE_FILE = "base.json"
 """File beside an adapter with the relative path from its directory to that of its base, so that both can be moved
 together."""
@@ -102,6 +104,22 @@ def on_base(path: str | Path, base: str | Path) -> bool:
     """Whether the directory holds an adapter of this base."""
     other = base_of(path)
     return other is not None and same_model(other, base)
+
+
+def is_ensemble(path: str | Path) -> bool:
+    """Whether the directory holds an ensemble of reward models."""
+    return (Path(path).expanduser() / ENSEMBLE_FILE).exists()
+
+
+def refuse_ensemble(path: str | Path, *, where: str) -> None:
+    """Raises EngineError for an ensemble where one model is needed: its directory would be read as its first member."""
+    if is_ensemble(path):
+        raise EngineError(
+            "this is an ensemble of reward models, and one model is needed here",
+            where=where,
+            fix="name one of its members: a copy of the directory without ensemble.json is the first, members/1 in it "
+            "the second",
+        )
 
 
 def lasting_name(name: str | Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -46,6 +47,8 @@ class LoRA:
     """The change is scaled by alpha / rank."""
     modules: tuple[str, ...] = ()
     """Names of the linear layers that get an adapter, such as "q_proj"; empty means all but the output head."""
+    last_blocks: int | None = None
+    """Only the last so many blocks get an adapter, so that several adapters share the blocks below; None means all."""
     base_bits: Bits = 32
     """Bits for each weight of the frozen linear layers: 32, or rounded to 8 or 4 (needs `trimtab[quantized]`)."""
 
@@ -83,6 +86,8 @@ def add_adapter(model: PreTrainedModel, name: str, settings: LoRA, *, seed: int)
 
     model.requires_grad_(False)
     names = _known_layers(model, settings.modules) if settings.modules else linear_layers(model)
+    if settings.last_blocks is not None:
+        names = _in_last_blocks(model, names, settings.last_blocks)
     _refuse_rank(model, settings.rank, names)
     config = LoraConfig(
         r=settings.rank,
@@ -150,6 +155,7 @@ def refuse_other_shape(path: str | Path, settings: LoRA) -> None:
     modules = own.get("target_modules")
     usual = LoRA()
     asked: dict[str, tuple[Any, Any, Any]] = {
+        "last_blocks": (settings.last_blocks, None, None),
         "rank": (settings.rank, int(own.get("r") or 1), usual.rank),
         "alpha": (settings.alpha, float(own.get("lora_alpha") or 1.0), usual.alpha),
         "modules": (sorted(settings.modules), sorted(modules) if isinstance(modules, list) else [], []),
@@ -157,7 +163,7 @@ def refuse_other_shape(path: str | Path, settings: LoRA) -> None:
     for name, (wanted, there, default) in asked.items():
         if wanted not in (there, default):
             raise ConfigError(
-                f"adapter.{name} = {wanted}, and the adapter that is trained on has {there}",
+                f"adapter.{name} = {wanted}, and the adapter that is trained on has {there or 'its own'}",
                 where=str(path),
                 fix=f"leave adapter.{name} out, or make a whole model of it first: trimtab export --model {path}",
             )
@@ -278,6 +284,24 @@ def _known_layers(model: PreTrainedModel, chosen: tuple[str, ...]) -> list[str]:
         where="adapter.modules",
         fix=(f"did you mean {near[0]!r}? " if near else "") + f"its layers: {', '.join(known)}",
     )
+
+
+def _in_last_blocks(model: PreTrainedModel, names: list[str], num: int) -> list[str]:
+    """The full names of those layers in the last `num` blocks. Raises ConfigError if there are not so many blocks, or
+    if they hold no such layer."""
+    total = int(model.config.get_text_config().num_hidden_layers)
+    # The number of a block is the first number in the name of a layer: model.layers.3.mlp.up_proj.
+    numbered = [(n, re.search(r"\.(\d+)\.", n)) for n, _ in model.named_modules() if "lora_" not in n]
+    last = [n for n, number in numbered if number is not None and int(number[1]) >= total - num]
+    found = [n for n in last if any(n.endswith(f".{one}") for one in names)]
+    if num > total or not found:
+        raise ConfigError(
+            f"last_blocks = {num}, and this {type(model).__name__} has {total} blocks"
+            + ("" if num > total else f", of which the last hold none of {', '.join(names)}"),
+            where="adapter.last_blocks",
+            fix=f"set it to at most {total}, or leave it out for all blocks",
+        )
+    return found
 
 
 def _refuse_rank(model: PreTrainedModel, rank: int, names: list[str]) -> None:

@@ -69,6 +69,7 @@ class PackedRow:
 
 
 _attending: ContextVar[Attend | None] = ContextVar("attending", default=None)
+_skipped: ContextVar[int] = ContextVar("skipped", default=0)
 _ROW = "trimtab_row"
 _HARMLESS = {
     # For kernels that build their own mask; the mask holds the same information.
@@ -261,6 +262,16 @@ def attending(attend: Attend) -> Iterator[None]:
         _attending.reset(token)
 
 
+@contextmanager
+def skipping(num: int) -> Iterator[None]:
+    """Inside this block the first `num` layers of a model are not computed, so `row_states` does not expect them."""
+    token = _skipped.set(num)
+    try:
+        yield
+    finally:
+        _skipped.reset(token)
+
+
 def row_states(backbone: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
     """[N, D] last hidden states of one flat row of tokens. Raises EngineError unless every layer used `attend` exactly
     once."""
@@ -279,7 +290,7 @@ def row_states(backbone: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
             attention_mask=torch.ones_like(input_ids[None]),
             use_cache=False,
         ).last_hidden_state
-    if sorted(layers) != list(range(num_layers(backbone))):
+    if sorted(layers) != list(range(_skipped.get(), num_layers(backbone))):
         raise _refusal(backbone, f"was computed here in the layers {sorted(layers)}, of {num_layers(backbone)}")
     return hidden[0]
 

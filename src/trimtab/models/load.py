@@ -170,6 +170,19 @@ def _fill_head(model: PreTrainedModel, names: list[str], seed: int, zero: bool) 
             weight.normal_(0.0, (weight.shape[1] + 1) ** -0.5, generator=draw)
 
 
+def drawn_head(model: PreTrainedModel, seed: int) -> torch.nn.Linear:
+    """A new score head for the hidden states of a model that has one: drawn as `load_scalar` draws it."""
+    score: Any = model.score
+    head = torch.nn.Linear(score.in_features, 1, bias=score.bias is not None, device=model.device)
+    draw = torch.Generator().manual_seed(seed)
+    drawn = torch.empty(1, score.in_features).normal_(0.0, (score.in_features + 1) ** -0.5, generator=draw)
+    with torch.no_grad():
+        head.weight.copy_(drawn)
+        if head.bias is not None:
+            head.bias.zero_()
+    return head
+
+
 def _no_head(path: str | Path, why: str) -> EngineError:
     return EngineError(
         f"the model has no trained score head ({why})",

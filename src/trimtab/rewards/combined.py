@@ -13,16 +13,11 @@ from transformers import PreTrainedModel
 
 from trimtab.batches.device import CPU
 from trimtab.core import registry
-from trimtab.core.errors import DataError, EngineError
-from trimtab.core.hub import on_base
+from trimtab.core.errors import DataError
 from trimtab.core.metrics import Mean, Metrics, Total, mean_of, merge
 from trimtab.core.types import Prompt, Rollout
-from trimtab.data.chat import Chat
-from trimtab.models.adapters import load_adapter
-from trimtab.models.load import load_tokenizer, reward_facts
-from trimtab.models.roles import ScalarModel, head_of_weights
 from trimtab.rewards.base import Reward
-from trimtab.rewards.model import RewardModel, RewardModelScorer
+from trimtab.rewards.model import RewardModel
 
 
 @dataclass(frozen=True)
@@ -91,12 +86,9 @@ def load_rewards(
     reward model that is an adapter of the `shared` base becomes another adapter on it."""
     parts = []
     for name, reward in zip(_numbered(rewards), rewards, strict=True):
-        if shared is not None and isinstance(reward, RewardModel) and on_base(reward.path, base):
-            scorer: Reward = _on_shared_base(shared, f"reward_{name}", reward.path, token_budget)
-        else:
-            # A reward that is no model has no device.
-            place = {"device": device} if isinstance(reward, RewardModel) else {}
-            scorer = reward.load(token_budget=token_budget, **place)
+        # A reward that is no model has no device and no base.
+        place = {"device": device, "name": name, "shared": shared, "base": base}
+        scorer = reward.load(token_budget=token_budget, **(place if isinstance(reward, RewardModel) else {}))
         parts.append(RewardPart(name, reward.weight, scorer))
     return CombinedReward(parts)
 
@@ -121,18 +113,3 @@ def _numbered(rewards: Sequence[Any]) -> Iterator[str]:
         name = registry.name_of("reward", type(reward))
         seen[name] = seen.get(name, 0) + 1
         yield name if seen[name] == 1 else f"{name}_{seen[name]}"
-
-
-def _on_shared_base(shared: PreTrainedModel, name: str, path: str, token_budget: int) -> RewardModelScorer:
-    """A reward model as an adapter and a head on the shared base."""
-    weights = load_adapter(shared, name, path, with_head=True)
-    if "score.weight" not in weights:
-        raise EngineError(
-            f"the adapter brings no trained score head ({', '.join(weights) or 'nothing beside its LoRA'})",
-            where=path,
-            fix="train one with `trimtab reward`, or name a directory that the reward stage wrote",
-        )
-    chat, shift = Chat(load_tokenizer(path)), reward_facts(path).get("reward_shift")
-    head = head_of_weights(weights, shared.device)
-    model = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=head, gives="scores")
-    return RewardModelScorer.of(model, chat, token_budget=token_budget, shift=shift)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.files import replacing, writing
-from trimtab.core.hub import base_of
+from trimtab.core.hub import base_of, refuse_ensemble
 from trimtab.core.types import PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
@@ -42,7 +42,7 @@ from trimtab.models.average import (
 from trimtab.models.load import is_classifier, load_causal, load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import round_as_written, save_model
-from trimtab.rewards.model import RewardModelScorer
+from trimtab.rewards.scorer import RewardModelScorer
 from trimtab.stats import Floats
 
 PARTS = (0.25, 0.5, 0.75, 1.0)
@@ -90,6 +90,8 @@ def average(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{str(out)!r} is there and not empty", where="OUT", fix="name a new directory")
     shares = _shares(models, weights)
+    for path in models:
+        refuse_ensemble(path, where=path)
     scalar = _are_reward_models(models, data)
     base = base_of(models[0])
     refuse_unlike(models)

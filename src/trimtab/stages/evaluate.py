@@ -33,7 +33,8 @@ from trimtab.models.roles import Policy
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.rewards.combined import load_rewards
 from trimtab.rewards.gold import GoldReward, GoldScorer
-from trimtab.rewards.model import RewardModelScorer
+from trimtab.rewards.model import RewardModel
+from trimtab.rewards.scorer import RewardModelScorer
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
 from trimtab.stages.online.rollouts import in_groups, rollout_trees
@@ -172,7 +173,7 @@ def load_judges(
     if settings.world is not None:
         judges["gold"] = GoldScorer(worlds.load(settings.world))
     if settings.reward_model is not None:
-        judges["reward"] = RewardModelScorer.from_directory(settings.reward_model, **options)
+        judges["reward"] = RewardModel(path=settings.reward_model).load(**options)
     combined = load_rewards(settings.rewards, **options) if settings.rewards else None
     models = [*judges.values(), *(part.reward for part in (combined.parts if combined is not None else ()))]
     refuse_short_reward_models(models, prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)

@@ -10,6 +10,7 @@ import torch
 
 from trimtab.core.errors import ConfigError
 from trimtab.core.files import replacing, writing
+from trimtab.core.hub import refuse_ensemble
 from trimtab.models.load import is_classifier, load_causal, load_scalar, load_tokenizer
 from trimtab.models.save import save_model
 
@@ -24,6 +25,7 @@ def export(*, model: str, out: Path, dtype: Dtype = "as stored") -> str:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{str(out)!r} is there and not empty", where="--out", fix="name a new directory")
+    refuse_ensemble(model, where=model)
     tokenizer = load_tokenizer(model)
     scalar = is_classifier(model)
     loaded = load_scalar(model) if scalar else load_causal(model)

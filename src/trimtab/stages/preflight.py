@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from trimtab import worlds
 from trimtab.core import config, registry
 from trimtab.core.errors import EXTRAS, ConfigError, DataError, EngineError, TrimtabError, need
-from trimtab.core.hub import ADAPTER_FILE, ADAPTER_WEIGHTS, MODEL_FILE, base_of
+from trimtab.core.hub import ADAPTER_FILE, ADAPTER_WEIGHTS, MODEL_FILE, base_of, refuse_ensemble
 from trimtab.core.types import Demonstration, Prompt
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
@@ -288,6 +288,8 @@ _CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 def _check_directory(look: ModelUse) -> None:
     """The checks that loading a directory makes, but for the numbers in its weights."""
+    if look.key in ("model", "reference", "baseline"):
+        refuse_ensemble(look.path, where=look.key)
     whole = look.path
     while (base := base_of(whole)) is not None:
         check_file(Path(whole) / ADAPTER_WEIGHTS)

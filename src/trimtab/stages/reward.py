@@ -5,21 +5,17 @@ It learns from comparisons what people prefer, and the stage writes down how far
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from torch import nn
 
 from trimtab.batches.trees import TokenTrees, Tree, split_sizes
-from trimtab.core import seeds
 from trimtab.core.config import Choice
 from trimtab.core.errors import DataError
-from trimtab.core.hub import base_of
+from trimtab.core.metrics import merge
 from trimtab.core.types import PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.pairs import Comparisons, group_pairs
@@ -28,17 +24,36 @@ from trimtab.engines.build import Engines
 from trimtab.engines.local.learner import AdamW
 from trimtab.evals.reward_card import reward_card
 from trimtab.math.losses.reward import BradleyTerry
-from trimtab.models.adapters import LoRA, start_adapter
+from trimtab.models.adapters import LoRA
 from trimtab.models.average import HEAD_START
 from trimtab.models.forward import sequence_scores_of
 from trimtab.models.lengths import refuse_long
-from trimtab.models.load import load_scalar, load_tokenizer
+from trimtab.models.load import load_tokenizer
 from trimtab.models.roles import ScalarModel
-from trimtab.models.save import round_as_written, save_role
+from trimtab.models.save import round_as_written
 from trimtab.runs.run import Run
 from trimtab.stages.reading import read_demonstration_trees, read_split, say_too_long
+from trimtab.stages.reward_members import (
+    Examples,
+    agreement_of,
+    common_scale,
+    head_start,
+    load_roles,
+    name_of,
+    save_members,
+    start_members,
+)
 from trimtab.stages.stage import EPOCHS_GROW, Stage
-from trimtab.stages.supervised import FIT, Epochs, TrainingSettings, Validation, make_learner, training, validate
+from trimtab.stages.supervised import (
+    FIT,
+    Epochs,
+    Learners,
+    TrainingSettings,
+    Validation,
+    make_learner,
+    training,
+    validate,
+)
 from trimtab.stats import Floats
 
 NUM_SHOWN = 1000
@@ -74,6 +89,14 @@ class RewardSettings(TrainingSettings):
     """Train a low-rank adapter and the score head on the frozen model instead of all its weights."""
     head_seed: int | None = None
     """Seed of a new score head; None takes `seed`. Models to be averaged need one head to begin with."""
+    members: int = 1
+    """Train an ensemble of so many models, each with a seed and an order of the data of its own."""
+    bootstrap: bool = False
+    """Each member draws as many prompts as there are, with replacement, and trains on these."""
+
+    def __post_init__(self) -> None:
+        if self.bootstrap and self.members == 1:
+            raise ValueError("bootstrap = true is for the members of an ensemble, and members = 1")
 
 
 def run(settings: RewardSettings, run: Run) -> None:
@@ -96,55 +119,37 @@ def run(settings: RewardSettings, run: Run) -> None:
             fix="give more pairs, another held_out share, or a larger max_tokens",
         )
     shown = read_demonstrations(settings, chat, run, counts)
-    model, base = start_reward_model(settings, chat)
-    refuse_long(model.model, chain(train_on.trees, judged_by.trees, shown), where=settings.data, fix=FIT)
+    members, base = start_members(settings, chat)
+    starts = [head_start(member) for member in members]
+    refuse_long(members[0].model, chain(train_on.trees, judged_by.trees, shown), where=settings.data, fix=FIT)
     epochs = Epochs.of(settings, len(train_on.trees))
-    model.model.config.update({HEAD_START: fingerprint(model.head)})
-    engines = Engines.start(settings, run.directory, load=load_roles, models={"reward": model})
-    learner = make_learner(model, settings, epochs, engines, name="reward")
+    roles = {name_of(number): member for number, member in enumerate(members)}
+    engines = Engines.start(settings, run.directory, load=load_roles, models=roles)
+    learners = [make_learner(role, settings, epochs, engines, name=name) for name, role in roles.items()]
+    own_examples = [Examples(settings, number, len(train_on.trees)) for number in range(len(members))]
     validation = Validation(lambda: [tree.num_tokens for tree in judged_by.trees], judged_by.batch)
-    with engines, training(run, learner, epochs, settings, description="reward") as steps:
-        for number, examples in steps:
-            batch = train_on.batch(examples)
-            metrics = learner.update([(batch, [settings.loss])]) | steps.speed(batch)
+    with engines, training(run, Learners(learners), epochs, settings, description="reward") as steps:
+        for number, _ in steps:
+            batches = [train_on.batch(own.of_step(number)) for own in own_examples]
+            updates = zip(learners, batches, strict=True)
+            metrics = merge(learner.update([(batch, [settings.loss])]) for learner, batch in updates)
+            metrics |= steps.speed(*batches)
             if steps.validates(number):
-                metrics |= validate(learner, settings.loss, validation)
+                metrics |= merge(validate(learner, settings.loss, validation) for learner in learners)
             steps.log(metrics)
-    if model.adapter is None:
-        round_as_written(model.model)
-    moments = calibrate(model, settings, train_on, shown)
-    model.model.config.update({f"reward_{name}": value for name, value in moments.items()})
-    run.save_model(lambda path: save_role(model, chat.tokenizer, path, base=base))
-    run.finish(judge(model, train_on, judged_by, settings) | moments | {"counts": counts} | steps.counts)
-
-
-def start_reward_model(settings: RewardSettings, chat: Chat) -> tuple[ScalarModel, str]:
-    """The model to train and the base it belongs to: whole, or an adapter, which may begin as the policy's."""
-    path = settings.model
-    head_seed = seeds.derive(settings.seed if settings.head_seed is None else settings.head_seed, "reward head")
-    options: dict[str, Any] = {"head_seed": head_seed, "device": settings.engine.find_device()}
-    if settings.adapter is None:
-        return ScalarModel(load_scalar(path, **options), pad_id=chat.pad_id, gives="scores"), path
-    base = base_of(path) or path
-    model = load_scalar(base, **options)
-    head = start_adapter(model, "reward", path, settings.adapter, seed=settings.seed, with_head=True)
-    if head:
-        model.load_state_dict(head, strict=False)
-    return ScalarModel(model, pad_id=chat.pad_id, adapter="reward", gives="scores"), base
-
-
-def fingerprint(head: nn.Module) -> str:
-    """Sixteen hex digits of the SHA-256 of a head's weights, in the order of their names."""
-    digest = hashlib.sha256()
-    for _, weight in sorted(head.named_parameters()):
-        digest.update(weight.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def load_roles(settings: RewardSettings, _directory: Path) -> tuple[str, dict[str, ScalarModel]]:
-    """The tokenizer and the reward model; see `Engines.start`."""
-    model, _ = start_reward_model(settings, Chat(load_tokenizer(settings.model)))
-    return settings.model, {"reward": model}
+    facts: list[dict[str, Any]] = []
+    for member, start in zip(members, starts, strict=True):
+        if member.adapter is None:
+            round_as_written(member.model)
+        moments = calibrate(member, settings, train_on, shown)
+        facts.append({f"reward_{name}": value for name, value in moments.items()} | {HEAD_START: start})
+    scores = np.array([scores_of_pairs(member, judged_by, settings) for member in members])  # [K, 2, pairs]
+    shifts = [known["reward_shift"] for known in facts]
+    scale = None if len(members) == 1 else common_scale(scores.reshape(len(members), -1), shifts)
+    run.save_model(lambda path: save_members(members, facts, chat.tokenizer, path, base=base, scale=scale))
+    card = judge(scores, train_on, judged_by, settings, scale=scale)
+    zero = moments if scale is None else {"shift": scale["shift"]}
+    run.finish(card | zero | {"counts": counts} | steps.counts)
 
 
 def read_demonstrations(settings: RewardSettings, chat: Chat, run: Run, counts: dict[str, int]) -> Sequence[Tree]:
@@ -183,12 +188,25 @@ def calibrate(
     return {"shift": shift, "mean": float(scores.mean()) - shift, "std": float(scores.std(correction=0))}
 
 
-def judge(model: ScalarModel, train: Comparisons, held_out: Comparisons, settings: RewardSettings) -> dict[str, object]:
-    """The reward model's card on the held-out pairs."""
-    chosen, rejected = scores_of_pairs(model, held_out, settings)
+def judge(
+    scores: Floats,
+    train: Comparisons,
+    held_out: Comparisons,
+    settings: RewardSettings,
+    *,
+    scale: Mapping[str, Any] | None,
+) -> dict[str, object]:
+    """The card on the held-out pairs, from the members' scores [K, 2, num_pairs] of chosen and rejected replies. The
+    card of an ensemble is that of its mean, and says how alike its members are."""
     pairs = held_out.pairs()
+    together: dict[str, object] = {}
+    if scale is not None:
+        means, scales = (np.array(scale[name])[:, None, None] for name in ("means", "scales"))
+        scores = (scores - means) * scales
+        together = {"ensemble": agreement_of(scores[:, 0], scores[:, 1], np.array([pair.label for pair in pairs]))}
+    chosen, rejected = scores.mean(0)
     known = [pair.prompt.facts.get("probability_chosen") for pair in pairs]
-    return reward_card(
+    card = reward_card(
         pairs,
         score_chosen=chosen,
         score_rejected=rejected,
@@ -196,6 +214,7 @@ def judge(model: ScalarModel, train: Comparisons, held_out: Comparisons, setting
         probability_chosen=None if None in known else np.array(known, dtype=float),
         seed=settings.seed,
     )
+    return card | together
 
 
 def scores_of_pairs(model: ScalarModel, pairs: Comparisons, settings: RewardSettings) -> tuple[Floats, Floats]:

@@ -11,7 +11,7 @@ from trimtab.core.errors import ConfigError
 from trimtab.core.types import Prompt
 from trimtab.data.chat import Chat
 from trimtab.models.vocabulary import vocabulary_difference
-from trimtab.rewards.model import RewardModelScorer
+from trimtab.rewards.scorer import RewardModelScorer
 
 
 def refuse_short_reward_models(

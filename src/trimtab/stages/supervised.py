@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -190,6 +191,28 @@ def make_learner(
     )
 
 
+@dataclass(frozen=True)
+class Learners:
+    """Several learners that take their steps together, as the state of one run."""
+
+    members: Sequence[Learner]
+
+    @property
+    def form(self) -> str:
+        """How the first of them computes a batch."""
+        return self.members[0].form
+
+    def save(self, path: Path) -> None:
+        """Writes the state of all of them."""
+        for learner in self.members:
+            learner.save(path)
+
+    def load(self, path: Path) -> None:
+        """Restores what `save` wrote."""
+        for learner in self.members:
+            learner.load(path)
+
+
 class TrainingSteps:
     """The steps of a supervised run that are still to be done; see `training`."""
 
@@ -208,12 +231,12 @@ class TrainingSteps:
             seed_noise(self._epochs.seed, self._description, number)
             yield number, self._epochs.examples(number)
 
-    def speed(self, batch: TreeBatch) -> Metrics:
-        """The time and speed of the current step's update, if this is called directly after the update."""
+    def speed(self, *batches: TreeBatch) -> Metrics:
+        """The time and speed of the current step's updates, if this is called directly after them."""
         seconds = time.perf_counter() - self._began
         return {
             "time/step_seconds": Total(seconds),
-            "time/tokens_per_second": Mean(batch.trees.num_tokens, seconds),
+            "time/tokens_per_second": Mean(sum(batch.trees.num_tokens for batch in batches), seconds),
         }
 
     def validates(self, number: int) -> bool:
@@ -233,7 +256,7 @@ class TrainingSteps:
 
 @contextmanager
 def training(
-    run: Run, learner: Learner, epochs: Epochs, settings: EpochSettings, *, description: str
+    run: Run, learner: Learner | Learners, epochs: Epochs, settings: EpochSettings, *, description: str
 ) -> Iterator[TrainingSteps]:
     """Yields the steps up to the last one, or up to `max_steps`, and resumes where an earlier call was stopped.
 

@@ -23,7 +23,7 @@ from trimtab.evals.reward_card import reward_card
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.reports.headline import reward_model_sentences
-from trimtab.rewards.model import RewardModelScorer
+from trimtab.rewards.model import RewardModel
 
 TOKEN_BUDGET = 4096
 """The number of tokens in one forward pass of a reward model."""
@@ -98,7 +98,7 @@ def score_file(
     if out is None:
         raise ConfigError("replies are scored into a file", where="score", fix="--out FILE.jsonl")
     demonstrations = load(Demonstration, data).records
-    scorer = RewardModelScorer.from_directory(model, token_budget=TOKEN_BUDGET, device=_device(device))
+    scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=_device(device))
     rewards = scorer.score_texts([(d.prompt, d.response) for d in demonstrations]).tolist()
     rows = [to_dict(d) | {"reward": reward} for d, reward in zip(demonstrations, rewards, strict=True)]
     write_out(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -107,7 +107,7 @@ def score_file(
 
 def _score_pairs(model: str, data: str, out: Path | None, device: torch.device, show: Callable[[str], None]) -> int:
     pairs = load(PreferencePair, data).records
-    scorer = RewardModelScorer.from_directory(model, token_budget=TOKEN_BUDGET, device=device)
+    scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device)
     sides = {
         name: scorer.score_texts([(pair.prompt, getattr(pair, name)) for pair in pairs]).double().numpy()
         for name in ("chosen", "rejected")

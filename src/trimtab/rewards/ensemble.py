@@ -1,0 +1,126 @@
+"""Several reward models that give one score, and how far they disagree.
+
+The directory of an ensemble is that of its first member, an ordinary model, with the others under `members/` and
+`ensemble.json`. Members are put on one scale before they are compared: mean 0 and a common deviation over the replies
+that the reward stage held out. Otherwise a member with a larger scale alone would decide the minimum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimtab.batches.device import CPU
+from trimtab.batches.trees import TokenTrees, split_by_tokens
+from trimtab.core.errors import EngineError
+from trimtab.core.hub import ENSEMBLE_FILE, base_of, read_json
+from trimtab.core.metrics import Metrics, mean_of
+from trimtab.core.types import Rollout
+from trimtab.data.chat import Chat
+from trimtab.math.ensembles import Aggregate, aggregate
+from trimtab.models.lengths import positions_of
+from trimtab.models.load import load_scalar, load_tokenizer
+from trimtab.models.roles import ScalarModel
+from trimtab.models.trunk import Trunk
+from trimtab.rewards.scorer import Ids, RewardModelScorer, member_on
+
+
+class EnsembleScorer(RewardModelScorer):
+    """Scores replies with all members, and aggregates."""
+
+    def __init__(
+        self,
+        members: Sequence[ScalarModel],
+        chat: Chat,
+        *,
+        token_budget: int,
+        means: Sequence[float],
+        scales: Sequence[float],
+        shift: float,
+        how: tuple[Aggregate, float | None] = ("mean", None),
+        name: str = "model",
+    ) -> None:
+        """`means` are subtracted from the members' scores, `scales` multiply them after that, and `shift` is subtracted
+        from their aggregate."""
+        super().__init__(members[0], chat, token_budget=token_budget, shift=shift)
+        self.members = list(members)
+        self.means, self.scales = torch.tensor(means)[:, None], torch.tensor(scales)[:, None]
+        self.how = how
+        self.name = name
+        found = [n for member in members if (n := positions_of(member.model)) is not None]
+        self.positions = min(found, default=None)
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        token_budget: int,
+        device: torch.device = CPU,
+        name: str = "model",
+        shared: PreTrainedModel | None = None,
+        how: tuple[Aggregate, float | None] = ("mean", None),
+    ) -> EnsembleScorer:
+        """The frozen ensemble of a directory. Members that are adapters are put on one base, `shared` if it is given.
+        Raises EngineError if its file is damaged."""
+        facts = read_json(Path(path) / ENSEMBLE_FILE)
+        paths = [str(Path(path) / member) for member in facts.get("members", ())]
+        if not paths or not len(paths) == len(facts.get("means", ())) == len(facts.get("scales", ())):
+            raise EngineError(
+                f"{ENSEMBLE_FILE} does not name members with a mean and a scale each",
+                where=path,
+                fix="copy the directory again, or train the ensemble anew",
+            )
+        chat = Chat(load_tokenizer(path))
+        base = base_of(paths[0])
+        if base is None:
+            models = [load_scalar(member, device=device) for member in paths]
+            members = [ScalarModel(model, pad_id=chat.pad_id, gives="scores") for model in models]
+        else:
+            model = load_scalar(base, head_seed=0, device=device) if shared is None else shared
+            members = [
+                member_on(model, f"reward_{name}_{number}", member, pad_id=chat.pad_id)
+                for number, member in enumerate(paths)
+            ]
+        scale = {key: facts[key] for key in ("means", "scales", "shift")}
+        return cls(members, chat, token_budget=token_budget, how=how, name=name, **scale)
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
+        """[B] aggregated rewards, and `reward/NAME_disagreement`: the mean over replies of the deviation between the
+        members' scores."""
+        scores = self.member_scores(self.ids_of(rollouts))
+        disagreement = mean_of(scores.std(0, correction=0).tolist())
+        return aggregate(scores, *self.how) - self.shift, {f"reward/{self.name}_disagreement": disagreement}
+
+    def score_ids(self, sequences: Sequence[Ids]) -> Tensor:
+        """[B] aggregated rewards of prompts and replies given as ids."""
+        return aggregate(self.member_scores(sequences), *self.how) - self.shift
+
+    def member_scores(self, sequences: Sequence[Ids]) -> Tensor:
+        """[K, B] each member's scores on the common scale, before the shift."""
+        trees, where = self.trees_of(sequences)
+        return (scores_of_members(self.members, trees, self.token_budget)[:, where] - self.means) * self.scales
+
+
+@torch.no_grad()
+def scores_of_members(members: Sequence[ScalarModel], trees: TokenTrees, token_budget: int) -> Tensor:
+    """[K, B] the scores of K members at the last token of each sequence.
+
+    Members that are adapters on one base pass through the blocks that none of them changes together, once.
+    """
+    scores = torch.empty(len(members), trees.num_sequences)
+    on_one_base = all(member.model is members[0].model and member.is_decoder for member in members)
+    trunk = Trunk(members[0].model) if on_one_base else None
+    for indices in split_by_tokens(trees, token_budget):
+        piece, places = trees.select(indices), trees.index_of("sequence", indices)
+        for number, member in enumerate(members):
+            if trunk is None:
+                scores[number, places] = member(piece).scores
+                continue
+            with trunk.used() if number else trunk.kept():
+                scores[number, places] = member(piece).scores
+    return scores

@@ -1,0 +1,179 @@
+"""Scores replies with a trained reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count, groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trimtab.batches.device import CPU
+from trimtab.batches.trees import TokenTrees, response_tree
+from trimtab.core.errors import EngineError
+from trimtab.core.hub import refuse_ensemble
+from trimtab.core.metrics import Metrics
+from trimtab.core.types import Message, Prompt, Rollout
+from trimtab.data.chat import Chat
+from trimtab.data.templates import DATE, template_of
+from trimtab.models.adapters import load_adapter
+from trimtab.models.forward import sequence_scores_of
+from trimtab.models.lengths import positions_of
+from trimtab.models.load import load_scalar, load_tokenizer, reward_facts
+from trimtab.models.roles import ScalarModel, head_of_weights
+
+Ids = tuple[tuple[int, ...], tuple[int, ...]]
+"""The token ids of a prompt and of a reply to it."""
+
+
+class RewardModelScorer:
+    """Scores text with a reward model's own tokenizer and chat template, whatever the policy's are.
+
+    A score is read at the token at which the model learned to give it. For models of the reward stage, this is the end
+    token of the reply. Any other model is read as `tokenizer.apply_chat_template` and its own forward pass do it: after
+    whatever the template writes behind a reply (ChatML writes a line break there), and before padding tokens at the
+    end.
+    """
+
+    def __init__(
+        self, model: ScalarModel, chat: Chat, *, token_budget: int, shift: float, ending: tuple[int, ...] | None = None
+    ) -> None:
+        """`shift` is subtracted from every score. `ending` are the ids behind the text of a finished reply; None takes
+        the end token of `chat`."""
+        self.model = model
+        self.chat = chat
+        self.token_budget = token_budget
+        self.shift = shift
+        self.ending = (chat.end_id,) if ending is None else ending
+        embedding: Any = model.model.get_input_embeddings()
+        self.num_rows = int(embedding.num_embeddings)
+        """The model cannot read an id of this number or above."""
+        self.positions = positions_of(model.model)
+
+    @classmethod
+    def from_directory(cls, path: str, *, token_budget: int, device: torch.device = CPU) -> RewardModelScorer:
+        """A frozen reward model. Raises EngineError if the directory has no trained score head, or is an ensemble."""
+        refuse_ensemble(path, where=path)
+        chat, model = Chat(load_tokenizer(path)), load_scalar(path, device=device)
+        role = ScalarModel(model, pad_id=chat.pad_id, gives="scores")
+        return cls.of(role, chat, token_budget=token_budget, shift=getattr(model.config, "reward_shift", None))
+
+    @classmethod
+    def on_shared(cls, shared: PreTrainedModel, name: str, path: str, *, token_budget: int) -> RewardModelScorer:
+        """A reward model as an adapter with this name, and a head, on a base that other models share."""
+        chat, shift = Chat(load_tokenizer(path)), reward_facts(path).get("reward_shift")
+        return cls.of(member_on(shared, name, path, pad_id=chat.pad_id), chat, token_budget=token_budget, shift=shift)
+
+    @classmethod
+    def of(cls, model: ScalarModel, chat: Chat, *, token_budget: int, shift: float | None) -> RewardModelScorer:
+        """A reward model of the reward stage, with the shift that it wrote; or one of another program, without."""
+        pad_id = getattr(model.model.config, "pad_token_id", None)
+        ending = template_ending(chat, pad_id) if shift is None else None
+        return cls(model, chat, token_budget=token_budget, shift=float(shift or 0.0), ending=ending)
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
+        """[B] calibrated rewards of the exact tokens that were sampled, and no metrics.
+
+        A rollout's own ids are used if this tokenizer gives the same ids for its prompt and reads those of its reply as
+        the same text, and if the model has a row for each; otherwise the text is encoded anew with this model's
+        template. A reply that was cut off has no ending; a reply that ended, on whichever token, gets the ending that
+        the model learned.
+        """
+        return self.score_ids(self.ids_of(rollouts)), {}
+
+    def ids_of(self, rollouts: Sequence[Rollout]) -> list[Ids]:
+        """The ids of the prompt and of the reply of each rollout, as this model reads them."""
+        sequences = []
+        for prompt, group in groupby(rollouts, key=lambda r: r.prompt):
+            prompt_ids = tuple(self.chat.encode_prompt(prompt.messages))
+            sequences += [(prompt_ids, self._response_ids(r, prompt_ids)) for r in group]
+        return sequences
+
+    def _response_ids(self, rollout: Rollout, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
+        ids = rollout.response_ids
+        ended = rollout.finish_reason != "length"
+        if rollout.prompt_ids != prompt_ids or not self._reads(rollout):
+            ids = tuple(self.chat.encode_response(rollout.response, ended=ended))
+        return ids[:-1] + self.ending if ended and self._ends(ids[-1:]) else ids
+
+    def _ends(self, last: tuple[int, ...]) -> bool:
+        """Whether the last id of a reply stands for its end. The policy may stop at a special token that ends no reply
+        for this model; such a token stands for no text."""
+        text = self.chat.tokenizer.decode(list(last), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return bool(last) and (last[0] in self.chat.stop_ids or not text)
+
+    def _reads(self, rollout: Rollout) -> bool:
+        """Whether this tokenizer reads the ids of a reply as its text: different tokenizers may agree on a short
+        prompt, and the ids of a reply that ended on a stop text go on behind its text. Replies with observations are
+        not compared, because between turns an environment writes more than text."""
+        if max(rollout.response_ids, default=0) >= self.num_rows:
+            return False
+        return bool(rollout.observations) or self.chat.decode_response(rollout.response_ids) == rollout.response
+
+    def score_texts(self, pairs: Sequence[tuple[Prompt, str]]) -> Tensor:
+        """[B] calibrated rewards of finished replies given as text."""
+        sequences = [
+            (tuple(self.chat.encode_prompt(p.messages)), tuple(self.chat.encode_response(t))[:-1] + self.ending)
+            for p, t in pairs
+        ]
+        return self.score_ids(sequences)
+
+    def score_ids(self, sequences: Sequence[Ids]) -> Tensor:
+        """[B] calibrated rewards of prompts and replies given as ids."""
+        trees, where = self.trees_of(sequences)
+        return sequence_scores_of(self.model, trees, self.token_budget)[where] - self.shift
+
+    def trees_of(self, sequences: Sequence[Ids]) -> tuple[TokenTrees, Tensor]:
+        """Trees that hold each different sequence once, so that equal ones have equal scores, to the last bit; and [B]
+        the place of each sequence among theirs. Raises EngineError for a sequence that the model cannot read."""
+        longest = max((len(prompt) + len(response) for prompt, response in sequences), default=0)
+        if self.positions is not None and longest > self.positions:
+            raise EngineError(
+                f"a prompt and reply of {longest} tokens; the reward model has learned {self.positions} positions",
+                where=str(self.model.model.config._name_or_path or "the reward model"),
+                fix="give shorter texts (a run bounds them by sampling.max_new_tokens and max_prompt_tokens), or use a "
+                "reward model that reads longer ones",
+            )
+        replies: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
+        for prompt, reply in sequences:
+            replies.setdefault(prompt, {}).setdefault(reply or (self.chat.end_id,), 0)
+        place = count()
+        for of_prompt in replies.values():
+            of_prompt.update({reply: next(place) for reply in of_prompt})
+        trees = TokenTrees.build([response_tree(prompt, of_prompt) for prompt, of_prompt in replies.items()])
+        where = [replies[prompt][reply or (self.chat.end_id,)] for prompt, reply in sequences]
+        return trees, torch.tensor(where, dtype=torch.int64)
+
+
+def member_on(shared: PreTrainedModel, name: str, path: str, *, pad_id: int) -> ScalarModel:
+    """The reward adapter of a directory on a shared base, with its head. Raises EngineError if it has no head."""
+    weights = load_adapter(shared, name, path, with_head=True)
+    if "score.weight" not in weights:
+        raise EngineError(
+            f"the adapter brings no trained score head ({', '.join(weights) or 'nothing beside its LoRA'})",
+            where=path,
+            fix="train one with `trimtab reward`, or name a directory that the reward stage wrote",
+        )
+    head = head_of_weights(weights, shared.device)
+    return ScalarModel(shared, pad_id=pad_id, adapter=name, head=head, gives="scores")
+
+
+def template_ending(chat: Chat, pad_id: int | None) -> tuple[int, ...]:
+    """The ids that a chat template writes behind the text of a reply, without padding tokens at their end: a forward
+    pass of transformers reads a score at the last token that is not padding."""
+    messages = (Message("user", "a"), Message("assistant", "b"))
+    turns = [{"role": m.role, "content": m.content} for m in messages]
+    template = template_of(chat.tokenizer)
+    encoded: Any = chat.tokenizer.apply_chat_template(
+        turns, chat_template=template, tokenize=True, return_dict=True, **DATE
+    )
+    whole: list[int] = encoded["input_ids"]
+    before = chat.encode_prompt(messages[:1]) + chat.encode_response("b")[:-1]
+    if whole[: len(before)] != before:
+        return (chat.end_id,)
+    ending = whole[len(before) :]
+    while ending and ending[-1] == pad_id:
+        ending.pop()
+    return tuple(ending)

@@ -1,0 +1,163 @@
+"""The models that the reward stage trains: one, or the members of an ensemble.
+
+Members differ in their seed, and so in their score head, their adapter and the order of their data; with `bootstrap`
+each also draws its own prompts. They take their steps side by side, so that a run of five is resumed like a run of
+one, and adapters keep their base in memory once. They begin from one model, and what that has wrong they share: the
+card says how far their errors go together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from trimtab.core import seeds
+from trimtab.core.hub import ENSEMBLE_FILE, base_of
+from trimtab.data.chat import Chat
+from trimtab.models.adapters import is_head, start_adapter
+from trimtab.models.load import drawn_head, load_scalar, load_tokenizer
+from trimtab.models.roles import ScalarModel, head_of_weights
+from trimtab.models.save import save_role
+from trimtab.stages.supervised import Epochs
+from trimtab.stats import Floats, spearman
+
+
+def settings_of(settings: Any, member: int) -> Any:
+    """The settings of one member, with a seed of its own. The first has that of the run: it is the model that a run of
+    one member gives."""
+    return replace(settings, seed=seeds.derive(settings.seed, "member", member)) if member else settings
+
+
+def name_of(member: int) -> str:
+    """The name of a member's role."""
+    return f"reward_{member}" if member else "reward"
+
+
+class Examples:
+    """The examples of each step of a member: all in its own order, or with `bootstrap` as many as there are, drawn with
+    replacement."""
+
+    def __init__(self, settings: Any, member: int, num_examples: int) -> None:
+        own = settings_of(settings, member)
+        self._epochs = Epochs.of(own, num_examples)
+        draw = seeds.generator(own.seed, "bootstrap")
+        self._drawn = draw.integers(num_examples, size=num_examples) if settings.bootstrap else np.arange(num_examples)
+
+    def of_step(self, number: int) -> list[int]:
+        """The example numbers of a step; steps are counted from 0."""
+        return [int(self._drawn[i]) for i in self._epochs.examples(number)]
+
+
+# --- starting ---
+
+
+def start_members(settings: Any, chat: Chat) -> tuple[list[ScalarModel], str]:
+    """The models to train and the base they belong to. Members that are adapters share their base."""
+    first, base = _start(settings, chat)
+    members = [first]
+    for number in range(1, settings.members):
+        own = settings_of(settings, number)
+        if settings.adapter is None:
+            members.append(_start(own, chat)[0])
+            continue
+        name, adapter = name_of(number), replace(settings.adapter, base_bits=32)  # the base is rounded already
+        brought = start_adapter(first.model, name, settings.model, adapter, seed=own.seed, with_head=True)
+        has_head = "score.weight" in brought
+        head = head_of_weights(brought, first.device) if has_head else drawn_head(first.model, _head_seed(own))
+        members.append(ScalarModel(first.model, pad_id=chat.pad_id, adapter=name, head=head, gives="scores"))
+    return members, base
+
+
+def _start(settings: Any, chat: Chat) -> tuple[ScalarModel, str]:
+    """One model to train and the base it belongs to: whole, or an adapter, which may begin as the policy's."""
+    path = settings.model
+    options: dict[str, Any] = {"head_seed": _head_seed(settings), "device": settings.engine.find_device()}
+    if settings.adapter is None:
+        return ScalarModel(load_scalar(path, **options), pad_id=chat.pad_id, gives="scores"), path
+    base = base_of(path) or path
+    model = load_scalar(base, **options)
+    head = start_adapter(model, "reward", path, settings.adapter, seed=settings.seed, with_head=True)
+    if head:
+        model.load_state_dict(head, strict=False)
+    return ScalarModel(model, pad_id=chat.pad_id, adapter="reward", gives="scores"), base
+
+
+def _head_seed(settings: Any) -> int:
+    return seeds.derive(settings.seed if settings.head_seed is None else settings.head_seed, "reward head")
+
+
+def load_roles(settings: Any, _directory: Path) -> tuple[str, dict[str, ScalarModel]]:
+    """The tokenizer and the members by the names of their roles; see `Engines.start`."""
+    members, _ = start_members(settings, Chat(load_tokenizer(settings.model)))
+    return settings.model, {name_of(number): member for number, member in enumerate(members)}
+
+
+def head_start(member: ScalarModel) -> str:
+    """Sixteen hex digits of the SHA-256 of a member's score head, to compare where the training of models began."""
+    own = member.own_head
+    found = dict(member.model.named_parameters() if own is None else own.named_parameters("score"))
+    digest = hashlib.sha256()
+    for name in sorted(filter(is_head, found)):
+        digest.update(found[name].detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# --- writing ---
+
+
+def save_members(
+    members: Sequence[ScalarModel],
+    facts: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    base: str,
+    scale: Mapping[str, Any] | None,
+) -> None:
+    """Writes the members with what is known of each, the first into `directory` itself; an ensemble also with the
+    `scale` on which its members are compared."""
+    places = ["." if number == 0 else f"members/{number}" for number in range(len(members))]
+    for member, known, place in zip(members, facts, places, strict=True):
+        member.model.config.update(dict(known))  # adapters share it
+        save_role(member, tokenizer, directory / place, base=base)
+    if scale is not None:
+        text = json.dumps({"members": places, **scale}, indent=2) + "\n"
+        (directory / ENSEMBLE_FILE).write_text(text, encoding="utf-8")
+
+
+def common_scale(scores: Floats, shifts: Sequence[float]) -> dict[str, Any]:
+    """The means to subtract from the scores of the members and the factors behind that, from their scores [K, n] of
+    held-out replies: each then has mean 0 and the members' average deviation. `shift` is the zero on that scale, the
+    mean over members of what `shifts` are there."""
+    means, deviations = scores.mean(1), scores.std(1)
+    scales = deviations.mean() / np.maximum(deviations, 1e-12)
+    shift = float((scales * (np.array(shifts) - means)).mean())
+    return {"means": means.tolist(), "scales": scales.tolist(), "shift": shift}
+
+
+def agreement_of(chosen: Floats, rejected: Floats, labels: Floats) -> dict[str, Any]:
+    """How alike the members are on held-out pairs, from their scores [K, num_pairs] on one scale.
+
+    `error_correlation` is the mean over every two members of the correlation of their errors: 0 for independent
+    members, 1 for equal ones. Only independent errors are averaged away. `disagreement_spearman` is the rank
+    correlation of their disagreement over a pair with the error of their mean: above 0, disagreement warns.
+    """
+    differences = (chosen - rejected)[:, labels != 0.5]
+    wrong = np.where(differences == 0, 0.5, (differences < 0).astype(float))
+    both_vary = [(a, b) for a, b in combinations(wrong, 2) if a.std() > 0 and b.std() > 0]
+    correlations = [float(np.corrcoef(a, b)[0, 1]) for a, b in both_vary]
+    mean = differences.mean(0)
+    return {
+        "accuracies": (1 - wrong.mean(1)).tolist(),
+        "error_correlation": float(np.mean(correlations)) if correlations else None,
+        "disagreement": float(np.concatenate([chosen, rejected], 1).std(0).mean()),
+        "disagreement_spearman": spearman(differences.std(0), (mean <= 0).astype(float)),
+    }

@@ -1,0 +1,237 @@
+"""Ensembles of reward models: trained by one command, loaded like one model, scored in one pass over a shared base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from tests.stages.commands import (
+    FAST,
+    PROMPTS,
+    SHORT,
+    online_settings,
+    rows,
+    run_stage,
+    summary,
+    trimtab,
+    without_times,
+    write_run_file,
+)
+from trimtab.core.errors import EngineError
+from trimtab.core.types import PreferencePair
+from trimtab.data.layouts import load
+from trimtab.math.ensembles import aggregate
+from trimtab.rewards.ensemble import EnsembleScorer
+from trimtab.rewards.model import RewardModel
+from trimtab.rewards.scorer import RewardModelScorer
+from trimtab.stages.reward import RewardSettings
+from trimtab.stages.reward_members import Examples, agreement_of
+
+
+def settings(base, pairs, **changed):
+    return {"model": str(base), "data": str(pairs), "held_out": 0.3, "batch_size": 10, "optimizer": FAST} | changed
+
+
+ADAPTER = {"adapter": {"rank": 2}, "optimizer": {"learning_rate": 0.01}}
+KINDS = {"whole": {}, "adapters": ADAPTER}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def ensemble(request, tmp_path_factory, base, pairs):
+    """A run with three members, as models of their own and as adapters."""
+    out = tmp_path_factory.mktemp("ensemble") / request.param
+    return run_stage("reward", out, **settings(base, pairs, members=3, **KINDS[request.param]))
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, base, pairs):
+    out = tmp_path_factory.mktemp("ensemble") / "adapters"
+    return run_stage("reward", out, **settings(base, pairs, members=3, **ADAPTER))
+
+
+def places(run):
+    return [run / "model", *(run / "model" / "members" / str(number) for number in (1, 2))]
+
+
+def weights_file(directory):
+    return next(directory.glob("*model.safetensors"))
+
+
+def test_the_first_member_is_the_model_that_a_run_of_one_gives(ensemble, base, pairs, tmp_path):
+    alone = run_stage("reward", tmp_path / "one", **settings(base, pairs, **KINDS[ensemble.name]))
+    first, one = load_file(weights_file(ensemble / "model")), load_file(weights_file(alone / "model"))
+    assert first.keys() == one.keys()
+    assert all(torch.equal(first[name], one[name]) for name in one)
+
+
+def test_members_differ_in_head_weights_and_order(ensemble):
+    found = [load_file(weights_file(place)) for place in places(ensemble)]
+    head = next(name for name in found[0] if name.endswith("score.weight"))
+    assert len({str(weights[head].tolist()) for weights in found}) == 3
+    orders = [Examples(RewardSettings(model="", data="", members=3), m, 20).of_step(0) for m in range(3)]
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_a_bootstrap_draws_with_replacement_and_the_same_prompts_each_time():
+    own = RewardSettings(model="", data="", members=3, bootstrap=True, num_epochs=2.0, batch_size=1000)
+    drawn = Examples(own, 1, 1000)
+    first, second = drawn.of_step(0), drawn.of_step(1)
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert len(set(first)) == pytest.approx(1000 * (1 - np.exp(-1)), abs=40)
+    assert sorted(first) != sorted(Examples(own, 2, 1000).of_step(0))
+
+
+def test_each_member_is_an_ordinary_reward_model(ensemble, pairs):
+    records = load(PreferencePair, pairs).records
+    texts = [(pair.prompt, pair.chosen) for pair in records]
+    whole = RewardModel(path=str(ensemble / "model")).load(token_budget=4096)
+    assert isinstance(whole, EnsembleScorer)
+    raw = []
+    for place in places(ensemble):
+        copy = shutil.copytree(place, ensemble / "alone", dirs_exist_ok=True, ignore=shutil.ignore_patterns("ensem*"))
+        scorer = RewardModelScorer.from_directory(str(copy), token_budget=4096)
+        raw.append(scorer.score_texts(texts) + scorer.shift)
+        shutil.rmtree(copy)
+    facts = json.loads((ensemble / "model" / "ensemble.json").read_text())
+    means, scales = (torch.tensor(facts[name])[:, None] for name in ("means", "scales"))
+    scaled = (torch.stack(raw) - means) * scales
+    torch.testing.assert_close(whole.score_texts(texts), scaled.mean(0) - facts["shift"], rtol=1e-4, atol=1e-5)
+    for how, coef in (("min", None), ("variance", 0.3), ("lower_bound", 2.0), ("soft_min", 0.7)):
+        scorer = RewardModel(path=str(ensemble / "model"), aggregate=how, aggregate_coef=coef).load(token_budget=4096)
+        expected = aggregate(scaled, how, coef) - facts["shift"]
+        torch.testing.assert_close(scorer.score_texts(texts), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_members_are_on_one_scale_over_the_held_out_replies(ensemble, pairs, tmp_path, base):
+    """Mean 0 and one deviation, and the mean of the chosen replies of training at 0, on the scale of the members."""
+    facts = json.loads((ensemble / "model" / "ensemble.json").read_text())
+    out = run_stage(
+        "reward", tmp_path / "run", **settings(base, pairs, members=3, held_out_data=str(pairs), **KINDS[ensemble.name])
+    )
+    scorer = RewardModel(path=str(out / "model")).load(token_budget=4096)
+    records = load(PreferencePair, pairs).records
+    ids = [
+        (tuple(scorer.chat.encode_prompt(p.prompt.messages)), tuple(scorer.chat.encode_response(text)))
+        for p in records
+        for text in (p.chosen, p.rejected)
+    ]
+    found = scorer.member_scores(ids).double()
+    torch.testing.assert_close(found.mean(1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-4)
+    deviations = found.std(1, correction=0)
+    torch.testing.assert_close(deviations, deviations[:1].expand(3), rtol=1e-4, atol=1e-5)
+    assert float(scorer.score_texts([(p.prompt, p.chosen) for p in records]).mean()) == pytest.approx(0, abs=1e-4)
+    assert len(facts["means"]) == len(facts["scales"]) == 3
+
+
+def test_the_card_says_how_alike_the_members_are(ensemble):
+    card = summary(ensemble)
+    together = card["ensemble"]
+    assert len(together["accuracies"]) == 3
+    assert {"error_correlation", "disagreement", "disagreement_spearman"} <= together.keys()
+    assert together["disagreement"] > 0
+    assert card["accuracy_low"] <= card["accuracy"] <= card["accuracy_high"]
+    assert {"optimizer/reward_gradient_norm", "optimizer/reward_2_gradient_norm"} <= rows(ensemble)[0].keys()
+
+
+def test_equal_members_have_correlation_one_and_independent_ones_none():
+    draw = np.random.default_rng(0)
+    chosen = np.broadcast_to(draw.normal(0.5, 1, 4000), (3, 4000))
+    rejected, labels = np.zeros((3, 4000)), np.ones(4000)
+    alike = agreement_of(chosen, rejected, labels)
+    assert alike["error_correlation"] == pytest.approx(1)
+    assert alike["disagreement"] == pytest.approx(0)
+    apart = agreement_of(draw.normal(0.5, 1, (3, 4000)), rejected, labels)
+    assert apart["error_correlation"] == pytest.approx(0, abs=0.05)
+    # Worked by hand: right, wrong, a tie, and a pair without a right side.
+    hand = agreement_of(np.array([[1.0, -1.0, 0.0, 5.0]]), np.zeros((1, 4)), np.array([1.0, 1.0, 1.0, 0.5]))
+    assert hand["accuracies"] == [0.5]
+    assert hand["error_correlation"] is None
+
+
+def test_a_killed_ensemble_goes_on_bit_for_bit(ensemble, base, pairs, tmp_path):
+    run = settings(base, pairs, members=3, checkpoint_every=1, **KINDS[ensemble.name])
+    run_stage("reward", tmp_path / "run", **run, max_steps=1)
+    out = run_stage("reward", tmp_path / "run", **run)
+    found, expected = (without_times(rows(directory)) for directory in (out, ensemble))
+    # The shorter run ended with its first step, so it was validated there.
+    found[0] = {name: value for name, value in found[0].items() if "validation" not in name}
+    assert found == expected
+    for place, other in zip(places(out), places(ensemble), strict=True):
+        one, two = load_file(weights_file(place)), load_file(weights_file(other))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_it_is_a_reward_of_online_training_and_its_disagreement_is_logged(ensemble, base, tmp_path):
+    rewards = [{"name": "model", "path": str(ensemble / "model"), "aggregate": "min"}]
+    out = run_stage("online", tmp_path / "run", **online_settings(base, ensemble / "model", rewards=rewards))
+    assert all(row["reward/model_disagreement"] > 0 for row in rows(out))
+
+
+def test_adapters_share_the_base_of_a_policy_that_is_one_too(adapters, base, tmp_path):
+    changed = {"adapter": {"rank": 2}, "critic": {"init": "policy", "optimizer": FAST}}
+    out = run_stage("online", tmp_path / "run", **online_settings(base, adapters / "model", **changed))
+    assert all(row["reward/model_disagreement"] > 0 for row in rows(out))
+
+
+def test_trimtab_score_and_select_read_it(ensemble, base, pairs, tmp_path):
+    done = trimtab("score", "--model", ensemble / "model", "--data", pairs)
+    assert done.exit_code == 0, done.output
+    rewards = [{"name": "model", "path": str(ensemble / "model"), "aggregate": "variance"}]
+    run_stage(
+        "select", tmp_path / "run", model=str(base), prompts=PROMPTS, rewards=rewards, replies_per_prompt=2,
+        sampling=SHORT, filter={"finished": False},
+    )  # fmt: skip
+
+
+def test_where_one_model_is_needed_an_ensemble_is_refused(ensemble, base, pairs, tmp_path):
+    path = ensemble / "model"
+    with pytest.raises(EngineError, match="an ensemble of reward models, and one model is needed"):
+        RewardModelScorer.from_directory(str(path), token_budget=100)
+    for command in (
+        ("export", "--model", path, "--out", tmp_path / "out"),
+        ("average", tmp_path / "out", path, path, "--data", pairs),
+        ("reward", write_run_file(tmp_path / "run.toml", settings(path, pairs)), "--out", tmp_path / "run"),
+    ):
+        done = trimtab(*command)
+        assert done.exit_code == 2
+        assert "this is an ensemble of reward models, and one model is needed here" in done.output
+
+
+def test_aggregates_of_one_model_and_coefficients_of_none_are_refused(reward_run, base, tmp_path):
+    for reward, said in (
+        ({"aggregate": "min"}, "aggregate = 'min', and this is one reward model"),
+        ({"aggregate_coef": 0.5}, "aggregate_coef = 0.5, and aggregate = 'mean' has none"),
+    ):
+        rewards = [{"name": "model", "path": str(reward_run / "model"), **reward}]
+        run = online_settings(base, reward_run / "model", rewards=rewards)
+        done = trimtab("online", write_run_file(tmp_path / "run.toml", run), "--out", tmp_path / "run")
+        assert done.exit_code == 2
+        assert said in done.output
+
+
+def test_a_bootstrap_of_one_model_is_refused(base, pairs, tmp_path):
+    run = write_run_file(tmp_path / "run.toml", settings(base, pairs, bootstrap=True))
+    done = trimtab("reward", run, "--out", tmp_path / "run")
+    assert "bootstrap = true is for the members of an ensemble, and members = 1" in done.output
+
+
+def test_a_damaged_file_is_refused(ensemble, tmp_path):
+    copy = shutil.copytree(ensemble / "model", tmp_path / "copy")
+    facts = json.loads((copy / "ensemble.json").read_text())
+    (copy / "ensemble.json").write_text(json.dumps(facts | {"means": facts["means"][:2]}))
+    with pytest.raises(EngineError, match=r"ensemble.json does not name members with a mean and a scale each"):
+        RewardModel(path=str(copy)).load(token_budget=100)
+
+
+def test_transformers_reads_the_directory_as_the_first_member(tmp_path_factory, base, pairs):
+    out = run_stage("reward", tmp_path_factory.mktemp("plain") / "run", **settings(base, pairs, members=2, max_steps=1))
+    model = AutoModelForSequenceClassification.from_pretrained(out / "model")
+    assert torch.equal(model.score.weight, load_file(out / "model" / "model.safetensors")["score.weight"])
