@@ -1,5 +1,8 @@
 """Computing activations again wakes nothing that evaluation mode switches off."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -48,3 +51,18 @@ def test_a_model_that_cannot_is_refused():
     policy.model.supports_gradient_checkpointing = False
     with pytest.raises(EngineError, match="cannot compute its activations again"):
         policy.checkpoint_activations()
+
+
+def test_a_model_ends_with_its_last_user():
+    # Blocks that hold themselves would stay in memory beside the next model until Python looks for circles.
+    gc.collect()
+    gc.disable()
+    try:
+        policy = Policy(families.causal("llama"), pad_id=0)
+        policy.checkpoint_activations()
+        policy(some_trees()).logprobs.sum().backward()
+        weights = [weakref.ref(p) for p in policy.parameters()]
+        del policy
+        assert not [w for w in weights if w() is not None]
+    finally:
+        gc.enable()

@@ -32,10 +32,14 @@ def checkpoint_blocks(model: PreTrainedModel) -> None:
         if isinstance(module, GradientCheckpointingLayer) and not module.training:
             module.training = True
             block: Any = module
-            block._gradient_checkpointing_func = partial(_run, module, block._gradient_checkpointing_func)
+            block._gradient_checkpointing_func = partial(_run, block._gradient_checkpointing_func)
 
 
-def _run(block: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
+def _run(checkpoint: Callable[..., Any], forward: partial[Any], *args: Any) -> Any:
+    # The block is the first argument of its forward pass. A block that held a function that holds the block would
+    # outlive its model until Python looks for circles, which may be long after the next model was loaded.
+    block: nn.Module = forward.args[0]
+
     def in_evaluation(*args: Any) -> Any:
         block.training = False
         try:
