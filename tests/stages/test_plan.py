@@ -1,12 +1,15 @@
 """What a run is said to take, against what it took."""
 
+from io import StringIO
+
 import pytest
+from rich.console import Console
 
 from tests.stages.commands import FAST, SHORT, online_settings, summary, trimtab, write_run_file
 from tests.stages.test_pipeline import PIPELINE, STAGES
 from trimtab.core import config
 from trimtab.stages.online.settings import OnlineSettings
-from trimtab.stages.plan import cut_short, duration, plan, weights
+from trimtab.stages.plan import StagePlan, cut_short, duration, plan, show, weights
 from trimtab.stages.stage import FEW_PROMPTS, FEW_STEPS
 
 COMPARED = PIPELINE | {
@@ -112,3 +115,31 @@ def test_a_critic_is_counted_if_it_is_loaded(tmp_path, base, advantage, held):
     rewards = [{"name": "exact_answer"}]
     settings = config.resolve(OnlineSettings, values | {"rewards": rewards}, where="the test")
     assert ("critic" in weights("online", settings, tmp_path)) == held
+
+
+def test_the_memory_of_each_process_is_shown():
+    found = StagePlan(
+        name="sft",
+        stage="sft",
+        num_steps=10,
+        seconds_per_step=1.0,
+        seconds=12.0,
+        peak_rss_gb=1.2,
+        peak_rss_gb_each=[0.5, 0.4, 0.3],
+        tokens_per_second=None,
+        laps={},
+        weights_gb={},
+    )
+    said = StringIO()
+    show([found], Console(file=said, width=120))
+    assert "memory of sft: controller 0.50 GB, workers 0.40, 0.30 GB" in said.getvalue()
+    assert "at most 1.20 GB" in said.getvalue()
+
+
+@pytest.mark.slow
+def test_a_plan_of_several_processes_rehearses_several(base):
+    table = {"stage": "sft", "model": str(base), "data": "world:arithmetic?num=80", "batch_size": 4, "max_steps": 6}
+    (found,) = plan({"stages": {"sft": table}, "engine": {"workers": 2, "shard": True}}, where="the test")
+    assert len(found.peak_rss_gb_each) == 2
+    assert all(0.2 < gb < 2 for gb in found.peak_rss_gb_each)
+    assert found.peak_rss_gb == pytest.approx(sum(found.peak_rss_gb_each))

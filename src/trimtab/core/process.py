@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-_workers_gb = 0.0
+_workers_gb: list[float] = []
 
 
-def note_workers(gb: float) -> None:
-    """Records the memory of the worker processes of this program, in GB, before they end: the sum of their peaks. A
-    program may have groups of workers one after the other; the largest sum counts."""
-    global _workers_gb
-    _workers_gb = max(_workers_gb, gb)
+def note_workers(peaks_gb: Sequence[float]) -> None:
+    """Records the memory of the worker processes of this program before they end: the peak of each in GB. A program may
+    have groups of workers one after the other; the group with the largest sum counts."""
+    if sum(peaks_gb) > sum(_workers_gb):
+        _workers_gb[:] = peaks_gb
+
+
+def peaks_rss_gb() -> list[float]:
+    """The most memory in GB (2^30 bytes) that each process of this program has held: this one since it began, then its
+    workers. Libraries that processes share count in each."""
+    return [own_peak_rss_gb(), *_workers_gb]
 
 
 def peak_rss_gb() -> float:
-    """The most memory that this program has held since it began, and its workers with it, in GB (2^30 bytes)."""
-    return own_peak_rss_gb() + _workers_gb
+    """The sum of `peaks_rss_gb`. The processes together hold at most as much, since they may have their peaks at
+    different times."""
+    return sum(peaks_rss_gb())
 
 
 def own_peak_rss_gb() -> float:

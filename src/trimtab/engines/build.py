@@ -79,16 +79,18 @@ class Engines:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        peaks: list[float] = []
         if self.group is not None and not self.group.closed:
             if kind is None:
                 for learner in self.learners.values():
                     learner.hold()  # what follows, such as saving the model, needs no other process
-                note_workers(sum(self._everywhere("peak_rss_gb", {})))
+                peaks += self._everywhere("peak_rss_gb", {})
             self.group.close()
         for pool in self.pools.values():
             if kind is None:
-                note_workers(pool.peak_rss_gb())
+                peaks += pool.peaks_rss_gb()
             pool.close()
+        note_workers(peaks)
 
     def learner(
         self,

@@ -33,7 +33,7 @@ from rich.console import Console
 from trimtab.core import config, registry, settings_check
 from trimtab.core.errors import ConfigError, Interrupted, Terminated, TrimtabError
 from trimtab.core.files import json_text, read_json, write_whole, writing
-from trimtab.core.process import peak_rss_gb
+from trimtab.core.process import peak_rss_gb, peaks_rss_gb
 from trimtab.runs.run import Run, holds_run
 from trimtab.stages import preflight
 
@@ -283,6 +283,7 @@ def summarise(values: Mapping[str, Any], stages: Mapping[str, str], out: Path) -
         "seed": values.get("seed"),
         "seconds": sum(s.get("seconds", 0.0) for s in summaries.values()),
         "peak_rss_gb": peak_rss_gb(),
+        "peak_rss_gb_each": peaks_rss_gb(),
         "num_cpus": os.cpu_count(),
         "stages": {name: {"stage": stage, "seconds": summaries[name].get("seconds")} for name, stage in stages.items()},
     }

@@ -23,10 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from trimtab.core.errors import EngineError
-from trimtab.core.process import peak_rss_gb
+from trimtab.core.process import peak_rss_gb, peaks_rss_gb
 from trimtab.stages import preflight
 from trimtab.stages.pipeline import expand, resolve_stages, run_pipeline
-from trimtab.stages.stage import share_of_prompts
+from trimtab.stages.rehearsal import rehearsing
+from trimtab.stages.stage import FEW_STEPS, share_of_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,9 @@ class StagePlan:
     seconds: float
     """Time of the stage from its start to its end."""
     peak_rss_gb: float
-    """Most memory of the process, and of its workers together, up to the end of this stage."""
+    """Most memory of the process, and of its workers together, up to the end of this stage: the sum of the peaks."""
+    peak_rss_gb_each: list[float]
+    """The peak of each process, the controller first."""
     tokens_per_second: float | None
     laps: dict[str, float]
     """Seconds of each phase of a step, if the stage measures them."""
@@ -88,8 +91,9 @@ def rehearse(values: dict[str, Any], scratch: Path) -> None:
     tables = {name: cut_short(table["stage"], table, whole[name][1]) for name, table in values["stages"].items()}
     for number, name in enumerate(tables, start=1):
         upto = dict(list(tables.items())[:number])
-        run_pipeline({**values, "stages": upto}, scratch / "run", where="the plan")
         stage, settings = whole[name]
+        with rehearsing(getattr(settings, "num_steps", None) or getattr(settings, "max_steps", None)):
+            run_pipeline({**values, "stages": upto}, scratch / "run", where="the plan")
         # A rehearsed stage samples less data than the whole stage will.
         shares = [
             share_sampled(other, scratch / "run" / source)
@@ -108,18 +112,23 @@ def estimate(name: str, stage: str, settings: Any, directory: Path, *, share_of_
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
     seconds = summary["seconds"]
     num_steps = per_step = tokens = None
+    timed = rows
     if rows:
         planned = getattr(settings, "num_steps", None) or summary["num_planned_steps"] / share_of_data
         num_steps = min(math.ceil(planned), getattr(settings, "max_steps", None) or math.ceil(planned))
-        steps = [row["time/step_seconds"] for row in rows]
+        if num_steps > len(rows) == FEW_STEPS:
+            timed = rows[:-1]  # the last step is the largest of the run
+        steps = [row["time/step_seconds"] for row in timed]
         per_step = statistics.median(steps[1:] or steps)
-        seconds += per_step * num_steps - sum(steps)
+        seconds += per_step * num_steps - sum(row["time/step_seconds"] for row in rows)
         seconds += per_step * preflight.describe(stage).further_steps(settings, num_steps)
-        speeds = [row["time/tokens_per_second"] for row in rows if "time/tokens_per_second" in row]
+        speeds = [row["time/tokens_per_second"] for row in timed if "time/tokens_per_second" in row]
         tokens = speeds[-1] if speeds else None
     else:
         seconds /= share_of_prompts(settings)
-    laps = {k[5:-8]: v for row in rows[-1:] for k, v in row.items() if k.startswith("time/") and k.endswith("_seconds")}
+    laps = {
+        k[5:-8]: v for row in timed[-1:] for k, v in row.items() if k.startswith("time/") and k.endswith("_seconds")
+    }
     laps.pop("step", None)
     return StagePlan(
         name=name,
@@ -128,6 +137,7 @@ def estimate(name: str, stage: str, settings: Any, directory: Path, *, share_of_
         seconds_per_step=per_step,
         seconds=seconds,
         peak_rss_gb=peak_rss_gb(),
+        peak_rss_gb_each=peaks_rss_gb(),
         tokens_per_second=tokens,
         laps=laps,
         weights_gb=weights(stage, settings, directory),
@@ -190,6 +200,10 @@ def show(plans: list[StagePlan], console: Console) -> None:
         if p.laps:
             parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in p.laps.items())
             console.print(f"a step of {p.name}: {parts}")
+    for p in plans:
+        if len(p.peak_rss_gb_each) > 1:
+            controller, *workers = (f"{gb:.2f}" for gb in p.peak_rss_gb_each)
+            console.print(f"memory of {p.name}: controller {controller} GB, workers {', '.join(workers)} GB")
     total, peak = sum(p.seconds for p in plans), max(p.peak_rss_gb for p in plans)
     console.print(f"in all {duration(total)} and at most {peak:.2f} GB, on {os.cpu_count()} cores as busy as now")
 

@@ -100,7 +100,7 @@ def run(settings: PreferenceSettings, run: Run) -> None:
             where=settings.data,
             fix=f"raise max_tokens (now {settings.max_tokens}) or lower held_out (now {settings.held_out})",
         )
-    epochs = Epochs.of(settings, len(train.trees))
+    epochs = Epochs.of(settings, train.trees)
     num_steps = epochs.num_steps if settings.max_steps is None else min(settings.max_steps, epochs.num_steps)
     device = settings.engine.find_device()
     policy, base = start_policy(settings.model, settings.adapter, chat, seed=settings.seed, device=device)

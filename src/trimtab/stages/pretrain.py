@@ -147,7 +147,7 @@ def run(settings: PretrainSettings, run: Run) -> None:
             where=settings.data,
             fix="give texts of more than one token, and max_tokens of at least 2",
         )
-    epochs = Epochs.of(settings, len(trees))
+    epochs = Epochs.of(settings, trees)
     policy = Policy(model, pad_id=tokenizer.pad_token_id)
     engines = Engines.start(settings, run.directory, load=load_roles, models={"policy": policy})
     how: dict[str, Any] = {"token_budget": settings.token_budget, "num_updates": epochs.num_steps}

@@ -122,11 +122,11 @@ def run(settings: RewardSettings, run: Run) -> None:
     members, base = start_members(settings, chat)
     starts = [head_start(member) for member in members]
     refuse_long(members[0].model, chain(train_on.trees, judged_by.trees, shown), where=settings.data, fix=FIT)
-    epochs = Epochs.of(settings, len(train_on.trees))
+    epochs = Epochs.of(settings, train_on.trees)
     roles = {name_of(number): member for number, member in enumerate(members)}
     engines = Engines.start(settings, run.directory, load=load_roles, models=roles)
     learners = [make_learner(role, settings, epochs, engines, name=name) for name, role in roles.items()]
-    own_examples = [Examples(settings, number, len(train_on.trees)) for number in range(len(members))]
+    own_examples = [Examples(settings, number, train_on.trees) for number in range(len(members))]
     validation = Validation(lambda: [tree.num_tokens for tree in judged_by.trees], judged_by.batch)
     with engines, training(run, Learners(learners), epochs, settings, description="reward") as steps:
         for number, _ in steps:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from trimtab.batches.trees import Tree
 from trimtab.core import seeds
 from trimtab.core.hub import ENSEMBLE_FILE, base_of
 from trimtab.data.chat import Chat
@@ -45,11 +46,11 @@ class Examples:
     """The examples of each step of a member: all in its own order, or with `bootstrap` as many as there are, drawn with
     replacement."""
 
-    def __init__(self, settings: Any, member: int, num_examples: int) -> None:
-        own = settings_of(settings, member)
-        self._epochs = Epochs.of(own, num_examples)
+    def __init__(self, settings: Any, member: int, examples: Sequence[Tree]) -> None:
+        own, num = settings_of(settings, member), len(examples)
         draw = seeds.generator(own.seed, "bootstrap")
-        self._drawn = draw.integers(num_examples, size=num_examples) if settings.bootstrap else np.arange(num_examples)
+        self._drawn = draw.integers(num, size=num) if settings.bootstrap else np.arange(num)
+        self._epochs = Epochs.of(own, [examples[i] for i in self._drawn])
 
     def of_step(self, number: int) -> list[int]:
         """The example numbers of a step; steps are counted from 0."""

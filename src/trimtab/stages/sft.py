@@ -83,7 +83,7 @@ def run(settings: SFTSettings, run: Run) -> None:
             where=settings.data,
             fix=f"raise max_tokens (now {settings.max_tokens}) or lower held_out (now {settings.held_out})",
         )
-    epochs = Epochs.of(settings, len(trees))
+    epochs = Epochs.of(settings, trees)
     device = settings.engine.find_device()
     policy, base = start_policy(settings.model, settings.adapter, chat, seed=settings.seed, device=device)
     refuse_long(policy.model, chain(trees, validation), where=settings.data, fix=FIT)

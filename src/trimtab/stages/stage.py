@@ -20,8 +20,8 @@ from trimtab.runs.run import Run
 ModelKind = Literal["policy", "reward model", "any"]
 EPOCHS_GROW = ("max_steps", "num_epochs")
 """The settings by which a stage that trains in epochs may become longer."""
-FEW_STEPS = 3
-"""The number of steps in a rehearsal."""
+FEW_STEPS = 4
+"""The number of steps in a rehearsal. The last is the largest of the run, and is not timed (`rehearsal.py`)."""
 FEW_PROMPTS = 192
 """The number of prompts in a rehearsal that has no steps."""
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trimtab.batches.trees import TreeBatch, split_sizes
+from trimtab.batches.trees import Tree, TreeBatch, split_sizes
 from trimtab.core import seeds
 from trimtab.core.config import Choice
 from trimtab.core.errors import DataError
@@ -30,6 +30,8 @@ from trimtab.models.roles import Policy, ScalarModel
 from trimtab.runs.loop import Steps, stepping
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
+from trimtab.stages.rehearsal import largest_step, steps_rehearsed
+from trimtab.stages.stage import FEW_STEPS
 
 FIT = "set max_tokens = LIMIT, so that longer examples are cut or dropped as on_too_long says, or use another model"
 """The fix for examples that are longer than the positions of a model."""
@@ -95,17 +97,24 @@ class Epochs:
     num_epochs: float
     seed: int
     shuffle: bool = True
+    largest: tuple[int, ...] = ()
+    """In a rehearsal, the examples of its last step; else none."""
 
     @classmethod
-    def of(cls, settings: Any, num_examples: int) -> Epochs:
-        """The epochs that settings ask for; these have `batch_size`."""
-        return cls(
-            num_examples=num_examples,
+    def of(cls, settings: Any, examples: Sequence[Tree]) -> Epochs:
+        """The epochs over these examples that settings ask for; these have `batch_size`."""
+        epochs = cls(
+            num_examples=len(examples),
             batch_size=settings.batch_size,
             num_epochs=settings.num_epochs,
             seed=settings.seed,
             shuffle=getattr(settings, "shuffle", True),
         )
+        if not (num := steps_rehearsed(epochs.num_steps)):
+            return epochs
+        sizes = [tree.num_tokens for tree in examples]
+        step = largest_step(([sizes[i] for i in epochs.examples(n)] for n in range(num)), settings)
+        return replace(epochs, largest=tuple(epochs.examples(step)))
 
     @property
     def num_steps(self) -> int:
@@ -118,6 +127,8 @@ class Epochs:
 
     def examples(self, step: int) -> list[int]:
         """The example numbers of a step; steps are counted from 0."""
+        if self.largest and step == FEW_STEPS - 1:
+            return list(self.largest)
         return self.take(step * self.batch_size, min((step + 1) * self.batch_size, self._total))
 
     def take(self, start: int, end: int) -> list[int]:
@@ -128,7 +139,7 @@ class Epochs:
 
     def used(self, num_steps: int) -> list[int]:
         """The example numbers of the first steps, each once, ascending."""
-        return sorted(set(self.take(0, min(num_steps * self.batch_size, self._total))))
+        return sorted({*self.take(0, min(num_steps * self.batch_size, self._total)), *self.largest})
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         return _order_of(self.num_examples, self.seed, epoch) if self.shuffle else np.arange(self.num_examples)

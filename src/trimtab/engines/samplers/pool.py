@@ -130,9 +130,9 @@ class SamplerPool:
         for columns, of in zip(self._each("sample", given), (of for of in rows if len(of)), strict=True):
             replies.fill(of, columns)
 
-    def peak_rss_gb(self) -> float:
-        """The most memory that the processes have held, together."""
-        return float(sum(self._everywhere("peak_rss_gb", {})))
+    def peaks_rss_gb(self) -> list[float]:
+        """The most memory that each process has held."""
+        return self._everywhere("peak_rss_gb", {})
 
     def _share(
         self, prompts: Sequence[Sequence[int]], group_size: int, replies: ReplyBuffer, rows: Tensor

@@ -13,7 +13,10 @@ from trimtab.data.chat import Chat
 from trimtab.rewards.combined import refuse_missing_facts
 from trimtab.runs.run import Run
 from trimtab.stages.online.settings import OnlineSettings
+from trimtab.stages.online.state import endless
 from trimtab.stages.reading import FEW, read, read_demonstration_trees
+from trimtab.stages.rehearsal import UNKNOWN, largest_step, steps_rehearsed
+from trimtab.stages.stage import FEW_STEPS
 
 
 def read_prompts(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[str, int]) -> list[Prompt]:
@@ -24,7 +27,9 @@ def read_prompts(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[st
     options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
     loaded = read(Prompt, settings.prompts, run, limit=settings.limit, **options)
     longest = settings.sampling.max_prompt_tokens
-    prompts = [p for p in loaded.records if len(chat.encode_prompt(p.messages)) <= longest]
+    lengths = [len(chat.encode_prompt(p.messages)) for p in loaded.records]
+    kept = [i for i, length in enumerate(lengths) if length <= longest]
+    prompts = [loaded.records[i] for i in kept]
     if not prompts:
         raise DataError(
             f"none of {len(loaded.records)} prompts has at most {longest} tokens",
@@ -43,7 +48,24 @@ def read_prompts(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[st
     if (num := counts["dropped_long_prompts"]) > FEW:
         note = f"note: {num:,} of {len(loaded.records):,} prompts are left out: they are longer than"
         print(f"{note} sampling.max_prompt_tokens = {longest}", file=sys.stderr)
-    return prompts
+    return in_order_of_rehearsal(prompts, [lengths[i] for i in kept], settings)
+
+
+def in_order_of_rehearsal(prompts: list[Prompt], lengths: list[int], settings: OnlineSettings) -> list[Prompt]:
+    """The prompts, in a rehearsal so that its last step takes those of the run's largest step, with replies as long as
+    they may become."""
+    if not (num := steps_rehearsed(UNKNOWN)):
+        return prompts
+    each, replies = settings.prompts_per_step, settings.group_size * settings.sampling.max_new_tokens
+    order = endless(len(prompts), 1, settings.seed)
+    steps = [order.take(n * each, (n + 1) * each) for n in range(num)]
+    whole = [step for step in steps if len(set(step)) == each]  # another may hold a prompt twice
+    if steps[FEW_STEPS - 1] not in whole:
+        return prompts
+    largest = whole[largest_step(([lengths[i] + replies for i in step] for step in whole), settings)]
+    others = iter(sorted(set(range(len(prompts))) - set(largest)))
+    places = dict(zip(steps[FEW_STEPS - 1], largest, strict=True))
+    return [prompts[places[i] if i in places else next(others)] for i in range(len(prompts))]
 
 
 def read_mix(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[str, int]) -> Sequence[Tree]:
