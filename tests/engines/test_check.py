@@ -6,6 +6,7 @@ import torch
 from tests.stages.commands import trimtab
 from trimtab.engines import check
 from trimtab.engines.local.scorer import LocalScorer
+from trimtab.engines.machines import find_machine
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +20,11 @@ def test_a_machine_that_is_right(tmp_path):
     for line in ("products in float32", "memory", "replies, fused", "replies, lockstep", f"disk at {tmp_path}"):
         assert line in result.output
     assert result.output.endswith("all agree\n")
-    assert not any((tmp_path / "runs").iterdir())
+    (file,) = (tmp_path / "runs").iterdir()
+    constants = find_machine(str(file)).constants
+    measured = {name for name, constant in constants.items() if constant.origin == "measured"}
+    assert measured == {"float32_products", "bfloat16_products", "bandwidth", "memory", "context"}
+    assert f"trimtab plan FILE --on {file}" in result.output
 
 
 def test_log_probabilities_that_differ_are_found(tmp_path, monkeypatch):
@@ -29,6 +34,7 @@ def test_log_probabilities_that_differ_are_found(tmp_path, monkeypatch):
     assert result.exit_code == 1
     assert "0.01 nats from the scorer's" in result.output
     assert result.output.endswith("something is wrong\n")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_place_that_cannot_be_written_is_found(tmp_path):

@@ -7,12 +7,14 @@ the model's size; how fast a run will be says `trimtab plan`.
 from __future__ import annotations
 
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from trimtab.batches.rollouts import PolicyBatch
 from trimtab.batches.trees import TokenTrees, response_tree
 from trimtab.core import config
+from trimtab.core.process import own_peak_rss_gb
 from trimtab.data.chat import Chat
 from trimtab.engines.build import Engines
 from trimtab.engines.device import EngineSettings
@@ -29,11 +32,13 @@ from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.engines.local.replies import DecodingForm, ReplyBuffer, Sampling
 from trimtab.engines.local.scorer import LocalScorer
 from trimtab.engines.local.slots import SlotForm
+from trimtab.engines.machines import FILE, machine_of, write_machine
 from trimtab.math.losses.policy import PPO
 from trimtab.models.roles import Policy
 
-SIZE = 1024
-"""Rows and columns of the matrices whose product is timed."""
+SIZE, SIZE_OF_GPU = 1024, 8192
+"""Rows and columns of the matrices whose product is timed. A GPU would take longer to start a small one than to compute
+it."""
 SECONDS = 0.5
 """How long a rate is measured."""
 NEAR = 1e-3
@@ -51,6 +56,8 @@ class Finding:
     """What is wrong, and what to do; "" if nothing is."""
     matters: bool = False
     """Whether that makes numbers wrong or runs impossible, and not only slow."""
+    constants: Mapping[str, float] = field(default_factory=dict)
+    """What a paper plan reads of it, by the names in `machines.UNITS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +73,11 @@ def check(engine: EngineSettings, directory: Path) -> Iterator[Finding]:
     yield from machine(device)
     exact, half = (products(device, dtype) for dtype in (torch.float32, torch.bfloat16))
     slow = 'precision = "bfloat16" would slow this machine down' if half < exact else ""
-    yield Finding("products in float32", f"{exact:,.0f} GFLOP/s")
-    yield Finding("products in bfloat16", f"{half:,.0f} GFLOP/s", slow)
-    yield Finding("memory, read and written", f"{memory(device):,.1f} GB/s")
+    yield Finding("products in float32", f"{exact:,.0f} GFLOP/s", constants={"float32_products": exact * 1e9})
+    half_rate = {"bfloat16_products": half * 1e9}
+    yield Finding("products in bfloat16", f"{half:,.0f} GFLOP/s", slow, constants=half_rate)
+    moved = memory(device)
+    yield Finding("memory, read and written", f"{moved:,.1f} GB/s", constants={"bandwidth": moved * 1e9})
     yield from sampling(device)
     if device.type != "cpu":
         yield updates(device)
@@ -78,15 +87,26 @@ def check(engine: EngineSettings, directory: Path) -> Iterator[Finding]:
 
 
 def show(values: Mapping[str, Any], directory: Path, say: Callable[[str], None] = print) -> int:
-    """Says what is found for these settings of the engine; returns 1 if something is wrong, else 0. On a CPU two
-    processes are tried too, if no other number is given."""
+    """Says what is found for these settings of the engine, and writes what a paper plan reads of this machine. Returns
+    1 if something is wrong, else 0. On a CPU two processes are tried too, if no other number is given."""
     wrong = False
+    constants: dict[str, float] = {}
     tried = {"workers": 2} if values.get("device", "cpu") == "cpu" else {}
-    for finding in check(config.resolve(EngineSettings, tried | dict(values), where="the command line"), directory):
+    engine = config.resolve(EngineSettings, tried | dict(values), where="the command line")
+    for finding in check(engine, directory):
+        constants |= finding.constants
         say(f"{finding.what:<32} {finding.found}")
         if finding.wrong:
             say(f"{'':<32} ! {finding.wrong}")
         wrong |= finding.matters
+    if not wrong:
+        file = directory / FILE
+        source = f"trimtab check, torch {torch.__version__}, {date.today()}"
+        device = engine.find_device()
+        kind: Literal["cpu", "gpu"] = "cpu" if device.type == "cpu" else "gpu"
+        name = platform.machine() if kind == "cpu" else torch.cuda.get_device_name(device)
+        write_machine(machine_of(name, kind, constants, source), file)
+        say(f"{'for a plan on paper':<32} trimtab plan FILE --on {file}")
     say("something is wrong" if wrong else "all agree")
     return int(wrong)
 
@@ -94,16 +114,23 @@ def show(values: Mapping[str, Any], directory: Path, say: Callable[[str], None] 
 def machine(device: torch.device) -> Iterator[Finding]:
     """What computes."""
     capability = torch.backends.cpu.get_cpu_capability()
-    yield Finding("processor", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {capability}")
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device)
-        yield Finding("GPU", f"{there.name}, {there.total_memory / 2**30:.0f} GiB")
+    said = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {capability}"
+    if device.type != "cuda":
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        yield Finding("processor", said, constants={"memory": there, "context": own_peak_rss_gb()})
+        return
+    yield Finding("processor", said)
+    gpu = torch.cuda.get_device_properties(device)
+    size = gpu.total_memory / 2**30
+    sizes = {"memory": size, "processors": float(gpu.multi_processor_count)}
+    yield Finding("GPU", f"{gpu.name}, {size:.0f} GiB", constants=sizes)
 
 
 def products(device: torch.device, dtype: torch.dtype) -> float:
     """GFLOP/s of products of square matrices."""
-    a, b = torch.randn(2, SIZE, SIZE, device=device).to(dtype).unbind()
-    return 2 * SIZE**3 * times_a_second(lambda: a @ b, device) / 1e9
+    size = SIZE if device.type == "cpu" else SIZE_OF_GPU
+    a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
+    return 2 * size**3 * times_a_second(lambda: a @ b, device) / 1e9
 
 
 def memory(device: torch.device) -> float:
