@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.core.errors import ConfigError, EngineError
-from trimtab.engines import joined, links, placement
+from trimtab.engines import joined, links
 from trimtab.engines.agents import AgentLauncher, serve
 from trimtab.engines.device import EngineSettings
 from trimtab.engines.joined import Membership, find, first_host, together
@@ -77,7 +77,7 @@ def test_variables_left_over_join_nothing(variables, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with together():
-        assert placement.with_workers({"seed": 1}) == {"seed": 1}
+        assert launchers.with_workers({"seed": 1}) == {"seed": 1}
 
 
 @pytest.mark.parametrize(
@@ -365,18 +365,18 @@ def test_processes_of_several_machines_meet_at_a_port_with_the_secret(here, monk
 
 
 def test_settings_have_to_fit_the_processes_that_are_there(here):
-    placement.join(ChildLauncher(), 2, "torchrun")
+    launchers.join(ChildLauncher(), 2, "torchrun")
     try:
-        assert placement.with_workers({"seed": 1}) == {"seed": 1, "engine": {"workers": 2}}
-        assert placement.with_workers({"engine": {"workers": 3}}) == {"engine": {"workers": 3}}
+        assert launchers.with_workers({"seed": 1}) == {"seed": 1, "engine": {"workers": 2}}
+        assert launchers.with_workers({"engine": {"workers": 3}}) == {"engine": {"workers": 3}}
         with pytest.raises(ConfigError, match="workers = 3, but torchrun has started 2 processes") as wrong:
-            placement.check_launcher(EngineSettings(workers=3))
+            launchers.check_launcher(EngineSettings(workers=3))
         assert "leave engine.workers out" in wrong.value.fix
         with pytest.raises(ConfigError, match="ray = 'auto', but torchrun has started the processes already"):
-            placement.check_launcher(EngineSettings(workers=2, ray="auto"))
-        assert isinstance(placement.find_launcher(EngineSettings(workers=2)), ChildLauncher)
+            launchers.check_launcher(EngineSettings(workers=2, ray="auto"))
+        assert isinstance(launchers.find_launcher(EngineSettings(workers=2)), ChildLauncher)
     finally:
-        placement.leave()
+        launchers.leave()
 
 
 def test_a_cluster_without_workers_or_with_a_strange_address_is_refused():
@@ -389,5 +389,5 @@ def test_a_cluster_without_workers_or_with_a_strange_address_is_refused():
 def test_a_missing_ray_is_answered_with_the_install_command(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"engine\.ray needs ray, which is not installed") as missing:
-        placement.find_launcher(EngineSettings(ray="auto", workers=2))
+        launchers.find_launcher(EngineSettings(ray="auto", workers=2))
     assert "trimtab[ray]" in missing.value.fix

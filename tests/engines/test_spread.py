@@ -13,7 +13,7 @@ from tests.engines.test_launch import agents
 from trimtab.core.metrics import Mean, Peak, Total
 from trimtab.core.types import Message, Prompt
 from trimtab.data.chat import Chat
-from trimtab.engines import placement
+from trimtab.engines import launchers
 from trimtab.engines.episodes import EpisodeLimits, EpisodeSampler
 from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.engines.local.sampler import LocalSampler, Sampling
@@ -59,8 +59,8 @@ def spread(request, directory):
     with ExitStack() as stack:
         if launcher == "agents":
             by_agents, _ = stack.enter_context(agents(workers - 1))
-            placement.join(by_agents, workers, "a test")
-            stack.callback(placement.leave)
+            launchers.join(by_agents, workers, "a test")
+            stack.callback(launchers.leave)
         cluster = {"ray": "local"} if launcher == "ray" else {}
         engines, models = start(directory, workers, shard=shard, **cluster)
         with engines:

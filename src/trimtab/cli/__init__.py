@@ -188,7 +188,7 @@ def check(out: Path, **engine: Any) -> None:
     Takes half a minute and downloads nothing. Exit code 1 if something is wrong.
     """
     from trimtab.engines.check import show
-    from trimtab.engines.placement import with_workers
+    from trimtab.engines.launchers import with_workers
 
     given = {key: value for key, value in engine.items() if value is not None}
     sys.exit(show(with_workers({"engine": given})["engine"], out))
@@ -197,7 +197,7 @@ def check(out: Path, **engine: Any) -> None:
 def _read(run_file: Path, overrides: tuple[str, ...]) -> tuple[dict[str, Any], str]:
     """The values of a run file with the overrides applied, and the text that names their origin in messages."""
     from trimtab.core import config
-    from trimtab.engines.placement import with_workers
+    from trimtab.engines.launchers import with_workers
 
     values = config.apply_overrides(config.load_run_file(run_file), overrides)
     return with_workers(values), " ".join([str(run_file), *overrides])

@@ -15,12 +15,12 @@ from trimtab.data.chat import Chat
 from trimtab.engines.base import Learner, Scorer
 from trimtab.engines.device import EngineSettings
 from trimtab.engines.group import WorkerGroup
+from trimtab.engines.launchers import find_launcher
 from trimtab.engines.local.form_choice import FormChoice
 from trimtab.engines.local.learner import AdamW, LocalLearner
 from trimtab.engines.local.replies import Sampling
 from trimtab.engines.local.sampler import LocalSampler
 from trimtab.engines.local.scorer import LocalScorer
-from trimtab.engines.placement import find_launcher
 from trimtab.engines.replica import checksums, local_learner, prepared
 from trimtab.engines.samplers.pool import PooledSampler, SamplerPool
 from trimtab.engines.spread import SpreadLearner, SpreadSampler, SpreadScorer

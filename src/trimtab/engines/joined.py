@@ -30,7 +30,7 @@ from typing import Any
 
 from trimtab.core.errors import ConfigError, EngineError
 from trimtab.core.files import write_whole
-from trimtab.engines import placement
+from trimtab.engines import launchers
 from trimtab.engines.agents import AgentLauncher, serve
 from trimtab.engines.links import KEY, LinkListener, connect
 
@@ -226,7 +226,7 @@ def together() -> Iterator[None]:
         sys.exit(1)
     launcher = JoinedLauncher(member)
     os.environ.pop(KEY, None)  # rewards and programs that a run starts have no need of it
-    placement.join(launcher, member.size, member.started_by)
+    launchers.join(launcher, member.size, member.started_by)
     success = False
     try:
         yield
@@ -235,5 +235,5 @@ def together() -> Iterator[None]:
         success = not stop.code
         raise
     finally:
-        placement.leave()
+        launchers.leave()
         launcher.dismiss(success=success)

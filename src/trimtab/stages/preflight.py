@@ -23,7 +23,7 @@ from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
 from trimtab.data.sources import read_rows, records_source
 from trimtab.data.tokenizers import load_config, load_tokenizer
-from trimtab.engines.placement import check_launcher
+from trimtab.engines.launchers import check_launcher
 from trimtab.models.adapters import add_adapter
 from trimtab.models.load import is_classifier, refuse_several_labels
 from trimtab.models.vocabulary import refuse_other_vocabulary
