@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 import trimtab
-from trimtab.cli.helpers import StageCommand, missing_extra, same_command, sigterm_raised
+from trimtab.cli.helpers import StageCommand, missing_extra, on_paper, same_command, sigterm_raised
 from trimtab.core import registry
 from trimtab.core.errors import ConfigError, Interrupted, Terminated, TrimtabError
 from trimtab.core.files import disk_problem, unwritable, writing
@@ -156,11 +156,13 @@ def run_(run_file: Path, overrides: tuple[str, ...], out: Path | None, **engine:
     type=click.Choice(list(registry.modules("stage"))),
     help="The stage of a run file that is not a pipeline.",
 )
+@on_paper
 @_engine
-def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None, **engine: Any) -> None:
+def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None, paper: dict[str, Any], **engine: Any) -> None:
     """Say what a run will take: time, memory and steps.
 
-    Rehearses a few steps of every stage in a scratch directory, with the run's own data, models and batch sizes.
+    Rehearses a few steps of every stage in a scratch directory, with the run's own data, models and batch sizes. With
+    --on it is planned on paper, for a machine that is not at hand, from the config.json of its models.
     """
     from rich.console import Console
 
@@ -168,9 +170,14 @@ def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None, **engine
     if "stages" not in values:
         stage = stage or values.get("stage") or _stage_of(values, where)
         values = {"stages": {stage: {**values, "stage": stage}}}
-    from trimtab.stages import plan as planning
+    if paper:
+        from trimtab.stages import paper as on
 
-    planning.show(planning.plan(values, where=where), Console(width=120))
+        on.show(*on.plan_on_paper(values, on.OnPaper(**paper), where=where), Console(width=120))
+    else:
+        from trimtab.stages import plan as planning
+
+        planning.show(planning.plan(values, where=where), Console(width=120))
 
 
 def _on(overrides: tuple[str, ...], **engine: Any) -> tuple[str, ...]:

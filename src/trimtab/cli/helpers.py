@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import click
 
 from trimtab.core import registry
-from trimtab.core.errors import EXTRAS, EngineError, Terminated, not_installed
+from trimtab.core.errors import EXTRAS, ConfigError, EngineError, Terminated, not_installed
 from trimtab.core.settings_help import settings_help, summary_of
 
 
@@ -67,6 +68,44 @@ class StageCommand(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Settings (keys of the run file, or key=value)"):
             formatter.write_dl(list(settings_help(self.module)))
+
+
+_ON_PAPER = {
+    "on": click.option(
+        "--on",
+        metavar="MACHINE",
+        help="Plan on paper, for h100, h200, a100 or the machine.json of `trimtab check`: nothing is run or loaded.",
+    ),
+    "gpus": click.option("--gpus", type=click.IntRange(min=1), help="With --on: how many GPUs."),
+    "price": click.option("--price", type=click.FloatRange(min=0), help="With --on: of one machine for an hour."),
+    "assume": click.option(
+        "--assume",
+        multiple=True,
+        metavar="NAME",
+        help="With --on: what trimtab does not do yet: bfloat16-frozen, shard-frozen, offload-frozen, vllm.",
+    ),
+    "prompt_tokens": click.option("--prompt-tokens", type=click.IntRange(min=0), help="With --on: of each prompt."),
+    "reply_tokens": click.option("--reply-tokens", type=click.IntRange(min=1), help="With --on: of each reply."),
+}
+
+
+def on_paper(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command the options of a plan on paper. It gets those that were given as `paper`, by name."""
+
+    @functools.wraps(command)
+    def with_paper(**given: Any) -> Any:
+        asked = {name: value for name in _ON_PAPER if (value := given.pop(name)) not in (None, ())}
+        if asked and "on" not in asked:
+            raise ConfigError(
+                f"{', '.join('--' + name.replace('_', '-') for name in asked)} without --on",
+                where="the command line",
+                fix="these belong to a plan on paper: say for which machine, such as --on h100",
+            )
+        return command(**given, paper=asked)
+
+    for option in reversed(_ON_PAPER.values()):
+        with_paper = option(with_paper)
+    return with_paper
 
 
 def same_command() -> str:
