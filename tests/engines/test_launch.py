@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.core.errors import ConfigError, EngineError
-from trimtab.engines import joined, links
+from trimtab.engines import joined, launchers, links
 from trimtab.engines.agents import AgentLauncher, serve
 from trimtab.engines.device import EngineSettings
 from trimtab.engines.joined import Membership, find, first_host, together

@@ -23,6 +23,7 @@ from tests.stages.commands import (
     without_times,
     write_run_file,
 )
+from trimtab.batches.trees import response_tree
 from trimtab.core.errors import EngineError
 from trimtab.core.types import PreferencePair
 from trimtab.data.layouts import load
@@ -70,23 +71,26 @@ def test_the_first_member_is_the_model_that_a_run_of_one_gives(ensemble, base, p
     assert all(torch.equal(first[name], one[name]) for name in one)
 
 
+SOME = [response_tree([1], [[2], [3]])] * 1000
+
+
 def test_members_differ_in_head_weights_and_order(ensemble):
     found = [load_file(weights_file(place)) for place in places(ensemble)]
     head = next(name for name in found[0] if name.endswith("score.weight"))
     assert len({str(weights[head].tolist()) for weights in found}) == 3
-    orders = [Examples(RewardSettings(model="", data="", members=3), m, 20).of_step(0) for m in range(3)]
+    orders = [Examples(RewardSettings(model="", data="", members=3), m, SOME[:20]).of_step(0) for m in range(3)]
     assert all(sorted(order) == list(range(20)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
 
 
 def test_a_bootstrap_draws_with_replacement_and_the_same_prompts_each_time():
     own = RewardSettings(model="", data="", members=3, bootstrap=True, num_epochs=2.0, batch_size=1000)
-    drawn = Examples(own, 1, 1000)
+    drawn = Examples(own, 1, SOME)
     first, second = drawn.of_step(0), drawn.of_step(1)
     assert sorted(first) == sorted(second)
     assert first != second
     assert len(set(first)) == pytest.approx(1000 * (1 - np.exp(-1)), abs=40)
-    assert sorted(first) != sorted(Examples(own, 2, 1000).of_step(0))
+    assert sorted(first) != sorted(Examples(own, 2, SOME).of_step(0))
 
 
 def test_each_member_is_an_ordinary_reward_model(ensemble, pairs):
