@@ -113,6 +113,12 @@ def test_a_caller_with_the_key_is_let_in_and_no_other(monkeypatch):
         began = time.monotonic()
         assert listener.accept(1) is None  # it says nothing, and is given up
         assert 0.5 < time.monotonic() - began < 4
+        began = time.monotonic()
+        slow = threading.Thread(target=trickle, args=[listener.port])
+        slow.start()
+        assert listener.accept(1) is None  # a byte now and then is no better
+        assert time.monotonic() - began < 4
+        slow.join()
         garbage = socket.create_connection(("127.0.0.1", listener.port))
         garbage.sendall(b"\xff" * 100)
         assert listener.accept(1) is None
@@ -126,6 +132,13 @@ def test_a_caller_with_the_key_is_let_in_and_no_other(monkeypatch):
         for open_ in (silent, garbage, link, found()):
             open_.close()
         assert listener.accept(0.01) is None
+
+
+def trickle(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as caller:
+        for _ in range(20):
+            caller.sendall(b"\0")
+            time.sleep(0.3)
 
 
 def test_a_caller_is_told_if_what_listens_does_not_know_the_key():
@@ -369,6 +382,7 @@ def test_settings_have_to_fit_the_processes_that_are_there(here):
     try:
         assert launchers.with_workers({"seed": 1}) == {"seed": 1, "engine": {"workers": 2}}
         assert launchers.with_workers({"engine": {"workers": 3}}) == {"engine": {"workers": 3}}
+        assert launchers.with_workers({"engine": "cuda"}) == {"engine": "cuda"}
         with pytest.raises(ConfigError, match="workers = 3, but torchrun has started 2 processes") as wrong:
             launchers.check_launcher(EngineSettings(workers=3))
         assert "leave engine.workers out" in wrong.value.fix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import pytest
 
@@ -35,6 +36,10 @@ def test_a_cluster_that_was_joined_before_stays_joined(cluster):
     finally:
         launcher.close()
     assert cluster.is_initialized()
+    deadline = time.monotonic() + 20
+    while cluster.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert cluster.available_resources()["CPU"] == 2  # the actors are gone, and what was set aside for them
     assert signal.getsignal(signal.SIGTERM) is handler
 
 

@@ -177,7 +177,7 @@ def _meeting_file(member: Membership) -> Path:
     directory = Path(tempfile.gettempdir()) / f"trimtab-{os.getuid()}"
     directory.mkdir(mode=0o700, exist_ok=True)
     found = directory.lstat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o77 or directory.is_symlink():
+    if found.st_uid != os.getuid() or found.st_mode & 0o77:
         raise EngineError(
             f"{directory} is not this user's alone",
             where="the directory by which processes find each other",

@@ -42,9 +42,10 @@ def leave() -> None:
 
 def with_workers(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a run file. engine.workers, if left out, is the number of processes that were started."""
-    if _joined is None:
+    engine = values.get("engine", {})
+    if _joined is None or not isinstance(engine, Mapping):  # what it is instead is refused when settings are checked
         return dict(values)
-    return {**values, "engine": {"workers": _joined[1], **values.get("engine", {})}}
+    return {**values, "engine": {"workers": _joined[1], **engine}}
 
 
 def find_launcher(engine: ProcessSettings) -> Launcher:

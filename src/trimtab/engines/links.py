@@ -11,7 +11,7 @@ import os
 import socket
 import struct
 import sys
-import time
+import threading
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from types import TracebackType
@@ -45,7 +45,7 @@ class LinkListener:
         self._socket.settimeout(seconds)
         try:
             caller, _ = self._socket.accept()
-        except TimeoutError:
+        except (TimeoutError, ConnectionAbortedError):
             return None
         return _proved(caller, self._key, first=True)
 
@@ -95,27 +95,24 @@ def _proved(connected: socket.socket, key: bytes, *, first: bool) -> Connection 
     first."""
     with connected:
         connected.settimeout(None)
-        _limit(connected, _PROOF_SECONDS)
         link = Connection(os.dup(connected.fileno()))
-        began = time.monotonic()
+        too_late = threading.Timer(_PROOF_SECONDS, _hang_up, [connected])
+        too_late.start()
         try:
             for ask in (first, not first):
                 (deliver_challenge if ask else answer_challenge)(link, key)
-            if time.monotonic() - began > 4 * _PROOF_SECONDS:  # each byte came in time, but not all of them
-                raise TimeoutError
         except (AuthenticationError, AssertionError, EOFError, OSError):
             link.close()
             return None
-        _limit(connected, 0.0)
+        finally:
+            too_late.cancel()
         _notice_silence(connected)
     return link
 
 
-def _limit(connected: socket.socket, seconds: float) -> None:
-    """How long reading and writing may take; 0 is for ever."""
-    value = struct.pack("ll", int(seconds), 0)
-    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-        connected.setsockopt(socket.SOL_SOCKET, option, value)
+def _hang_up(connected: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it is closed already
+        connected.shutdown(socket.SHUT_RDWR)
 
 
 def _notice_silence(connected: socket.socket) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from trimtab.core.errors import EngineError
@@ -41,6 +41,7 @@ class RayLauncher(AgentLauncher):
         ranks 1 to `size` - 1. Raises EngineError if there is no such cluster, or too few processors are free in it."""
         import torch  # here, since the actors import this file and need no torch
 
+        self._group: Any = None
         self._was_there = ray.is_initialized()
         if not self._was_there:
             _begin(address)
@@ -49,7 +50,8 @@ class RayLauncher(AgentLauncher):
         try:
             processors = int(ray.cluster_resources().get("CPU", 0))
             self._num_threads = max(1, min(torch.get_num_threads(), processors // size))
-            self._actors = _actors(size - 1, self._num_threads, processors)  # an actor without a handle ends
+            self._group = _group(size - 1, self._num_threads, processors)
+            self._actors = _actors(self._group, size - 1, self._num_threads)  # an actor without a handle ends
             with LinkListener(self.interface, self.key) as listener:
                 served = [
                     actor.serve.remote(host, listener.port, self.key, rank)
@@ -86,9 +88,11 @@ class RayLauncher(AgentLauncher):
     def close(self) -> None:
         """Ends the actors and leaves the cluster; one that was started here ends."""
         super().close()
-        if not self._was_there:
-            with _quiet():
+        with _quiet():
+            if not self._was_there:
                 ray.shutdown()
+            elif self._group is not None:
+                remove_placement_group(self._group)
 
 
 def _begin(address: str) -> None:
@@ -107,8 +111,8 @@ def _begin(address: str) -> None:
         ) from error
 
 
-def _actors(num: int, num_threads: int, processors: int) -> list[Any]:
-    """Actors in a placement group. They are on as few machines as can be."""
+def _group(num: int, num_threads: int, processors: int) -> Any:
+    """Processors for so many actors, set aside on as few machines as can be."""
     too_few = EngineError(
         f"{num} workers of {num_threads} processors each do not find them among the {processors} of the cluster",
         where="engine.workers, engine.ray",
@@ -118,7 +122,12 @@ def _actors(num: int, num_threads: int, processors: int) -> list[Any]:
         raise too_few
     group = placement_group([{"CPU": num_threads}] * num, strategy="PACK")
     if not group.wait(_PLACE_SECONDS):
+        remove_placement_group(group)
         raise too_few
+    return group
+
+
+def _actors(group: Any, num: int, num_threads: int) -> list[Any]:
     actor: Any = ray.remote(num_cpus=num_threads)(AgentActor)
     places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(num)]
     return [actor.options(scheduling_strategy=place).remote() for place in places]
