@@ -39,8 +39,8 @@ IN_PROCESSES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "SFT, 30m, in 2": ("sft", "30m", {"workers": 2}, {}),
     "SFT, 30m, sharded in 2": ("sft", "30m", {"workers": 2, "shard": True}, {}),
     "GRPO, 30m with an adapter, in 2": ("grpo", "30m", {"workers": 2}, {"adapter": {"rank": 16}}),
-    "PPO, 30m, in 2": ("ppo", "30m", {"workers": 2}, {"num_epochs": 1}),
-    "PPO, 30m, sharded in 3": ("ppo", "30m", {"workers": 3, "shard": True}, {"num_epochs": 1}),
+    "PPO, 6m, in 2": ("ppo", "6m", {"workers": 2}, {"num_epochs": 1}),
+    "PPO, 6m, sharded in 3": ("ppo", "6m", {"workers": 3, "shard": True}, {"num_epochs": 1}),
 }
 """Stage, model, settings of the engine, and further settings of the stage."""
 STAGES = {"dpo": "preference", "ppo": "online", "grpo": "online"}

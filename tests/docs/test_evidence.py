@@ -59,6 +59,25 @@ def test_the_table_of_steps_on_a_gpu_is_that_of_its_data(script):
     assert_on_page("engines", script("gpu").table(data("gpu")))
 
 
+def test_the_table_of_memory_of_several_processes_is_that_of_its_data(script):
+    found = data("plan_processes")
+    assert_on_page("engines", script("plan_memory").table(found))
+    assert all(0.9 < row["ratio"] < 1.1 for row in found.values())
+
+
+def test_the_tables_of_plans_on_paper_are_those_of_their_data(script):
+    paper, found = script("paper_plans"), data("paper_plans")
+    for table, name in ((paper.gpu_table, "gpu"), (paper.cpu_table, "cpu"), (paper.plans_table, "plans")):
+        assert_on_page("engines", table(found[name]))
+
+
+def test_plans_on_paper_are_made_again_as_they_are_committed(script):
+    paper, found = script("paper_plans"), data("paper_plans")
+    made = {"gpu": paper.on_the_gpu(data("gpu")), "cpu": paper.on_cpus(data("plan")), "plans": paper.of_large_models()}
+    for name, rows in json.loads(json.dumps(made)).items():
+        assert rows == found[name]
+
+
 def test_the_table_of_sampling_beside_vllm_is_that_of_its_data(script):
     assert_on_page("engines", script("sampling_vllm").table(data("sampling_vllm")))
 

@@ -8,7 +8,7 @@ import pytest
 from tests.models.test_shape import LLAMA_8B, QWEN3_06B, SMALL
 from tests.stages.commands import trimtab, write_run_file
 from trimtab.core import config
-from trimtab.engines.placement import GIB
+from trimtab.engines.placement import ASSUMPTIONS, GIB
 from trimtab.stages.online.settings import OnlineSettings
 from trimtab.stages.paper import OnPaper, ShapesOnPaper, online_job, plan_on_paper, rows_of
 
@@ -81,6 +81,8 @@ def test_assumptions_are_named_and_known(tmp_path, llama):
     file = write_run_file(tmp_path / "sft.toml", sft_of(llama))
     output = trimtab("plan", file, "--on", "h100", "--gpus", 8, "--assume", "gather-bfloat16").output
     assert "! assumed: sharded blocks are gathered in bfloat16" in output
+    told = "".join(trimtab("plan", "--help").output.split())  # names are broken over lines
+    assert all(name in told for name in ASSUMPTIONS)
     wrong = trimtab("plan", file, "--on", "h100", "--assume", "magic")
     assert wrong.exit_code == 2
     assert "nothing is known of magic" in wrong.output
@@ -91,6 +93,7 @@ def test_what_cannot_be_planned_is_refused(tmp_path, llama):
     for words, said in (
         (["--gpus", 8], "--gpus without --on"),
         (["--price", 2, "--prompt-tokens", 8], "--price, --prompt-tokens without --on"),
+        (["--on", "h100", "--workers", 4], "engine.workers = 4 with 1 of h100"),
         (["--on", "h1000"], "no machine 'h1000' is known"),
         (["--on", "h100", "model=meta-llama/Meta-Llama-3-8B"], "downloads nothing"),
         (["--on", "h100", "batch_sise=3"], "batch_size"),

@@ -14,7 +14,7 @@ from trimtab.stages.online.data import in_order_of_rehearsal
 from trimtab.stages.online.settings import OnlineSettings
 from trimtab.stages.online.state import endless
 from trimtab.stages.plan import estimate
-from trimtab.stages.rehearsal import UNKNOWN, largest_step, rehearsing, steps_rehearsed
+from trimtab.stages.rehearsal import MOST_STEPS, UNKNOWN, largest_step, rehearsing, steps_rehearsed
 from trimtab.stages.sft import SFTSettings
 from trimtab.stages.stage import FEW_STEPS
 from trimtab.stages.supervised import Epochs
@@ -59,6 +59,9 @@ def test_a_run_that_is_rehearsed_whole_is_not_changed(num_steps):
         assert steps_rehearsed(UNKNOWN) == 0
     with rehearsing(10):
         assert steps_rehearsed(UNKNOWN) == 10
+        assert steps_rehearsed(7) == 7
+    with rehearsing(None):
+        assert steps_rehearsed(UNKNOWN) == MOST_STEPS
     assert steps_rehearsed(UNKNOWN) == 0
 
 

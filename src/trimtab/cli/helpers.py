@@ -82,7 +82,8 @@ _ON_PAPER = {
         "--assume",
         multiple=True,
         metavar="NAME",
-        help="With --on: what trimtab does not do yet: bfloat16-frozen, shard-frozen, offload-frozen, vllm.",
+        help="With --on: what trimtab does not do yet: bfloat16-frozen, shard-frozen, gather-bfloat16, offload-frozen "
+        "or vllm.",
     ),
     "prompt_tokens": click.option("--prompt-tokens", type=click.IntRange(min=0), help="With --on: of each prompt."),
     "reply_tokens": click.option("--reply-tokens", type=click.IntRange(min=1), help="With --on: of each reply."),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from trimtab.core.errors import ConfigError
+from trimtab.core.files import write_whole
 
 Origin = Literal["measured", "published", "assumed"]
 
@@ -168,7 +169,7 @@ def write_machine(machine: Machine, file: Path) -> None:
         "constants": {k: asdict(c) for k, c in machine.constants.items()},
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(values, indent=1) + "\n")
 
 
 def find_machine(name: str) -> Machine:

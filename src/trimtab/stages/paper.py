@@ -57,6 +57,13 @@ def plan_on_paper(values: Mapping[str, Any], asked: OnPaper, *, where: str) -> t
         )
     values = expand(values, where=where)
     if machine.kind == "gpu":
+        given = [t.get("engine", {}).get("workers") for t in (values, *values["stages"].values())]
+        if other := [workers for workers in given if workers not in (None, asked.gpus)]:
+            raise ConfigError(
+                f"engine.workers = {other[0]} with {asked.gpus} of {asked.on}: each process has a GPU of its own",
+                where=where,
+                fix=f"say --gpus {other[0]}, or leave engine.workers out",
+            )
         # Several processes are resolved as those of a CPU, because a run on several GPUs is refused.
         device = {"device": "cpu", "workers": asked.gpus}
         tables = {name: overlay(table, {"engine": device}) for name, table in values["stages"].items()}

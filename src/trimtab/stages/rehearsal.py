@@ -1,8 +1,7 @@
 """What is other in a rehearsal of `trimtab plan` than in the run: its last step is the run's largest.
 
-Memory is that of the largest micro-batch, which the first few steps seldom have: three steps of GRPO had up to 1,178
-tokens in one, the fourth 1,350, and took 5% more. The order of examples is known beforehand, so the step that has the
-largest micro-batch is known too, and is rehearsed after those that are timed.
+Memory is that of the largest micro-batch, which the first few steps seldom have. The order of examples is known
+beforehand, so the step that has the largest micro-batch is known too, and is rehearsed after those that are timed.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ _whole_steps: ContextVar[int | None] = ContextVar("whole_steps", default=None)
 """Steps of the run that is rehearsed; None if nothing is."""
 UNKNOWN = 1 << 62
 """In place of the number of steps, if only the data says how many there are."""
+MOST_STEPS = 1000
+"""How many steps are looked through for the largest. More would take longer than the rehearsal."""
 
 
 @contextmanager
@@ -33,9 +34,10 @@ def rehearsing(num_steps: int | None) -> Iterator[None]:
 
 
 def steps_rehearsed(num_steps: int) -> int:
-    """How many steps the rehearsed run has, of at most `num_steps`; 0 if nothing is rehearsed, or all of the run is."""
+    """How many steps of the rehearsed run, which has at most `num_steps`, are looked through; 0 if nothing is
+    rehearsed, or all of the run is."""
     num = min(num_steps, _whole_steps.get() or 0)
-    return num if num > FEW_STEPS else 0
+    return min(num, MOST_STEPS) if num > FEW_STEPS else 0
 
 
 def largest_step(steps: Iterable[Sequence[int]], settings: Any) -> int:

@@ -112,8 +112,8 @@ class Epochs:
         )
         if not (num := steps_rehearsed(epochs.num_steps)):
             return epochs
-        sizes = [tree.num_tokens for tree in examples]
-        step = largest_step(([sizes[i] for i in epochs.examples(n)] for n in range(num)), settings)
+        steps = ([examples[i].num_tokens for i in epochs.examples(n)] for n in range(num))
+        step = largest_step(steps, settings)
         return replace(epochs, largest=tuple(epochs.examples(step)))
 
     @property
