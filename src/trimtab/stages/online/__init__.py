@@ -275,14 +275,14 @@ def make_engines(
     return policy, engines.scorer(models.reference, name="reference", **how), critic
 
 
-def few_steps(table: Mapping[str, Any], settings: OnlineSettings) -> dict[str, Any]:
+def few_steps(table: Mapping[str, Any], _settings: OnlineSettings) -> dict[str, Any]:
     """Settings for a few steps that are like the later ones of a run: without the critic's warm-up, in which the policy
     is not updated, and without a lag, because of which the first step draws for several and the last ones for none."""
     steps = min(FEW_STEPS, table.get("num_steps", FEW_STEPS))
     critic = dict(table.get("critic", {})) | {"warmup_steps": 0}
-    if not settings.engine.max_staleness:
-        return {"num_steps": steps, "critic": critic}
-    return {"num_steps": steps, "critic": critic, "engine": dict(table.get("engine", {})) | {"max_staleness": 0}}
+    changed = {"num_steps": steps, "critic": critic}
+    engine = dict(table.get("engine", {}))
+    return changed | ({"engine": engine | {"max_staleness": 0}} if engine.get("max_staleness") else {})
 
 
 STAGE = Stage(
