@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from tests.stages.commands import (
@@ -31,6 +31,7 @@ from trimtab.math.ensembles import aggregate
 from trimtab.rewards.ensemble import EnsembleScorer
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.scorer import RewardModelScorer
+from trimtab.runs.models import model_digest
 from trimtab.stages.reward import RewardSettings
 from trimtab.stages.reward_members import Examples, agreement_of
 
@@ -173,6 +174,13 @@ def test_a_killed_ensemble_goes_on_bit_for_bit(ensemble, base, pairs, tmp_path):
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_in_two_processes_it_has_the_numbers_of_one(ensemble, base, pairs, tmp_path):
+    run = settings(base, pairs, members=3, engine={"workers": 2}, **KINDS[ensemble.name])
+    out = run_stage("reward", tmp_path / "run", **run)
+    for mine, theirs in zip(without_times(rows(out)), without_times(rows(ensemble)), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
 def test_it_is_a_reward_of_online_training_and_its_disagreement_is_logged(ensemble, base, tmp_path):
     rewards = [{"name": "model", "path": str(ensemble / "model"), "aggregate": "min"}]
     out = run_stage("online", tmp_path / "run", **online_settings(base, ensemble / "model", rewards=rewards))
@@ -225,6 +233,17 @@ def test_a_bootstrap_of_one_model_is_refused(base, pairs, tmp_path):
     run = write_run_file(tmp_path / "run.toml", settings(base, pairs, bootstrap=True))
     done = trimtab("reward", run, "--out", tmp_path / "run")
     assert "bootstrap = true is for the members of an ensemble, and members = 1" in done.output
+
+
+def test_a_run_sees_that_a_member_has_changed(ensemble, tmp_path):
+    copy = shutil.copytree(ensemble / "model", tmp_path / "copy")
+    before = model_digest(copy)
+    assert before == model_digest(ensemble / "model")
+    file = weights_file(copy / "members" / "2")
+    weights = load_file(file)
+    weights[next(iter(weights))] += 1
+    save_file(weights, file)
+    assert model_digest(copy) != before
 
 
 def test_a_damaged_file_is_refused(ensemble, tmp_path):

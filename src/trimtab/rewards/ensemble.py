@@ -83,7 +83,7 @@ class EnsembleScorer(RewardModelScorer):
         else:
             model = load_scalar(base, head_seed=0, device=device) if shared is None else shared
             members = [
-                member_on(model, f"reward_{name}_{number}", member, pad_id=chat.pad_id)
+                member_on(model, f"reward_{name}_member_{number}", member, pad_id=chat.pad_id)
                 for number, member in enumerate(paths)
             ]
         scale = {key: facts[key] for key in ("means", "scales", "shift")}

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from trimtab.core.hub import ADAPTER_FILE, BESIDE_FILE, base_of, read_json
+from trimtab.core.hub import ADAPTER_FILE, BESIDE_FILE, ENSEMBLE_FILE, base_of, is_ensemble, read_json
 
 _READ = ("*.json", "*.jinja", "*.model", "*.safetensors")
 """The files that decide what a model computes: configuration, tokenizer, template and weights."""
@@ -16,7 +16,8 @@ _NUM_BLOCKS, _BLOCK_BYTES = 1024, 4096
 
 
 def model_digest(directory: str | Path) -> str:
-    """The SHA-256 of a model directory: of the contents of its files, and for an adapter of those of its base too.
+    """The SHA-256 of a model directory: of the contents of its files, for an adapter of those of its base too,
+    and for an ensemble of those of all members.
 
     Where the directory and the base lie does not count. Large weights are sampled: training changes nearly all of their
     numbers, and reading many gigabytes would take longer than the first steps.
@@ -30,6 +31,9 @@ def model_digest(directory: str | Path) -> str:
             digest.update(json.dumps(described, sort_keys=True).encode())
         else:
             _add_file(digest, file)
+    if is_ensemble(path):  # this is the directory of its first member
+        for member in read_json(path / ENSEMBLE_FILE).get("members", ())[1:]:
+            digest.update(model_digest(path / member).encode())
     base = base_of(path)
     if base is not None:
         digest.update((model_digest(base) if Path(base).is_dir() else base).encode())
