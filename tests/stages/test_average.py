@@ -170,6 +170,37 @@ def test_models_that_do_not_belong_together_are_refused(base, members, adapters,
     assert "only one of them changes" in refused(out, adapters[0], layers, *data)
 
 
+def test_an_adapter_that_is_more_than_low_rank_is_refused(adapters, pairs, tmp_path):
+    copy = shutil.copytree(adapters[0], tmp_path / "dora")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"q_proj": 1}}))
+    said = refused(tmp_path / "mean", adapters[1], copy, "--data", pairs)
+    assert "more than one low-rank change of each layer: LORA, alpha_pattern" in said
+
+
+def test_a_rank_above_the_size_of_a_layer_loses_nothing(tmp_path, base, pairs):
+    """The tiny model's key and value layers have 32 outputs, and the two adapters 40 rows together."""
+    paths = [
+        train(base, pairs, tmp_path / f"member_{seed}", seed=seed, adapter={"rank": 20}, num_epochs=1.0)
+        for seed in (1, 2)
+    ]
+    record = averaged(tmp_path / "mean", *paths, "--data", pairs, "--rank", 38, "--tolerance", 1)
+    one, other, mean = (weights_of(load_scalar(path)) for path in (*paths, tmp_path / "mean"))
+    for name in one:
+        torch.testing.assert_close(mean[name], (one[name] + other[name]) / 2, rtol=1e-3, atol=1e-5)
+    assert record["kept_fraction"] == pytest.approx(1)
+
+
+def test_other_vocabularies_are_refused(base, tmp_path):
+    copy = shutil.copytree(base, tmp_path / "vocabulary")
+    tokens = json.loads((copy / "tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    one, other = sorted(vocabulary, key=vocabulary.get)[20:22]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (copy / "tokenizer.json").write_text(json.dumps(tokens))
+    assert "they have other vocabularies" in refused(tmp_path / "mean", base, copy)
+
+
 def test_other_configurations_and_templates_are_refused(base, tmp_path):
     theta, template = (shutil.copytree(base, tmp_path / name) for name in ("theta", "template"))
     config = json.loads((theta / "config.json").read_text())

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from trimtab.core.errors import ConfigError, EngineError
@@ -135,8 +136,6 @@ class LowRank:
     matrices: dict[str, Tensor]
     """For each layer A [rank, in] and B [out, rank], under names that end with lora_A.weight and lora_B.weight."""
     rank: int
-    modules: list[str]
-    """The names of the layers that are changed."""
     kept_fraction: float
     """The share of the sum of squares of all changes that the rank has room for."""
 
@@ -164,7 +163,7 @@ def average_products(paths: Sequence[str], shares: Sequence[float], *, rank: int
             squares, lost = squares + of_all, lost + of_rest
         matrices[name], matrices[of_b] = a, b
     kept = 1.0 if squares == 0 else 1 - lost / squares
-    return LowRank(matrices, total if rank is None else rank, members[0].modules, kept)
+    return LowRank(matrices, total if rank is None else rank, kept)
 
 
 def _products(path: str) -> LowRank:
@@ -183,8 +182,7 @@ def _products(path: str) -> LowRank:
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     matrices = {k: scale * v if k.endswith(".lora_B.weight") else v for k, v in weights.items()}
-    modules = config["target_modules"]
-    return LowRank(matrices, rank, [modules] if isinstance(modules, str) else sorted(modules), 1.0)
+    return LowRank(matrices, rank, 1.0)
 
 
 def refuse_other_layers(paths: Sequence[str]) -> None:
@@ -200,10 +198,12 @@ def _of_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, fl
     product itself, which may be large, is never made."""
     left, upper = torch.linalg.qr(b.double())
     right, other_upper = torch.linalg.qr(a.double().T)
-    u, s, v = torch.linalg.svd(upper @ other_upper.T)
+    u, s, v = torch.linalg.svd(upper @ other_upper.T, full_matrices=False)
     root = s[:rank].sqrt()
     new_b = left @ u[:, :rank] * root
     new_a = root[:, None] * (v[:rank] @ right.T)
+    missing = rank - len(root)  # above 0 for a layer smaller than the rank
+    new_a, new_b = pad(new_a, (0, 0, 0, missing)), pad(new_b, (0, missing))
     return new_a.float(), new_b.float(), float(s.square().sum()), float(s[rank:].square().sum())
 
 

@@ -139,7 +139,8 @@ def common_scale(scores: Floats, shifts: Sequence[float]) -> dict[str, Any]:
     held-out replies: each then has mean 0 and the members' average deviation. `shift` is the zero on that scale, the
     mean over members of what `shifts` are there."""
     means, deviations = scores.mean(1), scores.std(1)
-    scales = deviations.mean() / np.maximum(deviations, 1e-12)
+    # A member that gives every reply one score has no scale, and adds nothing.
+    scales = np.where(deviations > 0, deviations.mean() / np.where(deviations > 0, deviations, 1), 1)
     shift = float((scales * (np.array(shifts) - means)).mean())
     return {"means": means.tolist(), "scales": scales.tolist(), "shift": shift}
 
