@@ -28,6 +28,8 @@ from trimtab.core.errors import EngineError
 from trimtab.core.types import PreferencePair
 from trimtab.data.layouts import load
 from trimtab.math.ensembles import aggregate
+from trimtab.models.average import weights_of
+from trimtab.models.load import load_scalar
 from trimtab.rewards.ensemble import EnsembleScorer
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.scorer import RewardModelScorer
@@ -209,12 +211,25 @@ def test_where_one_model_is_needed_an_ensemble_is_refused(ensemble, base, pairs,
         RewardModelScorer.from_directory(str(path), token_budget=100)
     for command in (
         ("export", "--model", path, "--out", tmp_path / "out"),
-        ("average", tmp_path / "out", path, path, "--data", pairs),
         ("reward", write_run_file(tmp_path / "run.toml", settings(path, pairs)), "--out", tmp_path / "run"),
     ):
         done = trimtab(*command)
         assert done.exit_code == 2
         assert "this is an ensemble of reward models, and one model is needed here" in done.output
+
+
+def test_the_average_of_an_ensemble_is_that_of_its_members(ensemble, base, pairs, tmp_path):
+    done = trimtab("average", tmp_path / "mean", ensemble / "model", "--data", pairs)
+    assert done.exit_code == 2
+    assert "different score heads" in done.output
+    run = settings(base, pairs, members=3, head_seed=0, **KINDS[ensemble.name])
+    out = run_stage("reward", tmp_path / "run", **run)
+    done = trimtab("average", tmp_path / "mean", out / "model", "--data", pairs, "--tolerance", 1)
+    assert "the average of 3 models with the weights 0.333, 0.333, 0.333" in done.output
+    members = [weights_of(load_scalar(place)) for place in places(out)]
+    for name, weight in weights_of(load_scalar(tmp_path / "mean")).items():
+        torch.testing.assert_close(weight, sum(member[name] for member in members) / 3, rtol=1e-4, atol=1e-6)
+    assert not (tmp_path / "mean" / "ensemble.json").exists()
 
 
 def test_aggregates_of_one_model_and_coefficients_of_none_are_refused(reward_run, base, tmp_path):

@@ -111,6 +111,13 @@ def is_ensemble(path: str | Path) -> bool:
     return (Path(path).expanduser() / ENSEMBLE_FILE).exists()
 
 
+def members_in(path: str | Path) -> list[str]:
+    """The directories of the members of an ensemble, which its file names; of another model only its own name."""
+    if not is_ensemble(path):
+        return [str(path)]
+    return [str(Path(path).expanduser() / member) for member in read_json(Path(path) / ENSEMBLE_FILE)["members"]]
+
+
 def refuse_ensemble(path: str | Path, *, where: str) -> None:
     """Raises EngineError for an ensemble where one model is needed: its directory would be read as its first member."""
     if is_ensemble(path):

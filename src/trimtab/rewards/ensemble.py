@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from trimtab.batches.device import CPU
 from trimtab.batches.trees import TokenTrees, split_by_tokens
 from trimtab.core.errors import EngineError
-from trimtab.core.hub import ENSEMBLE_FILE, base_of, read_json
+from trimtab.core.hub import ENSEMBLE_FILE, base_of, members_in, read_json
 from trimtab.core.metrics import Metrics, mean_of
 from trimtab.core.types import Rollout
 from trimtab.data.chat import Chat
@@ -68,14 +68,14 @@ class EnsembleScorer(RewardModelScorer):
         """The frozen ensemble of a directory. Members that are adapters are put on one base, `shared` if it is given.
         Raises EngineError if its file is damaged."""
         facts = read_json(Path(path) / ENSEMBLE_FILE)
-        paths = [str(Path(path) / member) for member in facts.get("members", ())]
-        if not paths or not len(paths) == len(facts.get("means", ())) == len(facts.get("scales", ())):
+        names, means, scales = (facts.get(key, ()) for key in ("members", "means", "scales"))
+        if not names or not len(names) == len(means) == len(scales):
             raise EngineError(
                 f"{ENSEMBLE_FILE} does not name members with a mean and a scale each",
                 where=path,
                 fix="copy the directory again, or train the ensemble anew",
             )
-        chat = Chat(load_tokenizer(path))
+        paths, chat = members_in(path), Chat(load_tokenizer(path))
         base = base_of(paths[0])
         if base is None:
             models = [load_scalar(member, device=device) for member in paths]
@@ -86,7 +86,7 @@ class EnsembleScorer(RewardModelScorer):
                 member_on(model, f"reward_{name}_member_{number}", member, pad_id=chat.pad_id)
                 for number, member in enumerate(paths)
             ]
-        scale = {key: facts[key] for key in ("means", "scales", "shift")}
+        scale = {"means": means, "scales": scales, "shift": facts["shift"]}
         return cls(members, chat, token_budget=token_budget, how=how, name=name, **scale)
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from trimtab.core.hub import ADAPTER_FILE, BESIDE_FILE, ENSEMBLE_FILE, base_of, is_ensemble, read_json
+from trimtab.core.hub import ADAPTER_FILE, BESIDE_FILE, base_of, is_ensemble, members_in, read_json
 
 _READ = ("*.json", "*.jinja", "*.model", "*.safetensors")
 """The files that decide what a model computes: configuration, tokenizer, template and weights."""
@@ -32,8 +32,8 @@ def model_digest(directory: str | Path) -> str:
         else:
             _add_file(digest, file)
     if is_ensemble(path):  # this is the directory of its first member
-        for member in read_json(path / ENSEMBLE_FILE).get("members", ())[1:]:
-            digest.update(model_digest(path / member).encode())
+        for member in members_in(path)[1:]:
+            digest.update(model_digest(member).encode())
     base = base_of(path)
     if base is not None:
         digest.update((model_digest(base) if Path(base).is_dir() else base).encode())

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.files import replacing, writing
-from trimtab.core.hub import base_of, refuse_ensemble
+from trimtab.core.hub import base_of, members_in
 from trimtab.core.types import PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
@@ -83,15 +83,15 @@ def average(
 ) -> list[str]:
     """Writes the average of `models` to the directory `out`, whole or not at all; returns sentences about it.
 
-    `weights` are the members' shares, equal ones if empty. Reward models need `data`, preference pairs on which the way
-    to the average is looked at and its zero, moments and temperature are fitted anew. Raises EngineError for models
-    that do not belong together, and DataError if the average is worse than its members, unless `force`.
+    An ensemble stands for its members. `weights` are the members' shares, equal ones if empty. Reward models need
+    `data`, preference pairs on which the way to the average is looked at and its zero, moments and temperature are
+    fitted anew. Raises EngineError for models that do not belong together, and DataError if the average is worse than
+    its members, unless `force`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{str(out)!r} is there and not empty", where="OUT", fix="name a new directory")
+    models = [member for path in models for member in members_in(path)]
     shares = _shares(models, weights)
-    for path in models:
-        refuse_ensemble(path, where=path)
     scalar = _are_reward_models(models, data)
     base = base_of(models[0])
     refuse_unlike(models)
