@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -233,6 +234,9 @@ def test_processes_of_agents_are_started_polled_killed_and_waited_for(tmp_path):
         ended = launcher.launch(python(f"import os, sys; sys.exit(0 if {right} else 9)"), {}, rank=2)
         assert ended.wait(30) == 0
         assert launcher.launch(python("import sys; sys.exit(3)"), {}, rank=1).wait(30) == 3
+        beside = launcher.launch(python(f"import os, sys; sys.exit(os.getppid() != {os.getpid()})"), {}, rank=0)
+        assert beside.wait(30) == 0
+        assert (launcher.place(0), launcher.place(1)) == ("", f" on {platform.node()}")
         sleeping = [launcher.launch(python(SLEEP), {"OUT": str(tmp_path / str(rank))}, rank) for rank in (1, 2)]
         pids = [pid_in(tmp_path / str(rank)) for rank in (1, 2)]
         assert [process.poll() for process in sleeping] == [None, None]
@@ -242,6 +246,8 @@ def test_processes_of_agents_are_started_polled_killed_and_waited_for(tmp_path):
         assert sleeping[0].wait(10) == -signal.SIGKILL
         assert gone(pids[0])
         assert sleeping[1].poll() is None
+        launcher.launch(python("0"), {}, rank=1)
+        time.sleep(0.5)  # its end is reported, and nobody has asked
         launcher.dismiss(success=True)
         assert [agent.wait(10) for agent in started] == [0, 0]
         assert gone(pids[1])  # it ended with its agent

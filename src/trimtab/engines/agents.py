@@ -29,6 +29,8 @@ _LOOK_SECONDS = 0.1
 """How often an agent looks whether a process has ended."""
 _START_SECONDS = 30.0
 """An agent that does not start a process within this time has hung."""
+_END_SECONDS = 5.0
+"""An agent that is told to end has done so within this time."""
 _ENDED = "the controller ended as it should"
 
 
@@ -54,6 +56,7 @@ def serve(link: Connection, rank: int, key: str, arguments: Sequence[str] = ()) 
         for process in processes.values():
             process.kill()
             process.wait()
+        link.close()
 
 
 def _obey(link: Connection, message: Mapping[str, Any], processes: dict[int, Any], key: str) -> None:
@@ -198,7 +201,10 @@ class AgentLauncher:
         self._agents[agent.rank] = agent
 
     def launch(self, command: Sequence[str], variables: Mapping[str, str], rank: int) -> Process:
-        """Starts the command in the controller's working directory. Raises EngineError if it cannot be started."""
+        """Starts the command in the controller's working directory; for rank 0 beside the controller itself. Raises
+        EngineError if it cannot be started."""
+        if rank == 0:
+            return start_child(command, {KEY: self.key, **variables})
         agent, number = self._agents[rank], next(self._numbers)
         where = {"variables": dict(variables), "directory": os.getcwd()}
         there = agent.tell({"do": "start", "process": number, "command": list(command), **where})
@@ -219,13 +225,15 @@ class AgentLauncher:
 
     def place(self, rank: int) -> str:
         """The machine of the agent."""
-        return f" on {self._agents[rank].machine}"
+        return f" on {self._agents[rank].machine}" if rank > 0 else ""
 
     def dismiss(self, *, success: bool) -> None:
         """Ends the agents, and what they have started. They learn whether the command was a success."""
         for agent in self._agents.values():
-            if success:
-                agent.tell(_ENDED)
+            deadline = time.monotonic() + _END_SECONDS
+            there = success and agent.tell(_ENDED)
+            while there and time.monotonic() < deadline:  # a link closed with words unread loses those on their way
+                there = agent.hear(_LOOK_SECONDS)
             agent.link.close()
 
     def close(self) -> None:

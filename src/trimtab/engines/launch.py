@@ -53,9 +53,9 @@ class Launcher(Protocol):
     """The key of every link of this run. Each process that is started has it in its variable TRIMTAB_GROUP_KEY."""
 
     def launch(self, command: Sequence[str], variables: Mapping[str, str], rank: int) -> Process:
-        """Starts a command with these variables beside those of its machine, where the worker with this rank is to
-        stand; `launch([PYTHON, "-m", "trimtab.engines.worker", "1"], {}, rank=1)`. It ends with the controller if it
-        calls `end_with_parent`."""
+        """Starts a command with these variables beside those of its machine, where the process with this rank is to
+        stand (0 is the controller); for example `launch([PYTHON, "-m", "trimtab.engines.worker", "1"], {}, rank=1)`. A
+        process that calls `end_with_parent` ends with the controller, however that ends."""
         ...
 
     def num_threads(self, own: int, size: int) -> int:
