@@ -1,6 +1,8 @@
 """Train a reward model on preference pairs.
 
-It learns from comparisons what people prefer, and the stage writes down how far to trust it.
+It learns from comparisons what people prefer, and the stage writes down how far to trust it. Rankings are read as all
+of their pairs, which stay together in one tree, so pairs and rankings differ in the loss alone. The members of an
+ensemble take their steps in the same loop: one member is the usual case of it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 from trimtab.batches.trees import TokenTrees, Tree, split_sizes
 from trimtab.core.config import Choice
 from trimtab.core.errors import DataError
-from trimtab.core.metrics import merge
+from trimtab.core.metrics import Metrics, merge
 from trimtab.core.types import PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.pairs import Comparisons, group_pairs
@@ -131,9 +133,10 @@ def run(settings: RewardSettings, run: Run) -> None:
     with engines, training(run, Learners(learners), epochs, settings, description="reward") as steps:
         for number, _ in steps:
             batches = [train_on.batch(own.of_step(number)) for own in own_examples]
-            updates = zip(learners, batches, strict=True)
-            metrics = merge(learner.update([(batch, [settings.loss])]) for learner, batch in updates)
-            metrics |= steps.speed(*batches)
+            updates: list[Metrics] = []
+            for learner, batch in zip(learners, batches, strict=True):
+                updates.append(learner.update([(batch, [settings.loss])]))
+            metrics = merge(updates) | steps.speed(*batches)
             if steps.validates(number):
                 metrics |= merge(validate(learner, settings.loss, validation) for learner in learners)
             steps.log(metrics)
