@@ -58,3 +58,19 @@ def test_several_processes_are_started_and_make_the_update_of_one(tmp_path):
     result = trimtab("check", "--workers", 2, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert "an update in 2 processes" in result.output
+
+
+def test_sampler_processes_are_started_and_draw_the_same(tmp_path):
+    result = trimtab("check", "--workers", 1, "--sampler", "process", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "samplers, process                started in" in result.output
+    assert "replies, process                 32 of 32 replies as drawn first" in result.output
+
+
+def test_overrides_are_those_of_the_engine(tmp_path):
+    result = trimtab("check", "engine.sampler.nme=vllm", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "did you mean 'name'" in result.output or "engine.sampler.nme" in result.output
+    result = trimtab("check", "engine.sampler.name=vllm", f"engine.sampler.python={tmp_path}/none", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "cannot be run" in result.output

@@ -187,18 +187,20 @@ def _on(overrides: tuple[str, ...], **engine: Any) -> tuple[str, ...]:
 
 
 @main.command()
+@_overrides
 @_engine
 @_directory("Where runs will be written.", default="runs")
-def check(out: Path, **engine: Any) -> None:
+def check(overrides: tuple[str, ...], out: Path, **engine: Any) -> None:
     """Check this machine: rates, and whether all ways of computing agree.
 
-    Takes half a minute and downloads nothing. Exit code 1 if something is wrong.
+    Takes half a minute and downloads nothing. Exit code 1 if something is wrong. Overrides are settings of the engine,
+    such as engine.sampler.python=vllm/bin/python.
     """
+    from trimtab.core import config
     from trimtab.engines.check import show
     from trimtab.engines.launchers import with_workers
 
-    given = {key: value for key, value in engine.items() if value is not None}
-    sys.exit(show(with_workers({"engine": given})["engine"], out))
+    sys.exit(show(with_workers(config.apply_overrides({}, _on(overrides, **engine))), out))
 
 
 def _read(run_file: Path, overrides: tuple[str, ...]) -> tuple[dict[str, Any], str]:

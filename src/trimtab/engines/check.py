@@ -11,14 +11,17 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from trimtab.batches.rollouts import PolicyBatch
 from trimtab.batches.trees import TokenTrees, response_tree
@@ -33,6 +36,7 @@ from trimtab.engines.local.replies import DecodingForm, ReplyBuffer, Sampling
 from trimtab.engines.local.scorer import LocalScorer
 from trimtab.engines.local.slots import SlotForm
 from trimtab.engines.machines import FILE, machine_of, write_machine
+from trimtab.engines.samplers.pool import SamplerPool
 from trimtab.math.losses.policy import PPO
 from trimtab.models.roles import Policy
 
@@ -44,6 +48,7 @@ SECONDS = 0.5
 NEAR = 1e-3
 """Largest difference of two ways of computing in float32, in nats or relative; rounding is a hundred times smaller."""
 NUM_REPLIES, NUM_TOKENS = 32, 24
+VOCABULARY = 512
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def check(engine: EngineSettings, directory: Path) -> Iterator[Finding]:
     yield Finding("products in bfloat16", f"{half:,.0f} GFLOP/s", slow, constants=half_rate)
     moved = memory(device)
     yield Finding("memory, read and written", f"{moved:,.1f} GB/s", constants={"bandwidth": moved * 1e9})
-    yield from sampling(device)
+    yield from sampling(device, engine)
     if device.type != "cpu":
         yield updates(device)
     yield disk(directory)
@@ -87,12 +92,13 @@ def check(engine: EngineSettings, directory: Path) -> Iterator[Finding]:
 
 
 def show(values: Mapping[str, Any], directory: Path, say: Callable[[str], None] = print) -> int:
-    """Says what is found for these settings of the engine, and writes what a paper plan reads of this machine. Returns
-    1 if something is wrong, else 0. On a CPU two processes are tried too, if no other number is given."""
+    """Says what is found for these values of `CheckSettings`, and writes what a paper plan reads of this machine.
+    Returns 1 if something is wrong, else 0. On a CPU two processes are tried too, if no other number is given."""
     wrong = False
     constants: dict[str, float] = {}
-    tried = {"workers": 2} if values.get("device", "cpu") == "cpu" else {}
-    engine = config.resolve(EngineSettings, tried | dict(values), where="the command line")
+    engine = config.resolve(CheckSettings, values, where="the command line").engine
+    if engine.device == "cpu" and "workers" not in values.get("engine", {}):
+        engine = replace(engine, workers=2)
     for finding in check(engine, directory):
         constants |= finding.constants
         say(f"{finding.what:<32} {finding.found}")
@@ -157,7 +163,7 @@ def times_a_second(work: Callable[[], Any], device: torch.device) -> float:
     return num / (time.perf_counter() - began)
 
 
-def sampling(device: torch.device) -> Iterator[Finding]:
+def sampling(device: torch.device, engine: EngineSettings) -> Iterator[Finding]:
     """Whether each way of drawing replies draws the same ones, and gives the log-probabilities of the scorer."""
     policy = small_policy(device)
     prompts = [list(range(3, 3 + n)) for n in (5, 17, 9, 30)]
@@ -166,9 +172,42 @@ def sampling(device: torch.device) -> Iterator[Finding]:
         if form.name != "uncached":
             drawn[form.name] = draw(form, prompts)
             yield compared(form, policy, prompts, drawn)
+    if engine.sampler.name != "local":
+        yield from samplers(engine, policy, prompts, drawn)
     if isinstance(first := next(forms(policy, Sampling(), cast(Chat, NoChat()))), SlotForm) and device.type == "cpu":
         slow = "" if first.kernels.compiled else "no C compiler was found: replies are drawn 1.3 to 1.5 times slower"
         yield Finding("compiled kernels", "yes" if first.kernels.compiled else "no", slow)
+
+
+def samplers(
+    engine: EngineSettings, policy: Policy, prompts: Sequence[Sequence[int]], drawn: dict[str, ReplyBuffer]
+) -> Iterator[Finding]:
+    """How long the processes that draw replies take to start, and whether they draw the same ones."""
+    engine.sampler.find()
+    began = time.perf_counter()
+    pool = SamplerPool(
+        policy,
+        Chat(small_tokenizer()),
+        engine.sampler,
+        Sampling(max_new_tokens=NUM_TOKENS, max_prompt_tokens=200, batch_size=NUM_REPLIES),
+        version=lambda: 0,
+        whole=nullcontext,
+        limit_seconds=engine.timeout_seconds,
+    )
+    try:
+        yield Finding(f"samplers, {pool.name}", f"started in {time.perf_counter() - began:.1f} s")
+        drawn[pool.name] = draw(pool, prompts)
+        yield compared(pool, policy, prompts, drawn)
+    finally:
+        pool.close()
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer for `small_policy`, whose words are numbers."""
+    words = {str(i): i for i in range(VOCABULARY)}
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")), unk_token="0", pad_token="1", eos_token="2"
+    )
 
 
 def draw(form: DecodingForm, prompts: Sequence[Sequence[int]]) -> ReplyBuffer:
@@ -257,12 +296,12 @@ def load_small_policy(_settings: CheckSettings, _directory: Path) -> tuple[None,
 def small_policy(device: torch.device | None = None) -> Policy:
     """A small model whose weights are large enough that its replies differ."""
     config = LlamaConfig(
-        vocab_size=512,
+        vocab_size=VOCABULARY,
         hidden_size=64,
         num_hidden_layers=2,
         intermediate_size=96,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,  # vLLM computes no heads of less than 32 numbers on a CPU
+        num_key_value_heads=1,
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -279,7 +318,7 @@ def some_batch() -> PolicyBatch:
     draw = torch.Generator().manual_seed(1)
 
     def ids(num: int) -> list[int]:
-        found: list[int] = torch.randint(2, 512, (num,), generator=draw).tolist()
+        found: list[int] = torch.randint(2, VOCABULARY, (num,), generator=draw).tolist()
         return found
 
     trees = TokenTrees.build([response_tree(ids(n), [ids(n + i) for i in range(1, 4)]) for n in (5, 9, 17, 12)])
