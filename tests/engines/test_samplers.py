@@ -164,7 +164,7 @@ def serve_with(fault: str, path: Path, python: str) -> str:
         "if __name__ == '__main__':\n    raise SystemExit(plant())\n"
     )
     wrapper = path / "python"
-    wrapper.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then exec {python} "$@"; fi\nexec {python} {script}\n')
+    wrapper.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then exec "{python}" "$@"; fi\nexec "{python}" "{script}"\n')
     wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
     return str(wrapper)
 

@@ -70,7 +70,7 @@ def spread(request, directory):
 @pytest.mark.parametrize("name", LEARNED)
 def test_updates_are_those_of_one_process(spread, name):
     engines, models = spread
-    if engines.sharded and name == "adapter":
+    if engines.settings.shard and name == "adapter":
         pytest.skip("the base of an adapter is not sharded; what would lift this is a root for each of its blocks")
     losses = LOSSES.get(name, [PPO(), EntropyBonus(coef=0.01)])
     checkpointed = name == "checkpointed"
@@ -81,7 +81,7 @@ def test_updates_are_those_of_one_process(spread, name):
         assert mine == pytest.approx(other, rel=1e-5, abs=1e-7)
         norm = f"optimizer/{name}_gradient_norm"
         assert mine[norm] == pytest.approx(other[norm], rel=1e-6)
-        for n, weight in ours.local.parameters.items() if not engines.sharded else ():
+        for n, weight in ours.local.parameters.items() if not engines.settings.shard else ():
             expected = theirs.parameters[n]
             assert (weight.grad is None) == (expected.grad is None)
             if weight.grad is not None:
@@ -93,7 +93,7 @@ def test_updates_are_those_of_one_process(spread, name):
             others = [sums[name] for sums in every_checksum(engines)]
             own = checksums({name: models[name]})[name]
             assert others == [own] * (engines.group.size - 1)  # to the bit: all processes made the same updates
-    if engines.sharded:
+    if engines.settings.shard:
         shares = [p.to_local().numel() for p in ours.local.parameters.values()]
         assert sum(shares) < 0.6 * sum(p.numel() for p in theirs.parameters.values())
         assert all(p.numel() == 0 for p in models[name].parameters())  # no memory of its own between uses

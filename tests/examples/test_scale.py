@@ -19,9 +19,8 @@ from trimtab.stages.pipeline import resolve_stages
 
 SCALE = cli.examples_dir() / "scale"
 FILES = {"one_gpu.toml", "ray.toml", "sky.yaml", "slurm.sbatch", "torchrun.sh"}
-ON_PATH = """#!{python}
-import json, sys
-print(json.dumps(["{name}", *sys.argv[1:]]))
+ON_PATH = """#!/bin/sh
+exec '{python}' -c 'import json, sys; print(json.dumps(sys.argv[1:]))' {name} "$@"
 """
 
 

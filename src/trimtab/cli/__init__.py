@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 import trimtab
-from trimtab.cli.helpers import StageCommand, missing_extra, on_paper, same_command, sigterm_raised
+from trimtab.cli.helpers import StageCommand, joined, missing_extra, on_paper, same_command, sigterm_raised
 from trimtab.core import registry
 from trimtab.core.errors import ConfigError, Interrupted, Terminated, TrimtabError
 from trimtab.core.files import disk_problem, unwritable, writing
@@ -103,14 +102,7 @@ _max_new_tokens = click.option("--max-new-tokens", default=256, show_default=Tru
 def _engine(command: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a command the options that stand for settings of `engine`. Started several times by torchrun or srun, it is
     run once, and the others compute for it."""
-
-    @functools.wraps(command)
-    def once(*arguments: Any, **options: Any) -> Any:
-        from trimtab.engines.joined import together
-
-        with together():
-            return command(*arguments, **options)
-
+    once = joined()(command)  # a context as a decorator: no frame of this package between a command and its stage
     for option in reversed(_ENGINE):
         once = option(once)
     return once

@@ -112,3 +112,12 @@ def on_paper(command: Callable[..., Any]) -> Callable[..., Any]:
 def same_command() -> str:
     """The command that goes on with what this one began."""
     return shlex.join(["trimtab", *(word for word in sys.argv[1:] if word != "--fresh")])
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Around a command: joins the other processes that torchrun or srun has started for it."""
+    from trimtab.engines.joined import together
+
+    with together():
+        yield

@@ -105,6 +105,7 @@ RANGES: dict[str, Range] = {
     "processes": COUNT,
     "gpu_memory": Range(0, 1, low_open=True),
     "timeout_seconds": AMOUNT,
+    "max_staleness": OR_NONE,
     "free": Range(0, 1, high_open=True),
     "top_fraction": Range(0, 1, low_open=True),
     # annotators
