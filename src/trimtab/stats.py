@@ -123,10 +123,27 @@ def win_rate(
     wins = (a > b) + 0.5 * (a == b)
     if groups is None:
         return wilson(float(wins.sum()), wins.size, confidence=confidence)
-    if wins.size and np.all(wins == wins[0]):
-        bounds = wilson(float(wins[0]) * len(set(groups)), len(set(groups)), confidence=confidence)
-        return Interval(float(wins[0]), bounds.low, bounds.high, wins.size)
-    return bootstrap_mean(wins, groups=groups, confidence=confidence, num_resamples=num_resamples, seed=seed)
+    return bootstrap_share(wins, groups=groups, confidence=confidence, num_resamples=num_resamples, seed=seed)
+
+
+def bootstrap_share(
+    values: ArrayLike,
+    *,
+    groups: Sequence[Any] | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Mean of values in [0, 1] with the interval of `bootstrap_mean`.
+
+    If all values are equal, a bootstrap would claim certainty, so the interval is Wilson's over the groups (or values).
+    """
+    flat = _vector(values)
+    if flat.size and np.all(flat == flat[0]):
+        num = flat.size if groups is None else len(set(groups))
+        bounds = wilson(float(flat[0]) * num, num, confidence=confidence)
+        return Interval(float(flat[0]), bounds.low, bounds.high, flat.size)
+    return bootstrap_mean(flat, groups=groups, confidence=confidence, num_resamples=num_resamples, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
