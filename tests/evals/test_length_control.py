@@ -8,7 +8,7 @@ import pytest
 import scipy.optimize
 
 from trimtab.core.errors import DataError
-from trimtab.evals.length_control import _Table, choose_penalty, difficulties, fit_l1, length_controlled
+from trimtab.evals.length_control import OutcomeTable, choose_penalty, difficulties, fit_l1, length_controlled
 from trimtab.evals.verdicts import PairVerdict
 from trimtab.evals.win_rate import by_matchup, win_rate_of
 
@@ -130,6 +130,12 @@ def test_equal_lengths_leave_the_raw_rate():
     assert found.phi == 0
 
 
+def test_few_verdicts_are_not_certain_when_the_penalty_leaves_half():
+    rate = length_controlled(by_matchup(simulated(9, theta=0.2, seed=3)))[0].rate
+    assert rate.value == 0.5
+    assert rate.high - rate.low > 0.3
+
+
 def test_intervals_at_equal_length_cover_about_as_often_as_they_say():
     covered = []
     for seed in range(100):
@@ -141,7 +147,7 @@ def test_intervals_at_equal_length_cover_about_as_often_as_they_say():
 def test_difficulties_are_the_maximum_of_the_joint_likelihood():
     hard = np.random.default_rng(2).normal(size=12)
     given = enumerate((-1.0, 0.0, 1.0))
-    tables = [_Table.of(simulated(12, theta=t, psi=1.0, hard=hard, seed=k, soft=True)) for k, t in given]
+    tables = [OutcomeTable.of(simulated(12, theta=t, psi=1.0, hard=hard, seed=k, soft=True)) for k, t in given]
     found = difficulties(tables)
     gamma = np.array([found[f"p{i}"] for i in range(12)])
 

@@ -54,6 +54,21 @@ def test_rows_without_a_verdict_and_exact_repeats_are_counted(read):
     assert (found.num_missing, found.num_repeated) == (1, 1)
 
 
+def test_a_table_of_text_is_read_like_numbers(tmp_path):
+    path = tmp_path / "verdicts.csv"
+    path.write_text(
+        "prompt,model,baseline,verdict,length,baseline_length,shown_first,judge\n"
+        "p,m,b,0.5,10,20,model,anna\nq,m,b,1,,,,\nr,m,b,,1,2,,\n",
+        encoding="utf-8",
+    )
+    found = read_verdicts([path])
+    assert [(v.verdict, v.length, v.shown_first, v.judge) for v in found.verdicts] == [
+        (0.5, 10, "model", "anna"),
+        (1.0, None, None, ""),
+    ]
+    assert found.num_missing == 1
+
+
 def test_both_orders_and_several_judges_do_not_contradict(read):
     orders = [ROW | {"shown_first": "model"}, ROW | {"shown_first": "baseline", "verdict": 0.0}]
     assert len(read(*orders, ROW | {"judge": "anna"}, ROW | {"judge": "ben", "verdict": 0.5}).verdicts) == 4
@@ -70,6 +85,9 @@ def test_both_orders_and_several_judges_do_not_contradict(read):
         ([ROW | {"model": None}], "the model is None", "row 1", "its model"),
         ([{"prompt": "p", "model": "m", "verdict": 1}], "without baseline", "row 1", "columns prompt"),
         ([ROW | {"length": -1, "baseline_length": 3}], "a length of -1", "row 1", "number of characters"),
+        ([ALPACA | {"output_1": ["Yes."]}], "a length of ['Yes.']", "row 1", "number of characters"),
+        ([ROW | {"length": 2.5, "baseline_length": 3}], "a length of 2.5", "row 1", "number of characters"),
+        ([ROW | {"length": "long", "baseline_length": 3}], "a length of 'long'", "row 1", "number of characters"),
         ([ROW | {"shown_first": "left"}], "shown_first is 'left'", "row 1", "model or baseline"),
         ([ROW, ROW | {"verdict": 0.0}], "contradict each other: 1 and 0", "row 1 and", "`judge`"),
         ([ROW | {"verdict": None}], "none of the 1 rows", "verdicts.jsonl", "judged"),

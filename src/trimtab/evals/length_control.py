@@ -47,8 +47,8 @@ class LengthControlled:
     model: str
     baseline: str
     rate: Interval
-    """95% bootstrap over prompts; `count` is the number of prompts. It holds penalty and difficulties as they are. The
-    bounds are nan if all verdicts are equal."""
+    """95% bootstrap over prompts; `count` is the number of prompts. Difficulties are held as they are, and resamples
+    are fitted with the weakest penalty. The bounds are nan if all verdicts are equal."""
     theta: float
     phi: float
     """Gain in log-odds from a baseline reply that is longer by far; negative if the judges like length."""
@@ -78,7 +78,7 @@ def length_controlled(
             where="the variants of the baseline",
             fix=f"name some of {', '.join(sorted({model for model, _ in verdicts}))}, or none",
         )
-    tables = {matchup: _Table.of(rows) for matchup, rows in verdicts.items()}
+    tables = {matchup: OutcomeTable.of(rows) for matchup, rows in verdicts.items()}
     found = []
     for (model, baseline), table in tables.items():
         if model == baseline:
@@ -106,7 +106,7 @@ class _Rows:
     num_own: int
 
     @classmethod
-    def of(cls, own: _Table, variants: Sequence[_Table], difficulty: Mapping[str, float]) -> _Rows:
+    def of(cls, own: OutcomeTable, variants: Sequence[OutcomeTable], difficulty: Mapping[str, float]) -> _Rows:
         tables = (own, *variants)
         sizes = [len(table.prompts) for table in tables]
         columns = [np.repeat([1.0] + [0.0] * len(variants), sizes), np.concatenate([table.gap for table in tables])]
@@ -127,7 +127,8 @@ def _controlled(model: str, baseline: str, rows: _Rows, *, num_resamples: int, s
     drawn[1:] = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), size=num_resamples)
     weights = np.tile(rows.weight, (len(drawn), 1))
     weights[:, :num] = drawn
-    beta = fit_l1(rows.design, rows.outcome, weights, np.full(len(weights), penalty))
+    # A penalty that shrinks every resample to 50% would make the interval too narrow, so only the estimate has it.
+    beta = fit_l1(rows.design, rows.outcome, weights, np.where(np.arange(len(weights)), _PENALTIES[-1], penalty))
     even = rows.design[:num].copy()
     even[:, 1] = 0.0
     rates = (drawn * _sigmoid(beta @ even.T)).sum(axis=1) / num
@@ -137,7 +138,7 @@ def _controlled(model: str, baseline: str, rows: _Rows, *, num_resamples: int, s
     return LengthControlled(
         model=model,
         baseline=baseline,
-        rate=Interval(rate, float(low), float(high), num),
+        rate=Interval(rate, min(float(low), rate), max(float(high), rate), num),
         theta=float(beta[0, 0]),
         phi=float(beta[0, 1]),
         psi=float(beta[0, 2]) if beta.shape[1] == 3 else 0.0,
@@ -147,7 +148,7 @@ def _controlled(model: str, baseline: str, rows: _Rows, *, num_resamples: int, s
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Table:
+class OutcomeTable:
     """One model's verdicts, one row a prompt."""
 
     prompts: tuple[str, ...]
@@ -157,7 +158,7 @@ class _Table:
     """[P], tanh of the baseline's length minus the model's over its standard deviation; 0 if the gaps do not vary."""
 
     @classmethod
-    def of(cls, verdicts: Sequence[PairVerdict]) -> _Table:
+    def of(cls, verdicts: Sequence[PairVerdict]) -> OutcomeTable:
         rows: dict[str, list[tuple[float, int]]] = {}
         for verdict in verdicts:
             if verdict.length is None or verdict.baseline_length is None:
@@ -174,7 +175,7 @@ class _Table:
         return cls(prompts=tuple(rows), outcome=means[:, 0], gap=gap)
 
 
-def difficulties(tables: Sequence[_Table]) -> dict[str, float]:
+def difficulties(tables: Sequence[OutcomeTable]) -> dict[str, float]:
     """How much more often than their average the models win on each prompt, in log-odds, at equal length.
 
     The penalised maximum of the joint regression theta_m + phi_m gap + difficulty_x over all models m, found by

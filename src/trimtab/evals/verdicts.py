@@ -117,17 +117,19 @@ def _of_row(row: dict[str, Any], *, where: str) -> PairVerdict | None:
             where=where,
             fix="give each row the columns prompt, model, baseline and verdict, or those of AlpacaEval's annotations",
         )
+    lengths: tuple[float | None, ...]
     if layout == "plain":
-        value, low, high = row["verdict"], 0.0, 1.0
+        low, high, value = 0.0, 1.0, _number(row["verdict"])
         names = {key: row[key] for key in ("prompt", "model", "baseline")}
-        lengths = (row.get("length"), row.get("baseline_length"))
-        shown_first = _side(row.get("shown_first"), where=where)
+        lengths = (_number(row.get("length")), _number(row.get("baseline_length")))
+        shown_first = _side(row.get("shown_first") or None, where=where)
         judge = row.get("judge")
     else:
-        value, low, high = row["preference"], 1.0, 2.0
+        low, high, value = 1.0, 2.0, _number(row["preference"])
+        value = 1.5 if value == 0 else value
         names = {"prompt": row["instruction"], "model": row["generator_2"], "baseline": row["generator_1"]}
         outputs = (row.get("output_2"), row.get("output_1"))
-        lengths = tuple(None if text is None else len(str(text)) for text in outputs)  # type: ignore[assignment]
+        lengths = tuple(len(text) if isinstance(text, str) else text for text in outputs)
         shown_first = None  # AlpacaEval draws the order of each prompt, and stores the outputs in their own order
         judge = row.get("annotator")
     for key, name in names.items():
@@ -137,18 +139,18 @@ def _of_row(row: dict[str, Any], *, where: str) -> PairVerdict | None:
                 where=where,
                 fix=f"give the row its {key} as text; verdicts are grouped by it",
             )
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None:
         return None
-    if layout == "alpaca_eval" and value == 0:
-        value = 1.5
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+    if not isinstance(value, float) or not low <= value <= high:
         raise DataError(
             f"a verdict of {value!r}; this layout has numbers from {low:g} to {high:g}",
             where=where,
             fix=f"write {high:g} if the model's reply is better, {low:g} if the baseline's is, else their middle",
         )
     for length in lengths:
-        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 0):
+        if length is not None and (
+            isinstance(length, bool) or not isinstance(length, float | int) or not length >= 0 or length % 1
+        ):
             raise DataError(
                 f"a length of {length!r}",
                 where=where,
@@ -156,9 +158,9 @@ def _of_row(row: dict[str, Any], *, where: str) -> PairVerdict | None:
             )
     return PairVerdict(
         **names,
-        verdict=float(value) - low,
-        length=lengths[0],
-        baseline_length=lengths[1],
+        verdict=value - low,
+        length=None if lengths[0] is None else int(lengths[0]),
+        baseline_length=None if lengths[1] is None else int(lengths[1]),
         shown_first=shown_first,
         judge="" if judge is None else str(judge),
         where=where,
@@ -171,3 +173,15 @@ def _side(value: Any, *, where: str) -> Side | None:
     raise DataError(
         f"shown_first is {value!r}", where=where, fix="write whose reply was shown first: model or baseline"
     )
+
+
+def _number(cell: Any) -> Any:
+    """A number, or the text of one as in a CSV file, as a float; None for an empty cell; anything else as it is."""
+    if cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell)):
+        return None
+    if isinstance(cell, bool):
+        return cell
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return cell
