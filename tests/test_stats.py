@@ -12,6 +12,7 @@ from trimtab.stats import (
     Interval,
     auc,
     bootstrap_mean,
+    brier_score,
     expected_calibration_error,
     fit_temperature,
     moving_mean,
@@ -163,6 +164,12 @@ def test_a_perfect_forecaster_is_nearly_calibrated_and_an_overconfident_one_is_n
     y = generator.uniform(size=20_000) < p
     assert expected_calibration_error(p, y) < 0.4 / math.sqrt(20_000 / 15) * 1.5
     assert expected_calibration_error((p > 0.5).astype(float), y) == pytest.approx(0.25, abs=0.02)
+
+
+def test_the_brier_score_is_the_mean_squared_error():
+    assert brier_score([0.0, 0.5, 0.9], [0, 1, 1]) == pytest.approx((0 + 0.25 + 0.01) / 3)
+    assert brier_score([0.5, 0.5], [0, 1]) == 0.25
+    assert math.isnan(brier_score([], []))
 
 
 def test_auc_counts_every_pair():

@@ -201,6 +201,13 @@ def expected_calibration_error(probabilities: ArrayLike, outcomes: ArrayLike, *,
     return sum(b.count * abs(b.accuracy - b.mean_probability) for b in bins) / sum(b.count for b in bins)
 
 
+def brier_score(probabilities: ArrayLike, outcomes: ArrayLike) -> float:
+    """Mean squared difference of probabilities and outcomes (Brier, 1950); nan if there are none. Always saying a half
+    scores 0.25 where outcomes are 0 or 1."""
+    p, y = _vectors(probabilities=probabilities, outcomes=outcomes)
+    return float(np.square(p - y).mean()) if p.size else math.nan
+
+
 def auc(scores: ArrayLike, labels: ArrayLike) -> float:
     """Probability that a random positive scores above a random negative, ties counting half (area under the ROC curve).
 

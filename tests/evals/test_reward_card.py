@@ -7,9 +7,17 @@ import pytest
 import scipy.optimize
 
 from trimtab.core.types import Message, PreferencePair, Prompt
-from trimtab.evals.reward_card import fit_bag_of_words, ordering_accuracy, reward_card
+from trimtab.evals.reward_card import (
+    calibration,
+    cross_fitted_bag_of_words,
+    fit_bag_of_words,
+    ordering_accuracy,
+    prompt_correlation,
+    resembles,
+    reward_card,
+)
 from trimtab.evals.text import words
-from trimtab.stats import wilson
+from trimtab.stats import wilson, win_rate
 
 PROMPT = Prompt(messages=(Message("user", "Where is my parcel?"),))
 
@@ -170,3 +178,106 @@ def test_the_limit_of_single_votes_is_none_for_majorities():
     chances = {"probability_chosen": [0.7, 0.7], "score_chosen": [1.0, 1.0], "score_rejected": [0.0, 0.0]}
     assert reward_card(labelled(1.0, 1.0), **chances)["bayes_accuracy"] == pytest.approx(0.7)
     assert "bayes_accuracy" not in reward_card(labelled(1.0, 2 / 3), **chances)
+
+
+def asked(question: str, chosen: str, rejected: str) -> PreferencePair:
+    return PreferencePair(prompt=Prompt(messages=(Message("user", question),)), chosen=chosen, rejected=rejected)
+
+
+def test_a_constant_scorer_gets_half_of_the_pairs_and_is_called_one():
+    pairs = [asked(str(i // 2), "word " * (i + 2), "word") for i in range(6)]
+    card = reward_card(pairs, score_chosen=np.full(6, 0.3), score_rejected=np.full(6, 0.3))
+    assert (card["accuracy"], card["auc"], card["resembles"]) == (0.5, 0.5, "constant")
+    assert all(part["accuracy"] == 0.5 for part in card["by_margin"])
+    assert np.isnan(card["prompt_correlation"])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_scorer_of_length_is_called_one_in_whatever_unit_it_counts(sign):
+    generator = np.random.default_rng(1)
+
+    def text() -> str:
+        letters = generator.integers(1, 10, size=generator.integers(3, 80))
+        return " ".join("a" * n for n in letters)
+
+    pairs = [asked(str(i), text(), text()) for i in range(100)]
+    by_letters = [[sign * len(getattr(pair, side)) for pair in pairs] for side in ("chosen", "rejected")]
+    card = reward_card(pairs, score_chosen=by_letters[0], score_rejected=by_letters[1])
+    assert card["resembles"] == "length"
+    noisy = [np.array(side) + generator.normal(0, 100, 100) for side in by_letters]
+    assert reward_card(pairs, score_chosen=noisy[0], score_rejected=noisy[1])["resembles"] is None
+
+
+def test_what_scores_resemble_worked_by_hand():
+    assert resembles([2.0, 2.0], [1.0, 5.0]) == "constant"
+    assert resembles([2.0, 3.0, 9.0], [1.0, 2.0, 3.0]) == "length"
+    assert resembles([2.0, 9.0, 3.0], [1.0, 2.0, 3.0]) is None
+    assert resembles([1.0, 2.0], [4.0, 4.0]) is None  # of one length
+
+
+def test_accuracy_by_slice_counts_the_pairs_of_each():
+    pairs = [asked(str(i), "a", "b") for i in range(3)]
+    scores = {"score_chosen": [1.0, 0.0, 1.0], "score_rejected": [0.0, 1.0, 0.0]}
+    card = reward_card(pairs, **scores, slices=["maths", "maths", "talk"])
+    assert card["by_slice"]["maths"]["accuracy"] == 0.5
+    assert card["by_slice"]["talk"] == {
+        "accuracy": 1.0,
+        "low": wilson(1, 1).low,
+        "high": wilson(1, 1).high,
+        "count": 1,
+    }
+    assert reward_card(pairs, **scores)["by_slice"] == {}
+    with pytest.raises(ValueError, match="3 pairs need one slice each; got 1"):
+        reward_card(pairs, **scores, slices=["maths"])
+
+
+def test_intervals_of_slices_resample_prompts():
+    pairs = [asked(str(i // 4), "a a", "b") for i in range(40)]
+    chosen = np.repeat([1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0], 4)
+    card = reward_card(pairs, score_chosen=chosen, score_rejected=np.full(40, 0.5))
+    clustered = win_rate(chosen, np.full(40, 0.5), groups=[str(i // 4) for i in range(40)])
+    part = card["slices"]["chosen_longer"]
+    assert (part["low"], part["high"]) == (clustered.low, clustered.high)
+    # four pairs that stand or fall together count as about one
+    naive = wilson(24, 40)
+    assert part["high"] - part["low"] > 1.5 * (naive.high - naive.low)
+
+
+def test_the_share_of_the_prompt_in_the_reward():
+    assert prompt_correlation([1.0, 2.0], [1.0, 2.0]) == 1  # the prompt alone
+    # mean 1.5, s^2 = (4 * 0.25) / 3 = 1/3; both pairs differ by 1, so 1 - 1 / (2/3)
+    assert prompt_correlation([2.0, 1.0], [1.0, 2.0]) == pytest.approx(-0.5)
+    rewards = np.random.default_rng(0).normal(size=(2, 5000))
+    assert prompt_correlation(rewards.max(0), rewards.min(0)) == pytest.approx(0, abs=0.05)
+
+
+def test_calibration_worked_by_hand():
+    logits, outcomes = np.log([1 / 3, 1 / 3, 3, 3]), [0, 1, 1, 1]  # forecasts 1/4, 1/4, 3/4, 3/4
+    found = calibration(logits, outcomes, num_bins=2)
+    assert found["brier"] == pytest.approx((1 / 16 + 9 / 16 + 1 / 16 + 1 / 16) / 4)
+    # one bin for each of so few forecasts
+    assert found["ece"] == pytest.approx((0.25 + 0.75 + 0.25 + 0.25) / 4)
+    assert [one["count"] for one in found["reliability"]] == [2, 2]
+
+
+def test_the_temperature_mends_a_model_that_is_too_sure():
+    sure = simulated()
+    sure |= {side: 5 * sure[side] for side in ("score_chosen", "score_rejected")}
+    card = reward_card(**sure)
+    assert card["temperature"] == pytest.approx(5, abs=0.4)
+    assert card["ece"] > 0.1
+    assert card["calibrated"]["ece"] < 0.03
+    assert card["calibrated"]["brier"] < card["brier"]
+
+
+def test_the_bag_of_words_without_training_pairs_learns_from_the_other_half_of_the_prompts():
+    pairs = [asked(str(i), f"good thing {i}", f"bad thing {i}") for i in range(10)]
+    chosen, rejected = cross_fitted_bag_of_words(pairs)
+    assert (chosen > rejected).all()
+    assert reward_card(pairs, score_chosen=np.zeros(10), score_rejected=np.zeros(10))["bag_of_words"] == 1
+    # words that occur under one prompt alone are unknown to the half that has not seen them
+    own = [asked(str(i), f"yes{i}", f"no{i}") for i in range(10)]
+    chosen, rejected = cross_fitted_bag_of_words(own)
+    assert (chosen == 0).all()
+    assert (rejected == 0).all()
+    assert cross_fitted_bag_of_words(own[:1]) is None

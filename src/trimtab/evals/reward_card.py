@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import scipy
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from trimtab.core.types import PreferencePair, prompt_id
 from trimtab.evals.text import words
@@ -19,6 +19,7 @@ from trimtab.stats import (
     Floats,
     Interval,
     auc,
+    brier_score,
     expected_calibration_error,
     fit_temperature,
     reliability_bins,
@@ -27,8 +28,17 @@ from trimtab.stats import (
     win_rate,
 )
 
+Bools = NDArray[np.bool_]
+Strings = NDArray[np.str_]
+
+SIDES = ("chosen", "rejected")
 LENGTH_MATCHED = 0.1
 """Two replies are of equal length when they differ by less than this share of the longer one."""
+LENGTH_ONLY = 0.95
+"""A model is called a scorer of length if its rewards and the lengths of the replies have at least this Spearman
+correlation, up or down. Lengths in tokens, letters and words agree better than this with each other."""
+MOST_TRAINING_PAIRS = 4000
+"""Number of pairs that the bag of words is trained on; it learns little from more."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,65 @@ def fit_bag_of_words(
     return BagOfWords(dict(zip(vocabulary, found.x.tolist(), strict=True)))
 
 
+def cross_fitted_bag_of_words(pairs: Sequence[PreferencePair]) -> tuple[Floats, Floats] | None:
+    """Scores of the chosen and the rejected replies, [num_pairs] each, by a bag of words that was trained on the pairs
+    of the other half of the prompts (at most 4000 of them). Pairs with an even label are not trained on.
+
+    Prompts go to the two halves in turn, in the order of their ids. None if a half would have nothing to train on.
+    """
+    prompts = [prompt_id(pair.prompt.messages) for pair in pairs]
+    half_of = {prompt: number % 2 for number, prompt in enumerate(sorted(set(prompts)))}
+    halves = np.array([half_of[prompt] for prompt in prompts])
+    scores = np.zeros((2, len(pairs)))
+    for half in (0, 1):
+        other = [pair for pair, own in zip(pairs, halves, strict=True) if own != half and pair.label != 0.5]
+        other = other[:MOST_TRAINING_PAIRS]
+        if not other:
+            return None
+        judge = fit_bag_of_words([pair.chosen for pair in other], [pair.rejected for pair in other])
+        for i in np.flatnonzero(halves == half).tolist():
+            scores[:, i] = judge.score(pairs[i].chosen), judge.score(pairs[i].rejected)
+    return scores[0], scores[1]
+
+
+def prompt_correlation(chosen: ArrayLike, rejected: ArrayLike) -> float:
+    """Intraclass correlation of the two rewards of a pair: 1 if the reward depends on the prompt alone, about 0 if it
+    does not depend on it, below 0 if replies to one prompt differ more than replies to any.
+
+        1 - mean((chosen - rejected)^2) / (2 s^2),   s^2 the sample variance of all rewards
+
+    nan if all rewards are equal.
+    """
+    a, b = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
+    both = np.concatenate([a, b])
+    if both.size < 2 or np.ptp(both) == 0:
+        return math.nan
+    return float(1 - np.square(a - b).mean() / (2 * both.var(ddof=1)))
+
+
+def resembles(rewards: ArrayLike, lengths: ArrayLike) -> Literal["constant", "length"] | None:
+    """The simple scorer that these rewards of replies are those of, if they are: "constant" if all are equal, "length"
+    if they rise or fall with the length of the reply alone (see `LENGTH_ONLY`)."""
+    if np.ptp(np.asarray(rewards, dtype=np.float64)) == 0:
+        return "constant"
+    return "length" if abs(spearman(rewards, lengths)) >= LENGTH_ONLY else None
+
+
+def calibration(logits: ArrayLike, outcomes: ArrayLike, *, num_bins: int = 10) -> dict[str, Any]:
+    """Reliability bins, expected calibration error (over 15 bins) and Brier score of sigmoid(logits), as JSON values.
+
+    Outcomes are 0 or 1, or a probability in between. The replies of each pair have to be in random order: if the chosen
+    reply is always the first, every outcome is at least a half and the bins show nothing.
+    """
+    forecasts = scipy.special.expit(np.asarray(logits, dtype=np.float64))
+    bins = reliability_bins(forecasts, outcomes, num_bins=num_bins)
+    return {
+        "reliability": [dataclasses.asdict(one) for one in bins],
+        "ece": expected_calibration_error(forecasts, outcomes),
+        "brier": brier_score(forecasts, outcomes),
+    }
+
+
 def ordering_accuracy(
     chosen_scores: ArrayLike, rejected_scores: ArrayLike, prompts: Sequence[str] | None = None
 ) -> Interval:
@@ -98,6 +167,7 @@ def reward_card(
     training_pairs: Sequence[PreferencePair] = (),
     probability_chosen: ArrayLike | None = None,
     bayes_accuracy: float | None = None,
+    slices: Sequence[str] = (),
     num_margin_bins: int = 5,
     num_calibration_bins: int = 10,
     seed: int = 0,
@@ -105,9 +175,17 @@ def reward_card(
     """The card of a reward model on held-out pairs, as JSON values; the reward stage's summary.
 
     `score_chosen` and `score_rejected` are its rewards, [num_pairs]. Pairs with an even label (0.5) have no right side.
-    They are left out of every accuracy and of `auc`, and counted in `num_even`; `reliability`, `ece` and `temperature`
-    compare with the labels, even ones too. If there are `training_pairs`, a bag of words is trained on them, and
-    `bag_of_words` is its accuracy on `pairs`. `bayes_accuracy` is the highest accuracy that any judge could reach
+    They are left out of every accuracy and of `auc`, and counted in `num_even`; `reliability`, `ece`, `brier` and
+    `temperature` compare with the labels, even ones too, and `calibrated` has the first three after the rewards were
+    divided by the temperature. Intervals of accuracies resample whole prompts. `slices` names the slice of each pair,
+    if there are any, and `by_slice` has the accuracy in each.
+
+    `bag_of_words` is the accuracy of a bag of words that was trained on the `training_pairs`, or without any on the
+    other half of the prompts. `random` is the accuracy of a score that knows nothing or sees only the prompt: it ties
+    every pair. `prompt_correlation` says how far the reward itself is one of the prompt, and `resembles` names the
+    simple scorer that it amounts to, if it does.
+
+    `bayes_accuracy` is the highest accuracy that any judge could reach
     against these noisy annotators. If it is not given, it is the mean of max(p, 1 - p) over `probability_chosen` (the
     known chance that a simulated annotator prefers `chosen`) if every label is 1; otherwise it is absent, because
     several votes are more often right than one. `share_of_bayes` says how far accuracy goes from chance (0) to that
@@ -123,12 +201,15 @@ def reward_card(
 
     labels = np.array([pair.label for pair in pairs], dtype=np.float64)
     decided = labels != 0.5
-    # rows of one prompt may have ids of their own
-    prompts = [prompt_id(pair.prompt.messages) for pair in compress(pairs, decided)]
+    if slices and len(slices) != num_pairs:
+        raise ValueError(f"{num_pairs} pairs need one slice each; got {len(slices)}")
+    prompt_ids = np.array([prompt_id(pair.prompt.messages) for pair in pairs])  # rows of one prompt may have other ids
 
-    def share_right(chosen_scores: Floats, rejected_scores: Floats) -> Interval:
-        return ordering_accuracy(chosen_scores[decided], rejected_scores[decided], prompts)
+    def share_right(chosen_scores: Floats, rejected_scores: Floats, among: Bools = decided) -> Interval:
+        kept = among & decided
+        return ordering_accuracy(chosen_scores[kept], rejected_scores[kept], prompt_ids[kept].tolist())
 
+    rewards, lengths = np.concatenate([chosen, rejected]), np.concatenate([chosen_lengths, rejected_lengths])
     accuracy = share_right(chosen, rejected)
     longer = share_right(chosen_lengths, rejected_lengths)
     card: dict[str, Any] = {
@@ -137,45 +218,42 @@ def reward_card(
         **accuracy.named("accuracy"),
         **longer.named("longer_wins"),
         "auc": auc(np.concatenate([chosen[decided], rejected[decided]]), np.repeat([1.0, 0.0], decided.sum())),
-        "length_spearman": spearman(
-            np.concatenate([chosen, rejected]), np.concatenate([chosen_lengths, rejected_lengths])
-        ),
-        "by_margin": _by_margin((chosen - rejected)[decided], num_margin_bins),
-        "by_length": _by_length(
-            np.concatenate([chosen, rejected]), np.concatenate([chosen_lengths, rejected_lengths]), num_margin_bins
-        ),
+        "random": 0.5,
+        "resembles": resembles(rewards, lengths),
+        "length_spearman": spearman(rewards, lengths),
+        "prompt_correlation": prompt_correlation(chosen, rejected),
+        "by_margin": _by_margin((chosen - rejected)[decided], prompt_ids[decided], num_margin_bins),
+        "by_length": _by_length(rewards, lengths, num_margin_bins),
     }
 
     difference = chosen_lengths - rejected_lengths
     matched = np.abs(difference) < LENGTH_MATCHED * np.maximum(chosen_lengths, rejected_lengths)
-    slices = {
+    by_length = {
         "length_matched": matched | (difference == 0),
         "chosen_shorter": difference < 0,
         "chosen_longer": difference > 0,
     }
-    card["slices"] = {
-        name: _share(ordering_accuracy(chosen[m & decided], rejected[m & decided])) for name, m in slices.items()
-    }
+    card["slices"] = {name: as_share(share_right(chosen, rejected, among)) for name, among in by_length.items()}
+    named = np.array(slices)
+    found = {name: named == name for name in dict.fromkeys(slices)}
+    card["by_slice"] = {name: as_share(share_right(chosen, rejected, among)) for name, among in found.items()}
 
     if training_pairs:
         judge = fit_bag_of_words([pair.chosen for pair in training_pairs], [pair.rejected for pair in training_pairs])
-        bag_of_words = share_right(
-            np.array([judge.score(pair.chosen) for pair in pairs]),
-            np.array([judge.score(pair.rejected) for pair in pairs]),
-        )
-        card |= bag_of_words.named("bag_of_words")
+        by_words = tuple(np.array([judge.score(getattr(pair, side)) for pair in pairs]) for side in SIDES)
+    else:
+        by_words = cross_fitted_bag_of_words(pairs) or ()
+    if by_words:
+        card |= share_right(*by_words).named("bag_of_words")
 
     # random orientation: with the chosen reply always first, no outcome would be below a half
     flipped = np.random.default_rng(seed).random(num_pairs) < 0.5
     logits = np.where(flipped, rejected - chosen, chosen - rejected)
     outcomes = np.where(flipped, 1 - labels, labels)
-    forecasts = scipy.special.expit(logits)
-    card["reliability"] = [
-        dataclasses.asdict(b) for b in reliability_bins(forecasts, outcomes, num_bins=num_calibration_bins)
-    ]
-    card["ece"] = expected_calibration_error(forecasts, outcomes)
-    # one temperature changes no order, so it is fitted on the very pairs that it describes, with either side first
-    card["temperature"] = fit_temperature(chosen - rejected, labels)
+    # one temperature changes no order, so it is fitted on the very pairs that it describes
+    card["temperature"] = fit_temperature(logits, outcomes)
+    card |= calibration(logits, outcomes, num_bins=num_calibration_bins)
+    card["calibrated"] = calibration(logits / card["temperature"], outcomes, num_bins=num_calibration_bins)
 
     if bayes_accuracy is None and probability_chosen is not None and (labels == 1).all():
         p = np.asarray(probability_chosen, dtype=np.float64)
@@ -187,16 +265,17 @@ def reward_card(
     return card
 
 
-def _share(interval: Interval) -> dict[str, float]:
+def as_share(interval: Interval) -> dict[str, float]:
+    """An accuracy as the tables of a card hold it."""
     return {"accuracy": interval.value, "low": interval.low, "high": interval.high, "count": interval.count}
 
 
-def _by_margin(margins: Floats, num_bins: int) -> list[dict[str, float]]:
+def _by_margin(margins: Floats, prompt_ids: Strings, num_bins: int) -> list[dict[str, float]]:
     """Accuracy in equal-mass bins of the absolute reward difference: a useful model is right when it is certain."""
     sizes = np.abs(margins)
     bins: list[dict[str, float]] = []
     for members in np.array_split(np.argsort(sizes, kind="stable"), min(num_bins, sizes.size)) if sizes.size else ():
-        share = ordering_accuracy(margins[members], np.zeros(members.size))
+        share = ordering_accuracy(margins[members], np.zeros(members.size), prompt_ids[members].tolist())
         bins.append(
             {
                 "low": float(sizes[members[0]]),
