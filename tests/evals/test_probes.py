@@ -22,13 +22,7 @@ PAIRS = [pair(f"Question {i}?", f"Answer {i}. It is {i}.") for i in range(8)]
 def card_of(score, pairs=PAIRS, **options):
     """The reading of the probes by a scorer that is a function of a prompt and a text."""
     probes = make_probes(pairs, **options)
-    return read_probes(
-        probes,
-        [score(probe.prompt, probe.text) for probe in probes],
-        pairs,
-        score_chosen=[score(pair.prompt, pair.chosen) for pair in pairs],
-        score_rejected=[score(pair.prompt, pair.rejected) for pair in pairs],
-    )
+    return read_probes(probes, [score(probe.prompt, probe.text) for probe in probes])
 
 
 @pytest.mark.parametrize(
@@ -152,4 +146,4 @@ def test_a_probe_that_could_not_be_scored_is_left_out_and_counted():
 def test_probes_without_a_score_each_are_refused():
     probe = Probe("style", "sure", 0, PAIRS[0].prompt, "Sure! Yes.")
     with pytest.raises(ValueError, match="1 probes need one score each"):
-        read_probes([probe], [1.0, 2.0], PAIRS, score_chosen=[0.0] * 8, score_rejected=[0.0] * 8)
+        read_probes([probe], [1.0, 2.0])

@@ -8,6 +8,7 @@ length hold for replies in English.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from trimtab.core.types import PreferencePair, Prompt, prompt_id
-from trimtab.evals.reward_card import ordering_accuracy
+from trimtab.evals.reward_card import SIDES, ordering_accuracy
 from trimtab.evals.text import words
-from trimtab.stats import Floats, Interval, bootstrap_mean
+from trimtab.stats import Floats, Interval, paired_difference
 
 NUM_PROBED = 100
 """Number of pairs that probes are made of: with two values near a half this settles a share to within 0.1."""
@@ -39,11 +40,12 @@ _FILLERS = (
 
 @dataclass(frozen=True)
 class Probe:
-    """A changed reply to score, for example the chosen reply of pair 3 with a heading."""
+    """A text to score, for example the chosen reply of pair 3 with a heading."""
 
-    kind: Literal["shuffled", "degenerate", "style"]
+    kind: Literal["reply", "shuffled", "degenerate", "style"]
+    """Whether it is the reply as it is, under another prompt, a text without content, or in another style."""
     name: str
-    """What was changed, a key of `STYLES` or `DEGENERATE`; or the side that was put under another prompt."""
+    """Which one: "chosen" or "rejected", a key of `DEGENERATE`, or a key of `STYLES`."""
     pair: int
     """Number of the pair that the reply comes from."""
     prompt: Prompt
@@ -144,8 +146,9 @@ def sentences_of(text: str) -> list[str]:
 def make_probes(pairs: Sequence[PreferencePair], *, limit: int = NUM_PROBED) -> list[Probe]:
     """The probes of at most `limit` pairs with a right side, spread over all such pairs.
 
-    Of each pair both sides under another prompt, texts without content, and the chosen reply in each style. With one
-    prompt only there is no other prompt to show, and no answer spray.
+    Of each pair both replies, both under another prompt, texts without content, and the chosen reply in each style. The
+    replies are among the probes so that all are scored in one way. With one prompt only there is no other prompt to
+    show, and no answer spray.
     """
     decided = [i for i, pair in enumerate(pairs) if pair.label != 0.5]
     probed = decided if len(decided) <= limit else [decided[k * len(decided) // limit] for k in range(limit)]
@@ -154,7 +157,7 @@ def make_probes(pairs: Sequence[PreferencePair], *, limit: int = NUM_PROBED) -> 
         firsts.setdefault(prompt_id(pairs[i].prompt.messages), i)
     numbers = {prompt: number for number, prompt in enumerate(firsts)}
     first_pairs = list(firsts.values())
-    found = []
+    found: list[Probe] = []
     for i in probed:
         pair = pairs[i]
         number = numbers[prompt_id(pair.prompt.messages)]
@@ -162,10 +165,10 @@ def make_probes(pairs: Sequence[PreferencePair], *, limit: int = NUM_PROBED) -> 
         shift = len(first_pairs) // 2
         steps = [shift + k for k in range(len(first_pairs)) if (shift + k) % len(first_pairs)][:NUM_SPRAYED]
         others = [pairs[first_pairs[(number + step) % len(first_pairs)]] for step in steps]
-        if others:
-            found += [
-                Probe("shuffled", side, i, others[0].prompt, getattr(pair, side)) for side in ("chosen", "rejected")
-            ]
+        for side in SIDES:
+            found.append(Probe("reply", side, i, pair.prompt, getattr(pair, side)))
+            if others:
+                found.append(Probe("shuffled", side, i, others[0].prompt, getattr(pair, side)))
         for name, text_of in DEGENERATE.items():
             if (text := text_of(pair, [other.chosen for other in others])) is not None:
                 found.append(Probe("degenerate", name, i, pair.prompt, text))
@@ -175,15 +178,8 @@ def make_probes(pairs: Sequence[PreferencePair], *, limit: int = NUM_PROBED) -> 
     return found
 
 
-def read_probes(
-    probes: Sequence[Probe],
-    scores: ArrayLike,
-    pairs: Sequence[PreferencePair],
-    *,
-    score_chosen: ArrayLike,
-    score_rejected: ArrayLike,
-) -> dict[str, Any]:
-    """What the rewards of the probes, [num_probes], say beside those of the real replies, [num_pairs] each.
+def read_probes(probes: Sequence[Probe], scores: ArrayLike) -> dict[str, Any]:
+    """What the rewards of the probes, [num_probes], say, as JSON values.
 
     `shuffled_replies` is the accuracy of the model with another prompt in the place of the right one: what it knows
     from replies alone. `degenerate` has for each text without content how often its reward is above that of the chosen
@@ -194,36 +190,35 @@ def read_probes(
     given = np.asarray(scores, dtype=np.float64)
     if given.shape != (len(probes),):
         raise ValueError(f"{len(probes)} probes need one score each; got {given.shape}")
-    chosen, rejected = np.asarray(score_chosen, dtype=np.float64), np.asarray(score_rejected, dtype=np.float64)
-    scored: dict[tuple[str, str], dict[int, float]] = {}
-    for probe, value in zip(probes, given.tolist(), strict=True):
-        if not np.isnan(value):
-            scored.setdefault((probe.kind, probe.name), {})[probe.pair] = value
+    prompts = {probe.pair: prompt_id(probe.prompt.messages) for probe in probes if probe.kind == "reply"}
+    rewards: dict[tuple[str, str], dict[int, float]] = {}
+    for probe, reward in zip(probes, given.tolist(), strict=True):
+        of_pairs = rewards.setdefault((probe.kind, probe.name), {})
+        if not math.isnan(reward):
+            of_pairs[probe.pair] = reward
 
-    def prompts_of(numbers: Sequence[int]) -> list[str]:
-        return [prompt_id(pairs[i].prompt.messages) for i in numbers]
+    def beside(one: tuple[str, str], other: tuple[str, str]) -> tuple[Floats, Floats, list[str]]:
+        """The rewards of two probes of the same pairs, and the prompts of these pairs."""
+        both = sorted(rewards[one].keys() & rewards[other].keys())
+        ours, theirs = (np.array([rewards[key][i] for i in both], dtype=np.float64) for key in (one, other))
+        return ours, theirs, [prompts[i] for i in both]
 
-    found: dict[str, Any] = {
-        "num_probed": len({probe.pair for probe in probes}),
-        "num_probes_unscored": int(np.isnan(given).sum()),
+    found: dict[str, Any] = {"num_probed": len(prompts), "num_probes_unscored": int(np.isnan(given).sum())}
+    if ("shuffled", "chosen") in rewards:
+        shuffled = beside(("shuffled", "chosen"), ("shuffled", "rejected"))
+        found |= ordering_accuracy(*shuffled).named("shuffled_replies")
+    found["degenerate"] = {
+        name: {f"above_{side}": _named(ordering_accuracy(*beside((kind, name), ("reply", side)))) for side in SIDES}
+        for kind, name in rewards
+        if kind == "degenerate"
     }
-    sides = [scored.get(("shuffled", side), {}) for side in ("chosen", "rejected")]
-    if both := sorted(sides[0].keys() & sides[1].keys()):
-        chosen_there, rejected_there = ([side[i] for i in both] for side in sides)
-        found |= ordering_accuracy(chosen_there, rejected_there, prompts_of(both)).named("shuffled_replies")
-    found["degenerate"], found["styles"] = {}, {}
-    for (kind, name), by_pair in scored.items():
-        numbers, values = list(by_pair), np.array(list(by_pair.values()))
-        prompts = prompts_of(numbers)
-        if kind == "degenerate":
-            found["degenerate"][name] = {
-                "above_chosen": _named(ordering_accuracy(values, chosen[numbers], prompts)),
-                "above_rejected": _named(ordering_accuracy(values, rejected[numbers], prompts)),
-            }
+    found["styles"] = {}
+    for kind, name in rewards:
         if kind == "style":
-            added: Floats = values - chosen[numbers]
-            higher = float(((added > 0) + 0.5 * (added == 0)).mean())
-            found["styles"][name] = _named(bootstrap_mean(added, groups=prompts)) | {"higher_fraction": higher}
+            styled, plain, groups = beside((kind, name), ("reply", "chosen"))
+            higher = ordering_accuracy(styled, plain).value
+            added = paired_difference(styled, plain, groups=groups)
+            found["styles"][name] = _named(added) | {"higher_fraction": higher}
     return found
 
 
