@@ -9,6 +9,7 @@ import numpy as np
 
 from trimtab.core import registry
 from trimtab.core.types import Message, PreferencePair, Prompt
+from trimtab.evals.probes import make_probes, read_probes
 from trimtab.evals.reward_card import reward_card
 
 ITEMS = ("kettle", "lamp", "camera", "tent", "guitar", "router", "bike", "clock")
@@ -181,13 +182,19 @@ def card() -> dict:
         return " ".join(["sorry", *generator.choice(ITEMS, int(lengths[i, side]))])
 
     pairs = [PreferencePair(prompt=prompt, chosen=reply(i, 1 - first[i]), rejected=reply(i, first[i])) for i in rows]
-    return reward_card(
-        pairs,
-        score_chosen=scores[rows, 1 - first],
-        score_rejected=scores[rows, first],
-        training_pairs=pairs[:400],
-        probability_chosen=np.where(first == 1, p, 1 - p),
-    ) | {"shift": 0.42, "mean": 0.1, "std": 1.3, "counts": {"truncated": 0}}
+    probes = make_probes(pairs)
+    known = read_probes(probes, generator.normal(size=len(probes)))
+    return (
+        reward_card(
+            pairs,
+            score_chosen=scores[rows, 1 - first],
+            score_rejected=scores[rows, first],
+            training_pairs=pairs[:400],
+            probability_chosen=np.where(first == 1, p, 1 - p),
+        )
+        | known
+        | {"shift": 0.42, "mean": 0.1, "std": 1.3, "counts": {"truncated": 0}}
+    )
 
 
 def write_pipeline(directory: Path) -> Path:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.reports.fabricate import GOLD_PARTS, evaluate_samples, online_metrics, write_run
+from tests.reports.fabricate import GOLD_PARTS, card, evaluate_samples, online_metrics, write_run
 from trimtab.core.errors import DataError
 from trimtab.reports.collect import PipelineRecord, RunRecord
 from trimtab.reports.guide import meaning
@@ -146,6 +146,13 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path, stage):
     assert "not finished" in page.text
 
 
+def test_the_page_of_a_reward_model_shows_what_styles_and_empty_texts_get(tmp_path):
+    run = write_run(tmp_path / "run", stage="reward", metrics=[], summary=card())
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    for words in ("What a style adds", "flattery", "Texts without content", "prompt copied over chosen"):
+        assert words in page.text
+
+
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(DataError, match="neither a run nor a pipeline"):
         write_report(tmp_path)
@@ -153,7 +160,20 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path):
 
 
 CARD_KEYS = (
-    *("accuracy", "accuracy_low", "longer_wins", "reliability", "by_margin", "by_length", "slices", "mean_probability"),
+    *(
+        "styles",
+        "degenerate",
+        "above_chosen",
+        "above_rejected",
+        "accuracy",
+        "accuracy_low",
+        "longer_wins",
+        "reliability",
+        "by_margin",
+        "by_length",
+        "slices",
+        "mean_probability",
+    ),
     *("policy", "baseline", "win_rate", "reward_model", "seconds", "best_of", "curve", "mean_length", "mean_reward"),
     *("gold", "low", "high", "count", "n", "value"),
 )

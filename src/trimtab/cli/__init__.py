@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 import trimtab
-from trimtab.cli.helpers import StageCommand, joined, missing_extra, on_paper, same_command, sigterm_raised
+from trimtab.cli.helpers import StageCommand, joined, missing_extra, on_paper, same_command, sigterm_raised, tell
 from trimtab.core import registry
 from trimtab.core.errors import ConfigError, Interrupted, Terminated, TrimtabError
 from trimtab.core.files import disk_problem, unwritable, writing
@@ -222,28 +222,8 @@ def _run_pipeline(run_file: Path, overrides: tuple[str, ...], out: Path) -> None
 
     values, where = _read(run_file, overrides)
     run_pipeline(values, out, where=where)
-    _tell(out)
+    tell(out)
     _write_report(out)
-
-
-def _tell(out: Path) -> None:
-    """Prints the verdict on a pipeline or a run, as its report page shows it."""
-    from trimtab.reports import headline
-    from trimtab.reports.collect import RunRecord, collect
-
-    record = collect(out)
-    if isinstance(record, RunRecord):
-        if (verdict := headline.run_verdict(record)) is not None:
-            for sentence in (verdict.title, *verdict.sentences):
-                click.echo(sentence)
-        return
-    verdict = headline.pipeline_verdict(record)
-    click.echo()
-    for sentence in (verdict.title, *verdict.sentences):
-        click.echo(sentence)
-    took, memory = (record.summary.get(name) for name in ("seconds", "peak_rss_gb"))
-    if took is not None and memory is not None:
-        click.echo(f"It took {headline.seconds(took)} and at most {memory:.2g} GB of memory.")
 
 
 def examples_dir() -> Path:
@@ -272,7 +252,7 @@ def stage_command(name: str) -> click.Command:
                 click.echo(f"{directory} is finished; --fresh begins it again")
             else:
                 stage.run(settings, run)
-        _tell(directory)
+        tell(directory)
         _write_report(directory)
 
     return invoke
@@ -351,6 +331,23 @@ def score(**options: Any) -> None:
     from trimtab.stages.use import score_file
 
     score_file(**options)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("data", nargs=-1, required=True, metavar="DATA...")
+@_directory("Where reward_card.json is written; without it, the card is only told.")
+@click.option("--slice", "slice_by", metavar="FACT", help="The fact of the prompts whose values make the slices.")
+@_device
+def card(**options: Any) -> None:
+    """Tell how far a reward model can be trusted, from preference pairs.
+
+    Accuracy beside simple rules, calibration, what a style adds to the reward, and texts without content.
+    """
+    from trimtab.stages import card as judging
+
+    for sentence in judging.card(**options):
+        click.echo(sentence)
 
 
 @main.command()

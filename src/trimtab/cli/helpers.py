@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -121,3 +122,23 @@ def joined() -> Iterator[None]:
 
     with together():
         yield
+
+
+def tell(out: Path) -> None:
+    """Prints the verdict on a pipeline or a run, as its report page shows it."""
+    from trimtab.reports import headline
+    from trimtab.reports.collect import RunRecord, collect
+
+    record = collect(out)
+    if isinstance(record, RunRecord):
+        if (verdict := headline.run_verdict(record)) is not None:
+            for sentence in (verdict.title, *verdict.sentences):
+                click.echo(sentence)
+        return
+    verdict = headline.pipeline_verdict(record)
+    click.echo()
+    for sentence in (verdict.title, *verdict.sentences):
+        click.echo(sentence)
+    took, memory = (record.summary.get(name) for name in ("seconds", "peak_rss_gb"))
+    if took is not None and memory is not None:
+        click.echo(f"It took {headline.seconds(took)} and at most {memory:.2g} GB of memory.")

@@ -192,6 +192,7 @@ def _reward_card(run: RunRecord) -> list[Part]:
         named = (
             ("longer_wins", "longer reply", AMBER),
             ("bag_of_words", "bag of words", TEAL),
+            ("shuffled_replies", "other prompts", TEAL),
             ("accuracy", "reward model", BLUE),
             ("bayes_accuracy", "limit of the labels", VIOLET),
         )
@@ -200,7 +201,10 @@ def _reward_card(run: RunRecord) -> list[Part]:
                 rows.append((shown, share, colour))
         pairs = number(card, "num_pairs")
         count = f" · {show(pairs)} held-out pairs" if pairs is not None else ""
-        how = "The model should stand clear of the simple rules; the noise of the votes lets nobody pass the limit."
+        how = (
+            "The model should stand clear of the simple rules, and of itself when it is shown other prompts; the noise "
+            "of the votes lets nobody pass the limit."
+        )
         panels.append(Panel("Accuracy and baselines", f"share{count}", how, charts.shares(rows)))
     if bins := _rows(card, "reliability", "mean_probability", "accuracy", "count"):
         ece = number(card, "ece")
@@ -222,7 +226,28 @@ def _reward_card(run: RunRecord) -> list[Part]:
         unit = "reward over words" + (f" · Spearman {show(correlation)}" if correlation is not None else "")
         how = "A steady climb means that length alone earns reward, which a policy will find."
         panels.append(Panel("Reward by length", unit, how, charts.by_length(bins)))
-    return [Panels(panels)]
+    return [Panels(panels + _probes(card))]
+
+
+def _probes(card: Mapping[str, Any]) -> list[Panel]:
+    """What the model gives to replies that were changed on purpose."""
+    panels = []
+    styles, texts = section(card, "styles"), section(card, "degenerate")
+    added = [(name, one, BLUE) for name in styles if (one := interval(styles, name)) is not None]
+    if added:
+        how = "Reward for the style alone: the content is the same. A policy will find whatever lies right of zero."
+        panels.append(Panel("What a style adds", "logits", how, charts.dots(added, "reward added", line=0.0)))
+    sides = (("above_rejected", "rejected", AMBER), ("above_chosen", "chosen", VIOLET))
+    beside = [
+        (f"{name.replace('_', ' ')} over {side}", share, colour)
+        for name in texts
+        for key, side, colour in sides
+        if (share := interval(section(texts, name), key)) is not None
+    ]
+    if beside:
+        how = "How often a text without content gets more reward than a real reply. Should be near zero."
+        panels.append(Panel("Texts without content", "share", how, charts.dots(beside, "share", low=0, high=1)))
+    return panels
 
 
 def _rows(values: Mapping[str, Any], name: str, *needed: str) -> list[dict[str, float]]:

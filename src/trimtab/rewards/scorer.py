@@ -114,11 +114,14 @@ class RewardModelScorer:
 
     def score_texts(self, pairs: Sequence[tuple[Prompt, str]]) -> Tensor:
         """[B] calibrated rewards of finished replies given as text."""
-        sequences = [
+        return self.score_ids(self.ids_of_texts(pairs))
+
+    def ids_of_texts(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Ids]:
+        """The ids of the prompt and of the finished reply of each pair of them."""
+        return [
             (tuple(self.chat.encode_prompt(p.messages)), tuple(self.chat.encode_response(t))[:-1] + self.ending)
             for p, t in pairs
         ]
-        return self.score_ids(sequences)
 
     def score_ids(self, sequences: Sequence[Ids]) -> Tensor:
         """[B] calibrated rewards of prompts and replies given as ids."""

@@ -17,6 +17,7 @@ import numpy as np
 from trimtab.batches.trees import TokenTrees, Tree, split_sizes
 from trimtab.core.config import Choice
 from trimtab.core.errors import DataError
+from trimtab.core.files import write_out
 from trimtab.core.metrics import Metrics, merge
 from trimtab.core.types import PreferencePair
 from trimtab.data.chat import Chat
@@ -24,7 +25,7 @@ from trimtab.data.pairs import Comparisons, group_pairs
 from trimtab.data.rankings import only_rankings
 from trimtab.engines.build import Engines
 from trimtab.engines.local.learner import AdamW
-from trimtab.evals.reward_card import reward_card
+from trimtab.evals.reward_card import MOST_TRAINING_PAIRS
 from trimtab.math.losses.reward import BradleyTerry
 from trimtab.models.adapters import LoRA
 from trimtab.models.average import HEAD_START
@@ -33,7 +34,11 @@ from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_tokenizer
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import round_as_written
+from trimtab.rewards.ensemble import EnsembleScorer
+from trimtab.rewards.scorer import RewardModelScorer
+from trimtab.runs.models import model_digest
 from trimtab.runs.run import Run
+from trimtab.stages.card import CARD_FILE, card_text, measure, rewards_of
 from trimtab.stages.reading import read_demonstration_trees, read_split, say_too_long
 from trimtab.stages.reward_members import (
     Examples,
@@ -102,7 +107,7 @@ class RewardSettings(TrainingSettings):
 
 
 def run(settings: RewardSettings, run: Run) -> None:
-    """Trains, calibrates and judges the reward model; writes it to `run.model_dir` and its card to summary.json."""
+    """Trains, calibrates and judges the reward model; writes it to `run.model_dir` and its card beside that."""
     chat = Chat(load_tokenizer(settings.model))
     train, held_out, counts = read_split(PreferencePair, settings, run, chat)
     fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
@@ -150,7 +155,11 @@ def run(settings: RewardSettings, run: Run) -> None:
     shifts = [known["reward_shift"] for known in facts]
     scale = None if len(members) == 1 else common_scale(scores.reshape(len(members), -1), shifts)
     run.save_model(lambda path: save_members(members, facts, chat.tokenizer, path, base=base, scale=scale))
-    card = judge(scores, train_on, judged_by, settings, scale=scale)
+    scorer = scorer_of(members, chat, settings, scale=scale)
+    card = judge(scores, train_on, judged_by, settings, scale=scale, scorer=scorer)
+    about = {"model": run.model_dir.name, "digest": model_digest(run.model_dir)}
+    text = card_text(card, **about, data=[settings.held_out_data or settings.data])
+    write_out(run.directory / CARD_FILE, text)
     zero = moments if scale is None else {"shift": scale["shift"]}
     run.finish(card | zero | {"counts": counts} | steps.counts)
 
@@ -198,26 +207,36 @@ def judge(
     settings: RewardSettings,
     *,
     scale: Mapping[str, Any] | None,
-) -> dict[str, object]:
-    """The card on the held-out pairs, from the members' scores [K, 2, num_pairs] of chosen and rejected replies. The
-    card of an ensemble is that of its mean, and says how alike its members are."""
+    scorer: RewardModelScorer,
+) -> dict[str, Any]:
+    """The card on the held-out pairs, from the members' scores [K, 2, num_pairs] of chosen and rejected replies, and
+    from what the scorer gives to changed replies. The card of an ensemble is that of its mean, and says how alike its
+    members are."""
     pairs = held_out.pairs()
-    together: dict[str, object] = {}
+    together: dict[str, Any] = {}
     if scale is not None:
         means, scales = (np.array(scale[name])[:, None, None] for name in ("means", "scales"))
         scores = (scores - means) * scales
         together = {"ensemble": agreement_of(scores[:, 0], scores[:, 1], np.array([pair.label for pair in pairs]))}
     chosen, rejected = scores.mean(0)
-    known = [pair.prompt.facts.get("probability_chosen") for pair in pairs]
-    card = reward_card(
+    card = measure(
         pairs,
-        score_chosen=chosen,
-        score_rejected=rejected,
-        training_pairs=train.pairs(4000),  # the card's bag of words learns little from more
-        probability_chosen=None if None in known else np.array(known, dtype=float),
+        chosen=chosen,
+        rejected=rejected,
+        score=lambda texts: rewards_of(scorer, texts),
+        training_pairs=train.pairs(MOST_TRAINING_PAIRS),
         seed=settings.seed,
     )
     return card | together
+
+
+def scorer_of(
+    members: Sequence[ScalarModel], chat: Chat, settings: RewardSettings, *, scale: Mapping[str, Any] | None
+) -> RewardModelScorer:
+    """What scores texts with the trained models as they are in memory; the zero does not matter for a card."""
+    if scale is None:
+        return RewardModelScorer.of(members[0], chat, token_budget=settings.token_budget, shift=0.0)
+    return EnsembleScorer(members, chat, token_budget=settings.token_budget, **scale)
 
 
 def scores_of_pairs(model: ScalarModel, pairs: Comparisons, settings: RewardSettings) -> tuple[Floats, Floats]:
@@ -242,7 +261,7 @@ STAGE = Stage(
     model="any",
     trains="reward model",
     data=lambda _settings: (PreferencePair,),
-    writes=("metrics.jsonl",),
+    writes=("metrics.jsonl", CARD_FILE),
     grows=EPOCHS_GROW,
     about="A reward model learned from comparisons which of two replies people prefer.",
     charts=(

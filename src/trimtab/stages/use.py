@@ -34,12 +34,12 @@ def _generator(model: str, *, temperature: float, device: str | None, top_k: int
     values = {"top_k": 1} if temperature == 0 else {"temperature": temperature, "top_k": top_k}
     sampling = config.resolve(Sampling, values | sampled, where="the command line")
     chat = Chat(load_tokenizer(model))
-    loaded = load_causal(model, device=_device(device))
+    loaded = load_causal(model, device=device_of(device))
     policy = Policy(loaded, pad_id=chat.pad_id, temperature=sampling.temperature)
     return LocalSampler(policy, chat, sampling)
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
     """The device that an option names; the CPU without it."""
     values = {} if name is None else {"device": name}
     return config.resolve(EngineSettings, values, where="the command line").find_device()
@@ -94,11 +94,11 @@ def score_file(
     if out is not None:
         check_out(out)
     if holds_pairs(data):
-        return _score_pairs(model, data, out, _device(device), show)
+        return _score_pairs(model, data, out, device_of(device), show)
     if out is None:
         raise ConfigError("replies are scored into a file", where="score", fix="--out FILE.jsonl")
     demonstrations = load(Demonstration, data).records
-    scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=_device(device))
+    scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device_of(device))
     rewards = scorer.score_texts([(d.prompt, d.response) for d in demonstrations]).tolist()
     rows = [to_dict(d) | {"reward": reward} for d, reward in zip(demonstrations, rewards, strict=True)]
     write_out(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,74 @@
+"""What the card of a reward model says, in sentences. A figure that the card lacks has no sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trimtab.reports.headline import bounds, interval, number, percent, reward_model_sentences, section, show
+from trimtab.stats import Interval
+
+_RESEMBLES = {
+    "constant": "Every reply gets the same reward: this is a constant, not a judge.",
+    "length": "The rewards follow the length of the replies (Spearman {length}): this is a scorer of length.",
+}
+_BASELINES = {
+    "bag_of_words": "a bag of words {}",
+    "shuffled_replies": "the model itself, shown another prompt, {}",
+    "random": "a score that ignores the replies {}",
+}
+
+
+def card_sentences(card: Mapping[str, Any]) -> list[str]:
+    """The sentences of a card, the most important first."""
+    found = reward_model_sentences(card)
+    if (kind := card.get("resembles")) in _RESEMBLES:
+        found.append(_RESEMBLES[kind].format(length=show(number(card, "length_spearman"))))
+    shares = [(text, interval(card, name)) for name, text in _BASELINES.items()]
+    if beside := [text.format(_share(share)) for text, share in shares if share is not None]:
+        found.append(f"Beside it: {', '.join(beside)}.")
+    if by_length := _listed(section(card, "slices")):
+        found.append(f"By length: {by_length}.")
+    if by_slice := _listed(section(card, "by_slice")):
+        found.append(f"By slice: {by_slice}.")
+    found += _calibration(card)
+    texts = section(card, "degenerate")
+    above = [(name, interval(section(texts, name), "above_rejected")) for name in texts]
+    if preferred := [f"{_plain(name)} {_share(share)}" for name, share in above if share is not None]:
+        found.append(f"It prefers a text without content to a rejected reply: {', '.join(preferred)}.")
+    styles = [(name, interval(section(card, "styles"), name)) for name in section(card, "styles")]
+    if paid := [f"{name} {added.value:+.2f} {bounds(added)}".rstrip() for name, added in styles if added is not None]:
+        found.append(f"A style adds to the reward of a reply: {', '.join(paid)}.")
+    for name, text in (
+        ("num_too_long", "pairs are left out, because the model cannot read texts so long"),
+        ("num_probes_unscored", "changed replies are left out, because the model cannot read texts so long"),
+    ):
+        if left_out := number(card, name):
+            found.append(f"{show(left_out)} {text}.")
+    return found
+
+
+def _calibration(card: Mapping[str, Any]) -> list[str]:
+    before = [show(number(card, name)) for name in ("ece", "brier")]
+    after = [show(number(section(card, "calibrated"), name)) for name in ("ece", "brier")]
+    if number(card, "ece") is None or number(section(card, "calibrated"), "ece") is None:
+        return []
+    return [
+        f"As probabilities its rewards have an ECE of {before[0]} and a Brier score of {before[1]}; divided by the "
+        f"temperature {show(number(card, 'temperature'))}, which fits these pairs, {after[0]} and {after[1]}."
+    ]
+
+
+def _share(share: Interval) -> str:
+    return f"{percent(share.value)} {bounds(share, percent)}".rstrip()
+
+
+def _listed(shares: Mapping[str, Any]) -> str:
+    named = [(name, interval(shares, name)) for name in shares]
+    return ", ".join(
+        f"{_plain(name)} {_share(share)} of {share.count}" for name, share in named if share is not None and share.count
+    )
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ")

@@ -1,0 +1,126 @@
+"""The card of a reward model, as a file and as sentences.
+
+The reward stage writes the card of the model that it trained; the command judges any reward model on further pairs.
+Both score the pairs, score the probes in one further pass, and leave all figures to `evals`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.files import check_out, json_text, write_out
+from trimtab.core.types import PreferencePair, Prompt
+from trimtab.data.layouts import load
+from trimtab.evals.probes import make_probes, read_probes
+from trimtab.evals.reward_card import SIDES, reward_card
+from trimtab.reports.card_sentences import card_sentences
+from trimtab.rewards.model import RewardModel
+from trimtab.rewards.scorer import RewardModelScorer
+from trimtab.runs.models import model_digest
+from trimtab.stages.use import TOKEN_BUDGET, device_of
+from trimtab.stats import Floats
+
+CARD_FILE = "reward_card.json"
+"""What a card is called beside its model. `evals/reward_card.schema.json` is the JSON schema of it."""
+VERSION = 1
+"""The version of the schema, raised when a reader of the file would have to change."""
+
+Texts = Sequence[tuple[Prompt, str]]
+
+
+def card(
+    *, model: str, data: Sequence[str], out: Path | None = None, slice_by: str | None = None, device: str | None = None
+) -> list[str]:
+    """Judges a reward model on preference pairs, writes `reward_card.json` into the directory `out` if it is given, and
+    returns the sentences of the card.
+
+    The pairs of all sources are judged together. Their slices are the values of the fact `slice_by`, or without it the
+    sources if there are several. A pair that the model cannot read is left out and counted in `num_too_long`. Raises
+    DataError if a pair lacks the fact, and if no pair is left; raises ConfigError if a source is given twice.
+    """
+    if twice := [source for number, source in enumerate(data) if source in data[:number]]:
+        raise ConfigError(f"{twice[0]} is given twice", where="card", fix="give each source of pairs once")
+    if out is not None:
+        check_out(out / CARD_FILE)
+    by_source = {source: load(PreferencePair, source).records for source in data}
+    pairs = [pair for records in by_source.values() for pair in records]
+    if slice_by is not None:
+        slices = [name for source, records in by_source.items() for name in _values_of(slice_by, records, source)]
+    else:
+        slices = [source for source, records in by_source.items() for _ in records] if len(data) > 1 else []
+    scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device_of(device))
+    chosen, rejected = (rewards_of(scorer, [(pair.prompt, getattr(pair, side)) for pair in pairs]) for side in SIDES)
+    fits = ~np.isnan(chosen + rejected)
+    if not fits.any():
+        raise DataError(
+            f"none of {len(pairs)} pairs fits into the {scorer.positions} positions of the reward model",
+            where=", ".join(data),
+            fix="give shorter pairs, or use a reward model that reads longer ones",
+        )
+    found = measure(
+        list(compress(pairs, fits)),
+        chosen=chosen[fits],
+        rejected=rejected[fits],
+        score=lambda texts: rewards_of(scorer, texts),
+        slices=list(compress(slices, fits)),
+    )
+    found |= {"num_too_long": int((~fits).sum())}
+    if out is not None:
+        digest = model_digest(model) if Path(model).is_dir() else None
+        write_out(out / CARD_FILE, card_text(found, model=model, digest=digest, data=data))
+    return card_sentences(found)
+
+
+def measure(
+    pairs: Sequence[PreferencePair],
+    *,
+    chosen: Floats,
+    rejected: Floats,
+    score: Callable[[Texts], Floats],
+    **options: Any,
+) -> dict[str, Any]:
+    """The whole card: `reward_card` from the rewards of the pairs, [num_pairs] each, with its `options`, and what
+    `score` gives to the probes that are made of them."""
+    known = [pair.prompt.facts.get("probability_chosen") for pair in pairs]
+    probes = make_probes(pairs)
+    return reward_card(
+        pairs,
+        score_chosen=chosen,
+        score_rejected=rejected,
+        probability_chosen=None if None in known else np.array(known, dtype=float),
+        **options,
+    ) | read_probes(probes, score([(probe.prompt, probe.text) for probe in probes]))
+
+
+def rewards_of(scorer: RewardModelScorer, texts: Texts) -> Floats:
+    """[B] rewards of finished replies; nan if the model has not enough positions to read one."""
+    sequences = scorer.ids_of_texts(texts)
+    most = scorer.positions
+    fits = np.array([most is None or len(prompt) + len(reply) <= most for prompt, reply in sequences], dtype=bool)
+    rewards = np.full(len(sequences), np.nan)
+    rewards[fits] = scorer.score_ids(list(compress(sequences, fits))).double().numpy() if fits.any() else 0.0
+    return rewards
+
+
+def card_text(found: dict[str, Any], *, model: str, digest: str | None, data: Sequence[str]) -> str:
+    """The card as its file holds it: with its version, the model, the model's digest if there is one, and the sources
+    of the pairs."""
+    return json_text({"version": VERSION, "model": model, "model_sha256": digest, "data": list(data), **found})
+
+
+def _values_of(fact: str, pairs: Sequence[PreferencePair], source: str) -> list[str]:
+    missing = sum(fact not in pair.prompt.facts for pair in pairs)
+    if missing:
+        known = ", ".join(sorted({name for pair in pairs for name in pair.prompt.facts})) or "none"
+        raise DataError(
+            f"{missing} of {len(pairs)} pairs have no fact {fact!r}",
+            where=source,
+            fix=f'give every row "facts": {{"{fact}": …}}, or another --slice; facts here: {known}',
+        )
+    return [str(pair.prompt.facts[fact]) for pair in pairs]

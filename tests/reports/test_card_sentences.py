@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.reports.fabricate import card
+from trimtab.core.files import finite
+from trimtab.reports.card_sentences import card_sentences
+
+
+def estimate(value: float, low: float, high: float) -> dict[str, float]:
+    return {"value": value, "low": low, "high": high, "count": 50}
+
+
+def test_a_whole_card_says_what_it_holds():
+    known = card() | {
+        "shuffled_replies": 0.61,
+        "shuffled_replies_low": 0.5,
+        "shuffled_replies_high": 0.7,
+        "by_slice": {"maths": {"accuracy": 0.8, "low": 0.7, "high": 0.9, "count": 40}},
+        "degenerate": {"prompt_copied": {"above_rejected": estimate(0.04, 0.01, 0.1)}},
+        "styles": {"heading": estimate(0.31, 0.25, 0.4), "hedge": estimate(-0.5, -0.6, -0.4)},
+        "num_probes_unscored": 3,
+    }
+    said = " ".join(card_sentences(known))
+    assert "the model itself, shown another prompt, 61% [50%, 70%]" in said
+    assert "a score that ignores the replies 50%" in said
+    assert "By slice: maths 80% [70%, 90%] of 40." in said
+    assert "prompt copied 4% [1%, 10%]" in said
+    assert "heading +0.31 [0.25, 0.4], hedge -0.50 [-0.6, -0.4]" in said
+    assert "3 changed replies are left out" in said
+    assert "divided by the temperature" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("constant", "this is a constant"), ("length", "this is a scorer of length")]
+)
+def test_a_simple_scorer_is_called_by_name(kind, said):
+    assert said in " ".join(card_sentences(card() | {"resembles": kind}))
+
+
+def test_a_card_with_less_says_less():
+    assert card_sentences({}) == []
+    assert len(card_sentences({"accuracy": 0.7})) == 1
+    assert card_sentences(finite({"accuracy": float("nan"), "ece": None})) == []

@@ -1,0 +1,127 @@
+"""The card of a reward model through the command line, and beside the model that the reward stage wrote."""
+
+import json
+from importlib.resources import files
+
+import jsonschema
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from tests.stages.commands import FAST, run_stage, summary, trimtab
+from trimtab.models.load import load_tokenizer
+from trimtab.models.save import save_model
+
+SCHEMA = json.loads((files("trimtab.evals") / "reward_card.schema.json").read_text(encoding="utf-8"))
+
+
+def card_in(directory):
+    """The card in a directory, which has to fit the schema."""
+    card = json.loads((directory / "reward_card.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator(SCHEMA).validate(card)
+    return card
+
+
+def judged(tmp_path, *words):
+    result = trimtab("card", *words, "--out", tmp_path / "card")
+    assert result.exit_code == 0, result.output
+    return card_in(tmp_path / "card"), result.output
+
+
+@pytest.fixture(scope="module")
+def sliced(tmp_path_factory):
+    """Twelve pairs over six prompts, in two slices, with replies of several sentences."""
+    path = tmp_path_factory.mktemp("card") / "sliced.jsonl"
+    lines = []
+    for i in range(12):
+        row = {"prompt": f"What is {i // 2} + 1?", "chosen": f"It is {i // 2 + 1}. I am sure.", "rejected": f"No. {i}"}
+        lines.append(json.dumps(row | {"facts": {"topic": "even" if i % 4 < 2 else "odd"}}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def test_the_schema_is_one_and_refuses_what_a_card_is_not():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(SCHEMA).validate({"version": 1, "accuracy": 0.5})
+
+
+def test_the_reward_stage_writes_the_card_beside_its_model(reward_run):
+    card, known = card_in(reward_run), summary(reward_run)
+    assert card.items() >= {name: known[name] for name in card.keys() & known.keys()}.items()
+    assert {"accuracy", "styles", "degenerate", "calibrated", "shuffled_replies"} <= card.keys() & known.keys()
+    assert card["model"] == "model"
+    assert len(card["model_sha256"]) == 64
+
+
+def test_the_card_of_an_ensemble_fits_the_schema_too(tmp_path, base, pairs):
+    changed = {"held_out": 0.3, "batch_size": 10, "optimizer": FAST, "members": 2, "max_steps": 1}
+    out = run_stage("reward", tmp_path / "run", model=str(base), data=str(pairs), **changed)
+    assert len(card_in(out)["ensemble"]["accuracies"]) == 2
+    of_command, _ = judged(tmp_path, out / "model", pairs)
+    assert of_command["num_probed"] == 20
+
+
+def test_the_command_judges_as_the_stage_did(tmp_path, base, pairs):
+    changed = {"held_out_data": str(pairs), "batch_size": 10, "optimizer": FAST, "max_steps": 1}
+    out = run_stage("reward", tmp_path / "run", model=str(base), data=str(pairs), **changed)
+    by_stage = card_in(out)
+    by_command, _ = judged(tmp_path, out / "model", pairs)
+    assert by_command["model_sha256"] == by_stage["model_sha256"]
+    for name in ("accuracy", "temperature", "ece", "brier", "shuffled_replies", "num_probed", "num_probes_unscored"):
+        assert by_command[name] == pytest.approx(by_stage[name], abs=1e-4), name
+    for name, premium in by_stage["styles"].items():
+        assert by_command["styles"][name]["value"] == pytest.approx(premium["value"], abs=1e-4), name
+
+
+def test_a_card_is_told_and_written_with_its_slices(tmp_path, reward_run, sliced, pairs):
+    card, said = judged(tmp_path, reward_run / "model", sliced, "--slice", "topic")
+    assert {name: part["count"] for name, part in card["by_slice"].items()} == {"even": 6, "odd": 6}
+    assert "The reward model orders" in said
+    assert "By slice: even" in said
+    assert "A style adds to the reward of a reply: heading" in said
+    assert card["data"] == [str(sliced)]
+    both, _ = judged(tmp_path, reward_run / "model", sliced, pairs)
+    assert {name: part["count"] for name, part in both["by_slice"].items()} == {str(sliced): 12, str(pairs): 20}
+    told = trimtab("card", reward_run / "model", sliced, "--slice", "topic")
+    assert told.output == said
+
+
+def test_a_constant_scorer_gets_half_and_is_called_one(tmp_path, base, sliced):
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    torch.nn.init.zeros_(model.score.weight)
+    tokenizer = load_tokenizer(base)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    save_model(model, tokenizer, tmp_path / "constant")
+    card, said = judged(tmp_path, tmp_path / "constant", sliced)
+    assert (card["accuracy"], card["shuffled_replies"], card["resembles"]) == (0.5, 0.5, "constant")
+    assert "this is a constant, not a judge" in said
+    assert {one["value"] for one in card["styles"].values()} == {0}
+
+
+def test_pairs_that_the_model_cannot_read_are_left_out_and_counted(tmp_path, encoder, sliced, reward_run, pairs):
+    model = AutoModelForSequenceClassification.from_pretrained(encoder)
+    most = model.config.max_position_embeddings
+    long = tmp_path / "long.jsonl"
+    row = {"prompt": "What is 0 + 1?", "chosen": "word " * most, "rejected": "No."}
+    long.write_text(sliced.read_text() + json.dumps(row) + "\n")
+    card, said = judged(tmp_path, encoder, long)
+    assert (card["num_pairs"], card["num_too_long"]) == (12, 1)
+    assert "1 pairs are left out" in said
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text(json.dumps(row) + "\n")
+    refused = trimtab("card", encoder, alone)
+    assert refused.exit_code == 2
+    assert f"none of 1 pairs fits into the {most} positions" in refused.output
+
+
+def test_what_cannot_be_judged_is_refused(tmp_path, reward_run, base, sliced, pairs):
+    for words, said in (
+        ([reward_run / "model", sliced, sliced], "is given twice"),
+        ([reward_run / "model", pairs, "--slice", "topic"], "20 of 20 pairs have no fact 'topic'"),
+        ([base, pairs], "no trained score head"),
+        ([reward_run / "model", pairs, "--out", "/proc/nope"], "reward_card.json could not be written"),
+    ):
+        result = trimtab("card", *words)
+        assert result.exit_code == 2, result.output
+        assert said in result.output
