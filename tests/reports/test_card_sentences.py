@@ -38,6 +38,10 @@ def test_a_simple_scorer_is_called_by_name(kind, said):
     assert said in " ".join(card_sentences(card() | {"resembles": kind}))
 
 
+def test_rewards_against_the_labels_have_no_temperature():
+    assert "no temperature makes them better" in " ".join(card_sentences(card() | {"temperature": 999.99}))
+
+
 def test_a_card_with_less_says_less():
     assert card_sentences({}) == []
     assert len(card_sentences({"accuracy": 0.7})) == 1

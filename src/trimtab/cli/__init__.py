@@ -338,6 +338,13 @@ def score(**options: Any) -> None:
 @click.argument("data", nargs=-1, required=True, metavar="DATA...")
 @_directory("Where reward_card.json is written; without it, the card is only told.")
 @click.option("--slice", "slice_by", metavar="FACT", help="The fact of the prompts whose values make the slices.")
+@click.option(
+    "--on-bad-row",
+    type=click.Choice(["stop", "drop"]),
+    default="stop",
+    show_default=True,
+    help="What to do with a row that is no pair: refuse the data, or leave it out and count it.",
+)
 @_device
 def card(**options: Any) -> None:
     """Tell how far a reward model can be trusted, from preference pairs.

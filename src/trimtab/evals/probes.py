@@ -208,14 +208,16 @@ def read_probes(probes: Sequence[Probe], scores: ArrayLike) -> dict[str, Any]:
         shuffled = beside(("shuffled", "chosen"), ("shuffled", "rejected"))
         found |= ordering_accuracy(*shuffled).named("shuffled_replies")
     found["degenerate"] = {
-        name: {f"above_{side}": _named(ordering_accuracy(*beside((kind, name), ("reply", side)))) for side in SIDES}
-        for kind, name in rewards
-        if kind == "degenerate"
+        name: {
+            f"above_{side}": _named(ordering_accuracy(*beside(("degenerate", name), ("reply", side)))) for side in SIDES
+        }
+        for name in DEGENERATE
+        if ("degenerate", name) in rewards
     }
     found["styles"] = {}
-    for kind, name in rewards:
-        if kind == "style":
-            styled, plain, groups = beside((kind, name), ("reply", "chosen"))
+    for name in STYLES:
+        if ("style", name) in rewards:
+            styled, plain, groups = beside(("style", name), ("reply", "chosen"))
             higher = ordering_accuracy(styled, plain).value
             added = paired_difference(styled, plain, groups=groups)
             found["styles"][name] = _named(added) | {"higher_fraction": higher}

@@ -8,6 +8,9 @@ from typing import Any
 from trimtab.reports.headline import bounds, interval, number, percent, reward_model_sentences, section, show
 from trimtab.stats import Interval
 
+UNINFORMATIVE = 999.0
+"""A temperature above this is the end of the range that is searched: it turns every probability into a half."""
+
 _RESEMBLES = {
     "constant": "Every reply gets the same reward: this is a constant, not a judge.",
     "length": "The rewards follow the length of the replies (Spearman {length}): this is a scorer of length.",
@@ -40,6 +43,7 @@ def card_sentences(card: Mapping[str, Any]) -> list[str]:
     if paid := [f"{name} {added.value:+.2f} {bounds(added)}".rstrip() for name, added in styles if added is not None]:
         found.append(f"A style adds to the reward of a reply: {', '.join(paid)}.")
     for name, text in (
+        ("num_bad_rows", "rows are left out, because they cannot be used"),
         ("num_too_long", "pairs are left out, because the model cannot read texts so long"),
         ("num_probes_unscored", "changed replies are left out, because the model cannot read texts so long"),
     ):
@@ -53,10 +57,12 @@ def _calibration(card: Mapping[str, Any]) -> list[str]:
     after = [show(number(section(card, "calibrated"), name)) for name in ("ece", "brier")]
     if number(card, "ece") is None or number(section(card, "calibrated"), "ece") is None:
         return []
-    return [
-        f"As probabilities its rewards have an ECE of {before[0]} and a Brier score of {before[1]}; divided by the "
-        f"temperature {show(number(card, 'temperature'))}, which fits these pairs, {after[0]} and {after[1]}."
-    ]
+    plain = f"As probabilities its rewards have an ECE of {before[0]} and a Brier score of {before[1]}"
+    temperature = number(card, "temperature")
+    if temperature is not None and temperature > UNINFORMATIVE:
+        return [f"{plain}; no temperature makes them better than saying a half of every pair."]
+    fitted = f"divided by the temperature {show(temperature)}, which fits these pairs, {after[0]} and {after[1]}"
+    return [f"{plain}; {fitted}."]
 
 
 def _share(share: Interval) -> str:

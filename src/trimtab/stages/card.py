@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,20 +35,28 @@ Texts = Sequence[tuple[Prompt, str]]
 
 
 def card(
-    *, model: str, data: Sequence[str], out: Path | None = None, slice_by: str | None = None, device: str | None = None
+    *,
+    model: str,
+    data: Sequence[str],
+    out: Path | None = None,
+    slice_by: str | None = None,
+    on_bad_row: Literal["stop", "drop"] = "stop",
+    device: str | None = None,
 ) -> list[str]:
     """Judges a reward model on preference pairs, writes `reward_card.json` into the directory `out` if it is given, and
     returns the sentences of the card.
 
     The pairs of all sources are judged together. Their slices are the values of the fact `slice_by`, or without it the
-    sources if there are several. A pair that the model cannot read is left out and counted in `num_too_long`. Raises
-    DataError if a pair lacks the fact, and if no pair is left; raises ConfigError if a source is given twice.
+    sources if there are several. A pair that the model cannot read is left out and counted in `num_too_long`; with
+    "drop" a row that cannot be used is left out too, and counted in `num_bad_rows`. Raises DataError for such a row
+    otherwise, if a pair lacks the fact, and if no pair is left; raises ConfigError if a source is given twice.
     """
     if twice := [source for number, source in enumerate(data) if source in data[:number]]:
         raise ConfigError(f"{twice[0]} is given twice", where="card", fix="give each source of pairs once")
     if out is not None:
         check_out(out / CARD_FILE)
-    by_source = {source: load(PreferencePair, source).records for source in data}
+    loaded = {source: load(PreferencePair, source, on_bad_row=on_bad_row) for source in data}
+    by_source = {source: one.records for source, one in loaded.items()}
     pairs = [pair for records in by_source.values() for pair in records]
     if slice_by is not None:
         slices = [name for source, records in by_source.items() for name in _values_of(slice_by, records, source)]
@@ -70,7 +78,8 @@ def card(
         score=lambda texts: rewards_of(scorer, texts),
         slices=list(compress(slices, fits)),
     )
-    found |= {"num_too_long": int((~fits).sum())}
+    num_bad_rows = sum(len(one.dropped) for one in loaded.values())
+    found |= {"num_too_long": int((~fits).sum()), "num_bad_rows": num_bad_rows}
     if out is not None:
         digest = model_digest(model) if Path(model).is_dir() else None
         write_out(out / CARD_FILE, card_text(found, model=model, digest=digest, data=data))
