@@ -210,9 +210,12 @@ def test_a_scorer_of_length_is_called_one_in_whatever_unit_it_counts(sign):
 
 def test_what_scores_resemble_worked_by_hand():
     assert resembles([2.0, 2.0], [1.0, 5.0]) == "constant"
-    assert resembles([2.0, 3.0, 9.0], [1.0, 2.0, 3.0]) == "length"
-    assert resembles([2.0, 9.0, 3.0], [1.0, 2.0, 3.0]) is None
-    assert resembles([1.0, 2.0], [4.0, 4.0]) is None  # of one length
+    rising = np.arange(20.0)
+    assert resembles(rising**3, rising) == "length"
+    assert resembles(-rising, rising) == "length"
+    assert resembles(rising[:19], rising[:19]) is None  # too few to tell
+    assert resembles(np.roll(rising, 7), rising) is None
+    assert resembles(rising, np.full(20, 4.0)) is None  # of one length
 
 
 def test_accuracy_by_slice_counts_the_pairs_of_each():

@@ -37,6 +37,8 @@ LENGTH_MATCHED = 0.1
 LENGTH_ONLY = 0.95
 """A model is called a scorer of length if its rewards and the lengths of the replies have at least this Spearman
 correlation, up or down. Lengths in tokens, letters and words agree better than this with each other."""
+FEWEST_REPLIES = 20
+"""Number of replies below which no model is called a scorer of length: a few are in any order by chance."""
 MOST_TRAINING_PAIRS = 4000
 """Number of pairs that the bag of words is trained on; it learns little from more."""
 
@@ -124,10 +126,11 @@ def prompt_correlation(chosen: ArrayLike, rejected: ArrayLike) -> float:
 
 def resembles(rewards: ArrayLike, lengths: ArrayLike) -> Literal["constant", "length"] | None:
     """The simple scorer that these rewards of replies are those of, if they are: "constant" if all are equal, "length"
-    if they rise or fall with the length of the reply alone (see `LENGTH_ONLY`)."""
-    if np.ptp(np.asarray(rewards, dtype=np.float64)) == 0:
+    if they rise or fall with the length of the reply alone (see `LENGTH_ONLY` and `FEWEST_REPLIES`)."""
+    flat = np.asarray(rewards, dtype=np.float64)
+    if np.ptp(flat) == 0:
         return "constant"
-    return "length" if abs(spearman(rewards, lengths)) >= LENGTH_ONLY else None
+    return "length" if flat.size >= FEWEST_REPLIES and abs(spearman(flat, lengths)) >= LENGTH_ONLY else None
 
 
 def calibration(logits: ArrayLike, outcomes: ArrayLike, *, num_bins: int = 10) -> dict[str, Any]:

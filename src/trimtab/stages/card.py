@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.errors import ConfigError, DataError, EngineError
 from trimtab.core.files import check_out, json_text, write_out
 from trimtab.core.types import PreferencePair, Prompt
 from trimtab.data.layouts import load
@@ -108,12 +108,34 @@ def measure(
 
 
 def rewards_of(scorer: RewardModelScorer, texts: Texts) -> Floats:
-    """[B] rewards of finished replies; nan if the model has not enough positions to read one."""
+    """[B] rewards of finished replies; nan if the model has not enough positions to read one. Raises EngineError if the
+    model gives a reward that is not finite.
+
+    A prompt with many replies is scored in several rounds: in each its tree stays within the token budget, if one reply
+    does, so that a card takes no more memory than training does.
+    """
     sequences = scorer.ids_of_texts(texts)
-    most = scorer.positions
-    fits = np.array([most is None or len(prompt) + len(reply) <= most for prompt, reply in sequences], dtype=bool)
+    rounds: list[list[int]] = []
+    used: dict[tuple[int, ...], tuple[int, int]] = {}  # of each prompt: its round so far, and the tokens in it
+    for i, (prompt, reply) in enumerate(sequences):
+        if scorer.positions is not None and len(prompt) + len(reply) > scorer.positions:
+            continue
+        number, tokens = used.get(prompt, (0, len(prompt)))
+        if tokens > len(prompt) and tokens + len(reply) > scorer.token_budget:
+            number, tokens = number + 1, len(prompt)
+        used[prompt] = number, tokens + len(reply)
+        if number == len(rounds):
+            rounds.append([])
+        rounds[number].append(i)
     rewards = np.full(len(sequences), np.nan)
-    rewards[fits] = scorer.score_ids(list(compress(sequences, fits))).double().numpy() if fits.any() else 0.0
+    for members in rounds:
+        rewards[members] = found = scorer.score_ids([sequences[i] for i in members]).double().numpy()
+        if broken := int((~np.isfinite(found)).sum()):
+            raise EngineError(
+                f"{broken} of {len(found)} rewards are not finite",
+                where=str(scorer.model.model.config._name_or_path or "the reward model"),
+                fix="train the reward model again with a smaller learning rate, or compute in float32",
+            )
     return rewards
 
 
