@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 import trimtab
+from trimtab.cli.evaluating import eval_
 from trimtab.cli.helpers import StageCommand, joined, missing_extra, on_paper, same_command, sigterm_raised, tell
 from trimtab.core import registry
 from trimtab.core.errors import ConfigError, Interrupted, Terminated, TrimtabError
@@ -406,6 +407,9 @@ def average(**options: Any) -> None:
 
     for sentence in averaging.average(**options):
         click.echo(sentence)
+
+
+main.add_command(eval_)
 
 
 # --- human judgements ---

@@ -1,0 +1,144 @@
+"""The command group `trimtab eval`: how good a model is, from judgements or suites."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from trimtab.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from trimtab.evals.verdict_study import VerdictStudy
+    from trimtab.stats import Interval
+
+
+@click.group("eval")
+def eval_() -> None:
+    """Measure how good a model is, each figure with its interval."""
+
+
+@eval_.command("verdicts")
+@click.argument("files", nargs=-1, required=True)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The whole study as JSON.")
+@click.option("--length-control", is_flag=True, help="Also win rates at equal length, as AlpacaEval 2 has them.")
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    metavar="MODEL",
+    help="With --length-control: a model that is its baseline told to be brief or verbose.",
+)
+@click.option(
+    "--half-width",
+    default=0.03,
+    show_default=True,
+    type=click.FloatRange(min=0, max=0.5, min_open=True),
+    help="Of the wanted interval: the study says how many prompts it takes.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Equal seeds give equal intervals."
+)
+def verdicts(
+    files: tuple[str, ...],
+    out: Path | None,
+    length_control: bool,
+    variants: tuple[str, ...],
+    half_width: float,
+    seed: int,
+) -> None:
+    """Win rates of models from files of verdicts.
+
+    A row has prompt, model, baseline and verdict (1 if the model's reply is better, 0 if the baseline's is), and if
+    known length, baseline_length, shown_first (model or baseline) and judge. AlpacaEval's annotations are read too.
+    """
+    from trimtab.core.files import check_out, json_text, write_out
+    from trimtab.evals.verdict_study import study_verdicts
+    from trimtab.evals.verdicts import read_verdicts
+
+    if variants and not length_control:
+        raise ConfigError(
+            "--variant without --length-control",
+            where="the command line",
+            fix="add --length-control: variants of a baseline only serve there",
+        )
+    if out is not None:
+        check_out(out)
+    read = read_verdicts(files)
+    study = study_verdicts(
+        read.verdicts, length_control=length_control, variants=variants, half_width=half_width, seed=seed
+    )
+    left_out = {"num_missing": read.num_missing, "num_repeated": read.num_repeated}
+    _show(study, half_width)
+    if read.num_missing:
+        click.echo(f"{read.num_missing} rows without a verdict are left out")
+    if read.num_repeated:
+        click.echo(f"{read.num_repeated} rows that repeat another exactly are left out")
+    if out is not None:
+        write_out(out, json_text({"files": files, "num_verdicts": len(read.verdicts), **left_out, "study": study}))
+        click.echo(f"study: {out}")
+
+
+def _show(study: VerdictStudy, half_width: float) -> None:
+    from rich.console import Console
+
+    console = Console(width=140, highlight=False)
+    controlled = {(row.model, row.baseline): row for row in study.length_controlled}
+    table = _table(
+        "model",
+        "baseline",
+        "win rate",
+        *["at equal length"] * bool(controlled),
+        "won, tied, lost",
+        f"±{half_width:.1%} takes",
+    )
+    for row in study.win_rates:
+        at_equal = [_percent(controlled[row.model, row.baseline].rate)] if controlled else []
+        counts = f"{row.num_wins}, {row.num_ties}, {row.num_losses}"
+        rate = f"{_percent(row.rate)} (n={row.rate.count})"
+        table.add_row(row.model, row.baseline, rate, *at_equal, counts, f"{row.prompts_for_width} prompts")
+    console.print(table)
+    if any(row.first_shown is not None for row in study.win_rates):
+        table = _table("both orders", "reply shown first preferred", "orders disagree")
+        for row in study.win_rates:
+            if row.first_shown is not None:
+                first = f"{_percent(row.first_shown)} (n={row.first_shown.count})"
+                table.add_row(f"{row.model} against {row.baseline}", first, f"{row.flip_fraction:.0%}")
+        console.print(table)
+    if study.differences:
+        table = _table("of two models", "difference in points", "p", "p (Holm)")
+        neighbours = {(a.model, b.model) for a, b in itertools.pairwise(study.win_rates) if a.baseline == b.baseline}
+        for pair in study.differences:
+            if (pair.model, pair.other) in neighbours:
+                gap = f"{_percent(pair.difference, signed=True)} (n={pair.difference.count})"
+                names = f"{pair.model} and {pair.other} against {pair.baseline}"
+                table.add_row(names, gap, f"{pair.p_value:.2g}", f"{pair.p_holm:.2g}")
+        console.print(table)
+        console.print(f"Shown are neighbours in win rate; all {len(study.differences)} pairs are in the JSON of --out.")
+    if study.ladder is not None:
+        table = _table("ladder", "rank", "rating", *["component"] * (study.ladder.num_components > 1))
+        for player in study.ladder.players:
+            component = [str(player.component)] * (study.ladder.num_components > 1)
+            table.add_row(player.name, str(player.rank or "-"), player.text, *component)
+        console.print(table)
+    for note in study.notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def _table(*columns: str) -> Table:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _percent(found: Interval, *, signed: bool = False) -> str:
+    value, low, high = (f"{100 * x:{'+' if signed else ''}.1f}" for x in (found.value, found.low, found.high))
+    return f"{value}{'' if signed else '%'} [{low}, {high}]"

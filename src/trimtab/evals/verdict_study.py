@@ -1,0 +1,99 @@
+"""Everything that verdicts say about models: win rates, differences, length control and a ladder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trimtab.core.errors import DataError
+from trimtab.evals.length_control import MIN_MODELS, LengthControlled, length_controlled
+from trimtab.evals.verdicts import PairVerdict
+from trimtab.evals.win_rate import Difference, WinRate, by_matchup, differences, win_rate_of
+from trimtab.votes.ratings import Games, Ratings, rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerdictStudy:
+    """What the verdicts on some models say."""
+
+    win_rates: tuple[WinRate, ...]
+    """Of each model against each of its baselines, the highest rate of each baseline first."""
+    differences: tuple[Difference, ...]
+    """Of every two models with a common baseline, `model` being the one with the higher win rate."""
+    length_controlled: tuple[LengthControlled, ...]
+    """In the order of `win_rates`; empty if it was not asked for."""
+    ladder: Ratings | None
+    """Bradley-Terry ratings of models and baselines; None if fewer than three models compare."""
+    notes: tuple[str, ...]
+    """What a reader of the numbers must know."""
+
+
+def study_verdicts(
+    verdicts: Sequence[PairVerdict],
+    *,
+    length_control: bool = False,
+    variants: Sequence[str] = (),
+    half_width: float = 0.03,
+    seed: int = 0,
+) -> VerdictStudy:
+    """The whole study of at least one verdict; see `length_controlled` for `variants` and what is raised."""
+    matchups = by_matchup(verdicts)
+    rates = [win_rate_of(rows, half_width=half_width, seed=seed) for rows in matchups.values()]
+    rates.sort(key=lambda row: (row.baseline, -row.rate.value, row.model))
+    notes = [
+        f"{row.model} against {row.baseline}: {row.num_one_order} of {row.rate.count} prompts were judged in one order "
+        "only, so position bias is in the win rate"
+        for row in rates
+        if row.num_one_order
+    ]
+    controlled: list[LengthControlled] = []
+    if length_control:
+        by_name = {(row.model, row.baseline): row for row in length_controlled(matchups, variants=variants, seed=seed)}
+        controlled = [by_name[row.model, row.baseline] for row in rates]
+        for row in controlled:
+            if row.extreme:
+                notes.append(
+                    f"{row.model} against {row.baseline}: length control moves the win rate so far that the regression "
+                    "may have failed; look at phi and at the lengths"
+                )
+        few = sorted({row.baseline for row in rates if not _num_others(rates, row) >= MIN_MODELS - 1})
+        if few:
+            notes.append(
+                f"fewer than {MIN_MODELS} models were compared with {', '.join(few)}: length control there is without "
+                "the difficulty of prompts"
+            )
+    ladder = None
+    if len({name for matchup in matchups for name in matchup}) > 2:
+        try:
+            ladder = rate(games_between(verdicts), intervals="sandwich")
+        except DataError as error:
+            notes.append(f"there is no ladder: {error.problem}")
+        else:
+            notes.extend(f"ladder: {note}" for note in ladder.notes)
+    return VerdictStudy(
+        win_rates=tuple(rates),
+        differences=tuple(differences({(row.model, row.baseline): matchups[row.model, row.baseline] for row in rates})),
+        length_controlled=tuple(controlled),
+        ladder=ladder,
+        notes=tuple(notes),
+    )
+
+
+def games_between(verdicts: Sequence[PairVerdict]) -> Games:
+    """The verdicts as games of models and baselines, to be resampled by prompt."""
+    players = sorted({name for verdict in verdicts for name in (verdict.model, verdict.baseline)})
+    number = {name: i for i, name in enumerate(players)}
+    prompts: dict[str, int] = {}
+    return Games(
+        players=tuple(players),
+        first=np.array([number[verdict.model] for verdict in verdicts], dtype=np.int64),
+        second=np.array([number[verdict.baseline] for verdict in verdicts], dtype=np.int64),
+        outcome=np.array([verdict.verdict for verdict in verdicts]),
+        group=np.array([prompts.setdefault(verdict.prompt, len(prompts)) for verdict in verdicts], dtype=np.int64),
+    )
+
+
+def _num_others(rates: Sequence[WinRate], row: WinRate) -> int:
+    return len({r.model for r in rates if r.baseline == row.baseline} - {row.model, row.baseline})
