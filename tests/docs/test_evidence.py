@@ -91,6 +91,13 @@ def test_the_tables_of_reward_models_are_those_of_their_data(script, part):
     assert_on_page("reward-models", script("reward_models").TABLES[part](data("reward_models")[part]))
 
 
+def test_the_tables_of_win_rates_are_those_of_their_data(script):
+    win_rates, found = script("win_rates"), data("win_rates")
+    assert_on_page("guard", win_rates.summary(found["alpaca_eval"]))
+    assert_on_page("guard", win_rates.table(found["alpaca_eval"]))
+    assert_on_page("guard", win_rates.null_table(found["null"]))
+
+
 def test_memory_as_planned_is_that_of_its_data():
     text = (EVIDENCE / "speed.md").read_text(encoding="utf-8")
     for name, found in data("plan").items():
