@@ -101,8 +101,24 @@ def test_the_command_prints_and_writes_everything(command, tmp_path):
     assert "1 rows that repeat another exactly are left out" in result.output
     written = json.loads(out.read_text(encoding="utf-8"))
     assert (written["num_verdicts"], written["num_missing"], written["num_repeated"]) == (900, 1, 1)
+    assert written["settings"]["half_width"] == 0.05
+    assert len(next(iter(written["sha256"].values()))) == 64
     assert len(written["study"]["win_rates"]) == 3
     assert written["study"]["win_rates"][0]["rate"]["count"] == 150
+
+
+def test_names_are_printed_as_they_are_and_bounds_only_if_there_are_any(command):
+    given = [
+        {"prompt": f"p{i}", "model": model, "baseline": "base", "verdict": verdict}
+        for i in range(4)
+        for model, verdict in (("[b]one[/b]", 1.0), ("two", 0.0))
+    ]
+    result = command(given)
+    assert result.exit_code == 0, result.output
+    assert "[b]one[/b] and two against base" in result.output
+    assert "+100.0 (n=4)" in result.output
+    assert "nan" not in result.output
+    assert "Shown are neighbours" not in result.output
 
 
 def test_length_control_without_lengths_is_refused(command):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -69,17 +70,22 @@ def verdicts(
     if out is not None:
         check_out(out)
     read = read_verdicts(files)
-    study = study_verdicts(
-        read.verdicts, length_control=length_control, variants=variants, half_width=half_width, seed=seed
-    )
-    left_out = {"num_missing": read.num_missing, "num_repeated": read.num_repeated}
+    settings: dict[str, Any] = {
+        "length_control": length_control,
+        "variants": variants,
+        "half_width": half_width,
+        "seed": seed,
+    }
+    study = study_verdicts(read.verdicts, **settings)
     _show(study, half_width)
     if read.num_missing:
         click.echo(f"{read.num_missing} rows without a verdict are left out")
     if read.num_repeated:
         click.echo(f"{read.num_repeated} rows that repeat another exactly are left out")
     if out is not None:
-        write_out(out, json_text({"files": files, "num_verdicts": len(read.verdicts), **left_out, "study": study}))
+        counts = {"num_missing": read.num_missing, "num_repeated": read.num_repeated}
+        origin = {"sha256": read.sha256, "settings": settings, "num_verdicts": len(read.verdicts), **counts}
+        write_out(out, json_text({**origin, "study": study}))
         click.echo(f"study: {out}")
 
 
@@ -100,30 +106,31 @@ def _show(study: VerdictStudy, half_width: float) -> None:
         at_equal = [_percent(controlled[row.model, row.baseline].rate)] if controlled else []
         counts = f"{row.num_wins}, {row.num_ties}, {row.num_losses}"
         rate = f"{_percent(row.rate)} (n={row.rate.count})"
-        table.add_row(row.model, row.baseline, rate, *at_equal, counts, f"{row.prompts_for_width} prompts")
+        _add(table, row.model, row.baseline, rate, *at_equal, counts, f"{row.prompts_for_width} prompts")
     console.print(table)
     if any(row.first_shown is not None for row in study.win_rates):
         table = _table("both orders", "reply shown first preferred", "orders disagree")
         for row in study.win_rates:
             if row.first_shown is not None:
                 first = f"{_percent(row.first_shown)} (n={row.first_shown.count})"
-                table.add_row(f"{row.model} against {row.baseline}", first, f"{row.flip_fraction:.0%}")
+                _add(table, f"{row.model} against {row.baseline}", first, f"{row.flip_fraction:.0%}")
         console.print(table)
     if study.differences:
         table = _table("of two models", "difference in points", "p", "p (Holm)")
-        neighbours = {(a.model, b.model) for a, b in itertools.pairwise(study.win_rates) if a.baseline == b.baseline}
-        for pair in study.differences:
-            if (pair.model, pair.other) in neighbours:
-                gap = f"{_percent(pair.difference, signed=True)} (n={pair.difference.count})"
-                names = f"{pair.model} and {pair.other} against {pair.baseline}"
-                table.add_row(names, gap, f"{pair.p_value:.2g}", f"{pair.p_holm:.2g}")
+        neighbours = {(a.model, b.model, b.baseline) for a, b in itertools.pairwise(study.win_rates)}
+        shown = [pair for pair in study.differences if (pair.model, pair.other, pair.baseline) in neighbours]
+        for pair in shown:
+            gap = f"{_percent(pair.difference, signed=True)} (n={pair.difference.count})"
+            names = f"{pair.model} and {pair.other} against {pair.baseline}"
+            _add(table, names, gap, f"{pair.p_value:.2g}", f"{pair.p_holm:.2g}")
         console.print(table)
-        console.print(f"Shown are neighbours in win rate; all {len(study.differences)} pairs are in the JSON of --out.")
+        if len(shown) < len(study.differences):
+            console.print(f"Shown are neighbours in win rate; --out has all {len(study.differences)} pairs.")
     if study.ladder is not None:
         table = _table("ladder", "rank", "rating", *["component"] * (study.ladder.num_components > 1))
         for player in study.ladder.players:
             component = [str(player.component)] * (study.ladder.num_components > 1)
-            table.add_row(player.name, str(player.rank or "-"), player.text, *component)
+            _add(table, player.name, str(player.rank or "-"), player.text, *component)
         console.print(table)
     for note in study.notes:
         console.print(f"note: {note}", markup=False)
@@ -139,6 +146,13 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def _add(table: Table, *cells: str) -> None:
+    from rich.text import Text
+
+    table.add_row(*(Text(cell) for cell in cells))  # a name such as [b] is no markup
+
+
 def _percent(found: Interval, *, signed: bool = False) -> str:
     value, low, high = (f"{100 * x:{'+' if signed else ''}.1f}" for x in (found.value, found.low, found.high))
-    return f"{value}{'' if signed else '%'} [{low}, {high}]"
+    bounds = "" if math.isnan(found.low) else f" [{low}, {high}]"
+    return f"{value}{'' if signed else '%'}{bounds}"

@@ -54,6 +54,8 @@ class VerdictFiles:
     """The verdicts of some files, and how many of their rows are not among them."""
 
     verdicts: tuple[PairVerdict, ...]
+    sha256: dict[str, str]
+    """The hash of each file, by its name as it was given."""
     num_missing: int
     """Rows whose verdict is null: the judge gave none that could be read."""
     num_repeated: int
@@ -64,9 +66,11 @@ def read_verdicts(sources: Sequence[str | Path]) -> VerdictFiles:
     """All verdicts of the files. Raises DataError for rows of no layout, without a prompt or a model's name, with a
     verdict out of range, and for two verdicts of one judge that contradict each other."""
     found: list[PairVerdict] = []
+    hashes: dict[str, str] = {}
     num_missing = 0
     for source in sources:
         read = read_rows(source)
+        hashes[read.source] = read.sha256
         if read.bad:
             raise DataError(
                 f"{len(read.bad)} rows cannot be read, and a win rate over the others could be biased; the first: "
@@ -86,7 +90,7 @@ def read_verdicts(sources: Sequence[str | Path]) -> VerdictFiles:
             where=", ".join(map(str, sources)),
             fix="have the replies judged, or name other files",
         )
-    return VerdictFiles(verdicts=kept, num_missing=num_missing, num_repeated=len(found) - len(kept))
+    return VerdictFiles(verdicts=kept, sha256=hashes, num_missing=num_missing, num_repeated=len(found) - len(kept))
 
 
 def without_repeats(verdicts: Iterable[PairVerdict]) -> tuple[PairVerdict, ...]:
