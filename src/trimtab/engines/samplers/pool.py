@@ -192,10 +192,10 @@ class SamplerPool:
 
     @cached_property
     def _probe(self) -> list[int]:
-        """The fixed prompt, of tokens that have names and end no reply."""
+        """The fixed prompt, of ordinary tokens: special ones may stand for an image, or end a reply."""
         size = self.policy.model.config.get_text_config().vocab_size
-        ends = stop_ids(self.policy, self.chat)
-        allowed = [i for i in range(size) if i not in ends and (self._unnamed is None or not self._unnamed[i])]
+        special = stop_ids(self.policy, self.chat) | set(self.chat.tokenizer.all_special_ids)
+        allowed = [i for i in range(size) if i not in special and (self._unnamed is None or not self._unnamed[i])]
         draw = torch.Generator().manual_seed(0)
         length = max(1, min(PROBE_PROMPT, self._max_length - PROBE_REPLY))
         return [allowed[i] for i in torch.randint(len(allowed), (length,), generator=draw).tolist()]
