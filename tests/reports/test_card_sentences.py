@@ -16,7 +16,7 @@ def test_a_whole_card_says_what_it_holds():
         "shuffled_replies": 0.61,
         "shuffled_replies_low": 0.5,
         "shuffled_replies_high": 0.7,
-        "by_slice": {"maths": {"accuracy": 0.8, "low": 0.7, "high": 0.9, "count": 40}},
+        "by_slice": {"school_maths": {"accuracy": 0.8, "low": 0.7, "high": 0.9, "count": 40}},
         "degenerate": {"prompt_copied": {"above_rejected": estimate(0.04, 0.01, 0.1)}},
         "styles": {"heading": estimate(0.31, 0.25, 0.4), "hedge": estimate(-0.5, -0.6, -0.4)},
         "num_probes_unscored": 3,
@@ -24,7 +24,7 @@ def test_a_whole_card_says_what_it_holds():
     said = " ".join(card_sentences(known))
     assert "the model itself, shown another prompt, 61% [50%, 70%]" in said
     assert "a score that ignores the replies 50%" in said
-    assert "By slice: maths 80% [70%, 90%] of 40." in said
+    assert "By slice: school_maths 80% [70%, 90%] of 40." in said
     assert "prompt copied 4% [1%, 10%]" in said
     assert "heading +0.31 [0.25, 0.4], hedge -0.50 [-0.6, -0.4]" in said
     assert "3 changed replies are left out" in said

@@ -161,6 +161,7 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path):
 
 CARD_KEYS = (
     *(
+        "by_slice",
         "styles",
         "degenerate",
         "above_chosen",

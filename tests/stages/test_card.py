@@ -87,6 +87,15 @@ def test_a_card_is_told_and_written_with_its_slices(tmp_path, reward_run, sliced
     assert card["data"] == [str(sliced)]
     both, _ = judged(tmp_path, reward_run / "model", sliced, pairs)
     assert {name: part["count"] for name, part in both["by_slice"].items()} == {str(sliced): 12, str(pairs): 20}
+    page = (tmp_path / "card" / "reward_card.html").read_text(encoding="utf-8")
+    for words in (
+        "Accuracy by slice",
+        "What a style adds",
+        "Reliability",
+        "Reliability at temperature",
+        "The reward model orders",
+    ):
+        assert words in page
     told = trimtab("card", reward_run / "model", sliced, "--slice", "topic")
     assert told.output == said
 

@@ -337,7 +337,7 @@ def score(**options: Any) -> None:
 @main.command()
 @click.argument("model")
 @click.argument("data", nargs=-1, required=True, metavar="DATA...")
-@_directory("Where reward_card.json is written; without it, the card is only told.")
+@_directory("Where reward_card.json and its page go; without it, the card is only told.")
 @click.option("--slice", "slice_by", metavar="FACT", help="The fact of the prompts whose values make the slices.")
 @click.option(
     "--on-bad-row",

@@ -188,11 +188,11 @@ def reward_card(
     every pair. `prompt_correlation` says how far the reward itself is one of the prompt, and `resembles` names the
     simple scorer that it amounts to, if it does.
 
-    `bayes_accuracy` is the highest accuracy that any judge could reach
-    against these noisy annotators. If it is not given, it is the mean of max(p, 1 - p) over `probability_chosen` (the
-    known chance that a simulated annotator prefers `chosen`) if every label is 1; otherwise it is absent, because
-    several votes are more often right than one. `share_of_bayes` says how far accuracy goes from chance (0) to that
-    limit (1). Lengths are in words. `seed` decides only which side of a pair is put first for calibration.
+    `bayes_accuracy` is the highest accuracy that any judge could reach against these noisy annotators. If it is not
+    given, it is the mean of max(p, 1 - p) over `probability_chosen` (the known chance that a simulated annotator
+    prefers `chosen`) if every label is 1; otherwise it is absent, because several votes are more often right than one.
+    `share_of_bayes` says how far accuracy goes from chance (0) to that limit (1). Lengths are in words. `seed` decides
+    only which side of a pair is put first for calibration.
     """
     chosen = np.asarray(score_chosen, dtype=np.float64)
     rejected = np.asarray(score_rejected, dtype=np.float64)

@@ -30,7 +30,7 @@ def card_sentences(card: Mapping[str, Any]) -> list[str]:
     shares = [(text, interval(card, name)) for name, text in _BASELINES.items()]
     if beside := [text.format(_share(share)) for text, share in shares if share is not None]:
         found.append(f"Beside it: {', '.join(beside)}.")
-    if by_length := _listed(section(card, "slices")):
+    if by_length := _listed({_plain(name): one for name, one in section(card, "slices").items()}):
         found.append(f"By length: {by_length}.")
     if by_slice := _listed(section(card, "by_slice")):
         found.append(f"By slice: {by_slice}.")
@@ -72,7 +72,7 @@ def _share(share: Interval) -> str:
 def _listed(shares: Mapping[str, Any]) -> str:
     named = [(name, interval(shares, name)) for name in shares]
     return ", ".join(
-        f"{_plain(name)} {_share(share)} of {share.count}" for name, share in named if share is not None and share.count
+        f"{name} {_share(share)} of {share.count}" for name, share in named if share is not None and share.count
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from trimtab.core.files import writing
 from trimtab.reports import charts, headline
-from trimtab.reports.charts import AMBER, BLUE, GREY, TEAL, VIOLET
+from trimtab.reports.card_page import card_parts, rows_of
 from trimtab.reports.collect import PipelineRecord, RunRecord, Series, collect
 from trimtab.reports.guide import meaning
 from trimtab.reports.headline import interval, number, section, show
@@ -31,7 +30,6 @@ from trimtab.reports.page import (
     write,
 )
 from trimtab.runs.facts import StageFacts
-from trimtab.stats import Interval
 
 NUM_SAMPLES = 12
 """Samples shown: a random draw with a fixed seed, so that they are typical and the same each time."""
@@ -181,83 +179,6 @@ def _over_kl(runs: Sequence[RunRecord]) -> list[Part]:
     return [Panels(panels), *([Folded("The parts of gold over √KL", [Panels(parts)])] if parts else [])]
 
 
-# --- the reward model's card ---
-
-
-def _reward_card(run: RunRecord) -> list[Part]:
-    card = run.summary
-    panels = []
-    if number(card, "accuracy") is not None:
-        rows: list[charts.Bar] = [("chance", Interval(0.5, math.nan, math.nan, 0), GREY)]
-        named = (
-            ("longer_wins", "longer reply", AMBER),
-            ("bag_of_words", "bag of words", TEAL),
-            ("shuffled_replies", "other prompts", TEAL),
-            ("accuracy", "reward model", BLUE),
-            ("bayes_accuracy", "limit of the labels", VIOLET),
-        )
-        for name, shown, colour in named:
-            if (share := interval(card, name)) is not None:
-                rows.append((shown, share, colour))
-        pairs = number(card, "num_pairs")
-        count = f" · {show(pairs)} held-out pairs" if pairs is not None else ""
-        how = (
-            "The model should stand clear of the simple rules, and of itself when it is shown other prompts; the noise "
-            "of the votes lets nobody pass the limit."
-        )
-        panels.append(Panel("Accuracy and baselines", f"share{count}", how, charts.shares(rows)))
-    if bins := _rows(card, "reliability", "mean_probability", "accuracy", "count"):
-        ece = number(card, "ece")
-        unit = f"share · ECE {show(ece)}" if ece is not None else "share"
-        how = "On the diagonal a predicted 70% wins 70% of the time. Flatter than it: the model is too sure."
-        panels.append(Panel("Reliability", unit, how, charts.reliability(bins)))
-    if bins := _rows(card, "by_margin", "low", "high", "accuracy", "count"):
-        how = "Should climb to the right: where the two rewards differ more, the model should be right more often."
-        panels.append(Panel("Accuracy by margin", "share over reward", how, charts.by_margin(bins)))
-    rows = []
-    for name, one in section(card, "slices").items():
-        if (share := interval({name: one}, name)) is not None:
-            rows.append((f"{name.replace('_', ' ')} ({share.count})", share, TEAL))
-    if rows:
-        how = "Right when the chosen reply is longer and wrong when shorter is a taste for length. Pairs in brackets."
-        panels.append(Panel("Accuracy by length of the replies", "share", how, charts.shares(rows)))
-    if bins := _rows(card, "by_length", "mean_length", "mean_reward", "count"):
-        correlation = number(card, "length_spearman")
-        unit = "reward over words" + (f" · Spearman {show(correlation)}" if correlation is not None else "")
-        how = "A steady climb means that length alone earns reward, which a policy will find."
-        panels.append(Panel("Reward by length", unit, how, charts.by_length(bins)))
-    return [Panels(panels + _probes(card))]
-
-
-def _probes(card: Mapping[str, Any]) -> list[Panel]:
-    """What the model gives to replies that were changed on purpose."""
-    panels = []
-    styles, texts = section(card, "styles"), section(card, "degenerate")
-    added = [(name, one, BLUE) for name in styles if (one := interval(styles, name)) is not None]
-    if added:
-        how = "Reward for the style alone: the content is the same. A policy will find whatever lies right of zero."
-        panels.append(Panel("What a style adds", "logits", how, charts.dots(added, "reward added", line=0.0)))
-    sides = (("above_rejected", "rejected", AMBER), ("above_chosen", "chosen", VIOLET))
-    beside = [
-        (f"{name.replace('_', ' ')} over {side}", share, colour)
-        for name in texts
-        for key, side, colour in sides
-        if (share := interval(section(texts, name), key)) is not None
-    ]
-    if beside:
-        how = "How often a text without content gets more reward than a real reply. Should be near zero."
-        panels.append(Panel("Texts without content", "share", how, charts.dots(beside, "share", low=0, high=1)))
-    return panels
-
-
-def _rows(values: Mapping[str, Any], name: str, *needed: str) -> list[dict[str, float]]:
-    """The rows of the list `name` that have a number under every needed name, with their numbers only."""
-    listed = values.get(name)
-    rows = [row for row in listed if isinstance(row, Mapping)] if isinstance(listed, list) else []
-    plain = [{key: value for key in row if (value := number(row, key)) is not None} for row in rows]
-    return [row for row in plain if row.keys() >= set(needed)]
-
-
 # --- evaluation and samples ---
 
 
@@ -268,7 +189,7 @@ def _evaluation(run: RunRecord) -> list[Part]:
     sides = [(name, *([theirs.get(name, "–")] if theirs else []), ours.get(name, "–")) for name in names]
     apart = {key: value for key, value in run.summary.items() if key not in ("policy", "baseline", "best_of")}
     panels = []
-    if points := _rows(section(run.summary, "best_of"), "curve", "n", "gold"):
+    if points := rows_of(section(run.summary, "best_of"), "curve", "n", "gold"):
         how = "Gold of the best of n replies of the baseline, chosen by gold itself: what perfect choice would give."
         chart = charts.best_of_n(points, {"gold": "gold"}, "gold score (0–1)")
         panels.append(Panel("Best of n", "gold score 0–1", how, chart))
@@ -278,12 +199,12 @@ def _evaluation(run: RunRecord) -> list[Part]:
 def _selection(run: RunRecord) -> list[Part]:
     best_of = section(run.summary, "best_of")
     panels = []
-    if points := _rows(best_of, "curve", "n", "reward"):
+    if points := rows_of(best_of, "curve", "n", "reward"):
         prompts = show(number(best_of, "num_prompts"))
         how = "What choosing the best of n by the reward gives, for every n from the same replies, without bias."
         chart = charts.best_of_n(points, {"reward": "chosen by reward"}, "reward")
         panels.append(Panel("Reward of the best of n", f"units of reward · {prompts} prompts", how, chart))
-    if points := _rows(best_of, "curve", "n", "gold", "gold_by_gold"):
+    if points := rows_of(best_of, "curve", "n", "gold", "gold_by_gold"):
         how = (
             "Gold of the reply that the reward chose, and of the best there was. The gap is what a better reward buys."
         )
@@ -404,7 +325,7 @@ def _numbers(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, s
 
 
 _SECTIONS: Mapping[str, Callable[[RunRecord], list[Part]]] = {
-    "reward": _reward_card,
+    "reward": lambda run: card_parts(run.summary),
     "evaluate": _evaluation,
     "select": _selection,
 }

@@ -19,6 +19,7 @@ from trimtab.core.types import PreferencePair, Prompt
 from trimtab.data.layouts import load
 from trimtab.evals.probes import make_probes, read_probes
 from trimtab.evals.reward_card import SIDES, reward_card
+from trimtab.reports.card_page import write_card
 from trimtab.reports.card_sentences import card_sentences
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.scorer import RewardModelScorer
@@ -28,6 +29,7 @@ from trimtab.stats import Floats
 
 CARD_FILE = "reward_card.json"
 """What a card is called beside its model. `evals/reward_card.schema.json` is the JSON schema of it."""
+PAGE_FILE = "reward_card.html"
 VERSION = 1
 """The version of the schema, raised when a reader of the file would have to change."""
 
@@ -43,8 +45,8 @@ def card(
     on_bad_row: Literal["stop", "drop"] = "stop",
     device: str | None = None,
 ) -> list[str]:
-    """Judges a reward model on preference pairs, writes `reward_card.json` into the directory `out` if it is given, and
-    returns the sentences of the card.
+    """Judges a reward model on preference pairs, writes `reward_card.json` and a page with its charts into the
+    directory `out` if it is given, and returns the sentences of the card.
 
     The pairs of all sources are judged together. Their slices are the values of the fact `slice_by`, or without it the
     sources if there are several. A pair that the model cannot read is left out and counted in `num_too_long`; with
@@ -83,6 +85,7 @@ def card(
     if out is not None:
         digest = model_digest(model) if Path(model).is_dir() else None
         write_out(out / CARD_FILE, card_text(found, model=model, digest=digest, data=data))
+        write_card(found, out / PAGE_FILE, model=model)
     return card_sentences(found)
 
 
