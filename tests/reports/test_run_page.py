@@ -160,21 +160,8 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path):
 
 
 CARD_KEYS = (
-    *(
-        "by_slice",
-        "styles",
-        "degenerate",
-        "above_chosen",
-        "above_rejected",
-        "accuracy",
-        "accuracy_low",
-        "longer_wins",
-        "reliability",
-        "by_margin",
-        "by_length",
-        "slices",
-        "mean_probability",
-    ),
+    *("by_slice", "calibrated", "styles", "degenerate", "above_chosen", "above_rejected"),
+    *("accuracy", "accuracy_low", "longer_wins", "reliability", "by_margin", "by_length", "slices", "mean_probability"),
     *("policy", "baseline", "win_rate", "reward_model", "seconds", "best_of", "curve", "mean_length", "mean_reward"),
     *("gold", "low", "high", "count", "n", "value"),
 )
