@@ -15,7 +15,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def settings(model: str, vllm: str, rows: str, steps: int) -> dict[str, Any]:
 
 def planned_gb(run_file: Path) -> float:
     """The memory that the plan says the run will take."""
-    plan = [sys.executable, "-m", "trimtab", "plan", str(run_file), "--stage", "online"]
+    plan = [sys.executable, "-m", "trimtab", "plan", str(run_file)]
     said = subprocess.run(plan, check=True, capture_output=True, text=True).stdout
     return float(said.split("at most ")[1].split(" GB")[0])
 
@@ -84,15 +83,17 @@ def main() -> None:
     parser.add_argument("--vllm", required=True, help="an interpreter with vLLM")
     parser.add_argument("--rows", required=True, help="questions and answers")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path("runs/vllm_rollouts"), help="where the run is, or goes on")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        run_file, out = Path(scratch) / "run.toml", Path(scratch) / "run"
-        values = settings(options.model, options.vllm, options.rows, options.steps)
-        run_file.write_text(config.to_toml(values), encoding="utf-8")
-        planned = planned_gb(run_file)
-        subprocess.run([sys.executable, "-m", "trimtab", "online", str(run_file), "--out", str(out)], check=True)
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        peak = json.loads((out / "summary.json").read_text(encoding="utf-8"))["peak_rss_gb"]
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    stage = settings(options.model, options.vllm, options.rows, options.steps)
+    run_file = out / "run.toml"
+    run_file.write_text(config.to_toml({"stages": {"grpo": {"stage": "online", **stage}}}), encoding="utf-8")
+    subprocess.run([sys.executable, "-m", "trimtab", "run", str(run_file), "--out", str(out / "run")], check=True)
+    rows = [json.loads(x) for x in (out / "run/grpo/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    peak = json.loads((out / "run/summary.json").read_text(encoding="utf-8"))["peak_rss_gb"]
+    planned = planned_gb(run_file)
     differences = [row["rollout/logprob_difference"] for row in rows]
     right = [row["reward/exact_answer"] for row in rows]
     result = {

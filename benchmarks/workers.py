@@ -112,22 +112,25 @@ def main() -> None:
     parser.add_argument("--quickstart", type=Path, required=True, help="the directory of a finished quickstart")
     parser.add_argument("--vllm", help="an interpreter with vLLM")
     parser.add_argument("--ray", action="store_true", help="with Ray too")
+    parser.add_argument("--ways", nargs="+", help="only these, such as 'one process' and vLLM")
+    parser.add_argument("--data", type=Path, default=OUT, help="the file that is written")
     parser.add_argument("--keep", action="store_true", help="compare finished runs that are there from before")
     options = parser.parse_args()
     if not options.keep:
         shutil.rmtree(options.quickstart / "workers", ignore_errors=True)
+    chosen = {k: v for k, v in ways(options.vllm, options.ray).items() if k in (options.ways or [k])}
     settings = options.quickstart / "ppo" / "settings.toml"
     result: dict[str, Any] = {"command": "python benchmarks/workers.py", "machine": machine()}
     for name, changed in RUNS.items():
         result[name] = {"seconds_of_a_step": {}}
         alone = options.quickstart / "workers" / f"{name}, one process"
-        for way, how in ways(options.vllm, options.ray).items():
+        for way, how in chosen.items():
             out = alone.with_name(f"{name}, {way}")
             train(settings, out, *how, *changed)
             if out != alone:
                 result[name][way] = compared(out, alone)
             result[name]["seconds_of_a_step"][way] = seconds(out)
-    OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    options.data.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
 
 
