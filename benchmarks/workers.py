@@ -1,6 +1,7 @@
 """The same runs by every engine: `docs/evidence/data/workers.json`.
 
-    python benchmarks/workers.py --quickstart runs/quickstart --vllm vllm/bin/python --ray
+    python benchmarks/workers.py --quickstart runs/quickstart
+    python benchmarks/workers.py … --vllm vllm/bin/python --ray --ways "one process" vLLM --data …/engines_vllm.json
 
 Runs the quickstart's PPO, and GRPO with the same models and prompts, from the models of a finished quickstart: in one
 process with all threads; in two and three with as many threads together; with replies drawn by vLLM; and with workers

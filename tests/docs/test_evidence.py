@@ -46,6 +46,7 @@ def test_the_table_of_all_algorithms_is_that_of_its_data(script):
 
 def test_the_table_of_runs_in_several_processes_is_that_of_its_data(script):
     assert_on_page("engines", script("workers").table(data("workers")))
+    assert_on_page("engines", script("workers").table(data("engines_vllm")))
 
 
 def test_the_tables_of_rollouts_that_lag_are_those_of_their_data(script):
