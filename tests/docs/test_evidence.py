@@ -49,6 +49,10 @@ def test_the_table_of_runs_in_several_processes_is_that_of_its_data(script):
     assert_on_page("engines", script("workers").table(data("engines_vllm")))
 
 
+def test_the_table_of_rollouts_by_vllm_is_that_of_its_data(script):
+    assert_on_page("engines", script("vllm_rollouts").table(data("vllm_rollouts")))
+
+
 def test_the_tables_of_rollouts_that_lag_are_those_of_their_data(script):
     staleness, found = script("staleness"), data("staleness")
     assert found["compared_with_lag_0"] == staleness.compared(found["runs"])
