@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 import stat
 import sys
+import threading
+import time
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,14 +21,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from tests import tiny
+from trimtab.batches.trees import TokenTrees, response_tree
 from trimtab.core.errors import EngineError
 from trimtab.core.types import Message, Prompt
 from trimtab.data.chat import Chat
 from trimtab.data.tokenizers import load_tokenizer
 from trimtab.engines.device import SamplerSettings
 from trimtab.engines.local.sampler import LocalSampler, Sampling
+from trimtab.engines.local.scorer import LocalScorer
 from trimtab.engines.samplers import pool as pools
 from trimtab.engines.samplers.pool import PooledSampler, SamplerPool
+from trimtab.engines.samplers.process import SamplerProcess
+from trimtab.engines.samplers.weights import SamplerStart, Scratch
 from trimtab.models.adapters import LoRA, adapter_parameters, add_adapter
 from trimtab.models.load import load_causal
 from trimtab.models.roles import Policy
@@ -52,7 +59,7 @@ CASES = {
 class Drawn:
     """A policy, its pool of processes, and the count of its weights."""
 
-    def __init__(self, engine: str, case: str, directory: Path, **settings) -> None:
+    def __init__(self, engine: str, case: str, directory: Path, *, sampling: Sampling = SAMPLING, **settings) -> None:
         tokenizer = train_tokenizer([*tiny.TEXTS] * 2, 320)
         shape = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 2}
         config = CASES[case]({"vocab_size": len(tokenizer), "bos_token_id": None, **shape})
@@ -64,14 +71,14 @@ class Drawn:
         if adapter:
             add_adapter(model, adapter, LoRA(rank=4), seed=0)
         self.policy = Policy(model, pad_id=self.chat.pad_id, temperature=0.7, adapter=adapter)
-        self.version = 0
+        self.revision = 0
         python = {"python": VLLM} if engine == "vllm" else {}
         self.pool = SamplerPool(
             self.policy,
             self.chat,
             SamplerSettings(name=engine, **(python | settings)),
-            SAMPLING,
-            version=lambda: self.version,
+            sampling,
+            revision=lambda: self.revision,
             whole=nullcontext,
             limit_seconds=240,
         )
@@ -81,10 +88,10 @@ class Drawn:
         """Changes the weights, as an update does."""
         model = self.policy.model
         changed = adapter_parameters(model, "policy").values() if self.policy.adapter else model.parameters()
-        draw = torch.Generator().manual_seed(self.version)
+        draw = torch.Generator().manual_seed(self.revision)
         for weight in changed:
             weight.add_(0.1 * torch.randn(weight.shape, generator=draw))
-        self.version += 1
+        self.revision += 1
 
     def local(self, sampling: Sampling = SAMPLING) -> LocalSampler:
         return LocalSampler(self.policy, self.chat, sampling)
@@ -142,17 +149,93 @@ def test_replies_follow_the_weights_from_sync_to_sync(drawn):
     after = sampler.generate(PROMPTS, group_size=2, seed=7)
     assert_same(drawn.local().generate(PROMPTS, group_size=2, seed=7), after)
     assert [r.response_ids for r in after] != [r.response_ids for r in before]
-    assert len(list(drawn.pool._scratch.glob("version-*"))) == 1
+    assert len(list(drawn.pool._scratch.path.glob("revision-*"))) == 1
 
 
 def test_a_killed_process_is_started_again_and_draws_the_same(drawn, capfd):
     sampler = drawn.pooled()
     expected = sampler.generate(PROMPTS, group_size=2, seed=9)
     drawn.learn()  # the policy moves on; the process that is started again gets the weights of the last sync
-    drawn.pool._processes[0]._process.kill()
+    drawn.pool._processes[0].kill()
     assert_same(expected, sampler.generate(PROMPTS, group_size=2, seed=9))
     assert "sampler 1 was killed by SIGKILL; it is started again" in capfd.readouterr().err
     drawn.pool.sync()
+
+
+def test_a_process_started_again_by_a_thread_outlives_it(drawn):
+    """Rollouts that lag are drawn in a thread, which ends before the next ones are drawn in another."""
+    sampler = drawn.pooled()
+    expected = sampler.generate(PROMPTS, group_size=2, seed=11)
+    drawn.pool._processes[0].kill()
+    restarts = drawn.pool.num_restarts
+    for _ in range(2):
+        found = []
+        draw = partial(sampler.generate, PROMPTS, group_size=2, seed=11)
+        thread = threading.Thread(target=lambda into=found, draw=draw: into.extend(draw()))
+        thread.start()
+        thread.join()
+        time.sleep(0.5)
+        assert_same(expected, found)
+    assert drawn.pool.num_restarts == restarts + 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sampling_in_bfloat16_is_the_local_one_within_its_bound(engine, tmp_path):
+    sampling = replace(SAMPLING, precision="bfloat16")
+    made = Drawn(engine, "tied", tmp_path / "model", sampling=sampling)
+    try:
+        made.learn()
+        made.pool.sync()
+        weights = load_file(made.pool._directory(1) / "model.safetensors")
+        assert {w.dtype for w in weights.values()} == {torch.bfloat16 if engine == "vllm" else torch.float32}
+        assert "lm_head.weight" not in weights  # it is the embedding
+        assert made.pool.difference < 0.1
+        options = {"group_size": 2, "seed": 3}
+        ours = made.local(sampling).generate(PROMPTS, **options)
+        theirs = made.pooled(sampling).generate(PROMPTS, **options)
+        if engine == "process":  # the same code: the same rounding
+            assert_same(ours, theirs, tolerance=1e-2)
+        assert made.pooled(sampling).sampler == f"{engine}, bfloat16"
+    finally:
+        made.pool.close()
+
+
+class SlowPool:
+    """Draws nothing, and takes its time."""
+
+    name = "slow"
+
+    def decode(self, prompts, group_size, replies):
+        time.sleep(0.002)
+        replies.lengths[:] = 1
+
+
+def test_drawing_leaves_the_adapters_of_the_policy_alone(tmp_path):
+    """With a lag the reference, which is the base without the adapter, is scored meanwhile."""
+    model = tiny.causal("llama")
+    add_adapter(model, "policy", LoRA(rank=2), seed=0)
+    with torch.no_grad():
+        for weight in adapter_parameters(model, "policy").values():
+            weight.add_(0.3)
+    chat = Chat(load_tokenizer(str(tiny.write_model_directory(tmp_path / "model"))))
+    policy = Policy(model, pad_id=0, adapter="policy")
+    reference = LocalScorer(Policy(model, pad_id=0, adapter=None), token_budget=64)
+    trees = TokenTrees.build([response_tree([3, 4, 5], [[6, 7, 8]])])
+    expected = reference.logprobs(trees)
+    sampler = PooledSampler(policy, chat, Sampling(max_new_tokens=4), pool=SlowPool())
+    ended = threading.Event()
+
+    def draw():
+        while not ended.is_set():
+            sampler.continue_ids([[3, 4]], group_size=1, uniforms=torch.rand(1, 4, dtype=torch.float64))
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        assert all(torch.equal(reference.logprobs(trees), expected) for _ in range(200))
+    finally:
+        ended.set()
+        thread.join()
 
 
 def serve_with(fault: str, path: Path, python: str) -> str:
@@ -172,11 +255,11 @@ def serve_with(fault: str, path: Path, python: str) -> str:
 OF_VLLM = "from trimtab.engines.samplers import vllm_form\n"
 FAULTS = {
     "weights that are not taken": (
-        "serve.SamplerServer.update = lambda s, *, directory, version: setattr(s, 'version', version)",
+        "serve.SamplerServer.update = lambda s, *, directory, revision: setattr(s, 'revision', revision)",
         "tied",
     ),
-    "an older version": (
-        "serve.SamplerServer.update = lambda s, *, directory, version: setattr(s, 'version', 0)",
+    "an older revision": (
+        "serve.SamplerServer.update = lambda s, *, directory, revision: setattr(s, 'revision', 0)",
         "untied",
     ),
     "a tied head": (OF_VLLM + "vllm_form.pack_tied_head = lambda model: None", "tied"),
@@ -207,7 +290,7 @@ def test_weights_that_are_not_the_policys_are_refused(fault, engine, tmp_path, m
     monkeypatch.setattr(sys, "executable", python)
     made = Drawn(engine, case, tmp_path / "model", **({"python": python} if engine == "vllm" else {}))
     try:
-        with pytest.raises(EngineError, match=r"has other weights than the policy|was to be drawn from") as refused:
+        with pytest.raises(EngineError, match=r"has other weights than the policy|were to be drawn from") as refused:
             learn_and_sync_twice(made)
         assert refused.value.fix
     finally:
@@ -217,15 +300,15 @@ def test_weights_that_are_not_the_policys_are_refused(fault, engine, tmp_path, m
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_missing_weight_is_named(engine, tmp_path, monkeypatch):
     made = Drawn(engine, "untied", tmp_path)
-    write = pools.write_version
+    write = pools.write_revision
 
-    def without_one(policy, directory, precision):
-        write(policy, directory, precision)
+    def without_one(policy, directory, dtype):
+        write(policy, directory, dtype)
         weights = load_file(directory / "model.safetensors")
         del weights["model.layers.0.mlp.up_proj.weight"]
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(pools, "write_version", without_one)
+    monkeypatch.setattr(pools, "write_revision", without_one)
     made.learn()
     with pytest.raises(EngineError, match="up_proj"):
         made.pool.sync()
@@ -235,15 +318,15 @@ def test_a_missing_weight_is_named(engine, tmp_path, monkeypatch):
 @pytest.mark.skipif(not VLLM, reason="TRIMTAB_VLLM names no interpreter of an environment with vLLM")
 def test_an_adapter_of_which_vllm_takes_nothing_is_refused(tmp_path, monkeypatch):
     made = Drawn("vllm", "adapter", tmp_path)
-    write = pools.write_version
+    write = pools.write_revision
 
-    def elsewhere(policy, directory, precision):
-        write(policy, directory, precision)
+    def elsewhere(policy, directory, dtype):
+        write(policy, directory, dtype)
         weights = load_file(directory / "adapter_model.safetensors")
         renamed = {name.replace("model.layers.", "model.blocks."): w for name, w in weights.items()}
         save_file(renamed, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(pools, "write_version", elsewhere)
+    monkeypatch.setattr(pools, "write_revision", elsewhere)
     made.learn()
     with pytest.raises(EngineError, match=r"has no place for|other weights than the policy"):
         made.pool.sync()
@@ -259,10 +342,75 @@ def test_a_process_that_ends_again_and_again_ends_the_run(tmp_path, monkeypatch)
         Drawn("process", "tied", tmp_path / "model")
 
 
+def test_a_process_that_ends_while_it_is_started_again_is_started_once_more(tmp_path, monkeypatch):
+    count = tmp_path / "count"
+    fault = f"""update = serve.SamplerServer.update
+def twice(self, **given):
+    import os, pathlib
+    count = pathlib.Path({str(count)!r})
+    count.write_text("x" * (1 + (len(count.read_text()) if count.exists() else 0)))
+    if len(count.read_text()) <= 2:
+        os._exit(9)
+    update(self, **given)
+serve.SamplerServer.update = twice"""
+    monkeypatch.setattr(sys, "executable", serve_with(fault, tmp_path, sys.executable))
+    made = Drawn("process", "tied", tmp_path / "model")
+    try:
+        assert made.pool.num_restarts == 2
+        ours, theirs = (one.generate(PROMPTS, group_size=1, seed=0) for one in (made.local(), made.pooled()))
+        assert_same(ours, theirs)
+    finally:
+        made.pool.close()
+
+
+def test_an_interpreter_may_be_named_from_the_directory_of_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    wrapper = tmp_path / "bin" / "python"
+    wrapper.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "raise SystemExit(5)"\n')
+    wrapper.chmod(0o755)
+    (tmp_path / "scratch").mkdir()
+    start = SamplerStart(
+        engine="vllm",
+        model="",
+        tokenizer="",
+        rank=0,
+        device="cpu",
+        gpu_memory=0.5,
+        threads=1,
+        precision="float32",
+        temperature=1.0,
+        max_length=16,
+        batch_size=1,
+        cache_gb=1.0,
+    )
+    with pytest.raises(EngineError, match="ended with exit code 5"):  # and is no file that is missing
+        SamplerProcess(start, number=1, python="bin/python", scratch=tmp_path / "scratch", limit=60)
+
+
+def test_weights_that_killed_runs_left_are_removed_and_those_in_use_are_not(monkeypatch):
+    mine = Scratch()
+    left = mine.path.with_name("trimtab-weights-left")
+    (left / "version-3").mkdir(parents=True)
+    (left / "in-use").touch()
+    foreign = mine.path.with_name("trimtab-weights-of-nobody.txt")
+    foreign.touch()
+    other = Scratch()
+    try:
+        assert not left.exists()
+        assert mine.path.exists()
+        assert foreign.exists()
+    finally:
+        foreign.unlink()
+        mine.remove()
+        other.remove()
+    assert not mine.path.exists()
+
+
 def test_a_process_that_cannot_start_says_its_last_words(tmp_path, monkeypatch):
     python = serve_with("print('no room here', flush=True); raise SystemExit(3)", tmp_path, sys.executable)
     monkeypatch.setattr(sys, "executable", python)
-    with pytest.raises(EngineError, match="ended with exit code 3 while it started; its last words:\n    no room here"):
+    with pytest.raises(EngineError, match="exit code 3 before it was ready; its last words:\n    no room here"):
         Drawn("process", "tied", tmp_path / "model")
 
 

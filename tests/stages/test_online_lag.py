@@ -145,7 +145,7 @@ def test_a_lag_longer_than_the_run_trains_on_rollouts_of_the_start(tmp_path, bas
 class CopySampler:
     """Samples from a copy of the policy."""
 
-    has_own_weights = True
+    may_draw_meanwhile = True
     sampler = "a copy"
 
     def __init__(self, policy, chat, sampling):
@@ -300,8 +300,8 @@ def test_samplers_of_this_package_share_the_policys_weights(base):
     policy = Policy(load_causal(base), pad_id=chat.pad_id)
     local = LocalSampler(policy, chat, Sampling())
     episodes = EpisodeSampler(policy, chat, Sampling(), SimpleNamespace(stop=()), EpisodeLimits())
-    assert not local.has_own_weights
-    assert not episodes.has_own_weights
+    assert not local.may_draw_meanwhile
+    assert not episodes.may_draw_meanwhile
     before = local.generate(PROMPTS, group_size=2, seed=0)
     local.sync()
     episodes.sync()

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.commands import run_stage, trimtab, write_run_file
+from tests.stages.commands import rows, run_stage, trimtab, write_run_file
 from tests.stages.test_resume import start, wait_for_rows
 from tests.stages.test_workers import assert_near, children, is_there, settings_of
+from trimtab.core.errors import EngineError
+from trimtab.engines.local.learner import LocalLearner
 
 VLLM = os.environ.get("TRIMTAB_VLLM")
 ENGINES = {"process": {"name": "process"}} | ({"vllm": {"name": "vllm", "python": VLLM}} if VLLM else {})
@@ -83,12 +85,42 @@ def weights_of(pid: int) -> list[Path]:
     return list(Path("/dev/shm").glob(f"trimtab-weights-{pid}-*"))
 
 
+SHAPES = {
+    "whole": {},
+    "an adapter, whose reference is its base": {"adapter": {"rank": 2}},
+    "two processes with shards": {"engine": {"workers": 2, "shard": True}},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_lag_is_the_one_of_the_local_sampler(name, tmp_path, wide, reward_run):
+def test_a_lag_is_the_one_of_the_local_sampler(name, shape, tmp_path, wide, reward_run):
     """The processes draw while the policy learns, and the local sampler before it: the same replies."""
-    lagging = {"correction": {"kind": "truncate"}}
+    lagging = {"correction": {"kind": "truncate"}, "checkpoint_every": 100} | SHAPES[shape]
+    engine = {"max_staleness": 1} | lagging.pop("engine", {})
     local, apart = (
-        run_stage("online", tmp_path / str(n), **settings_of(wide, reward_run, engine=engine, **lagging))
-        for n, engine in enumerate([{"max_staleness": 1}, {"max_staleness": 1, "sampler": ENGINES[name]}])
+        run_stage("online", tmp_path / str(n), **settings_of(wide, reward_run, engine=engine | more, **lagging))
+        for n, more in enumerate([{}, {"sampler": ENGINES[name]}])
     )
+    assert [row["rollout/version"] for row in rows(apart)] == [0, 0, 1, 2]
+    assert all("time/wait_for_rollouts_seconds" in row for row in rows(apart))
+    assert not any("time/wait_for_rollouts_seconds" in row for row in rows(local))
     assert_near(apart, local)
+
+
+def test_a_failed_run_starts_no_sampler_again(tmp_path, wide, reward_run, monkeypatch, capfd):
+    """The thread that draws loses its processes when the run ends."""
+    update = LocalLearner.update
+
+    def fails(self, work):
+        if self.updates_done >= 4:
+            raise EngineError("the loss is nan", where="here", fix="lower the rate")
+        return update(self, work)
+
+    monkeypatch.setattr(LocalLearner, "update", fails)
+    slow = {"max_new_tokens": 200}  # so that it still draws
+    settings = settings_of(wide, reward_run, engine={"max_staleness": 1, "sampler": ENGINES["process"]}, sampling=slow)
+    settings |= {"correction": {"kind": "truncate"}, "checkpoint_every": 100, "group_size": 16}
+    result = trimtab("online", write_run_file(tmp_path / "run.toml", settings), "--out", tmp_path / "run")
+    assert "the loss is nan" in result.output
+    assert "started again" not in result.output + capfd.readouterr().err

@@ -23,7 +23,7 @@ class Sampler(Protocol):
         ...
 
     @property
-    def has_own_weights(self) -> bool:
+    def may_draw_meanwhile(self) -> bool:
         """Whether `generate` may run while the policy is updated. It then reads nothing of the policy, and is called by
         another thread than `sync` (never both at once)."""
         ...

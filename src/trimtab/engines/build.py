@@ -154,11 +154,16 @@ class Engines:
                 chat,
                 self.settings.sampler,
                 sampling,
-                version=lambda: self.learners[name].version if name in self.learners else 0,
-                whole=partial(self._whole, name),
+                revision=lambda: self.learners[name].revision if name in self.learners else 0,
+                whole=partial(self._whole_everywhere, name),
                 limit_seconds=self.settings.timeout_seconds,
             )
         return self.pools[name]
+
+    def _whole_everywhere(self, name: str) -> AbstractContextManager[None]:
+        """Inside this block the role has all its weights, in every process: workers are called to gather them."""
+        learner = self.learners.get(name)
+        return learner.whole() if isinstance(learner, SpreadLearner) else nullcontext()
 
     def _whole(self, name: str) -> AbstractContextManager[None]:
         """Inside this block the role has all its weights; workers are inside such a block of their own."""

@@ -190,7 +190,7 @@ def samplers(
         Chat(small_tokenizer()),
         engine.sampler,
         Sampling(max_new_tokens=NUM_TOKENS, max_prompt_tokens=200, batch_size=NUM_REPLIES),
-        version=lambda: 0,
+        revision=lambda: 0,
         whole=nullcontext,
         limit_seconds=engine.timeout_seconds,
     )

@@ -115,7 +115,7 @@ class EpisodeSampler:
         return f"{self.generator.sampler}, turn by turn"
 
     @property
-    def has_own_weights(self) -> bool:
+    def may_draw_meanwhile(self) -> bool:
         """False: the environment is the user's code, and is called by the thread that updates the policy."""
         return False
 

@@ -13,9 +13,11 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Any, Protocol
 
 from trimtab.engines.links import KEY
 
@@ -23,6 +25,7 @@ PYTHON = "<python>"
 """As the first word of a command: the interpreter that runs trimtab on the machine where it is started."""
 _PARENT = "TRIMTAB_PARENT"
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
+_WATCH_SECONDS = 0.2
 
 
 class Process(Protocol):
@@ -97,12 +100,14 @@ class ChildLauncher:
 
 
 def start_child(
-    command: Sequence[str], variables: Mapping[str, str], directory: Path | None = None
+    command: Sequence[str], variables: Mapping[str, str], directory: Path | None = None, *, log: IO[bytes] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Starts a child of this process. Raises OSError if the program or the directory is missing."""
+    """Starts a child of this process, whose output goes to `log` if that is given. Raises OSError if the program or the
+    directory is missing."""
     words = [sys.executable, *command[1:]] if command[0] == PYTHON else list(command)
     environment = {**os.environ, **variables, _PARENT: str(os.getpid())}
-    return subprocess.Popen(words, env=environment, cwd=directory, stdin=subprocess.DEVNULL)
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+    return subprocess.Popen(words, env=environment, cwd=directory, **options)
 
 
 def end_with_parent() -> None:
@@ -111,3 +116,17 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
         if os.getppid() != int(os.environ[_PARENT]):  # the parent ended before the call
             sys.exit(1)
+
+
+def when_parent_ends(act: Callable[[], None]) -> None:
+    """Calls `act` in a thread of its own once the parent has ended, which began this process by `start_child`. For a
+    process that any thread of the parent may have started: the signal of `end_with_parent` is sent when that thread
+    ends."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        act()
+
+    parent = int(os.environ[_PARENT])
+    threading.Thread(target=watch, daemon=True).start()

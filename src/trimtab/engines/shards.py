@@ -153,7 +153,7 @@ class ShardedLearner(LocalLearner):
                 moments = {key: sharded_like(p, tensors[f"adam.{key}/{n}"]) for key in ("exp_avg", "exp_avg_sq")}
                 self.adam.state[p] = {"step": tensors[f"adam.step/{n}"], **moments}
         self.updates_done = int(tensors["updates_done"])
-        self.version += 1
+        self.revision += 1
 
     @torch.no_grad()
     def _fill(self) -> None:

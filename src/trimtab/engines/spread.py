@@ -114,9 +114,9 @@ class SpreadLearner(SpreadScorer):
         return merge([own, *of_shares])
 
     @property
-    def version(self) -> int:
+    def revision(self) -> int:
         """How often the weights have changed."""
-        return self.learner.version
+        return self.learner.revision
 
     @property
     def form(self) -> str:

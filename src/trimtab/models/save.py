@@ -69,7 +69,7 @@ def save_model(
     if pad_id is None:
         chat.tokenizer.pad_token = chat.tokenizer.eos_token
     dtype = dtype or written_dtype(model)
-    weights = None if dtype == torch.float32 else _cast(model, dtype)
+    weights = None if dtype == torch.float32 else cast_weights(model, dtype)
     refuse_to_write(model.named_parameters() if weights is None else weights.items(), directory, dtype)
     model.save_pretrained(directory, state_dict=weights)
     if apart:
@@ -155,7 +155,7 @@ def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, 
             yield name, tensor
 
 
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights in another dtype. Weights that share memory still share it."""
     done: dict[int, Tensor] = {}
     cast: dict[str, Tensor] = model.state_dict()

@@ -87,7 +87,7 @@ class LocalLearner(LocalScorer):
         self.num_updates = num_updates
         self.name = name
         self.updates_done = 0
-        self.version = 0
+        self.revision = 0
         """How often the weights have changed: by an update, or because a state was loaded."""
         self.parameters = role.trained_parameters()
         decayed = [p for p in self.parameters.values() if p.ndim >= 2]
@@ -129,7 +129,7 @@ class LocalLearner(LocalScorer):
             group["lr"] = rate
         self.adam.step()
         self.updates_done += 1
-        self.version += 1
+        self.revision += 1
         return merge(found) | {
             f"optimizer/{self.name}_gradient_norm": Mean(norm, 1),
             f"optimizer/{self.name}_learning_rate": Mean(rate, 1),
@@ -185,7 +185,7 @@ class LocalLearner(LocalScorer):
                 # A fused optimizer wants its moments and its count of steps beside the weight.
                 self.adam.state[p] = {key: value.to(p.device) for key, value in state.items()}
         self.updates_done = int(tensors["updates_done"])
-        self.version += 1
+        self.revision += 1
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:

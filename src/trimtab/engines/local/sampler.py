@@ -77,7 +77,7 @@ class LocalSampler:
         return form.name + ", compiled" * compiled + f", {precision}" * (precision != "float32")
 
     @property
-    def has_own_weights(self) -> bool:
+    def may_draw_meanwhile(self) -> bool:
         """False: it samples from the policy itself."""
         return False
 
@@ -130,14 +130,17 @@ class LocalSampler:
         lengths = zip(map(len, prefixes), widths, strict=True)
         self.check_room(*max(lengths, key=sum))
         replies = ReplyBuffer(uniforms, self.sampling, self.chat, limits, stop_ids=self.stop_ids, unnamed=self._unnamed)
-        form = self.choice.form
+        self._decode(prefixes, group_size, replies)
+        if self._watched:
+            self.difference = logprob_difference(self.policy, prefixes, group_size, replies)
+            refuse_difference(self.difference, self.policy.precision, self.sampling.precision, where=self._name)
+        return replies.finished()
+
+    def _decode(self, prefixes: Sequence[Sequence[int]], group_size: int, replies: ReplyBuffer) -> None:
+        """Fills `replies` by the form of decoding, with the policy's adapter active and products in its precision."""
         policy, precision = self.policy, self.sampling.precision
         with torch.no_grad(), using(policy.model, policy.adapter), computing_in(precision, policy.device.type):
-            form.decode(prefixes, group_size, replies)
-        if self._watched:
-            self.difference = logprob_difference(policy, prefixes, group_size, replies)
-            refuse_difference(self.difference, policy.precision, precision, where=self._name)
-        return replies.finished()
+            self.choice.form.decode(prefixes, group_size, replies)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt. Raises DataError for one that is too long."""

@@ -43,7 +43,7 @@ class OwnForm:
             self._forms[sampling].decode(prompts, group_size, replies)
 
     @torch.no_grad()
-    def update(self, directory: Path, version: int) -> None:
+    def update(self, directory: Path, revision: int) -> None:
         """Takes the weights or the adapter in `directory`. Raises EngineError if they do not fit."""
         if not self.start.rank:
             new = dict(self._load(str(directory)).model.named_parameters())

@@ -1,9 +1,10 @@
 """The processes that draw replies from one role, together as one form of decoding.
 
 Each has weights of its own, which it gets as files when `sync` is called. Replies of older weights would be trained on
-unseen, so nothing is drawn before a process has shown that it has the new ones: all names of weights agree, the version
-does, and some tokens that it draws after a fixed prompt have the log-probabilities of the policy here. The prompt is
-longer than a block of vLLM's cache of prompts, so that kept keys and values of older weights are noticed too.
+unseen, so nothing is drawn before a process has shown that it has the new ones: all names of weights agree, the
+revision does (the count of changes), and some tokens that it draws after a fixed prompt have the log-probabilities of
+the policy here. The prompt is longer than a block of vLLM's cache of prompts, so that kept keys and values of older
+weights are noticed too.
 
 A process that ends is started again and draws its share of the replies anew. They are the same replies, because each
 has its own random numbers.
@@ -36,10 +37,10 @@ from trimtab.engines.local.token_sets import stop_ids, unnamed_tokens
 from trimtab.engines.samplers.process import ProcessLost, SamplerProcess
 from trimtab.engines.samplers.weights import (
     SamplerStart,
+    Scratch,
     base_and_rank,
     refuse_rounded_base,
-    scratch_directory,
-    write_version,
+    write_revision,
 )
 from trimtab.engines.spread import deal
 from trimtab.models.precision import Precision
@@ -47,7 +48,7 @@ from trimtab.models.roles import Policy
 
 PROBE_PROMPT, PROBE_REPLY = 160, 8
 """Tokens of the fixed prompt, and of the reply to it. vLLM's cache has blocks of up to 128 tokens."""
-ALLOWED: dict[Precision, float] = {"float32": 1e-3, "bfloat16": 0.5}
+PROBE_BOUND: dict[Precision, float] = {"float32": 1e-3, "bfloat16": 0.5}
 """Largest difference of a log-probability of the probe, in nats. In float32 engines differ by rounding, about 1e-5."""
 MAX_RESTARTS, RESTART_WINDOW = 3, 10
 """If processes end more often than this within so many calls, the run ends."""
@@ -63,13 +64,13 @@ class SamplerPool:
         settings: SamplerSettings,
         sampling: Sampling,
         *,
-        version: Callable[[], int],
+        revision: Callable[[], int],
         whole: Callable[[], AbstractContextManager[None]],
         limit_seconds: float,
     ) -> None:
         """Starts the processes and gives them the weights as they are.
 
-        `version` counts the changes of the policy's weights, which it has inside `whole()`. A call that takes longer
+        `revision` counts the changes of the policy's weights, which it has inside `whole()`. A call that takes longer
         than `limit_seconds` ends the run. `sampling` gives the limits of prompts, replies and memory; other settings of
         it may differ from call to call.
         """
@@ -83,22 +84,22 @@ class SamplerPool:
         """How often a process was started again."""
         self.difference = 0.0
         """The largest difference of a log-probability, in nats, when the weights were last shown to be the policy's."""
-        self._current = version
+        self._current = revision
         self._whole = whole
         self._limit = limit_seconds
-        self._scratch = scratch_directory()
+        self._scratch = Scratch()
         self._processes: list[SamplerProcess] = []
         self.close = weakref.finalize(self, _end, self._processes, self._scratch)
         """Ends the processes."""
         config = policy.model.config.get_text_config()
         length = sampling.max_prompt_tokens + sampling.max_new_tokens
         self._max_length = max(PROBE_REPLY + 1, min(length, getattr(config, "max_position_embeddings", None) or length))
-        self._version = -1
+        self._revision = -1
         self._probed: dict[int, ReplyBuffer] = {}
         self._calls = 0
         self._restarts: list[int] = []
-        chat.tokenizer.save_pretrained(self._scratch / "tokenizer")
-        policy.model.config.save_pretrained(self._scratch / "tokenizer")  # without it no tokenizer is read
+        chat.tokenizer.save_pretrained(self._scratch.path / "tokenizer")
+        policy.model.config.save_pretrained(self._scratch.path / "tokenizer")  # without it no tokenizer is read
         self.sync()
 
     def sync(self) -> None:
@@ -106,15 +107,15 @@ class SamplerPool:
 
         Raises EngineError if a process has other weights; then nothing that it drew may be used.
         """
-        version = self._current()
-        if version == self._version:
+        revision = self._current()
+        if revision == self._revision:
             return
         with self._whole():
-            write_version(self.policy, self._directory(version), self.sampling.precision)
-            before, self._version = self._version, version
-            if not self._processes:
-                self._processes += [self._started(i + 1) for i in range(self.settings.processes)]
-            self._everywhere("update", {"directory": str(self._directory(version)), "version": version})
+            write_revision(self.policy, self._directory(revision), self._dtype)
+            before, self._revision = self._revision, revision
+            for number in range(len(self._processes), self.settings.processes):
+                self._processes.append(self._started(number + 1))
+            self._everywhere("update", {"directory": str(self._directory(revision)), "revision": revision})
             self._show_agreement()
         shutil.rmtree(self._directory(before), ignore_errors=True)
 
@@ -138,7 +139,7 @@ class SamplerPool:
         self, prompts: Sequence[Sequence[int]], group_size: int, replies: ReplyBuffer, rows: Tensor
     ) -> dict[str, Any]:
         return {
-            "version": self._version,
+            "revision": self._revision,
             "prompts": [list(p) for p in prompts],
             "group_size": group_size,
             "uniforms": replies.uniforms[rows],
@@ -170,11 +171,11 @@ class SamplerPool:
         self._refuse(i, float((buffer.logprobs - before.logprobs).abs().max()) if same else math.inf)
 
     def _refuse(self, i: int, difference: float) -> None:
-        bound = max(ALLOWED[precision] for precision in (self.policy.precision, self.sampling.precision))
+        bound = max(PROBE_BOUND[precision] for precision in (self.policy.precision, self.sampling.precision))
         if not difference <= bound:
             raise EngineError(
-                f"sampler {i + 1} has other weights than the policy: version {self._version} was sent to it, and they "
-                f"differ by {difference:.3g} nats on the same token (bound: {bound})",
+                f"sampler {i + 1} has other weights than the policy: after {self._revision} changes they were sent to "
+                f"it, and differ by {difference:.3g} nats on the same token (bound: {bound})",
                 where=f'engine.sampler.name = "{self.name}", architecture {type(self.policy.model).__name__}',
                 fix='set engine.sampler.name = "local", and please report this; nothing was trained on its replies',
             )
@@ -200,18 +201,24 @@ class SamplerPool:
         length = max(1, min(PROBE_PROMPT, self._max_length - PROBE_REPLY))
         return [allowed[i] for i in torch.randint(len(allowed), (length,), generator=draw).tolist()]
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """That of the weights that are sent. The forms of this package round products and not weights."""
+        in_16_bits = self.name == "vllm" and self.sampling.precision == "bfloat16"
+        return torch.bfloat16 if in_16_bits else torch.float32
+
     # --- the processes ---
 
-    def _directory(self, version: int) -> Path:
-        return self._scratch / f"version-{version}"
+    def _directory(self, revision: int) -> Path:
+        return self._scratch.path / f"revision-{revision}"
 
     def _started(self, number: int) -> SamplerProcess:
-        """A process that has loaded the model, but not yet this version of its weights."""
+        """A process that has loaded the model, but not yet this revision of its weights."""
         base, rank = base_and_rank(self.policy)
         start = SamplerStart(
             engine=self.name,
-            model=base or str(self._directory(self._version)),
-            tokenizer=str(self._scratch / "tokenizer"),
+            model=base or str(self._directory(self._revision)),
+            tokenizer=str(self._scratch.path / "tokenizer"),
             rank=rank,
             device=self.settings.device,
             gpu_memory=self.settings.gpu_memory,
@@ -223,10 +230,8 @@ class SamplerPool:
             threads=torch.get_num_threads(),
         )
         python = self.settings.python if self.name == "vllm" else None
-        options: Any = {"python": python, "scratch": self._scratch, "limit": self._limit}
-        process = SamplerProcess(start, number=number, **options)
-        process.ready()
-        return process
+        options: Any = {"python": python, "scratch": self._scratch.path, "limit": self._limit}
+        return SamplerProcess(start, number=number, **options)
 
     def _everywhere(self, method: str, arguments: Mapping[str, Any]) -> list[Any]:
         return self._each(method, [arguments] * len(self._processes))
@@ -235,42 +240,60 @@ class SamplerPool:
         """The answers of the first processes to one call each. One that ends is started again and asked again."""
         self._calls += 1
         for i, arguments in enumerate(given):
+            self._begin(i, method, arguments)
+        return [self._answer(i, method, arguments) for i, arguments in enumerate(given)]
+
+    def _begin(self, i: int, method: str, arguments: Mapping[str, Any]) -> None:
+        while True:
             try:
-                self._processes[i].call(method, **arguments)
+                return self._processes[i].call(method, **arguments)
             except ProcessLost as lost:
                 self._restart(i, lost)
-                self._processes[i].call(method, **arguments)
-        found = []
-        for i, arguments in enumerate(given):
-            while True:
-                try:
-                    found.append(self._processes[i].answer())
-                    break
-                except ProcessLost as lost:
-                    self._restart(i, lost)
-                    self._processes[i].call(method, **arguments)
-        return found
+
+    def _answer(self, i: int, method: str, arguments: Mapping[str, Any]) -> Any:
+        while True:
+            try:
+                return self._processes[i].answer()
+            except ProcessLost as lost:
+                self._restart(i, lost)
+                self._begin(i, method, arguments)
 
     def _restart(self, i: int, lost: ProcessLost) -> None:
         """Starts a process again, with the weights of the last `sync`. Raises EngineError if it ends too often."""
+        while True:
+            self._count_restart(i, lost)
+            self._processes[i] = process = self._started(i + 1)
+            self._refuse_closed()
+            try:
+                process.call("update", directory=str(self._directory(self._revision)), revision=self._revision)
+                process.answer()
+                return self._show_again(i)
+            except ProcessLost as again:
+                lost = again
+
+    def _refuse_closed(self) -> None:
+        """Raises EngineError, with every process ended, if the pool was closed while a thread was drawing."""
+        if not self.close.alive:
+            _end(self._processes, self._scratch)
+            raise EngineError("the run ends", where="engine.sampler", fix="see what ended it")
+
+    def _count_restart(self, i: int, lost: ProcessLost) -> None:
+        self._refuse_closed()
         self._restarts = [at for at in self._restarts if at > self._calls - RESTART_WINDOW] + [self._calls]
         self._processes[i].close()
-        last_words = self._processes[i].last_words()
         if len(self._restarts) > MAX_RESTARTS:
+            last_words = self._processes[i].last_words()
             self.close()
             raise EngineError(
                 f"{lost}, and processes ended {len(self._restarts)} times in {RESTART_WINDOW} calls; its last words:\n"
                 + last_words,
                 where="engine.sampler",
                 fix="start the same command again: it goes on from the last checkpoint. If they were killed for want "
-                "of memory, lower sampling.cache_gb or sampling.batch_size",
+                "of memory, lower sampling.cache_gb or sampling.batch_size; if they are slow, raise "
+                "engine.timeout_seconds",
             )
         print(f"note: {lost}; it is started again", file=sys.stderr)
         self.num_restarts += 1
-        self._processes[i] = process = self._started(i + 1)
-        process.call("update", directory=str(self._directory(self._version)), version=self._version)
-        process.answer()
-        self._show_again(i)
 
 
 class PooledSampler(LocalSampler):
@@ -283,7 +306,7 @@ class PooledSampler(LocalSampler):
         self.pool = pool
 
     @property
-    def has_own_weights(self) -> bool:
+    def may_draw_meanwhile(self) -> bool:
         """True: those of the last sync."""
         return True
 
@@ -291,11 +314,15 @@ class PooledSampler(LocalSampler):
         """Takes the policy's weights as they are now; raises EngineError if that fails in any process."""
         self.pool.sync()
 
+    def _decode(self, prefixes: Sequence[Sequence[int]], group_size: int, replies: ReplyBuffer) -> None:
+        """Fills `replies` by the processes. The policy is left alone: others may be computing with it."""
+        self.pool.decode(prefixes, group_size, replies)
+
 
 _ONLY = torch.tensor([0])
 
 
-def _end(processes: Sequence[SamplerProcess], scratch: Path) -> None:
+def _end(processes: Sequence[SamplerProcess], scratch: Scratch) -> None:
     for process in processes:
         process.close()
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.remove()

@@ -7,22 +7,24 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import trimtab
 from trimtab.core.errors import EngineError
+from trimtab.engines.launch import PYTHON, start_child
+from trimtab.engines.links import KEY, LinkListener
 from trimtab.engines.messages import decode, encode
 from trimtab.engines.samplers.weights import SamplerStart
 
-KEY, PORT = "TRIMTAB_SAMPLER_KEY", "TRIMTAB_SAMPLER_PORT"
+PORT = "TRIMTAB_SAMPLER_PORT"
 _LAST_LINES = 12
+_END_SECONDS = 1.0
+"""A process whose link has closed ends within this time, if it ends."""
 
 
 class ProcessLost(Exception):
@@ -30,55 +32,50 @@ class ProcessLost(Exception):
 
 
 class SamplerProcess:
-    """Runs `serve.py`. A call is `call` and then `answer`, so that several processes can work at a time."""
+    """Runs `serve.py` on the controller's machine. A call is `call` and then `answer`, so that several processes can
+    work at a time."""
 
     def __init__(self, start: SamplerStart, *, number: int, python: str | None, scratch: Path, limit: float) -> None:
-        """Begins the start of the process; `ready` waits for it.
+        """Starts the process and waits until it has loaded its model.
 
         `number` names it in messages, `python` is its interpreter (this one by default), and a wait of more than
-        `limit` seconds is too long."""
+        `limit` seconds is too long. Raises EngineError if the process cannot start.
+        """
         self.number = number
         self._limit = limit
-        self.log = scratch / f"sampler-{number}.log"
-        key = secrets.token_bytes(32)
-        self._listener = Listener(("127.0.0.1", 0), authkey=key)
-        variables = {
-            **os.environ,
-            **_path(python, scratch),
-            "OMP_NUM_THREADS": str(start.threads),
-            PORT: str(self._listener.address[1]),
-            KEY: key.hex(),
-        }
-        command = [python or sys.executable, "-m", "trimtab.engines.samplers.serve"]
-        with self.log.open("ab") as log:
-            try:
-                self._process = subprocess.Popen(
-                    command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=scratch
-                )
-            except OSError as error:
-                raise EngineError(
-                    f"the sampler process cannot be started: {error.strerror}",
-                    where=f"engine.sampler.python = {python!r}",
-                    fix="name the interpreter of an environment with vLLM, such as /opt/vllm/bin/python",
-                ) from error
-        self._begin = {"start": start, "scratch": str(scratch)}
+        self._log = scratch / f"sampler-{number}.log"
         self._link: Connection | None = None
-
-    def ready(self) -> None:
-        """Waits until the process has loaded its model. Raises EngineError if it cannot."""
-        self._listener._listener._socket.settimeout(0.2)  # type: ignore[attr-defined]
-        deadline = time.monotonic() + self._limit
-        while self._link is None:
-            with contextlib.suppress(TimeoutError, AuthenticationError):  # a stranger without the key is sent away
-                self._link = self._listener.accept()
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise self._not_started()
-        self._listener.close()
+        key = secrets.token_hex(32)
+        with LinkListener("127.0.0.1", key) as listener:
+            variables = {
+                **_path(python, scratch),
+                "OMP_NUM_THREADS": str(start.threads),
+                PORT: str(listener.port),
+                KEY: key,
+            }
+            command = [PYTHON if python is None else _found(python), "-m", "trimtab.engines.samplers.serve"]
+            with self._log.open("ab") as log:
+                try:
+                    self._process = start_child(command, variables, scratch, log=log)
+                except OSError as error:
+                    raise EngineError(
+                        f"the sampler process cannot be started: {error.strerror}",
+                        where=f"engine.sampler.python = {python!r}",
+                        fix="name the interpreter of an environment with vLLM, such as /opt/vllm/bin/python",
+                    ) from error
+            deadline = time.monotonic() + limit
+            while (link := listener.accept(0.2)) is None:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise self._not_started()
+        self._link = link
         try:
-            self._link.send_bytes(encode(self._begin))
+            link.send_bytes(encode({"start": start, "scratch": str(scratch)}))
             self.answer()
         except (ProcessLost, OSError) as lost:
             raise self._not_started() from lost
+        except EngineError:
+            self.close()
+            raise
 
     def call(self, method: str, **arguments: Any) -> None:
         """Begins a call of a method of `SamplerServer`. Raises ProcessLost if the process has ended."""
@@ -104,40 +101,46 @@ class SamplerProcess:
 
     def last_words(self) -> str:
         """The last lines that the process printed."""
-        said = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        said = self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
         lines = said.strip().splitlines()
         return "\n".join(f"    {line}" for line in lines[-_LAST_LINES:] or ["none"])
 
-    def close(self) -> None:
+    def kill(self) -> None:
         """Ends the process."""
-        if self._link is not None:
-            self._link.close()
-        self._listener.close()
         self._process.kill()
         self._process.wait()
 
+    def close(self) -> None:
+        """Ends the process and the link to it."""
+        self.kill()
+        if self._link is not None:
+            self._link.close()
+
     def _lost(self) -> ProcessLost:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(1.0)
+            self._process.wait(_END_SECONDS)
         code = self._process.poll()
-        how = "closed its connection" if code is None else f"ended with exit code {code}"
-        return ProcessLost(
-            f"sampler {self.number} " + (f"was killed by {signal.Signals(-code).name}" if code and code < 0 else how)
-        )
+        how = "closed its link" if code is None else f"ended with exit code {code}"
+        if code is not None and code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        return ProcessLost(f"sampler {self.number} {how}")
 
     def _not_started(self) -> EngineError:
         code = self._process.poll()
         self.close()
-        what = (
-            f"did not start within {self._limit:g} s"
-            if code is None
-            else f"ended with exit code {code} while it started"
-        )
+        how = f"did not start within {self._limit:g} s" if code is None else f"ended with exit code {code}"
         return EngineError(
-            f"sampler {self.number} {what}; its last words:\n{self.last_words()}",
+            f"sampler {self.number} {how} before it was ready; its last words:\n{self.last_words()}",
             where="engine.sampler",
-            fix='with name = "vllm", engine.sampler.python must be the interpreter of an environment with vLLM',
+            fix="the last words say why. If it was killed for want of memory, lower sampling.cache_gb; if it needs "
+            "longer, raise engine.timeout_seconds",
         )
+
+
+def _found(python: str) -> str:
+    """The interpreter as it is found from the directory in which the process starts. A link, as environments have it,
+    stays one."""
+    return os.path.abspath(python) if os.sep in python else python
 
 
 def _path(python: str | None, scratch: Path) -> Mapping[str, str]:

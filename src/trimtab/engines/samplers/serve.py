@@ -7,16 +7,16 @@ has held.
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Client
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -24,12 +24,15 @@ from trimtab.core.errors import EngineError, TrimtabError
 from trimtab.core.process import own_peak_rss_gb
 from trimtab.data.chat import Chat
 from trimtab.data.tokenizers import load_tokenizer
+from trimtab.engines.launch import when_parent_ends
+from trimtab.engines.links import KEY, connect
 from trimtab.engines.local.replies import DecodingForm, ReplyBuffer, Sampling
 from trimtab.engines.messages import decode, encode
-from trimtab.engines.samplers.process import KEY, PORT
+from trimtab.engines.samplers.process import PORT
 from trimtab.engines.samplers.weights import SamplerStart
 
-_SIGNAL_WHEN_PARENT_ENDS = 1  # PR_SET_PDEATHSIG of Linux
+_END_SECONDS = 5.0
+"""After its link has closed, a process waits so long for its controller's end."""
 CALLS = ("update", "sample", "peak_rss_gb")
 """The methods of `SamplerServer` that a controller may call."""
 
@@ -37,8 +40,8 @@ CALLS = ("update", "sample", "peak_rss_gb")
 class ServedForm(DecodingForm, Protocol):
     """A form of decoding that has weights of its own."""
 
-    def update(self, directory: Path, version: int) -> None:
-        """Takes the weights in `directory`, which are version `version`."""
+    def update(self, directory: Path, revision: int) -> None:
+        """Takes the weights in `directory`, which are revision `revision`."""
         ...
 
 
@@ -48,19 +51,19 @@ class SamplerServer:
     def __init__(self, start: SamplerStart) -> None:
         self.chat = Chat(load_tokenizer(start.tokenizer))
         self.form = _form(start, self.chat)
-        self.version = -1
-        """The version of its weights; -1 before the first update."""
+        self.revision = -1
+        """The revision of its weights; -1 before the first update."""
 
-    def update(self, *, directory: str, version: int) -> None:
+    def update(self, *, directory: str, revision: int) -> None:
         """Takes the weights in `directory`."""
-        self.version = -1  # if this fails, its weights are of no version
-        self.form.update(Path(directory), version)
-        self.version = version
+        self.revision = -1  # if this fails, its weights are of no revision
+        self.form.update(Path(directory), revision)
+        self.revision = revision
 
     def sample(
         self,
         *,
-        version: int,
+        revision: int,
         prompts: Sequence[Sequence[int]],
         group_size: int,
         uniforms: Tensor,
@@ -70,10 +73,10 @@ class SamplerServer:
         unnamed: Tensor | None,
     ) -> Mapping[str, Tensor]:
         """The columns of a `ReplyBuffer` with `group_size` replies to each prompt. Raises EngineError if its weights
-        are of another version."""
-        if version != self.version:
+        are of another revision."""
+        if revision != self.revision:
             raise EngineError(
-                f"version {version} of the weights was to be drawn from, and the sampler has version {self.version}",
+                f"weights after {revision} changes were to be drawn from, and the sampler has those of {self.revision}",
                 where="engine.sampler",
                 fix="please report this; the same command goes on from the last checkpoint",
             )
@@ -98,36 +101,33 @@ def _form(start: SamplerStart, chat: Chat) -> ServedForm:
 
 def main() -> int:
     """Answers calls until the controller ends. Returns the exit code."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SIGNAL_WHEN_PARENT_ENDS, signal.SIGUSR1)
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach all processes; the controller says when to stop
         signal.signal(number, signal.SIG_IGN)
-    link = Client(("127.0.0.1", int(os.environ[PORT])), authkey=bytes.fromhex(os.environ.pop(KEY)))
+    link = connect("127.0.0.1", int(os.environ[PORT]), os.environ.pop(KEY))
     begin = decode(link.recv_bytes())
 
-    def end(*_: Any) -> None:
-        shutil.rmtree(begin["scratch"], ignore_errors=True)  # the controller cannot do it if it was killed
+    def end() -> None:
+        shutil.rmtree(begin["scratch"], ignore_errors=True)  # a controller that was killed could not
         os._exit(1)
 
-    signal.signal(signal.SIGUSR1, end)
-    if sys.platform == "linux" and os.getppid() == 1:  # it ended before the call above
-        end()
+    when_parent_ends(end)
     try:
         server = SamplerServer(begin["start"])
         link.send_bytes(encode({"answer": None}))
         while True:
-            try:
-                call = decode(link.recv_bytes())
-            except (EOFError, OSError):
-                end()
+            call = decode(link.recv_bytes())
             assert call["do"] in CALLS, call["do"]
             link.send_bytes(encode({"answer": getattr(server, call["do"])(**call["arguments"])}))
+    except EOFError:
+        time.sleep(_END_SECONDS)  # the controller ends, and this process with it
+        return 1
     except Exception as error:  # whatever ends the process is to be known to the controller
         traceback.print_exc()
         said = {"problem": f"{type(error).__name__}: {error}", "where": "engine.sampler", "fix": "please report this"}
         if isinstance(error, TrimtabError):
             said = {"problem": error.problem, "where": error.where, "fix": error.fix}
-        link.send_bytes(encode({"error": said}))
+        with contextlib.suppress(OSError):  # the controller has ended
+            link.send_bytes(encode({"error": said}))
         return 1
 
 

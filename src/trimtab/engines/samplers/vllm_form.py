@@ -107,8 +107,7 @@ class VllmForm:
             "disable_log_stats": True,
         }
         if start.rank:
-            rank = next(n for n in _LORA_RANKS if n >= start.rank)
-            options |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+            options |= {"enable_lora": True, "max_lora_rank": _room_for(start.rank), "max_loras": 1}
         options |= (
             {"kv_cache_memory_bytes": cache_bytes(start)} if cpu else {"gpu_memory_utilization": start.gpu_memory}
         )
@@ -146,16 +145,16 @@ class VllmForm:
             if self.engine.has_unfinished_requests():  # after an error
                 self.engine.abort_request(list(numbers))
 
-    def update(self, directory: Path, version: int) -> None:
+    def update(self, directory: Path, revision: int) -> None:
         """Takes the weights or the adapter in `directory`, and forgets keys and values of older ones.
 
         Raises EngineError if the weights are not those of this model, all of them.
         """
         if self.start.rank:
-            # vLLM keeps an adapter by its number, so each version has a new one.
-            self.adapter = LoRARequest(f"version-{version}", version + 1, str(directory))
+            # vLLM keeps an adapter by its number, so each revision has a new one.
+            self.adapter = LoRARequest(f"revision-{revision}", revision + 1, str(directory))
             self.engine.add_lora(self.adapter)
-            unbound = self.engine.collective_rpc(_unbound, args=(version + 1,))[0]
+            unbound = self.engine.collective_rpc(_unbound, args=(revision + 1,))[0]
             if unbound:
                 raise EngineError(
                     f"vLLM has no place for {len(unbound)} parts of the adapter, such as {unbound[0]!r}",
@@ -181,6 +180,16 @@ class VllmForm:
                 where="the prefix cache",
                 fix="please report this; it refuses to forget while it computes, and nothing is being computed",
             )
+
+
+def _room_for(rank: int) -> int:
+    if rank > _LORA_RANKS[-1]:
+        raise EngineError(
+            f"an adapter of rank {rank}; vLLM takes ranks up to {_LORA_RANKS[-1]}",
+            where="adapter.rank and engine.sampler",
+            fix="train a smaller adapter, or sample with engine.sampler.name = 'local'",
+        )
+    return next(n for n in _LORA_RANKS if n >= rank)
 
 
 def cache_bytes(start: SamplerStart) -> int:

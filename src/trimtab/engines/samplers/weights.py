@@ -1,12 +1,12 @@
 """The files by which a sampler process gets its model and, after every update, the new weights.
 
-They lie in memory (/dev/shm) if there is such a place. Every version has a directory of its own, which nothing is
+They lie in memory (/dev/shm) if there is such a place. Every revision has a directory of its own, which nothing is
 written over, so that no reader can take an older file for it.
 """
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -23,9 +23,11 @@ from trimtab.models.adapters import save_adapter
 from trimtab.models.precision import Precision
 from trimtab.models.quantized import is_quantized
 from trimtab.models.roles import Policy
+from trimtab.models.save import cast_weights
 
 WEIGHTS_FILE = "model.safetensors"
 _PREFIX = "trimtab-weights-"
+_LOCK = "in-use"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +55,43 @@ class SamplerStart:
     """Threads that compute, on a CPU."""
 
 
-def scratch_directory() -> Path:
-    """A new directory for weights, in memory if this machine has a file system there. Those that killed runs have left
-    are removed."""
-    memory = Path("/dev/shm")
-    place = memory if memory.is_dir() and os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
-    for left in place.glob(f"{_PREFIX}*"):
-        if not _is_alive(int(left.name.removeprefix(_PREFIX).partition("-")[0])):
-            shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=place))
+class Scratch:
+    """A directory for weights, in memory if this machine has a file system there. It is locked while this process uses
+    it; those that killed runs have left, which no process holds, are removed."""
+
+    def __init__(self) -> None:
+        memory = Path("/dev/shm")
+        place = memory if memory.is_dir() and os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+        for left in place.glob(f"{_PREFIX}*/{_LOCK}"):
+            if (lock := _locked(left)) is not None:
+                shutil.rmtree(left.parent, ignore_errors=True)
+                os.close(lock)
+        self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=place))
+        (self.path / "new").touch()
+        self._lock = _locked(self.path / "new")
+        (self.path / "new").rename(self.path / _LOCK)  # nobody sees it before it is locked
+
+    def remove(self) -> None:
+        """Removes the directory with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _locked(file: Path) -> int | None:
+    """The descriptor of a file that is locked until it is closed; None if another process holds the lock, or if the
+    file is not this user's."""
+    try:
+        descriptor = os.open(file, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def refuse_rounded_base(policy: Policy) -> None:
@@ -82,32 +112,12 @@ def base_and_rank(policy: Policy) -> tuple[str | None, int]:
     return find_model(str(policy.model.name_or_path)), int(with_adapters.peft_config[policy.adapter].r)
 
 
-def write_version(policy: Policy, directory: Path, precision: Precision) -> None:
-    """Writes the weights as they are now, rounded to the precision of the products; those of the adapter if the policy
-    is one."""
-    if policy.adapter is not None:
-        with _writing(directory):
+def write_revision(policy: Policy, directory: Path, dtype: torch.dtype) -> None:
+    """Writes the weights as they are now; those of the adapter if the policy is one, else all of them in `dtype`, in
+    one file and under the names that the model's checkpoints have."""
+    with writing("the weights for the sampler", directory, kept="the same command goes on from the last checkpoint"):
+        if policy.adapter is not None:
             save_adapter(policy.model, policy.adapter, directory, base=str(policy.model.name_or_path))
-    else:
-        _save_model(policy, directory, torch.bfloat16 if precision == "bfloat16" else torch.float32)
-
-
-def _save_model(policy: Policy, directory: Path, dtype: torch.dtype) -> None:
-    """The model under the names of its checkpoints, in one file."""
-    weights = {name: tensor.to(dtype) for name, tensor in policy.model.state_dict().items()}
-    with _writing(directory):
-        policy.model.save_pretrained(directory, state_dict=weights, max_shard_size="1000TB")
-
-
-def _writing(directory: Path) -> contextlib.AbstractContextManager[None]:
-    return writing("the weights for the sampler", directory, kept="the same command goes on from the last checkpoint")
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        else:
+            weights = cast_weights(policy.model, dtype)
+            policy.model.save_pretrained(directory, state_dict=weights, max_shard_size="1000TB")

@@ -54,10 +54,10 @@ class RolloutQueue:
         self._state = state
         self._settings = settings
         self._lag = settings.engine.max_staleness
-        self._own_weights = all(sampler.has_own_weights for sampler in source.samplers)
+        self._draws_meanwhile = all(sampler.may_draw_meanwhile for sampler in source.samplers)
         self._thread_scores = bool(getattr(source.reward, "thread_safe", False))
         independent = self._thread_scores or settings.dynamic_sampling is None
-        self._in_thread = self._lag > 0 and self._own_weights and independent
+        self._in_thread = self._lag > 0 and self._draws_meanwhile and independent
         self._in_flight: list[DrawInFlight] = []
         """The draws for the steps that follow those of `state.drawn`."""
         self._thread: threading.Thread | None = None
@@ -83,7 +83,7 @@ class RolloutQueue:
             if self._in_thread:
                 clock.mark("wait_for_rollouts")
             self._source.sync()
-            if self._own_weights:
+            if self._draws_meanwhile:
                 clock.mark("sync")
             if self._in_thread:
                 self._begin(coming, version=number)

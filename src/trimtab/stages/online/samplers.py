@@ -42,7 +42,8 @@ def make_samplers(
         return episodes, episodes.generator
 
     sampler, turns = make(settings.sampling)
+    choice = turns.choice  # now, while the policy has all its weights: a learner may spread them over processes
     turns.check_prompts(prompts)
     if not settings.advantage.needs_greedy:
         return sampler, None
-    return sampler, make(replace(settings.sampling, top_k=1), turns.choice)[0]
+    return sampler, make(replace(settings.sampling, top_k=1), choice)[0]
