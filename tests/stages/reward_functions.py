@@ -1,5 +1,7 @@
 """Rewards of replies as plain functions, for run files of tests: `callable` finds them by module and name."""
 
+import torch
+
 
 def length(prompt, response, facts):
     """Long replies are good."""
@@ -9,6 +11,11 @@ def length(prompt, response, facts):
 def even(prompt, response, facts):
     """To some problems all replies are worth the same, so that their groups say nothing."""
     return len(response) / 10 if facts["answer"] % 2 == 0 else 1.0
+
+
+def noisy(prompt, response, facts):
+    """Draws noise from the global generator."""
+    return len(response) / 10 + float(torch.rand(()))
 
 
 def flat(prompt, response, facts):

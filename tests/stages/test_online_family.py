@@ -81,7 +81,8 @@ class Loop:
     state: OnlineState
 
     def sample(self, number: int) -> RolloutBatch:
-        return self.source.sample(number, self.state, Clock())
+        replies = self.source.draw(number, self.state, Clock())
+        return self.source.judge(number, replies, self.state, Clock())
 
 
 @pytest.fixture

@@ -185,6 +185,7 @@ def own_weights(monkeypatch):
 KINDS = {
     "a reward for any thread": {"rewards": [BRIEF]},
     "a reward for the loop's thread": {},
+    "a reward that draws noise": {"rewards": reward("noisy")},
     "greedy baselines": {"rewards": [BRIEF], "advantage": {"name": "remax"}},
     "dynamic sampling": {"rewards": [BRIEF], "dynamic_sampling": {"max_rounds": 3}},
     "dynamic sampling that waits for the loop": {"dynamic_sampling": {"max_rounds": 3}},
@@ -201,7 +202,8 @@ def test_drawing_while_the_policy_learns_gives_the_bits_of_drawing_before(tmp_pa
     for one in filter(None, (sampler, greedy)):
         assert set(one.threads) == {"rollouts" if apart else "MainThread"}
         assert len(one.threads) == 5 or "dynamic" in kind
-    assert ("time/wait_for_rollouts_seconds" in rows(out)[1]) == apart
+    # Step 3 follows a checkpoint, before which the thread was waited for; that belongs to it.
+    assert ["time/wait_for_rollouts_seconds" in row for row in rows(out)[:3]] == [apart] * 3
     assert all("time/sync_seconds" in row for row in rows(out)[: 5 - lag])
     with pytest.MonkeyPatch.context() as undone:
         undone.setattr(online, "make_samplers", online.samplers.make_samplers)
@@ -241,6 +243,37 @@ def test_a_failure_in_the_thread_is_raised_in_the_loop(tmp_path, base, own_weigh
     run_stage("online", out, **lagging(base, 1, rewards=[BRIEF], checkpoint_every=1))
     undisturbed = run_stage("online", tmp_path / "undisturbed", **lagging(base, 1, rewards=[BRIEF]))
     assert not differences(undisturbed, out)
+
+
+def test_what_a_checkpoint_waits_for_is_logged_by_the_next_step(tmp_path, base, own_weights, monkeypatch):
+    generate = CopySampler.generate
+
+    def slow(self, *arguments, **options):
+        time.sleep(0.5)
+        return generate(self, *arguments, **options)
+
+    monkeypatch.setattr(CopySampler, "generate", slow)
+    out = run_stage("online", tmp_path / "run", **lagging(base, 1, rewards=[BRIEF], checkpoint_every=1, num_steps=3))
+    assert [row["time/wait_for_rollouts_seconds"] > 0.2 for row in rows(out)] == [True, True, True]
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 100])
+def test_a_failure_names_the_step_and_the_last_good_checkpoint(
+    tmp_path, base, own_weights, monkeypatch, checkpoint_every
+):
+    made = online.make_samplers
+
+    def failing(*arguments):
+        samplers = made(*arguments)
+        samplers[0].fails = EngineError("no more", where="here", fix="rest")
+        return samplers
+
+    monkeypatch.setattr(online, "make_samplers", failing)
+    settings = lagging(base, 1, rewards=[BRIEF], checkpoint_every=checkpoint_every)
+    result = trimtab("online", write_run_file(tmp_path / "run.toml", settings), "--out", tmp_path / "run")
+    assert f"where: here, step 3 of {tmp_path / 'run'}" in result.output
+    known = "the last good checkpoint is" if checkpoint_every == 1 else "there is no checkpoint yet"
+    assert f"fix:   rest; {known}" in result.output
 
 
 def test_a_sampler_that_hangs_does_not_keep_a_failed_run(tmp_path, base, own_weights, monkeypatch):
@@ -295,7 +328,7 @@ def test_a_sampler_that_shares_the_weights_is_compared_at_every_draw(tmp_path, b
     assert rows(out)[3]["rollout/sampler_kl"] > 1e-6
 
 
-def test_samplers_of_this_package_share_the_policys_weights(base):
+def test_the_local_sampler_and_episodes_never_draw_while_the_policy_learns(base):
     chat = Chat(load_tokenizer(base))
     policy = Policy(load_causal(base), pad_id=chat.pad_id)
     local = LocalSampler(policy, chat, Sampling())

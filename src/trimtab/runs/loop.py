@@ -73,7 +73,9 @@ class Steps:
             assert self.done == number + 1, f"step {number} was not logged"
             stop = self.interrupted()
             if self.done % self.checkpoint_every == 0 or self.done == self.num_steps or stop:
+                self.at_work = True  # on the steps to come
                 self.before_save()
+                self.at_work = False
                 self.run.save_checkpoint(self.done, self.state.save)
             if stop:
                 break

@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
-from trimtab.core.metrics import Mean, Metrics, Peak
+from trimtab.core.metrics import Mean, Metrics, Peak, merge
 from trimtab.stages.noise import seed_noise
 from trimtab.stages.online.checks import Clock
 from trimtab.stages.online.draws import Draw
@@ -60,6 +60,8 @@ class RolloutQueue:
         self._in_thread = self._lag > 0 and self._draws_meanwhile and independent
         self._in_flight: list[DrawInFlight] = []
         """The draws for the steps that follow those of `state.drawn`."""
+        self._seconds_between: Metrics = {}
+        """What `finish` waited and scored, which belongs to no step; the next one logs it."""
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -75,6 +77,7 @@ class RolloutQueue:
         """The rollouts that step `number` trains on. Begins to draw for the steps to come, with the weights as they are
         now. Raises whatever went wrong while rollouts were drawn, in either thread."""
         state = self._state
+        clock.metrics, self._seconds_between = merge([clock.metrics, self._seconds_between]), {}
         self._drop_stale(number)
         for draw in self._in_flight:
             draw.future.result()
@@ -96,8 +99,10 @@ class RolloutQueue:
     def finish(self) -> None:
         """Waits for everything that is being drawn and judges it; `state` then holds all of it. Raises whatever went
         wrong while it was drawn."""
+        clock = Clock()
         while self._in_flight:
-            self._state.drawn.append(self._next_in_flight(Clock()))
+            self._state.drawn.append(self._next_in_flight(clock))
+        self._seconds_between = clock.metrics
 
     def _drop_stale(self, number: int) -> None:
         """Drops what was drawn with older weights than a run allows that goes on with a smaller lag. The same prompts
@@ -113,7 +118,8 @@ class RolloutQueue:
 
     def _draw(self, number: int, version: int, clock: Clock) -> Draw:
         before = self._state.num_prompts_taken
-        return Draw(number, version, before, self._source.sample(number, self._state, clock))
+        replies = self._source.draw(number, self._state, clock)
+        return Draw(number, version, before, self._judged(number, replies, clock, now=version))
 
     def _begin(self, numbers: Sequence[int], *, version: int) -> None:
         """Begins to draw for these steps in a second thread, which ends with the last of them or the first failure."""
@@ -145,12 +151,19 @@ class RolloutQueue:
         before, drawn, seconds = draw.future.result()
         clock.mark("wait_for_rollouts")
         if isinstance(drawn, Replies):
-            # A reward that draws noise is asked now or before a checkpoint: it must not matter which, neither to the
-            # reward nor to what draws noise after it.
-            seed_noise(self._settings.seed, "rewards", draw.number)
-            drawn = self._source.judge(draw.number, drawn, self._state, clock)
-            seed_noise(self._settings.seed, "online", draw.number)
+            drawn = self._judged(draw.number, drawn, clock, now=draw.number)
         return Draw(draw.number, draw.version, before, replace(drawn, metrics=drawn.metrics | seconds))
+
+    def _judged(self, number: int, replies: Replies, clock: Clock, *, now: int) -> RolloutBatch:
+        """The replies of step `number`, judged by the loop during step `now`. With a lag, a reward that draws noise is
+        asked before the update, after it or before a checkpoint: it must not matter which, neither to the reward nor to
+        what draws noise after it."""
+        if self._lag:
+            seed_noise(self._settings.seed, "rewards", number)
+        judged = self._source.judge(number, replies, self._state, clock)
+        if self._lag:
+            seed_noise(self._settings.seed, "online", now)
+        return judged
 
 
 def _aged(draw: Draw) -> RolloutBatch:

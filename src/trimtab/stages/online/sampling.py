@@ -34,10 +34,6 @@ class RolloutSource:
     """Gives the gold scores, which are only watched."""
     settings: OnlineSettings
 
-    def sample(self, number: int, state: OnlineState, clock: Clock) -> RolloutBatch:
-        """The groups of a step, drawn and judged."""
-        return self.judge(number, self.draw(number, state, clock), state, clock)
-
     def draw(self, number: int, state: OnlineState, clock: Clock) -> Replies:
         """The replies to the prompts of a step, not judged yet."""
         return self._draw(number, 0, state.take_prompts(self.settings.prompts_per_step), clock)
