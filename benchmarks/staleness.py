@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ FIGURES = {"accuracy": "test accuracy at the end", "reward": "reward, mean of al
 def train_and_test(start: Path, out: Path, *, seed: int, lag: int, num_steps: int) -> dict[str, Any]:
     """The curve and the test of one run."""
     stages = tomllib.loads(ARITHMETIC.read_text(encoding="utf-8"))["stages"]
-    directory, sft = out / f"seed-{seed}" / f"lag-{lag}", str(start / "sft" / "model")
+    directory, sft = out / f"seed-{seed}" / f"lag-{lag}-of-{num_steps}-steps", str(start / "sft" / "model")
     changed = SHORT | {"model": sft, "num_steps": num_steps, "engine": {"max_staleness": lag}}
     used = run({"grpo": stages["grpo"] | changed}, directory / "train", seed=seed)
     tested = stages["evaluate"] | {"model": str(directory / "train" / "grpo" / "model"), "baseline": sft}
@@ -94,12 +95,17 @@ def table_of_differences(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def listed(numbers: Sequence[int]) -> str:
+    """As they stand in a command."""
+    return " ".join(map(str, numbers))
+
+
 def main() -> None:
     """Runs all, writes what was found and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/staleness"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lags", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lags", type=int, nargs="+", default=[1, 2], help="beside none")
     parser.add_argument("--steps", type=int, default=150)
     options = parser.parse_args()
     stages = tomllib.loads(ARITHMETIC.read_text(encoding="utf-8"))["stages"]
@@ -108,10 +114,11 @@ def main() -> None:
     rows = [
         train_and_test(start, options.out, seed=seed, lag=lag, num_steps=options.steps)
         for seed in options.seeds
-        for lag in options.lags
+        for lag in sorted({0, *options.lags})
     ]
     result = {
-        "command": f"python benchmarks/staleness.py --steps {options.steps}",
+        "command": f"python benchmarks/staleness.py --seeds {listed(options.seeds)} --lags {listed(options.lags)} "
+        f"--steps {options.steps}",
         "machine": machine(),
         "num_steps": options.steps,
         "runs": rows,

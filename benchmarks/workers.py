@@ -1,7 +1,7 @@
 """The same runs by every engine: `docs/evidence/data/workers.json`.
 
     python benchmarks/workers.py --quickstart runs/quickstart
-    python benchmarks/workers.py … --vllm vllm/bin/python --ray --ways "one process" vLLM --data …/engines_vllm.json
+    python benchmarks/workers.py … --vllm vllm/bin/python --ways vLLM --data engines_vllm.json
 
 Runs the quickstart's PPO, and GRPO with the same models and prompts, from the models of a finished quickstart: in one
 process with all threads; in two and three with as many threads together; with replies drawn by vLLM; and with workers
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -22,7 +23,6 @@ from typing import Any
 
 from speed import DATA, machine
 
-OUT = DATA.with_name("workers.json")
 KEEP = ("sample_every=1", "num_samples=1000")
 RUNS = {
     "PPO": (),
@@ -35,15 +35,17 @@ def rows(directory: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / name).read_text(encoding="utf-8").splitlines()]
 
 
-def ways(vllm: str | None, ray: bool) -> dict[str, list[str]]:
-    """What computes, and the overrides that say so."""
-    sampler = ["engine.sampler.name=vllm", f"engine.sampler.python={vllm}"] if vllm else []
-    found = {"one process": [], "2 processes": ["engine.workers=2"], "3 processes": ["engine.workers=3"]}
-    found |= {"vLLM": sampler} if vllm else {}
-    found |= {"Ray, 2 processes": ["engine.workers=2", "engine.ray=local"]} if ray else {}
-    return found | (
-        {"Ray, 2 processes, vLLM": ["engine.workers=2", "engine.ray=local", *sampler]} if vllm and ray else {}
-    )
+def ways(vllm: str | None) -> dict[str, list[str]]:
+    """What computes beside one process, and the overrides that say so."""
+    sampler = ["engine.sampler.name=vllm", f"engine.sampler.python={vllm}"]
+    ray = ["engine.workers=2", "engine.ray=local"]
+    return {
+        "2 processes": ["engine.workers=2"],
+        "3 processes": ["engine.workers=3"],
+        "vLLM": sampler,
+        "Ray, 2 processes": ray,
+        "Ray, 2 processes, vLLM": [*ray, *sampler],
+    }
 
 
 def train(settings: Path, out: Path, *changed: str) -> None:
@@ -107,21 +109,31 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def command(options: argparse.Namespace) -> str:
+    """What repeats the figures, with names for the places of this machine."""
+    vllm = ["--vllm", "vllm/bin/python"] if options.vllm else []
+    words = ["--quickstart", "runs/quickstart", *vllm, "--ways", *options.ways, "--data", options.data]
+    return shlex.join(["python", "benchmarks/workers.py", *words])
+
+
 def main() -> None:
     """Runs all, compares, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", type=Path, required=True, help="the directory of a finished quickstart")
-    parser.add_argument("--vllm", help="an interpreter with vLLM")
-    parser.add_argument("--ray", action="store_true", help="with Ray too")
-    parser.add_argument("--ways", nargs="+", help="only these, such as 'one process' and vLLM")
-    parser.add_argument("--data", type=Path, default=OUT, help="the file that is written")
+    parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter with vLLM")
+    plain = ["2 processes", "3 processes"]
+    parser.add_argument("--ways", nargs="+", choices=ways(None), default=plain, help="beside one process")
+    parser.add_argument("--data", default="workers.json", choices=("workers.json", "engines_vllm.json"))
     parser.add_argument("--keep", action="store_true", help="compare finished runs that are there from before")
     options = parser.parse_args()
+    if options.vllm is None and any("vLLM" in way for way in options.ways):
+        parser.error("vLLM needs --vllm PYTHON")
     if not options.keep:
         shutil.rmtree(options.quickstart / "workers", ignore_errors=True)
-    chosen = {k: v for k, v in ways(options.vllm, options.ray).items() if k in (options.ways or [k])}
+    known = ways(options.vllm)
+    chosen = {"one process": []} | {way: known[way] for way in options.ways}
     settings = options.quickstart / "ppo" / "settings.toml"
-    result: dict[str, Any] = {"command": "python benchmarks/workers.py", "machine": machine()}
+    result: dict[str, Any] = {"command": command(options), "machine": machine()}
     for name, changed in RUNS.items():
         result[name] = {"seconds_of_a_step": {}}
         alone = options.quickstart / "workers" / f"{name}, one process"
@@ -131,7 +143,7 @@ def main() -> None:
             if out != alone:
                 result[name][way] = compared(out, alone)
             result[name]["seconds_of_a_step"][way] = seconds(out)
-    options.data.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    DATA.with_name(options.data).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
 
 
