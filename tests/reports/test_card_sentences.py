@@ -31,6 +31,14 @@ def test_a_whole_card_says_what_it_holds():
     assert "divided by the temperature" in said
 
 
+def test_it_says_how_many_pairs_were_to_be_ordered():
+    known = {"accuracy": 0.7, "num_pairs": 12, "num_even": 2}
+    assert "right about 7 of 10 pairs, ties half; 2 more have an even label" in card_sentences(known)[1]
+    assert card_sentences(known | {"num_even": 0})[1] == "It is right about 8.4 of 12 pairs, ties half."
+    (said,) = card_sentences(finite(known | {"accuracy": float("nan"), "num_even": 12}))
+    assert "there was nothing to order, because all 12 pairs have even labels" in said
+
+
 @pytest.mark.parametrize(
     ("kind", "said"), [("constant", "this is a constant"), ("length", "this is a scorer of length")]
 )

@@ -2,15 +2,17 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
 from tests.tiny import scalar, write_model_directory
+from trimtab.core.errors import EngineError
 from trimtab.core.types import Message, Prompt, Rollout
 from trimtab.models.load import load_scalar, load_tokenizer
 from trimtab.models.save import save_model
-from trimtab.rewards.scorer import RewardModelScorer, template_ending
+from trimtab.rewards.scorer import RewardModelScorer, rewards_of, template_ending
 
 LINE_BREAK_BEHIND = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
@@ -94,6 +96,47 @@ def test_equal_replies_have_equal_scores_to_the_last_bit(foreign):
     assert torch.equal(scores[:4], scores[4:8])
     assert torch.equal(scores[:4], scores[8:])
     assert len(set(scores.tolist())) == 4
+
+
+def test_many_replies_to_one_prompt_stay_within_the_token_budget(foreign):
+    path = str(foreign())
+    other = Prompt(messages=(Message("user", "Where is my order?"),))
+    texts = [((PROMPT, other)[i % 2], "It is " + "so " * (i // 2)) for i in range(12)] * 2
+    wide, narrow = (RewardModelScorer.from_directory(path, token_budget=budget) for budget in (10_000, 80))
+    trees, where = narrow.trees_of(narrow.ids_of_texts(texts))
+    assert trees.num_sequences == 12
+    assert where[:12].tolist() == where[12:].tolist()
+    sizes = [tree.num_tokens for tree in trees.trees]
+    assert len(sizes) > 2
+    assert max(sizes) <= 80
+    assert len(wide.trees_of(wide.ids_of_texts(texts))[0].trees) == 2
+    assert rewards_of(narrow, texts) == pytest.approx(rewards_of(wide, texts), abs=1e-5)
+    assert rewards_of(wide, texts) == pytest.approx(wide.score_texts(texts).numpy(), abs=1e-6)
+
+
+def test_a_reply_longer_than_the_budget_has_a_tree_of_its_own(foreign):
+    scorer = RewardModelScorer.from_directory(str(foreign()), token_budget=20)
+    trees, _ = scorer.trees_of(scorer.ids_of_texts([(PROMPT, text) for text in ("No", "Why not? " * 9, "Yes")]))
+    assert [tree.num_tokens > 20 for tree in trees.trees] == [False, True, False]
+
+
+def test_a_reply_that_cannot_be_read_is_refused_or_has_no_reward(foreign):
+    scorer = RewardModelScorer.from_directory(str(foreign()), token_budget=4096)
+    texts = [(PROMPT, "No"), (PROMPT, "word " * 60), (PROMPT, "Yes")]
+    scorer.positions = 60
+    found = rewards_of(scorer, texts, unread="nan")
+    assert np.isnan(found).tolist() == [False, True, False]
+    assert found[[0, 2]] == pytest.approx(rewards_of(scorer, [texts[0], texts[2]]))
+    assert np.isnan(rewards_of(scorer, texts[1:2], unread="nan")).all()
+    with pytest.raises(EngineError, match="the reward model has learned 60 positions"):
+        rewards_of(scorer, texts)
+
+
+def test_rewards_that_are_not_finite_are_refused(foreign):
+    scorer = RewardModelScorer.from_directory(str(foreign()), token_budget=100)
+    torch.nn.init.constant_(scorer.model.model.score.weight, torch.inf)
+    with pytest.raises(EngineError, match="1 of 1 rewards are not finite"):
+        rewards_of(scorer, [(PROMPT, "Because.")])
 
 
 def test_scores_and_values_are_float32_when_products_are_bfloat16():

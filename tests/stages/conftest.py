@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 from tests.stages.commands import FAST, run_stage
 from tests.tiny import write_model_directory
 from trimtab import worlds
-from trimtab.models.load import load_causal, load_tokenizer
+from trimtab.models.load import load_causal, load_scalar, load_tokenizer
 from trimtab.models.save import save_model
 
 
@@ -83,3 +83,12 @@ def reward_run(tmp_path_factory, base, pairs):
     """Two steps of the reward stage."""
     out = tmp_path_factory.mktemp("stages") / "reward"
     return run_stage("reward", out, model=str(base), data=str(pairs), held_out=0.3, batch_size=10, optimizer=FAST)
+
+
+@pytest.fixture(scope="session")
+def overflowing(tmp_path_factory, reward_run):
+    """A reward model whose weights are finite, and whose scores are not."""
+    model, directory = load_scalar(reward_run / "model"), tmp_path_factory.mktemp("stages") / "overflowing"
+    torch.nn.init.constant_(model.score.weight, 3e38)
+    save_model(model, load_tokenizer(reward_run / "model"), directory)
+    return directory

@@ -154,6 +154,10 @@ def test_an_average_that_sinks_below_the_chord_is_refused(members, turned, pairs
     assert [p["accuracy"] for p in points if p["part"] == 0] == [points[-1]["chord"]] * 2
 
 
+def test_members_whose_rewards_are_not_finite_are_refused(overflowing, pairs, tmp_path):
+    assert "rewards are not finite" in refused(tmp_path / "mean", overflowing, overflowing, "--data", pairs)
+
+
 def test_models_that_do_not_belong_together_are_refused(base, members, adapters, other, pairs, tmp_path):
     out, data = tmp_path / "mean", ("--data", pairs)
     one = members[0]

@@ -9,12 +9,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from tests.stages.commands import FAST, run_stage, summary, trimtab
-from trimtab.core.errors import EngineError
-from trimtab.core.types import Message, Prompt
 from trimtab.models.load import load_tokenizer
 from trimtab.models.save import save_model
-from trimtab.rewards.scorer import RewardModelScorer
-from trimtab.stages.card import rewards_of
 
 SCHEMA = json.loads((files("trimtab.evals") / "reward_card.schema.json").read_text(encoding="utf-8"))
 
@@ -98,34 +94,6 @@ def test_a_card_is_told_and_written_with_its_slices(tmp_path, reward_run, sliced
         assert words in page
     told = trimtab("card", reward_run / "model", sliced, "--slice", "topic")
     assert told.output == said
-
-
-def test_rewards_do_not_depend_on_the_rounds_that_a_small_budget_makes(reward_run):
-    prompts = [Prompt(messages=(Message("user", text),)) for text in ("What is 1 + 1?", "What is 2 + 5?")]
-    texts = [(prompts[i % 2], "It is " + "so " * i) for i in range(12)]
-
-    class Noted(RewardModelScorer):
-        def trees_of(self, sequences):
-            trees, where = super().trees_of(sequences)
-            sizes.append([tree.num_tokens for tree in trees.trees])
-            return trees, where
-
-    found = []
-    for budget in (10_000, 80):
-        sizes: list[list[int]] = []
-        scorer = Noted.from_directory(str(reward_run / "model"), token_budget=budget)
-        found.append(rewards_of(scorer, texts))
-        assert max(map(max, sizes)) <= budget
-    assert len(sizes) > 2
-    assert found[1] == pytest.approx(found[0], abs=1e-5)
-    assert found[0] == pytest.approx(scorer.score_texts(texts).numpy(), abs=1e-5)
-
-
-def test_rewards_that_are_not_finite_are_refused(reward_run):
-    scorer = RewardModelScorer.from_directory(str(reward_run / "model"), token_budget=100)
-    torch.nn.init.constant_(scorer.model.model.score.weight, torch.inf)
-    with pytest.raises(EngineError, match="1 of 1 rewards are not finite"):
-        rewards_of(scorer, [(Prompt(messages=(Message("user", "Why?"),)), "Because.")])
 
 
 def test_a_constant_scorer_gets_half_and_is_called_one(tmp_path, base, sliced):

@@ -97,6 +97,26 @@ def test_a_reward_model_is_judged_on_further_pairs(tmp_path, reward_run, pairs):
     assert alone.output == result.output
 
 
+def test_pairs_with_an_even_label_are_in_no_count_of_right_ones(tmp_path, reward_run, pairs):
+    even = tmp_path / "even.jsonl"
+    given = rows(pairs.parent, pairs.name)
+    even.write_text("".join(json.dumps(row | {"label": 0.5 if i < 8 else 1.0}) + "\n" for i, row in enumerate(given)))
+    result = trimtab("score", "--model", reward_run / "model", "--data", even, "--out", tmp_path / "scored.jsonl")
+    margins = [row["reward_chosen"] - row["reward_rejected"] for row in rows(tmp_path, "scored.jsonl")]
+    right = sum((margin > 0) + 0.5 * (margin == 0) for margin in margins[8:])
+    said = f"It is right about {right:g} of 12 pairs, ties half; 8 more have an even label, and so no right side."
+    assert said in result.output
+    assert trimtab("card", reward_run / "model", even).output == result.output
+
+
+def test_rewards_that_are_not_finite_are_refused_and_nothing_is_written(tmp_path, overflowing, pairs):
+    for data in (pairs, "world:arithmetic?num=3"):
+        result = trimtab("score", "--model", overflowing, "--data", data, "--out", tmp_path / "scored.jsonl")
+        assert result.exit_code == 2
+        assert "rewards are not finite" in result.output
+        assert not (tmp_path / "scored.jsonl").exists()
+
+
 def test_replies_are_scored_into_a_file(tmp_path, reward_run):
     result = trimtab("score", "--model", reward_run / "model", "--data", "world:arithmetic?num=2")
     assert result.exit_code == 2

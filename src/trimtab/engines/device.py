@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from trimtab.core import config
 from trimtab.core.errors import EngineError
 
 
@@ -89,6 +90,12 @@ class EngineSettings:
     def find_device(self) -> torch.device:
         """The device. Raises EngineError if this machine does not have it."""
         return find_device(self.device, where="engine.device")
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device that an option of the command line names; the CPU without it."""
+    values = {} if name is None else {"device": name}
+    return config.resolve(EngineSettings, values, where="the command line").find_device()
 
 
 def refuse_unknown_device(device: str) -> None:

@@ -24,7 +24,7 @@ _BASELINES = {
 
 def card_sentences(card: Mapping[str, Any]) -> list[str]:
     """The sentences of a card, the most important first."""
-    found = reward_model_sentences(card)
+    found = reward_model_sentences(card) + _counted(card)
     if (kind := card.get("resembles")) in _RESEMBLES:
         found.append(_RESEMBLES[kind].format(length=show(number(card, "length_spearman"))))
     shares = [(text, interval(card, name)) for name, text in _BASELINES.items()]
@@ -50,6 +50,19 @@ def card_sentences(card: Mapping[str, Any]) -> list[str]:
         if left_out := number(card, name):
             found.append(f"{show(left_out)} {text}.")
     return found
+
+
+def _counted(card: Mapping[str, Any]) -> list[str]:
+    """How many pairs the accuracy is of, and how many have no right side."""
+    num, even, accuracy = number(card, "num_pairs"), number(card, "num_even") or 0, number(card, "accuracy")
+    if not num:
+        return []
+    if even == num:
+        return [f"No accuracy can be told: there was nothing to order, because all {show(num)} pairs have even labels."]
+    if accuracy is None:
+        return []
+    left_out = f"; {show(even)} more have an even label, and so no right side" if even else ""
+    return [f"It is right about {accuracy * (num - even):g} of {show(num - even)} pairs, ties half{left_out}."]
 
 
 def _calibration(card: Mapping[str, Any]) -> list[str]:

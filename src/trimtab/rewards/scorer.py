@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count, groupby
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimtab.batches.device import CPU
-from trimtab.batches.trees import TokenTrees, response_tree
+from trimtab.batches.trees import TokenTrees, Tree, response_tree
 from trimtab.core.errors import EngineError
 from trimtab.core.hub import refuse_ensemble
 from trimtab.core.metrics import Metrics
@@ -23,6 +24,10 @@ from trimtab.models.forward import sequence_scores_of
 from trimtab.models.lengths import positions_of
 from trimtab.models.load import load_scalar, load_tokenizer, reward_facts
 from trimtab.models.roles import ScalarModel, head_of_weights
+from trimtab.stats import Floats
+
+TOKEN_BUDGET = 4096
+"""The number of tokens in one forward pass of a reward model where no run file gives it."""
 
 Ids = tuple[tuple[int, ...], tuple[int, ...]]
 """The token ids of a prompt and of a reply to it."""
@@ -130,7 +135,9 @@ class RewardModelScorer:
 
     def trees_of(self, sequences: Sequence[Ids]) -> tuple[TokenTrees, Tensor]:
         """Trees that hold each different sequence once, so that equal ones have equal scores, to the last bit; and [B]
-        the place of each sequence among theirs. Raises EngineError for a sequence that the model cannot read."""
+        the place of each sequence among theirs. A prompt whose replies exceed the token budget has several trees, so
+        that many replies to one prompt take no more memory than the budget allows. Raises EngineError for a sequence
+        that the model cannot read."""
         longest = max((len(prompt) + len(response) for prompt, response in sequences), default=0)
         if self.positions is not None and longest > self.positions:
             raise EngineError(
@@ -145,9 +152,52 @@ class RewardModelScorer:
         place = count()
         for of_prompt in replies.values():
             of_prompt.update({reply: next(place) for reply in of_prompt})
-        trees = TokenTrees.build([response_tree(prompt, of_prompt) for prompt, of_prompt in replies.items()])
+        trees = [tree for prompt, own in replies.items() for tree in _within(prompt, list(own), self.token_budget)]
         where = [replies[prompt][reply or (self.chat.end_id,)] for prompt, reply in sequences]
-        return trees, torch.tensor(where, dtype=torch.int64)
+        return TokenTrees.build(trees), torch.tensor(where, dtype=torch.int64)
+
+
+def _within(prompt: tuple[int, ...], replies: Sequence[tuple[int, ...]], token_budget: int) -> list[Tree]:
+    """The replies to a prompt in order, in trees of at most so many tokens; one reply may take more, alone."""
+    groups: list[list[tuple[int, ...]]] = []
+    num_tokens = 0
+    for reply in replies:
+        if not groups or num_tokens + len(reply) > token_budget:
+            groups.append([])
+            num_tokens = len(prompt)
+        groups[-1].append(reply)
+        num_tokens += len(reply)
+    return [response_tree(prompt, group) for group in groups]
+
+
+def rewards_of(
+    scorer: RewardModelScorer, texts: Sequence[tuple[Prompt, str]], *, unread: Literal["refuse", "nan"] = "refuse"
+) -> Floats:
+    """[B] rewards of prompts with finished replies, all of them finite.
+
+    With `unread = "nan"` a reply that the model has not enough positions to read gets nan. Raises EngineError for such
+    a reply otherwise, and if the model gives a reward that is not finite.
+    """
+    sequences = scorer.ids_of_texts(texts)
+    rewards = np.full(len(sequences), np.nan)
+    most = scorer.positions
+    read = [unread == "refuse" or most is None or len(prompt) + len(reply) <= most for prompt, reply in sequences]
+    if any(read):
+        found = scorer.score_ids([ids for ids, is_read in zip(sequences, read, strict=True) if is_read])
+        rewards[read] = finite_scores(found.double().numpy(), of=scorer.model)
+    return rewards
+
+
+def finite_scores(scores: Floats, *, of: ScalarModel) -> Floats:
+    """The scores as they are. Raises EngineError if one of them is not finite: it would count as a wrong judgement, and
+    JSON cannot hold it."""
+    if broken := int((~np.isfinite(scores)).sum()):
+        raise EngineError(
+            f"{broken} of {scores.size} rewards are not finite",
+            where=str(of.model.config._name_or_path or "the reward model"),
+            fix="train the reward model again with a smaller learning rate, or compute in float32",
+        )
+    return scores
 
 
 def member_on(shared: PreTrainedModel, name: str, path: str, *, pad_id: int) -> ScalarModel:

@@ -26,7 +26,7 @@ from trimtab.core.hub import base_of, members_in
 from trimtab.core.types import PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
-from trimtab.evals.reward_card import ordering_accuracy, reward_card
+from trimtab.evals.reward_card import SIDES, ordering_accuracy, reward_card
 from trimtab.models.average import (
     average_heads,
     average_products,
@@ -42,14 +42,14 @@ from trimtab.models.average import (
 from trimtab.models.load import is_classifier, load_causal, load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import round_as_written, save_model
-from trimtab.rewards.scorer import RewardModelScorer
+from trimtab.rewards.scorer import TOKEN_BUDGET, RewardModelScorer, rewards_of
+from trimtab.stages.card import texts_of
 from trimtab.stats import Floats
 
 PARTS = (0.25, 0.5, 0.75, 1.0)
 """Where on the way from a member (0) to the average (1) the accuracy is looked at."""
 TOLERANCE = 0.01
 """By so much the accuracy may lie below that of the members before an average is refused."""
-TOKEN_BUDGET = 4096
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,7 @@ class _Judge:
 
     def scores(self) -> tuple[Floats, Floats]:
         """The scores of the chosen and of the rejected replies."""
-        texts = [(p.prompt, p.chosen) for p in self.pairs] + [(p.prompt, p.rejected) for p in self.pairs]
-        found = self.scorer.score_texts(texts).double().numpy()
+        found = rewards_of(self.scorer, [text for side in SIDES for text in texts_of(self.pairs, side)])
         return found[: len(self.pairs)], found[len(self.pairs) :]
 
     def accuracy(self) -> float:

@@ -13,18 +13,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trimtab.core.errors import ConfigError, DataError, EngineError
+from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.files import check_out, json_text, write_out
 from trimtab.core.types import PreferencePair, Prompt
 from trimtab.data.layouts import load
+from trimtab.engines.device import device_of
 from trimtab.evals.probes import make_probes, read_probes
 from trimtab.evals.reward_card import SIDES, reward_card
 from trimtab.reports.card_page import write_card
 from trimtab.reports.card_sentences import card_sentences
 from trimtab.rewards.model import RewardModel
-from trimtab.rewards.scorer import RewardModelScorer
+from trimtab.rewards.scorer import TOKEN_BUDGET, rewards_of
 from trimtab.runs.models import model_digest
-from trimtab.stages.use import TOKEN_BUDGET, device_of
 from trimtab.stats import Floats
 
 CARD_FILE = "reward_card.json"
@@ -65,7 +65,7 @@ def card(
     else:
         slices = [source for source, records in by_source.items() for _ in records] if len(data) > 1 else []
     scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device_of(device))
-    chosen, rejected = (rewards_of(scorer, [(pair.prompt, getattr(pair, side)) for pair in pairs]) for side in SIDES)
+    chosen, rejected = (rewards_of(scorer, texts_of(pairs, side), unread="nan") for side in SIDES)
     fits = ~np.isnan(chosen + rejected)
     if not fits.any():
         raise DataError(
@@ -77,7 +77,7 @@ def card(
         list(compress(pairs, fits)),
         chosen=chosen[fits],
         rejected=rejected[fits],
-        score=lambda texts: rewards_of(scorer, texts),
+        score=lambda texts: rewards_of(scorer, texts, unread="nan"),
         slices=list(compress(slices, fits)),
     )
     num_bad_rows = sum(len(one.dropped) for one in loaded.values())
@@ -87,6 +87,11 @@ def card(
         write_out(out / CARD_FILE, card_text(found, model=model, digest=digest, data=data))
         write_card(found, out / PAGE_FILE, model=model)
     return card_sentences(found)
+
+
+def texts_of(pairs: Sequence[PreferencePair], side: str) -> Texts:
+    """The prompt and the reply on one of the `SIDES` of each pair."""
+    return [(pair.prompt, getattr(pair, side)) for pair in pairs]
 
 
 def measure(
@@ -108,38 +113,6 @@ def measure(
         probability_chosen=None if None in known else np.array(known, dtype=float),
         **options,
     ) | read_probes(probes, score([(probe.prompt, probe.text) for probe in probes]))
-
-
-def rewards_of(scorer: RewardModelScorer, texts: Texts) -> Floats:
-    """[B] rewards of finished replies; nan if the model has not enough positions to read one. Raises EngineError if the
-    model gives a reward that is not finite.
-
-    A prompt with many replies is scored in several rounds: in each its tree stays within the token budget, if one reply
-    does, so that a card takes no more memory than training does.
-    """
-    sequences = scorer.ids_of_texts(texts)
-    rounds: list[list[int]] = []
-    used: dict[tuple[int, ...], tuple[int, int]] = {}  # of each prompt: its round so far, and the tokens in it
-    for i, (prompt, reply) in enumerate(sequences):
-        if scorer.positions is not None and len(prompt) + len(reply) > scorer.positions:
-            continue
-        number, tokens = used.get(prompt, (0, len(prompt)))
-        if tokens > len(prompt) and tokens + len(reply) > scorer.token_budget:
-            number, tokens = number + 1, len(prompt)
-        used[prompt] = number, tokens + len(reply)
-        if number == len(rounds):
-            rounds.append([])
-        rounds[number].append(i)
-    rewards = np.full(len(sequences), np.nan)
-    for members in rounds:
-        rewards[members] = found = scorer.score_ids([sequences[i] for i in members]).double().numpy()
-        if broken := int((~np.isfinite(found)).sum()):
-            raise EngineError(
-                f"{broken} of {len(found)} rewards are not finite",
-                where=str(scorer.model.model.config._name_or_path or "the reward model"),
-                fix="train the reward model again with a smaller learning rate, or compute in float32",
-            )
-    return rewards
 
 
 def card_text(found: dict[str, Any], *, model: str, digest: str | None, data: Sequence[str]) -> str:

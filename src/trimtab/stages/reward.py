@@ -35,10 +35,10 @@ from trimtab.models.load import load_tokenizer
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import round_as_written
 from trimtab.rewards.ensemble import EnsembleScorer
-from trimtab.rewards.scorer import RewardModelScorer
+from trimtab.rewards.scorer import RewardModelScorer, finite_scores, rewards_of
 from trimtab.runs.models import model_digest
 from trimtab.runs.run import Run
-from trimtab.stages.card import CARD_FILE, card_text, measure, rewards_of
+from trimtab.stages.card import CARD_FILE, card_text, measure
 from trimtab.stages.reading import read_demonstration_trees, read_split, say_too_long
 from trimtab.stages.reward_members import (
     Examples,
@@ -223,7 +223,7 @@ def judge(
         pairs,
         chosen=chosen,
         rejected=rejected,
-        score=lambda texts: rewards_of(scorer, texts),
+        score=lambda texts: rewards_of(scorer, texts, unread="nan"),
         training_pairs=train.pairs(MOST_TRAINING_PAIRS),
         seed=settings.seed,
     )
@@ -240,7 +240,8 @@ def scorer_of(
 
 
 def scores_of_pairs(model: ScalarModel, pairs: Comparisons, settings: RewardSettings) -> tuple[Floats, Floats]:
-    """The scores of the chosen and the rejected reply of each pair, in the micro-batches that one batch would have."""
+    """The scores of the chosen and the rejected reply of each pair, in the micro-batches that one batch would have.
+    Raises EngineError if one is not finite."""
     trees = pairs.trees
     groups = split_sizes([tree.num_tokens for tree in trees], settings.token_budget)
     found: list[list[tuple[float, float]]] = [[] for _ in trees]
@@ -250,7 +251,8 @@ def scores_of_pairs(model: ScalarModel, pairs: Comparisons, settings: RewardSett
         both = iter(zip(scores[batch.chosen_ids].tolist(), scores[batch.rejected_ids].tolist(), strict=True))
         for i, compared in zip(members, batch.compared, strict=True):
             found[i] = [next(both) for _ in compared]
-    chosen, rejected = np.array([scores for of_tree in found for scores in of_tree]).reshape(-1, 2).T
+    both_sides = np.array([scores for of_tree in found for scores in of_tree]).reshape(-1, 2)
+    chosen, rejected = finite_scores(both_sides, of=model).T
     return chosen, rejected
 
 

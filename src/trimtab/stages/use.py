@@ -17,16 +17,15 @@ from trimtab.core.types import Demonstration, Message, PreferencePair, Prompt, t
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import kinds_of, load
 from trimtab.data.sources import records_source
-from trimtab.engines.device import EngineSettings
+from trimtab.engines.device import device_of
 from trimtab.engines.local.sampler import LocalSampler, Sampling
-from trimtab.evals.reward_card import reward_card
+from trimtab.evals.reward_card import SIDES
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
-from trimtab.reports.headline import reward_model_sentences
+from trimtab.reports.card_sentences import card_sentences
 from trimtab.rewards.model import RewardModel
-
-TOKEN_BUDGET = 4096
-"""The number of tokens in one forward pass of a reward model."""
+from trimtab.rewards.scorer import TOKEN_BUDGET, rewards_of
+from trimtab.stages.card import measure, texts_of
 
 
 def _generator(model: str, *, temperature: float, device: str | None, top_k: int = 0, **sampled: Any) -> LocalSampler:
@@ -37,12 +36,6 @@ def _generator(model: str, *, temperature: float, device: str | None, top_k: int
     loaded = load_causal(model, device=device_of(device))
     policy = Policy(loaded, pad_id=chat.pad_id, temperature=sampling.temperature)
     return LocalSampler(policy, chat, sampling)
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device that an option names; the CPU without it."""
-    values = {} if name is None else {"device": name}
-    return config.resolve(EngineSettings, values, where="the command line").find_device()
 
 
 def generate_file(
@@ -90,6 +83,7 @@ def score_file(
 
     Each reply (in any layout, or in a rollout) gets a `reward`. A preference pair gets one for each side, and the card
     of the reward model on the pairs is shown: how often it orders them as they are labelled, and what might explain it.
+    Raises EngineError for a text that the model cannot read, and for a reward that is not finite.
     """
     if out is not None:
         check_out(out)
@@ -99,7 +93,7 @@ def score_file(
         raise ConfigError("replies are scored into a file", where="score", fix="--out FILE.jsonl")
     demonstrations = load(Demonstration, data).records
     scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device_of(device))
-    rewards = scorer.score_texts([(d.prompt, d.response) for d in demonstrations]).tolist()
+    rewards = rewards_of(scorer, [(d.prompt, d.response) for d in demonstrations]).tolist()
     rows = [to_dict(d) | {"reward": reward} for d, reward in zip(demonstrations, rewards, strict=True)]
     write_out(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return len(rows)
@@ -108,16 +102,12 @@ def score_file(
 def _score_pairs(model: str, data: str, out: Path | None, device: torch.device, show: Callable[[str], None]) -> int:
     pairs = load(PreferencePair, data).records
     scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device)
-    sides = {
-        name: scorer.score_texts([(pair.prompt, getattr(pair, name)) for pair in pairs]).double().numpy()
-        for name in ("chosen", "rejected")
-    }
-    card = reward_card(pairs, score_chosen=sides["chosen"], score_rejected=sides["rejected"])
-    for sentence in reward_model_sentences(card):
+    chosen, rejected = (rewards_of(scorer, texts_of(pairs, side)) for side in SIDES)
+    card = measure(pairs, chosen=chosen, rejected=rejected, score=lambda texts: rewards_of(scorer, texts, unread="nan"))
+    for sentence in card_sentences(card):
         show(sentence)
-    show(f"It is right about {card['accuracy'] * len(pairs):g} of {len(pairs)} pairs, ties half.")
     if out is not None:
-        rewards = zip(pairs, sides["chosen"].tolist(), sides["rejected"].tolist(), strict=True)
+        rewards = zip(pairs, chosen.tolist(), rejected.tolist(), strict=True)
         rows = [to_dict(pair) | {"reward_chosen": a, "reward_rejected": b} for pair, a, b in rewards]
         write_out(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return len(pairs)
