@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -109,6 +110,23 @@ def test_a_card_is_plain_json():
     assert json.loads(json.dumps(card)) == card
     # the only word counts for the chosen side, so this bag of words is the longer-wins baseline
     assert card["bag_of_words"] == card["longer_wins"]
+
+
+def test_the_bag_of_words_learns_nothing_from_even_pairs():
+    """Pairs with an even label have no right side, which a regression on their sides would invent."""
+    decided = [pair("word", ""), pair("word word", "word")]
+    even = [replace(pair("", "word word word"), label=0.5) for _ in range(20)]
+    found = reward_card(**simulated(50), training_pairs=[*even, *decided])
+    assert found["bag_of_words"] == found["longer_wins"]
+    assert "bag_of_words" not in reward_card(**simulated(50), training_pairs=even)
+
+
+def test_a_card_of_even_pairs_alone_has_no_accuracy():
+    card = reward_card([replace(pair("a", "b"), label=0.5)] * 3, score_chosen=[1.0] * 3, score_rejected=[0.0] * 3)
+    assert (card["num_pairs"], card["num_even"]) == (3, 3)
+    assert all(np.isnan(card[name]) for name in ("accuracy", "longer_wins", "auc"))
+    assert card["by_margin"] == []
+    assert "bag_of_words" not in card
 
 
 def test_scores_that_do_not_match_the_pairs_are_refused():

@@ -88,6 +88,12 @@ def fit_bag_of_words(
     return BagOfWords(dict(zip(vocabulary, found.x.tolist(), strict=True)))
 
 
+def _bag_of_words_of(pairs: Sequence[PreferencePair]) -> BagOfWords | None:
+    """A bag of words trained on the first 4000 of these pairs that have a right side; None if none has one."""
+    decided = [pair for pair in pairs if pair.label != 0.5][:MOST_TRAINING_PAIRS]
+    return fit_bag_of_words([p.chosen for p in decided], [p.rejected for p in decided]) if decided else None
+
+
 def cross_fitted_bag_of_words(pairs: Sequence[PreferencePair]) -> tuple[Floats, Floats] | None:
     """Scores of the chosen and the rejected replies, [num_pairs] each, by a bag of words that was trained on the pairs
     of the other half of the prompts (at most 4000 of them). Pairs with an even label are not trained on.
@@ -99,11 +105,9 @@ def cross_fitted_bag_of_words(pairs: Sequence[PreferencePair]) -> tuple[Floats, 
     halves = np.array([half_of[prompt] for prompt in prompts])
     scores = np.zeros((2, len(pairs)))
     for half in (0, 1):
-        other = [pair for pair, own in zip(pairs, halves, strict=True) if own != half and pair.label != 0.5]
-        other = other[:MOST_TRAINING_PAIRS]
-        if not other:
+        judge = _bag_of_words_of([pair for pair, own in zip(pairs, halves, strict=True) if own != half])
+        if judge is None:
             return None
-        judge = fit_bag_of_words([pair.chosen for pair in other], [pair.rejected for pair in other])
         for i in np.flatnonzero(halves == half).tolist():
             scores[:, i] = judge.score(pairs[i].chosen), judge.score(pairs[i].rejected)
     return scores[0], scores[1]
@@ -199,65 +203,39 @@ def reward_card(
     num_pairs = len(pairs)
     if not num_pairs or chosen.shape != (num_pairs,) or rejected.shape != (num_pairs,):
         raise ValueError(f"{num_pairs} pairs need one score for each side; got {chosen.shape} and {rejected.shape}")
-    chosen_lengths = np.array([len(words(pair.chosen)) for pair in pairs], dtype=np.float64)
-    rejected_lengths = np.array([len(words(pair.rejected)) for pair in pairs], dtype=np.float64)
-
-    labels = np.array([pair.label for pair in pairs], dtype=np.float64)
-    decided = labels != 0.5
     if slices and len(slices) != num_pairs:
         raise ValueError(f"{num_pairs} pairs need one slice each; got {len(slices)}")
-    prompt_ids = np.array([prompt_id(pair.prompt.messages) for pair in pairs])  # rows of one prompt may have other ids
-
-    def share_right(chosen_scores: Floats, rejected_scores: Floats, among: Bools = decided) -> Interval:
-        kept = among & decided
-        return ordering_accuracy(chosen_scores[kept], rejected_scores[kept], prompt_ids[kept].tolist())
-
-    rewards, lengths = np.concatenate([chosen, rejected]), np.concatenate([chosen_lengths, rejected_lengths])
-    accuracy = share_right(chosen, rejected)
-    longer = share_right(chosen_lengths, rejected_lengths)
+    labels = np.array([pair.label for pair in pairs], dtype=np.float64)
+    # rows of one prompt may have other ids
+    right = _Accuracy(labels != 0.5, np.array([prompt_id(pair.prompt.messages) for pair in pairs]))
+    chosen_words, rejected_words = (
+        np.array([len(words(getattr(pair, side))) for pair in pairs], dtype=np.float64) for side in SIDES
+    )
+    rewards, lengths = np.concatenate([chosen, rejected]), np.concatenate([chosen_words, rejected_words])
+    accuracy = right.of(chosen, rejected)
+    decided = right.decided
     card: dict[str, Any] = {
         "num_pairs": num_pairs,
         "num_even": num_pairs - int(decided.sum()),
         **accuracy.named("accuracy"),
-        **longer.named("longer_wins"),
+        **right.of(chosen_words, rejected_words).named("longer_wins"),
         "auc": auc(np.concatenate([chosen[decided], rejected[decided]]), np.repeat([1.0, 0.0], decided.sum())),
         "random": 0.5,
         "resembles": resembles(rewards, lengths),
         "length_spearman": spearman(rewards, lengths),
         "prompt_correlation": prompt_correlation(chosen, rejected),
-        "by_margin": _by_margin((chosen - rejected)[decided], prompt_ids[decided], num_margin_bins),
+        "by_margin": _by_margin((chosen - rejected)[decided], right.prompts[decided], num_margin_bins),
         "by_length": _by_length(rewards, lengths, num_margin_bins),
     }
-
-    difference = chosen_lengths - rejected_lengths
-    matched = np.abs(difference) < LENGTH_MATCHED * np.maximum(chosen_lengths, rejected_lengths)
-    by_length = {
-        "length_matched": matched | (difference == 0),
-        "chosen_shorter": difference < 0,
-        "chosen_longer": difference > 0,
-    }
-    card["slices"] = {name: as_share(share_right(chosen, rejected, among)) for name, among in by_length.items()}
     named = np.array(slices)
-    found = {name: named == name for name in dict.fromkeys(slices)}
-    card["by_slice"] = {name: as_share(share_right(chosen, rejected, among)) for name, among in found.items()}
-
-    if training_pairs:
-        judge = fit_bag_of_words([pair.chosen for pair in training_pairs], [pair.rejected for pair in training_pairs])
-        by_words = tuple(np.array([judge.score(getattr(pair, side)) for pair in pairs]) for side in SIDES)
-    else:
-        by_words = cross_fitted_bag_of_words(pairs) or ()
-    if by_words:
-        card |= share_right(*by_words).named("bag_of_words")
-
-    # random orientation: with the chosen reply always first, no outcome would be below a half
-    flipped = np.random.default_rng(seed).random(num_pairs) < 0.5
-    logits = np.where(flipped, rejected - chosen, chosen - rejected)
-    outcomes = np.where(flipped, 1 - labels, labels)
-    # one temperature changes no order, so it is fitted on the very pairs that it describes
-    card["temperature"] = fit_temperature(logits, outcomes)
-    card |= calibration(logits, outcomes, num_bins=num_calibration_bins)
-    card["calibrated"] = calibration(logits / card["temperature"], outcomes, num_bins=num_calibration_bins)
-
+    for table, parts in (
+        ("slices", _slices_of_length(chosen_words, rejected_words)),
+        ("by_slice", {name: named == name for name in dict.fromkeys(slices)}),
+    ):
+        card[table] = {name: as_share(right.of(chosen, rejected, among)) for name, among in parts.items()}
+    if by_words := _scores_by_words(pairs, training_pairs):
+        card |= right.of(*by_words).named("bag_of_words")
+    card |= _as_probabilities(chosen - rejected, labels, num_bins=num_calibration_bins, seed=seed)
     if bayes_accuracy is None and probability_chosen is not None and (labels == 1).all():
         p = np.asarray(probability_chosen, dtype=np.float64)
         bayes_accuracy = float(np.maximum(p, 1 - p).mean())
@@ -266,6 +244,62 @@ def reward_card(
         if bayes_accuracy > 0.5:
             card["share_of_bayes"] = (accuracy.value - 0.5) / (bayes_accuracy - 0.5)
     return card
+
+
+@dataclass(frozen=True)
+class _Accuracy:
+    """The accuracy of scores on pairs, among those that have a right side."""
+
+    decided: Bools
+    """[num_pairs], whether a pair has a right side."""
+    prompts: Strings
+    """[num_pairs], the prompt of each pair."""
+
+    def of(self, chosen: Floats, rejected: Floats, among: Bools | None = None) -> Interval:
+        """The share of the pairs whose chosen side scores higher, or of those `among` them."""
+        kept = self.decided if among is None else self.decided & among
+        return ordering_accuracy(chosen[kept], rejected[kept], self.prompts[kept].tolist())
+
+
+def _slices_of_length(chosen: Floats, rejected: Floats) -> dict[str, Bools]:
+    """The pairs of replies of equal length, with a shorter chosen reply, and with a longer one."""
+    difference = chosen - rejected
+    matched = np.abs(difference) < LENGTH_MATCHED * np.maximum(chosen, rejected)
+    return {
+        "length_matched": matched | (difference == 0),
+        "chosen_shorter": difference < 0,
+        "chosen_longer": difference > 0,
+    }
+
+
+def _scores_by_words(
+    pairs: Sequence[PreferencePair], training_pairs: Sequence[PreferencePair]
+) -> tuple[Floats, Floats] | None:
+    """Scores of both sides by a bag of words of the training pairs, or without any of the other half of the prompts;
+    None if there is nothing to train it on."""
+    if not training_pairs:
+        return cross_fitted_bag_of_words(pairs)
+    judge = _bag_of_words_of(training_pairs)
+    if judge is None:
+        return None
+    chosen, rejected = (np.array([judge.score(getattr(pair, side)) for pair in pairs]) for side in SIDES)
+    return chosen, rejected
+
+
+def _as_probabilities(margins: Floats, labels: Floats, *, num_bins: int, seed: int) -> dict[str, Any]:
+    """What the margins [num_pairs] say of the labels as logits, and after a division by the fitted temperature."""
+    # random orientation: with the chosen reply always first, no outcome would be below a half
+    flipped = np.random.default_rng(seed).random(margins.size) < 0.5
+    logits = np.where(flipped, -margins, margins)
+    outcomes = np.where(flipped, 1 - labels, labels)
+    # one temperature changes no order, so it is fitted on the very pairs that it describes
+    temperature = fit_temperature(logits, outcomes)
+    calibrated = calibration(logits / temperature, outcomes, num_bins=num_bins)
+    return {
+        "temperature": temperature,
+        **calibration(logits, outcomes, num_bins=num_bins),
+        "calibrated": calibrated,
+    }
 
 
 def as_share(interval: Interval) -> dict[str, float]:
