@@ -55,6 +55,7 @@ def bootstrap_mean(
     values: ArrayLike,
     *,
     groups: Sequence[Any] | None = None,
+    shares: bool = False,
     confidence: float = 0.95,
     num_resamples: int = 1000,
     seed: int = 0,
@@ -62,11 +63,17 @@ def bootstrap_mean(
     """Mean of `values` with a percentile bootstrap interval (Efron, 1979).
 
     `groups` gives each value's group, for example its prompt id. Whole groups are then drawn, since values that share
-    a prompt are not independent. With fewer than two values (or groups) the bounds are nan.
+    a prompt are not independent. With fewer than two values (or groups) the bounds are nan. `shares` says that the
+    values are in [0, 1]: if all are equal, a bootstrap would claim certainty, so the interval is Wilson's over the
+    groups (or values).
     """
     flat = _vector(values)
     if flat.size == 0:
         return Interval(math.nan, math.nan, math.nan, 0)
+    if shares and np.ptp(flat) == 0:
+        num = flat.size if groups is None else len(set(groups))
+        bounds = wilson(float(flat[0]) * num, num, confidence=confidence)
+        return Interval(float(flat[0]), bounds.low, bounds.high, flat.size)
     sums, sizes = _group_sums(flat, groups)
     if sums.size < 2:
         return Interval(float(flat.mean()), math.nan, math.nan, flat.size)
@@ -123,27 +130,9 @@ def win_rate(
     wins = (a > b) + 0.5 * (a == b)
     if groups is None:
         return wilson(float(wins.sum()), wins.size, confidence=confidence)
-    return bootstrap_share(wins, groups=groups, confidence=confidence, num_resamples=num_resamples, seed=seed)
-
-
-def bootstrap_share(
-    values: ArrayLike,
-    *,
-    groups: Sequence[Any] | None = None,
-    confidence: float = 0.95,
-    num_resamples: int = 1000,
-    seed: int = 0,
-) -> Interval:
-    """Mean of values in [0, 1] with the interval of `bootstrap_mean`.
-
-    If all values are equal, a bootstrap would claim certainty, so the interval is Wilson's over the groups (or values).
-    """
-    flat = _vector(values)
-    if flat.size and np.all(flat == flat[0]):
-        num = flat.size if groups is None else len(set(groups))
-        bounds = wilson(float(flat[0]) * num, num, confidence=confidence)
-        return Interval(float(flat[0]), bounds.low, bounds.high, flat.size)
-    return bootstrap_mean(flat, groups=groups, confidence=confidence, num_resamples=num_resamples, seed=seed)
+    return bootstrap_mean(
+        wins, groups=groups, shares=True, confidence=confidence, num_resamples=num_resamples, seed=seed
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

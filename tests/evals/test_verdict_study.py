@@ -76,6 +76,24 @@ def test_prompts_in_one_order_only_are_noted():
     assert any("5 of 5 prompts were judged in one order only" in note for note in study.notes)
 
 
+def test_orders_judged_unequally_often_are_noted_and_weigh_the_same_in_the_ladder():
+    """With the model first thrice as often a judge of positions would put it at the top of the ladder too."""
+    given = [
+        {"prompt": f"p{i}", "model": model, "baseline": "base", "verdict": value, "shown_first": side, "judge": str(j)}
+        for i in range(20)
+        for model in ("often", "once")
+        for side, value, num in (("model", 0.9, 3 if model == "often" else 1), ("baseline", 0.1, 1))
+        for j in range(num)
+    ]
+    study = study_verdicts(verdicts(given))
+    assert [row.rate.value for row in study.win_rates] == pytest.approx([0.5, 0.5])
+    elo = [player.elo.value for player in study.ladder.players]
+    assert elo == pytest.approx([elo[0]] * 3, abs=1e-6)
+    noted = [note for note in study.notes if "more often in one order" in note]
+    assert len(noted) == 1
+    assert "often against base: 20 of 20 prompts" in noted[0]
+
+
 def test_few_models_and_extreme_changes_are_noted_by_length_control():
     longer = 1 + np.random.default_rng(0).normal(size=150)  # in spreads; what is longer wins
     given = [

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from trimtab.evals.verdicts import PairVerdict
-from trimtab.evals.win_rate import by_matchup, differences, holm, prompts_for, win_rate_of
+from trimtab.evals.win_rate import by_matchup, differences, holm, likely_deviation, prompts_for, win_rate_of
 
 
 def verdict(prompt, value, *, model="mine", baseline="base", shown_first=None, judge=""):
@@ -54,6 +54,25 @@ def test_a_judge_that_always_takes_the_first_gives_even_models():
     assert found.first_shown.low < 1  # twenty prompts are not certainty
 
 
+def test_orders_weigh_the_same_however_often_each_was_judged():
+    # The judge takes what is shown first, and most prompts are judged thrice with the model first.
+    rows = [verdict(i, 1.0, shown_first="model", judge=str(j)) for i in range(9) for j in range(3)]
+    rows += [verdict(i, 0.0, shown_first="baseline", judge="0") for i in range(9)]
+    even = [verdict("even", float(side == "model"), shown_first=side) for side in ("model", "baseline")]
+    found = win_rate_of([*rows, *even])
+    assert found.rate.value == 0.5
+    assert found.discrete.value == 0.5
+    assert found.num_unbalanced == 9
+    assert found.num_one_order == 0
+
+
+def test_verdicts_in_no_known_order_keep_their_share():
+    # By hand: three of the four verdicts count (1 + 0) / 2 together, and the fourth 1.
+    orders = [("model", 1.0, "1"), ("model", 1.0, "2"), ("baseline", 0.0, "1"), (None, 1.0, "3")]
+    rows = [verdict("a", value, shown_first=side, judge=judge) for side, value, judge in orders]
+    assert win_rate_of(rows).rate.value == pytest.approx((3 * 0.5 + 1) / 4)
+
+
 def test_two_models_are_paired_by_prompt_as_in_scipy():
     generator = np.random.default_rng(0)
     a, b = generator.random(30), generator.random(30) * 0.9
@@ -90,6 +109,19 @@ def test_prompts_for_a_wanted_width_are_the_textbooks(half_width, num):
 def test_a_width_of_0_is_refused():
     with pytest.raises(ValueError, match="half-width"):
         prompts_for(0.0)
+
+
+@pytest.mark.parametrize(("num", "value", "wanted"), [(10, 1.0, 857), (10, 0.0, 857), (2, 1.0, 1068), (1, 1.0, 1068)])
+def test_verdicts_that_agree_do_not_settle_the_number_of_prompts(num, value, wanted):
+    # Of 10 prompts the upper bound of 0 is z^2 / (10 + z^2) = 0.2775: a variance of 0.2775 * 0.7225 = 0.2005.
+    found = win_rate_of([verdict(i, value) for i in range(num)], half_width=0.03)
+    assert found.prompts_for_width == pytest.approx(wanted, abs=1)
+
+
+def test_the_deviation_of_many_prompts_is_their_own():
+    means = np.random.default_rng(0).random(50_000)
+    assert likely_deviation(means) == pytest.approx(means.std(), rel=1e-3)
+    assert likely_deviation(np.array([0.0, 1.0])) == 0.5  # no values in [0, 1] vary more
 
 
 def test_the_interval_at_the_wanted_size_has_the_wanted_width():

@@ -10,7 +10,7 @@ import numpy as np
 from trimtab.core.errors import DataError
 from trimtab.evals.length_control import MIN_MODELS, LengthControlled, length_controlled
 from trimtab.evals.verdicts import PairVerdict
-from trimtab.evals.win_rate import Difference, WinRate, by_matchup, differences, win_rate_of
+from trimtab.evals.win_rate import Difference, WinRate, by_matchup, differences, per_prompt, win_rate_of
 from trimtab.votes.ratings import Games, Ratings, rate
 
 
@@ -48,6 +48,12 @@ def study_verdicts(
         for row in rates
         if row.num_one_order
     ]
+    notes += [
+        f"{row.model} against {row.baseline}: {row.num_unbalanced} of {row.rate.count} prompts were judged more often "
+        "in one order than in the other; each order counts half there"
+        for row in rates
+        if row.num_unbalanced
+    ]
     controlled: list[LengthControlled] = []
     if length_control:
         by_name = {(row.model, row.baseline): row for row in length_controlled(matchups, variants=variants, seed=seed)}
@@ -82,16 +88,19 @@ def study_verdicts(
 
 
 def games_between(verdicts: Sequence[PairVerdict]) -> Games:
-    """The verdicts as games of models and baselines, to be resampled by prompt."""
+    """The verdicts as games of models and baselines, to be resampled by prompt. A model plays its baseline once on each
+    prompt, and the outcome is the mean verdict, as in the win rates."""
     players = sorted({name for verdict in verdicts for name in (verdict.model, verdict.baseline)})
     number = {name: i for i, name in enumerate(players)}
+    means = {matchup: per_prompt(rows) for matchup, rows in by_matchup(verdicts).items()}
+    played = [(model, baseline, prompt) for (model, baseline), rows in means.items() for prompt in rows]
     prompts: dict[str, int] = {}
     return Games(
         players=tuple(players),
-        first=np.array([number[verdict.model] for verdict in verdicts], dtype=np.int64),
-        second=np.array([number[verdict.baseline] for verdict in verdicts], dtype=np.int64),
-        outcome=np.array([verdict.verdict for verdict in verdicts]),
-        group=np.array([prompts.setdefault(verdict.prompt, len(prompts)) for verdict in verdicts], dtype=np.int64),
+        first=np.array([number[model] for model, _, _ in played], dtype=np.int64),
+        second=np.array([number[baseline] for _, baseline, _ in played], dtype=np.int64),
+        outcome=np.array([outcome for rows in means.values() for outcome in rows.values()]),
+        group=np.array([prompts.setdefault(prompt, len(prompts)) for _, _, prompt in played], dtype=np.int64),
     )
 
 

@@ -1,7 +1,8 @@
 """Win rates of models against a baseline, from verdicts: raw, by order of display, and one model against another.
 
 The verdicts on one prompt are not independent (orders, judges), so they are averaged first, and every interval is over
-prompts: the prompts are the clusters.
+prompts: the prompts are the clusters. The two orders of display weigh the same in the average of a prompt, however
+often each was judged; otherwise a judge that likes what is shown first would decide it.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy
 
-from trimtab.evals.verdicts import PairVerdict
-from trimtab.stats import Floats, Interval, bootstrap_share, t_interval
+from trimtab.evals.verdicts import PairVerdict, Side
+from trimtab.stats import Floats, Interval, bootstrap_mean, t_interval, wilson
 
 Matchup = tuple[str, str]
 """A model and its baseline."""
@@ -29,7 +30,8 @@ class WinRate:
     model: str
     baseline: str
     rate: Interval
-    """Mean verdict, each prompt counted once; `count` is the number of prompts. A tie is half a win."""
+    """Mean verdict, each prompt counted once and each of its orders half; `count` is the number of prompts. A tie is
+    half a win."""
     discrete: Interval
     """The same with each verdict rounded to a win, a loss or a tie (exactly 0.5)."""
     num_verdicts: int
@@ -43,8 +45,11 @@ class WinRate:
     """Share of those prompts on which the two orders have different winners; nan if there are none."""
     num_one_order: int
     """Prompts judged in one known order only, so that a position bias is in their verdicts."""
+    num_unbalanced: int
+    """Prompts judged in both orders, and in one of them more often; each order counts half nevertheless."""
     prompts_for_width: int
-    """Prompts that an interval of the wanted half-width takes, with verdicts that vary as these do."""
+    """Prompts that an interval of the wanted half-width takes, with verdicts that vary as these do; see
+    `likely_deviation`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,42 +76,63 @@ def by_matchup(verdicts: Sequence[PairVerdict]) -> dict[Matchup, list[PairVerdic
     return dict(found)
 
 
-def per_prompt(verdicts: Sequence[PairVerdict]) -> dict[str, float]:
-    """The mean verdict of each prompt."""
-    values: dict[str, list[float]] = defaultdict(list)
+def by_prompt(verdicts: Sequence[PairVerdict]) -> dict[str, list[PairVerdict]]:
+    """The verdicts on each prompt, in order of first appearance."""
+    found: dict[str, list[PairVerdict]] = defaultdict(list)
     for verdict in verdicts:
-        values[verdict.prompt].append(verdict.verdict)
-    return {prompt: sum(row) / len(row) for prompt, row in values.items()}
+        found[verdict.prompt].append(verdict)
+    return dict(found)
+
+
+def mean_over_orders(verdicts: Sequence[PairVerdict], value: Callable[[PairVerdict], float]) -> float:
+    """The mean value of the verdicts on one prompt. If both orders of display are among them, the mean in each order
+    is taken first, and the two weigh the same; verdicts in no known order keep their share of the whole."""
+    orders: dict[Side | None, list[float]] = defaultdict(list)
+    for verdict in verdicts:
+        orders[verdict.shown_first].append(value(verdict))
+    unknown = orders.pop(None, [])
+    known = sum(map(len, orders.values()))
+    total = known * sum(sum(row) / len(row) for row in orders.values()) / max(len(orders), 1) + sum(unknown)
+    return total / (known + len(unknown))
+
+
+def per_prompt(
+    verdicts: Sequence[PairVerdict], value: Callable[[PairVerdict], float] = lambda verdict: verdict.verdict
+) -> dict[str, float]:
+    """The mean verdict of each prompt, or the mean of another value of its verdicts; see `mean_over_orders`."""
+    return {prompt: mean_over_orders(rows, value) for prompt, rows in by_prompt(verdicts).items()}
 
 
 def win_rate_of(verdicts: Sequence[PairVerdict], *, half_width: float = 0.03, seed: int = 0) -> WinRate:
     """The win rate of one model against one baseline, from at least one verdict."""
     means = np.array(list(per_prompt(verdicts).values()))
-    rounded: dict[str, list[float]] = defaultdict(list)
-    orders: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for verdict in verdicts:
-        rounded[verdict.prompt].append(_rounded(verdict.verdict))
-        if verdict.shown_first is not None:
-            orders[verdict.prompt][verdict.shown_first].append(verdict.verdict)
-    both = np.array(
-        [[np.mean(order["model"]), np.mean(order["baseline"])] for order in orders.values() if len(order) == 2]
-    ).reshape(-1, 2)
+    rounded = per_prompt(verdicts, lambda verdict: _rounded(verdict.verdict))
+    orders: list[dict[Side, list[float]]] = []
+    for rows in by_prompt(verdicts).values():
+        own: dict[Side, list[float]] = defaultdict(list)
+        for verdict in rows:
+            if verdict.shown_first is not None:
+                own[verdict.shown_first].append(verdict.verdict)
+        orders.append(own)
+    judged_twice = [order for order in orders if len(order) == 2]
+    both = np.array([[np.mean(order["model"]), np.mean(order["baseline"])] for order in judged_twice]).reshape(-1, 2)
     wins = [_rounded(verdict.verdict) for verdict in verdicts]
     first = (both[:, 0] + 1 - both[:, 1]) / 2
     flips = [_rounded(a) != _rounded(b) for a, b in both]
     return WinRate(
         model=verdicts[0].model,
         baseline=verdicts[0].baseline,
-        rate=bootstrap_share(means, seed=seed),
-        discrete=bootstrap_share([np.mean(row) for row in rounded.values()], seed=seed),
+        rate=bootstrap_mean(means, shares=True, seed=seed),
+        discrete=bootstrap_mean(list(rounded.values()), shares=True, seed=seed),
         num_verdicts=len(verdicts),
         num_wins=wins.count(1.0),
         num_losses=wins.count(0.0),
         num_ties=wins.count(0.5),
-        first_shown=bootstrap_share(first, seed=seed) if len(both) else None,
+        first_shown=bootstrap_mean(first, shares=True, seed=seed) if len(both) else None,
         flip_fraction=float(np.mean(flips)) if flips else math.nan,
-        num_one_order=sum(len(order) == 1 for order in orders.values()),
-        prompts_for_width=prompts_for(half_width, deviation=float(means.std(ddof=1)) if len(means) > 1 else 0.5),
+        num_one_order=sum(len(order) == 1 for order in orders),
+        num_unbalanced=sum(len(order["model"]) != len(order["baseline"]) for order in judged_twice),
+        prompts_for_width=prompts_for(half_width, deviation=likely_deviation(means)),
     )
 
 
@@ -135,6 +161,26 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, p * (len(p_values) - rank)))
         corrected[i] = largest
     return corrected
+
+
+def likely_deviation(means: Floats) -> float:
+    """The standard deviation that the verdicts of further prompts may have, from the mean verdicts [P] of these.
+
+    It is that of verdicts such as these with a share u of the opposite verdict, 0 or 1, whichever is further from the
+    mean m. u is the largest share of which P prompts may well show nothing: the upper bound of Wilson's 95% interval of
+    0 in P, and at most a half.
+
+        s'^2 = (1 - u) s^2 + u (1 - u) max(m, 1 - m)^2
+
+    For many prompts that vary it is their own deviation s; for a few that agree it is not 0, which would claim that two
+    further prompts settle everything. Never more than 0.5, the largest deviation in [0, 1].
+    """
+    if means.size < 2:
+        return 0.5
+    unseen = min(0.5, wilson(0, means.size).high)
+    mean = float(means.mean())
+    variance = (1 - unseen) * float(means.var(ddof=1)) + unseen * (1 - unseen) * max(mean, 1 - mean) ** 2
+    return min(0.5, math.sqrt(variance))
 
 
 def prompts_for(half_width: float, *, deviation: float = 0.5, confidence: float = 0.95) -> int:
