@@ -8,7 +8,14 @@ import pytest
 import scipy.optimize
 
 from trimtab.core.errors import DataError
-from trimtab.evals.length_control import OutcomeTable, choose_penalty, difficulties, fit_l1, length_controlled
+from trimtab.evals.length_control import (
+    OutcomeTable,
+    _Rows,
+    choose_penalty,
+    difficulties,
+    fit_l1,
+    length_controlled,
+)
 from trimtab.evals.verdicts import PairVerdict
 from trimtab.evals.win_rate import by_matchup, win_rate_of
 
@@ -78,7 +85,9 @@ def test_the_penalty_is_chosen_as_by_a_slow_loop():
             entropy = -(outcome[held] * np.log(p) + (1 - outcome[held]) * np.log(1 - p))
             folds.append((weight[held] * entropy).mean())
         losses.append(np.mean(folds))
-    assert choose_penalty(design, outcome, weight) == pytest.approx(np.logspace(4, -4, 10)[int(np.argmin(losses))])
+    assert choose_penalty(design, outcome, weight, np.arange(43) % 5) == pytest.approx(
+        np.logspace(4, -4, 10)[int(np.argmin(losses))]
+    )
 
 
 def test_a_model_that_wins_by_length_alone_is_even_at_equal_length():
@@ -120,6 +129,41 @@ def test_a_model_that_is_its_own_baseline_gives_exactly_half():
     assert (found.rate.value, found.rate.low, found.rate.high) == (0.5, 0.5, 0.5)
 
 
+def test_the_order_of_the_rows_changes_nothing():
+    rows = [*simulated(37, theta=0.3, longer=0.5), *simulated(37, model="brief", phi=-0.5, seed=1)]
+    mixed = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    found, other = (
+        {row.model: row for row in length_controlled(by_matchup(some), variants=["brief"])} for some in (rows, mixed)
+    )
+    assert found == other
+
+
+def test_rows_of_a_prompt_are_in_one_fold():
+    """Otherwise a prompt would be predicted from a verdict on itself, of a variant of the baseline."""
+    tables = [OutcomeTable.of(simulated(23, seed=seed)) for seed in (0, 1)]
+    rows = _Rows.of(tables[0], tables[1:], {})
+    folds = {}
+    for prompt, fold in zip((*tables[0].prompts, *tables[1].prompts), rows.fold, strict=True):
+        assert folds.setdefault(prompt, fold) == fold
+    assert sorted(np.bincount(rows.fold[: rows.num_own]).tolist()) == [4, 4, 5, 5, 5]
+
+
+def test_both_orders_weigh_the_same_in_outcomes_and_lengths():
+    given = [("model", 1.0, 10), ("model", 1.0, 10), ("baseline", 0.0, 30)]
+    rows = [
+        PairVerdict(
+            prompt=str(i), model="m", baseline="b", verdict=x, shown_first=side, length=n + i, baseline_length=20,
+            judge=str(j),
+        )
+        for i in range(2)
+        for j, (side, x, n) in enumerate(given)
+    ]  # fmt: skip
+    table = OutcomeTable.of(rows)
+    assert table.outcome.tolist() == [0.5, 0.5]
+    # The baseline is longer by 0 and by -1: the standard deviation of both is 1 / sqrt(2).
+    assert sorted(table.gap) == pytest.approx([math.tanh(-math.sqrt(2)), 0.0])
+
+
 def test_equal_lengths_leave_the_raw_rate():
     rows = [
         PairVerdict(prompt=str(i), model="m", baseline="b", verdict=float(i % 4 == 0), length=5, baseline_length=5)
@@ -131,9 +175,11 @@ def test_equal_lengths_leave_the_raw_rate():
 
 
 def test_few_verdicts_are_not_certain_when_the_penalty_leaves_half():
-    rate = length_controlled(by_matchup(simulated(9, theta=0.2, seed=3)))[0].rate
-    assert rate.value == 0.5
-    assert rate.high - rate.low > 0.3
+    (found,) = length_controlled(by_matchup(simulated(9, theta=0.2, seed=3)))
+    assert found.shrunk
+    assert found.rate.value == 0.5
+    assert found.rate.high - found.rate.low > 0.3
+    assert not length_controlled(by_matchup(simulated(200, theta=1.0)))[0].shrunk
 
 
 def test_intervals_at_equal_length_cover_about_as_often_as_they_say():
@@ -155,9 +201,9 @@ def test_difficulties_are_the_maximum_of_the_joint_likelihood():
         theta, phi, hard = parameters[:3], parameters[3:6], parameters[6:]
         total = 0.5 * (hard**2).sum()
         for m, table in enumerate(tables):
-            for i in range(12):
-                logit = theta[m] + phi[m] * table.gap[i] + hard[i]
-                total += np.logaddexp(0, logit) - table.outcome[i] * logit
+            for prompt, outcome, gap in zip(table.prompts, table.outcome, table.gap, strict=True):
+                logit = theta[m] + phi[m] * gap + hard[int(prompt[1:])]
+                total += np.logaddexp(0, logit) - outcome * logit
         return total
 
     best = scipy.optimize.minimize(loss, np.zeros(18), method="BFGS", options={"gtol": 1e-5})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from trimtab import cli
+from trimtab.evals.length_control import OutcomeTable, difficulties
 from trimtab.evals.verdict_study import study_verdicts
 from trimtab.evals.verdicts import PairVerdict, read_verdicts
+from trimtab.evals.win_rate import by_matchup
 
 ALPACA = Path(__file__).parents[2].parent / "shared" / "data" / "nc" / "alpaca_eval"
 real_data = pytest.mark.skipif(not ALPACA.is_dir(), reason="needs the annotations in ../shared/data/nc/alpaca_eval")
@@ -92,6 +95,16 @@ def test_orders_judged_unequally_often_are_noted_and_weigh_the_same_in_the_ladde
     noted = [note for note in study.notes if "more often in one order" in note]
     assert len(noted) == 1
     assert "often against base: 20 of 20 prompts" in noted[0]
+
+
+def test_length_control_notes_that_variants_are_missing_and_that_nothing_is_left():
+    given = [row | {"length": 5, "baseline_length": 6} for row in rows(num=100, models=["good", "fair"])]
+    given = [row | {"verdict": 0.5} if row["model"] == "fair" else row for row in given]
+    study = study_verdicts(verdicts(given), length_control=True)
+    assert any("length control without --variant" in note for note in study.notes)
+    assert [note[:17] for note in study.notes if "shrinks all weights to 0" in note] == ["fair against base"]
+    named = study_verdicts(verdicts(given), length_control=True, variants=["fair"])
+    assert not any("without --variant" in note for note in named.notes)
 
 
 def test_few_models_and_extreme_changes_are_noted_by_length_control():
@@ -177,3 +190,21 @@ def test_raw_rates_of_alpaca_eval_are_the_published_ones_within_what_a_part_can_
     assert np.abs(errors).max() < 1.2
     assert np.abs(scores).max() < 3
     assert np.mean(np.square(scores)) == pytest.approx(1, abs=0.6)  # models share prompts, so it varies widely
+
+
+@real_data
+def test_with_the_published_weight_of_length_the_rates_of_alpaca_eval_are_near_the_published_ones(monkeypatch):
+    # Beside the prompts that are not here, only the difficulties differ: they are estimated from the other models.
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    win_rates = importlib.import_module("win_rates")
+    with gzip.open(ALPACA / "leaderboard.jsonl.gz", "rt") as file:
+        board = {row["name"]: row["leaderboard_length_controlled_winrate"] for row in map(json.loads, file)}
+    matchups = by_matchup(read_verdicts([ALPACA / "annotations.jsonl.gz"]).verdicts)
+    tables = {model: OutcomeTable.of(rows) for (model, _), rows in matchups.items()}
+    errors = []
+    for model, phi in win_rates.PUBLISHED_PHI.items():
+        hard = difficulties([table for name, table in tables.items() if name != model])
+        errors.append(100 * win_rates.with_phi(tables[model], hard, phi) - board[model])
+    assert len(errors) == 19
+    assert np.abs(errors).mean() < 1.5
+    assert np.abs(errors).max() < 3.5

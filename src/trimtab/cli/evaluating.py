@@ -26,7 +26,9 @@ def eval_() -> None:
 @eval_.command("verdicts")
 @click.argument("files", nargs=-1, required=True)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The whole study as JSON.")
-@click.option("--length-control", is_flag=True, help="Also win rates at equal length, as AlpacaEval 2 has them.")
+@click.option(
+    "--length-control", is_flag=True, help="Also win rates at equal length, by the regression of AlpacaEval 2."
+)
 @click.option(
     "--variant",
     "variants",

@@ -7,7 +7,8 @@ The model is the logistic regression of AlpacaEval 2 (Dubois et al., arXiv:2404.
 with gap the baseline's length minus the model's in characters, and sd over the model's prompts. It is fitted to soft
 verdicts with an L1 penalty, whose strength is chosen among ten by five-fold cross-validation over prompts, as
 `length_controlled_v1` of the published code does. The length-controlled rate is the mean prediction over the prompts
-with phi's term set to 0.
+with phi's term set to 0. A prompt's fold follows from a hash of it, so that the order of the rows of a file changes
+nothing.
 
 The published fit also learns, with a small weight, from verdicts on variants of the baseline: the same model told to be
 brief or to be verbose. Their rows lack theta, so what length alone does for a baseline regularises phi. They are used
@@ -17,8 +18,9 @@ from the verdicts on the other models, if there are enough of them, and left out
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 
 from trimtab.core.errors import DataError
 from trimtab.evals.verdicts import PairVerdict
-from trimtab.evals.win_rate import Matchup
+from trimtab.evals.win_rate import Matchup, by_prompt, mean_over_orders
 from trimtab.stats import Floats, Interval
 
 MIN_MODELS = 5
@@ -55,6 +57,8 @@ class LengthControlled:
     psi: float
     """Weight of the difficulty; 0 if difficulties are not used."""
     penalty: float
+    shrunk: bool
+    """Whether the penalty has shrunk all weights to 0, so that the rate is one half whatever the verdicts are."""
     extreme: bool
     """Whether the rate is further from the raw one than AlpacaEval takes to be plausible: more than 10 points and more
     than a quarter of the room on that side."""
@@ -84,7 +88,8 @@ def length_controlled(
         if model == baseline:
             even = Interval(0.5, 0.5, 0.5, len(table.prompts))
             zeros = {"theta": 0.0, "phi": 0.0, "psi": 0.0, "penalty": 0.0}
-            found.append(LengthControlled(model=model, baseline=baseline, rate=even, extreme=False, **zeros))
+            same = LengthControlled(model=model, baseline=baseline, rate=even, shrunk=False, extreme=False, **zeros)
+            found.append(same)
             continue
         others = {name: t for (name, base), t in tables.items() if base == baseline and name not in (model, baseline)}
         difficulty = difficulties(list(others.values())) if len(others) + 1 >= MIN_MODELS else {}
@@ -103,6 +108,8 @@ class _Rows:
     outcome: Floats
     weight: Floats
     """[n], 1 for the model's own rows."""
+    fold: NDArray[np.int64]
+    """[n], the fold of each row in the cross-validation; all rows of a prompt are in one."""
     num_own: int
 
     @classmethod
@@ -112,7 +119,9 @@ class _Rows:
         columns = [np.repeat([1.0] + [0.0] * len(variants), sizes), np.concatenate([table.gap for table in tables])]
         if difficulty:
             columns.append(np.array([difficulty.get(prompt, 0.0) for table in tables for prompt in table.prompts]))
+        place = {prompt: i for i, prompt in enumerate(_shuffled({p for table in tables for p in table.prompts}))}
         return cls(
+            fold=np.array([place[prompt] % _FOLDS for table in tables for prompt in table.prompts]),
             design=np.column_stack(columns),
             outcome=np.concatenate([table.outcome for table in tables]),
             weight=np.repeat([1.0] + [_VARIANTS_WEIGHT / max(len(variants), 1)] * len(variants), sizes),
@@ -122,7 +131,7 @@ class _Rows:
 
 def _controlled(model: str, baseline: str, rows: _Rows, *, num_resamples: int, seed: int) -> LengthControlled:
     num = rows.num_own
-    penalty = choose_penalty(rows.design, rows.outcome, rows.weight)
+    penalty = choose_penalty(rows.design, rows.outcome, rows.weight, rows.fold)
     drawn = np.ones((1 + num_resamples, num))
     drawn[1:] = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), size=num_resamples)
     weights = np.tile(rows.weight, (len(drawn), 1))
@@ -143,13 +152,14 @@ def _controlled(model: str, baseline: str, rows: _Rows, *, num_resamples: int, s
         phi=float(beta[0, 1]),
         psi=float(beta[0, 2]) if beta.shape[1] == 3 else 0.0,
         penalty=penalty,
+        shrunk=not beta[0].any(),
         extreme=not raw - max(0.1, raw / 4) <= rate <= raw + max(0.1, (1 - raw) / 4),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutcomeTable:
-    """One model's verdicts, one row a prompt."""
+    """One model's verdicts, one row a prompt, in an order that depends on the prompts alone."""
 
     prompts: tuple[str, ...]
     outcome: Floats
@@ -159,7 +169,6 @@ class OutcomeTable:
 
     @classmethod
     def of(cls, verdicts: Sequence[PairVerdict]) -> OutcomeTable:
-        rows: dict[str, list[tuple[float, int]]] = {}
         for verdict in verdicts:
             if verdict.length is None or verdict.baseline_length is None:
                 raise DataError(
@@ -167,12 +176,24 @@ class OutcomeTable:
                     where=verdict.where,
                     fix="give every row length and baseline_length in characters, or leave length control out",
                 )
-            longer_by = verdict.baseline_length - verdict.length
-            rows.setdefault(verdict.prompt, []).append((verdict.verdict, longer_by))
-        means = np.array([np.mean(row, axis=0) for row in rows.values()])
-        spread = float(means[:, 1].std(ddof=1)) if len(means) > 1 else 0.0
-        gap = np.tanh(means[:, 1] / spread) if spread > 0 else np.zeros(len(means))
-        return cls(prompts=tuple(rows), outcome=means[:, 0], gap=gap)
+        rows = by_prompt(verdicts)
+        prompts = _shuffled(rows)
+        outcome = np.array([mean_over_orders(rows[prompt], lambda verdict: verdict.verdict) for prompt in prompts])
+        longer_by = np.array([mean_over_orders(rows[prompt], _longer_by) for prompt in prompts])
+        spread = float(longer_by.std(ddof=1)) if len(prompts) > 1 else 0.0
+        gap = np.tanh(longer_by / spread) if spread > 0 else np.zeros(len(prompts))
+        return cls(prompts=tuple(prompts), outcome=outcome, gap=gap)
+
+
+def _longer_by(verdict: PairVerdict) -> float:
+    assert verdict.length is not None, "a table of outcomes refuses verdicts without lengths"
+    assert verdict.baseline_length is not None, "it refuses these too"
+    return verdict.baseline_length - verdict.length
+
+
+def _shuffled(prompts: Iterable[str]) -> list[str]:
+    """The prompts in the order of their SHA-256: one that looks drawn by chance and is the same for the same set."""
+    return sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest())
 
 
 def difficulties(tables: Sequence[OutcomeTable]) -> dict[str, float]:
@@ -215,13 +236,12 @@ def difficulties(tables: Sequence[OutcomeTable]) -> dict[str, float]:
     return {prompt: float(hard[number]) for prompt, number in numbers.items()}
 
 
-def choose_penalty(design: Floats, outcome: Floats, weight: Floats) -> float:
-    """The penalty with the least weighted log loss in five-fold cross-validation, the strongest of equals.
+def choose_penalty(design: Floats, outcome: Floats, weight: Floats, fold: NDArray[np.int64]) -> float:
+    """The penalty with the least weighted log loss in cross-validation over the folds [n] of the rows, the strongest of
+    equals.
 
-    Row i is in fold i modulo 5, and each fold counts equally. A single row cannot be held out: the penalty is then the
-    weakest.
+    Each fold counts equally. A single one cannot be held out: the penalty is then the weakest.
     """
-    fold = np.arange(len(design)) % _FOLDS
     parts = np.unique(fold)
     if len(parts) < 2:
         return float(_PENALTIES[-1])

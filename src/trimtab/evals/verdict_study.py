@@ -56,6 +56,12 @@ def study_verdicts(
     ]
     controlled: list[LengthControlled] = []
     if length_control:
+        if not variants:
+            notes.append(
+                "length control without --variant: AlpacaEval 2 also learns the effect of length from variants of the "
+                "baseline, so rates at equal length differ from its leaderboard, most for models that are nearly "
+                "always shorter or longer than their baseline"
+            )
         by_name = {(row.model, row.baseline): row for row in length_controlled(matchups, variants=variants, seed=seed)}
         controlled = [by_name[row.model, row.baseline] for row in rates]
         for row in controlled:
@@ -63,6 +69,12 @@ def study_verdicts(
                 notes.append(
                     f"{row.model} against {row.baseline}: length control moves the win rate so far that the regression "
                     "may have failed; look at phi and at the lengths"
+                )
+            if row.shrunk:
+                notes.append(
+                    f"{row.model} against {row.baseline}: the penalty that predicts best shrinks all weights to 0, so "
+                    "the rate at equal length is 50% whatever the verdicts are; read its interval, or judge more "
+                    "prompts"
                 )
         few = sorted({row.baseline for row in rates if not _num_others(rates, row) >= MIN_MODELS - 1})
         if few:
