@@ -27,10 +27,15 @@ def test_scores_of_five_members_worked_by_hand(how, coef, expected):
     assert found.tolist() == pytest.approx([expected, 0.0], abs=1e-12)
 
 
-def test_the_limits_of_the_soft_minimum_are_mean_and_minimum():
-    scores = torch.randn(5, 40, dtype=torch.float64)
-    torch.testing.assert_close(aggregate(scores, "soft_min", 1e7), scores.mean(0), rtol=0, atol=1e-6)
-    torch.testing.assert_close(aggregate(scores, "soft_min", 1e-6), scores.amin(0), rtol=0, atol=1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+def test_the_limits_of_the_soft_minimum_are_mean_and_minimum(dtype, shift):
+    scores = torch.randn(5, 40, dtype=dtype) + shift
+    for coef in (1e4, 1e7):
+        found = aggregate(scores, "soft_min", coef)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, scores.mean(0), rtol=3e-7, atol=3e-4 if coef == 1e4 else 1e-6)
+    torch.testing.assert_close(aggregate(scores, "soft_min", 1e-6), scores.amin(0), rtol=3e-7, atol=1e-5)
     far = torch.tensor([[-1e4], [1e4]])
     assert aggregate(far, "soft_min", 1.0).item() == pytest.approx(-1e4, abs=1)
 

@@ -37,5 +37,8 @@ def aggregate(scores: Tensor, how: Aggregate, coef: float | None = None) -> Tens
     if how == "lower_bound":
         return scores.mean(0) - coef * scores.std(0, correction=0)
     if how == "soft_min":
-        return -coef * ((-scores / coef).logsumexp(0) - math.log(len(scores)))
+        # Around the mean and in float64: for a large coefficient the logarithms differ in their last digits alone.
+        mean = scores.double().mean(0)
+        spread = -coef * ((-(scores - mean) / coef).logsumexp(0) - math.log(len(scores)))
+        return (mean + spread).to(scores.dtype)
     return scores.mean(0)
