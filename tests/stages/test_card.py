@@ -50,7 +50,7 @@ def test_the_reward_stage_writes_the_card_beside_its_model(reward_run):
     card, known = card_in(reward_run), summary(reward_run)
     assert card.items() >= {name: known[name] for name in card.keys() & known.keys()}.items()
     assert {"accuracy", "styles", "degenerate", "calibrated", "shuffled_replies"} <= card.keys() & known.keys()
-    assert card["model"] == "model"
+    assert card["model"] == str(reward_run / "model")
     assert len(card["model_sha256"]) == 64
 
 

@@ -157,7 +157,7 @@ def run(settings: RewardSettings, run: Run) -> None:
     run.save_model(lambda path: save_members(members, facts, chat.tokenizer, path, base=base, scale=scale))
     scorer = scorer_of(members, chat, settings, scale=scale)
     card = judge(scores, train_on, judged_by, settings, scale=scale, scorer=scorer)
-    about = {"model": run.model_dir.name, "digest": model_digest(run.model_dir)}
+    about = {"model": str(run.model_dir), "digest": model_digest(run.model_dir)}
     text = card_text(card, **about, data=[settings.held_out_data or settings.data])
     write_out(run.directory / CARD_FILE, text)
     zero = moments if scale is None else {"shift": scale["shift"]}
