@@ -26,16 +26,19 @@ from tests.stages.commands import (
 from trimtab.batches.trees import response_tree
 from trimtab.core.errors import EngineError
 from trimtab.core.types import PreferencePair
+from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
+from trimtab.data.tokens import Lazy
 from trimtab.math.ensembles import aggregate
+from trimtab.models.adapters import LoRA
 from trimtab.models.average import weights_of
-from trimtab.models.load import load_scalar
+from trimtab.models.load import load_scalar, load_tokenizer
 from trimtab.rewards.ensemble import EnsembleScorer
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.scorer import RewardModelScorer
 from trimtab.runs.models import model_digest
 from trimtab.stages.reward import RewardSettings
-from trimtab.stages.reward_members import Examples, agreement_of
+from trimtab.stages.reward_members import Examples, agreement_of, common_scale, start_members
 
 
 def settings(base, pairs, **changed):
@@ -94,6 +97,58 @@ def test_a_bootstrap_draws_with_replacement_and_the_same_prompts_each_time():
     assert first != second
     assert len(set(first)) == pytest.approx(1000 * (1 - np.exp(-1)), abs=40)
     assert sorted(first) != sorted(Examples(own, 2, SOME).of_step(0))
+
+
+@pytest.mark.parametrize(("members", "bootstrap"), [(1, False), (3, True)])
+def test_examples_are_not_made_before_they_are_asked_for(members, bootstrap):
+    made = []
+    lazy = Lazy(20, lambda i: made.append(i) or SOME[i])
+    own = RewardSettings(model="", data="", members=members, bootstrap=bootstrap, batch_size=4)
+    for member in range(members):
+        assert all(0 <= i < 20 for i in Examples(own, member, lazy).of_step(2))
+    assert not made
+
+
+def started(model, **changed):
+    """The members with which a run of the stage begins, as adapters."""
+    own = RewardSettings(model=str(model), data="", members=3, adapter=LoRA(rank=2), **changed)
+    return start_members(own, Chat(load_tokenizer(model)))[0]
+
+
+def test_adapters_on_a_trained_reward_model_begin_with_its_head(reward_run, adapters, base):
+    trained = load_scalar(reward_run / "model").score.weight
+    heads = [member.head.weight for member in started(reward_run / "model")]
+    assert all(torch.equal(head, trained) for head in heads)
+    assert len({head.data_ptr() for head in heads}) == 3  # each learns its own
+    assert len({str(member.head.weight.tolist()) for member in started(base)}) == 3
+    # an adapter of a reward model brings its head itself
+    alone = adapters / "model" / "members" / "1"
+    first, *others = (member.head.weight for member in started(alone))
+    assert all(torch.equal(first, other) for other in others)
+    assert torch.equal(first, load_scalar(alone).score.weight)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_adapters_on_an_encoder_are_refused(encoder, pairs, tmp_path, members):
+    run = write_run_file(tmp_path / "run.toml", settings(encoder, pairs, members=members, adapter={"rank": 2}))
+    done = trimtab("reward", run, "--out", tmp_path / "run")
+    assert done.exit_code == 2
+    assert "the head of a BertForSequenceClassification is more than one layer on a token" in done.output
+
+
+def test_a_member_with_one_score_for_all_replies_is_refused_by_name():
+    scores = np.random.default_rng(0).normal(size=(3, 40))
+    scores[1] = 0.3 + 1e-8 * scores[0]  # equal but for rounding
+    with pytest.raises(EngineError, match=r"member 1 of 3 gives each of 40 held-out replies the score 0.3") as refused:
+        common_scale(scores, [0.0, 0.0, 0.0])
+    assert refused.value.where == "reward_1"
+
+
+def test_the_common_scale_as_worked_by_hand():
+    # Deviations 1 and 3, so 2 on average: factors 2 and 2 / 3; zeros at 1 and 0 are 2 (1 - 0) and 2/3 (0 - 3) there.
+    found = common_scale(np.array([[-1.0, 1.0], [0.0, 6.0]]), [1.0, 0.0])
+    assert (found["means"], found["scales"]) == ([0.0, 3.0], pytest.approx([2.0, 2 / 3]))
+    assert found["shift"] == pytest.approx((2 - 2) / 2)
 
 
 def test_each_member_is_an_ordinary_reward_model(ensemble, pairs):

@@ -8,32 +8,39 @@ card says how far their errors go together.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.batches.trees import Tree
 from trimtab.core import seeds
+from trimtab.core.errors import ConfigError, EngineError
 from trimtab.core.hub import ENSEMBLE_FILE, base_of
 from trimtab.data.chat import Chat
+from trimtab.data.tokens import Lazy
 from trimtab.models.adapters import is_head, start_adapter
-from trimtab.models.load import drawn_head, load_scalar, load_tokenizer
+from trimtab.models.load import drawn_head, is_classifier, load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel, head_of_weights
 from trimtab.models.save import save_role
 from trimtab.stages.supervised import Epochs
 from trimtab.stats import Floats, spearman
 
+ROUNDING = 1e-6
+"""Scores whose deviation is below this share of the largest are equal: float32 computes no more digits."""
+
 
 def settings_of(settings: Any, member: int) -> Any:
-    """The settings of one member, with a seed of its own. The first has that of the run: it is the model that a run of
-    one member gives."""
+    """The settings of one member, with a seed of its own. The first has that of the run: without `bootstrap` it is the
+    model that a run of one member gives."""
     return replace(settings, seed=seeds.derive(settings.seed, "member", member)) if member else settings
 
 
@@ -50,7 +57,7 @@ class Examples:
         own, num = settings_of(settings, member), len(examples)
         draw = seeds.generator(own.seed, "bootstrap")
         self._drawn = draw.integers(num, size=num) if settings.bootstrap else np.arange(num)
-        self._epochs = Epochs.of(own, [examples[i] for i in self._drawn])
+        self._epochs = Epochs.of(own, Lazy(num, lambda i: examples[int(self._drawn[i])]))
 
     def of_step(self, number: int) -> list[int]:
         """The example numbers of a step; steps are counted from 0."""
@@ -61,7 +68,8 @@ class Examples:
 
 
 def start_members(settings: Any, chat: Chat) -> tuple[list[ScalarModel], str]:
-    """The models to train and the base they belong to. Members that are adapters share their base."""
+    """The models to train and the base they belong to. Members that are adapters share their base. A trained score
+    head, of the adapter that they begin as or of the base, is where all of them begin; otherwise each draws its own."""
     first, base = _start(settings, chat)
     members = [first]
     for number in range(1, settings.members):
@@ -71,8 +79,12 @@ def start_members(settings: Any, chat: Chat) -> tuple[list[ScalarModel], str]:
             continue
         name, adapter = name_of(number), replace(settings.adapter, base_bits=32)  # the base is rounded already
         brought = start_adapter(first.model, name, settings.model, adapter, seed=own.seed, with_head=True)
-        has_head = "score.weight" in brought
-        head = head_of_weights(brought, first.device) if has_head else drawn_head(first.model, _head_seed(own))
+        if "score.weight" in brought:
+            head = head_of_weights(brought, first.device)
+        elif is_classifier(base):
+            head = copy.deepcopy(cast(nn.Linear, first.model.score))
+        else:
+            head = drawn_head(first.model, _head_seed(own))
         members.append(ScalarModel(first.model, pad_id=chat.pad_id, adapter=name, head=head, gives="scores"))
     return members, base
 
@@ -85,6 +97,13 @@ def _start(settings: Any, chat: Chat) -> tuple[ScalarModel, str]:
         return ScalarModel(load_scalar(path, **options), pad_id=chat.pad_id, gives="scores"), path
     base = base_of(path) or path
     model = load_scalar(base, **options)
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ConfigError(
+            f"the head of a {type(model).__name__} is more than one layer on a token, so it is not trained beside "
+            "adapters",
+            where="adapter",
+            fix="leave adapter out to train all weights, or start from a decoder",
+        )
     head = start_adapter(model, "reward", path, settings.adapter, seed=settings.seed, with_head=True)
     if head:
         model.load_state_dict(head, strict=False)
@@ -137,10 +156,21 @@ def save_members(
 def common_scale(scores: Floats, shifts: Sequence[float]) -> dict[str, Any]:
     """The means to subtract from the scores of the members and the factors behind that, from their scores [K, n] of
     held-out replies: each then has mean 0 and the members' average deviation. `shift` is the zero on that scale, the
-    mean over members of what `shifts` are there."""
+    mean over members of what `shifts` are there.
+
+    Raises EngineError for a member that gives every reply one score, up to rounding: it has no scale, and its constant
+    would be the minimum of most replies.
+    """
     means, deviations = scores.mean(1), scores.std(1)
-    # A member that gives every reply one score has no scale, and adds nothing.
-    scales = np.where(deviations > 0, deviations.mean() / np.where(deviations > 0, deviations, 1), 1)
+    for number in np.flatnonzero(deviations <= ROUNDING * np.abs(scores).max(1)).tolist():
+        raise EngineError(
+            f"member {number} of {len(scores)} gives each of {scores.shape[1]} held-out replies the score "
+            f"{means[number]:.4g}: it has learned nothing that it could be compared by",
+            where=name_of(number),
+            fix="train with a smaller learning rate or for more steps, or with another seed; or give other held-out "
+            "pairs, if their replies are all alike",
+        )
+    scales = deviations.mean() / deviations
     shift = float((scales * (np.array(shifts) - means)).mean())
     return {"means": means.tolist(), "scales": scales.tolist(), "shift": shift}
 
