@@ -165,6 +165,13 @@ def test_a_variant_without_length_control_is_refused(command):
     assert "--variant without --length-control" in result.output
 
 
+@pytest.mark.parametrize("width", ["nan", "0", "0.6"])
+def test_a_half_width_that_is_none_is_a_message(command, width):
+    result = command(rows(num=3), "--half-width", width)
+    assert result.exit_code == 2
+    assert "Invalid value for '--half-width'" in result.output
+
+
 def test_a_bad_verdict_is_a_message(command):
     result = command([*rows(num=3), rows(num=1)[0] | {"verdict": 7}])
     assert result.exit_code == 2

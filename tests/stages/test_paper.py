@@ -92,6 +92,7 @@ def test_what_cannot_be_planned_is_refused(tmp_path, llama):
     file = write_run_file(tmp_path / "sft.toml", sft_of(llama))
     for words, said in (
         (["--gpus", 8], "--gpus without --on"),
+        (["--on", "h100", "--price", "nan"], "nan is not a finite number"),
         (["--price", 2, "--prompt-tokens", 8], "--price, --prompt-tokens without --on"),
         (["--on", "h100", "--workers", 4], "engine.workers = 4 with 1 of h100"),
         (["--on", "h1000"], "no machine 'h1000' is known"),

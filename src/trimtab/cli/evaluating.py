@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from trimtab.cli.helpers import Number
 from trimtab.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def eval_() -> None:
     "--half-width",
     default=0.03,
     show_default=True,
-    type=click.FloatRange(min=0, max=0.5, min_open=True),
+    type=Number(min=0, max=0.5, min_open=True),
     help="Of the wanted interval: the study says how many prompts it takes.",
 )
 @click.option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import shlex
 import signal
 import sys
@@ -71,6 +72,17 @@ class StageCommand(click.Command):
             formatter.write_dl(list(settings_help(self.module)))
 
 
+class Number(click.FloatRange):
+    """A finite number in a range. That of click lets nan pass, which is neither below nor above a bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; a text that is none, or none of the range, ends the command with a message."""
+        found = float(super().convert(value, param, ctx))
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
+
+
 _ON_PAPER = {
     "on": click.option(
         "--on",
@@ -78,7 +90,7 @@ _ON_PAPER = {
         help="Plan on paper, for h100, h200, a100 or the machine.json of `trimtab check`: nothing is run or loaded.",
     ),
     "gpus": click.option("--gpus", type=click.IntRange(min=1), help="With --on: how many GPUs."),
-    "price": click.option("--price", type=click.FloatRange(min=0), help="With --on: of one machine for an hour."),
+    "price": click.option("--price", type=Number(min=0), help="With --on: of one machine for an hour."),
     "assume": click.option(
         "--assume",
         multiple=True,
