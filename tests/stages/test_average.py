@@ -222,11 +222,39 @@ def test_other_configurations_and_templates_are_refused(base, tmp_path):
         ((), "the average of reward models has another zero"),
         (("--data", "PAIRS", "--weight", 1.0), "the weights 1 of 2 models"),
         (("--data", "PAIRS", "--weight", 0.5, "--weight", 0.6), "the weights 0.5, 0.6 of 2 models"),
+        (("--data", "PAIRS", "--weight", "nan", "--weight", 0.5), "the weights nan, 0.5 of 2 models"),
+        (("--data", "PAIRS", "--weight", 0.5, "--weight", "nan"), "the weights 0.5, nan of 2 models"),
+        (("--data", "PAIRS", "--weight", "inf", "--weight", 0.5), "the weights inf, 0.5 of 2 models"),
+        (("--data", "PAIRS", "--tolerance", "nan"), "a tolerance of nan"),
+        (("--data", "PAIRS", "--tolerance", -0.1), "a tolerance of -0.1"),
         (("--data", "PAIRS", "--rank", 2), "these are whole models, which have no rank"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(members, pairs, tmp_path, options, said):
     assert said in refused(tmp_path / "mean", *members, *(pairs if o == "PAIRS" else o for o in options))
+
+
+def relabelled(pairs, path, labels):
+    lines = pairs.read_text().splitlines()
+    rows = [json.loads(line) | {"label": label} for line, label in zip(lines, labels, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_pairs_of_which_no_side_is_right_are_refused(members, pairs, tmp_path):
+    even = relabelled(pairs, tmp_path / "even.jsonl", [0.5] * 20)
+    said = refused(tmp_path / "mean", *members, "--data", even).replace("\n", " ")
+    assert "all 20 pairs have the label 0.5: no side is right" in said
+
+
+def test_the_record_is_json_and_counts_pairs_that_have_a_right_side(members, pairs, tmp_path):
+    few = relabelled(pairs, tmp_path / "few.jsonl", [0.5] * 18 + [1.0] * 2)
+    done = trimtab("average", tmp_path / "mean", *members, "--data", few, "--tolerance", 1)
+    assert "on 2 pairs the average is right about" in done.output
+    text = (tmp_path / "mean" / "average.json").read_text()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert record["card"]["num_even"] == 18
+    assert None in (share["accuracy"] for share in record["card"]["slices"].values())  # no pair is of equal length
 
 
 def test_one_model_data_for_policies_and_a_full_directory_are_refused(base, members, adapters, pairs, tmp_path):

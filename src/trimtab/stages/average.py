@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimtab.core.errors import ConfigError, DataError
-from trimtab.core.files import replacing, writing
+from trimtab.core.files import json_text, replacing, writing
 from trimtab.core.hub import base_of, members_in
 from trimtab.core.types import PreferencePair
 from trimtab.data.chat import Chat
@@ -85,13 +85,19 @@ def average(
 
     An ensemble stands for its members. `weights` are the members' shares, equal ones if empty. Reward models need
     `data`, preference pairs on which the way to the average is looked at and its zero, moments and temperature are
-    fitted anew. Raises EngineError for models that do not belong together, and DataError if the average is worse than
-    its members, unless `force`.
+    fitted anew. Raises EngineError for models that do not belong together, ConfigError for weights and a tolerance that
+    are none, and DataError if no pair has a right side, or if the average is worse than its members, unless `force`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{str(out)!r} is there and not empty", where="OUT", fix="name a new directory")
     models = [member for path in models for member in members_in(path)]
     shares = _shares(models, weights)
+    if not 0 <= tolerance <= 1:  # nan is neither
+        raise ConfigError(
+            f"a tolerance of {tolerance}; it is a difference of accuracies",
+            where="--tolerance",
+            fix=f"give a number from 0 to 1, such as {TOLERANCE}, or leave it out",
+        )
     scalar = _are_reward_models(models, data)
     base = base_of(models[0])
     refuse_unlike(models)
@@ -100,6 +106,13 @@ def average(
     if base is not None:
         refuse_other_layers(models)
     pairs = [] if data is None else load(PreferencePair, data).records
+    num_decided = sum(pair.label != 0.5 for pair in pairs)
+    if data is not None and not num_decided:
+        raise DataError(
+            f"all {len(pairs)} pairs have the label 0.5: no side is right, so they cannot tell how good an average is",
+            where=data,
+            fix="give pairs of which one side is preferred",
+        )
     loaders: list[Callable[[], PreTrainedModel]] = [
         partial(load_scalar if scalar else load_causal, path) for path in models
     ]
@@ -125,7 +138,7 @@ def average(
             if data is not None:
                 judge = _Judge.of(model, Chat(tokenizer), pairs)
                 points = judge.way(models, loaders, shares, mean)
-                said.append(_verdict(points, tolerance, force, where=data, num_pairs=len(pairs)))
+                said.append(_verdict(points, tolerance, force, where=data, num_pairs=num_decided))
                 record |= {"data": data, "tolerance": tolerance, "points": [vars(point) for point in points]}
             set_between(model, mean, mean, 1.0)
             if data is not None:
@@ -137,7 +150,7 @@ def average(
             elif scalar:
                 facts = {k: v for k, v in model.config.to_dict().items() if k.startswith("reward_")}
                 (aside / "reward.json").write_text(json.dumps(facts), encoding="utf-8")
-            (aside / "average.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            (aside / "average.json").write_text(json_text(record), encoding="utf-8")
     return [f"{out}: {said[0]}", *said[1:]]
 
 
@@ -146,7 +159,8 @@ def _shares(models: Sequence[str], weights: Sequence[float]) -> list[float]:
     if len(models) < 2:
         raise ConfigError(f"{len(models)} model; an average needs two or more", where="MODEL", fix="name more models")
     shares = list(weights) or [1 / len(models)] * len(models)
-    if len(shares) != len(models) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+    above_0 = all(share > 0 for share in shares)  # nan is not
+    if len(shares) != len(models) or not above_0 or not abs(sum(shares) - 1) <= 1e-6:
         raise ConfigError(
             f"the weights {', '.join(f'{share:g}' for share in shares)} of {len(models)} models",
             where="--weight",
