@@ -216,6 +216,9 @@ def test_equal_members_have_correlation_one_and_independent_ones_none():
     hand = agreement_of(np.array([[1.0, -1.0, 0.0, 5.0]]), np.zeros((1, 4)), np.array([1.0, 1.0, 1.0, 0.5]))
     assert hand["accuracies"] == [0.5]
     assert hand["error_correlation"] is None
+    even = agreement_of(np.ones((2, 3)), np.zeros((2, 3)), np.full(3, 0.5))
+    assert np.isnan(even["accuracies"]).all()
+    assert even["error_correlation"] is None
 
 
 def test_a_killed_ensemble_goes_on_bit_for_bit(ensemble, base, pairs, tmp_path):
@@ -316,12 +319,26 @@ def test_a_run_sees_that_a_member_has_changed(ensemble, tmp_path):
     assert model_digest(copy) != before
 
 
-def test_a_damaged_file_is_refused(ensemble, tmp_path):
-    copy = shutil.copytree(ensemble / "model", tmp_path / "copy")
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"means": [0.0, 0.0]}, "does not name members with a mean and a scale each"),
+        ({"scales": None}, "does not name members with a mean and a scale each"),
+        ({"members": []}, "does not name members with a mean and a scale each"),
+        ({"shift": None}, "holds shift = None"),
+        ({"shift": "0"}, "holds shift = '0'"),
+        ({"means": [0.0, "a", 0.0]}, "holds means = "),
+        ({"means": [0.0, float("nan"), 0.0]}, "holds means = "),
+        ({"scales": [1.0, 0.0, 1.0]}, "holds scales = "),
+    ],
+)
+def test_a_damaged_file_is_refused(adapters, tmp_path, changed, said):
+    copy = shutil.copytree(adapters / "model", tmp_path / "copy")
     facts = json.loads((copy / "ensemble.json").read_text())
-    (copy / "ensemble.json").write_text(json.dumps(facts | {"means": facts["means"][:2]}))
-    with pytest.raises(EngineError, match=r"ensemble.json does not name members with a mean and a scale each"):
+    (copy / "ensemble.json").write_text(json.dumps(facts | changed))
+    with pytest.raises(EngineError, match=f"ensemble.json {said}") as refused:
         RewardModel(path=str(copy)).load(token_budget=100)
+    assert refused.value.where == str(copy / "ensemble.json")
 
 
 def test_transformers_reads_the_directory_as_the_first_member(tmp_path_factory, base, pairs):

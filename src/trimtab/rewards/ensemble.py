@@ -7,8 +7,10 @@ that the reward stage held out. Otherwise a member with a larger scale alone wou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,14 +69,7 @@ class EnsembleScorer(RewardModelScorer):
     ) -> EnsembleScorer:
         """The frozen ensemble of a directory. Members that are adapters are put on one base, `shared` if it is given.
         Raises EngineError if its file is damaged."""
-        facts = read_json(Path(path) / ENSEMBLE_FILE)
-        names, means, scales = (facts.get(key, ()) for key in ("members", "means", "scales"))
-        if not names or not len(names) == len(means) == len(scales):
-            raise EngineError(
-                f"{ENSEMBLE_FILE} does not name members with a mean and a scale each",
-                where=path,
-                fix="copy the directory again, or train the ensemble anew",
-            )
+        scale = scale_in(path)
         paths, chat = members_in(path), Chat(load_tokenizer(path))
         base = base_of(paths[0])
         if base is None:
@@ -86,7 +81,6 @@ class EnsembleScorer(RewardModelScorer):
                 member_on(model, f"reward_{name}_member_{number}", member, pad_id=chat.pad_id)
                 for number, member in enumerate(paths)
             ]
-        scale = {"means": means, "scales": scales, "shift": facts["shift"]}
         return cls(members, chat, token_budget=token_budget, how=how, name=name, **scale)
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
@@ -104,6 +98,31 @@ class EnsembleScorer(RewardModelScorer):
         """[K, B] each member's scores on the common scale, before the shift."""
         trees, where = self.trees_of(sequences)
         return (scores_of_members(self.members, trees, self.token_budget)[:, where] - self.means) * self.scales
+
+
+def scale_in(path: str) -> dict[str, Any]:
+    """The `means`, `scales` and `shift` in the file of an ensemble, one mean and scale for each member. Raises
+    EngineError unless all are finite numbers and scales above 0: anything else is no work of the reward stage."""
+    file = Path(path).expanduser() / ENSEMBLE_FILE
+    facts = read_json(file)
+    members, means, scales = (facts.get(key) for key in ("members", "means", "scales"))
+    lists = [row for row in (members, means, scales) if isinstance(row, list) and row]
+    if len(lists) < 3 or len({len(row) for row in lists}) > 1:
+        raise _damaged("does not name members with a mean and a scale each", file)
+    scale = {"means": means, "scales": scales, "shift": facts.get("shift")}
+    for name, value in scale.items():
+        numbers = value if isinstance(value, list) else [value]
+        if not all(isinstance(x, int | float) and math.isfinite(x) and (x > 0 or name != "scales") for x in numbers):
+            raise _damaged(f"holds {name} = {value!r:.60}", file)
+    return scale
+
+
+def _damaged(what: str, file: Path) -> EngineError:
+    return EngineError(
+        f"{ENSEMBLE_FILE} {what}",
+        where=str(file),
+        fix="copy the directory again, or train the ensemble anew",
+    )
 
 
 @torch.no_grad()

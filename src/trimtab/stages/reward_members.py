@@ -27,6 +27,7 @@ from trimtab.core.errors import ConfigError, EngineError
 from trimtab.core.hub import ENSEMBLE_FILE, base_of
 from trimtab.data.chat import Chat
 from trimtab.data.tokens import Lazy
+from trimtab.evals.reward_card import ordering_accuracy
 from trimtab.models.adapters import is_head, start_adapter
 from trimtab.models.load import drawn_head, is_classifier, load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel, head_of_weights
@@ -181,14 +182,15 @@ def agreement_of(chosen: Floats, rejected: Floats, labels: Floats) -> dict[str, 
     `error_correlation` is the mean over every two members of the correlation of their errors: 0 for independent
     members, 1 for equal ones. Only independent errors are averaged away. `disagreement_spearman` is the rank
     correlation of their disagreement over a pair with the error of their mean: above 0, disagreement warns.
+    Without a pair that has a right side the accuracies are nan.
     """
     differences = (chosen - rejected)[:, labels != 0.5]
     wrong = np.where(differences == 0, 0.5, (differences < 0).astype(float))
-    both_vary = [(a, b) for a, b in combinations(wrong, 2) if a.std() > 0 and b.std() > 0]
+    both_vary = [(a, b) for a, b in combinations(wrong, 2) if len(set(a)) > 1 and len(set(b)) > 1]
     correlations = [float(np.corrcoef(a, b)[0, 1]) for a, b in both_vary]
     mean = differences.mean(0)
     return {
-        "accuracies": (1 - wrong.mean(1)).tolist(),
+        "accuracies": [ordering_accuracy(row, np.zeros_like(row)).value for row in differences],
         "error_correlation": float(np.mean(correlations)) if correlations else None,
         "disagreement": float(np.concatenate([chosen, rejected], 1).std(0).mean()),
         "disagreement_spearman": spearman(differences.std(0), (mean <= 0).astype(float)),
