@@ -96,6 +96,18 @@ def test_a_card_is_told_and_written_with_its_slices(tmp_path, reward_run, sliced
     assert told.output == said
 
 
+def test_a_card_of_even_labels_alone_is_written_and_says_that_nothing_was_to_be_ordered(tmp_path, reward_run, sliced):
+    even = tmp_path / "even.jsonl"
+    even.write_text(
+        "".join(json.dumps(json.loads(line) | {"label": 0.5}) + "\n" for line in sliced.read_text().splitlines())
+    )
+    told = trimtab("card", reward_run / "model", even, "--out", tmp_path)
+    assert told.exit_code == 0, told.output
+    assert "there was nothing to order, because all 12 pairs have even labels" in told.output.replace("\n", " ")
+    card = card_in(tmp_path)
+    assert (card["accuracy"], card["num_even"]) == (None, 12)
+
+
 def test_a_constant_scorer_gets_half_and_is_called_one(tmp_path, base, sliced):
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     torch.nn.init.zeros_(model.score.weight)
