@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from trimtab.stats import Interval
 
 
+RESEMBLES = {"constant": "constant: every reply has the same reward", "length": "scorer of length"}
+
+
 @click.group("eval")
 def eval_() -> None:
     """Measure how good a model is, each figure with its interval."""
@@ -90,6 +93,41 @@ def verdicts(
         origin = {"sha256": read.sha256, "settings": settings, "num_verdicts": len(read.verdicts), **counts}
         write_out(out, json_text({**origin, "study": study}))
         click.echo(f"study: {out}")
+
+
+@eval_.command("rewardbench")
+@click.argument("model")
+@click.argument("files", nargs=-1, required=True)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="All scores as JSON.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Equal seeds give equal intervals."
+)
+@click.option("--device", metavar="DEVICE", help='Where the model computes: "cpu", "cuda" or for example "cuda:1".')
+def rewardbench(model: str, files: tuple[str, ...], out: Path | None, seed: int, device: str | None) -> None:
+    """Score the reward model MODEL on the rows of RewardBench or RewardBench 2.
+
+    FILES hold them as they are published, such as filtered.jsonl or test.parquet. Ties count half, and replies that tie
+    for the first place share it.
+    """
+    from rich.console import Console
+
+    from trimtab.stages.reward_bench import score_bench
+
+    scores, num_too_long = score_bench(model=model, data=files, out=out, seed=seed, device=device)
+    table = _table("", "score", "rows")
+    for title, found in [*scores.sections.items(), *scores.subsets.items()]:
+        _add(table, title, _percent(found), str(found.count))
+    _add(table, "mean", f"{scores.overall:.1%}", "")
+    console = Console(width=140, highlight=False)
+    console.print(table)
+    if scores.resembles is not None:
+        console.print(f"note: the model amounts to a {RESEMBLES[scores.resembles]}")
+    for note in scores.notes:
+        console.print(f"note: {note}", markup=False)
+    if num_too_long:
+        click.echo(f"{num_too_long} rows are left out, because the model cannot read texts so long")
+    if out is not None:
+        click.echo(f"scores: {out}")
 
 
 def _show(study: VerdictStudy, half_width: float) -> None:
