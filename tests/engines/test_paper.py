@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.engines.test_placement import JOB, LARGE
+from tests.engines.test_placement import CPU, JOB, LARGE, SHAPE
 from trimtab.engines.machines import MACHINES
 from trimtab.engines.paper import RANK, PaperPlan, remedies
 from trimtab.engines.placement import ASSUMPTIONS, RoleOnPaper, SamplingOnPaper, Spread
@@ -15,7 +15,7 @@ SMALL_POLICY = replace(POLICY, shape=replace(LARGE, num_layers=4, vocab_size=320
 
 def plan(job, spread=None, machine="h100", price=None):
     return PaperPlan(
-        name="sft", job=job, machine=MACHINES[machine], spread=spread or Spread(), num_steps=10, price=price
+        name="sft", job=job, machine=MACHINES.get(machine, CPU), spread=spread or Spread(), num_steps=10, price=price
     )
 
 
@@ -83,3 +83,54 @@ def test_every_assumption_is_said():
 def test_nothing_helps_a_tree_that_is_too_long():
     job = replace(JOB, roles=(replace(POLICY, shape=replace(LARGE, num_layers=80)),), reply_tokens=2_000_000)
     assert remedies(plan(job)) == ()
+
+
+def on_a_cpu(num, **changed):
+    sampling = SamplingOnPaper(batch_size=64, cache_gib=1, bfloat16=False)
+    policy, judge = replace(POLICY, shape=SHAPE), RoleOnPaper(name="reward model", shape=SHAPE, controller_only=True)
+    short = {"prompt_tokens": 64, "reply_tokens": 64, "token_budget": 1024, "bfloat16": False}
+    job = replace(JOB, roles=(policy, replace(judge, passes=1)), num_trees=16, sampling=sampling, **short | changed)
+    return plan(job, Spread(processes=num), machine="cpu", price=2.0)
+
+
+@pytest.mark.parametrize("num", [2, 4, 8])
+def test_processes_of_one_cpu_add_up_in_memory_and_share_its_rates(num):
+    one, several = on_a_cpu(1), on_a_cpu(num)
+    weights = 4 * SHAPE.num_weights
+    assert several.worker.held == {
+        "policy weights": weights,
+        "policy gradients": weights,
+        "policy moments": 2 * weights,
+    }
+    assert several.needed == several.controller.total + (num - 1) * several.worker.total > num * 4 * weights
+    assert several.time.total > one.time.total  # weights are updated, and read to decode, in each process
+    assert several.time.scoring == pytest.approx(num * one.time.scoring)  # by the controller, with its part of the CPU
+    assert several.time.update == pytest.approx(one.time.update + (num - 1) * 28 * SHAPE.num_weights / CPU["optimizer"])
+    assert several.time.sampling > one.time.sampling
+    assert several.cost(3600) == pytest.approx(2.0 * several.time.total)  # of one machine
+
+
+def test_a_cpu_that_is_too_small_for_its_processes_is_offered_fewer():
+    tight = on_a_cpu(2)
+    assert tight.controller.total < tight.memory < tight.needed
+    assert not tight.fits
+    assert tight.first_too_much == "processes beside the controller"
+    assert ("--workers 1",) in [remedy.changes for remedy in remedies(tight)]
+    sharded = replace(tight, spread=Spread(processes=2, shard=True))
+    smaller = replace(CPU, constants={**CPU.constants, "memory": replace(CPU.constants["memory"], value=13.5)})
+    for remedy in remedies(replace(sharded, machine=smaller)):
+        assert remedy.plan.spread.shard is (remedy.plan.spread.processes > 1 and "adapter" not in remedy.changes[0])
+
+
+def test_processes_that_only_draw_hold_all_weights_once_more():
+    here = on_a_cpu(1)
+    apart = replace(here, job=replace(here.job, sampling=replace(here.job.sampling, processes=2)))
+    assert "sampling" not in apart.controller.phases
+    assert apart.sampler.held == {"sampler weights": 4 * SHAPE.num_weights}
+    assert apart.needed == apart.controller.total + 2 * apart.sampler.total
+    assert apart.time.sampling > here.time.sampling / 2
+    vllm = replace(apart.job.sampling, processes=1, vllm_share=0.5, bfloat16=True)
+    apart = replace(apart, job=replace(apart.job, sampling=vllm))
+    assert apart.sampler.held == {"sampler weights": 2 * SHAPE.num_weights}
+    h100 = replace(apart, machine=MACHINES["h100"])
+    assert h100.needed == h100.controller.total + h100.memory / 2

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.test_placement import GPU, H200, JOB, LARGE, POLICY, SHAPE
+from tests.engines.test_placement import CPU, GPU, H200, JOB, LARGE, POLICY, SHAPE
 from trimtab.engines.machines import MACHINES
-from trimtab.engines.placement import RoleOnPaper, SamplingOnPaper, Spread
+from trimtab.engines.placement import RoleOnPaper, SamplingOnPaper, Spread, holding
 from trimtab.engines.step_time import step_time
 
 H100 = MACHINES["h100"]
@@ -97,3 +97,26 @@ def test_the_share_of_products_is_that_of_its_row(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     found = importlib.import_module("paper_plans").bfloat16_share(GPU)
     assert found == pytest.approx(H200["bfloat16_share"], rel=0.01)
+
+
+def test_vllm_is_counted_in_bfloat16_whatever_the_run_file_says():
+    both = [SamplingOnPaper(batch_size=64, cache_gib=0.5, bfloat16=half) for half in (False, True)]
+    jobs = [replace(JOB, num_trees=64, sampling=sampling, prompt_tokens=512, reply_tokens=512) for sampling in both]
+    assumed = Spread(assumed=frozenset({"vllm"}))
+    assert len({step_time(job, H100, assumed).sampling for job in jobs}) == 1
+    first, second = (holding(job, H100, assumed).phases["sampling"] for job in jobs)
+    assert first == second
+    # 28 blocks, keys and values of 8 heads of 128 numbers in 2 bytes, 1,024 tokens for each reply that has room
+    each = 2 * 2 * 28 * 1024 * 1024
+    assert first["cache"] == int(0.5 * 2**30 / each) * each
+    assert len({step_time(job, H100, Spread()).sampling for job in jobs}) == 2
+
+
+@pytest.mark.parametrize("num", [2, 3, 16])
+def test_processes_of_a_cpu_are_never_as_many_times_faster(num):
+    job = replace(JOB, bfloat16=False, num_trees=16, prompt_tokens=64, reply_tokens=64)
+    job = replace(job, sampling=SamplingOnPaper(batch_size=1, cache_gib=1, bfloat16=False))
+    one, several = (step_time(job, CPU, Spread(processes=n)) for n in (1, num))
+    for part in ("sampling", "scoring", "update"):
+        assert num * getattr(several, part) >= getattr(one, part), part
+    assert num * several.total > 1.5 * one.total

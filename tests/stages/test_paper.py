@@ -114,7 +114,7 @@ def test_the_machine_of_a_check_is_planned_for(tmp_path, llama, monkeypatch):
     file = write_run_file(tmp_path / "sft.toml", table)
     result = trimtab("plan", file, "--stage", "sft", "--on", machine, "--workers", 2)
     assert result.exit_code == 0, result.output
-    assert "on paper: 2 x" in result.output
+    assert "on paper: 2 processes on" in result.output
     assert "each worker" in result.output
     assert "trimtab check, torch" in result.output
     refused = trimtab("plan", file, "--stage", "sft", "--on", machine, "--gpus", 2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -41,6 +41,14 @@ class Machine:
     def __getitem__(self, name: str) -> float:
         return self.constants[name].value
 
+    def share(self, processes: int) -> Machine:
+        """The machine as each of so many processes has it while all compute: a GPU of its own, or an equal part of the
+        rates of a CPU."""
+        if self.kind == "gpu":
+            return self
+        parts = {name: replace(c, value=c.value / processes) for name, c in self.constants.items() if name in _SHARED}
+        return replace(self, constants={**self.constants, **parts})
+
 
 UNITS = {
     "memory": "GiB",
@@ -67,6 +75,9 @@ reserves beyond them; multiprocessors; rates of large products, the share of the
 training with all that lies between the products, and the rate of the output head; attention; bytes that the optimizer
 moves; memory bandwidth; seconds to start the operations of one block in a decoding step; a link between two of these
 processors in a node and between nodes, and how many stand in a node; the link to the memory of the host."""
+_RATES = ("float32_products", "bfloat16_products", "head_products", "attention_forward", "attention_backward")
+_SHARED = (*_RATES, "optimizer", "bandwidth", "host_link")
+"""What the processes of a CPU divide among them. A block of a decoding step is started by each for itself."""
 
 _GPU = "benchmarks/gpu.py on one H200, torch 2.11.0+cu130, commit 665cac8"
 _PAGE = f"docs/evidence/engines.md section 7: {_GPU}"
@@ -101,9 +112,8 @@ _H200 = {
 
 def _like(other: Mapping[str, Constant], arithmetic: float, why: str, **own: Constant) -> dict[str, Constant]:
     """Constants of a GPU that was not measured, whose arithmetic is this share of another's."""
-    scaled = ("float32_products", "bfloat16_products", "head_products", "attention_forward", "attention_backward")
     return {
-        name: Constant(c.value * (arithmetic if name in scaled else 1.0), c.unit, "assumed", why)
+        name: Constant(c.value * (arithmetic if name in _RATES else 1.0), c.unit, "assumed", why)
         if c.origin == "measured"
         else c
         for name, c in other.items()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from trimtab.engines.machines import Machine
-from trimtab.engines.placement import ASSUMPTIONS, GIB, Holding, Job, RoleOnPaper, Spread, holding
+from trimtab.engines.placement import ASSUMPTIONS, GIB, Holding, Job, RoleOnPaper, Spread, holding, sampler_holding
 from trimtab.engines.step_time import StepTime, step_time
 
 RANK = 16
@@ -28,7 +28,7 @@ class PaperPlan:
     price: float | None = None
     """What an hour of one of these machines costs, in any currency."""
     left_out: tuple[str, ...] = ()
-    """Settings whose memory and time are not counted."""
+    """What is not counted, by the settings that ask for it."""
 
     @property
     def memory(self) -> float:
@@ -46,19 +46,57 @@ class PaperPlan:
         return None if self.spread.processes == 1 else holding(self.job, self.machine, self.spread, controller=False)
 
     @property
+    def sampler(self) -> Holding | None:
+        """What each process holds that does nothing but draw replies, if there are such."""
+        sampling = self.job.sampling
+        if sampling is None or not sampling.processes:
+            return None
+        return sampler_holding(self.job, sampling, self.machine, self.spread)
+
+    @property
+    def needed(self) -> float:
+        """Bytes that have to be in one machine. A GPU has one process, of which the controller holds most, and the
+        samplers beside it; a CPU has all processes."""
+        needed = self.controller.total
+        if self.worker is not None and self.machine.kind == "cpu":
+            needed += (self.spread.processes - 1) * self.worker.total
+        if self.job.sampling is not None and self.sampler is not None:
+            needed += self.job.sampling.processes * self.sampler.total
+        return needed
+
+    @property
     def time(self) -> StepTime:
         """Seconds of a step."""
         return step_time(self.job, self.machine, self.spread)
 
     @property
     def fits(self) -> bool:
-        """Whether the process that holds most fits: the controller."""
-        return self.controller.total <= self.memory
+        """Whether the processes of a machine fit into it."""
+        return self.needed <= self.memory
+
+    @property
+    def first_too_much(self) -> str:
+        """What does not fit, in the order in which it is counted: the controller's parts, then the other processes."""
+        return self.controller.first_too_much(self.memory) or "processes beside the controller"
+
+    @property
+    def num_machines(self) -> int:
+        """A GPU for each process, or one machine without GPUs for all."""
+        return self.spread.processes if self.machine.kind == "gpu" else 1
+
+    @property
+    def place(self) -> str:
+        """Where the processes are, such as "8 x h100" or "2 processes on x86_64"."""
+        if self.machine.kind == "gpu":
+            return f"{self.num_machines} x {self.machine.name}"
+        return (
+            f"{self.spread.processes} {'processes' if self.spread.processes > 1 else 'process'} on {self.machine.name}"
+        )
 
     @property
     def machine_seconds(self) -> float:
         """Seconds of a step, times the number of machines."""
-        return self.time.total * self.spread.processes
+        return self.time.total * self.num_machines
 
     def cost(self, num_steps: float) -> float | None:
         """What so many steps cost; None without a price."""
@@ -122,8 +160,14 @@ def _fitting(plan: PaperPlan) -> Iterator[Remedy]:
     processes: list[_Change | None] = [None]
     num = 2 * spread.processes
     while num <= min(MOST_PROCESSES, job.num_trees) and plan.machine.kind == "gpu":
-        processes.append(_more(num))
+        processes.append(_in(num, "--gpus"))
         num *= 2
+    fewer = spread.processes // 2
+    while fewer >= 1 and plan.machine.kind == "cpu":
+        processes.append(_in(fewer, "--workers"))
+        fewer //= 2
+    if spread.shard and plan.machine.kind == "cpu":
+        processes.append(("--workers 1, engine.shard = false", lambda j, s: (j, replace(s, processes=1, shard=False))))
     for chosen in product(*toggles, processes):
         changes = [change for change in chosen if change is not None]
         new_job, new_spread = job, spread
@@ -179,8 +223,8 @@ def _assume(name: str) -> Callable[[Job, Spread], tuple[Job, Spread]]:
     return lambda j, s: (j, replace(s, assumed=s.assumed | {name}))
 
 
-def _more(num: int) -> _Change:
-    return f"--gpus {num}", lambda j, s: (j, replace(s, processes=num))
+def _in(num: int, option: str) -> _Change:
+    return f"{option} {num}", lambda j, s: (j, replace(s, processes=num))
 
 
 def with_adapters(job: Job) -> Job:

@@ -73,6 +73,10 @@ class SamplingOnPaper:
     batch_size: int
     cache_gib: float
     bfloat16: bool
+    processes: int = 0
+    """Processes of their own that draw, each with all weights; 0 if replies are drawn where the policy is trained."""
+    vllm_share: float | None = None
+    """The share of a GPU's memory that each of these takes, if they are vLLM's; else None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +162,14 @@ class Spread:
         gathers_half = "gather-bfloat16" in self.assumed or (not role.trained and self.frozen_bytes == 2)
         return 2 if gathers_half else 4
 
+    def draws_in_bfloat16(self, sampling: SamplingOnPaper) -> bool:
+        """Whether replies are drawn in bfloat16: as the run file says, or because vLLM is assumed."""
+        return sampling.bfloat16 or "vllm" in self.assumed
+
+    def drawing(self, sampling: SamplingOnPaper) -> Spread:
+        """The processes that draw replies: these, or those that do nothing else."""
+        return Spread(processes=sampling.processes) if sampling.processes else self
+
     def tensor_parallel(self) -> int:
         """GPUs that hold one copy of the sampler's weights, with vLLM."""
         return min(self.processes, 8)
@@ -223,7 +235,7 @@ def holding(job: Job, machine: Machine, spread: Spread, *, controller: bool = Tr
             own = 4.0 * role.num_trained / spread.shards(role)
             held |= {f"{role.name} gradients": own, f"{role.name} moments": 2 * own}
     phases = {}
-    if job.sampling is not None:
+    if job.sampling is not None and not job.sampling.processes:
         phases["sampling"] = sampling_parts(job, job.sampling, machine, spread)
     scored = [role for role in roles if role.passes]
     if scored:
@@ -235,6 +247,19 @@ def holding(job: Job, machine: Machine, spread: Spread, *, controller: bool = Tr
         if role.trained:
             phases[f"the update of the {role.name}"] = update_parts(job, role, machine, spread)
     return Holding(held, phases, machine["context"] * GIB, machine["slack"])
+
+
+def sampler_holding(job: Job, sampling: SamplingOnPaper, machine: Machine, spread: Spread) -> Holding:
+    """What a process that does nothing but draw replies holds: the weights of the policy once more, and what drawing
+    takes."""
+    if sampling.vllm_share is not None and machine.kind == "gpu":
+        return Holding(
+            {"set aside for vLLM": sampling.vllm_share * machine["memory"] * GIB}, {"sampling": {}}, 0.0, 0.0
+        )
+    each = 2.0 if sampling.vllm_share is not None and sampling.bfloat16 else 4.0
+    weights = {"sampler weights": each * job.roles[0].shape.num_weights}
+    phases = {"sampling": sampling_parts(job, sampling, machine, spread.drawing(sampling))}
+    return Holding(weights, phases, machine["context"] * GIB, machine["slack"])
 
 
 def update_parts(job: Job, role: RoleOnPaper, machine: Machine, spread: Spread) -> dict[str, float]:
@@ -357,7 +382,8 @@ def sampling_parts(job: Job, sampling: SamplingOnPaper, machine: Machine, spread
     policy = job.roles[0]
     shape = policy.shape
     replies = replies_at_once(job, sampling, machine, spread)
-    cache = cache_bytes(job, sampling, machine, shape, replies)
+    half = spread.draws_in_bfloat16(sampling)
+    cache = cache_bytes(job, machine, shape, replies, bfloat16=half)
     if "vllm" in spread.assumed:
         parallel = spread.tensor_parallel()
         return {"weights of the sampler": 2.0 * shape.num_weights / parallel, "cache": cache}
@@ -365,8 +391,8 @@ def sampling_parts(job: Job, sampling: SamplingOnPaper, machine: Machine, spread
     linear = shape.num_layers * shape.linear_weights
     if machine.kind == "gpu":
         # Layers of the same input are joined in a copy; under autocast the model's own are copied too.
-        parts["joined weights"] = (2.0 + 2.0 if sampling.bfloat16 else 4.0) * linear
-    elif sampling.bfloat16:
+        parts["joined weights"] = (2.0 + 2.0 if half else 4.0) * linear
+    elif half:
         parts["joined weights"] = 2.0 * linear
     prompts = max(1, replies // job.replies // 8) * job.prompt_tokens  # as many start at a time
     parts["prompts"] = prompts * 4.0 * (3 * shape.hidden_size + 2 * shape.mlp_size + 2 * shape.query_size)
@@ -379,14 +405,15 @@ def replies_at_once(job: Job, sampling: SamplingOnPaper, machine: Machine, sprea
     """Replies that one process decodes together."""
     shape = job.roles[0].shape
     prompts = math.ceil(job.num_trees / spread.processes)
-    room = int(sampling.cache_gib * GIB / cache_bytes(job, sampling, machine, shape, job.replies))
+    half = spread.draws_in_bfloat16(sampling)
+    room = int(sampling.cache_gib * GIB / cache_bytes(job, machine, shape, job.replies, bfloat16=half))
     return max(1, min(prompts, sampling.batch_size // job.replies, room)) * job.replies
 
 
-def cache_bytes(job: Job, sampling: SamplingOnPaper, machine: Machine, shape: ModelShape, replies: int) -> float:
+def cache_bytes(job: Job, machine: Machine, shape: ModelShape, replies: int, *, bfloat16: bool) -> float:
     """Bytes of the keys and values of this many replies with their prompts, of which a group has two while the next
     group begins."""
-    each = 2 if sampling.bfloat16 and machine.kind == "gpu" else 4
+    each = 2 if bfloat16 and machine.kind == "gpu" else 4
     prompts = replies // job.replies * (1 if job.replies == 1 else 2)
     tokens = prompts * job.prompt_tokens + replies * job.reply_tokens
     return 2.0 * each * shape.num_layers * shape.key_size * tokens

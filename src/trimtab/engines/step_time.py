@@ -32,10 +32,14 @@ class StepTime:
 
 
 def step_time(job: Job, machine: Machine, spread: Spread) -> StepTime:
-    """The time of one step."""
+    """The time of one step. Processes of one CPU have a share of its rates each."""
+    whole, machine = machine, machine.share(spread.processes)
     scoring = sum(role.passes * scoring_seconds(job, role, machine, spread) for role in job.roles)
     updates = [update_seconds(job, role, machine, spread) for role in job.roles if role.trained]
-    sampling = 0.0 if job.sampling is None else sampling_seconds(job, job.sampling, machine, spread)
+    sampling = 0.0
+    if job.sampling is not None:
+        drawing = spread.drawing(job.sampling)
+        sampling = sampling_seconds(job, job.sampling, whole.share(drawing.processes), drawing)
     return StepTime(sampling, scoring, job.num_epochs * sum(updates), communication_seconds(job, machine, spread))
 
 
@@ -94,8 +98,9 @@ def sampling_seconds(job: Job, sampling: SamplingOnPaper, machine: Machine, spre
     at_once = replies_at_once(job, sampling, machine, spread)
     steps = job.reply_tokens * max(1.0, prompts * job.replies / at_once)
     linear = 2.0 * shape.num_layers * shape.linear_weights
-    rate = products_rate(machine, sampling.bfloat16)
-    each = 2 if sampling.bfloat16 else 4
+    half = spread.draws_in_bfloat16(sampling)
+    rate = products_rate(machine, half)
+    each = 2 if half else 4
     tokens = at_once * (job.prompt_tokens + job.reply_tokens / 2)
     cache = 2.0 * each * shape.num_layers * shape.key_size * tokens
     weights = each * (linear / 2) + 4.0 * shape.head_weights

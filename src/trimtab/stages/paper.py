@@ -252,7 +252,7 @@ def show_one(plan: PaperPlan, console: Console) -> None:
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-    say(f"{plan.name}, on paper: {num} x {plan.machine.name} of {plan.machine['memory']:.0f} GiB")
+    say(f"{plan.name}, on paper: {plan.place} of {plan.machine['memory']:.0f} GiB")
     for caution in plan.cautions:
         say(f"  ! {caution}")
     say(
@@ -285,6 +285,8 @@ def memory_table(plan: PaperPlan) -> Table:
     columns = {"the process": plan.controller}
     if plan.worker is not None:
         columns = {"controller": plan.controller, "each worker": plan.worker}
+    if plan.sampler is not None:
+        columns["each sampler"] = plan.sampler
     for title in columns:
         table.add_column(title, justify="right")
     rows = [rows_of(held) for held in columns.values()]
@@ -310,16 +312,16 @@ def gib(size: float | None) -> str:
 
 def verdict(plan: PaperPlan) -> list[str]:
     """Whether the plan fits, what does not, and the cheapest change."""
-    needed, there = gib(plan.controller.total), f"{plan.machine['memory']:.0f} GiB"
+    needed, there = gib(plan.needed), f"{plan.machine['memory']:.0f} GiB"
     if plan.fits:
         return [f"fits: {needed} of {there}"]
-    lines = [f"does not fit: {needed} of {there}; first too much are the {plan.controller.first_too_much(plan.memory)}"]
+    lines = [f"does not fit: {needed} of {there}; first too much are the {plan.first_too_much}"]
     found = remedies(plan)
     for remedy in found:
         how = "an adapter instead of all weights" if remedy.alters else "the same weights trained"
         lines.append(
-            f"cheapest change, {how}: {', '.join(remedy.changes)}: {gib(remedy.plan.controller.total)} GiB, "
-            f"{remedy.plan.time.total:,.2f} s a step on {remedy.plan.spread.processes}"
+            f"cheapest change, {how}: {', '.join(remedy.changes)}: {gib(remedy.plan.needed)} GiB, "
+            f"{remedy.plan.time.total:,.2f} s a step, {remedy.plan.place}"
         )
         lines += [f"  ! {said}" for said in remedy.plan.cautions]
     return lines if found else [*lines, "no change that is known here makes it fit"]
