@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from trimtab.core.errors import ConfigError
+from trimtab.core.errors import ConfigError, TrimtabError
 from trimtab.engines.machines import MACHINES, UNITS, find_machine, machine_of, write_machine
 
 FOUND = {"float32_products": 2e11, "bfloat16_products": 4e11, "bandwidth": 1e10, "memory": 16.0, "context": 0.4}
@@ -45,12 +45,42 @@ def test_what_is_no_machine_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no machine 'h1000' is known"):
         find_machine("h1000")
     file = tmp_path / "machine.json"
-    file.write_text("[]")
-    with pytest.raises(ConfigError, match="no description of a machine"):
-        find_machine(str(file))
+    for text, said in (
+        ("[]", "it holds no table"),
+        ("{", "is damaged"),
+        ("{}", "no description of a machine"),
+        ('{"name": "mine", "kind": "cpu", "constants": []}', "no description of a machine"),
+        ('{"name": "mine", "kind": "cpu", "constants": {"memory": 16}}', "no description of a machine"),
+    ):
+        file.write_text(text)
+        with pytest.raises(TrimtabError, match=said):
+            find_machine(str(file))
     write_machine(machine_of("mine", "cpu", FOUND, "a test"), file)
     values = json.loads(file.read_text())
     del values["constants"]["memory"]
     file.write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="missing or wrong: memory"):
         find_machine(str(file))
+
+
+@pytest.mark.parametrize("value", ["fast", None, [1e11], {}, True, -1.0, float("nan"), float("inf"), 0, 0.0])
+def test_a_rate_that_is_none_is_named(tmp_path, value):
+    file = tmp_path / "machine.json"
+    write_machine(machine_of("mine", "cpu", FOUND, "a test"), file)
+    values = json.loads(file.read_text())
+    values["constants"]["float32_products"]["value"] = value
+    file.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="missing or wrong: float32_products"):
+        find_machine(str(file))
+
+
+def test_what_is_not_divided_by_may_be_nothing_and_unknown_constants_are_left_out(tmp_path):
+    file = tmp_path / "machine.json"
+    write_machine(machine_of("mine", "cpu", FOUND, "a test"), file)
+    values = json.loads(file.read_text())
+    values["constants"]["slack"]["value"] = 0
+    values["constants"]["of another version"] = {"value": "any"}
+    file.write_text(json.dumps(values))
+    found = find_machine(str(file))
+    assert found["slack"] == 0
+    assert "of another version" not in found.constants

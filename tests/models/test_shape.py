@@ -1,13 +1,15 @@
 """The sizes of a model on paper are those of the model that transformers makes of the same configuration."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from trimtab.batches.trees import TokenTrees, sequence_tree
-from trimtab.core.errors import ConfigError
+from trimtab.core.errors import ConfigError, EngineError
 from trimtab.models.adapters import LoRA, adapter_parameters, add_adapter
 from trimtab.models.roles import Policy
 from trimtab.models.shape import read_shape, shape_of
@@ -128,9 +130,10 @@ def test_a_directory_and_a_file_are_read_and_nothing_else(tmp_path):
     assert read_shape(tmp_path) == read_shape(tmp_path / "config.json") == shape_of(QWEN3_06B, where="")
     with pytest.raises(ConfigError, match="downloads nothing"):
         read_shape("meta-llama/Meta-Llama-3-8B")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_shape(tmp_path)
+    for text, said in (("{", "cannot be read"), ("[]", "holds no object"), ("null", "holds no object")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(EngineError, match=said):
+            read_shape(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt2", None])
@@ -140,5 +143,25 @@ def test_what_is_not_known_is_refused(family):
 
 
 def test_a_size_that_is_missing_is_named():
-    with pytest.raises(ConfigError, match="'vocab_size' is missing"):
+    with pytest.raises(ConfigError, match="vocab_size is missing"):
         shape_of({k: v for k, v in LLAMA_8B.items() if k != "vocab_size"}, where="config.json")
+
+
+@pytest.mark.parametrize("size", [None, "4096", 0, -1, 4096.0, True, [4096]])
+@pytest.mark.parametrize("name", ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"])
+def test_a_size_that_is_none_is_shown(name, size):
+    with pytest.raises(ConfigError, match=re.escape(f"{name} = {size!r}; it is a whole number above 0")):
+        shape_of(LLAMA_8B | {name: size}, where="config.json")
+
+
+def test_sizes_that_follow_from_others_may_be_left_out_or_null():
+    heads = replace(shape_of(LLAMA_8B, where=""), num_kv_heads=32)
+    for changed in ({"num_key_value_heads": None}, {"num_key_value_heads": 32, "head_dim": None}):
+        assert shape_of(LLAMA_8B | changed, where="") == heads
+    with pytest.raises(ConfigError, match="num_key_value_heads = 0"):
+        shape_of(LLAMA_8B | {"num_key_value_heads": 0}, where="")
+
+
+def test_an_adapter_of_the_last_blocks_has_their_part_of_the_weights():
+    shape = shape_of(LLAMA_8B, where="")  # of 32 blocks
+    assert 8 * shape.adapter_weights(16, blocks=4) == shape.adapter_weights(16)

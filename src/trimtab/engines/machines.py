@@ -7,13 +7,14 @@ maker's figure, and "assumed" is neither. `trimtab check` writes those of the ma
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from trimtab.core.errors import ConfigError
-from trimtab.core.files import write_whole
+from trimtab.core.files import read_json, write_whole
 
 Origin = Literal["measured", "published", "assumed"]
 
@@ -183,21 +184,31 @@ def write_machine(machine: Machine, file: Path) -> None:
 
 
 def find_machine(name: str) -> Machine:
-    """A machine of the table, or that of a file that `trimtab check` wrote. Raises ConfigError for anything else."""
+    """A machine of the table, or that of a file that `trimtab check` wrote. Raises ConfigError for anything else, and
+    DataError for a file without a JSON object."""
     if name in MACHINES:
         return MACHINES[name]
     fix = f"name one of {', '.join(MACHINES)}, or the {FILE} that trimtab check writes"
+    again = "write it again with trimtab check"
     if not Path(name).is_file():
         raise ConfigError(f"no machine {name!r} is known, and no such file", where="--on", fix=fix)
+    values = read_json(Path(name), fix=again)
     try:
-        values: dict[str, Any] = json.loads(Path(name).read_text(encoding="utf-8"))
-        constants = {key: Constant(**value) for key, value in values["constants"].items()}
+        constants = {key: Constant(**value) for key, value in values["constants"].items() if key in UNITS}
         made = Machine(str(values["name"]), values["kind"], constants)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"this is no description of a machine: {error!r}", where=f"--on {name}", fix=fix) from error
-    wrong = [key for key in UNITS if key not in constants or not float(constants[key].value) >= 0]
-    wrong += [key for key, c in constants.items() if c.origin not in get_args(Origin)]
+    wrong = [key for key in UNITS if key not in constants or not _is_right(key, constants[key])]
     if made.kind not in ("gpu", "cpu") or wrong:
         problem = f"constants are missing or wrong: {', '.join(wrong) or 'kind'}"
-        raise ConfigError(problem, where=f"--on {name}", fix="write it again with trimtab check")
+        raise ConfigError(problem, where=f"--on {name}", fix=again)
     return made
+
+
+def _is_right(key: str, constant: Constant) -> bool:
+    """Whether the value of a constant is a number that it can have: not below 0, and above 0 if it is divided by."""
+    value: Any = constant.value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return False
+    least = 0 if UNITS[key] in ("GiB", "of the tensors", "s", "") else math.ulp(0.0)
+    return value >= least and constant.origin in get_args(Origin) and isinstance(constant.source, str)

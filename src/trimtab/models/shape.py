@@ -5,13 +5,13 @@ Nothing is loaded and nothing is downloaded, so that a model can be planned for 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import ConfigError
+from trimtab.core.hub import read_json
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """The `model_type` of models whose blocks are x + attention(norm(x)), then x + gated MLP(norm(x)), all dense."""
@@ -82,10 +82,12 @@ class ModelShape:
         """All weights."""
         return self.num_layers * self.block_weights + self.outer_weights
 
-    def adapter_weights(self, rank: int, modules: Sequence[str] = ()) -> int:
-        """Weights of a low-rank adapter (arXiv:2106.09685) on these linear layers of each block, or on all of them."""
+    def adapter_weights(self, rank: int, modules: Sequence[str] = (), *, blocks: int | None = None) -> int:
+        """Weights of a low-rank adapter (arXiv:2106.09685) on these linear layers, or on all of them, of so many
+        blocks, or of all."""
         sizes = [size for name, size in self.linear_sizes.items() if not modules or name in modules]
-        return self.num_layers * rank * sum(i + o for i, o in sizes)
+        num_blocks = self.num_layers if blocks is None else min(blocks, self.num_layers)
+        return num_blocks * rank * sum(i + o for i, o in sizes)
 
     def kept_bytes(self, *, bfloat16: bool, fused: bool) -> int:
         """Bytes that one block keeps of each token for its backward pass, if activations are not computed again.
@@ -114,7 +116,7 @@ class ModelShape:
 
 def read_shape(path: str | Path, *, scalar: bool = False) -> ModelShape:
     """The shape of the model in a directory, or of a config.json. Raises ConfigError if there is none on this machine,
-    or if it is of a kind whose sizes are not known here."""
+    or if it is of a kind whose sizes are not known here, and EngineError if the file is damaged."""
     place = Path(path).expanduser()
     file = place / "config.json" if place.is_dir() else place
     if not file.is_file():
@@ -123,15 +125,21 @@ def read_shape(path: str | Path, *, scalar: bool = False) -> ModelShape:
             where=str(file),
             fix="name a model directory or a config.json: model=path/to/config.json",
         )
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file.name} cannot be read: {error}", where=str(file), fix="copy it again") from error
-    return shape_of(values, where=str(file), scalar=scalar)
+    return shape_of(read_json(file), where=str(file), scalar=scalar)
 
 
 def shape_of(values: Mapping[str, Any], *, where: str, scalar: bool = False) -> ModelShape:
-    """The shape that the values of a config.json describe."""
+    """The shape that the values of a config.json describe. Raises ConfigError for a size that is missing or is none."""
+
+    def size(name: str, otherwise: int | None = None) -> int:
+        value = values.get(name)
+        if value is None and otherwise is not None:
+            value = otherwise
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            problem = f"{name} = {value!r}; it is a whole number above 0" if name in values else f"{name} is missing"
+            raise ConfigError(problem, where=where, fix="give the model's own config.json")
+        return value
+
     family = values.get("model_type")
     if family not in FAMILIES:
         raise ConfigError(
@@ -139,27 +147,23 @@ def shape_of(values: Mapping[str, Any], *, where: str, scalar: bool = False) -> 
             where=where,
             fix="rehearse it where it is to run: trimtab plan without --on",
         )
-    try:
-        d, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
-        kv_heads = int(values.get("num_key_value_heads") or heads)
-        size = int(values.get("head_dim") or d // heads)
-        layers, mlp, vocabulary = (int(values[n]) for n in ("num_hidden_layers", "intermediate_size", "vocab_size"))
-    except KeyError as missing:
-        raise ConfigError(f"{missing} is missing", where=where, fix="give the model's own config.json") from missing
-    q, k = heads * size, kv_heads * size
+    d, heads = size("hidden_size"), size("num_attention_heads")
+    kv_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", d // heads)
+    mlp = size("intermediate_size")
+    q, k = heads * head_dim, kv_heads * head_dim
     biases = q + 2 * k if family == "qwen2" else 0
     if values.get("attention_bias"):
         biases = q + 2 * k + d
     if values.get("mlp_bias"):
         biases += 2 * mlp + d
     return ModelShape(
-        num_layers=layers,
+        num_layers=size("num_hidden_layers"),
         hidden_size=d,
         mlp_size=mlp,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=size,
-        vocab_size=vocabulary,
+        head_dim=head_dim,
+        vocab_size=size("vocab_size"),
         tied=bool(values.get("tie_word_embeddings", False)),
         head_norms=family == "qwen3",
         projection_biases=biases,
