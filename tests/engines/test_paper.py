@@ -6,7 +6,7 @@ import pytest
 
 from tests.engines.test_placement import CPU, JOB, LARGE, SHAPE
 from trimtab.engines.machines import MACHINES
-from trimtab.engines.paper import RANK, PaperPlan, remedies
+from trimtab.engines.paper import RANK, PaperPlan, remedies, with_adapters
 from trimtab.engines.placement import ASSUMPTIONS, RoleOnPaper, SamplingOnPaper, Spread
 
 POLICY = RoleOnPaper(name="policy", shape=LARGE, trained=True)
@@ -68,11 +68,32 @@ def test_an_adapter_is_never_proposed_with_shards():
 
 def test_the_least_that_is_not_built_comes_first():
     # The reference alone is too much beside a policy that is sharded.
-    reference = RoleOnPaper(name="reference", shape=replace(LARGE, num_layers=100), passes=1)
-    tight = plan(replace(JOB, roles=(POLICY, reference), num_trees=8), Spread(processes=8, shard=True))
-    adapter, whole = remedies(tight)  # an adapter's reference is its base
+    start = RoleOnPaper(name="reference", shape=replace(LARGE, num_layers=100), passes=1, starts_policy=True)
+    tight = plan(replace(JOB, roles=(POLICY, start), num_trees=8), Spread(processes=8, shard=True))
+    adapter, whole = remedies(tight)
     assert adapter.plan.not_built == ("trimtab does not run on several GPUs yet",)
+    assert adapter.plan.job.roles[1].on_base
     assert sum(change.startswith("--assume") for change in whole.changes) == 1
+
+
+def test_a_reference_of_its_own_stays_beside_an_adapter():
+    other = RoleOnPaper(name="reference", shape=replace(LARGE, num_layers=100), passes=1)
+    tight = plan(replace(JOB, roles=(POLICY, other), num_trees=8), Spread(processes=8, shard=True))
+    assert not with_adapters(tight.job).roles[1].on_base
+    for remedy in remedies(tight):  # 22e9 weights of 4 bytes are in no H100
+        assert any(change.startswith("--assume") for change in remedy.changes), remedy.changes
+    # Nothing but the policy can become an adapter on the policy's base, and a judge is not trained.
+    judge = RoleOnPaper(name="reward model", shape=LARGE, controller_only=True, passes=1)
+    changed = with_adapters(replace(JOB, roles=(POLICY, judge)))
+    assert changed.roles[1] == judge
+
+
+def test_an_adapter_for_a_critic_stands_on_the_base_of_the_policy():
+    small = replace(LARGE, num_layers=4, scalar=True)
+    critic = RoleOnPaper(name="critic", shape=small, trained=True)
+    changed = with_adapters(replace(JOB, roles=(POLICY, critic))).roles[1]
+    assert changed.shape == replace(LARGE, scalar=True)
+    assert (changed.on_base, changed.adapter) == (True, LARGE.adapter_weights(RANK))
 
 
 def test_every_assumption_is_said():

@@ -173,7 +173,8 @@ def _fitting(plan: PaperPlan) -> Iterator[Remedy]:
         new_job, new_spread = job, spread
         for _, apply in changes:
             new_job, new_spread = apply(new_job, new_spread)
-        if new_spread.shard and (new_spread.processes == 1 or any(role.adapter for role in new_job.roles)):
+        adapted = any(role.trained and role.adapter for role in new_job.roles)
+        if new_spread.shard and (new_spread.processes == 1 or adapted):
             continue  # refused by the run itself
         names = tuple(name for name, _ in changes)
         alters = new_job.roles != job.roles
@@ -211,7 +212,8 @@ def _toggles(plan: PaperPlan) -> Iterator[_Change]:
     if plan.machine.kind == "cpu":
         return
     frozen = any(not role.trained or role.adapter for role in job.roles)
-    offered = {"bfloat16-frozen": frozen, "offload-frozen": frozen, "vllm": job.sampling is not None}
+    drawn_here = job.sampling is not None and not job.sampling.processes
+    offered = {"bfloat16-frozen": frozen, "offload-frozen": frozen, "vllm": drawn_here}
     offered["gather-bfloat16"] = spread.processes > 1 and whole and job.bfloat16
     offered["shard-frozen"] = spread.processes > 1 and (frozen or job.sampling is not None)
     for name, offers in offered.items():
@@ -228,27 +230,16 @@ def _in(num: int, option: str) -> _Change:
 
 
 def with_adapters(job: Job) -> Job:
-    """The job with adapters on the base of the first role, where models of their own were trained. A reference is then
-    the base itself."""
+    """The job with adapters on the base of the first role, where models of their own were trained. A reference that is
+    what the policy starts from is then the base itself; any other stays a model of its own."""
     first, *others = job.roles
-    policy = _adapted(first, on_base=False)
-    return replace(
-        job,
-        roles=(
-            policy,
-            *(
-                _adapted(role, on_base=True)
-                if role.trained
-                else replace(role, on_base=True)
-                if role.name == "reference"
-                else role
-                for role in others
-            ),
-        ),
-    )
 
+    def changed(role: RoleOnPaper) -> RoleOnPaper:
+        if not role.trained:
+            return replace(role, on_base=role.on_base or role.starts_policy)
+        if role.adapter:
+            return role
+        shape = replace(first.shape, scalar=role.shape.scalar)  # a critic starts from the policy then
+        return replace(role, shape=shape, adapter=shape.adapter_weights(RANK), on_base=role is not first)
 
-def _adapted(role: RoleOnPaper, *, on_base: bool) -> RoleOnPaper:
-    if role.adapter:
-        return role
-    return replace(role, adapter=role.shape.adapter_weights(RANK), on_base=on_base)
+    return replace(job, roles=(changed(first), *map(changed, others)))

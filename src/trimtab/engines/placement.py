@@ -45,6 +45,8 @@ class RoleOnPaper:
     """Whether it stands on the base of an earlier role, whose weights are counted there."""
     bits: int = 32
     """Of the linear weights of its blocks, if they are rounded."""
+    starts_policy: bool = False
+    """Whether it is the model that the policy starts from, as the reference of most runs is."""
     controller_only: bool = False
     """Whether only the first process holds it, as is so for the models of rewards."""
     passes: int = 0
