@@ -43,6 +43,10 @@ def here(tmp_path, monkeypatch):
             STAGES["check"] | {"model": "@base", "rewards": [{"name": "callable", "function": "nothing:here"}]},
             "'nothing' cannot be imported",
         ),
+        (
+            {"stage": "online", "model": "@base", "prompts": "prompts.jsonl", "rewards": [{"name": "repetition"}]},
+            "critic.init = 'reward', but no reward is a reward model",
+        ),
     ],
 )
 def test_a_later_stage_that_cannot_run_is_answered_before_the_first(here, stage, said):

@@ -155,10 +155,8 @@ def weights(stage: str, settings: Any, directory: Path) -> dict[str, float]:
     sizes = {trained or "policy": file_gb(start) * (times if trained else 1)}
     if critic is not None and adapter is None and settings.advantage.needs_critic:
         sizes["reference"] = file_gb(settings.reference or settings.model)
-        if critic.init != "value_head":
-            judges = [reward.path for reward in settings.rewards if hasattr(reward, "path")]
-            starts = [critic.path, *(judges if critic.init == "reward" else ()), settings.model]
-            sizes["critic"] = file_gb(next(path for path in starts if path is not None)) * times
+        if settings.has_own_critic:
+            sizes["critic"] = file_gb(settings.critic_start()) * times
     for role in ("baseline", "reward_model"):
         if (path := getattr(settings, role, None)) is not None:
             sizes[role.replace("_", " ")] = file_gb(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,11 @@ def _problems(stage: str, settings: Any, made: Made) -> Iterator[tuple[str, Trim
         except TrimtabError as error:
             broken |= {look.path} if isinstance(look, ModelUse) else set()
             yield look.key, error
+    if getattr(settings, "has_own_critic", False):
+        try:
+            settings.critic_start()
+        except ConfigError as error:
+            yield "critic.init", error
     for key, name in _worlds(settings):
         try:
             worlds.load(name)
@@ -243,13 +249,9 @@ def models_of(stage: str, settings: Any) -> Iterator[ModelUse]:
     for number, reward in enumerate(getattr(settings, "rewards", ())):
         if isinstance(reward, RewardModel):
             yield ModelUse(f"rewards.{number}.path", reward.path, "reward model")
-    critic = getattr(settings, "critic", None)
-    if critic is not None and settings.advantage.needs_critic:
-        judge = next((reward.path for reward in settings.rewards if isinstance(reward, RewardModel)), None)
-        if critic.path is not None:
-            yield ModelUse("critic.path", critic.path, "any")
-        elif critic.init == "reward" and judge is not None:
-            yield ModelUse("critic.init", judge, "any")
+    if getattr(settings, "has_own_critic", False):
+        with suppress(ConfigError):  # reported by `_problems`
+            yield ModelUse("critic.path" if settings.critic.path else "critic.init", settings.critic_start(), "any")
 
 
 def _check_model(look: ModelUse, made: Made) -> None:

@@ -20,7 +20,6 @@ from trimtab.models.quantized import quantize
 from trimtab.models.roles import Policy, ScalarModel, head_of_weights, zero_head
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.rewards.combined import CombinedReward, load_rewards
-from trimtab.rewards.model import RewardModel
 from trimtab.stages.online.settings import OnlineSettings
 
 
@@ -64,8 +63,8 @@ def full_models(settings: OnlineSettings, chat: Chat, *, with_rewards: bool) -> 
     reference = Policy(_other_causal(settings.reference or settings.model, chat, device), **options)
     reference.requires_grad_(False)
     critic: Policy | ScalarModel | None = policy if value_head else None
-    if settings.advantage.needs_critic and not value_head:
-        start = critic_start(settings)
+    if settings.has_own_critic:
+        start = settings.critic_start()
         refuse_other_critic(start, chat)
         head_seed = seeds.derive(settings.seed, "critic")
         model = load_scalar(start, head_seed=head_seed, zero_head=True, device=device)
@@ -136,8 +135,8 @@ def shared_models(settings: OnlineSettings, chat: Chat, *, with_rewards: bool) -
         reference = Policy(_other_causal(reference_path, chat, device), **options)
         reference.requires_grad_(False)
     critic: Policy | ScalarModel | None = policy if value_head else None
-    if settings.advantage.needs_critic and not value_head:
-        start = critic_start(settings)
+    if settings.has_own_critic:
+        start = settings.critic_start()
         if not same_model(start, base) and not on_base(start, base):
             raise ConfigError(
                 f"the critic is to start from {start!r}, which is no adapter of {base!r}",
@@ -156,19 +155,3 @@ def shared_models(settings: OnlineSettings, chat: Chat, *, with_rewards: bool) -
 def _rewards(settings: OnlineSettings, shared: PreTrainedModel | None = None, base: str = "") -> CombinedReward:
     options: dict[str, Any] = {"token_budget": settings.token_budget, "device": settings.engine.find_device()}
     return load_rewards(settings.rewards, shared=shared, base=base, **options)
-
-
-def critic_start(settings: OnlineSettings) -> str:
-    """The model the critic starts from: its own path, the first reward model, or the policy."""
-    if settings.critic.path is not None:
-        return settings.critic.path
-    if settings.critic.init == "policy":
-        return settings.model
-    path = next((r.path for r in settings.rewards if isinstance(r, RewardModel)), None)
-    if path is None:
-        raise ConfigError(
-            "critic.init = 'reward', but no reward is a reward model",
-            where="critic.init and rewards",
-            fix="set critic.path to a reward model, or critic.init = 'policy'",
-        )
-    return path

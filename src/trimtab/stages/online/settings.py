@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from torch import Tensor
 
 from trimtab.core.config import Choice
+from trimtab.core.errors import ConfigError
 from trimtab.core.metrics import Metrics
 from trimtab.engines.device import EngineSettings
 from trimtab.engines.episodes import EpisodeLimits
@@ -21,6 +22,7 @@ from trimtab.math.losses.policy import PPO
 from trimtab.math.losses.value import ValueLoss
 from trimtab.models.adapters import LoRA
 from trimtab.models.precision import Precision
+from trimtab.rewards.model import RewardModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +250,27 @@ class OnlineSettings:
                 "ratios, so that one old reply could move the policy far; use 'ppo', 'gspo' or 'cispo', or set "
                 "max_staleness = 0 (a loss of your own that bounds them says so with bounds_ratio = True)"
             )
+
+    @property
+    def has_own_critic(self) -> bool:
+        """Whether there is a critic that is no head on the policy."""
+        return bool(self.advantage.needs_critic) and self.critic.init != "value_head"
+
+    def critic_start(self) -> str:
+        """The model that a critic of its own starts from: its path, the first reward model, or the policy. Raises
+        ConfigError if it is to be a reward model and there is none."""
+        if self.critic.path is not None:
+            return self.critic.path
+        if self.critic.init == "policy":
+            return self.model
+        path = next((reward.path for reward in self.rewards if isinstance(reward, RewardModel)), None)
+        if path is None:
+            raise ConfigError(
+                "critic.init = 'reward', but no reward is a reward model",
+                where="critic.init and rewards",
+                fix="set critic.path to a reward model, or critic.init = 'policy'",
+            )
+        return path
 
     @property
     def weigh(self) -> Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Metrics]]:
