@@ -12,7 +12,7 @@ import pytest
 
 from tests.tiny import write_model_directory
 from trimtab.core.errors import EngineError
-from trimtab.core.hub import base_of, find_model, lasting_name
+from trimtab.core.hub import base_of, find_model, lasting_name, members_in
 
 
 @pytest.fixture
@@ -57,6 +57,19 @@ def test_a_directory_is_found_by_any_of_its_names(here):
     assert lasting_name("runs/sft/model") == str((here / "runs" / "sft" / "model").resolve())
     assert lasting_name("org/name") == "org/name"
     assert base_of("runs/sft/model") is None
+
+
+def test_the_members_of_an_ensemble_are_those_of_its_file(tmp_path):
+    assert members_in(tmp_path) == [str(tmp_path)]
+    (tmp_path / "ensemble.json").write_text(json.dumps({"members": [".", "members/1"]}))
+    assert members_in(tmp_path) == [str(tmp_path), str(tmp_path / "members" / "1")]
+
+
+@pytest.mark.parametrize("facts", [{}, {"members": []}, {"members": "members/1"}, {"members": [1]}, {"members": None}])
+def test_an_ensemble_without_members_is_refused(tmp_path, facts):
+    (tmp_path / "ensemble.json").write_text(json.dumps(facts))
+    with pytest.raises(EngineError, match=r"ensemble.json names no members, but "):
+        members_in(tmp_path)
 
 
 def cache(directory, name, files):

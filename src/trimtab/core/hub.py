@@ -115,7 +115,15 @@ def members_in(path: str | Path) -> list[str]:
     """The directories of the members of an ensemble, which its file names; of another model only its own name."""
     if not is_ensemble(path):
         return [str(path)]
-    return [str(Path(path).expanduser() / member) for member in read_json(Path(path) / ENSEMBLE_FILE)["members"]]
+    file = Path(path).expanduser() / ENSEMBLE_FILE
+    members = read_json(file).get("members")
+    if not isinstance(members, list) or not members or not all(isinstance(member, str) for member in members):
+        raise EngineError(
+            f"{ENSEMBLE_FILE} names no members, but {members!r:.40}",
+            where=str(file),
+            fix="copy the directory again, or train the ensemble anew",
+        )
+    return [str(file.parent / member) for member in members]
 
 
 def refuse_ensemble(path: str | Path, *, where: str) -> None:
@@ -152,7 +160,8 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _base_from(adapter: Path, base: str) -> str:
+def base_here(adapter: Path, base: str) -> str | None:
+    """The directory of an adapter's base, which the adapter calls `base`; None if it is not on this machine."""
     if any((Path(base).expanduser() / file).exists() for file in (MODEL_FILE, ADAPTER_FILE)):
         return base
     if not Path(base).is_absolute():
@@ -163,6 +172,12 @@ def _base_from(adapter: Path, base: str) -> str:
     beside = adapter / BESIDE_FILE
     if beside.exists() and (moved := adapter / str(read_json(beside).get("beside"))).is_dir():
         return str(moved.resolve())
+    return None
+
+
+def _base_from(adapter: Path, base: str) -> str:
+    if (found := base_here(adapter, base)) is not None:
+        return found
     try:
         return find_model(base)
     except EngineError as error:
