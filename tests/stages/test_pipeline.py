@@ -68,6 +68,13 @@ def test_an_interrupted_pipeline_goes_on_with_the_stage_that_is_missing(tmp_path
         (changed("sft", stage="sfft"), ["stages.sft.stage is 'sfft'", "sft, compare"]),
         (PIPELINE | {"sead": 1}, ["sead"]),
         ({"stages": {}}, ["without stages"]),
+        ({"stages": 3}, ["without stages"]),
+        ({"stages": {"base": 3}}, ["stages.base.stage is None"]),
+        (changed("sft", stage=["sft"]), ["stages.sft.stage is ['sft']"]),
+        (changed("sft", like=["base"]), ["stages.sft.like = ['base'] names no earlier stage"]),
+        (changed("sft", engine=3), ["stages.sft.engine: should be a table, not 3"]),
+        (PIPELINE | {"engine": 3}, ["stages.sft.engine: should be a table, not 3"]),
+        (PIPELINE | {"variables": 3}, ["variables is 3"]),
     ],
 )
 def test_a_mistake_is_answered_before_any_stage_starts(tmp_path, values, said):

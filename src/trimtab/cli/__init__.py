@@ -162,7 +162,7 @@ def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None, paper: d
     values, where = _read(run_file, _on(overrides, **engine))
     if "stages" not in values:
         stage = stage or values.get("stage") or _stage_of(values, where)
-        values = {"stages": {stage: {**values, "stage": stage}}}
+        values = {"stages": {str(stage): {**values, "stage": stage}}}
     if paper:
         from trimtab.stages import paper as on
 

@@ -178,7 +178,7 @@ def expand(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     expanded: dict[str, Any] = {}
     for name, table in tables.items():
         if isinstance(table, Mapping) and "like" in table:
-            if (like := table["like"]) not in expanded:
+            if not isinstance(like := table["like"], str) or like not in expanded:
                 known = ", ".join(expanded) or "none"
                 raise ConfigError(
                     f"stages.{name}.like = {like!r} names no earlier stage",
@@ -215,6 +215,12 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
             fix=f"{nearest(sorted(unknown)[0], TOP_LEVEL)}a pipeline has seed, [engine], [variables] and "
             "[stages.NAME] tables",
         )
+    if not isinstance(variables := values.get("variables", {}), Mapping):
+        raise ConfigError(
+            f"variables is {variables!r}",
+            where=where,
+            fix='it is a table, such as [variables] with data = "data.jsonl"',
+        )
     known = registry.modules("stage")
     resolved: dict[str, Any] = {}
     earlier: set[str] = set()
@@ -226,7 +232,7 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
                 fix="a stage is a directory of the pipeline: name it with letters, digits, _ and - only",
             )
         stage = table.get("stage") if isinstance(table, Mapping) else None
-        if stage not in known:
+        if not isinstance(stage, str) or stage not in known:
             hint = nearest(str(stage), list(known))
             raise ConfigError(
                 f"stages.{name}.stage is {stage!r}", where=where, fix=f"{hint}stages are: {', '.join(known)}"
@@ -235,9 +241,10 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
         if "seed" in values:
             settings.setdefault("seed", values["seed"])
         if "engine" in values:
-            settings["engine"] = overlay(values["engine"], settings.get("engine", {}))
+            shared, own = values["engine"], settings.get("engine", {})
+            settings["engine"] = overlay(shared, own) if isinstance(shared, Mapping) else shared  # refused below
         key = f"stages.{name}"
-        resolved[key] = substitute(settings, key, values.get("variables", {}), earlier, out, where)
+        resolved[key] = substitute(settings, key, variables, earlier, out, where)
         earlier.add(name)
     kinds = {f"stages.{name}": table["stage"] for name, table in tables.items()}
     # This comes before the stages are imported, which takes seconds: a mistake is to be reported at once.
