@@ -42,6 +42,10 @@ class Machine:
     def __getitem__(self, name: str) -> float:
         return self.constants[name].value
 
+    def is_device(self, device: str) -> bool:
+        """Whether a setting such as engine.sampler.device names this processor: the CPU, or the first GPU."""
+        return device in (("cpu",) if self.kind == "cpu" else ("cuda", "cuda:0"))
+
     def share(self, processes: int) -> Machine:
         """The machine as each of so many processes has it while all compute: a GPU of its own, or an equal part of the
         rates of a CPU."""

@@ -7,9 +7,8 @@ as long as it allows, unless they are given, because data is not read.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from trimtab.core.errors import ConfigError
+from trimtab.core.hub import same_model
 from trimtab.engines.machines import find_machine
 from trimtab.engines.paper import PaperPlan, remedies
 from trimtab.engines.placement import ASSUMPTIONS, GIB, Holding, Job, RoleOnPaper, SamplingOnPaper, Spread
-from trimtab.models.shape import ModelShape, read_shape, shape_of
+from trimtab.models.shape import ModelShape
+from trimtab.rewards.model import RewardModel
+from trimtab.stages.paper_models import ModelsOnPaper, adapter_weights
 from trimtab.stages.pipeline import expand, overlay, resolve_stages
 from trimtab.stages.plan import duration
 
@@ -57,29 +59,20 @@ def plan_on_paper(values: Mapping[str, Any], asked: OnPaper, *, where: str) -> t
         )
     values = expand(values, where=where)
     if machine.kind == "gpu":
-        given = [t.get("engine", {}).get("workers") for t in (values, *values["stages"].values())]
-        if other := [workers for workers in given if workers not in (None, asked.gpus)]:
-            raise ConfigError(
-                f"engine.workers = {other[0]} with {asked.gpus} of {asked.on}: each process has a GPU of its own",
-                where=where,
-                fix=f"say --gpus {other[0]}, or leave engine.workers out",
-            )
-        # Several processes are resolved as those of a CPU, because a run on several GPUs is refused.
-        device = {"device": "cpu", "workers": asked.gpus}
-        tables = {name: overlay(table, {"engine": device}) for name, table in values["stages"].items()}
-        values = {**values, "stages": tables}
+        values = _on_gpus(values, asked, where=where)
     elif asked.gpus != 1:
         raise ConfigError(
             f"--gpus {asked.gpus} on a machine without GPUs", where=f"--on {asked.on}", fix="set --workers instead"
         )
     place = Path("runs/plan")
-    made = ShapesOnPaper(place)
+    models = ModelsOnPaper(place)
     plans, others = [], []
     for name, (stage, settings) in resolve_stages(values, place, where=where).items():
-        made.add(name, stage, settings)
+        models.add(name, settings)
         if stage not in JOBS:
             others.append(name)
             continue
+        refuse_lengths(name, settings, asked)
         engine = settings.engine
         if engine.shard and settings.adapter is not None:
             raise ConfigError(
@@ -87,53 +80,81 @@ def plan_on_paper(values: Mapping[str, Any], asked: OnPaper, *, where: str) -> t
                 where=f"stages.{name}: engine.shard and adapter",
                 fix="set engine.shard = false, or train all weights",
             )
+        job = JOBS[stage](settings, models, asked)
+        elsewhere = engine.sampler.name != "local" and not machine.is_device(engine.sampler.device)
         plans.append(
             PaperPlan(
                 name=name,
-                job=JOBS[stage](settings, made, asked),
+                job=replace(job, sampling=None) if elsewhere else job,
                 machine=machine,
                 spread=Spread(processes=engine.workers, shard=engine.shard, assumed=frozenset(asked.assume)),
                 num_steps=getattr(settings, "num_steps", None) or getattr(settings, "max_steps", None),
                 price=asked.price,
-                left_out=tuple(key for key in NOT_COUNTED if getattr(settings, key, None) is not None),
+                left_out=tuple(not_counted(settings, elsewhere=elsewhere)),
             )
         )
     return plans, others
 
 
-@dataclass(frozen=True)
-class ShapesOnPaper:
-    """The shapes of models: those of directories, and those that earlier stages of the pipeline are to make."""
+def _on_gpus(values: Mapping[str, Any], asked: OnPaper, *, where: str) -> dict[str, Any]:
+    """The values of a pipeline with a process for each GPU, as those of a CPU, because a run on several GPUs is
+    refused. Values in which an engine is no table stay as they are, and are refused when they are resolved."""
+    stages = values.get("stages")
+    if not isinstance(stages, Mapping):
+        return dict(values)
+    given = []
+    for table in (values, *stages.values()):
+        engine = table.get("engine", {}) if isinstance(table, Mapping) else None
+        if not isinstance(engine, Mapping) or not isinstance(engine.get("workers", 1), int):
+            return dict(values)
+        given += [engine["workers"]] if "workers" in engine else []
+    if other := [workers for workers in given if workers != asked.gpus]:
+        raise ConfigError(
+            f"engine.workers = {other[0]} with {asked.gpus} of {asked.on}: each process has a GPU of its own",
+            where=where,
+            fix=f"say --gpus {other[0]}, or leave engine.workers out",
+        )
+    on = {"engine": {"device": "cpu", "workers": asked.gpus}}
+    return {**values, "stages": {name: overlay(table, on) for name, table in stages.items()}}
 
-    place: Path
-    made: dict[str, ModelShape] = field(default_factory=dict)
 
-    def add(self, name: str, stage: str, settings: Any) -> None:
-        """Notes the shape of the model that a stage makes from another or from nothing."""
-        directory = str(self.place / name / "model")
-        if (architecture := getattr(settings, "architecture", None)) is not None:
-            shape = {
-                "model_type": architecture.family,
-                "hidden_size": architecture.hidden_size,
-                "num_hidden_layers": architecture.num_layers,
-                "num_attention_heads": architecture.num_heads,
-                "intermediate_size": architecture.mlp_size,
-                "vocab_size": settings.vocab_size,
-                "tie_word_embeddings": True,
-            }
-            self.made[directory] = shape_of(shape, where=f"stages.{name}.architecture")
-        elif stage in JOBS:
-            self.made[directory] = self.of(settings.model)
+def refuse_lengths(name: str, settings: Any, asked: OnPaper) -> None:
+    """Raises ConfigError for lengths of which the stage could not read or draw a single example."""
+    sampling, prompt, reply = getattr(settings, "sampling", None), asked.prompt_tokens or 0, asked.reply_tokens or 1
+    if sampling is None:
+        limits = [(f"--prompt-tokens {prompt} and --reply-tokens {reply}", prompt + reply, "max_tokens")]
+    else:
+        limits = [
+            (f"--prompt-tokens {prompt}", prompt, "sampling.max_prompt_tokens"),
+            (f"--reply-tokens {reply}", reply, "sampling.max_new_tokens"),
+        ]
+    for given, tokens, key in limits:
+        most = getattr(sampling or settings, key.rpartition(".")[2])
+        if tokens > most:
+            raise ConfigError(
+                f"{given}, and {key} = {most}",
+                where=f"stages.{name}",
+                fix=f"raise {key} to {tokens} in the run file, or plan for shorter examples",
+            )
 
-    def of(self, path: str, *, scalar: bool = False) -> ModelShape:
-        """The shape of a model, or of the base of an adapter."""
-        if path in self.made:
-            values = {**vars(self.made[path]), "scalar": scalar}
-            return ModelShape(**values)
-        adapter = Path(path).expanduser() / "adapter_config.json"
-        if adapter.is_file():
-            path = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        return read_shape(path, scalar=scalar)
+
+def not_counted(settings: Any, *, elsewhere: bool) -> Iterator[str]:
+    """What these settings ask for and a plan on paper does not count. `elsewhere` says that replies are drawn by
+    another processor than the one that is planned for."""
+    for key in ("pretraining_mix", "environment", "dynamic_sampling"):
+        if getattr(settings, key, None) is not None:
+            yield key
+    if getattr(getattr(settings, "loss", None), "needs_ranking", False):
+        yield "replies of a ranking beyond the first two"
+    sampler = settings.engine.sampler
+    if not hasattr(settings, "sampling"):
+        return
+    if elsewhere:
+        yield f"drawing replies on engine.sampler.device = {sampler.device!r}"
+    elif sampler.name == "vllm":
+        yield "how much faster vLLM draws than trimtab itself"
+    if settings.engine.max_staleness:
+        yield "the time that is won by engine.max_staleness"
 
 
 def _trained(name: str, shape: ModelShape, settings: Any, *, on_base: bool = False, passes: int = 0) -> RoleOnPaper:
@@ -143,69 +164,116 @@ def _trained(name: str, shape: ModelShape, settings: Any, *, on_base: bool = Fal
         name=name,
         shape=shape,
         trained=True,
-        adapter=0 if lora is None else shape.adapter_weights(lora.rank, lora.modules),
+        adapter=0 if lora is None else adapter_weights(shape, lora),
         on_base=on_base and lora is not None,
         bits=32 if lora is None else lora.base_bits,
         passes=passes,
     )
 
 
-def _supervised(settings: Any, role: RoleOnPaper, asked: OnPaper, replies: int) -> Job:
+def _reference(settings: Any, models: ModelsOnPaper, *, passes: int) -> RoleOnPaper:
+    """The reference of a policy: what the policy starts from, or another model. Beside an adapter it is the policy's
+    base, another adapter on it, or a model of its own."""
+    path = settings.reference or settings.model
+    model, base = models.find(path), _shared_base(settings, models)
+    adapted = model.is_adapter_of(base)
+    return RoleOnPaper(
+        name="reference",
+        shape=model.shape,
+        adapter=model.adapter if adapted else 0,
+        on_base=adapted or (base is not None and same_model(path, base)),
+        starts_policy=same_model(path, settings.model),
+        passes=passes,
+    )
+
+
+def _shared_base(settings: Any, models: ModelsOnPaper) -> str | None:
+    """The model on which a stage trains adapters; None if it trains all weights."""
+    return None if settings.adapter is None else models.find(settings.model).base or settings.model
+
+
+def _judges(settings: Any, models: ModelsOnPaper) -> list[RoleOnPaper]:
+    """The reward models, each member of an ensemble for itself. Those that are adapters stand on the base of the
+    policy's adapter, if it is theirs; else those of an ensemble share one base, and a single one is merged into its
+    own."""
+    judges = [reward.path for reward in settings.rewards if isinstance(reward, RewardModel)]
+    base, roles = _shared_base(settings, models), []
+    for number, path in enumerate(judges, start=1):
+        model = models.find(path, scalar=True)
+        name = "reward model" if len(judges) == 1 else f"reward model {number}"
+        on_policy = model.is_adapter_of(base)
+        kept_apart = on_policy or model.members > 1
+        for member in range(model.members):
+            roles.append(
+                RoleOnPaper(
+                    name=name if model.members == 1 else f"{name}, member {member}",
+                    shape=model.shape,
+                    adapter=model.adapter if kept_apart else 0,
+                    on_base=on_policy or (member > 0 and model.base is not None),
+                    controller_only=True,
+                    passes=1,
+                )
+            )
+    return roles
+
+
+def _supervised(settings: Any, roles: tuple[RoleOnPaper, ...], asked: OnPaper, replies: int) -> Job:
     """The job of a stage that trains on records: half of the longest example is prompt, unless lengths are given."""
-    prompt = settings.max_tokens // 2 if asked.prompt_tokens is None else asked.prompt_tokens
+    longest, prompt, reply = settings.max_tokens, asked.prompt_tokens, asked.reply_tokens
+    if prompt is None:
+        prompt = longest // 2 if reply is None else min(longest // 2, longest - reply)
     return Job(
-        roles=(role,),
+        roles=roles,
         bfloat16=settings.precision == "bfloat16",
         checkpointed=settings.checkpoint_activations,
         token_budget=settings.token_budget,
         num_trees=settings.batch_size,
         prompt_tokens=prompt,
-        reply_tokens=max(1, settings.max_tokens - prompt if asked.reply_tokens is None else asked.reply_tokens),
+        reply_tokens=longest - prompt if reply is None else reply,
         replies=replies,
         up_to=asked.up_to,
     )
 
 
-def sft_job(settings: Any, shapes: ShapesOnPaper, asked: OnPaper) -> Job:
+def sft_job(settings: Any, models: ModelsOnPaper, asked: OnPaper) -> Job:
     """An update of the sft stage."""
-    return _supervised(settings, _trained("policy", shapes.of(settings.model), settings), asked, replies=1)
+    role = _trained("policy", models.find(settings.model).shape, settings)
+    return _supervised(settings, (role,), asked, replies=1)
 
 
-def reward_job(settings: Any, shapes: ShapesOnPaper, asked: OnPaper) -> Job:
-    """An update of the reward stage: a pair for each prompt."""
-    role = _trained("reward model", shapes.of(settings.model, scalar=True), settings)
-    return _supervised(settings, role, asked, replies=2)
+def reward_job(settings: Any, models: ModelsOnPaper, asked: OnPaper) -> Job:
+    """An update of the reward stage: a pair for each prompt, and a model for each member, which are trained in turn.
+    Members that are adapters have one base."""
+    shape = models.find(settings.model, scalar=True).shape
+    names = ["reward model", *(f"reward model, member {number}" for number in range(1, settings.members))]
+    roles = tuple(_trained(name, shape, settings, on_base=number > 0) for number, name in enumerate(names))
+    return _supervised(settings, roles, asked, replies=2)
 
 
-def preference_job(settings: Any, shapes: ShapesOnPaper, asked: OnPaper) -> Job:
+def preference_job(settings: Any, models: ModelsOnPaper, asked: OnPaper) -> Job:
     """An update of the preference stage: a pair for each prompt. A reference scores every pair once, before the first
-    update; that is counted as a pass for each step, as it is with a single epoch."""
+    update; that is counted as a pass for each step, as it is with a single epoch. A reference that the policy starts
+    from is the policy itself then, or its base."""
     passes = 1 if settings.loss.needs_reference else 0
-    role = _trained("policy", shapes.of(settings.model), settings, passes=passes)
-    return _supervised(settings, role, asked, replies=2)
+    reference = _reference(settings, models, passes=passes)
+    own = bool(passes) and not reference.on_base and not reference.starts_policy
+    policy = _trained("policy", models.find(settings.model).shape, settings, passes=0 if own else passes)
+    return _supervised(settings, (policy, reference) if own else (policy,), asked, replies=2)
 
 
-def online_job(settings: Any, shapes: ShapesOnPaper, asked: OnPaper) -> Job:
+def online_job(settings: Any, models: ModelsOnPaper, asked: OnPaper) -> Job:
     """A step of the online stage, with a model for each role that has one."""
-    lora, exact = settings.adapter, settings.kl_estimator == "exact"
-    shape = shapes.of(settings.model)
-    again = 1 if exact else 0
+    shape = models.find(settings.model).shape
+    again = 1 if settings.kl_estimator == "exact" else 0
     old = 1 if settings.scores_old_policy(max(1, settings.critic.warmup_steps)) else 0
     roles = [_trained("policy", shape, settings, passes=old + again)]
-    of_reference = shapes.of(settings.reference or settings.model)
-    shares = lora is not None and settings.reference in (None, settings.model)
-    roles.append(RoleOnPaper(name="reference", shape=of_reference, on_base=shares, passes=1 + again))
-    judges = [reward.path for reward in settings.rewards if hasattr(reward, "path")]
-    if settings.advantage.needs_critic and settings.critic.init != "value_head":
-        starts = [settings.critic.path, *(judges if settings.critic.init == "reward" else ()), settings.model]
-        start = shapes.of(next(path for path in starts if path is not None), scalar=True)
+    roles.append(_reference(settings, models, passes=1 + again))
+    if settings.has_own_critic:
+        start = models.find(settings.critic_start(), scalar=True).shape
         roles.append(_trained("critic", start, settings, on_base=True, passes=1))
-    for number, path in enumerate(judges, start=1):
-        name = "reward model" if len(judges) == 1 else f"reward model {number}"
-        roles.append(RoleOnPaper(name=name, shape=shapes.of(path, scalar=True), controller_only=True, passes=1))
-    sampling = settings.sampling
+    sampling, sampler = settings.sampling, settings.engine.sampler
     return Job(
-        roles=tuple(roles),
+        roles=(*roles, *_judges(settings, models)),
         bfloat16=settings.precision == "bfloat16",
         checkpointed=settings.checkpoint_activations,
         token_budget=settings.token_budget,
@@ -218,13 +286,15 @@ def online_job(settings: Any, shapes: ShapesOnPaper, asked: OnPaper) -> Job:
         num_minibatches=settings.num_minibatches,
         entropy=bool(settings.entropy_coef),
         sampling=SamplingOnPaper(
-            batch_size=sampling.batch_size, cache_gib=sampling.cache_gb, bfloat16=sampling.precision == "bfloat16"
+            batch_size=sampling.batch_size,
+            cache_gib=sampling.cache_gb,
+            bfloat16=sampling.precision == "bfloat16",
+            processes=0 if sampler.name == "local" else sampler.processes,
+            vllm_share=sampler.gpu_memory if sampler.name == "vllm" else None,
         ),
     )
 
 
-NOT_COUNTED = ("pretraining_mix", "environment", "dynamic_sampling")
-"""Settings that add work to a step which a plan on paper does not count, and says so."""
 JOBS = {"sft": sft_job, "reward": reward_job, "preference": preference_job, "online": online_job}
 """The stages that are planned on paper."""
 
