@@ -81,6 +81,20 @@ def test_variables_left_over_join_nothing(variables, monkeypatch):
         assert launchers.with_workers({"seed": 1}) == {"seed": 1}
 
 
+@pytest.mark.parametrize("port", ["abc", "0", "65536", "70000", "-1", "", " 7000", "7_000", "²"])
+def test_a_port_that_is_none_is_refused(port):
+    for variables in (SRUN, TORCHRUN):
+        with pytest.raises(ConfigError, match=r"_GROUP_PORT = .*; a port is a number from 1 to 65535") as refused:
+            find(variables | {joined.PORT: port})
+        assert repr(port) in refused.value.problem
+
+
+def test_beside_the_highest_port_is_the_one_before():
+    assert find(TORCHRUN | {"MASTER_PORT": "65535"}).port == 65534
+    assert find(TORCHRUN | {"MASTER_PORT": "65534"}).port == 65535
+    assert find(TORCHRUN | {joined.PORT: "65535"}).port == 65535
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [
@@ -133,6 +147,24 @@ def test_a_caller_with_the_key_is_let_in_and_no_other(monkeypatch):
         for open_ in (silent, garbage, link, found()):
             open_.close()
         assert listener.accept(0.01) is None
+
+
+def test_the_interface_is_that_of_the_first_link_that_leaves_the_machine():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:  # nothing is sent
+        if sys.platform != "linux" or asked.connect_ex(("192.0.2.1", 9)) != 0:
+            pytest.skip("this machine has no network besides itself")
+        address = asked.getsockname()[0]
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        sockets = [socket.create_connection((host, port)) for host in ("127.0.0.1", "127.0.0.1", address)]
+        within, also, beyond = (Connection(caller.detach()) for caller in sockets)
+        name = links.interface_of(beyond)
+        assert name in [name for _, name in socket.if_nameindex()]
+        assert name != "lo"
+        assert links.interface_beyond([within, also, beyond]) == name
+        assert links.interface_beyond([within, also]) is None
+        for link in (within, also, beyond):
+            link.close()
 
 
 def trickle(port):
@@ -300,6 +332,36 @@ def test_agents_of_another_command_are_refused():
             launcher.gather(listener, 3, started_by="srun", seconds=0.1)
 
 
+def calling(port, rank):
+    """Calls as the agent of a rank; the result waits until it has ended."""
+    thread = threading.Thread(target=lambda: serve(connect("127.0.0.1", port, SECRET), rank, SECRET, ["sft"]))
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("rank", [0, 3, 7])
+def test_a_rank_that_is_none_of_the_others_is_refused(rank):
+    launcher = AgentLauncher(host="127.0.0.1", interface="127.0.0.1", key=SECRET)
+    with LinkListener("127.0.0.1", SECRET) as listener:
+        agent = calling(listener.port, rank)
+        said = rf"rank {rank} on \S+ called, and with 3 processes the others are ranks 1 to 2"
+        with pytest.raises(EngineError, match=said):
+            launcher.gather(listener, 3, started_by="srun", seconds=20, arguments=["sft"])
+        agent.join(10)
+
+
+def test_a_rank_that_calls_twice_is_refused():
+    launcher = AgentLauncher(host="127.0.0.1", interface="127.0.0.1", key=SECRET)
+    with LinkListener("127.0.0.1", SECRET) as listener:
+        both = [calling(listener.port, 1) for _ in range(2)]
+        with pytest.raises(EngineError, match=r"rank 1 called twice, on \S+ and on \S+\n") as refused:
+            launcher.gather(listener, 3, started_by="torchrun", seconds=20, arguments=["sft"])
+        assert "--node-rank" in refused.value.fix
+        launcher.close()
+        for agent in both:
+            agent.join(10)
+
+
 def test_children_end_with_their_parent_even_if_it_is_the_first_of_a_container(tmp_path):
     child = "from trimtab.engines.launch import end_with_parent; end_with_parent();" + SLEEP
     process = ChildLauncher().launch(python(child), {"OUT": str(tmp_path / "pid")}, rank=1)
@@ -336,10 +398,28 @@ def test_processes_of_one_machine_find_each_other_by_a_private_file(here, tmp_pa
     agent.join(10)
 
 
+def test_a_key_with_blanks_is_one_key(here, monkeypatch):
+    monkeypatch.setattr(joined, "MEET_SECONDS", 20.0)
+    monkeypatch.setenv(KEY, key := "  twenty  and one words\t")
+    keys = []
+
+    def work():
+        link, found = joined._connect(here)
+        keys.append(found)
+        serve(link, 1, found, sys.argv[1:])
+
+    agent = threading.Thread(target=work)
+    agent.start()
+    launcher = joined.JoinedLauncher(here)
+    launcher.dismiss(success=True)
+    agent.join(10)
+    assert keys == [launcher.key] == [key]
+
+
 def test_a_file_left_over_by_a_killed_command_leads_nobody_astray(here, tmp_path):
     directory = tmp_path / f"trimtab-{os.getuid()}"
     directory.mkdir(mode=0o700)
-    (directory / here.name).write_text("1 key\n")
+    (directory / here.name).write_text('[1, "key"]')
     with pytest.raises(EngineError, match=r"rank 0 on 127.0.0.1 was not found within 0.5 s"):
         joined._connect(here)
     with pytest.raises(EngineError, match="rank 1 did not call"):

@@ -190,15 +190,24 @@ class AgentLauncher:
             return
         found = json.loads(message)
         agent = _Agent(link, found["rank"], found["machine"])
-        if agent.rank in self._agents or not 0 < agent.rank < size or found["runs"] != runs:
-            link.close()
-            raise EngineError(
-                f"rank {agent.rank} on {agent.machine} runs {found['runs']}, and rank 0 {runs}",
-                where=started_by,
-                fix="start the same command of the same version of trimtab in all processes; runs that have nothing to "
-                "do with each other need a torchrun or srun each, or none",
+        here = f"rank {agent.rank} on {agent.machine}"
+        if found["runs"] != runs:
+            problem = f"{here} runs {found['runs']}, and rank 0 {runs}"
+            fix = (
+                "start the same command of the same version of trimtab in all processes; runs that have nothing to do "
+                "with each other need a torchrun or srun each, or none"
             )
-        self._agents[agent.rank] = agent
+        elif not 0 < agent.rank < size:
+            problem = f"{here} called, and with {size} processes the others are ranks 1 to {size - 1}"
+            fix = "start all processes by one torchrun or srun, so that they agree on their number"
+        elif (other := self._agents.get(agent.rank)) is not None:
+            problem = f"rank {agent.rank} called twice, on {other.machine} and on {agent.machine}"
+            fix = "give each machine a rank of its own, such as --node-rank, and end what is left of an earlier start"
+        else:
+            self._agents[agent.rank] = agent
+            return
+        link.close()
+        raise EngineError(problem, where=started_by, fix=fix)
 
     def launch(self, command: Sequence[str], variables: Mapping[str, str], rank: int) -> Process:
         """Starts the command in the controller's working directory; for rank 0 beside the controller itself. Raises

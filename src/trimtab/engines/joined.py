@@ -14,6 +14,7 @@ a secret that all processes have in their environment, TRIMTAB_GROUP_KEY, and th
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -36,6 +37,8 @@ from trimtab.engines.links import KEY, LinkListener, connect
 
 PORT = "TRIMTAB_GROUP_PORT"
 """The variable that sets the port on which rank 0 listens, if there are several machines."""
+MOST_PORT = 65_535
+"""The highest port that there is."""
 LEAST_KEY = 16
 """The characters that a key has at least."""
 MEET_SECONDS = 120.0
@@ -75,7 +78,7 @@ def find(environment: Mapping[str, str]) -> Membership | None:
             rank=int(environment["RANK"]),
             size=size,
             host=environment["MASTER_ADDR"],
-            port=int(environment.get(PORT, port + 1)),  # torchrun itself listens on the one before
+            port=_port(environment, port + 1 if port < MOST_PORT else port - 1),  # torchrun itself listens on `port`
             one_machine=local == size,
             name=f"torchrun-{port}-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}",
             num_sharing=_num_sharing(environment, local),
@@ -88,12 +91,24 @@ def find(environment: Mapping[str, str]) -> Membership | None:
             rank=int(environment["SLURM_PROCID"]),
             size=int(environment["SLURM_STEP_NUM_TASKS"]),
             host=first_host(environment["SLURM_STEP_NODELIST"]),
-            port=int(environment.get(PORT, 10_000 + (7 * job + step) % 20_000)),
+            port=_port(environment, 10_000 + (7 * job + step) % 20_000),
             one_machine=environment["SLURM_STEP_NUM_NODES"] == "1",
             name=f"srun-{job}-{step}",
             num_sharing=_num_sharing(environment, int(re.split(r"\D", tasks)[0])),
         )
     return None
+
+
+def _port(environment: Mapping[str, str], otherwise: int) -> int:
+    """The port that the environment sets, or another. Raises ConfigError for what is none."""
+    given = environment.get(PORT, str(otherwise))
+    if not re.fullmatch(r"[0-9]{1,5}", given) or not 0 < int(given) <= MOST_PORT:
+        raise ConfigError(
+            f"{PORT} = {given!r}; a port is a number from 1 to {MOST_PORT}",
+            where="environment",
+            fix=f"export {PORT}=29600, or leave it out; the same for all processes",
+        )
+    return int(given)
 
 
 def first_host(nodes: str) -> str:
@@ -118,7 +133,7 @@ class JoinedLauncher(AgentLauncher):
         key = shared_key(member) or secrets.token_hex(32)
         super().__init__(host=interface or member.host, interface=interface, key=key)
         try:
-            with _listener(member, interface, key) as listener, _announced(member, f"{listener.port} {key}"):
+            with _listener(member, interface, key) as listener, _announced(member, json.dumps([listener.port, key])):
                 how: dict[str, Any] = {"started_by": member.started_by, "seconds": MEET_SECONDS}
                 self.gather(listener, member.size, arguments=sys.argv[1:], **how)
         except BaseException:
@@ -192,8 +207,8 @@ def _connect(member: Membership) -> tuple[Connection, str]:
     while True:
         try:
             if member.one_machine:
-                port, key = _meeting_file(member).read_text(encoding="utf-8").split()
-                return connect("127.0.0.1", int(port), key), key
+                port, key = json.loads(_meeting_file(member).read_text(encoding="utf-8"))
+                return connect("127.0.0.1", port, key), key
             key = shared_key(member) or ""
             return connect(member.host, member.port, key), key
         except (OSError, ValueError) as error:  # not there yet, or the file of a command that was killed

@@ -12,6 +12,7 @@ import socket
 import struct
 import sys
 import threading
+from collections.abc import Iterable
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from types import TracebackType
@@ -83,6 +84,12 @@ def interface_of(link: Connection) -> str | None:
                 if socket.inet_ntoa(found[20:24]) == address:
                     return name
     return None
+
+
+def interface_beyond(links: Iterable[Connection]) -> str | None:
+    """The interface of the first of these links that leaves this machine; None if none does. A process on the machine
+    of the other end may be linked by a loopback address although further processes are elsewhere."""
+    return next((name for link in links if (name := interface_of(link)) is not None), None)
 
 
 def receive(link: Connection, seconds: float) -> bytes | None:
