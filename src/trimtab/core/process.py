@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 _workers_gb: list[float] = []
@@ -40,3 +42,30 @@ def own_peak_rss_gb() -> float:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def memory_gb(root: Path = Path("/")) -> float:
+    """The memory in GB (2^30 bytes) that this process may use: that of the machine, or less if a container or a job has
+    a limit. `root` is the directory with `proc` and `sys`."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([physical, *_limits(root)]) / 2**30
+
+
+def _limits(root: Path) -> Iterator[int]:
+    """The limits in bytes of this process's control groups. One above may be tighter, and inside a container the path
+    may be that of the host, so all directories up to the first are read."""
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0":
+                top, file = root / "sys/fs/cgroup", "memory.max"
+            elif "memory" in controllers.split(","):
+                top, file = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+            else:
+                continue
+            group = top / path.lstrip("/")
+            for directory in (group, *group.parents):
+                with suppress(OSError, ValueError):  # no such directory here, or "max"
+                    yield int((directory / file).read_text(encoding="utf-8"))
+                if directory == top:
+                    break

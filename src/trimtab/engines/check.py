@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from trimtab.batches.rollouts import PolicyBatch
 from trimtab.batches.trees import TokenTrees, response_tree
 from trimtab.core import config
-from trimtab.core.process import own_peak_rss_gb
+from trimtab.core.process import memory_gb, own_peak_rss_gb
 from trimtab.data.chat import Chat
 from trimtab.engines.build import Engines
 from trimtab.engines.device import EngineSettings
@@ -122,8 +122,7 @@ def machine(device: torch.device) -> Iterator[Finding]:
     capability = torch.backends.cpu.get_cpu_capability()
     said = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {capability}"
     if device.type != "cuda":
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        yield Finding("processor", said, constants={"memory": there, "context": own_peak_rss_gb()})
+        yield Finding("processor", said, constants={"memory": memory_gb(), "context": own_peak_rss_gb()})
         return
     yield Finding("processor", said)
     gpu = torch.cuda.get_device_properties(device)
