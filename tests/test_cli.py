@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from trimtab import cli
+from trimtab.cli.helpers import same_command, starter
 from trimtab.core import config, registry, settings_check
 from trimtab.core.errors import EXTRAS, DataError, Interrupted
 from trimtab.core.settings_help import registered, settings_help
@@ -197,6 +198,46 @@ def test_an_interrupted_stage_says_the_command_that_goes_on(
     result = invoke("probe", run_file, "--out", tmp_path / "out")
     assert result.exit_code == 130
     assert result.stderr == "stopped at step 3\nto go on: trimtab probe 'a run.toml' --out x\n"
+
+
+SRUN = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "n[1-2]"}
+SRUN |= {"SLURM_JOB_ID": "41", "SLURM_STEP_ID": "2"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("generate --model m --prompt a", "score --model m --data d", "card m d", "chat --model m"),
+        *("export --model m --out o", "average o m m", "world helpdesk --rows 1 --out o", "report o"),
+        *("data show d --model m", "eval verdicts v", "feedback serve p.toml"),
+    ],
+)
+def test_a_command_of_one_process_is_refused_in_several(words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    result = invoke(*words.split())
+    assert result.exit_code == 2
+    assert f"trimtab {words.split()[0]} runs in one process, and srun has started 4" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert "runs in one process" not in invoke(words.split()[0], "--help").output
+
+
+def test_commands_that_several_processes_run_say_who_started_them(monkeypatch: pytest.MonkeyPatch):
+    commands = ("quickstart", "run", "plan", "check", "online", "evaluate")
+    assert [starter(name, cli.main.commands[name]) for name in commands] == [None] * len(commands)
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    assert [starter(name, cli.main.commands[name]) for name in commands] == ["srun"] * len(commands)
+
+
+def test_what_torchrun_or_srun_started_is_started_by_it_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["trimtab", "online", "a.toml", "--fresh"])
+    assert same_command(None) == "trimtab online a.toml"
+    assert same_command("srun") == "start the same srun command again, without --fresh"
+    monkeypatch.setattr(sys, "argv", ["trimtab", "online", "a.toml"])
+    assert same_command("torchrun") == "start the same torchrun command again"
 
 
 def test_the_shipped_examples_are_found():

@@ -24,6 +24,7 @@ from trimtab.engines.device import EngineSettings
 from trimtab.engines.joined import Membership, find, first_host, together
 from trimtab.engines.launch import PYTHON, ChildLauncher
 from trimtab.engines.links import KEY, LinkListener, connect
+from trimtab.stages.plan import plan
 
 SECRET = "a secret of this test"
 TORCHRUN = {
@@ -477,6 +478,18 @@ def test_settings_have_to_fit_the_processes_that_are_there(here):
         assert isinstance(launchers.find_launcher(EngineSettings(workers=2)), ChildLauncher)
     finally:
         launchers.leave()
+
+
+def test_a_rehearsal_is_refused_on_several_machines():
+    launchers.join(ChildLauncher(), 4, "srun", one_machine=False)
+    try:
+        with pytest.raises(ConfigError, match="on one machine, and srun has started 4 processes on several") as refused:
+            plan({"stages": {}}, where="the test")
+        assert "--on" in refused.value.fix
+    finally:
+        launchers.leave()
+    with pytest.raises(ConfigError, match="without stages"):
+        plan({"stages": {}}, where="the test")
 
 
 def test_a_cluster_without_workers_or_with_a_strange_address_is_refused():

@@ -14,7 +14,17 @@ import click
 
 import trimtab
 from trimtab.cli.evaluating import eval_
-from trimtab.cli.helpers import StageCommand, joined, missing_extra, on_paper, same_command, sigterm_raised, tell
+from trimtab.cli.helpers import (
+    StageCommand,
+    joined,
+    missing_extra,
+    on_paper,
+    same_command,
+    sigterm_raised,
+    stage_of,
+    starter,
+    tell,
+)
 from trimtab.core import registry
 from trimtab.core.errors import ConfigError, Interrupted, Terminated, TrimtabError
 from trimtab.core.files import disk_problem, unwritable, writing
@@ -43,7 +53,7 @@ class Commands(click.Group):
             click.echo(f"error: {wanting}", err=True)
             ctx.exit(2)
         except Interrupted as stop:
-            click.echo(f"{stop}\nto go on: {same_command()}", err=True)
+            click.echo(f"{stop}\nto go on: {same_command(ctx.meta.get('starter'))}", err=True)
             ctx.exit(128 + stop.signal_number)
         except KeyboardInterrupt as stop:
             click.echo("stopped at once; what was not saved yet is done again by the same command", err=True)
@@ -62,7 +72,10 @@ class Commands(click.Group):
             close = difflib.get_close_matches(args[0], self.commands, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(self.commands)}"
             raise ConfigError(f"no command {args[0]!r}", where="the command line", fix=hint)
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None and command is not None:
+            ctx.meta["starter"] = starter(name, command)  # before the command takes it from the environment
+        return name, command, rest
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The commands in the order of the table, which is the order in which they are used."""
@@ -161,7 +174,7 @@ def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None, paper: d
 
     values, where = _read(run_file, _on(overrides, **engine))
     if "stages" not in values:
-        stage = stage or values.get("stage") or _stage_of(values, where)
+        stage = stage or values.get("stage") or stage_of(values, where)
         values = {"stages": {str(stage): {**values, "stage": stage}}}
     if paper:
         from trimtab.stages import paper as on
@@ -203,19 +216,6 @@ def _read(run_file: Path, overrides: tuple[str, ...]) -> tuple[dict[str, Any], s
 
     values = config.apply_overrides(config.load_run_file(run_file), overrides)
     return with_workers(values), " ".join([str(run_file), *overrides])
-
-
-def _stage_of(values: dict[str, Any], where: str) -> str:
-    """The stage whose settings these are. Raises ConfigError if they fit several stages or none."""
-    from trimtab.core.settings_check import nearest_stage
-
-    stages = registry.modules("stage")
-    able = nearest_stage(values, stages)
-    if len(able) == 1:
-        return able[0]
-    which = " or ".join(f"--stage {name}" for name in able or stages)
-    could = "the settings could be those of several stages" if able else "the settings are those of no stage"
-    raise ConfigError(f"a run file of a single stage: {could}", where=where, fix=f"say which: {which}")
 
 
 def _run_pipeline(run_file: Path, overrides: tuple[str, ...], out: Path) -> None:

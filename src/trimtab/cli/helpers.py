@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import shlex
 import signal
 import sys
@@ -122,9 +123,42 @@ def on_paper(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_paper
 
 
-def same_command() -> str:
-    """The command that goes on with what this one began."""
+def starter(name: str, command: click.Command) -> str | None:
+    """Which of torchrun and srun has started this command several times; None if it is alone. Raises
+    ConfigError for a command without the options of an engine, which each process would run for itself."""
+    if not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
+        return None
+    from trimtab.engines.joined import find
+
+    if (member := find(os.environ)) is None:
+        return None
+    if not any(option.name == "workers" for option in command.params):
+        raise ConfigError(
+            f"trimtab {name} runs in one process, and {member.started_by} has started {member.size}",
+            where="the command line",
+            fix=f"start it without {member.started_by}",
+        )
+    return member.started_by
+
+
+def same_command(starter: str | None) -> str:
+    """The command that goes on with what this one began, or how to start all its processes again."""
+    if starter is not None:
+        return f"start the same {starter} command again{', without --fresh' if '--fresh' in sys.argv else ''}"
     return shlex.join(["trimtab", *(word for word in sys.argv[1:] if word != "--fresh")])
+
+
+def stage_of(values: dict[str, Any], where: str) -> str:
+    """The stage whose settings these are. Raises ConfigError if they fit several stages or none."""
+    from trimtab.core.settings_check import nearest_stage
+
+    stages = registry.modules("stage")
+    able = nearest_stage(values, stages)
+    if len(able) == 1:
+        return able[0]
+    which = " or ".join(f"--stage {name}" for name in able or stages)
+    could = "the settings could be those of several stages" if able else "the settings are those of no stage"
+    raise ConfigError(f"a run file of a single stage: {could}", where=where, fix=f"say which: {which}")
 
 
 @contextmanager

@@ -241,7 +241,7 @@ def together() -> Iterator[None]:
         sys.exit(1)
     launcher = JoinedLauncher(member)
     os.environ.pop(KEY, None)  # rewards and programs that a run starts have no need of it
-    launchers.join(launcher, member.size, member.started_by)
+    launchers.join(launcher, member.size, member.started_by, one_machine=member.one_machine)
     success = False
     try:
         yield

@@ -25,13 +25,26 @@ class ProcessSettings(Protocol):
 
 _joined: tuple[Launcher, int, str] | None = None
 """The launcher of the processes that torchrun or srun has started, their number, and which of the two it was."""
+_one_machine = True
+"""Whether these processes are all on this machine."""
 
 
-def join(launcher: Launcher, size: int, name: str) -> None:
+def join(launcher: Launcher, size: int, name: str, *, one_machine: bool = True) -> None:
     """From now on `find_launcher` gives this launcher, whose processes are there already. `name` is that of the program
     that started them."""
-    global _joined
-    _joined = launcher, size, name
+    global _joined, _one_machine
+    _joined, _one_machine = (launcher, size, name), one_machine
+
+
+def refuse_other_machines() -> None:
+    """Raises ConfigError if processes are there on several machines, for what would start all its own on this one."""
+    if _joined is not None and not _one_machine:
+        raise ConfigError(
+            f"a rehearsal runs on one machine, and {_joined[2]} has started {_joined[1]} processes on several",
+            where="trimtab plan",
+            fix=f"start it without {_joined[2]} and with --workers for the processes of one machine, or plan on paper "
+            "with --on",
+        )
 
 
 def leave() -> None:

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from trimtab.core.errors import EngineError
 from trimtab.core.process import peak_rss_gb, peaks_rss_gb
+from trimtab.engines.launchers import refuse_other_machines
 from trimtab.stages import preflight
 from trimtab.stages.pipeline import expand, resolve_stages, run_pipeline
 from trimtab.stages.rehearsal import rehearsing
@@ -54,6 +55,7 @@ class StagePlan:
 
 def plan(values: Mapping[str, Any], *, where: str) -> list[StagePlan]:
     """Rehearses the pipeline in a process of its own. A mistake in the file or in the run raises its error."""
+    refuse_other_machines()
     place = Path("runs/plan")
     preflight.check(resolve_stages(values, place, where=where), place, where=where)
     with tempfile.TemporaryDirectory(prefix="trimtab-plan-") as scratch:
