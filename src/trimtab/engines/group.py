@@ -31,7 +31,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from trimtab.core.errors import ConfigError, DataError, EngineError, TrimtabError
 from trimtab.engines.launch import PYTHON, Launcher, Process, end_with_parent
-from trimtab.engines.links import KEY, LinkListener, connect, interface_of, receive
+from trimtab.engines.links import KEY, LinkListener, connect, interface_beyond, interface_of, receive
 from trimtab.engines.messages import decode, encode
 
 _ADDRESS = "TRIMTAB_GROUP"
@@ -71,12 +71,14 @@ class WorkerGroup:
             except (OSError, EOFError) as error:
                 raise self._ended("begin", error) from error
         self._links.extend(links[rank] for rank in sorted(links))
+        self._interface = interface_beyond(self._links)
         begin = {
             "load": load,
             "settings": settings,
             "directory": str(directory),
             "threads": threads,
             "limit_seconds": limit_seconds,
+            "interface": self._interface,
         }
         self._send("begin", [begin] * len(self._links))
         self._join_with_all(store)
@@ -100,7 +102,7 @@ class WorkerGroup:
 
         def join() -> None:
             try:
-                _join(store, 0, self.size, self._limit, self._links[0])
+                _join(store, 0, self.size, self._limit, self._interface)
             except Exception as error:  # it is raised in the thread that waits
                 failed.append(error)
 
@@ -238,10 +240,10 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _join(store: Any, rank: int, size: int, limit_seconds: float, link: Connection) -> None:
-    """Finds the other processes. Gloo asks what the machine's name stands for, which on many is only itself; the link
-    to the controller (or, there, to a worker) shows the interface by which the others are reached."""
-    if (interface := interface_of(link)) is not None:
+def _join(store: Any, rank: int, size: int, limit_seconds: float, interface: str | None) -> None:
+    """Finds the other processes by this network interface, if there is one. Left alone, gloo asks what the machine's
+    name stands for, which on many is only itself."""
+    if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     hook = sys.excepthook
     start = timedelta(seconds=_START_SECONDS)
@@ -269,7 +271,9 @@ class Caller:
         begin: dict[str, Any] = decode(self._link.recv_bytes())
         torch.set_num_threads(begin["threads"])
         store = TCPStore(self._host, self._store_port, self._size, is_master=False)
-        _join(store, self.rank, self._size, begin["limit_seconds"], self._link)
+        # Beside the controller a link may stay within the machine; the controller knows by which others are reached.
+        interface = interface_of(self._link) or begin["interface"]
+        _join(store, self.rank, self._size, begin["limit_seconds"], interface)
         return begin
 
     def next_call(self) -> tuple[str, dict[str, Any]] | None:
