@@ -6,6 +6,7 @@ With TRIMTAB_VLLM=PYTHON, an interpreter of an environment with vLLM, the same i
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import sys
 import threading
@@ -30,6 +31,7 @@ from trimtab.engines.device import SamplerSettings
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.engines.local.scorer import LocalScorer
 from trimtab.engines.samplers import pool as pools
+from trimtab.engines.samplers import process
 from trimtab.engines.samplers.pool import PooledSampler, SamplerPool
 from trimtab.engines.samplers.process import SamplerProcess
 from trimtab.engines.samplers.weights import SamplerStart, Scratch
@@ -412,6 +414,23 @@ def test_a_process_that_cannot_start_says_its_last_words(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", python)
     with pytest.raises(EngineError, match="exit code 3 before it was ready; its last words:\n    no room here"):
         Drawn("process", "tied", tmp_path / "model")
+
+
+def test_ctrl_c_while_a_process_starts_ends_it(tmp_path, monkeypatch):
+    started, start = [], process.start_child
+
+    def noted(*given, **options):
+        started.append(start(*given, **options))
+        return started[-1]
+
+    def interrupted(self, seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process, "start_child", noted)
+    monkeypatch.setattr(process.LinkListener, "accept", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Drawn("process", "tied", tmp_path / "model")
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def test_an_unknown_device_is_refused():

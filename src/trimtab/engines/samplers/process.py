@@ -63,19 +63,24 @@ class SamplerProcess:
                         where=f"engine.sampler.python = {python!r}",
                         fix="name the interpreter of an environment with vLLM, such as /opt/vllm/bin/python",
                     ) from error
-            deadline = time.monotonic() + limit
-            while (link := listener.accept(0.2)) is None:
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    raise self._not_started()
+            try:
+                self._begin(listener, {"start": start, "scratch": str(scratch)})
+            except BaseException:  # Ctrl-C too
+                self.close()
+                raise
+
+    def _begin(self, listener: LinkListener, message: Mapping[str, Any]) -> None:
+        """Waits for the process to call, and until it has loaded its model."""
+        deadline = time.monotonic() + self._limit
+        while (link := listener.accept(0.2)) is None:
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise self._not_started()
         self._link = link
         try:
-            link.send_bytes(encode({"start": start, "scratch": str(scratch)}))
+            link.send_bytes(encode(message))
             self.answer()
         except (ProcessLost, OSError) as lost:
             raise self._not_started() from lost
-        except EngineError:
-            self.close()
-            raise
 
     def call(self, method: str, **arguments: Any) -> None:
         """Begins a call of a method of `SamplerServer`. Raises ProcessLost if the process has ended."""
@@ -127,7 +132,6 @@ class SamplerProcess:
 
     def _not_started(self) -> EngineError:
         code = self._process.poll()
-        self.close()
         how = f"did not start within {self._limit:g} s" if code is None else f"ended with exit code {code}"
         return EngineError(
             f"sampler {self.number} {how} before it was ready; its last words:\n{self.last_words()}",
