@@ -191,3 +191,44 @@ def test_every_estimator_is_found_by_its_name():
     known = {"gae": GAE, "grpo": GRPO, "rloo": RLOO, "reinforce_pp": ReinforcePP, "remax": ReMax}
     for name, cls in known.items():
         assert find("advantage", name, where="test") is cls
+
+
+# ---- several rewards -----------------------------------------------------------------------------------------------
+
+
+def of_parts(parts, group_ids):
+    """Episodes of one token each, whose rewards are the weighted sums of the parts."""
+    total = sum(weight * scores for weight, scores in parts)
+    nothing = torch.full_like(total, torch.nan)
+    return Episodes(total, nothing, torch.arange(len(total)), group_ids, nothing, parts)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_advantages_of_each_reward_apart_are_those_of_a_slow_loop(scale):
+    generator = torch.Generator().manual_seed(3)
+    groups = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
+    parts = [(1.0, torch.randn(9, generator=generator)), (0.3, 50 * torch.rand(9, generator=generator))]
+    sums = [0.0] * 9
+    for weight, scores in parts:
+        for i in range(9):
+            group = [float(x) for x, g in zip(scores, groups, strict=True) if g == groups[i]]
+            spread = statistics.stdev(group if scale == "group" else scores.tolist())
+            sums[i] += weight * (float(scores[i]) - statistics.fmean(group)) / (spread + 1e-4)
+    middle, spread = statistics.fmean(sums), statistics.stdev(sums)
+    expected = torch.tensor([(x - middle) / (spread + 1e-4) for x in sums])
+    found = GRPO(scale=scale, per_reward=True)(of_parts(parts, groups))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_replies_with_one_sum_of_unlike_rewards_differ_in_their_advantages():
+    # (1, 0) and (0, 1) have the same sum. Half of the group has the first reward, and one in four the second.
+    groups = torch.zeros(4, dtype=torch.long)
+    parts = [(1.0, torch.tensor([1.0, 0.0, 1.0, 0.0])), (1.0, torch.tensor([0.0, 1.0, 0.0, 0.0]))]
+    apart, together = GRPO(per_reward=True)(of_parts(parts, groups)), GRPO()(of_parts(parts, groups))
+    assert together[0] == together[1]
+    assert apart[1] > apart[0] + 0.1
+
+
+def test_rewards_apart_without_a_scale_are_refused():
+    with pytest.raises(ValueError, match="scale = 'none'"):
+        GRPO(per_reward=True, scale="none")

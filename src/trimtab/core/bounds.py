@@ -97,6 +97,10 @@ RANGES: dict[str, Range] = {
     # rewards
     "weight": ANY,
     "missing_eos_penalty": OR_NONE,
+    **dict.fromkeys(["initial_lambda", "most_lambda"], AMOUNT),
+    "window": COUNT,
+    "cost.limit": ANY,
+    "threshold": Range(0, 1, low_open=True, high_open=True),
     "aggregate_coef": AMOUNT,
     **dict.fromkeys(["min_tokens", "per_token", "most"], OR_NONE),
     **dict.fromkeys(["buffer_tokens", "n", "memory_mb", "num_processes", "file_mb", "num_parallel"], COUNT),

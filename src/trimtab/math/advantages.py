@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -69,6 +70,8 @@ class Episodes:
     """[B] the number of the prompt that a reply answers: 0, 1, … in ascending order."""
     baselines: Tensor
     """[B] the score of the greedy reply to the same prompt; nan if no greedy reply was asked for."""
+    parts: Sequence[tuple[float, Tensor]] = ()
+    """The weight and the scores [B] of each reward, if there are several."""
 
     @cached_property
     def returns(self) -> Tensor:
@@ -116,6 +119,8 @@ class Estimator:
     whiten: bool = False
     """Whether the advantages of a batch are scaled to mean 0 and deviation 1 over its tokens, after the returns are
     computed from them."""
+    per_reward: bool = False
+    """Whether it reads the parts, the scores of each reward, instead of the rewards of tokens."""
 
     @property
     def needs_group(self) -> bool:
@@ -155,25 +160,50 @@ class GAE(Estimator):
 class GRPO(Estimator):
     """The return of a reply less its group's mean, the same for all its tokens (Shao et al., arXiv:2402.03300, section
     4.1.2). `scale = "none"` is Dr. GRPO (Liu et al., arXiv:2503.20783): dividing by a group's deviation gives very
-    easy and very hard prompts more weight."""
+    easy and very hard prompts more weight.
+
+    `per_reward = true` is GDPO (Liu et al., arXiv:2601.05242): each of several rewards has advantages of its own,
+    scaled by its own deviation. Their weighted sums are then divided by the deviation of the sums over the batch.
+    Replies that differ in their rewards, and not in the sum of these, have different advantages.
+    """
 
     scale: Literal["group", "batch", "none"] = "group"
     """Divide by the standard deviation of the group, by that of the whole batch, or do not divide."""
     eps: float = 1e-4
     """Added to the deviation before dividing."""
+    per_reward: bool = False
+    """Compute the advantages of each reward apart, and add them up with the weights of the rewards."""
+
+    def __post_init__(self) -> None:
+        if self.per_reward and self.scale == "none":
+            raise ValueError(
+                "per_reward = true with scale = 'none': without a scale the advantages of the rewards add up to "
+                "those of their sum; set scale = 'group', or per_reward = false"
+            )
 
     @property
     def needs_group(self) -> bool:
         return True
 
     def __call__(self, episodes: Episodes) -> Tensor:
-        returns, groups = episodes.returns, episodes.group_ids
+        groups = episodes.group_ids
+        if not self.per_reward:
+            return self._scaled(episodes.returns, groups)[episodes.sequence_ids]
+        total = torch.zeros_like(episodes.returns)
+        for weight, scores in episodes.parts:
+            total += weight * self._scaled(scores, groups)
+        everyone = torch.zeros_like(groups)
+        total = total - group_means(total, everyone)[0]
+        return (total / (group_deviations(total, everyone) + self.eps))[episodes.sequence_ids]
+
+    def _scaled(self, returns: Tensor, groups: Tensor) -> Tensor:
+        """[B] returns less their group's mean, divided as `scale` says."""
         advantages = returns - group_means(returns, groups)[0]
         if self.scale == "group":
             advantages = advantages / (group_deviations(returns, groups) + self.eps)
         elif self.scale == "batch":
             advantages = advantages / (group_deviations(returns, torch.zeros_like(groups)) + self.eps)
-        return advantages[episodes.sequence_ids]
+        return advantages
 
 
 @register("advantage", "rloo")
