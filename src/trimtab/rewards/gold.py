@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,16 +20,28 @@ from trimtab.core.types import Prompt, Rollout
 @register("reward", "gold")
 @dataclass(frozen=True, kw_only=True)
 class GoldReward:
-    """The gold score of a world."""
+    """The gold score of a world, or one of its parts."""
 
     world: str
     """Name of the world that the prompts come from."""
+    part: str | None = None
+    """The part that is the reward, such as "harm" of helpdesk_harm; None is the whole score."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.part is None:
+            return
+        world = worlds.load(self.world)
+        parts = world.gold(world.draw_prompt(Random(0)), "").parts
+        if self.part not in parts:
+            raise ValueError(f"part = {self.part!r}, and the gold score of {self.world} has {', '.join(parts)}")
+
     def load(self, *, token_budget: int) -> GoldScorer:
         """The scorer itself; nothing needs loading."""
-        return GoldScorer(worlds.load(self.world))
+        return GoldScorer(worlds.load(self.world), self.part)
 
 
 class GoldScorer:
@@ -35,16 +49,18 @@ class GoldScorer:
 
     thread_safe = True
 
-    def __init__(self, world: worlds.World) -> None:
+    def __init__(self, world: worlds.World, part: str | None = None) -> None:
         self.world = world
+        self._part = part
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] gold scores in [0, 1], and the mean of each named part."""
+        """[B] gold scores in [0, 1], or those of the part; the means of the whole score and of each named part."""
         golds = [self.gold(r.prompt, r.response) for r in rollouts]
         metrics: Metrics = {"gold/mean": mean_of(g.total for g in golds)}
         for part in golds[0].parts if golds else ():
             metrics[f"gold/{part}"] = mean_of(g.parts[part] for g in golds if part in g.parts)
-        return torch.tensor([g.total for g in golds], dtype=torch.float32), metrics
+        values = [g.total if self._part is None else g.parts[self._part] for g in golds]
+        return torch.tensor(values, dtype=torch.float32), metrics
 
     def gold(self, prompt: Prompt, response: str) -> worlds.Gold:
         """The gold of one reply. Raises DataError, with the name of the fact, if the prompt is not of this world."""

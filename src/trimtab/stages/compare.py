@@ -11,6 +11,7 @@ from itertools import combinations, groupby
 
 from trimtab import worlds
 from trimtab.core import seeds
+from trimtab.core.errors import ConfigError
 from trimtab.core.files import write_rows
 from trimtab.core.types import PreferencePair, Prompt, Rollout, to_dict
 from trimtab.data.chat import Chat
@@ -45,6 +46,9 @@ class CompareSettings:
     pair of its own."""
     agreement: float = 0.70
     """How often two annotators agree on a pair; sets their noise. Real teams report 0.65 to 0.75."""
+    question: str | None = None
+    """What annotators are asked, of a world with several questions, such as "harm" of helpdesk_harm; None asks which
+    reply has more gold."""
     biases: dict[str, float] | None = None
     """What annotators like and the gold score does not, in units of gold; None takes the world's own biases."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -67,6 +71,12 @@ class CompareSettings:
 def run(settings: CompareSettings, run: Run) -> None:
     """Writes train.jsonl and held_out.jsonl (preference pairs) into the run directory."""
     world = worlds.load(settings.world)
+    if settings.question is not None and settings.question not in world.questions:
+        raise ConfigError(
+            f"no question of the world {settings.world} is called {settings.question!r}",
+            where="question",
+            fix=f"use {' or '.join(world.questions)}" if world.questions else "leave it out: this world has none",
+        )
     chat = Chat(load_tokenizer(settings.model))
     policy = load_policy(settings.model, chat, settings)
     with Engines.start(settings, run.directory, load=sampling_roles, models={"policy": policy}) as engines:
@@ -89,8 +99,9 @@ def compare(settings: CompareSettings, run: Run, world: World, generator: LocalS
         seed = seeds.derive(settings.seed, "compare", name)
         pairs, identical = sampled_pairs(generator.generate(prompts, group_size=num_replies, seed=seed))
         if annotators is None:
-            biases = world.biases if settings.biases is None else settings.biases
-            annotators = calibrate(world, biases, pairs, agreement=settings.agreement)
+            own = world.biases if settings.question is None else world.questions[settings.question]
+            biases = own if settings.biases is None else settings.biases
+            annotators = calibrate(world, biases, pairs, agreement=settings.agreement, question=settings.question)
         voted = []
         for i, pair in enumerate(pairs):
             voters = [

@@ -8,10 +8,23 @@ from trimtab.core import registry
 from trimtab.worlds.arithmetic import Arithmetic
 from trimtab.worlds.catalogue import Catalogue
 from trimtab.worlds.helpdesk import Helpdesk
+from trimtab.worlds.helpdesk_harm import HelpdeskHarm
 from trimtab.worlds.sets import write_sets
 from trimtab.worlds.world import SPLITS, Gold, Split, World, split_of
 
-__all__ = ["SPLITS", "Arithmetic", "Catalogue", "Gold", "Helpdesk", "Split", "World", "load", "split_of", "write_sets"]
+__all__ = [
+    "SPLITS",
+    "Arithmetic",
+    "Catalogue",
+    "Gold",
+    "Helpdesk",
+    "HelpdeskHarm",
+    "Split",
+    "World",
+    "load",
+    "split_of",
+    "write_sets",
+]
 
 
 def load(name: str, seed: int = 0) -> World:

@@ -29,12 +29,15 @@ class Annotators:
         u(x, y) = scale * (gold(x, y) + sum_k biases_k * min(feature_k(y), ATTENTION))
         P(a preferred to b | x) = sigmoid(u(x, a) - u(x, b))          (Bradley and Terry, 1952)
 
-    Biases are in units of gold, so `scale` changes how noisy people are and never what they like.
+    Biases are in units of gold, so `scale` changes how noisy people are and never what they like. Asked one of the
+    world's own questions, they go by its answer instead of gold.
     """
 
     world: World
     biases: Mapping[str, float]
     scale: float = 1.0
+    question: str | None = None
+    """One of the world's questions; None asks which reply has more gold."""
     _liking: dict[tuple[str, str], float] = field(default_factory=dict, repr=False, compare=False)
     """The utility at scale 1 of replies seen before: a reply is read once, however many comparisons it is in."""
 
@@ -55,6 +58,8 @@ class Annotators:
                 fix=f"use {', '.join(sorted(features))}",
             )
         bias = sum(amount * min(features[name], ATTENTION) for name, amount in self.biases.items())
+        if self.question is not None:
+            return self.world.answer(prompt, response, self.question) + bias
         return self.world.gold(prompt, response).total + bias
 
     def preference_probability(self, prompt: Prompt, a: str, b: str) -> float:
@@ -82,12 +87,18 @@ class Annotators:
         return [self.preference_probability(prompt, a, b) for prompt, a, b in pairs]
 
 
-def calibrate(world: World, biases: Mapping[str, float], pairs: Sequence[Pair], agreement: float = 0.70) -> Annotators:
+def calibrate(
+    world: World,
+    biases: Mapping[str, float],
+    pairs: Sequence[Pair],
+    agreement: float = 0.70,
+    question: str | None = None,
+) -> Annotators:
     """Annotators with the noise for which their expected agreement on `pairs` is `agreement`.
 
     `scale` is found by bisection, since agreement grows with it. Raises DataError if no scale gives this agreement.
     """
-    plain = Annotators(world, biases)
+    plain = Annotators(world, biases, question=question)
     gaps = [plain.utility(prompt, a) - plain.utility(prompt, b) for prompt, a, b in pairs]
     if not gaps:
         raise DataError(

@@ -44,6 +44,8 @@ class World(ABC):
     name: ClassVar[str]
     biases: ClassVar[Mapping[str, float]]
     """The default biases of the world's annotators, in units of gold for each unit of a feature."""
+    questions: ClassVar[Mapping[str, Mapping[str, float]]] = {}
+    """What annotators can be asked besides which reply has more gold, each question with its default biases."""
 
     @abstractmethod
     def draw_prompt(self, rng: Random) -> Prompt:
@@ -56,6 +58,10 @@ class World(ABC):
     @abstractmethod
     def gold(self, prompt: Prompt, response: str) -> Gold:
         """The true reward of the reply, from `prompt.facts` and the text alone."""
+
+    def answer(self, prompt: Prompt, response: str, question: str) -> float:
+        """How good the reply is by one of the world's questions, in [0, 1]; more is better."""
+        raise NotImplementedError
 
     @abstractmethod
     def features(self, response: str) -> dict[str, float]:
