@@ -26,6 +26,7 @@ SFT = {"model": "m", "data": "world:helpdesk?num=8"}
 GOLD = {"rewards": [{"name": "gold", "world": "helpdesk"}]}
 # The stage whose settings a page's blocks are, with what a block leaves to the reader.
 STAGE_OF = {
+    "algorithms/objectives.md": ("online", {"group_size": 4, "advantage": "grpo"}),
     "algorithms/online.md": ("online", GOLD | {"group_size": 4}),
     "algorithms/preference.md": ("preference", {}),
     "algorithms/reward-models.md": ("reward", {}),

@@ -238,7 +238,8 @@ def test_the_baseline_of_remax_is_the_worth_of_the_reply_that_transformers_decod
         )[0, prompt.shape[1] :]
         expected += [reward_functions.length(None, loop.chat.decode_response(ids.tolist()), {})] * 2
     torch.testing.assert_close(drawn.baselines, torch.tensor(expected))
-    rewards, baselines, _ = shape_rewards(drawn, loop.settings.shaping, loop.state)
+    shaped = shape_rewards(drawn, loop.settings, loop.state)
+    rewards, baselines = shaped.rewards, shaped.baselines
     # Shaped as rewards are, but for the charge: it belongs to the reply that was cut off, not to its prompt.
     assert baselines.tolist() == [pytest.approx(min(e, 2.0)) for e in expected]
     cut = [7.0 if r.finish_reason == "length" else 0.0 for r in drawn.rollouts]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -55,6 +55,8 @@ class ExactAnswer:
     """Processor time for one comparison of mathematics; a reply that takes longer is not judged."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
+
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if not self.forms:

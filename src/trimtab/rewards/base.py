@@ -16,7 +16,8 @@ class Reward(Protocol):
 
     A reward may say `thread_safe = True`: it may be scored in another thread than the one that trains, while models are
     trained. Then it uses no model of the run, draws nothing from global random generators, and needs no signals. A
-    reward that does not say so is scored by the thread of the training loop.
+    reward that does not say so is scored by the thread of the training loop. The settings of a reward may say `bounds`,
+    the lowest and the highest score that there is, for example `(0.0, 1.0)`: then a limit beyond them is refused.
     """
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:

@@ -1,10 +1,9 @@
-"""Several rewards, added up with their weights. Every part is logged by itself, and replies that a part could not judge
-are counted."""
+"""Several rewards as one. Every part is logged by itself, and replies that a part could not judge are counted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,8 +15,13 @@ from trimtab.core import registry
 from trimtab.core.errors import DataError
 from trimtab.core.metrics import Mean, Metrics, Total, mean_of, merge
 from trimtab.core.types import Prompt, Rollout
+from trimtab.math.combining import Combination, WeightedSum
 from trimtab.rewards.base import Reward
+from trimtab.rewards.each import fact
 from trimtab.rewards.model import RewardModel
+
+COST = "cost"
+"""The name of the part that is a cost: it is judged beside the others, and no part of the combined reward."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,10 @@ class RewardPart:
 
 @dataclass(frozen=True)
 class CombinedReward:
-    """The weighted sum of its parts."""
+    """The combination of its parts; by default their weighted sum."""
 
     parts: Sequence[RewardPart]
+    combine: Combination = field(default_factory=WeightedSum)
 
     @property
     def thread_safe(self) -> bool:
@@ -41,17 +46,17 @@ class CombinedReward:
         return all(getattr(part.reward, "thread_safe", False) for part in self.parts)
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] weighted sums, nan for a reply that a part could not judge; see `score_parts`."""
+        """[B] combined rewards, nan for a reply that a part could not judge; see `score_parts`."""
         total, _, metrics = self.score_parts(rollouts)
         return total, metrics
 
     def score_parts(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, dict[str, Tensor], Metrics]:
-        """[B] weighted sums, each part's own scores [B] by name before its weight, and metrics. A score is nan if the
-        part could not judge the reply.
+        """[B] combined rewards, each part's own scores [B] by name before its weight, and metrics. A score is nan if
+        the part could not judge the reply.
 
-        `reward/mean` and `reward/std` are of the sums, before the shaping of online training; with several parts,
-        `reward/NAME` is the mean of each. Means are over the replies that were judged, and `reward/NAME_failed` counts
-        the others: a score that is not a finite number is no score, and above all not zero.
+        `reward/mean` and `reward/std` are of the combined rewards, before the shaping of online training; with several
+        parts, `reward/NAME` is the mean of each. Means are over the replies that were judged, and `reward/NAME_failed`
+        counts the others: a score that is not a finite number is no score, and above all not zero.
         """
         by_name: dict[str, Tensor] = {}
         logged: list[Metrics] = []
@@ -62,9 +67,12 @@ class CombinedReward:
             logged.append(metrics | {f"reward/{part.name}_failed": Total(int((~judged).sum()))})
             if len(self.parts) > 1:
                 logged.append({f"reward/{part.name}": mean_of(scores[judged].tolist())})
-        total = torch.zeros(len(rollouts))
-        for part in self.parts:
-            total += part.weight * by_name[part.name]
+        rewarded = {name: scores for name, scores in by_name.items() if name != COST}
+        weights = {part.name: part.weight for part in self.parts}
+        total, combined = self.combine.total(rewarded, weights, self._flagged(rollouts))
+        logged.append(combined)
+        if COST in by_name:
+            total = total.masked_fill(by_name[COST].isnan(), torch.nan)
         known = total[total.isfinite()].double()
         deviation = float(known.std(correction=0)) if len(known) else 0.0
         metrics = merge(logged) | {
@@ -73,43 +81,64 @@ class CombinedReward:
         }
         return total, by_name, metrics
 
+    def _flagged(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """[B] whether the prompt has the flag that the combination reads. Raises DataError if it lacks that fact."""
+        name = self.combine.flag
+        if name is None:
+            return torch.zeros(len(rollouts), dtype=torch.bool)
+        return torch.tensor([bool(fact(r.prompt, name)) for r in rollouts], dtype=torch.bool)
+
 
 def load_rewards(
     rewards: Sequence[Any],
     *,
     token_budget: int,
+    combine: Combination | None = None,
+    cost: Any = None,
     device: torch.device = CPU,
     shared: PreTrainedModel | None = None,
     base: str = "",
 ) -> CombinedReward:
     """The rewards of a run file, with their models on a device; a repeated name gets a number, such as `length_2`. A
-    reward model that is an adapter of the `shared` base becomes another adapter on it."""
+    reward model that is an adapter of the `shared` base becomes another adapter on it. `cost` is a further reward,
+    whose scores are kept apart under the name "cost"."""
+    named = [*zip(part_names(rewards), rewards, strict=True), *([(COST, cost)] if cost is not None else [])]
     parts = []
-    for name, reward in zip(_numbered(rewards), rewards, strict=True):
+    for name, reward in named:
         # A reward that is no model has no device and no base.
         place = {"device": device, "name": name, "shared": shared, "base": base}
         scorer = reward.load(token_budget=token_budget, **(place if isinstance(reward, RewardModel) else {}))
         parts.append(RewardPart(name, reward.weight, scorer))
-    return CombinedReward(parts)
+    return CombinedReward(parts, combine or WeightedSum())
 
 
-def refuse_missing_facts(rewards: Sequence[Any], prompts: Sequence[Prompt], *, where: str) -> None:
-    """Raises DataError if prompts lack a fact that a reward compares with."""
-    for number, reward in enumerate(rewards):
+def judges(settings: Any) -> dict[str, Any]:
+    """Every reward that the settings of a stage name, by its key path: "rewards.0", and "cost.reward" of a limit."""
+    cost = getattr(settings, "cost", None)
+    rewards = {f"rewards.{number}": reward for number, reward in enumerate(getattr(settings, "rewards", ()))}
+    return rewards | ({"cost.reward": cost.reward} if cost is not None else {})
+
+
+def refuse_missing_facts(rewards: Mapping[str, Any], prompts: Sequence[Prompt], *, where: str) -> None:
+    """Raises DataError if prompts lack a fact that a reward, given by its key path, compares with."""
+    for key, reward in rewards.items():
         fact = getattr(reward, "fact", None)
         lacking = [p for p in prompts if p.facts.get(fact) in (None, "")] if isinstance(fact, str) else []
         if lacking:
             raise DataError(
-                f"{len(lacking)} of {len(prompts)} prompts have no fact {fact!r} that rewards.{number} compares with; "
+                f"{len(lacking)} of {len(prompts)} prompts have no fact {fact!r} that {key} compares with; "
                 f"the first is {lacking[0].text[:60]!r}",
                 where=where,
                 fix="give each its fact, or remove them; on_failed_reward = 'drop' leaves out the replies to them",
             )
 
 
-def _numbered(rewards: Sequence[Any]) -> Iterator[str]:
+def part_names(rewards: Sequence[Any]) -> list[str]:
+    """The names of rewards in metrics: that of the run file, with a number from the second of a name on."""
     seen: dict[str, int] = {}
+    names = []
     for reward in rewards:
         name = registry.name_of("reward", type(reward))
         seen[name] = seen.get(name, 0) + 1
-        yield name if seen[name] == 1 else f"{name}_{seen[name]}"
+        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return names

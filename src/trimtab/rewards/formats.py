@@ -37,6 +37,8 @@ class Regex:
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+
     def __post_init__(self) -> None:
         try:
             re.compile(self.pattern)
@@ -80,6 +82,7 @@ class ReasoningFormat:
     """Factor in the sum of rewards."""
 
     thread_safe: ClassVar[bool] = True
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def load(self, *, token_budget: int) -> ReasoningFormat:
         """The reward itself; nothing needs loading."""
@@ -135,6 +138,8 @@ class JsonSchema:
     """Processor time for one reply; a reply that takes longer is not judged."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
+
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def load(self, *, token_budget: int) -> JsonSchemaScorer:
         """The scorer. Raises ConfigError for a file that holds no schema."""

@@ -39,6 +39,11 @@ class Length:
         if self.per_token < 0 or self.most < 0:
             raise ValueError("per_token and most are charges; give them as positive")
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest reward that there is."""
+        return -self.most, 0.0
+
     def load(self, *, token_budget: int) -> Length:
         """The reward itself; nothing needs loading."""
         return self
@@ -69,6 +74,7 @@ class Overlong:
     """Factor in the sum of rewards."""
 
     thread_safe: ClassVar[bool] = True
+    bounds: ClassVar[tuple[float, float]] = (-1.0, 0.0)
 
     def __post_init__(self) -> None:
         if not 0 < self.buffer_tokens <= self.max_tokens:
@@ -104,6 +110,7 @@ class Repetition:
     """Factor in the sum of rewards."""
 
     thread_safe: ClassVar[bool] = True
+    bounds: ClassVar[tuple[float, float]] = (-1.0, 0.0)
 
     def __post_init__(self) -> None:
         if self.n < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -46,6 +46,8 @@ class UnitTests:
     """Run the code even if it cannot be kept from your files and network. You have then allowed whatever it does."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
+
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.num_parallel is not None and self.num_parallel < 1:

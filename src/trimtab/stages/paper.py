@@ -21,6 +21,7 @@ from trimtab.engines.machines import find_machine
 from trimtab.engines.paper import PaperPlan, remedies
 from trimtab.engines.placement import ASSUMPTIONS, GIB, Holding, Job, RoleOnPaper, SamplingOnPaper, Spread
 from trimtab.models.shape import ModelShape
+from trimtab.rewards.combined import judges
 from trimtab.rewards.model import RewardModel
 from trimtab.stages.paper_models import ModelsOnPaper, adapter_weights
 from trimtab.stages.pipeline import expand, overlay, resolve_stages
@@ -196,11 +197,11 @@ def _judges(settings: Any, models: ModelsOnPaper) -> list[RoleOnPaper]:
     """The reward models, each member of an ensemble for itself. Those that are adapters stand on the base of the
     policy's adapter, if it is theirs; else those of an ensemble share one base, and a single one is merged into its
     own."""
-    judges = [reward.path for reward in settings.rewards if isinstance(reward, RewardModel)]
+    paths = [reward.path for reward in judges(settings).values() if isinstance(reward, RewardModel)]
     base, roles = _shared_base(settings, models), []
-    for number, path in enumerate(judges, start=1):
+    for number, path in enumerate(paths, start=1):
         model = models.find(path, scalar=True)
-        name = "reward model" if len(judges) == 1 else f"reward model {number}"
+        name = "reward model" if len(paths) == 1 else f"reward model {number}"
         on_policy = model.is_adapter_of(base)
         kept_apart = on_policy or model.members > 1
         for member in range(model.members):
@@ -271,6 +272,9 @@ def online_job(settings: Any, models: ModelsOnPaper, asked: OnPaper) -> Job:
     if settings.has_own_critic:
         start = models.find(settings.critic_start(), scalar=True).shape
         roles.append(_trained("critic", start, settings, on_base=True, passes=1))
+    if (start_of_cost := settings.cost_critic_start) is not None:
+        of_cost = models.find(start_of_cost, scalar=True).shape
+        roles.append(_trained("cost critic", of_cost, settings, on_base=True, passes=1))
     sampling, sampler = settings.sampling, settings.engine.sampler
     return Job(
         roles=(*roles, *_judges(settings, models)),

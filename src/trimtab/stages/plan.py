@@ -25,6 +25,7 @@ from rich.table import Table
 from trimtab.core.errors import EngineError
 from trimtab.core.process import peak_rss_gb, peaks_rss_gb
 from trimtab.engines.launchers import refuse_other_machines
+from trimtab.rewards.combined import judges
 from trimtab.stages import preflight
 from trimtab.stages.pipeline import expand, resolve_stages, run_pipeline
 from trimtab.stages.rehearsal import rehearsing
@@ -159,10 +160,12 @@ def weights(stage: str, settings: Any, directory: Path) -> dict[str, float]:
         sizes["reference"] = file_gb(settings.reference or settings.model)
         if settings.has_own_critic:
             sizes["critic"] = file_gb(settings.critic_start()) * times
+        if (start_of_cost := settings.cost_critic_start) is not None:
+            sizes["cost critic"] = file_gb(start_of_cost) * times
     for role in ("baseline", "reward_model"):
         if (path := getattr(settings, role, None)) is not None:
             sizes[role.replace("_", " ")] = file_gb(path)
-    for number, reward in enumerate(r for r in getattr(settings, "rewards", ()) if hasattr(r, "path")):
+    for number, reward in enumerate(r for r in judges(settings).values() if hasattr(r, "path")):
         sizes[f"reward {number + 1}"] = file_gb(reward.path)
     if adapter is not None:
         sizes["adapter"] = 4 * file_gb(directory / "model")

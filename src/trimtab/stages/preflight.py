@@ -29,7 +29,7 @@ from trimtab.models.adapters import add_adapter
 from trimtab.models.load import is_classifier, refuse_several_labels
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.models.weights import check_file, check_weights
-from trimtab.rewards.combined import refuse_missing_facts
+from trimtab.rewards.combined import judges, refuse_missing_facts
 from trimtab.rewards.gold import GoldReward, GoldScorer
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.python_callable import PythonCallable, load_function
@@ -130,12 +130,12 @@ def _problems(stage: str, settings: Any, made: Made) -> Iterator[tuple[str, Trim
             worlds.load(name)
         except TrimtabError as error:
             yield key, error
-    for number, reward in enumerate(getattr(settings, "rewards", ())):
+    for key, reward in judges(settings).items():
         if isinstance(reward, PythonCallable):
             try:
                 load_function(reward.function)
             except TrimtabError as error:
-                yield f"rewards.{number}.function", error
+                yield f"{key}.function", error
     for tracker in getattr(settings, "trackers", ()):
         name = registry.name_of("tracker", type(tracker))
         try:
@@ -206,18 +206,17 @@ def _check_prompts(prompts: Sequence[Prompt], source: str, least: int, settings:
             where=source,
             fix="give more prompts, or lower prompts_per_step",
         )
-    for number, reward in enumerate(getattr(settings, "rewards", ())):
+    for key, reward in judges(settings).items():
         fact = getattr(reward, "fact", None)
         if isinstance(fact, str) and not any(fact in prompt.facts for prompt in prompts):
             known = sorted({name for prompt in prompts for name in prompt.facts})
             raise DataError(
-                f"no prompt has the fact {fact!r} that rewards.{number} compares with; there are "
-                f"{', '.join(known) or 'none'}",
+                f"no prompt has the fact {fact!r} that {key} compares with; there are {', '.join(known) or 'none'}",
                 where=source,
                 fix="add a column of that name to the prompts' file, or name the right fact in the reward's settings",
             )
     if getattr(settings, "on_failed_reward", "drop") == "stop":
-        refuse_missing_facts(settings.rewards, prompts, where=source)
+        refuse_missing_facts(judges(settings), prompts, where=source)
     for _, name in _worlds(settings):
         if prompts and name in registry.names("world"):
             GoldScorer(worlds.load(name)).gold(prompts[0], "")
@@ -227,9 +226,9 @@ def _worlds(settings: Any) -> Iterator[tuple[str, str]]:
     """The worlds that the settings name."""
     if (name := getattr(settings, "world", None)) is not None:
         yield "world", name
-    for number, reward in enumerate(getattr(settings, "rewards", ())):
+    for key, reward in judges(settings).items():
         if isinstance(reward, GoldReward):
-            yield f"rewards.{number}.world", reward.world
+            yield f"{key}.world", reward.world
 
 
 # --- models ---
@@ -246,12 +245,14 @@ def models_of(stage: str, settings: Any) -> Iterator[ModelUse]:
     for key, kind in kinds.items():
         if (path := getattr(settings, key, None)) is not None:
             yield ModelUse(key, path, kind)
-    for number, reward in enumerate(getattr(settings, "rewards", ())):
+    for key, reward in judges(settings).items():
         if isinstance(reward, RewardModel):
-            yield ModelUse(f"rewards.{number}.path", reward.path, "reward model")
+            yield ModelUse(f"{key}.path", reward.path, "reward model")
     if getattr(settings, "has_own_critic", False):
         with suppress(ConfigError):  # reported by `_problems`
             yield ModelUse("critic.path" if settings.critic.path else "critic.init", settings.critic_start(), "any")
+    if getattr(settings, "cost", None) is not None and (start := settings.cost_critic_start) is not None:
+        yield ModelUse("cost.critic", start, "any")
 
 
 def _check_model(look: ModelUse, made: Made) -> None:
@@ -329,11 +330,13 @@ def _check_fit(look: ModelUse, settings: Any, made: Made) -> None:
     refuse_other_vocabulary(
         load_tokenizer(policy),
         other,
-        role=look.key.partition(".")[0],
+        role="critic" if look.key == "cost.critic" else look.key.partition(".")[0],
         where=f"{look.path} and {settings.model}",
         fix="set critic.init = 'policy' (or 'value_head'), so that the critic starts from the policy; the reward model "
         "can stay, for it is given the text"
         if look.key.startswith("critic")
+        else "name the policy as cost.critic; the reward model of the cost can stay, for it is given the text"
+        if look.key == "cost.critic"
         else "name a model of the policy's own family and tokenizer, usually the one that it starts from",
     )
 
@@ -342,7 +345,7 @@ def _reads_ids_of_policy(look: ModelUse, settings: Any) -> bool:
     """Whether this model is given the token ids of the policy, and not the text."""
     if look.key == "reference":
         return bool(getattr(settings.loss, "needs_reference", True))
-    return look.key in ("baseline", "critic.path", "critic.init")
+    return look.key in ("baseline", "critic.path", "critic.init", "cost.critic")
 
 
 def _origin(path: str, made: Made) -> str | None:

@@ -49,6 +49,7 @@ from trimtab.stages.online.checks import (
     say_truncation,
     value_metrics,
 )
+from trimtab.stages.online.cost import Limit, make_limit
 from trimtab.stages.online.data import read_mix, read_prompts
 from trimtab.stages.online.models import Models, load_models, load_roles
 from trimtab.stages.online.objectives import Minibatches, PretrainingBatches, objectives
@@ -90,6 +91,7 @@ def run(settings: OnlineSettings, run: Run) -> None:
         kl_coef=settings.kl.initial,
         moments=RunningMoments(),
     )
+    limit = make_limit(settings, models, engines, state)
     queue = RolloutQueue(RolloutSource(sampler, greedy, models.rewards, world, settings), state, settings)
     run.note_path("sampler", sampler.sampler)
     run.note_path("form", models.policy.form)
@@ -105,6 +107,7 @@ def run(settings: OnlineSettings, run: Run) -> None:
                 policy=policy,
                 reference=reference,
                 critic=critic,
+                limit=limit,
                 pretraining=pretraining,
                 state=state,
                 settings=settings,
@@ -150,6 +153,7 @@ def train_step(
     policy: Learner,
     reference: Scorer,
     critic: Learner | None,
+    limit: Limit,
     pretraining: PretrainingBatches,
     state: OnlineState,
     settings: OnlineSettings,
@@ -165,10 +169,11 @@ def train_step(
     values = critic.values(trees) if critic is not None else torch.full_like(old_logprobs, torch.nan)
     clock.mark("logprobs")
 
-    rewards, baselines, shaped = shape_rewards(rollouts, settings.shaping, state)  # [B]
+    shaped = shape_rewards(rollouts, settings, state)  # [B]
     kl = kl_per_token(trees, old_logprobs - ref_logprobs, policy, reference, settings)  # [M]
-    paid = rewards_per_token(rewards, kl, ids, state.kl_coef, settings)  # [M]
-    advantages = settings.advantage(Episodes(paid, values, ids, rollouts.group_ids, baselines))  # [M]
+    paid = rewards_per_token(shaped.rewards, kl, ids, state.kl_coef, settings)  # [M]
+    advantages = settings.advantage(Episodes(paid, values, ids, rollouts.group_ids, shaped.baselines, shaped.parts))
+    moving, limited = limit(number, advantages, rollouts, kl, state)  # [M]
     weights, weighed = settings.weigh(old_logprobs, rollouts.logprobs, ids, trees.num_sequences)
     batch = PolicyBatch(
         trees=trees,
@@ -176,17 +181,16 @@ def train_step(
         correction=weights,
         ref_logprobs=ref_logprobs,
         old_values=values,
-        advantages=whiten(advantages) if settings.advantage.whiten else advantages,
+        advantages=whiten(moving) if settings.advantage.whiten else moving,
         returns=values + advantages,
     )
-    trained = objectives(number, settings, policy=policy, critic=critic, kl_coef=state.kl_coef)
     minibatches = Minibatches(number, batch.filter(rollouts.finished) if settings.skip_truncated else batch, settings)
     for update, minibatch in minibatches:
-        for learner, losses in trained:
+        for learner, losses in objectives(number, settings, policy=policy, critic=critic, kl_coef=state.kl_coef):
             mixed = pretraining.work(update) if learner is policy else []
             minibatches.log(learner.update([(minibatch, losses), *mixed]))
-    logged = weighed | agreement | rollouts.metrics | shaped | minibatches.metrics
-    done = StepDone(rollouts, rewards, batch, state.kl_coef, logged)
+    logged = weighed | agreement | rollouts.metrics | shaped.metrics | limited | minibatches.metrics
+    done = StepDone(rollouts, shaped.rewards, batch, state.kl_coef, logged)
     state.kl_coef = settings.kl.update(state.kl_coef, mean(done.kl).value, num_sequences=trees.num_sequences)
     return done
 

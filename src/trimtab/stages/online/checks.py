@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from trimtab.core.types import Rollout
 from trimtab.engines.local.agreement import allowed_difference
 from trimtab.evals.text import distinct_n
 from trimtab.math.losses.value import explained_variance
+from trimtab.rewards.combined import COST, part_names
 from trimtab.rewards.gold import GoldScorer
 from trimtab.stages.online.settings import OnlineSettings
 
@@ -39,6 +40,39 @@ def say_truncation(settings: OnlineSettings) -> None:
             "correction.kind=truncate, or leave both settings at their defaults",
             file=sys.stderr,
         )
+
+
+def check_scores(parts: Mapping[str, Tensor], settings: OnlineSettings) -> None:
+    """Looks at the scores [B] of each reward in the first round of a run, before anything is trained.
+
+    Says on stderr if one reward varies more than 100 times as much as another, so that their sum is the one alone.
+    Raises EngineError if a limited cost is the same for all replies: there is nothing to learn from it.
+    """
+    if COST in parts and len(seen := set(parts[COST][parts[COST].isfinite()].tolist())) == 1:
+        raise EngineError(
+            f"the cost of all {len(parts[COST])} replies is {seen.pop():g}, so that no reply shows how to cost less",
+            where="cost.reward, in step 1",
+            fix="see that the cost judges what the prompts ask for; if it is only rare, raise prompts_per_step or add "
+            "prompts that lead to it",
+        )
+    if settings.combine.normalize != "none" or settings.advantage.per_reward or len(settings.rewards) < 2:
+        return
+    spreads = {}
+    for name, reward in zip(part_names(settings.rewards), settings.rewards, strict=True):
+        scores = parts[name][parts[name].isfinite()].double()
+        if len(scores) and (spread := abs(reward.weight) * float(scores.std(correction=0))) > 0:
+            spreads[name] = spread
+    if spreads and max(spreads.values()) > _SCALES_APART * min(spreads.values()):
+        small, large = min(spreads, key=spreads.__getitem__), max(spreads, key=spreads.__getitem__)
+        print(
+            f"note: with its weight, the reward {large} varies {spreads[large] / spreads[small]:.3g} times as much as "
+            f"{small} (deviations {spreads[large]:.3g} and {spreads[small]:.3g} in step 1), which hardly counts; "
+            "combine.normalize=running brings each to deviation 1 before it is weighed, or change the weights",
+            file=sys.stderr,
+        )
+
+
+_SCALES_APART = 100.0
 
 
 def check_sampler(difference: float, settings: OnlineSettings, where: str) -> Metrics:

@@ -10,7 +10,7 @@ from trimtab.batches.trees import Tree
 from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.types import Prompt
 from trimtab.data.chat import Chat
-from trimtab.rewards.combined import refuse_missing_facts
+from trimtab.rewards.combined import judges, refuse_missing_facts
 from trimtab.runs.run import Run
 from trimtab.stages.online.settings import OnlineSettings
 from trimtab.stages.online.state import endless
@@ -43,7 +43,7 @@ def read_prompts(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[st
             fix="give more prompts, or lower prompts_per_step",
         )
     if settings.on_failed_reward == "stop":
-        refuse_missing_facts(settings.rewards, prompts, where=settings.prompts)
+        refuse_missing_facts(judges(settings), prompts, where=settings.prompts)
     counts |= dict(loaded.counts) | {"dropped_long_prompts": len(loaded.records) - len(prompts)}
     if (num := counts["dropped_long_prompts"]) > FEW:
         note = f"note: {num:,} of {len(loaded.records):,} prompts are left out: they are longer than"

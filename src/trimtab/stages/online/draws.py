@@ -73,9 +73,15 @@ def load_draws(found: Sequence[Mapping[str, Any]], path: Path) -> list[Draw]:
 def _plain_group(group: Group) -> dict[str, Any]:
     baseline = None if math.isnan(group.baseline) else group.baseline
     rollouts = [to_dict(rollout) for rollout in group.rollouts]
-    return {"rewards": group.rewards.tolist(), "baseline": baseline, "rollouts": rollouts}
+    plain: dict[str, Any] = {"rewards": group.rewards.tolist(), "baseline": baseline, "rollouts": rollouts}
+    if group.parts:
+        parts = {name: scores.tolist() for name, scores in group.parts.items()}
+        plain |= {"parts": parts, "baseline_parts": dict(group.baseline_parts)}
+    return plain
 
 
 def _group(row: Mapping[str, Any]) -> Group:
     baseline = math.nan if row["baseline"] is None else row["baseline"]
-    return Group([from_dict(Rollout, r) for r in row["rollouts"]], torch.tensor(row["rewards"]), baseline)
+    rollouts = [from_dict(Rollout, r) for r in row["rollouts"]]
+    parts = {name: torch.tensor(scores) for name, scores in row.get("parts", {}).items()}
+    return Group(rollouts, torch.tensor(row["rewards"]), baseline, parts, row.get("baseline_parts", {}))

@@ -25,7 +25,7 @@ from trimtab.stages.online.settings import OnlineSettings
 
 @dataclass(frozen=True)
 class Models:
-    """Policy, reference, critic and rewards, loaded. The critic is the policy if it is a head on the policy, and None
+    """Policy, reference, critics and rewards, loaded. The critic is the policy if it is a head on the policy, and None
     if the advantages need no critic."""
 
     policy: Policy
@@ -34,12 +34,15 @@ class Models:
     rewards: CombinedReward
     base: str
     """The model that the policy's adapter belongs to; without adapters, the model that the policy started from."""
+    cost_critic: ScalarModel | None = None
+    """The critic of a limited cost, if there is one and the advantages need a critic."""
 
     @property
     def roles(self) -> dict[str, Policy | ScalarModel]:
-        """Policy, reference and a critic of its own, by name."""
+        """Policy, reference and critics of their own, by name."""
         own = {} if self.critic in (None, self.policy) else {"critic": self.critic}
-        return {"policy": self.policy, "reference": self.reference} | own
+        cost = {} if self.cost_critic is None else {"cost_critic": self.cost_critic}
+        return {"policy": self.policy, "reference": self.reference} | own | cost
 
 
 def load_models(settings: OnlineSettings, chat: Chat, *, with_rewards: bool = True) -> Models:
@@ -62,15 +65,20 @@ def full_models(settings: OnlineSettings, chat: Chat, *, with_rewards: bool) -> 
     policy = Policy(load_causal(settings.model, device=device), with_value_head=value_head, **options)
     reference = Policy(_other_causal(settings.reference or settings.model, chat, device), **options)
     reference.requires_grad_(False)
+
+    def critic_from(start: str, name: str) -> ScalarModel:
+        refuse_other_critic(start, chat, "critic" if name == "critic" else "cost.critic")
+        head_seed = seeds.derive(settings.seed, name)
+        model = load_scalar(start, head_seed=head_seed, zero_head=True, device=device)
+        return ScalarModel(model, pad_id=chat.pad_id, gives="values")
+
     critic: Policy | ScalarModel | None = policy if value_head else None
     if settings.has_own_critic:
-        start = settings.critic_start()
-        refuse_other_critic(start, chat)
-        head_seed = seeds.derive(settings.seed, "critic")
-        model = load_scalar(start, head_seed=head_seed, zero_head=True, device=device)
-        critic = ScalarModel(model, pad_id=chat.pad_id, gives="values")
+        critic = critic_from(settings.critic_start(), "critic")
+    start = settings.cost_critic_start
+    cost_critic = critic_from(start, "cost_critic") if start is not None else None
     rewards = _rewards(settings) if with_rewards else CombinedReward([])
-    return Models(policy, reference, critic, rewards, settings.model)
+    return Models(policy, reference, critic, rewards, settings.model, cost_critic)
 
 
 def _other_causal(path: str, chat: Chat, device: torch.device) -> PreTrainedModel:
@@ -85,14 +93,16 @@ def _other_causal(path: str, chat: Chat, device: torch.device) -> PreTrainedMode
     return load_causal(path, device=device)
 
 
-def refuse_other_critic(path: str, chat: Chat) -> None:
-    """Raises ConfigError if the critic would read the policy's token ids in another vocabulary."""
+def refuse_other_critic(path: str, chat: Chat, key: str = "critic") -> None:
+    """Raises ConfigError if the critic that `key` sets would read the policy's token ids in another vocabulary."""
     refuse_other_vocabulary(
         chat.tokenizer,
         path,
         role="critic",
-        where="critic and model",
-        fix="set critic.init = 'policy' (or 'value_head'), so that the critic starts from the policy; "
+        where=f"{key} and model",
+        fix="name the policy as cost.critic; the reward model of the cost can stay, for it is given the text"
+        if key == "cost.critic"
+        else "set critic.init = 'policy' (or 'value_head'), so that the critic starts from the policy; "
         "the reward model can stay, for it is given the text",
     )
 
@@ -113,7 +123,7 @@ def shared_models(settings: OnlineSettings, chat: Chat, *, with_rewards: bool) -
 
     def adapter(name: str, path: str | None) -> str:
         if path is not None:
-            heads[name] = load_adapter(shared, name, path, with_head=name == "critic")
+            heads[name] = load_adapter(shared, name, path, with_head=name in ("critic", "cost_critic"))
         else:
             add_adapter(shared, name, lora, seed=seeds.derive(settings.seed, "adapter", name))
         return name
@@ -134,24 +144,31 @@ def shared_models(settings: OnlineSettings, chat: Chat, *, with_rewards: bool) -
     else:
         reference = Policy(_other_causal(reference_path, chat, device), **options)
         reference.requires_grad_(False)
-    critic: Policy | ScalarModel | None = policy if value_head else None
-    if settings.has_own_critic:
-        start = settings.critic_start()
+
+    def critic_from(start: str, role: str, *, fix: str) -> ScalarModel:
         if not same_model(start, base) and not on_base(start, base):
             raise ConfigError(
                 f"the critic is to start from {start!r}, which is no adapter of {base!r}",
-                where="critic and adapter",
-                fix="train the reward model with an adapter on that base, or set critic.init = 'policy'",
+                where=f"{'critic' if role == 'critic' else 'cost.critic'} and adapter",
+                fix=f"train the reward model with an adapter on that base, or set {fix}",
             )
-        name = adapter("critic", start if on_base(start, base) else None)
+        name = adapter(role, start if on_base(start, base) else None)
         # A critic that starts from a reward model also starts from its head, as a critic with weights of its own does.
         brought = heads.get(name, {})
         head = head_of_weights(brought, shared.device) if "score.weight" in brought else zero_head(shared)
-        critic = ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=head, gives="values")
+        return ScalarModel(shared, pad_id=chat.pad_id, adapter=name, head=head, gives="values")
+
+    critic: Policy | ScalarModel | None = policy if value_head else None
+    if settings.has_own_critic:
+        critic = critic_from(settings.critic_start(), "critic", fix="critic.init = 'policy'")
+    start = settings.cost_critic_start
+    fix = "cost.critic to the policy"
+    cost_critic = critic_from(start, "cost_critic", fix=fix) if start is not None else None
     rewards = _rewards(settings, shared, base) if with_rewards else CombinedReward([])
-    return Models(policy, reference, critic, rewards, base)
+    return Models(policy, reference, critic, rewards, base, cost_critic)
 
 
 def _rewards(settings: OnlineSettings, shared: PreTrainedModel | None = None, base: str = "") -> CombinedReward:
     options: dict[str, Any] = {"token_budget": settings.token_budget, "device": settings.engine.find_device()}
-    return load_rewards(settings.rewards, shared=shared, base=base, **options)
+    cost = settings.cost.reward if settings.cost else None
+    return load_rewards(settings.rewards, combine=settings.combine, cost=cost, shared=shared, base=base, **options)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from trimtab.batches.trees import TokenTrees, response_tree
 from trimtab.core.metrics import Metrics
 from trimtab.core.types import Prompt, Rollout
+from trimtab.rewards.combined import COST
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,16 @@ class Group:
     rollouts: Sequence[Rollout]
     rewards: Tensor
     baseline: float
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """The scores [G] of each reward by name, before its weight; empty if there is only one."""
+    baseline_parts: Mapping[str, float] = field(default_factory=dict)
+    """The scores of the greedy reply by each of them; empty if there is no greedy reply."""
 
     @property
     def has_signal(self) -> bool:
-        """Whether some reply is better than another."""
-        return bool(self.rewards.min() < self.rewards.max())
+        """Whether some reply is better, or costs less, than another."""
+        judged = [self.rewards, *([self.parts[COST]] if COST in self.parts else [])]
+        return any(bool(scores.min() < scores.max()) for scores in judged)
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,19 @@ class RolloutBatch:
     def baselines(self) -> Tensor:
         """[B] the reward of the greedy reply to the same prompt; nan if none was asked for."""
         return torch.cat([torch.full_like(group.rewards, group.baseline) for group in self.groups])
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The scores [B] of each reward by name, before its weight; empty if there is only one."""
+        return {name: torch.cat([group.parts[name] for group in self.groups]) for name in self.groups[0].parts}
+
+    @property
+    def baseline_parts(self) -> dict[str, Tensor]:
+        """The scores [B] of the greedy reply by each of them; nan if no greedy reply was asked for."""
+        return {
+            name: torch.cat([torch.full_like(g.rewards, g.baseline_parts.get(name, torch.nan)) for g in self.groups])
+            for name in self.groups[0].parts
+        }
 
     @property
     def group_ids(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,12 @@ from trimtab.core.errors import EngineError
 from trimtab.core.metrics import Mean, Metrics, Total, mean_of, merge
 from trimtab.core.types import Prompt, Rollout
 from trimtab.engines.base import Sampler
-from trimtab.math.rewards import clip, missing_eos_penalty
-from trimtab.rewards.base import Reward
+from trimtab.math.rewards import RunningMoments, clip, missing_eos_penalty, moments_of
+from trimtab.rewards.combined import CombinedReward, part_names
 from trimtab.rewards.gold import GoldScorer
-from trimtab.stages.online.checks import Clock
+from trimtab.stages.online.checks import Clock, check_scores
 from trimtab.stages.online.rollouts import Group, Replies, RolloutBatch
-from trimtab.stages.online.settings import OnlineSettings, Shaping
+from trimtab.stages.online.settings import OnlineSettings
 from trimtab.stages.online.state import OnlineState
 
 
@@ -29,7 +29,7 @@ class RolloutSource:
     sampler: Sampler
     greedy: Sampler | None
     """The sampler of the likeliest reply, for advantages that compare with it."""
-    reward: Reward
+    reward: CombinedReward
     world: GoldScorer | None
     """Gives the gold scores, which are only watched."""
     settings: OnlineSettings
@@ -51,7 +51,7 @@ class RolloutSource:
             if attempt:
                 prompts = state.take_prompts(settings.prompts_per_step - len(kept))
                 replies = self._draw(number, attempt, prompts, clock)
-            groups, metrics = self._groups(number, replies, clock)
+            groups, metrics = self._groups(number, replies, clock, check=number == attempt == 0)
             logged.append(metrics)
             for group in groups:
                 (kept if group.has_signal or not settings.dynamic_sampling else flat).append(group)
@@ -94,44 +94,80 @@ class RolloutSource:
         clock.mark("generate")
         return Replies(prompts, rollouts, greedy)
 
-    def _groups(self, number: int, replies: Replies, clock: Clock) -> tuple[list[Group], Metrics]:
-        """A group for each prompt, judged. A prompt has no group if none of its replies could be judged."""
+    def _groups(self, number: int, replies: Replies, clock: Clock, *, check: bool) -> tuple[list[Group], Metrics]:
+        """A group for each prompt, judged. A prompt has no group if none of its replies could be judged. `check` is
+        true in the first round of a run; see `check_scores`."""
         settings, rollouts = self.settings, replies.rollouts
-        scores, metrics = self.reward.score(rollouts)
+        scores, parts, metrics = self.reward.score_parts(rollouts)
+        if check:
+            check_scores(parts, settings)
         if self.world is not None:
             metrics |= self.world.score(rollouts)[1]
         judged = scores.isfinite()
         if not judged.all() and settings.on_failed_reward == "stop":
             raise _not_judged(rollouts, judged, number, metrics)
-        baselines = self._greedy_scores(number, replies)
+        baselines, baseline_parts = self._greedy_scores(number, replies)
         clock.mark("score")
         size = settings.group_size
         if self.greedy is not None:  # a reply without its baseline has no advantage
             judged &= baselines.isfinite().repeat_interleave(size)
+        several = parts if len(parts) > 1 else {}
         groups = []
         for i in range(len(replies.prompts)):
             mine = [j for j in range(i * size, (i + 1) * size) if judged[j]]
             if mine:
-                groups.append(Group([rollouts[j] for j in mine], scores[mine], float(baselines[i])))
+                judgements = {name: values[mine] for name, values in several.items()}
+                greedy = {name: float(baseline_parts[name][i]) for name in several if name in baseline_parts}
+                group = Group([rollouts[j] for j in mine], scores[mine], float(baselines[i]), judgements, greedy)
+                groups.append(group)
         return groups, metrics | {"rollout/unjudged": Total(int((~judged).sum()))}
 
-    def _greedy_scores(self, number: int, replies: Replies) -> Tensor:
-        """[P] the score of the likeliest reply to each prompt; nan if the advantages do not ask for it."""
+    def _greedy_scores(self, number: int, replies: Replies) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """[P] the score of the likeliest reply to each prompt, and [P] those of each part; nan and none if the
+        advantages do not ask for it."""
         if self.greedy is None:
-            return torch.full((len(replies.prompts),), torch.nan)
-        scores, _ = self.reward.score(replies.greedy)
+            return torch.full((len(replies.prompts),), torch.nan), {}
+        scores, parts, _ = self.reward.score_parts(replies.greedy)
         if not scores.isfinite().all() and self.settings.on_failed_reward == "stop":
             raise _not_judged(replies.greedy, scores.isfinite(), number, {})
-        return scores
+        return scores, parts
 
 
-def shape_rewards(rollouts: RolloutBatch, shaping: Shaping, state: OnlineState) -> tuple[Tensor, Tensor, Metrics]:
-    """[B] rewards, normalised, clipped and less the penalty, in that order; [B] baselines, normalised and clipped;
-    and metrics.
+@dataclass(frozen=True)
+class ShapedRewards:
+    """The rewards of a step as the advantages read them."""
+
+    rewards: Tensor
+    """[B] combined, whitened or normalised, clipped and less the penalty, in that order."""
+    baselines: Tensor
+    """[B] of the greedy replies: the same without the penalty."""
+    parts: Sequence[tuple[float, Tensor]]
+    """The weight and the scores [B] of each reward, normalised if they are combined so; empty if there is only one."""
+    metrics: Metrics
+
+
+def shape_rewards(rollouts: RolloutBatch, settings: OnlineSettings, state: OnlineState) -> ShapedRewards:
+    """The rewards of a step, combined and shaped as the settings say.
 
     The running moments of `state` take in the rewards of this step first.
     """
+    shaping, combine = settings.shaping, settings.combine
     rewards, baselines = rollouts.rewards, rollouts.baselines
+    weights = {name: r.weight for name, r in zip(part_names(settings.rewards), settings.rewards, strict=True)}
+    parts = {name: scores for name, scores in rollouts.parts.items() if name in weights} if len(weights) > 1 else {}
+    if combine.normalize != "none":
+        if combine.normalize == "running" or not state.part_moments:
+            seen = state.part_moments
+            state.part_moments = {name: seen.get(name, RunningMoments()).update(x) for name, x in parts.items()}
+        unflagged = torch.zeros(len(rewards), dtype=torch.bool)
+        parts, greedy = (
+            {name: state.part_moments[name].normalise(x[name]) for name in parts}
+            for x in (parts, rollouts.baseline_parts)
+        )
+        rewards, baselines = (combine.total(x, weights, unflagged)[0] for x in (parts, greedy))
+    if combine.whiten:
+        moments = moments_of(rewards)
+        rewards, baselines = moments.normalise(rewards), moments.normalise(baselines)
     if shaping.normalize:
         state.moments = state.moments.update(rewards)
         shift = not shaping.scale_only
@@ -141,7 +177,8 @@ def shape_rewards(rollouts: RolloutBatch, shaping: Shaping, state: OnlineState) 
         rewards, clipped = clip(rewards, low=-shaping.clip, high=shaping.clip)
         baselines, _ = clip(baselines, low=-shaping.clip, high=shaping.clip)
     rewards = missing_eos_penalty(rewards, rollouts.finished, shaping.missing_eos_penalty)
-    return rewards, baselines, {"reward/clipped_fraction": mean_of(clipped.tolist())}
+    weighted = [(weights[name], scores) for name, scores in parts.items()]
+    return ShapedRewards(rewards, baselines, weighted, {"reward/clipped_fraction": mean_of(clipped.tolist())})
 
 
 def _not_judged(rollouts: Sequence[Rollout], judged: Tensor, number: int, metrics: Metrics) -> EngineError:

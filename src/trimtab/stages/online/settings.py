@@ -16,12 +16,14 @@ from trimtab.engines.episodes import EpisodeLimits
 from trimtab.engines.local.learner import AdamW
 from trimtab.engines.local.sampler import Sampling
 from trimtab.math.advantages import GAE
+from trimtab.math.combining import WeightedSum
 from trimtab.math.correction import SamplerCorrection, no_correction
 from trimtab.math.kl import FixedKL
 from trimtab.math.losses.policy import PPO
 from trimtab.math.losses.value import ValueLoss
 from trimtab.models.adapters import LoRA
 from trimtab.models.precision import Precision
+from trimtab.rewards.combined import part_names
 from trimtab.rewards.model import RewardModel
 
 
@@ -90,6 +92,41 @@ class CriticSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CostLimit:
+    """A limit on the mean cost of replies, kept by a Lagrange multiplier lambda (Safe RLHF: Dai et al.,
+    arXiv:2310.12773). The policy is moved by (A - lambda * A_cost) / (1 + lambda)."""
+
+    reward: Annotated[Any, Choice("reward")]
+    """What a reply costs: any reward, times its weight. A weight of -1 makes the cost of a score that says how safe a
+    reply is."""
+    limit: float
+    """The mean cost that is allowed, in the units of the cost."""
+    initial_lambda: float = 1.0
+    """lambda at the start."""
+    most_lambda: float = 5.0
+    """lambda never becomes more than this."""
+    learning_rate: float = 0.1
+    """How fast lambda moves: by exp(learning_rate * lambda * (mean cost - limit)) in a step."""
+    window: int = 128
+    """The mean cost is that of the latest replies, so many of them."""
+    critic: str | None = None
+    """The model that the cost's critic starts from, if the advantages need one. None is the cost's own reward model, or
+    the policy if the cost is none."""
+
+    def __post_init__(self) -> None:
+        if not self.initial_lambda <= self.most_lambda:
+            raise ValueError(f"initial_lambda = {self.initial_lambda} is more than most_lambda = {self.most_lambda}")
+        if (bounds := getattr(self.reward, "bounds", None)) is not None:
+            low, high = sorted(self.reward.weight * bound + 0.0 for bound in bounds)
+            if not low <= self.limit < high:
+                why = "no reply can keep it" if self.limit < low else "every reply keeps it"
+                raise ValueError(
+                    f"limit = {self.limit:g}, and a reply costs from {low:g} to {high:g}: {why}; set a limit from "
+                    f"{low:g} to below {high:g}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainingMix:
     """PPO-ptx: a language-modelling loss on demonstrations beside the RL loss (arXiv:2203.02155, eq. 2)."""
 
@@ -134,7 +171,11 @@ class OnlineSettings:
     on_bad_row: Literal["stop", "drop"] = "stop"
     """Refuse the prompts at a bad row, or drop and count such rows."""
     rewards: Annotated[tuple[Any, ...], Choice("reward")]
-    """The rewards that judge the rollouts; several are added up with their weights."""
+    """The rewards that judge the rollouts."""
+    combine: Annotated[Any, Choice("combination")] = field(default_factory=WeightedSum)
+    """How several rewards become one: their weighted sum, or a gate between helpfulness and safety."""
+    cost: CostLimit | None = None
+    """A limit on what replies cost on average; None sets none."""
     shaping: Shaping = field(default_factory=Shaping)
     """What happens to the reward before it reaches the advantages."""
     world: str | None = None
@@ -226,6 +267,7 @@ class OnlineSettings:
                 f"group_size = 1 with {wanting}, which compares the replies of a prompt with each other; "
                 "set group_size = 2 or more"
             )
+        self._refuse_combination()
         if self.kl_in == "loss" and self.kl_estimator in ("k1", "exact"):
             raise ValueError(
                 f"kl_estimator = {self.kl_estimator!r} with kl_in = 'loss': the expected gradient of k1 as a loss is "
@@ -236,6 +278,31 @@ class OnlineSettings:
         for name in ("prompts_per_step", "group_size", "num_steps", "num_epochs", "num_minibatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
+
+    def _refuse_combination(self) -> None:
+        """Raises ValueError if the rewards can not be combined as the settings say."""
+        if problem := self.combine.refusal(part_names(self.rewards)):
+            raise ValueError(problem)
+        if self.combine.whiten and self.shaping.normalize:
+            raise ValueError(
+                "shaping.normalize = true with combine.whiten = true: both scale the rewards; leave one of them out"
+            )
+        if not self.advantage.per_reward:
+            return
+        if len(self.rewards) < 2:
+            raise ValueError("advantage.per_reward = true with one reward; it needs several, or per_reward = false")
+        if not isinstance(self.combine, WeightedSum):
+            raise ValueError("advantage.per_reward = true adds the rewards up itself; leave combine out")
+        if self.shaping != Shaping():
+            raise ValueError(
+                "shaping with advantage.per_reward = true: it shapes the sum of the rewards, which is never made; "
+                "leave it out, and let a reward such as 'overlong' charge for replies without an end"
+            )
+        if self.kl_in == "reward" and self.kl.initial:
+            raise ValueError(
+                "kl_in = 'reward' with advantage.per_reward = true: the KL belongs to none of the rewards; set "
+                "kl_in = 'loss'"
+            )
 
     def _refuse_lag(self, lag: int) -> None:
         """Raises ValueError if rollouts of older weights would be trained on as if the policy had drawn them."""
@@ -271,6 +338,14 @@ class OnlineSettings:
                 fix="set critic.path to a reward model, or critic.init = 'policy'",
             )
         return path
+
+    @property
+    def cost_critic_start(self) -> str | None:
+        """The model that the critic of a limited cost starts from: its own path, the cost's reward model, or the
+        policy. None without a limit, and for advantages that need no critic."""
+        if self.cost is None or not self.advantage.needs_critic:
+            return None
+        return self.cost.critic or getattr(self.cost.reward, "path", None) or self.model
 
     @property
     def weigh(self) -> Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Metrics]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from trimtab.core.types import Prompt
 from trimtab.engines.base import Learner
+from trimtab.math.constraints import Multiplier
 from trimtab.math.rewards import RunningMoments
 from trimtab.stages.online.draws import Draw, load_draws, save_draws
 from trimtab.stages.supervised import Epochs
@@ -17,14 +18,18 @@ from trimtab.stages.supervised import Epochs
 
 @dataclass
 class OnlineState:
-    """Learners, KL coefficient, running reward moments, place in the prompts and rollouts that were drawn ahead: a run
-    goes on from it bit for bit."""
+    """Learners, KL coefficient, running reward moments, the multiplier of a limited cost, place in the prompts and
+    rollouts that were drawn ahead: a run goes on from it bit for bit."""
 
     learners: Sequence[Learner]
     prompts: Sequence[Prompt]
     seed: int
     kl_coef: float
     moments: RunningMoments
+    part_moments: dict[str, RunningMoments] = field(default_factory=dict)
+    """Of each reward by name, if rewards are normalised before they are combined."""
+    multiplier: Multiplier | None = None
+    """That of the limit on a cost; None without one."""
     num_prompts_taken: int = 0
     drawn: list[Draw] = field(default_factory=list)
     """The rollouts of the steps to come, as far as they are drawn and judged; see `RolloutQueue`."""
@@ -44,6 +49,10 @@ class OnlineState:
             "moments": self.moments.state(),
             "num_prompts_taken": self.num_prompts_taken,
         }
+        if self.part_moments:
+            numbers["part_moments"] = {name: moments.state() for name, moments in self.part_moments.items()}
+        if self.multiplier is not None:
+            numbers["multiplier"] = self.multiplier.state()
         if self.drawn:
             numbers["drawn"] = save_draws(self.drawn, path)
         (path / "state.json").write_text(json.dumps(numbers), encoding="utf-8")
@@ -55,6 +64,9 @@ class OnlineState:
         numbers = json.loads((path / "state.json").read_text(encoding="utf-8"))
         self.kl_coef = numbers["kl_coef"]
         self.moments = RunningMoments(**numbers["moments"])
+        self.part_moments = {name: RunningMoments(**m) for name, m in numbers.get("part_moments", {}).items()}
+        if "multiplier" in numbers:
+            self.multiplier = Multiplier(**numbers["multiplier"])
         self.num_prompts_taken = numbers["num_prompts_taken"]
         self.drawn = load_draws(numbers.get("drawn", []), path)
 
