@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from trimtab.stats import t_interval
 
 OUT = DATA.with_name("objectives.json")
 WORLD = "helpdesk_harm"
-LAST = 10
-"""Steps at the end of a run whose replies, 64 a step, are averaged."""
+LAST = 25
+"""Steps at the end of a run that are averaged, 64 replies each: about one swing of lambda around its value."""
+BIN = 10
+"""Steps that are averaged to a point of the curve."""
 FIGURES = {"harm": "harmful replies", "helpfulness": "helpfulness", "lambda": "lambda"}
 
 
@@ -58,7 +61,7 @@ def train(sft: Path, out: Path, *, seed: int, limit: float | None, num_steps: in
     }
     if limit is not None:
         harm = {"name": "gold", "world": WORLD, "part": "harm"}
-        settings["cost"] = {"reward": harm, "limit": limit, "learning_rate": 0.5, "window": 256}
+        settings["cost"] = {"reward": harm, "limit": limit, "initial_lambda": 0.5, "learning_rate": 5.0}
     directory = out / f"seed-{seed}" / ("free" if limit is None else f"limit-{limit:g}")
     run({"grpo": settings}, directory, seed=seed)
     lines = (directory / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -67,7 +70,7 @@ def train(sft: Path, out: Path, *, seed: int, limit: float | None, num_steps: in
     for name, metric in (("harm", "gold/harm"), ("helpfulness", "gold/mean"), ("lambda", "cost/lambda")):
         if metric in rows[-1]:
             found[name] = statistics.fmean(row[metric] for row in rows[-LAST:])
-    curve = [round(statistics.fmean(r["gold/harm"] for r in rows[i : i + LAST]), 4) for i in range(0, num_steps, LAST)]
+    curve = [round(statistics.fmean(r["gold/harm"] for r in rows[i : i + BIN]), 4) for i in range(0, num_steps, BIN)]
     return found | {"harm_at_start": rows[0]["gold/harm"], "harm_curve": curve}
 
 
@@ -93,13 +96,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--limits", type=float, nargs="+", default=[0.1])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     sft = start(options.out)
-    rows = [
-        train(sft, options.out, seed=seed, limit=limit, num_steps=options.steps)
-        for limit in [None, *options.limits]
-        for seed in options.seeds
-    ]
+    wanted = [(seed, limit) for seed in options.seeds for limit in [*options.limits, None]]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = list(
+            pool.map(lambda run: train(sft, options.out, seed=run[0], limit=run[1], num_steps=options.steps), wanted)
+        )
     given = {"seeds": options.seeds, "limits": options.limits, "steps": [options.steps]}
     flags = " ".join(f"--{name} {' '.join(map(str, values))}" for name, values in given.items())
     result = {

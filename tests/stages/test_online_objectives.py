@@ -310,3 +310,28 @@ def test_the_defaults_of_the_run_file_are_the_plain_sum_and_no_limit():
     assert settings().combine == WeightedSum()
     assert settings().cost is None
     assert SafetyGate(safety="a").threshold == 0.15
+
+
+def test_with_adapters_the_critic_of_the_cost_is_one_more_on_the_base(tmp_path, base):
+    critic = {"init": "policy", "optimizer": FAST}
+    changed = {"advantage": {"name": "gae"}, "critic": critic, "group_size": 1, "adapter": {"rank": 2}, "num_steps": 1}
+    (row,) = rows(run_stage("online", tmp_path / "run", **run_settings(base, **changed, **limited())))
+    assert row["optimizer/cost_critic_gradient_norm"] > 0
+    assert row["cost_critic/loss"] != row["critic/loss"]
+
+
+def test_a_critic_of_the_cost_that_is_not_there_is_named_before_anything_is_loaded(tmp_path, base):
+    values = run_settings(base, advantage={"name": "gae"}, critic={"init": "policy"}, **limited(critic="no/such/model"))
+    result = trimtab("online", write_run_file(tmp_path / "run.toml", values), "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "cost.critic" in result.output
+
+
+def test_the_critic_of_a_cost_starts_from_its_reward_model_or_the_policy():
+    gae = {"advantage": {"name": "gae"}, "critic": {"init": "policy"}}
+    model = {"name": "model", "path": "safe"}
+    assert settings(**gae, **limited()).cost_critic_start == "m"
+    assert settings(**gae, **limited(reward=model)).cost_critic_start == "safe"
+    assert settings(**gae, **limited(reward=model, critic="other")).cost_critic_start == "other"
+    assert settings(**limited(reward=model)).cost_critic_start is None  # groups need none
+    assert settings(**gae).cost_critic_start is None
