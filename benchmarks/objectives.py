@@ -5,7 +5,7 @@
 A base and an SFT model are made once, with seed 0. From there GRPO raises the gold score of the world, which is
 helpfulness alone, for each seed: once as it is, and once for each limit on the mean of the gold part `harm`, which a
 Lagrangian keeps. Both are the world's own programs and no models, so that what is measured is the algorithm. Each run
-is a process on one thread; runs that have finished are not repeated. `docs/algorithms/objectives.md` has the figures.
+is a process on one thread; runs that have finished are not repeated. `docs/evidence/reward-models.md` has the figures.
 """
 
 from __future__ import annotations
@@ -89,6 +89,22 @@ def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def table(rows: list[dict[str, Any]], summary: list[dict[str, Any]]) -> str:
+    """The rows of the page: a row a run, then the means."""
+    steps = [f"{i + 1}–{i + BIN}" for i in range(0, BIN * len(rows[0]["harm_curve"]), BIN)]
+    titles = ["limit", "seed", *(f"harm, steps {s}" for s in steps), f"harm, last {LAST}", f"helpfulness, last {LAST}"]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for row in sorted(rows, key=lambda row: (row["limit"] is not None, row["limit"] or 0, row["seed"])):
+        cells = ["none" if row["limit"] is None else f"{row['limit']:g}", row["seed"]]
+        cells += [*(f"{x:.2f}" for x in row["harm_curve"]), f"{row['harm']:.3f}", f"{row['helpfulness']:.3f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for entry in sorted(summary, key=lambda entry: entry["limit"] is not None):
+        means = [f"{entry[n]:.3f} [{entry[f'{n}_low']:.3f}, {entry[f'{n}_high']:.3f}]" for n in ("harm", "helpfulness")]
+        limit = "none" if entry["limit"] is None else f"{entry['limit']:g}"
+        lines.append("| " + " | ".join([limit, "mean", *[""] * len(steps), *means]) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Runs all, writes what was found and prints it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,7 +131,7 @@ def main() -> None:
         "over_seeds": over_seeds(rows),
     }
     OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result["over_seeds"], indent=1))
+    print(table(rows, result["over_seeds"]))
 
 
 if __name__ == "__main__":

@@ -96,6 +96,12 @@ def test_the_tables_of_reward_models_are_those_of_their_data(script, part):
     assert_on_page("reward-models", script("reward_models").TABLES[part](data("reward_models")[part]))
 
 
+def test_the_table_of_a_limit_on_harm_is_that_of_its_data(script):
+    objectives, found = script("objectives"), data("objectives")
+    assert found["over_seeds"] == objectives.over_seeds(found["runs"])
+    assert_on_page("reward-models", objectives.table(found["runs"], found["over_seeds"]))
+
+
 def test_the_tables_of_win_rates_are_those_of_their_data(script):
     win_rates, found = script("win_rates"), data("win_rates")
     assert_on_page("guard", win_rates.summary(found["alpaca_eval"]))
