@@ -21,7 +21,7 @@ def test_an_example_is_read_as_the_page_says_and_whole(tmp_path, kind, rows):
     path.write_text(rows, encoding="utf-8")
     loaded = load(getattr(types, kind), path)
     assert loaded.records
-    assert set(loaded.unused) <= {"category"}
+    assert set(loaded.unused) <= {"category", "labeler", "generation", "task"}
     if kind != "Prompt":
         assert load(types.Prompt, path).records
 

@@ -90,12 +90,24 @@ class LabelledResponse:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RatedResponse:
+    """One reply with a rating."""
+
+    prompt: Prompt
+    response: str
+    rating: float
+    """How good the reply is, in the units of its source; more is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SteppedResponse:
     """One reply in steps, each labelled right or wrong (the stepwise layout)."""
 
     prompt: Prompt
     steps: tuple[str, ...]
-    labels: tuple[bool, ...]
+    labels: tuple[float | None, ...]
+    """The probability that each step is right: 1 or 0 for a verdict, a fraction for several; None for a step that is
+    not judged, from which nothing is learnt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +152,15 @@ class Observation:
 
 
 Record = TypeVar(
-    "Record", Prompt, Demonstration, Comparison, PreferencePair, LabelledResponse, SteppedResponse, Rollout
+    "Record",
+    Prompt,
+    Demonstration,
+    Comparison,
+    PreferencePair,
+    LabelledResponse,
+    RatedResponse,
+    SteppedResponse,
+    Rollout,
 )
 
 

@@ -15,9 +15,10 @@ from trimtab.core.types import (
     LabelledResponse,
     PreferencePair,
     Prompt,
+    RatedResponse,
     SteppedResponse,
 )
-from trimtab.data.columns import thumb
+from trimtab.data.columns import RATING, thumb
 from trimtab.data.compared import pairs_of, to_comparison, to_judged
 from trimtab.data.messages import READ_FIELDS
 from trimtab.data.mistakes import Mistake, filled, shown
@@ -45,6 +46,16 @@ from trimtab.data.rows import (
     to_implicit_pair,
     to_labelled_response,
     to_question_answer,
+    to_rated_response,
+)
+from trimtab.data.stepped import (
+    READ_OF_PRM800K,
+    is_math_shepherd,
+    is_prm800k,
+    math_shepherd_prompt,
+    prm800k_prompt,
+    to_math_shepherd,
+    to_prm800k,
     to_stepped_response,
 )
 
@@ -239,7 +250,24 @@ LAYOUTS: tuple[Layout, ...] = (
         columns="prompt, completions, labels",
         matches=lambda columns, _: columns >= {"prompt", "labels"} and bool(columns & {"completions", "steps"}),
         converters={SteppedResponse: to_stepped_response, Prompt: prompt_in},
-        uses=frozenset({"completions", "steps", "labels"}),
+        uses=frozenset({"completions", "steps", "labels", "neutral"}),
+    ),
+    Layout(
+        name="steps of PRM800K",
+        columns="question with problem, label with steps (PRM800K)",
+        matches=lambda _, sample: is_prm800k(sample),
+        converters={SteppedResponse: to_prm800k, Prompt: prm800k_prompt},
+        uses=frozenset(
+            {"prompt", "label", "neutral", "is_quality_control_question", "is_initial_screening_question"}
+        ),
+        reads=READ_OF_PRM800K,
+    ),
+    Layout(
+        name="steps of Math-Shepherd",
+        columns="input with steps that end with a tag, label (Math-Shepherd)",
+        matches=lambda _, sample: is_math_shepherd(sample),
+        converters={SteppedResponse: to_math_shepherd, Prompt: math_shepherd_prompt},
+        uses=frozenset({"prompt", "label"}),
     ),
     Layout(
         name="ranked replies",
@@ -280,6 +308,13 @@ LAYOUTS: tuple[Layout, ...] = (
         matches=lambda columns, _: _is_reply(columns),
         converters={Demonstration: to_demonstration, Prompt: prompt_in},
         uses=_REPLY,
+    ),
+    Layout(
+        name="replies with ratings",
+        columns="prompt, completion (or response), rating (or score)",
+        matches=lambda columns, _: _is_reply(columns) and bool(columns & set(RATING)),
+        converters={RatedResponse: to_rated_response, Prompt: prompt_in},
+        uses=_REPLY | set(RATING),
     ),
     Layout(
         name="conversations",

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from trimtab.core.errors import DataError
-from trimtab.core.types import Demonstration, JsonDict, LabelledResponse, PreferencePair, Prompt
+from trimtab.core.types import Demonstration, JsonDict, LabelledResponse, PreferencePair, Prompt, RatedResponse
 from trimtab.data.columns import (
     CHANGES_A_ROW,
     COMPLETION,
@@ -123,6 +123,8 @@ def _layout(columns: frozenset[str], sample: Mapping[str, Any], kind: type | Non
     fitting = [layout for layout in LAYOUTS if layout.matches(columns, sample)]
     if kind is Demonstration and "messages" in columns and PreferencePair in (fitting or LAYOUTS)[0].converters:
         fitting = [layout for layout in fitting if layout.name == "conversations"]  # beside chosen and rejected
+    if kind is RatedResponse:  # the same file may be demonstrations
+        fitting = [layout for layout in fitting if kind in layout.converters] or fitting
     return fitting[0] if fitting else None
 
 
@@ -199,7 +201,7 @@ def _misread_columns(
     """The problems of columns that are not used, `left`, each with its fix."""
     if reading.kind is Demonstration:
         yield from _judged(left, rows)
-    if reading.kind in (Demonstration, LabelledResponse):
+    if reading.kind in (Demonstration, LabelledResponse, RatedResponse):
         for name, plain in left.items():
             if plain in COMPLETION[:4] and any(filled(row.get(name)) for row in rows):
                 yield (

@@ -16,9 +16,9 @@ from trimtab.core.types import (
     Message,
     PreferencePair,
     Prompt,
-    SteppedResponse,
+    RatedResponse,
 )
-from trimtab.data.columns import SCORES_OF_PAIR, SYSTEM, thumb
+from trimtab.data.columns import RATING, SCORES_OF_PAIR, SYSTEM, thumb
 from trimtab.data.messages import (
     conversation_in,
     is_transcript,
@@ -45,23 +45,6 @@ from trimtab.data.prompts import (
 )
 
 # ---- values ---------------------------------------------------------------------------------------------------------
-
-
-def _flags(name: str, value: Any) -> tuple[bool, ...]:
-    """Step labels: true and false, in any spelling."""
-    if not isinstance(value, list):
-        wrong_type(name, value, "a list of true and false")
-    found = [thumb(v) for v in value]
-    if any(isinstance(v, int | float) and not isinstance(v, bool) and v == -1 for v in value):
-        raise Mistake(
-            "unknown_label",
-            f"{name} is {shown(value)}: where -1 is wrong, 0 may be neutral, which a step label cannot be",
-            "write true and false, and cut the reply before a step that is neither",
-            droppable=False,
-        )
-    if any(v is None for v in found):
-        wrong_type(name, value, "a list of true and false")
-    return tuple(bool(v) for v in found)
 
 
 def number_in(row: Mapping[str, Any], name: str) -> float | None:
@@ -339,20 +322,20 @@ def to_labelled_response(row: JsonDict) -> LabelledResponse:
     return LabelledResponse(prompt=prompt, response=reply, label=label)
 
 
-def to_stepped_response(row: JsonDict) -> SteppedResponse:
-    """A reply in steps, each right or wrong."""
-    steps = field_of(row, "completions", "steps")
-    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
-        wrong_type("completions", steps, "a list of texts")
-    labels = _flags("labels", field_of(row, "labels"))
-    if not steps or not all(step.strip() for step in steps):
-        raise Mistake("empty_response", "there is no step, or an empty one", "write every step, or remove the row")
-    if len(steps) != len(labels):
+def to_rated_response(row: JsonDict) -> RatedResponse:
+    """A reply with the one number that rates it."""
+    rated = [name for name in RATING if row.get(name) not in (None, "")]
+    if len(rated) > 1:
         raise Mistake(
-            "wrong_number_of_labels", f"{len(steps)} steps with {len(labels)} labels", "give each step one label"
+            "two_ratings",
+            f"{' and '.join(rated)} rate the reply, and one number is learnt",
+            f"leave the others out, for instance FILE?ignore={','.join(rated[1:])}",
         )
-    refuse_beside_reply(row)
-    return SteppedResponse(prompt=prompt_in(row), steps=tuple(steps), labels=labels)
+    rating = number_in(row, rated[0]) if rated else None
+    if rating is None:
+        raise Mistake("missing_field", "the reply has no rating", f"fill in one of {', '.join(RATING)}")
+    prompt, reply, _ = _answered(row, field_of(row, "completion", "response"))
+    return RatedResponse(prompt=prompt, response=reply, rating=rating)
 
 
 # ---- prompts alone --------------------------------------------------------------------------------------------------

@@ -14,7 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from trimtab.core.errors import DataError
-from trimtab.core.types import Demonstration, LabelledResponse, Message, PreferencePair, Prompt, SteppedResponse
+from trimtab.core.types import (
+    Demonstration,
+    LabelledResponse,
+    Message,
+    PreferencePair,
+    Prompt,
+    RatedResponse,
+    SteppedResponse,
+)
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import LAYOUTS, Loaded, kinds_of, load
 from trimtab.data.sources import records_source
@@ -133,9 +141,16 @@ def _replies(record: Any) -> list[tuple[str, str]]:
     if isinstance(record, LabelledResponse):
         return [("thumbs up" if record.label else "thumbs down", record.response)]
     if isinstance(record, SteppedResponse):
-        return [("steps " + " ".join("✓" if ok else "✗" for ok in record.labels), "\n".join(record.steps))]
+        return [("steps " + " ".join(map(_mark, record.labels)), "\n".join(record.steps))]
+    if isinstance(record, RatedResponse):
+        return [(f"rated {record.rating:g}", record.response)]
     choice = f"(choice: {record.choice})"
     return [(f"reply A {choice}", record.response_a), (f"reply B {choice}", record.response_b)]
+
+
+def _mark(label: float | None) -> str:
+    """The label of a step: right, wrong, a probability, or not judged."""
+    return "·" if label is None else {0.0: "✗", 1.0: "✓"}.get(float(label), f"{label:.2g}")
 
 
 def _marked(chat: Chat, ids: Sequence[int], mask: Sequence[bool]) -> Text:

@@ -66,7 +66,8 @@ def stream_rows(source: str | Path, *, limit: int | None = None) -> RowStream:
 
     Files: "pairs.jsonl", "shards/" (a folder of data files, or what `save_to_disk` wrote), "data/train-*.parquet",
     "a.jsonl,b.jsonl". Options after a "?" change what is read: "columns=question:prompt" renames columns,
-    "ignore=rating" leaves columns (and fields of messages) out, and "split=train" chooses among the splits of a folder.
+    "ignore=rating" leaves columns (and fields of messages) out, "neutral=right" says what the step label 0 counts as,
+    and "split=train" chooses among the splits of a folder.
 
     The number of a row is its line number in a JSON lines file, and its place below the header in other files. With
     `limit`, only the first so many rows are read. Raises DataError for a source that is missing, empty, damaged or of
@@ -109,7 +110,7 @@ def files_of(source: str | Path) -> tuple[list[Path], dict[str, str]]:
         return [Path(text)], {}
     name, _, query = (text, "", "") if Path(text).exists() else text.partition("?")
     given = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-    unknown = sorted(set(given) - {"columns", "ignore", "split"})
+    unknown = sorted(set(given) - {"columns", "ignore", "neutral", "split"})
     if unknown:
         raise DataError(
             f"no option is called {', '.join(map(repr, unknown))}",
@@ -143,9 +144,11 @@ def files_of(source: str | Path) -> tuple[list[Path], dict[str, str]]:
 def _changed(
     rows: Iterator[Located | BadRow], options: Mapping[str, str], source: str, *, whole: bool
 ) -> Iterator[Located | BadRow]:
-    """The rows with columns renamed and left out as the options say."""
+    """The rows with columns renamed and left out as the options say; `neutral` becomes a column of each row."""
     if not options:
         return rows
+    if neutral := options.get("neutral"):
+        rows = (row if isinstance(row, BadRow) else (row[0], {**row[1], "neutral": neutral}) for row in rows)
     names = {}
     for part in filter(None, options.get("columns", "").split(",")):
         old, _, new = part.partition(":")
@@ -235,7 +238,15 @@ def records_source(source: str | Path) -> Source | None:
 
 
 def _hub_stream(text: str, limit: int | None) -> RowStream:
-    defaults = {"split": "train", "config": "", "data_dir": "", "revision": "", "columns": "", "ignore": ""}
+    defaults = {
+        "split": "train",
+        "config": "",
+        "data_dir": "",
+        "revision": "",
+        "columns": "",
+        "ignore": "",
+        "neutral": "",
+    }
     name, options = options_in(text, defaults, where=f"hub:{text}")
     source = f"hub:{name}?split={options['split']}"
     import datasets
@@ -260,6 +271,6 @@ def _hub_stream(text: str, limit: int | None) -> RowStream:
             "prompts=FILE, or variables.rows=FILE for the examples",
         ) from error
     located = ((f"{source}, row {i}", row) for i, row in enumerate(rows, 1))
-    changes = {option: options[option] for option in ("columns", "ignore") if options[option]}
+    changes = {option: options[option] for option in ("columns", "ignore", "neutral") if options[option]}
     changed = _changed(iter(located), changes, source, whole=limit is None)
     return RowStream(source=source, sha256=rows_hash(rows), rows=changed)

@@ -21,7 +21,8 @@ from trimtab.core.types import JsonDict, Prompt
 from trimtab.data.compared import to_comparison
 from trimtab.data.files import NEEDS_APOSTROPHE
 from trimtab.data.mistakes import Mistake
-from trimtab.data.rows import to_explicit_pair, to_labelled_response, to_stepped_response
+from trimtab.data.rows import to_explicit_pair, to_labelled_response
+from trimtab.data.stepped import to_stepped_response
 from trimtab.feedback import labels
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import WORDS
