@@ -1,4 +1,4 @@
-"""Replies that were judged one by one, as a batch: one tree for each prompt, which holds every reply to it once."""
+"""Replies that were judged one by one, as a batch: one tree for each prompt, which holds its replies."""
 
 from __future__ import annotations
 
@@ -55,3 +55,22 @@ class BaselinedReplies(JudgedReplies):
     """Judged replies with the baseline log-ratio of the update, repeated for every reply."""
 
     baseline: Tensor = per("sequence")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradedReplies(TreeBatch):
+    """Prompts with their replies as trees, and labels at some tokens of the replies.
+
+    A scalar model gives its value of a trained token at the token before it. The trained tokens of these trees are
+    therefore those behind a labelled token; a label at the last token of a reply has no such token, and is apart.
+    """
+
+    labels: Tensor = per("token")
+    """[M] the label of the token before each trained token."""
+    last_labels: Tensor = per("sequence")
+    """[B] the label at the last token of each reply; nan if it has none."""
+
+    @property
+    def num_labels(self) -> int:
+        """The number of labels."""
+        return len(self.labels) + int(self.last_labels.isfinite().sum())

@@ -24,6 +24,8 @@ MODEL_FILE, ADAPTER_FILE, ADAPTER_WEIGHTS = "config.json", "adapter_config.json"
 GENERATION_FILE = "generation_config.json"
 ENSEMBLE_FILE = "ensemble.json"
 """File in the directory of an ensemble of reward models, which is that of its first member too."""
+REWARD_FILE = "reward.json"
+"""File beside the adapter of a reward model, with what is known of its scores."""
 BESIDE_FILE = "base.json"
 """File beside an adapter with the relative path from its directory to that of its base, so that both can be moved
 together."""
@@ -134,6 +136,26 @@ def refuse_ensemble(path: str | Path, *, where: str) -> None:
             where=where,
             fix="name one of its members: a copy of the directory without ensemble.json is the first, members/1 in it "
             "the second",
+        )
+
+
+def reward_facts(path: str | Path) -> dict[str, Any]:
+    """What the reward stage wrote of a reward model into its directory, under names that begin with `reward_`: its
+    zero, its moments, and what its scores mean. They are in `reward.json` of an adapter, and in `config.json` of a
+    whole model. Empty for a model of another program, and for the id of one on the hub that is no adapter."""
+    directory = Path(find_model(path))
+    file = directory / (REWARD_FILE if (directory / ADAPTER_FILE).exists() else MODEL_FILE)
+    found = read_json(file) if file.exists() else {}
+    return {name: value for name, value in found.items() if name.startswith("reward_")}
+
+
+def refuse_process_model(path: str | Path, *, where: str) -> None:
+    """Raises EngineError for a process reward model where one score of a whole reply is needed."""
+    if reward_facts(path).get("reward_kind") == "process":
+        raise EngineError(
+            "this is a process reward model, which scores the steps of a reply and not the reply",
+            where=where,
+            fix="name it with the reward 'process', in rewards of online, select or evaluate",
         )
 
 

@@ -19,7 +19,7 @@ T = TypeVar("T")
 _HOMES: dict[str, tuple[str, ...]] = {
     "policy_loss": ("trimtab.math.losses.policy",),
     "preference_loss": ("trimtab.math.losses.preference",),
-    "reward_loss": ("trimtab.math.losses.reward",),
+    "reward_loss": ("trimtab.math.losses.reward", "trimtab.math.losses.graded"),
     "advantage": ("trimtab.math.advantages",),
     "kl_controller": ("trimtab.math.kl",),
     "combination": ("trimtab.math.combining",),

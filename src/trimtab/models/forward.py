@@ -35,6 +35,17 @@ def sequence_scores_of(model: ScalarModel, trees: TokenTrees, token_budget: int)
     return _in_pieces(trees, token_budget, "sequence", lambda piece: model(piece).scores)
 
 
+@torch.no_grad()
+def values_and_scores_of(model: ScalarModel, trees: TokenTrees, token_budget: int) -> tuple[Tensor, Tensor]:
+    """[M] values at the token before each trained token, and [B] scores at the last tokens, of one forward pass."""
+    values, scores = torch.empty(trees.num_trained), torch.empty(trees.num_sequences)
+    for indices in split_by_tokens(trees, token_budget):
+        outputs = model(trees.select(indices))
+        values[trees.index_of("token", indices)] = outputs.values
+        scores[trees.index_of("sequence", indices)] = outputs.scores
+    return values, scores
+
+
 def _in_pieces(trees: TokenTrees, token_budget: int, axis: str, run: Callable[[TokenTrees], Tensor]) -> Tensor:
     size = trees.num_trained if axis == "token" else trees.num_sequences
     result = torch.empty(size, dtype=torch.float32)

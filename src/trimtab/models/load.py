@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from trimtab.batches.device import CPU
 from trimtab.core.errors import EngineError
-from trimtab.core.hub import base_of, find_model, read_json
+from trimtab.core.hub import base_of, find_model, reward_facts
 from trimtab.data.tokenizers import first_line, load_config
 from trimtab.data.tokenizers import load_tokenizer as load_tokenizer
 from trimtab.models.adapters import adapter_weights, is_head, is_reward_adapter, reward_model_as_policy
@@ -114,13 +114,6 @@ def is_classifier(path: str | Path) -> bool:
     if (base := base_of(path)) is not None:
         return is_reward_adapter(path) or is_classifier(base)
     return any(kind.endswith(_CLASSIFIER) for kind in load_config(path).architectures or [])
-
-
-def reward_facts(path: str | Path) -> dict[str, Any]:
-    """The shift, moments and head start that the reward stage wrote beside a reward adapter; empty if there are
-    none."""
-    file = Path(find_model(path)) / "reward.json"
-    return read_json(file) if file.exists() else {}
 
 
 def _load(auto_class: Any, path: str | Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.core.hub import GENERATION_FILE, MODEL_FILE, read_json
+from trimtab.core.hub import GENERATION_FILE, MODEL_FILE, REWARD_FILE, read_json
 from trimtab.data.chat import Chat
 from trimtab.models.adapters import save_adapter
 from trimtab.models.roles import Policy, ScalarModel
@@ -44,7 +44,7 @@ def save_role(role: Policy | ScalarModel, tokenizer: PreTrainedTokenizerBase, di
         head = {f"score.{n}": p.detach() for n, p in role.head.named_parameters()}
         facts = {k: v for k, v in role.model.config.to_dict().items() if k.startswith("reward_")}
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "reward.json").write_text(json.dumps(facts), encoding="utf-8")
+        (directory / REWARD_FILE).write_text(json.dumps(facts), encoding="utf-8")
     save_adapter(role.model, role.adapter, directory, base=base, head=head)
     chat, pad_id = _chat_to_write(tokenizer)
     chat.tokenizer.save_pretrained(directory)

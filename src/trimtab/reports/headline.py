@@ -404,7 +404,7 @@ def reward_model_sentences(card: Mapping[str, Any]) -> list[str]:
     """What the card of a reward model says, in sentences."""
     accuracy = interval(card, "accuracy")
     if accuracy is None:
-        return []
+        return _label_sentences(card)
     sentence = f"The reward model orders {_with_bounds(accuracy, percent)} of held-out pairs as the annotators did"
     comparisons = []
     if (longer := number(card, "longer_wins")) is not None:
@@ -412,6 +412,17 @@ def reward_model_sentences(card: Mapping[str, Any]) -> list[str]:
     if (limit := number(card, "bayes_accuracy")) is not None:
         comparisons.append(f"the noise of the votes allows at most {percent(limit)}")
     return [f"{sentence}; {' and '.join(comparisons)}." if comparisons else f"{sentence}."]
+
+
+def _label_sentences(card: Mapping[str, Any]) -> list[str]:
+    """What is said of a reward model that was judged by labels of single replies."""
+    what = "steps" if card.get("reward_kind") == "process" else "tokens"
+    if (right := interval(card, "label_accuracy")) is not None:
+        kind = card.get("reward_kind")
+        return [f"The {kind} reward model is right about {_with_bounds(right, percent)} of held-out {what}."]
+    if (error := interval(card, "squared_error")) is not None:
+        return [f"The squared error of the reward model over held-out ratings is {_with_bounds(error, show)}."]
+    return []
 
 
 def _hacking_sentences(run: RunRecord) -> list[str]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from trimtab.batches.device import CPU
 from trimtab.batches.trees import TokenTrees, Tree, response_tree
 from trimtab.core.errors import EngineError
-from trimtab.core.hub import refuse_ensemble
+from trimtab.core.hub import refuse_ensemble, reward_facts
 from trimtab.core.metrics import Metrics
 from trimtab.core.types import Message, Prompt, Rollout
 from trimtab.data.chat import Chat
@@ -22,7 +22,7 @@ from trimtab.data.templates import DATE, template_of
 from trimtab.models.adapters import load_adapter
 from trimtab.models.forward import sequence_scores_of
 from trimtab.models.lengths import positions_of
-from trimtab.models.load import load_scalar, load_tokenizer, reward_facts
+from trimtab.models.load import load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel, head_of_weights
 from trimtab.stats import Floats
 

@@ -20,9 +20,9 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.errors import ConfigError, DataError, EngineError
 from trimtab.core.files import json_text, replacing, writing
-from trimtab.core.hub import base_of, members_in
+from trimtab.core.hub import base_of, members_in, reward_facts
 from trimtab.core.types import PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
@@ -99,6 +99,7 @@ def average(
             fix=f"give a number from 0 to 1, such as {TOLERANCE}, or leave it out",
         )
     scalar = _are_reward_models(models, data)
+    _refuse_other_kinds(models)
     base = base_of(models[0])
     refuse_unlike(models)
     if rank is not None and base is None:
@@ -167,6 +168,17 @@ def _shares(models: Sequence[str], weights: Sequence[float]) -> list[float]:
             fix="give each model one, all above 0 and 1 in sum, or leave them out for equal ones",
         )
     return shares
+
+
+def _refuse_other_kinds(models: Sequence[str]) -> None:
+    """Raises EngineError for reward models whose zero and moments are not those of pairs."""
+    for path in models:
+        if (kind := reward_facts(path).get("reward_kind")) is not None:
+            raise EngineError(
+                f"a reward model of the kind {kind!r}, and the way to an average is looked at on pairs",
+                where=path,
+                fix="average models that were trained on pairs",
+            )
 
 
 def _are_reward_models(models: Sequence[str], data: str | None) -> bool:

@@ -1,8 +1,9 @@
-"""Train a reward model on preference pairs.
+"""Train a reward model on preference pairs, or on judgements of single replies.
 
 It learns from comparisons what people prefer, and the stage writes down how far to trust it. Rankings are read as all
 of their pairs, which stay together in one tree, so pairs and rankings differ in the loss alone. The members of an
-ensemble take their steps in the same loop: one member is the usual case of it.
+ensemble take their steps in the same loop: one member is the usual case of it. Losses over single replies (step labels,
+outcomes, ratings) have no pairs to be judged by; `reward_replies.py` is their loop.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from trimtab.stages.reward_members import (
     save_members,
     start_members,
 )
+from trimtab.stages.reward_replies import train_on_replies
 from trimtab.stages.stage import EPOCHS_GROW, Stage
 from trimtab.stages.supervised import (
     FIT,
@@ -76,16 +78,17 @@ class RewardSettings(TrainingSettings):
     model: str
     """The model to start from: usually the SFT model; any causal model or encoder."""
     data: str
-    """Preference pairs: a file, a hub id or a world."""
+    """What the loss learns from, usually preference pairs: a file, a hub id or a world."""
     held_out_data: str | None = None
-    """Pairs to judge the model by; without it, a share of `data` split by prompt."""
+    """Data to judge the model by; without it, a share of `data` split by prompt."""
     held_out: float = 0.1
     """The share of the prompts that is held out. Ignored when held_out_data is given."""
     demonstrations: str | None = None
     """Demonstrations whose mean reward is shifted to zero: the first 1000 of them, fitted to max_tokens; without them,
     the chosen replies of the training pairs."""
     loss: Annotated[Any, Choice("reward_loss")] = field(default_factory=BradleyTerry)
-    """The loss that is minimised: "bradley_terry" over pairs, or "plackett_luce" over whole rankings."""
+    """The loss that is minimised: "bradley_terry" over pairs, "plackett_luce" over whole rankings, or over single
+    replies "process" (step labels), "outcome" (thumbs) and "regression" (ratings)."""
     num_epochs: float = 1.0
     """Passes over the data; more than one overfits noisy votes quickly."""
     batch_size: int = 64
@@ -104,10 +107,27 @@ class RewardSettings(TrainingSettings):
     def __post_init__(self) -> None:
         if self.bootstrap and self.members == 1:
             raise ValueError("bootstrap = true is for the members of an ensemble, and members = 1")
+        if learns_from(self) is PreferencePair:
+            return
+        for name, given in (("members", self.members > 1), ("demonstrations", self.demonstrations is not None)):
+            if given:
+                raise ValueError(
+                    f"{name} with the loss {type(self.loss).__name__}: ensembles and the zero of demonstrations "
+                    f"are for models of pairs; leave {name} out"
+                )
+
+
+def learns_from(settings: RewardSettings) -> type[Any]:
+    """The kind of record that the loss learns from."""
+    kind: type[Any] = getattr(settings.loss, "learns_from", PreferencePair)
+    return kind
 
 
 def run(settings: RewardSettings, run: Run) -> None:
     """Trains, calibrates and judges the reward model; writes it to `run.model_dir` and its card beside that."""
+    if learns_from(settings) is not PreferencePair:
+        train_on_replies(settings, run)
+        return
     chat = Chat(load_tokenizer(settings.model))
     train, held_out, counts = read_split(PreferencePair, settings, run, chat)
     fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
@@ -262,10 +282,10 @@ STAGE = Stage(
     makes="reward model",
     model="any",
     trains="reward model",
-    data=lambda _settings: (PreferencePair,),
+    data=lambda settings: (learns_from(settings),),
     writes=("metrics.jsonl", CARD_FILE),
     grows=EPOCHS_GROW,
-    about="A reward model learned from comparisons which of two replies people prefer.",
+    about="A reward model learned what people prefer, from comparisons of replies or from judgements of single ones.",
     charts=(
         ("loss/train", "loss/validation"),
         ("reward/accuracy", "reward/validation_accuracy"),

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from torch import nn
@@ -94,8 +94,9 @@ def _start(settings: Any, chat: Chat) -> tuple[ScalarModel, str]:
     """One model to train and the base it belongs to: whole, or an adapter, which may begin as the policy's."""
     path = settings.model
     options: dict[str, Any] = {"head_seed": _head_seed(settings), "device": settings.engine.find_device()}
+    gives: Literal["scores", "both"] = getattr(settings.loss, "gives", "scores")
     if settings.adapter is None:
-        return ScalarModel(load_scalar(path, **options), pad_id=chat.pad_id, gives="scores"), path
+        return ScalarModel(load_scalar(path, **options), pad_id=chat.pad_id, gives=gives), path
     base = base_of(path) or path
     model = load_scalar(base, **options)
     if not isinstance(getattr(model, "score", None), nn.Linear):
@@ -108,7 +109,7 @@ def _start(settings: Any, chat: Chat) -> tuple[ScalarModel, str]:
     head = start_adapter(model, "reward", path, settings.adapter, seed=settings.seed, with_head=True)
     if head:
         model.load_state_dict(head, strict=False)
-    return ScalarModel(model, pad_id=chat.pad_id, adapter="reward", gives="scores"), base
+    return ScalarModel(model, pad_id=chat.pad_id, adapter="reward", gives=gives), base
 
 
 def _head_seed(settings: Any) -> int:
