@@ -116,6 +116,8 @@ class Estimator:
     """Whether it reads values. If so, the loop trains a critic towards values plus advantages."""
     needs_greedy: ClassVar[bool] = False
     """Whether it reads baselines, the scores of greedy replies."""
+    credits_tokens: ClassVar[bool] = False
+    """Whether a token's advantage depends on when the rewards after it are paid, and not only on their sum."""
     whiten: bool = False
     """Whether the advantages of a batch are scaled to mean 0 and deviation 1 over its tokens, after the returns are
     computed from them."""
@@ -145,6 +147,7 @@ class GAE(Estimator):
     """Scale the advantages of a batch to mean 0 and deviation 1."""
 
     needs_critic: ClassVar[bool] = True
+    credits_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("gamma", "lam"):
@@ -234,6 +237,7 @@ class ReinforcePP(Estimator):
     """Discount of a reward for each token that it comes later."""
 
     whiten: ClassVar[bool] = True  # type: ignore[misc]
+    credits_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require_share("gamma", self.gamma)
@@ -259,6 +263,7 @@ class ReMax(Estimator):
     """Discount of a reward for each token that it comes later."""
 
     needs_greedy: ClassVar[bool] = True
+    credits_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require_share("gamma", self.gamma)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from trimtab.core.metrics import Metrics
 from trimtab.core.types import Rollout
+from trimtab.math.masking import sum_per_sequence
 
 
 class Reward(Protocol):
@@ -22,5 +24,21 @@ class Reward(Protocol):
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] float32 rewards in the reward's own units (nan for a reply that it cannot judge), and each of its parts
-        as metrics."""
+        as metrics.
+
+        A reward may also give [M]: what each token that the policy chose is paid, reply after reply. The reward of a
+        reply is then the sum over its tokens.
+        """
         ...
+
+
+def by_reply(rewards: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
+    """[B] the reward of each reply, from what a `Reward` gives: [B], or [M] that are added up."""
+    if len(rewards) == len(rollouts):  # also if each reply is one token, and both mean the same
+        return rewards
+    return sum_per_sequence(rewards, token_owners(rollouts), len(rollouts))
+
+
+def token_owners(rollouts: Sequence[Rollout]) -> Tensor:
+    """[M] the number of the reply that each token that the policy chose belongs to."""
+    return torch.arange(len(rollouts)).repeat_interleave(torch.tensor([len(r.logprobs) for r in rollouts]))

@@ -16,9 +16,10 @@ from trimtab.core.errors import DataError
 from trimtab.core.metrics import Mean, Metrics, Total, mean_of, merge
 from trimtab.core.types import Prompt, Rollout
 from trimtab.math.combining import Combination, WeightedSum
-from trimtab.rewards.base import Reward
+from trimtab.math.masking import last_index_per_sequence
+from trimtab.rewards.base import Reward, by_reply, token_owners
 from trimtab.rewards.each import fact
-from trimtab.rewards.model import RewardModel
+from trimtab.rewards.model import OfModel
 
 COST = "cost"
 """The name of the part that is a cost: it is judged beside the others, and no part of the combined reward."""
@@ -46,9 +47,10 @@ class CombinedReward:
         return all(getattr(part.reward, "thread_safe", False) for part in self.parts)
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] combined rewards, nan for a reply that a part could not judge; see `score_parts`."""
-        total, _, metrics = self.score_parts(rollouts)
-        return total, metrics
+        """[B] combined rewards, nan for a reply that a part could not judge; see `score_parts`. If a part pays single
+        tokens, [M]; see `score_tokens`."""
+        total, _, metrics, paid = self.score_tokens(rollouts)
+        return total if paid is None else paid, metrics
 
     def score_parts(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, dict[str, Tensor], Metrics]:
         """[B] combined rewards, each part's own scores [B] by name before its weight, and metrics. A score is nan if
@@ -58,10 +60,20 @@ class CombinedReward:
         parts, `reward/NAME` is the mean of each. Means are over the replies that were judged, and `reward/NAME_failed`
         counts the others: a score that is not a finite number is no score, and above all not zero.
         """
+        return self.score_tokens(rollouts)[:3]
+
+    def score_tokens(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, dict[str, Tensor], Metrics, Tensor | None]:
+        """What `score_parts` gives, and [M] what each token that the policy chose is paid: the weighted amounts of the
+        parts that pay tokens, and at the last token of each reply what the other parts give. None if no part pays
+        tokens; a cost never does."""
+        paid: Tensor | None = None
         by_name: dict[str, Tensor] = {}
         logged: list[Metrics] = []
         for part in self.parts:
-            scores, metrics = part.reward.score(rollouts)
+            given, metrics = part.reward.score(rollouts)
+            scores = by_reply(given, rollouts)
+            if scores is not given and part.name != COST:
+                paid = part.weight * given if paid is None else paid + part.weight * given
             judged = scores.isfinite()
             by_name[part.name] = scores.float().masked_fill(~judged, torch.nan)
             logged.append(metrics | {f"reward/{part.name}_failed": Total(int((~judged).sum()))})
@@ -79,7 +91,10 @@ class CombinedReward:
             "reward/mean": Mean(float(known.sum()), len(known)),
             "reward/std": Mean(deviation * len(known), len(known)),
         }
-        return total, by_name, metrics
+        if paid is not None:
+            last = last_index_per_sequence(token_owners(rollouts), len(rollouts))
+            paid = paid.index_add(0, last, total - by_reply(paid, rollouts))
+        return total, by_name, metrics, paid
 
     def _flagged(self, rollouts: Sequence[Rollout]) -> Tensor:
         """[B] whether the prompt has the flag that the combination reads. Raises DataError if it lacks that fact."""
@@ -107,7 +122,7 @@ def load_rewards(
     for name, reward in named:
         # A reward that is no model has no device and no base.
         place = {"device": device, "name": name, "shared": shared, "base": base}
-        scorer = reward.load(token_budget=token_budget, **(place if isinstance(reward, RewardModel) else {}))
+        scorer = reward.load(token_budget=token_budget, **(place if isinstance(reward, OfModel) else {}))
         parts.append(RewardPart(name, reward.weight, scorer))
     return CombinedReward(parts, combine or WeightedSum())
 

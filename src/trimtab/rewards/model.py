@@ -9,22 +9,29 @@ from transformers import PreTrainedModel
 
 from trimtab.batches.device import CPU
 from trimtab.core.errors import ConfigError
-from trimtab.core.hub import is_ensemble, on_base
+from trimtab.core.hub import is_ensemble, on_base, refuse_process_model
 from trimtab.core.registry import register
 from trimtab.math.ensembles import COEFS, Aggregate
 from trimtab.rewards.ensemble import EnsembleScorer
 from trimtab.rewards.scorer import RewardModelScorer
 
 
-@register("reward", "model")
 @dataclass(frozen=True, kw_only=True)
-class RewardModel:
-    """The score of a reward model directory, calibrated: a demonstration scores 0 on average."""
+class OfModel:
+    """A reward that a model gives: `load` takes a device, and a base that the model may share."""
 
     path: str
-    """Directory written by the reward stage, or any sequence-classification model with one label."""
+    """Directory written by the reward stage, or for the reward `model` any sequence classifier with one label."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
+
+
+@register("reward", "model")
+@dataclass(frozen=True, kw_only=True)
+class RewardModel(OfModel):
+    """The score of a reward model directory, calibrated: a demonstration scores 0 on average. Of a model of outcomes it
+    is the log-odds of a right reply, of one of ratings the rating."""
+
     aggregate: Aggregate = "mean"
     """How the scores of an ensemble become one: "mean", "min" (WCO), "variance" (UWO), "lower_bound" or "soft_min"."""
     aggregate_coef: float | None = None
@@ -45,6 +52,7 @@ class RewardModel:
     ) -> RewardModelScorer:
         """The model on a device. If it is an adapter of the `shared` base, it becomes another adapter on that. `name`
         is that of the reward in metrics. Raises ConfigError if one model is to be aggregated."""
+        refuse_process_model(self.path, where=self.path)
         on_shared = shared if shared is not None and on_base(self.path, base) else None
         if is_ensemble(self.path):
             made: RewardModelScorer = EnsembleScorer.load(

@@ -31,7 +31,7 @@ from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.models.weights import check_file, check_weights
 from trimtab.rewards.combined import judges, refuse_missing_facts
 from trimtab.rewards.gold import GoldReward, GoldScorer
-from trimtab.rewards.model import RewardModel
+from trimtab.rewards.model import OfModel
 from trimtab.rewards.python_callable import PythonCallable, load_function
 from trimtab.stages.stage import ModelKind, Stage
 
@@ -246,7 +246,7 @@ def models_of(stage: str, settings: Any) -> Iterator[ModelUse]:
         if (path := getattr(settings, key, None)) is not None:
             yield ModelUse(key, path, kind)
     for key, reward in judges(settings).items():
-        if isinstance(reward, RewardModel):
+        if isinstance(reward, OfModel):
             yield ModelUse(f"{key}.path", reward.path, "reward model")
     if getattr(settings, "has_own_critic", False):
         with suppress(ConfigError):  # reported by `_problems`

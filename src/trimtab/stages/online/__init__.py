@@ -171,7 +171,7 @@ def train_step(
 
     shaped = shape_rewards(rollouts, settings, state)  # [B]
     kl = kl_per_token(trees, old_logprobs - ref_logprobs, policy, reference, settings)  # [M]
-    paid = rewards_per_token(shaped.rewards, kl, ids, state.kl_coef, settings)  # [M]
+    paid = rewards_per_token(shaped.rewards, rollouts.paid, kl, ids, state.kl_coef, settings)  # [M]
     advantages = settings.advantage(Episodes(paid, values, ids, rollouts.group_ids, shaped.baselines, shaped.parts))
     moving, limited = limit(number, advantages, rollouts, kl, state)  # [M]
     weights, weighed = settings.weigh(old_logprobs, rollouts.logprobs, ids, trees.num_sequences)
@@ -214,11 +214,20 @@ def old_logprobs_of(
 
 
 def rewards_per_token(
-    rewards: Tensor, kl: Tensor, sequence_ids: Tensor, kl_coef: float, settings: OnlineSettings
+    rewards: Tensor,
+    step_rewards: Tensor | None,
+    kl: Tensor,
+    sequence_ids: Tensor,
+    kl_coef: float,
+    settings: OnlineSettings,
 ) -> Tensor:
     """The token rewards [M]: the reward of each reply at its last token, less the KL of each token if it is paid here,
-    and whitened around their mean if the settings ask for that."""
+    and whitened around their mean if the settings ask for that. Of a reward that pays tokens, `step_rewards` [M] are
+    paid where they are, and the last token gets what shaping made of their sum, such as a penalty."""
+    if step_rewards is not None:
+        rewards = rewards - sum_per_sequence(step_rewards, sequence_ids, len(rewards))
     paid = token_rewards(rewards, kl, sequence_ids, kl_coef=kl_coef if settings.kl_in == "reward" else 0.0)
+    paid = paid if step_rewards is None else paid + step_rewards
     return whiten(paid, shift_mean=False) if settings.whiten_rewards else paid
 
 

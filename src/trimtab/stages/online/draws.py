@@ -77,11 +77,12 @@ def _plain_group(group: Group) -> dict[str, Any]:
     if group.parts:
         parts = {name: scores.tolist() for name, scores in group.parts.items()}
         plain |= {"parts": parts, "baseline_parts": dict(group.baseline_parts)}
-    return plain
+    return plain | ({} if group.paid is None else {"paid": group.paid.tolist()})
 
 
 def _group(row: Mapping[str, Any]) -> Group:
     baseline = math.nan if row["baseline"] is None else row["baseline"]
     rollouts = [from_dict(Rollout, r) for r in row["rollouts"]]
     parts = {name: torch.tensor(scores) for name, scores in row.get("parts", {}).items()}
-    return Group(rollouts, torch.tensor(row["rewards"]), baseline, parts, row.get("baseline_parts", {}))
+    paid = torch.tensor(row["paid"]) if "paid" in row else None
+    return Group(rollouts, torch.tensor(row["rewards"]), baseline, parts, row.get("baseline_parts", {}), paid)

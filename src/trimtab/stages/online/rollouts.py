@@ -26,6 +26,9 @@ class Group:
     """The scores [G] of each reward by name, before its weight; empty if there is only one."""
     baseline_parts: Mapping[str, float] = field(default_factory=dict)
     """The scores of the greedy reply by each of them; empty if there is no greedy reply."""
+    paid: Tensor | None = None
+    """What each token that the policy chose is paid, of all replies one after the other, if the reward pays tokens;
+    `rewards` are then its sums."""
 
     @property
     def has_signal(self) -> bool:
@@ -62,6 +65,12 @@ class RolloutBatch:
     def rewards(self) -> Tensor:
         """[B] the rewards, group after group."""
         return torch.cat([group.rewards for group in self.groups])
+
+    @property
+    def paid(self) -> Tensor | None:
+        """[M] what each token is paid, if the reward pays tokens."""
+        found = [group.paid for group in self.groups if group.paid is not None]
+        return torch.cat(found) if found else None
 
     @property
     def baselines(self) -> Tensor:

@@ -98,7 +98,9 @@ class RolloutSource:
         """A group for each prompt, judged. A prompt has no group if none of its replies could be judged. `check` is
         true in the first round of a run; see `check_scores`."""
         settings, rollouts = self.settings, replies.rollouts
-        scores, parts, metrics = self.reward.score_parts(rollouts)
+        scores, parts, metrics, by_token = self.reward.score_tokens(rollouts)
+        lengths = [len(r.logprobs) for r in rollouts]
+        tokens = torch.split(by_token, lengths) if by_token is not None else None
         if check:
             check_scores(parts, settings)
         if self.world is not None:
@@ -116,10 +118,11 @@ class RolloutSource:
         for i in range(len(replies.prompts)):
             mine = [j for j in range(i * size, (i + 1) * size) if judged[j]]
             if mine:
+                paid = torch.cat([tokens[j] for j in mine]) if tokens is not None else None
                 judgements = {name: values[mine] for name, values in several.items()}
                 greedy = {name: float(baseline_parts[name][i]) for name in several if name in baseline_parts}
-                group = Group([rollouts[j] for j in mine], scores[mine], float(baselines[i]), judgements, greedy)
-                groups.append(group)
+                own = [rollouts[j] for j in mine]
+                groups.append(Group(own, scores[mine], float(baselines[i]), judgements, greedy, paid))
         return groups, metrics | {"rollout/unjudged": Total(int((~judged).sum()))}
 
     def _greedy_scores(self, number: int, replies: Replies) -> tuple[Tensor, Mapping[str, Tensor]]:

@@ -24,7 +24,7 @@ from trimtab.math.losses.value import ValueLoss
 from trimtab.models.adapters import LoRA
 from trimtab.models.precision import Precision
 from trimtab.rewards.combined import part_names
-from trimtab.rewards.model import RewardModel
+from trimtab.rewards.model import OfModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +114,8 @@ class CostLimit:
     the policy if the cost is none."""
 
     def __post_init__(self) -> None:
+        if (credit := getattr(self.reward, "credit", "reply")) != "reply":
+            raise ValueError(f"a cost with credit = {credit!r}; a limit is on whole replies: set credit = 'reply'")
         if not self.initial_lambda <= self.most_lambda:
             raise ValueError(f"initial_lambda = {self.initial_lambda} is more than most_lambda = {self.most_lambda}")
         if (bounds := getattr(self.reward, "bounds", None)) is not None:
@@ -275,6 +277,8 @@ class OnlineSettings:
             )
         if lag := self.engine.max_staleness:
             self._refuse_lag(lag)
+        for credit in {getattr(reward, "credit", "reply") for reward in self.rewards} - {"reply"}:
+            self._refuse_credit(credit)
         for name in ("prompts_per_step", "group_size", "num_steps", "num_epochs", "num_minibatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
@@ -304,6 +308,25 @@ class OnlineSettings:
                 "kl_in = 'loss'"
             )
 
+    def _refuse_credit(self, credit: str) -> None:
+        """Raises ValueError if rewards of single tokens would be lost in sums or shifted as if they were sums."""
+        if not getattr(self.advantage, "credits_tokens", False):
+            raise ValueError(
+                f"rewards with credit = {credit!r} and the advantage {type(self.advantage).__name__}, which gives all "
+                "tokens of a reply the advantage of its sum; use 'gae', 'reinforce_pp' or 'remax', or set credit = "
+                "'reply' (an estimator of your own that credits tokens says so with credits_tokens = True)"
+            )
+        if self.shaping.normalize or self.shaping.clip is not None:
+            raise ValueError(
+                f"shaping.normalize or shaping.clip and rewards with credit = {credit!r}: they are of the reward of a "
+                "whole reply; leave them out (whiten_rewards scales the rewards of tokens), or set credit = 'reply'"
+            )
+        if self.combine != WeightedSum():
+            raise ValueError(
+                f"combine and rewards with credit = {credit!r}: it combines the rewards of whole replies; leave it out "
+                "for the plain weighted sum, or set credit = 'reply'"
+            )
+
     def _refuse_lag(self, lag: int) -> None:
         """Raises ValueError if rollouts of older weights would be trained on as if the policy had drawn them."""
         if self.correction is None:
@@ -330,7 +353,7 @@ class OnlineSettings:
             return self.critic.path
         if self.critic.init == "policy":
             return self.model
-        path = next((reward.path for reward in self.rewards if isinstance(reward, RewardModel)), None)
+        path = next((reward.path for reward in self.rewards if isinstance(reward, OfModel)), None)
         if path is None:
             raise ConfigError(
                 "critic.init = 'reward', but no reward is a reward model",
