@@ -59,7 +59,16 @@ RANGES: dict[str, Range] = {
     # steps and batches
     **dict.fromkeys(["num_steps", "max_steps", "batch_size", "token_budget", "checkpoint_every"], COUNT),
     **dict.fromkeys(
-        ["prompts_per_step", "group_size", "num_minibatches", "replies_per_prompt", "best_of_prompts"], COUNT
+        [
+            "prompts_per_step",
+            "group_size",
+            "num_minibatches",
+            "replies_per_prompt",
+            "best_of_prompts",
+            "num_completions",
+            "replies_per_step",
+        ],
+        COUNT,
     ),
     **dict.fromkeys(
         ["validate_every", "sample_every", "num_samples", "best_of", "warmup_steps", "seed", "head_seed"], OR_NONE
@@ -95,7 +104,7 @@ RANGES: dict[str, Range] = {
     "lam": SHARE,
     **dict.fromkeys(["target", "horizon"], AMOUNT),
     # rewards
-    "weight": ANY,
+    **dict.fromkeys(["weight", "right_from"], ANY),
     "missing_eos_penalty": OR_NONE,
     **dict.fromkeys(["initial_lambda", "most_lambda"], AMOUNT),
     "window": COUNT,

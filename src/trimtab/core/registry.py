@@ -46,6 +46,7 @@ _MODULES: dict[str, dict[str, str]] = {
         "pretrain": "trimtab.stages.pretrain",
         "sft": "trimtab.stages.sft",
         "compare": "trimtab.stages.compare",
+        "steps": "trimtab.stages.steps",
         "reward": "trimtab.stages.reward",
         "preference": "trimtab.stages.preference",
         "online": "trimtab.stages.online",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from trimtab.core.errors import DataError
 from trimtab.core.files import write_rows
 from trimtab.core.types import Demonstration, PreferencePair, Prompt, to_dict
 from trimtab.evals.overoptimisation import best_of_each, best_of_n_kl, curve_of, sizes_up_to
+from trimtab.stages.rows_file import RowsFile
 from trimtab.stats import bootstrap_mean
 
 Pairs = Literal["none", "worst", "random", "demonstration"]
@@ -81,25 +81,13 @@ class Reply:
         return "dropped_below_at_least" if not all(scores[k] >= low for k, low in rule.at_least.items()) else ""
 
 
-class ReplyFile:
-    """replies.jsonl, with a row for each prompt. Sampling leaves nothing else, so the file is the state of the loop."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._num_bytes = 0
+class ReplyFile(RowsFile):
+    """replies.jsonl, with a row for each prompt."""
 
     def append(self, asked: Sequence[PromptItem], replies: Sequence[Sequence[Reply]]) -> None:
-        """Adds a row for each prompt after the last row that counts; rows that a killed process left behind it are
-        removed."""
-        with self.path.open("r+b" if self.path.exists() else "wb") as file:
-            file.truncate(self._num_bytes)
-            file.seek(self._num_bytes)
-            for one, row in zip(asked, replies, strict=True):
-                text = json.dumps({"prompt": to_dict(one.prompt), "replies": [asdict(reply) for reply in row]})
-                # JSON cannot write nan: null stands for it.
-                finite = json.loads(text, parse_constant=lambda _: None)
-                file.write(json.dumps(finite, ensure_ascii=False).encode() + b"\n")
-            self._num_bytes = file.tell()
+        """Adds a row for each prompt."""
+        pairs = zip(asked, replies, strict=True)
+        self.append_rows({"prompt": to_dict(one.prompt), "replies": [asdict(r) for r in row]} for one, row in pairs)
 
     def read(self) -> Iterator[list[Reply]]:
         """The replies to each prompt, in the order of prompts."""
@@ -113,24 +101,6 @@ class ReplyFile:
                     )
                     for reply in json.loads(line)["replies"]
                 ]
-
-    def save(self, path: Path) -> None:
-        """Writes the length of the file into the directory `path`, once the file's content is on disk."""
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())
-        (path / "replies.json").write_text(json.dumps({"num_bytes": self._num_bytes}), encoding="utf-8")
-
-    def load(self, path: Path) -> None:
-        """Cuts the file to its length when `save` was called. Raises DataError if the file has lost rows since."""
-        self._num_bytes = json.loads((path / "replies.json").read_text(encoding="utf-8"))["num_bytes"]
-        found = self.path.stat().st_size if self.path.exists() else 0
-        if found < self._num_bytes:
-            raise DataError(
-                f"{self.path.name} holds {found} bytes, and {self._num_bytes} were sampled",
-                where=str(self.path),
-                fix="restore the file, or begin again with --fresh",
-            )
-        os.truncate(self.path, self._num_bytes)
 
 
 @dataclass(frozen=True)
