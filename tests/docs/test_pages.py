@@ -129,7 +129,7 @@ def check_trimtab(arguments: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", of("toml"))
 def test_a_block_of_settings_is_valid(block, tmp_path):
     values = tomllib.loads(block.text)
-    if match := re.search(r"trimtab (sft|reward|online|preference|select) \S+\.toml", block.text):
+    if match := re.search(r"trimtab (sft|reward|online|preference|select|steps) \S+\.toml", block.text):
         stage, filled = match[1], {}
     elif block.page in STAGE_OF:
         stage, filled = STAGE_OF[block.page]
