@@ -22,6 +22,7 @@ from trimtab.rewards.combined import load_rewards
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.process import ProcessReward
 from trimtab.rewards.shaping import Length
+from trimtab.stages.reward_positions import refuse_short_reward_models
 
 QUESTIONS = [f"What is {i} + {i}?" for i in range(12)]
 
@@ -293,6 +294,14 @@ def test_steps_cannot_be_paid_in_another_vocabulary(models):
     foreign = Rollout(**vars(foreign) | {"prompt_ids": (1,), "response_ids": foreign.response_ids[:1] * 9})
     with pytest.raises(EngineError, match="reads a reply as other tokens than the policy wrote"):
         scorer.score([foreign])
+
+
+def test_a_process_model_that_cannot_read_the_longest_reply_is_refused_before_training(models):
+    scorer = ProcessReward(path=str(models["process"] / "model")).load(token_budget=4096)
+    scorer.scorer.positions = 20
+    prompts = [reply("a", models["process"]).prompt]
+    with pytest.raises(ConfigError, match="the reward model has learned 20"):
+        refuse_short_reward_models([scorer], prompts, scorer.scorer.chat, max_new_tokens=64)
 
 
 def test_an_aggregate_of_steps_that_are_paid_apart_is_refused():

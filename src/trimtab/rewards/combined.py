@@ -19,7 +19,7 @@ from trimtab.math.combining import Combination, WeightedSum
 from trimtab.math.masking import last_index_per_sequence
 from trimtab.rewards.base import Reward, by_reply, token_owners
 from trimtab.rewards.each import fact
-from trimtab.rewards.model import OfModel
+from trimtab.rewards.model import ModelReward
 
 COST = "cost"
 """The name of the part that is a cost: it is judged beside the others, and no part of the combined reward."""
@@ -122,7 +122,7 @@ def load_rewards(
     for name, reward in named:
         # A reward that is no model has no device and no base.
         place = {"device": device, "name": name, "shared": shared, "base": base}
-        scorer = reward.load(token_budget=token_budget, **(place if isinstance(reward, OfModel) else {}))
+        scorer = reward.load(token_budget=token_budget, **(place if isinstance(reward, ModelReward) else {}))
         parts.append(RewardPart(name, reward.weight, scorer))
     return CombinedReward(parts, combine or WeightedSum())
 

@@ -17,7 +17,7 @@ from trimtab.rewards.scorer import RewardModelScorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfModel:
+class ModelReward:
     """A reward that a model gives: `load` takes a device, and a base that the model may share."""
 
     path: str
@@ -28,7 +28,7 @@ class OfModel:
 
 @register("reward", "model")
 @dataclass(frozen=True, kw_only=True)
-class RewardModel(OfModel):
+class RewardModel(ModelReward):
     """The score of a reward model directory, calibrated: a demonstration scores 0 on average. Of a model of outcomes it
     is the log-odds of a right reply, of one of ratings the rating."""
 

@@ -19,7 +19,7 @@ from trimtab.core.types import Prompt, Rollout
 from trimtab.data.graded import step_ends
 from trimtab.math.steps import StepAggregate, differences, running_aggregate
 from trimtab.models.forward import values_and_scores_of
-from trimtab.rewards.model import OfModel
+from trimtab.rewards.model import ModelReward
 from trimtab.rewards.scorer import Ids, RewardModelScorer
 
 Credit = Literal["reply", "steps", "differences"]
@@ -28,7 +28,7 @@ Credit = Literal["reply", "steps", "differences"]
 
 @register("reward", "process")
 @dataclass(frozen=True, kw_only=True)
-class ProcessReward(OfModel):
+class ProcessReward(ModelReward):
     """The probability that the steps of a reply are right, by a process model of the reward stage."""
 
     aggregate: StepAggregate | None = None
@@ -71,15 +71,16 @@ class ProcessReward(OfModel):
         )
 
 
+_OTHERS = {"outcome": "an outcome model", "regression": "a regression on ratings"}
+
+
 def process_facts(path: str) -> dict[str, Any]:
     """What the directory of a process model says of it: `reward_separator`, `reward_labels_from`, `reward_aggregate`.
     Raises ConfigError if it is that of another model."""
     facts = reward_facts(path)
-    kind = facts.get("reward_kind")
-    if kind != "process":
-        what = f"an {kind} model" if kind in ("outcome",) else "a regression on ratings" if kind else "a model of pairs"
+    if (kind := facts.get("reward_kind", "")) != "process":
         raise ConfigError(
-            f"its scores are those of {what}, which learned nothing at the ends of steps",
+            f"its scores are those of {_OTHERS.get(kind, 'a model of pairs')}, which learned nothing about steps",
             where=path,
             fix="name it with the reward 'model', or train a process model: trimtab reward with loss = 'process'",
         )

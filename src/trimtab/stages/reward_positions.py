@@ -11,6 +11,7 @@ from trimtab.core.errors import ConfigError
 from trimtab.core.types import Prompt
 from trimtab.data.chat import Chat
 from trimtab.models.vocabulary import vocabulary_difference
+from trimtab.rewards.process import ProcessScorer
 from trimtab.rewards.scorer import RewardModelScorer
 
 
@@ -20,7 +21,8 @@ def refuse_short_reward_models(
     """Raises ConfigError if one of the rewards is a reward model that has learned fewer positions than the longest
     prompt and reply need. A model with another vocabulary than the policy's is not checked, because the number of its
     tokens is known only once there is a text."""
-    for reward in rewards:
+    for judge in rewards:
+        reward = judge.scorer if isinstance(judge, ProcessScorer) else judge
         if not isinstance(reward, RewardModelScorer) or reward.positions is None:
             continue
         if vocabulary_difference(chat.tokenizer, reward.chat.tokenizer):

@@ -23,8 +23,12 @@ from trimtab.math.losses.policy import PPO
 from trimtab.math.losses.value import ValueLoss
 from trimtab.models.adapters import LoRA
 from trimtab.models.precision import Precision
+<<<<<<< HEAD
 from trimtab.rewards.combined import part_names
 from trimtab.rewards.model import OfModel
+=======
+from trimtab.rewards.model import ModelReward
+>>>>>>> 259e64e (rewards: a process model is checked for its positions too)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,7 +357,7 @@ class OnlineSettings:
             return self.critic.path
         if self.critic.init == "policy":
             return self.model
-        path = next((reward.path for reward in self.rewards if isinstance(reward, OfModel)), None)
+        path = next((reward.path for reward in self.rewards if isinstance(reward, ModelReward)), None)
         if path is None:
             raise ConfigError(
                 "critic.init = 'reward', but no reward is a reward model",
