@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.stages.commands import FAST, online_settings, rows, run_stage, trimtab, without_times, write_run_file
+from trimtab.core.errors import EngineError
 from trimtab.core.types import Message, Prompt, Rollout
 from trimtab.math.advantages import GAE, Episodes, rewards_to_go
 from trimtab.rewards.base import by_reply
@@ -57,6 +58,18 @@ def test_rewards_of_tokens_are_added_up_by_reply_and_those_of_replies_are_left_a
     whole = torch.tensor([3.0, 4.0])
     assert by_reply(whole, rollouts) is whole
     assert by_reply(torch.tensor([torch.nan, 1.0, 2.0]), [rollout(1), rollout(2)]).isnan().tolist() == [True, False]
+
+
+def test_another_number_of_rewards_is_refused():
+    with pytest.raises(EngineError, match="a reward gave 5 numbers for 2 replies of 6 tokens"):
+        by_reply(torch.zeros(5), [rollout(4), rollout(2)])
+
+
+def test_replies_of_one_token_that_were_scored_together_are_paid_their_reward():
+    groups = [Group([rollout(1), rollout(1)], torch.tensor([0.5, 0.25]), 0.0), Group([rollout(2)], STEPS[:1], 0.0)]
+    assert RolloutBatch(groups, {}).paid is None
+    groups[1] = Group([rollout(2)], torch.tensor([0.5]), 0.0, STEPS[:2])
+    assert RolloutBatch(groups, {}).paid.tolist() == [0.5, 0.25, 0.0, 0.5]
 
 
 def test_a_checkpoint_keeps_what_tokens_are_paid(tmp_path):

@@ -83,6 +83,14 @@ def test_training_lowers_the_loss_and_the_directory_says_what_its_scores_mean(mo
     assert done[f"{figure}_low"] <= done[figure] <= done[f"{figure}_high"]
 
 
+def test_a_model_of_pairs_that_began_as_a_process_model_is_none(tmp_path, models, pairs):
+    start = {"model": str(models["process"] / "model"), "data": str(pairs), "held_out": 0.3, "max_steps": 1}
+    out = run_stage("reward", tmp_path / "run", **start)
+    facts = reward_facts(out / "model")
+    assert not {"reward_kind", "reward_separator"} & facts.keys()
+    assert "reward_shift" in facts
+
+
 def test_what_is_measured_of_steps_is_what_their_scores_say(models, data):
     """The first errors, from the scores of the written model at the tokens that end steps, one reply at a time."""
     path = models["process"] / "model"

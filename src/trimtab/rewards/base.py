@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trimtab.core.errors import EngineError
 from trimtab.core.metrics import Metrics
 from trimtab.core.types import Rollout
 from trimtab.math.masking import sum_per_sequence
@@ -33,10 +34,18 @@ class Reward(Protocol):
 
 
 def by_reply(rewards: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
-    """[B] the reward of each reply, from what a `Reward` gives: [B], or [M] that are added up."""
+    """[B] the reward of each reply, from what a `Reward` gives: [B], or [M] that are added up. Raises EngineError for
+    any other number of rewards."""
     if len(rewards) == len(rollouts):  # also if each reply is one token, and both mean the same
         return rewards
-    return sum_per_sequence(rewards, token_owners(rollouts), len(rollouts))
+    owners = token_owners(rollouts)
+    if len(rewards) != len(owners):
+        raise EngineError(
+            f"a reward gave {len(rewards)} numbers for {len(rollouts)} replies of {len(owners)} tokens in all",
+            where="rewards",
+            fix="return one number for each reply, or one for each token that the policy chose",
+        )
+    return sum_per_sequence(rewards, owners, len(rollouts))
 
 
 def token_owners(rollouts: Sequence[Rollout]) -> Tensor:

@@ -21,12 +21,8 @@ from trimtab.engines.machines import find_machine
 from trimtab.engines.paper import PaperPlan, remedies
 from trimtab.engines.placement import ASSUMPTIONS, GIB, Holding, Job, RoleOnPaper, SamplingOnPaper, Spread
 from trimtab.models.shape import ModelShape
-<<<<<<< HEAD
 from trimtab.rewards.combined import judges
-from trimtab.rewards.model import OfModel
-=======
 from trimtab.rewards.model import ModelReward
->>>>>>> 259e64e (rewards: a process model is checked for its positions too)
 from trimtab.stages.paper_models import ModelsOnPaper, adapter_weights
 from trimtab.stages.pipeline import expand, overlay, resolve_stages
 from trimtab.stages.plan import duration
@@ -201,11 +197,7 @@ def _judges(settings: Any, models: ModelsOnPaper) -> list[RoleOnPaper]:
     """The reward models, each member of an ensemble for itself. Those that are adapters stand on the base of the
     policy's adapter, if it is theirs; else those of an ensemble share one base, and a single one is merged into its
     own."""
-<<<<<<< HEAD
-    paths = [reward.path for reward in judges(settings).values() if isinstance(reward, OfModel)]
-=======
-    judges = [reward.path for reward in settings.rewards if isinstance(reward, ModelReward)]
->>>>>>> 259e64e (rewards: a process model is checked for its positions too)
+    paths = [reward.path for reward in judges(settings).values() if isinstance(reward, ModelReward)]
     base, roles = _shared_base(settings, models), []
     for number, path in enumerate(paths, start=1):
         model = models.find(path, scalar=True)

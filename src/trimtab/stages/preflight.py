@@ -245,15 +245,9 @@ def models_of(stage: str, settings: Any) -> Iterator[ModelUse]:
     for key, kind in kinds.items():
         if (path := getattr(settings, key, None)) is not None:
             yield ModelUse(key, path, kind)
-<<<<<<< HEAD
     for key, reward in judges(settings).items():
-        if isinstance(reward, OfModel):
-            yield ModelUse(f"{key}.path", reward.path, "reward model")
-=======
-    for number, reward in enumerate(getattr(settings, "rewards", ())):
         if isinstance(reward, ModelReward):
-            yield ModelUse(f"rewards.{number}.path", reward.path, "reward model")
->>>>>>> 259e64e (rewards: a process model is checked for its positions too)
+            yield ModelUse(f"{key}.path", reward.path, "reward model")
     if getattr(settings, "has_own_critic", False):
         with suppress(ConfigError):  # reported by `_problems`
             yield ModelUse("critic.path" if settings.critic.path else "critic.init", settings.critic_start(), "any")

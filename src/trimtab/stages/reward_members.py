@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.batches.trees import Tree
 from trimtab.core import seeds
@@ -95,10 +95,11 @@ def _start(settings: Any, chat: Chat) -> tuple[ScalarModel, str]:
     path = settings.model
     options: dict[str, Any] = {"head_seed": _head_seed(settings), "device": settings.engine.find_device()}
     gives: Literal["scores", "both"] = getattr(settings.loss, "gives", "scores")
-    if settings.adapter is None:
-        return ScalarModel(load_scalar(path, **options), pad_id=chat.pad_id, gives=gives), path
-    base = base_of(path) or path
+    base = path if settings.adapter is None else base_of(path) or path
     model = load_scalar(base, **options)
+    _forget_facts(model)
+    if settings.adapter is None:
+        return ScalarModel(model, pad_id=chat.pad_id, gives=gives), path
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ConfigError(
             f"the head of a {type(model).__name__} is more than one layer on a token, so it is not trained beside "
@@ -110,6 +111,12 @@ def _start(settings: Any, chat: Chat) -> tuple[ScalarModel, str]:
     if head:
         model.load_state_dict(head, strict=False)
     return ScalarModel(model, pad_id=chat.pad_id, adapter="reward", gives=gives), base
+
+
+def _forget_facts(model: PreTrainedModel) -> None:
+    """Removes what an earlier run of the stage wrote of the model's scores, which mean something else afterwards."""
+    for name in [name for name in model.config.to_dict() if name.startswith("reward_")]:
+        delattr(model.config, name)
 
 
 def _head_seed(settings: Any) -> int:

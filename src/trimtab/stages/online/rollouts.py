@@ -69,8 +69,10 @@ class RolloutBatch:
     @property
     def paid(self) -> Tensor | None:
         """[M] what each token is paid, if the reward pays tokens."""
-        found = [group.paid for group in self.groups if group.paid is not None]
-        return torch.cat(found) if found else None
+        if all(group.paid is None for group in self.groups):
+            return None
+        # Where all replies that were scored together are one token, rewards of replies and of tokens are the same.
+        return torch.cat([group.rewards if group.paid is None else group.paid for group in self.groups])
 
     @property
     def baselines(self) -> Tensor:

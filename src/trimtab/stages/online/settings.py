@@ -23,12 +23,8 @@ from trimtab.math.losses.policy import PPO
 from trimtab.math.losses.value import ValueLoss
 from trimtab.models.adapters import LoRA
 from trimtab.models.precision import Precision
-<<<<<<< HEAD
 from trimtab.rewards.combined import part_names
-from trimtab.rewards.model import OfModel
-=======
 from trimtab.rewards.model import ModelReward
->>>>>>> 259e64e (rewards: a process model is checked for its positions too)
 
 
 @dataclass(frozen=True, kw_only=True)
