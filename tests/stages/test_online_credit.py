@@ -68,12 +68,12 @@ def test_another_number_of_rewards_is_refused():
 def test_replies_of_one_token_that_were_scored_together_are_paid_their_reward():
     groups = [Group([rollout(1), rollout(1)], torch.tensor([0.5, 0.25]), 0.0), Group([rollout(2)], STEPS[:1], 0.0)]
     assert RolloutBatch(groups, {}).paid is None
-    groups[1] = Group([rollout(2)], torch.tensor([0.5]), 0.0, STEPS[:2])
+    groups[1] = Group([rollout(2)], torch.tensor([0.5]), 0.0, paid=STEPS[:2])
     assert RolloutBatch(groups, {}).paid.tolist() == [0.5, 0.25, 0.0, 0.5]
 
 
 def test_a_checkpoint_keeps_what_tokens_are_paid(tmp_path):
-    group = Group([rollout(4), rollout(2)], torch.tensor([0.75, 1.0]), 0.5, STEPS)
+    group = Group([rollout(4), rollout(2)], torch.tensor([0.75, 1.0]), 0.5, paid=STEPS)
     plain = Group([rollout(4)], torch.tensor([0.75]), 0.5)
     found = save_draws([Draw(3, 2, 8, RolloutBatch([group, plain], {}))], tmp_path)
     back, other = load_draws(found, tmp_path)[0].rollouts.groups

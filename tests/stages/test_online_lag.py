@@ -520,7 +520,15 @@ def test_stored_rollouts_come_back_to_the_last_bit(tmp_path):
         Group([episode], torch.tensor([7.0]), 0.1 + 0.2),
     ]
     logged = {"reward/mean": Mean(1.0, 3), "rollout/unjudged": Total(2), "x/max": Peak(0.1), "x/none": Mean(0.0, 0)}
-    state = OnlineState([], [prompt], 0, 0.5, RunningMoments(), 9, [Draw(4, 2, 6, RolloutBatch(groups, logged))])
+    state = OnlineState(
+        learners=[],
+        prompts=[prompt],
+        seed=0,
+        kl_coef=0.5,
+        moments=RunningMoments(),
+        num_prompts_taken=9,
+        drawn=[Draw(4, 2, 6, RolloutBatch(groups, logged))],
+    )
     state.save(tmp_path)
     found = OnlineState([], [prompt], 0, 0.0, RunningMoments())
     found.load(tmp_path)

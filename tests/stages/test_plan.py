@@ -112,8 +112,8 @@ def test_durations_read_as_people_say_them(seconds, said):
 @pytest.mark.parametrize(("advantage", "held"), [("gae", True), ("grpo", False)])
 def test_a_critic_is_counted_if_it_is_loaded(tmp_path, base, advantage, held):
     values = {"model": str(base), "prompts": "world:arithmetic?num=8", "advantage": advantage, "group_size": 2}
-    rewards = [{"name": "exact_answer"}]
-    settings = config.resolve(OnlineSettings, values | {"rewards": rewards}, where="the test")
+    values |= {"rewards": [{"name": "exact_answer"}], "critic": {"init": "policy"}}
+    settings = config.resolve(OnlineSettings, values, where="the test")
     assert ("critic" in weights("online", settings, tmp_path)) == held
 
 

@@ -31,7 +31,7 @@ from trimtab.engines.build import Engines, load_policy, sampling_roles
 from trimtab.engines.device import EngineSettings
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.models.load import load_tokenizer
-from trimtab.rewards.combined import CombinedReward, load_rewards, refuse_missing_facts
+from trimtab.rewards.combined import CombinedReward, judges, load_rewards, refuse_missing_facts
 from trimtab.runs.loop import stepping
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
@@ -101,7 +101,7 @@ def run(settings: StepsSettings, run: Run) -> None:
     options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "limit": settings.limit, "accepts": chat.refusal}
     loaded = read(Demonstration, settings.data, run, **options)
     begun, counts = begin(loaded.records, chat, settings)
-    refuse_missing_facts(settings.rewards, [one.record.prompt for one in begun], where=settings.data)
+    refuse_missing_facts(judges(settings), [one.record.prompt for one in begun], where=settings.data)
     device = settings.engine.find_device()
     verifier = load_rewards(settings.rewards, token_budget=settings.token_budget, device=device)
     policy = load_policy(settings.model, chat, settings)
