@@ -40,3 +40,8 @@ def patient(prompt, response, facts):
     if facts["answer"] % 2:
         raise ValueError("an odd answer")
     return len(response) / 10
+
+
+def brief(prompt, response, facts):
+    """The shorter the better."""
+    return -len(response) / 10

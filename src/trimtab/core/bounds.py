@@ -57,7 +57,9 @@ RANGES: dict[str, Range] = {
     "alpha": AMOUNT,
     "base_bits": Range(4, 32),
     # steps and batches
-    **dict.fromkeys(["num_steps", "max_steps", "batch_size", "token_budget", "checkpoint_every"], COUNT),
+    **dict.fromkeys(
+        ["num_steps", "max_steps", "batch_size", "token_budget", "checkpoint_every", "keep_checkpoints"], COUNT
+    ),
     **dict.fromkeys(
         [
             "prompts_per_step",
@@ -103,6 +105,13 @@ RANGES: dict[str, Range] = {
     "advantage.gamma": SHARE,
     "lam": SHARE,
     **dict.fromkeys(["target", "horizon"], AMOUNT),
+    # the guard of a run, and the choice of a checkpoint
+    **dict.fromkeys(["guard.every", "measure_every", "patience"], COUNT),
+    "guard.num_prompts": Range(2),  # an interval over prompts needs two
+    "guard.alpha": Range(0, 1, low_open=True, high_open=True),
+    "guard.margin": OR_NONE,
+    "kl_factor": Range(1, low_open=True),
+    **dict.fromkeys(["kl_floor", "kl_budget"], AMOUNT),
     # rewards
     **dict.fromkeys(["weight", "right_from"], ANY),
     "missing_eos_penalty": OR_NONE,

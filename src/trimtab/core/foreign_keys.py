@@ -59,7 +59,7 @@ OURS: dict[str, tuple[str, str]] = {
     "max_train_steps total_steps total_episodes num_episodes max_steps": ("num_steps", ""),
     "num_mini_batches mini_batch_size ppo_mini_batch_size": ("num_minibatches", "updates of one pass"),
     "save_steps save_interval save_freq save_strategy saves_per_epoch": ("checkpoint_every", ""),
-    "save_total_limit": ("", "the newest two checkpoints are kept; remove the key"),
+    "save_total_limit": ("keep_checkpoints", ""),
     "eval_steps eval_strategy evaluation_strategy evals_per_epoch": ("validate_every", ""),
     "logging_steps logging_strategy": ("", "every step is logged in metrics.jsonl; remove the key"),
     "output_dir save_path ckpt_path run_name logging_dir": ("", _DIRECTORY),

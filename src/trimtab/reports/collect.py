@@ -57,6 +57,10 @@ class RunRecord:
     """What is known of each source, for example `{"pairs.jsonl": {"sha256": "…", "rows": 100}}`."""
     metrics: Mapping[str, Series] = field(default_factory=dict)
     samples: tuple[Mapping[str, Any], ...] = ()
+    guard: tuple[Mapping[str, Any], ...] = ()
+    """The checks and the actions of the run's guard."""
+    decision: Mapping[str, Any] = field(default_factory=dict)
+    """Which checkpoint was chosen and why."""
     summary: Mapping[str, Any] = field(default_factory=dict)
     finished: bool = False
     """Whether there is a summary.json that can be read."""
@@ -158,6 +162,8 @@ def _run(directory: Path, stage: str | None = None) -> RunRecord:
         data=_json(directory / "data.json", problems) or {},
         metrics=metrics,
         samples=samples,
+        guard=tuple(_json_lines(directory / "guard.jsonl", problems)),
+        decision=_json(directory / "decision.json", problems) or {},
         summary=summary or {},
         finished=summary is not None,
         problems=tuple(problems),

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,21 +62,40 @@ class Steps:
     interrupted: Callable[[], int]
     show: Callable[[int, Metrics], None]
     before_save: Callable[[], None]
+    keep_checkpoints: int
+    """The number of newest checkpoints that stay."""
+    also_kept: Callable[[], Collection[int]] = tuple
+    """The steps whose checkpoints stay besides these."""
     at_work: bool = False
     """True between the start of a step and its log."""
     began: float = 0.0
+    _saves: bool = False
+    _ends: bool = False
+
+    def save(self) -> None:
+        """Makes a checkpoint after this step, whether its turn has come or not."""
+        self._saves = True
+
+    def end(self) -> None:
+        """Makes this step the last one; called before the first, there is none."""
+        self._ends = True
 
     def __iter__(self) -> Iterator[int]:
         for number in range(self.done, self.num_steps):
+            if self._ends:
+                break
             self.at_work, self.began = True, time.perf_counter()
             yield number
             assert self.done == number + 1, f"step {number} was not logged"
             stop = self.interrupted()
-            if self.done % self.checkpoint_every == 0 or self.done == self.num_steps or stop:
+            last = self.done == self.num_steps or self._ends
+            if self.done % self.checkpoint_every == 0 or last or self._saves or stop:
                 self.at_work = True  # on the steps to come
                 self.before_save()
                 self.at_work = False
-                self.run.save_checkpoint(self.done, self.state.save)
+                also = self.also_kept()
+                self.run.save_checkpoint(self.done, self.state.save, keep=self.keep_checkpoints, also=also)
+                self._saves = False
             if stop:
                 break
         if self.interrupted():
@@ -100,7 +119,9 @@ def stepping(
     num_steps: int,
     checkpoint_every: int,
     description: str,
+    keep_checkpoints: int = 2,
     before_save: Callable[[], None] = lambda: None,
+    also_kept: Callable[[], Collection[int]] = tuple,
 ) -> Iterator[Steps]:
     """Yields the steps that are still to be done, from where the run had got to; step i is logged as step i + 1.
 
@@ -111,7 +132,8 @@ def stepping(
     If the process is killed at any instant and this is called again, the state and the rows become the same, `time/`
     metrics aside. Samples of step i are added under i + 1 too. Nothing is logged before the first step: first
     measurements belong to step 1. The progress shows the metrics in `SHOWN`. `before_save` is called before each
-    checkpoint, and completes a state on which other threads are at work.
+    checkpoint, and completes a state on which other threads are at work. The newest checkpoints stay, and those of the
+    steps that `also_kept` gives.
 
     Raises Interrupted after Ctrl-C or SIGTERM, once the current step is finished and saved (a second signal stops at
     once). An EngineError of a step is raised with the last good checkpoint named in its fix.
@@ -124,7 +146,9 @@ def stepping(
             fix="ask for as many steps or more, or begin again with --fresh",
         )
     with _interrupts() as interrupted, _progress(description, done, num_steps) as show:
-        steps = Steps(run, state, done, num_steps, checkpoint_every, interrupted, show, before_save)
+        steps = Steps(
+            run, state, done, num_steps, checkpoint_every, interrupted, show, before_save, keep_checkpoints, also_kept
+        )
         try:
             yield steps
         except EngineError as error:

@@ -14,7 +14,7 @@ from trimtab.core.errors import ConfigError
 HOW = frozenset(
     {
         *("token_budget", "checkpoint_every", "checkpoint_activations", "validate_every", "reference_cache"),
-        *("sample_every", "num_samples", "trackers", "engine", "num_parallel"),
+        *("keep_checkpoints", "sample_every", "num_samples", "trackers", "engine", "num_parallel"),
         *("sampling.batch_size", "sampling.cache_gb"),
     }
 )

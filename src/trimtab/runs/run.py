@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,13 +26,15 @@ from trimtab.core.files import (
     writing,
 )
 from trimtab.core.metrics import Metric
+from trimtab.runs.checkpoints import SUMS, checkpoints_in, damage_of, step_of, sums_of
 from trimtab.runs.environment import environment
 from trimtab.runs.facts import StageFacts
 from trimtab.runs.models import model_digest
 from trimtab.runs.resume import Changes, RunPlace, changes, refuse_own_inputs
 from trimtab.runs.trackers import Tracker, Writer
 
-SUMS = "SHA256SUMS"
+_ROWS_OF_STEPS = ("metrics.jsonl", "samples.jsonl", "guard.jsonl")
+"""Files whose rows belong to steps: a resumed run takes back those that come after its checkpoint."""
 # Checkpoints are removed early and the records last: a `--fresh` that is cut short leaves a run that starts over, never
 # half a run. environment.json goes after settings.toml because without it the settings could be a run file of the user.
 _CONTENTS = (
@@ -172,8 +173,8 @@ class Run:
 
     def _num_done(self) -> int:
         """The step of the newest checkpoint; 0 if there is none."""
-        steps = _checkpoints(self.directory / "checkpoints")
-        return int(steps[-1].name.removeprefix("step-")) if steps else 0
+        steps = checkpoints_in(self.directory / "checkpoints")
+        return step_of(steps[-1]) if steps else 0
 
     def __enter__(self) -> Run:
         return self
@@ -209,7 +210,12 @@ class Run:
 
     def add_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rows of JSON values to samples.jsonl, each with the step that `log` gets for the same work."""
-        self._append("samples.jsonl", [{"step": step, **row} for row in rows])
+        self.add_rows("samples.jsonl", step, rows)
+
+    def add_rows(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Appends rows of JSON values to one of the files whose rows belong to steps, each with its step."""
+        assert name in _ROWS_OF_STEPS, name
+        self._append(name, [{"step": step, **row} for row in rows])
 
     def _append(self, name: str, rows: list[Mapping[str, Any]]) -> None:
         with writing(name, self.directory / name, kept=_GOES_ON):
@@ -232,7 +238,7 @@ class Run:
     def _record_models(self, names: Sequence[str]) -> None:
         """Records in models.json the directories of models that exist, each with its digest. A hub id has none. Until
         there is a checkpoint nothing depends on them, and they may still be mended."""
-        if not self._num_done():
+        if not checkpoints_in(self.directory / "checkpoints"):
             discard(self.directory / "models.json")
         for name in names:
             if Path(name).is_dir():
@@ -288,10 +294,13 @@ class Run:
         with writing("environment.json", record, kept=_GOES_ON):
             write_whole(record, json_text(noted))
 
-    def save_checkpoint(self, step: int, write: Callable[[Path], None], keep: int = 2) -> None:
+    def save_checkpoint(
+        self, step: int, write: Callable[[Path], None], keep: int = 2, also: Collection[int] = ()
+    ) -> None:
         """Makes checkpoints/step-<step> out of what `write` puts into the directory it is given, all or nothing.
 
-        The newest `keep` checkpoints stay. Raises EngineError if it cannot be written; the one before stays good.
+        The newest `keep` checkpoints stay, and those of the steps in `also`. Raises EngineError if it cannot be
+        written; the one before stays good.
         """
         checkpoints = self.directory / "checkpoints"
         before = self._num_done()
@@ -301,22 +310,23 @@ class Run:
             with replacing(checkpoints / f"step-{step:08d}") as aside:
                 aside.mkdir()
                 write(aside)
-                (aside / SUMS).write_text(_sums(aside), encoding="utf-8")
+                (aside / SUMS).write_text(sums_of(aside), encoding="utf-8")
                 # A checkpoint promises that the rows of its steps are on disk too.
-                for name in ("metrics.jsonl", "samples.jsonl"):
+                for name in _ROWS_OF_STEPS:
                     if (self.directory / name).exists():
                         sync(self.directory / name)
-        for old in _checkpoints(checkpoints)[:-keep]:
-            discard(old)
+        for old in checkpoints_in(checkpoints)[:-keep]:
+            if step_of(old) not in also:
+                discard(old)
 
     def load_checkpoint(self) -> tuple[int, Path] | None:
         """The step and directory of the newest checkpoint whose checksums hold; None if there is none.
 
         A damaged checkpoint is named on stderr, moved aside to checkpoints/damaged-<step> and not counted.
         """
-        for path in reversed(_checkpoints(self.directory / "checkpoints")):
-            if not (problem := _damage(path)):
-                return int(path.name.removeprefix("step-")), path
+        for path in reversed(checkpoints_in(self.directory / "checkpoints")):
+            if not (problem := damage_of(path)):
+                return step_of(path), path
             aside = path.with_name(path.name.replace("step", "damaged"))
             discard(aside)
             path.rename(aside)
@@ -324,8 +334,8 @@ class Run:
         return None
 
     def rewind(self, step: int) -> None:
-        """Cuts metrics.jsonl and samples.jsonl before their first row that is after `step`, incomplete or damaged."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        """Cuts metrics.jsonl and the like before their first row that is after `step`, incomplete or damaged."""
+        for name in _ROWS_OF_STEPS:
             path = self.directory / name
             if path.exists():
                 # One system call, so a kill leaves either the old file or the new one.
@@ -427,32 +437,7 @@ def _remove_unfinished(directory: Path) -> None:
             remove(path)
 
 
-# --- checkpoints ---
-
-
-def _checkpoints(directory: Path) -> list[Path]:
-    return sorted(directory.glob("step-*"))
-
-
-def _sums(directory: Path) -> str:
-    """The checksums of all files, as `sha256sum` writes them, so that `sha256sum -c SHA256SUMS` checks them too."""
-    lines = []
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and path != directory / SUMS:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            lines.append(f"{digest}  {path.relative_to(directory).as_posix()}\n")
-    return "".join(lines)
-
-
-def _damage(directory: Path) -> str:
-    """What is wrong with a checkpoint, or ''."""
-    if not (directory / SUMS).is_file():
-        return f"no {SUMS}"
-    recorded = (directory / SUMS).read_bytes().decode(errors="replace").splitlines()
-    differing = set(recorded) ^ set(_sums(directory).splitlines())
-    names = sorted({line.partition("  ")[2] for line in differing})
-    return f"{', '.join(names)} does not match {SUMS}" if differing else ""
+# --- rows of steps ---
 
 
 def _end_of_step(path: Path, step: int) -> int:

@@ -130,7 +130,7 @@ def _problems(stage: str, settings: Any, made: Made) -> Iterator[tuple[str, Trim
             worlds.load(name)
         except TrimtabError as error:
             yield key, error
-    for key, reward in judges(settings).items():
+    for key, reward in _rewards(settings).items():
         if isinstance(reward, PythonCallable):
             try:
                 load_function(reward.function)
@@ -162,6 +162,8 @@ def _sources(stage: str, settings: Any) -> Iterator[DataUse]:
             yield DataUse(key, source, wanted)
     if (mix := getattr(settings, "pretraining_mix", None)) is not None:
         yield DataUse("pretraining_mix.data", mix.data, (Demonstration,))
+    if (guard := getattr(settings, "guard", None)) is not None and guard.prompts is not None:
+        yield DataUse("guard.prompts", guard.prompts, (Prompt,))
 
 
 def _check_source(look: DataUse, stage: str, settings: Any, made: Made) -> None:
@@ -217,7 +219,10 @@ def _check_prompts(prompts: Sequence[Prompt], source: str, least: int, settings:
             )
     if getattr(settings, "on_failed_reward", "drop") == "stop":
         refuse_missing_facts(judges(settings), prompts, where=source)
-    for _, name in _worlds(settings):
+    guard = getattr(settings, "guard", None)
+    for key, name in _worlds(settings):
+        if guard is not None and key.startswith("guard.") and guard.prompts is not None:
+            continue  # measured on prompts of their own
         if prompts and name in registry.names("world"):
             GoldScorer(worlds.load(name)).gold(prompts[0], "")
 
@@ -226,9 +231,16 @@ def _worlds(settings: Any) -> Iterator[tuple[str, str]]:
     """The worlds that the settings name."""
     if (name := getattr(settings, "world", None)) is not None:
         yield "world", name
-    for key, reward in judges(settings).items():
+    for key, reward in _rewards(settings).items():
         if isinstance(reward, GoldReward):
             yield f"{key}.world", reward.world
+
+
+def _rewards(settings: Any) -> dict[str, Any]:
+    """The rewards that the settings name, for training and for the guard, by their key paths."""
+    guard = getattr(settings, "guard", None)
+    measure = guard.measure if guard is not None else ()
+    return judges(settings) | {f"guard.measure.{number}": reward for number, reward in enumerate(measure)}
 
 
 # --- models ---
@@ -245,7 +257,7 @@ def models_of(stage: str, settings: Any) -> Iterator[ModelUse]:
     for key, kind in kinds.items():
         if (path := getattr(settings, key, None)) is not None:
             yield ModelUse(key, path, kind)
-    for key, reward in judges(settings).items():
+    for key, reward in _rewards(settings).items():
         if isinstance(reward, ModelReward):
             yield ModelUse(f"{key}.path", reward.path, "reward model")
     if getattr(settings, "has_own_critic", False):

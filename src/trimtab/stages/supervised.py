@@ -57,6 +57,8 @@ class EpochSettings:
     """Tokens of one forward pass: memory and speed only."""
     checkpoint_every: int = 100
     """Updates between checkpoints."""
+    keep_checkpoints: int = 2
+    """The number of newest checkpoints that stay, for `trimtab choose`; each holds the weights and the optimizer."""
     engine: EngineSettings = field(default_factory=EngineSettings)
     """How the stage is computed."""
     seed: int = 0
@@ -286,6 +288,7 @@ def training(
         learner,  # its state is all that a supervised run needs to go on; the rest follows from the step number
         num_steps=num_steps,
         checkpoint_every=settings.checkpoint_every,
+        keep_checkpoints=settings.keep_checkpoints,
         description=description,
     ) as steps:
         yield TrainingSteps(steps, epochs, num_steps, getattr(settings, "validate_every", 0), description)

@@ -24,6 +24,7 @@ from torch import Tensor
 from trimtab import worlds
 from trimtab.batches.rollouts import PolicyBatch
 from trimtab.batches.trees import TokenTrees
+from trimtab.core.config import NONE
 from trimtab.core.metrics import Mean, Metrics
 from trimtab.data.chat import Chat
 from trimtab.engines.base import Learner, Scorer
@@ -50,8 +51,9 @@ from trimtab.stages.online.checks import (
     value_metrics,
 )
 from trimtab.stages.online.cost import Limit, make_limit
-from trimtab.stages.online.data import read_mix, read_prompts
-from trimtab.stages.online.models import Models, load_models, load_roles
+from trimtab.stages.online.data import guard_prompts, read_mix, read_prompts
+from trimtab.stages.online.guard.watch import DECISION, RECORD, RunGuard
+from trimtab.stages.online.models import Models, load_measure, load_models, load_roles
 from trimtab.stages.online.objectives import Minibatches, PretrainingBatches, objectives
 from trimtab.stages.online.rollout_queue import RolloutQueue
 from trimtab.stages.online.rollouts import RolloutBatch
@@ -74,30 +76,50 @@ def run(settings: OnlineSettings, run: Run) -> None:
     chat = Chat(load_tokenizer(settings.model))
     counts: dict[str, int] = {}
     prompts = read_prompts(settings, chat, run, counts)
+    watched = guard_prompts(settings, prompts, run, chat)
     demonstrations = read_mix(settings, chat, run, counts)
     models = load_models(settings, chat)
     refuse_long(models.policy.model, demonstrations, where="pretraining_mix", fix=FIT)
-    judges = [part.reward for part in models.rewards.parts]
-    refuse_short_reward_models(judges, prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)
+    measure = load_measure(settings)
+    judges = [part.reward for part in (*models.rewards.parts, *measure.parts)]
+    every_prompt = [*watched.training, *watched.checks]
+    refuse_short_reward_models(judges, every_prompt, chat, max_new_tokens=settings.sampling.max_new_tokens)
     engines = Engines.start(settings, run.directory, load=load_roles, models=models.roles)
-    sampler, greedy = make_samplers(settings, models.policy, chat, prompts, engines.sampler)
+    sampler, greedy = make_samplers(settings, models.policy, chat, every_prompt, engines.sampler)
     policy, reference, critic = make_engines(settings, models, engines)
     world = GoldScorer(worlds.load(settings.world)) if settings.world else None
     pretraining = PretrainingBatches(demonstrations, settings)
     state = OnlineState(
         learners=[policy] if critic is None or critic is policy else [policy, critic],
-        prompts=prompts,
+        prompts=watched.training,
         seed=settings.seed,
         kl_coef=settings.kl.initial,
         moments=RunningMoments(),
     )
     limit = make_limit(settings, models, engines, state)
     queue = RolloutQueue(RolloutSource(sampler, greedy, models.rewards, world, settings), state, settings)
+    guard = settings.guard and RunGuard(
+        settings.guard,
+        run,
+        state,
+        prompts=watched,
+        num_steps=settings.num_steps,
+        sampler=sampler,
+        policy=policy,
+        reference=reference,
+        reward=models.rewards,
+        measure=measure,
+        queue=queue,
+        seed=settings.seed,
+    )
     run.note_path("sampler", sampler.sampler)
     run.note_path("form", models.policy.form)
 
-    length = {"num_steps": settings.num_steps, "checkpoint_every": settings.checkpoint_every}
-    with queue, engines, stepping(run, state, **length, description="online", before_save=queue.finish) as steps:
+    how: dict[str, Any] = {"checkpoint_every": settings.checkpoint_every, "before_save": queue.finish}
+    how |= {"keep_checkpoints": settings.keep_checkpoints} | ({"also_kept": guard.kept} if guard else {})
+    with queue, engines, stepping(run, state, num_steps=settings.num_steps, description="online", **how) as steps:
+        if guard:
+            guard.begin(steps)
         for number in steps:
             seed_noise(settings.seed, "online", number)
             clock = Clock()
@@ -114,15 +136,20 @@ def run(settings: OnlineSettings, run: Run) -> None:
                 clock=clock,
             )
             clock.mark("update")
-            metrics = checked_metrics(number, done, settings) | clock.metrics
+            metrics = checked_metrics(number, done, settings)
             if settings.sample_every and number % settings.sample_every == 0:
                 rows = rollout_rows(done.rollouts.rollouts, done.rewards, done.kl, world, settings.num_samples)
                 run.add_samples(number + 1, rows)
-            steps.log(metrics)
+            if guard:
+                metrics |= guard.check(number + 1, steps)
+                clock.mark("guard")
+            steps.log(metrics | clock.metrics)
+        guarded = {"guard": guard.finish()} if guard else {}
 
     run.save_model(lambda path: save_role(models.policy, chat.tokenizer, path, base=models.base))
     run.finish(
-        {"num_steps": settings.num_steps, "sampler": sampler.sampler, "counts": counts}
+        {"num_steps": steps.done, "sampler": sampler.sampler, "counts": counts}
+        | guarded
         | last_metrics(run, "policy/kl", "reward/mean", "gold/mean")
     )
 
@@ -290,12 +317,22 @@ def make_engines(
 
 def few_steps(table: Mapping[str, Any], _settings: OnlineSettings) -> dict[str, Any]:
     """Settings for a few steps that are like the later ones of a run: without the critic's warm-up, in which the policy
-    is not updated, and without a lag, because of which the first step draws for several and the last ones for none."""
+    is not updated, without a guard, and without a lag, because of which the first step draws for several and the last
+    ones for none."""
     steps = min(FEW_STEPS, table.get("num_steps", FEW_STEPS))
     critic = dict(table.get("critic", {})) | {"warmup_steps": 0}
     changed = {"num_steps": steps, "critic": critic}
     engine = dict(table.get("engine", {}))
+    changed |= {"guard": NONE} if "guard" in table else {}
     return changed | ({"engine": engine | {"max_staleness": 0}} if engine.get("max_staleness") else {})
+
+
+def steps_of_the_guard(settings: OnlineSettings, num_steps: int) -> float:
+    """The work of all checks of the guard in steps, at most: a check draws and scores replies and updates nothing."""
+    if (guard := settings.guard) is None:
+        return 0.0
+    replies = guard.num_prompts * guard.replies_per_prompt
+    return guard.num_checks(num_steps) * replies / (settings.prompts_per_step * settings.group_size)
 
 
 STAGE = Stage(
@@ -303,14 +340,16 @@ STAGE = Stage(
     run=run,
     makes="policy",
     trains="policy",
-    writes=("metrics.jsonl", "samples.jsonl"),
+    writes=("metrics.jsonl", "samples.jsonl", RECORD, DECISION),
     grows=("num_steps",),
     least_prompts=lambda settings: settings.prompts_per_step,
     few=few_steps,
+    further_steps=steps_of_the_guard,
     about="Reinforcement learning: sample replies, score them with the reward model, move towards the better ones.",
     charts=(
         ("reward/mean",),
         ("gold/mean",),
+        ("guard/measure", "guard/measure_low", "guard/measure_high"),
         ("policy/kl",),
         ("rollout/length_mean",),
         ("policy/entropy",),

@@ -12,6 +12,7 @@ from trimtab.core.types import Prompt
 from trimtab.data.chat import Chat
 from trimtab.rewards.combined import judges, refuse_missing_facts
 from trimtab.runs.run import Run
+from trimtab.stages.online.guard.prompts import GuardPrompts, prompts_of_guard
 from trimtab.stages.online.settings import OnlineSettings
 from trimtab.stages.online.state import endless
 from trimtab.stages.reading import FEW, read, read_demonstration_trees
@@ -49,6 +50,21 @@ def read_prompts(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[st
         note = f"note: {num:,} of {len(loaded.records):,} prompts are left out: they are longer than"
         print(f"{note} sampling.max_prompt_tokens = {longest}", file=sys.stderr)
     return in_order_of_rehearsal(prompts, [lengths[i] for i in kept], settings)
+
+
+def guard_prompts(settings: OnlineSettings, prompts: list[Prompt], run: Run, chat: Chat) -> GuardPrompts:
+    """The prompts of the guard and those to train on; without a guard, all are to train on."""
+    if settings.guard is None:
+        return GuardPrompts([], prompts, 0)
+    return prompts_of_guard(
+        settings.guard,
+        prompts,
+        run,
+        chat,
+        longest=settings.sampling.max_prompt_tokens,
+        least=settings.prompts_per_step,
+        seed=settings.seed,
+    )
 
 
 def in_order_of_rehearsal(prompts: list[Prompt], lengths: list[int], settings: OnlineSettings) -> list[Prompt]:

@@ -104,6 +104,14 @@ class RolloutQueue:
             self._state.drawn.append(self._next_in_flight(clock))
         self._seconds_between = clock.metrics
 
+    def drop_drawn(self) -> None:
+        """Drops what was drawn for the steps to come, because the policy has been given other weights. It is drawn
+        again by the same random numbers. Nothing may be in flight: call `finish` first."""
+        assert not self._in_flight
+        if self._state.drawn:
+            self._state.num_prompts_taken = self._state.drawn[0].num_prompts_before
+            self._state.drawn = []
+
     def _drop_stale(self, number: int) -> None:
         """Drops what was drawn with older weights than a run allows that goes on with a smaller lag. The same prompts
         are then drawn again by the same random numbers, with the weights of now."""

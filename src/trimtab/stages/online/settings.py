@@ -25,6 +25,7 @@ from trimtab.models.adapters import LoRA
 from trimtab.models.precision import Precision
 from trimtab.rewards.combined import part_names
 from trimtab.rewards.model import ModelReward
+from trimtab.stages.online.guard.settings import GuardSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +214,8 @@ class OnlineSettings:
     in another precision they never do, and the defaults of this table hold. With top-p or top-k they differ by
     definition, and replies are trained on without weights."""
 
+    guard: GuardSettings | None = None
+    """Watch the run by a measure that it does not train on, and act when the measure falls; None does not."""
     environment: Annotated[Any, Choice("environment")] | None = None
     """The environment that answers the policy between its turns, such as tools; None for replies of one turn."""
     episodes: EpisodeLimits = field(default_factory=EpisodeLimits)
@@ -250,6 +253,9 @@ class OnlineSettings:
     """Samples written each time."""
     checkpoint_every: int = 10
     """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """The number of newest checkpoints that stay, for `trimtab choose`; each holds the weights and the optimizers. A
+    guard keeps its best besides."""
     seed: int = 0
     """Seed of prompts, rollouts and minibatches."""
     trackers: Annotated[tuple[Any, ...], Choice("tracker")] = ()
@@ -279,6 +285,8 @@ class OnlineSettings:
             self._refuse_lag(lag)
         for credit in {getattr(reward, "credit", "reply") for reward in self.rewards} - {"reply"}:
             self._refuse_credit(credit)
+        if self.guard is not None:
+            self._refuse_blind_guard(self.guard)
         for name in ("prompts_per_step", "group_size", "num_steps", "num_epochs", "num_minibatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
@@ -339,6 +347,25 @@ class OnlineSettings:
                 f"engine.max_staleness = {lag} with the loss {type(self.loss).__name__}, which does not bound its "
                 "ratios, so that one old reply could move the policy far; use 'ppo', 'gspo' or 'cispo', or set "
                 "max_staleness = 0 (a loss of your own that bounds them says so with bounds_ratio = True)"
+            )
+
+    def _refuse_blind_guard(self, guard: GuardSettings) -> None:
+        """Raises ValueError if the guard could see no fall or could not do what it is to do."""
+        trained_on = {reward.path for reward in self.rewards if isinstance(reward, RewardModel)}
+        if same := [r.path for r in guard.measure if isinstance(r, RewardModel) and r.path in trained_on]:
+            raise ValueError(
+                f"guard.measure names the reward model {same[0]!r} that training raises, which shows no fall of its "
+                "own; measure by the gold of a world, a verifier, or a reward model of other data"
+            )
+        if guard.prompts == self.prompts:
+            raise ValueError(
+                f"guard.prompts and prompts are both {self.prompts!r}; leave guard.prompts out to hold a share of them "
+                "out of training, or name prompts that are not trained on"
+            )
+        if "raise_kl" in guard.actions and not isinstance(self.kl, FixedKL):
+            raise ValueError(
+                f"guard.actions has 'raise_kl' with the KL controller {type(self.kl).__name__}, which sets the "
+                "coefficient itself; use kl.name = 'fixed', or other actions"
             )
 
     @property

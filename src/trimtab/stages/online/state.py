@@ -13,6 +13,7 @@ from trimtab.engines.base import Learner
 from trimtab.math.constraints import Multiplier
 from trimtab.math.rewards import RunningMoments
 from trimtab.stages.online.draws import Draw, load_draws, save_draws
+from trimtab.stages.online.guard.state import GuardState
 from trimtab.stages.supervised import Epochs
 
 
@@ -33,6 +34,8 @@ class OnlineState:
     num_prompts_taken: int = 0
     drawn: list[Draw] = field(default_factory=list)
     """The rollouts of the steps to come, as far as they are drawn and judged; see `RolloutQueue`."""
+    guard: GuardState | None = None
+    """What the guard has seen and done; None without one."""
 
     def take_prompts(self, num: int) -> list[Prompt]:
         """The next prompts: every prompt once before any comes again, each pass in an order of its own."""
@@ -55,20 +58,30 @@ class OnlineState:
             numbers["multiplier"] = self.multiplier.state()
         if self.drawn:
             numbers["drawn"] = save_draws(self.drawn, path)
+        if self.guard is not None:
+            numbers["guard"] = self.guard.plain()
         (path / "state.json").write_text(json.dumps(numbers), encoding="utf-8")
 
     def load(self, path: Path) -> None:
         """Restores what `save` wrote."""
-        for learner in self.learners:
-            learner.load(path)
-        numbers = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        numbers = self.load_models(path)
         self.kl_coef = numbers["kl_coef"]
-        self.moments = RunningMoments(**numbers["moments"])
-        self.part_moments = {name: RunningMoments(**m) for name, m in numbers.get("part_moments", {}).items()}
         if "multiplier" in numbers:
             self.multiplier = Multiplier(**numbers["multiplier"])
         self.num_prompts_taken = numbers["num_prompts_taken"]
         self.drawn = load_draws(numbers.get("drawn", []), path)
+        if self.guard is not None:
+            self.guard = GuardState.of(numbers["guard"])
+
+    def load_models(self, path: Path) -> dict[str, Any]:
+        """Restores of what `save` wrote the learners and the moments of the reward that they have learned from, and
+        returns the numbers beside them."""
+        for learner in self.learners:
+            learner.load(path)
+        numbers: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        self.moments = RunningMoments(**numbers["moments"])
+        self.part_moments = {name: RunningMoments(**m) for name, m in numbers.get("part_moments", {}).items()}
+        return numbers
 
 
 def endless(num_examples: int, batch_size: int, seed: int) -> Epochs:

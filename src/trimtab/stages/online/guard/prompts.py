@@ -1,0 +1,73 @@
+"""The prompts of all checks: from a source of their own, or held out of those that a run trains on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trimtab.core import seeds
+from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.types import Prompt, prompt_id
+from trimtab.data.chat import Chat
+from trimtab.rewards.combined import refuse_missing_facts
+from trimtab.runs.run import Run
+from trimtab.stages.online.guard.settings import GuardSettings
+from trimtab.stages.reading import read
+
+
+@dataclass(frozen=True)
+class GuardPrompts:
+    """The prompts of a run with a guard."""
+
+    checks: Sequence[Prompt]
+    """The prompts of every check, in their order."""
+    training: Sequence[Prompt]
+    """The prompts that are trained on."""
+    num_trained_on: int
+    """How many prompts of the checks are among them."""
+
+
+def prompts_of_guard(
+    guard: GuardSettings, training: Sequence[Prompt], run: Run, chat: Chat, *, longest: int, least: int, seed: int
+) -> GuardPrompts:
+    """The prompts of checks, of at most `longest` tokens, and those to train on, of which there have to be `least`.
+
+    Raises DataError if there are fewer than two for checks, or if one lacks a fact that the measure compares with, and
+    ConfigError if too few are left.
+    """
+    if guard.prompts is None:
+        chosen, rest = _held_out(training, guard.num_prompts, seed=seed)
+        if len(rest) < least:
+            raise ConfigError(
+                f"guard.num_prompts = {guard.num_prompts} of {len(training)} prompts leave {len(rest)} to train on, "
+                f"and a step takes {least}",
+                where="guard.num_prompts and prompts",
+                fix="give more prompts, or name a source for the guard's own: guard.prompts",
+            )
+    else:
+        found = read(Prompt, guard.prompts, run, limit=guard.num_prompts, accepts=chat.refusal).records
+        chosen = [prompt for prompt in found if len(chat.encode_prompt(prompt.messages)) <= longest]
+        rest = list(training)
+    where = guard.prompts or "the prompts held out for the guard"
+    if len({prompt_id(prompt.messages) for prompt in chosen}) < 2:
+        raise DataError(
+            f"{len(chosen)} prompts for the guard, and an interval over prompts needs two different ones",
+            where=where,
+            fix="give more prompts, or raise sampling.max_prompt_tokens",
+        )
+    measure = {f"guard.measure.{number}": reward for number, reward in enumerate(guard.measure)}
+    refuse_missing_facts(measure, chosen, where=where)
+    trained = {prompt_id(prompt.messages) for prompt in rest}
+    num_trained_on = sum(prompt_id(prompt.messages) in trained for prompt in chosen)
+    if num_trained_on:
+        print(f"note: {num_trained_on} of {len(chosen)} prompts of the guard are trained on too", file=sys.stderr)
+    return GuardPrompts(chosen, rest, num_trained_on)
+
+
+def _held_out(prompts: Sequence[Prompt], num: int, *, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """`num` different prompts, drawn by the seed, and all that are none of these."""
+    different = list({prompt_id(prompt.messages): prompt for prompt in prompts}.items())
+    order = seeds.generator(seed, "guard", "prompts").permutation(len(different))[:num]
+    chosen = dict(different[i] for i in sorted(order.tolist()))
+    return list(chosen.values()), [prompt for prompt in prompts if prompt_id(prompt.messages) not in chosen]

@@ -1,0 +1,60 @@
+"""Settings of the guard: the table [guard] of a run file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from trimtab.core.config import Choice
+
+GuardAction = Literal["raise_kl", "roll_back", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardSettings:
+    """What the guard asks, how often, and what it may do about the answer. Without `actions` it only watches."""
+
+    measure: Annotated[tuple[Any, ...], Choice("reward")]
+    """The independent measure that decides: rewards as in the table [[rewards]], added up with their weights; for
+    example { name = "gold", world = "helpdesk" }, or a reward model that was trained on other votes."""
+    prompts: str | None = None
+    """The prompts of all checks: a file, a hub id or a world. None holds num_prompts of the run's own prompts out of
+    training."""
+    num_prompts: int = 64
+    """How many of them."""
+    replies_per_prompt: int = 1
+    """Replies to each prompt in a check."""
+    every: int = 10
+    """Steps between checks. There is also one before the first step, and one after the last."""
+    measure_every: int = 1
+    """Every how many checks the measure is asked without a reason. In the checks between, only a cheap signal that
+    newly fires has it asked."""
+    alpha: float = 0.05
+    """The probability of acting on any fall in a whole run that has none, at most."""
+    margin: float = 0.0
+    """A fall has to be larger than this to count, in the unit of the measure."""
+    actions: tuple[GuardAction, ...] = ()
+    """What is done, one after the other, each time a fall is found to be real: "raise_kl" multiplies the KL coefficient
+    by kl_factor (and takes that back when the measure reaches a new best), "roll_back" goes on from the best checkpoint
+    so far, "stop" ends the run. An entry may be repeated."""
+    patience: int = 2
+    """After an action, the measure is asked this often before the next action may be taken."""
+    kl_factor: float = 2.0
+    """What "raise_kl" multiplies the KL coefficient by."""
+    kl_floor: float = 0.02
+    """What "raise_kl" raises the KL coefficient to at least, for runs that begin with a smaller one or with 0."""
+    kl_budget: float | None = None
+    """End the run when the mean KL of a reply to the reference is above this in a check, in nats; None does not."""
+    writes: Literal["last", "best"] = "last"
+    """The model that the finished run writes: that of its last step, or the one that decision.json names."""
+
+    def __post_init__(self) -> None:
+        if not self.measure:
+            raise ValueError("measure is empty; name what decides, such as measure = [{ name = 'gold', world = '…' }]")
+        if "stop" in self.actions[:-1]:
+            raise ValueError(f"actions = {list(self.actions)}: nothing comes after 'stop'; make it the last one")
+
+    def num_checks(self, num_steps: int) -> int:
+        """The number of checks in a run of so many steps: before the first, every `every`, and after the last."""
+        return 1 + math.ceil(num_steps / self.every)

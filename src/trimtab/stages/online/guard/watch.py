@@ -1,0 +1,280 @@
+"""The guard of an online run: checks, the decision about what they show, and the actions.
+
+It stands in the loop around the step. A check draws replies to prompts of its own by random numbers of its own and
+changes nothing that training reads, so a run whose guard takes no action has the same bits as a run without one. Cheap
+signals ask for the measure; the measure alone decides (`evals.checkpoint_choice` has the rule and the test). What the
+guard knows is part of the run's checkpoints, so that a run that was killed decides again as it did.
+
+Rolling back does not turn the clock back. The weights, the optimizers and the running moments of the reward are those
+of the best checkpoint, and the next step is the next one, with prompts and random numbers of its own: the same steps
+again would end in the same place. The KL coefficient stays as the guard has raised it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from trimtab.core import config, seeds
+from trimtab.core.errors import EngineError
+from trimtab.core.files import json_text, write_whole, writing
+from trimtab.core.metrics import Mean, Metrics
+from trimtab.core.types import records_hash
+from trimtab.engines.base import Sampler, Scorer
+from trimtab.evals.checkpoint_choice import FallTest, MeasuredCheckpoint, best_checkpoint, decision, fall_test
+from trimtab.evals.reply_signals import LEXICON_VERSION, measure_signals
+from trimtab.rewards.base import Reward
+from trimtab.runs.checkpoints import whole_checkpoint
+from trimtab.runs.loop import Steps
+from trimtab.runs.run import Run
+from trimtab.stages.noise import seed_noise
+from trimtab.stages.online.guard.measuring import CheckReplies, ask, measure_digest
+from trimtab.stages.online.guard.prompts import GuardPrompts
+from trimtab.stages.online.guard.settings import GuardAction, GuardSettings
+from trimtab.stages.online.guard.state import GuardState
+from trimtab.stages.online.rollout_queue import RolloutQueue
+from trimtab.stages.online.state import OnlineState
+
+RECORD = "guard.jsonl"
+DECISION = "decision.json"
+_MORE_TRUNCATED = 0.05
+"""The signal `truncated` fires if the share of replies that were cut off has risen by more than this."""
+_STEEPER = 2.0
+"""The signal `kl_slope` fires if the KL rises by this factor faster than on average so far, once it is above a nat."""
+
+
+class RunGuard:
+    """Checks the policy of one run, and acts: `guard.begin(steps)` before the first step, `guard.check(…)` in each."""
+
+    def __init__(
+        self,
+        settings: GuardSettings,
+        run: Run,
+        state: OnlineState,
+        *,
+        prompts: GuardPrompts,
+        num_steps: int,
+        sampler: Sampler,
+        policy: Scorer,
+        reference: Scorer,
+        reward: Reward,
+        measure: Reward,
+        queue: RolloutQueue,
+        seed: int,
+    ) -> None:
+        self.settings = settings
+        self.run = run
+        self.state = state
+        self.prompts = prompts.checks
+        self.num_trained_on = prompts.num_trained_on
+        self.num_steps = num_steps
+        self.sampler = sampler
+        self.policy = policy
+        self.reference = reference
+        self.reward = reward
+        self.measure = measure
+        self.queue = queue
+        self.seed = seed
+        state.guard = GuardState()
+
+    @property
+    def seen(self) -> GuardState:
+        """What was measured and done so far. Loading a checkpoint replaces it."""
+        assert self.state.guard is not None
+        return self.state.guard
+
+    def kept(self) -> Sequence[int]:
+        """The step whose checkpoint may be rolled back to."""
+        return [best_checkpoint(self.seen.series).step] if self.seen.series else []
+
+    def begin(self, steps: Steps) -> None:
+        """Measures the policy before the first step, if this is not yet done, and keeps it as a checkpoint. Ends a run
+        that the guard has stopped. Raises EngineError if the measure cannot judge the replies."""
+        if self.seen.stopped:
+            steps.end()
+        if self.seen.series:
+            return
+        self.run.rewind(-1)  # a run that was killed before its first checkpoint has written the row of this check
+        replies = self._ask(0)
+        self.seen.start = replies.texts
+        first = replies.measured(0, self.measure)
+        if not first.may_be_chosen:
+            raise EngineError(
+                f"the measure judged the replies to {first.estimate.count} of {len(self.prompts)} prompts",
+                where="guard.measure, before the first step",
+                fix="mend the measure, or give prompts that it can judge; the log says why it failed",
+            )
+        self.seen.series.append(first)
+        self.seen.kl, self.seen.truncated = (0, first.kl), replies.truncated_fraction
+        self._record(0, {"event": "check", **_row_of(first), "fired": []})
+        self.run.save_checkpoint(0, self.state.save)
+
+    def check(self, step: int, steps: Steps) -> Metrics:
+        """After step number `step`, counted from 1: a check if it is due, and what follows from it, as metrics."""
+        if step % self.settings.every and step != self.num_steps:
+            return {}
+        replies = self._ask(step)
+        found, fired = self._signals(step, replies)
+        budget = self.settings.kl_budget
+        spent = budget is not None and found["kl"] > budget
+        due = step % (self.settings.every * self.settings.measure_every) == 0 or step == self.num_steps or spent
+        asked = sorted(set(fired) - set(self.seen.fired))
+        row: dict[str, Any] = {"event": "check", "kl": found["kl"], "fired": fired}
+        # A share that no reply was there for is no number, and left out.
+        metrics: Metrics = {f"guard/{name}": Mean(value, 1) for name, value in found.items() if math.isfinite(value)}
+        metrics["guard/signals"] = Mean(len(fired), 1)
+        decided: list[dict[str, Any]] = []
+        if due or asked:
+            now, best = replies.measured(step, self.measure), best_checkpoint(self.seen.series)
+            fall = fall_test(
+                best,
+                now,
+                alpha=self.settings.alpha,
+                num_checks=self.settings.num_checks(self.num_steps),
+                margin=self.settings.margin,
+            )
+            self.seen.series.append(now)
+            self.seen.fired = fired
+            row |= _row_of(now) | {"asked_by": [] if due else asked, "compared_with_step": best.step} | _row_of_fall(fall)
+            if now.may_be_chosen:
+                metrics |= {f"guard/{name}": Mean(value, 1) for name, value in now.estimate.named("measure").items()}
+            metrics["guard/unjudged"] = Mean(len(now.values) - now.estimate.count, 1)
+            metrics["guard/best_step"] = Mean(self.kept()[0], 1)
+            if self.kept() == [step]:
+                steps.save()
+            if spent:
+                decided.append(self._stop(f"a KL of {found['kl']:.3g} nats is above kl_budget = {budget:g}"))
+            elif step < self.num_steps:  # after the last step there is nothing left to change
+                decided += self._decide(step, now, best, fall)
+        self._record(step, row, *decided)
+        for action in decided:
+            print(f"guard: step {step}: {action['event'].replace('_', ' ')}: {action['why']}", file=sys.stderr)
+            steps.save()
+        if self.seen.stopped:
+            steps.end()
+        return metrics
+
+    def finish(self) -> dict[str, Any]:
+        """Writes decision.json, gives the policy the weights of the chosen checkpoint if it is to be the run's model,
+        and returns what the summary says of the guard."""
+        seen, chosen = self.seen, best_checkpoint(self.seen.series)
+        last = seen.series[-1]
+        if self.settings.writes == "best":
+            self.state.load_models(whole_checkpoint(self.run.directory, chosen.step))
+        table = config.dump(self.settings)["measure"]
+        evidence: dict[str, Any] = {
+            "model_is": "the chosen checkpoint" if self.settings.writes == "best" else f"the last step, {last.step}",
+            "measure": {"settings": table, "sha256": measure_digest(table)},
+            "prompts": {
+                "source": self.settings.prompts or "held out of the run's own",
+                "num": len(self.prompts),
+                "sha256": records_hash(self.prompts),
+                "num_trained_on": self.num_trained_on,
+                "replies_per_prompt": self.settings.replies_per_prompt,
+            },
+            "fall": {name: getattr(self.settings, name) for name in ("alpha", "margin")},
+            "stopped": seen.stopped,
+            "lexicons": LEXICON_VERSION,
+        }
+        path = self.run.directory / DECISION
+        with writing(DECISION, path):
+            write_whole(path, json_text(decision(seen.series, evidence=evidence)))
+        if self.settings.writes == "last" and chosen is not last:
+            said = f"the measure is best at step {chosen.step} ({chosen.estimate}); the model is that of the last step"
+            print(f"guard: {said} ({last.estimate})", file=sys.stderr)
+        return {
+            "chosen_step": chosen.step,
+            "stopped": seen.stopped,
+            "num_actions": seen.num_actions,
+            "prompts_trained_on": self.num_trained_on,
+            **chosen.estimate.named("measure_chosen"),
+            **last.estimate.named("measure_last"),
+        }
+
+    def _ask(self, step: int) -> CheckReplies:
+        """The replies of the policy as it is now. What is drawn ahead is finished first: a sampler draws for one at a
+        time."""
+        self.queue.finish()
+        seed_noise(self.seed, "guard", step)  # the next step sets the global generators again
+        self.sampler.sync()
+        return ask(
+            self.prompts,
+            sampler=self.sampler,
+            policy=self.policy,
+            reference=self.reference,
+            reward=self.reward,
+            replies_per_prompt=self.settings.replies_per_prompt,
+            seed=seeds.derive(self.seed, "guard"),
+        )
+
+    def _signals(self, step: int, replies: CheckReplies) -> tuple[dict[str, float], list[str]]:
+        """The cheap signals by name, and those that fired."""
+        assert self.seen.start is not None
+        found, fired = measure_signals(replies.texts, self.seen.start)
+        before, kl_before = self.seen.kl
+        kl = float(replies.kl.double().mean())
+        slope, average = (kl - kl_before) / (step - before), kl_before / max(1, before)
+        self.seen.kl = (step, kl)
+        if kl > 1 and before and slope > _STEEPER * average:
+            fired.append("kl_slope")
+        truncated = replies.truncated_fraction
+        if truncated > self.seen.truncated + _MORE_TRUNCATED:
+            fired.append("truncated")
+        rewards = replies.rewards[replies.rewards.isfinite()]
+        found |= {"kl": kl, "kl_slope": slope, "truncated": truncated, "reward": float(rewards.double().mean())}
+        return found, fired
+
+    def _decide(
+        self, step: int, now: MeasuredCheckpoint, best: MeasuredCheckpoint, fall: FallTest
+    ) -> list[dict[str, Any]]:
+        """Takes the next action if the fall is real and its turn has come; takes back a raised coefficient at a new
+        best. Returns the action as rows of the record."""
+        seen, ladder = self.seen, self.settings.actions
+        if fall.is_real:
+            rested = len(seen.series) - seen.measured_at_action >= self.settings.patience or not seen.num_actions
+            if not rested or seen.num_actions == len(ladder):
+                return []
+            action = ladder[seen.num_actions]
+            seen.num_actions += 1
+            seen.measured_at_action = len(seen.series)
+            why = (
+                f"the measure fell from {best.estimate} at step {best.step} to {now.estimate}, by {fall.difference} "
+                f"paired, p = {fall.p_value:.2g} below {fall.level:.2g}"
+            )
+            return [self._act(action, best.step, why)]
+        if seen.lower_coefs and self.kept() == [step]:
+            self.state.kl_coef, before = seen.lower_coefs.pop(), self.state.kl_coef
+            why = f"the measure has a new best, {now.estimate}; kl_coef {before:.4g} → {self.state.kl_coef:.4g}"
+            return [{"event": "lower_kl", "why": why, "kl_coef": self.state.kl_coef}]
+        return []
+
+    def _act(self, action: GuardAction, best_step: int, why: str) -> dict[str, Any]:
+        state = self.state
+        if action == "stop":
+            return self._stop(why)
+        if action == "raise_kl":
+            self.seen.lower_coefs.append(state.kl_coef)
+            state.kl_coef = max(state.kl_coef * self.settings.kl_factor, self.settings.kl_floor)
+            why = f"{why}; kl_coef {self.seen.lower_coefs[-1]:.4g} → {state.kl_coef:.4g}"
+            return {"event": action, "why": why, "kl_coef": state.kl_coef}
+        state.load_models(whole_checkpoint(self.run.directory, best_step))
+        self.queue.drop_drawn()
+        return {"event": action, "why": f"{why}; on with the weights of step {best_step}", "to_step": best_step}
+
+    def _stop(self, why: str) -> dict[str, Any]:
+        self.seen.stopped = why
+        return {"event": "stop", "why": why}
+
+    def _record(self, step: int, *rows: dict[str, Any]) -> None:
+        self.run.add_rows(RECORD, step, rows)
+
+
+def _row_of(found: MeasuredCheckpoint) -> dict[str, Any]:
+    numbers = {"kl": found.kl, "reward": found.reward, "num_judged": found.estimate.count}
+    return numbers | found.estimate.named("measure")
+
+
+def _row_of_fall(fall: FallTest) -> dict[str, Any]:
+    return fall.difference.named("fall") | {"p_value": fall.p_value, "level": fall.level}
