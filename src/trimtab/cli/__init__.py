@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 import trimtab
+from trimtab.cli.choosing import choose
 from trimtab.cli.evaluating import eval_
 from trimtab.cli.helpers import (
     StageCommand,
@@ -410,6 +411,7 @@ def average(**options: Any) -> None:
 
 
 main.add_command(eval_)
+main.add_command(choose)
 
 
 # --- human judgements ---

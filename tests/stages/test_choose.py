@@ -1,0 +1,144 @@
+"""`trimtab choose`: the checkpoints of a run, measured afterwards."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.stages.commands import FAST, rows, run_stage, trimtab
+from tests.stages.test_guard import CHECKS, checks, decision, hacked, judge, same_weights
+
+LONG = f'measure=[{{name = "callable", function = "{judge("length")["function"]}"}}]'
+
+
+@pytest.fixture(scope="module")
+def hacked_run(tmp_path_factory, base):
+    """Three steps with a guard that only watches, and all checkpoints kept."""
+    table = hacked(base, guard={}, num_steps=3, checkpoint_every=1, keep_checkpoints=10)
+    return run_stage("online", tmp_path_factory.mktemp("choose") / "run", **table)
+
+
+def test_it_measures_as_the_guard_did(tmp_path, hacked_run):
+    assert len(list((hacked_run / "checkpoints").glob("step-*"))) == 4
+    result = trimtab("choose", hacked_run, "--out", tmp_path / "found.json")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    ours, theirs = found["checkpoints"], checks(hacked_run)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [0, 1, 2, 3]
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in ("measure", "measure_low", "kl", "reward"):
+            assert mine[name] == pytest.approx(other[name], abs=1e-4), name
+    before = decision(hacked_run)
+    assert found["chosen_step"] == before["chosen_step"] == 0
+    assert found["measure"] == before["measure"]
+    assert found["prompts"]["sha256"] == before["prompts"]["sha256"]
+    table = next(line for line in result.output.splitlines() if "chosen" in line)
+    assert table.split()[0] == "0"
+
+
+def test_the_chosen_model_can_be_written(tmp_path, hacked_run, base):
+    result = trimtab("choose", hacked_run, "--out", tmp_path / "a.json", "--export", tmp_path / "start")
+    assert result.exit_code == 0, result.output
+    assert same_weights(tmp_path / "start", base)
+    result = trimtab("choose", hacked_run, LONG, "--out", tmp_path / "b.json", "--export", tmp_path / "last")
+    assert result.exit_code == 0, result.output
+    chosen = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))["chosen_step"]
+    assert chosen > 0
+    assert same_weights(tmp_path / "last", hacked_run / "model") == (chosen == 3)
+
+
+def test_a_run_of_imitation_with_an_adapter_can_be_asked_too(tmp_path, base):
+    table = {"model": str(base), "data": "world:arithmetic?num=16", "batch_size": 4, "optimizer": FAST, "held_out": 0}
+    table |= {"checkpoint_every": 2, "keep_checkpoints": 9, "adapter": {"rank": 2}}
+    out = run_stage("sft", tmp_path / "sft", **table)
+    export = tmp_path / "model"
+    result = trimtab(
+        "choose", out, "--prompts", CHECKS, "--gold", "arithmetic", "sampling.max_new_tokens=8", "--export", export
+    )
+    assert result.exit_code == 0, result.output
+    found = decision(out)
+    assert [row["step"] for row in found["checkpoints"]] == [0, 2, 4]
+    assert found["checkpoints"][0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert found["checkpoints"][2]["reward"] is None
+    assert (export / "adapter_config.json").exists()
+    assert len(rows(out)) == 4
+
+
+def refusal(*arguments):
+    result = trimtab("choose", *arguments)
+    assert result.exit_code == 2, result.output
+    return result.output
+
+
+def test_a_decision_is_not_overwritten(hacked_run):
+    assert "decision.json is there already" in refusal(hacked_run)
+
+
+def test_a_directory_that_is_there_is_not_exported_to(tmp_path, hacked_run):
+    assert "name a new directory" in refusal(hacked_run, "--out", tmp_path / "d.json", "--export", tmp_path)
+
+
+def test_what_is_no_run_of_a_policy_is_refused(tmp_path, reward_run):
+    assert "holds no run" in refusal(tmp_path)
+    assert "a run of the stage 'reward'" in refusal(reward_run, "--out", tmp_path / "d.json")
+
+
+def test_a_run_without_checkpoints_is_told_how_to_keep_them(tmp_path, hacked_run):
+    shutil.copytree(hacked_run, run := tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    assert "train with keep_checkpoints" in refusal(run, "--out", tmp_path / "d.json")
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, hacked_run):
+    shutil.copytree(hacked_run, run := tmp_path / "run")
+    (run / "checkpoints" / "step-00000002" / "policy.safetensors").write_bytes(b"")
+    assert "the checkpoint of step 2 cannot be used" in refusal(run, "--out", tmp_path / "d.json")
+
+
+def test_damaged_settings_are_named(tmp_path, hacked_run):
+    shutil.copytree(hacked_run, run := tmp_path / "run")
+    (run / "settings.toml").write_text("=")
+    assert "settings.toml is damaged" in refusal(run, "--out", tmp_path / "d.json")
+
+
+def test_a_run_at_work_is_refused(tmp_path, hacked_run):
+    with (hacked_run / ".lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "is in use by process" in refusal(hacked_run, "--out", tmp_path / "d.json")
+
+
+def test_a_run_without_a_guard_needs_a_measure_and_prompts(tmp_path, base):
+    table = hacked(base, guard={}, num_steps=1)
+    del table["guard"]
+    out = run_stage("online", tmp_path / "run", **table)
+    said = refusal(out)
+    assert "measure" in said
+    assert "prompts" in said
+
+
+def test_a_measure_that_judges_nothing_chooses_nothing(tmp_path, hacked_run):
+    silent = LONG.replace(":length", ":speechless")
+    assert "judged too few replies" in refusal(hacked_run, silent, "--out", tmp_path / "d.json")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [("measure=[]", "measure is empty"), ("num_prompts=1", "at least 2"), ("engine.workers=2", "a single process")],
+)
+def test_settings_that_choose_nothing_are_refused(tmp_path, hacked_run, override, said):
+    assert said in refusal(hacked_run, override, "--out", tmp_path / "d.json")
+
+
+def test_too_few_prompts_are_refused(tmp_path, hacked_run):
+    source = "world:arithmetic?split=test&num=1"
+    assert "1 prompts" in refusal(hacked_run, "--prompts", source, "--out", tmp_path / "d.json")
+
+
+def test_it_loads_by_itself():
+    # the other tests have loaded the stages already, in an order in which a circle does not show
+    subprocess.run([sys.executable, "-c", "import trimtab.stages.choose"], check=True)
