@@ -129,3 +129,16 @@ def test_every_file_of_data_is_made_by_a_script_or_a_test_of_this_repository():
     sources = "".join(path.read_text(encoding="utf-8") for path in scripts if path != Path(__file__))
     for path in (EVIDENCE / "data").glob("*.json"):
         assert path.name in sources, path.name
+
+
+def test_the_tables_of_the_guard_are_those_of_their_data(script):
+    guard = script("guard")
+    assert_on_page("guard", guard.rates_table(data("guard_rates")["runs"]))
+    assert_on_page("guard", guard.runs_table(data("guard_runs")["runs"]))
+
+
+def test_the_false_alarms_of_the_guard_are_counted_again(script):
+    guard = script("guard")
+    again = guard.rates(40, 64)[0]
+    assert again["num_alarms"] <= 6
+    assert again["num_alarms_uncorrected"] > 20

@@ -149,7 +149,9 @@ def _asked(
     assert sampling is not None
     options: dict[str, Any] = {"token_budget": settings.token_budget, "device": settings.engine.find_device()}
     measure = load_rewards(settings.measure, **options)
-    reward = load_rewards(trained.rewards, **options) if isinstance(trained, OnlineSettings) else None
+    reward = None
+    if isinstance(trained, OnlineSettings):
+        reward = load_rewards(trained.rewards, combine=trained.combine, **options)
     judges = [part.reward for part in (*measure.parts, *(reward.parts if reward else ()))]
     refuse_short_reward_models(judges, prompts, chat, max_new_tokens=sampling.max_new_tokens)
     policy, reference, _ = _roles(trained, chat, settings)
@@ -266,7 +268,8 @@ def _prompts(settings: ChooseSettings, chat: Chat) -> list[Prompt]:
             where=settings.prompts,
             fix="give more prompts, or raise sampling.max_prompt_tokens",
         )
-    refuse_missing_facts(settings.measure, prompts, where=settings.prompts)
+    measure = {f"measure.{number}": reward for number, reward in enumerate(settings.measure)}
+    refuse_missing_facts(measure, prompts, where=settings.prompts)
     return prompts
 
 
