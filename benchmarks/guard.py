@@ -29,7 +29,7 @@ from speed import DATA, machine
 from trimtab.evals.checkpoint_choice import MeasuredCheckpoint, best_checkpoint, fall_test
 from trimtab.stats import wilson
 
-OUT = DATA.parent
+FILES = {"rates": DATA.with_name("guard_rates.json"), "runs": DATA.with_name("guard_runs.json")}
 NUM_CHECKS, ALPHA = 11, 0.05
 SHAPES = {
     "stays": [0.6] * NUM_CHECKS,
@@ -216,9 +216,8 @@ def main() -> None:
         ]
         table = runs_table
     chosen = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    file = OUT / f"guard_{options.part}.json"
     result = {"command": shlex.join(["python", *sys.argv]), "arguments": chosen, "machine": machine(), "runs": rows}
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    FILES[options.part].write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
 
 

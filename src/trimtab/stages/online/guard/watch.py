@@ -137,7 +137,8 @@ class RunGuard:
             )
             self.seen.series.append(now)
             self.seen.fired = fired
-            row |= _row_of(now) | {"asked_by": [] if due else asked, "compared_with_step": best.step} | _row_of_fall(fall)
+            row |= {**_row_of(now), "asked_by": [] if due else asked}
+            row |= {"compared_with_step": best.step, **_row_of_fall(fall)}
             if now.may_be_chosen:
                 metrics |= {f"guard/{name}": Mean(value, 1) for name, value in now.estimate.named("measure").items()}
             metrics["guard/unjudged"] = Mean(len(now.values) - now.estimate.count, 1)
