@@ -351,8 +351,8 @@ class OnlineSettings:
 
     def _refuse_blind_guard(self, guard: GuardSettings) -> None:
         """Raises ValueError if the guard could see no fall or could not do what it is to do."""
-        trained_on = {reward.path for reward in self.rewards if isinstance(reward, RewardModel)}
-        if same := [r.path for r in guard.measure if isinstance(r, RewardModel) and r.path in trained_on]:
+        trained_on = {reward.path for reward in self.rewards if isinstance(reward, ModelReward)}
+        if same := [r.path for r in guard.measure if isinstance(r, ModelReward) and r.path in trained_on]:
             raise ValueError(
                 f"guard.measure names the reward model {same[0]!r} that training raises, which shows no fall of its "
                 "own; measure by the gold of a world, a verifier, or a reward model of other data"

@@ -18,7 +18,7 @@ from trimtab.evals.checkpoint_choice import MeasuredCheckpoint
 from trimtab.evals.reply_signals import ReplySet
 from trimtab.math.kl import k1
 from trimtab.math.masking import sum_per_sequence
-from trimtab.rewards.base import Reward
+from trimtab.rewards.base import Reward, by_reply
 from trimtab.runs.models import model_digest
 from trimtab.stages.online.rollouts import in_groups, rollout_trees
 
@@ -50,7 +50,7 @@ class CheckReplies:
 
     def measured(self, step: int, measure: Reward) -> MeasuredCheckpoint:
         """The checkpoint of `step` as the measure judges these replies."""
-        scores = measure.score(self.rollouts)[0].double().view(-1, self.replies_per_prompt)
+        scores = by_reply(measure.score(self.rollouts)[0], self.rollouts).double().view(-1, self.replies_per_prompt)
         scores = scores.masked_fill(~scores.isfinite(), torch.nan)
         return MeasuredCheckpoint(
             step=step,
@@ -76,7 +76,9 @@ def ask(
     trees = rollout_trees(in_groups(rollouts, replies_per_prompt))
     log_ratio = policy.logprobs(trees) - reference.logprobs(trees)
     kl = sum_per_sequence(k1(log_ratio), trees.sequence_ids, trees.num_sequences)
-    rewards = torch.full((len(rollouts),), torch.nan) if reward is None else reward.score(rollouts)[0]
+    rewards = torch.full((len(rollouts),), torch.nan)
+    if reward is not None:
+        rewards = by_reply(reward.score(rollouts)[0], rollouts)
     return CheckReplies(rollouts, replies_per_prompt, kl, rewards.masked_fill(~rewards.isfinite(), torch.nan))
 
 
