@@ -412,7 +412,7 @@ def _near_files(path: Path) -> str:
 def _toml_lines(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
     leaves = {k: v for k, v in values.items() if v is not None and not isinstance(v, Mapping) and not _is_tables(v)}
     for key, value in leaves.items():
-        yield f"{_toml_key(key)} = {_toml_value(value)}"
+        yield f"{_toml_key(key)} = {toml_value(value)}"
     for key, value in values.items():
         inner = (*path, _toml_key(key))
         if isinstance(value, Mapping):
@@ -429,10 +429,11 @@ def _is_tables(value: Any) -> bool:
 
 
 def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """One value as TOML writes it on a line, tables inline. Raises TypeError for what TOML cannot hold."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -441,8 +442,8 @@ def _toml_value(value: Any) -> str:
         # JSON escapes are TOML escapes, except that TOML also wants DEL escaped.
         return json.dumps(os.fspath(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
     if isinstance(value, Mapping):
-        pairs = (f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items() if v is not None)
+        pairs = (f"{_toml_key(k)} = {toml_value(v)}" for k, v in value.items() if v is not None)
         return "{" + ", ".join(pairs) + "}"
     raise TypeError(f"{value!r} has no TOML form")

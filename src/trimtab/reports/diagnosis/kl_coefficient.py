@@ -1,0 +1,65 @@
+"""The KL coefficient that a run asks for, from what its reward gained on the way."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from trimtab.reports.collect import RunRecord
+from trimtab.reports.diagnosis.rule import (
+    SettingChange,
+    changed,
+    ends_at,
+    number_setting,
+    scaled,
+    setting,
+    two_digits,
+)
+from trimtab.reports.diagnosis.trends import MIN_POINTS, known
+
+NO_SPREAD = 1e-3
+"""A standard deviation of rewards this small beside their size, or beside 1, leaves nothing to compare."""
+
+
+def kl_coef_at(run: RunRecord, kl: float) -> float:
+    """The KL coefficient with which the reward that this run earned has its maximum near a KL, in nats per reply.
+
+    Reward grows about as a sqrt(KL) (Bai et al., arXiv:2204.05862, section 4.3), so its slope at that KL is half of the
+    gain there over the KL. Rewards that are divided by a deviation before the KL is charged (in the loss,
+    advantages are) are divided here too.
+    nan if the run earned nothing on the way.
+    """
+    distance, level = run.metrics.get("policy/kl"), run.metrics.get("reward/mean")
+    if distance is None or level is None or not kl > 0:
+        return math.nan
+    rewards = dict(zip(known(level).steps.tolist(), known(level).values.tolist(), strict=True))
+    points = [
+        (nats, rewards[step])
+        for step, nats in zip(known(distance).steps.tolist(), known(distance).values.tolist(), strict=True)
+        if step in rewards
+    ]
+    if len(points) < MIN_POINTS:
+        return math.nan
+    nats, values = np.array(points).T
+    near = np.argsort(np.abs(nats - kl))[: max(3, len(points) // 10)]
+    gain, there = float(np.median(values[near]) - np.median(values[:3])), float(np.median(nats[near]))
+    if gain <= 0 or there <= 0:
+        return math.nan
+    scales = setting(run, "advantage.scale") == "group" or setting(run, "advantage.whiten") is True
+    divided = setting(run, "shaping.normalize") is True or (setting(run, "kl_in") == "loss" and scales)
+    spread = ends_at(run, "reward/std") if divided else 1.0
+    return gain / (2 * there) / max(spread, NO_SPREAD)
+
+
+def kl_change(run: RunRecord, coef: float, *, target: float = math.nan) -> tuple[SettingChange, ...]:
+    """The change to this KL coefficient, at least twice the old one unless it is to become smaller on purpose; a
+    controller that adapts it gets the target instead. Without a usable number the usual 0.1 is taken."""
+    old = number_setting(run, "kl.coef")
+    if setting(run, "kl.name") == "adaptive" and math.isfinite(target):
+        return changed(run, kl__target=two_digits(target)) + scaled(run, "kl.horizon", 0.1)
+    if not math.isfinite(coef) or coef <= 0:
+        coef = 0.1
+    if not math.isnan(target) and old > 0:
+        coef = max(coef, 2 * old)
+    return changed(run, kl__coef=two_digits(coef))

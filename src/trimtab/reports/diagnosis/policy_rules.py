@@ -1,0 +1,275 @@
+"""Rules over what online training does to the policy: KL, reward against quality, entropy, variety, length, critic."""
+
+from __future__ import annotations
+
+import math
+
+from trimtab.reports import headline
+from trimtab.reports.collect import RunRecord
+from trimtab.reports.diagnosis.kl_coefficient import kl_change, kl_coef_at
+from trimtab.reports.diagnosis.rule import (
+    Failure,
+    NotLooked,
+    RuleOutcome,
+    SettingChange,
+    at_the_end,
+    changed,
+    ends_at,
+    last_sample,
+    moved,
+    number_setting,
+    numbers_of,
+    rule,
+    scaled,
+    scaled_whole,
+    setting,
+    trend_of,
+    two_digits,
+)
+from trimtab.reports.diagnosis.trends import MIN_POINTS, known, trend
+from trimtab.reports.headline import percent, show
+
+ONLINE = ("online",)
+
+KL_PER_TOKEN = 1.0
+"""Nats per token at which the reference gives a sampled token less than 1/e of the policy's probability. Measured: the
+quickstart's PPO ends at 0.15, and without a KL coefficient at 2."""
+CLIP_FRACTION = 0.3
+"""Share of clipped tokens above which most of an update is cut off; the page of a run warns at the same number."""
+STEP_KL = 0.1
+"""Nats per token that a policy may move within one step. PPO codes stop a step at 0.01 to 0.02; the quickstart moves
+0.01, and 0.03 at most."""
+ENTROPY_FALL = 1 / 3
+"""Entropy below this share of its start. DAPO (arXiv:2503.14476, figure 2) shows collapse as a fall to nearly zero;
+healthy runs of the quickstart keep three quarters of it."""
+ENTROPY_LEFT = 0.02
+"""Nats per token. Below it, nineteen of twenty tokens are certain, wherever the run began."""
+DIVERSITY_FALL = 0.5
+"""Distinct bigrams below this share of their start, at an equal number of words. Measured: the quickstart keeps 0.7,
+and 0.4 where one sentence is repeated."""
+VOCABULARY_GROWTH = 0.5
+"""Heaps' exponent: the number of different n-grams grows about as this power of the number of words (0.4 to 0.6 in
+English), so their share falls as replies become longer without any loss of variety."""
+LENGTH_GROWTH = 1.3
+"""Ratio of lengths above which growth is looked at (Singhal et al., arXiv:2310.03716: most of the reward gained by PPO
+is often bought by length)."""
+TRUNCATED = 0.05
+"""Share of replies that are cut off. Above one in twenty the reward judges many unfinished replies."""
+
+
+@rule("reward_hacking", "Reward up, quality down", stages=ONLINE, needs=("reward/mean", "policy/kl"))
+def reward_hacking(run: RunRecord) -> RuleOutcome:
+    """The reward rises while the gold score, which training does not see, falls."""
+    gold = run.metrics.get("gold/mean")
+    if gold is None or len(known(gold)) < MIN_POINTS:
+        return NotLooked("no independent measure of quality is logged (world = '…' logs gold scores)")
+    found = headline.hacking(run)
+    if found is None or not headline.has_fallen(found) or not found.proxy_kept_rising:
+        return None
+    level = trend(run.metrics["reward/mean"])
+    step = int(known(gold).steps[found.peak_index])
+    return Failure(
+        symptom=f"Gold peaked at {headline.score(found.peak_gold)} around step {step} (KL {show(found.peak_kl)}) and "
+        f"ended at {headline.score(found.final_gold)}, while the reward rose {moved(level)}.",
+        causes=("the policy collects what the reward gets wrong, and the KL does not hold it back",),
+        changes=kl_change(run, kl_coef_at(run, found.peak_kl), target=found.peak_kl),
+        advice=f"Make the KL cost at its peak what the reward gained there, or stop at step {step} (num_steps). A "
+        "larger coefficient moves along the same curve (Gao et al., arXiv:2210.10760); only a better reward lifts it.",
+        evidence={"peak_gold": found.peak_gold, "final_gold": found.final_gold, "peak_step": step}
+        | numbers_of("reward/mean", level),
+        sample=last_sample(run),
+    )
+
+
+@rule(
+    "kl_explosion",
+    "KL explosion",
+    stages=ONLINE,
+    needs=("policy/kl", "rollout/length_mean"),
+    follows=("flat_reward",),
+)
+def kl_explosion(run: RunRecord) -> RuleOutcome:
+    """The policy is far from its reference, or moves too far in every step."""
+    kl, length = trend(run.metrics["policy/kl"]), trend(run.metrics["rollout/length_mean"])
+    per_token = kl.end / max(length.end, 1.0)
+    clipped, step_kl = ends_at(run, "policy/clip_fraction"), ends_at(run, "policy/approx_kl")
+    too_far, too_fast = per_token > KL_PER_TOKEN, clipped > CLIP_FRACTION or step_kl > STEP_KL
+    if not too_far and not too_fast:
+        return None
+    symptom = f"The KL to the reference went {moved(kl)} nats per reply, {show(per_token)} per token"
+    if too_fast:
+        symptom += f"; a step clips {percent(clipped)} of the tokens and moves {show(step_kl)} nats per token"
+    target = KL_PER_TOKEN / 4 * max(length.start, 1.0)
+    held = kl_change(run, kl_coef_at(run, target), target=target) if too_far else ()
+    slower = scaled(run, "optimizer.learning_rate", 0.3) if too_fast else ()
+    causes = []
+    if too_fast:
+        causes.append("the steps are too large: learning rate, epochs or minibatches")
+    if too_far:
+        causes.append(f"the KL is held back too little (coefficient {show(ends_at(run, 'kl/coef'))})")
+    return Failure(
+        symptom=f"{symptom} (bounds {KL_PER_TOKEN}, {percent(CLIP_FRACTION)} and {STEP_KL}).",
+        causes=tuple(causes),
+        changes=held + slower,
+        advice="Hold the policy nearer to its reference" + ", in smaller steps." * too_fast + "." * (not too_fast),
+        evidence=numbers_of("policy/kl", kl)
+        | {"kl_per_token": per_token, "clip_fraction": clipped, "step_kl": step_kl},
+    )
+
+
+@rule(
+    "entropy_collapse",
+    "Entropy collapse",
+    stages=ONLINE,
+    needs=("policy/entropy",),
+    follows=("flat_reward", "reward_hacking", "kl_explosion"),
+)
+def entropy_collapse(run: RunRecord) -> RuleOutcome:
+    """The policy has become nearly certain of each token."""
+    found = trend(run.metrics["policy/entropy"])
+    fell = found.fell and found.end < ENTROPY_FALL * found.start
+    if not fell and found.end >= ENTROPY_LEFT:
+        return None
+    coef = number_setting(run, "entropy_coef")
+    clip_high = number_setting(run, "loss.clip_high")
+    changes = changed(run, entropy_coef=0.01 if not coef > 0 else two_digits(coef * 3))
+    if setting(run, "loss.name") == "ppo" and clip_high < 0.28:
+        changes += changed(run, loss__clip_high=0.28)
+    if ends_at(run, "kl/coef") == 0:
+        changes += kl_change(run, kl_coef_at(run, KL_PER_TOKEN / 4 * ends_at(run, "rollout/length_mean")))
+    return Failure(
+        symptom=f"Entropy fell {moved(found)} nats per token (bounds: a third of the start, or {ENTROPY_LEFT}).",
+        causes=("unlikely tokens are never raised: the clip leaves no room, or the learning rate is too large",),
+        changes=changes,
+        advice="Pay for entropy, and clip high ratios later (clip-higher of DAPO, arXiv:2503.14476).",
+        evidence=numbers_of("policy/entropy", found),
+    )
+
+
+@rule(
+    "mode_collapse",
+    "Mode collapse: replies become alike",
+    stages=ONLINE,
+    needs=("rollout/distinct_2",),
+    follows=("reward_hacking", "kl_explosion", "entropy_collapse"),
+)
+def mode_collapse(run: RunRecord) -> RuleOutcome:
+    """The replies of a step use ever fewer different word pairs, beyond what their length explains."""
+    found, length = trend(run.metrics["rollout/distinct_2"]), trend_of(run, "rollout/length_mean")
+    longer = length.end / length.start if length is not None and min(length.start, length.end) > 0 else 1.0
+    kept = found.end / found.start * longer**VOCABULARY_GROWTH if found.start > 0 else 1.0
+    if not (found.fell and kept < DIVERSITY_FALL):
+        return None
+    target = KL_PER_TOKEN / 4 * (length.start if length is not None else math.nan)
+    return Failure(
+        symptom=f"Distinct bigrams fell {moved(found)}: {percent(kept)} of the start at an equal number of words "
+        f"(bound {percent(DIVERSITY_FALL)}).",
+        causes=("one reply pays best whatever the prompt is, and the KL does not hold the policy back",),
+        changes=kl_change(run, kl_coef_at(run, target), target=target) + changed(run, entropy_coef=0.01),
+        advice="Hold the policy nearer to its reference and pay for entropy; look at what the reward pays for.",
+        evidence=numbers_of("rollout/distinct_2", found) | {"kept_fraction": kept},
+        sample=last_sample(run),
+    )
+
+
+@rule(
+    "length_growth",
+    "Length growth",
+    stages=ONLINE,
+    needs=("rollout/length_mean", "reward/mean"),
+    follows=("reward_hacking", "kl_explosion"),
+)
+def length_growth(run: RunRecord) -> RuleOutcome:
+    """Replies grow with the reward, and no independent measure says that this is good."""
+    found, gold = trend(run.metrics["rollout/length_mean"]), trend_of(run, "gold/mean")
+    ratio = found.end / max(found.start, 1.0)
+    if not (found.rose and ratio > LENGTH_GROWTH) or (gold is not None and gold.rose):
+        return None
+    most = number_setting(run, "sampling.max_new_tokens")
+    rewards = setting(run, "rewards")
+    changes: tuple[SettingChange, ...] = ()
+    if isinstance(rewards, list) and all(isinstance(one, dict) and one.get("name") != "length" for one in rewards):
+        free = math.ceil(LENGTH_GROWTH * found.start)
+        price = two_digits(max(ends_at(run, "reward/std"), 0.1) / max(found.start, 1.0) * 2)
+        added = {"name": "length", "max_tokens": free, "per_token": price, "most": two_digits(price * most)}
+        if math.isfinite(most) and math.isfinite(price):
+            changes = (SettingChange("rewards", rewards, [*rewards, added]),)
+    judged = "while gold did not rise" if gold is not None else "and no gold score says whether that is good"
+    return Failure(
+        symptom=f"Replies grew {moved(found)} tokens, {show(ratio)} times (bound {LENGTH_GROWTH}), {judged}.",
+        causes=("the reward pays for length",),
+        changes=changes,
+        advice="Charge for tokens beyond 1.3 times the first length. `trimtab card` says how much a reward model pays "
+        "for length alone.",
+        evidence=numbers_of("rollout/length_mean", found) | {"ratio": ratio},
+        sample=last_sample(run),
+    )
+
+
+@rule(
+    "truncated_replies",
+    "Truncated replies",
+    stages=ONLINE,
+    needs=("rollout/truncated_fraction",),
+    follows=("length_growth", "reward_hacking", "kl_explosion"),
+)
+def truncated_replies(run: RunRecord) -> RuleOutcome:
+    """Many replies hit the length limit before they end."""
+    found = trend(run.metrics["rollout/truncated_fraction"])
+    if not found.end > TRUNCATED:
+        return None
+    limit, penalty = setting(run, "sampling.max_new_tokens"), number_setting(run, "shaping.missing_eos_penalty")
+    grew = found.start <= TRUNCATED
+    causes: tuple[str, ...]
+    if grew and penalty == 0:
+        causes = ("a reply that never ends costs nothing, and the reward pays for what is in it",)
+        changes = changed(run, shaping__missing_eos_penalty=two_digits(max(1.0, ends_at(run, "reward/std"))))
+        advice = "Charge for a missing end."
+    else:
+        causes = (f"sampling.max_new_tokens = {limit} is too short for the replies", "the model never learned to end")
+        changes = scaled_whole(run, "sampling.max_new_tokens", 2)
+        advice = "Double the limit; if that many are still cut off, train the end of the reply with the sft stage."
+    sample = next((row for row in reversed(run.samples) if row.get("finish_reason") == "length"), None)
+    return Failure(
+        symptom=f"{percent(found.end)} of the replies are cut off in steps {found.last_steps[0]} to "
+        f"{found.last_steps[1]}, {percent(found.start)} at the start (bound {percent(TRUNCATED)}).",
+        causes=causes,
+        changes=changes,
+        advice=advice,
+        evidence=numbers_of("rollout/truncated_fraction", found),
+        sample=sample,
+    )
+
+
+@rule(
+    "critic_instability",
+    "Critic instability",
+    stages=ONLINE,
+    needs=("critic/explained_variance", "critic/loss"),
+    follows=("reward_scale", "kl_explosion"),
+)
+def critic_instability(run: RunRecord) -> RuleOutcome:
+    """The critic predicts returns worse than a constant does, at the end of the run."""
+    found, loss = trend(run.metrics["critic/explained_variance"]), trend(run.metrics["critic/loss"])
+    if not found.end < 0:
+        return None
+    clipped = ends_at(run, "critic/clip_fraction")
+    shared = setting(run, "critic.init") == "value_head"
+    wild = found.fell or loss.rose or clipped > CLIP_FRACTION
+    cause = "its learning rate is too large" if wild else "it learns too slowly, or began too far from the returns"
+    if shared:
+        changes = changed(run, critic__init="policy")
+    elif wild:
+        changes = scaled(run, "critic.optimizer.learning_rate", 0.1)
+    else:
+        changes = scaled(run, "critic.optimizer.learning_rate", 10)
+    if not shared and number_setting(run, "critic.warmup_steps") == 0:
+        changes += changed(run, critic__warmup_steps=2)
+    return Failure(
+        symptom=f"The critic explains {at_the_end(found)} of the variance of returns, less than a constant; its loss "
+        f"went {moved(loss)}.",
+        causes=(cause, "rewards change their scale during the run"),
+        changes=changes,
+        advice="Let the critic learn alone for the first steps, at a rate that its loss can follow.",
+        evidence=numbers_of("critic/explained_variance", found) | numbers_of("critic/loss", loss),
+    )
