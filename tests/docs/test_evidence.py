@@ -109,6 +109,13 @@ def test_the_tables_of_win_rates_are_those_of_their_data(script):
     assert_on_page("guard", win_rates.null_table(found["null"]))
 
 
+def test_the_tables_of_failures_made_on_purpose_are_those_of_their_data(script):
+    doctor, found = script("doctor"), data("doctor")
+    assert_on_page("guard", doctor.summary(found["cases"]))
+    assert_on_page("guard", doctor.table(found["cases"]))
+    assert found["confusion"] == doctor.confusion(found["cases"])
+
+
 def test_memory_as_planned_is_that_of_its_data():
     text = (EVIDENCE / "speed.md").read_text(encoding="utf-8")
     for name, found in data("plan").items():

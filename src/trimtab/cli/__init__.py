@@ -14,6 +14,7 @@ import click
 
 import trimtab
 from trimtab.cli.choosing import choose
+from trimtab.cli.diagnosing import doctor
 from trimtab.cli.evaluating import eval_
 from trimtab.cli.helpers import (
     StageCommand,
@@ -486,6 +487,9 @@ def show(source: str, model: str, kind: RecordKind, rows: int, train_on: Literal
 def report(directory: Path, out: Path | None) -> None:
     """Write the page of a run or a pipeline."""
     _write_report(directory, out)
+
+
+main.add_command(doctor)
 
 
 def _write_report(directory: Path, out: Path | None = None) -> None:

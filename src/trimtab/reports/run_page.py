@@ -13,6 +13,8 @@ from trimtab.core.files import writing
 from trimtab.reports import charts, headline
 from trimtab.reports.card_page import card_parts, rows_of
 from trimtab.reports.collect import PipelineRecord, RunRecord, Series, collect
+from trimtab.reports.diagnosis import diagnose_run
+from trimtab.reports.diagnosis_page import diagnosis_parts
 from trimtab.reports.guard_parts import guard_parts
 from trimtab.reports.guide import meaning
 from trimtab.reports.headline import interval, number, section, show
@@ -111,7 +113,8 @@ def _chips(run: RunRecord) -> list[tuple[str, str]]:
 
 def _run_parts(run: RunRecord, *, samples: bool) -> list[Part]:
     own = _SECTIONS[run.stage](run) if run.stage in _SECTIONS else []
-    return own + guard_parts(run) + _curves(run) + (_samples(run) if samples else []) + _details(run)
+    own += diagnosis_parts(diagnose_run(run)) + guard_parts(run)
+    return own + _curves(run) + (_samples(run) if samples else []) + _details(run)
 
 
 def _curves(run: RunRecord) -> list[Part]:
