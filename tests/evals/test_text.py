@@ -4,6 +4,7 @@ import math
 import tracemalloc
 import zlib
 
+import numpy as np
 import pytest
 import sacrebleu
 from hypothesis import given
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from trimtab.evals.text import (
     compression_ratio,
     distinct_n,
+    expectation_adjusted_distinct,
     length_stats,
     repetition,
     self_bleu,
@@ -24,6 +26,16 @@ from trimtab.evals.text import (
 def test_words_are_lower_case_runs_and_single_marks():
     assert words("Don't PANIC: it's 42%!") == ["don't", "panic", ":", "it's", "42", "%", "!"]
     assert words("") == []
+
+
+def test_expectation_adjusted_distinct_by_hand_and_against_draws():
+    assert expectation_adjusted_distinct(["a a a"], vocabulary=2) == pytest.approx(1 / (2 * (1 - 0.5**3)))
+    generator = np.random.default_rng(0)
+    for length in (50, 500):  # of words drawn evenly as many differ as expected, however long the text is
+        draws = [" ".join(f"w{i}" for i in generator.integers(300, size=length)) for _ in range(50)]
+        mean = np.mean([expectation_adjusted_distinct([text], vocabulary=300) for text in draws])
+        assert mean == pytest.approx(1, abs=0.02)
+    assert math.isnan(expectation_adjusted_distinct(["", " "]))
 
 
 def test_distinct_n_counts_over_all_texts_together():

@@ -39,6 +39,24 @@ def distinct_n(texts: Sequence[str], n: int, *, num_words: int | None = None) ->
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
+VOCABULARY = 30_522
+"""Words of the vocabulary in `expectation_adjusted_distinct`: those of the tokenizer in its paper."""
+
+
+def expectation_adjusted_distinct(texts: Sequence[str], *, vocabulary: int = VOCABULARY) -> float:
+    """Different words over the number expected if C words were drawn evenly from V (Liu et al., arXiv:2202.13587).
+
+        EAD = N / (V * (1 - ((V - 1) / V)^C))
+
+    Unlike distinct-1 it does not fall as texts grow. nan if there are no words.
+    """
+    tokens = [word for text in texts for word in words(text)]
+    if not tokens:
+        return math.nan
+    expected = -vocabulary * math.expm1(len(tokens) * math.log1p(-1 / vocabulary))
+    return len(set(tokens)) / expected
+
+
 def repetition(text: str, n: int = 4) -> float:
     """Share of a reply's n-grams that repeat an earlier one: 1 - distinct-n within the reply, 0 if it is too short."""
     grams = _ngrams(words(text), n)
