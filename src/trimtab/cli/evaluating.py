@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trimtab.cli.helpers import Number
+from trimtab.cli.suites import suite_command, tax
+from trimtab.cli.tables import add_row, new_table
+from trimtab.core import registry
 from trimtab.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from trimtab.evals.verdict_study import VerdictStudy
     from trimtab.stats import Interval
 
@@ -114,10 +115,10 @@ def rewardbench(model: str, files: tuple[str, ...], out: Path | None, seed: int,
     from trimtab.stages.reward_bench import score_bench
 
     scores, num_too_long = score_bench(model=model, data=files, out=out, seed=seed, device=device)
-    table = _table("", "score", "rows")
+    table = new_table("", "score", "rows")
     for title, found in [*scores.sections.items(), *scores.subsets.items()]:
-        _add(table, title, _percent(found), str(found.count))
-    _add(table, "mean", f"{scores.overall:.1%}", "")
+        add_row(table, title, _percent(found), str(found.count))
+    add_row(table, "mean", f"{scores.overall:.1%}", "")
     console = Console(width=140, highlight=False)
     console.print(table)
     if scores.resembles is not None:
@@ -135,7 +136,7 @@ def _show(study: VerdictStudy, half_width: float) -> None:
 
     console = Console(width=140, highlight=False)
     controlled = {(row.model, row.baseline): row for row in study.length_controlled}
-    table = _table(
+    table = new_table(
         "model",
         "baseline",
         "win rate",
@@ -147,53 +148,42 @@ def _show(study: VerdictStudy, half_width: float) -> None:
         at_equal = [_percent(controlled[row.model, row.baseline].rate)] if controlled else []
         counts = f"{row.num_wins}, {row.num_ties}, {row.num_losses}"
         rate = f"{_percent(row.rate)} (n={row.rate.count})"
-        _add(table, row.model, row.baseline, rate, *at_equal, counts, f"{row.prompts_for_width} prompts")
+        add_row(table, row.model, row.baseline, rate, *at_equal, counts, f"{row.prompts_for_width} prompts")
     console.print(table)
     if any(row.first_shown is not None for row in study.win_rates):
-        table = _table("both orders", "reply shown first preferred", "orders disagree")
+        table = new_table("both orders", "reply shown first preferred", "orders disagree")
         for row in study.win_rates:
             if row.first_shown is not None:
                 first = f"{_percent(row.first_shown)} (n={row.first_shown.count})"
-                _add(table, f"{row.model} against {row.baseline}", first, f"{row.flip_fraction:.0%}")
+                add_row(table, f"{row.model} against {row.baseline}", first, f"{row.flip_fraction:.0%}")
         console.print(table)
     if study.differences:
-        table = _table("of two models", "difference in points", "p", "p (Holm)")
+        table = new_table("of two models", "difference in points", "p", "p (Holm)")
         neighbours = {(a.model, b.model, b.baseline) for a, b in itertools.pairwise(study.win_rates)}
         shown = [pair for pair in study.differences if (pair.model, pair.other, pair.baseline) in neighbours]
         for pair in shown:
             gap = f"{_percent(pair.difference, signed=True)} (n={pair.difference.count})"
             names = f"{pair.model} and {pair.other} against {pair.baseline}"
-            _add(table, names, gap, f"{pair.p_value:.2g}", f"{pair.p_holm:.2g}")
+            add_row(table, names, gap, f"{pair.p_value:.2g}", f"{pair.p_holm:.2g}")
         console.print(table)
         if len(shown) < len(study.differences):
             console.print(f"Shown are neighbours in win rate; --out has all {len(study.differences)} pairs.")
     if study.ladder is not None:
-        table = _table("ladder", "rank", "rating", *["component"] * (study.ladder.num_components > 1))
+        table = new_table("ladder", "rank", "rating", *["component"] * (study.ladder.num_components > 1))
         for player in study.ladder.players:
             component = [str(player.component)] * (study.ladder.num_components > 1)
-            _add(table, player.name, str(player.rank or "-"), player.text, *component)
+            add_row(table, player.name, str(player.rank or "-"), player.text, *component)
         console.print(table)
     for note in study.notes:
         console.print(f"note: {note}", markup=False)
-
-
-def _table(*columns: str) -> Table:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    table = Table(box=SIMPLE)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _add(table: Table, *cells: str) -> None:
-    from rich.text import Text
-
-    table.add_row(*(Text(cell) for cell in cells))  # a name such as [b] is no markup
 
 
 def _percent(found: Interval, *, signed: bool = False) -> str:
     value, low, high = (f"{100 * x:{'+' if signed else ''}.1f}" for x in (found.value, found.low, found.high))
     bounds = "" if math.isnan(found.low) else f" [{low}, {high}]"
     return f"{value}{'' if signed else '%'}{bounds}"
+
+
+for _name in registry.modules("suite"):
+    eval_.add_command(suite_command(_name))
+eval_.add_command(tax)

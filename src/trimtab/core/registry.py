@@ -40,7 +40,7 @@ _OFFERS: dict[str, tuple[str, ...]] = {
     "world": ("draw_prompt", "write_reply", "gold", "features"),
 }
 # Kinds whose members are modules. A module is imported only when that member is needed, and holds its descriptor under
-# the kind's name in capitals (`STAGE`, `SOURCE`). Stages are listed in the order in which they are used.
+# the kind's name in capitals (`STAGE`, `SOURCE`, `SUITE`). Stages are listed in the order in which they are used.
 _MODULES: dict[str, dict[str, str]] = {
     "stage": {
         "pretrain": "trimtab.stages.pretrain",
@@ -56,6 +56,17 @@ _MODULES: dict[str, dict[str, str]] = {
     "source": {
         "world": "trimtab.worlds.source",
         "feedback": "trimtab.feedback.source",
+    },
+    "suite": {
+        "ifeval": "trimtab.evals.suites.ifeval",
+        "truthful_qa": "trimtab.evals.suites.truthful_qa",
+        "hhh": "trimtab.evals.suites.hhh",
+        "traits": "trimtab.evals.suites.traits",
+        "xstest": "trimtab.evals.suites.xstest",
+        "red_team": "trimtab.evals.suites.red_team",
+        "gsm8k": "trimtab.evals.suites.gsm8k",
+        "sycophancy": "trimtab.evals.suites.sycophancy",
+        "diversity": "trimtab.evals.suites.diversity",
     },
 }
 _REGISTERED: dict[str, dict[str, type]] = {}
@@ -74,12 +85,12 @@ def register(kind: str, name: str) -> Callable[[type[T]], type[T]]:
 
 
 def modules(kind: str) -> Mapping[str, str]:
-    """Maps the name of each member of "stage" or "source" to its module. Imports nothing."""
+    """Maps the name of each member of "stage", "source" or "suite" to its module. Imports nothing."""
     return _MODULES[kind]
 
 
 def descriptor(kind: str, name: str) -> Any:
-    """The member's descriptor: the `STAGE` or `SOURCE` of its module. Imports the module."""
+    """The member's descriptor: the `STAGE`, `SOURCE` or `SUITE` of its module. Imports the module."""
     return getattr(importlib.import_module(_MODULES[kind][name]), kind.upper())
 
 

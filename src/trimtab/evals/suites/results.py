@@ -1,0 +1,75 @@
+"""Files of results, which `trimtab eval SUITE MODEL BASELINE --out FILE` wrote, read again for the capability tax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.files import read_json
+from trimtab.evals.suites.tax import PairedGap, TaxVerdict, tax_verdicts
+
+
+def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """The results in the files. Raises DataError for a file that holds none with a baseline, or one whose figure has no
+    better direction, and ConfigError if a suite is there twice or the models differ."""
+    found: list[dict[str, Any]] = []
+    for path in files:
+        if not path.is_file():
+            raise DataError("there is no such file", where=str(path), fix="give files of trimtab eval SUITE … --out")
+        result = read_json(path, fix="write it again with trimtab eval SUITE MODEL BASELINE --out FILE")
+        if not {"suite", "metrics", "items", "model"} <= result.keys():
+            raise DataError(
+                "these are no results of a suite", where=str(path), fix="give files of trimtab eval SUITE … --out"
+            )
+        main = result["metrics"][0]
+        if result.get("baseline") is None or main["better"] == "neither":
+            why = "no baseline" if result.get("baseline") is None else f"no better direction of {main['name']}"
+            raise DataError(
+                f"results with {why} say nothing about a tax",
+                where=str(path),
+                fix="run the suite with MODEL and BASELINE, or leave the file out",
+            )
+        if any(one["suite"] == result["suite"] for one in found):
+            raise ConfigError(
+                f"the suite {result['suite']} is given twice", where=str(path), fix="give one file for each suite"
+            )
+        if found and _models_of(result) != _models_of(found[0]):
+            raise ConfigError(
+                f"{result['model']} against {result['baseline']}, and another pair of models in {files[0]}",
+                where=str(path),
+                fix="give results of one model and one baseline",
+            )
+        found.append(result)
+    return found
+
+
+def _models_of(result: dict[str, Any]) -> list[str]:
+    """The model and the baseline of a result: by their digests, or by their names if there are none."""
+    return [result.get(f"{who}_sha256") or result[who] for who in ("model", "baseline")]
+
+
+def verdicts_of(results: Sequence[dict[str, Any]], *, margin: float) -> list[TaxVerdict]:
+    """The capability tax by the first metric of each suite. Raises DataError if the two models have no item in
+    common."""
+    gaps: dict[tuple[str, str], PairedGap] = {}
+    for result in results:
+        main = result["metrics"][0]
+        sign = -1.0 if main["better"] == "lower" else 1.0
+        values, clusters = [], []
+        for item in result["items"]:
+            ours, theirs = (item[which].get(main["name"]) for which in ("scores", "baseline_scores"))
+            if ours and theirs:
+                values.append(sign * float(np.mean(ours) - np.mean(theirs)))
+                clusters.append(item["cluster"])
+        if not values:
+            raise DataError(
+                f"no item has {main['name']} for both models",
+                where=f"the results of {result['suite']}",
+                fix="run the suite on more items",
+            )
+        gaps[result["suite"], main["name"]] = PairedGap.of(values, clusters)
+    return tax_verdicts(gaps, margin=margin)
