@@ -1,7 +1,7 @@
 """Asks a model the questions of a suite and writes the figures.
 
-The model and its baseline are asked one after the other, so that one is in memory at a time, with the same items, the
-same chat template rule (each has its own) and the same random numbers. Replies come from the sampler and
+The model and its baseline are asked one after the other, so that one is in memory at a time, with the same items and
+the same random numbers, each under its own chat template. Replies come from the sampler and
 log-probabilities from the scorer that training uses; what they are worth is left to `evals.suites`.
 """
 

@@ -104,7 +104,7 @@ class Suite:
     max_new_tokens: int = 512
     """The limit of a generated reply, if the command gives none."""
     temperature: float = 0.0
-    """Of generated replies; 0 takes the likeliest token."""
+    """Of generated replies; 0 takes the likeliest token. A suite that asks for options leaves it at 0."""
     notes: tuple[str, ...] = ()
     """What a reader of the figures has to know; printed and kept with them."""
 
