@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from trimtab.core import registry
+from trimtab.evals.suites.suite import load_suite
+
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"
 
@@ -114,6 +117,20 @@ def test_the_tables_of_failures_made_on_purpose_are_those_of_their_data(script):
     assert_on_page("guard", doctor.summary(found["cases"]))
     assert_on_page("guard", doctor.table(found["cases"]))
     assert found["confusion"] == doctor.confusion(found["cases"])
+
+
+@pytest.mark.parametrize("part", ["ifeval", "refusals", "coverage", "real"])
+def test_the_tables_of_suites_are_those_of_their_data(script, part):
+    for table in script("suites").TABLES[part]:
+        assert_on_page("guard", table(data("suites")[part]))
+
+
+def test_the_page_of_suites_has_the_agreement_with_people_and_every_suite():
+    page = (ROOT / "docs" / "suites.md").read_text(encoding="utf-8")
+    assert f"kappa is {data('suites')['refusals']['held out']['kappa'][0]:.2f}" in page
+    for name in registry.modules("suite"):
+        assert f"\n| `{name}` | " in page
+        assert load_suite(name).files[0].split("/")[0] in page
 
 
 def test_memory_as_planned_is_that_of_its_data():
