@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trimtab.core.errors import ConfigError, EngineError, Interrupted
 from trimtab.core.metrics import Metrics, Total, to_values
 from trimtab.runs.run import Run
+from trimtab.runs.state import note_state
 
 _QUIET_SECONDS = 10.0
 """Seconds between two lines of progress if the output is not a terminal."""
@@ -145,6 +146,7 @@ def stepping(
             where="the length of the run",
             fix="ask for as many steps or more, or begin again with --fresh",
         )
+    note_state(run.directory, num_steps=num_steps)
     with _interrupts() as interrupted, _progress(description, done, num_steps) as show:
         steps = Steps(
             run, state, done, num_steps, checkpoint_every, interrupted, show, before_save, keep_checkpoints, also_kept

@@ -31,6 +31,7 @@ from trimtab.runs.environment import environment
 from trimtab.runs.facts import StageFacts
 from trimtab.runs.models import model_digest
 from trimtab.runs.resume import Changes, RunPlace, changes, refuse_own_inputs
+from trimtab.runs.state import LOCK, STATE, note_end
 from trimtab.runs.trackers import Tracker, Writer
 
 _ROWS_OF_STEPS = ("metrics.jsonl", "samples.jsonl", "guard.jsonl")
@@ -100,6 +101,7 @@ class Run:
                 run._begin_or_go_on(resume, models)
             if not run.finished:
                 run._writers = [tracker.start(directory, settings) for tracker in trackers]
+                discard(directory / STATE)  # it tells how the process before this one ended
         except BaseException:
             lock.close()
             raise
@@ -179,7 +181,9 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if error is not None and not (self.directory / "summary.json").exists():
+            note_end(self.directory, error)
         self.close()
 
     def close(self) -> None:
@@ -398,7 +402,7 @@ def _begun(directory: Path) -> bool:
 
 
 def _locked(directory: Path) -> IO[str]:
-    lock = (directory / ".lock").open("a+", encoding="utf-8")
+    lock = (directory / LOCK).open("a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
