@@ -185,12 +185,15 @@ def smoothing_window(num_points: int) -> int:
     return max(1, num_points // 25) | 1
 
 
-def curves(series: Mapping[str, Series], unit: str) -> Chart:
-    """One or more metrics over the steps: every value as a faint point, its moving mean as a line."""
+def curves(series: Mapping[str, Series], unit: str, *, max_points: int = MAX_POINTS) -> Chart:
+    """One or more metrics over the steps: every value as a faint point, its moving mean as a line.
+
+    Of each curve at most `max_points` are drawn.
+    """
     chart = Chart(Axis("step"), Axis(unit, low=0.0 if unit == "seconds" else None), height=200 + 50 * (len(series) > 2))
     for (name, one), colour in zip(series.items(), cycle(PALETTE), strict=False):
         chart.legend.append((_short(name), colour))
-        window, shown = smoothing_window(len(one)), _thin(len(one))
+        window, shown = smoothing_window(len(one)), _thin(len(one), max_points)
         chart.line(one.steps[shown], moving_mean(one.values, window)[shown], colour)
         texts = [f"step {step:g}: {value:.4g}" for step, value in zip(one.steps[shown], one.values[shown], strict=True)]
         size, opacity = (1.5, 0.4) if window > 1 else (2.5, 1.0)
@@ -376,5 +379,5 @@ def _short(name: str, letters: int = MAX_NAME) -> str:
     return name if len(name) <= letters else name[: letters - 1] + "…"
 
 
-def _thin(num_points: int) -> slice:
-    return slice(None, None, math.ceil(num_points / MAX_POINTS) or 1)
+def _thin(num_points: int, most: int = MAX_POINTS) -> slice:
+    return slice(None, None, math.ceil(num_points / most) or 1)

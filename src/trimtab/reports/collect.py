@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,23 @@ class Series:
     steps: Floats
     values: Floats
     """nan if the logged value was not a finite number."""
+    known: Floats | None = None
+    """Of a thinned series: how many known values each value is the mean of. None if the values are as logged."""
+    num_lost: int = 0
+    """Of a thinned series: how many logged values were not finite numbers, though their neighbours were."""
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    @property
+    def num_unknown(self) -> int:
+        """How many logged values were not finite numbers."""
+        return int(np.isnan(self.values).sum()) if self.known is None else self.num_lost
+
+    @property
+    def total(self) -> float:
+        """The sum of the known values."""
+        return float(np.nansum(self.values if self.known is None else self.values * self.known))
 
     def mean_of_last(self, share: float = 0.1) -> float:
         """Mean of this share of the known values at the end, at least one value; nan if none is known."""
@@ -55,6 +69,8 @@ class RunRecord:
     environment: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     """What is known of each source, for example `{"pairs.jsonl": {"sha256": "…", "rows": 100}}`."""
+    models: Mapping[str, Any] = field(default_factory=dict)
+    """The digest of each model that the run began with, for example `{"runs/sft/model": {"sha256": "…"}}`."""
     metrics: Mapping[str, Series] = field(default_factory=dict)
     samples: tuple[Mapping[str, Any], ...] = ()
     guard: tuple[Mapping[str, Any], ...] = ()
@@ -118,7 +134,7 @@ def collect(directory: Path) -> RunRecord | PipelineRecord:
 
 def _pipeline(directory: Path) -> PipelineRecord:
     problems: list[str] = []
-    settings = _toml(directory / "pipeline.toml", problems)
+    settings = read_toml(directory / "pipeline.toml", problems)
     stages = settings.get("stages")
     names = list(stages) if isinstance(stages, Mapping) else []
     # a stage is a name, never a path that leads out of the pipeline
@@ -126,7 +142,7 @@ def _pipeline(directory: Path) -> PipelineRecord:
     # without a readable pipeline.toml every run below it counts
     if not names:
         names = sorted(name for name, path in present.items() if any((path / file).exists() for file in _RUN_FILES))
-    summary = _json(directory / "summary.json", problems)
+    summary = read_object(directory / "summary.json", problems)
     return PipelineRecord(
         name=directory.resolve().name,
         runs=tuple(_run(present[name], _named_stage(stages, name)) for name in names if name in present),
@@ -145,10 +161,10 @@ def _named_stage(stages: Any, name: str) -> str | None:
 
 def _run(directory: Path, stage: str | None = None) -> RunRecord:
     problems: list[str] = []
-    settings = _toml(directory / "settings.toml", problems)
-    metrics = _series(list(_json_lines(directory / "metrics.jsonl", problems)))
+    settings = read_toml(directory / "settings.toml", problems)
+    metrics = series_of(list(_json_lines(directory / "metrics.jsonl", problems)))
     samples = tuple(_json_lines(directory / "samples.jsonl", problems))
-    summary = _json(directory / "summary.json", problems)
+    summary = read_object(directory / "summary.json", problems)
     if isinstance(settings.get("stage"), str):
         stage = settings["stage"]
     if stage is None:
@@ -158,8 +174,9 @@ def _run(directory: Path, stage: str | None = None) -> RunRecord:
         name=directory.resolve().name,
         stage=stage,
         settings={key: value for key, value in settings.items() if key != "stage"},
-        environment=_json(directory / "environment.json", problems) or {},
-        data=_json(directory / "data.json", problems) or {},
+        environment=read_object(directory / "environment.json", problems) or {},
+        data=read_object(directory / "data.json", problems) or {},
+        models=read_object(directory / "models.json", problems) or {},
         metrics=metrics,
         samples=samples,
         guard=tuple(_json_lines(directory / "guard.jsonl", problems)),
@@ -170,19 +187,33 @@ def _run(directory: Path, stage: str | None = None) -> RunRecord:
     )
 
 
-def _series(rows: list[dict[str, Any]]) -> dict[str, Series]:
-    columns: dict[str, tuple[list[float], list[float]]] = {}
+def series_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
+    """Each metric in rows of metrics.jsonl as a series. Rows without a step are left out, and values that are no
+    numbers."""
+    columns: dict[str, tuple[list[Any], list[Any]]] = {}
     for row in rows:
-        step = finite(row.get("step"))
-        if math.isnan(step):
+        if math.isnan(finite(step := row.get("step"))):
             continue
         for name, value in row.items():
             # a value that was not finite is logged as null
-            if name != "step" and (value is None or isinstance(value, int | float)):
+            if value is None or isinstance(value, int | float):
                 steps, values = columns.setdefault(name, ([], []))
                 steps.append(step)
-                values.append(finite(value))
-    return {name: Series(np.array(steps), np.array(values)) for name, (steps, values) in columns.items()}
+                values.append(value)
+    columns.pop("step", None)
+    return {name: Series(_vector(steps), _vector(values)) for name, (steps, values) in columns.items()}
+
+
+def _vector(values: Sequence[Any]) -> Floats:
+    """Numbers as an array, with nan for everything that is no finite number."""
+    try:
+        if bool not in set(map(type, values)):
+            row = np.array(values, float)  # None becomes nan
+            row[~np.isfinite(row)] = np.nan
+            return row
+    except OverflowError:  # an integer that no float can hold
+        pass
+    return np.array([finite(value) for value in values])
 
 
 def finite(value: Any) -> float:
@@ -196,7 +227,8 @@ def finite(value: Any) -> float:
     return number if math.isfinite(number) else math.nan
 
 
-def _toml(path: Path, problems: list[str]) -> dict[str, Any]:
+def read_toml(path: Path, problems: list[str]) -> dict[str, Any]:
+    """The tables of a TOML file; empty if there is none, or if it is damaged, which is added to `problems`."""
     try:
         return tomllib.loads(path.read_bytes().decode(errors="replace"))
     except FileNotFoundError:
@@ -206,7 +238,8 @@ def _toml(path: Path, problems: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _json(path: Path, problems: list[str]) -> dict[str, Any] | None:
+def read_object(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is none, or if it is damaged, which is added to `problems`."""
     try:
         value = json.loads(path.read_bytes().decode(errors="replace"))
     except FileNotFoundError:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-
 from trimtab.evals.overoptimisation import HackingSummary, hacking_summary
 from trimtab.reports.collect import PipelineRecord, RunRecord, finite
 from trimtab.stats import Interval, paired_difference
@@ -437,13 +435,14 @@ def _hacking_sentences(run: RunRecord) -> list[str]:
 # --- alarms ---
 
 
-def alarms(run: RunRecord) -> tuple[str, ...]:
-    """Facts about a run that a person should look at, each with its number and the bound it passed."""
+def alarms(run: RunRecord, *, running: bool = False) -> tuple[str, ...]:
+    """Facts about a run that a person should look at, each with its number and the bound it passed. That a run is not
+    finished is one of them unless it is still running."""
     found = list(run.problems)
     metrics = run.metrics
-    if not run.finished:
+    if not run.finished and not running:
         found.append(f"the run is not finished: {run.num_steps} steps are logged")
-    broken = sorted(name for name, series in metrics.items() if np.isnan(series.values).any())
+    broken = sorted(name for name, series in metrics.items() if series.num_unknown)
     if broken:
         found.append(f"not a finite number at some step: {', '.join(broken[:5])}")
     if (cut := _last(run, "rollout/truncated_fraction")) > 0.05:
@@ -463,7 +462,7 @@ def alarms(run: RunRecord) -> tuple[str, ...]:
         if ratio > 1.3:
             found.append(f"replies grew {show(ratio)} times longer (above 1.3)")
     for name, series in metrics.items():
-        if name.startswith("reward/") and name.endswith("_failed") and (failed := float(np.nansum(series.values))):
+        if name.startswith("reward/") and name.endswith("_failed") and (failed := series.total):
             reward = name.removeprefix("reward/").removesuffix("_failed")
             found.append(f"{show(failed)} replies could not be judged by the reward {reward}")
     summary = hacking(run)

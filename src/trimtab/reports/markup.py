@@ -23,13 +23,13 @@ def _text(value: object) -> object:
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def templates(directory: Path, *, all_visible: bool) -> Environment:
-    """The templates of a directory, in which a name without a value is an error.
+def templates(*directories: Path, all_visible: bool) -> Environment:
+    """The templates of directories, in which a name without a value is an error.
 
     With `all_visible` every text goes through `visible`; pages on which a text can be edited choose where themselves.
     """
     return Environment(
-        loader=FileSystemLoader(directory),
+        loader=FileSystemLoader(directories),
         autoescape=True,
         finalize=_text if all_visible else None,
         undefined=StrictUndefined,

@@ -114,10 +114,11 @@ def _chips(run: RunRecord) -> list[tuple[str, str]]:
 def _run_parts(run: RunRecord, *, samples: bool) -> list[Part]:
     own = _SECTIONS[run.stage](run) if run.stage in _SECTIONS else []
     own += diagnosis_parts(diagnose_run(run)) + guard_parts(run)
-    return own + _curves(run) + (_samples(run) if samples else []) + _details(run)
+    return own + curve_parts(run) + (_samples(run) if samples else []) + detail_parts(run)
 
 
-def _curves(run: RunRecord) -> list[Part]:
+def curve_parts(run: RunRecord) -> list[Part]:
+    """The curves of a run: those that its stage names first, the others folded."""
     left = {name: series for name, series in run.metrics.items() if len(series)}
     shown = []
     for names in StageFacts().charts if run.charts is None else run.charts:
@@ -258,13 +259,14 @@ def _samples(run: RunRecord) -> list[Part]:
     columns = []
     for step in sorted({min(steps), max(steps)}):
         rows = _drawn([row for row in run.samples if number(row, "step") == step], NUM_OPEN_SAMPLES)
-        columns.append([_rollout(row, step) for row in rows])
+        columns.append([rollout_card(row, step) for row in rows])
     pairs = [SampleCard([reply for reply in side if reply is not None]) for side in zip_longest(*columns)]
     says = Text("Random replies of the first and the last step sampled.", "how")
     return [Folded("Replies sampled in training", [says, *pairs])]
 
 
-def _rollout(row: Mapping[str, Any], step: float) -> ReplyCard:
+def rollout_card(row: Mapping[str, Any], step: float) -> ReplyCard:
+    """A sampled reply with its prompt and scores."""
     known = ((name, number(row, name)) for name in ("gold", "reward", "kl", "length"))
     scores = [(name, show(value), "") for name, value in known if value is not None]
     return ReplyCard(f"step {show(step)}", _written(row.get("response")), scores, prompt=_written(row.get("prompt")))
@@ -283,7 +285,8 @@ def _written(value: object) -> str:
 # --- numbers, settings, data, environment ---
 
 
-def _details(run: RunRecord) -> list[Part]:
+def detail_parts(run: RunRecord) -> list[Part]:
+    """Summary, settings, data and environment of a run, folded."""
     numbers = list(_numbers(run.summary)) if run.stage != "evaluate" else []
     environment = {key: value for key, value in run.environment.items() if key != "stage"}
     known = {source: one if isinstance(one, Mapping) else {} for source, one in run.data.items()}
