@@ -20,8 +20,9 @@ MODULE = re.compile(r"trimtab(\.[a-z_]\w*)+")
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 FLOORS = {
-    **dict.fromkeys(["__main__"], 9),
-    **dict.fromkeys(["cli"], 8),
+    **dict.fromkeys(["__main__"], 10),
+    **dict.fromkeys(["cli"], 9),
+    **dict.fromkeys(["ui"], 8),
     **dict.fromkeys(["stages", "feedback"], 7),
     **dict.fromkeys(["rewards", "environments", "reports"], 6),
     **dict.fromkeys(["engines", "sandbox"], 5),
@@ -45,6 +46,7 @@ NO_TORCH = [
     "reports",
     "feedback",
     "sandbox",
+    "ui",
 ]
 NO_TORCH_MODULES = ["data.sources", "data.preferences", "data.split"]
 

@@ -27,6 +27,7 @@ from trimtab.cli.helpers import (
     starter,
     tell,
 )
+from trimtab.cli.watching import report, ui, write_report
 from trimtab.core import registry
 from trimtab.core.errors import ConfigError, Interrupted, Terminated, TrimtabError
 from trimtab.core.files import disk_problem, unwritable, writing
@@ -226,7 +227,7 @@ def _run_pipeline(run_file: Path, overrides: tuple[str, ...], out: Path) -> None
     values, where = _read(run_file, overrides)
     run_pipeline(values, out, where=where)
     tell(out)
-    _write_report(out)
+    write_report(out)
 
 
 def examples_dir() -> Path:
@@ -256,7 +257,7 @@ def stage_command(name: str) -> click.Command:
             else:
                 stage.run(settings, run)
         tell(directory)
-        _write_report(directory)
+        write_report(directory)
 
     return invoke
 
@@ -479,20 +480,6 @@ def show(source: str, model: str, kind: RecordKind, rows: int, train_on: Literal
     showing.show(source, model, kind=kind, rows=rows, train_on=train_on, whole=whole, console=Console())
 
 
-@main.command()
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), help="The page.  [default: report.html in the directory]"
-)
-def report(directory: Path, out: Path | None) -> None:
-    """Write the page of a run or a pipeline."""
-    _write_report(directory, out)
-
-
+main.add_command(report)
+main.add_command(ui)
 main.add_command(doctor)
-
-
-def _write_report(directory: Path, out: Path | None = None) -> None:
-    from trimtab.reports.run_page import write_report
-
-    click.echo(f"report: {write_report(directory, out)}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -23,24 +24,17 @@ def serve(
     store = open_store(project)
     settings = store.project.settings.server
     host, port = host or settings.host, settings.port if port is None else port
-    try:
-        # The port is bound here and not by uvicorn, so that one in use gives a short message, and the number that
-        # port 0 chose can be shown.
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise ConfigError(
-            f"the port {port} of {host} cannot be used: {error.strerror or error}",
-            where=f"{project}, server",
-            fix="stop what uses it, or name another with --port",
-        ) from error
-    # asyncio sets this only on sockets that it makes; without it a page waits 40 ms for its reader's kernel.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    with listening(host, port, where=f"{project}, server") as (listener, address):
+        _serve(store, host, listener, address, show)
+    store.close()
+
+
+def _serve(store: Store, host: str, listener: socket.socket, address: str, show: Callable[[str], None]) -> None:
+    settings = store.project.settings.server
     imported = seed_items(store)
     if imported:
         show(", ".join(f"{num} {name.replace('_', ' ')}" for name, num in imported.items()))
     apply_settings(store)
-    shown_host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    address = f"http://{f'[{shown_host}]' if ':' in shown_host else shown_host}:{listener.getsockname()[1]}"
     _show_ways_in(store, address, show)
     show(f"{store.project.settings.name} is at {address} (Ctrl-C stops it; every answer is stored at once)")
     config = uvicorn.Config(
@@ -48,7 +42,27 @@ def serve(
         proxy_headers=settings.https, timeout_graceful_shutdown=5,
     )  # fmt: skip
     uvicorn.Server(config).run(sockets=[listener])
-    store.close()
+
+
+@contextmanager
+def listening(host: str, port: int, *, where: str) -> Iterator[tuple[socket.socket, str]]:
+    """Gives a bound socket and its address for a browser here. Raises ConfigError if the port cannot be used."""
+    try:
+        # The port is bound here and not by uvicorn, so that one in use gives a short message, and the number that
+        # port 0 chose can be shown.
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigError(
+            f"the port {port} of {host} cannot be used: {error.strerror or error}",
+            where=where,
+            fix="stop what uses it, or name another with --port",
+        ) from error
+    with listener:
+        # asyncio sets this only on sockets that it makes; without it a page waits 40 ms for its reader's kernel.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        shown_host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+        shown = f"[{shown_host}]" if ":" in shown_host else shown_host
+        yield listener, f"http://{shown}:{listener.getsockname()[1]}"
 
 
 def _show_ways_in(store: Store, address: str, show: Callable[[str], None]) -> None:

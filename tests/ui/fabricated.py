@@ -1,0 +1,62 @@
+"""Run directories of the shape that stages write, at any state, and a browser without scripts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi.testclient import TestClient
+
+from tests.reports.fabricate import online_metrics, rollout_samples, write_run
+from trimtab.ui.app import create_app
+
+
+def online_run(directory: Path, num_steps: int = 20, *, of: int = 40, **other: Any) -> Path:
+    """An online run that has done some of its steps, and of which no process is there."""
+    settings = f'num_steps = {of}\n[loss]\nname = "ppo"\n'
+    metrics = online_metrics(num_steps, leash=True)
+    files = {"samples": rollout_samples(num_steps), "settings": settings} | other
+    return write_run(
+        directory,
+        stage="online",
+        metrics=metrics,
+        **files,
+    )
+
+
+def append(path: Path, *rows: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Reader:
+    """Somebody who has opened the printed address in a browser without scripts."""
+
+    def __init__(self, root: Path, *, key: bool = True) -> None:
+        self.app = create_app(root)
+        self.watch = self.app.state.watch
+        self.client = TestClient(self.app, base_url="http://127.0.0.1:8790")
+        if key:
+            assert self.client.get(f"/enter?key={self.watch.key}").status_code == 200
+
+    def text(self, path: str, **query: Any) -> str:
+        response = self.client.get(path, params=query)
+        assert response.status_code == 200, response.text
+        return response.text
+
+    def stop(self, text: str, **other: str) -> Any:
+        """Sends the form of a page, with other values if given."""
+        fields = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', text)) | other
+        return self.client.post("/stop", data=fields, follow_redirects=False)
+
+
+def rows_of(text: str) -> dict[str, str]:
+    """The rows of the list as plain text, by the name of the run or pipeline."""
+    found = {}
+    for row in re.findall(r"<tr.*?</tr>", text, re.DOTALL)[1:]:
+        cells = [" ".join(re.sub(r"<[^>]*>", " ", cell).split()) for cell in re.findall(r"<td.*?</td>", row, re.DOTALL)]
+        found[cells[1]] = " | ".join(cells[2:])
+    return found
