@@ -133,6 +133,10 @@ def test_the_page_of_suites_has_the_agreement_with_people_and_every_suite():
         assert load_suite(name).files[0].split("/")[0] in page
 
 
+def test_the_table_of_the_live_view_is_that_of_its_data(script):
+    assert_on_page("ui", script("ui_speed").table(data("ui_speed")))
+
+
 def test_memory_as_planned_is_that_of_its_data():
     text = (EVIDENCE / "speed.md").read_text(encoding="utf-8")
     for name, found in data("plan").items():
