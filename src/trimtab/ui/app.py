@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import json
 import secrets
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -51,6 +52,8 @@ class Watch:
         self.secret = secrets.token_bytes(32)
         self.asked: dict[str, int] = {}
         """The process of each run that was asked to stop. A second signal would stop it at once, so there is none."""
+        self.one_at_a_time = threading.Lock()
+        """Held while a run is asked to stop."""
         self.num_streams = 0
         self.ending: Callable[[], bool] = lambda: False
         """Whether the server is about to end, so that open streams end too."""
@@ -156,14 +159,15 @@ def stop(watch: Watched, request: Request, form: Annotated[PostedFields, Depends
         raise HTTPException(403, "the page is too old; go back, reload it and send again")
     name = watch.known(field(form, "name"))
     directory = watch.library.root / name
-    if watch.stopping(name):
-        raise HTTPException(409, "it was asked already, and stops after the step at work")
-    if field(form, "process") != str(holder_of(directory)):
-        raise HTTPException(409, "the process of that page has ended; reload it")
-    try:
-        watch.asked[name] = stop_holder(directory)
-    except ConfigError as error:
-        raise HTTPException(409, f"{error.problem}; {error.fix}") from error
+    with watch.one_at_a_time:  # a button that is pressed twice
+        if watch.stopping(name):
+            raise HTTPException(409, "it was asked already, and stops after the step at work")
+        if field(form, "process") != str(holder_of(directory)):
+            raise HTTPException(409, "the process of that page has ended; reload it")
+        try:
+            watch.asked[name] = stop_holder(directory)
+        except ConfigError as error:
+            raise HTTPException(409, f"{error.problem}; {error.fix}") from error
     return RedirectResponse(f"/run?{urlencode({'name': name})}", status_code=303)
 
 
