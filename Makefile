@@ -47,11 +47,12 @@ fast: install
 	$(BIN)/ruff check
 	$(BIN)/pytest $(FAST)
 
+# Files share what they make once, so each is run by one process. Four of them need about 5 GB.
 test: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 evidence: export TRIMTAB_EVIDENCE = 1
 evidence: install
