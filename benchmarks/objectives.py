@@ -41,7 +41,7 @@ def start(out: Path) -> Path:
     return out / "start" / "sft" / "model"
 
 
-def train(sft: Path, out: Path, *, seed: int, limit: float | None, num_steps: int) -> dict[str, Any]:
+def train(sft: Path, out: Path, *, seed: int, limit: float | None, num_steps: int, damping: float) -> dict[str, Any]:
     """One run, and the means of its last steps."""
     settings: dict[str, Any] = {
         "stage": "online",
@@ -61,8 +61,14 @@ def train(sft: Path, out: Path, *, seed: int, limit: float | None, num_steps: in
     }
     if limit is not None:
         harm = {"name": "gold", "world": WORLD, "part": "harm"}
-        settings["cost"] = {"reward": harm, "limit": limit, "initial_lambda": 0.5, "learning_rate": 5.0}
-    directory = out / f"seed-{seed}" / ("free" if limit is None else f"limit-{limit:g}")
+        settings["cost"] = {
+            "reward": harm,
+            "limit": limit,
+            "initial_lambda": 0.5,
+            "learning_rate": 5.0,
+            "damping": damping,
+        }
+    directory = out / f"seed-{seed}" / ("free" if limit is None else f"limit-{limit:g}-damped-{damping:g}")
     run({"grpo": settings}, directory, seed=seed)
     lines = (directory / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -112,15 +118,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--limits", type=float, nargs="+", default=[0.1])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--damping", type=float, default=0.0)
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     sft = start(options.out)
     wanted = [(seed, limit) for seed in options.seeds for limit in [*options.limits, None]]
+    how: dict[str, Any] = {"num_steps": options.steps, "damping": options.damping}
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(
-            pool.map(lambda run: train(sft, options.out, seed=run[0], limit=run[1], num_steps=options.steps), wanted)
-        )
-    given = {"seeds": options.seeds, "limits": options.limits, "steps": [options.steps]}
+        rows = list(pool.map(lambda run: train(sft, options.out, seed=run[0], limit=run[1], **how), wanted))
+    given = {"seeds": options.seeds, "limits": options.limits, "steps": [options.steps], "damping": [options.damping]}
     flags = " ".join(f"--{name} {' '.join(map(str, values))}" for name, values in given.items())
     result = {
         "command": f"python benchmarks/objectives.py {flags}",

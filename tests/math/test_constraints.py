@@ -45,6 +45,31 @@ def test_lambda_stays_below_its_most_and_above_0():
     assert 0 < low.update(**HOW).value < 1
 
 
+def test_damping_answers_at_once_and_leaves_the_multiplier_alone():
+    multiplier = Multiplier.starting_at(2.0).see([0.5, 0.1], window=2)  # J = 0.3
+    how = {"limit": 0.1, "most": 5.0}
+    assert multiplier.damped(damping=0.0, **how) == pytest.approx(2.0)
+    assert multiplier.damped(damping=3.0, **how) == pytest.approx(2 * math.exp(0.6))
+    assert multiplier.damped(damping=100.0, **how) == pytest.approx(5.0)
+    assert multiplier.value == pytest.approx(2.0)
+    assert multiplier.see([1e300], window=1).damped(damping=3.0, **how) == pytest.approx(5.0)
+
+
+def largest_swing(damping: float) -> float:
+    """Of the last 100 of 400 steps of a policy whose log odds of harm rise by 0.2 a step and fall by 0.4 lambda."""
+    multiplier, log_odds, harm = Multiplier.starting_at(0.5), -1.0, []
+    for _ in range(400):
+        harm.append(1 / (1 + math.exp(-log_odds)))
+        multiplier = multiplier.see([harm[-1]], window=2).update(limit=0.2, learning_rate=1.0, most=5.0)
+        log_odds += 0.2 - 0.4 * multiplier.damped(limit=0.2, damping=damping, most=5.0)
+    return max(abs(cost - 0.2) for cost in harm[-100:])
+
+
+def test_damping_ends_the_swings_of_a_policy_that_follows():
+    assert largest_swing(0.0) > 0.05
+    assert largest_swing(5.0) < 0.001
+
+
 def test_the_state_comes_back_from_json_with_the_same_bits():
     multiplier = Multiplier.starting_at(1 / 3).see([0.1, 1 / 7], window=9)
     kept = Multiplier(**json.loads(json.dumps(multiplier.state())))

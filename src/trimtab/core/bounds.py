@@ -116,6 +116,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(["weight", "right_from"], ANY),
     "missing_eos_penalty": OR_NONE,
     **dict.fromkeys(["initial_lambda", "most_lambda"], AMOUNT),
+    "damping": OR_NONE,
     "window": COUNT,
     "cost.limit": ANY,
     "threshold": Range(0, 1, low_open=True, high_open=True),

@@ -52,6 +52,16 @@ class Multiplier:
         moved = self.log_lambda + learning_rate * self.value * (self.mean_cost - limit)
         return dataclasses.replace(self, log_lambda=min(moved, math.log(most)))
 
+    def damped(self, *, limit: float, damping: float, most: float) -> float:
+        """lambda with a term in proportion to the distance from the limit, at most `most`:
+
+            lambda * exp(damping * (J - limit))
+
+        The update alone is an integral: it answers late, and the cost swings around the limit. This term answers at
+        once, as in a PI controller (Stooke et al., arXiv:2007.03964), here in log lambda as the update is.
+        """
+        return math.exp(min(self.log_lambda + damping * (self.mean_cost - limit), math.log(most)))
+
     def state(self) -> Mapping[str, Any]:
         """The fields by name, for a checkpoint."""
         return {"log_lambda": self.log_lambda, "costs": list(self.costs)}

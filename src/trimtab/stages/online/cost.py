@@ -78,13 +78,14 @@ class Lagrangian:
         of_cost = settings.advantage(Episodes(paid, values, ids, rollouts.group_ids, baselines, parts))
         learned = self._learn(number, rollouts, values, of_cost)
         multiplier = state.multiplier
+        weight = multiplier.damped(limit=cost.limit, damping=cost.damping, most=cost.most_lambda)
         metrics: Metrics = {
             "cost/mean": mean_of(costs.tolist()),
             "cost/moving_mean": Mean(multiplier.mean_cost, 1),
             "cost/above_limit": Mean(multiplier.mean_cost - cost.limit, 1),
-            "cost/lambda": Mean(multiplier.value, 1),
+            "cost/lambda": Mean(weight, 1),
         }
-        return lagrangian(advantages, of_cost, multiplier.value), metrics | learned
+        return lagrangian(advantages, of_cost, weight), metrics | learned
 
     def _learn(self, number: int, rollouts: RolloutBatch, values: Tensor, advantages: Tensor) -> Metrics:
         """The passes of the cost's critic over the step; its metrics as `cost_critic/NAME`."""

@@ -108,6 +108,8 @@ class CostLimit:
     """lambda never becomes more than this."""
     learning_rate: float = 0.1
     """How fast lambda moves: by exp(learning_rate * lambda * (mean cost - limit)) in a step."""
+    damping: float = 0.0
+    """lambda counts exp(damping * (mean cost - limit)) times, which damps its swings around the limit."""
     window: int = 128
     """The mean cost is that of the latest replies, so many of them."""
     critic: str | None = None
