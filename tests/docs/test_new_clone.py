@@ -26,6 +26,7 @@ SMALL = {
     "reward": ["limit=40", "num_epochs=1"],
     "preference": ["limit=40", "num_epochs=1"],
     "online": ["limit=24", "num_steps=1", "sampling.max_new_tokens=12", "prompts_per_step=4"],
+    "steps": ["limit=48", "num_completions=2"],
     "select": ["limit=40", "sampling.max_new_tokens=64"],
     "evaluate": ["num_prompts=4", "sampling.max_new_tokens=12"],
 }  # fmt: skip
@@ -56,6 +57,7 @@ COMMANDS = [
     "trimtab online examples/scale/one_gpu.toml",
     "trimtab run examples/scale/ray.toml",
     "trimtab run examples/arithmetic/grpo.toml --out runs/arithmetic",
+    "trimtab run examples/arithmetic/process.toml --out runs/process",
     "trimtab run examples/tools/pipeline.toml",
 ]
 
