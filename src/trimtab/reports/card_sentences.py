@@ -52,6 +52,18 @@ def card_sentences(card: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def cautions(card: Mapping[str, Any]) -> list[str]:
+    """The sentences of a card that speak against training on the model: an accuracy that may be that of chance, and
+    rewards that are those of a simple scorer."""
+    found = []
+    accuracy = interval(card, "accuracy")
+    if accuracy is not None and not accuracy.low > 0.5:
+        found += reward_model_sentences(card)
+    if (kind := card.get("resembles")) in _RESEMBLES:
+        found.append(_RESEMBLES[kind].format(length=show(number(card, "length_spearman"))))
+    return found
+
+
 def _counted(card: Mapping[str, Any]) -> list[str]:
     """How many pairs the accuracy is of, and how many have no right side."""
     num, even, accuracy = number(card, "num_pairs"), number(card, "num_even") or 0, number(card, "accuracy")

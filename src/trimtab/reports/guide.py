@@ -32,6 +32,12 @@ _MEANINGS: tuple[tuple[str, str, str, str], ...] = (
         "What training raises. Gold says whether that is good.",
     ),
     (
+        r"reward/beyond_card_fraction",
+        "Replies beyond the card",
+        "fraction",
+        "Replies longer than any on which the reward model was judged. Its card says nothing about them.",
+    ),
+    (
         r"reward/std",
         "Spread of rewards",
         "units of reward",

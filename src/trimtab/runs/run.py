@@ -298,6 +298,18 @@ class Run:
         with writing("environment.json", record, kept=_GOES_ON):
             write_whole(record, json_text(noted))
 
+    def note_cards(self, hashes: Mapping[str, str]) -> None:
+        """Records the hashes of the cards of the run's reward models, by key path; also those of a resumed run."""
+        noted, other = self._environment(), {"reward_cards": dict(hashes)}
+        if noted.get("reward_cards", {}) == hashes or other in noted.get("resumed_with", []):
+            return
+        if "reward_cards" in noted:
+            noted.setdefault("resumed_with", []).append(other)
+        else:
+            noted |= other
+        with writing("environment.json", self.directory / "environment.json", kept=_GOES_ON):
+            write_whole(self.directory / "environment.json", json_text(noted))
+
     def save_checkpoint(
         self, step: int, write: Callable[[Path], None], keep: int = 2, also: Collection[int] = ()
     ) -> None:

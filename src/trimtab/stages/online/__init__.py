@@ -42,6 +42,7 @@ from trimtab.rewards.gold import GoldScorer
 from trimtab.runs.loop import stepping
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
+from trimtab.stages.online.cards import CardWatch
 from trimtab.stages.online.checks import (
     Clock,
     check_sampler,
@@ -114,6 +115,7 @@ def run(settings: OnlineSettings, run: Run) -> None:
     )
     run.note_path("sampler", sampler.sampler)
     run.note_path("form", models.policy.form)
+    cards = CardWatch(settings, run)
 
     how: dict[str, Any] = {"checkpoint_every": settings.checkpoint_every, "before_save": queue.finish}
     how |= {"keep_checkpoints": settings.keep_checkpoints} | ({"also_kept": guard.kept} if guard else {})
@@ -136,7 +138,7 @@ def run(settings: OnlineSettings, run: Run) -> None:
                 clock=clock,
             )
             clock.mark("update")
-            metrics = checked_metrics(number, done, settings)
+            metrics = checked_metrics(number, done, settings) | cards(number, done.rollouts.rollouts)
             if settings.sample_every and number % settings.sample_every == 0:
                 rows = rollout_rows(done.rollouts.rollouts, done.rewards, done.kl, world, settings.num_samples)
                 run.add_samples(number + 1, rows)
