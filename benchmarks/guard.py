@@ -26,7 +26,12 @@ import numpy as np
 from algorithms import QUICKSTART, run
 from speed import DATA, machine
 
-from trimtab.evals.checkpoint_choice import MeasuredCheckpoint, best_checkpoint, fall_test
+from trimtab.evals.checkpoint_choice import (
+    MeasuredCheckpoint,
+    best_checkpoint,
+    corrected_level,
+    fall_test,
+)
 from trimtab.stats import wilson
 
 FILES = {"rates": DATA.with_name("guard_rates.json"), "runs": DATA.with_name("guard_runs.json")}
@@ -68,8 +73,8 @@ def simulated(means: list[float], seed: int, num_prompts: int) -> list[MeasuredC
 def alarm(series: list[MeasuredCheckpoint], *, corrected: bool) -> int | None:
     """The first check whose fall from the best before it counts as real."""
     for k in range(1, len(series)):
-        num_checks = NUM_CHECKS if corrected else 2
-        if fall_test(best_checkpoint(series[:k]), series[k], alpha=ALPHA, num_checks=num_checks).is_real:
+        level = corrected_level(ALPHA, NUM_CHECKS if corrected else 2)
+        if fall_test(best_checkpoint(series[:k]), series[k], level=level).is_real:
             return k
     return None
 

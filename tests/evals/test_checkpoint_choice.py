@@ -35,7 +35,7 @@ def simulated(means, *, seed, num_prompts=64):
 
 def first_alarm(series, *, alpha=0.05, num_checks=11):
     for k in range(1, len(series)):
-        if fall_test(best_checkpoint(series[:k]), series[k], alpha=alpha, num_checks=num_checks).is_real:
+        if fall_test(best_checkpoint(series[:k]), series[k], level=corrected_level(alpha, num_checks)).is_real:
             return k
     return None
 
@@ -67,7 +67,6 @@ def test_a_checkpoint_with_unjudged_prompts_is_not_best():
 def test_checkpoints_are_compared_prompt_by_prompt():
     one, other = checkpoint(0, [0.1, 0.9, math.nan]), checkpoint(10, [0.2, 1.0, 0.3])
     assert paired_gain(other, one).value == pytest.approx(0.1)
-    assert paired_gain(other, one).low == pytest.approx(0.1)  # every prompt says the same
     with pytest.raises(ValueError, match="2 and 3 prompts"):
         paired_gain(checkpoint(0, [1, 2]), one)
 
@@ -75,19 +74,62 @@ def test_checkpoints_are_compared_prompt_by_prompt():
 def test_a_fall_is_scipys_paired_t_test():
     generator = np.random.default_rng(0)
     a, b = generator.normal(0.5, 0.2, 30), generator.normal(0.4, 0.2, 30)
-    found = fall_test(checkpoint(0, a), checkpoint(10, b), alpha=0.05, num_checks=5)
+    found = fall_test(checkpoint(0, a), checkpoint(10, b), level=0.005)
     assert found.p_value == pytest.approx(scipy.stats.ttest_rel(a, b, alternative="greater").pvalue)
-    assert found.level == 0.05 / 10
-    moved = fall_test(checkpoint(0, a), checkpoint(10, b), alpha=0.05, num_checks=5, margin=0.05)
+    assert found.level == 0.005
+    moved = fall_test(checkpoint(0, a), checkpoint(10, b), level=0.005, margin=0.05)
     assert moved.p_value == pytest.approx(scipy.stats.ttest_rel(a - 0.05, b, alternative="greater").pvalue)
 
 
-def test_values_without_spread_are_no_division_by_zero():
+def test_prompts_that_all_fall_alike_are_as_sure_as_the_sign_test():
     low, high = checkpoint(0, [0.2] * 4), checkpoint(10, [0.7] * 4)
-    assert fall_test(high, low, alpha=0.05, num_checks=2).is_real
-    assert fall_test(low, high, alpha=0.05, num_checks=2).p_value == 1
-    assert fall_test(low, low, alpha=0.05, num_checks=2).p_value == 1
-    assert fall_test(checkpoint(0, [1, math.nan]), high_of_two(), alpha=0.05, num_checks=2).p_value == 1
+    assert fall_test(high, low, level=0.05).p_value == 0.5**4
+    assert not fall_test(high, low, level=0.05).is_real
+    nearly = checkpoint(0, [0.1 + 0.2, 0.3, 0.3, 0.3])  # 0.1 + 0.2 is 0.30000000000000004
+    assert fall_test(high, nearly, level=0.05).p_value == 0.5**4
+    assert fall_test(high, low, level=0.05, margin=0.6).p_value == 1
+    assert fall_test(low, high, level=0.05).p_value == 1
+    assert fall_test(low, low, level=0.05).p_value == 1
+    assert fall_test(checkpoint(0, [1, math.nan]), high_of_two(), level=0.05).p_value == 1
+
+
+def test_a_group_without_spread_is_not_certain():
+    none, three = checkpoint(0, [0] * 64), checkpoint(10, [1] * 3 + [0] * 61)
+    # Wilson: 0 of 64 has the upper bound z^2 / (64 + z^2)
+    z = scipy.stats.norm.ppf(0.975)
+    assert (none.estimate.low, none.estimate.high) == pytest.approx((0, z**2 / (64 + z**2)))
+    by_scipy = scipy.stats.binomtest(3, 64).proportion_ci(method="wilson")
+    assert (three.estimate.low, three.estimate.high) == pytest.approx((by_scipy.low, by_scipy.high))
+    assert best_checkpoint([none, three]) is three
+    # all 0.25: an unseen share of 0.0566 may be anything from 0 to 1
+    alike = checkpoint(0, [0.25] * 64).estimate
+    share = z**2 / (64 + z**2)
+    assert (alike.low, alike.high) == pytest.approx((0.25 * (1 - share), 0.25 + 0.75 * share))
+    assert checkpoint(0, [-3.0] * 8).estimate.low == -math.inf  # a scale that nobody knows
+    gain = paired_gain(checkpoint(0, [0.75] * 64), checkpoint(10, [0.25] * 64))
+    assert (gain.low, gain.high) == pytest.approx((0.5 - 1.5 * share, 0.5 + 0.5 * share))
+
+
+def test_few_prompts_of_right_and_wrong_give_no_false_alarms():
+    for num_prompts in (2, 4, 8, 16):
+        generator = np.random.default_rng(num_prompts)
+        runs = [[checkpoint(k, generator.random(num_prompts) < 0.9) for k in range(11)] for _ in range(150)]
+        assert sum(first_alarm(series) is not None for series in runs) <= 0.05 * len(runs)
+
+
+def test_what_is_said_of_the_chosen_one_counts_that_it_was_chosen():
+    num_covered = num_better = 0
+    for seed in range(400):
+        generator = np.random.default_rng(seed)
+        series = [checkpoint(k, generator.normal(0.5, 0.1, 64), kl=0.0) for k in range(11)]
+        found = decision(series, evidence={})
+        num_covered += found["chosen"]["measure_low"] <= 0.5 <= found["chosen"]["measure_high"]
+        num_better += found["chosen_against"]["last"]["gain_low"] > 0
+    assert num_covered >= 0.95 * 400
+    assert num_better <= 0.05 * 400
+    assert found["confidence"] == pytest.approx(
+        {"each_checkpoint": 0.95, "chosen": 1 - 0.05 / 11, "chosen_against": 1 - 0.05 / 55}
+    )
 
 
 def high_of_two():
@@ -97,6 +139,7 @@ def high_of_two():
 def test_the_level_counts_pairs_of_checks():
     assert corrected_level(0.05, 1) == corrected_level(0.05, 2) == 0.05
     assert corrected_level(0.05, 11) == 0.05 / 55
+    assert corrected_level(0.05, 2, num_before=3) == 0.05 / (3 + 4)
 
 
 def test_false_alarms_of_whole_runs_stay_below_alpha():

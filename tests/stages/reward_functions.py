@@ -45,3 +45,18 @@ def patient(prompt, response, facts):
 def brief(prompt, response, facts):
     """The shorter the better."""
     return -len(response) / 10
+
+
+def noisy_flat(prompt, response, facts):
+    """Noise from the global generator, and nothing else."""
+    return float(torch.rand(()))
+
+
+def digits(prompt, response, facts):
+    """More kinds of letters are better."""
+    return len(set(response)) / 10
+
+
+def observed(prompt, response, facts):
+    """Counts what an environment has answered."""
+    return response.count("Observation") + len(response) / 1000

@@ -10,10 +10,14 @@ import sys
 
 import pytest
 
-from tests.stages.commands import FAST, rows, run_stage, trimtab
+from tests.stages.commands import FAST, rows, run_stage, trimtab, write_run_file
 from tests.stages.test_guard import CHECKS, checks, decision, hacked, judge, same_weights
+from tests.stages.test_online_environment import settings_of
+from trimtab.core.types import Prompt
+from trimtab.data.layouts import load
+from trimtab.environments.react import ReActEnvironment
 
-LONG = f'measure=[{{name = "callable", function = "{judge("length")["function"]}"}}]'
+LONG = f'measure=[{{name = "callable", function = "{judge("digits")["function"]}"}}]'
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +126,7 @@ def test_a_run_without_a_guard_needs_a_measure_and_prompts(tmp_path, base):
 
 
 def test_a_measure_that_judges_nothing_chooses_nothing(tmp_path, hacked_run):
-    silent = LONG.replace(":length", ":speechless")
+    silent = LONG.replace(":digits", ":speechless")
     assert "judged too few replies" in refusal(hacked_run, silent, "--out", tmp_path / "d.json")
 
 
@@ -136,7 +140,75 @@ def test_settings_that_choose_nothing_are_refused(tmp_path, hacked_run, override
 
 def test_too_few_prompts_are_refused(tmp_path, hacked_run):
     source = "world:arithmetic?split=test&num=1"
-    assert "1 prompts" in refusal(hacked_run, "--prompts", source, "--out", tmp_path / "d.json")
+    assert "1 different prompts" in refusal(hacked_run, "--prompts", source, "--out", tmp_path / "d.json")
+
+
+def test_what_the_run_trained_on_decides_nothing(tmp_path, hacked_run):
+    trained = LONG.replace(":digits", ":length")
+    assert "is rewards.0 that training moves" in refusal(hacked_run, trained, "--out", tmp_path / "d.json")
+    own = "world:arithmetic?num=8"
+    assert "is what the run trained on" in refusal(hacked_run, "--prompts", own, "--out", tmp_path / "d.json")
+
+
+def chosen(tmp_path, *arguments):
+    result = trimtab("choose", *arguments, "--out", tmp_path / "found.json")
+    assert result.exit_code == 0, result.output
+    return json.loads((tmp_path / "found.json").read_text(encoding="utf-8")), result.output
+
+
+def test_prompts_that_were_trained_on_or_come_twice_are_counted(tmp_path, hacked_run):
+    trained = load(Prompt, "world:arithmetic?num=8").records
+    texts = [prompt.text for prompt in trained[:3]] * 2 + [f"What is {i} + 7?" for i in range(90, 95)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text, "answer": 1}) + "\n" for text in texts))
+    found, said = chosen(tmp_path, hacked_run, "--prompts", file)
+    assert (found["prompts"]["num"], found["prompts"]["num_trained_on"]) == (8, 3)
+    assert "3 of 11 prompts repeat another" in said
+    assert "3 of 8 prompts are among those of the run" in said
+
+
+def test_a_run_in_an_environment_is_asked_in_it(tmp_path, base, monkeypatch):
+    monkeypatch.setattr(ReActEnvironment, "stop", ("e", "n", "a", "r"))  # so that turns end, and are answered
+    guard = {"measure": [judge("observed")], "prompts": "world:catalogue?split=test&num=8", "every": 1}
+    out = run_stage("online", tmp_path / "run", **settings_of(base, guard=guard, num_steps=1, checkpoint_every=1))
+    assert checks(out)[0]["measure"] > 0
+    found, _ = chosen(tmp_path, out)
+    for mine, other in zip(found["checkpoints"], checks(out), strict=True):
+        assert mine["measure"] == pytest.approx(other["measure"], abs=1e-4)
+        assert mine["kl"] == pytest.approx(other["kl"], abs=1e-4)
+
+
+def test_sampling_that_is_not_given_is_that_of_the_run(tmp_path, base):
+    table = hacked(base, guard={}, num_steps=1, checkpoint_every=1, sampling={"max_new_tokens": 8, "temperature": 0.3})
+    out = run_stage("online", tmp_path / "run", **table)
+    found, _ = chosen(tmp_path, out, "sampling.max_new_tokens=8")
+    for mine, other in zip(found["checkpoints"], checks(out), strict=True):
+        assert mine["measure"] == pytest.approx(other["measure"], abs=1e-4)
+        assert mine["kl"] == pytest.approx(other["kl"], abs=1e-4)
+
+
+def test_it_computes_where_it_is_asked_to(tmp_path, hacked_run):
+    shutil.copytree(hacked_run, run := tmp_path / "run")  # as if it had been trained on a device that is not here
+    text = (run / "settings.toml").read_text(encoding="utf-8")
+    elsewhere = text.replace('device = "cpu"', 'device = "cuda:77"')
+    assert elsewhere != text
+    (run / "settings.toml").write_text(elsewhere, encoding="utf-8")
+    assert len(chosen(tmp_path, run, "engine.device=cpu")[0]["checkpoints"]) == 4
+
+
+def test_a_directory_beside_the_checkpoints_is_none(tmp_path, hacked_run):
+    shutil.copytree(hacked_run, run := tmp_path / "run")
+    shutil.copytree(run / "checkpoints" / "step-00000002", run / "checkpoints" / "step-00000002.bak")
+    assert len(chosen(tmp_path, run)[0]["checkpoints"]) == 4
+
+
+def test_fresh_removes_the_choice_of_a_run_that_has_no_guard(tmp_path, base):
+    table = {"model": str(base), "data": "world:arithmetic?num=16", "batch_size": 4, "optimizer": FAST, "held_out": 0}
+    out = run_stage("sft", tmp_path / "sft", **table)
+    (out / "decision.json").write_text("{}")
+    result = trimtab("sft", write_run_file(tmp_path / "run.toml", table), "--out", out, "--fresh")
+    assert result.exit_code == 0, result.output
+    assert not (out / "decision.json").exists()
 
 
 def test_it_loads_by_itself():

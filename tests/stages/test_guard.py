@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +18,14 @@ from tests.stages.commands import online_settings, rows, run_stage, summary, tri
 from tests.stages.test_resume import differences
 from trimtab.core import config
 from trimtab.core.errors import ConfigError
+from trimtab.evals.reply_signals import ReplySet
 from trimtab.math.losses.policy import PPO
 from trimtab.runs.run import Run
 from trimtab.stages import online
+from trimtab.stages.online.guard import watch
+from trimtab.stages.online.guard.measuring import CheckReplies
+from trimtab.stages.online.guard.state import GuardState
+from trimtab.stages.online.guard.watch import RunGuard
 from trimtab.stages.online.settings import OnlineSettings
 from trimtab.stages.plan import cut_short
 
@@ -316,7 +322,9 @@ def test_a_run_that_ends_before_a_checkpoint_of_the_guard_decides_again(tmp_path
 
 def test_a_stopped_run_stays_stopped_when_it_is_given_more_steps(tmp_path, base, ladder):
     shutil.copytree(ladder, out := tmp_path / "run")
-    run_stage("online", out, **hacked(base, guard={"actions": LADDER}, num_steps=12))
+    table = hacked(base, guard={"actions": LADDER}, num_steps=12)
+    result = trimtab("online", write_run_file(tmp_path / "run.toml", table), "--out", out)
+    assert "guard: the run stays stopped after step 3: the measure fell" in result.output
     assert summary(out)["num_steps"] == 3
     assert rows(out, "guard.jsonl") == rows(ladder, "guard.jsonl")
 
@@ -384,7 +392,7 @@ def test_too_few_prompts_to_hold_some_out_are_refused(tmp_path, base):
 
 def test_one_prompt_makes_no_guard(tmp_path, base):
     table = hacked(base, guard={"prompts": "world:arithmetic?split=test&num=1"})
-    assert "1 prompts for the guard" in refusal(tmp_path, table)
+    assert "1 different prompts for the guard" in refusal(tmp_path, table)
 
 
 def test_a_measure_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path, base):
@@ -392,13 +400,192 @@ def test_a_measure_that_is_not_there_is_refused_before_anything_is_loaded(tmp_pa
     assert "guard.measure.0.path" in said
 
 
-def test_a_chosen_checkpoint_that_was_removed_is_named(tmp_path, base, ladder):
-    shutil.copytree(ladder, out := tmp_path / "run")
+def without_best(out, ladder):
+    """The finished ladder, as if it still had to write its best checkpoint, which is gone."""
+    shutil.copytree(ladder, out)
     (out / "summary.json").unlink()
     shutil.rmtree(out / "checkpoints" / "step-00000000")
     text = (out / "settings.toml").read_text(encoding="utf-8")
     (out / "settings.toml").write_text(text.replace('writes = "last"', 'writes = "best"'), encoding="utf-8")
+    return out
+
+
+def test_the_best_whole_checkpoint_is_written_if_the_best_is_gone(tmp_path, base, ladder):
+    out = without_best(tmp_path / "run", ladder)
     table = hacked(base, guard={"actions": LADDER, "writes": "best"})
     result = trimtab("online", write_run_file(tmp_path / "run.toml", table), "--out", out)
-    assert result.exit_code == 2
+    assert result.exit_code == 0, result.output
     assert "the checkpoint of step 0 cannot be used: it is missing" in result.output
+    found = decision(out)
+    assert found["chosen_step"] == 0
+    step = int(found["model_is"].split()[1].rstrip(","))
+    assert step > 0
+    assert "the chosen checkpoint is damaged" in found["model_is"]
+    assert actions(out)[-1] == (3, "damaged")
+
+
+def damaging(monkeypatch, step):
+    saved = Run.save_checkpoint
+
+    def damaged(self, number, *args, **options):
+        saved(self, number, *args, **options)
+        if number == step:
+            (self.directory / "checkpoints" / f"step-{step:08d}" / "policy.safetensors").write_bytes(b"")
+
+    monkeypatch.setattr(Run, "save_checkpoint", damaged)
+
+
+def test_a_damaged_best_checkpoint_does_not_end_the_run(tmp_path, base, monkeypatch):
+    damaging(monkeypatch, 0)
+    measure = [scripted(tmp_path / "measure.py", [0.9, 0.8, 0.1, 0.1])]
+    guard = {"measure": measure, "actions": ["roll_back"], "margin": 0.5}
+    table = hacked(base, guard=guard, num_steps=3, checkpoint_every=1, keep_checkpoints=9)
+    out = run_stage("online", tmp_path / "run", **table)
+    assert actions(out) == [(2, "damaged"), (2, "roll_back")]
+    row = next(row for row in rows(out, "guard.jsonl") if row["event"] == "roll_back")
+    assert row["to_step"] == 1
+
+
+def test_without_any_whole_checkpoint_the_run_goes_on_as_it_is(tmp_path, base, monkeypatch):
+    damaging(monkeypatch, 0)
+    table = hacked(base, guard={"actions": ["roll_back"], "every": 2}, num_steps=3, checkpoint_every=1)
+    out = run_stage("online", tmp_path / "run", **table)
+    assert actions(out) == [(2, "damaged"), (2, "roll_back")]
+    assert rows(out)[2]["policy/kl"] > 0.01
+
+
+# --- what the measure may be ---
+
+
+def refused(table, said):
+    with pytest.raises(ConfigError, match=said):
+        config.resolve(OnlineSettings, table, where="here")
+
+
+@pytest.mark.parametrize("way", ["{}/", "./{}", "{}/../{}", "absolute", "link", "copy"])
+def test_the_trained_reward_model_is_known_by_any_path(tmp_path, base, way, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, "judge")
+    Path("link").symlink_to("judge")
+    shutil.copytree("judge", "copy")
+    path = {"absolute": str(tmp_path / "judge")}.get(way, way.format("judge", "judge"))
+    trained = {"name": "model", "path": "judge", "weight": 2.0}
+    refused(
+        hacked(base, guard={"measure": [{"name": "model", "path": path}]}, rewards=[trained]), "shows no fall of its"
+    )
+
+
+def test_a_trained_function_or_cost_measures_nothing(base):
+    same = judge("length") | {"weight": 3.0}
+    refused(hacked(base, guard={"measure": [judge("brief"), same]}), r"measure.1.*rewards.0")
+    cost = {"reward": judge("flat"), "limit": 0.5}
+    refused(hacked(base, guard={"measure": [judge("flat")]}, cost=cost), r"measure.0.*cost.reward")
+    refused(hacked(base, guard={"measure": [judge("brief") | {"weight": 0.0}]}), "weight = 0 and decides nothing")
+
+
+def test_the_same_prompts_are_known_by_another_path(tmp_path, base):
+    (tmp_path / "prompts.jsonl").write_text("")
+    one, other = str(tmp_path / "prompts.jsonl"), f"{tmp_path}/./prompts.jsonl"
+    refused(hacked(base, guard={"prompts": other}, prompts=one), "guard.prompts and prompts are both")
+
+
+def test_actions_need_enough_prompts(tmp_path, base):
+    refused(hacked(base, guard={"actions": ["stop"], "num_prompts": 7}), "at least 8")
+    few = hacked(base, guard={"actions": ["stop"], "prompts": "world:arithmetic?split=test&num=7"})
+    assert "7 different prompts for the guard, which needs at least 8" in refusal(tmp_path, few)
+
+
+def test_a_coefficient_that_nothing_pays_is_not_raised(base):
+    rewards, advantage = [judge("length"), judge("noisy")], {"name": "grpo", "per_reward": True}
+    table = hacked(base, guard={"actions": ["raise_kl"]}, rewards=rewards, advantage=advantage)
+    refused(table, "no KL is paid that could be raised")
+    config.resolve(OnlineSettings, table | {"kl_in": "loss"}, where="here")
+
+
+# --- what is said ---
+
+
+def test_a_prompt_that_is_given_twice_is_asked_once(tmp_path, base):
+    lines = [json.dumps({"prompt": f"What is {i % 10} + 2?"}) + "\n" for i in range(30)]
+    (tmp_path / "twice.jsonl").write_text("".join(lines))
+    table = hacked(base, guard={"prompts": str(tmp_path / "twice.jsonl")}, rewards=[{"name": "exact_answer"}])
+    table |= {"num_steps": 1, "on_failed_reward": "drop"}
+    result = trimtab("online", write_run_file(tmp_path / "run.toml", table), "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "20 of 30 prompts of the guard repeat another" in result.output
+    assert "10 of 10 prompts have no fact 'answer' that rewards.0 compares with" in result.output
+    assert decision(tmp_path / "run")["prompts"]["num"] == 10
+
+
+def test_a_measure_that_fails_later_is_said_and_ends_a_run_with_actions(tmp_path, base):
+    code = (
+        "calls = []\n"
+        "def judge(prompt, response, facts):\n"
+        "    calls.append(1)\n"
+        "    assert len(calls) <= 18\n"  # 16 of the first check, and 2 of 16 of the second
+        "    return 0.5\n"
+    )
+    for number, (ladder, expected) in enumerate([([], []), (["roll_back"], [(1, "stop")])]):
+        (measure := tmp_path / f"measure_{number}.py").write_text(code)
+        guard = {"measure": [{"name": "callable", "function": f"{measure}:judge"}], "actions": ladder}
+        table, out = hacked(base, guard=guard, num_steps=2), tmp_path / f"run-{number}"
+        result = trimtab("online", write_run_file(tmp_path / "run.toml", table), "--out", out)
+        assert result.exit_code == 0, result.output
+        assert "guard: step 1: the measure judged 2 of 16 prompts" in result.output
+        assert actions(out) == expected
+
+
+def test_more_steps_spend_what_is_left_of_alpha(tmp_path, base):
+    out = tmp_path / "run"
+    run_stage("online", out, **hacked(base, guard={}, num_steps=3))
+    run_stage("online", out, **hacked(base, guard={}, num_steps=6))
+    levels = [row["level"] for row in checks(out)[1:]]
+    # four checks have 6 pairs; the third had no decision to spend its own 3 on, so 3/6 of alpha is left for 4, 5 and 6,
+    # which come after four checks: 4 + 5 + 6 pairs
+    assert levels == pytest.approx([0.05 / 6] * 3 + [0.05 / 2 / 15] * 3)
+    assert sum(level * num for num, level in enumerate(levels, 1) if num != 3) <= 0.05 * (1 + 1e-9)
+
+
+def test_a_measure_that_draws_noise_is_asked_by_the_seed(tmp_path, base):
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        run_stage("online", tmp_path / str(seed), **hacked(base, guard={"measure": [judge("noisy_flat")]}, num_steps=1))
+        found.append([row["measure"] for row in checks(tmp_path / str(seed))])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
+
+
+def test_a_prompt_counts_with_the_mean_of_its_replies():
+    class Given:
+        def score(self, rollouts):
+            return torch.tensor([0.0, 1.0, 0.5, torch.nan]), {}
+
+    replies = CheckReplies([None] * 4, 2, torch.zeros(4), torch.zeros(4))
+    assert replies.measured(3, Given()).values == (0.5, 0.5)
+    first_alone = CheckReplies([None] * 4, 1, torch.zeros(4), torch.zeros(4))
+    assert first_alone.measured(3, Given()).values[:3] == (0.0, 1.0, 0.5)
+
+
+def test_a_kl_that_rises_faster_than_before_fires():
+    class Texts:
+        texts = None
+        truncated_fraction = 0.0
+        rewards = torch.zeros(1)
+
+        def __init__(self, kl):
+            self.kl = torch.tensor([kl])
+
+    def fires(before, kl, step=20):
+        guard = object.__new__(RunGuard)
+        guard.state = SimpleNamespace(guard=GuardState(start=ReplySet(prompts=(), replies=(), rewards=()), kl=before))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(watch, "measure_signals", lambda texts, start: ({}, []))
+            found, fired = guard._signals(step, Texts(kl))
+        return found["kl_slope"], "kl_slope" in fired
+
+    # 1 nat in ten steps, then 2.5 more in the next ten: 0.25 a step against 0.1 so far
+    assert fires((10, 1.0), 3.5) == (pytest.approx(0.25), True)
+    assert fires((10, 1.0), 2.9) == (pytest.approx(0.19), False)
+    assert fires((10, 0.1), 0.9) == (pytest.approx(0.08), False), "below a nat"
+    assert fires((0, 0.0), 9.0) == (pytest.approx(0.45), False), "the first check has no rise before it"

@@ -134,6 +134,13 @@ def judges(settings: Any) -> dict[str, Any]:
     return rewards | ({"cost.reward": cost.reward} if cost is not None else {})
 
 
+def judges_and_measure(settings: Any) -> dict[str, Any]:
+    """The rewards that `judges` gives, and those that a guard measures by: "guard.measure.0"."""
+    guard = getattr(settings, "guard", None)
+    measure = guard.measure if guard is not None else ()
+    return judges(settings) | {f"guard.measure.{number}": reward for number, reward in enumerate(measure)}
+
+
 def refuse_missing_facts(rewards: Mapping[str, Any], prompts: Sequence[Prompt], *, where: str) -> None:
     """Raises DataError if prompts lack a fact that a reward, given by its key path, compares with."""
     for key, reward in rewards.items():

@@ -13,7 +13,7 @@ SUMS = "SHA256SUMS"
 
 def checkpoints_in(directory: Path) -> list[Path]:
     """The checkpoints in the directory `checkpoints` of a run, in the order of their steps."""
-    return sorted(directory.glob("step-*"))
+    return sorted(directory.glob("step-" + "[0-9]" * 8))
 
 
 def step_of(checkpoint: Path) -> int:

@@ -39,7 +39,8 @@ _ROWS_OF_STEPS = ("metrics.jsonl", "samples.jsonl", "guard.jsonl")
 # Checkpoints are removed early and the records last: a `--fresh` that is cut short leaves a run that starts over, never
 # half a run. environment.json goes after settings.toml because without it the settings could be a run file of the user.
 _CONTENTS = (
-    *("summary.json", "checkpoints", "model", "metrics.jsonl", "samples.jsonl", "report.html", "data.json"),
+    *("summary.json", "checkpoints", "model", "metrics.jsonl", "samples.jsonl", "guard.jsonl", "decision.json"),
+    *("report.html", "data.json"),
     *("models.json", "snapshots", "tensorboard", "wandb", "settings.toml", "environment.json"),
 )
 NO_FACTS = StageFacts()

@@ -10,34 +10,46 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from trimtab.core import config, registry, seeds
 from trimtab.core.config import Choice
-from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.errors import ConfigError, DataError, TrimtabError
 from trimtab.core.files import check_out, json_text, replacing, write_out, writing
-from trimtab.core.types import Prompt, records_hash
+from trimtab.core.types import Demonstration, PreferencePair, Prompt, prompt_id, records_hash
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
+from trimtab.engines.base import Sampler
 from trimtab.engines.build import Engines, load_policy
 from trimtab.engines.device import EngineSettings
 from trimtab.engines.local.learner import AdamW
 from trimtab.engines.local.sampler import Sampling
-from trimtab.evals.checkpoint_choice import MeasuredCheckpoint, best_checkpoint, decision
+from trimtab.evals.checkpoint_choice import MeasuredCheckpoint, best_checkpoint, decision, interval_of_chosen
 from trimtab.models.load import load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
-from trimtab.rewards.combined import load_rewards, refuse_missing_facts
+from trimtab.rewards.combined import judges, load_rewards, refuse_missing_facts
 from trimtab.runs.checkpoints import checkpoints_in, step_of, whole_checkpoint
 from trimtab.stages.noise import seed_noise
-from trimtab.stages.online.guard.measuring import ask, measure_digest
+from trimtab.stages.online.data import note_missing_facts
+from trimtab.stages.online.guard.independence import (
+    different,
+    measure_digest,
+    refuse_empty_measure,
+    refuse_trained_measure,
+    same_source,
+)
+from trimtab.stages.online.guard.measuring import ask
 from trimtab.stages.online.guard.watch import DECISION
 from trimtab.stages.online.models import load_models
-from trimtab.stages.online.settings import OnlineSettings
+from trimtab.stages.online.samplers import make_samplers
+from trimtab.stages.online.settings import OnlineEngineSettings, OnlineSettings
 from trimtab.stages.preference import PreferenceSettings
 from trimtab.stages.reward_positions import refuse_short_reward_models
 from trimtab.stages.sft import SFTSettings, start_policy
@@ -58,8 +70,8 @@ class ChooseSettings:
     """How many of them."""
     replies_per_prompt: int = 1
     """Replies to each prompt."""
-    sampling: Sampling | None = None
-    """How replies are drawn; None draws them as the run does, or as `trimtab generate` if the run draws none."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=256))
+    """How replies are drawn; what is not given is as in the run, or as in `trimtab generate` if the run draws none."""
     token_budget: int = 4096
     """Tokens of one forward pass: memory and speed only."""
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -68,8 +80,7 @@ class ChooseSettings:
     """Seed of the replies; every checkpoint draws with the same random numbers."""
 
     def __post_init__(self) -> None:
-        if not self.measure:
-            raise ValueError("measure is empty; name what decides, such as measure = ['exact_answer']")
+        refuse_empty_measure(self.measure)
         if self.num_prompts < 2:
             raise ValueError(f"num_prompts = {self.num_prompts}; an interval over prompts needs at least 2")
         if self.engine.workers != 1:
@@ -92,15 +103,16 @@ def choose(
     """Asks every checkpoint of the run in `directory`, writes the decision to `out` (decision.json in the run), and the
     chosen model to `export` if it is given.
 
-    `values` are those of `ChooseSettings`. Raises ConfigError for a run of another stage, for one that is at work, and
-    if a file that is there would be overwritten; DataError for a directory without a run, for a run that kept no
-    checkpoint, and for a damaged one.
+    `values` are those of `ChooseSettings`. Raises ConfigError for a run of another stage, for one that is at work, for
+    a measure or prompts that the run trained on, and if a file that is there would be overwritten; DataError for a directory without a
+    run, for a run that kept no checkpoint, and for a damaged one.
     """
     path = out or directory / DECISION
     _refuse_existing(path if out is None else None, export)
     check_out(path)
     trained = _settings_of(directory)
-    settings = config.resolve(ChooseSettings, _defaults(trained) | dict(values), where=where)
+    settings = config.resolve(ChooseSettings, _over(_defaults(trained), values), where=where)
+    _refuse_trained(trained, settings, where=where)
     _refuse_at_work(directory)
     paths = {step_of(found): found for found in checkpoints_in(directory / "checkpoints")}
     if not paths:
@@ -110,10 +122,15 @@ def choose(
             fix="train with keep_checkpoints = 10, or so: by default the newest two are kept",
         )
     whole = {step: whole_checkpoint(directory, step) for step in paths}
-    if settings.sampling is None:
-        settings = replace(settings, sampling=getattr(trained, "sampling", Sampling(max_new_tokens=256)))
+    if isinstance(trained, OnlineSettings):  # computed and drawn as is asked here, and otherwise as the run did
+        engine = OnlineEngineSettings(
+            **{one.name: getattr(settings.engine, one.name) for one in fields(EngineSettings)}
+        )
+        trained = replace(trained, engine=engine, sampling=settings.sampling)
     chat = Chat(load_tokenizer(trained.model))
     prompts = _prompts(settings, chat)
+    num_trained_on = _num_trained_on(trained, prompts)
+    note_missing_facts(judges(trained), prompts, where="prompts")
     series = list(_asked(whole, trained, settings, chat, prompts))
     if not any(one.may_be_chosen for one in series):
         raise DataError(
@@ -133,6 +150,7 @@ def choose(
             "source": settings.prompts,
             "num": len(prompts),
             "sha256": records_hash(prompts),
+            "num_trained_on": num_trained_on,
             "replies_per_prompt": settings.replies_per_prompt,
         },
         "seed": settings.seed,
@@ -145,23 +163,25 @@ def _asked(
     paths: Mapping[int, Path], trained: Any, settings: ChooseSettings, chat: Chat, prompts: Sequence[Prompt]
 ) -> Iterator[MeasuredCheckpoint]:
     """The start of the run as step 0 and its checkpoints, measured in the order of their steps."""
-    sampling = settings.sampling
-    assert sampling is not None
     options: dict[str, Any] = {"token_budget": settings.token_budget, "device": settings.engine.find_device()}
     measure = load_rewards(settings.measure, **options)
     reward = None
     if isinstance(trained, OnlineSettings):
         reward = load_rewards(trained.rewards, combine=trained.combine, **options)
     judges = [part.reward for part in (*measure.parts, *(reward.parts if reward else ()))]
-    refuse_short_reward_models(judges, prompts, chat, max_new_tokens=sampling.max_new_tokens)
+    refuse_short_reward_models(judges, prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)
     policy, reference, _ = _roles(trained, chat, settings)
     engines = Engines(settings.engine)
     how: dict[str, Any] = {"token_budget": settings.token_budget, "precision": trained.precision}
     learner = engines.learner(policy, AdamW(), name="policy", num_updates=1, **how)
     scorer = engines.scorer(reference, name="reference", **how)
     with engines:
-        sampler = engines.sampler(policy, chat, sampling)
-        sampler.check_prompts(prompts)
+        sampler: Sampler
+        if isinstance(trained, OnlineSettings):
+            sampler, _ = make_samplers(trained, policy, chat, prompts, engines.sampler)
+        else:
+            sampler = engines.sampler(policy, chat, settings.sampling)
+            sampler.check_prompts(prompts)
         for step in sorted({0, *paths}):
             if step in paths:
                 learner.load(paths[step])
@@ -193,10 +213,11 @@ def _export(checkpoint: Path | None, trained: Any, settings: ChooseSettings, cha
 
 
 def rows(found: ChosenCheckpoint) -> Iterator[tuple[str, ...]]:
-    """The table of the console: step, measure with its interval, KL, reward, and a mark at the chosen step."""
+    """The table of the console: step, measure with its interval, KL, reward, and at the chosen step the interval that
+    counts the choice."""
     for one in found.series:
         reward = "–" if math.isnan(one.reward) else f"{one.reward:.3f}"
-        mark = "chosen" if one is found.chosen else ""
+        mark = f"chosen: {interval_of_chosen(one, len(found.series))}" if one is found.chosen else ""
         yield str(one.step), str(one.estimate), f"{one.kl:.2f}", reward, mark
 
 
@@ -232,9 +253,18 @@ def _settings_of(directory: Path) -> Any:
     return config.resolve(known[stage], values, where=str(file))
 
 
+def _over(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults with values over them; of the sampling, key by key."""
+    given = values.get("sampling")
+    both = {"sampling": {**defaults["sampling"], **given}} if isinstance(given, Mapping) else {}
+    return {**defaults, **values, **both}
+
+
 def _defaults(trained: Any) -> dict[str, Any]:
-    """What the run's own guard was asked, as values of `ChooseSettings`; prompts that it held out have no name."""
-    common = {"seed": trained.seed}
+    """How the run draws, and what its own guard was asked, as values of `ChooseSettings`; prompts that a guard held out
+    have no name."""
+    sampling = getattr(trained, "sampling", Sampling(max_new_tokens=256))
+    common = {"seed": trained.seed, "sampling": config.dump(sampling)}
     if getattr(trained, "guard", None) is None:
         return common
     table = config.dump(trained.guard)
@@ -257,14 +287,55 @@ def _refuse_at_work(directory: Path) -> None:
             ) from error
 
 
+def _refuse_trained(trained: Any, settings: ChooseSettings, *, where: str) -> None:
+    """Raises ConfigError if the measure is a reward that the run trained on, or the prompts are the run's data."""
+    try:
+        refuse_trained_measure(settings.measure, judges(trained))
+    except ValueError as error:
+        raise ConfigError(str(error), where=where, fix="name another measure") from error
+    if (source := _source(trained)) is not None and same_source(settings.prompts, source):
+        raise ConfigError(
+            f"prompts = {settings.prompts!r} is what the run trained on",
+            where=where,
+            fix="name prompts that it did not train on",
+        )
+
+
+def _source(trained: Any) -> str:
+    """The data that the run trained on."""
+    return str(trained.prompts if isinstance(trained, OnlineSettings) else trained.data)
+
+
+def _num_trained_on(trained: Any, prompts: Sequence[Prompt]) -> int | None:
+    """How many prompts are among the data of the run, said on stderr if there are any; None if it cannot be read."""
+    source, found = _source(trained), None
+    kinds: tuple[Any, ...] = (Prompt, PreferencePair, Demonstration)
+    for kind in kinds:
+        with suppress(TrimtabError):
+            loaded = load(kind, source, limit=getattr(trained, "limit", None), on_bad_row="drop")
+            found = {prompt_id(getattr(one, "prompt", one).messages) for one in loaded.records}
+            break
+    if found is None:
+        print(
+            f"note: {source!r} cannot be read; whether the run trained on these prompts is not known", file=sys.stderr
+        )
+        return None
+    num = sum(prompt_id(prompt.messages) in found for prompt in prompts)
+    if num:
+        print(f"note: {num} of {len(prompts)} prompts are among those of the run, {source!r}", file=sys.stderr)
+    return num
+
+
 def _prompts(settings: ChooseSettings, chat: Chat) -> list[Prompt]:
-    assert settings.sampling is not None
     longest = settings.sampling.max_prompt_tokens
     found = load(Prompt, settings.prompts, limit=settings.num_prompts, accepts=chat.refusal).records
-    prompts = [prompt for prompt in found if len(chat.encode_prompt(prompt.messages)) <= longest]
+    short = [prompt for prompt in found if len(chat.encode_prompt(prompt.messages)) <= longest]
+    prompts = different(short)
+    if num := len(short) - len(prompts):
+        print(f"note: {num} of {len(short)} prompts repeat another and are left out", file=sys.stderr)
     if len(prompts) < 2:
         raise DataError(
-            f"{len(prompts)} prompts, and an interval over prompts needs two",
+            f"{len(prompts)} different prompts, and an interval over prompts needs two",
             where=settings.prompts,
             fix="give more prompts, or raise sampling.max_prompt_tokens",
         )

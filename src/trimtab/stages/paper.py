@@ -21,7 +21,7 @@ from trimtab.engines.machines import find_machine
 from trimtab.engines.paper import PaperPlan, remedies
 from trimtab.engines.placement import ASSUMPTIONS, GIB, Holding, Job, RoleOnPaper, SamplingOnPaper, Spread
 from trimtab.models.shape import ModelShape
-from trimtab.rewards.combined import judges
+from trimtab.rewards.combined import judges_and_measure
 from trimtab.rewards.model import ModelReward
 from trimtab.stages.paper_models import ModelsOnPaper, adapter_weights
 from trimtab.stages.pipeline import expand, overlay, resolve_stages
@@ -197,7 +197,7 @@ def _judges(settings: Any, models: ModelsOnPaper) -> list[RoleOnPaper]:
     """The reward models, each member of an ensemble for itself. Those that are adapters stand on the base of the
     policy's adapter, if it is theirs; else those of an ensemble share one base, and a single one is merged into its
     own."""
-    paths = [reward.path for reward in judges(settings).values() if isinstance(reward, ModelReward)]
+    paths = [reward.path for reward in judges_and_measure(settings).values() if isinstance(reward, ModelReward)]
     base, roles = _shared_base(settings, models), []
     for number, path in enumerate(paths, start=1):
         model = models.find(path, scalar=True)

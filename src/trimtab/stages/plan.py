@@ -25,7 +25,7 @@ from rich.table import Table
 from trimtab.core.errors import EngineError
 from trimtab.core.process import peak_rss_gb, peaks_rss_gb
 from trimtab.engines.launchers import refuse_other_machines
-from trimtab.rewards.combined import judges
+from trimtab.rewards.combined import judges_and_measure
 from trimtab.stages import preflight
 from trimtab.stages.pipeline import expand, resolve_stages, run_pipeline
 from trimtab.stages.rehearsal import rehearsing
@@ -165,7 +165,7 @@ def weights(stage: str, settings: Any, directory: Path) -> dict[str, float]:
     for role in ("baseline", "reward_model"):
         if (path := getattr(settings, role, None)) is not None:
             sizes[role.replace("_", " ")] = file_gb(path)
-    for number, reward in enumerate(r for r in judges(settings).values() if hasattr(r, "path")):
+    for number, reward in enumerate(r for r in judges_and_measure(settings).values() if hasattr(r, "path")):
         sizes[f"reward {number + 1}"] = file_gb(reward.path)
     if adapter is not None:
         sizes["adapter"] = 4 * file_gb(directory / "model")

@@ -29,7 +29,7 @@ from trimtab.models.adapters import add_adapter
 from trimtab.models.load import is_classifier, refuse_several_labels
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.models.weights import check_file, check_weights
-from trimtab.rewards.combined import judges, refuse_missing_facts
+from trimtab.rewards.combined import judges, judges_and_measure, refuse_missing_facts
 from trimtab.rewards.gold import GoldReward, GoldScorer
 from trimtab.rewards.model import ModelReward
 from trimtab.rewards.python_callable import PythonCallable, load_function
@@ -130,7 +130,7 @@ def _problems(stage: str, settings: Any, made: Made) -> Iterator[tuple[str, Trim
             worlds.load(name)
         except TrimtabError as error:
             yield key, error
-    for key, reward in _rewards(settings).items():
+    for key, reward in judges_and_measure(settings).items():
         if isinstance(reward, PythonCallable):
             try:
                 load_function(reward.function)
@@ -231,16 +231,9 @@ def _worlds(settings: Any) -> Iterator[tuple[str, str]]:
     """The worlds that the settings name."""
     if (name := getattr(settings, "world", None)) is not None:
         yield "world", name
-    for key, reward in _rewards(settings).items():
+    for key, reward in judges_and_measure(settings).items():
         if isinstance(reward, GoldReward):
             yield f"{key}.world", reward.world
-
-
-def _rewards(settings: Any) -> dict[str, Any]:
-    """The rewards that the settings name, for training and for the guard, by their key paths."""
-    guard = getattr(settings, "guard", None)
-    measure = guard.measure if guard is not None else ()
-    return judges(settings) | {f"guard.measure.{number}": reward for number, reward in enumerate(measure)}
 
 
 # --- models ---
@@ -257,7 +250,7 @@ def models_of(stage: str, settings: Any) -> Iterator[ModelUse]:
     for key, kind in kinds.items():
         if (path := getattr(settings, key, None)) is not None:
             yield ModelUse(key, path, kind)
-    for key, reward in _rewards(settings).items():
+    for key, reward in judges_and_measure(settings).items():
         if isinstance(reward, ModelReward):
             yield ModelUse(f"{key}.path", reward.path, "reward model")
     if getattr(settings, "has_own_critic", False):

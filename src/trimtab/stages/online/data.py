@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trimtab.batches.trees import Tree
@@ -56,7 +56,7 @@ def guard_prompts(settings: OnlineSettings, prompts: list[Prompt], run: Run, cha
     """The prompts of the guard and those to train on; without a guard, all are to train on."""
     if settings.guard is None:
         return GuardPrompts([], prompts, 0)
-    return prompts_of_guard(
+    found = prompts_of_guard(
         settings.guard,
         prompts,
         run,
@@ -65,6 +65,18 @@ def guard_prompts(settings: OnlineSettings, prompts: list[Prompt], run: Run, cha
         least=settings.prompts_per_step,
         seed=settings.seed,
     )
+    note_missing_facts(judges(settings), found.checks, where="guard.prompts")
+    return found
+
+
+def note_missing_facts(rewards: Mapping[str, Any], prompts: Sequence[Prompt], *, where: str) -> None:
+    """Says on stderr that a reward which decides nothing cannot judge some prompts."""
+    try:
+        refuse_missing_facts(rewards, prompts, where=where)
+    except DataError as error:
+        print(
+            f"note: {where}: {error.problem}; the reward that is reported leaves out replies to them", file=sys.stderr
+        )
 
 
 def in_order_of_rehearsal(prompts: list[Prompt], lengths: list[int], settings: OnlineSettings) -> list[Prompt]:

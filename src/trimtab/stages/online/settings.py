@@ -23,8 +23,9 @@ from trimtab.math.losses.policy import PPO
 from trimtab.math.losses.value import ValueLoss
 from trimtab.models.adapters import LoRA
 from trimtab.models.precision import Precision
-from trimtab.rewards.combined import part_names
+from trimtab.rewards.combined import judges, part_names
 from trimtab.rewards.model import ModelReward
+from trimtab.stages.online.guard.independence import refuse_trained_measure, same_source
 from trimtab.stages.online.guard.settings import GuardSettings
 
 
@@ -353,21 +354,21 @@ class OnlineSettings:
 
     def _refuse_blind_guard(self, guard: GuardSettings) -> None:
         """Raises ValueError if the guard could see no fall or could not do what it is to do."""
-        trained_on = {reward.path for reward in self.rewards if isinstance(reward, ModelReward)}
-        if same := [r.path for r in guard.measure if isinstance(r, ModelReward) and r.path in trained_on]:
+        refuse_trained_measure(guard.measure, judges(self))
+        if guard.prompts is not None and same_source(guard.prompts, self.prompts):
             raise ValueError(
-                f"guard.measure names the reward model {same[0]!r} that training raises, which shows no fall of its "
-                "own; measure by the gold of a world, a verifier, or a reward model of other data"
-            )
-        if guard.prompts == self.prompts:
-            raise ValueError(
-                f"guard.prompts and prompts are both {self.prompts!r}; leave guard.prompts out to hold a share of them "
-                "out of training, or name prompts that are not trained on"
+                f"guard.prompts and prompts are both {guard.prompts!r}; leave guard.prompts out to hold a share "
+                "of them out of training, or name prompts that are not trained on"
             )
         if "raise_kl" in guard.actions and not isinstance(self.kl, FixedKL):
             raise ValueError(
                 f"guard.actions has 'raise_kl' with the KL controller {type(self.kl).__name__}, which sets the "
                 "coefficient itself; use kl.name = 'fixed', or other actions"
+            )
+        if "raise_kl" in guard.actions and self.advantage.per_reward and self.kl_in == "reward":
+            raise ValueError(
+                "guard.actions has 'raise_kl' with advantage.per_reward = true and kl_in = 'reward', where no KL is "
+                "paid that could be raised; set kl_in = 'loss', or use other actions"
             )
 
     @property

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +15,6 @@ from trimtab.evals.reply_signals import ReplySet
 from trimtab.math.kl import k1
 from trimtab.math.masking import sum_per_sequence
 from trimtab.rewards.base import Reward, by_reply
-from trimtab.runs.models import model_digest
 from trimtab.stages.online.rollouts import in_groups, rollout_trees
 
 
@@ -80,19 +75,3 @@ def ask(
     if reward is not None:
         rewards = by_reply(reward.score(rollouts)[0], rollouts)
     return CheckReplies(rollouts, replies_per_prompt, kl, rewards.masked_fill(~rewards.isfinite(), torch.nan))
-
-
-def measure_digest(measure: Sequence[Mapping[str, Any]]) -> str:
-    """The SHA-256 of a measure: of its settings, as `config.dump` gives them, and of the models and files of Python
-    code that they name, by content."""
-    digest = hashlib.sha256()
-    for table in measure:
-        for key, value in sorted(table.items()):
-            if key == "path" and Path(str(value)).is_dir():
-                content = model_digest(str(value))
-            elif key == "function" and Path(file := str(value).rpartition(":")[0]).is_file():
-                content = hashlib.sha256(Path(file).read_bytes()).hexdigest() + str(value).rpartition(":")[2]
-            else:
-                content = json.dumps(value, sort_keys=True)
-            digest.update(json.dumps([key, content]).encode())
-    return digest.hexdigest()

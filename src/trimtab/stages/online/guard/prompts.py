@@ -12,6 +12,7 @@ from trimtab.core.types import Prompt, prompt_id
 from trimtab.data.chat import Chat
 from trimtab.rewards.combined import refuse_missing_facts
 from trimtab.runs.run import Run
+from trimtab.stages.online.guard.independence import different
 from trimtab.stages.online.guard.settings import GuardSettings
 from trimtab.stages.reading import read
 
@@ -33,8 +34,8 @@ def prompts_of_guard(
 ) -> GuardPrompts:
     """The prompts of checks, of at most `longest` tokens, and those to train on, of which there have to be `least`.
 
-    Raises DataError if there are fewer than two for checks, or if one lacks a fact that the measure compares with, and
-    ConfigError if too few are left.
+    A prompt that the source has twice is asked once. Raises DataError if there are too few for checks, or if one lacks
+    a fact that the measure compares with, and ConfigError if too few are left.
     """
     if guard.prompts is None:
         chosen, rest = _held_out(training, guard.num_prompts, seed=seed)
@@ -47,12 +48,16 @@ def prompts_of_guard(
             )
     else:
         found = read(Prompt, guard.prompts, run, limit=guard.num_prompts, accepts=chat.refusal).records
-        chosen = [prompt for prompt in found if len(chat.encode_prompt(prompt.messages)) <= longest]
+        short = [prompt for prompt in found if len(chat.encode_prompt(prompt.messages)) <= longest]
+        chosen = different(short)
+        if num := len(short) - len(chosen):
+            print(f"note: {num} of {len(short)} prompts of the guard repeat another and are left out", file=sys.stderr)
         rest = list(training)
     where = guard.prompts or "the prompts held out for the guard"
-    if len({prompt_id(prompt.messages) for prompt in chosen}) < 2:
+    if len(chosen) < guard.least_prompts:
         raise DataError(
-            f"{len(chosen)} prompts for the guard, and an interval over prompts needs two different ones",
+            f"{len(chosen)} different prompts for the guard, which needs at least {guard.least_prompts}"
+            f"{' to act on a fall' if guard.actions else ''}",
             where=where,
             fix="give more prompts, or raise sampling.max_prompt_tokens",
         )
@@ -67,7 +72,7 @@ def prompts_of_guard(
 
 def _held_out(prompts: Sequence[Prompt], num: int, *, seed: int) -> tuple[list[Prompt], list[Prompt]]:
     """`num` different prompts, drawn by the seed, and all that are none of these."""
-    different = list({prompt_id(prompt.messages): prompt for prompt in prompts}.items())
-    order = seeds.generator(seed, "guard", "prompts").permutation(len(different))[:num]
-    chosen = dict(different[i] for i in sorted(order.tolist()))
+    able = list({prompt_id(prompt.messages): prompt for prompt in prompts}.items())
+    order = seeds.generator(seed, "guard", "prompts").permutation(len(able))[:num]
+    chosen = dict(able[i] for i in sorted(order.tolist()))
     return list(chosen.values()), [prompt for prompt in prompts if prompt_id(prompt.messages) not in chosen]

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from trimtab.core.config import Choice
+from trimtab.stages.online.guard.independence import refuse_empty_measure
 
+LEAST_FOR_ACTIONS = 8
+"""With fewer prompts than this, replies that happen to fall alike are not rare enough to act on."""
 GuardAction = Literal["raise_kl", "roll_back", "stop"]
 
 
@@ -50,10 +53,16 @@ class GuardSettings:
     """The model that the finished run writes: that of its last step, or the one that decision.json names."""
 
     def __post_init__(self) -> None:
-        if not self.measure:
-            raise ValueError("measure is empty; name what decides, such as measure = [{ name = 'gold', world = '…' }]")
+        refuse_empty_measure(self.measure)
+        if self.num_prompts < self.least_prompts:
+            raise ValueError(f"num_prompts = {self.num_prompts} with actions; a test of a fall needs at least 8")
         if "stop" in self.actions[:-1]:
             raise ValueError(f"actions = {list(self.actions)}: nothing comes after 'stop'; make it the last one")
+
+    @property
+    def least_prompts(self) -> int:
+        """How many different prompts there have to be: for an interval, and for a test that is acted on."""
+        return LEAST_FOR_ACTIONS if self.actions else 2
 
     def num_checks(self, num_steps: int) -> int:
         """The number of checks in a run of so many steps: before the first, every `every`, and after the last."""

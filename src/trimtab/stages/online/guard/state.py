@@ -24,6 +24,10 @@ class GuardState:
     """The step of the last check and the mean KL in it, in nats."""
     fired: list[str] = field(default_factory=list)
     """The signals that had fired when the measure was last asked; they ask for nothing again."""
+    num_checks: int = 0
+    """The number of checks so far, with the measure or without."""
+    spent: float = 0.0
+    """How much of `GuardSettings.alpha` the tests so far have used up."""
     num_actions: int = 0
     """The entries of `GuardSettings.actions` that are used up."""
     measured_at_action: int = 0

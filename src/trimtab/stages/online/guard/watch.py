@@ -18,19 +18,28 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimtab.core import config, seeds
-from trimtab.core.errors import EngineError
+from trimtab.core.errors import DataError, EngineError
 from trimtab.core.files import json_text, write_whole, writing
 from trimtab.core.metrics import Mean, Metrics
 from trimtab.core.types import records_hash
 from trimtab.engines.base import Sampler, Scorer
-from trimtab.evals.checkpoint_choice import FallTest, MeasuredCheckpoint, best_checkpoint, decision, fall_test
+from trimtab.evals.checkpoint_choice import (
+    FallTest,
+    MeasuredCheckpoint,
+    best_checkpoint,
+    corrected_level,
+    decision,
+    fall_test,
+    interval_of_chosen,
+)
 from trimtab.evals.reply_signals import LEXICON_VERSION, measure_signals
 from trimtab.rewards.base import Reward
 from trimtab.runs.checkpoints import whole_checkpoint
 from trimtab.runs.loop import Steps
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
-from trimtab.stages.online.guard.measuring import CheckReplies, ask, measure_digest
+from trimtab.stages.online.guard.independence import measure_digest
+from trimtab.stages.online.guard.measuring import CheckReplies, ask
 from trimtab.stages.online.guard.prompts import GuardPrompts
 from trimtab.stages.online.guard.settings import GuardAction, GuardSettings
 from trimtab.stages.online.guard.state import GuardState
@@ -93,6 +102,8 @@ class RunGuard:
         """Measures the policy before the first step, if this is not yet done, and keeps it as a checkpoint. Ends a run
         that the guard has stopped. Raises EngineError if the measure cannot judge the replies."""
         if self.seen.stopped:
+            if steps.done < self.num_steps:
+                print(f"guard: the run stays stopped after step {steps.done}: {self.seen.stopped}", file=sys.stderr)
             steps.end()
         if self.seen.series:
             return
@@ -107,6 +118,7 @@ class RunGuard:
                 fix="mend the measure, or give prompts that it can judge; the log says why it failed",
             )
         self.seen.series.append(first)
+        self.seen.num_checks = 1
         self.seen.kl, self.seen.truncated = (0, first.kl), replies.truncated_fraction
         self._record(0, {"event": "check", **_row_of(first), "fired": []})
         self.run.save_checkpoint(0, self.state.save)
@@ -116,6 +128,7 @@ class RunGuard:
         if step % self.settings.every and step != self.num_steps:
             return {}
         replies = self._ask(step)
+        level = self._level(step)
         found, fired = self._signals(step, replies)
         budget = self.settings.kl_budget
         spent = budget is not None and found["kl"] > budget
@@ -128,26 +141,26 @@ class RunGuard:
         decided: list[dict[str, Any]] = []
         if due or asked:
             now, best = replies.measured(step, self.measure), best_checkpoint(self.seen.series)
-            fall = fall_test(
-                best,
-                now,
-                alpha=self.settings.alpha,
-                num_checks=self.settings.num_checks(self.num_steps),
-                margin=self.settings.margin,
-            )
+            fall = fall_test(best, now, level=level, margin=self.settings.margin)
             self.seen.series.append(now)
             self.seen.fired = fired
             row |= {**_row_of(now), "asked_by": [] if due else asked}
             row |= {"compared_with_step": best.step, **_row_of_fall(fall)}
             if now.may_be_chosen:
-                metrics |= {f"guard/{name}": Mean(value, 1) for name, value in now.estimate.named("measure").items()}
+                known = {name: value for name, value in now.estimate.named("measure").items() if math.isfinite(value)}
+                metrics |= {f"guard/{name}": Mean(value, 1) for name, value in known.items()}
+            else:
+                unjudged = f"the measure judged {now.estimate.count} of {len(now.values)} prompts"
+                print(f"guard: step {step}: {unjudged}: no fall can be found", file=sys.stderr)
+                if self.settings.actions and step < self.num_steps:
+                    decided.append(self._stop(f"{unjudged}, and what it cannot judge may be what is wrong"))
             metrics["guard/unjudged"] = Mean(len(now.values) - now.estimate.count, 1)
             metrics["guard/best_step"] = Mean(self.kept()[0], 1)
             if self.kept() == [step]:
                 steps.save()
             if spent:
                 decided.append(self._stop(f"a KL of {found['kl']:.3g} nats is above kl_budget = {budget:g}"))
-            elif step < self.num_steps:  # after the last step there is nothing left to change
+            elif step < self.num_steps and not decided:  # after the last step there is nothing left to change
                 decided += self._decide(step, now, best, fall)
         self._record(step, row, *decided)
         for action in decided:
@@ -162,11 +175,16 @@ class RunGuard:
         and returns what the summary says of the guard."""
         seen, chosen = self.seen, best_checkpoint(self.seen.series)
         last = seen.series[-1]
+        said, model_is = interval_of_chosen(chosen, len(seen.series)), f"the last step, {last.step}"
         if self.settings.writes == "best":
-            self.state.load_models(whole_checkpoint(self.run.directory, chosen.step))
+            written, row = self._load_best(last.step, seen.series)
+            if row:
+                self._record(last.step, *row)
+                print(f"guard: {row[0]['why']}: step {written}", file=sys.stderr)
+            model_is = f"step {written}, as the chosen checkpoint is damaged" if row else "the chosen checkpoint"
         table = config.dump(self.settings)["measure"]
         evidence: dict[str, Any] = {
-            "model_is": "the chosen checkpoint" if self.settings.writes == "best" else f"the last step, {last.step}",
+            "model_is": model_is,
             "measure": {"settings": table, "sha256": measure_digest(table)},
             "prompts": {
                 "source": self.settings.prompts or "held out of the run's own",
@@ -183,14 +201,17 @@ class RunGuard:
         with writing(DECISION, path):
             write_whole(path, json_text(decision(seen.series, evidence=evidence)))
         if self.settings.writes == "last" and chosen is not last:
-            said = f"the measure is best at step {chosen.step} ({chosen.estimate}); the model is that of the last step"
-            print(f"guard: {said} ({last.estimate})", file=sys.stderr)
+            print(
+                f"guard: the measure is best at step {chosen.step} ({said}); the model is that of the last step "
+                f"({last.estimate})",
+                file=sys.stderr,
+            )
         return {
             "chosen_step": chosen.step,
             "stopped": seen.stopped,
             "num_actions": seen.num_actions,
             "prompts_trained_on": self.num_trained_on,
-            **chosen.estimate.named("measure_chosen"),
+            **said.named("measure_chosen"),
             **last.estimate.named("measure_last"),
         }
 
@@ -209,6 +230,33 @@ class RunGuard:
             replies_per_prompt=self.settings.replies_per_prompt,
             seed=seeds.derive(self.seed, "guard"),
         )
+
+    def _level(self, step: int) -> float:
+        """The level of a test in this check: what is left of alpha, over the pairs of this check and those to come. The
+        level of the last check is not spent, for nothing is decided there and the run may be given more steps."""
+        seen, left = self.seen, self.settings.num_checks(self.num_steps - step)
+        level = corrected_level(self.settings.alpha - seen.spent, left, num_before=seen.num_checks)
+        if step < self.num_steps:
+            seen.spent += level * seen.num_checks
+        seen.num_checks += 1
+        return level
+
+    def _load_best(self, step: int, series: Sequence[MeasuredCheckpoint]) -> tuple[int, list[dict[str, Any]]]:
+        """Gives the models the weights of the best checkpoint in `series` that is whole, and returns its step, with a
+        row for the record if it is not the best. Without any, the models stay as they are after `step`."""
+        row: list[dict[str, Any]] = []
+        able = [one for one in series if one.may_be_chosen]
+        while able:
+            best = best_checkpoint(able)
+            try:
+                self.state.load_models(whole_checkpoint(self.run.directory, best.step))
+            except DataError as error:
+                able.remove(best)
+                why = f"{error.problem}; the best that is whole is taken instead"
+                row = row or [{"event": "damaged", "why": why, "best_step": best.step}]
+            else:
+                return best.step, row
+        return step, row
 
     def _signals(self, step: int, replies: CheckReplies) -> tuple[dict[str, float], list[str]]:
         """The cheap signals by name, and those that fired."""
@@ -244,25 +292,26 @@ class RunGuard:
                 f"the measure fell from {best.estimate} at step {best.step} to {now.estimate}, by {fall.difference} "
                 f"paired, p = {fall.p_value:.2g} below {fall.level:.2g}"
             )
-            return [self._act(action, best.step, why)]
+            return self._act(action, step, why)
         if seen.lower_coefs and self.kept() == [step]:
             self.state.kl_coef, before = seen.lower_coefs.pop(), self.state.kl_coef
             why = f"the measure has a new best, {now.estimate}; kl_coef {before:.4g} → {self.state.kl_coef:.4g}"
             return [{"event": "lower_kl", "why": why, "kl_coef": self.state.kl_coef}]
         return []
 
-    def _act(self, action: GuardAction, best_step: int, why: str) -> dict[str, Any]:
+    def _act(self, action: GuardAction, step: int, why: str) -> list[dict[str, Any]]:
         state = self.state
         if action == "stop":
-            return self._stop(why)
+            return [self._stop(why)]
         if action == "raise_kl":
             self.seen.lower_coefs.append(state.kl_coef)
             state.kl_coef = max(state.kl_coef * self.settings.kl_factor, self.settings.kl_floor)
             why = f"{why}; kl_coef {self.seen.lower_coefs[-1]:.4g} → {state.kl_coef:.4g}"
-            return {"event": action, "why": why, "kl_coef": state.kl_coef}
-        state.load_models(whole_checkpoint(self.run.directory, best_step))
+            return [{"event": action, "why": why, "kl_coef": state.kl_coef}]
+        to_step, damaged = self._load_best(step, self.seen.series[:-1])
         self.queue.drop_drawn()
-        return {"event": action, "why": f"{why}; on with the weights of step {best_step}", "to_step": best_step}
+        why = f"{why}; on with the weights of step {to_step}"
+        return [*damaged, {"event": action, "why": why, "to_step": to_step}]
 
     def _stop(self, why: str) -> dict[str, Any]:
         self.seen.stopped = why
