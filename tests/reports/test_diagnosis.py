@@ -20,7 +20,7 @@ from tests.stages.commands import trimtab
 from trimtab.core import config
 from trimtab.reports.collect import PipelineRecord, Series, collect
 from trimtab.reports.diagnosis import diagnose, diagnose_run
-from trimtab.reports.diagnosis.kl_coefficient import kl_coef_at
+from trimtab.reports.diagnosis.kl_coefficient import kl_change, kl_coef_at
 from trimtab.reports.diagnosis.remedy import as_override, mended
 from trimtab.reports.diagnosis.rule import RULES, SettingChange
 from trimtab.reports.diagnosis.text import lines_of, printable
@@ -83,6 +83,12 @@ def test_phrases_must_grow_beyond_chance():
     assert not grew(0, 3)  # p = 0.11
     assert not grew(8, 15)  # significant, but less than twice as often
     assert not PhraseCount(before=0, num_before=4, after=4, num_after=4, sample=None).grew
+
+
+def test_a_coefficient_that_is_to_hold_the_kl_is_at_least_doubled():
+    run = record("online", {}, settings={"kl": {"name": "fixed", "coef": 0.2}})
+    assert [change.new for change in kl_change(run, 0.01, target=6.0)] == [0.4]
+    assert [change.new for change in kl_change(run, 0.01)] == [0.01]
 
 
 def test_the_kl_coefficient_is_the_slope_of_the_reward():

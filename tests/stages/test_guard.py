@@ -165,7 +165,14 @@ def test_a_decision_says_what_it_rests_on(ladder):
 def test_the_page_of_the_run_tells_actions_and_choice(ladder):
     page = (ladder / "report.html").read_text(encoding="utf-8")
     assert "4 checks, 3 actions." in page
-    for said in (*LADDER, "Chosen is step 0", "paired by prompt", "4 measured checkpoints", "Measure of the guard"):
+    for said in (
+        *LADDER,
+        "Chosen is step 0",
+        "paired by prompt",
+        "These intervals count the choice",
+        "4 measured checkpoints",
+        "Measure of the guard",
+    ):
         assert said in page, said
     assert "not a finite number" not in page
 

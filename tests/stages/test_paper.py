@@ -175,6 +175,8 @@ def test_roles_are_those_of_the_settings(llama):
     assert [role.name for role in online(llama, critic={"init": "value_head"}).roles] == ["policy", "reference"]
     judged = online(llama, rewards=[{"name": "model", "path": llama}] * 2).roles
     assert [(r.name, r.controller_only) for r in judged[3:]] == [("reward model 1", True), ("reward model 2", True)]
+    guard = {"measure": [{"name": "model", "path": llama}]}
+    assert [role.name for role in online(llama, critic={"init": "policy"}, guard=guard).roles][3:] == ["reward model"]
     adapted = online(llama, adapter={"rank": 16}, critic={"init": "policy"}).roles
     assert [role.on_base for role in adapted] == [False, True, True]
     assert [role.adapter for role in adapted] == [41_943_040, 0, 41_943_040]

@@ -117,6 +117,14 @@ def test_a_critic_is_counted_if_it_is_loaded(tmp_path, base, advantage, held):
     assert ("critic" in weights("online", settings, tmp_path)) == held
 
 
+def test_the_measure_of_a_guard_is_counted(tmp_path, base):
+    values = {"model": str(base), "prompts": "world:arithmetic?num=8", "critic": {"init": "policy"}}
+    values |= {"rewards": [{"name": "exact_answer"}], "guard": {"measure": [{"name": "model", "path": str(base)}]}}
+    settings = config.resolve(OnlineSettings, values, where="the test")
+    held = weights("online", settings, tmp_path)
+    assert held["reward 1"] == held["reference"] > 0
+
+
 def test_the_memory_of_each_process_is_shown():
     found = StagePlan(
         name="sft",

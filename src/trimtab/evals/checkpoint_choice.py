@@ -67,7 +67,7 @@ class MeasuredCheckpoint:
         """The mean over the prompts that were judged, with its 95% interval."""
         return self.interval()
 
-    @property
+    @cached_property
     def is_share(self) -> bool:
         """Whether all values that are known lie from 0 to 1, which is then taken as the scale of the measure."""
         return all(0 <= value <= 1 for value in self.values if math.isfinite(value))

@@ -35,6 +35,9 @@ def _said(decision: Mapping[str, Any]) -> str:
     if gain is not None and number(last, "step") != number(decision, "chosen_step"):
         step = show(number(last, "step"))
         beside = f" It is above the last one, step {step}, by {show(gain.value)} {bounds(gain)}, paired by prompt."
+    value = interval(section(decision, "chosen"), "measure")
+    if value is not None:
+        beside = f" Its measure is {show(value.value)} {bounds(value)}.{beside} These intervals count the choice."
     prompts = show(number(section(decision, "prompts"), "num"))
     return (
         f"Chosen is step {show(number(decision, 'chosen_step'))}, measured on {prompts} prompts; the rule: "

@@ -103,9 +103,9 @@ def choose(
     """Asks every checkpoint of the run in `directory`, writes the decision to `out` (decision.json in the run), and the
     chosen model to `export` if it is given.
 
-    `values` are those of `ChooseSettings`. Raises ConfigError for a run of another stage, for one that is at work, for
-    a measure or prompts that the run trained on, and if a file that is there would be overwritten; DataError for a directory without a
-    run, for a run that kept no checkpoint, and for a damaged one.
+    `values` are those of `ChooseSettings`. Raises ConfigError for a run of another stage, for one that is at work,
+    for a measure or prompts that the run trained on, and if a file that is there would be overwritten; DataError
+    for a directory without a run, for a run that kept no checkpoint, and for a damaged one.
     """
     path = out or directory / DECISION
     _refuse_existing(path if out is None else None, export)
