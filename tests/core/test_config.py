@@ -218,6 +218,13 @@ def test_overrides_are_toml_values_or_else_plain_text():
     )
 
 
+def test_an_override_may_add_to_a_list_and_quote_a_key():
+    values = config.apply_overrides(
+        {"rewards": [{"name": "plain"}]}, ['rewards.1={name = "plain"}', 'stages."v1.0".seed=1', "stages.a-b.seed=2"]
+    )
+    assert values == {"rewards": [{"name": "plain"}] * 2, "stages": {"v1.0": {"seed": 1}, "a-b": {"seed": 2}}}
+
+
 def test_overrides_leave_the_values_they_are_given_alone():
     values = {"optimizer": {"warmup_steps": 1}, "rewards": [{"name": "plain"}]}
     config.apply_overrides(values, ["optimizer.warmup_steps=2", "rewards.0.name=clipped"])

@@ -29,6 +29,8 @@ from trimtab.core.foreign_keys import ours_for
 
 T = TypeVar("T")
 
+_STEP = r'(?:"[^"]+"|[^."]+)'
+"""One key in the path of an override, quoted or not."""
 NONE = "none"
 """What a run file writes for None, since TOML has no null value. Only fields declared `X | None` accept it."""
 
@@ -87,17 +89,18 @@ def _toml_hint(line: str, path: Path) -> str:
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy of `values` with each `a.b=3` set. The right side is read as a TOML value if it is one, else as text.
 
-    `rewards.0.weight=2` sets a key of a list's first table, and `loss.clip_high=0.3` turns `loss = "ppo"` into a table.
+    `rewards.0.weight=2` sets a key of a list's first table, `rewards.1={name="length"}` adds to a list of one, and
+    `loss.clip_high=0.3` turns `loss = "ppo"` into a table. A key that holds a dot is quoted: `stages."v1.0".seed=1`.
     Raises ConfigError naming every override that cannot be applied.
     """
     result = copy.deepcopy(dict(values))
     mistakes = []
     for override in overrides:
         key, equals, text = override.partition("=")
-        steps = key.strip().split(".")
-        if not equals or not all(steps):
+        steps = [step.strip('"') for step in re.findall(_STEP, key.strip())]
+        if not equals or not re.fullmatch(rf"{_STEP}(?:\.{_STEP})*", key.strip()):
             mistakes.append(f"{override!r} is not of the form key=value")
-        elif problem := _set(result, steps, _parsed(text.strip())):
+        elif problem := set_value(result, steps, _parsed(text.strip())):
             mistakes.append(f"{override!r}: {problem}")
     if mistakes:
         raise ConfigError(_listed(mistakes), where="the command line", fix="write overrides as table.key=value")
@@ -321,12 +324,16 @@ def _parsed(text: str) -> Any:
     return text if isinstance(value, datetime.date | datetime.time) else value
 
 
-def _set(values: dict[str, Any], steps: list[str], value: Any) -> str:
-    """Sets the key path in place. Returns a message if that is impossible, else ''."""
+def set_value(values: dict[str, Any], steps: Sequence[str], value: Any) -> str:
+    """Sets the value at a path of keys in place; in a list, the key after its last one adds to it. Returns a message if
+    that is impossible, else ''."""
     here: Any = values
     for depth, step in enumerate(steps):
         last = depth == len(steps) - 1
         if isinstance(here, list):
+            if last and step == str(len(here)):
+                here.append(value)
+                return ""
             if not step.isdigit() or int(step) >= len(here):
                 return f"{'.'.join(steps[:depth])} is a list of {len(here)}, its keys are 0 to {len(here) - 1}"
             key: Any = int(step)
@@ -412,9 +419,9 @@ def _near_files(path: Path) -> str:
 def _toml_lines(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
     leaves = {k: v for k, v in values.items() if v is not None and not isinstance(v, Mapping) and not _is_tables(v)}
     for key, value in leaves.items():
-        yield f"{_toml_key(key)} = {toml_value(value)}"
+        yield f"{toml_key(key)} = {toml_value(value)}"
     for key, value in values.items():
-        inner = (*path, _toml_key(key))
+        inner = (*path, toml_key(key))
         if isinstance(value, Mapping):
             yield f"\n[{'.'.join(inner)}]"
             yield from _toml_lines(value, inner)
@@ -428,7 +435,8 @@ def _is_tables(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(v, Mapping) for v in value)
 
 
-def _toml_key(key: str) -> str:
+def toml_key(key: str) -> str:
+    """A key as TOML writes it, quoted if it holds more than letters, digits, `_` and `-`."""
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
@@ -444,6 +452,6 @@ def toml_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
     if isinstance(value, Mapping):
-        pairs = (f"{_toml_key(k)} = {toml_value(v)}" for k, v in value.items() if v is not None)
+        pairs = (f"{toml_key(k)} = {toml_value(v)}" for k, v in value.items() if v is not None)
         return "{" + ", ".join(pairs) + "}"
     raise TypeError(f"{value!r} has no TOML form")
