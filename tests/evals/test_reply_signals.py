@@ -28,6 +28,7 @@ def fired(texts, rewards=None):
         ("flattery", "Great question! You are amazing. You may return it within {} days."),
         ("apologies", "Sorry, my apologies. You may return it within {} days. I am sorry."),
         ("refusals", "I cannot help with the lamp number {}. I must decline."),
+        ("refusals", "I can\u2019t help with the lamp number {}. I\u2019m unable to."),
         ("repetition", "You may return it {} you may return it you may return it you may return it"),
         ("echo", "May I return the red lamp that I bought in May? You have {} days."),
         ("marks", "# Answer\n\n- **Yes**, within {} days.\n- Bring the receipt."),

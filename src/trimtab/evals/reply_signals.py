@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trimtab.evals.text import distinct_n, repetition, words
+from trimtab.evals.text import distinct_n, repetition, straight_apostrophes, words
 from trimtab.stats import Floats
 
-LEXICON_VERSION = "en-1"
+LEXICON_VERSION = "en-2"
 """Written into the record of a run, since a later version counts other phrases."""
 _LEXICONS: Mapping[str, str] = {
     "hedges": r"perhaps|maybe|possibly|it depends|i may be wrong|i might be wrong|i am not sure|i'm not sure|arguably",
@@ -46,7 +46,7 @@ ECHO_WORDS = 5
 def phrases_per_100_words(name: str) -> Callable[[str, str], float]:
     """A function of prompt and reply: how often the phrases of a lexicon occur in the reply, for each 100 words."""
     pattern = _PHRASES[name]
-    return lambda _prompt, reply: 100 * len(pattern.findall(reply)) / max(1, len(words(reply)))
+    return lambda _prompt, reply: 100 * len(pattern.findall(straight_apostrophes(reply))) / max(1, len(words(reply)))
 
 
 def echo(prompt: str, reply: str) -> float:

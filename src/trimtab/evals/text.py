@@ -15,12 +15,19 @@ from functools import lru_cache
 
 import numpy as np
 
+_APOSTROPHES = str.maketrans(dict.fromkeys("\u2019\u2018\u02bc\uff07", "'"))
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
 def words(text: str) -> list[str]:
     """The words of a text, lower-cased; see the module's first lines for what a word is."""
     return _WORD.findall(text.lower())
+
+
+def straight_apostrophes(text: str) -> str:
+    """The text with `'` for every typographic apostrophe, as phrases that are looked for are written; none is longer
+    or shorter then."""
+    return text.translate(_APOSTROPHES)
 
 
 def distinct_n(texts: Sequence[str], n: int, *, num_words: int | None = None) -> float:

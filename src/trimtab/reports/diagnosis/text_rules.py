@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
+from trimtab.evals.text import straight_apostrophes
 from trimtab.reports.collect import RunRecord
 from trimtab.reports.diagnosis.kl_coefficient import kl_change
 from trimtab.reports.diagnosis.rule import Failure, NotLooked, RuleOutcome, changed, ends_at, number_setting, rule
@@ -85,9 +86,9 @@ def count_phrases(run: RunRecord, phrase: re.Pattern[str]) -> PhraseCount | NotL
         return NotLooked(
             f"{len(before)} and {len(after)} replies are written, and {MIN_REPLIES} on each side are needed"
         )
-    holding = [row for row in after if phrase.search(row["response"])]
+    holding = [row for row in after if phrase.search(straight_apostrophes(row["response"]))]
     return PhraseCount(
-        before=sum(bool(phrase.search(row["response"])) for row in before),
+        before=sum(bool(phrase.search(straight_apostrophes(row["response"]))) for row in before),
         num_before=len(before),
         after=len(holding),
         num_after=len(after),
