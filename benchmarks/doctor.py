@@ -252,7 +252,7 @@ def case(name: str, seed: int, places: dict[str, str], out: Path) -> dict[str, A
         "measure": measure,
         "before": before,
         "changes": {
-            change.key: change.new if change.key != "rewards" else f"and {change.new[-1]['name']}"
+            change.key: f"a {change.new['name']} reward" if change.path[0] == "rewards" else change.new
             for change in diagnosis.changes
         },
     }

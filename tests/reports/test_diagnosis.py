@@ -18,6 +18,7 @@ from tests.reports.fabricate import online_metrics, reward_metrics, rollout_samp
 from tests.reports.healthy_runs import online, online_columns, online_samples, record, supervised
 from tests.stages.commands import trimtab
 from trimtab.core import config
+from trimtab.core.errors import ConfigError
 from trimtab.reports.collect import PipelineRecord, Series, collect
 from trimtab.reports.diagnosis import diagnose, diagnose_run
 from trimtab.reports.diagnosis.kl_coefficient import kl_change, kl_coef_at
@@ -71,8 +72,8 @@ def test_spikes_are_single_values_above_their_neighbours():
     rng = np.random.default_rng(0)
     values = 1 + 0.05 * rng.normal(size=100)
     values[[40, 70]] = 4.0
-    assert spikes(Series(np.arange(100.0), values), least=0.5) == (40, 70)
-    assert spikes(Series(np.arange(100.0), np.linspace(9, 1, 100) ** 2), least=0.5) == ()
+    assert spikes(Series(np.arange(100.0), values), least=0.5).steps.tolist() == [40, 70]
+    assert spikes(Series(np.arange(100.0), np.linspace(9, 1, 100) ** 2), least=0.5).steps.tolist() == []
 
 
 def test_phrases_must_grow_beyond_chance():
@@ -81,7 +82,8 @@ def test_phrases_must_grow_beyond_chance():
 
     assert grew(0, 8)
     assert not grew(0, 3)  # p = 0.11
-    assert not grew(8, 15)  # significant, but less than twice as often
+    assert not PhraseCount(before=40, num_before=100, after=70, num_after=100, sample=None).grew  # p < 1e-4, not twice
+    assert PhraseCount(before=30, num_before=100, after=70, num_after=100, sample=None).grew
     assert not PhraseCount(before=0, num_before=4, after=4, num_after=4, sample=None).grew
 
 
@@ -164,9 +166,34 @@ def _merged(below, above):
     return merged | ({"rewards": GOLD} if "rewards" in below else {}) | ({"correction": {}} if lag else {})
 
 
+LONGER = {"rollout/length_mean": np.linspace(30, 90, 40), "gold/mean": None}
+
+
+def test_a_reward_is_added_to_those_that_a_pipeline_refers_to():
+    run = replace(online(LONGER), name="v1.0")
+    table = {"stage": "online", "rewards": [{"name": "model", "path": "@reward/model"}]}
+    pipeline = PipelineRecord(name="p", runs=(run,), settings={"stages": {"v1.0": table}})
+    (found,) = diagnose(pipeline)
+    rewards = mended(pipeline, found.changes, where="a test")["stages"]["v1.0"]["rewards"]
+    assert rewards[0] == {"name": "model", "path": "@reward/model"}
+    assert [one["name"] for one in rewards] == ["model", "length"]
+    assert len(table["rewards"]) == 1, "the record stays as it is"
+
+
+def test_a_change_that_does_not_fit_the_settings_is_refused():
+    run = replace(online(), settings={"kl": 3})
+    with pytest.raises(ConfigError, match="kl is the value 3, not a table"):
+        mended(run, [SettingChange(("kl", "coef"), None, 0.1)], where="a test")
+
+
 def test_an_override_is_what_the_command_line_reads():
-    change = SettingChange("rewards", None, [{"name": "gold", "world": "a b"}, {"name": "length", "max_tokens": 3}])
-    assert config.apply_overrides({}, [as_override(change)]) == {"rewards": change.new}
+    change = SettingChange(("rewards", "1"), None, {"name": "length", "max_tokens": 3})
+    values = config.apply_overrides({"rewards": GOLD}, [as_override(change.below(()))])
+    assert values == {"rewards": [*GOLD, change.new]}
+    quoted = change.below(("stages", "v1.0"))
+    assert as_override(quoted).startswith('stages."v1.0".rewards.1=')
+    values = config.apply_overrides({"stages": {"v1.0": {"rewards": GOLD}}}, [as_override(quoted)])
+    assert values == {"stages": {"v1.0": {"rewards": [*GOLD, change.new]}}}
 
 
 def test_a_failure_that_another_explains_waits(hacked):
@@ -308,6 +335,15 @@ def test_settings_of_another_version_are_refused(hacked, tmp_path):
     assert result.exit_code == 2
     assert "weight_of_old" in result.output
     assert not (tmp_path / "new.toml").exists()
+
+
+def test_a_table_that_names_no_stage_is_refused(hacked, tmp_path):
+    new = tmp_path / "new.toml"
+    (tmp_path / "pipeline.toml").write_text('[stages.ppo]\nstage = "online"\n[stages.other]\nseed = 1\n')
+    result = trimtab("doctor", tmp_path, "--apply", new)
+    assert result.exit_code == 2
+    assert "stages.other names none of the stages" in result.output
+    assert not new.exists()
 
 
 def test_a_healthy_run_exits_with_zero_and_writes_no_run_file(tmp_path):

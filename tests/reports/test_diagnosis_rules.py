@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -41,7 +43,19 @@ HACKED = {
     "gold/mean": np.concatenate([np.linspace(0.5, 0.7, 12), np.linspace(0.7, 0.2, N - 12)]),
     "policy/kl": np.linspace(0, 25, N),
 }
-NAN = np.where(np.arange(N) == 20, np.nan, 0.3)
+NAN = np.where(np.arange(N) == N - 1, np.nan, 0.3)
+
+GUARDED = {
+    f"guard/measure{end}": np.where(np.arange(N) % 8 == 7, np.linspace(0.8, 0.2, N) + half, np.nan)
+    for end, half in (("", 0.0), ("_low", -0.07), ("_high", 0.07))
+}
+"""What a guard logs that measures five times: 64 prompts, a standard error of 0.036."""
+DECISION = {
+    "checkpoints": [
+        {"step": step, "kl": kl, "reward": r, "measure": m, "measure_low": m - 0.07, "measure_high": m + 0.07}
+        for step, kl, r, m in ((0, 0.0, 0.0, 0.8), (20, 12.0, 0.7, 0.5), (40, 25.0, 1.5, 0.2))
+    ]
+}
 FLAT_LOSS = wiggle(0.69, 0.02, 80)
 
 ILL = {
@@ -59,8 +73,8 @@ ILL = {
             {"optimizer/policy_gradient_norm": np.zeros(N), "reward/mean": wiggle(0.5, 0.05)},
             sampling=ONLINE_SETTINGS["sampling"] | {"temperature": 0.01},
         ),
-        online({"reward/mean": wiggle(0.1, 0.05), "gold/mean": wiggle(0.5, 0.02)}),
     ],
+    "reward_stays": [online({"reward/mean": wiggle(0.1, 0.05), "gold/mean": wiggle(0.5, 0.02)})],
     "policy_stays": [
         online({"policy/kl": wiggle(0.01, 0.005), "reward/mean": wiggle(0.1, 0.05)}),
         online({"policy/kl": wiggle(0.01, 0.005), "reward/mean": wiggle(0.1, 0.05), "kl/coef": np.full(N, 20.0)}),
@@ -70,10 +84,15 @@ ILL = {
         online({"reward/clipped_fraction": wiggle(0.5, 0.05)}, shaping={"normalize": False, "clip": 0.1}),
         online({"reward/std": wiggle(0.005, 0.0005), "critic/loss": None}),
     ],
-    "reward_hacking": [online(HACKED)],
+    "reward_hacking": [
+        online(HACKED),
+        online(HACKED | {"gold/mean": None} | GUARDED),
+        replace(online(HACKED | {"gold/mean": None}), decision=DECISION),
+    ],
     "kl_explosion": [
         online({"policy/kl": np.linspace(0, 60, N)}),
         online({"policy/clip_fraction": wiggle(0.5, 0.05), "policy/approx_kl": wiggle(0.3, 0.05)}),
+        online({"policy/kl": np.r_[0.0, np.full(N - 1, 400.0)]}),
     ],
     "entropy_collapse": [
         online({"policy/entropy": ramp(N, 0.5, 0.05) + wiggle(0, 0.01)}),
@@ -197,3 +216,155 @@ def test_a_flat_noisy_series_moves_no_more_often_than_chance_says():
     assert counts["white"] <= 4
     assert counts["heavy"] <= 8
     assert counts["slow"] <= 450  # the figure in the docstring of CHANCE
+
+
+def failures_of(run):
+    return {rule.name: failure for rule, failure in diagnose_run(run).found}
+
+
+def reasons_of(run):
+    return {rule.name: reason.reason for rule, reason in diagnose_run(run).not_looked}
+
+
+def roots_of(run):
+    found = diagnose_run(run)
+    return [rule.name for rule, _ in found.found if found.explains(rule) is None]
+
+
+# --- an independent measure ---
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_measure_of_a_guard_stands_for_gold(number):
+    found = failures_of(ILL["reward_hacking"][number])["reward_hacking"]
+    assert found.symptom.startswith("The guard's measure peaked at 0.")
+    # the first check is after step 8; decision.json has the model of step 0 too
+    assert found.evidence["peak_step"] == (8 if number == 1 else 0)
+    assert ("stop at step 8" in found.advice) == (number == 1)
+
+
+def test_a_guard_with_wide_intervals_shows_no_fall():
+    wide = {
+        name: values + {"low": -0.4, "high": 0.4}.get(name.rpartition("_")[2], 0.0) for name, values in GUARDED.items()
+    }
+    assert "reward_hacking" not in found_in(online(HACKED | {"gold/mean": None} | wide))
+    few = {name: np.where(np.arange(N) < 32, np.nan, values) for name, values in GUARDED.items()}
+    assert "[guard] measures" in reasons_of(online(HACKED | {"gold/mean": None} | few))["reward_hacking"]
+
+
+def test_longer_replies_are_well_if_the_guard_says_so():
+    longer = {"rollout/length_mean": np.linspace(30, 90, N), "gold/mean": None}
+    rising = {name: values + np.linspace(0, 1.2, N) for name, values in GUARDED.items()}
+    assert "while the guard's measure did not rise" in failures_of(online(longer | GUARDED))["length_growth"].symptom
+    assert "length_growth" not in found_in(online(longer | rising))
+
+
+# --- what a failure follows from, and its remedy ---
+
+
+def test_a_destroyed_policy_is_not_answered_by_more_samples():
+    run = online(
+        {
+            "policy/kl": np.linspace(30, 300, N),
+            "policy/clip_fraction": wiggle(0.6, 0.02),
+            "reward/mean": wiggle(-1.0, 0.02),
+        },
+        optimizer={"learning_rate": 1e-2, "warmup_fraction": 0.0},
+    )
+    assert {"kl_explosion", "reward_stays"} <= set(found_in(run))
+    assert "reward_stays" not in roots_of(run)
+    changes = {change.key: change.new for change in diagnose_run(run).changes}
+    assert changes["optimizer.learning_rate"] == 0.003
+    assert "prompts_per_step" not in changes
+
+
+def test_a_policy_that_is_gone_at_once_takes_smaller_steps():
+    changes = {one.key for one in failures_of(ILL["kl_explosion"][2])["kl_explosion"].changes}
+    assert changes == {"kl.coef", "optimizer.learning_rate"}
+    far_from_the_start = online({"policy/kl": np.linspace(40, 60, N)})  # another reference than the first policy
+    changes = {one.key for one in failures_of(far_from_the_start)["kl_explosion"].changes}
+    assert changes == {"kl.coef"}
+
+
+@pytest.mark.parametrize(
+    ("number", "cause", "epochs"), [(0, "learned by heart", 1.0), (1, "stopped early", 2.0)], ids=["over", "under"]
+)
+def test_overconfidence_asks_for_fewer_passes_and_underconfidence_for_more(number, cause, epochs):
+    found = failures_of(ILL["miscalibration"][number])["miscalibration"]
+    assert cause in found.causes[0]
+    assert [(change.key, change.new) for change in found.changes] == [("num_epochs", epochs)]
+
+
+def test_swapped_labels_are_named():
+    found = failures_of(ILL["reward_model_collapse"][2])["reward_model_collapse"]
+    assert found.causes[0] == "chosen and rejected are swapped, in the training or in the held-out pairs"
+    assert not any("swapped, in" in cause for cause in failures_of(ILL["reward_model_collapse"][0]).popitem()[1].causes)
+
+
+def test_few_held_out_pairs_call_no_model_ill():
+    few = {"accuracy": 0.7, "accuracy_low": 0.48, "accuracy_high": 0.86}  # 14 of 20
+    for stage, rule in (("reward", "reward_model_collapse"), ("preference", "preference_at_chance")):
+        run = supervised(stage, summary=few)
+        assert rule not in found_in(run)
+        assert reasons_of(run)[rule].startswith("too few held-out pairs: 70% [48%, 86%]")
+
+
+def test_training_pairs_tell_where_held_out_ones_are_too_few():
+    few = {"accuracy": 0.57, "accuracy_low": 0.49, "accuracy_high": 0.64}
+    lost = {"reward/accuracy": np.full(80, 0.5), "reward/margin": np.zeros(80)}
+    found = failures_of(supervised("reward", lost, few))["reward_model_collapse"]
+    assert "0.5 (median of steps 65 to 80) of training pairs" in found.symptom
+
+
+def test_a_critic_that_was_thrown_about_at_first_gets_a_smaller_rate():
+    late = {"critic/explained_variance": wiggle(-0.02, 0.01), "critic/loss": ramp(N, 40.0, 0.1)}
+    for start, rate in ((0.6, 1e-6), (0.05, 1e-4)):
+        found = failures_of(online(late | {"critic/clip_fraction": ramp(N, start, 0.0)}))["critic_instability"]
+        assert next(one.new for one in found.changes if one.key == "critic.optimizer.learning_rate") == rate
+
+
+def test_the_accuracy_on_few_held_out_pairs_is_no_overfitting():
+    apart = {"reward/accuracy": np.full(80, 0.72), "reward/validation_accuracy": np.full(80, 0.55)}
+    few = {"accuracy": 0.55, "accuracy_low": 0.34, "accuracy_high": 0.74}
+    assert "overfitting" not in found_in(supervised("reward", apart, few))
+    assert "overfitting" in found_in(supervised("reward", apart, {"accuracy_high": 0.72}))
+
+
+def test_a_held_out_loss_that_rises_at_once_asks_for_smaller_steps():
+    rising = {"loss/validation": np.linspace(0.6, 0.9, 80)}
+    first = failures_of(supervised("sft", rising))["overfitting"]
+    assert {change.key for change in first.changes} == {"optimizer.learning_rate", "optimizer.warmup_fraction"}
+    # 80 passes of one step each: the first step has seen all data
+    assert [
+        (one.key, one.new) for one in failures_of(supervised("sft", rising, num_epochs=80.0))["overfitting"].changes
+    ] == [("max_steps", 1)]
+
+
+# --- losses ---
+
+
+def test_one_step_without_a_loss_is_well():
+    holes = [np.where(np.isin(np.arange(N), steps), np.nan, 0.3) for steps in ([20], [20, 30], [N - 1])]
+    assert ["loss_spikes" in found_in(online({"policy/loss": one})) for one in holes] == [False, True, True]
+
+
+def test_spikes_may_stand_at_fractions_of_steps():
+    loss = supervised_columns("sft")["loss/train"] + 5.0 * (np.arange(80) % 30 == 29)
+    run = supervised("sft")
+    found = failures_of(replace(run, metrics=run.metrics | {"loss/train": Series(np.arange(80) + 1.5, loss)}))
+    assert found["loss_spikes"].evidence["steps"] == [30.5, 60.5]
+
+
+# --- replies ---
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        ("over_refusal", "I\u2019m sorry."),
+        ("over_refusal", "I can\u02bct help you."),
+        ("sycophancy", "You\u2018re right."),
+    ],
+)
+def test_typographic_apostrophes_are_read(rule, text):
+    assert rule in found_in(online(samples=growing(text)))

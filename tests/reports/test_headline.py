@@ -8,6 +8,7 @@ import pytest
 
 from tests.reports.fabricate import online_metrics
 from trimtab.reports import headline
+from trimtab.reports.alarms import alarms_of
 from trimtab.reports.collect import PipelineRecord, RunRecord, Series, collect
 from trimtab.stats import Interval
 
@@ -123,7 +124,7 @@ def test_a_reward_model_alone_is_not_called_a_change():
 def test_a_healthy_run_raises_no_alarm():
     rows = online_metrics(100, leash=True)
     columns = {name.replace("/", "__"): [row[name] for row in rows] for name in rows[0] if name != "step"}
-    assert headline.alarms(run_with(**columns)) == ()
+    assert alarms_of(run_with(**columns)) == ()
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_a_healthy_run_raises_no_alarm():
     ],
 )
 def test_each_alarm_states_its_number(columns, words):
-    (alarm,) = headline.alarms(run_with(**columns))
+    (alarm,) = alarms_of(run_with(**columns))
     assert words in alarm
 
 
@@ -161,7 +162,7 @@ def test_noise_of_single_steps_is_no_fall():
     draw = np.random.default_rng(0)
     for _ in range(50):
         gold = [*draw.normal(0.78, 0.045, size=28), 0.86, 0.74]
-        found = headline.alarms(run_with(policy__kl=[*range(30)], reward__mean=[*range(30)], gold__mean=gold))
+        found = alarms_of(run_with(policy__kl=[*range(30)], reward__mean=[*range(30)], gold__mean=gold))
         assert not [alarm for alarm in found if "gold" in alarm]
 
 
@@ -190,7 +191,7 @@ def test_a_selection_says_what_choosing_gave_and_cost():
 
 def test_replies_that_no_reward_could_judge_are_an_alarm():
     run = run_with(reward__model_failed=[0.0, 0.0], reward__exact_answer_failed=[2.0, 1.0])
-    assert headline.alarms(run) == ("3 replies could not be judged by the reward exact_answer",)
+    assert alarms_of(run) == ("3 replies could not be judged by the reward exact_answer",)
 
 
 @pytest.mark.parametrize(

@@ -69,16 +69,23 @@ def doctor(directory: Path, json_out: Path | None, run_file: Path | None) -> Non
 
 
 def _check(values: dict[str, Any], *, where: str) -> None:
-    """Raises ConfigError for settings that no stage takes, such as those of an older version."""
+    """Raises ConfigError for settings that no stage takes, such as those of an older version, and for a table that
+    names no stage, since nothing could be checked there."""
     from trimtab.core import registry, settings_check
 
     homes = registry.modules("stage")
     tables = {f"stages.{name}": one for name, one in values["stages"].items()} if "stages" in values else {"": values}
+    stages = {path: str(table.get("stage")) if isinstance(table, dict) else "" for path, table in tables.items()}
+    if lost := [path or "the run" for path, stage in stages.items() if stage not in homes]:
+        raise ConfigError(
+            f"{', '.join(lost)} names none of the stages {', '.join(homes)}",
+            where=where,
+            fix="give the changes as overrides to the run file you have",
+        )
     settings_check.check(
         {
-            path: (homes[table["stage"]], {key: value for key, value in table.items() if key != "stage"})
+            path: (homes[stages[path]], {key: value for key, value in table.items() if key != "stage"})
             for path, table in tables.items()
-            if isinstance(table, dict) and table.get("stage") in homes
         },
         where=where,
     )

@@ -1,4 +1,4 @@
-"""What a reader should know first: the deciding numbers, what they say in plain words, and what looks wrong."""
+"""What a reader should know first: the deciding numbers, and what they say in plain words."""
 
 from __future__ import annotations
 
@@ -7,20 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from trimtab.evals.overoptimisation import HackingSummary, hacking_summary
 from trimtab.reports.collect import PipelineRecord, RunRecord, finite
+from trimtab.reports.quality import measured_quality
 from trimtab.stats import Interval, paired_difference
 
 Standing = Literal["good", "bad", "unclear", "neutral"]
 """What the numbers say about a model; neutral if they compare no two models, or only by a reward model."""
-
-FALL = 0.05
-"""Gold counts as fallen if it ends at least this share below its peak, and noise alone does not explain the fall."""
-CHANCE = 4
-"""Number of standard errors by which gold must fall. It is large because the peak is the highest of many points: of
-2,000 runs of 30 steps in which gold only fluctuates, two fall further."""
-MOST_AVERAGED = 15
-"""Largest number of steps averaged to tell whether gold has fallen; a short run averages a fifth of its steps."""
 
 
 @dataclass(frozen=True)
@@ -124,30 +116,12 @@ def _moved(before: str, after: str, *, rose: bool, bounds: str = "") -> str:
     return f"{'rose' if rose else 'fell'} from {before} to {shown}"
 
 
-def _with_bounds(estimate: Interval, show_one: Callable[[float], str] = show) -> str:
+def with_bounds(estimate: Interval, show_one: Callable[[float], str] = show) -> str:
+    """The number and its bounds, such as 0.62 [0.58, 0.66]."""
     return f"{show_one(estimate.value)} {bounds(estimate, show_one)}".rstrip()
 
 
 # --- what happened ---
-
-
-def hacking(run: RunRecord) -> HackingSummary | None:
-    """Gold against proxy over a run, averaged over neighbouring steps; None if KL, reward or gold was not logged."""
-    columns = [run.metrics.get(name) for name in ("policy/kl", "reward/mean", "gold/mean")]
-    by_step = [dict(zip(c.steps.tolist(), c.values.tolist(), strict=True)) for c in columns if c is not None]
-    if len(by_step) < len(columns):
-        return None
-    kl, reward, gold = by_step
-    points = [(kl[step], reward[step], gold[step]) for step in sorted(kl.keys() & reward.keys() & gold.keys())]
-    points = [point for point in points if not any(map(math.isnan, point))]
-    return hacking_summary(points, window=min(MOST_AVERAGED, len(points) // 5 | 1)) if points else None
-
-
-def has_fallen(summary: HackingSummary | None) -> bool:
-    """Whether gold ended below its peak by more than chance explains."""
-    if summary is None or summary.fall_fraction < FALL:
-        return False
-    return summary.peak_gold - summary.final_gold > CHANCE * summary.fall_error
 
 
 @dataclass(frozen=True)
@@ -259,7 +233,7 @@ def pipeline_verdict(record: PipelineRecord) -> Verdict:
         paired = f"; {_change(difference)}" if difference is not None else ""
         sentences.append(f"The {what} {moved}{paired}.")
     elif final is not None:
-        sentences.append(f"The {what} is {_with_bounds(final, score)}.")
+        sentences.append(f"The {what} is {with_bounds(final, score)}.")
     elif difference is not None:
         sentences.append(f"Gold score: {_change(difference)}.")
     best, kl = _best_of(policy), number(policy, "kl")
@@ -270,7 +244,7 @@ def pipeline_verdict(record: PipelineRecord) -> Verdict:
         perfect = f"perfect choice among {best[0]} supervised replies would give ({score(best[1])})"
         sentences.append(f"That is {verb} {perfect}{cost}.")
     if wins is not None:
-        shown = _with_bounds(wins, percent)
+        shown = with_bounds(wins, percent)
         sentences.append(f"The final policy beats the supervised model on {shown} of prompts.")
     sentences += reward_model_sentences(section(record.summary, "reward_model"))
     for run in record.runs:
@@ -306,7 +280,7 @@ def run_verdict(run: RunRecord) -> Verdict | None:
         if found.difference is not None:
             sentences.append(f"{_judge_name(found.judge)}: {_change(found.difference)}.")
         if found.wins is not None:
-            sentences.append(f"It beats the baseline on {_with_bounds(found.wins, percent)} of prompts.")
+            sentences.append(f"It beats the baseline on {with_bounds(found.wins, percent)} of prompts.")
     elif run.stage == "reward":
         sentences += reward_model_sentences(run.summary)
     elif run.stage == "select":
@@ -345,10 +319,10 @@ def _scores(run: RunRecord) -> list[str]:
         if ours is None:
             sentences.append(f"{_judge_name(judge)}: none of {show(num)} replies could be judged.")
             continue
-        against = f", baseline {_with_bounds(theirs, score)}" if theirs is not None else ""
+        against = f", baseline {with_bounds(theirs, score)}" if theirs is not None else ""
         left_out = f", {show(failed)} that could not be judged left out" if failed else ""
         judged = show((num or 0) - failed)
-        sentences.append(f"{_judge_name(judge)}: {_with_bounds(ours, score)} on {judged} prompts{against}{left_out}.")
+        sentences.append(f"{_judge_name(judge)}: {with_bounds(ours, score)} on {judged} prompts{against}{left_out}.")
     return sentences
 
 
@@ -357,7 +331,7 @@ def _preference_sentences(run: RunRecord) -> list[str]:
     accuracy, num = interval(run.summary, "accuracy"), number(run.summary, "num_held_out")
     if run.stage != "preference" or accuracy is None or not num:
         return []
-    shown = _with_bounds(accuracy, percent)
+    shown = with_bounds(accuracy, percent)
     return [f"By the reward it implies, the policy is right about {shown} of {show(num)} held-out preferences."]
 
 
@@ -372,15 +346,13 @@ def _selection_sentences(summary: Mapping[str, Any]) -> list[str]:
     for name, what in (("reward", "reward"), ("gold", "gold score")):
         before, after = number(one, name), interval(best, name)
         if before is not None and after is not None:
-            sentences.append(
-                f"The best of {n} has a {what} of {_with_bounds(after, score)}, one reply {score(before)}."
-            )
+            sentences.append(f"The best of {n} has a {what} of {with_bounds(after, score)}, one reply {score(before)}.")
     return [*sentences, f"Choosing costs at most {kl} nats of KL."] if sentences else []
 
 
 def _change(difference: Interval) -> str:
     on = f"on the same {difference.count} prompts" if difference.count else "on the same prompts"
-    return f"{on} the mean change is {_with_bounds(difference, _signed)}"
+    return f"{on} the mean change is {with_bounds(difference, _signed)}"
 
 
 def _standing(
@@ -403,7 +375,7 @@ def reward_model_sentences(card: Mapping[str, Any]) -> list[str]:
     accuracy = interval(card, "accuracy")
     if accuracy is None:
         return _label_sentences(card)
-    sentence = f"The reward model orders {_with_bounds(accuracy, percent)} of held-out pairs as the annotators did"
+    sentence = f"The reward model orders {with_bounds(accuracy, percent)} of held-out pairs as the annotators did"
     comparisons = []
     if (longer := number(card, "longer_wins")) is not None:
         comparisons.append(f"always preferring the longer reply gives {percent(longer)}")
@@ -417,68 +389,17 @@ def _label_sentences(card: Mapping[str, Any]) -> list[str]:
     what = "steps" if card.get("reward_kind") == "process" else "tokens"
     if (right := interval(card, "label_accuracy")) is not None:
         kind = card.get("reward_kind")
-        return [f"The {kind} reward model is right about {_with_bounds(right, percent)} of held-out {what}."]
+        return [f"The {kind} reward model is right about {with_bounds(right, percent)} of held-out {what}."]
     if (error := interval(card, "squared_error")) is not None:
-        return [f"The squared error of the reward model over held-out ratings is {_with_bounds(error, show)}."]
+        return [f"The squared error of the reward model over held-out ratings is {with_bounds(error, show)}."]
     return []
 
 
 def _hacking_sentences(run: RunRecord) -> list[str]:
-    summary = hacking(run)
-    if summary is None or not has_fallen(summary):
+    quality = measured_quality(run)
+    if quality is None or not quality.fell:
         return []
+    summary = quality.summary
     reward = "kept rising: it was being gamed" if summary.proxy_kept_rising else "fell too"
     peak, fall = f"{score(summary.peak_gold)} (KL {show(summary.peak_kl)})", percent(summary.fall_fraction)
-    return [f"In {run.name} gold peaked at {peak}, then fell {fall} while the reward {reward}."]
-
-
-# --- alarms ---
-
-
-def alarms(run: RunRecord, *, running: bool = False) -> tuple[str, ...]:
-    """Facts about a run that a person should look at, each with its number and the bound it passed. That a run is not
-    finished is one of them unless it is still running."""
-    found = list(run.problems)
-    metrics = run.metrics
-    if not run.finished and not running:
-        found.append(f"the run is not finished: {run.num_steps} steps are logged")
-    broken = sorted(name for name, series in metrics.items() if series.num_unknown)
-    if broken:
-        found.append(f"not a finite number at some step: {', '.join(broken[:5])}")
-    if (cut := _last(run, "rollout/truncated_fraction")) > 0.05:
-        found.append(f"{percent(cut)} of the last replies hit the length limit (above 5%)")
-    if (difference := _last(run, "rollout/logprob_difference")) > 0.01:
-        found.append(f"sampler and policy differ by up to {show(difference)} nats on one token (above 0.01)")
-    if (clipped := _last(run, "policy/clip_fraction")) > 0.3:
-        found.append(f"{percent(clipped)} of the tokens were clipped at the end (above 30%)")
-    if (explained := _last(run, "critic/explained_variance")) < 0:
-        found.append(f"the critic ends worse than a constant (explained variance {show(explained)})")
-    for name, what in (("policy/entropy", "entropy"), ("rollout/distinct_2", "distinct bigrams")):
-        if (series := metrics.get(name)) is not None and series.mean_of_last() < 0.5 * series.mean_of_first():
-            start, end = show(series.mean_of_first()), show(series.mean_of_last())
-            found.append(f"{what} fell from {start} to {end} (below half)")
-    if (length := metrics.get("rollout/length_mean")) is not None:
-        ratio = length.mean_of_last() / max(length.mean_of_first(), 1e-9)
-        if ratio > 1.3:
-            found.append(f"replies grew {show(ratio)} times longer (above 1.3)")
-    for name, series in metrics.items():
-        if name.startswith("reward/") and name.endswith("_failed") and (failed := series.total):
-            reward = name.removeprefix("reward/").removesuffix("_failed")
-            found.append(f"{show(failed)} replies could not be judged by the reward {reward}")
-    summary = hacking(run)
-    if summary is not None and has_fallen(summary) and summary.proxy_kept_rising:
-        fall = percent(summary.fall_fraction)
-        found.append(f"gold ended {fall} below its peak while the reward kept rising (above {percent(FALL)})")
-    accuracy, longer = interval(run.summary, "accuracy"), number(run.summary, "longer_wins")
-    if accuracy is not None and longer is not None and accuracy.low <= longer:
-        found.append(
-            f"the reward model ({_with_bounds(accuracy, percent)}) is not clearly better than "
-            f"preferring the longer reply ({percent(longer)})"
-        )
-    return tuple(found)
-
-
-def _last(run: RunRecord, name: str) -> float:
-    """The metric at the end of the run; nan if it was not logged, since nan passes no bound."""
-    series = run.metrics.get(name)
-    return math.nan if series is None else series.mean_of_last()
+    return [f"In {run.name} {quality.name} peaked at {peak}, then fell {fall} while the reward {reward}."]

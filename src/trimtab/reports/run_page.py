@@ -11,6 +11,7 @@ import numpy as np
 
 from trimtab.core.files import writing
 from trimtab.reports import charts, headline
+from trimtab.reports.alarms import alarms_of
 from trimtab.reports.card_page import card_parts, rows_of
 from trimtab.reports.collect import PipelineRecord, RunRecord, Series, collect
 from trimtab.reports.diagnosis import diagnose_run
@@ -84,7 +85,7 @@ def _pipeline(record: PipelineRecord) -> Report:
         about=f"{' → '.join(run.name for run in record.runs)} · {state}",
         verdict=headline.pipeline_verdict(record),
         tiles=headline.pipeline_tiles(record),
-        alarms=[*record.problems, *(f"{run.name}: {fact}" for run in record.runs for fact in headline.alarms(run))],
+        alarms=[*record.problems, *(f"{run.name}: {fact}" for run in record.runs for fact in alarms_of(run))],
         sections=sections,
         footer=_FOOTER,
     )
@@ -97,7 +98,7 @@ def _single_run(run: RunRecord) -> Report:
         about=run.about,
         chips=_chips(run),
         verdict=headline.run_verdict(run),
-        alarms=headline.alarms(run),
+        alarms=alarms_of(run),
         sections=[Section(over_kl + _run_parts(run, samples=True))],
         footer=_FOOTER,
     )

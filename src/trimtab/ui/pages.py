@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 import trimtab.reports
-from trimtab.reports import headline
+from trimtab.reports.alarms import alarms_of
 from trimtab.reports.collect import RunRecord
 from trimtab.reports.difference_page import difference_parts
 from trimtab.reports.headline import number, section, show
@@ -143,7 +143,7 @@ def run_parts(library: Library, name: str, *, csrf: str, stopping: bool) -> Frag
             csrf=csrf,
             stopping=stopping,
         ),
-        "alarms": render("alarms.html", alarms=headline.alarms(record, running=state.holder is not None)),
+        "alarms": render("alarms.html", alarms=alarms_of(record, running=state.holder is not None)),
         "curves": _section("Curves", curve_parts(record)),
         "samples": _section("Newest samples", _samples(record)),
         "file": render("file.html", text=_text(library.root / name / "settings.toml")),

@@ -29,8 +29,8 @@ class RunDiagnosis:
     clean: tuple[DiagnosisRule, ...]
     """The rules that looked and found nothing."""
     not_looked: tuple[tuple[DiagnosisRule, NotLooked], ...]
-    prefix: str = ""
-    """What the keys of this run begin with in the run file: `stages.NAME.` in a pipeline."""
+    prefix: tuple[str, ...] = ()
+    """The keys that lead to the table of this run in the run file: `("stages", NAME)` in a pipeline."""
 
     def explains(self, rule: DiagnosisRule) -> DiagnosisRule | None:
         """The first rule found whose failure explains that of `rule`; None if it stands for itself."""
@@ -39,11 +39,11 @@ class RunDiagnosis:
     @property
     def changes(self) -> tuple[SettingChange, ...]:
         """The remedies of the failures that no other explains. Of two changes of one setting the first holds."""
-        first: dict[str, SettingChange] = {}
+        first: dict[tuple[str, ...], SettingChange] = {}
         for rule, failure in self.found:
             for change in failure.changes if self.explains(rule) is None else ():
-                first.setdefault(change.key, change)
-        return tuple(SettingChange(self.prefix + one.key, one.old, one.new) for one in first.values())
+                first.setdefault(change.path, change)
+        return tuple(one.below(self.prefix) for one in first.values())
 
     @property
     def standing(self) -> str:
@@ -67,7 +67,7 @@ class RunDiagnosis:
             "problems": list(self.run.problems),
             "standing": self.standing,
             "failures": [self._failure_as_json(rule, failure) for rule, failure in self.found],
-            "changes": [vars(one) for one in self.changes],
+            "changes": [one.as_json for one in self.changes],
             "clean": [rule.name for rule in self.clean],
             "not_looked": {rule.name: reason.reason for rule, reason in self.not_looked},
         }
@@ -80,7 +80,7 @@ class RunDiagnosis:
             "symptom": failure.symptom,
             "causes": list(failure.causes),
             "explained_by": None if cause is None else cause.name,
-            "changes": [{"key": self.prefix + one.key, "old": one.old, "new": one.new} for one in failure.changes],
+            "changes": [one.below(self.prefix).as_json for one in failure.changes],
             "advice": failure.advice,
             "evidence": dict(failure.evidence),
             "sample": None if failure.sample is None else dict(failure.sample),
@@ -90,11 +90,11 @@ class RunDiagnosis:
 def diagnose(record: RunRecord | PipelineRecord) -> tuple[RunDiagnosis, ...]:
     """The diagnosis of a run, or of each run of a pipeline in the order of its stages."""
     if isinstance(record, PipelineRecord):
-        return tuple(diagnose_run(run, prefix=f"stages.{run.name}.") for run in record.runs)
+        return tuple(diagnose_run(run, prefix=("stages", run.name)) for run in record.runs)
     return (diagnose_run(record),)
 
 
-def diagnose_run(run: RunRecord, *, prefix: str = "") -> RunDiagnosis:
+def diagnose_run(run: RunRecord, *, prefix: tuple[str, ...] = ()) -> RunDiagnosis:
     """What the rules for the stage of a run say of it."""
     found, clean, not_looked = [], [], []
     for rule in RULES.values():

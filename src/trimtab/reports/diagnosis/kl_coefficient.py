@@ -56,7 +56,7 @@ def kl_change(run: RunRecord, coef: float, *, target: float = math.nan) -> tuple
     """The change to this KL coefficient, at least twice the old one unless it is to become smaller on purpose; a
     controller that adapts it gets the target instead. Without a usable number the usual 0.1 is taken."""
     old = number_setting(run, "kl.coef")
-    if setting(run, "kl.name") == "adaptive" and math.isfinite(target):
+    if setting(run, "kl.name") == "adaptive" and 0 < target < math.inf:
         return changed(run, kl__target=two_digits(target)) + scaled(run, "kl.horizon", 0.1)
     if not math.isfinite(coef) or coef <= 0:
         coef = 0.1

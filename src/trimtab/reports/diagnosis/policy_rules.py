@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from trimtab.reports import headline
 from trimtab.reports.collect import RunRecord
 from trimtab.reports.diagnosis.kl_coefficient import kl_change, kl_coef_at
 from trimtab.reports.diagnosis.rule import (
@@ -26,8 +25,10 @@ from trimtab.reports.diagnosis.rule import (
     trend_of,
     two_digits,
 )
+from trimtab.reports.diagnosis.signal_rules import KL_OF_NOTHING
 from trimtab.reports.diagnosis.trends import MIN_POINTS, known, trend
-from trimtab.reports.headline import percent, show
+from trimtab.reports.headline import percent, score, show
+from trimtab.reports.quality import MeasuredQuality, measured_quality
 
 ONLINE = ("online",)
 
@@ -35,7 +36,7 @@ KL_PER_TOKEN = 1.0
 """Nats per token at which the reference gives a sampled token less than 1/e of the policy's probability. Measured: the
 quickstart's PPO ends at 0.15, and without a KL coefficient at 2."""
 CLIP_FRACTION = 0.3
-"""Share of clipped tokens above which most of an update is cut off; the page of a run warns at the same number."""
+"""Share of clipped tokens above which most of an update is cut off."""
 STEP_KL = 0.1
 """Nats per token that a policy may move within one step. PPO codes stop a step at 0.01 to 0.02; the quickstart moves
 0.01, and 0.03 at most."""
@@ -55,27 +56,37 @@ LENGTH_GROWTH = 1.3
 is often bought by length)."""
 TRUNCATED = 0.05
 """Share of replies that are cut off. Above one in twenty the reward judges many unfinished replies."""
+FLAT_STEPS = 20
+"""The fewest steps after which a reward that has not moved counts as flat."""
+MIN_CHECKS = 3
+"""The fewest checkpoints that a guard has measured, each with an error of its own: a peak between two of them."""
 
 
 @rule("reward_hacking", "Reward up, quality down", stages=ONLINE, needs=("reward/mean", "policy/kl"))
 def reward_hacking(run: RunRecord) -> RuleOutcome:
-    """The reward rises while the gold score, which training does not see, falls."""
-    gold = run.metrics.get("gold/mean")
-    if gold is None or len(known(gold)) < MIN_POINTS:
-        return NotLooked("no independent measure of quality is logged (world = '…' logs gold scores)")
-    found = headline.hacking(run)
-    if found is None or not headline.has_fallen(found) or not found.proxy_kept_rising:
+    """The reward rises while a measure that training does not see, gold or the guard's, falls."""
+    quality = measured_quality(run)
+    if quality is None or len(quality.points) < (MIN_POINTS if quality.errors is None else MIN_CHECKS):
+        return NotLooked("no independent measure of quality is logged (world = '…' logs gold scores, [guard] measures)")
+    if not quality.was_gamed:
         return None
-    level = trend(run.metrics["reward/mean"])
-    step = int(known(gold).steps[found.peak_index])
+    found, level = quality.summary, trend(run.metrics["reward/mean"])
+    step = quality.steps[found.peak_index]
+    stop = f"stop at step {show(step)} (num_steps)" if step > 0 else "keep the model that training began with"
     return Failure(
-        symptom=f"Gold peaked at {headline.score(found.peak_gold)} around step {step} (KL {show(found.peak_kl)}) and "
-        f"ended at {headline.score(found.final_gold)}, while the reward rose {moved(level)}.",
+        symptom=f"{quality.name[0].upper()}{quality.name[1:]} peaked at {score(found.peak_gold)} around step "
+        f"{show(step)} (KL {show(found.peak_kl)}) and ended at {score(found.final_gold)}, while the reward went "
+        f"{moved(level)}.",
         causes=("the policy collects what the reward gets wrong, and the KL does not hold it back",),
         changes=kl_change(run, kl_coef_at(run, found.peak_kl), target=found.peak_kl),
-        advice=f"Make the KL cost at its peak what the reward gained there, or stop at step {step} (num_steps). A "
-        "larger coefficient moves along the same curve (Gao et al., arXiv:2210.10760); only a better reward lifts it.",
-        evidence={"peak_gold": found.peak_gold, "final_gold": found.final_gold, "peak_step": step}
+        advice=f"Make the KL cost at its peak what the reward gained there, or {stop}. A larger "
+        "coefficient moves along the same curve (Gao et al., arXiv:2210.10760); only a better reward lifts it.",
+        evidence={
+            "measure": quality.name,
+            "peak": found.peak_gold,
+            "final": found.final_gold,
+            "peak_step": step,
+        }
         | numbers_of("reward/mean", level),
         sample=last_sample(run),
     )
@@ -93,11 +104,14 @@ def kl_explosion(run: RunRecord) -> RuleOutcome:
     kl, length = trend(run.metrics["policy/kl"]), trend(run.metrics["rollout/length_mean"])
     per_token = kl.end / max(length.end, 1.0)
     clipped, step_kl = ends_at(run, "policy/clip_fraction"), ends_at(run, "policy/approx_kl")
-    too_far, too_fast = per_token > KL_PER_TOKEN, clipped > CLIP_FRACTION or step_kl > STEP_KL
+    too_far, jumps = per_token > KL_PER_TOKEN, clipped > CLIP_FRACTION or step_kl > STEP_KL
+    # Within the first fifth of the steps no coefficient is late: they were too large.
+    first = float(known(run.metrics["policy/kl"]).values[0])
+    too_fast = jumps or kl.start - first > KL_PER_TOKEN * max(length.start, 1.0)
     if not too_far and not too_fast:
         return None
     symptom = f"The KL to the reference went {moved(kl)} nats per reply, {show(per_token)} per token"
-    if too_fast:
+    if jumps:
         symptom += f"; a step clips {percent(clipped)} of the tokens and moves {show(step_kl)} nats per token"
     target = KL_PER_TOKEN / 4 * max(length.start, 1.0)
     held = kl_change(run, kl_coef_at(run, target), target=target) if too_far else ()
@@ -114,6 +128,32 @@ def kl_explosion(run: RunRecord) -> RuleOutcome:
         advice="Hold the policy nearer to its reference" + ", in smaller steps." * too_fast + "." * (not too_fast),
         evidence=numbers_of("policy/kl", kl)
         | {"kl_per_token": per_token, "clip_fraction": clipped, "step_kl": step_kl},
+    )
+
+
+@rule(
+    "reward_stays",
+    "The reward stays while the policy moves",
+    stages=ONLINE,
+    needs=("reward/mean", "reward/std", "policy/kl"),
+    min_points=FLAT_STEPS,
+    follows=("flat_reward", "kl_explosion", "entropy_collapse"),
+)
+def reward_stays(run: RunRecord) -> RuleOutcome:
+    """The policy moves away from its reference, and the reward ends where it began."""
+    level, spread, kl = (trend(run.metrics[name]) for name in ("reward/mean", "reward/std", "policy/kl"))
+    still = not level.rose and level.change < level.error and abs(level.change) < 0.1 * spread.start
+    if kl.end <= KL_OF_NOTHING or not still:
+        return None
+    return Failure(
+        symptom=f"The reward went {moved(level)} while the policy moved {show(kl.end)} nats from its reference.",
+        causes=(
+            "the gradient is mostly noise: a step sees too few replies",
+            "the policy was already as good by this reward as it can be",
+        ),
+        changes=scaled_whole(run, "prompts_per_step", 2),
+        advice="Sample more replies a step.",
+        evidence=numbers_of("reward/mean", level) | numbers_of("reward/std", spread) | numbers_of("policy/kl", kl),
     )
 
 
@@ -181,9 +221,9 @@ def mode_collapse(run: RunRecord) -> RuleOutcome:
 )
 def length_growth(run: RunRecord) -> RuleOutcome:
     """Replies grow with the reward, and no independent measure says that this is good."""
-    found, gold = trend(run.metrics["rollout/length_mean"]), trend_of(run, "gold/mean")
+    found, quality = trend(run.metrics["rollout/length_mean"]), measured_quality(run)
     ratio = found.end / max(found.start, 1.0)
-    if not (found.rose and ratio > LENGTH_GROWTH) or (gold is not None and gold.rose):
+    if not (found.rose and ratio > LENGTH_GROWTH) or (quality is not None and _rose(run, quality)):
         return None
     most = number_setting(run, "sampling.max_new_tokens")
     rewards = setting(run, "rewards")
@@ -193,8 +233,10 @@ def length_growth(run: RunRecord) -> RuleOutcome:
         price = two_digits(max(ends_at(run, "reward/std"), 0.1) / max(found.start, 1.0) * 2)
         added = {"name": "length", "max_tokens": free, "per_token": price, "most": two_digits(price * most)}
         if math.isfinite(most) and math.isfinite(price):
-            changes = (SettingChange("rewards", rewards, [*rewards, added]),)
-    judged = "while gold did not rise" if gold is not None else "and no gold score says whether that is good"
+            changes = (SettingChange(("rewards", str(len(rewards))), None, added),)
+    judged = "and no independent measure says whether that is good"
+    if quality is not None:
+        judged = f"while {quality.name} did not rise"
     return Failure(
         symptom=f"Replies grew {moved(found)} tokens, {show(ratio)} times (bound {LENGTH_GROWTH}), {judged}.",
         causes=("the reward pays for length",),
@@ -253,9 +295,9 @@ def critic_instability(run: RunRecord) -> RuleOutcome:
     found, loss = trend(run.metrics["critic/explained_variance"]), trend(run.metrics["critic/loss"])
     if not found.end < 0:
         return None
-    clipped = ends_at(run, "critic/clip_fraction")
+    clipped = trend_of(run, "critic/clip_fraction")
     shared = setting(run, "critic.init") == "value_head"
-    wild = found.fell or loss.rose or clipped > CLIP_FRACTION
+    wild = found.fell or loss.rose or (clipped is not None and max(clipped.start, clipped.end) > CLIP_FRACTION)
     cause = "its learning rate is too large" if wild else "it learns too slowly, or began too far from the returns"
     if shared:
         changes = changed(run, critic__init="policy")
@@ -273,3 +315,11 @@ def critic_instability(run: RunRecord) -> RuleOutcome:
         advice="Let the critic learn alone for the first steps, at a rate that its loss can follow.",
         evidence=numbers_of("critic/explained_variance", found) | numbers_of("critic/loss", loss),
     )
+
+
+def _rose(run: RunRecord, quality: MeasuredQuality) -> bool:
+    """Whether an independent measure rose: gold by its trend, what a guard measured by its own errors."""
+    if quality.errors is not None:
+        return quality.rose
+    gold = trend_of(run, "gold/mean")
+    return gold is not None and gold.rose

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trimtab.core import config
 from trimtab.reports.collect import RunRecord, finite
 from trimtab.reports.diagnosis.trends import MIN_POINTS, Trend, known, trend
 from trimtab.reports.headline import show
@@ -20,10 +21,25 @@ from trimtab.reports.headline import show
 class SettingChange:
     """One setting of a run file with its new value, for example `kl.coef` from 0.0 to 0.1."""
 
-    key: str
+    path: tuple[str, ...]
+    """The keys that lead to it, for example `("kl", "coef")`; in a list, the number after its last adds to it."""
     old: Any
     """None if the run's record does not hold the setting."""
     new: Any
+
+    @property
+    def key(self) -> str:
+        """The path as an override names it, for example `kl.coef`."""
+        return ".".join(map(config.toml_key, self.path))
+
+    def below(self, prefix: tuple[str, ...]) -> SettingChange:
+        """The same change in a run file that has the table of this run at the path `prefix`."""
+        return SettingChange((*prefix, *self.path), self.old, self.new)
+
+    @property
+    def as_json(self) -> dict[str, Any]:
+        """The change as JSON values."""
+        return {"key": self.key, "old": self.old, "new": self.new}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +162,15 @@ def changed(run: RunRecord, **new: Any) -> tuple[SettingChange, ...]:
     is left out, and what has none."""
     paths = {name.replace("__", "."): value for name, value in new.items()}
     return tuple(
-        SettingChange(path, old, value)
+        change_to(run, path, value)
         for path, value in paths.items()
-        if value is not None and (old := setting(run, path)) != value
+        if value is not None and setting(run, path) != value
     )
+
+
+def change_to(run: RunRecord, path: str, new: Any) -> SettingChange:
+    """The change of the setting at a key path such as `optimizer.learning_rate` to a new value."""
+    return SettingChange(tuple(path.split(".")), setting(run, path), new)
 
 
 def scaled(run: RunRecord, path: str, factor: float) -> tuple[SettingChange, ...]:
@@ -157,13 +178,13 @@ def scaled(run: RunRecord, path: str, factor: float) -> tuple[SettingChange, ...
     old = number_setting(run, path)
     if math.isnan(old) or old == 0:
         return ()
-    return (SettingChange(path, setting(run, path), two_digits(old * factor)),)
+    return (change_to(run, path, two_digits(old * factor)),)
 
 
 def scaled_whole(run: RunRecord, path: str, factor: int) -> tuple[SettingChange, ...]:
     """The change of a whole number by a factor; empty if the record does not hold it."""
     old = setting(run, path)
-    return (SettingChange(path, old, old * factor),) if isinstance(old, int) and old > 0 else ()
+    return (change_to(run, path, old * factor),) if isinstance(old, int) and old > 0 else ()
 
 
 def two_digits(value: float) -> float:

@@ -20,7 +20,7 @@ from trimtab.reports.diagnosis.rule import (
     scaled_whole,
     setting,
 )
-from trimtab.reports.diagnosis.trends import known, trend
+from trimtab.reports.diagnosis.trends import trend
 from trimtab.reports.headline import percent, show
 
 ONLINE = ("online",)
@@ -41,8 +41,6 @@ REWARD_SPREAD_LEAST = 0.01
 """Standard deviation of rewards below which those KL coefficients weigh more than every reward."""
 CLIPPED_REWARDS = 0.2
 """Share of rewards cut off by shaping.clip."""
-FLAT_STEPS = 20
-"""The fewest steps after which a reward that has not moved counts as flat."""
 
 
 @rule(
@@ -88,10 +86,9 @@ def sampler_mismatch(run: RunRecord) -> RuleOutcome:
 
 @rule("flat_reward", "Flat reward: nothing to compare", stages=ONLINE, needs=("reward/mean", "reward/std"))
 def flat_reward(run: RunRecord) -> RuleOutcome:
-    """All replies get the same reward, or the reward does not move although the policy does."""
+    """All replies get the same reward, or nothing in it tells the replies to a prompt apart."""
     level, spread = trend(run.metrics["reward/mean"]), trend(run.metrics["reward/std"])
-    gradient, kl = ends_at(run, "optimizer/policy_gradient_norm"), ends_at(run, "policy/kl")
-    evidence = numbers_of("reward/mean", level) | numbers_of("reward/std", spread)
+    gradient = ends_at(run, "optimizer/policy_gradient_norm")
     usual = max(1.0, abs(level.end))
     no_spread = max(spread.start, spread.end) < NO_SPREAD * usual
     if no_spread or (gradient < NO_GRADIENT and not level.rose):  # at the end of a solved task nothing differs either
@@ -106,21 +103,10 @@ def flat_reward(run: RunRecord) -> RuleOutcome:
             changes=_more_signal(run),
             advice="If the reward gives every reply the same number, no sampling helps: `trimtab card` judges a reward "
             "model, and a verifier must be able to succeed at least sometimes.",
-            evidence=evidence | {"optimizer/policy_gradient_norm": gradient},
+            evidence=numbers_of("reward/mean", level)
+            | numbers_of("reward/std", spread)
+            | {"optimizer/policy_gradient_norm": gradient},
             sample=last_sample(run),
-        )
-    num = len(known(run.metrics["reward/mean"]))
-    still = not level.rose and level.change < level.error and abs(level.change) < 0.1 * spread.start
-    if num >= FLAT_STEPS and kl > KL_OF_NOTHING and still:
-        return Failure(
-            symptom=f"The reward went {moved(level)} while the policy moved {show(kl)} nats from its reference.",
-            causes=(
-                "the gradient is mostly noise: a step sees too few replies",
-                "the policy was already as good by this reward as it can be",
-            ),
-            changes=scaled_whole(run, "prompts_per_step", 2),
-            advice="Sample more replies a step.",
-            evidence=evidence,
         )
     return None
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from trimtab.reports.collect import finite
 from trimtab.reports.diagnosis import RunDiagnosis
 from trimtab.reports.diagnosis.remedy import as_override
-from trimtab.reports.diagnosis.rule import DiagnosisRule, Failure, SettingChange
+from trimtab.reports.diagnosis.rule import DiagnosisRule, Failure
 from trimtab.reports.headline import show
 
 WIDTH = 110
@@ -45,10 +45,8 @@ def _failure(diagnosis: RunDiagnosis, rule: DiagnosisRule, failure: Failure) -> 
         yield from _wrapped("remedy", f"mend {cause_rule.name} first: it explains this", depth=5)
         return
     for change in failure.changes:
-        full = SettingChange(diagnosis.prefix + change.key, change.old, change.new)
-        yield from _wrapped(
-            "remedy", f"{as_override(full)}  (was {'unset' if change.old is None else change.old!r})", depth=5
-        )
+        was = "unset" if change.old is None else repr(change.old)
+        yield from _wrapped("remedy", f"{as_override(change.below(diagnosis.prefix))}  (was {was})", depth=5)
     yield from _wrapped("advice", failure.advice, depth=5)
 
 

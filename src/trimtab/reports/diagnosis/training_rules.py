@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from trimtab.reports.collect import RunRecord
+from trimtab.reports.collect import RunRecord, Series
 from trimtab.reports.diagnosis.rule import (
     Failure,
     NotLooked,
@@ -24,6 +24,7 @@ from trimtab.reports.diagnosis.rule import (
 )
 from trimtab.reports.diagnosis.trends import Trend, known, spikes, trend
 from trimtab.reports.headline import interval, number, percent, section, show
+from trimtab.stats import Interval
 
 SUPERVISED = ("pretrain", "sft", "reward", "preference")
 COMPARING = ("reward", "preference")
@@ -44,6 +45,9 @@ LEARNED_ERRORS = 2.0
 """Number of standard errors by which a loss must fall to have learned something."""
 CHANCE_ACCURACY = 0.5
 """The accuracy of a coin."""
+USEFUL_ACCURACY = 0.6
+"""An accuracy on held-out pairs that a reward model may be used with; those of noisy human votes reach 0.6 to 0.7. Too
+few pairs are held out if an interval holds this and that of a coin."""
 OVERFIT_LOSS = 0.05
 """Share by which a held-out loss rises above its lowest value."""
 OVERFIT_ACCURACY = 0.15
@@ -60,12 +64,15 @@ CHOSEN_FALL = 10.0
 
 @rule("loss_spikes", "Loss: not finite, spikes, or diverged", stages=(*SUPERVISED, "online"), min_points=1)
 def loss_spikes(run: RunRecord) -> RuleOutcome:
-    """A metric that is no finite number, a loss with spikes, or a loss that ended higher than it began."""
+    """A loss that is no finite number at its end or twice, one with spikes, or one that ended higher than it began.
+
+    A single missing value is that of a step without a loss, such as one whose replies were all filtered out.
+    """
     series = {name: one for name, one in run.metrics.items() if not name.startswith("time/")}
     if not series:
         return NotLooked("no metric is logged")
     broken = {name: int(s.steps[np.isnan(s.values)][0]) for name, s in series.items() if np.isnan(s.values).any()}
-    losses = [name for name in ("loss/train", "policy/loss", "critic/loss") if name in broken]
+    losses = [name for name in ("loss/train", "policy/loss", "critic/loss") if name in broken and _breaks(series[name])]
     if losses:
         name = losses[0]
         return Failure(
@@ -90,18 +97,22 @@ def loss_spikes(run: RunRecord) -> RuleOutcome:
             evidence=numbers_of("loss/train", found),
         )
     if len(high) >= MIN_SPIKES:
-        values = dict(zip(loss.steps.tolist(), loss.values.tolist(), strict=True))
-        worst = max(high, key=lambda step: values[step])
+        worst = int(high.values.argmax())
         usual = float(np.median(known(loss).values))
         return Failure(
-            symptom=f"The training loss has {len(high)} spikes, the highest {show(values[worst])} at step {worst} "
-            f"(median {show(usual)}).",
+            symptom=f"The training loss has {len(high)} spikes, the highest {show(float(high.values[worst]))} at step "
+            f"{show(float(high.steps[worst]))} (median {show(usual)}).",
             causes=("the learning rate is too large for some batches", "some rows of the data are broken"),
             changes=_slower(run, 0.3),
             advice="Take smaller steps, warm up, and look at the rows of these steps (`trimtab data show`).",
-            evidence={"steps": list(high), "values": [values[step] for step in high]},
+            evidence={"steps": high.steps.tolist(), "values": high.values.tolist()},
         )
     return None
+
+
+def _breaks(loss: Series) -> bool:
+    """Whether the last value of a loss, or as many as make a habit, are no finite numbers."""
+    return bool(np.isnan(loss.values[-1])) or loss.num_unknown >= MIN_SPIKES
 
 
 def _slower(run: RunRecord, factor: float) -> tuple[SettingChange, ...]:
@@ -141,15 +152,19 @@ def nothing_learned(run: RunRecord) -> RuleOutcome:
 def reward_model_collapse(run: RunRecord) -> RuleOutcome:
     """Held-out pairs are ordered no better than by a coin, or all scores are the same."""
     accuracy, resembles = interval(run.summary, "accuracy"), run.summary.get("resembles")
-    if accuracy is not None:
+    seen = trend_of(run, "reward/accuracy")
+    few = None if accuracy is None else _too_few_held_out(accuracy)
+    if accuracy is not None and (few is None or seen is None):
         at_chance = accuracy.low <= CHANCE_ACCURACY
         said = f"{percent(accuracy.value)} [{percent(accuracy.low)}, {percent(accuracy.high)}] of held-out pairs"
-    elif (seen := trend_of(run, "reward/accuracy")) is not None:
+    elif seen is not None:
         at_chance = seen.end - CHANCE_ACCURACY <= seen.error
         said = f"{at_the_end(seen)} of training pairs"
     else:
         return NotLooked("there is no card, and too few steps are logged")
     constant = resembles == "constant"
+    if not constant and few is not None and (seen is None or not at_chance):
+        return few
     if not at_chance and not constant:
         return None
     wrong_way = accuracy is not None and accuracy.high < CHANCE_ACCURACY
@@ -194,19 +209,27 @@ def overfitting(run: RunRecord) -> RuleOutcome:
     best_step, best, last = int(held_out.steps[lowest]), float(held_out.values[lowest]), float(held_out.values[-1])
     evidence = numbers_of("loss/train", train) | {"held_out_loss": last, "lowest_held_out_loss": best}
     if len(held_out) >= 3 and last - best > OVERFIT_LOSS * abs(best) and not train.rose:
+        early = lowest == 0 and not best_step * number_setting(run, "num_epochs") >= run.num_steps
         return Failure(
             symptom=f"The held-out loss was lowest at step {best_step} ({show(best)}) and rose to {show(last)}, while "
             f"the training loss went {moved(train)}.",
-            causes=("training data are learned by heart after that step",),
-            changes=changed(run, max_steps=best_step),
-            advice="Stop at that step, or give more data.",
+            causes=(
+                "the learning rate is too large: no pass over the data was over"
+                if early
+                else "training data are learned by heart after that step",
+            ),
+            changes=_slower(run, 0.3) if early else changed(run, max_steps=best_step),
+            advice="Take smaller steps." if early else "Stop at that step, or give more data.",
             evidence=evidence | {"best_step": best_step},
         )
     owner = _owner(run)
     seen, accuracy = trend_of(run, f"{owner}/accuracy"), run.metrics.get(f"{owner}/validation_accuracy")
     if run.stage in COMPARING and seen is not None and accuracy is not None and len(known(accuracy)):
-        right = float(known(accuracy).values[-1])
-        if seen.end - right > max(OVERFIT_ACCURACY, 4 * _error_of_end(seen)):
+        right, card = float(known(accuracy).values[-1]), interval(run.summary, "accuracy")
+        bounds = [OVERFIT_ACCURACY, 4 * _error_of_end(seen)]
+        if card is not None and math.isfinite(card.high):  # a few held-out pairs are far from their mean by chance
+            bounds.append(card.high - card.value)
+        if seen.end - right > max(bounds):
             epochs = number_setting(run, "num_epochs")
             fewer = changed(run, num_epochs=max(1.0, two_digits(epochs / 2))) if epochs > 1 else _slower(run, 0.3)
             return Failure(
@@ -279,14 +302,24 @@ def preference_at_chance(run: RunRecord) -> RuleOutcome:
         return NotLooked("nothing was held out, or the run is not finished")
     if accuracy.low > CHANCE_ACCURACY or not margin.rose:
         return None
+    if few := _too_few_held_out(accuracy):
+        return few
     return Failure(
         symptom=f"The implied reward is right about {percent(accuracy.value)} [{percent(accuracy.low)}, "
         f"{percent(accuracy.high)}] of held-out preferences, while the margin of training pairs rose {moved(margin)}.",
-        causes=("training pairs are learned by heart", "the labels are noise", "too few pairs are held out to tell"),
+        causes=("training pairs are learned by heart", "the labels are noise"),
         changes=changed(run, num_epochs=1.0) if number_setting(run, "num_epochs") > 1 else (),
-        advice="Pass over the data once, hold more of them out, and look at the pairs (`trimtab data show`).",
+        advice="Pass over the data once, and look at the pairs (`trimtab data show`).",
         evidence=accuracy.named("accuracy") | numbers_of("policy/margin", margin),
     )
+
+
+def _too_few_held_out(accuracy: Interval) -> NotLooked | None:
+    """What a rule says that cannot tell a useful model from a coin; None if it can."""
+    if not accuracy.low <= CHANCE_ACCURACY < USEFUL_ACCURACY <= accuracy.high:
+        return None
+    bounds = f"[{percent(accuracy.low)}, {percent(accuracy.high)}]"
+    return NotLooked(f"too few held-out pairs: {percent(accuracy.value)} {bounds} holds chance and a useful accuracy")
 
 
 def _owner(run: RunRecord) -> str:

@@ -103,12 +103,12 @@ def _around_a_line(values: Floats) -> float:
     return float(np.sqrt(rest @ rest / (len(values) - 2)))
 
 
-def spikes(series: Series, *, least: float) -> tuple[int, ...]:
-    """The steps at which a value stands above the median of its neighbours by more than `SPIKE_DEVIATIONS` robust
+def spikes(series: Series, *, least: float) -> Series:
+    """The values that stand above the median of its neighbours by more than `SPIKE_DEVIATIONS` robust
     deviations of the whole series around such medians, and by more than the share `least` of that median."""
     clean = known(series)
     if len(clean) < MIN_POINTS:
-        return ()
+        return Series(clean.steps[:0], clean.values[:0])
     values = clean.values
     width = SPIKE_NEIGHBOURS
     padded = np.pad(values, width, constant_values=np.nan)  # fewer neighbours at the ends
@@ -117,4 +117,4 @@ def spikes(series: Series, *, least: float) -> tuple[int, ...]:
     high = (above > SPIKE_DEVIATIONS * deviation(above)) & (above > least * np.abs(middles))
     # A loss that falls steeply at the beginning stands above its later neighbours without being a spike.
     high[:width] = False
-    return tuple(int(step) for step in clean.steps[high])
+    return Series(clean.steps[high], clean.values[high])
