@@ -274,7 +274,9 @@ def case(name: str, seed: int, places: dict[str, str], out: Path) -> dict[str, A
 
 
 def is_mended(row: dict[str, Any]) -> bool:
-    """Whether the run made again no longer shows the failure and is not worse by its measure."""
+    """Whether the failure was found, and the run made again no longer shows it and is not worse by its measure."""
+    if row["expected"] not in row["found"]:
+        return False
     if row["expected"] in row.get("found_after", [row["expected"]]) or row.get("error_after"):
         return False
     return row["before"] is None or (row["after"] is not None and row["after"] >= row["before"])
