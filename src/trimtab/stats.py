@@ -112,6 +112,28 @@ def t_interval(values: ArrayLike, *, confidence: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, flat.size)
 
 
+def paired_test(gaps: Floats) -> tuple[Interval, float]:
+    """Mean of paired differences [N] with Student's t interval, and the p-value that it is 0.
+
+    Without spread t is undefined: the bounds are nan, and the p-value is that of the sign test.
+    """
+    mean = float(gaps.mean())
+    if np.ptp(gaps) < 1e-12:
+        return Interval(mean, math.nan, math.nan, gaps.size), 1.0 if abs(mean) < 1e-12 else 2.0 ** (1 - gaps.size)
+    error = float(gaps.std(ddof=1)) / math.sqrt(gaps.size)
+    return t_interval(gaps), float(2 * scipy.stats.t.sf(abs(mean) / error, gaps.size - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values corrected for their number by Holm's step-down method (1979), in their order."""
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, (p, i) in enumerate(sorted((p, i) for i, p in enumerate(p_values))):
+        largest = max(largest, min(1.0, p * (len(p_values) - rank)))
+        corrected[i] = largest
+    return corrected
+
+
 def win_rate(
     scores_a: ArrayLike,
     scores_b: ArrayLike,

@@ -7,7 +7,8 @@ import pytest
 import scipy.stats
 
 from trimtab.evals.verdicts import PairVerdict
-from trimtab.evals.win_rate import by_matchup, differences, holm, likely_deviation, prompts_for, win_rate_of
+from trimtab.evals.win_rate import by_matchup, differences, likely_deviation, prompts_for, win_rate_of
+from trimtab.stats import holm
 
 
 def verdict(prompt, value, *, model="mine", baseline="base", shown_first=None, judge=""):

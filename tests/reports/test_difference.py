@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 from click.testing import CliRunner
 
 from tests.reports.fabricate import write_pipeline, write_run
@@ -25,7 +26,7 @@ def replies(gold: dict[str, list[float]], *, step: int = 1, **more: float) -> li
 
 
 def run(samples: list[dict], **other) -> RunRecord:
-    return RunRecord(name="run", stage="online", samples=tuple(samples), **other)
+    return RunRecord(name="run", stage="online", samples=tuple(samples), **{"settings": {"world": "helpdesk"}} | other)
 
 
 def test_settings_are_compared_by_key_path():
@@ -58,7 +59,12 @@ def test_the_difference_is_that_of_the_means_of_each_prompt():
     assert found.difference.value == pytest.approx(0.055)
     assert found.difference.count == 12
     assert 0 < found.difference.low < 0.055 < found.difference.high
+    assert "on 12 prompts, step 1 and step 1, p = " in found.sentence
     assert "more than the noise" in found.sentence
+    test = scipy.stats.ttest_1samp(0.01 * np.arange(12), 0)
+    bounds = test.confidence_interval(0.95)
+    assert (found.difference.low, found.difference.high) == pytest.approx((bounds.low, bounds.high))
+    assert found.p_value == pytest.approx(test.pvalue)
 
 
 def test_only_the_last_step_counts():
@@ -67,18 +73,43 @@ def test_only_the_last_step_counts():
     first = old + replies({name: [0.5] for name in names}, step=9)
     second = replies({name: [0.5] for name in names}, step=4)
     (found,) = judged(run(first), run(second))
-    assert found.sentence == "gold: the same on all 10 prompts."
+    assert found.sentence == "gold: the same on all 10 prompts, step 9 and step 4."
 
 
 def test_equal_runs_are_called_different_no_more_often_than_the_interval_says():
     generator = np.random.default_rng(0)
     called = 0
-    for _ in range(100):
-        sides = generator.normal(size=(2, 40))
+    for _ in range(1000):
+        sides = generator.normal(size=(2, 10))
         first, second = ({f"p{i}": [value] for i, value in enumerate(side)} for side in sides.tolist())
         (found,) = judged(run(replies(first)), run(replies(second)))
-        called += "more than" in found.sentence and "no more" not in found.sentence
-    assert called <= 12  # 5% of 100 is 5; more than 12 has a chance of 1 in 600
+        called += "more than" in found.sentence
+        assert ("not told from noise" in found.sentence) != ("more than" in found.sentence)
+    # 5% of 1000 is 50, with a deviation of 7; a percentile bootstrap of 10 prompts calls about 90
+    assert 30 <= called <= 70
+
+
+def test_several_scores_are_judged_together():
+    names = [f"p{i}" for i in range(10)]
+    shifts = np.random.default_rng(1).normal(size=(4, 10))
+    shifts = (shifts - shifts.mean(axis=1, keepdims=True)) / shifts.std(axis=1, ddof=1, keepdims=True)
+    shifts += np.array([[1.5], [0.82], [0.1], [0.0]])  # t is sqrt(10) times as much
+    rows = [{"step": 1, "prompt": name, "response": "r"} for name in names]
+    settings = {"rewards": [{"name": "length"}]}
+    first = run([row | dict.fromkeys("abcd", 0.0) for row in rows], settings=settings)
+    second = run(
+        [row | dict(zip("abcd", column.tolist(), strict=True)) for row, column in zip(rows, shifts.T, strict=True)],
+        settings=settings,
+    )
+    found = {one.judge: one for one in judged(first, second)}
+    alone = {judge: scipy.stats.ttest_1samp(row, 0).pvalue for judge, row in zip("abcd", shifts, strict=True)}
+    ranked, largest = sorted(alone, key=alone.__getitem__), 0.0
+    for rank, judge in enumerate(ranked):  # Holm by hand
+        largest = max(largest, min(1.0, alone[judge] * (4 - rank)))
+        assert found[judge].p_value == pytest.approx(largest)
+    between = [judge for judge in "abcd" if alone[judge] <= 0.05 < found[judge].p_value]
+    assert between
+    assert all("not told from noise" in found[judge].sentence for judge in between)
 
 
 def test_few_prompts_in_common_say_nothing():
@@ -91,15 +122,73 @@ def test_few_prompts_in_common_say_nothing():
 def test_rewards_of_other_scales_are_not_compared():
     samples = replies({f"p{i}": [0.5] for i in range(12)}, reward=1.0)
     first, second = (
-        run(samples, settings={"rewards": [{"path": "a"}]}),
-        run(samples, settings={"rewards": [{"path": "b"}]}),
+        run(samples, settings={"world": "w", "rewards": [{"path": "a"}]}),
+        run(samples, settings={"world": "w", "rewards": [{"path": "b"}]}),
     )
     gold, reward = judged(first, second)
     assert gold.difference is not None
     assert reward.difference is None
     assert "no common scale" in reward.sentence
-    first, second = (run(samples, models={"m": {"sha256": digest}}) for digest in "12")
-    assert "another one" in judged(first, second)[1].sentence
+
+
+MODEL = {"name": "model", "path": "m"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "why"),
+    [
+        ({"reward_model": "a"}, {"reward_model": "b"}, "reward_model of the two"),
+        ({"rewards": [MODEL]}, {"rewards": [MODEL], "combine": {"name": "gate"}}, "combine of the two"),
+        ({"rewards": [MODEL], "shaping": {"clip": 1.0}}, {"rewards": [MODEL]}, "shaping of the two"),
+        ({"rewards": [MODEL], "whiten_rewards": True}, {"rewards": [MODEL]}, "whiten_rewards of the two"),
+        ({"rewards": [MODEL], "cost": {"limit": 1.0}}, {"rewards": [MODEL]}, "cost of the two"),
+        ({"rewards": [MODEL]}, {}, "missing or damaged"),
+        ({"reward_model": "m", "seed": 1}, {"reward_model": "m", "seed": 2}, None),
+        ({"rewards": [MODEL]}, {"rewards": [MODEL], "world": "w"}, None),
+    ],
+)
+def test_whatever_makes_a_reward_must_be_the_same(first, second, why):
+    samples = [{**row, "gold": None} for row in replies({f"p{i}": [0.5] for i in range(12)}, reward=1.0)]
+    for sides in ((first, second), (second, first)):
+        (found,) = judged(*(run(samples, settings=side) for side in sides))
+        assert found.judge == "reward"
+        assert (found.difference is None) == (why is not None)
+        assert why is None or why in found.sentence
+
+
+@pytest.mark.parametrize("name", ["rewards", "reward_model", "ensemble"])
+def test_a_model_that_makes_a_reward_must_be_the_same(name: str):
+    settings = {
+        "rewards": {"rewards": [MODEL]},
+        "reward_model": {"reward_model": "m"},
+        "ensemble": {"rewards": [{"name": "ensemble", "paths": ["k", "m"]}]},
+    }[name]
+    samples = [{**row, "gold": None} for row in replies({f"p{i}": [0.5] for i in range(12)}, reward=1.0)]
+    for digests in ("12", ("1", None)):
+        first, second = (
+            run(samples, settings=settings, models={"m": {"sha256": digest}} if digest else {}) for digest in digests
+        )
+        assert "the model m is another one" in judged(first, second)[0].sentence
+    first, second = (run(samples, settings=settings, models={"policy": {"sha256": digest}}) for digest in "12")
+    assert judged(first, second)[0].difference is not None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ({"world": "a"}, {"world": "a"}, True),
+        ({"world": "a", "rewards": [{"name": "model"}]}, {"world": "a", "rewards": [{"name": "length"}]}, True),
+        ({"world": "a"}, {"world": "b"}, False),
+        ({"world": "a"}, {"rewards": [{"name": "gold", "world": "a"}]}, False),
+        ({"rewards": [{"name": "gold", "part": "x"}]}, {"rewards": [{"name": "gold", "part": "y"}]}, False),
+        ({"rewards": [{"name": "gold", "part": "x"}]}, {"rewards": [{"name": "gold", "part": "x"}]}, True),
+    ],
+)
+def test_gold_is_one_scale_only_of_one_world_and_one_part(first, second, same):
+    samples = replies({f"p{i}": [0.5] for i in range(12)})
+    for sides in ((first, second), (second, first)):
+        (found,) = judged(*(run(samples, settings=side) for side in sides))
+        assert (found.difference is not None) == same
 
 
 def test_figures_are_means_of_the_last_tenth(tmp_path: Path):
@@ -113,7 +202,13 @@ def test_the_command_tells_what_changed_and_writes_a_page(tmp_path: Path):
     metrics = [{"step": i, "loss/train": 1 / i} for i in range(1, 30)]
     samples = replies({f"[red]p{i}": [0.1 * i] for i in range(12)})
     for name, seed in (("a", 1), ("b", 2)):
-        write_run(tmp_path / name, stage="online", metrics=metrics, samples=samples, settings=f'note = "[b]{seed}"\n')
+        write_run(
+            tmp_path / name,
+            stage="online",
+            metrics=metrics,
+            samples=samples,
+            settings=f'world = "w"\nnote = "[b]{seed}"\n',
+        )
     found = invoke("report", "diff", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "page.html")
     assert found.exit_code == 0, found.output
     assert "[b]1" in found.output

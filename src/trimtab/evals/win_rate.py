@@ -17,7 +17,7 @@ import numpy as np
 import scipy
 
 from trimtab.evals.verdicts import PairVerdict, Side
-from trimtab.stats import Floats, Interval, bootstrap_mean, t_interval, wilson
+from trimtab.stats import Floats, Interval, bootstrap_mean, holm, paired_test, wilson
 
 Matchup = tuple[str, str]
 """A model and its baseline."""
@@ -145,22 +145,12 @@ def differences(verdicts: Mapping[Matchup, Sequence[PairVerdict]]) -> list[Diffe
         if first[1] != second[1] or not shared:
             continue
         gaps = np.array([a[prompt] - b[prompt] for prompt in shared])
-        found.append((first[0], second[0], first[1], *_tested(gaps)))
+        found.append((first[0], second[0], first[1], *paired_test(gaps)))
     corrected = holm([row[4] for row in found])
     return [
         Difference(model=model, other=other, baseline=baseline, difference=gap, p_value=p, p_holm=p_holm)
         for (model, other, baseline, gap, p), p_holm in zip(found, corrected, strict=True)
     ]
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values corrected for their number by Holm's step-down method (1979), in their order."""
-    corrected = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, (p, i) in enumerate(sorted((p, i) for i, p in enumerate(p_values))):
-        largest = max(largest, min(1.0, p * (len(p_values) - rank)))
-        corrected[i] = largest
-    return corrected
 
 
 def likely_deviation(means: Floats) -> float:
@@ -196,15 +186,3 @@ def prompts_for(half_width: float, *, deviation: float = 0.5, confidence: float 
 
 def _rounded(verdict: float) -> float:
     return 0.5 if verdict == 0.5 else float(verdict > 0.5)
-
-
-def _tested(gaps: Floats) -> tuple[Interval, float]:
-    """Mean of paired differences with Student's t interval, and the p-value that it is 0.
-
-    Without spread t is undefined: the bounds are nan, and the p-value is that of the sign test.
-    """
-    mean = float(gaps.mean())
-    if np.ptp(gaps) < 1e-12:
-        return Interval(mean, math.nan, math.nan, gaps.size), 1.0 if abs(mean) < 1e-12 else 2.0 ** (1 - gaps.size)
-    error = float(gaps.std(ddof=1)) / math.sqrt(gaps.size)
-    return t_interval(gaps), float(2 * scipy.stats.t.sf(abs(mean) / error, gaps.size - 1))

@@ -15,8 +15,7 @@ from typing import Literal
 import numpy as np
 import scipy
 
-from trimtab.evals.win_rate import holm
-from trimtab.stats import Floats, Interval
+from trimtab.stats import Floats, Interval, holm
 
 ALPHA = 0.025
 """The error of one side of a 95% interval."""
