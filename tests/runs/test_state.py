@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from trimtab.core.errors import ConfigError, EngineError, Interrupted
 from trimtab.runs.loop import stepping
-from trimtab.runs.run import Run
+from trimtab.runs.run import Run, holding
 from trimtab.runs.state import LOCK, STATE, holder_of, note_state, read_state, stop_holder
 
 HOLD = """
@@ -68,6 +69,16 @@ def test_another_process_with_the_number_of_the_lock_is_not_signalled(tmp_path: 
     finally:
         stranger.kill()
         stranger.wait()
+
+
+def test_a_directory_is_held_by_one_at_a_time(tmp_path: Path):
+    with holding(tmp_path):
+        assert holder_of(tmp_path) == os.getpid()
+        with pytest.raises(ConfigError, match="is in use by process"), holding(tmp_path):
+            pass
+    assert holder_of(tmp_path) is None
+    with holding(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("text", ["", "no number", "-1", "999999999"])

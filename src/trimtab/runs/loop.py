@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -146,8 +147,7 @@ def stepping(
             where="the length of the run",
             fix="ask for as many steps or more, or begin again with --fresh",
         )
-    note_state(run.directory, num_steps=num_steps)
-    with _interrupts() as interrupted, _progress(description, done, num_steps) as show:
+    with _interrupts(run.directory, num_steps) as interrupted, _progress(description, done, num_steps) as show:
         steps = Steps(
             run, state, done, num_steps, checkpoint_every, interrupted, show, before_save, keep_checkpoints, also_kept
         )
@@ -179,10 +179,12 @@ def _naming_checkpoint(error: EngineError, run: Run, step: int) -> EngineError:
 
 
 @contextmanager
-def _interrupts() -> Iterator[Callable[[], int]]:
+def _interrupts(directory: Path, num_steps: int) -> Iterator[Callable[[], int]]:
     """Notes the first Ctrl-C or SIGTERM (which batch systems and containers send) instead of letting it stop the
-    process. Yields a function that gives the number of the signal, or 0."""
+    process, here and in the state of the run. Yields a function that gives the number of the signal, or 0."""
     asked: list[int] = []
+    state = {"num_steps": num_steps}
+    note_state(directory, **state)
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield lambda: 0
         return
@@ -195,14 +197,17 @@ def _interrupts() -> Iterator[Callable[[], int]]:
     def note(number: int, _frame: FrameType | None) -> None:
         asked.append(number)
         restore()
+        note_state(directory, **state, stepping=os.getpid(), stopping=os.getpid())
         print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
+    note_state(directory, **state, stepping=os.getpid())
     for number in before:
         signal.signal(number, note)
     try:
         yield lambda: asked[0] if asked else 0
     finally:
         restore()
+        note_state(directory, **state)
 
 
 def shown_with_progress(metrics: Metrics) -> str:

@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import tomllib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -412,6 +413,16 @@ def _strangers(directory: Path) -> list[str]:
 def _begun(directory: Path) -> bool:
     """Whether there is anything to lose: a run that failed on a wrong path may be started again with the right one."""
     return bool(set(_strangers(directory)) - {"settings.toml", "models.json"})
+
+
+@contextmanager
+def holding(directory: Path) -> Iterator[None]:
+    """Holds a directory that exists for this process, as an open run does. Raises ConfigError if another one does."""
+    lock = _locked(directory)
+    try:
+        yield
+    finally:
+        lock.close()
 
 
 def _locked(directory: Path) -> IO[str]:

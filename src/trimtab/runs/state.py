@@ -1,7 +1,8 @@
 """What a run's directory says of its process: which one writes it, how long it is to be, and how the last one ended.
 
 `.state` in the run's directory is a small JSON record for people who watch, for example
-`{"num_steps": 200, "ended": "failed", "said": "the loss is not finite"}`. A run does not depend on it.
+`{"num_steps": 200, "ended": "failed", "said": "the loss is not finite"}`. While a process is in the steps of the run,
+`stepping` is its number, and `stopping` too once it was asked to stop. A run does not depend on it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def read_state(directory: Path) -> dict[str, Any]:
     """The record in `.state`; empty if there is none or if it cannot be read."""
     try:
         found = json.loads((directory / STATE).read_bytes().decode(errors="replace"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -47,6 +48,17 @@ def note_end(directory: Path, error: BaseException) -> None:
     said = error.problem if isinstance(error, TrimtabError) else str(error) or type(error).__name__
     num_steps = read_state(directory).get("num_steps")
     note_state(directory, num_steps=num_steps, ended="stopped" if stopped else "failed", said=said)
+
+
+def is_stepping(directory: Path, process: int | None) -> bool:
+    """Whether this process is in the steps of the run, where a first signal lets it finish the step at work. Elsewhere
+    one ends it at once."""
+    return process is not None and read_state(directory).get("stepping") == process
+
+
+def is_stopping(directory: Path, process: int | None) -> bool:
+    """Whether this process has been asked to stop, by whomever, so that a further signal would end it at once."""
+    return process is not None and read_state(directory).get("stopping") == process
 
 
 def holder_of(directory: Path) -> int | None:

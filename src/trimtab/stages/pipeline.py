@@ -34,7 +34,7 @@ from trimtab.core import config, registry, settings_check
 from trimtab.core.errors import ConfigError, Interrupted, Terminated, TrimtabError
 from trimtab.core.files import json_text, read_json, write_whole, writing
 from trimtab.core.process import peak_rss_gb, peaks_rss_gb
-from trimtab.runs.run import Run, holds_run
+from trimtab.runs.run import Run, holding, holds_run
 from trimtab.stages import preflight
 
 TOP_LEVEL = ("seed", "engine", "variables", "stages")
@@ -55,17 +55,19 @@ def run_pipeline(values: Mapping[str, Any], out: Path, *, where: str = "the pipe
     refuse_stale(stages, out)
     with writing("the pipeline's directory", out):
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "pipeline.toml", text)
-    for number, (name, (stage, settings)) in enumerate(stages.items(), start=1):
-        title = f"[{number}/{len(stages)}] {name}"
-        with _without_fresh(out / name), open_run(out / name, stage, settings) as run:
-            if run.finished:
-                console.print(f"{title}: finished before", style="dim")
-                continue
-            console.print(title, style="bold")
-            run_stage(stage, settings, run)
-    summary = summarise(values, {name: stage for name, (stage, _) in stages.items()}, out)
-    write_json(out / "summary.json", summary)
+    with holding(out):
+        with writing("the pipeline's directory", out):
+            write_whole(out / "pipeline.toml", text)
+        for number, (name, (stage, settings)) in enumerate(stages.items(), start=1):
+            title = f"[{number}/{len(stages)}] {name}"
+            with _without_fresh(out / name), open_run(out / name, stage, settings) as run:
+                if run.finished:
+                    console.print(f"{title}: finished before", style="dim")
+                    continue
+                console.print(title, style="bold")
+                run_stage(stage, settings, run)
+        summary = summarise(values, {name: stage for name, (stage, _) in stages.items()}, out)
+        write_json(out / "summary.json", summary)
     return summary
 
 
