@@ -14,6 +14,7 @@ from trimtab.reports import charts
 from trimtab.reports.charts import Axis, Chart
 from trimtab.reports.collect import RunRecord, Series
 from trimtab.stats import Interval
+from trimtab.ui.thin import ThinnedSeries
 
 
 def series(values, steps=None) -> Series:
@@ -95,6 +96,30 @@ def test_a_long_curve_is_thinned_and_smoothed_over_all_its_points():
     assert set(points.y) <= {0.0, 1.0}
     # an even number of neighbours averages the alternation away but for one point
     assert line.y[100] == pytest.approx(0.5, abs=0.01)
+
+
+def test_no_spike_of_a_long_curve_is_left_out():
+    values = np.zeros(10_000)
+    values[[1234, 7001]] = 50.0, -20.0
+    _, points = charts.curves({"loss": series(values)}, "nats").marks
+    assert len(points.x) <= charts.MAX_POINTS
+    assert {50.0, -20.0} <= set(points.y)
+    assert dict(zip(points.y.tolist(), points.x.tolist(), strict=True))[50.0] == 1235
+    assert points.x.tolist() == sorted(points.x)
+
+
+def test_the_band_of_a_thinned_curve_reaches_its_spikes():
+    values = np.zeros(10_000)
+    values[[1234, 7001]] = 50.0, -20.0
+    values[64:96] = np.nan
+    thinned = ThinnedSeries()
+    thinned.add(series(values))
+    chart = charts.curves({"loss": thinned.series}, "nats")
+    band, _, points = chart.marks
+    assert (band.shape, band.y.max(), band.y.min()) == ("area", 50.0, -20.0)
+    assert len(points.x) <= charts.MAX_POINTS
+    assert any(text.endswith("from 0 to 50") for text in said(chart))
+    drawn(chart)
 
 
 def test_a_short_curve_is_drawn_as_it_is_and_every_value_can_be_read():

@@ -219,6 +219,22 @@ def test_the_command_tells_what_changed_and_writes_a_page(tmp_path: Path):
     assert "<script" not in page
 
 
+def test_damage_and_what_is_missing_are_not_called_the_same(tmp_path: Path):
+    for name in ("a", "b"):
+        write_run(tmp_path / name, stage="sft", metrics=[{"step": 3, "loss/train": 1.0}], summary={})
+    (tmp_path / "a" / "environment.json").unlink()
+    (tmp_path / "b" / "environment.json").write_text("{")
+    (tmp_path / "b" / "data.json").unlink()
+    (tmp_path / "a" / "data.json").write_text("{}")
+    (tmp_path / "b" / "summary.json").unlink()
+    found = invoke("report", "diff", tmp_path / "a", tmp_path / "b").output
+    assert "b: not finished: 3 steps are logged" in found
+    assert "a: not finished" not in found
+    assert "b: environment.json is not a readable JSON object" in found
+    assert "The same: settings." in found
+    assert "Not recorded in every run, so not known to be the same: data and models, machine and libraries." in found
+
+
 def test_pipelines_are_compared_stage_by_stage(tmp_path: Path):
     for name in ("a", "b"):
         write_pipeline(tmp_path / name)

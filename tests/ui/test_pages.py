@@ -17,8 +17,9 @@ from tests.reports.fabricate import write_pipeline
 from tests.reports.test_run_page import Page
 from tests.ui.fabricated import Reader, append, online_run, rows_of
 from trimtab.feedback.server.security import HEADERS
-from trimtab.runs.run import Run
-from trimtab.runs.state import note_state
+from trimtab.reports.collect import collect
+from trimtab.runs.run import Run, holding
+from trimtab.runs.state import is_stopping, note_state, read_state
 from trimtab.ui import library as reading
 from trimtab.ui import pages
 from trimtab.ui.library import Library
@@ -243,7 +244,7 @@ def test_the_stream_sends_what_has_changed(tmp_path: Path, monkeypatch: pytest.M
     reader.watch.ending = ending
     events = [line for line in reader.client.get("/live/run", params={"name": "run"}).text.split("\n\n") if line]
     first, second = (json.loads(event.removeprefix("data: ")) for event in events[:2])
-    assert set(first) == {"state", "alarms", "curves", "samples", "file", "details"}
+    assert set(first) == {"state", "alarms", "curves", "guard", "samples", "file", "details"}
     assert set(second) - {"state"} == {"samples"}
     assert "new &lt;b&gt;reply" in second["samples"]
     assert reader.watch.num_streams == 0
@@ -285,10 +286,15 @@ def test_a_run_stops_when_it_is_asked_to_and_is_asked_once(tmp_path: Path):
             reader.stop(text, csrf="0" * 64),
             reader.stop(text, process=str(os.getpid())),
             reader.stop(text, name="../run"),
-            reader.client.post("/stop", data={"name": "run"}, headers={"origin": "http://evil.example"}),
+            reader.stop(text, at_once="yes"),
         ):
             assert wrong.status_code in (403, 404, 409)
         assert process.poll() is None
+        fields = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', text))
+        foreign = reader.client.post("/stop", data=fields, headers={"origin": "http://evil.example"})
+        assert (foreign.status_code, process.poll()) == (403, None)
+        assert "from another site" in foreign.text
+        assert "Stop after this step" in text
         os.kill(process.pid, 19)  # so that it cannot end between the two requests
         assert reader.stop(text).status_code == 303
         assert "asked to stop" in reader.text("/run", name="run")
@@ -303,6 +309,130 @@ def test_a_run_stops_when_it_is_asked_to_and_is_asked_once(tmp_path: Path):
     assert "stopped after step" in text
     assert list((tmp_path / "run" / "checkpoints").iterdir())
     assert 'name="process"' not in text
+
+
+def test_a_run_that_was_asked_elsewhere_is_not_asked_again(tmp_path: Path):
+    slow = HOLD.replace("time.sleep(0.05)", "time.sleep(5 if step == 3 else 0.05)")
+    process = subprocess.Popen([sys.executable, "-c", slow, str(tmp_path / "run")], stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 60
+        while read_state(tmp_path / "run").get("stepping") != process.pid and time.monotonic() < until:
+            time.sleep(0.05)
+        text = Reader(tmp_path).text("/run", name="run")
+        process.send_signal(2)  # as Ctrl-C in its terminal, or a server that has ended since
+        while not is_stopping(tmp_path / "run", process.pid) and time.monotonic() < until:
+            time.sleep(0.01)
+        process.send_signal(19)
+        reader = Reader(tmp_path)
+        assert "asked to stop" in reader.text("/run", name="run")
+        assert reader.stop(text, csrf=reader.watch.csrf).status_code == 409
+        process.send_signal(18)
+        assert process.wait(timeout=30) != 0
+    finally:
+        process.kill()
+        process.wait()
+    assert "stopped after step" in read_state(tmp_path / "run")["said"]
+
+
+def test_outside_of_its_steps_a_run_is_said_to_end_at_once(tmp_path: Path):
+    with Run.open(tmp_path / "run", stage="online", settings={}):
+        text = Reader(tmp_path).text("/run", name="run")
+    assert "Stop at once" in text
+    assert "Stop after this step" not in text
+    assert 'name="at_once" value="yes"' in text
+
+
+def test_what_the_guard_did_is_shown(tmp_path: Path):
+    run = online_run(tmp_path / "run")
+    reader = Reader(tmp_path)
+    assert "Guard" not in reader.text("/run", name="run")
+    append(
+        run / "guard.jsonl", {"event": "check", "step": 10}, {"event": "rolled back", "step": 15, "why": "gold fell"}
+    )
+    (run / "decision.json").write_text(json.dumps({"chosen_step": 10, "rule": "the best", "checkpoints": []}))
+    text = reader.text("/run", name="run")
+    assert "1 checks, 1 actions" in text
+    assert "gold fell" in text
+    assert "Chosen is step 10" in text
+
+
+def test_of_runs_with_more_samples_than_are_kept_no_noise_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("a", "b c"):
+        samples = [{"step": 1, "prompt": f"p{i}", "response": "r", "gold": 0.1 * i} for i in range(12)]
+        online_run(tmp_path / name, samples=samples, settings='world = "w"\n')
+    names = ["a", "b c"]
+    assert "gold: the same on all 12 prompts" in Reader(tmp_path).text("/compare", run=names)
+    for name, most in (("MOST_SAMPLES", 11), ("SAMPLE_BYTES", 300)):
+        with monkeypatch.context() as patch:
+            patch.setattr(reading, name, most)
+            text = Page(Reader(tmp_path).text("/compare", run=names)).text
+        assert "the same on all" not in text
+        assert f"trimtab report diff {tmp_path}/a '{tmp_path}/b c' reads all" in text
+
+
+UNREADABLE = ["settings.toml", "summary.json", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+@pytest.mark.parametrize("how", ["directory", "deep", "refused"])
+def test_one_unreadable_file_is_one_damaged_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str):
+    online_run(tmp_path / "good")
+    path = online_run(tmp_path / "bad") / name
+    path.unlink(missing_ok=True)
+    if how == "directory":
+        path.mkdir()
+    elif how == "deep":
+        deep = "[" * 200_000
+        path.write_text(f"a = {deep}" if name == "settings.toml" else deep + "\n")
+    else:
+        path.write_text("")
+        opened = Path.open
+
+        def refused(self: Path, *arguments, **options):
+            if self == path:
+                raise PermissionError(13, "Permission denied")
+            return opened(self, *arguments, **options)
+
+        monkeypatch.setattr(Path, "open", refused)
+    reader = Reader(tmp_path)
+    rows = rows_of(reader.text("/"))
+    assert rows["good"].startswith("failed")
+    text = reader.text("/run", name="bad")
+    assert name in text
+    record = collect(tmp_path / "bad")
+    assert any(name in problem for problem in record.problems)
+    if not (how == "deep" and name == "metrics.jsonl"):  # a damaged line is counted on the page of its run
+        assert rows["bad"].startswith("damaged")
+
+
+def test_a_line_that_is_too_long_makes_a_run_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("trimtab.ui.tail.MOST_LINE", 10_000)
+    monkeypatch.setattr("trimtab.ui.tail.CHUNK", 1000)
+    run = online_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("x" * 20_000)
+    reader = Reader(tmp_path)
+    assert "a line of metrics.jsonl is longer" in reader.text("/run", name="run")
+    assert rows_of(reader.text("/"))["run"].startswith("damaged")
+
+
+def test_links_that_lead_elsewhere_are_counted(tmp_path: Path):
+    online_run(tmp_path / "elsewhere" / "run")
+    online_run(tmp_path / "runs" / "here")
+    (tmp_path / "runs" / "again").symlink_to(tmp_path / "runs" / "here")
+    assert "Links to directories" not in Reader(tmp_path / "runs").text("/")
+    (tmp_path / "runs" / "link").symlink_to(tmp_path / "elsewhere" / "run")
+    text = Reader(tmp_path / "runs").text("/")
+    assert "Links to directories elsewhere, which are not followed: 1." in text
+    assert set(rows_of(text)) == {"here"}
+
+
+def test_a_pipeline_is_running_between_two_stages(tmp_path: Path):
+    write_pipeline(tmp_path / "whole")
+    (tmp_path / "whole" / "summary.json").unlink(missing_ok=True)
+    assert rows_of(Reader(tmp_path).text("/"))["whole"].startswith("stopped")
+    with holding(tmp_path / "whole"):
+        assert rows_of(Reader(tmp_path).text("/"))["whole"].startswith("running")
 
 
 def test_ages_are_words():

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.reports.collect import Series, series_of
+from trimtab.reports.collect import RunRecord, Series, series_of
 from trimtab.ui import tail as reading
 from trimtab.ui import thin
 from trimtab.ui.tail import Tail, last_row
@@ -126,11 +126,11 @@ def test_the_end_of_a_long_file_can_be_read_alone(tmp_path: Path):
     assert found == list(range(found[0], 101))
     assert 2 < len(found) < 10
     assert steps(Tail(path, last_bytes=10**6).read(LATER)) == list(range(1, 101))
-    assert last_row(path)["step"] == 100
+    assert last_row(path, [])["step"] == 100
     with path.open("a") as file:
         file.write('damaged\n{"step": 101')
-    assert last_row(path)["step"] == 100
-    assert last_row(tmp_path / "none") == {}
+    assert last_row(path, [])["step"] == 100
+    assert last_row(tmp_path / "none", []) == {}
 
 
 @settings(max_examples=40)
@@ -154,8 +154,79 @@ def test_points_are_the_means_of_neighbours_in_whatever_portions_they_come(value
         part, known = slice(i * each, (i + 1) * each), [v for v in row[i * each : (i + 1) * each] if v == v]
         assert found.steps[i] == pytest.approx(at[part].mean())
         assert found.values[i] == pytest.approx(sum(known) / len(known) if known else np.nan, nan_ok=True, abs=1e-6)
+        assert found.low[i] == pytest.approx(min(known, default=np.nan), nan_ok=True)
+        assert found.high[i] == pytest.approx(max(known, default=np.nan), nan_ok=True)
+    assert found.last_step == len(row)
     assert found.num_unknown == np.isnan(row).sum()
     assert found.total == pytest.approx(np.nansum(row), abs=1e-3)
+
+
+def test_the_figures_of_a_thinned_series_are_those_of_the_values():
+    values = np.where(np.arange(10_000) % 7, np.arange(10_000.0), np.nan)
+    values[5000:9000] = np.nan
+    whole, thinned = Series(np.arange(1.0, 10_001), values), ThinnedSeries()
+    thinned.add(whole)
+    assert thinned.num_each == 16
+    assert thinned.series.mean_of_last() == pytest.approx(whole.mean_of_last(), abs=4)
+    assert thinned.series.mean_of_first() == pytest.approx(whole.mean_of_first(), abs=4)
+    known = values[~np.isnan(values)]
+    assert whole.mean_of_last() == pytest.approx(known[-(len(known) // 10) :].mean())
+    assert RunRecord(name="r", stage="online", metrics={"a": thinned.series}).num_steps == 10_000
+
+
+def test_a_line_without_an_end_is_not_read_on_and_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reading, "MOST_LINE", 1000)
+    monkeypatch.setattr(reading, "CHUNK", 100)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines(1, 2) + "x" * 5000)
+    tail = Tail(path)
+    assert steps(tail.read(LATER)) == [1, 2]
+    assert "longer than" in tail.problem
+    with path.open("a") as file:
+        file.write("\n" + lines(3, 3))
+    assert steps(tail.read(LATER)) == []
+    assert tail.problem
+    os.truncate(path, len(lines(1, 2)))  # the run went back to its last whole row
+    assert steps(tail.read(LATER)) == [1, 2]
+    assert not tail.problem
+
+
+def test_a_long_line_costs_what_its_length_is(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    seconds = []
+    for megabytes in (4, 24):
+        path.write_bytes(b"x" * (megabytes * 2**20))
+        began = time.process_time()
+        Tail(path).read(LATER)
+        seconds.append(time.process_time() - began)
+    assert seconds[1] < 18 * max(seconds[0], 0.01)  # six times as long; 36 times if each part copied all before it
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_first_look_at_a_half_written_line_begins_at_a_whole_one(tmp_path: Path, is_whole: bool):
+    path = tmp_path / "samples.jsonl"
+    long = json.dumps({"step": 4, "response": "x" * 1000}) + "\n"
+    path.write_text(lines(1, 3) + (long if is_whole else long[:-10]))
+    tail = Tail(path, last_bytes=200)
+    assert steps(tail.read(LATER)) == ([1, 2, 3, 4] if is_whole else [1, 2, 3])
+    with path.open("a") as file:
+        file.write(("" if is_whole else long[-10:]) + lines(5, 5))
+    assert steps(tail.read(LATER)) == ([5] if is_whole else [4, 5])
+    assert tail.num_damaged == 0
+
+
+def test_a_file_that_can_be_read_again_is(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.mkdir()
+    tail, problems = Tail(path), []
+    assert steps(tail.read(LATER)) == []
+    assert "cannot be read" in tail.problem
+    assert last_row(path, problems) == {}
+    assert "cannot be read" in problems[0]
+    path.rmdir()
+    path.write_text(lines(1, 2) + "[" * 200_000 + "\n")
+    assert steps(tail.read(LATER)) == [1, 2]
+    assert (tail.problem, tail.num_damaged) == ("", 1)
 
 
 def test_series_keep_what_is_a_number_and_nothing_else():

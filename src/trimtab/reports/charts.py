@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 from markupsafe import Markup
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from trimtab.reports.collect import RunRecord, Series
 from trimtab.reports.markup import REPORTS
@@ -26,7 +26,7 @@ GREY = "#8b93a1"
 Bar = tuple[str, Interval, str]
 """Name, value with bounds (nan if unknown), colour; for example ("chance", Interval(0.5, nan, nan, 0), GREY)."""
 MAX_POINTS = 200
-"""Maximum number of points drawn for a curve. They are evenly spaced; smoothing uses all points."""
+"""Maximum number of points drawn for a curve: of each stretch the lowest and the highest. Smoothing uses all points."""
 MAX_NAME = 28
 """Letters of a name that a legend or an axis shows; beside a wide chart twice as many."""
 _FAR = 1e300
@@ -136,10 +136,12 @@ class Chart:
         across, up = np.asarray(x, float).reshape(2, -1), np.asarray(y, float).reshape(2, -1)
         self.marks.append(Mark("boxes", across, up, colours, texts, opacity=0.85))
 
-    def area(self, x: ArrayLike, low: ArrayLike, high: ArrayLike, colour: str) -> None:
+    def area(self, x: ArrayLike, low: ArrayLike, high: ArrayLike, colour: str, *, opacity: float = 0.75) -> None:
         """The area between two curves over the same places."""
         at, below, above = np.asarray(x, float), np.asarray(low, float), np.asarray(high, float)
-        self.marks.append(Mark("area", np.append(at, at[::-1]), np.append(below, above[::-1]), [colour], opacity=0.75))
+        self.marks.append(
+            Mark("area", np.append(at, at[::-1]), np.append(below, above[::-1]), [colour], opacity=opacity)
+        )
 
     def whiskers(self, x: Sequence[tuple[float, float]], y: Sequence[tuple[float, float]], colour: str) -> None:
         """Thin lines between pairs of values, such as the bounds of intervals; unknown ones are left out."""
@@ -186,16 +188,22 @@ def smoothing_window(num_points: int) -> int:
 
 
 def curves(series: Mapping[str, Series], unit: str, *, max_points: int = MAX_POINTS) -> Chart:
-    """One or more metrics over the steps: every value as a faint point, its moving mean as a line.
+    """One or more metrics over the steps: values as faint points, their moving mean as a line.
 
-    Of each curve at most `max_points` are drawn.
+    Of each curve at most `max_points` are drawn, the lowest and the highest of each stretch among them. Of a thinned
+    series the points are means, and a band reaches from the lowest value to the highest of each.
     """
     chart = Chart(Axis("step"), Axis(unit, low=0.0 if unit == "seconds" else None), height=200 + 50 * (len(series) > 2))
     for (name, one), colour in zip(series.items(), cycle(PALETTE), strict=False):
         chart.legend.append((_short(name), colour))
-        window, shown = smoothing_window(len(one)), _thin(len(one), max_points)
-        chart.line(one.steps[shown], moving_mean(one.values, window)[shown], colour)
+        window, shown = smoothing_window(len(one)), _with_extremes(one, max_points)
         texts = [f"step {step:g}: {value:.4g}" for step, value in zip(one.steps[shown], one.values[shown], strict=True)]
+        if one.thinned is not None and (one.thinned.known > 1).any():
+            known = shown[~np.isnan(one.values[shown])]
+            chart.area(one.steps[known], one.low[known], one.high[known], colour, opacity=0.2)
+            ends = zip(one.low[shown], one.high[shown], strict=True)
+            texts = [f"{text}, from {low:.4g} to {high:.4g}" for text, (low, high) in zip(texts, ends, strict=True)]
+        chart.line(one.steps[shown], moving_mean(one.values, window)[shown], colour)
         size, opacity = (1.5, 0.4) if window > 1 else (2.5, 1.0)
         chart.dots(one.steps[shown], one.values[shown], [colour], texts, size=size, opacity=opacity)
     return chart
@@ -229,7 +237,10 @@ def over_kl(runs: Sequence[RunRecord], metric: str, unit: str, *, wide: bool = F
         if not steps.size:
             continue
         # the few steps of a short run are noisy, and a line through each would run back and forth
-        window, shown = max(smoothing_window(len(steps)), min(7, len(steps) // 5) | 1), _thin(len(steps))
+        window, shown = (
+            max(smoothing_window(len(steps)), min(7, len(steps) // 5) | 1),
+            _with_extremes(Series(steps, values)),
+        )
         far, smooth = moving_mean(distance, window), moving_mean(values, window)
         rows = zip(steps[shown], values[shown], distance[shown], strict=True)
         texts = [f"{run.name}, step {step:g}: {value:.3g} at √KL {at:.2f}" for step, value, at in rows]
@@ -377,6 +388,19 @@ def _between(share: float) -> str:
 
 def _short(name: str, letters: int = MAX_NAME) -> str:
     return name if len(name) <= letters else name[: letters - 1] + "…"
+
+
+def _with_extremes(series: Series, most: int = MAX_POINTS) -> NDArray[np.intp]:
+    """The places of at most so many points of a series: the lowest and the highest of each stretch, in their order."""
+    num = len(series)
+    if num <= most:
+        return np.arange(num)
+    stretches = np.array_split(np.arange(num), max(1, most // 2))
+    low, high = (
+        np.where(np.isnan(series.low), np.inf, series.low),
+        np.where(np.isnan(series.high), -np.inf, series.high),
+    )
+    return np.unique([end for at in stretches for end in (at[np.argmin(low[at])], at[np.argmax(high[at])])])
 
 
 def _thin(num_points: int, most: int = MAX_POINTS) -> slice:

@@ -20,7 +20,24 @@ MAX_BYTES = 32 * 1024 * 1024
 
 # a metric that only this stage logs, to recognise a directory whose settings are lost
 _STAGE_SIGNS = {"online": "policy/kl", "reward": "reward/accuracy", "sft": "loss/train"}
+_UNREADABLE = (OSError, ValueError, RecursionError)
+"""What reading a damaged file may raise: it is a directory, or another user's; its text is wrong, or too deep."""
 _RUN_FILES = ("settings.toml", "metrics.jsonl", "samples.jsonl", "summary.json")
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """What a series whose points are means of neighbouring values keeps of these values."""
+
+    known: Floats
+    """How many known values each point is the mean of."""
+    low: Floats
+    """The lowest known value of each point; nan if none is known."""
+    high: Floats
+    num_unknown: int
+    """How many logged values were not finite numbers."""
+    last_step: float
+    """The last step logged."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +47,8 @@ class Series:
     steps: Floats
     values: Floats
     """nan if the logged value was not a finite number."""
-    known: Floats | None = None
-    """Of a thinned series: how many known values each value is the mean of. None if the values are as logged."""
-    num_lost: int = 0
-    """Of a thinned series: how many logged values were not finite numbers, though their neighbours were."""
+    thinned: Thinned | None = None
+    """None if the values are as logged."""
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -41,22 +56,47 @@ class Series:
     @property
     def num_unknown(self) -> int:
         """How many logged values were not finite numbers."""
-        return int(np.isnan(self.values).sum()) if self.known is None else self.num_lost
+        return int(np.isnan(self.values).sum()) if self.thinned is None else self.thinned.num_unknown
 
     @property
     def total(self) -> float:
         """The sum of the known values."""
-        return float(np.nansum(self.values if self.known is None else self.values * self.known))
+        return float(np.nansum(self.values * self._weights))
+
+    @property
+    def last_step(self) -> float:
+        """The last step logged, of at least one."""
+        return float(self.steps[-1]) if self.thinned is None else self.thinned.last_step
+
+    @property
+    def low(self) -> Floats:
+        """The lowest known value of each point; nan if none is known."""
+        return self.values if self.thinned is None else self.thinned.low
+
+    @property
+    def high(self) -> Floats:
+        """The highest known value of each point; nan if none is known."""
+        return self.values if self.thinned is None else self.thinned.high
+
+    @property
+    def _weights(self) -> Floats:
+        """How many known values each point stands for."""
+        return (~np.isnan(self.values)).astype(float) if self.thinned is None else self.thinned.known
 
     def mean_of_last(self, share: float = 0.1) -> float:
         """Mean of this share of the known values at the end, at least one value; nan if none is known."""
-        known = self.values[~np.isnan(self.values)]
-        return float(known[-max(1, int(len(known) * share)) :].mean()) if len(known) else math.nan
+        return _mean_of_first(self.values[::-1], self._weights[::-1], share)
 
     def mean_of_first(self, share: float = 0.1) -> float:
         """Mean of this share of the known values at the beginning, at least one value; nan if none is known."""
-        known = self.values[~np.isnan(self.values)]
-        return float(known[: max(1, int(len(known) * share))].mean()) if len(known) else math.nan
+        return _mean_of_first(self.values, self._weights, share)
+
+
+def _mean_of_first(values: Floats, weights: Floats, share: float) -> float:
+    """The mean of the first values of a series whose points stand for so many; of the last point needed, a part."""
+    before = np.cumsum(weights) - weights
+    taken = np.clip(max(1, int(weights.sum() * share)) - before, 0, weights)
+    return float(np.nansum(values * taken) / taken.sum()) if taken.any() else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +144,7 @@ class RunRecord:
     @property
     def num_steps(self) -> int:
         """The last step logged."""
-        return int(max((series.steps[-1] for series in self.metrics.values()), default=0))
+        return int(max((series.last_step for series in self.metrics.values()), default=0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +273,7 @@ def read_toml(path: Path, problems: list[str]) -> dict[str, Any]:
         return tomllib.loads(path.read_bytes().decode(errors="replace"))
     except FileNotFoundError:
         return {}
-    except tomllib.TOMLDecodeError:
+    except _UNREADABLE:
         problems.append(f"{path.name} is not readable TOML and was left out")
         return {}
 
@@ -244,7 +284,7 @@ def read_object(path: Path, problems: list[str]) -> dict[str, Any] | None:
         value = json.loads(path.read_bytes().decode(errors="replace"))
     except FileNotFoundError:
         return None
-    except ValueError:
+    except _UNREADABLE:
         value = None
     if not isinstance(value, dict):
         problems.append(f"{path.name} is not a readable JSON object and was left out")
@@ -259,7 +299,7 @@ def _json_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict):
             yield row
@@ -270,9 +310,16 @@ def _json_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _lines(path: Path, problems: list[str]) -> list[str]:
-    if not path.is_file():
+    try:
+        if path.exists() and not path.is_file():
+            raise IsADirectoryError(0, "it is no file")
+        file = path.open("rb")
+    except FileNotFoundError:
         return []
-    with path.open("rb") as file:
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read: {error.strerror}")
+        return []
+    with file:
         size = path.stat().st_size
         content = file.read(MAX_BYTES // 2)
         if size > MAX_BYTES:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from trimtab.core.errors import DataError
 from trimtab.reports import charts
@@ -31,6 +32,14 @@ def difference_page(first: RunRecord | PipelineRecord, second: RunRecord | Pipel
             where="the command line",
             fix="give two runs or two pipelines; the stages of a pipeline are runs in its directory",
         )
+    problems = [
+        Text(f"{name}: {said}")
+        for name, record in zip(names, (first, second), strict=True)
+        if isinstance(record, PipelineRecord)
+        for said in (*([] if record.finished else ["the pipeline is not finished"]), *record.problems)
+    ]
+    if problems:
+        sections.insert(0, Section([*problems]))
     about = f"{names[0]} ({first.name}) and {names[1]} ({second.name})" if names == ("A", "B") else " and ".join(names)
     return Report(title="What changed", about=about, sections=sections, footer=_FOOTER)
 
@@ -48,21 +57,32 @@ def _stages(first: PipelineRecord, second: PipelineRecord, names: Sequence[str])
     return sections
 
 
-def difference_parts(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Part]:
-    """What differs between runs: of two, whether it is more than noise; tables, and curves over one another."""
+def difference_parts(runs: Sequence[RunRecord], names: Sequence[str], noise: Sequence[str] | None = None) -> list[Part]:
+    """What differs between runs: of two, whether it is more than noise; tables, and curves over one another.
+
+    `noise` is what to say of the noise if the records do not hold all samples.
+    """
     parts: list[Part] = []
+    for name, run in zip(names, runs, strict=True):
+        state = [] if run.finished else [f"not finished: {run.num_steps} steps are logged"]
+        parts += [Text(f"{name}: {said}") for said in (*state, *run.problems)]
     if len(runs) == 2:
-        parts += [Text("More than noise?", "heading"), *(Text(said) for said in noise_sentences(*runs))]
-    tables = {
-        "settings": settings_rows(runs),
-        "data and models": input_rows(runs),
-        "machine and libraries": version_rows(runs),
+        said = noise_sentences(*runs) if noise is None else noise
+        parts += [Text("More than noise?", "heading"), *(Text(sentence) for sentence in said)]
+    tables: dict[str, tuple[list[tuple[str, ...]], list[list[Mapping[str, Any]]]]] = {
+        "settings": (settings_rows(runs), [[run.settings] for run in runs]),
+        "data and models": (input_rows(runs), [[run.data, run.models] for run in runs]),
+        "machine and libraries": (version_rows(runs), [[run.environment] for run in runs]),
     }
-    for what, rows in tables.items():
+    for what, (rows, _) in tables.items():
         if rows:
             parts += [Text(f"{what.capitalize()} that differ", "heading"), Table(rows, ("", *names))]
-    if same := [what for what, rows in tables.items() if not rows]:
+    # a record that is missing in one run is not the same as that of another, though no row may differ
+    known = {what: all(any(kinds) for kinds in held) for what, (_, held) in tables.items()}
+    if same := [what for what, (rows, _) in tables.items() if not rows and known[what]]:
         parts.append(Text(f"The same: {', '.join(same)}."))
+    if unknown := [what for what, is_known in known.items() if not is_known]:
+        parts.append(Text(f"Not recorded in every run, so not known to be the same: {', '.join(unknown)}."))
     if panels := _curves(runs, names):
         parts += [Text("Curves", "heading"), Panels(panels[:_NUM_OPEN])]
     if len(panels) > _NUM_OPEN:

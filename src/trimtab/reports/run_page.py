@@ -41,8 +41,9 @@ NUM_OPEN_SAMPLES = 4
 """Samples shown before the reader opens the others."""
 
 _FOOTER = (
-    "Brackets are 95% intervals. Lines are moving means, points the values as logged; rest the pointer on one to read "
-    "it. This page holds everything it shows, loads nothing and runs no script."
+    "Brackets are 95% intervals. Lines are moving means, points the values as logged; of a long curve the lowest and "
+    "the highest of each stretch are drawn. Rest the pointer on one to read it. This page holds everything it shows, "
+    "loads nothing and runs no script."
 )
 
 

@@ -29,7 +29,7 @@ import trimtab
 from trimtab.core.errors import ConfigError
 from trimtab.feedback.server.pages import WEB
 from trimtab.feedback.server.security import Guard, PostedFields, field, read_form
-from trimtab.runs.state import holder_of, stop_holder
+from trimtab.runs.state import holder_of, is_stepping, is_stopping, stop_holder
 from trimtab.ui import pages
 from trimtab.ui.library import Library
 
@@ -51,7 +51,8 @@ class Watch:
         """What a browser must show once, in the address that is printed."""
         self.secret = secrets.token_bytes(32)
         self.asked: dict[str, int] = {}
-        """The process of each run that was asked to stop. A second signal would stop it at once, so there is none."""
+        """The process of each run that was asked to stop here, until it notes that itself. A second signal would stop
+        it at once, so there is none."""
         self.one_at_a_time = threading.Lock()
         """Held while a run is asked to stop."""
         self.num_streams = 0
@@ -70,8 +71,10 @@ class Watch:
         return name
 
     def stopping(self, name: str) -> bool:
-        """Whether the process that writes the run was asked to stop."""
-        return name in self.asked and holder_of(self.library.root / name) == self.asked[name]
+        """Whether the process that writes the run was asked to stop: by this server, an earlier one, or Ctrl-C."""
+        holder = holder_of(self.library.root / name)
+        asked = name in self.asked and holder == self.asked[name]
+        return asked or is_stopping(self.library.root / name, holder)
 
 
 def watch_of(request: Request) -> Watch:
@@ -151,7 +154,7 @@ def live_compare(
 
 @router.post("/stop")
 def stop(watch: Watched, request: Request, form: Annotated[PostedFields, Depends(read_form)]) -> RedirectResponse:
-    """Asks the process of a run to stop, once."""
+    """Asks the process of a run to stop, once. The form says whether its reader knows that it ends at once."""
     origin = request.headers.get("origin")
     if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
         raise HTTPException(403, "the form came from another site")
@@ -162,8 +165,11 @@ def stop(watch: Watched, request: Request, form: Annotated[PostedFields, Depends
     with watch.one_at_a_time:  # a button that is pressed twice
         if watch.stopping(name):
             raise HTTPException(409, "it was asked already, and stops after the step at work")
-        if field(form, "process") != str(holder_of(directory)):
+        holder = holder_of(directory)
+        if field(form, "process") != str(holder):
             raise HTTPException(409, "the process of that page has ended; reload it")
+        if field(form, "at_once") != ("" if is_stepping(directory, holder) else "yes"):
+            raise HTTPException(409, "the run has begun or ended its steps since that page; reload it")
         try:
             watch.asked[name] = stop_holder(directory)
         except ConfigError as error:

@@ -65,6 +65,8 @@ class Found:
     """False if there were too many directories to look into all."""
     num_left_out: int
     """Directories that are left out because their names are not UTF-8, which no address can hold."""
+    num_links: int
+    """Links that lead to directories elsewhere, which are not followed."""
 
 
 class Library:
@@ -83,12 +85,13 @@ class Library:
         runs: dict[str, str | None] = {}
         pipelines: dict[str, tuple[str, ...]] = {}
         left = [(self.root, 0)]
-        num_looked_into = num_left_out = 0
+        num_looked_into = num_left_out = num_links = 0
         while left and num_looked_into < MOST_DIRECTORIES:
             directory, depth = left.pop()
             num_looked_into += 1
-            names, below, num_odd = _inside(directory)
+            names, below, links, num_odd = _inside(directory)
             num_left_out += num_odd
+            num_links += sum(not Path(os.path.realpath(link)).is_relative_to(self.root) for link in links)
             here = self._name(directory)
             if {"settings.toml", "environment.json"} <= names or "metrics.jsonl" in names:
                 runs.setdefault(here, None)
@@ -97,7 +100,7 @@ class Library:
                 runs |= dict.fromkeys(pipelines[here], here)
             elif depth < MOST_DEPTH:
                 left += [(path, depth + 1) for path in below]
-        return Found(runs, pipelines, not left, num_left_out)
+        return Found(runs, pipelines, not left, num_left_out, num_links)
 
     def _in_order(self, pipeline: Path, runs: list[Path]) -> list[Path]:
         """The runs of a pipeline in the order of its stages."""
@@ -113,13 +116,15 @@ class Library:
         directory = self.root / name
         settings, wrong_settings = self._files.get(directory / "settings.toml", read_toml)
         summary, wrong_summary = self._files.get(directory / "summary.json", read_object)
-        latest, _ = self._files.get(directory / "metrics.jsonl", _last_row)
+        latest, wrong_metrics = self._files.get(directory / "metrics.jsonl", last_row)
+        view = self._views.get(name)
         ending = read_state(directory)
         holder = holder_of(directory)
-        problems = [*wrong_settings, *wrong_summary]
+        problems = [*wrong_settings, *wrong_summary, *wrong_metrics]
+        problems += [said for said in (view.problems if view is not None else []) if said not in problems]
         if not settings and not wrong_settings:
             problems.append("settings.toml is missing")
-        if not holds_run(directory) and settings:
+        if settings and not _is(holds_run, directory):
             problems.append("environment.json is missing")
         standing, said = _standing(problems, summary, holder, ending)
         times = (_changed(directory / file) for file in ("metrics.jsonl", "summary.json", "settings.toml", STATE))
@@ -177,7 +182,10 @@ class RunView:
         self._metrics = Tail(directory / "metrics.jsonl")
         self._samples = Tail(directory / "samples.jsonl", last_bytes=SAMPLE_BYTES)
         self._series: dict[str, ThinnedSeries] = {}
+        self._guard = Tail(directory / "guard.jsonl")
         self._newest: deque[dict[str, Any]] = deque(maxlen=MOST_SAMPLES)
+        self._num_samples = 0
+        self._guard_rows: list[dict[str, Any]] = []
         self._lock = threading.Lock()
 
     def read(self, until: float | None = None) -> RunRecord:
@@ -187,12 +195,14 @@ class RunView:
             self._read_new(time.monotonic() + READ_SECONDS if until is None else until)
             series = {name: one.series for name, one in self._series.items()}
             samples = tuple(self._newest)
-            damaged = {tail.path.name: tail.num_damaged for tail in (self._metrics, self._samples)}
-        problems = [f"{num} damaged lines of {name} were left out" for name, num in damaged.items() if num]
+            guard = tuple(self._guard_rows)
+            problems = self.problems
+            damaged = {tail.path.name: tail.num_damaged for tail in self._tails}
+        problems += [f"{num} damaged lines of {name} were left out" for name, num in damaged.items() if num]
         settings, wrong = self._files.get(self.directory / "settings.toml", read_toml)
         tables: dict[str, Any] = {}
         problems += wrong
-        for name in ("environment", "data", "models", "summary"):
+        for name in ("environment", "data", "models", "decision", "summary"):
             tables[name], wrong = self._files.get(self.directory / f"{name}.json", read_object)
             problems += wrong
         return RunRecord(
@@ -204,10 +214,27 @@ class RunView:
             models=tables["models"] or {},
             metrics=series,
             samples=samples,
+            guard=guard,
+            decision=tables["decision"] or {},
             summary=tables["summary"] or {},
             finished=tables["summary"] is not None,
             problems=tuple(problems),
         )
+
+    @property
+    def _tails(self) -> tuple[Tail, ...]:
+        return self._metrics, self._samples, self._guard
+
+    @property
+    def problems(self) -> list[str]:
+        """Why files that grow are not read, or not further."""
+        return [tail.problem for tail in self._tails if tail.problem]
+
+    @property
+    def has_all_samples(self) -> bool:
+        """Whether every sample of the run is kept."""
+        tail = self._samples
+        return self._num_samples <= MOST_SAMPLES and not (tail.skipped or tail.problem) and tail.share_read == 1
 
     @property
     def share_read(self) -> float:
@@ -228,7 +255,11 @@ class RunView:
         drawn = self._samples.read(until)
         if drawn.from_start:
             self._newest.clear()
+            self._num_samples = 0
         self._newest.extend(drawn.rows)
+        self._num_samples += len(drawn.rows)
+        watched = self._guard.read(until)
+        self._guard_rows = ([] if watched.from_start else self._guard_rows) + watched.rows
 
 
 class FileCache:
@@ -260,10 +291,10 @@ class FileCache:
         return value, problems
 
 
-def _inside(directory: Path) -> tuple[set[str], list[Path], int]:
-    """The names of the files in a directory, the directories in it in the order of their names, and the number of those
-    whose names are not UTF-8."""
-    names, below, num_odd = set(), [], 0
+def _inside(directory: Path) -> tuple[set[str], list[Path], list[str], int]:
+    """The names of the files in a directory, the directories in it in the order of their names, the links to
+    directories, and the number of directories whose names are not UTF-8."""
+    names, below, links, num_odd = set(), [], [], 0
     try:
         with os.scandir(directory) as entries:
             for entry in entries:
@@ -274,17 +305,23 @@ def _inside(directory: Path) -> tuple[set[str], list[Path], int]:
                         below.append(Path(entry.path))
                 else:
                     names.add(entry.name)
+                    if entry.is_symlink() and entry.is_dir() and not entry.name.startswith("."):
+                        links.append(entry.path)
     except OSError:  # removed meanwhile, or not for us to read
-        return set(), [], 0
-    return names, sorted(below, reverse=True), num_odd
+        return set(), [], [], 0
+    return names, sorted(below, reverse=True), links, num_odd
 
 
 def _is_run(directory: Path) -> bool:
-    return holds_run(directory) or (directory / "metrics.jsonl").exists()
+    return _is(holds_run, directory) or _is(Path.exists, directory / "metrics.jsonl")
 
 
-def _last_row(path: Path, _: list[str]) -> Mapping[str, Any]:
-    return last_row(path)
+def _is(holds: Callable[[Path], bool], path: Path) -> bool:
+    """What `holds` says of a path; False if it is not for us to look at."""
+    try:
+        return holds(path)
+    except OSError:
+        return False
 
 
 def _changed(path: Path) -> float:

@@ -16,12 +16,13 @@ import trimtab.reports
 from trimtab.reports.alarms import alarms_of
 from trimtab.reports.collect import RunRecord
 from trimtab.reports.difference_page import difference_parts
+from trimtab.reports.guard_parts import guard_parts
 from trimtab.reports.headline import number, section, show
 from trimtab.reports.markup import templates
 from trimtab.reports.page import Folded, Part, SampleCard
 from trimtab.reports.run_page import curve_parts, detail_parts, rollout_card
 from trimtab.runs.loop import SHOWN
-from trimtab.runs.state import RunStanding
+from trimtab.runs.state import RunStanding, holder_of, is_stepping
 from trimtab.ui.library import READ_SECONDS, Found, Library, RunState, pipelines_first
 
 HERE = Path(__file__).parent
@@ -85,16 +86,18 @@ def _lines(library: Library, found: Found) -> list[Line]:
         ]
         if pipeline is not None:
             summary = library.summary(pipeline)
-            whole = _of_pipeline(pipeline, states, summary is not None)
+            whole = _of_pipeline(pipeline, states, summary is not None, holder_of(library.root / pipeline))
             lines.append(Line(pipeline, pipeline, whole, figures(summary or {}), is_pipeline=True))
         lines += rows
     return lines
 
 
-def _of_pipeline(name: str, states: Sequence[RunState], finished: bool) -> RunState:
-    """The state of a pipeline: that of the first stage that is not finished, if there is one."""
+def _of_pipeline(name: str, states: Sequence[RunState], finished: bool, holder: int | None) -> RunState:
+    """The state of a pipeline: running while a process holds it, else that of the first stage that is not finished."""
     whole: RunStanding = "finished" if finished else "stopped"
     standing = next((s.standing for s in states if s.standing != "finished"), whole)
+    if holder is not None and standing != "damaged":
+        standing = "running"
     return RunState(
         name=name,
         stage="pipeline",
@@ -104,7 +107,7 @@ def _of_pipeline(name: str, states: Sequence[RunState], finished: bool) -> RunSt
         num_steps=None,
         latest={},
         changed=max((s.changed for s in states), default=0.0),
-        holder=next((s.holder for s in states if s.holder is not None), None),
+        holder=holder or next((s.holder for s in states if s.holder is not None), None),
     )
 
 
@@ -142,9 +145,11 @@ def run_parts(library: Library, name: str, *, csrf: str, stopping: bool) -> Frag
             command=resume_command(library, state, record) if state.standing in ("stopped", "failed") else None,
             csrf=csrf,
             stopping=stopping,
+            stepping=is_stepping(library.root / name, state.holder),
         ),
         "alarms": render("alarms.html", alarms=alarms_of(record, running=state.holder is not None)),
         "curves": _section("Curves", curve_parts(record)),
+        "guard": _section("", guard_parts(record)),
         "samples": _section("Newest samples", _samples(record)),
         "file": render("file.html", text=_text(library.root / name / "settings.toml")),
         "details": _section("", detail_parts(record)),
@@ -193,9 +198,14 @@ def comparison_parts(library: Library, names: Sequence[str]) -> Fragments:
     views = [library.view(name) for name in names]
     records = [view.read(until) for view in views]
     share = min((view.share_read for view in views), default=1.0)
-    parts = difference_parts(records, _labels(names)) if len(records) > 1 else []
+    noise = None
+    if not all(view.has_all_samples for view in views):
+        command = shlex.join(["trimtab", "report", "diff", *(str(library.root / name) for name in names)])
+        noise = [f"This page keeps the newest samples only, so it does not say. {command} reads all of them."]
+    parts = difference_parts(records, _labels(names), noise) if len(records) > 1 else []
+    num_each = max((view.num_each for view in views), default=1)
     return {
-        "state": render("compared.html", names=names, share_read=share),
+        "state": render("compared.html", names=names, share_read=share, num_each=num_each),
         "comparison": _section("", parts),
     }
 
