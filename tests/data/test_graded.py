@@ -94,7 +94,7 @@ def test_replies_of_a_prompt_are_one_tree_and_what_does_not_fit_is_counted(token
     counts = {}
     found = group_graded(
         [(record, grade_steps(record, chat, separator="\n")) for record in records],
-        chat, max_tokens=60, on_too_long="drop", counts=counts,
+        chat, max_tokens=60, on_too_long="drop", token_budget=4096, counts=counts,
     )  # fmt: skip
     assert counts == {"dropped_too_long": 1}
     assert [len(tree.branches) for tree in found.trees] == [2]
@@ -104,3 +104,44 @@ def test_replies_of_a_prompt_are_one_tree_and_what_does_not_fit_is_counted(token
     # The label of the first step is read at its last token, from which the trained token behind it is predicted.
     read_at = int(batch.trees.predict_from[0])
     assert text_up_to(chat, batch.trees.input_ids.tolist(), read_at).endswith("It is four.\n")
+
+
+def test_a_long_reply_is_left_out_and_not_those_to_the_same_prompt(tokenizers):
+    chat, counts = Chat(tokenizers["ours"]), {}
+    long = stepped(1.0, 1.0, steps=("It", "is four. " * 40))
+    records = [(one, grade_steps(one, chat, separator="\n")) for one in (stepped(1.0, 0.0), long, stepped(0.0, 1.0))]
+    found = group_graded(records, chat, max_tokens=60, on_too_long="drop", token_budget=4096, counts=counts)
+    assert found.grades == [(records[0][1], records[2][1])]
+    assert counts == {"dropped_too_long": 1}
+    counts.clear()
+    room = len(long_ids := records[1][1].ids) + 3
+    cut = group_graded(
+        records, chat, max_tokens=room, on_too_long="truncate_prompt_left", token_budget=4096, counts=counts
+    )
+    assert [len(one) for one in cut.grades] == [3]
+    assert len(cut.trees[0].prompt) + len(long_ids) == room
+    assert counts == {"truncated_too_long": 3}
+
+
+def test_replies_that_are_more_than_a_forward_pass_takes_are_several_trees_of_one_prompt(tokenizers):
+    chat = Chat(tokenizers["ours"])
+    other = SteppedResponse(prompt=Prompt(messages=(Message("user", "Hi"),)), steps=("a", "b"), labels=(1.0, 0.0))
+    records = [(one, grade_steps(one, chat, separator="\n")) for one in [*[stepped(1.0, 0.0)] * 5, other]]
+    prompt, own = len(chat.encode_prompt(PROMPT.messages)), len(records[0][1].ids)
+
+    def trees(budget):
+        return group_graded(records, chat, max_tokens=999, on_too_long="drop", token_budget=budget, counts={})
+
+    found = trees(prompt + 2 * own)
+    assert [len(grades) for grades in found.grades] == [2, 2, 1, 1]
+    assert found.prompts == [0, 0, 0, 1]
+    assert all(tree.num_tokens <= prompt + 2 * own for tree in found.trees)
+    assert [len(grades) for grades in trees(1).grades] == [1] * 6  # a reply is never cut
+    assert found.batch().labels.tolist() == trees(4096).batch().labels.tolist()
+
+
+def test_the_first_step_that_nobody_judged_is_remembered(tokenizers):
+    chat = Chat(tokenizers["ours"])
+    labels = [((1.0, 0.0), None), ((None, 1.0), 0), ((1.0, None), 1)]
+    for own, gap in labels:
+        assert grade_steps(stepped(*own), chat, separator="\n").num_before_gap == gap

@@ -1,7 +1,9 @@
 """The reward stage over single replies, and what becomes of its models."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -16,13 +18,17 @@ from tests.stages.commands import (
 )
 from trimtab.core.errors import ConfigError, EngineError
 from trimtab.core.hub import reward_facts
-from trimtab.core.types import Message, Prompt, Rollout
-from trimtab.models.load import load_causal
+from trimtab.core.types import Message, Prompt, Rollout, SteppedResponse
+from trimtab.data.chat import Chat
+from trimtab.math.losses.graded import ProcessLoss
+from trimtab.models.load import load_causal, load_scalar, load_tokenizer
+from trimtab.models.roles import ScalarModel
 from trimtab.rewards.combined import load_rewards
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.process import ProcessReward
 from trimtab.rewards.shaping import Length
 from trimtab.stages.reward_positions import refuse_short_reward_models
+from trimtab.stages.reward_replies import first_errors, graded, judge
 
 QUESTIONS = [f"What is {i} + {i}?" for i in range(12)]
 
@@ -180,9 +186,6 @@ def test_an_adapter_says_it_beside_its_weights_and_is_read_the_same_on_a_shared_
 
 
 def reply(text, run, prompt="What is 2 + 2?"):
-    from trimtab.data.chat import Chat
-    from trimtab.models.load import load_tokenizer
-
     chat = Chat(load_tokenizer(run / "model"))
     asked = Prompt(messages=(Message("user", prompt),))
     ids = tuple(chat.encode_response(text))
@@ -278,6 +281,64 @@ def test_a_separator_that_never_occurs_is_refused_by_name(models):
     with pytest.raises(EngineError, match=r"'.n' does not occur between two steps in any of 2 replies") as caught:
         scorer.score([reply("#### 4", run), reply("4", run)])
     assert "outcome model" in caught.value.fix
+
+
+def test_later_replies_of_one_step_are_counted_and_end_no_run(models):
+    """A greedy baseline, a round of replacements or a check of the guard may be a few such replies."""
+    run = models["process"]
+    scorer = ProcessReward(path=str(run / "model")).load(token_budget=4096)
+    scorer.score([reply(text, run) for text in TEXTS])
+    rewards, metrics = scorer.score([reply("#### 4", run)])
+    assert rewards.tolist() == pytest.approx(probabilities(run, "#### 4"), rel=1e-5)
+    assert metrics["reward/process_one_step_fraction"].value == 1
+
+
+def test_a_step_that_an_environment_ended_is_paid_at_the_token_before_that(models):
+    run = models["process"]
+    whole = reply(TEXTS[1], run)
+    scorer = ProcessReward(path=str(run / "model"), credit="steps").load(token_budget=4096)
+    plain = scorer.score([whole])[0]
+    first, second, last = plain.nonzero().flatten().tolist()
+    assert second - first > 1
+    written = {"observations": ((first, first + 1),), "logprobs": (-1.0,) * (len(plain) - 1)}
+    paid = scorer.score([Rollout(**vars(whole) | written)])[0]
+    assert paid.nonzero().flatten().tolist() == [first - 1, second - 1, last - 1]
+    torch.testing.assert_close(paid[[first - 1, second - 1, last - 1]], plain[[first, second, last]])
+
+
+def test_a_first_wrong_step_counts_if_all_steps_before_it_were_judged():
+    """Scores and labels of judged steps by hand. If earlier steps were not judged, nobody knows which is the first."""
+    right, wrong = 1.0, -1.0
+    scores = [[right, wrong], [wrong], [right, wrong], [right], [wrong, right]]
+    labels = [[1.0, 0.0], [0.0], [1.0, 0.0], [1.0], [0.0, 1.0]]
+    gaps = [None, 0, 1, None, 1]  # the second has unjudged steps before its label, the third one between its labels
+    found = first_errors([np.array(x) for x in scores], [np.array(x) for x in labels], gaps)
+    assert (found["first_error_accuracy_n"], found["first_error_accuracy"]) == (2, 1.0)  # the first and the last
+    assert (found["no_error_accuracy_n"], found["no_error_accuracy"]) == (1, 1.0)
+    every = first_errors([np.array(x) for x in scores], [np.array(x) for x in labels])
+    assert every["first_error_accuracy_n"] == 4
+
+
+def test_scores_that_are_no_numbers_are_no_judgement_and_full_marks_are_not_certain(models, tmp_path):
+    chat = Chat(load_tokenizer(models["process"] / "model"))
+    model = ScalarModel(load_scalar(models["process"] / "model"), pad_id=chat.pad_id, gives="both")
+    how = SimpleNamespace(
+        loss=ProcessLoss(labels_from="people"), max_tokens=256, on_too_long="drop", on_bad_row="stop", token_budget=64
+    )
+    always = [SteppedResponse(prompt=Prompt(messages=(Message("user", q),)), steps=("a", "b"), labels=(1.0, 1.0))
+              for q in QUESTIONS]  # fmt: skip
+    replies = graded(always, chat, how, {})
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    found = judge(model, replies, how)
+    assert found["label_accuracy"] == 0
+    assert (found["label_accuracy_low"], found["label_accuracy_high"]) == pytest.approx((0, 0.2425), abs=1e-3)  # Wilson
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(torch.nan)
+    with pytest.raises(EngineError, match="24 of 24 rewards are not finite"):
+        judge(model, replies, how)
 
 
 def test_each_kind_of_model_is_refused_as_another(models, reward_run):

@@ -7,7 +7,7 @@ was sampled: a model that learnt from joined pieces would be read at other token
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -53,11 +53,15 @@ def _text(chat: Chat, ids: Sequence[int]) -> str:
 
 
 class Grade(NamedTuple):
-    """A reply's ids, and the labels at places in them, ascending: `Grade((5, 6, 2), (0, 2), (1.0, 0.0))`."""
+    """A reply's ids, and the labels at places in them, ascending: `Grade((5, 6, 2), (0, 2), (1.0, 0.0))`.
+
+    `num_before_gap` is the number of labels before the first step that nobody judged; None if all steps are judged.
+    """
 
     ids: tuple[int, ...]
     places: tuple[int, ...]
     labels: tuple[float, ...]
+    num_before_gap: int | None = None
 
 
 def grade_steps(record: SteppedResponse, chat: Chat, *, separator: str) -> Grade:
@@ -73,7 +77,8 @@ def grade_steps(record: SteppedResponse, chat: Chat, *, separator: str) -> Grade
             fix="set loss.separator to a text that stands between steps and never inside one, such as '\\n\\n'",
         )
     judged = [(end, float(label)) for end, label in zip(ends, record.labels, strict=True) if label is not None]
-    return Grade(tuple(ids), tuple(end for end, _ in judged), tuple(label for _, label in judged))
+    gap = record.labels.index(None) if None in record.labels else None
+    return Grade(tuple(ids), tuple(end for end, _ in judged), tuple(label for _, label in judged), gap)
 
 
 def grade_outcome(record: LabelledResponse, chat: Chat, *, tokens: Literal["all", "last"]) -> Grade:
@@ -91,11 +96,14 @@ def grade_rating(record: RatedResponse, chat: Chat) -> Grade:
 
 @dataclass(frozen=True, eq=False)
 class GradedPrompts:
-    """Graded replies by prompt: one tree for each prompt, with all its replies as branches."""
+    """Graded replies by prompt: one tree for each prompt, with all its replies as branches, or several trees if they
+    are more than one forward pass takes."""
 
     trees: Sequence[Tree]
     grades: Sequence[Sequence[Grade]]
     """The grades of each tree's branches."""
+    prompts: Sequence[int]
+    """The number of each tree's prompt."""
 
     @property
     def num_replies(self) -> int:
@@ -103,7 +111,7 @@ class GradedPrompts:
         return sum(map(len, self.grades))
 
     def batch(self, indices: Sequence[int] | None = None) -> GradedReplies:
-        """The prompts with these numbers, or all prompts, as one batch."""
+        """The trees with these numbers, or all trees, as one batch."""
         chosen = list(range(len(self.trees)) if indices is None else indices)
         labels: list[float] = []
         last_labels: list[float] = []
@@ -125,31 +133,52 @@ def group_graded(
     *,
     max_tokens: int,
     on_too_long: WhenTooLong,
+    token_budget: int,
     counts: dict[str, int],
 ) -> GradedPrompts:
     """The grades of records, by the messages of their prompts. Replies that leave no room for their prompt are left
-    out; `counts` counts the replies dropped, and those whose prompt was truncated."""
+    out; `counts` counts the replies dropped, and those whose prompt was truncated. A tree holds at most `token_budget`
+    tokens, or one reply."""
     fit_prompt([], [], max_length=max_tokens)  # raises ConfigError if max_tokens leaves no room
     by_prompt: dict[Any, list[Grade]] = {}
     for record, grade in graded:
         by_prompt.setdefault(record.prompt.messages, []).append(grade)
-    trees, grades = [], []
-    for messages, of_prompt in by_prompt.items():
-        fitted = fit_prompt(
-            chat.encode_prompt(messages),
-            list(max(of_prompt, key=lambda grade: len(grade.ids)).ids),
-            max_length=max_tokens,
-            on_too_long=on_too_long,
-            bos_id=chat.tokenizer.bos_token_id,
-        )
-        if fitted.outcome != "kept":
-            counts[f"{fitted.outcome}_too_long"] = counts.get(f"{fitted.outcome}_too_long", 0) + len(of_prompt)
-        if fitted.outcome != "dropped":
+    how: dict[str, Any] = {"max_length": max_tokens, "on_too_long": on_too_long, "bos_id": chat.tokenizer.bos_token_id}
+    trees: list[Tree] = []
+    grades: list[Sequence[Grade]] = []
+    prompts: list[int] = []
+
+    def count(outcome: str, num: int) -> None:
+        if num:
+            counts[f"{outcome}_too_long"] = counts.get(f"{outcome}_too_long", 0) + num
+
+    for number, (messages, of_prompt) in enumerate(by_prompt.items()):
+        prompt_ids = chat.encode_prompt(messages)
+        kept = [grade for grade in of_prompt if fit_prompt(prompt_ids, list(grade.ids), **how).outcome != "dropped"]
+        count("dropped", len(of_prompt) - len(kept))
+        if not kept:
+            continue
+        fitted = fit_prompt(prompt_ids, list(max(kept, key=lambda grade: len(grade.ids)).ids), **how)
+        count("truncated", len(kept) * (fitted.outcome == "truncated"))
+        for branches in _in_budget(kept, token_budget - len(fitted.prompt_ids)):
             # A score is read at a token as the value of the token behind it, which is the one that is marked.
-            masks = [mask_of(grade) for grade in of_prompt]
-            trees.append(response_tree(fitted.prompt_ids, [grade.ids for grade in of_prompt], masks))
-            grades.append(tuple(of_prompt))
-    return GradedPrompts(trees, grades)
+            masks = [mask_of(grade) for grade in branches]
+            trees.append(response_tree(fitted.prompt_ids, [grade.ids for grade in branches], masks))
+            grades.append(tuple(branches))
+            prompts.append(number)
+    return GradedPrompts(trees, grades, prompts)
+
+
+def _in_budget(grades: Iterable[Grade], budget: int) -> Iterator[list[Grade]]:
+    """Runs of grades with at most `budget` ids together, or a single one."""
+    run: list[Grade] = []
+    for grade in grades:
+        if run and sum(len(own.ids) for own in [*run, grade]) > budget:
+            yield run
+            run = []
+        run.append(grade)
+    if run:
+        yield run
 
 
 def mask_of(grade: Grade) -> list[bool]:

@@ -39,6 +39,12 @@ class ProcessReward(ModelReward):
     adds to the aggregate so far, whose sum is the reward of the reply; "steps" at the end of each step its probability,
     so that a reply of more steps earns more."""
 
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """A reply's reward is a probability, also as the sum of what its steps add; that of steps one by one has no
+        bound."""
+        return None if self.credit == "steps" else (0.0, 1.0)
+
     def __post_init__(self) -> None:
         if self.credit == "steps" and self.aggregate is not None:
             raise ValueError(
@@ -99,12 +105,14 @@ class ProcessScorer:
         self.aggregate: StepAggregate = aggregate
         self.credit = credit
         self.name = name
+        self._is_first = True
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] the aggregates, or [M] what each token that the policy chose is paid; and as metrics the mean number of
         steps, and the share of replies with one step, whose reward is that of an outcome model.
 
-        Raises EngineError if no reply has the separator, and if tokens are to be paid that the model reads in another
+        Raises EngineError if no reply of the first call has the separator; later this is only counted, because a few
+        replies may happen to have none. Raises it too if tokens are to be paid that the model reads in another
         vocabulary than the policy.
         """
         sequences = self.scorer.ids_of(rollouts)
@@ -123,7 +131,8 @@ class ProcessScorer:
         """For each reply the places where its steps end, with the probabilities [T] there; and metrics."""
         ends = [step_ends(self.scorer.chat, ids or (self.scorer.chat.end_id,), self.separator) for _, ids in sequences]
         single = [len(own) == 1 for own in ends]
-        if sequences and all(single):
+        first, self._is_first = self._is_first, False
+        if first and sequences and all(single):
             raise EngineError(
                 f"the separator {self.separator!r} does not occur between two steps in any of {len(ends)} replies, so "
                 "each of them is one step",

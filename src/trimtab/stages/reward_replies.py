@@ -38,6 +38,7 @@ from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_tokenizer
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import round_as_written
+from trimtab.rewards.scorer import finite_scores
 from trimtab.runs.run import Run
 from trimtab.stages.reading import read, say_too_long
 from trimtab.stages.reward_members import head_start, load_roles, save_members, start_members
@@ -151,7 +152,7 @@ def graded(records: Sequence[Any], chat: Chat, settings: Any, counts: dict[str, 
                 counts["dropped_separator_in_step"] = counts.get("dropped_separator_in_step", 0) + 1
 
     fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long}
-    return group_graded(found(), chat, counts=counts, **fit_in)
+    return group_graded(found(), chat, token_budget=settings.token_budget, counts=counts, **fit_in)
 
 
 def grade(record: Any, chat: Chat, loss: Any) -> Grade:
@@ -167,12 +168,15 @@ def grade(record: Any, chat: Chat, loss: Any) -> Grade:
 
 
 def judge(model: ScalarModel, held_out: GradedPrompts, settings: Any) -> dict[str, Any]:
-    """How well the scores fit the held-out labels, with intervals that resample prompts."""
+    """How well the scores fit the held-out labels, with intervals that resample prompts. Raises EngineError for scores
+    that are not finite."""
     batch = held_out.batch()
     values, scores = values_and_scores_of(model, batch.trees, settings.token_budget)
     own = list(scores_by_reply(values, scores, batch.sequence_ids, held_out.grades))
-    labels = [np.array(grade.labels) for grades in held_out.grades for grade in grades]
-    prompts = [str(i) for i, grades in enumerate(held_out.grades) for _ in grades]
+    finite_scores(np.concatenate(own), of=model)
+    flat = [grade for grades in held_out.grades for grade in grades]
+    labels = [np.array(grade.labels) for grade in flat]
+    prompts = [str(i) for i, grades in zip(held_out.prompts, held_out.grades, strict=True) for _ in grades]
     found: dict[str, Any] = {"num_replies": len(own), "num_labels": int(sum(map(len, labels)))}
     if settings.loss.gives == "scores":
         errors = np.array([float(a[-1] - b[-1]) for a, b in zip(own, labels, strict=True)])
@@ -184,16 +188,19 @@ def judge(model: ScalarModel, held_out: GradedPrompts, settings: Any) -> dict[st
     right = ((scores_flat > 0) == (labels_flat > 0.5)).astype(float)
     decided = labels_flat != 0.5
     groups = [prompt for prompt, known in zip(of_label, decided, strict=True) if known]
-    found |= bootstrap_mean(right[decided], groups=groups).named("label_accuracy") if groups else {}
+    found |= bootstrap_mean(right[decided], groups=groups, shares=True).named("label_accuracy") if groups else {}
     found["right_fraction"] = float(labels_flat.mean())
     if not isinstance(settings.loss, ProcessLoss):
         return found
-    return found | first_errors(own, labels)
+    return found | first_errors(own, labels, [grade.num_before_gap for grade in flat])
 
 
-def first_errors(scores: Sequence[Floats], labels: Sequence[Floats]) -> dict[str, Any]:
+def first_errors(scores: Sequence[Floats], labels: Sequence[Floats], gaps: Sequence[int | None] = ()) -> dict[str, Any]:
     """How often the model finds the first wrong step of a reply that has one, and finds none in a reply that has none;
     and the harmonic mean of the two (ProcessBench: Zheng et al., arXiv:2412.06559).
+
+    `gaps` has for each reply the number of labels before the first step that nobody judged, None if there is no such
+    step. If no step before it is wrong, nobody knows which is the first wrong step, and the reply is left out.
 
     `lowest_is_last_fraction` is the share of replies with several judged steps whose lowest score is the last one:
     above 0.4 the process model is in effect an outcome model (Zhang et al., arXiv:2501.07301).
@@ -202,7 +209,11 @@ def first_errors(scores: Sequence[Floats], labels: Sequence[Floats]) -> dict[str
     def first(wrong: NDArray[np.bool_]) -> int:
         return int(np.argmax(wrong)) if wrong.any() else -1
 
-    pairs = [(first(a <= 0), first(b < 0.5)) for a, b in zip(scores, labels, strict=True)]
+    pairs = [
+        (first(a[:gap] <= 0), first(b[:gap] < 0.5))
+        for a, b, gap in zip(scores, labels, gaps or [None] * len(labels), strict=True)
+        if gap is None or (b[:gap] < 0.5).any()
+    ]
     found = {
         "first_error_accuracy": [said == true for said, true in pairs if true >= 0],
         "no_error_accuracy": [said == true for said, true in pairs if true < 0],
