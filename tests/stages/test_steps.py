@@ -120,6 +120,7 @@ def test_a_stopped_run_goes_on_to_the_same_file_also_behind_half_a_row(tmp_path,
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
+        ({"sampling": {**SHORT, "max_prompt_tokens": 1}}, "4 have a prompt of more than 1 tokens"),
         ({"separator": "~"}, "none of 4 replies has the separator '~'"),
         ({"separator": ""}, "separator is empty"),
         ({"rewards": []}, "rewards is empty"),

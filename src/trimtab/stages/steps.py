@@ -131,8 +131,8 @@ def run(settings: StepsSettings, run: Run) -> None:
 
 
 def begin(records: Sequence[Demonstration], chat: Chat, settings: StepsSettings) -> tuple[list[Begun], dict[str, int]]:
-    """The replies with the ends of their steps; those that fit no prompt are counted. Raises DataError if none has the
-    separator between two steps."""
+    """The replies with the ends of their steps; those that can not be labelled are counted. Raises DataError if none is
+    left, or if none has the separator between two steps."""
     counts: Counter[str] = Counter()
     found = []
     for record in records:
@@ -148,6 +148,14 @@ def begin(records: Sequence[Demonstration], chat: Chat, settings: StepsSettings)
             continue
         counts["one_step_replies"] += len(ends) == 1
         found.append(Begun(record, prompt_ids, ids, tuple(ends), steps))
+    if not found:
+        raise DataError(
+            f"none of {len(records)} replies can be labelled: {counts['dropped_long_prompts']} have a prompt of more "
+            f"than {settings.sampling.max_prompt_tokens} tokens, {counts['dropped_steps_in_one_token']} a token that "
+            "holds a step whole",
+            where=settings.data,
+            fix="raise sampling.max_prompt_tokens, or set separator to the text that stands between steps",
+        )
     if counts["one_step_replies"] == len(found):
         raise DataError(
             f"none of {len(found)} replies has the separator {settings.separator!r} between two steps",
