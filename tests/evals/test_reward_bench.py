@@ -49,7 +49,8 @@ def test_a_section_is_the_mean_of_its_subsets_by_their_published_weights():
     assert found.sections["Reasoning"].value == pytest.approx(984 / (984 + 6 * 164))
     assert found.sections["Safety"].value == 0
     assert found.overall == pytest.approx((140 / 358 + 0.5) / 4)
-    assert found.notes == ()
+    (note,) = found.notes  # the same problems in six languages are not independent
+    assert note.startswith("Reasoning: hep-cpp, hep-go, hep-java, hep-js, hep-python, hep-rust are the same problems")
 
 
 def test_a_section_without_all_its_subsets_says_so():

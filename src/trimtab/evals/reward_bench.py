@@ -60,6 +60,8 @@ SECTIONS: Mapping[str, Mapping[str, int]] = {
 }
 """The subsets of each section of RewardBench with their weights: their sizes, but for math-prm, whose 447 pairs weigh
 as much as the six of code together."""
+CODE = "hep-"
+"""How the names of the subsets begin that hold the problems of HumanEvalPack, each in a language of its own."""
 TIES = "Ties"
 """The domain of RewardBench 2 whose prompts have many right replies."""
 
@@ -211,6 +213,11 @@ def bench_scores(items: Sequence[BenchItem], rewards: Sequence[Sequence[float]],
                 notes.append(f"{section} lacks {', '.join(missing)}: its score is not that of the published section")
             if there := {name: weight for name, weight in weights.items() if name in subsets}:
                 sections[section] = weighted(subsets, there)
+            if len(code := [name for name in there if name.startswith(CODE)]) > 1:
+                notes.append(
+                    f"{section}: {', '.join(code)} are the same problems in {len(code)} languages, and the interval "
+                    "takes them for independent: it is too narrow"
+                )
     values = [one.value for one in (sections or subsets).values()]
     lengths = [len(words(reply)) for item in items for reply in item.replies]
     return BenchScores(
