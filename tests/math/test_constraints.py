@@ -10,7 +10,7 @@ import torch
 
 from trimtab.math.constraints import Multiplier, lagrangian
 
-HOW = {"limit": 0.0, "learning_rate": 0.1, "most": 5.0}
+HOW = {"limit": 0.0, "learning_rate": 0.1, "least": 0.01, "most": 5.0}
 
 
 def test_the_step_of_lambda_is_that_of_safe_rlhf():
@@ -23,7 +23,7 @@ def test_the_step_is_that_of_sgd_on_the_dual():
     log_lambda = torch.tensor(math.log(0.7), dtype=torch.float64, requires_grad=True)
     multiplier, optimizer = Multiplier.starting_at(0.7), torch.optim.SGD([log_lambda], lr=0.1)
     for costs in ([0.9, 0.8], [0.1, 0.0], [0.6, 0.4]):
-        multiplier = multiplier.see(costs, window=3).update(limit=0.3, learning_rate=0.1, most=5.0)
+        multiplier = multiplier.see(costs, window=3).update(limit=0.3, learning_rate=0.1, least=0.01, most=5.0)
         latest = list(multiplier.costs)
         optimizer.zero_grad()
         (-(sum(latest) / len(latest) - 0.3) * log_lambda.exp()).backward()
@@ -38,11 +38,19 @@ def test_the_mean_is_that_of_the_latest_costs():
     assert math.isnan(Multiplier.starting_at(1.0).mean_cost)
 
 
-def test_lambda_stays_below_its_most_and_above_0():
+def test_lambda_stays_between_its_least_and_its_most():
     high = Multiplier.starting_at(4.0).see([100.0], window=1)
     assert high.update(**HOW).value == pytest.approx(5.0)
     low = Multiplier.starting_at(1.0).see([-100.0], window=1)
-    assert 0 < low.update(**HOW).value < 1
+    assert low.update(**HOW).value == pytest.approx(0.01)
+    assert low.update(**HOW | {"least": 1e-5}).value == pytest.approx(math.exp(-10))
+
+
+def test_from_its_least_lambda_comes_back_in_about_the_steps_that_are_said():
+    multiplier, num = Multiplier.starting_at(0.01).see([0.5], window=1), 0
+    while multiplier.value < 1:
+        multiplier, num = multiplier.update(**HOW), num + 1
+    assert num == pytest.approx(1 / (0.1 * 0.01 * 0.5), rel=0.02)
 
 
 def test_damping_answers_at_once_and_leaves_the_multiplier_alone():
@@ -60,7 +68,7 @@ def largest_swing(damping: float) -> float:
     multiplier, log_odds, harm = Multiplier.starting_at(0.5), -1.0, []
     for _ in range(400):
         harm.append(1 / (1 + math.exp(-log_odds)))
-        multiplier = multiplier.see([harm[-1]], window=2).update(limit=0.2, learning_rate=1.0, most=5.0)
+        multiplier = multiplier.see([harm[-1]], window=2).update(limit=0.2, learning_rate=1.0, least=1e-9, most=5.0)
         log_odds += 0.2 - 0.4 * multiplier.damped(limit=0.2, damping=damping, most=5.0)
     return max(abs(cost - 0.2) for cost in harm[-100:])
 

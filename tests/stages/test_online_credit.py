@@ -131,10 +131,14 @@ def test_credit_changes_the_update_and_not_the_reward(tmp_path, base, process_mo
         ({"advantage": "rloo", "group_size": 2}, "gives all tokens of a reply the advantage of its sum"),
         ({"shaping": {"normalize": True}}, "they are of the reward of a whole reply"),
         ({"shaping": {"clip": 1.0}}, "they are of the reward of a whole reply"),
+        ({"combine": {"name": "sum", "normalize": "running"}}, "it combines the rewards of whole replies"),
+        ({"sampling": {"stop": ["\n\n"]}}, "a reply that is cut at a text may end inside a token"),
     ],
 )
 def test_what_would_lose_the_credit_of_steps_is_refused(tmp_path, base, process_model, changed, said):
-    file = write_run_file(tmp_path / "run.toml", made(base, process_model, **changed))
+    both = [*made(base, process_model)["rewards"], "exact_answer"]
+    settings = made(base, process_model) | ({"rewards": both} if "combine" in changed else {}) | changed
+    file = write_run_file(tmp_path / "run.toml", settings)
     result = trimtab("online", file, "--out", tmp_path / "none")
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())

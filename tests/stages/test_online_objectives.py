@@ -14,15 +14,17 @@ import torch
 from tests.stages.commands import FAST, rows, run_stage, trimtab, write_run_file
 from tests.stages.test_resume import differences, kill_after, num_rows, start, wait_for_rows
 from trimtab.core import config
-from trimtab.core.errors import ConfigError
+from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.types import Message, Prompt, Rollout
 from trimtab.math.combining import SafetyGate, WeightedSum
 from trimtab.math.constraints import Multiplier
 from trimtab.math.rewards import RunningMoments, moments_of
-from trimtab.stages.online.checks import check_scores
+from trimtab.rewards.combined import CombinedReward, RewardPart, is_flagged, part_names, refuse_unread_flags
+from trimtab.stages.online.checks import Clock, check_scores
 from trimtab.stages.online.cost import Lagrangian
 from trimtab.stages.online.draws import Draw, load_draws, save_draws
 from trimtab.stages.online.rollouts import Group, RolloutBatch
-from trimtab.stages.online.sampling import shape_rewards
+from trimtab.stages.online.sampling import RolloutSource, shape_rewards
 from trimtab.stages.online.settings import OnlineSettings
 from trimtab.stages.online.state import OnlineState
 
@@ -122,8 +124,9 @@ def test_moments_of_each_reward_are_kept_in_a_checkpoint(tmp_path):
 
 def test_scores_of_each_reward_are_kept_with_rollouts_that_were_drawn_ahead(tmp_path):
     group = Group([], torch.tensor([1 / 3]), 0.5, {"a": torch.tensor([0.1]), "cost": torch.tensor([1 / 7])}, {"a": 0.2})
-    (kept,) = load_draws(save_draws([Draw(0, 0, 0, RolloutBatch([group], {}))], tmp_path), tmp_path)
+    (kept,) = load_draws(save_draws([Draw(0, 0, 0, RolloutBatch([group], {}, 0, [0.3]))], tmp_path), tmp_path)
     (found,) = kept.rollouts.groups
+    assert kept.rollouts.replaced_costs == [0.3]
     assert {name: scores.tolist() for name, scores in found.parts.items()} == {
         name: scores.tolist() for name, scores in group.parts.items()
     }
@@ -136,6 +139,11 @@ def test_rewards_on_scales_far_apart_are_named_with_what_to_do(capsys):
     said = capsys.readouterr().err
     assert "the reward callable varies 250 times as much as callable_2" in said
     assert "combine.normalize=running" in said
+    check_scores(parts, settings(**two()), pays_tokens=True)  # which can not be normalised
+    said = capsys.readouterr().err
+    assert "change the weights" in said
+    assert "combine.normalize" not in said
+    check_scores(parts, settings(**two(combine={"name": "gate", "safety": "callable"})))  # nothing is added up
     check_scores(parts, settings(**two(combine={"name": "sum", "normalize": "running"})))
     check_scores(parts | {"callable": torch.tensor([390.0, 0.0])}, settings(**two()))
     check_scores(parts | {"callable_2": torch.tensor([1.0, 1.0])}, settings(**two()))  # says nothing of its scale yet
@@ -148,6 +156,12 @@ def test_advantages_of_each_reward_apart_run(tmp_path, base):
     assert all(math.isfinite(row["policy/loss"]) and row["optimizer/policy_gradient_norm"] > 0 for row in found)
 
 
+APART = {"name": "grpo", "per_reward": True}
+MODEL = {"name": "model", "path": "m"}
+MODEL_AND_ANSWER = [MODEL, {"name": "exact_answer"}]
+GATE_OF_ANSWER = {"name": "gate", "safety": "exact_answer"}
+
+
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
@@ -155,6 +169,14 @@ def test_advantages_of_each_reward_apart_run(tmp_path, base):
         (two(advantage={"name": "grpo", "per_reward": True}), "the KL belongs to none of the rewards"),
         (two(advantage={"name": "grpo", "per_reward": True}, shaping={"clip": 1.0}), "which is never made"),
         (two(advantage={"name": "grpo", "per_reward": True}, combine={"name": "gate", "safety": "callable"}), "leave"),
+        (two(advantage=APART, kl_in="loss", combine={"name": "sum", "normalize": "running"}), "leave combine out"),
+        (two(advantage=APART, kl_in="loss", whiten_rewards=True), "does not read the rewards of tokens"),
+        ({"rewards": MODEL_AND_ANSWER, "combine": GATE_OF_ANSWER}, "at least 0: as logits they are never below"),
+        (
+            {"rewards": [MODEL, {"name": "process", "path": "p"}], "combine": {"name": "gate", "safety": "process"}},
+            "the threshold 0.15 (the logit -1.73)",
+        ),
+        ({"cost": {"reward": function("even"), "limit": 0.1}, "whiten_rewards": True}, "whiten_rewards = true with a"),
         ({"combine": {"name": "gate", "safety": "callable"}}, "chooses between two rewards, and there are 1"),
         (two(combine={"name": "gate", "safety": "safe"}), "the rewards are callable and callable_2"),
         (two(combine={"name": "gate", "safety": "callable"}, shaping={"normalize": True}), "both scale the rewards"),
@@ -163,6 +185,108 @@ def test_advantages_of_each_reward_apart_run(tmp_path, base):
 )
 def test_combinations_that_can_not_be_are_refused(changed, problem):
     assert problem in refusal(**changed)
+
+
+def test_a_gate_that_a_bounded_score_can_close_is_none_to_refuse():
+    settings(rewards=MODEL_AND_ANSWER, combine=GATE_OF_ANSWER | {"threshold": 0.6})  # the logit 0.405
+    settings(rewards=[MODEL, {"name": "exact_answer", "weight": -2.0}], combine=GATE_OF_ANSWER)
+
+
+def test_an_advantage_of_the_users_own_need_not_know_of_parts(tmp_path):
+    file = tmp_path / "mine.py"
+    flags = "needs_critic = needs_greedy = needs_group = whiten = False"
+    file.write_text(
+        "from dataclasses import dataclass\n@dataclass(frozen=True)\n"
+        f"class Mine:\n    {flags}\n    def __call__(self, episodes):\n        return episodes.rewards\n"
+    )
+    assert not settings(advantage=f"{file}:Mine", **two()).reads_parts
+
+
+def test_no_reward_is_called_cost(monkeypatch):
+    monkeypatch.setattr("trimtab.core.registry.name_of", lambda kind, cls: "cost")
+    with pytest.raises(ConfigError, match="a reward is registered under the name 'cost'"):
+        part_names([object()])
+
+
+# ---- judging -------------------------------------------------------------------------------------------------------
+
+
+GREETING = Prompt(messages=(Message("user", "Hi"),))
+
+
+def rollout(*, num=1, prompt=GREETING, stopped=True):
+    return Rollout(
+        prompt=prompt, response="x", prompt_ids=(1,), response_ids=(2,) * num, logprobs=(-1.0,) * num,
+        finish_reason="stop" if stopped else "length",
+    )  # fmt: skip
+
+
+class Scores:
+    """A reward that gives each reply, or each token of two, what it is told."""
+
+    def __init__(self, values, *, each=1):
+        self.values = values
+        self.each = each
+
+    def score(self, rollouts):
+        return torch.tensor(self.values[: self.each * len(rollouts)]), {}
+
+
+class Sampler:
+    """Draws replies of two tokens."""
+
+    def generate(self, prompts, *, group_size, seed):
+        return [rollout(num=2, prompt=prompt) for prompt in prompts for _ in range(group_size)]
+
+
+def source(chosen, *, weights=(0.5, 2.0), cost=None, greedy=None, **scores):
+    parts = [RewardPart(n, w, reward) for (n, reward), w in zip(scores.items(), weights, strict=False)]
+    parts += [RewardPart("cost", 1.0, cost)] if cost is not None else []
+    return RolloutSource(Sampler(), greedy, CombinedReward(parts, chosen.combine), None, chosen)
+
+
+def judged(drawn_from, num_prompts):
+    prompts = [Prompt(messages=(Message("user", f"Hi {i}"),)) for i in range(num_prompts)]
+    state = OnlineState([], prompts, 0, 0.0, RunningMoments())
+    return drawn_from.judge(1, drawn_from.draw(1, state, Clock()), state, Clock())
+
+
+def test_scores_and_payments_stay_with_their_replies_if_one_is_dropped():
+    chosen = settings(**two(advantage="reinforce_pp", on_failed_reward="drop", prompts_per_step=2))
+    whole, tokens = Scores([1.0, 2.0, 3.0, 4.0, math.nan, 6.0]), Scores([float(i) for i in range(12)], each=2)
+    groups = judged(source(chosen, callable=whole, callable_2=tokens), 2).groups
+    assert [len(group.rollouts) for group in groups] == [3, 2]
+    assert groups[1].parts["callable"].tolist() == [4.0, 6.0]
+    assert groups[1].parts["callable_2"].tolist() == [6 + 7, 10 + 11]
+    # A half of the first reward at the last token, and twice the second where it is paid.
+    assert groups[1].paid.tolist() == [12, 14 + 2, 20, 22 + 3]
+    assert groups[1].rewards.tolist() == [28, 45]
+
+
+def test_a_reward_of_the_users_own_that_pays_tokens_is_refused_where_its_payments_would_be_lost():
+    for changed, said in [
+        ({}, "rewards that pay single tokens and the advantage GRPO"),
+        ({"advantage": "reinforce_pp", "shaping": {"normalize": True}}, "they are of the reward of a whole reply"),
+    ]:
+        with pytest.raises(ConfigError, match=said) as caught:
+            judged(source(settings(**changed), callable=Scores([0.0] * 18, each=2)), 3)
+        assert "one number for each reply" in caught.value.fix
+        assert caught.value.where == "rewards, step 2"
+
+
+def test_a_reply_whose_cost_is_not_known_is_not_judged():
+    costs, scores = [0.0, math.nan], [1.0, 2.0]
+    both = CombinedReward([RewardPart("a", 1.0, Scores(scores)), RewardPart("cost", 1.0, Scores(costs))])
+    total, _, metrics = both.score_parts([rollout(num=2), rollout(num=2)])
+    assert total.isnan().tolist() == [False, True]
+    assert metrics["reward/cost_failed"].value == 1
+
+
+def test_the_greedy_baseline_is_whitened_with_the_rewards():
+    chosen = settings(**two(combine={"name": "gate", "safety": "callable_2"}))
+    shaped = shape_rewards(batch_of(callable=[2.0, 6.0], callable_2=[0.0, 0.0]), chosen, new_state())
+    assert shaped.rewards.tolist() == pytest.approx([-1, 1], abs=1e-4)  # of the rewards 1 and 3
+    assert shaped.baselines.tolist() == pytest.approx([-1, -1], abs=1e-4)  # the greedy reply's is 1 too
 
 
 # ---- the gate ------------------------------------------------------------------------------------------------------
@@ -181,12 +305,52 @@ def test_the_gate_judges_each_reply_and_whitens_those_of_a_step(tmp_path, base):
     assert sum(x * x for x in first) / 9 == pytest.approx(1, abs=1e-4)
 
 
+FLAGS = {
+    "0": False, "false": False, "No": False, "": False, " ": False, None: False, 0: False, "0.0": False,
+    "1": True, "true": True, "YES": True, 1: True, 2: True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [*FLAGS, True, False, "True", "FALSE"])
+def test_a_flag_is_read_as_it_is_written_in_tables(value):
+    prompt = Prompt(messages=(Message("user", "Hi"),), facts={"unsafe": value})
+    assert is_flagged(prompt, "unsafe") == FLAGS.get(value, value == "True")
+
+
+def test_a_flag_that_is_missing_in_some_prompts_flags_none_and_another_spelling_is_refused():
+    flagged, other, odd = (
+        Prompt(messages=(Message("user", "Hi"),), facts=facts) for facts in ({"unsafe": True}, {}, {"unsafe": "maybe"})
+    )
+    gate = SafetyGate(safety="b", flag="unsafe")
+    refuse_unread_flags(gate, [other, flagged], where="p.jsonl")
+    both = CombinedReward([RewardPart(name, 1.0, Scores(v)) for name, v in {"a": [5.0, 5.0], "b": [1.0, 1.0]}.items()])
+    gated = CombinedReward(both.parts, gate)
+    assert gated.score_parts([rollout(num=2, prompt=p) for p in (flagged, other)])[0].tolist() == [1.0, 5.0]
+    with pytest.raises(DataError, match="the flag 'unsafe' is 'maybe', which is neither yes nor no"):
+        refuse_unread_flags(gate, [flagged, odd], where="p.jsonl")
+    with pytest.raises(DataError, match="none of 1 prompts has the fact 'unsafe'"):
+        refuse_unread_flags(gate, [other], where="p.jsonl")
+    refuse_unread_flags(gate, [other], where="p.jsonl", needed=False)
+    refuse_unread_flags(WeightedSum(), [odd], where="p.jsonl")
+
+
+def test_the_flags_of_the_guards_own_prompts_are_read_before_the_first_step(tmp_path, base):
+    file = tmp_path / "guard.jsonl"
+    file.write_text("".join(f'{{"prompt": "{i}?", "level": "high"}}\n' for i in range(3)))
+    gate = {"name": "gate", "safety": "callable_2", "flag": "level"}
+    guard = {"prompts": str(file), "measure": [function("brief")], "num_prompts": 2}
+    values = run_settings(base, **two(combine=gate, guard=guard))
+    result = trimtab("online", write_run_file(tmp_path / "run.toml", values), "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "the flag 'level' is 'high'" in " ".join(result.output.split())
+
+
 def test_a_flag_that_no_prompt_has_is_named(tmp_path, base):
     gate = {"name": "gate", "safety": "callable_2", "flag": "unsafe"}
     run_file = write_run_file(tmp_path / "run.toml", run_settings(base, **two(combine=gate)))
     result = trimtab("online", run_file, "--out", tmp_path / "run")
     assert result.exit_code == 2
-    assert "no fact 'unsafe'" in result.output
+    assert "has the fact 'unsafe'" in " ".join(result.output.split())
 
 
 # ---- a limit on a cost ---------------------------------------------------------------------------------------------
@@ -204,7 +368,7 @@ def test_lambda_follows_the_costs_of_replies(tmp_path, base):
         assert row["cost/mean"] == row["reward/cost"]
         assert row["cost/above_limit"] == pytest.approx(row["cost/moving_mean"] - 0.25)
         lam = min(5.0, lam * math.exp(0.5 * lam * row["cost/above_limit"]))
-        assert row["cost/lambda"] == pytest.approx(lam)
+        assert row["cost/lambda"] == row["cost/weight"] == pytest.approx(lam)
     assert found[0]["cost/moving_mean"] == found[0]["cost/mean"] != found[1]["cost/moving_mean"]
     assert found[0]["reward/mean"] == found[0]["reward/callable"]  # the cost is no part of the reward
 
@@ -256,6 +420,7 @@ def test_under_a_limit_the_advantages_are_those_worked_by_hand():
         group_ids=torch.tensor([0, 0, 1, 1]),
         parts={"cost": costs},
         baseline_parts={"cost": torch.full((4,), torch.nan)},
+        replaced_costs=[],
     )
     state = new_state()
     state.kl_coef, state.multiplier = 0.1, Multiplier.starting_at(2.0)
@@ -269,10 +434,138 @@ def test_under_a_limit_the_advantages_are_those_worked_by_hand():
     assert list(state.multiplier.costs) == [0.0, 1.0, 0.5, 0.5]
 
 
+def seen_costs(state, *, replaced=(), **changed):
+    """The metrics of one step of four replies that cost 0, 1, 0.5 and 0.5."""
+    options = {"reward": function("even", weight=2.0), "limit": 0.25, "learning_rate": 1.0} | changed
+    chosen = settings(advantage={"name": "grpo", "scale": "none"}, cost=options)
+    ids = torch.arange(4)
+    drawn = SimpleNamespace(
+        trees=SimpleNamespace(sequence_ids=ids),
+        group_ids=torch.tensor([0, 0, 1, 1]),
+        parts={"cost": torch.tensor([0.0, 0.5, 0.25, 0.25])},
+        baseline_parts={"cost": torch.full((4,), torch.nan)},
+        replaced_costs=replaced,
+    )
+    return Lagrangian(chosen, None)(0, torch.zeros(4), drawn, torch.zeros(4), state)
+
+
+def test_lambda_sees_the_replies_that_were_replaced_and_all_of_a_step():
+    state = new_state()
+    state.multiplier = Multiplier.starting_at(1.0)
+    _, metrics = seen_costs(state, replaced=[0.0] * 4, window=2)
+    assert list(state.multiplier.costs) == [0.0, 1.0, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0]
+    assert metrics["cost/mean"].value == metrics["cost/moving_mean"].value == 0.25
+    assert state.multiplier.value == 1  # on its limit
+
+
+def test_what_lambda_is_and_what_moves_the_policy_are_logged_apart():
+    state = new_state()
+    state.multiplier = Multiplier.starting_at(1.0)
+    _, metrics = seen_costs(state, damping=2.0)  # J - d = 0.25
+    assert metrics["cost/lambda"].value == pytest.approx(math.exp(0.25))
+    assert metrics["cost/weight"].value == pytest.approx(math.exp(0.25 + 0.5))
+
+
+def test_judging_hands_on_the_costs_of_groups_that_were_replaced():
+    """Of the three prompts of the first round one has a signal. A second round replaces the others, and has one too."""
+
+    class Harm:
+        def __init__(self):
+            self.given = []
+
+        def score(self, rollouts):
+            mine = [0.5 * (i % 2) if i < 3 else 0.25 for i in range(len(rollouts))]
+            self.given += mine
+            return torch.tensor(mine), {}
+
+    harm = Harm()
+    chosen = settings(dynamic_sampling={"max_rounds": 2}, cost={"reward": function("even"), "limit": 0.25})
+    drawn = judged(source(chosen, callable=Scores([1.0] * 9), cost=harm), 20)
+    assert [group.parts["cost"].tolist() for group in drawn.groups] == [[0, 0.5, 0], [0, 0.5, 0], [0.25] * 3]
+    assert len(harm.given) == 9 + 6
+    assert sum(drawn.replaced_costs) + sum(drawn.parts["cost"].tolist()) == pytest.approx(sum(harm.given))
+    assert len(drawn.replaced_costs) == 6
+
+
+def test_the_greedy_baseline_of_a_cost_is_weighed_as_the_cost_is():
+    chosen = settings(advantage="remax", cost={"reward": function("even", weight=2.0), "limit": 0.5})
+    drawn = SimpleNamespace(
+        trees=SimpleNamespace(sequence_ids=torch.arange(2)),
+        group_ids=torch.arange(2),
+        parts={"cost": torch.tensor([0.5, 1.0])},
+        baseline_parts={"cost": torch.tensor([0.25, 0.25])},
+        replaced_costs=[],
+    )
+    state = new_state()
+    state.multiplier = Multiplier.starting_at(1.0)
+    moving, metrics = Lagrangian(chosen, None)(0, torch.zeros(2), drawn, torch.zeros(2), state)
+    weight = metrics["cost/weight"].value
+    torch.testing.assert_close(moving, -weight / (1 + weight) * torch.tensor([1 - 0.5, 2 - 0.5]))
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_the_critic_of_a_cost_leaves_out_replies_that_were_cut_off_if_asked(skip):
+    chosen = settings(
+        advantage="gae", group_size=1, critic={"init": "policy"}, skip_truncated=skip, num_epochs=1, **limited()
+    )
+    costs = {"cost": torch.tensor([0.5])}
+    groups = [Group([rollout(num=2, stopped=i < 2)], torch.zeros(1), math.nan, costs) for i in range(3)]
+    learned = []
+
+    class Critic:
+        def values(self, trees):
+            return torch.zeros(6)
+
+        def update(self, work):
+            learned.append(work[0][0].num_sequences)
+            return {}
+
+    state = new_state()
+    state.multiplier = Multiplier.starting_at(1.0)
+    Lagrangian(chosen, Critic())(0, torch.zeros(6), RolloutBatch(groups, {}), torch.zeros(6), state)
+    assert learned == [2 if skip else 3]
+
+
+def test_going_back_to_a_checkpoint_takes_lambda_and_its_costs_back(tmp_path):
+    state = new_state()
+    state.multiplier = Multiplier.starting_at(0.5).see([0.1, 0.2], window=9)
+    state.save(tmp_path)
+    kept, state.multiplier = state.multiplier, Multiplier.starting_at(5.0).see([1.0], window=9)
+    state.load_models(tmp_path)  # as the guard does when it rolls back
+    assert state.multiplier == kept
+
+
 def test_a_group_that_differs_in_its_cost_alone_has_a_signal():
     same, costs = torch.ones(2), torch.tensor([0.0, 1.0])
-    assert not Group([None] * 2, same, math.nan, {"a": same, "b": costs}).has_signal
-    assert Group([None] * 2, same, math.nan, {"a": same, "cost": costs}).has_signal
+    assert not Group([None] * 2, same, math.nan, {"a": same, "b": costs}).has_signal(parts_apart=False)
+    assert Group([None] * 2, same, math.nan, {"a": same, "cost": costs}).has_signal(parts_apart=False)
+
+
+def test_a_group_of_one_sum_has_a_signal_if_its_parts_are_scaled_apart():
+    right, brief = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([0.0, 2.0, 0.0, 2.0])
+    group = Group([None] * 4, right + 0.5 * brief, math.nan, {"a": right, "b": brief})
+    assert not group.has_signal(parts_apart=False)
+    assert group.has_signal(parts_apart=True)
+    assert not Group([None] * 4, right * 0, math.nan, {"a": right * 0}).has_signal(parts_apart=True)
+    grpo = {"advantage": {"name": "grpo", "per_reward": True}, "kl_in": "loss"}
+    assert settings(**two(**grpo)).scales_parts
+    assert settings(**two(combine={"name": "sum", "normalize": "running"})).scales_parts
+    assert not settings(**two()).scales_parts
+
+
+@pytest.mark.parametrize(
+    ("paid", "differs"),
+    [
+        ([[0.5, 0.5], [0.0, 1.0]], True),
+        ([[1.0, 0.0], [0.0, 1.0]], True),
+        ([[0.0, 0.0, 1.0], [0.0, 1.0]], False),  # both get 1 at their end
+        ([[0.5, 0.5], [0.0, 0.5, 0.5]], False),
+    ],
+)
+def test_a_group_of_one_sum_has_a_signal_if_it_is_paid_at_other_tokens(paid, differs):
+    replies = [rollout(num=len(own)) for own in paid]
+    group = Group(replies, torch.ones(2), math.nan, paid=torch.tensor([x for own in paid for x in own]))
+    assert group.has_signal(parts_apart=False) == differs
 
 
 def test_a_cost_that_is_the_same_for_all_replies_is_refused_before_anything_is_trained(tmp_path, base):
@@ -297,6 +590,9 @@ def gold(**fields):
         ({"reward": {"name": "gold", "world": "helpdesk", "part": "harm"}, "limit": 0.1}, "part = 'harm'"),
         ({"reward": gold(part="harm"), "limit": 0.1, "initial_lambda": 9.0}, "more than most_lambda"),
         ({"reward": gold(part="harm"), "limit": 0.1, "initial_lambda": 0.0}, "must be above 0"),
+        ({"reward": gold(part="harm"), "limit": 0.1, "initial_lambda": 0.001}, "is less than least_lambda = 0.01"),
+        ({"reward": function("even", weight=0.0), "limit": 0.1}, "a cost with weight = 0"),
+        ({"reward": {"name": "process", "path": "p"}, "limit": 1.5}, "a reply costs from 0 to 1: every reply keeps it"),
         ({"limit": 0.1}, "cost.reward: missing"),
         ({"reward": {"name": "length", "max_tokens": 9, "most": 2.0, "weight": -1.0}, "limit": 2.5}, "from 0 to 2"),
         ({"reward": {"name": "exact_answer"}, "limit": -1.0}, "from 0 to 1"),

@@ -115,7 +115,7 @@ RANGES: dict[str, Range] = {
     # rewards
     **dict.fromkeys(["weight", "right_from"], ANY),
     "missing_eos_penalty": OR_NONE,
-    **dict.fromkeys(["initial_lambda", "most_lambda"], AMOUNT),
+    **dict.fromkeys(["initial_lambda", "least_lambda", "most_lambda"], AMOUNT),
     "damping": OR_NONE,
     "window": COUNT,
     "cost.limit": ANY,

@@ -77,7 +77,8 @@ class SafetyGate(Combination):
     threshold: float = 0.15
     """A reply counts as unsafe if the sigmoid of its safety score is below this."""
     flag: str | None = None
-    """A fact of the prompts: if it is true (neither empty nor 0), safety alone counts. None flags no prompt."""
+    """A fact of the prompts: if it is true (or yes, or a number other than 0), safety alone counts. A prompt without it
+    is not flagged. None flags no prompt."""
     whiten: bool = True
     """Scale the combined rewards of a step to mean 0 and deviation 1."""
 
@@ -86,6 +87,11 @@ class SafetyGate(Combination):
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold = {self.threshold}; it is a probability between 0 and 1")
+
+    @property
+    def logit(self) -> float:
+        """The threshold as a logit, which is what scores are."""
+        return math.log(self.threshold / (1 - self.threshold))
 
     def refusal(self, names: Sequence[str]) -> str:
         if len(names) != 2:
@@ -102,7 +108,7 @@ class SafetyGate(Combination):
         (helpful,) = (weights[name] * values for name, values in scores.items() if name != self.safety)
         safe = weights[self.safety] * scores[self.safety]
         # Compared as logits: in float32 the sigmoid of many scores is the same number.
-        gated = flagged | (safe < math.log(self.threshold / (1 - self.threshold)))
+        gated = flagged | (safe < self.logit)
         counted = torch.where(gated, safe, helpful).masked_fill(safe.isnan() | helpful.isnan(), torch.nan)
         metrics: Metrics = {
             "reward/gated": Total(int(gated.sum())),

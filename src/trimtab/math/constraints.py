@@ -44,13 +44,16 @@ class Multiplier:
         """The multiplier with these costs added; the latest `window` are kept."""
         return dataclasses.replace(self, costs=[*self.costs, *costs][-window:])
 
-    def update(self, *, limit: float, learning_rate: float, most: float) -> Multiplier:
+    def update(self, *, limit: float, learning_rate: float, least: float, most: float) -> Multiplier:
         """A step of gradient ascent on lambda * (J - limit) in log lambda (Dai et al., arXiv:2310.12773):
 
-        lambda <- lambda * exp(learning_rate * lambda * (J - limit)),   at most `most`
+            lambda <- lambda * exp(learning_rate * lambda * (J - limit)),   from `least` to `most`
+
+        A small lambda moves slowly in both directions: back from lambda_0 it takes about
+        1 / (learning_rate * lambda_0 * (J - limit)) steps, which `least` bounds.
         """
         moved = self.log_lambda + learning_rate * self.value * (self.mean_cost - limit)
-        return dataclasses.replace(self, log_lambda=min(moved, math.log(most)))
+        return dataclasses.replace(self, log_lambda=min(max(moved, math.log(least)), math.log(most)))
 
     def damped(self, *, limit: float, damping: float, most: float) -> float:
         """lambda with a term in proportion to the distance from the limit, at most `most`:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +13,12 @@ from transformers import PreTrainedModel
 
 from trimtab.batches.device import CPU
 from trimtab.core import registry
-from trimtab.core.errors import DataError
+from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.metrics import Mean, Metrics, Total, mean_of, merge
 from trimtab.core.types import Prompt, Rollout
 from trimtab.math.combining import Combination, WeightedSum
 from trimtab.math.masking import last_index_per_sequence
 from trimtab.rewards.base import Reward, by_reply, token_owners
-from trimtab.rewards.each import fact
 from trimtab.rewards.model import ModelReward
 
 COST = "cost"
@@ -97,11 +97,9 @@ class CombinedReward:
         return total, by_name, metrics, paid
 
     def _flagged(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """[B] whether the prompt has the flag that the combination reads. Raises DataError if it lacks that fact."""
+        """[B] whether the prompt has the flag that the combination reads."""
         name = self.combine.flag
-        if name is None:
-            return torch.zeros(len(rollouts), dtype=torch.bool)
-        return torch.tensor([bool(fact(r.prompt, name)) for r in rollouts], dtype=torch.bool)
+        return torch.tensor([name is not None and is_flagged(r.prompt, name) for r in rollouts], dtype=torch.bool)
 
 
 def load_rewards(
@@ -155,12 +153,56 @@ def refuse_missing_facts(rewards: Mapping[str, Any], prompts: Sequence[Prompt], 
             )
 
 
+_YES = frozenset({"true", "yes", "y"})
+_NO = frozenset({"false", "no", "n", "", "none", "null"})
+
+
+def is_flagged(prompt: Prompt, name: str) -> bool:
+    """Whether the prompt's fact `name` is true, also if it is written as text, such as "no" or "0" in a table. A prompt
+    without it is not flagged. Raises DataError if it can not be read as yes or no."""
+    value = prompt.facts.get(name)
+    word = "" if value is None else str(value).strip().lower()
+    if word in _YES or word in _NO:
+        return word in _YES
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise DataError(
+            f"the flag {name!r} is {value!r:.60}, which is neither yes nor no",
+            where=f"the prompt {prompt.text[:60]!r}",
+            fix="write true or false, yes or no, 1 or 0; a prompt without the flag is not flagged",
+        )
+    return number != 0
+
+
+def refuse_unread_flags(combine: Combination, prompts: Sequence[Prompt], *, where: str, needed: bool = True) -> None:
+    """Raises DataError if a flag can not be read, or, where it is `needed`, if no prompt has the fact that it is."""
+    if combine.flag is None:
+        return
+    for prompt in prompts:
+        is_flagged(prompt, combine.flag)
+    if needed and not any(combine.flag in prompt.facts for prompt in prompts):
+        raise DataError(
+            f"none of {len(prompts)} prompts has the fact {combine.flag!r}, the flag that combine reads",
+            where=where,
+            fix="add a column of that name to the prompts' file, or leave combine.flag out",
+        )
+
+
 def part_names(rewards: Sequence[Any]) -> list[str]:
     """The names of rewards in metrics: that of the run file, with a number from the second of a name on."""
     seen: dict[str, int] = {}
     names = []
     for reward in rewards:
         name = registry.name_of("reward", type(reward))
+        if name == COST:
+            raise ConfigError(
+                f"a reward is registered under the name {COST!r}, which is that of a limited cost",
+                where=f"rewards, {type(reward).__qualname__}",
+                fix="register it under another name",
+            )
         seen[name] = seen.get(name, 0) + 1
         names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
     return names

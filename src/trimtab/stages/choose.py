@@ -34,7 +34,7 @@ from trimtab.evals.checkpoint_choice import MeasuredCheckpoint, best_checkpoint,
 from trimtab.models.load import load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
-from trimtab.rewards.combined import judges, load_rewards, refuse_missing_facts
+from trimtab.rewards.combined import judges, load_rewards, refuse_missing_facts, refuse_unread_flags
 from trimtab.runs.checkpoints import checkpoints_in, step_of, whole_checkpoint
 from trimtab.stages.noise import seed_noise
 from trimtab.stages.online.data import note_missing_facts
@@ -167,6 +167,7 @@ def _asked(
     measure = load_rewards(settings.measure, **options)
     reward = None
     if isinstance(trained, OnlineSettings):
+        refuse_unread_flags(trained.combine, prompts, where=settings.prompts)
         reward = load_rewards(trained.rewards, combine=trained.combine, **options)
     judges = [part.reward for part in (*measure.parts, *(reward.parts if reward else ()))]
     refuse_short_reward_models(judges, prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)

@@ -29,7 +29,7 @@ from trimtab.models.adapters import add_adapter
 from trimtab.models.load import is_classifier, refuse_several_labels
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.models.weights import check_file, check_weights
-from trimtab.rewards.combined import judges, judges_and_measure, refuse_missing_facts
+from trimtab.rewards.combined import judges, judges_and_measure, refuse_missing_facts, refuse_unread_flags
 from trimtab.rewards.gold import GoldReward, GoldScorer
 from trimtab.rewards.model import ModelReward
 from trimtab.rewards.python_callable import PythonCallable, load_function
@@ -219,6 +219,8 @@ def _check_prompts(prompts: Sequence[Prompt], source: str, least: int, settings:
             )
     if getattr(settings, "on_failed_reward", "drop") == "stop":
         refuse_missing_facts(judges(settings), prompts, where=source)
+    if (combine := getattr(settings, "combine", None)) is not None:
+        refuse_unread_flags(combine, prompts, where=source, needed=False)  # a flag may be rarer than the rows read here
     guard = getattr(settings, "guard", None)
     for key, name in _worlds(settings):
         if guard is not None and key.startswith("guard.") and guard.prompts is not None:

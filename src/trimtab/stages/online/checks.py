@@ -13,6 +13,7 @@ from trimtab.core.metrics import Mean, Metrics, Peak, Total, mean_of, merge
 from trimtab.core.types import Rollout
 from trimtab.engines.local.agreement import allowed_difference
 from trimtab.evals.text import distinct_n
+from trimtab.math.combining import WeightedSum
 from trimtab.math.losses.value import explained_variance
 from trimtab.rewards.combined import COST, part_names
 from trimtab.rewards.gold import GoldScorer
@@ -42,7 +43,7 @@ def say_truncation(settings: OnlineSettings) -> None:
         )
 
 
-def check_scores(parts: Mapping[str, Tensor], settings: OnlineSettings) -> None:
+def check_scores(parts: Mapping[str, Tensor], settings: OnlineSettings, *, pays_tokens: bool = False) -> None:
     """Looks at the scores [B] of each reward in the first round of a run, before anything is trained.
 
     Says on stderr if one reward varies more than 100 times as much as another, so that their sum is the one alone.
@@ -55,7 +56,8 @@ def check_scores(parts: Mapping[str, Tensor], settings: OnlineSettings) -> None:
             fix="see that the cost judges what the prompts ask for; if it is only rare, raise prompts_per_step or add "
             "prompts that lead to it",
         )
-    if settings.combine.normalize != "none" or settings.advantage.per_reward or len(settings.rewards) < 2:
+    summed = settings.combine == WeightedSum() and not settings.reads_parts
+    if not summed or len(settings.rewards) < 2:
         return
     spreads = {}
     for name, reward in zip(part_names(settings.rewards), settings.rewards, strict=True):
@@ -64,10 +66,12 @@ def check_scores(parts: Mapping[str, Tensor], settings: OnlineSettings) -> None:
             spreads[name] = spread
     if spreads and max(spreads.values()) > _SCALES_APART * min(spreads.values()):
         small, large = min(spreads, key=spreads.__getitem__), max(spreads, key=spreads.__getitem__)
+        # Rewards of tokens can not be normalised before they are added up.
+        advice = "" if pays_tokens else "combine.normalize=running brings each to deviation 1 before it is weighed, or "
         print(
             f"note: with its weight, the reward {large} varies {spreads[large] / spreads[small]:.3g} times as much as "
             f"{small} (deviations {spreads[large]:.3g} and {spreads[small]:.3g} in step 1), which hardly counts; "
-            "combine.normalize=running brings each to deviation 1 before it is weighed, or change the weights",
+            f"{advice}change the weights",
             file=sys.stderr,
         )
 

@@ -57,7 +57,8 @@ class Lagrangian:
     def __call__(
         self, number: int, advantages: Tensor, rollouts: RolloutBatch, kl: Tensor, state: OnlineState
     ) -> tuple[Tensor, Metrics]:
-        """Moves lambda by the costs of this step, lets the cost's critic learn them, and joins both advantages.
+        """Moves lambda by the costs of all replies of this step, also of those that dynamic sampling replaced; lets the
+        cost's critic learn them, and joins both advantages.
 
         While only critics learn, lambda stays where it is: the policy could not follow it. A KL that the reward pays is
         added to the cost, so that its coefficient in the joined advantages is the same for every lambda.
@@ -67,23 +68,26 @@ class Lagrangian:
         costs = cost.reward.weight * rollouts.parts[COST]  # [B]
         baselines = cost.reward.weight * rollouts.baseline_parts[COST]
         assert state.multiplier is not None
-        state.multiplier = state.multiplier.see(costs.tolist(), window=cost.window)
+        seen = [*costs.tolist(), *(cost.reward.weight * score for score in rollouts.replaced_costs)]
+        # A shorter window than a step would hold the last of its prompts alone.
+        state.multiplier = state.multiplier.see(seen, window=max(cost.window, len(seen)))
         if self._critic is None or number >= settings.critic.warmup_steps:
             state.multiplier = state.multiplier.update(
-                limit=cost.limit, learning_rate=cost.learning_rate, most=cost.most_lambda
+                limit=cost.limit, learning_rate=cost.learning_rate, least=cost.least_lambda, most=cost.most_lambda
             )
         values = self._critic.values(trees) if self._critic is not None else torch.full_like(advantages, torch.nan)
         paid = token_rewards(costs, kl, ids, kl_coef=-state.kl_coef if settings.kl_in == "reward" else 0.0)
-        parts = [(1.0, costs)] if settings.advantage.per_reward else []
+        parts = [(1.0, costs)] if settings.reads_parts else []
         of_cost = settings.advantage(Episodes(paid, values, ids, rollouts.group_ids, baselines, parts))
         learned = self._learn(number, rollouts, values, of_cost)
         multiplier = state.multiplier
         weight = multiplier.damped(limit=cost.limit, damping=cost.damping, most=cost.most_lambda)
         metrics: Metrics = {
-            "cost/mean": mean_of(costs.tolist()),
+            "cost/mean": mean_of(seen),
             "cost/moving_mean": Mean(multiplier.mean_cost, 1),
             "cost/above_limit": Mean(multiplier.mean_cost - cost.limit, 1),
-            "cost/lambda": Mean(weight, 1),
+            "cost/lambda": Mean(multiplier.value, 1),
+            "cost/weight": Mean(weight, 1),
         }
         return lagrangian(advantages, of_cost, weight), metrics | learned
 

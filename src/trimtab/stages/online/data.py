@@ -10,7 +10,7 @@ from trimtab.batches.trees import Tree
 from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.types import Prompt
 from trimtab.data.chat import Chat
-from trimtab.rewards.combined import judges, refuse_missing_facts
+from trimtab.rewards.combined import judges, refuse_missing_facts, refuse_unread_flags
 from trimtab.runs.run import Run
 from trimtab.stages.online.guard.prompts import GuardPrompts, prompts_of_guard
 from trimtab.stages.online.settings import OnlineSettings
@@ -43,6 +43,7 @@ def read_prompts(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[st
             where=f"prompts_per_step and {settings.prompts}",
             fix="give more prompts, or lower prompts_per_step",
         )
+    refuse_unread_flags(settings.combine, prompts, where=settings.prompts)
     if settings.on_failed_reward == "stop":
         refuse_missing_facts(judges(settings), prompts, where=settings.prompts)
     counts |= dict(loaded.counts) | {"dropped_long_prompts": len(loaded.records) - len(prompts)}
@@ -65,6 +66,8 @@ def guard_prompts(settings: OnlineSettings, prompts: list[Prompt], run: Run, cha
         least=settings.prompts_per_step,
         seed=settings.seed,
     )
+    if settings.guard.prompts is not None:  # the others are checked with those to train on
+        refuse_unread_flags(settings.combine, found.checks, where=settings.guard.prompts)
     note_missing_facts(judges(settings), found.checks, where="guard.prompts")
     return found
 

@@ -44,6 +44,7 @@ def save_draws(draws: Sequence[Draw], path: Path) -> list[dict[str, Any]]:
             "num_prompts_before": draw.num_prompts_before,
             "num_groups": len(draw.rollouts.groups),
             "metrics": to_values(draw.rollouts.metrics),
+            "replaced_costs": list(draw.rollouts.replaced_costs),
         }
         for draw in draws
     ]
@@ -64,6 +65,7 @@ def load_draws(found: Sequence[Mapping[str, Any]], path: Path) -> list[Draw]:
                 [next(groups) for _ in range(draw["num_groups"])],
                 # They are complete, and only their values are still asked for.
                 {name: Total(value) for name, value in draw["metrics"].items()},
+                replaced_costs=draw["replaced_costs"],
             ),
         )
         for draw in found

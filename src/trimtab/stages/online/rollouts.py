@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import dropwhile
 
 import torch
 from torch import Tensor
@@ -30,11 +31,17 @@ class Group:
     """What each token that the policy chose is paid, of all replies one after the other, if the reward pays tokens;
     `rewards` are then its sums."""
 
-    @property
-    def has_signal(self) -> bool:
-        """Whether some reply is better, or costs less, than another."""
-        judged = [self.rewards, *([self.parts[COST]] if COST in self.parts else [])]
-        return any(bool(scores.min() < scores.max()) for scores in judged)
+    def has_signal(self, *, parts_apart: bool) -> bool:
+        """Whether some reply is better, costs less or is paid at other tokens than another. `parts_apart` says that the
+        advantages scale each part by itself, so that replies of one sum may still differ."""
+        judged = [self.rewards, *(x for name, x in self.parts.items() if parts_apart or name == COST)]
+        if any(bool(scores.min() < scores.max()) for scores in judged):
+            return True
+        if self.paid is None:
+            return False
+        # Counted from the end, because tokens before the first payment are all worth the whole sum.
+        paid = torch.split(self.paid, [len(r.logprobs) for r in self.rollouts])
+        return len({tuple(dropwhile(lambda amount: amount == 0, own.tolist())) for own in paid}) > 1
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,9 @@ class RolloutBatch:
     metrics: Metrics
     staleness: int = 0
     """The steps whose updates the policy has made since these rollouts were drawn."""
+    replaced_costs: Sequence[float] = ()
+    """What the cost gave, before its weight, to the replies of groups that dynamic sampling replaced. They are not
+    trained on, but a limit is on the replies of all prompts."""
 
     @cached_property
     def rollouts(self) -> list[Rollout]:

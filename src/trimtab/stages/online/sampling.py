@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 from trimtab.core import seeds
-from trimtab.core.errors import EngineError
+from trimtab.core.errors import ConfigError, EngineError
 from trimtab.core.metrics import Mean, Metrics, Total, mean_of, merge
 from trimtab.core.types import Prompt, Rollout
 from trimtab.engines.base import Sampler
 from trimtab.math.rewards import RunningMoments, clip, missing_eos_penalty, moments_of
-from trimtab.rewards.combined import CombinedReward, part_names
+from trimtab.rewards.combined import COST, CombinedReward, part_names
 from trimtab.rewards.gold import GoldScorer
 from trimtab.stages.online.checks import Clock, check_scores
 from trimtab.stages.online.rollouts import Group, Replies, RolloutBatch
 from trimtab.stages.online.settings import OnlineSettings
 from trimtab.stages.online.state import OnlineState
+
+INSTEAD = "let the reward give one number for each reply"
+"""What a reward of the user's own can do instead of paying tokens."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class RolloutSource:
         rounds are left. If groups are still missing then, the batch is filled with such groups: a step needs a batch,
         and they do no harm."""
         settings = self.settings
+        parts_apart = settings.scales_parts
         max_rounds = settings.dynamic_sampling.max_rounds if settings.dynamic_sampling else 1
         kept: list[Group] = []
         flat: list[Group] = []
@@ -54,7 +58,8 @@ class RolloutSource:
             groups, metrics = self._groups(number, replies, clock, check=number == attempt == 0)
             logged.append(metrics)
             for group in groups:
-                (kept if group.has_signal or not settings.dynamic_sampling else flat).append(group)
+                useful = not settings.dynamic_sampling or group.has_signal(parts_apart=parts_apart)
+                (kept if useful else flat).append(group)
             if len(kept) >= settings.prompts_per_step:
                 break
         metrics = merge(logged)
@@ -71,7 +76,8 @@ class RolloutSource:
                 "rollout/replaced_groups": Total(len(flat) - len(filled)),
                 "rollout/flat_groups": Total(len(filled)),
             }
-        return RolloutBatch([*kept, *filled], metrics)
+        replaced = [cost for g in flat[len(filled) :] if COST in g.parts for cost in g.parts[COST].tolist()]
+        return RolloutBatch([*kept, *filled], metrics, replaced_costs=replaced)
 
     def sync(self) -> None:
         """Gives the samplers the policy's weights as they are now."""
@@ -101,8 +107,12 @@ class RolloutSource:
         scores, parts, metrics, by_token = self.reward.score_tokens(rollouts)
         lengths = [len(r.logprobs) for r in rollouts]
         tokens = torch.split(by_token, lengths) if by_token is not None else None
+        # A reward of the user's own does not say in the settings that it pays tokens.
+        if tokens is not None and (refusal := settings.credit_refusal("that pay single tokens", INSTEAD)):
+            problem, fix = refusal
+            raise ConfigError(problem, where=f"rewards, step {number + 1}", fix=fix)
         if check:
-            check_scores(parts, settings)
+            check_scores(parts, settings, pays_tokens=tokens is not None)
         if self.world is not None:
             metrics |= self.world.score(rollouts)[1]
         judged = scores.isfinite()

@@ -16,7 +16,7 @@ from trimtab.engines.episodes import EpisodeLimits
 from trimtab.engines.local.learner import AdamW
 from trimtab.engines.local.sampler import Sampling
 from trimtab.math.advantages import GAE
-from trimtab.math.combining import WeightedSum
+from trimtab.math.combining import SafetyGate, WeightedSum
 from trimtab.math.correction import SamplerCorrection, no_correction
 from trimtab.math.kl import FixedKL
 from trimtab.math.losses.policy import PPO
@@ -107,12 +107,14 @@ class CostLimit:
     """lambda at the start."""
     most_lambda: float = 5.0
     """lambda never becomes more than this."""
+    least_lambda: float = 0.01
+    """lambda never becomes less than this, because it would take very long to come back."""
     learning_rate: float = 0.1
     """How fast lambda moves: by exp(learning_rate * lambda * (mean cost - limit)) in a step."""
     damping: float = 0.0
-    """lambda counts exp(damping * (mean cost - limit)) times, which damps its swings around the limit."""
+    """What moves the policy is lambda * exp(damping * (mean cost - limit)), which damps the swings around the limit."""
     window: int = 128
-    """The mean cost is that of the latest replies, so many of them."""
+    """The mean cost is that of the latest replies, so many of them, but always of all replies of a step."""
     critic: str | None = None
     """The model that the cost's critic starts from, if the advantages need one. None is the cost's own reward model, or
     the policy if the cost is none."""
@@ -120,8 +122,12 @@ class CostLimit:
     def __post_init__(self) -> None:
         if (credit := getattr(self.reward, "credit", "reply")) != "reply":
             raise ValueError(f"a cost with credit = {credit!r}; a limit is on whole replies: set credit = 'reply'")
-        if not self.initial_lambda <= self.most_lambda:
-            raise ValueError(f"initial_lambda = {self.initial_lambda} is more than most_lambda = {self.most_lambda}")
+        if not self.reward.weight:
+            raise ValueError("a cost with weight = 0 is 0 for every reply; give another weight, or leave cost out")
+        if not self.least_lambda <= self.initial_lambda <= self.most_lambda:
+            how = "less than least" if self.initial_lambda < self.least_lambda else "more than most"
+            bound = self.least_lambda if self.initial_lambda < self.least_lambda else self.most_lambda
+            raise ValueError(f"initial_lambda = {self.initial_lambda} is {how}_lambda = {bound}")
         if (bounds := getattr(self.reward, "bounds", None)) is not None:
             low, high = sorted(self.reward.weight * bound + 0.0 for bound in bounds)
             if not low <= self.limit < high:
@@ -287,7 +293,19 @@ class OnlineSettings:
         if lag := self.engine.max_staleness:
             self._refuse_lag(lag)
         for credit in {getattr(reward, "credit", "reply") for reward in self.rewards} - {"reply"}:
-            self._refuse_credit(credit)
+            if refusal := self.credit_refusal(f"with credit = {credit!r}", "set credit = 'reply'"):
+                raise ValueError("; ".join(refusal))
+            if self.sampling.stop:
+                raise ValueError(
+                    f"sampling.stop and rewards with credit = {credit!r}: a reply that is cut at a text may end inside "
+                    "a token, and its tokens are then not those that the reward reads; leave stop out, or set credit = "
+                    "'reply'"
+                )
+        if self.cost is not None and self.whiten_rewards:
+            raise ValueError(
+                "whiten_rewards = true with a cost: the reward would be in deviations and the cost in the units of its "
+                "limit, between which lambda could not weigh; leave one of them out"
+            )
         if self.guard is not None:
             self._refuse_blind_guard(self.guard)
         for name in ("prompts_per_step", "group_size", "num_steps", "num_epochs", "num_minibatches"):
@@ -302,12 +320,19 @@ class OnlineSettings:
             raise ValueError(
                 "shaping.normalize = true with combine.whiten = true: both scale the rewards; leave one of them out"
             )
-        if not self.advantage.per_reward:
+        if isinstance(self.combine, SafetyGate):
+            self._refuse_open_gate(self.combine)
+        if not self.reads_parts:
             return
         if len(self.rewards) < 2:
             raise ValueError("advantage.per_reward = true with one reward; it needs several, or per_reward = false")
-        if not isinstance(self.combine, WeightedSum):
-            raise ValueError("advantage.per_reward = true adds the rewards up itself; leave combine out")
+        if self.combine != WeightedSum():
+            raise ValueError("advantage.per_reward = true scales and adds up the rewards itself; leave combine out")
+        if self.whiten_rewards:
+            raise ValueError(
+                "whiten_rewards = true with advantage.per_reward = true, which does not read the rewards of tokens; "
+                "leave one of them out"
+            )
         if self.shaping != Shaping():
             raise ValueError(
                 "shaping with advantage.per_reward = true: it shapes the sum of the rewards, which is never made; "
@@ -319,24 +344,51 @@ class OnlineSettings:
                 "kl_in = 'loss'"
             )
 
-    def _refuse_credit(self, credit: str) -> None:
-        """Raises ValueError if rewards of single tokens would be lost in sums or shifted as if they were sums."""
-        if not getattr(self.advantage, "credits_tokens", False):
+    def _refuse_open_gate(self, gate: SafetyGate) -> None:
+        """Raises ValueError if no safety score can be below the threshold, as far as the reward says its bounds."""
+        reward = dict(zip(part_names(self.rewards), self.rewards, strict=True))[gate.safety]
+        if (bounds := getattr(reward, "bounds", None)) is None:
+            return
+        lowest = min(reward.weight * bound + 0.0 for bound in bounds)
+        if lowest >= gate.logit:
             raise ValueError(
-                f"rewards with credit = {credit!r} and the advantage {type(self.advantage).__name__}, which gives all "
-                "tokens of a reply the advantage of its sum; use 'gae', 'reinforce_pp' or 'remax', or set credit = "
-                "'reply' (an estimator of your own that credits tokens says so with credits_tokens = True)"
+                f"combine.safety = {gate.safety!r}, whose scores are at least {lowest:g}: as logits they are never "
+                f"below the threshold {gate.threshold:g} (the logit {gate.logit:.3g}), so that the gate does nothing; "
+                "name a reward that gives logits, such as a reward model, or raise combine.threshold"
+            )
+
+    def credit_refusal(self, which: str, instead: str) -> tuple[str, str] | None:
+        """The problem, and what to do, if rewards of single tokens would be lost in sums or shifted as if they were
+        sums; None if they are credited. `which` says what rewards they are, `instead` how they become those of
+        replies."""
+        if not getattr(self.advantage, "credits_tokens", False):
+            return (
+                f"rewards {which} and the advantage {type(self.advantage).__name__}, which gives all tokens of a reply "
+                "the advantage of its sum",
+                f"use 'gae', 'reinforce_pp' or 'remax', or {instead} (an estimator of your own that credits tokens "
+                "says so with credits_tokens = True)",
             )
         if self.shaping.normalize or self.shaping.clip is not None:
-            raise ValueError(
-                f"shaping.normalize or shaping.clip and rewards with credit = {credit!r}: they are of the reward of a "
-                "whole reply; leave them out (whiten_rewards scales the rewards of tokens), or set credit = 'reply'"
+            return (
+                f"shaping.normalize or shaping.clip and rewards {which}: they are of the reward of a whole reply",
+                f"leave them out (whiten_rewards scales the rewards of tokens), or {instead}",
             )
         if self.combine != WeightedSum():
-            raise ValueError(
-                f"combine and rewards with credit = {credit!r}: it combines the rewards of whole replies; leave it out "
-                "for the plain weighted sum, or set credit = 'reply'"
+            return (
+                f"combine and rewards {which}: it combines the rewards of whole replies",
+                f"leave it out for the plain weighted sum, or {instead}",
             )
+        return None
+
+    @property
+    def reads_parts(self) -> bool:
+        """Whether the advantages read the scores of each reward. An estimator of the user's own need not say so."""
+        return bool(getattr(self.advantage, "per_reward", False))
+
+    @property
+    def scales_parts(self) -> bool:
+        """Whether each reward is scaled by itself before they are added up."""
+        return self.reads_parts or self.combine.normalize != "none"
 
     def _refuse_lag(self, lag: int) -> None:
         """Raises ValueError if rollouts of older weights would be trained on as if the policy had drawn them."""

@@ -66,21 +66,21 @@ class OnlineState:
         """Restores what `save` wrote."""
         numbers = self.load_models(path)
         self.kl_coef = numbers["kl_coef"]
-        if "multiplier" in numbers:
-            self.multiplier = Multiplier(**numbers["multiplier"])
         self.num_prompts_taken = numbers["num_prompts_taken"]
         self.drawn = load_draws(numbers.get("drawn", []), path)
         if self.guard is not None:
             self.guard = GuardState.of(numbers["guard"])
 
     def load_models(self, path: Path) -> dict[str, Any]:
-        """Restores of what `save` wrote the learners and the moments of the reward that they have learned from, and
-        returns the numbers beside them."""
+        """Restores of what `save` wrote the learners with what was measured of their replies, the moments of the reward
+        and the multiplier with its costs; and returns the numbers beside them."""
         for learner in self.learners:
             learner.load(path)
         numbers: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         self.moments = RunningMoments(**numbers["moments"])
         self.part_moments = {name: RunningMoments(**m) for name, m in numbers.get("part_moments", {}).items()}
+        if "multiplier" in numbers:
+            self.multiplier = Multiplier(**numbers["multiplier"])
         return numbers
 
 

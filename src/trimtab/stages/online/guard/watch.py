@@ -5,9 +5,10 @@ changes nothing that training reads, so a run whose guard takes no action has th
 signals ask for the measure; the measure alone decides (`evals.checkpoint_choice` has the rule and the test). What the
 guard knows is part of the run's checkpoints, so that a run that was killed decides again as it did.
 
-Rolling back does not turn the clock back. The weights, the optimizers and the running moments of the reward are those
-of the best checkpoint, and the next step is the next one, with prompts and random numbers of its own: the same steps
-again would end in the same place. The KL coefficient stays as the guard has raised it.
+Rolling back does not turn the clock back. The weights, the optimizers, the running moments of the reward and the
+multiplier of a limited cost are those of the best checkpoint, and the next step is the next one, with prompts and
+random numbers of its own: the same steps again would end in the same place. The KL coefficient stays as the guard has
+raised it.
 """
 
 from __future__ import annotations
