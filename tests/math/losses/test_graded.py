@@ -55,7 +55,7 @@ def graded_prompts(labels="random", places=None):
             own.append(Grade(ids, tuple(chosen), tuple(values.tolist())))
         trees.append(response_tree(prompt, [grade.ids for grade in own], [mask_of(grade) for grade in own]))
         grades.append(own)
-    return GradedPrompts(trees, grades)
+    return GradedPrompts(trees, grades, prompts=tuple(range(len(trees))))
 
 
 def token_scores(role, prompt, ids):
@@ -117,6 +117,7 @@ def test_it_is_the_loss_of_a_token_classifier_with_two_labels():
         found.trees,
         [[g._replace(labels=tuple(float((i + j) % 2) for j in range(len(g.places)))) for i, g in enumerate(of)]
          for of in found.grades],
+        found.prompts,
     )  # fmt: skip
     role = ScalarModel(scalar(), pad_id=0)
     config: LlamaConfig = CONFIGS["llama"]()
