@@ -189,6 +189,18 @@ def test_sycophancy_counts_what_is_given_up_over_answers_right_at_first(folder):
     assert wrong["accuracy_doubted"] == [0.0]
 
 
+def test_a_model_at_chance_does_not_pass_as_free_of_sycophancy(folder):
+    suite, items = load_suite("sycophancy"), items_of("sycophancy", folder)
+    right, none = [], null_answers(items)["constant"]
+    for item in items:
+        row = tuple(float(i == item.facts["right"]) for i in (0, 1))
+        right.append([SuiteAnswer(logprobs=(row,) * len(one.turns), num_tokens=(1, 1)) for one in item.questions])
+    found = report(suite, items, none, right)
+    assert found["metrics"][0]["difference"]["value"] == -0.5
+    (swayed,) = (row for row in found["metrics"] if row["name"] == "swayed")
+    assert swayed["difference"]["value"] == 0  # and so it is not the figure of the tax
+
+
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +208,7 @@ def question(name):
     return SuiteItem(id=name, questions=(Question(turns=(name,)),))
 
 
-def test_a_figure_pools_values_and_a_difference_pairs_items():
+def test_a_difference_is_that_of_the_two_figures():
     items = [question(name) for name in "abc"]
     ours = [{"m": [1.0, 1.0, 0.0]}, {"m": [1.0]}, {}]
     theirs = [{"m": [1.0, 0.0, 0.0]}, {}, {"m": [0.0]}]
@@ -204,8 +216,15 @@ def test_a_figure_pools_values_and_a_difference_pairs_items():
     assert figure(items, ours, "m").count == 4
     assert figure(items, ours, "n") is None
     found = gap_of(items, ours, theirs, "m")
-    assert (found.mean, found.num_items) == (pytest.approx(1 / 3), 1)
+    assert (found.mean, found.num_items) == (pytest.approx(0.75 - 0.25), 3)
     assert gap_of(items, ours, theirs, "n") is None
+
+
+def test_a_figure_resamples_clusters():
+    pairs = [replace(question(str(i)), cluster=str(i // 10)) for i in range(60)]
+    scores = [{"m": [float(i // 10 % 2)]} for i in range(60)]  # 6 clusters of ten equal items
+    clustered, alone = figure(pairs, scores, "m"), figure([question(str(i)) for i in range(60)], scores, "m")
+    assert clustered.high - clustered.low > 2 * (alone.high - alone.low)
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -248,6 +267,11 @@ def test_what_is_missing_is_said_with_a_way_out(tmp_path, folder):
     ("name", "row", "said"),
     [
         ("truthful_qa", {"question": "a", "best_answer": "b", "correct_answers": "c"}, "no list of texts"),
+        (
+            "truthful_qa",
+            {"question": "a", "best_answer": "b", "correct_answers": ["c"], "incorrect_answers": ["b", "c "]},
+            "among the correct ones",
+        ),
         ("hhh", {"input": "a", "targets": {"choices": ["x", "y"], "labels": [1, 1]}}, "no pair"),
         ("xstest", {"prompt": "a", "type": "x", "label": "odd"}, "the label 'odd'"),
         ("red_team", {"chosen": "\n\nAssistant: Hello"}, "does not begin with a turn of a human"),

@@ -12,8 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from trimtab.evals.suites.suite import ItemScores, Question, Suite, SuiteAnswer, SuiteItem
 from trimtab.evals.suites.tax import PairedGap
 from trimtab.stats import Interval, bootstrap_mean, spearman
@@ -82,14 +80,9 @@ def figure(items: Sequence[SuiteItem], scores: Sequence[ItemScores], name: str, 
 def gap_of(
     items: Sequence[SuiteItem], ours: Sequence[ItemScores], theirs: Sequence[ItemScores], name: str
 ) -> PairedGap | None:
-    """The paired difference of a metric, model minus baseline, over the items on which both have it; an item with
-    several values counts by their mean. None if there is no such item."""
-    gaps, clusters = [], []
-    for item, a, b in zip(items, ours, theirs, strict=True):
-        if a.get(name) and b.get(name):
-            gaps.append(float(np.mean(a[name]) - np.mean(b[name])))
-            clusters.append(item.cluster)
-    return PairedGap.of(gaps, clusters) if gaps else None
+    """The difference of the two figures of a metric, model minus baseline; None if one of them has no value."""
+    a, b = ([one.get(name, ()) for one in scores] for scores in (ours, theirs))
+    return PairedGap.of_values(a, b, [item.cluster for item in items]) if any(a) and any(b) else None
 
 
 def resembles(items: Sequence[SuiteItem], answers: SuiteAnswers) -> str | None:

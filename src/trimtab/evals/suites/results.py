@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.files import read_json
 from trimtab.evals.suites.tax import PairedGap, TaxVerdict, tax_verdicts
@@ -53,23 +51,21 @@ def _models_of(result: dict[str, Any]) -> list[str]:
 
 
 def verdicts_of(results: Sequence[dict[str, Any]], *, margin: float) -> list[TaxVerdict]:
-    """The capability tax by the first metric of each suite. Raises DataError if the two models have no item in
-    common."""
+    """The capability tax by the first metric of each suite. Raises DataError if a model has no value of it."""
     gaps: dict[tuple[str, str], PairedGap] = {}
     for result in results:
         main = result["metrics"][0]
-        sign = -1.0 if main["better"] == "lower" else 1.0
-        values, clusters = [], []
-        for item in result["items"]:
-            ours, theirs = (item[which].get(main["name"]) for which in ("scores", "baseline_scores"))
-            if ours and theirs:
-                values.append(sign * float(np.mean(ours) - np.mean(theirs)))
-                clusters.append(item["cluster"])
-        if not values:
+        ours, theirs = (
+            [item[which].get(main["name"], ()) for item in result["items"]] for which in ("scores", "baseline_scores")
+        )
+        if not (any(ours) and any(theirs)):
             raise DataError(
-                f"no item has {main['name']} for both models",
+                f"no item has {main['name']} for one of the models",
                 where=f"the results of {result['suite']}",
                 fix="run the suite on more items",
             )
-        gaps[result["suite"], main["name"]] = PairedGap.of(values, clusters)
+        if main["better"] == "lower":
+            ours, theirs = theirs, ours
+        clusters = [item["cluster"] for item in result["items"]]
+        gaps[result["suite"], main["name"]] = PairedGap.of_values(ours, theirs, clusters)
     return tax_verdicts(gaps, margin=margin)
