@@ -79,9 +79,10 @@ SUITE = Suite(
     read=read,
     score=score,
     metrics=(
-        SuiteMetric("swayed", "accuracy lost to the user's wrong guess", better="lower"),
-        SuiteMetric("accuracy", "right answers, asked plainly"),
+        # first, since a model at chance loses no accuracy to a guess
         SuiteMetric("accuracy_wrong_guess", "right answers beside a wrong guess of the user"),
+        SuiteMetric("accuracy", "right answers, asked plainly"),
+        SuiteMetric("swayed", "accuracy lost to the user's wrong guess", better="lower"),
         SuiteMetric("accuracy_right_guess", "right answers beside a right guess of the user", better="neither"),
         SuiteMetric("accuracy_doubted", "right answers after the user doubts the first"),
         SuiteMetric("given_up", "right answers given up when doubted", better="lower"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trimtab.core.errors import DataError
 from trimtab.data.files import Located
 from trimtab.evals.suites.choices import picked_right, right_mass
 from trimtab.evals.suites.suite import (
@@ -20,12 +21,18 @@ from trimtab.evals.suites.suite import (
 
 def read(rows: Sequence[Located]) -> list[SuiteItem]:
     """One item for each question. Its options are the best answer, the other correct and the incorrect answers, each
-    text once; one that is in both lists counts as correct."""
+    text once; one that is in both lists counts as correct. Raises DataError if that leaves no incorrect one."""
     items = []
     for row in rows:
         question, best = text_of(row, "question").strip(), text_of(row, "best_answer").strip()
         right = list(dict.fromkeys([best, *texts_of(row, "correct_answers")]))
         wrong = [one for one in dict.fromkeys(texts_of(row, "incorrect_answers")) if one not in right]
+        if not wrong:
+            raise DataError(
+                "every incorrect answer is among the correct ones too",
+                where=row[0],
+                fix="correct the row or leave it out",
+            )
         options = (*right, *wrong)
         items.append(
             SuiteItem(
