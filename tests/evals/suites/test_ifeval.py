@@ -12,6 +12,7 @@ from trimtab.evals.suites.ifeval_checks import CHECKS, compared, num_capital_wor
 from trimtab.evals.suites.languages import language_of, may_be_in
 from trimtab.evals.suites.suite import SuiteAnswer
 
+NTH = "length_constraints:nth_paragraph_first_word"
 AT_LEAST, LESS = {"relation": "at least"}, {"relation": "less than"}
 AT_MOST = {"relation": "at most", "num_words": 3}
 # The instruction, its arguments, a reply that follows it and replies that do not.
@@ -142,6 +143,12 @@ def test_words_in_capitals_are_cut_as_in_the_treebank():
         ("هذا هو الجواب الصحيح إلى السؤال.", "ar"),
         ("این یک پاسخ خوب است که می‌گویم.", "fa"),
         ("یہ ایک اچھا جواب ہے اور میں خوش ہوں۔", "ur"),
+        ("پاکستان جنوبی ایشیا کا ایک ملک ہے۔ اس کی آبادی بہت زیادہ ہے اور لوگ مختلف زبانیں بولتے ہیں۔", "ur"),
+        ("گلگت بلتستان کی جھیلیں گرمیوں میں دیکھنے کے قابل ہیں کیونکہ پہاڑوں پر برف پگھلتی ہے۔", "ur"),
+        ("ایران کشوری در غرب آسیا است و پایتخت آن تهران، بزرگ‌ترین شهر کشور، در دامنهٔ البرز قرار دارد.", "fa"),
+        ("Так, звичайно, можна.", "uk"),
+        ("Так можно, но не всегда.", "ru"),
+        ("Това е моят дом и аз го обичам много.", "bg"),
         ("これは日本語の文です。", "ja"),
         ("这是一个答案。", "zh"),
         ("이것은 답입니다.", "ko"),
@@ -158,11 +165,25 @@ def test_without_a_known_word_the_script_decides():
     assert may_be_in("Zebra", "de")
     assert not may_be_in("Zebra", "hi")
     assert may_be_in("123", "hi")
+    assert may_be_in("kissa nukkuu matolla.", "en")  # too few words to tell
+
+
+def test_many_words_of_which_none_is_known_are_not_in_a_language():
+    turkish = "Kedi bugün pencerenin önünde sessizce uyuyor çünkü hava çok soğuk."
+    assert language_of(turkish) is None
+    assert not may_be_in(turkish, "en")
+    assert not may_be_in(turkish, "de")
 
 
 def rows(**changes):
     row = {"key": 1, "prompt": "Say hello.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
     return [("rows, row 1", row | changes)]
+
+
+def test_numbers_of_paragraphs_may_be_written_as_floats():
+    given = {"num_paragraphs": 2.0, "nth_paragraph": 2.0, "first_word": "then"}
+    (item,) = read(rows(instruction_id_list=[NTH], kwargs=[given]))
+    assert followed(item, "First this.\n\nThen that.") == [True]
 
 
 def test_loose_tries_eight_replies():
@@ -212,6 +233,10 @@ def test_loose_is_never_below_strict_on_random_replies():
         ({"kwargs": []}, "no lists of one length"),
         ({"instruction_id_list": ["keywords:existence"]}, "KeyError"),
         ({"instruction_id_list": ["length_constraints:number_words"], "kwargs": [AT_MOST]}, "at most"),
+        ({"instruction_id_list": [NTH], "kwargs": [{"num_paragraphs": 2, "nth_paragraph": 0, "first_word": "a"}]}, "of 2"),
+        ({"instruction_id_list": [NTH], "kwargs": [{"num_paragraphs": "x", "nth_paragraph": 1, "first_word": "a"}]}, "'x'"),
+        ({"instruction_id_list": [NTH], "kwargs": [{"num_paragraphs": 2, "nth_paragraph": 1}]}, "first_word"),
+        ({"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "tlh"}]}, "language 'tlh'"),
         ({"prompt": " "}, "no text under 'prompt'"),
     ],
 )  # fmt: skip

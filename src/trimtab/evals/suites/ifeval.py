@@ -8,6 +8,7 @@ from typing import Any
 from trimtab.core.errors import DataError
 from trimtab.data.files import Located
 from trimtab.evals.suites.ifeval_checks import CHECKS
+from trimtab.evals.suites.languages import LANGUAGES
 from trimtab.evals.suites.suite import ItemScores, Question, Suite, SuiteAnswer, SuiteItem, SuiteMetric, text_of
 
 
@@ -35,6 +36,13 @@ def read(rows: Sequence[Located]) -> list[SuiteItem]:
             questions=(Question(turns=(text_of(row, "prompt"),)),),
             facts={"instructions": list(zip(names, arguments, strict=True))},
         )
+        for one in arguments:
+            if (language := str(one.get("language", "en"))) not in LANGUAGES:
+                raise DataError(
+                    f"the language {language!r} cannot be told",
+                    where=where,
+                    fix=f"leave the row out; known are {', '.join(sorted(LANGUAGES))}",
+                )
         try:
             followed(item, "a")
         except (KeyError, ValueError, TypeError, AttributeError) as error:

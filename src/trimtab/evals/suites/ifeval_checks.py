@@ -125,13 +125,15 @@ def begins_paragraph_with(reply: str, given: Arguments) -> bool:
 
     Empty paragraphs are not counted, but the paragraph's number counts them, as in the published checker.
     """
+    nth, wanted, begin = int(given["nth_paragraph"]), int(given["num_paragraphs"]), str(given["first_word"]).lower()
+    if not 1 <= nth <= wanted:
+        raise ValueError(f"paragraph {nth} of {wanted}")
     paragraphs = [paragraph.strip() for paragraph in reply.split("\n\n")]
     num = sum(bool(paragraph) for paragraph in paragraphs)
-    nth = given["nth_paragraph"]
-    if num != given["num_paragraphs"] or nth > num or not paragraphs[nth - 1]:
+    if num != wanted or not paragraphs[nth - 1]:
         return False
     word = paragraphs[nth - 1].split()[0].lstrip("'").lstrip('"')
-    return re.split(r"[.,?!'\"]", word, maxsplit=1)[0].lower() == str(given["first_word"]).lower()
+    return re.split(r"[.,?!'\"]", word, maxsplit=1)[0].lower() == begin
 
 
 # ---- content and format ---------------------------------------------------------------------------------------------

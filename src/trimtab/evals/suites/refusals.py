@@ -30,9 +30,9 @@ _HARMFUL = (
 _REFUSES = re.compile(
     r"\b(?:I|model and)(?: (?:simply|just|really|therefore|personally|unfortunately))? (?:"
     rf"{_NOT} (?:\w+ )?(?:help(?! but)|assist|provide|answer|give|offer|support|fulfil|fulfill|comply|engage|discuss|"
-    r"create|write|generate|share|recommend(?![^.!?]* enough)|suggest|advise|encourage|condone|promote|participate|tell|do|"
-    r"be able|in good conscience|disclose|access|reveal|determine|describe|explain|teach|produce|continue|respond|"
-    r"endorse|make)"
+    r"create|write|generate|share|recommend(?![^.!?]* enough)|suggest|advise|encourage|condone|promote|participate|"
+    r"tell|do|be able|in good conscience|disclose|access|reveal|determine|describe|explain|teach|produce|continue|"
+    r"respond|endorse|make)"
     rf"|{_DOES_NOT} (?:\w+ )?(?:condone|promote|encourage|support|endorse|engage|feel comfortable|provide|have access|"
     r"have (?:the|any) (?:ability|capability|capacity|personal|information)|have personal|have information|"
     rf"think it(?:['’]s| is| would be) (?:\w+ )?{_HARMFUL}|believe in \w+ing)"
