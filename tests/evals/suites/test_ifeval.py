@@ -13,6 +13,7 @@ from trimtab.evals.suites.languages import language_of, may_be_in
 from trimtab.evals.suites.suite import SuiteAnswer
 
 NTH = "length_constraints:nth_paragraph_first_word"
+PARAGRAPHS = {"num_paragraphs": 2, "nth_paragraph": 1, "first_word": "a"}
 AT_LEAST, LESS = {"relation": "at least"}, {"relation": "less than"}
 AT_MOST = {"relation": "at most", "num_words": 3}
 # The instruction, its arguments, a reply that follows it and replies that do not.
@@ -233,8 +234,8 @@ def test_loose_is_never_below_strict_on_random_replies():
         ({"kwargs": []}, "no lists of one length"),
         ({"instruction_id_list": ["keywords:existence"]}, "KeyError"),
         ({"instruction_id_list": ["length_constraints:number_words"], "kwargs": [AT_MOST]}, "at most"),
-        ({"instruction_id_list": [NTH], "kwargs": [{"num_paragraphs": 2, "nth_paragraph": 0, "first_word": "a"}]}, "of 2"),
-        ({"instruction_id_list": [NTH], "kwargs": [{"num_paragraphs": "x", "nth_paragraph": 1, "first_word": "a"}]}, "'x'"),
+        ({"instruction_id_list": [NTH], "kwargs": [PARAGRAPHS | {"nth_paragraph": 0}]}, "of 2"),
+        ({"instruction_id_list": [NTH], "kwargs": [PARAGRAPHS | {"num_paragraphs": "x"}]}, "'x'"),
         ({"instruction_id_list": [NTH], "kwargs": [{"num_paragraphs": 2, "nth_paragraph": 1}]}, "first_word"),
         ({"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "tlh"}]}, "language 'tlh'"),
         ({"prompt": " "}, "no text under 'prompt'"),
