@@ -100,6 +100,13 @@ def test_the_same_command_gives_the_same_figures(tmp_path, folder, base):
     assert figures("a.json") == figures("b.json")
 
 
+def test_replies_are_greedy_whatever_the_seed(tmp_path, folder, base):
+    for seed in (0, 1):
+        options = ["--data", place(folder, "xstest"), "--max-new-tokens", 8, "--seed", seed]
+        assert trimtab("eval", "xstest", base, *options, "--replies", tmp_path / str(seed)).exit_code == 0
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
+
+
 def test_the_tax_is_told_over_several_suites(tmp_path, folder, base, other):
     paths = [tmp_path / f"{name}.json" for name in ("hhh", "truthful_qa")]
     for path in paths:
@@ -142,6 +149,8 @@ def test_what_says_nothing_about_a_tax_is_refused(tmp_path, folder, base, other)
     ("arguments", "said"),
     [
         (["hhh", "{base}", "{base}"], "against itself"),
+        (["hhh", "{base}", "{base}/"], "against itself"),
+        (["hhh", "{base}", "--out", "{folder}/x", "--replies", "{folder}/hhh_alignment/../x"], "would both be written"),
         (["hhh", "{base}", "--data", "{folder}/nowhere"], "nowhere"),
         (["hhh", "{base}"], "--data"),
         (["hhh", "{base}", "--data", "{folder}/hhh_alignment/hhh_alignment.jsonl", "--limit", "0"], "--limit"),

@@ -8,6 +8,7 @@ log-probabilities from the scorer that training uses; what they are worth is lef
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from trimtab.engines.device import EngineSettings
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.engines.local.scorer import LocalScorer
 from trimtab.evals.suites.report import report
+from trimtab.evals.suites.results import VERSION
 from trimtab.evals.suites.suite import Question, SuiteAnswer, SuiteItem, check_limit, load_items, load_suite
 from trimtab.math.masking import sum_per_sequence
 from trimtab.models.load import load_tokenizer
@@ -34,8 +36,6 @@ from trimtab.rewards.scorer import TOKEN_BUDGET
 from trimtab.runs.environment import environment
 from trimtab.runs.models import model_digest
 
-VERSION = 1
-"""The version of `evals/suites/suite.schema.json`, raised when a reader of the file would have to change."""
 MAX_PROMPT_TOKENS = 8192
 """A longer conversation of a suite is refused."""
 
@@ -75,8 +75,14 @@ def run_suite(
     files are written whole at the end. Raises DataError, ConfigError or EngineError.
     """
     check_limit(limit)
-    if baseline is not None and baseline == model:
+    if baseline is not None and os.path.realpath(baseline) == os.path.realpath(model):
         raise ConfigError(f"{model} against itself", where="the command line", fix="name another baseline, or none")
+    if out is not None and replies is not None and os.path.realpath(out) == os.path.realpath(replies):
+        raise ConfigError(
+            f"the figures and the replies would both be written to {out}",
+            where="--out and --replies",
+            fix="name two files",
+        )
     for file in (out, replies):
         if file is not None:
             check_out(file)
@@ -161,7 +167,8 @@ def option_logprobs(
     questions: Sequence[Question], sampler: LocalSampler, scorer: LocalScorer, chat: Chat
 ) -> list[SuiteAnswer]:
     """Log-probabilities of the options as replies, without their end token; one tree for each conversation. Raises
-    DataError for an option without a token, and what `check_room` raises for one that is too long for the model."""
+    DataError for an option without a token, and what
+    `check_room` raises for one that is too long for the model."""
     ids = {option: chat.encode_response(option, ended=False) for one in questions for option in one.options}
     if empty := [option for option, tokens in ids.items() if not tokens]:
         raise DataError(f"the option {empty[0]!r} has no tokens", where="the suite's data", fix="leave such rows out")

@@ -20,6 +20,8 @@ def test_a_likeliest_option_is_right_or_shares_the_tie():
     assert picked_right([-2.0, -1.0], {0}) == 0
     assert picked_right([-1.0, -1.0, -3.0], {0}) == 0.5
     assert picked_right([0.0] * 4, {0, 1, 2}) == 0.75
+    with pytest.raises(ValueError, match="nan"):
+        picked_right([math.nan, -1.0], {0})
 
 
 def test_the_mass_of_the_right_options_by_hand_and_by_a_slow_loop():

@@ -201,6 +201,18 @@ def test_a_model_at_chance_does_not_pass_as_free_of_sycophancy(folder):
     assert swayed["difference"]["value"] == 0  # and so it is not the figure of the tax
 
 
+def test_an_instruction_of_self_instruct_comes_with_its_input():
+    rows = [{"instruction": "Sort these.", "instances": [{"input": "b, a"}]}, {"instruction": "Hi", "instances": []}]
+    items = load_suite("diversity").read([(f"rows, row {i}", row) for i, row in enumerate(rows)])
+    assert [item.questions[0].turns[0] for item in items] == ["Sort these.\n\nb, a", "Hi"]
+
+
+def test_both_splits_of_gsm8k_are_refused():
+    rows = [(f"gsm8k/{name}.jsonl.gz, row 1", ROWS["gsm8k"][0]) for name in ("train", "test")]
+    with pytest.raises(DataError, match="several splits"):
+        load_suite("gsm8k").read(rows)
+
+
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 

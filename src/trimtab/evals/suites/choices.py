@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -11,7 +12,9 @@ from trimtab.core import seeds
 
 def picked_right(logprobs: Sequence[float], right: Collection[int]) -> float:
     """1 if the likeliest option is one of `right`, 0 if not; if several are likeliest, the share of them that is
-    right."""
+    right. Raises ValueError if one is nan."""
+    if any(map(math.isnan, logprobs)):
+        raise ValueError(f"log-probabilities {list(logprobs)}; nan is no number")
     best = max(logprobs)
     likeliest = [i for i, value in enumerate(logprobs) if value == best]
     return sum(i in right for i in likeliest) / len(likeliest)

@@ -15,10 +15,14 @@ NUM_WORDS = 20
 
 
 def read(rows: Sequence[Located]) -> list[SuiteItem]:
-    """One item for each prompt, sampled several times."""
+    """One item for each prompt, sampled several times. An instruction of Self-Instruct comes with the input of its
+    first instance, if it has one."""
     items = []
     for row in rows:
         prompt = text_of(row, "instruction", "prompt")
+        instances = row[1].get("instances") or [{}]
+        if given := str(instances[0].get("input") or "").strip():
+            prompt += f"\n\n{given}"
         items.append(
             SuiteItem(
                 id=str(row[1].get("id") or row[0]), questions=(Question(turns=(prompt,), num_samples=NUM_REPLIES),)

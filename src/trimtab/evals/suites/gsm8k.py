@@ -18,7 +18,10 @@ FORMS = {"accuracy": ("hashes", "boxed", "last_number"), "accuracy_stated": ("ha
 
 
 def read(rows: Sequence[Located]) -> list[SuiteItem]:
-    """One item for each problem with the answer behind its ####."""
+    """One item for each problem with the answer behind its ####. Raises DataError for rows of several files: a figure
+    over the training and the test split is one of neither."""
+    if len(files := {row[0].rpartition(", row ")[0] for row in rows}) > 1:
+        raise DataError("rows of several splits", where=", ".join(sorted(files)), fix="give one of the files by --data")
     items = []
     for row in rows:
         question, (_, hashes, answer) = text_of(row, "question").strip(), text_of(row, "answer").rpartition("####")
@@ -59,6 +62,6 @@ SUITE = Suite(
     ),
     notes=(
         "asked without examples, so figures are below those of eight-shot prompts",
-        "the file of the shared folder is the training split: a model trained on GSM8K has seen it",
+        "a model trained on GSM8K has seen the rows of train.jsonl.gz",
     ),
 )

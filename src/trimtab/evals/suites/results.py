@@ -10,19 +10,21 @@ from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.files import read_json
 from trimtab.evals.suites.tax import PairedGap, TaxVerdict, tax_verdicts
 
+VERSION = 1
+"""The version of `suite.schema.json`, raised when a reader of the file would have to change."""
+
 
 def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """The results in the files. Raises DataError for a file that holds none with a baseline, or one whose figure has no
-    better direction, and ConfigError if a suite is there twice or the models differ."""
+    """The results in the files. Raises DataError for a file that holds none with a baseline, is of another version or
+    has scores outside [0, 1], or one whose figure has no better direction, and ConfigError if a suite
+    is there twice or the models differ."""
     found: list[dict[str, Any]] = []
     for path in files:
         if not path.is_file():
             raise DataError("there is no such file", where=str(path), fix="give files of trimtab eval SUITE … --out")
         result = read_json(path, fix="write it again with trimtab eval SUITE MODEL BASELINE --out FILE")
-        if not {"suite", "metrics", "items", "model"} <= result.keys():
-            raise DataError(
-                "these are no results of a suite", where=str(path), fix="give files of trimtab eval SUITE … --out"
-            )
+        if problem := _problem(result):
+            raise DataError(problem, where=str(path), fix="give files of trimtab eval SUITE MODEL BASELINE --out FILE")
         main = result["metrics"][0]
         if result.get("baseline") is None or main["better"] == "neither":
             why = "no baseline" if result.get("baseline") is None else f"no better direction of {main['name']}"
@@ -43,6 +45,30 @@ def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
             )
         found.append(result)
     return found
+
+
+def _problem(result: dict[str, Any]) -> str | None:
+    """What keeps a file from being read as results; None for results."""
+    if not {"suite", "metrics", "items", "model"} <= result.keys():
+        return "these are no results of a suite"
+    if result.get("version") != VERSION:
+        return f"results of version {result.get('version')}; this is read in version {VERSION}"
+    metrics, items = result["metrics"], result["items"]
+    if not (_are_tables(metrics, "name", "better") and _are_tables(items, "cluster", "scores")):
+        return "the metrics or the items are not those of results"
+    name, which = metrics[0]["name"], ["scores"] if result.get("baseline") is None else ["scores", "baseline_scores"]
+    for scores in (item.get(one) for item in items for one in which):
+        if not isinstance(scores, dict):
+            return "an item without its scores"
+        values = scores.get(name, [])
+        if not isinstance(values, list) or not all(isinstance(one, int | float) and 0 <= one <= 1 for one in values):
+            return f"scores of {name} that are no list of numbers from 0 to 1: {str(values)[:60]}"
+    return None
+
+
+def _are_tables(rows: Any, *names: str) -> bool:
+    """Whether these are one or more tables with the names."""
+    return isinstance(rows, list) and bool(rows) and all(isinstance(r, dict) and {*names} <= r.keys() for r in rows)
 
 
 def _models_of(result: dict[str, Any]) -> list[str]:

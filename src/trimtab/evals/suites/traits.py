@@ -44,6 +44,7 @@ SUITE = Suite(
     score=score,
     metrics=(SuiteMetric("matching", "probability of the answer that matches the trait", better="neither"),),
     notes=(
+        "a trait is the name of a file: the hub's rows do not tell theirs and are one slice",
         "whether more is better depends on the trait; of questions with more than two answers one is the matching one",
     ),
 )
