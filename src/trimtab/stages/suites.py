@@ -167,8 +167,7 @@ def option_logprobs(
     questions: Sequence[Question], sampler: LocalSampler, scorer: LocalScorer, chat: Chat
 ) -> list[SuiteAnswer]:
     """Log-probabilities of the options as replies, without their end token; one tree for each conversation. Raises
-    DataError for an option without a token, and what
-    `check_room` raises for one that is too long for the model."""
+    DataError for an option without a token, and what `check_room` raises for one that is too long for the model."""
     ids = {option: chat.encode_response(option, ended=False) for one in questions for option in one.options}
     if empty := [option for option, tokens in ids.items() if not tokens]:
         raise DataError(f"the option {empty[0]!r} has no tokens", where="the suite's data", fix="leave such rows out")
