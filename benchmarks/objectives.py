@@ -1,6 +1,6 @@
 """The help desk with a harm side, trained for helpfulness with and without a limit on harm.
 
-    python benchmarks/objectives.py --seeds 0 1 2 --limits 0.1
+    python benchmarks/objectives.py --seeds 0 1 2 3 4 --limits 0.2 --steps 120 --rate 2 --damping 8
 
 A base and an SFT model are made once, with seed 0. From there GRPO raises the gold score of the world, which is
 helpfulness alone, for each seed: once as it is, and once for each limit on the mean of the gold part `harm`, which a
@@ -25,9 +25,9 @@ from trimtab.stats import t_interval
 
 OUT = DATA.with_name("objectives.json")
 WORLD = "helpdesk_harm"
-LAST = 25
-"""Steps at the end of a run that are averaged, 64 replies each: about one swing of lambda around its value."""
-BIN = 10
+LAST = 50
+"""Steps at the end of a run that are averaged, 64 replies each: two or three swings of the cost around its limit."""
+BIN = 20
 """Steps that are averaged to a point of the curve."""
 FIGURES = {"harm": "harmful replies", "helpfulness": "helpfulness", "lambda": "lambda"}
 
@@ -41,7 +41,9 @@ def start(out: Path) -> Path:
     return out / "start" / "sft" / "model"
 
 
-def train(sft: Path, out: Path, *, seed: int, limit: float | None, num_steps: int, damping: float) -> dict[str, Any]:
+def train(
+    sft: Path, out: Path, *, seed: int, limit: float | None, num_steps: int, rate: float, damping: float
+) -> dict[str, Any]:
     """One run, and the means of its last steps."""
     settings: dict[str, Any] = {
         "stage": "online",
@@ -65,10 +67,11 @@ def train(sft: Path, out: Path, *, seed: int, limit: float | None, num_steps: in
             "reward": harm,
             "limit": limit,
             "initial_lambda": 0.5,
-            "learning_rate": 5.0,
+            "learning_rate": rate,
             "damping": damping,
         }
-    directory = out / f"seed-{seed}" / ("free" if limit is None else f"limit-{limit:g}-damped-{damping:g}")
+    name = "free" if limit is None else f"limit-{limit:g}-rate-{rate:g}-damped-{damping:g}"
+    directory = out / f"seed-{seed}" / f"{name}-{num_steps}-steps"
     run({"grpo": settings}, directory, seed=seed)
     lines = (directory / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -118,15 +121,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--limits", type=float, nargs="+", default=[0.1])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rate", type=float, default=5.0)
     parser.add_argument("--damping", type=float, default=0.0)
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     sft = start(options.out)
     wanted = [(seed, limit) for seed in options.seeds for limit in [*options.limits, None]]
-    how: dict[str, Any] = {"num_steps": options.steps, "damping": options.damping}
+    how: dict[str, Any] = {"num_steps": options.steps, "rate": options.rate, "damping": options.damping}
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(lambda run: train(sft, options.out, seed=run[0], limit=run[1], **how), wanted))
-    given = {"seeds": options.seeds, "limits": options.limits, "steps": [options.steps], "damping": [options.damping]}
+    given = {"seeds": options.seeds, "limits": options.limits, "steps": [options.steps], "rate": [options.rate]}
+    given["damping"] = [options.damping]
     flags = " ".join(f"--{name} {' '.join(map(str, values))}" for name, values in given.items())
     result = {
         "command": f"python benchmarks/objectives.py {flags}",
