@@ -121,8 +121,10 @@ def test_a_run_without_a_guard_needs_a_measure_and_prompts(tmp_path, base):
     del table["guard"]
     out = run_stage("online", tmp_path / "run", **table)
     said = refusal(out)
-    assert "measure" in said
-    assert "prompts" in said
+    assert "no measure and no prompts given, and the run had no guard that says" in said
+    assert "--gold WORLD" in said
+    assert "--prompts SOURCE" in said
+    assert "no prompts given" in refusal(out, "--gold", "arithmetic")
 
 
 def test_a_measure_that_judges_nothing_chooses_nothing(tmp_path, hacked_run):

@@ -111,7 +111,15 @@ def choose(
     _refuse_existing(path if out is None else None, export)
     check_out(path)
     trained = _settings_of(directory)
-    settings = config.resolve(ChooseSettings, _over(_defaults(trained), values), where=where)
+    given = _over(_defaults(trained), values)
+    if missing := [key for key in ("measure", "prompts") if key not in given]:
+        raise ConfigError(
+            f"no {' and no '.join(missing)} given, and the run had no guard that says",
+            where=where,
+            fix="measure by --gold WORLD, by --reward-model DIRECTORY or by measure='[\"exact_answer\"]', on prompts "
+            "that the run did not train on: --prompts SOURCE",
+        )
+    settings = config.resolve(ChooseSettings, given, where=where)
     _refuse_trained(trained, settings, where=where)
     _refuse_at_work(directory)
     paths = {step_of(found): found for found in checkpoints_in(directory / "checkpoints")}
