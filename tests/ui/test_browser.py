@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,21 +22,7 @@ from trimtab.core import registry
 from trimtab.runs.run import Run
 
 pytestmark = pytest.mark.slow
-_CHROMIUM = next(
-    (p for p in ("/usr/bin/chromium", "/usr/bin/google-chrome", shutil.which("chrome")) if p and Path(p).exists()), None
-)
 PICTURES = os.environ.get("TRIMTAB_SCREENSHOTS")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if _CHROMIUM is None:
-        pytest.skip("no Chromium: apt-get install chromium")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    with api.sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=_CHROMIUM, args=["--no-sandbox"])
-        yield made
-        made.close()
 
 
 @pytest.fixture
