@@ -81,10 +81,11 @@ def holder_of(directory: Path) -> int | None:
 
 
 def stop_holder(directory: Path) -> int:
-    """Asks the process that holds the run to stop, as Ctrl-C does, and returns its number.
+    """Asks the process that holds the run to stop, and returns its number.
 
-    Raises ConfigError if no process of this machine holds the run. The signal cannot reach another process that gets
-    the same number in between.
+    SIGTERM is sent, which every command takes as Ctrl-C: a process that a script began in the background ignores the
+    signal of Ctrl-C itself where nothing handles it. It cannot reach another process that gets the same number in
+    between. Raises ConfigError if no process of this machine holds the run.
     """
     with _opened_process(holder_of(directory)) as (number, descriptor):
         if number is None or holder_of(directory) != number:
@@ -93,7 +94,7 @@ def stop_holder(directory: Path) -> int:
                 where=str(directory / LOCK),
                 fix="if the run goes on elsewhere, stop it there with Ctrl-C; else there is nothing to stop",
             )
-        signal.pidfd_send_signal(descriptor, signal.SIGINT)
+        signal.pidfd_send_signal(descriptor, signal.SIGTERM)
     return number
 
 
