@@ -7,7 +7,7 @@
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#if defined(__AVX512VL__) && defined(__AVX512BF16__)
 #define HAS_BFLOAT16 1
 #include <immintrin.h>
 #else
@@ -23,6 +23,8 @@ enum { LANES = 4 };
 #endif
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float half_vec __attribute__((vector_size(2 * LANES)));
+typedef float loose_half __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
 
 enum { MOST_OUTS = 6, MOST_VECS = 3, WIDEST = MOST_VECS * LANES, CHUNK = 64, LINE = 16 };
 enum { PLAIN = 0, NORMED = 1, GATED = 2 };
@@ -104,48 +106,67 @@ static inline void prepare(const float *x, int64_t k, int64_t size, int64_t form
         memcpy(made, x, sizeof *x * (size_t)size);
 }
 
-/* OUTS rows of weights times the first VECS of WIDE vectors of columns; the rows of weights behind them are fetched
-   meanwhile.
+/* OUTS rows of weights times the first HALVES half vectors of the WIDE vectors of columns; the rows of weights behind
+   them are fetched meanwhile. A processor that multiplies wide vectors in two parts is done sooner with a half.
 
-   Twelve sums stand in registers. They stay there because this is a function of its own, and because the columns are
-   volatile: each is read once and kept, where the compiler would read it again for each row of weights. */
+   Twelve sums stand in registers, if there are as many. They stay there because this is a function of its own, and
+   because the columns are volatile: each is read once and kept, where the compiler would read it again for each row of
+   weights. */
 typedef void multiplier(const float *const *w, const float *columns, int64_t k, const float *ahead,
                         float done[MOST_OUTS][WIDEST]);
-#define MULTIPLIER(NAME, OUTS, VECS, WIDE, ADD)                                                                        \
+#define MULTIPLIER(NAME, OUTS, HALVES, WIDE, ADD, ADD_HALF)                                                            \
     static __attribute__((noinline)) void NAME(const float *const *w, const float *columns, int64_t k,                 \
                                                const float *ahead, float done[MOST_OUTS][WIDEST]) {                    \
-        vec sums[OUTS][VECS] = {0};                                                                                    \
-        for (int64_t i = 0; i < k; i++) {                                                                              \
+        enum { VECS = HALVES / 2, HALF = HALVES % 2 };                                                                 \
+        vec sums[OUTS][VECS + 1] = {0}, kept[VECS + 1];                                                                \
+        half_vec last[OUTS] = {0}, kept_half = {0};                                                                    \
+        for (int64_t i = 0; i < k; i++, columns += WIDE * LANES) {                                                     \
             if (ahead && i % LINE == 0)                                                                                \
                 for (int o = 0; o < OUTS; o++) __builtin_prefetch(ahead + o * k + i);                                  \
-            vec kept[VECS];                                                                                            \
-            for (int v = 0; v < VECS; v++) kept[v] = *(const volatile vec *)(columns + (i * WIDE + v) * LANES);        \
-            for (int o = 0; o < OUTS; o++)                                                                             \
+            for (int v = 0; v < VECS; v++) kept[v] = *(const volatile vec *)(columns + v * LANES);                     \
+            if (HALF) kept_half = *(const volatile half_vec *)(columns + VECS * LANES);                                \
+            for (int o = 0; o < OUTS; o++) {                                                                           \
                 for (int v = 0; v < VECS; v++) ADD(sums[o][v], kept[v], w[o][i]);                                      \
+                if (HALF) ADD_HALF(last[o], kept_half, w[o][i]);                                                       \
+            }                                                                                                          \
         }                                                                                                              \
-        for (int o = 0; o < OUTS; o++)                                                                                 \
+        for (int o = 0; o < OUTS; o++) {                                                                               \
             for (int v = 0; v < VECS; v++) *(loose *)(done[o] + v * LANES) = sums[o][v];                               \
+            if (HALF) *(loose_half *)(done[o] + VECS * LANES) = last[o];                                               \
+        }                                                                                                              \
     }
+/* One for each number of half vectors that the rows of a tile fill; see product for the tiles. */
+#define MULTIPLIERS(NAME, ADD, ADD_HALF)                                                                               \
+    MULTIPLIER(NAME##_1, 6, 1, 2, ADD, ADD_HALF)                                                                       \
+    MULTIPLIER(NAME##_2, 6, 2, 2, ADD, ADD_HALF)                                                                       \
+    MULTIPLIER(NAME##_3, 6, 3, 2, ADD, ADD_HALF)                                                                       \
+    MULTIPLIER(NAME##_4, 6, 4, 2, ADD, ADD_HALF)                                                                       \
+    MULTIPLIER(NAME##_5, 4, 5, 3, ADD, ADD_HALF)                                                                       \
+    MULTIPLIER(NAME##_6, 4, 6, 3, ADD, ADD_HALF)                                                                       \
+    static multiplier *const NAME[] = {NAME##_1, NAME##_2, NAME##_3, NAME##_4, NAME##_5, NAME##_6};
 #define ADD_PRODUCT(SUM, COLUMN, WEIGHT) SUM += COLUMN * WEIGHT
-MULTIPLIER(multiply_half, 6, 1, 2, ADD_PRODUCT)
-MULTIPLIER(multiply_two, 6, 2, 2, ADD_PRODUCT)
-MULTIPLIER(multiply_three, 4, 3, 3, ADD_PRODUCT)
+MULTIPLIERS(multiply_numbers, ADD_PRODUCT, ADD_PRODUCT)
 #if HAS_BFLOAT16
 #define ADD_PAIR(SUM, COLUMN, WEIGHT)                                                                                  \
     SUM = (vec)_mm512_dpbf16_ps((__m512)SUM, (__m512bh)COLUMN, (__m512bh)_mm512_set1_ps(WEIGHT))
+#define ADD_PAIR_TO_HALF(SUM, COLUMN, WEIGHT)                                                                          \
+    SUM = (half_vec)_mm256_dpbf16_ps((__m256)SUM, (__m256bh)COLUMN, (__m256bh)_mm256_set1_ps(WEIGHT))
 #else
+#define PAIR_ADDER(NAME, VEC, INTS)                                                                                    \
+    static inline VEC NAME(VEC sum, VEC column, float weight) {                                                        \
+        int32_t pair;                                                                                                  \
+        memcpy(&pair, &weight, sizeof pair);                                                                           \
+        INTS columns = (INTS)column, weights = columns - columns + pair, upper = columns - columns - 65536;            \
+        return sum + (VEC)(columns << 16) * (VEC)(weights << 16) + (VEC)(columns & upper) * (VEC)(weights & upper);    \
+    }
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-static inline vec add_pair(vec sum, vec column, float weight) {
-    int32_t pair;
-    memcpy(&pair, &weight, sizeof pair);
-    ints columns = (ints)column, weights = columns - columns + pair, upper = columns - columns - 65536;
-    return sum + (vec)(columns << 16) * (vec)(weights << 16) + (vec)(columns & upper) * (vec)(weights & upper);
-}
+typedef int32_t half_ints __attribute__((vector_size(2 * LANES)));
+PAIR_ADDER(add_pair, vec, ints)
+PAIR_ADDER(add_pair_to_half, half_vec, half_ints)
 #define ADD_PAIR(SUM, COLUMN, WEIGHT) SUM = add_pair(SUM, COLUMN, WEIGHT)
+#define ADD_PAIR_TO_HALF(SUM, COLUMN, WEIGHT) SUM = add_pair_to_half(SUM, COLUMN, WEIGHT)
 #endif
-MULTIPLIER(multiply_half_of_pairs, 6, 1, 2, ADD_PAIR)
-MULTIPLIER(multiply_two_of_pairs, 6, 2, 2, ADD_PAIR)
-MULTIPLIER(multiply_three_of_pairs, 4, 3, 3, ADD_PAIR)
+MULTIPLIERS(multiply_pairs, ADD_PAIR, ADD_PAIR_TO_HALF)
 
 /* Whether the processor multiplies pairs itself, which is then twice as fast as float32; else it is slower. */
 int64_t multiplies_pairs(void) { return HAS_BFLOAT16; }
@@ -166,12 +187,12 @@ static inline __attribute__((always_inline)) void store(float done[MOST_OUTS][WI
     }
 }
 
-/* One matrix [outs, k] times the tiles of `vecs` vectors of rows that stand in `room`, `many` outs at a time; see
-   product. `half` multiplies a tile with no more rows than a vector. */
+/* One matrix [outs, k] times the tiles of `vecs` vectors of rows that stand in `room`, `many` outs at a time, as all
+   multipliers for tiles of that height have it; see product. */
 static inline __attribute__((always_inline)) void multiply(const float *weights, const float *bias, int64_t outs,
-                                                           int64_t k, int vecs, int many, multiplier *whole,
-                                                           multiplier *half, const float *room, int64_t n, float *y,
-                                                           int64_t width, int64_t add) {
+                                                           int64_t k, int vecs, int many,
+                                                           multiplier *const *multipliers, const float *room, int64_t n,
+                                                           float *y, int64_t width, int64_t add) {
     int64_t wide = vecs * LANES, blocks = (outs + many - 1) / many;
 #pragma omp for schedule(static) nowait
     for (int64_t block = 0; block < blocks; block++) {
@@ -181,7 +202,7 @@ static inline __attribute__((always_inline)) void multiply(const float *weights,
         for (int64_t row = 0; row < n; row += wide) {
             int64_t rows = n - row < wide ? n - row : wide;
             float done[MOST_OUTS][WIDEST];
-            (rows > LANES ? whole : half)(w, room + row * k, k, row ? NULL : next, done);
+            multipliers[(2 * rows - 1) / LANES](w, room + row * k, k, row ? NULL : next, done);
             store(done, rows, many, valid, bias ? bias + out : NULL, add, y + row * width + out, width);
         }
     }
@@ -224,12 +245,11 @@ void product(const float *x, int64_t n, int64_t k, int64_t form, const float *no
         }
         for (int64_t m = 0, first = 0; m < matrices; first += outs[m++]) {
             const float *w = weights[m], *bias = biases[m];
+            multiplier *const *multipliers = pairs ? multiply_pairs : multiply_numbers;
             if (height == 3)
-                multiply(w, bias, outs[m], words, 3, 4, pairs ? multiply_three_of_pairs : multiply_three, NULL, room, n,
-                         y + first, width, add);
+                multiply(w, bias, outs[m], words, 3, 4, multipliers, room, n, y + first, width, add);
             else
-                multiply(w, bias, outs[m], words, 2, 6, pairs ? multiply_two_of_pairs : multiply_two,
-                         pairs ? multiply_half_of_pairs : multiply_half, room, n, y + first, width, add);
+                multiply(w, bias, outs[m], words, 2, 6, multipliers, room, n, y + first, width, add);
         }
     }
 }
