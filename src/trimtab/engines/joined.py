@@ -70,33 +70,66 @@ class Membership:
 
 def find(environment: Mapping[str, str]) -> Membership | None:
     """What these variables say of this process; None if it is alone."""
-    if {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= environment.keys() and int(environment["WORLD_SIZE"]) > 1:
-        size, local = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
-        port = int(environment["MASTER_PORT"])
-        return Membership(
-            started_by="torchrun",
-            rank=int(environment["RANK"]),
-            size=size,
-            host=environment["MASTER_ADDR"],
-            port=_port(environment, port + 1 if port < MOST_PORT else port - 1),  # torchrun itself listens on `port`
-            one_machine=local == size,
-            name=f"torchrun-{port}-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}",
-            num_sharing=_num_sharing(environment, local),
-        )
-    if {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"} <= environment.keys() and int(environment["SLURM_STEP_NUM_TASKS"]) > 1:
-        job, step = (int(environment[name]) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-        tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
-        return Membership(
-            started_by="srun",
-            rank=int(environment["SLURM_PROCID"]),
-            size=int(environment["SLURM_STEP_NUM_TASKS"]),
-            host=first_host(environment["SLURM_STEP_NODELIST"]),
-            port=_port(environment, 10_000 + (7 * job + step) % 20_000),
-            one_machine=environment["SLURM_STEP_NUM_NODES"] == "1",
-            name=f"srun-{job}-{step}",
-            num_sharing=_num_sharing(environment, int(re.split(r"\D", tasks)[0])),
-        )
+    if {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"} <= environment.keys():
+        given = _Variables(environment, "torchrun")
+        size = given.number("WORLD_SIZE")
+        if size > 1:
+            local, port = given.number("LOCAL_WORLD_SIZE"), given.number("MASTER_PORT")
+            return Membership(
+                started_by=given.started_by,
+                rank=given.number("RANK"),
+                size=size,
+                host=given["MASTER_ADDR"],
+                port=_port(environment, port + 1 if port < MOST_PORT else port - 1),  # torchrun listens on `port`
+                one_machine=local == size,
+                name=f"torchrun-{port}-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+                num_sharing=_num_sharing(environment, local),
+            )
+    if {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"} <= environment.keys():
+        given = _Variables(environment, "srun")
+        size = given.number("SLURM_STEP_NUM_TASKS")
+        if size > 1:
+            job, step = given.number("SLURM_JOB_ID"), given.number("SLURM_STEP_ID")
+            tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
+            return Membership(
+                started_by=given.started_by,
+                rank=given.number("SLURM_PROCID"),
+                size=size,
+                host=first_host(given["SLURM_STEP_NODELIST"]),
+                port=_port(environment, 10_000 + (7 * job + step) % 20_000),
+                one_machine=given["SLURM_STEP_NUM_NODES"] == "1",
+                name=f"srun-{job}-{step}",
+                num_sharing=_num_sharing(environment, int(re.split(r"\D", tasks)[0] or 1)),
+            )
     return None
+
+
+@dataclass(frozen=True)
+class _Variables:
+    """The variables that a program sets for the processes it starts. Raises ConfigError for what it would not set."""
+
+    environment: Mapping[str, str]
+    started_by: str
+
+    def __getitem__(self, name: str) -> str:
+        if name not in self.environment:
+            raise ConfigError(f"{name} is not set", where="environment", fix=self._fix)
+        return self.environment[name]
+
+    def number(self, name: str) -> int:
+        """A whole number that is not negative."""
+        if not re.fullmatch("[0-9]{1,12}", self[name]):
+            raise ConfigError(
+                f"{name} = {self[name]!r}; {self.started_by} sets it to a number", where="environment", fix=self._fix
+            )
+        return int(self[name])
+
+    @property
+    def _fix(self) -> str:
+        return (
+            f"start the command with {self.started_by}, which sets its variables itself, or run it with none of them: "
+            f"env {' '.join(f'-u {name}' for name in _CONSUMED if name in self.environment)} trimtab …"
+        )
 
 
 def _port(environment: Mapping[str, str], otherwise: int) -> int:
