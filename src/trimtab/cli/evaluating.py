@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trimtab.cli.helpers import Number
-from trimtab.cli.suites import suite_command, tax
+from trimtab.cli.suites import lm_eval, suite_command, tax
 from trimtab.cli.tables import add_row, new_table
 from trimtab.core import registry
 from trimtab.core.errors import ConfigError
@@ -186,4 +186,5 @@ def _percent(found: Interval, *, signed: bool = False) -> str:
 
 for _name in registry.modules("suite"):
     eval_.add_command(suite_command(_name))
+eval_.add_command(lm_eval)
 eval_.add_command(tax)

@@ -1,4 +1,4 @@
-"""The commands `trimtab eval SUITE`, one for each suite of the registry, and `trimtab eval tax`."""
+"""The commands `trimtab eval SUITE`, one for each suite of the registry, `eval lm-eval` and `eval tax`."""
 
 from __future__ import annotations
 
@@ -55,6 +55,40 @@ def suite_command(name: str) -> click.Command:
             click.echo(f"figures: {options['out']}")
 
     return invoke
+
+
+@click.command("lm-eval")
+@click.argument("model")
+@click.argument("baseline", required=False)
+@click.option("--tasks", metavar="TASK,…", default="", help="Tasks of lm-eval, for example arc_easy,hellaswag.")
+@click.option("--limit", type=click.IntRange(min=1), help="The first documents of each task.  [default: all]")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before each question.  [default: the task's]")
+@click.option("--no-chat-template", is_flag=True, help="Ask in plain text, not under the model's chat template.")
+@click.option("--include-path", metavar="DIR", help="Tasks of your own, as YAML files.")
+@click.option("--batch-size", default="1", show_default=True, help='A number, or "auto".')
+@click.option("--device", metavar="DEVICE", help='Where lm-eval computes, for example "cuda:0".  [default: its choice]')
+@click.option("--python", metavar="FILE", help="The interpreter of an environment with lm-eval.  [default: this one]")
+@click.option("--files", type=click.Path(file_okay=False, path_type=Path), help="Keeps lm-eval's own files.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="A directory for the results, TASK.json each."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of examples and replies.")
+@_margin
+def lm_eval(tasks: str, no_chat_template: bool, margin: float, out: Path | None, **options: Any) -> None:
+    """Run tasks of lm-eval on MODEL, and on BASELINE, in a process of its own.
+
+    Both may also be folders that lm-eval has written with --log_samples. The two models are compared document by
+    document, and each task passes, fails or is inconclusive at the margin, as a suite does.
+    """
+    from trimtab.stages.lm_eval import run_lm_eval
+
+    named = [name.strip() for name in tasks.split(",") if name.strip()]
+    command = shlex.join(["trimtab", *sys.argv[1:]])
+    found = run_lm_eval(tasks=named, chat_template=not no_chat_template, out=out, command=command, **options)
+    for result in found.values():
+        _show(result, margin)
+    if out is not None:
+        click.echo(f"results: {', '.join(str(out / f'{name}.json') for name in found)}")
 
 
 @click.command("tax")

@@ -44,6 +44,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "json": ("jsonschema",),
     "quantized": ("bitsandbytes",),
     "ray": ("ray",),
+    "lm-eval": ("lm_eval",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
 }

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trimtab.evals.suites.suite import ItemScores, Question, Suite, SuiteAnswer, SuiteItem
+from trimtab.evals.suites.suite import ItemScores, Question, Suite, SuiteAnswer, SuiteItem, SuiteMetric
 from trimtab.evals.suites.tax import PairedGap
 from trimtab.stats import Interval, bootstrap_mean, spearman
 
@@ -131,7 +131,26 @@ def report(
     scores = score_all(suite, items, answers)
     theirs = None if baseline is None else score_all(suite, items, baseline)
     nulls = {name: score_all(suite, items, given) for name, given in null_answers(items).items()}
-    known = {metric.name: metric for metric in suite.metrics}
+    found = figures(items, scores, theirs, nulls, suite.metrics, seed=seed)
+    found |= {"resembles": resembles(items, answers), "truncated_fraction": truncated_fraction(answers)}
+    if baseline is not None:
+        found["baseline_resembles"] = resembles(items, baseline)
+        found["baseline_truncated_fraction"] = truncated_fraction(baseline)
+    return found
+
+
+def figures(
+    items: Sequence[SuiteItem],
+    scores: Sequence[ItemScores],
+    theirs: Sequence[ItemScores] | None,
+    nulls: Mapping[str, Sequence[ItemScores]],
+    metrics: Sequence[SuiteMetric],
+    *,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The figures of a model, its baseline and null models from their scores, as JSON values, with the scores of every
+    item. Metrics stand in their order, with the slices behind them."""
+    known = {metric.name: metric for metric in metrics}
     slices = sorted({name for one in scores for name in one} - known.keys())
     rows = []
     for name in (*known, *slices):
@@ -149,22 +168,16 @@ def report(
             row["difference"] = None if gap is None else _named(gap.interval())
             row["num_compared_clusters"] = 0 if gap is None else gap.num_clusters
         rows.append(row)
-    found: dict[str, Any] = {
+    return {
         "num_items": len(items),
         "num_clusters": len({item.cluster for item in items}),
         "metrics": rows,
-        "resembles": resembles(items, answers),
-        "truncated_fraction": truncated_fraction(answers),
         "items": [
             {"id": item.id, "cluster": item.cluster, "scores": {name: list(values) for name, values in ours.items()}}
             | ({} if theirs is None else {"baseline_scores": {name: list(v) for name, v in theirs[i].items()}})
             for i, (item, ours) in enumerate(zip(items, scores, strict=True))
         ],
     }
-    if baseline is not None:
-        found["baseline_resembles"] = resembles(items, baseline)
-        found["baseline_truncated_fraction"] = truncated_fraction(baseline)
-    return found
 
 
 def truncated_fraction(answers: SuiteAnswers) -> float:
