@@ -17,6 +17,7 @@ from trimtab.engines.local.form_choice import FormChoice, choose_form, forms
 from trimtab.engines.local.fused import FusedForward
 from trimtab.engines.local.kernels import GATED, SWITCH, CompiledKernels, Kernels, ProductForm, find
 from trimtab.engines.local.sampler import LocalSampler, Sampling
+from trimtab.engines.local.slot_cache import SlotCache
 from trimtab.models.roles import Policy
 
 WEIGHT = torch.zeros(1)
@@ -327,3 +328,31 @@ def test_replies_in_bfloat16_are_near_the_policy_in_each_form(compiled, monkeypa
         replies = sampler.continue_ids(prompts, group_size=2, uniforms=uniforms)
         assert 0 < sampler.difference < 0.2
         assert all(ids for ids, _, _ in replies)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral_windowed"])
+@pytest.mark.parametrize("group_size", [1, 3])
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_all_blocks_in_one_call_give_the_bits_of_one_after_the_other(compiled, family, group_size, precision):
+    model = tiny.causal(family)
+    fused = FusedForward(model, 8, CompiledKernels(compiled.library, precision or torch.float32))
+    prompts = [[3, 5, 8, 13, 21], [2, 7], [11, 4, 9]]
+    states = []
+    for in_one_call in (False, True):
+        slots = SlotCache(
+            num_rows=9, num_prompts=9, group_size=group_size, prompt_width=5, reply_width=6, kernels=fused.kernels
+        )
+        with torch.no_grad():
+            ids = torch.tensor([token for prompt in prompts for token in prompt])
+            places = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
+            fused(ids, places, slots.add([0, 1, 2], prompts))
+            for step in range(6):
+                attend = slots.extend()
+                one_by_one = lambda *row, attend=attend: attend(*row)  # noqa: E731
+                tokens = (torch.arange(len(slots.sequences)) * 7 + step) % 30
+                before = slots.positions - 1
+                states.append(fused(tokens, before, attend if in_one_call else one_by_one))
+    assert len(states) == 12
+    for first, second in zip(states[:6], states[6:], strict=True):
+        assert torch.equal(first, second)
+    assert states[0].std() > 0

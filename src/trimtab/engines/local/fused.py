@@ -8,7 +8,6 @@ Other architectures decode through their own forward pass, which gives the same 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,18 @@ from transformers import PreTrainedModel
 from trimtab.batches.device import to_device
 from trimtab.batches.trees import TokenTrees, sequence_tree
 from trimtab.core.errors import EngineError
-from trimtab.engines.local.kernels import GATED, Kernels, Matrices, ProductForm, find, product_dtype
+from trimtab.engines.local.kernels import (
+    GATED,
+    Block,
+    CompiledBlocks,
+    CompiledKernels,
+    Kernels,
+    Matrices,
+    ProductForm,
+    find,
+    product_dtype,
+)
+from trimtab.engines.local.slot_cache import StepAttend
 from trimtab.models.adapters import is_adapted, weight_of
 from trimtab.models.attention import LLAMA_LIKE, Attend, backbone, row_states
 from trimtab.models.quantized import is_quantized
@@ -27,21 +37,6 @@ from trimtab.models.tree_attention import tree_attention
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Largest difference of a logit from the model's own, relative to the largest logit, by the dtype of products."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One block: attention and gated MLP, each after a norm."""
-
-    norm: ProductForm
-    query_key_value: Matrices
-    query_key_norm: Tensor | None
-    output: Matrices
-    mlp_norm: ProductForm
-    gate_up: Matrices
-    down: Matrices
-    scaling: float
-    window: int | None
 
 
 class FusedForward:
@@ -56,7 +51,7 @@ class FusedForward:
         self.embedding = base.embed_tokens.weight.detach()
         self.rotary = base.rotary_emb
         self.final_norm = base.norm.weight.detach()
-        self.layers = [_layer(block, num_rows, kernels, self.eps) for block in base.layers]
+        self.layers = [_block(block, num_rows, kernels, self.eps) for block in base.layers]
         output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if kernels.compiled:  # whose sums are float32, also of bfloat16
             self._head = kernels.matrices([weight_of(output)], [output.bias], num_rows)
@@ -67,6 +62,9 @@ class FusedForward:
         self.head_size: int = base.layers[0].self_attn.head_dim
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
+        self._blocks: CompiledBlocks | None = None
+        if isinstance(kernels, CompiledKernels):
+            self._blocks = CompiledBlocks(kernels, self.layers, self.num_heads, self.num_kv_heads)
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """[n, D] last hidden states of the tokens [n] at these positions."""
@@ -78,6 +76,9 @@ class FusedForward:
         input_ids, position_ids = (to_device(x, self.embedding.device) for x in (input_ids, position_ids))
         x = self.embedding[input_ids]
         cos, sin = (c[0] for c in self.rotary(x, position_ids[None]))
+        if self._blocks is not None and isinstance(attend, StepAttend):
+            self._blocks(x, cos, sin, caches=attend.caches(len(self.layers)), **attend.seen)
+            return rms_norm(x, (x.shape[-1],), self.final_norm, self.eps)
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         for index, layer in enumerate(self.layers):
             states = layer.query_key_value(x, layer.norm)
@@ -128,7 +129,7 @@ def _float32(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _layer(block: Any, num_rows: int, kernels: Kernels, eps: float) -> Layer:
+def _block(block: Any, num_rows: int, kernels: Kernels, eps: float) -> Block:
     attention, mlp = block.self_attn, block.mlp
 
     def matrix(*modules: Any) -> Matrices:
@@ -138,7 +139,7 @@ def _layer(block: Any, num_rows: int, kernels: Kernels, eps: float) -> Layer:
     if hasattr(attention, "q_norm"):
         normed = ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj))
         norm = torch.cat([n.weight.detach().expand(p.out_features // attention.head_dim, -1) for n, p in normed])
-    return Layer(
+    return Block(
         norm=ProductForm("normed", block.input_layernorm.weight.detach(), eps),
         query_key_value=matrix(attention.q_proj, attention.k_proj, attention.v_proj),
         query_key_norm=norm,

@@ -385,3 +385,49 @@ void attend(const float *query, int64_t query_stride, const float *key, const fl
         }
     }
 }
+
+/* Linear layers of one input, as product takes them; `width` is the sum of their outs. */
+typedef struct {
+    int64_t matrices;
+    const float *const *weights, *const *biases;
+    const int64_t *outs;
+    int64_t width, pairs;
+} linears;
+
+/* A block of a Llama-like model. */
+typedef struct {
+    const float *norm, *query_key_norm, *mlp_norm;
+    linears query_key_value, output, gate_up, down;
+    float scaling;
+    int64_t window;
+} block;
+
+/* Where the keys and values of a block are kept; see attend. */
+typedef struct {
+    const float *prompt_keys, *prompt_values;
+    float *row_keys, *row_values;
+} cache;
+
+/* All blocks for the next token of n replies, in place: x[n, width] are embeddings before and states after. One call, so
+   that no thread waits for what is between the calls of a step. The rest is as in rotate and attend; states[n, heads and
+   kv_heads twice, size], mixed[n, heads, size] and gates[n, 2 * inner] are room, and so are `room` and `scores`. */
+void decode(const block *blocks, const cache *caches, int64_t num_blocks, float *x, int64_t n, int64_t width, float eps,
+            int64_t heads, int64_t kv_heads, int64_t size, const float *cos, const float *sin, int64_t prompt_room,
+            const int64_t *prompt_of, const int64_t *prompt_lengths, int64_t row_room, const int64_t *places,
+            float *states, float *mixed, float *gates, float *room, float *scores, int64_t threads) {
+    int64_t stride = (heads + 2 * kv_heads) * size;
+#define LAYERS(L) L->matrices, L->weights, L->biases, L->outs
+    for (const block *b = blocks; b < blocks + num_blocks; b++, caches++) {
+        const linears *in = &b->query_key_value, *out = &b->output, *up = &b->gate_up, *down = &b->down;
+        product(x, n, width, NORMED, b->norm, eps, LAYERS(in), states, 0, room, in->pairs, threads);
+        rotate(states, n, stride, heads + kv_heads, size, b->query_key_norm, eps, cos, sin, threads);
+        const float *keys = states + heads * size, *values = keys + kv_heads * size;
+        attend(states, stride, keys, values, stride, n, kv_heads, heads / kv_heads, size, b->scaling, b->window,
+               caches->prompt_keys, caches->prompt_values, prompt_room, prompt_of, prompt_lengths, caches->row_keys,
+               caches->row_values, row_room, places, mixed, scores, threads);
+        product(mixed, n, heads * size, PLAIN, NULL, 0, LAYERS(out), x, 1, room, out->pairs, threads);
+        product(x, n, width, NORMED, b->mlp_norm, eps, LAYERS(up), gates, 0, room, up->pairs, threads);
+        product(gates, n, up->width / 2, GATED, NULL, 0, LAYERS(down), x, 1, room, down->pairs, threads);
+    }
+#undef LAYERS
+}

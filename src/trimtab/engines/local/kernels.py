@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -17,6 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -88,6 +90,21 @@ class Matrices:
         else:
             result = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return result if add_to is None else add_to.add_(result)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a Llama-like model: attention and gated MLP, each after a norm."""
+
+    norm: ProductForm
+    query_key_value: Matrices
+    query_key_norm: Tensor | None
+    output: Matrices
+    mlp_norm: ProductForm
+    gate_up: Matrices
+    down: Matrices
+    scaling: float
+    window: int | None
 
 
 class Kernels:
@@ -177,9 +194,67 @@ class CompiledKernels(Kernels):
 
     def room(self, num_floats: int) -> int:
         """The address of working memory for this many floats, valid until the next call."""
-        if self._scratch.shape[0] < num_floats:
-            self._scratch = torch.empty(num_floats)
-        return self._scratch.data_ptr()
+        return self.rooms(num_floats)[0]
+
+    def rooms(self, *num_floats: int) -> list[int]:
+        """The addresses of several such places, each as aligned as the first."""
+        ends = list(itertools.accumulate(-(-num // MOST_LANES) * MOST_LANES for num in num_floats))
+        if self._scratch.shape[0] < ends[-1]:
+            self._scratch = torch.empty(ends[-1])
+        first = self._scratch.data_ptr()
+        return [first + 4 * start for start in (0, *ends[:-1])]
+
+
+class CompiledBlocks:
+    """The blocks of a model for the next token of every reply, in one call: the second thread does not wait for Python
+    between the operations of a step. The numbers are those of the operations one by one, to the bit."""
+
+    def __init__(self, kernels: CompiledKernels, blocks: Sequence[Block], num_heads: int, num_kv_heads: int) -> None:
+        self._kernels = kernels
+        self._blocks = blocks  # holds the memory to which the next line points
+        self._array = (_Block * len(blocks))(*map(_block, blocks))
+        self._heads = num_heads, num_kv_heads
+        inputs = [m for b in blocks for m in (b.query_key_value, b.output, b.gate_up, b.down)]
+        self._most_ins = max(_compiled_form(m).num_ins for m in inputs)
+        self._gates = max(_compiled_form(b.gate_up).num_outs for b in blocks)
+
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        caches: Sequence[Sequence[Tensor]],
+        places: Tensor,
+        prompt_of: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
+    ) -> None:
+        """Turns embeddings `x` [n, D] into the states behind the last block, in place.
+
+        `cos` and `sin` are [n, size]. `caches` has for each block the keys and values of the prompts, if replies share
+        them, and those of the rows; they and the rest are as in `CompiledKernels.attend`.
+        """
+        (n, size), (heads, kv_heads), threads = cos.shape, self._heads, torch.get_num_threads()
+        cos, sin = cos.contiguous(), sin.contiguous()
+        assert x.is_contiguous()
+        assert x.dtype == cos.dtype == sin.dtype == torch.float32
+        prompt_room, row_room = 0 if prompt_of is None else caches[0][0].shape[2], caches[0][-1].shape[2]
+        addresses = [0] * 4 * len(caches)
+        for number, kept in enumerate(caches):
+            addresses[4 * number + 4 - len(kept) : 4 * number + 4] = [tensor.data_ptr() for tensor in kept]
+        room, states, mixed, gates, scores = self._kernels.rooms(
+            -(-n // MOST_LANES) * MOST_LANES * (self._most_ins + 1),
+            n * (heads + 2 * kv_heads) * size,
+            n * heads * size,
+            n * self._gates,
+            threads * (heads // kv_heads) * (prompt_room + row_room),
+        )
+        self._kernels.library.decode(
+            self._array, (c_int64 * len(addresses))(*addresses), len(caches), _address(x), n, x.shape[1],
+            self._blocks[0].norm.eps, heads, kv_heads, size, _address(cos), _address(sin), prompt_room,
+            _address(prompt_of), _address(prompt_lengths), row_room, _address(places), states, mixed, gates, room,
+            scores, threads,
+        )  # fmt: skip
 
 
 class _CompiledMatrices(Matrices):
@@ -187,12 +262,12 @@ class _CompiledMatrices(Matrices):
         many = len(weights)
         self._kernels = kernels
         # Pairs of entries are multiplied in bfloat16, so an odd number of them is not.
-        self._pairs = kernels.dtype == torch.bfloat16 and weights[0].shape[1] % 2 == 0
-        dtype = torch.bfloat16 if self._pairs else torch.float32
+        self.pairs = kernels.dtype == torch.bfloat16 and weights[0].shape[1] % 2 == 0
+        dtype = torch.bfloat16 if self.pairs else torch.float32
         self._kept: list[Tensor | None] = [x.detach().to(dtype).contiguous() for x in weights]
         self._kept += [None if x is None else x.detach().contiguous() for x in biases]
-        self._num_ins, self._num_outs = weights[0].shape[1], sum(map(len, weights))
-        self._arguments = (
+        self.num_ins, self.num_outs = weights[0].shape[1], sum(map(len, weights))
+        self.arguments = (
             many,
             (c_void_p * many)(*map(_address, self._kept[:many])),
             (c_void_p * many)(*map(_address, self._kept[many:])),
@@ -200,17 +275,54 @@ class _CompiledMatrices(Matrices):
         )
 
     def __call__(self, x: Tensor, form: ProductForm = PLAIN, *, add_to: Tensor | None = None) -> Tensor:
-        x, n, k = x.contiguous(), x.shape[0], self._num_ins
+        x, n, k = x.contiguous(), x.shape[0], self.num_ins
         assert x.dtype == torch.float32
         assert x.shape[1] == (2 * k if form.kind == "gated" else k)
-        result = x.new_empty(n, self._num_outs) if add_to is None else add_to
+        result = x.new_empty(n, self.num_outs) if add_to is None else add_to
         padded = -(-n // MOST_LANES) * MOST_LANES
         self._kernels.library.product(
-            _address(x), n, k, FORMS.index(form.kind), _address(form.norm), form.eps, *self._arguments,
-            _address(result), add_to is not None, self._kernels.room(padded * (k + 1)), self._pairs,
+            _address(x), n, k, FORMS.index(form.kind), _address(form.norm), form.eps, *self.arguments,
+            _address(result), add_to is not None, self._kernels.room(padded * (k + 1)), self.pairs,
             torch.get_num_threads(),
         )  # fmt: skip
         return result
+
+
+class _Linears(ctypes.Structure):
+    """`linears` of kernels.c."""
+
+    _fields_ = (
+        *(("matrices", c_int64), ("weights", c_void_p), ("biases", c_void_p), ("outs", c_void_p)),
+        *(("width", c_int64), ("pairs", c_int64)),
+    )
+
+
+class _Block(ctypes.Structure):
+    """`block` of kernels.c."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("norm", "query_key_norm", "mlp_norm")),
+        *((name, _Linears) for name in ("query_key_value", "output", "gate_up", "down")),
+        *(("scaling", c_float), ("window", c_int64)),
+    )
+
+
+def _compiled_form(matrices: Matrices) -> _CompiledMatrices:
+    assert isinstance(matrices, _CompiledMatrices)
+    return matrices
+
+
+def _linears(matrices: Matrices) -> _Linears:
+    made = _compiled_form(matrices)
+    many, weights, biases, outs = made.arguments
+    addresses = [ctypes.addressof(array) for array in (weights, biases, outs)]
+    return _Linears(many, *addresses, made.num_outs, made.pairs)
+
+
+def _block(block: Block) -> _Block:
+    norms = map(_address, (block.norm.norm, block.query_key_norm, block.mlp_norm.norm))
+    layers = map(_linears, (block.query_key_value, block.output, block.gate_up, block.down))
+    return _Block(*norms, *layers, block.scaling, block.window or NO_WINDOW)
 
 
 def find(weight: Tensor) -> Kernels:
@@ -261,7 +373,8 @@ def _library() -> ctypes.CDLL | None:
     library.product.argtypes = [p, i, i, i, p, f, i, p, p, p, p, i, p, i, i]
     library.rotate.argtypes = [p, i, i, i, i, p, f, p, p, i]
     library.attend.argtypes = [p, i, p, p, i, i, i, i, i, f, i, p, p, i, p, p, p, p, i, p, p, p, i]
-    for function in (library.product, library.rotate, library.attend):
+    library.decode.argtypes = [p, p, i, p, i, i, f, i, i, i, p, p, i, p, p, i, p, p, p, p, p, p, i]
+    for function in (library.product, library.rotate, library.attend, library.decode):
         function.restype = None
     library.multiplies_pairs.restype = i
     return library

@@ -138,9 +138,9 @@ class LocalSampler:
 
     def _decode(self, prefixes: Sequence[Sequence[int]], group_size: int, replies: ReplyBuffer) -> None:
         """Fills `replies` by the form of decoding, with the policy's adapter active and products in its precision."""
-        policy, precision = self.policy, self.sampling.precision
+        policy, precision, form = self.policy, self.sampling.precision, self.choice.form  # chosen in float32
         with torch.no_grad(), using(policy.model, policy.adapter), computing_in(precision, policy.device.type):
-            self.choice.form.decode(prefixes, group_size, replies)
+            form.decode(prefixes, group_size, replies)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt. Raises DataError for one that is too long."""

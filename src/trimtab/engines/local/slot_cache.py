@@ -22,6 +22,9 @@ from trimtab.models.attention import UNSEEN, Attend, Window
 AttendWithin = Callable[[int, Tensor, Tensor, Tensor, float, int | None], Tensor]
 """An `Attend` that supports only int windows, and no attention sinks."""
 
+Buffers = Callable[[int, Tensor | None], tuple[Tensor, ...]]
+"""The keys and values of a layer, as `SlotCache` keeps them. They are made for the first key [N, KV heads, D]."""
+
 
 class SlotCache:
     """Room for `num_rows` replies of `reply_width` tokens to `num_prompts` prompts of `prompt_width` tokens."""
@@ -107,32 +110,15 @@ class SlotCache:
 
     def extend(self) -> Attend:
         """Attention for one more token of every reply: it sees its prompt, its reply so far and itself."""
+        attend: Attend
         if isinstance(self._kernels, CompiledKernels):
-            attend = self._extend_compiled(self._kernels)
+            whole = self.group_size == 1
+            shared = {} if whole else {"prompt_of": self._prompt_of, "prompt_lengths": self._prompt_lengths}
+            places = self.positions if whole else self.lengths
+            attend = StepAttend(self._kernels, self._buffers, {"places": places, **shared})
         else:
-            attend = self._extend_whole() if self.group_size == 1 else self._extend_shared()
+            attend = _of_windows(self._extend_whole() if self.group_size == 1 else self._extend_shared())
         self.lengths = self.lengths + 1
-        return _of_windows(attend)
-
-    def _extend_compiled(self, kernels: CompiledKernels) -> AttendWithin:
-        whole = self.group_size == 1
-        places = self.positions if whole else self.lengths
-        shared = {} if whole else {"prompt_of": self._prompt_of, "prompt_lengths": self._prompt_lengths}
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-            *prompts, keys, values = self._buffers(layer, key)
-            return kernels.attend(
-                query,
-                key,
-                value,
-                scaling=scaling,
-                window=window,
-                rows=(keys, values),
-                places=places,
-                prompts=(prompts[0], prompts[1]) if prompts else None,
-                **shared,
-            )
-
         return attend
 
     def _extend_whole(self) -> AttendWithin:
@@ -234,10 +220,10 @@ class SlotCache:
     def _sent(self, x: Tensor) -> Tensor:
         return to_device(x, self._device)
 
-    def _buffers(self, layer: int, key: Tensor) -> tuple[Tensor, ...]:
+    def _buffers(self, layer: int, key: Tensor | None) -> tuple[Tensor, ...]:
         """The keys and values of a layer. With a group size of 1, two tensors hold prompts and replies; otherwise two
-        hold the prompts and two more the replies."""
-        if layer not in self._layers:
+        hold the prompts and two more the replies. They are made for the first `key`."""
+        if key is not None and layer not in self._layers:
             heads, size = key.shape[1:]
             shapes = [
                 (self.num_prompts, heads, self._prompt_width, size),
@@ -248,6 +234,42 @@ class SlotCache:
             # Zeros, because masked places are still multiplied by zero, and uninitialised memory could be infinite.
             self._layers[layer] = tuple(key.new_zeros(shape) for shape in shapes for _ in range(2))
         return self._layers[layer]
+
+
+class StepAttend:
+    """Attention for one more token of every reply by compiled kernels: of one block, or of all in `CompiledBlocks`."""
+
+    def __init__(self, kernels: CompiledKernels, buffers: Buffers, seen: dict[str, Tensor]) -> None:
+        """`seen` are `places`, `prompt_of` and `prompt_lengths` as in `CompiledKernels.attend`."""
+        self._kernels = kernels
+        self._buffers = buffers
+        self.seen = seen
+
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        window: Window,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        *prompts, keys, values = self._buffers(layer, key)
+        return self._kernels.attend(
+            query,
+            key,
+            value,
+            scaling=scaling,
+            window=_checked(layer, window, sinks),
+            rows=(keys, values),
+            prompts=(prompts[0], prompts[1]) if prompts else None,
+            **self.seen,
+        )
+
+    def caches(self, num_layers: int) -> list[tuple[Tensor, ...]]:
+        """The keys and values of each block, in which those of the prompts stand."""
+        return [self._buffers(layer, None) for layer in range(num_layers)]
 
 
 def _of_windows(attend: AttendWithin) -> Attend:
@@ -262,16 +284,21 @@ def _of_windows(attend: AttendWithin) -> Attend:
         window: Window,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        if sinks is not None or callable(window):
-            what = "attention sinks" if sinks is not None else "a mask that is no window"
-            raise EngineError(
-                f"this model has {what}, which sampling over slots does not compute",
-                where=f"layer {layer}",
-                fix="sample with another engine; please report this",
-            )
-        return attend(layer, query, key, value, scaling, window)
+        return attend(layer, query, key, value, scaling, _checked(layer, window, sinks))
 
     return checked
+
+
+def _checked(layer: int, window: Window, sinks: Tensor | None) -> int | None:
+    """The window of a layer. Raises EngineError for attention that slots do not compute."""
+    if sinks is not None or callable(window):
+        what = "attention sinks" if sinks is not None else "a mask that is no window"
+        raise EngineError(
+            f"this model has {what}, which sampling over slots does not compute",
+            where=f"layer {layer}",
+            fix="sample with another engine; please report this",
+        )
+    return window
 
 
 def _unseen(seen: Tensor) -> Tensor:
