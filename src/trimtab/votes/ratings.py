@@ -31,7 +31,7 @@ ELO_PER_UNIT = 400 / math.log(10)
 """Points for one unit of theta."""
 _CELLS = 4_000_000
 _MAX_NEWTON = 60
-_LARGE = 15.0
+LARGE = 15.0
 """Parameters beyond this count as infinite: they mean odds of e^30 between two players."""
 
 
@@ -161,7 +161,7 @@ def rate(
     if with_ties and np.unique(outcome[use] == 0.5).size < 2:
         raise DataError("there is no tie, or nothing but ties", where="the games", fix="use ties = 'half'")
     same = (component[:, None] == component[None]) & fitted[None] & fitted[:, None]
-    model = _Model.of(
+    model = GameLikelihood.of(
         design,
         outcome[use],
         np.unique(group[use], return_inverse=True)[1],
@@ -223,7 +223,7 @@ def rate(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Model:
+class GameLikelihood:
     """The penalised likelihood of weighted games in the parameters (theta, phi), with log nu at the end for Davidson.
 
     Identical games are merged into one of U rows.
@@ -245,7 +245,7 @@ class _Model:
     @classmethod
     def of(
         cls, design: Floats, outcome: Floats, group: Ints, *, with_ties: bool, penalty: Floats, gauge: Floats
-    ) -> _Model:
+    ) -> GameLikelihood:
         rows, row = np.unique(np.column_stack([design, outcome]), axis=0, return_inverse=True)
         games = scipy.sparse.coo_matrix((np.ones(len(design)), (group, row.reshape(-1)))).tocsr()
         return cls(
@@ -360,7 +360,7 @@ class _Model:
         return moved, gained
 
 
-def _bootstrap(model: _Model, component: Ints, num: int, num_resamples: int, seed: int) -> tuple[Floats, int]:
+def _bootstrap(model: GameLikelihood, component: Ints, num: int, num_resamples: int, seed: int) -> tuple[Floats, int]:
     """Parameters fitted to resamples of whole groups, and how many resamples have no finite ones.
 
     A resample has none if its games do not connect the first `num` players as all games do, or if Davidson's model
@@ -391,7 +391,7 @@ def _bootstrap(model: _Model, component: Ints, num: int, num_resamples: int, see
 
 def _finite(beta: Floats) -> NDArray[np.bool_]:
     """Which rows of parameters [B, D] are finite: their likelihood has a maximum."""
-    return np.asarray(np.abs(beta).max(axis=1, initial=0.0) < _LARGE)
+    return np.asarray(np.abs(beta).max(axis=1, initial=0.0) < LARGE)
 
 
 def _num_parts(num: int, first: Ints, second: Ints, outcome: Floats, of: Ints) -> int:

@@ -27,6 +27,7 @@ NOT_JUDGED = ("", "cannot_judge", "skip")
 COLUMNS = ("item", "annotator", "choice", "shown_left", "seconds", "slice", "strength", "model_a", "model_b", "group")
 STYLE = ("words", "headers", "list items", "bold spans")
 """What `style_of` counts, in this order."""
+_CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _MISTAKES_SHOWN = 3
 
 
@@ -198,13 +199,15 @@ def _pairs_of_ranking(row: JsonDict, ranking: Sequence[Sequence[int]]) -> Iterat
 
 
 def style_of(text: str) -> Floats:
-    """Counts of `STYLE`: words, Markdown headers, list items and bold spans."""
+    """Counts of `STYLE`: words, Markdown headers, list items and bold spans. The last three are counted outside fenced
+    blocks of code, in which the same characters are comments, subtractions and powers."""
+    num_words, text = len(text.split()), _CODE.sub("", text)
     lines = [line.lstrip() for line in text.splitlines()]
     headers = sum(line.startswith("#") and line.lstrip("#").startswith(" ") for line in lines)
     items = sum(
         line.startswith(("- ", "* ", "+ ")) or (line.partition(".")[0].isdigit() and ". " in line[:5]) for line in lines
     )
-    return np.array([len(text.split()), headers, items, text.count("**") // 2], dtype=np.float64)
+    return np.array([num_words, headers, items, text.count("**") // 2], dtype=np.float64)
 
 
 def style_difference(style_a: Floats, style_b: Floats) -> Floats:
