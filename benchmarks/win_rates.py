@@ -1,9 +1,11 @@
-"""Win rates of AlpacaEval's models from its annotations beside its published columns, and null models, as JSON.
+"""Win rates of AlpacaEval's models from its annotations beside its published columns, null models, and agreement of
+simple rules with people on MT-Bench, as JSON.
 
-    python benchmarks/win_rates.py [--data FOLDER]
+    python benchmarks/win_rates.py [--data FOLDER] [--people FILE]
 
 Writes `docs/evidence/data/win_rates.json` and prints the tables of docs/evidence/guard.md. FOLDER holds
-`annotations.jsonl.gz` and `leaderboard.jsonl.gz`; without it only the null models are computed again.
+`annotations.jsonl.gz` and `leaderboard.jsonl.gz`, FILE is the human majority of MT-Bench. What is not given is not
+computed again; the null models always are.
 """
 
 from __future__ import annotations
@@ -17,9 +19,15 @@ from pathlib import Path
 import numpy as np
 import scipy
 
+from trimtab.core.types import PreferencePair
+from trimtab.data.layouts import load
+from trimtab.evals.comparers import LENGTH, ScoreComparer, agreement, agreement_of_words
 from trimtab.evals.length_control import OutcomeTable, difficulties, length_controlled
-from trimtab.evals.verdicts import PairVerdict, read_verdicts
+from trimtab.evals.style_control import style_controlled
+from trimtab.evals.verdict_files import read_verdicts
+from trimtab.evals.verdicts import PairVerdict
 from trimtab.evals.win_rate import by_matchup, differences, win_rate_of
+from trimtab.votes.table import style_difference, style_of
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "evidence" / "data" / "win_rates.json"
@@ -136,6 +144,100 @@ def null_models(num_evaluations: int = 200, num_prompts: int = 100) -> dict:
     }
 
 
+def styled_models(num_evaluations: int = 200, num_prompts: int = 100) -> dict:
+    """A model that equals its baseline but for longer replies with more bold words, which the judge likes."""
+    generator = np.random.default_rng(1)
+    held, values, raw = [], [], []
+    for _ in range(num_evaluations):
+        rows = []
+        for i in range(num_prompts):
+            replies = [_reply(generator, more=more) for more in (3, 0)]
+            gap = style_difference(style_of(replies[0]), style_of(replies[1]))
+            wins = float(generator.random() < scipy.special.expit(1.5 * gap[0] + gap[3]))
+            rows.append(
+                PairVerdict(prompt=str(i), model="styled", baseline="base", verdict=wins).with_replies(*replies)
+            )
+        rate = style_controlled(by_matchup(rows)).rates[0].rate
+        held.append(rate.low <= 0.5 <= rate.high)
+        values.append(rate.value)
+        raw.append(np.mean([row.verdict for row in rows]))
+    return {
+        "mean": round(float(np.mean(values)), 4),
+        "raw": round(float(np.mean(raw)), 4),
+        "covered": int(np.sum(held)),
+        "of": num_evaluations,
+    }
+
+
+def _reply(generator: np.random.Generator, *, more: int) -> str:
+    num_words, num_bold = generator.integers(60, 140) + 20 * more, generator.integers(0, 3) + more
+    return " ".join(["word"] * int(num_words) + ["**word**"] * int(num_bold))
+
+
+def alpaca_eval_style(folder: Path) -> dict:
+    """The rates of AlpacaEval's models at equal style, and the effects of style on its judge."""
+    matchups = by_matchup(read_verdicts([folder / "annotations.jsonl.gz"]).verdicts)
+    found = style_controlled(matchups)
+    raw = {model: win_rate_of(rows).rate for (model, _), rows in matchups.items()}
+    rates = [
+        {
+            "model": row.model,
+            "raw": round(100 * raw[row.model].value, 1),
+            "styled": [round(100 * x, 1) for x in (row.rate.value, row.rate.low, row.rate.high)],
+        }
+        for row in found.rates
+    ]
+    effects = {name: [round(x, 3) for x in (gain.value, gain.low, gain.high)] for name, gain in found.effects}
+    return {"rates": sorted(rates, key=lambda row: -row["raw"]), "effects": effects}
+
+
+def style_table(found: dict) -> str:
+    """The effects of style, in log-odds."""
+    lines = ["| a typical difference in | gain in log-odds |", "|---|---|"]
+    lines += [f"| {name} | {x:+.2f} [{low:+.2f}, {high:+.2f}] |" for name, (x, low, high) in found["effects"].items()]
+    return "\n".join(lines)
+
+
+def style_rates_table(found: dict) -> str:
+    """The rates at equal style, in points."""
+    lines = ["| model | raw | at equal style |", "|---|---|---|"]
+    for row in found["rates"]:
+        value, low, high = row["styled"]
+        lines.append(f"| {row['model']} | {row['raw']:.1f} | {value:.1f} [{low:.1f}, {high:.1f}] |")
+    return "\n".join(lines)
+
+
+def people(file: Path) -> dict:
+    """How often simple rules prefer the reply that people prefer."""
+    loaded = load(PreferencePair, file)
+    pairs = loaded.records
+    constant = ScoreComparer("constant", lambda texts: np.zeros(len(texts)))
+    found = [agreement(pairs, constant), agreement(pairs, LENGTH), agreement_of_words(pairs)]
+    return {
+        "read": loaded.counts["rows"],
+        "prompts": len({pair.prompt.id for pair in pairs}),
+        "rows": [
+            {
+                "comparer": row.comparer,
+                "rate": [round(100 * x, 1) for x in (row.rate.value, row.rate.low, row.rate.high)],
+                "pairs": row.rate.count,
+                "ties": row.num_ties,
+            }
+            for row in found
+            if row is not None
+        ],
+    }
+
+
+def people_table(found: dict) -> str:
+    """Agreement with people, in points."""
+    lines = ["| comparer | agrees with people | pairs | ties |", "|---|---|---|---|"]
+    for row in found["rows"]:
+        value, low, high = row["rate"]
+        lines.append(f"| {row['comparer']} | {value:.1f} [{low:.1f}, {high:.1f}] | {row['pairs']} | {row['ties']} |")
+    return "\n".join(lines)
+
+
 def table(rows: list[dict]) -> str:
     """The models, computed beside published, in points."""
     lines = [
@@ -172,7 +274,8 @@ def summary(rows: list[dict]) -> str:
 
 def null_table(found: dict) -> str:
     """Means and coverage of the null models."""
-    names = {"raw": "win rate", "difference": "difference of two models", "controlled": "win rate at equal length"}
+    names = {"raw": "win rate", "difference": "difference of two models", "controlled": "win rate at equal length",
+             "styled": "win rate at equal style"}  # fmt: skip
     lines = ["| | mean | 95% intervals that hold the truth |", "|---|---|---|"]
     for name, title in names.items():
         row = found[name]
@@ -184,14 +287,22 @@ def main() -> None:
     """Computes and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder of AlpacaEval's annotations and leaderboard")
+    parser.add_argument("--people", type=Path, help="MT-Bench's human majority, with input, output_1, output_2, label")
     options = parser.parse_args()
     result = json.loads(OUT.read_text(encoding="utf-8")) if OUT.is_file() else {}
-    result |= {"command": "python benchmarks/win_rates.py --data FOLDER", "null": null_models()}
+    command = "python benchmarks/win_rates.py --data FOLDER --people FILE"
+    result |= {"command": command, "null": null_models() | {"styled": styled_models()}}
     if options.data is not None:
-        result["alpaca_eval"] = alpaca_eval(options.data)
+        result |= {"alpaca_eval": alpaca_eval(options.data), "style": alpaca_eval_style(options.data)}
+    if options.people is not None:
+        result["people"] = people(options.people)
     OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if "alpaca_eval" in result:
         print(table(result["alpaca_eval"]), summary(result["alpaca_eval"]), sep="\n\n", end="\n\n")
+    if "style" in result:
+        print(style_table(result["style"]), style_rates_table(result["style"]), sep="\n\n", end="\n\n")
+    if "people" in result:
+        print(people_table(result["people"]), end="\n\n")
     print(null_table(result["null"]))
 
 

@@ -27,8 +27,12 @@ def script(monkeypatch):
     return importlib.import_module
 
 
+def page_text(page):
+    return (EVIDENCE / f"{page}.md").read_text(encoding="utf-8")
+
+
 def assert_on_page(page, table):
-    text = (EVIDENCE / f"{page}.md").read_text(encoding="utf-8").splitlines()
+    text = page_text(page).splitlines()
     missing = [line for line in table.splitlines() if line not in text]
     assert not missing, f"{page}.md lacks what its script writes from its data:\n" + "\n".join(missing)
 
@@ -110,6 +114,13 @@ def test_the_tables_of_win_rates_are_those_of_their_data(script):
     assert_on_page("guard", win_rates.summary(found["alpaca_eval"]))
     assert_on_page("guard", win_rates.table(found["alpaca_eval"]))
     assert_on_page("guard", win_rates.null_table(found["null"]))
+    assert_on_page("guard", win_rates.style_table(found["style"]))
+    assert_on_page("guard", win_rates.style_rates_table(found["style"]))
+    assert_on_page("guard", win_rates.people_table(found["people"]))
+    assert f"the judge's win rate of {100 * found['null']['styled']['raw']:.0f}%" in page_text("guard")
+    assert f"{found['people']['rows'][0]['pairs']} pairs of {found['people']['prompts']} questions" in page_text(
+        "guard"
+    )
 
 
 def test_the_tables_of_failures_made_on_purpose_are_those_of_their_data(script):

@@ -11,8 +11,9 @@ from click.testing import CliRunner
 
 from trimtab import cli
 from trimtab.evals.length_control import OutcomeTable, difficulties
+from trimtab.evals.verdict_files import read_verdicts
 from trimtab.evals.verdict_study import study_verdicts
-from trimtab.evals.verdicts import PairVerdict, read_verdicts
+from trimtab.evals.verdicts import PairVerdict
 from trimtab.evals.win_rate import by_matchup
 
 ALPACA = Path(__file__).parents[2].parent / "shared" / "data" / "nc" / "alpaca_eval"
@@ -128,7 +129,7 @@ def test_the_command_prints_and_writes_everything(command, tmp_path):
     assert result.exit_code == 0, result.output
     for text in ("win rate", "at equal length", "reply shown first preferred", "p (Holm)", "ladder", "±5.0% takes"):
         assert text in result.output
-    assert "1 rows without a verdict are left out" in result.output
+    assert "1 judgements without a verdict are left out" in result.output
     assert "1 rows that repeat another exactly are left out" in result.output
     written = json.loads(out.read_text(encoding="utf-8"))
     assert (written["num_verdicts"], written["num_missing"], written["num_repeated"]) == (900, 1, 1)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from trimtab.core.errors import DataError
-from trimtab.evals.verdicts import read_verdicts
+from trimtab.evals.verdict_files import read_verdicts
 
 ROW = {"prompt": "Is 7 prime?", "model": "mine", "baseline": "base", "verdict": 1.0}
 ALPACA = {

@@ -1,4 +1,4 @@
-"""Everything that verdicts say about models: win rates, differences, length control and a ladder."""
+"""Everything that verdicts say about models: win rates, differences, length and style control, and a ladder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import numpy as np
 
 from trimtab.core.errors import DataError
 from trimtab.evals.length_control import MIN_MODELS, LengthControlled, length_controlled
+from trimtab.evals.style_control import StyleControl, style_controlled
+from trimtab.evals.verdict_layouts import ReplyScore
 from trimtab.evals.verdicts import PairVerdict
 from trimtab.evals.win_rate import Difference, WinRate, by_matchup, differences, per_prompt, win_rate_of
+from trimtab.stats import Interval, bootstrap_mean
 from trimtab.votes.ratings import Games, Ratings, rate
 
 
@@ -24,6 +27,8 @@ class VerdictStudy:
     """Of every two models with a common baseline, `model` being the one with the higher win rate."""
     length_controlled: tuple[LengthControlled, ...]
     """In the order of `win_rates`; empty if it was not asked for."""
+    style_controlled: StyleControl | None
+    """Its rates are in the order of `win_rates`; None if it was not asked for."""
     ladder: Ratings | None
     """Bradley-Terry ratings of models and baselines; None if fewer than three models compare."""
     notes: tuple[str, ...]
@@ -34,6 +39,7 @@ def study_verdicts(
     verdicts: Sequence[PairVerdict],
     *,
     length_control: bool = False,
+    style_control: bool = False,
     variants: Sequence[str] = (),
     half_width: float = 0.03,
     seed: int = 0,
@@ -82,6 +88,9 @@ def study_verdicts(
                 f"fewer than {MIN_MODELS} models were compared with {', '.join(few)}: length control there is without "
                 "the difficulty of prompts"
             )
+    styled = None
+    if style_control:
+        styled = style_controlled({(row.model, row.baseline): matchups[row.model, row.baseline] for row in rates})
     ladder = None
     if len({name for matchup in matchups for name in matchup}) > 2:
         try:
@@ -94,9 +103,38 @@ def study_verdicts(
         win_rates=tuple(rates),
         differences=tuple(differences({(row.model, row.baseline): matchups[row.model, row.baseline] for row in rates})),
         length_controlled=tuple(controlled),
+        style_controlled=styled,
         ladder=ladder,
         notes=tuple(notes),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanScore:
+    """The mean of a judge's scores of a model's replies."""
+
+    model: str
+    turn: int | None
+    """Of the replies in this turn; None for all turns together."""
+    score: Interval
+    """From 1 to 10, with a 95% bootstrap over prompts. Replies without a score are left out."""
+
+
+def mean_scores(scores: Sequence[ReplyScore]) -> tuple[MeanScore, ...]:
+    """The mean score of each model, the highest first, and those of its turns below it if there are several."""
+    found: list[tuple[MeanScore, ...]] = []
+    for model in sorted({one.model for one in scores}):
+        own = [one for one in scores if one.model == model]
+        turns = sorted({one.turn for one in own if one.turn is not None})
+        parts = [None, *turns] if len(turns) > 1 else [None]
+        found.append(tuple(_mean_score(model, turn, own) for turn in parts))
+    return tuple(row for rows in sorted(found, key=lambda rows: -rows[0].score.value) for row in rows)
+
+
+def _mean_score(model: str, turn: int | None, scores: Sequence[ReplyScore]) -> MeanScore:
+    own = [one for one in scores if turn is None or one.turn == turn]
+    mean = bootstrap_mean([one.score for one in own], groups=[one.prompt for one in own])
+    return MeanScore(model=model, turn=turn, score=mean)
 
 
 def games_between(verdicts: Sequence[PairVerdict]) -> Games:

@@ -1,33 +1,21 @@
-"""Verdicts on replies of a model against replies of a baseline, read from files.
+"""Verdicts: judgements of a model's reply beside a baseline's reply to the same prompt.
 
-Two layouts are known. The plain one has a row such as
-
-    {"prompt": "Is 7 prime?", "model": "mine", "baseline": "base", "verdict": 1.0,
-     "length": 31, "baseline_length": 240, "shown_first": "baseline", "judge": "anna"}
-
-of which the last four are optional. The other is that of AlpacaEval's annotations: `instruction`, `output_1`,
-`output_2`, `generator_1` (the baseline), `generator_2`, and `preference` from 1 to 2, where 2 says that the second
-output is better; in older files 0 is a tie.
+Whatever can say which of two replies is better gives verdicts: a world, a reward model, people, a judge, a file. What
+they are worth is computed from verdicts alone (`win_rate`, `length_control`, `style_control`, `verdict_study`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from trimtab.core.errors import DataError
+from trimtab.core.types import JsonDict, Prompt
 from trimtab.data.mistakes import shown
-from trimtab.data.sources import read_rows
 
 Side = Literal["model", "baseline"]
-LAYOUTS: dict[str, tuple[str, ...]] = {
-    "plain": ("prompt", "model", "baseline", "verdict"),
-    "alpaca_eval": ("instruction", "generator_1", "generator_2", "preference"),
-}
-"""The columns that each layout must have."""
+OTHER_SIDE: dict[Side | None, Side | None] = {"model": "baseline", "baseline": "model", None: None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +23,7 @@ class PairVerdict:
     """One judgement of a model's reply beside a baseline's reply to the same prompt."""
 
     prompt: str
+    """What verdicts are grouped by: the text of the prompt, or the name that a file gives to the question."""
     model: str
     baseline: str
     verdict: float
@@ -45,62 +34,77 @@ class PairVerdict:
     shown_first: Side | None = None
     """Whose reply was shown first; None if unknown, or if the order was drawn anew for every prompt."""
     judge: str = ""
+    turn: int | None = None
+    """Which of the model's replies in a conversation is judged, from 1; None if it is the only one, or unknown."""
+    weight: int = 1
+    """How often the verdict counts in a weighted win rate: 3 for the strong verdicts of Arena-Hard."""
+    reply: str | None = None
+    """The text of the model's reply; None if unknown, as for the baseline's."""
+    baseline_reply: str | None = None
     where: str = ""
     """The file and row of the verdict, for messages."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class VerdictFiles:
-    """The verdicts of some files, and how many of their rows are not among them."""
-
-    verdicts: tuple[PairVerdict, ...]
-    sha256: dict[str, str]
-    """The hash of each file, by its name as it was given."""
-    num_missing: int
-    """Rows whose verdict is null: the judge gave none that could be read."""
-    num_repeated: int
-    """Rows that repeat a verdict exactly, prompt, models, order and judge included."""
-
-
-def read_verdicts(sources: Sequence[str | Path]) -> VerdictFiles:
-    """All verdicts of the files. Raises DataError for rows of no layout, without a prompt or a model's name, with a
-    verdict out of range, and for two verdicts of one judge that contradict each other."""
-    found: list[PairVerdict] = []
-    hashes: dict[str, str] = {}
-    num_missing = 0
-    for source in sources:
-        read = read_rows(source)
-        hashes[read.source] = read.sha256
-        if read.bad:
-            raise DataError(
-                f"{len(read.bad)} rows cannot be read, and a win rate over the others could be biased; the first: "
-                f"{read.bad[0].problem}",
-                where=read.bad[0].where,
-                fix=read.bad[0].fix,
-            )
-        for where, row in read.rows:
-            verdict = _of_row(row, where=where)
-            num_missing += verdict is None
-            if verdict is not None:
-                found.append(verdict)
-    kept = without_repeats(found)
-    if not kept:
-        raise DataError(
-            f"none of the {num_missing} rows holds a verdict",
-            where=", ".join(map(str, sources)),
-            fix="have the replies judged, or name other files",
+    def turned(self) -> PairVerdict:
+        """The same judgement with the two models in each other's place."""
+        return replace(
+            self,
+            model=self.baseline,
+            baseline=self.model,
+            verdict=1 - self.verdict,
+            length=self.baseline_length,
+            baseline_length=self.length,
+            shown_first=OTHER_SIDE[self.shown_first],
+            reply=self.baseline_reply,
+            baseline_reply=self.reply,
         )
-    return VerdictFiles(verdicts=kept, sha256=hashes, num_missing=num_missing, num_repeated=len(found) - len(kept))
+
+    def with_replies(self, reply: str, baseline_reply: str) -> PairVerdict:
+        """The verdict with the texts of the two replies and their lengths."""
+        return replace(
+            self,
+            reply=reply,
+            baseline_reply=baseline_reply,
+            length=len(reply),
+            baseline_length=len(baseline_reply),
+        )
+
+
+def verdict_row(verdict: PairVerdict) -> JsonDict:
+    """The verdict as a row of the plain layout, without what is not known."""
+    row = {name: value for name, value in vars(verdict).items() if value not in (None, "") and name != "where"}
+    if verdict.weight == 1:
+        del row["weight"]
+    # a reply may be empty, and is known then
+    replies = {"reply": verdict.reply, "baseline_reply": verdict.baseline_reply}
+    return row | {name: text for name, text in replies.items() if text is not None}
+
+
+def prompt_name(prompt: Prompt) -> str:
+    """What verdicts on replies to this prompt are grouped by: its text, or its id if it has several turns."""
+    return prompt.text if len(prompt.messages) == 1 else prompt.id
+
+
+def with_baseline(verdicts: Iterable[PairVerdict], baseline: str) -> tuple[PairVerdict, ...]:
+    """The verdicts, turned where needed so that this model is the baseline of every verdict on it; those on two other
+    models stay as they are. Raises DataError if no verdict is on it."""
+    found = tuple(verdict.turned() if verdict.model == baseline else verdict for verdict in verdicts)
+    if not any(verdict.baseline == baseline for verdict in found):
+        names = sorted({name for verdict in found for name in (verdict.model, verdict.baseline)})
+        raise DataError(
+            f"no verdict is on {baseline!r}", where="the baseline", fix=f"name one of {', '.join(names) or 'none'}"
+        )
+    return found
 
 
 def without_repeats(verdicts: Iterable[PairVerdict]) -> tuple[PairVerdict, ...]:
     """The verdicts in order, each judgement once. Raises DataError if one judge gave one pair of replies two different
     verdicts in the same order."""
-    seen: dict[tuple[str, str, str, str, str | None], PairVerdict] = {}
+    seen: dict[tuple[object, ...], PairVerdict] = {}
     for verdict in verdicts:
-        key = (verdict.prompt, verdict.model, verdict.baseline, verdict.judge, verdict.shown_first)
+        replies = (verdict.turn, verdict.reply, verdict.baseline_reply)
+        key = (verdict.prompt, verdict.model, verdict.baseline, verdict.judge, verdict.shown_first, *replies)
         first = seen.setdefault(key, verdict)
-        if first.verdict != verdict.verdict:
+        if (first.verdict, first.weight) != (verdict.verdict, verdict.weight):
             raise DataError(
                 f"two verdicts on {verdict.model!r} against {verdict.baseline!r} contradict each other: "
                 f"{first.verdict:g} and {verdict.verdict:g}, for the prompt {shown(verdict.prompt)}",
@@ -109,83 +113,3 @@ def without_repeats(verdicts: Iterable[PairVerdict]) -> tuple[PairVerdict, ...]:
                 "replies were shown in another order, say it in a column `shown_first` (model or baseline)",
             )
     return tuple(seen.values())
-
-
-def _of_row(row: dict[str, Any], *, where: str) -> PairVerdict | None:
-    """The verdict of a row, or None if its value is null."""
-    layout = next((name for name, columns in LAYOUTS.items() if set(columns) <= set(row)), None)
-    if layout is None:
-        nearest = max(LAYOUTS.values(), key=lambda columns: len(set(columns) & set(row)))
-        raise DataError(
-            f"a row without {', '.join(column for column in nearest if column not in row)}; it has {', '.join(row)}",
-            where=where,
-            fix="give each row the columns prompt, model, baseline and verdict, or those of AlpacaEval's annotations",
-        )
-    lengths: tuple[float | None, ...]
-    if layout == "plain":
-        low, high, value = 0.0, 1.0, _number(row["verdict"])
-        names = {key: row[key] for key in ("prompt", "model", "baseline")}
-        lengths = (_number(row.get("length")), _number(row.get("baseline_length")))
-        shown_first = _side(row.get("shown_first") or None, where=where)
-        judge = row.get("judge")
-    else:
-        low, high, value = 1.0, 2.0, _number(row["preference"])
-        value = 1.5 if value == 0 else value
-        names = {"prompt": row["instruction"], "model": row["generator_2"], "baseline": row["generator_1"]}
-        outputs = (row.get("output_2"), row.get("output_1"))
-        lengths = tuple(len(text) if isinstance(text, str) else text for text in outputs)
-        shown_first = None  # AlpacaEval draws the order of each prompt, and stores the outputs in their own order
-        judge = row.get("annotator")
-    for key, name in names.items():
-        if not isinstance(name, str) or not name.strip():
-            raise DataError(
-                f"the {key} is {name!r}",
-                where=where,
-                fix=f"give the row its {key} as text; verdicts are grouped by it",
-            )
-    if value is None:
-        return None
-    if not isinstance(value, float) or not low <= value <= high:
-        raise DataError(
-            f"a verdict of {value!r}; this layout has numbers from {low:g} to {high:g}",
-            where=where,
-            fix=f"write {high:g} if the model's reply is better, {low:g} if the baseline's is, else their middle",
-        )
-    for length in lengths:
-        if length is not None and (
-            isinstance(length, bool) or not isinstance(length, float | int) or not length >= 0 or length % 1
-        ):
-            raise DataError(
-                f"a length of {length!r}",
-                where=where,
-                fix="give the number of characters of each reply, or leave both columns out",
-            )
-    return PairVerdict(
-        **names,
-        verdict=value - low,
-        length=None if lengths[0] is None else int(lengths[0]),
-        baseline_length=None if lengths[1] is None else int(lengths[1]),
-        shown_first=shown_first,
-        judge="" if judge is None else str(judge),
-        where=where,
-    )
-
-
-def _side(value: Any, *, where: str) -> Side | None:
-    if value is None or value == "model" or value == "baseline":
-        return value  # type: ignore[no-any-return]
-    raise DataError(
-        f"shown_first is {value!r}", where=where, fix="write whose reply was shown first: model or baseline"
-    )
-
-
-def _number(cell: Any) -> Any:
-    """A number, or the text of one as in a CSV file, as a float; None for an empty cell; anything else as it is."""
-    if cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell)):
-        return None
-    if isinstance(cell, bool):
-        return cell
-    try:
-        return float(cell)
-    except (TypeError, ValueError):
-        return cell

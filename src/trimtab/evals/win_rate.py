@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy
@@ -34,6 +34,9 @@ class WinRate:
     half a win."""
     discrete: Interval
     """The same with each verdict rounded to a win, a loss or a tie (exactly 0.5)."""
+    weighted: Interval | None
+    """Mean over all verdicts with each counted as often as its weight says: the score of Arena-Hard. `count` is the
+    number of prompts. None if all weights are 1."""
     num_verdicts: int
     num_wins: int
     num_losses: int
@@ -124,6 +127,7 @@ def win_rate_of(verdicts: Sequence[PairVerdict], *, half_width: float = 0.03, se
         baseline=verdicts[0].baseline,
         rate=bootstrap_mean(means, shares=True, seed=seed),
         discrete=bootstrap_mean(list(rounded.values()), shares=True, seed=seed),
+        weighted=_weighted(verdicts, seed=seed) if any(verdict.weight != 1 for verdict in verdicts) else None,
         num_verdicts=len(verdicts),
         num_wins=wins.count(1.0),
         num_losses=wins.count(0.0),
@@ -134,6 +138,14 @@ def win_rate_of(verdicts: Sequence[PairVerdict], *, half_width: float = 0.03, se
         num_unbalanced=sum(len(order["model"]) != len(order["baseline"]) for order in judged_twice),
         prompts_for_width=prompts_for(half_width, deviation=likely_deviation(means)),
     )
+
+
+def _weighted(verdicts: Sequence[PairVerdict], *, seed: int) -> Interval:
+    """See `WinRate.weighted`. Arena-Hard draws single verdicts anew for its interval; here it is whole prompts."""
+    repeated = [verdict for verdict in verdicts for _ in range(verdict.weight)]
+    prompts = [verdict.prompt for verdict in repeated]
+    found = bootstrap_mean([verdict.verdict for verdict in repeated], groups=prompts, shares=True, seed=seed)
+    return replace(found, count=len(set(prompts)))
 
 
 def differences(verdicts: Mapping[Matchup, Sequence[PairVerdict]]) -> list[Difference]:

@@ -1,0 +1,158 @@
+"""Style-controlled win rates: how often a model would win if its replies had the style of its baseline's.
+
+The model is the logistic regression of Chatbot Arena's style control (Li et al., "Does style matter?", 2024; its code
+is FastChat's `rating_systems.py`), with one intercept for each model and its baseline:
+
+    logit P(model wins on x) = theta_model + sum_s phi_s z_s(x),   z_s = (a_s - b_s) / (a_s + b_s + 1) / rms_s
+
+a_s and b_s count words, headers, list items and bold spans of the model's reply and of the baseline's. The effects phi
+are those of the judges, and common to all models. With one baseline this is the Bradley-Terry model with covariates;
+with several, each matchup keeps a rate of its own. The rate at equal style is the prediction for z = 0.
+
+Differences from the published code: z is divided by its root mean square and not centred. If sides are random the mean
+is near 0, but if the model is always on one side, as here and in Arena-Hard, centring would give the rate at the
+average difference in style. Intercepts have no penalty; effects have that of the published code,
+`STYLE_RIDGE` phi^2 / 2. Intervals are sandwich intervals over prompts (White 1982), since the verdicts on one prompt,
+also those on several models, are not independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy
+
+from trimtab.core.errors import DataError
+from trimtab.evals.verdicts import PairVerdict
+from trimtab.evals.win_rate import Matchup, by_prompt, mean_over_orders
+from trimtab.stats import Floats, Interval
+from trimtab.votes.ratings import LARGE, GameLikelihood
+from trimtab.votes.table import STYLE, style_difference, style_of
+
+STYLE_RIDGE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleControlled:
+    """The win rate of a model at equal style."""
+
+    model: str
+    baseline: str
+    rate: Interval
+    """95%; `count` is the number of prompts. The bounds are nan if all verdicts are wins, or all are losses: the rate
+    is the raw one then."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleControl:
+    """The win rates at equal style, and what style does."""
+
+    rates: tuple[StyleControlled, ...]
+    effects: tuple[tuple[str, Interval], ...]
+    """For each count of `STYLE`, the gain in log-odds from a typical difference in it (its root mean square), with all
+    others equal. `count` is the number of prompts."""
+
+
+def style_controlled(verdicts: Mapping[Matchup, Sequence[PairVerdict]]) -> StyleControl:
+    """The style-controlled win rate of each model, in the order of the match-ups. A model that is its own baseline gets
+    exactly 0.5.
+
+    Raises DataError if a verdict lacks the texts of its replies, and if style foretells every verdict.
+    """
+    tables = {matchup: _Table.of(rows) for matchup, rows in verdicts.items() if matchup[0] != matchup[1]}
+    # A model that always won has no finite intercept, and says nothing of the effects of style.
+    decided = [matchup for matchup, table in tables.items() if 0 < table.outcome.mean() < 1]
+    names: dict[str, int] = {}
+    for matchup in decided:
+        for prompt in tables[matchup].prompts:
+            names.setdefault(prompt, len(names))
+    fitted: dict[Matchup, Interval] = {}
+    effects = tuple((name, Interval(math.nan, math.nan, math.nan, 0)) for name in STYLE)
+    if decided:
+        style = np.concatenate([tables[matchup].style for matchup in decided])
+        spread = np.sqrt((style**2).mean(axis=0))
+        which = np.repeat(np.arange(len(decided)), [len(tables[matchup].prompts) for matchup in decided])
+        scaled = np.divide(style, spread, out=np.zeros_like(style), where=spread > 0)
+        likelihood = GameLikelihood.of(
+            np.column_stack([np.eye(len(decided))[which], scaled]),
+            np.concatenate([tables[matchup].outcome for matchup in decided]),
+            np.array([names[prompt] for matchup in decided for prompt in tables[matchup].prompts], dtype=np.int64),
+            with_ties=False,
+            penalty=np.concatenate([np.zeros(len(decided)), np.full(len(STYLE), STYLE_RIDGE)]),
+            gauge=np.zeros((0, 0)),
+        )
+        point = likelihood.fit(np.ones((1, likelihood.num_groups)))[0]
+        errors = likelihood.sandwich_errors(point, np.eye(likelihood.size))
+        if not np.isfinite(errors).all() or np.abs(point).max() >= LARGE:
+            raise DataError(
+                "style foretells every verdict, so that no rate at equal style can be told from its effects",
+                where=verdicts[decided[0]][0].where,
+                fix="judge more prompts, or leave style control out",
+            )
+        for i, matchup in enumerate(decided):
+            num = len(tables[matchup].prompts)
+            reach = _quantile(num) * errors[i]
+            value, low, high = scipy.special.expit([point[i], point[i] - reach, point[i] + reach]).tolist()
+            fitted[matchup] = Interval(value, low, high, num)
+        for_style = zip(STYLE, point[len(decided) :], _quantile(len(names)) * errors[len(decided) :], strict=True)
+        effects = tuple(
+            (name, Interval(float(gain), float(gain - reach), float(gain + reach), len(names)))
+            for name, gain, reach in for_style
+        )
+    rates = []
+    for model, baseline in verdicts:
+        if model == baseline:
+            rate = Interval(0.5, 0.5, 0.5, len(by_prompt(verdicts[model, baseline])))
+        elif (model, baseline) in fitted:
+            rate = fitted[model, baseline]
+        else:
+            table = tables[model, baseline]
+            rate = Interval(float(table.outcome.mean()), math.nan, math.nan, len(table.prompts))
+        rates.append(StyleControlled(model=model, baseline=baseline, rate=rate))
+    return StyleControl(rates=tuple(rates), effects=effects)
+
+
+def _quantile(num: int) -> float:
+    """That of Student's t for an interval of 95% over `num` prompts, with the usual factor for their number: each
+    intercept and effect takes a degree of freedom."""
+    free = max(1, num - 1 - len(STYLE))
+    return float(scipy.stats.t.ppf(0.975, free) * math.sqrt(num / free))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    """One model's verdicts, one row a prompt."""
+
+    prompts: tuple[str, ...]
+    outcome: Floats
+    """[P], mean verdicts."""
+    style: Floats
+    """[P, S], `style_difference` of the model's reply from the baseline's."""
+
+    @classmethod
+    def of(cls, verdicts: Sequence[PairVerdict]) -> _Table:
+        gaps = {id(verdict): _gap(verdict) for verdict in verdicts}
+        rows = by_prompt(verdicts)
+        return cls(
+            prompts=tuple(rows),
+            outcome=np.array([mean_over_orders(own, lambda verdict: verdict.verdict) for own in rows.values()]),
+            style=np.array([[mean_over_orders(own, _at(gaps, s)) for s in range(len(STYLE))] for own in rows.values()]),
+        )
+
+
+def _at(gaps: Mapping[int, Floats], s: int) -> Callable[[PairVerdict], float]:
+    return lambda verdict: float(gaps[id(verdict)][s])
+
+
+def _gap(verdict: PairVerdict) -> Floats:
+    if verdict.reply is None or verdict.baseline_reply is None:
+        raise DataError(
+            f"the verdict on {verdict.model!r} against {verdict.baseline!r} lacks the texts of the replies",
+            where=verdict.where,
+            fix="give every row reply and baseline_reply, give the models' answers with --answers, or leave style "
+            "control out",
+        )
+    return style_difference(style_of(verdict.reply), style_of(verdict.baseline_reply))
