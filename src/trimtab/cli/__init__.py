@@ -312,6 +312,12 @@ for _name in registry.modules("stage"):
 @click.option(
     "--num-samples", type=click.IntRange(min=1), default=1, show_default=True, help="Replies for each prompt."
 )
+@click.option(
+    "--layout",
+    type=click.Choice(["fastchat", "arena_hard"]),
+    help="Write the answers as MT-Bench (FastChat) or Arena-Hard read them, under the name of the file; all turns of a "
+    "question are asked.",
+)
 @_seed
 @_device
 def generate(**options: Any) -> None:

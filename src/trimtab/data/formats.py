@@ -23,6 +23,7 @@ from trimtab.data.compared import pairs_of, to_comparison, to_judged
 from trimtab.data.messages import READ_FIELDS
 from trimtab.data.mistakes import Mistake, filled, shown
 from trimtab.data.prompts import prompt_in
+from trimtab.data.questions import has_turns, to_first_turn
 from trimtab.data.ranked import (
     READ_OF_INSTANCE,
     READ_OF_REPLY,
@@ -337,6 +338,12 @@ LAYOUTS: tuple[Layout, ...] = (
         matches=_has("prompt", "worked_answer"),
         converters={Demonstration: to_question_answer, Prompt: _to_question},
         uses=frozenset({"worked_answer"}),
+    ),
+    Layout(
+        name="questions of several turns",
+        columns="question_id, turns (MT-Bench)",
+        matches=lambda columns, sample: columns >= {"question_id", "turns"} and has_turns(sample),
+        converters={Prompt: to_first_turn},
     ),
     Layout(
         name="prompts",

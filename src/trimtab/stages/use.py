@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from trimtab.core.files import check_out, write_out
 from trimtab.core.types import Demonstration, Message, PreferencePair, Prompt, to_dict
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import kinds_of, load
+from trimtab.data.questions import further_turns
 from trimtab.data.sources import records_source
 from trimtab.engines.device import device_of
 from trimtab.engines.local.sampler import LocalSampler, Sampling
+from trimtab.evals.answers import Conversation, answer_rows
 from trimtab.evals.reward_card import SIDES
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
@@ -52,10 +55,21 @@ def generate_file(
     seed: int,
     device: str | None = None,
     limit: int | None = None,
+    layout: str | None = None,
     show: Callable[[str], None] = print,
 ) -> int:
     """Samples `num_samples` replies for each prompt; returns how many. They go to `out` as JSON lines of rollouts,
-    or through `show` as text if `out` is None."""
+    or through `show` as text if `out` is None.
+
+    With a `layout` of `ANSWER_ROWS`, questions of several turns are asked turn by turn, and the file holds the answers
+    of a model with the name of the file.
+    """
+    if layout is not None and (out is None or data is None):
+        raise ConfigError(
+            "answers in a layout are read from questions and written into a file",
+            where="--layout",
+            fix="give both, such as --data question.jsonl --out model_answer/NAME.jsonl",
+        )
     if (data is None) == (prompt is None):
         raise ConfigError("give either a prompt or a data file", where="generate", fix="--prompt TEXT or --data FILE")
     if out is not None:
@@ -67,6 +81,13 @@ def generate_file(
     )
     drawn: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     generator = _generator(model, device=device, max_new_tokens=max_new_tokens, **drawn)
+    if layout is not None and out is not None:
+        choices = answer_turns(generator, prompts, num_samples=num_samples, seed=seed)
+        rows = answer_rows(layout, out.stem, list(zip(prompts, choices, strict=True)))
+        write_out(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return sum(len(choice) for own in choices for choice in own)
+    if num := sum(bool(further_turns(prompt)) for prompt in prompts):
+        print(f"note: {num} questions have further turns; --layout fastchat asks them too", file=sys.stderr)
     rollouts = generator.generate(prompts, group_size=num_samples, seed=seed)
     if out is None:
         for r in rollouts:
@@ -74,6 +95,27 @@ def generate_file(
     else:
         write_out(out, "".join(json.dumps(to_dict(r), ensure_ascii=False) + "\n" for r in rollouts))
     return len(rollouts)
+
+
+def answer_turns(
+    generator: LocalSampler, prompts: Sequence[Prompt], *, num_samples: int, seed: int
+) -> list[list[Conversation]]:
+    """For each prompt `num_samples` conversations: its question and the reply, and each further turn with the reply to
+    it. All conversations of a turn are drawn together."""
+    turns = [(prompt.text, *further_turns(prompt)) for prompt in prompts for _ in range(num_samples)]
+    talks = [prompt.messages for prompt in prompts for _ in range(num_samples)]
+    said: list[list[tuple[str, str]]] = [[] for _ in turns]
+    rollouts = generator.generate(prompts, group_size=num_samples, seed=seed)
+    here = list(range(len(turns)))
+    for turn in range(max(map(len, turns))):
+        if turn > 0:
+            here = [i for i in here if turn < len(turns[i])]
+            asked = [Prompt(messages=(*talks[i], Message("user", turns[i][turn]))) for i in here]
+            rollouts = generator.generate(asked, group_size=1, seed=seeds.derive(seed, "turn", turn))
+        for i, rollout in zip(here, rollouts, strict=True):
+            said[i].append((turns[i][turn], rollout.response))
+            talks[i] = (*rollout.prompt.messages, Message("assistant", rollout.response))
+    return [list(said[i : i + num_samples]) for i in range(0, len(said), num_samples)]
 
 
 def score_file(
