@@ -40,9 +40,35 @@ def report() -> None:
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="The page.  [default: report.html in the directory]"
 )
-def page(directory: Path, out: Path | None) -> None:
-    """Write the page of a run or a pipeline; the name of this command may be left out."""
+@click.option(
+    "--json",
+    "json_out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The dossier, what the page shows as JSON.  [default: report.json in the directory, without --out]",
+)
+@click.option(
+    "--suite",
+    "suites",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Results of `trimtab eval SUITE MODEL BASELINE --out FILE`, for the dossier.",
+)
+def page(directory: Path, out: Path | None, json_out: Path | None, suites: tuple[Path, ...]) -> None:
+    """Write the page of a run or a pipeline, and its dossier as JSON; the name of this command may be left out."""
+    from trimtab.core.errors import ConfigError
+    from trimtab.reports.dossier import write_dossier
+
+    if json_out is None and out is None:
+        json_out = directory / "report.json"
+    if json_out is None and suites:
+        raise ConfigError(
+            "--suite without a dossier",
+            where="the command line",
+            fix="say where the dossier goes with --json FILE: the page has no suites",
+        )
     write_report(directory, out)
+    if json_out is not None:
+        click.echo(f"dossier: {write_dossier(directory, json_out, suites=suites)}")
 
 
 @report.command()

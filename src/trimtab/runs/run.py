@@ -41,7 +41,7 @@ _ROWS_OF_STEPS = ("metrics.jsonl", "samples.jsonl", "guard.jsonl")
 # half a run. environment.json goes after settings.toml because without it the settings could be a run file of the user.
 _CONTENTS = (
     *("summary.json", "checkpoints", "model", "metrics.jsonl", "samples.jsonl", "guard.jsonl", "decision.json"),
-    *("report.html", "data.json"),
+    *("report.html", "report.json", "data.json"),
     *("models.json", "snapshots", "tensorboard", "wandb", "settings.toml", "environment.json"),
 )
 NO_FACTS = StageFacts()

@@ -38,7 +38,7 @@ from trimtab.runs.run import Run, holding, holds_run
 from trimtab.stages import preflight
 
 TOP_LEVEL = ("seed", "engine", "variables", "stages")
-RESERVED = ("pipeline.toml", "summary.json", "report.html")
+RESERVED = ("pipeline.toml", "summary.json", "report.html", "report.json")
 
 
 def run_pipeline(values: Mapping[str, Any], out: Path, *, where: str = "the pipeline file") -> dict[str, Any]:

@@ -1,0 +1,110 @@
+"""The dossier as JSON: it fits its published schema, whatever is in a directory."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+
+import jsonschema
+import pytest
+from click.testing import CliRunner
+
+from tests.reports.fabricate import card, online_metrics, write_run
+from trimtab import cli
+from trimtab.core.errors import DataError
+from trimtab.reports.collect import collect
+from trimtab.reports.dossier import MAX_POINTS, write_dossier
+
+SCHEMA = json.loads((files("trimtab.reports") / "dossier.schema.json").read_text(encoding="utf-8"))
+SUITE = {
+    "version": 1,
+    "suite": "hhh",
+    "model": "m",
+    "baseline": "b",
+    "model_sha256": "1",
+    "baseline_sha256": "2",
+    "metrics": [{"name": "accuracy", "better": "higher"}],
+    "items": [{"id": "1", "cluster": "1", "scores": {"accuracy": [1.0]}, "baseline_scores": {"accuracy": [0.0]}}],
+    "engine": {"device": "cpu"},
+}
+
+
+def dossier(directory, tmp_path, **options):
+    """The dossier of a directory, which has to fit the schema."""
+    path = write_dossier(directory, tmp_path / "found.json", **options)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.Draft202012Validator(SCHEMA).validate(found)
+    return found
+
+
+def test_a_pipeline_has_its_verdict_its_runs_and_their_measures(pipeline, tmp_path):
+    found = dossier(pipeline, tmp_path)
+    assert found["kind"] == "pipeline"
+    assert found["verdict"]["title"] == "Training made the model better."
+    assert [run["name"] for run in found["runs"]] == [run.name for run in collect(pipeline).runs]
+    measured = [run for run in found["runs"] if run["quality"] is not None]
+    assert measured
+    for run in measured:
+        steps = [point["step"] for point in run["quality"]["points"]]
+        assert run["quality"]["peak_step"] in steps
+        assert run["quality"]["name"] == "gold"
+    reward = next(run for run in found["runs"] if run["stage"] == "reward")
+    assert reward["summary"]["accuracy"] == card()["accuracy"]
+    assert all({"standing", "failures"} <= run["diagnosis"].keys() for run in found["runs"])
+    assert all(one["last_step"] > 0 for one in reward["metrics"].values())
+
+
+def test_a_long_course_of_quality_is_drawn_evenly_with_its_last_point(tmp_path):
+    run = write_run(tmp_path / "run", stage="online", metrics=online_metrics(1000, leash=True))
+    points = dossier(run, tmp_path)["runs"][0]["quality"]["points"]
+    whole = collect(run).metrics["gold/mean"]
+    assert len(points) == MAX_POINTS
+    assert points[-1]["step"] == whole.steps[-1]
+    assert points[-1]["quality"] == pytest.approx(whole.values[-1])
+
+
+def test_an_empty_or_damaged_run_has_a_dossier_too(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "settings.toml").write_text('stage = "online"\nwhen = 2026-01-02\nkl = nan\n', encoding="utf-8")
+    (run / "summary.json").write_text('{"text": "\\ud800", "value": NaN}', encoding="utf-8")
+    (run / "metrics.jsonl").write_text('{"step": 1, "policy/kl": NaN}\n{broken\n{"step": 2}\n', encoding="utf-8")
+    found = dossier(run, tmp_path)
+    (one,) = found["runs"]
+    assert one["settings"] == {"when": "2026-01-02", "kl": None}
+    assert one["summary"] == {"text": "?", "value": None}
+    assert one["quality"] is None
+    assert any("damaged" in alarm for alarm in one["alarms"])
+
+
+def test_suites_are_held_without_their_items(tmp_path):
+    run = write_run(tmp_path / "run", stage="online", metrics=online_metrics(30, leash=True))
+    path = tmp_path / "hhh.json"
+    path.write_text(json.dumps(SUITE), encoding="utf-8")
+    (suite,) = dossier(run, tmp_path, suites=[path])["suites"]
+    assert suite["suite"] == "hhh"
+    assert not {"items", "engine"} & suite.keys()
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError):
+        write_dossier(run, tmp_path / "x.json", suites=[path])
+
+
+def test_the_command_writes_it_beside_the_page(tmp_path):
+    run = write_run(tmp_path / "run", stage="online", metrics=online_metrics(30, leash=True))
+
+    def report(*options):
+        return CliRunner().invoke(cli.main, ["report", str(run), *map(str, options)])
+
+    result = report()
+    assert result.exit_code == 0, result.output
+    assert f"dossier: {run / 'report.json'}" in result.output
+    assert json.loads((run / "report.json").read_text(encoding="utf-8"))["runs"][0]["name"] == "run"
+    (run / "report.json").unlink()
+    assert "dossier" not in report("--out", tmp_path / "page.html").output
+    assert not (run / "report.json").exists()
+    assert report("--out", tmp_path / "page.html", "--json", tmp_path / "d.json").exit_code == 0
+    assert (tmp_path / "d.json").exists()
+    refused = report("--out", tmp_path / "page.html", "--suite", tmp_path / "d.json")
+    assert refused.exit_code == 2
+    assert "--suite without a dossier" in refused.output
