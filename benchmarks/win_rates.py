@@ -182,12 +182,12 @@ def alpaca_eval_style(folder: Path) -> dict:
     rates = [
         {
             "model": row.model,
-            "raw": round(100 * raw[row.model].value, 1),
-            "styled": [round(100 * x, 1) for x in (row.rate.value, row.rate.low, row.rate.high)],
+            "raw": round(100 * raw[row.model].value, 2),
+            "styled": [round(100 * x, 2) for x in (row.rate.value, row.rate.low, row.rate.high)],
         }
         for row in found.rates
     ]
-    effects = {name: [round(x, 3) for x in (gain.value, gain.low, gain.high)] for name, gain in found.effects}
+    effects = {name: [round(x, 4) for x in (gain.value, gain.low, gain.high)] for name, gain in found.effects}
     return {"rates": sorted(rates, key=lambda row: -row["raw"]), "effects": effects}
 
 
@@ -219,7 +219,7 @@ def people(file: Path) -> dict:
         "rows": [
             {
                 "comparer": row.comparer,
-                "rate": [round(100 * x, 1) for x in (row.rate.value, row.rate.low, row.rate.high)],
+                "rate": [round(100 * x, 2) for x in (row.rate.value, row.rate.low, row.rate.high)],
                 "pairs": row.rate.count,
                 "ties": row.num_ties,
             }

@@ -164,8 +164,8 @@ def replies(
     if verdicts_out is not None:
         check_out(verdicts_out)
     names = _names((*models, baseline))
-    comparers = [_comparer(one, device) for one in by]
     pairs = {model: pair_replies(model, baseline) for model in models}
+    comparers = [_comparer(one, device) for one in by]
     for model, (_, num_left) in pairs.items():
         if num_left:
             click.echo(f"{names[model]}: {num_left} replies have no partner among those to the same prompts")

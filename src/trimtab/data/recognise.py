@@ -137,8 +137,13 @@ def _unknown(columns: frozenset[str], seen: Sequence[str], where: str) -> DataEr
         fix = "plain text is for the pretrain stage; other stages need prompts and replies "
         fix += "(FILE?columns=text:prompt reads every text as a prompt)"
     elif "turns" in columns:
-        fix = "turns holds what a person says turn after turn, and the replies between are not in the file; write the "
-        fix += "first as the prompt: jq -c '.prompt = .turns[0]' (behind zcat for a .gz file)"
+        fix = (
+            "turns holds what a person says turn after turn, and the replies between are not in the file; as questions "
+        )
+        fix += (
+            "such rows have a question_id, or write the first turn as the prompt: jq -c '.prompt = .turns[0]' (behind "
+        )
+        fix += "zcat for a .gz file)"
     elif any(name.startswith("{") or len(name) > 40 for name in columns) or ".csv" in where or ".tsv" in where:
         fix = (
             "make the first line of the file the names of its columns, such as prompt,chosen,rejected; a column under "
