@@ -232,3 +232,21 @@ def test_votes_become_games():
 def test_running_elo_moves_by_the_surprise():
     elo = online_elo(games(("x", "y", 1, 1), players="xy"), k=32)
     assert elo.tolist() == [1016, 984]
+
+
+def test_many_games_are_summed_in_parts_to_the_same_ratings(monkeypatch):
+    generator = np.random.default_rng(2)
+    first, second = generator.integers(4, size=200), generator.integers(4, size=200)
+    games = Games(
+        players=tuple("abcd"),
+        first=first,
+        second=second,
+        outcome=generator.choice([0.0, 0.5, 1.0], size=200),
+        style=generator.normal(size=(200, 2)),
+        style_names=("x", "y"),
+    )
+    whole = rate(games, style=True, intervals="sandwich")
+    monkeypatch.setattr("trimtab.votes.ratings._CELLS", 0)
+    parts = rate(games, style=True, intervals="sandwich")
+    assert [p.elo.value for p in parts.players] == pytest.approx([p.elo.value for p in whole.players])
+    assert [p.elo.low for p in parts.players] == pytest.approx([p.elo.low for p in whole.players])

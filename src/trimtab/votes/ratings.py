@@ -332,13 +332,12 @@ class GameLikelihood:
     def _derivatives(self, beta: Floats, weights: Floats) -> tuple[Floats, Floats]:
         """Gradient [B, D] and negative second derivatives [B, D, D]."""
         d = self.design.shape[1]
-        outer = (self.design[:, :, None] * self.design[:, None, :]).reshape(-1, d * d)
         first, second, tie = self._probabilities(beta)
         mean = (first - second) / 2
         gradient = np.zeros_like(beta)
         gradient[:, :d] = (weights * (self.outcome - 0.5 - mean)) @ self.design - self.penalty * beta[:, :d]
         hessian = np.zeros((len(beta), self.size, self.size))
-        hessian[:, :d, :d] = ((weights * ((first + second) / 4 - mean**2)) @ outer).reshape(-1, d, d)
+        hessian[:, :d, :d] = self._products(weights * ((first + second) / 4 - mean**2))
         hessian[:, np.arange(d), np.arange(d)] += self.penalty
         if not self.with_ties:
             return gradient, hessian
@@ -346,6 +345,14 @@ class GameLikelihood:
         hessian[:, :d, d] = hessian[:, d, :d] = (weights * (-mean * tie)) @ self.design
         hessian[:, d, d] = (weights * tie * (1 - tie)).sum(axis=1)
         return gradient, hessian
+
+    def _products(self, weights: Floats) -> Floats:
+        """The weighted sums [B, D, D] of the products of the design's columns, with weights [B, U]."""
+        num_rows, d = self.design.shape
+        if num_rows * d * d > _CELLS:  # the products of all rows would not fit into memory
+            return np.stack([(self.design * one[:, None]).T @ self.design for one in weights])
+        outer = (self.design[:, :, None] * self.design[:, None, :]).reshape(-1, d * d)
+        return np.asarray((weights @ outer).reshape(-1, d, d))
 
     def _search(self, beta: Floats, step: Floats, weights: Floats, value: Floats) -> tuple[Floats, Floats]:
         """The parameters after the step, halved until no likelihood falls, and their likelihoods."""
