@@ -51,8 +51,12 @@ def test_replies_are_compared_by_length_and_by_recorded_verdicts(tmp_path, repli
     )
     assert result.exit_code == 0, result.output
     assert "by length" in result.output
-    assert "cannot judge 2 of 12 pairs of mine" in result.output  # two are longer and were not judged, four are equal
-    studies = json.loads(out.read_text())["studies"]
+    assert "cannot judge 2 pairs of mine" in result.output  # two are longer and were not judged, four are equal
+    written = json.loads(out.read_text())
+    studies = written["studies"]
+    assert written["num_unjudged"] == {"length": {"mine": 0}, str(votes): {"mine": 2}}
+    assert written["num_unpaired"] == {"mine": 0}
+    assert set(written["sha256"]) == {str(mine), str(base)}
     assert studies["length"]["win_rates"][0]["rate"]["value"] == pytest.approx((8 + 4 / 2) / 12)
     assert studies[str(votes)]["win_rates"][0]["rate"]["value"] == pytest.approx((3 + 4 / 2) / 10)
     assert studies["length"]["style_controlled"]["rates"][0]["model"] == "mine"

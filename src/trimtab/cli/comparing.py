@@ -155,45 +155,37 @@ def replies(
     compared. Each file is a model, under the name of the file.
     """
     from trimtab.core.files import check_out, write_out
-    from trimtab.evals.comparers import verdicts_by
     from trimtab.evals.verdicts import verdict_row
-    from trimtab.stages.comparing import pair_replies
+    from trimtab.stages.comparing import compare_replies
 
     settings |= {"variants": ()}
     _check(settings, out)
     if verdicts_out is not None:
         check_out(verdicts_out)
     names = _names((*models, baseline))
-    pairs = {model: pair_replies(model, baseline) for model in models}
-    comparers = [_comparer(one, device) for one in by]
-    for model, (_, num_left) in pairs.items():
-        if num_left:
-            click.echo(f"{names[model]}: {num_left} replies have no partner among those to the same prompts")
-    found: list[PairVerdict] = []
-    studies: dict[str, VerdictStudy] = {}
-    for comparer in comparers:
-        given: list[PairVerdict] = []
-        for model, (own, _) in pairs.items():
-            made, num_unjudged = verdicts_by(comparer, own, model=names[model], baseline=names[baseline])
-            given += made
-            if num_unjudged:
-                click.echo(f"{comparer.name} cannot judge {num_unjudged} of {len(own)} pairs of {names[model]}")
-        if not given:
-            raise ConfigError(
-                f"{comparer.name} judges none of the pairs",
-                where="--by",
-                fix="name a comparer that knows these replies: a file of verdicts has to hold their texts, and the "
-                "prompts as they are here",
-            )
-        studies[comparer.name] = _study(given, settings)
-        _show(studies[comparer.name], settings, title=f"by {comparer.name}")
-        found += given
+    found = compare_replies(
+        {names[model]: model for model in models},
+        (names[baseline], baseline),
+        lambda: [_comparer(one, device) for one in dict.fromkeys(by)],
+    )
+    for model, num in found.num_unpaired.items():
+        if num:
+            click.echo(f"{model}: {num} replies have no partner among those to the same prompts")
+    studies = {}
+    for comparer, given in found.verdicts.items():
+        studies[comparer] = _study(given, settings)
+        _show(studies[comparer], settings, title=f"by {comparer}")
+        for model, num in found.num_unjudged[comparer].items():
+            if num:
+                click.echo(f"{comparer} cannot judge {num} pairs of {model}")
     if verdicts_out is not None:
-        lines = [json.dumps(verdict_row(one), ensure_ascii=False) + "\n" for one in found]
-        write_out(verdicts_out, "".join(lines))
+        rows = [verdict_row(one) for given in found.verdicts.values() for one in given]
+        write_out(verdicts_out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         click.echo(f"verdicts: {verdicts_out}")
     if out is not None:
-        _write(out, {"models": models, "baseline": baseline, "settings": settings, "studies": studies})
+        counts = {"num_unpaired": found.num_unpaired, "num_unjudged": found.num_unjudged}
+        origin = {"models": models, "baseline": baseline, "sha256": found.sha256, "settings": settings}
+        _write(out, {**origin, **counts, "studies": studies})
 
 
 @click.command("agreement")
@@ -215,7 +207,8 @@ def agreement(pairs: str, by: tuple[str, ...], out: Path | None, seed: int, devi
 
     if out is not None:
         check_out(out)
-    given = read_pairs(pairs)
+    read = read_pairs(pairs)
+    given = read.records
     num_even = sum(pair.label == 0.5 for pair in given)
     if num_even == len(given):
         raise ConfigError(
@@ -229,7 +222,8 @@ def agreement(pairs: str, by: tuple[str, ...], out: Path | None, seed: int, devi
     if num_even:
         click.echo(f"{num_even} pairs with an even label have no right side and are left out")
     if out is not None:
-        _write(out, {"pairs": pairs, "num_even": num_even, "seed": seed, "agreement": found}, "figures")
+        origin = {"pairs": pairs, "sha256": read.sha256, "num_even": num_even, "seed": seed}
+        _write(out, {**origin, "agreement": found}, "figures")
 
 
 def _show_agreement(found: Sequence[ComparerAgreement]) -> None:
