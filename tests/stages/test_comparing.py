@@ -1,9 +1,11 @@
 """Files of replies compared by worlds, reward models, people and rules; and answers to MT-Bench and Arena-Hard."""
 
 import json
+from contextlib import closing
 
 import pytest
 
+from tests.feedback.projects import add, answer_next, make_store, person
 from tests.stages.commands import rows, trimtab
 from trimtab.core.types import Rollout, from_dict
 
@@ -163,12 +165,20 @@ def test_all_turns_of_questions_are_asked_and_answers_are_read_with_judgements(t
     pairs = write(tmp_path / "gpt-4_pair.jsonl", judged)
     result = trimtab(
         *("eval", "verdicts", pairs, "--answers", tmp_path / "model_answer", "--style-control", "--length-control"),
-        *("--out", tmp_path / "study.json"),
+        *("--out", tmp_path / "study.json", "--verdicts", tmp_path / "plain.jsonl"),
     )
     assert result.exit_code == 0, result.output
     assert "at equal style" in result.output
     found = json.loads((tmp_path / "study.json").read_text())
     assert (found["num_verdicts"], found["num_unanswered"]) == (6, 0)
+    plain = rows(tmp_path, "plain.jsonl")
+    assert [row["turn"] for row in plain] == [1, 1, 2, 2, 1, 1]
+    assert plain[0]["reply"] == rows(tmp_path / "model_answer", "mine.jsonl")[0]["choices"][0]["turns"][0]
+    again = trimtab("eval", "verdicts", tmp_path / "plain.jsonl", "--style-control", "--out", tmp_path / "again.json")
+    assert again.exit_code == 0, again.output
+    study = json.loads((tmp_path / "again.json").read_text())["study"]
+    assert study["win_rates"] == found["study"]["win_rates"]
+    assert study["style_controlled"] == found["study"]["style_controlled"]
     assert found["study"]["win_rates"][0]["rate"]["count"] == 2
 
 
@@ -235,10 +245,6 @@ def test_a_layout_needs_questions_and_a_file(tmp_path, base):
 
 
 def test_the_votes_of_a_project_are_verdicts(tmp_path):
-    from contextlib import closing
-
-    from tests.feedback.projects import add, answer_next, make_store, person
-
     with closing(make_store(tmp_path)) as store:
         add(store, 4)
         ann = person(store, "ann")
@@ -252,3 +258,9 @@ def test_the_votes_of_a_project_are_verdicts(tmp_path):
         assert (rate["model"], rate["baseline"], rate["rate"]["value"], rate["rate"]["count"]) == (
             *("model-0", "model-1", 1.0, 4),
         )
+    given = [{"prompt": f"question {i}", "chosen": f"reply {i}.0", "rejected": f"reply {i}.1"} for i in range(5)]
+    pairs, out = write(tmp_path / "pairs.jsonl", given), tmp_path / "agreement.json"
+    result = trimtab("eval", "agreement", pairs, "--by", tmp_path / "project.toml", "--out", out)
+    assert result.exit_code == 0, result.output
+    people = json.loads(out.read_text())["agreement"][-1]
+    assert (people["rate"]["value"], people["rate"]["count"], people["num_unjudged"]) == (1.0, 4, 1)

@@ -43,6 +43,12 @@ _by: dict[str, Any] = {
     "help": "Who compares: length, world:NAME (its gold), a reward model, a file of verdicts with the texts of the "
     "replies, or a project of judgements (project.toml). Several may be given.",
 }
+_verdicts_out = click.option(
+    "--verdicts",
+    "verdicts_out",
+    type=_OUT,
+    help="The verdicts themselves, as JSON lines that `trimtab eval verdicts` reads.",
+)
 _device = click.option("--device", metavar="DEVICE", help="Where a reward model computes, such as cpu or cuda.")
 
 
@@ -70,6 +76,7 @@ def verdict_rows(source: str, *, baseline: str | None) -> VerdictRows:
     metavar="FILE",
     help="Model answers of MT-Bench or Arena-Hard, a file or folder: the replies of the verdicts.",
 )
+@_verdicts_out
 @_length_control
 @_style_control
 @click.option(
@@ -82,7 +89,12 @@ def verdict_rows(source: str, *, baseline: str | None) -> VerdictRows:
 @_half_width
 @_seed
 def verdicts(
-    files: tuple[str, ...], out: Path | None, baseline: str | None, answers: tuple[str, ...], **settings: Any
+    files: tuple[str, ...],
+    out: Path | None,
+    baseline: str | None,
+    answers: tuple[str, ...],
+    verdicts_out: Path | None,
+    **settings: Any,
 ) -> None:
     """Win rates of models from files of verdicts.
 
@@ -95,7 +107,7 @@ def verdicts(
     from trimtab.evals.verdict_files import collect
     from trimtab.evals.verdict_study import mean_scores
 
-    _check(settings, out)
+    _check(settings, out, verdicts_out)
     known = read_answers(answers) if answers else None
     read = collect([verdict_rows(file, baseline=baseline) for file in files], baseline=baseline, answers=known)
     study, scores = _study(read.verdicts, settings), mean_scores(read.scores)
@@ -105,6 +117,8 @@ def verdicts(
 
         show_scores(scores)
     _tell_left_out(read)
+    if verdicts_out is not None:
+        _write_verdicts(verdicts_out, read.verdicts)
     if out is not None:
         counts = {name: getattr(read, name) for name in _COUNTS}
         origin = {
@@ -134,7 +148,7 @@ def _tell_left_out(read: VerdictFiles) -> None:
 @click.option("--baseline", required=True, metavar="REPLIES", help="The replies that the others are compared with.")
 @click.option("--by", required=True, **_by)
 @click.option("--out", type=_OUT, help="The study of each comparer as JSON.")
-@click.option("--verdicts", "verdicts_out", type=_OUT, help="The verdicts themselves, as JSON lines.")
+@_verdicts_out
 @_length_control
 @_style_control
 @_half_width
@@ -154,14 +168,10 @@ def replies(
     REPLIES are files that `trimtab generate` wrote, or of prompts with completions in any layout. The same prompts are
     compared. Each file is a model, under the name of the file.
     """
-    from trimtab.core.files import check_out, write_out
-    from trimtab.evals.verdicts import verdict_row
     from trimtab.stages.comparing import compare_replies
 
     settings |= {"variants": ()}
-    _check(settings, out)
-    if verdicts_out is not None:
-        check_out(verdicts_out)
+    _check(settings, out, verdicts_out)
     names = _names((*models, baseline))
     found = compare_replies(
         {names[model]: model for model in models},
@@ -179,9 +189,7 @@ def replies(
             if num:
                 click.echo(f"{comparer} cannot judge {num} pairs of {model}")
     if verdicts_out is not None:
-        rows = [verdict_row(one) for given in found.verdicts.values() for one in given]
-        write_out(verdicts_out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        click.echo(f"verdicts: {verdicts_out}")
+        _write_verdicts(verdicts_out, [one for given in found.verdicts.values() for one in given])
     if out is not None:
         counts = {"num_unpaired": found.num_unpaired, "num_unjudged": found.num_unjudged}
         origin = {"models": models, "baseline": baseline, "sha256": found.sha256, "settings": settings}
@@ -258,7 +266,7 @@ def _names(files: Sequence[str]) -> dict[str, str]:
     return {file: name if list(short.values()).count(name) == 1 else file for file, name in short.items()}
 
 
-def _check(settings: dict[str, Any], out: Path | None) -> None:
+def _check(settings: dict[str, Any], *outs: Path | None) -> None:
     """Refuses what cannot be computed or written, before anything is read."""
     from trimtab.core.files import check_out
 
@@ -268,8 +276,9 @@ def _check(settings: dict[str, Any], out: Path | None) -> None:
             where="the command line",
             fix="add --length-control: variants of a baseline only serve there",
         )
-    if out is not None:
-        check_out(out)
+    for out in outs:
+        if out is not None:
+            check_out(out)
 
 
 def _study(given: Sequence[PairVerdict], settings: dict[str, Any]) -> VerdictStudy:
@@ -282,6 +291,14 @@ def _show(study: VerdictStudy, settings: dict[str, Any], title: str = "") -> Non
     from trimtab.cli.verdict_tables import show_study
 
     show_study(study, settings["half_width"], title=title)
+
+
+def _write_verdicts(out: Path, given: Sequence[PairVerdict]) -> None:
+    from trimtab.core.files import write_out
+    from trimtab.evals.verdicts import verdict_row
+
+    write_out(out, "".join(json.dumps(verdict_row(one), ensure_ascii=False) + "\n" for one in given))
+    click.echo(f"verdicts: {out}")
 
 
 def _write(out: Path, found: dict[str, Any], what: str = "study") -> None:
