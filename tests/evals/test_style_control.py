@@ -149,6 +149,18 @@ def test_verdicts_without_the_texts_of_their_replies_are_refused():
     assert "--answers" in refused.value.fix
 
 
+def test_a_judge_of_style_alone_is_refused():
+    """The longer reply always wins, also by one word of a hundred: no rate is left beside the effect."""
+    rows = []
+    for i in range(6000):
+        words = (101 + i % 21, 100) if i % 2 else (100, 101 + i % 21)
+        verdict = PairVerdict(prompt=str(i), model="m", baseline="b", verdict=float(i % 2))
+        rows.append(verdict.with_replies(text(words[0]), text(words[1])))
+    with pytest.raises(DataError, match="style foretells nearly every verdict") as refused:
+        style_controlled(by_matchup(rows))
+    assert "leave style control out" in refused.value.fix
+
+
 def test_the_study_has_it_in_the_order_of_its_rates():
     rows = simulated(40, np.random.default_rng(5), heavier=0)
     study = study_verdicts(rows, style_control=True)

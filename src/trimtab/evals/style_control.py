@@ -33,6 +33,7 @@ from trimtab.votes.ratings import LARGE, GameLikelihood
 from trimtab.votes.table import STYLE, style_difference, style_of
 
 STYLE_RIDGE = 0.5
+"""The penalty on the effects of style."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,48 +61,12 @@ def style_controlled(verdicts: Mapping[Matchup, Sequence[PairVerdict]]) -> Style
     """The style-controlled win rate of each model, in the order of the match-ups. A model that is its own baseline gets
     exactly 0.5.
 
-    Raises DataError if a verdict lacks the texts of its replies, and if style foretells every verdict.
+    Raises DataError if a verdict lacks the texts of its replies, and if style foretells nearly every verdict.
     """
     tables = {matchup: _Table.of(rows) for matchup, rows in verdicts.items() if matchup[0] != matchup[1]}
     # A model that always won has no finite intercept, and says nothing of the effects of style.
-    decided = [matchup for matchup, table in tables.items() if 0 < table.outcome.mean() < 1]
-    names: dict[str, int] = {}
-    for matchup in decided:
-        for prompt in tables[matchup].prompts:
-            names.setdefault(prompt, len(names))
-    fitted: dict[Matchup, Interval] = {}
-    effects = tuple((name, Interval(math.nan, math.nan, math.nan, 0)) for name in STYLE)
-    if decided:
-        style = np.concatenate([tables[matchup].style for matchup in decided])
-        spread = np.sqrt((style**2).mean(axis=0))
-        which = np.repeat(np.arange(len(decided)), [len(tables[matchup].prompts) for matchup in decided])
-        scaled = np.divide(style, spread, out=np.zeros_like(style), where=spread > 0)
-        likelihood = GameLikelihood.of(
-            np.column_stack([np.eye(len(decided))[which], scaled]),
-            np.concatenate([tables[matchup].outcome for matchup in decided]),
-            np.array([names[prompt] for matchup in decided for prompt in tables[matchup].prompts], dtype=np.int64),
-            with_ties=False,
-            penalty=np.concatenate([np.zeros(len(decided)), np.full(len(STYLE), STYLE_RIDGE)]),
-            gauge=np.zeros((0, 0)),
-        )
-        point = likelihood.fit(np.ones((1, likelihood.num_groups)))[0]
-        errors = likelihood.sandwich_errors(point, np.eye(likelihood.size))
-        if not np.isfinite(errors).all() or np.abs(point).max() >= LARGE:
-            raise DataError(
-                "style foretells every verdict, so that no rate at equal style can be told from its effects",
-                where=verdicts[decided[0]][0].where,
-                fix="judge more prompts, or leave style control out",
-            )
-        for i, matchup in enumerate(decided):
-            num = len(tables[matchup].prompts)
-            reach = _quantile(num) * errors[i]
-            value, low, high = scipy.special.expit([point[i], point[i] - reach, point[i] + reach]).tolist()
-            fitted[matchup] = Interval(value, low, high, num)
-        for_style = zip(STYLE, point[len(decided) :], _quantile(len(names)) * errors[len(decided) :], strict=True)
-        effects = tuple(
-            (name, Interval(float(gain), float(gain - reach), float(gain + reach), len(names)))
-            for name, gain, reach in for_style
-        )
+    decided = {matchup: table for matchup, table in tables.items() if 0 < table.outcome.mean() < 1}
+    fitted, effects = _fit(decided) if decided else ({}, [Interval(math.nan, math.nan, math.nan, 0)] * len(STYLE))
     rates = []
     for model, baseline in verdicts:
         if model == baseline:
@@ -112,12 +77,48 @@ def style_controlled(verdicts: Mapping[Matchup, Sequence[PairVerdict]]) -> Style
             table = tables[model, baseline]
             rate = Interval(float(table.outcome.mean()), math.nan, math.nan, len(table.prompts))
         rates.append(StyleControlled(model=model, baseline=baseline, rate=rate))
-    return StyleControl(rates=tuple(rates), effects=effects)
+    return StyleControl(rates=tuple(rates), effects=tuple(zip(STYLE, effects, strict=True)))
+
+
+def _fit(tables: Mapping[Matchup, _Table]) -> tuple[dict[Matchup, Interval], list[Interval]]:
+    """The rate of each match-up at equal style, and the effect of each count of `STYLE`."""
+    num = len(tables)
+    which = np.repeat(np.arange(num), [len(table.prompts) for table in tables.values()])
+    style = np.concatenate([table.style for table in tables.values()])
+    spread = np.sqrt((style**2).mean(axis=0))
+    prompts: dict[str, int] = {}
+    likelihood = GameLikelihood.of(
+        np.column_stack([np.eye(num)[which], np.divide(style, spread, out=np.zeros_like(style), where=spread > 0)]),
+        np.concatenate([table.outcome for table in tables.values()]),
+        np.array([prompts.setdefault(name, len(prompts)) for table in tables.values() for name in table.prompts]),
+        with_ties=False,
+        penalty=np.concatenate([np.zeros(num), np.full(len(STYLE), STYLE_RIDGE)]),
+        gauge=np.zeros((0, 0)),
+    )
+    point = likelihood.fit(np.ones((1, likelihood.num_groups)))[0]
+    if np.abs(point).max() >= LARGE:
+        raise DataError(
+            "style foretells nearly every verdict, so that no rate at equal style can be told from its effects",
+            where=f"the verdicts on {', '.join(model for model, _ in tables)}",
+            fix="leave style control out: what the judges prefer is the style itself",
+        )
+    errors = likelihood.sandwich_errors(point, np.eye(likelihood.size))
+    rates = {}
+    for i, (matchup, table) in enumerate(tables.items()):
+        reach = _quantile(len(table.prompts)) * errors[i]
+        value, low, high = scipy.special.expit([point[i], point[i] - reach, point[i] + reach]).tolist()
+        rates[matchup] = Interval(value, low, high, len(table.prompts))
+    reaches = _quantile(len(prompts)) * errors[num:]
+    effects = [
+        Interval(float(gain), float(gain - reach), float(gain + reach), len(prompts))
+        for gain, reach in zip(point[num:], reaches, strict=True)
+    ]
+    return rates, effects
 
 
 def _quantile(num: int) -> float:
-    """That of Student's t for an interval of 95% over `num` prompts, with the usual factor for their number: each
-    intercept and effect takes a degree of freedom."""
+    """Standard errors in half a 95% interval over `num` prompts: Student's t, and the factor for the degrees of freedom
+    that an intercept and the effects take from the sandwich."""
     free = max(1, num - 1 - len(STYLE))
     return float(scipy.stats.t.ppf(0.975, free) * math.sqrt(num / free))
 
