@@ -212,7 +212,7 @@ class CompiledBlocks:
     def __init__(self, kernels: CompiledKernels, blocks: Sequence[Block], num_heads: int, num_kv_heads: int) -> None:
         self._kernels = kernels
         self._blocks = blocks  # holds the memory to which the next line points
-        self._array = (_Block * len(blocks))(*map(_block, blocks))
+        self._array = (_BlockInC * len(blocks))(*map(_block, blocks))
         self._heads = num_heads, num_kv_heads
         inputs = [m for b in blocks for m in (b.query_key_value, b.output, b.gate_up, b.down)]
         self._most_ins = max(_compiled_form(m).num_ins for m in inputs)
@@ -288,7 +288,7 @@ class _CompiledMatrices(Matrices):
         return result
 
 
-class _Linears(ctypes.Structure):
+class _LinearsInC(ctypes.Structure):
     """`linears` of kernels.c."""
 
     _fields_ = (
@@ -297,12 +297,12 @@ class _Linears(ctypes.Structure):
     )
 
 
-class _Block(ctypes.Structure):
+class _BlockInC(ctypes.Structure):
     """`block` of kernels.c."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("norm", "query_key_norm", "mlp_norm")),
-        *((name, _Linears) for name in ("query_key_value", "output", "gate_up", "down")),
+        *((name, _LinearsInC) for name in ("query_key_value", "output", "gate_up", "down")),
         *(("scaling", c_float), ("window", c_int64)),
     )
 
@@ -312,17 +312,17 @@ def _compiled_form(matrices: Matrices) -> _CompiledMatrices:
     return matrices
 
 
-def _linears(matrices: Matrices) -> _Linears:
+def _linears(matrices: Matrices) -> _LinearsInC:
     made = _compiled_form(matrices)
     many, weights, biases, outs = made.arguments
     addresses = [ctypes.addressof(array) for array in (weights, biases, outs)]
-    return _Linears(many, *addresses, made.num_outs, made.pairs)
+    return _LinearsInC(many, *addresses, made.num_outs, made.pairs)
 
 
-def _block(block: Block) -> _Block:
+def _block(block: Block) -> _BlockInC:
     norms = map(_address, (block.norm.norm, block.query_key_norm, block.mlp_norm.norm))
     layers = map(_linears, (block.query_key_value, block.output, block.gate_up, block.down))
-    return _Block(*norms, *layers, block.scaling, block.window or NO_WINDOW)
+    return _BlockInC(*norms, *layers, block.scaling, block.window or NO_WINDOW)
 
 
 def find(weight: Tensor) -> Kernels:
