@@ -4,11 +4,12 @@
     python benchmarks/suites.py refusals --data FOLDER
     python benchmarks/suites.py coverage
     python benchmarks/suites.py real --data FOLDER --model DIR --baseline DIR
+    python benchmarks/suites.py truthful_qa --data FOLDER --model DIR --python PYTHON
 
 Writes its part of `docs/evidence/data/suites.json` and prints its table of docs/evidence/guard.md. FOLDER has the
 layout of `trimtab eval SUITE --data`; PLACE is a directory from which `lm_eval`, `nltk`, `langdetect` and
 `immutabledict` can be imported (give it several times); FILE holds replies as `trimtab eval ifeval --replies` writes
-them.
+them; PYTHON is the interpreter of an environment with lm-eval.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import hashlib
 import json
 import resource
 import sys
+import tempfile
 import time
 import types
 from collections import defaultdict
@@ -361,12 +363,86 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{row['value']:.2f}{bounds}"
 
 
-PARTS = {"ifeval": ifeval, "refusals": refusals, "coverage": coverage, "real": real}
+# ---- TruthfulQA beside lm-eval --------------------------------------------------------------------------------------
+
+NUM_QUESTIONS = 60
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {rows}}}}}
+validation_split: validation
+output_type: multiple_choice
+num_fewshot: 0
+doc_to_text: question
+doc_to_target: 0
+doc_to_choice: "{{{{{name}_targets.choices}}}}"
+target_delimiter: ""
+{scored}metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+SCORED = "process_results: !function scoring.process_results_mc2\n"
+
+
+def truthful_qa(options: argparse.Namespace) -> dict[str, Any]:
+    """MC1 and MC2 of a model by the suite and by lm-eval, which asks the same questions with the same options under the
+    same template, with its own products, tokens and scoring (its function of MC2)."""
+    from trimtab.stages.lm_eval import run_lm_eval
+    from trimtab.stages.suites import run_suite
+
+    ours = run_suite("truthful_qa", str(options.model), data=options.data, limit=NUM_QUESTIONS)
+    items = load_items(load_suite("truthful_qa"), options.data, limit=NUM_QUESTIONS).items
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        rows = []
+        for item in items:
+            (question,), right = item.questions, item.facts["num_right"]
+            single = [question.options[0], *question.options[right:]]
+            labels = [int(number < right) for number in range(len(question.options))]
+            rows.append({"question": item.id, "mc1_targets": {"choices": single},
+                         "mc2_targets": {"choices": list(question.options), "labels": labels}})  # fmt: skip
+        file = folder / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (folder / "scoring.py").write_text("from lm_eval.tasks.truthfulqa.utils import process_results_mc2\n")
+        for name, scored in (("mc1", ""), ("mc2", SCORED)):
+            (folder / f"{name}.yaml").write_text(TASK.format(name=name, rows=file, scored=scored), encoding="utf-8")
+        theirs = run_lm_eval(
+            str(options.model), tasks=("mc1", "mc2"), include_path=scratch, python=options.python, out=folder / "out"
+        )
+    scores = {item["id"]: item["scores"] for item in ours["items"]}
+    found: dict[str, Any] = {"questions": len(items), "options": sum(len(i.questions[0].options) for i in items)}
+    for name in ("mc1", "mc2"):
+        pairs = [(scores[items[int(row["id"])].id][name][0], row["scores"]["acc"][0]) for row in theirs[name]["items"]]
+        gaps = [abs(a - b) for a, b in pairs]
+        found[name] = {
+            "ours": float(np.mean([a for a, _ in pairs])),
+            "theirs": float(np.mean([b for _, b in pairs])),
+            "equal": sum(gap < 1e-3 for gap in gaps),
+            "largest_difference": max(gaps),
+        }
+    machine = environment()
+    return found | {
+        "lm_eval": theirs["mc1"]["engine"]["lm_eval"],
+        "machine": {key: machine[key] for key in ("cpu", "num_cpus", "threads", "torch", "commit")},
+    }
+
+
+def truthful_qa_table(found: dict[str, Any]) -> str:
+    """The figures of both programs."""
+    lines = ["| | questions | the suite | lm-eval | within 0.001 | largest difference |", "|---|---|---|---|---|---|"]
+    for name in ("mc1", "mc2"):
+        row = found[name]
+        lines.append(
+            f"| {name.upper()} | {found['questions']} | {row['ours']:.4f} | {row['theirs']:.4f} | "
+            f"{row['equal']} of {found['questions']} | {row['largest_difference']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+PARTS = {"ifeval": ifeval, "refusals": refusals, "coverage": coverage, "real": real, "truthful_qa": truthful_qa}
 TABLES = {
     "ifeval": (ifeval_table,),
     "refusals": (refusals_table,),
     "coverage": (coverage_table,),
     "real": (real_table, tax_table),
+    "truthful_qa": (truthful_qa_table,),
 }
 
 
@@ -379,6 +455,7 @@ def main() -> None:
     parser.add_argument("--replies", type=Path, help="replies of a model to IFEval's prompts")
     parser.add_argument("--model", type=Path, help="the model that is asked")
     parser.add_argument("--baseline", type=Path, help="the model that it is compared with")
+    parser.add_argument("--python", help="the interpreter of an environment with lm-eval")
     parser.add_argument("--verbose", action="store_true", help="print verdicts that differ")
     options = parser.parse_args()
     result = json.loads(OUT.read_text(encoding="utf-8")) if OUT.is_file() else {}

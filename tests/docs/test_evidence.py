@@ -130,7 +130,7 @@ def test_the_tables_of_failures_made_on_purpose_are_those_of_their_data(script):
     assert found["confusion"] == doctor.confusion(found["cases"])
 
 
-@pytest.mark.parametrize("part", ["ifeval", "refusals", "coverage", "real"])
+@pytest.mark.parametrize("part", ["ifeval", "refusals", "coverage", "real", "truthful_qa"])
 def test_the_tables_of_suites_are_those_of_their_data(script, part):
     for table in script("suites").TABLES[part]:
         assert_on_page("guard", table(data("suites")[part]))
