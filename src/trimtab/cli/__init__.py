@@ -14,6 +14,7 @@ import click
 
 import trimtab
 from trimtab.cli.choosing import choose
+from trimtab.cli.debiasing import debias
 from trimtab.cli.diagnosing import doctor
 from trimtab.cli.evaluating import eval_
 from trimtab.cli.helpers import (
@@ -418,6 +419,7 @@ def average(**options: Any) -> None:
         click.echo(sentence)
 
 
+main.add_command(debias)
 main.add_command(eval_)
 main.add_command(choose)
 

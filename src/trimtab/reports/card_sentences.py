@@ -32,6 +32,7 @@ def card_sentences(card: Mapping[str, Any]) -> list[str]:
         found.append(f"Beside it: {', '.join(beside)}.")
     if by_length := _listed({_plain(name): one for name, one in section(card, "slices").items()}):
         found.append(f"By length: {by_length}.")
+    found += _length(section(card, "length"))
     if by_slice := _listed(section(card, "by_slice")):
         found.append(f"By slice: {by_slice}.")
     found += _calibration(card)
@@ -75,6 +76,24 @@ def _counted(card: Mapping[str, Any]) -> list[str]:
         return []
     left_out = f"; {show(even)} more have an even label, and so no right side" if even else ""
     return [f"It is right about {accuracy * (num - even):g} of {show(num - even)} pairs, ties half{left_out}."]
+
+
+def _length(figures: Mapping[str, Any]) -> list[str]:
+    """What length earns, and what is left of that and of the accuracy after each correction."""
+    premium, deviation = interval(section(figures, "none"), "premium"), number(figures, "std_tokens")
+    if premium is None or deviation is None:
+        return []
+    told = [
+        f"one standard deviation of length ({deviation:.0f} tokens) goes with {premium.value:+.2f} {bounds(premium)} "
+        "of reward"
+    ]
+    for name in figures:
+        one = section(figures, name)
+        left, accuracy = interval(one, "premium"), interval(one, "accuracy")
+        if name != "none" and left is not None and accuracy is not None:
+            told.append(f"with length_correction = {name!r} {left.value:+.2f}, and the accuracy is {_share(accuracy)}")
+    text = "; ".join(told)
+    return [f"{text[0].upper()}{text[1:]}."]
 
 
 def _calibration(card: Mapping[str, Any]) -> list[str]:

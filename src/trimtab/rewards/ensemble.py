@@ -86,18 +86,21 @@ class EnsembleScorer(RewardModelScorer):
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] aggregated rewards, and `reward/NAME_disagreement`: the mean over replies of the deviation between the
         members' scores."""
-        scores = self.member_scores(self.ids_of(rollouts))
-        disagreement = mean_of(scores.std(0, correction=0).tolist())
-        return aggregate(scores, *self.how) - self.shift, {f"reward/{self.name}_disagreement": disagreement}
+        sequences = self.ids_of(rollouts)
+        scores = self.member_scores(sequences)
+        metrics: Metrics = {f"reward/{self.name}_disagreement": mean_of(scores.std(0, correction=0).tolist())}
+        return aggregate(scores, *self.how) - self.shift, metrics | self.length_metrics(sequences)
 
     def score_ids(self, sequences: Sequence[Ids]) -> Tensor:
         """[B] aggregated rewards of prompts and replies given as ids."""
         return aggregate(self.member_scores(sequences), *self.how) - self.shift
 
     def member_scores(self, sequences: Sequence[Ids]) -> Tensor:
-        """[K, B] each member's scores on the common scale, before the shift."""
+        """[K, B] each member's scores on the common scale, before the shift, and corrected for length if that is asked
+        for."""
         trees, where = self.trees_of(sequences)
-        return (scores_of_members(self.members, trees, self.token_budget)[:, where] - self.means) * self.scales
+        scores = (scores_of_members(self.members, trees, self.token_budget)[:, where] - self.means) * self.scales
+        return self._corrected(scores, sequences)
 
 
 def scale_in(path: str) -> dict[str, Any]:

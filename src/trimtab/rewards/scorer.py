@@ -24,6 +24,7 @@ from trimtab.models.forward import sequence_scores_of
 from trimtab.models.lengths import positions_of
 from trimtab.models.load import load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel, head_of_weights
+from trimtab.rewards.length_correction import LengthCorrection
 from trimtab.stats import Floats
 
 TOKEN_BUDGET = 4096
@@ -56,6 +57,8 @@ class RewardModelScorer:
         self.num_rows = int(embedding.num_embeddings)
         """The model cannot read an id of this number or above."""
         self.positions = positions_of(model.model)
+        self.length_correction: LengthCorrection | None = None
+        """What is subtracted from the scores for the length of a reply; None corrects nothing."""
 
     @classmethod
     def from_directory(cls, path: str, *, token_budget: int, device: torch.device = CPU) -> RewardModelScorer:
@@ -79,14 +82,15 @@ class RewardModelScorer:
         return cls(model, chat, token_budget=token_budget, shift=float(shift or 0.0), ending=ending)
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] calibrated rewards of the exact tokens that were sampled, and no metrics.
+        """[B] calibrated rewards of the exact tokens that were sampled; and of a correction for length, its metrics.
 
         A rollout's own ids are used if this tokenizer gives the same ids for its prompt and reads those of its reply as
         the same text, and if the model has a row for each; otherwise the text is encoded anew with this model's
         template. A reply that was cut off has no ending; a reply that ended, on whichever token, gets the ending that
         the model learned.
         """
-        return self.score_ids(self.ids_of(rollouts)), {}
+        sequences = self.ids_of(rollouts)
+        return self.score_ids(sequences), self.length_metrics(sequences)
 
     def ids_of(self, rollouts: Sequence[Rollout]) -> list[Ids]:
         """The ids of the prompt and of the reply of each rollout, as this model reads them."""
@@ -130,8 +134,20 @@ class RewardModelScorer:
 
     def score_ids(self, sequences: Sequence[Ids]) -> Tensor:
         """[B] calibrated rewards of prompts and replies given as ids."""
+        return self.member_scores(sequences)[0] - self.shift
+
+    def member_scores(self, sequences: Sequence[Ids]) -> Tensor:
+        """[K, B] the scores of K models before the shift, corrected for length if that is asked for; here K is 1."""
         trees, where = self.trees_of(sequences)
-        return sequence_scores_of(self.model, trees, self.token_budget)[where] - self.shift
+        return self._corrected(sequence_scores_of(self.model, trees, self.token_budget)[None, where], sequences)
+
+    def _corrected(self, scores: Tensor, sequences: Sequence[Ids]) -> Tensor:
+        """Scores [K, B] less what is paid for the length of each reply."""
+        return scores if self.length_correction is None else scores - self.length_correction.of(lengths_of(sequences))
+
+    def length_metrics(self, sequences: Sequence[Ids]) -> Metrics:
+        """The metrics of the correction for length; none without it."""
+        return {} if self.length_correction is None else self.length_correction.metrics(lengths_of(sequences))
 
     def trees_of(self, sequences: Sequence[Ids]) -> tuple[TokenTrees, Tensor]:
         """Trees that hold each different sequence once, so that equal ones have equal scores, to the last bit; and [B]
@@ -155,6 +171,11 @@ class RewardModelScorer:
         trees = [tree for prompt, own in replies.items() for tree in _within(prompt, list(own), self.token_budget)]
         where = [replies[prompt][reply or (self.chat.end_id,)] for prompt, reply in sequences]
         return TokenTrees.build(trees), torch.tensor(where, dtype=torch.int64)
+
+
+def lengths_of(sequences: Sequence[Ids]) -> list[int]:
+    """The number of tokens of each reply, with its ending."""
+    return [len(reply) for _, reply in sequences]
 
 
 def _within(prompt: tuple[int, ...], replies: Sequence[tuple[int, ...]], token_budget: int) -> list[Tree]:

@@ -6,7 +6,7 @@ Both score the pairs, score the probes in one further pass, and leave all figure
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +18,14 @@ from trimtab.core.files import check_out, json_text, write_out
 from trimtab.core.types import PreferencePair, Prompt
 from trimtab.data.layouts import load
 from trimtab.engines.device import device_of
+from trimtab.evals.length_curves import length_figures
 from trimtab.evals.probes import make_probes, read_probes
 from trimtab.evals.reward_card import SIDES, reward_card
 from trimtab.reports.card_page import write_card
 from trimtab.reports.card_sentences import card_sentences
+from trimtab.rewards.length_correction import LengthCorrection, corrections_in
 from trimtab.rewards.model import RewardModel
-from trimtab.rewards.scorer import TOKEN_BUDGET, rewards_of
+from trimtab.rewards.scorer import TOKEN_BUDGET, RewardModelScorer, lengths_of, rewards_of
 from trimtab.runs.models import model_digest
 from trimtab.stats import Floats
 
@@ -73,11 +75,14 @@ def card(
             where=", ".join(data),
             fix="give shorter pairs, or use a reward model that reads longer ones",
         )
+    judged = list(compress(pairs, fits))
     found = measure(
-        list(compress(pairs, fits)),
+        judged,
         chosen=chosen[fits],
         rejected=rejected[fits],
         score=lambda texts: rewards_of(scorer, texts, unread="nan"),
+        lengths=reply_lengths(scorer, judged),
+        corrections=corrections_in(model),
         slices=list(compress(slices, fits)),
     )
     num_bad_rows = sum(len(one.dropped) for one in loaded.values())
@@ -94,25 +99,41 @@ def texts_of(pairs: Sequence[PreferencePair], side: str) -> Texts:
     return [(pair.prompt, getattr(pair, side)) for pair in pairs]
 
 
+def reply_lengths(scorer: RewardModelScorer, pairs: Sequence[PreferencePair]) -> Floats:
+    """[2, num_pairs] the numbers of tokens of the chosen and the rejected replies, as the model reads them."""
+    texts = [text for side in SIDES for text in texts_of(pairs, side)]
+    return np.array(lengths_of(scorer.ids_of_texts(texts)), dtype=np.float64).reshape(2, -1)
+
+
 def measure(
     pairs: Sequence[PreferencePair],
     *,
     chosen: Floats,
     rejected: Floats,
     score: Callable[[Texts], Floats],
+    lengths: Floats,
+    corrections: Mapping[str, LengthCorrection],
     **options: Any,
 ) -> dict[str, Any]:
-    """The whole card: `reward_card` from the rewards of the pairs, [num_pairs] each, with its `options`, and what
-    `score` gives to the probes that are made of them."""
+    """The whole card: `reward_card` from the rewards of the pairs, [num_pairs] each, with its `options`; what `score`
+    gives to the probes that are made of them; and what the rewards owe to the `lengths` [2, num_pairs] of the replies,
+    as they are and after each of the `corrections`."""
     known = [pair.prompt.facts.get("probability_chosen") for pair in pairs]
     probes = make_probes(pairs)
-    return reward_card(
-        pairs,
-        score_chosen=chosen,
-        score_rejected=rejected,
-        probability_chosen=None if None in known else np.array(known, dtype=float),
-        **options,
-    ) | read_probes(probes, score([(probe.prompt, probe.text) for probe in probes]))
+    both = np.stack([chosen, rejected])
+    corrected = {name: both - correction.of_mean(lengths) for name, correction in corrections.items()}
+    by_length = {"length": length_figures(pairs, rewards={"none": both} | corrected, lengths=lengths)}
+    return (
+        by_length
+        | reward_card(
+            pairs,
+            score_chosen=chosen,
+            score_rejected=rejected,
+            probability_chosen=None if None in known else np.array(known, dtype=float),
+            **options,
+        )
+        | read_probes(probes, score([(probe.prompt, probe.text) for probe in probes]))
+    )
 
 
 def card_text(found: dict[str, Any], *, model: str, digest: str | None, data: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from trimtab.core.files import replacing, writing
 from trimtab.core.hub import refuse_ensemble
 from trimtab.models.load import is_classifier, load_causal, load_scalar, load_tokenizer
 from trimtab.models.save import save_model
+from trimtab.rewards.length_correction import LENGTH_FILE
 
 Dtype = Literal["as stored", "float32", "bfloat16", "float16"]
 
@@ -34,4 +36,6 @@ def export(*, model: str, out: Path, dtype: Dtype = "as stored") -> str:
         place.parent.mkdir(parents=True, exist_ok=True)
         with replacing(place) as aside:
             save_model(loaded, tokenizer, aside, dtype=None if dtype == "as stored" else getattr(torch, dtype))
+            if (correction := Path(model).expanduser() / LENGTH_FILE).is_file():
+                shutil.copyfile(correction, aside / LENGTH_FILE)  # the scores are the same, so are their curves
     return f"{out}: a {'reward model' if scalar else 'language model'}, {type(loaded).__name__}"

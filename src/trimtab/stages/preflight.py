@@ -31,7 +31,8 @@ from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.models.weights import check_file, check_weights
 from trimtab.rewards.combined import judges, judges_and_measure, refuse_missing_facts, refuse_unread_flags
 from trimtab.rewards.gold import GoldReward, GoldScorer
-from trimtab.rewards.model import ModelReward
+from trimtab.rewards.length_correction import read_correction
+from trimtab.rewards.model import ModelReward, RewardModel
 from trimtab.rewards.python_callable import PythonCallable, load_function
 from trimtab.stages.stage import ModelKind, Stage
 
@@ -136,6 +137,11 @@ def _problems(stage: str, settings: Any, made: Made) -> Iterator[tuple[str, Trim
                 load_function(reward.function)
             except TrimtabError as error:
                 yield f"{key}.function", error
+        if isinstance(reward, RewardModel) and reward.length_correction and _made_by(reward.path, made) is None:
+            try:
+                read_correction(reward.path, reward.length_correction)
+            except TrimtabError as error:
+                yield f"{key}.length_correction", error
     for tracker in getattr(settings, "trackers", ()):
         name = registry.name_of("tracker", type(tracker))
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from trimtab.data.pairs import Comparisons, group_pairs
 from trimtab.data.rankings import only_rankings
 from trimtab.engines.build import Engines
 from trimtab.engines.local.learner import AdamW
+from trimtab.evals.length_curves import refusal as length_refusal
 from trimtab.evals.reward_card import MOST_TRAINING_PAIRS
 from trimtab.math.losses.reward import BradleyTerry
 from trimtab.models.adapters import LoRA
@@ -36,10 +38,11 @@ from trimtab.models.load import load_tokenizer
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import round_as_written
 from trimtab.rewards.ensemble import EnsembleScorer
+from trimtab.rewards.length_correction import corrections_in, fitted, write_correction
 from trimtab.rewards.scorer import RewardModelScorer, finite_scores, rewards_of
 from trimtab.runs.models import model_digest
 from trimtab.runs.run import Run
-from trimtab.stages.card import CARD_FILE, card_text, measure
+from trimtab.stages.card import CARD_FILE, card_text, measure, reply_lengths
 from trimtab.stages.reading import read_demonstration_trees, read_split, say_too_long
 from trimtab.stages.reward_members import (
     Examples,
@@ -48,6 +51,7 @@ from trimtab.stages.reward_members import (
     head_start,
     load_roles,
     name_of,
+    on_scale,
     save_members,
     start_members,
 )
@@ -174,9 +178,18 @@ def run(settings: RewardSettings, run: Run) -> None:
     scores = np.array([scores_of_pairs(member, judged_by, settings) for member in members])  # [K, 2, pairs]
     shifts = [known["reward_shift"] for known in facts]
     scale = None if len(members) == 1 else common_scale(scores.reshape(len(members), -1), shifts)
-    run.save_model(lambda path: save_members(members, facts, chat.tokenizer, path, base=base, scale=scale))
+    scores = on_scale(scores, scale)
     scorer = scorer_of(members, chat, settings, scale=scale)
-    card = judge(scores, train_on, judged_by, settings, scale=scale, scorer=scorer)
+    lengths = reply_lengths(scorer, judged_by.pairs())
+
+    def write(path: Path) -> None:
+        save_members(members, facts, chat.tokenizer, path, base=base, scale=scale)
+        if not length_refusal(lengths.ravel()):
+            by = [settings.held_out_data or settings.data]
+            write_correction(fitted(scores.reshape(len(members), -1), lengths.ravel(), data=by), path)
+
+    run.save_model(write)
+    card = judge(scores, train_on, judged_by, settings, scorer=scorer, lengths=lengths, directory=run.model_dir)
     about = {"model": str(run.model_dir), "digest": model_digest(run.model_dir)}
     text = card_text(card, **about, data=[settings.held_out_data or settings.data])
     write_out(run.directory / CARD_FILE, text)
@@ -226,17 +239,17 @@ def judge(
     held_out: Comparisons,
     settings: RewardSettings,
     *,
-    scale: Mapping[str, Any] | None,
     scorer: RewardModelScorer,
+    lengths: Floats,
+    directory: Path,
 ) -> dict[str, Any]:
-    """The card on the held-out pairs, from the members' scores [K, 2, num_pairs] of chosen and rejected replies, and
-    from what the scorer gives to changed replies. The card of an ensemble is that of its mean, and says how alike its
-    members are."""
+    """The card on the held-out pairs, from the members' scores [K, 2, num_pairs] of chosen and rejected replies on
+    their common scale, the replies' lengths [2, num_pairs], what the scorer gives to changed replies, and the
+    corrections in the model's directory. The card of an ensemble is that of its mean, and says how alike its members
+    are."""
     pairs = held_out.pairs()
     together: dict[str, Any] = {}
-    if scale is not None:
-        means, scales = (np.array(scale[name])[:, None, None] for name in ("means", "scales"))
-        scores = (scores - means) * scales
+    if len(scores) > 1:
         together = {"ensemble": agreement_of(scores[:, 0], scores[:, 1], np.array([pair.label for pair in pairs]))}
     chosen, rejected = scores.mean(0)
     card = measure(
@@ -244,6 +257,8 @@ def judge(
         chosen=chosen,
         rejected=rejected,
         score=lambda texts: rewards_of(scorer, texts, unread="nan"),
+        lengths=lengths,
+        corrections=corrections_in(directory),
         training_pairs=train.pairs(MOST_TRAINING_PAIRS),
         seed=settings.seed,
     )

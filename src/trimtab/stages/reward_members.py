@@ -184,6 +184,14 @@ def common_scale(scores: Floats, shifts: Sequence[float]) -> dict[str, Any]:
     return {"means": means.tolist(), "scales": scales.tolist(), "shift": shift}
 
 
+def on_scale(scores: Floats, scale: Mapping[str, Any] | None) -> Floats:
+    """The scores [K, …] of the members on their common scale; those of a single model, without a scale, as they are."""
+    if scale is None:
+        return scores
+    means, scales = (np.array(scale[name]).reshape(-1, *[1] * (scores.ndim - 1)) for name in ("means", "scales"))
+    return np.asarray((scores - means) * scales)
+
+
 def agreement_of(chosen: Floats, rejected: Floats, labels: Floats) -> dict[str, Any]:
     """How alike the members are on held-out pairs, from their scores [K, num_pairs] on one scale.
 

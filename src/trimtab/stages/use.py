@@ -26,9 +26,10 @@ from trimtab.evals.reward_card import SIDES
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.reports.card_sentences import card_sentences
+from trimtab.rewards.length_correction import corrections_in
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.scorer import TOKEN_BUDGET, rewards_of
-from trimtab.stages.card import measure, texts_of
+from trimtab.stages.card import measure, reply_lengths, texts_of
 
 
 def _generator(model: str, *, temperature: float, device: str | None, top_k: int = 0, **sampled: Any) -> LocalSampler:
@@ -145,7 +146,14 @@ def _score_pairs(model: str, data: str, out: Path | None, device: torch.device, 
     pairs = load(PreferencePair, data).records
     scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device)
     chosen, rejected = (rewards_of(scorer, texts_of(pairs, side)) for side in SIDES)
-    card = measure(pairs, chosen=chosen, rejected=rejected, score=lambda texts: rewards_of(scorer, texts, unread="nan"))
+    card = measure(
+        pairs,
+        chosen=chosen,
+        rejected=rejected,
+        score=lambda texts: rewards_of(scorer, texts, unread="nan"),
+        lengths=reply_lengths(scorer, pairs),
+        corrections=corrections_in(model),
+    )
     for sentence in card_sentences(card):
         show(sentence)
     if out is not None:

@@ -1,0 +1,80 @@
+"""Fits the correction of a reward model for length to a fixed set of replies, and writes it beside the weights.
+
+The reward stage does this by itself, on the replies that it holds out. The command is for models of other programs, for
+averages, and for another set of replies, such as samples of the policy that is to be trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.files import writing
+from trimtab.core.types import Demonstration, PreferencePair, prompt_id
+from trimtab.data.layouts import load
+from trimtab.engines.device import device_of
+from trimtab.evals.length_curves import BANDWIDTH, length_premium, refusal
+from trimtab.evals.reward_card import SIDES
+from trimtab.rewards.length_correction import LENGTH_FILE, fitted, write_correction
+from trimtab.rewards.model import RewardModel
+from trimtab.rewards.scorer import TOKEN_BUDGET, finite_scores, lengths_of
+from trimtab.stages.card import Texts, texts_of
+from trimtab.stages.use import holds_pairs
+
+
+def debias(*, model: str, data: Sequence[str], bandwidth: float = BANDWIDTH, device: str | None = None) -> list[str]:
+    """Writes length_correction.json into the directory of the reward model; returns sentences about it.
+
+    The replies of all sources are taken together, of pairs both sides. Replies that the model cannot read are left out,
+    and a sentence counts them. Raises ConfigError if the model is no directory, and DataError if the replies are too
+    few or all of one length.
+    """
+    directory = Path(model).expanduser()
+    if not directory.is_dir():
+        raise ConfigError(
+            f"{model!r} is no directory here, and the correction is kept beside the weights",
+            where="MODEL",
+            fix="fetch the model into a directory (hf download NAME --local-dir DIRECTORY), and name that",
+        )
+    scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device_of(device))
+    texts = [text for source in data for text in replies_in(source)]
+    most = scorer.positions
+    read = [
+        (prompt_id(prompt.messages), ids)
+        for (prompt, _), ids in zip(texts, scorer.ids_of_texts(texts), strict=True)
+        if most is None or len(ids[0]) + len(ids[1]) <= most
+    ]
+    sequences = [ids for _, ids in read]
+    lengths = np.array(lengths_of(sequences), dtype=np.float64)
+    if problem := refusal(lengths):
+        raise DataError(
+            problem,
+            where=", ".join(data),
+            fix="give more replies, of different lengths, such as samples of the policy or held-out pairs",
+        )
+    scores = finite_scores(scorer.member_scores(sequences).double().numpy(), of=scorer.model)
+    with writing(LENGTH_FILE, directory / LENGTH_FILE):
+        write_correction(fitted(scores, lengths, data=data, bandwidth=bandwidth), directory)
+    premium = length_premium(scores.mean(0), lengths, [prompt for prompt, _ in read])
+    said = [
+        f"fitted to {len(read)} replies of {lengths.min():.0f} to {lengths.max():.0f} tokens: one standard deviation "
+        f"of length ({lengths.std():.0f} tokens) goes with {premium.value:+.2f} [{premium.low:+.2f}, "
+        f"{premium.high:+.2f}] of reward",
+        f"{directory / LENGTH_FILE}: use it with length_correction = 'lowess' or 'regression'; trimtab card says what "
+        "it costs in accuracy",
+        "the directory has changed: a card written before is not its card any more, and a run that began with it "
+        "before does not go on with it",
+    ]
+    left_out = len(texts) - len(read)
+    return said + [f"{left_out} replies are left out, because the model cannot read texts so long"] * bool(left_out)
+
+
+def replies_in(source: str) -> Texts:
+    """The replies of a source with their prompts; of pairs both sides."""
+    if holds_pairs(source):
+        pairs = load(PreferencePair, source).records
+        return [text for side in SIDES for text in texts_of(pairs, side)]
+    return [(one.prompt, one.response) for one in load(Demonstration, source).records]
