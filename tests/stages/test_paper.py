@@ -231,6 +231,14 @@ def test_references_beside_an_adapter(tmp_path, llama):
     assert (whole.on_base, whole.adapter, whole.starts_policy) == (False, 0, True)
 
 
+def test_a_teacher_is_counted_beside_its_student(llama):
+    teacher = [{"name": "model", "path": llama, "length_correction": "lowess"}]
+    adapted = {"adapter": {"rank": 16}}  # the student's base is no place for a teacher
+    plan = planned(sft_of(llama, stage="reward", teacher=teacher) | adapted, on="h100")
+    assert [role.name for role in plan.job.roles] == ["reward model", "teacher"]
+    assert (plan.job.roles[1].controller_only, plan.job.roles[1].on_base) == (True, False)
+
+
 def test_each_member_of_an_ensemble_is_counted(tmp_path, llama):
     settings = sft_of(llama, stage="reward", members=3)
     whole = planned(settings, on="h100")

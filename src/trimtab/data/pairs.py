@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -147,6 +147,16 @@ class Comparisons:
         over the whole set. They are read from their source if they are not in memory."""
         return self.groups.table.part(self.groups.order[:limit]).records()
 
+    def relabelled(self, labels: Array) -> Comparisons:
+        """The same pairs with other labels, in the order of `pairs`, and without margins. A label is the probability
+        that the chosen reply is preferred; in batches, the sides of a pair with a label below a half change places.
+        `pairs` still gives what the source says."""
+        columns = dict(self.groups.table.columns)
+        for name, values in (("label", labels), ("margin", np.nan)):
+            columns[name] = np.array(columns[name])
+            columns[name][self.groups.order] = values
+        return Comparisons(replace(self.groups, table=replace(self.groups.table, columns=columns)))
+
     def batch(self, indices: Sequence[int] | None = None) -> PairBatch:
         """The prompts with these numbers, or all prompts, as one batch."""
         found = [(i, *self.groups.tree(i)) for i in (range(len(self.groups)) if indices is None else indices)]
@@ -159,9 +169,14 @@ class Comparisons:
         records = self.groups.records(group)
         margins, labels = (self.groups.table.columns[name][records].tolist() for name in ("margin", "label"))
         return tuple(
-            Compared(chosen, rejected, 0.0 if math.isnan(margin) else margin, label)
+            _compared_as(chosen, rejected, 0.0 if math.isnan(margin) else margin, label)
             for (chosen, rejected), margin, label in zip(own, margins, labels, strict=True)
         )
+
+
+def _compared_as(chosen: int, rejected: int, margin: float, label: float) -> Compared:
+    """The pair with the side that is preferred first."""
+    return Compared(chosen, rejected, margin, label) if label >= 0.5 else Compared(rejected, chosen, -margin, 1 - label)
 
 
 def group_pairs(

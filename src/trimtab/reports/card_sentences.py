@@ -35,6 +35,7 @@ def card_sentences(card: Mapping[str, Any]) -> list[str]:
     found += _length(section(card, "length"))
     if by_slice := _listed(section(card, "by_slice")):
         found.append(f"By slice: {by_slice}.")
+    found += _teacher(section(card, "teacher"))
     found += _calibration(card)
     texts = section(card, "degenerate")
     above = [(name, interval(section(texts, name), "above_rejected")) for name in texts]
@@ -94,6 +95,16 @@ def _length(figures: Mapping[str, Any]) -> list[str]:
             told.append(f"with length_correction = {name!r} {left.value:+.2f}, and the accuracy is {_share(accuracy)}")
     text = "; ".join(told)
     return [f"{text[0].upper()}{text[1:]}."]
+
+
+def _teacher(figures: Mapping[str, Any]) -> list[str]:
+    """How far the model orders replies as its teacher does, and how well the teacher orders them itself."""
+    agreement, accuracy = interval(figures, "agreement"), interval(figures, "accuracy")
+    if agreement is None:
+        return []
+    rank = show(number(figures, "margin_spearman"))
+    own = f"; the teacher itself is right about {_share(accuracy)}" if accuracy is not None else ""
+    return [f"It orders {_share(agreement)} of the pairs as its teacher does (Spearman of the margins {rank}){own}."]
 
 
 def _calibration(card: Mapping[str, Any]) -> list[str]:

@@ -126,9 +126,11 @@ def load_rewards(
 
 
 def judges(settings: Any) -> dict[str, Any]:
-    """Every reward that the settings of a stage name, by its key path: "rewards.0", and "cost.reward" of a limit."""
+    """Every reward that the settings of a stage name, by its key path: "rewards.0", "teacher.0" of the reward stage,
+    and "cost.reward" of a limit."""
     cost = getattr(settings, "cost", None)
-    rewards = {f"rewards.{number}": reward for number, reward in enumerate(getattr(settings, "rewards", ()))}
+    lists = {key: getattr(settings, key, ()) for key in ("rewards", "teacher")}
+    rewards = {f"{key}.{number}": reward for key, own in lists.items() for number, reward in enumerate(own)}
     return rewards | ({"cost.reward": cost.reward} if cost is not None else {})
 
 

@@ -193,15 +193,15 @@ def _shared_base(settings: Any, models: ModelsOnPaper) -> str | None:
     return None if settings.adapter is None else models.find(settings.model).base or settings.model
 
 
-def _judges(settings: Any, models: ModelsOnPaper) -> list[RoleOnPaper]:
+def _judges(settings: Any, models: ModelsOnPaper, called: str = "reward model") -> list[RoleOnPaper]:
     """The reward models, each member of an ensemble for itself. Those that are adapters stand on the base of the
-    policy's adapter, if it is theirs; else those of an ensemble share one base, and a single one is merged into its
-    own."""
+    policy's adapter, if it is theirs; else, as those of a teacher always do, those of an ensemble share one base, and a
+    single one is merged into its own."""
     paths = [reward.path for reward in judges_and_measure(settings).values() if isinstance(reward, ModelReward)]
-    base, roles = _shared_base(settings, models), []
+    base, roles = None if called == "teacher" else _shared_base(settings, models), []
     for number, path in enumerate(paths, start=1):
         model = models.find(path, scalar=True)
-        name = "reward model" if len(paths) == 1 else f"reward model {number}"
+        name = called if len(paths) == 1 else f"{called} {number}"
         on_policy = model.is_adapter_of(base)
         kept_apart = on_policy or model.members > 1
         for member in range(model.members):
@@ -244,11 +244,12 @@ def sft_job(settings: Any, models: ModelsOnPaper, asked: OnPaper) -> Job:
 
 def reward_job(settings: Any, models: ModelsOnPaper, asked: OnPaper) -> Job:
     """An update of the reward stage: a pair for each prompt, and a model for each member, which are trained in turn.
-    Members that are adapters have one base."""
+    Members that are adapters have one base. A teacher scores every pair once, before the first update; that is counted
+    as a pass for each step, as it is with a single epoch, and as if its models stayed in memory."""
     shape = models.find(settings.model, scalar=True).shape
     names = ["reward model", *(f"reward model, member {number}" for number in range(1, settings.members))]
     roles = tuple(_trained(name, shape, settings, on_base=number > 0) for number, name in enumerate(names))
-    return _supervised(settings, roles, asked, replies=2)
+    return _supervised(settings, (*roles, *_judges(settings, models, "teacher")), asked, replies=2)
 
 
 def preference_job(settings: Any, models: ModelsOnPaper, asked: OnPaper) -> Job:

@@ -56,6 +56,7 @@ from trimtab.stages.reward_members import (
     start_members,
 )
 from trimtab.stages.reward_replies import train_on_replies
+from trimtab.stages.reward_teacher import TEACHER_FILE, agreement_with_teacher, teach, teacher_refusal
 from trimtab.stages.stage import EPOCHS_GROW, Stage
 from trimtab.stages.supervised import (
     FIT,
@@ -107,8 +108,16 @@ class RewardSettings(TrainingSettings):
     """Train an ensemble of so many models, each with a seed and an order of the data of its own."""
     bootstrap: bool = False
     """Each member draws as many prompts as there are, with replacement, and trains on these."""
+    teacher: Annotated[tuple[Any, ...], Choice("reward")] = ()
+    """Learn from the scores of these rewards, added up with their weights, and not from the labels of `data`: a large
+    model, an ensemble, or any other reward. The labels judge the model then."""
+    teacher_temperature: float = 1.0
+    """A pair's label is the sigmoid of the difference of the teacher's two scores, divided by this: below 1 for a
+    teacher whose scores are no logits and lie close together."""
 
     def __post_init__(self) -> None:
+        if problem := teacher_refusal(self):
+            raise ValueError(problem)
         if self.bootstrap and self.members == 1:
             raise ValueError("bootstrap = true is for the members of an ensemble, and members = 1")
         if learns_from(self) is PreferencePair:
@@ -150,18 +159,20 @@ def run(settings: RewardSettings, run: Run) -> None:
             fix="give more pairs, another held_out share, or a larger max_tokens",
         )
     shown = read_demonstrations(settings, chat, run, counts)
+    taught = teach(settings, run, chat, train_on, judged_by, counts) if settings.teacher else None
+    learned, validated = (train_on, judged_by) if taught is None else (taught.train, taught.held_out)
     members, base = start_members(settings, chat)
     starts = [head_start(member) for member in members]
     refuse_long(members[0].model, chain(train_on.trees, judged_by.trees, shown), where=settings.data, fix=FIT)
-    epochs = Epochs.of(settings, train_on.trees)
+    epochs = Epochs.of(settings, learned.trees)
     roles = {name_of(number): member for number, member in enumerate(members)}
     engines = Engines.start(settings, run.directory, load=load_roles, models=roles)
     learners = [make_learner(role, settings, epochs, engines, name=name) for name, role in roles.items()]
-    own_examples = [Examples(settings, number, train_on.trees) for number in range(len(members))]
-    validation = Validation(lambda: [tree.num_tokens for tree in judged_by.trees], judged_by.batch)
+    own_examples = [Examples(settings, number, learned.trees) for number in range(len(members))]
+    validation = Validation(lambda: [tree.num_tokens for tree in validated.trees], validated.batch)
     with engines, training(run, Learners(learners), epochs, settings, description="reward") as steps:
         for number, _ in steps:
-            batches = [train_on.batch(own.of_step(number)) for own in own_examples]
+            batches = [learned.batch(own.of_step(number)) for own in own_examples]
             updates: list[Metrics] = []
             for learner, batch in zip(learners, batches, strict=True):
                 updates.append(learner.update([(batch, [settings.loss])]))
@@ -173,7 +184,7 @@ def run(settings: RewardSettings, run: Run) -> None:
     for member, start in zip(members, starts, strict=True):
         if member.adapter is None:
             round_as_written(member.model)
-        moments = calibrate(member, settings, train_on, shown)
+        moments = calibrate(member, settings, learned, shown)
         facts.append({f"reward_{name}": value for name, value in moments.items()} | {HEAD_START: start})
     scores = np.array([scores_of_pairs(member, judged_by, settings) for member in members])  # [K, 2, pairs]
     shifts = [known["reward_shift"] for known in facts]
@@ -190,6 +201,8 @@ def run(settings: RewardSettings, run: Run) -> None:
 
     run.save_model(write)
     card = judge(scores, train_on, judged_by, settings, scorer=scorer, lengths=lengths, directory=run.model_dir)
+    if taught is not None:
+        card["teacher"] = agreement_with_teacher(settings, judged_by.pairs(), scores.mean(0), taught.scores)
     about = {"model": str(run.model_dir), "digest": model_digest(run.model_dir)}
     text = card_text(card, **about, data=[settings.held_out_data or settings.data])
     write_out(run.directory / CARD_FILE, text)
@@ -298,7 +311,7 @@ STAGE = Stage(
     model="any",
     trains="reward model",
     data=lambda settings: (learns_from(settings),),
-    writes=("metrics.jsonl", CARD_FILE),
+    writes=("metrics.jsonl", CARD_FILE, TEACHER_FILE),
     grows=EPOCHS_GROW,
     about="A reward model learned what people prefer, from comparisons of replies or from judgements of single ones.",
     charts=(
