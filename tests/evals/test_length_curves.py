@@ -15,7 +15,7 @@ from trimtab.evals.length_curves import (
     length_figures,
     length_premium,
     lowess,
-    refusal,
+    length_refusal,
 )
 
 
@@ -116,9 +116,9 @@ def test_beyond_the_replies_of_the_fit_lowess_is_level_and_between_them_it_is_li
 
 
 def test_too_few_replies_and_replies_of_one_length_are_said():
-    assert "19 replies, and at least 20 are needed" in refusal(range(19))
-    assert "each of 30 replies has 8 tokens" in refusal([8] * 30)
-    assert refusal([8] * 29 + [9]) == ""
+    assert "19 replies, and at least 20 are needed" in length_refusal(range(19))
+    assert "each of 30 replies has 8 tokens" in length_refusal([8] * 30)
+    assert length_refusal([8] * 29 + [9]) == ""
 
 
 def test_the_premium_is_the_slope_times_the_deviation_with_the_interval_of_a_bootstrap_over_prompts():

@@ -57,7 +57,7 @@ class LengthCurve:
         return np.asarray(np.interp(within, self.lengths, self.rewards) + self.slope * (asked - within))
 
 
-def refusal(lengths: ArrayLike) -> str:
+def length_refusal(lengths: ArrayLike) -> str:
     """Why no curve can be fitted to replies of these lengths; "" if one can."""
     flat = np.asarray(lengths, dtype=np.float64)
     if flat.size < FEWEST:
@@ -71,7 +71,7 @@ def fit_curve(
     rewards: ArrayLike, lengths: ArrayLike, method: LengthMethod, *, bandwidth: float = BANDWIDTH
 ) -> LengthCurve:
     """The curve of replies with these rewards and lengths, [num_replies] each. `bandwidth` in (0, 1] is that of LOWESS.
-    The lengths must not all be equal; see `refusal`."""
+    The lengths must not all be equal; see `length_refusal`."""
     y, x = (np.asarray(values, dtype=np.float64) for values in (rewards, lengths))
     if method == "regression":
         slope = float((x - x.mean()) @ (y - y.mean()) / np.square(x - x.mean()).sum())

@@ -16,7 +16,7 @@ from trimtab.core.files import writing
 from trimtab.core.types import Demonstration, PreferencePair, prompt_id
 from trimtab.data.layouts import load
 from trimtab.engines.device import device_of
-from trimtab.evals.length_curves import BANDWIDTH, length_premium, refusal
+from trimtab.evals.length_curves import BANDWIDTH, length_premium, length_refusal
 from trimtab.evals.reward_card import SIDES
 from trimtab.rewards.length_correction import LENGTH_FILE, fitted, write_correction
 from trimtab.rewards.model import RewardModel
@@ -49,7 +49,7 @@ def debias(*, model: str, data: Sequence[str], bandwidth: float = BANDWIDTH, dev
     ]
     sequences = [ids for _, ids in read]
     lengths = np.array(lengths_of(sequences), dtype=np.float64)
-    if problem := refusal(lengths):
+    if problem := length_refusal(lengths):
         raise DataError(
             problem,
             where=", ".join(data),

@@ -27,7 +27,7 @@ from trimtab.data.pairs import Comparisons, group_pairs
 from trimtab.data.rankings import only_rankings
 from trimtab.engines.build import Engines
 from trimtab.engines.local.learner import AdamW
-from trimtab.evals.length_curves import refusal as length_refusal
+from trimtab.evals.length_curves import length_refusal
 from trimtab.evals.reward_card import MOST_TRAINING_PAIRS
 from trimtab.math.losses.reward import BradleyTerry
 from trimtab.models.adapters import LoRA
