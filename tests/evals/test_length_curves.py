@@ -14,8 +14,8 @@ from trimtab.evals.length_curves import (
     fit_curve,
     length_figures,
     length_premium,
-    lowess,
     length_refusal,
+    lowess,
 )
 
 

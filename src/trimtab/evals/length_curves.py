@@ -33,7 +33,7 @@ METHODS: tuple[LengthMethod, ...] = ("regression", "lowess")
 BANDWIDTH = 0.5
 """The share of the replies that each local line of LOWESS is fitted to; the default of the published code."""
 FEWEST = 20
-"""Number of replies below which no correction is fitted: its error would be as large as what it corrects."""
+"""Number of replies below which no curve is fitted: the slope of a few is mostly chance."""
 _NUM_RESAMPLES = 1000
 
 

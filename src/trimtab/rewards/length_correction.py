@@ -26,6 +26,7 @@ from trimtab.evals.length_curves import BANDWIDTH, FEWEST, METHODS, LengthCurve,
 from trimtab.stats import Floats
 
 LENGTH_FILE = "length_correction.json"
+"""File with the curves in the directory of a reward model; of an ensemble, in that of the whole."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class LengthCorrection:
 
 def fitted(scores: Floats, lengths: Floats, *, data: Sequence[str], bandwidth: float = BANDWIDTH) -> dict[str, Any]:
     """The curves of both kinds of K members, from their scores [K, n] of replies and the replies' lengths [n] in
-    tokens, as the file holds them. `data` names where the replies are from. See `evals.length_curves.length_refusal`."""
+    tokens, as the file holds them. `data` names where the replies are from. See `length_refusal`."""
     curves = {
         method: [dataclasses.asdict(fit_curve(row, lengths, method, bandwidth=bandwidth)) for row in scores]
         for method in METHODS
