@@ -103,6 +103,11 @@ def test_the_tables_of_reward_models_are_those_of_their_data(script, part):
     assert_on_page("reward-models", script("reward_models").TABLES[part](data("reward_models")[part]))
 
 
+@pytest.mark.parametrize("part", ["length", "fair", "distil"])
+def test_the_tables_of_corrections_and_students_are_those_of_their_data(script, part):
+    assert_on_page("reward-models", script("reward_tools").TABLES[part](data("reward_tools")[part]))
+
+
 def test_the_table_of_a_limit_on_harm_is_that_of_its_data(script):
     objectives, found = script("objectives"), data("objectives")
     assert found["over_seeds"] == objectives.over_seeds(found["runs"])
