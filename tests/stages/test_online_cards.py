@@ -9,6 +9,7 @@ import pytest
 from tests.stages.commands import rows, run_stage, trimtab, write_run_file
 from trimtab.core.types import Message, Prompt, Rollout
 from trimtab.reports.card_sentences import cautions
+from trimtab.runs.models import model_digest
 from trimtab.stages.online import cards
 
 SMALL = {
@@ -42,6 +43,15 @@ def test_a_run_keeps_the_hash_of_the_card_beside_its_reward_model(tmp_path, base
     out = run_stage("online", tmp_path / "run", **settings_of(base, reward / "model"))
     assert json.loads((out / "environment.json").read_text())["reward_cards"] == {"rewards.0": sha256}
     assert all(0 <= row["reward/beyond_card_fraction"] <= 1 for row in rows(out))
+
+
+def test_a_card_in_the_directory_of_its_model_is_found_and_changes_no_model(tmp_path, base, reward):
+    before = model_digest(reward / "model")
+    (reward / "reward_card.json").rename(reward / "model" / "reward_card.json")
+    sha256 = changed(reward / "model", accuracy=0.9, accuracy_low=0.8, accuracy_high=0.95, resembles=None)
+    assert model_digest(reward / "model") == before
+    out = run_stage("online", tmp_path / "run", **settings_of(base, reward / "model"))
+    assert json.loads((out / "environment.json").read_text())["reward_cards"] == {"rewards.0": sha256}
 
 
 def test_a_card_that_speaks_against_its_model_is_heard(tmp_path, base, reward):

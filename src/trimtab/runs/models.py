@@ -10,6 +10,8 @@ from trimtab.core.hub import ADAPTER_FILE, BESIDE_FILE, base_of, is_ensemble, me
 
 _READ = ("*.json", "*.jinja", "*.model", "*.safetensors")
 """The files that decide what a model computes: configuration, tokenizer, template and weights."""
+CARD_FILE = "reward_card.json"
+"""What was found out about a reward model (`evals/reward_card.schema.json`), which changes nothing that it computes."""
 _WHOLE_BYTES = 2**26
 """A file up to this size is read whole; of a larger one, the header and blocks at even distances are read."""
 _NUM_BLOCKS, _BLOCK_BYTES = 1024, 4096
@@ -24,7 +26,9 @@ def model_digest(directory: str | Path) -> str:
     """
     path = Path(directory)
     digest = hashlib.sha256()
-    for file in sorted({file for pattern in _READ for file in path.glob(pattern)} - {path / BESIDE_FILE}):
+    for file in sorted(
+        {file for pattern in _READ for file in path.glob(pattern)} - {path / BESIDE_FILE, path / CARD_FILE}
+    ):
         digest.update(file.name.encode())
         if file.name == ADAPTER_FILE:
             described = read_json(file) | {"base_model_name_or_path": None}

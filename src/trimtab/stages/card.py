@@ -26,11 +26,9 @@ from trimtab.reports.card_sentences import card_sentences
 from trimtab.rewards.length_correction import LengthCorrection, corrections_in
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.scorer import TOKEN_BUDGET, RewardModelScorer, lengths_of, rewards_of
-from trimtab.runs.models import model_digest
+from trimtab.runs.models import CARD_FILE, model_digest
 from trimtab.stats import Floats
 
-CARD_FILE = "reward_card.json"
-"""What a card is called beside its model. `evals/reward_card.schema.json` is the JSON schema of it."""
 PAGE_FILE = "reward_card.html"
 VERSION = 1
 """The version of the schema, raised when a reader of the file would have to change."""

@@ -40,9 +40,9 @@ from trimtab.models.save import round_as_written
 from trimtab.rewards.ensemble import EnsembleScorer
 from trimtab.rewards.length_correction import corrections_in, fitted, write_correction
 from trimtab.rewards.scorer import RewardModelScorer, finite_scores, rewards_of
-from trimtab.runs.models import model_digest
+from trimtab.runs.models import CARD_FILE, model_digest
 from trimtab.runs.run import Run
-from trimtab.stages.card import CARD_FILE, card_text, measure, reply_lengths
+from trimtab.stages.card import card_text, measure, reply_lengths
 from trimtab.stages.reading import read_demonstration_trees, read_split, say_too_long
 from trimtab.stages.reward_members import (
     Examples,

@@ -21,9 +21,8 @@ from trimtab.evals.text import words
 from trimtab.reports.card_sentences import cautions
 from trimtab.rewards.combined import judges
 from trimtab.rewards.model import ModelReward
-from trimtab.runs.models import model_digest
+from trimtab.runs.models import CARD_FILE, model_digest
 from trimtab.runs.run import Run
-from trimtab.stages.card import CARD_FILE
 from trimtab.stages.online.settings import OnlineSettings
 
 MOST_BEYOND = 0.5
