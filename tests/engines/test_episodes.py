@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.tiny import write_model_directory
+from trimtab.batches.rollouts import in_groups, rollout_trees
 from trimtab.core import seeds
 from trimtab.core.errors import DataError, EngineError
 from trimtab.core.types import Message, Observation, Prompt, from_dict, to_dict
@@ -19,7 +20,6 @@ from trimtab.models.forward import token_logprobs_of
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.stages.online.checks import event_metrics
-from trimtab.stages.online.rollouts import in_groups, rollout_trees
 
 
 @dataclass

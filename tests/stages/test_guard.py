@@ -22,10 +22,10 @@ from trimtab.evals.reply_signals import ReplySet
 from trimtab.math.losses.policy import PPO
 from trimtab.runs.run import Run
 from trimtab.stages import online
-from trimtab.stages.online.guard import watch
-from trimtab.stages.online.guard.measuring import CheckReplies
-from trimtab.stages.online.guard.state import GuardState
-from trimtab.stages.online.guard.watch import RunGuard
+from trimtab.stages.guard import watch
+from trimtab.stages.guard.measuring import CheckReplies
+from trimtab.stages.guard.state import GuardState
+from trimtab.stages.guard.watch import RunGuard
 from trimtab.stages.online.settings import OnlineSettings
 from trimtab.stages.plan import cut_short
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.stages.commands import FAST, online_settings, rows, run_stage, trimtab, without_times, write_run_file
 from tests.stages.test_online_invariance import CHANGES, FAMILY
-from trimtab.batches.rollouts import PolicyBatch
+from trimtab.batches.rollouts import PolicyBatch, in_groups, rollout_trees
 from trimtab.core.types import Message, Observation, Prompt
 from trimtab.data.chat import Chat
 from trimtab.engines.episodes import EpisodeLimits, EpisodeSampler
@@ -20,7 +20,6 @@ from trimtab.math.losses.policy import PPO, EntropyBonus, KLPenalty, Reinforce
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.stages import online
-from trimtab.stages.online.rollouts import in_groups, rollout_trees
 
 TEXTS = ("I want a refund!", "What is 12 + 30?", "Item: lamp. Policy: refund within 30 days.", "Thank you")
 

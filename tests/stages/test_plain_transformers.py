@@ -6,13 +6,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.stages.commands import FAST, online_settings, run_stage
 from trimtab import worlds
+from trimtab.batches.rollouts import in_groups, rollout_trees
 from trimtab.data.chat import Chat
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.models.forward import token_logprobs_of
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.rewards.scorer import RewardModelScorer
-from trimtab.stages.online.rollouts import in_groups, rollout_trees
 
 
 @pytest.fixture(scope="module", params=["sft", "online"])

@@ -47,7 +47,7 @@ from transformers import AutoModelForSequenceClassification
 from tests.stages.commands import FAST, online_settings, rows, run_stage
 from tests.tiny import VOCAB, causal, write_model_directory
 from trimtab import worlds
-from trimtab.batches.rollouts import PolicyBatch
+from trimtab.batches.rollouts import PolicyBatch, rollout_trees
 from trimtab.batches.trees import TokenTrees, response_tree
 from trimtab.core import config
 from trimtab.core.metrics import Metrics
@@ -66,7 +66,6 @@ from trimtab.rewards.combined import CombinedReward, RewardPart
 from trimtab.rewards.scorer import RewardModelScorer
 from trimtab.stages.online.models import load_models
 from trimtab.stages.online.objectives import minibatches
-from trimtab.stages.online.rollouts import rollout_trees
 from trimtab.stages.online.settings import OnlineSettings
 
 

@@ -1,12 +1,14 @@
-"""Rollouts as a batch, with everything that the losses of online training need."""
+"""Rollouts as trees, and as a batch with everything that the losses of online training need."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from trimtab.batches.trees import TreeBatch, per
+from trimtab.batches.trees import TokenTrees, TreeBatch, per, response_tree
+from trimtab.core.types import Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +25,15 @@ class PolicyBatch(TreeBatch):
     advantages: Tensor = per("token")
     returns: Tensor = per("token")
     """The targets of the critic."""
+
+
+def rollout_trees(groups: Sequence[Sequence[Rollout]]) -> TokenTrees:
+    """The rollouts as trees, the prompt of a group once; the sampled token ids are the ids that are trained on."""
+    return TokenTrees.build(
+        [response_tree(g[0].prompt_ids, [r.response_ids for r in g], [r.response_mask for r in g]) for g in groups]
+    )
+
+
+def in_groups(rollouts: Sequence[Rollout], size: int) -> list[list[Rollout]]:
+    """The rollouts of each prompt; a sampler gives `size` of them for each prompt, one prompt after the other."""
+    return [list(rollouts[i : i + size]) for i in range(0, len(rollouts), size)]

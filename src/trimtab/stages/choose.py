@@ -36,17 +36,17 @@ from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
 from trimtab.rewards.combined import judges, load_rewards, refuse_missing_facts, refuse_unread_flags
 from trimtab.runs.checkpoints import checkpoints_in, step_of, whole_checkpoint
-from trimtab.stages.noise import seed_noise
-from trimtab.stages.online.data import note_missing_facts
-from trimtab.stages.online.guard.independence import (
+from trimtab.stages.guard.independence import (
     different,
     measure_digest,
     refuse_empty_measure,
     refuse_trained_measure,
     same_source,
 )
-from trimtab.stages.online.guard.measuring import ask
-from trimtab.stages.online.guard.watch import DECISION
+from trimtab.stages.guard.measuring import ask
+from trimtab.stages.guard.watch import DECISION
+from trimtab.stages.noise import seed_noise
+from trimtab.stages.online.data import note_missing_facts
 from trimtab.stages.online.models import load_models
 from trimtab.stages.online.samplers import make_samplers
 from trimtab.stages.online.settings import OnlineEngineSettings, OnlineSettings
@@ -272,11 +272,13 @@ def _over(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, A
 def _defaults(trained: Any) -> dict[str, Any]:
     """How the run draws, and what its own guard was asked, as values of `ChooseSettings`; prompts that a guard held out
     have no name."""
-    sampling = getattr(trained, "sampling", Sampling(max_new_tokens=256))
+    guard = getattr(trained, "guard", None)
+    drawn = (getattr(one, "sampling", None) for one in (trained, guard))  # preference training draws in its guard alone
+    sampling = next((one for one in drawn if one is not None), Sampling(max_new_tokens=256))
     common = {"seed": trained.seed, "sampling": config.dump(sampling)}
-    if getattr(trained, "guard", None) is None:
+    if guard is None:
         return common
-    table = config.dump(trained.guard)
+    table = config.dump(guard)
     names = ("measure", "prompts", "num_prompts", "replies_per_prompt")
     return common | {name: table[name] for name in names if table[name] != config.NONE}
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from trimtab import worlds
+from trimtab.batches.rollouts import in_groups, rollout_trees
 from trimtab.core import seeds
 from trimtab.core.config import Choice
 from trimtab.core.types import Prompt, Rollout
@@ -37,7 +38,6 @@ from trimtab.rewards.model import RewardModel
 from trimtab.rewards.scorer import RewardModelScorer
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
-from trimtab.stages.online.rollouts import in_groups, rollout_trees
 from trimtab.stages.reading import read
 from trimtab.stages.reward_positions import refuse_short_reward_models
 from trimtab.stages.stage import Stage, few_prompts

@@ -6,6 +6,7 @@ import torch
 
 from tests.architectures.families import causal as family
 from tests.tiny import DECODERS, VOCAB, causal, write_model_directory
+from trimtab.batches.rollouts import in_groups, rollout_trees
 from trimtab.core.errors import ConfigError, DataError, EngineError
 from trimtab.core.types import Message, Prompt
 from trimtab.data.chat import Chat
@@ -18,7 +19,6 @@ from trimtab.math.logprobs import truncated_logprobs
 from trimtab.models.forward import token_logprobs_of
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
-from trimtab.stages.online.rollouts import in_groups, rollout_trees
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,8 @@ from trimtab.models.save import save_role
 from trimtab.rewards.gold import GoldScorer
 from trimtab.runs.loop import stepping
 from trimtab.runs.run import Run
+from trimtab.stages.guard.measuring import load_measure
+from trimtab.stages.guard.watch import DECISION, RECORD
 from trimtab.stages.noise import seed_noise
 from trimtab.stages.online.cards import CardWatch
 from trimtab.stages.online.checks import (
@@ -53,8 +55,8 @@ from trimtab.stages.online.checks import (
 )
 from trimtab.stages.online.cost import Limit, make_limit
 from trimtab.stages.online.data import guard_prompts, read_mix, read_prompts
-from trimtab.stages.online.guard.watch import DECISION, RECORD, RunGuard
-from trimtab.stages.online.models import Models, load_measure, load_models, load_roles
+from trimtab.stages.online.guard import OnlineGuard
+from trimtab.stages.online.models import Models, load_models, load_roles
 from trimtab.stages.online.objectives import Minibatches, PretrainingBatches, objectives
 from trimtab.stages.online.rollout_queue import RolloutQueue
 from trimtab.stages.online.rollouts import RolloutBatch
@@ -77,13 +79,13 @@ def run(settings: OnlineSettings, run: Run) -> None:
     chat = Chat(load_tokenizer(settings.model))
     counts: dict[str, int] = {}
     prompts = read_prompts(settings, chat, run, counts)
-    watched = guard_prompts(settings, prompts, run, chat)
+    watched, prompts = guard_prompts(settings, prompts, run, chat)
     demonstrations = read_mix(settings, chat, run, counts)
     models = load_models(settings, chat)
     refuse_long(models.policy.model, demonstrations, where="pretraining_mix", fix=FIT)
     measure = load_measure(settings)
     judges = [part.reward for part in (*models.rewards.parts, *measure.parts)]
-    every_prompt = [*watched.training, *watched.checks]
+    every_prompt = [*prompts, *watched.checks]
     refuse_short_reward_models(judges, every_prompt, chat, max_new_tokens=settings.sampling.max_new_tokens)
     engines = Engines.start(settings, run.directory, load=load_roles, models=models.roles)
     sampler, greedy = make_samplers(settings, models.policy, chat, every_prompt, engines.sampler)
@@ -92,14 +94,14 @@ def run(settings: OnlineSettings, run: Run) -> None:
     pretraining = PretrainingBatches(demonstrations, settings)
     state = OnlineState(
         learners=[policy] if critic is None or critic is policy else [policy, critic],
-        prompts=watched.training,
+        prompts=prompts,
         seed=settings.seed,
         kl_coef=settings.kl.initial,
         moments=RunningMoments(),
     )
     limit = make_limit(settings, models, engines, state)
     queue = RolloutQueue(RolloutSource(sampler, greedy, models.rewards, world, settings), state, settings)
-    guard = settings.guard and RunGuard(
+    guard = settings.guard and OnlineGuard(
         settings.guard,
         run,
         state,

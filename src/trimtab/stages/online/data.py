@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trimtab.batches.trees import Tree
+from trimtab.core import seeds
 from trimtab.core.errors import ConfigError, DataError
-from trimtab.core.types import Prompt
+from trimtab.core.types import Prompt, prompt_id
 from trimtab.data.chat import Chat
 from trimtab.rewards.combined import judges, refuse_missing_facts, refuse_unread_flags
 from trimtab.runs.run import Run
-from trimtab.stages.online.guard.prompts import GuardPrompts, prompts_of_guard
+from trimtab.stages.guard.prompts import GuardPrompts, check_prompts, read_checks
 from trimtab.stages.online.settings import OnlineSettings
 from trimtab.stages.online.state import endless
 from trimtab.stages.reading import FEW, read, read_demonstration_trees
@@ -53,23 +54,42 @@ def read_prompts(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[st
     return in_order_of_rehearsal(prompts, [lengths[i] for i in kept], settings)
 
 
-def guard_prompts(settings: OnlineSettings, prompts: list[Prompt], run: Run, chat: Chat) -> GuardPrompts:
-    """The prompts of the guard and those to train on; without a guard, all are to train on."""
-    if settings.guard is None:
-        return GuardPrompts([], prompts, 0)
-    found = prompts_of_guard(
-        settings.guard,
-        prompts,
-        run,
-        chat,
-        longest=settings.sampling.max_prompt_tokens,
-        least=settings.prompts_per_step,
-        seed=settings.seed,
-    )
-    if settings.guard.prompts is not None:  # the others are checked with those to train on
-        refuse_unread_flags(settings.combine, found.checks, where=settings.guard.prompts)
-    note_missing_facts(judges(settings), found.checks, where="guard.prompts")
-    return found
+def guard_prompts(
+    settings: OnlineSettings, prompts: list[Prompt], run: Run, chat: Chat
+) -> tuple[GuardPrompts, list[Prompt]]:
+    """The prompts of the guard and those to train on; without a guard, all are to train on.
+
+    Raises DataError if there are too few for checks, and ConfigError if too few are left to train on."""
+    guard = settings.guard
+    if guard is None:
+        return GuardPrompts([], 0), prompts
+    if guard.prompts is None:
+        chosen, rest = hold_out_for_guard(prompts, guard.num_prompts, seed=settings.seed)
+        if len(rest) < settings.prompts_per_step:
+            raise ConfigError(
+                f"guard.num_prompts = {guard.num_prompts} of {len(prompts)} prompts leave {len(rest)} to train on, "
+                f"and a step takes {settings.prompts_per_step}",
+                where="guard.num_prompts and prompts",
+                fix="give more prompts, or name a source for the guard's own: guard.prompts",
+            )
+    else:
+        chosen = read_checks(guard, guard.prompts, run, chat, longest=settings.sampling.max_prompt_tokens)
+        rest = prompts
+    trained = {prompt_id(prompt.messages) for prompt in rest}
+    where = guard.prompts or "the prompts held out for the guard"
+    found = check_prompts(guard, chosen, where=where, is_trained=lambda prompt: prompt_id(prompt.messages) in trained)
+    if guard.prompts is not None:  # the others are checked with those to train on
+        refuse_unread_flags(settings.combine, chosen, where=guard.prompts)
+    note_missing_facts(judges(settings), chosen, where="guard.prompts")
+    return found, rest
+
+
+def hold_out_for_guard(prompts: Sequence[Prompt], num: int, *, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """`num` different prompts, drawn by the seed, and all that are none of these."""
+    able = list({prompt_id(prompt.messages): prompt for prompt in prompts}.items())
+    order = seeds.generator(seed, "guard", "prompts").permutation(len(able))[:num]
+    chosen = dict(able[i] for i in sorted(order.tolist()))
+    return list(chosen.values()), [prompt for prompt in prompts if prompt_id(prompt.messages) not in chosen]
 
 
 def note_missing_facts(rewards: Mapping[str, Any], prompts: Sequence[Prompt], *, where: str) -> None:

@@ -172,9 +172,3 @@ def _rewards(settings: OnlineSettings, shared: PreTrainedModel | None = None, ba
     options: dict[str, Any] = {"token_budget": settings.token_budget, "device": settings.engine.find_device()}
     cost = settings.cost.reward if settings.cost else None
     return load_rewards(settings.rewards, combine=settings.combine, cost=cost, shared=shared, base=base, **options)
-
-
-def load_measure(settings: OnlineSettings) -> CombinedReward:
-    """What the guard measures by, with models of its own; without a guard, nothing."""
-    options: dict[str, Any] = {"token_budget": settings.token_budget, "device": settings.engine.find_device()}
-    return load_rewards(settings.guard.measure if settings.guard else (), **options)

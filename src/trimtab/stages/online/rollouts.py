@@ -10,7 +10,8 @@ from itertools import dropwhile
 import torch
 from torch import Tensor
 
-from trimtab.batches.trees import TokenTrees, response_tree
+from trimtab.batches.rollouts import rollout_trees
+from trimtab.batches.trees import TokenTrees
 from trimtab.core.metrics import Metrics
 from trimtab.core.types import Prompt, Rollout
 from trimtab.rewards.combined import COST
@@ -122,15 +123,3 @@ class Replies:
     prompts: Sequence[Prompt]
     rollouts: Sequence[Rollout]
     greedy: Sequence[Rollout]
-
-
-def rollout_trees(groups: Sequence[Sequence[Rollout]]) -> TokenTrees:
-    """The rollouts as trees, the prompt of a group once; the sampled token ids are the ids that are trained on."""
-    return TokenTrees.build(
-        [response_tree(g[0].prompt_ids, [r.response_ids for r in g], [r.response_mask for r in g]) for g in groups]
-    )
-
-
-def in_groups(rollouts: Sequence[Rollout], size: int) -> list[list[Rollout]]:
-    """The rollouts of each prompt; a sampler gives `size` of them for each prompt, one prompt after the other."""
-    return [list(rollouts[i : i + size]) for i in range(0, len(rollouts), size)]

@@ -25,8 +25,8 @@ from trimtab.models.adapters import LoRA
 from trimtab.models.precision import Precision
 from trimtab.rewards.combined import judges, part_names
 from trimtab.rewards.model import ModelReward
-from trimtab.stages.online.guard.independence import refuse_trained_measure, same_source
-from trimtab.stages.online.guard.settings import GuardSettings
+from trimtab.stages.guard.independence import refuse_trained_measure, same_source
+from trimtab.stages.guard.settings import OnlineGuardSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +223,7 @@ class OnlineSettings:
     in another precision they never do, and the defaults of this table hold. With top-p or top-k they differ by
     definition, and replies are trained on without weights."""
 
-    guard: GuardSettings | None = None
+    guard: OnlineGuardSettings | None = None
     """Watch the run by a measure that it does not train on, and act when the measure falls; None does not."""
     environment: Annotated[Any, Choice("environment")] | None = None
     """The environment that answers the policy between its turns, such as tools; None for replies of one turn."""
@@ -404,7 +404,7 @@ class OnlineSettings:
                 "max_staleness = 0 (a loss of your own that bounds them says so with bounds_ratio = True)"
             )
 
-    def _refuse_blind_guard(self, guard: GuardSettings) -> None:
+    def _refuse_blind_guard(self, guard: OnlineGuardSettings) -> None:
         """Raises ValueError if the guard could see no fall or could not do what it is to do."""
         refuse_trained_measure(guard.measure, judges(self))
         if guard.prompts is not None and same_source(guard.prompts, self.prompts):

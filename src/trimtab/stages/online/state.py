@@ -12,8 +12,8 @@ from trimtab.core.types import Prompt
 from trimtab.engines.base import Learner
 from trimtab.math.constraints import Multiplier
 from trimtab.math.rewards import RunningMoments
+from trimtab.stages.guard.state import GuardState
 from trimtab.stages.online.draws import Draw, load_draws, save_draws
-from trimtab.stages.online.guard.state import GuardState
 from trimtab.stages.supervised import Epochs
 
 

@@ -33,7 +33,7 @@ class GuardState:
     measured_at_action: int = 0
     """The length of `series` when the last action was taken."""
     lower_coefs: list[float] = field(default_factory=list)
-    """The KL coefficients before each rise that was not taken back."""
+    """The KL coefficients before each rise that was not taken back; none where no coefficient can be raised."""
     stopped: str = ""
     """Why the run was ended, "" if it was not."""
 

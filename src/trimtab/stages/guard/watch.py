@@ -1,14 +1,13 @@
-"""The guard of an online run: checks, the decision about what they show, and the actions.
+"""The guard of a run: checks, the decision about what they show, and the actions.
 
 It stands in the loop around the step. A check draws replies to prompts of its own by random numbers of its own and
 changes nothing that training reads, so a run whose guard takes no action has the same bits as a run without one. Cheap
 signals ask for the measure; the measure alone decides (`evals.checkpoint_choice` has the rule and the test). What the
 guard knows is part of the run's checkpoints, so that a run that was killed decides again as it did.
 
-Rolling back does not turn the clock back. The weights, the optimizers, the running moments of the reward and the
-multiplier of a limited cost are those of the best checkpoint, and the next step is the next one, with prompts and
-random numbers of its own: the same steps again would end in the same place. The KL coefficient stays as the guard has
-raised it.
+Rolling back does not turn the clock back. The weights, the optimizers with their place in the schedule and whatever
+else belongs to the weights are those of the best checkpoint, and the next step is the next one, with data and random
+numbers of its own: the same steps again would end in the same place.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from trimtab.core import config, seeds
 from trimtab.core.errors import DataError, EngineError
@@ -38,14 +38,12 @@ from trimtab.rewards.base import Reward
 from trimtab.runs.checkpoints import whole_checkpoint
 from trimtab.runs.loop import Steps
 from trimtab.runs.run import Run
+from trimtab.stages.guard.independence import measure_digest
+from trimtab.stages.guard.measuring import CheckReplies, ask
+from trimtab.stages.guard.prompts import GuardPrompts
+from trimtab.stages.guard.settings import GuardAction, GuardSettings
+from trimtab.stages.guard.state import GuardState
 from trimtab.stages.noise import seed_noise
-from trimtab.stages.online.guard.independence import measure_digest
-from trimtab.stages.online.guard.measuring import CheckReplies, ask
-from trimtab.stages.online.guard.prompts import GuardPrompts
-from trimtab.stages.online.guard.settings import GuardAction, GuardSettings
-from trimtab.stages.online.guard.state import GuardState
-from trimtab.stages.online.rollout_queue import RolloutQueue
-from trimtab.stages.online.state import OnlineState
 
 RECORD = "guard.jsonl"
 DECISION = "decision.json"
@@ -55,25 +53,40 @@ _STEEPER = 2.0
 """The signal `kl_slope` fires if the KL rises by this factor faster than on average so far, once it is above a nat."""
 
 
+class GuardedState(Protocol):
+    """The state of a run with a guard, such as `OnlineState` or `GuardedLearner`."""
+
+    guard: GuardState | None
+    """What the guard has seen and done."""
+
+    def save(self, path: Path) -> None:
+        """Writes the whole state, with that of the guard, into the directory `path`."""
+
+    def load_models(self, path: Path) -> Any:
+        """Restores of it the weights, the optimizers, and what else belongs to the weights."""
+
+
 class RunGuard:
-    """Checks the policy of one run, and acts: `guard.begin(steps)` before the first step, `guard.check(…)` in each."""
+    """Checks the policy of one run, and acts: `guard.begin(steps)` before the first step, `guard.check(…)` in each.
+
+    A stage whose policy could be pulled back in another way has a guard of its own (`OnlineGuard`)."""
 
     def __init__(
         self,
         settings: GuardSettings,
         run: Run,
-        state: OnlineState,
+        state: GuardedState,
         *,
         prompts: GuardPrompts,
         num_steps: int,
         sampler: Sampler,
         policy: Scorer,
         reference: Scorer,
-        reward: Reward,
+        reward: Reward | None,
         measure: Reward,
-        queue: RolloutQueue,
         seed: int,
     ) -> None:
+        """`reward` is what training raises, None if it has none that judges replies."""
         self.settings = settings
         self.run = run
         self.state = state
@@ -85,7 +98,6 @@ class RunGuard:
         self.reference = reference
         self.reward = reward
         self.measure = measure
-        self.queue = queue
         self.seed = seed
         state.guard = GuardState()
 
@@ -109,7 +121,7 @@ class RunGuard:
         if self.seen.series:
             return
         self.run.rewind(-1)  # a run that was killed before its first checkpoint has written the row of this check
-        replies = self._ask(0)
+        replies = self.replies(0)
         self.seen.start = replies.texts
         first = replies.measured(0, self.measure)
         if not first.may_be_chosen:
@@ -128,7 +140,7 @@ class RunGuard:
         """After step number `step`, counted from 1: a check if it is due, and what follows from it, as metrics."""
         if step % self.settings.every and step != self.num_steps:
             return {}
-        replies = self._ask(step)
+        replies = self.replies(step)
         level = self._level(step)
         found, fired = self._signals(step, replies)
         budget = self.settings.kl_budget
@@ -216,10 +228,8 @@ class RunGuard:
             **last.estimate.named("measure_last"),
         }
 
-    def _ask(self, step: int) -> CheckReplies:
-        """The replies of the policy as it is now. What is drawn ahead is finished first: a sampler draws for one at a
-        time."""
-        self.queue.finish()
+    def replies(self, step: int) -> CheckReplies:
+        """The replies of the policy as it is now."""
         seed_noise(self.seed, "guard", step)  # the next step sets the global generators again
         self.sampler.sync()
         return ask(
@@ -231,6 +241,18 @@ class RunGuard:
             replies_per_prompt=self.settings.replies_per_prompt,
             seed=seeds.derive(self.seed, "guard"),
         )
+
+    def act(self, action: GuardAction, step: int, why: str) -> list[dict[str, Any]]:
+        """Takes an action after `step`, and returns it as rows of the record."""
+        if action == "stop":
+            return [self._stop(why)]
+        assert action == "roll_back", f"{action} is an action of a stage of its own"
+        to_step, damaged = self._load_best(step, self.seen.series[:-1])
+        return [*damaged, {"event": action, "why": f"{why}; on with the weights of step {to_step}", "to_step": to_step}]
+
+    def at_new_best(self, now: MeasuredCheckpoint) -> list[dict[str, Any]]:
+        """What is taken back because the measure has a new best, as rows of the record; nothing here."""
+        return []
 
     def _level(self, step: int) -> float:
         """The level of a test in this check: what is left of alpha, over the pairs of this check and those to come. The
@@ -279,40 +301,22 @@ class RunGuard:
     def _decide(
         self, step: int, now: MeasuredCheckpoint, best: MeasuredCheckpoint, fall: FallTest
     ) -> list[dict[str, Any]]:
-        """Takes the next action if the fall is real and its turn has come; takes back a raised coefficient at a new
-        best. Returns the action as rows of the record."""
+        """Takes the next action if the fall is real and its turn has come. Returns what was done as rows of the
+        record."""
         seen, ladder = self.seen, self.settings.actions
-        if fall.is_real:
-            rested = len(seen.series) - seen.measured_at_action >= self.settings.patience or not seen.num_actions
-            if not rested or seen.num_actions == len(ladder):
-                return []
-            action = ladder[seen.num_actions]
-            seen.num_actions += 1
-            seen.measured_at_action = len(seen.series)
-            why = (
-                f"the measure fell from {best.estimate} at step {best.step} to {now.estimate}, by {fall.difference} "
-                f"paired, p = {fall.p_value:.2g} below {fall.level:.2g}"
-            )
-            return self._act(action, step, why)
-        if seen.lower_coefs and self.kept() == [step]:
-            self.state.kl_coef, before = seen.lower_coefs.pop(), self.state.kl_coef
-            why = f"the measure has a new best, {now.estimate}; kl_coef {before:.4g} → {self.state.kl_coef:.4g}"
-            return [{"event": "lower_kl", "why": why, "kl_coef": self.state.kl_coef}]
-        return []
-
-    def _act(self, action: GuardAction, step: int, why: str) -> list[dict[str, Any]]:
-        state = self.state
-        if action == "stop":
-            return [self._stop(why)]
-        if action == "raise_kl":
-            self.seen.lower_coefs.append(state.kl_coef)
-            state.kl_coef = max(state.kl_coef * self.settings.kl_factor, self.settings.kl_floor)
-            why = f"{why}; kl_coef {self.seen.lower_coefs[-1]:.4g} → {state.kl_coef:.4g}"
-            return [{"event": action, "why": why, "kl_coef": state.kl_coef}]
-        to_step, damaged = self._load_best(step, self.seen.series[:-1])
-        self.queue.drop_drawn()
-        why = f"{why}; on with the weights of step {to_step}"
-        return [*damaged, {"event": action, "why": why, "to_step": to_step}]
+        if not fall.is_real:
+            return self.at_new_best(now) if self.kept() == [step] else []
+        rested = len(seen.series) - seen.measured_at_action >= self.settings.patience or not seen.num_actions
+        if not rested or seen.num_actions == len(ladder):
+            return []
+        action = ladder[seen.num_actions]
+        seen.num_actions += 1
+        seen.measured_at_action = len(seen.series)
+        why = (
+            f"the measure fell from {best.estimate} at step {best.step} to {now.estimate}, by {fall.difference} "
+            f"paired, p = {fall.p_value:.2g} below {fall.level:.2g}"
+        )
+        return self.act(action, step, why)
 
     def _stop(self, why: str) -> dict[str, Any]:
         self.seen.stopped = why

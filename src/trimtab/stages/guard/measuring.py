@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trimtab.batches.rollouts import in_groups, rollout_trees
 from trimtab.core.types import Prompt, Rollout
 from trimtab.engines.base import Sampler, Scorer
 from trimtab.evals.checkpoint_choice import MeasuredCheckpoint
@@ -15,7 +17,7 @@ from trimtab.evals.reply_signals import ReplySet
 from trimtab.math.kl import k1
 from trimtab.math.masking import sum_per_sequence
 from trimtab.rewards.base import Reward, by_reply
-from trimtab.stages.online.rollouts import in_groups, rollout_trees
+from trimtab.rewards.combined import CombinedReward, load_rewards
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,9 @@ def ask(
     if reward is not None:
         rewards = by_reply(reward.score(rollouts)[0], rollouts)
     return CheckReplies(rollouts, replies_per_prompt, kl, rewards.masked_fill(~rewards.isfinite(), torch.nan))
+
+
+def load_measure(settings: Any) -> CombinedReward:
+    """What the guard of a stage with these settings measures by, with models of its own; without a guard, nothing."""
+    options: dict[str, Any] = {"token_budget": settings.token_budget, "device": settings.engine.find_device()}
+    return load_rewards(settings.guard.measure if settings.guard else (), **options)
