@@ -199,6 +199,7 @@ def group_pairs(
 class Judgements:
     """Judged replies grouped by prompt, each reply once."""
 
+    groups: Groups
     trees: Sequence[Tree]
     desirable: Sequence[tuple[float, ...]]
     """For each tree, how many judgements call each of its replies good; fractions if labels are probabilities."""
@@ -229,6 +230,7 @@ def group_replies(
 
     labels = groups.column("label")
     return Judgements(
+        groups,
         Lazy(len(groups), lambda i: groups.tree(i)[0]),
         Lazy(len(groups), lambda i: judged(i, True)),
         Lazy(len(groups), lambda i: judged(i, False)),
@@ -249,6 +251,7 @@ def split_in_two(comparisons: Comparisons) -> Judgements:
 
     size = len(comparisons.trees)
     return Judgements(
+        comparisons.groups,
         comparisons.trees,
         Lazy(size, lambda i: judged(i, True)),
         Lazy(size, lambda i: judged(i, False)),

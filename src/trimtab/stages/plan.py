@@ -162,6 +162,8 @@ def weights(stage: str, settings: Any, directory: Path) -> dict[str, float]:
             sizes["critic"] = file_gb(settings.critic_start()) * times
         if (start_of_cost := settings.cost_critic_start) is not None:
             sizes["cost critic"] = file_gb(start_of_cost) * times
+    if critic is None and adapter is None and getattr(settings, "guard", None) is not None:
+        sizes["reference"] = file_gb(settings.reference or settings.model)
     for role in ("baseline", "reward_model"):
         if (path := getattr(settings, role, None)) is not None:
             sizes[role.replace("_", " ")] = file_gb(path)

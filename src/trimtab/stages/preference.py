@@ -6,7 +6,8 @@ The data are pairs of replies, or replies judged one by one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,9 +22,10 @@ from torch import Tensor
 from trimtab.batches.pairs import PairBatch, ReferencePairs
 from trimtab.batches.replies import JudgedReplies, MismatchedReplies
 from trimtab.batches.trees import TokenTrees, Tree, TreeBatch, split_by_tokens
-from trimtab.core.config import Choice
+from trimtab.core.config import NONE, Choice
 from trimtab.core.errors import DataError, EngineError
 from trimtab.core.hub import same_model
+from trimtab.core.metrics import Metrics, Total, to_values
 from trimtab.core.types import LabelledResponse, PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import kinds_of
@@ -44,9 +46,13 @@ from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.runs.run import Run
+from trimtab.stages.guard.independence import same_source
+from trimtab.stages.guard.settings import PreferenceGuardSettings
+from trimtab.stages.guard.watch import DECISION, RECORD
+from trimtab.stages.preference_guard import GuardedLearner, guard_prompts, make_guard, make_sampler, steps_of_the_guard
 from trimtab.stages.reading import read_split, say_too_long
-from trimtab.stages.sft import load_roles, start_policy
-from trimtab.stages.stage import EPOCHS_GROW, Stage
+from trimtab.stages.sft import start_policy
+from trimtab.stages.stage import EPOCHS_GROW, FEW_STEPS, Stage
 from trimtab.stages.supervised import (
     FIT,
     Epochs,
@@ -85,6 +91,15 @@ class PreferenceSettings(TrainingSettings):
     """Train a low-rank adapter on the frozen model; its reference is that model with the adapter as it was."""
     reference_cache: str | None = None
     """Directory that keeps the reference's log-probabilities; without one, `.reference` beside the run directory."""
+    guard: PreferenceGuardSettings | None = None
+    """Watch the run by a measure of the policy's replies, and act when the measure falls; None does not."""
+
+    def __post_init__(self) -> None:
+        if self.guard is not None and same_source(self.guard.prompts, self.data):
+            raise ValueError(
+                f"guard.prompts and data are both {self.data!r}; name prompts that are not trained on, such as those "
+                "of held_out_data"
+            )
 
 
 def run(settings: PreferenceSettings, run: Run) -> None:
@@ -100,34 +115,70 @@ def run(settings: PreferenceSettings, run: Run) -> None:
             where=settings.data,
             fix=f"raise max_tokens (now {settings.max_tokens}) or lower held_out (now {settings.held_out})",
         )
+    watched = guard_prompts(settings.guard, train, run, chat) if settings.guard else None
     epochs = Epochs.of(settings, train.trees)
     num_steps = epochs.num_steps if settings.max_steps is None else min(settings.max_steps, epochs.num_steps)
     device = settings.engine.find_device()
     policy, base = start_policy(settings.model, settings.adapter, chat, seed=settings.seed, device=device)
     refuse_long(policy.model, chain(train.trees, held_out.trees), where=settings.data, fix=FIT)
     policy.precision = settings.precision
+    reference = start_reference(settings, policy, base, chat)
     used = epochs.used(num_steps)
     make_batch, validation = make_batches(
-        settings, loss, policy, base, chat, train, used, epochs.examples(0), held_out, run
+        settings, loss, policy, reference, chat, train, used, epochs.examples(0), held_out, run
     )
-    engines = Engines.start(settings, run.directory, load=load_roles, models={"policy": policy})
+    engines = Engines.start(settings, run.directory, load=load_roles, models=roles_of(settings, policy, reference))
+    sampler = make_sampler(settings, run, policy, chat, watched, engines) if watched else None
     learner = make_learner(policy, settings, epochs, engines, name="policy")
+    state, guard = GuardedLearner(learner), None
+    if watched and sampler and reference:
+        guard = make_guard(
+            settings, run, state, watched, sampler, engines, chat, reference=reference, num_steps=num_steps
+        )
 
     def complete(batch: TreeBatch) -> TreeBatch:
         found: TreeBatch = loss.complete(batch, learner.logprobs)
         return found
 
-    with engines, training(run, learner, epochs, settings, description="preference") as steps:
+    def judged() -> Metrics:
+        return validate(learner, loss, validation, complete)
+
+    how: dict[str, Any] = {"description": "preference"} | ({"also_kept": guard.kept} if guard else {})
+    with engines, training(run, state if guard else learner, epochs, settings, **how) as steps:
+        if guard:
+            guard.begin(steps.loop)
         for number, examples in steps:
             batch = complete(make_batch(examples))
             metrics = learner.update([(batch, [loss])]) | steps.speed(batch)
-            if steps.validates(number):
-                metrics |= validate(learner, loss, validation, complete)
+            if validates := steps.validates(number):
+                metrics |= judged()
+            if guard:
+                began = time.perf_counter()
+                metrics |= guard.check(number + 1, steps.loop)
+                metrics["time/guard_seconds"] = Total(time.perf_counter() - began)
+                if guard.seen.stopped and not validates:
+                    metrics |= judged()  # as after every last step
             steps.log(metrics)
+        last = last_metrics(run, "loss/", "policy/")
+        guarded = {"guard": guard.finish()} if guard else {}
+        if guard and guard.settings.writes == "best":
+            last |= to_values(judged())  # of the model that is written
     run.save_model(lambda path: save_role(policy, chat.tokenizer, path, base=base))
-    last = last_metrics(run, "loss/", "policy/")
     card = held_out_accuracy(held_out, last) if validation is not None else {}
-    run.finish({"num_prompts": len(train.trees), "counts": counts} | card | steps.counts | last)
+    run.finish({"num_prompts": len(train.trees), "counts": counts} | card | guarded | steps.counts | last)
+
+
+def load_roles(settings: PreferenceSettings, _directory: Path) -> tuple[str, dict[str, Policy]]:
+    """The tokenizer and the roles by name; see `Engines.start`."""
+    chat, device = Chat(load_tokenizer(settings.model)), settings.engine.find_device()
+    policy, base = start_policy(settings.model, settings.adapter, chat, seed=settings.seed, device=device)
+    reference = start_reference(settings, policy, base, chat) if settings.guard else None
+    return settings.model, roles_of(settings, policy, reference)
+
+
+def roles_of(settings: PreferenceSettings, policy: Policy, reference: Policy | None) -> dict[str, Policy]:
+    """The models that compute while there are steps: the policy, and for a guard the reference."""
+    return {"policy": policy} | ({"reference": reference} if settings.guard and reference is not None else {})
 
 
 def held_out_accuracy(held_out: Comparisons | Judgements, last: dict[str, float]) -> dict[str, float]:
@@ -203,7 +254,7 @@ def make_batches(
     settings: PreferenceSettings,
     loss: PreferenceLoss,
     policy: Policy,
-    base: str,
+    reference: Policy | None,
     chat: Chat,
     train: Comparisons | Judgements,
     used: Sequence[int],
@@ -218,7 +269,7 @@ def make_batches(
     `first`, it reads together, as the update does: a policy that starts as its reference then differs from it by
     exactly nothing, in every precision, and the first loss says so.
     """
-    reference = start_reference(settings, policy, base, chat) if loss.needs_reference else None
+    reference = reference if loss.needs_reference else None
     directory = Path(settings.reference_cache) if settings.reference_cache else run.directory.parent / ".reference"
 
     def logprobs_by_place(scorer: Policy | None, trees: Sequence[Tree], places: Sequence[int]) -> dict[int, Tensor]:
@@ -349,17 +400,23 @@ def mismatched_batch(
     )
 
 
-def start_reference(settings: PreferenceSettings, policy: Policy, base: str, chat: Chat) -> Policy:
-    """The reference: the policy as it starts, its base with the adapter off, or another model.
+def start_reference(settings: PreferenceSettings, policy: Policy, base: str, chat: Chat) -> Policy | None:
+    """The reference: the policy as it starts, its base with the adapter off, or another model. None if nothing asks it.
 
     A new adapter changes nothing yet, so its reference is the base. An adapter that was trained before is its own
-    reference, as it was then: the base with the adapter off would be another model.
+    reference, as it was then: the base with the adapter off would be another model. A guard compares with the reference
+    while the policy moves, so for a guard the policy as it starts is a copy.
     """
+    if not (settings.loss.needs_reference or settings.guard):
+        return None
+    device = settings.engine.find_device()
     path = settings.reference or settings.model
     if policy.adapter is not None and same_model(path, base):
         reference = Policy(policy.model, pad_id=chat.pad_id)
     elif same_model(path, settings.model):
-        return policy
+        if settings.guard is None:
+            return policy
+        reference, _ = start_policy(settings.model, settings.adapter, chat, seed=settings.seed, device=device)
     else:
         refuse_other_vocabulary(
             chat.tokenizer,
@@ -368,7 +425,7 @@ def start_reference(settings: PreferenceSettings, policy: Policy, base: str, cha
             where="reference and model",
             fix="name a reference of the policy's own family and tokenizer, usually the model that it starts from",
         )
-        reference = Policy(load_causal(path, device=settings.engine.find_device()), pad_id=chat.pad_id)
+        reference = Policy(load_causal(path, device=device), pad_id=chat.pad_id)
     reference.precision = settings.precision
     return reference
 
@@ -378,9 +435,17 @@ def records_of(settings: PreferenceSettings) -> tuple[type, ...]:
     return (LabelledResponse, PreferencePair) if settings.loss.reads == "replies" else (PreferencePair,)
 
 
-def steps_of_the_reference(settings: PreferenceSettings, num_steps: int) -> float:
-    """The cost of the reference, in steps: it reads the data once, in a forward pass, which is a third of a step."""
-    return num_steps / (3 * max(1.0, settings.num_epochs)) if settings.loss.needs_reference else 0.0
+def few_steps(table: Mapping[str, Any], _settings: PreferenceSettings) -> dict[str, Any]:
+    """Settings for a few steps, without a guard."""
+    steps = {"max_steps": min(FEW_STEPS, table.get("max_steps") or FEW_STEPS)}
+    return steps | ({"guard": NONE} if "guard" in table else {})
+
+
+def further_steps(settings: PreferenceSettings, num_steps: int) -> float:
+    """The cost of reference and guard, in steps. The reference reads the data once, in a forward pass, which is a third
+    of a step."""
+    reading = num_steps / (3 * max(1.0, settings.num_epochs)) if settings.loss.needs_reference else 0.0
+    return reading + steps_of_the_guard(settings, num_steps)
 
 
 STAGE = Stage(
@@ -389,14 +454,17 @@ STAGE = Stage(
     makes="policy",
     trains="policy",
     data=records_of,
-    writes=("metrics.jsonl",),
+    writes=("metrics.jsonl", RECORD, DECISION),
     grows=EPOCHS_GROW,
-    further_steps=steps_of_the_reference,
+    few=few_steps,
+    further_steps=further_steps,
     about="The policy learned from preferences without a reward model: what it gains on its reference is a reward "
     "that it implies.",
     charts=(
         ("loss/train", "loss/validation"),
         ("policy/accuracy", "policy/validation_accuracy"),
+        ("guard/measure", "guard/measure_low", "guard/measure_high"),
+        ("guard/kl",),
         ("policy/margin", "policy/validation_margin"),
         ("policy/chosen_reward", "policy/rejected_reward"),
         ("policy/chosen_logprobs", "policy/rejected_logprobs"),

@@ -357,7 +357,8 @@ def _check_fit(look: ModelUse, settings: Any, made: Made) -> None:
 def _reads_ids_of_policy(look: ModelUse, settings: Any) -> bool:
     """Whether this model is given the token ids of the policy, and not the text."""
     if look.key == "reference":
-        return bool(getattr(settings.loss, "needs_reference", True))
+        guarded = getattr(settings, "guard", None) is not None
+        return guarded or bool(getattr(settings.loss, "needs_reference", True))
     return look.key in ("baseline", "critic.path", "critic.init", "cost.critic")
 
 

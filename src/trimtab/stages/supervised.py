@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from trimtab.engines.device import EngineSettings
 from trimtab.engines.local.learner import AdamW
 from trimtab.models.precision import Precision
 from trimtab.models.roles import Policy, ScalarModel
-from trimtab.runs.loop import Steps, stepping
+from trimtab.runs.loop import LoopState, Steps, stepping
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
 from trimtab.stages.rehearsal import largest_step, steps_rehearsed
@@ -204,6 +204,15 @@ def make_learner(
     )
 
 
+class TrainedState(LoopState, Protocol):
+    """The state of a run that trains in epochs: a learner, several (`Learners`), or one with more beside it."""
+
+    @property
+    def form(self) -> str:
+        """How the model computes a batch."""
+        ...
+
+
 @dataclass(frozen=True)
 class Learners:
     """Several learners that take their steps together, as the state of one run."""
@@ -230,7 +239,8 @@ class TrainingSteps:
     """The steps of a supervised run that are still to be done; see `training`."""
 
     def __init__(self, steps: Steps, epochs: Epochs, num_steps: int, validate_every: int, description: str) -> None:
-        self._steps = steps
+        self.loop = steps
+        """The loop that they are the steps of."""
         self._epochs = epochs
         self._num_steps = num_steps
         self._validate_every = validate_every
@@ -239,7 +249,7 @@ class TrainingSteps:
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         """The number of each step, from 0, and the numbers of its examples."""
-        for number in self._steps:
+        for number in self.loop:
             self._began = time.perf_counter()
             seed_noise(self._epochs.seed, self._description, number)
             yield number, self._epochs.examples(number)
@@ -259,19 +269,26 @@ class TrainingSteps:
 
     def log(self, metrics: Metrics) -> None:
         """Ends the current step with its metrics."""
-        self._steps.log(metrics)
+        self.loop.log(metrics)
 
     @property
     def counts(self) -> dict[str, int]:
         """The numbers of steps, for the summary."""
-        return {"num_steps": self._num_steps, "num_planned_steps": self._epochs.num_steps}
+        return {"num_steps": self.loop.done, "num_planned_steps": self._epochs.num_steps}
 
 
 @contextmanager
 def training(
-    run: Run, learner: Learner | Learners, epochs: Epochs, settings: EpochSettings, *, description: str
+    run: Run,
+    state: TrainedState,
+    epochs: Epochs,
+    settings: EpochSettings,
+    *,
+    description: str,
+    also_kept: Callable[[], Collection[int]] = tuple,
 ) -> Iterator[TrainingSteps]:
-    """Yields the steps up to the last one, or up to `max_steps`, and resumes where an earlier call was stopped.
+    """Yields the steps up to the last one, or up to `max_steps`, and resumes where an earlier call was stopped. The
+    checkpoints of the steps that `also_kept` gives stay besides the newest.
 
     with training(run, learner, epochs, settings, description="sft") as steps:
         for number, examples in steps:
@@ -281,15 +298,16 @@ def training(
                 metrics |= validate(learner, loss, validation)
             steps.log(metrics)
     """
-    run.note_path("form", learner.form)
+    run.note_path("form", state.form)
     num_steps = epochs.num_steps if settings.max_steps is None else min(settings.max_steps, epochs.num_steps)
     with stepping(
         run,
-        learner,  # its state is all that a supervised run needs to go on; the rest follows from the step number
+        state,  # all that a supervised run needs to go on; the rest follows from the step number
         num_steps=num_steps,
         checkpoint_every=settings.checkpoint_every,
         keep_checkpoints=settings.keep_checkpoints,
         description=description,
+        also_kept=also_kept,
     ) as steps:
         yield TrainingSteps(steps, epochs, num_steps, getattr(settings, "validate_every", 0), description)
 
