@@ -78,6 +78,9 @@ ILL = {
     "policy_stays": [
         online({"policy/kl": wiggle(0.01, 0.005), "reward/mean": wiggle(0.1, 0.05)}),
         online({"policy/kl": wiggle(0.01, 0.005), "reward/mean": wiggle(0.1, 0.05), "kl/coef": np.full(N, 20.0)}),
+        online(
+            {"policy/kl": np.tile([0.4, 0.6], 20), "reward/mean": np.tile([0.1, 0.2], 20), "kl/coef": np.full(N, 50.0)}
+        ),
     ],
     "reward_scale": [
         online({"reward/std": wiggle(70, 5), "reward/mean": ramp(N, 0, 60) + wiggle(0, 7)}),
@@ -108,7 +111,10 @@ ILL = {
         online({"critic/explained_variance": wiggle(-2.0, 0.3), "critic/loss": np.linspace(0.1, 3, N)}),
         online({"critic/explained_variance": wiggle(-0.2, 0.02)}),
     ],
-    "over_refusal": [online(samples=growing("I'm sorry, but I can't help with that."))],
+    "over_refusal": [
+        online(samples=growing("I'm sorry, but I can't help with that.")),
+        online(samples=growing("We can not help with the card.")),
+    ],
     "sycophancy": [online(samples=growing("What a great question! You are absolutely right."))],
     "template_mismatch": [online(samples=growing("Yes.<|im_end|>\n<|im_start|>user\nAnd more?"))],
     "worse_than_baseline": [

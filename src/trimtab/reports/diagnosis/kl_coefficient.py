@@ -46,10 +46,15 @@ def kl_coef_at(run: RunRecord, kl: float) -> float:
     gain, there = float(np.median(values[near]) - np.median(values[:3])), float(np.median(nats[near]))
     if gain <= 0 or there <= 0:
         return math.nan
+    return gain / (2 * there) / reward_unit(run)
+
+
+def reward_unit(run: RunRecord) -> float:
+    """What rewards are divided by before the KL is charged: their deviation if they are normalised, or if advantages
+    are and the KL is charged in the loss; else 1. A KL coefficient times this is in the unit of the reward."""
     scales = setting(run, "advantage.scale") == "group" or setting(run, "advantage.whiten") is True
     divided = setting(run, "shaping.normalize") is True or (setting(run, "kl_in") == "loss" and scales)
-    spread = ends_at(run, "reward/std") if divided else 1.0
-    return gain / (2 * there) / max(spread, NO_SPREAD)
+    return max(ends_at(run, "reward/std"), NO_SPREAD) if divided else 1.0
 
 
 def kl_change(run: RunRecord, coef: float, *, target: float = math.nan) -> tuple[SettingChange, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trimtab.reports.collect import RunRecord
-from trimtab.reports.diagnosis.kl_coefficient import NO_SPREAD, kl_change
+from trimtab.reports.diagnosis.kl_coefficient import NO_SPREAD, kl_change, reward_unit
 from trimtab.reports.diagnosis.rule import (
     Failure,
     RuleOutcome,
@@ -34,6 +34,9 @@ NO_GRADIENT = 1e-4
 """A gradient norm this small means that all advantages are zero. That of a step that learns is about 0.1 to 10."""
 KL_OF_NOTHING = 0.1
 """Nats per reply. A policy this near to its reference gives the same replies: the quickstart passes it in 5 steps."""
+HELD_STILL = 10.0
+"""How much more a nat of KL costs than rewards differ by, above which nothing that a reward says is worth a move. The
+usual coefficients of 0.01 to 0.2 cost less than rewards differ by."""
 REWARD_SPREAD = 10.0
 """Standard deviation of rewards above which the usual KL coefficients of 0.01 to 0.2 weigh nothing, and above which the
 value clip of 0.2 holds the critic back."""
@@ -135,29 +138,31 @@ def _more_signal(run: RunRecord) -> tuple[SettingChange, ...]:
     follows=("flat_reward", "reward_scale"),
 )
 def policy_stays(run: RunRecord) -> RuleOutcome:
-    """The policy is as near to its reference as at the start, and the reward has not risen."""
+    """The reward has not risen, and the policy is as near to its reference as at the start, or a move costs far more
+    than any reward."""
     kl, level = trend(run.metrics["policy/kl"]), trend(run.metrics["reward/mean"])
     gradient = ends_at(run, "optimizer/policy_gradient_norm")
-    if kl.end >= KL_OF_NOTHING or level.rose or gradient < NO_GRADIENT:
+    rate, spread = number_setting(run, "optimizer.learning_rate"), ends_at(run, "reward/std")
+    price = ends_at(run, "kl/coef") * reward_unit(run)
+    held_still = price > HELD_STILL * spread > 0
+    if (kl.end >= KL_OF_NOTHING and not held_still) or level.rose or gradient < NO_GRADIENT:
         return None
-    rate, coef, spread = (
-        number_setting(run, "optimizer.learning_rate"),
-        ends_at(run, "kl/coef"),
-        ends_at(run, "reward/std"),
-    )
-    if coef > spread > 0:
+    if price > spread > 0:
         causes = (
-            f"a nat of KL costs {show(coef)}, more than rewards differ ({show(spread)}): the policy is held still",
+            f"a nat of KL costs {show(price)}, more than rewards differ ({show(spread)}): the policy is held still",
         )
-        changes = kl_change(run, spread / 10)
+        changes = kl_change(run, spread / 10 / reward_unit(run))
         advice = "Make a nat of KL cost a tenth of what rewards differ by."
     else:
         causes = (f"the learning rate of {show(rate)} is too small for {run.num_steps} steps",)
         changes = scaled(run, "optimizer.learning_rate", 10)
         advice = "Raise the learning rate tenfold, and again if the KL still stays at zero."
+    bound = f"bound {KL_OF_NOTHING}"
+    if kl.end >= KL_OF_NOTHING:  # what it moves by is the noise of the charge
+        bound = f"a nat costs {show(price / spread)} times what rewards differ by, bound {show(HELD_STILL)}"
     return Failure(
         symptom=f"After {run.num_steps} steps the KL to the reference is {at_the_end(kl)} nats per reply "
-        f"(bound {KL_OF_NOTHING}), and the reward went {moved(level)}.",
+        f"({bound}), and the reward went {moved(level)}.",
         causes=causes,
         changes=changes,
         advice=advice,

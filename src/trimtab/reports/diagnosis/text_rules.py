@@ -34,7 +34,7 @@ ROLE_SHARE = 0.1
 """The share of replies with a role of the template in them above which the end is not learned or not understood."""
 
 REFUSAL = re.compile(
-    r"\b(?:i(?:'m| am) (?:sorry|unable|not able)|i (?:can(?:not|'t| not)|won't|will not|must decline)"
+    r"\b(?:i(?:'m| am) (?:sorry|unable|not able)|(?:i|we) (?:can(?:not|'t| not)|won't|will not|must decline)"
     r" (?:\w+ )?(?:help|assist|answer|do|provide|comply|discuss|say|share|fulfil+)|as an ai\b"
     r"|against my (?:guidelines|policy)|i must (?:decline|refuse))",
     re.IGNORECASE,
