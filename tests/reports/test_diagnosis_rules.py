@@ -38,6 +38,12 @@ def growing(text: str) -> tuple[dict, ...]:
     return tuple(row | ({"response": text} if i >= len(rows) // 2 else {}) for i, row in enumerate(rows))
 
 
+def opening_alike(num_prompts: int) -> tuple[dict, ...]:
+    """Samples in whose second half every reply, to so many prompts, begins with the same words."""
+    rows = growing("Hello and thanks for writing to us. Hello, your team reads this. We will refund it.")
+    return tuple(row | {"prompt": f"Refund {i % num_prompts}?"} for i, row in enumerate(rows))
+
+
 HACKED = {
     "reward/mean": np.linspace(0, 1.5, N),
     "gold/mean": np.concatenate([np.linspace(0.5, 0.7, 12), np.linspace(0.7, 0.2, N - 12)]),
@@ -101,7 +107,10 @@ ILL = {
         online({"policy/entropy": ramp(N, 0.5, 0.05) + wiggle(0, 0.01)}),
         online({"policy/entropy": np.full(N, 0.001)}),
     ],
-    "mode_collapse": [online({"rollout/distinct_2": ramp(N, 0.23, 0.04) + wiggle(0, 0.01)})],
+    "mode_collapse": [
+        online({"rollout/distinct_2": ramp(N, 0.23, 0.04) + wiggle(0, 0.01)}),
+        online({"gold/mean": None}, samples=opening_alike(8)),
+    ],
     "length_growth": [online({"rollout/length_mean": np.linspace(30, 90, N) + wiggle(0, 2), "gold/mean": None})],
     "truncated_replies": [
         online({"rollout/truncated_fraction": wiggle(0.6, 0.05)}),
@@ -263,6 +272,15 @@ def test_longer_replies_are_well_if_the_guard_says_so():
     rising = {name: values + np.linspace(0, 1.2, N) for name, values in GUARDED.items()}
     assert "while the guard's measure did not rise" in failures_of(online(longer | GUARDED))["length_growth"].symptom
     assert "length_growth" not in found_in(online(longer | rising))
+
+
+def test_replies_that_share_words_are_well_if_gold_rises_or_they_answer_one_prompt():
+    assert "mode_collapse" not in found_in(online(samples=opening_alike(8)))
+    assert "mode_collapse" not in found_in(online({"gold/mean": None}, samples=opening_alike(2)))
+    found = failures_of(ILL["mode_collapse"][1])["mode_collapse"]
+    assert "team reads this" in found.symptom
+    assert "12 of 12 of the last replies, and in 0 of 12 of the first." in found.symptom
+    assert "Distinct bigrams" not in found.symptom
 
 
 # --- what a failure follows from, and its remedy ---

@@ -25,6 +25,7 @@ from trimtab.reports.diagnosis.rule import (
     trend_of,
     two_digits,
 )
+from trimtab.reports.diagnosis.sampled_replies import shared_phrase
 from trimtab.reports.diagnosis.signal_rules import KL_OF_NOTHING
 from trimtab.reports.diagnosis.trends import MIN_POINTS, known, trend
 from trimtab.reports.headline import percent, score, show
@@ -194,16 +195,28 @@ def entropy_collapse(run: RunRecord) -> RuleOutcome:
     follows=("reward_hacking", "kl_explosion", "entropy_collapse"),
 )
 def mode_collapse(run: RunRecord) -> RuleOutcome:
-    """The replies of a step use ever fewer different word pairs, beyond what their length explains."""
+    """The replies of a step use ever fewer different word pairs, beyond what their length explains, or nearly all of
+    them hold the same words while no independent measure says that this is good."""
     found, length = trend(run.metrics["rollout/distinct_2"]), trend_of(run, "rollout/length_mean")
     longer = length.end / length.start if length is not None and min(length.start, length.end) > 0 else 1.0
     kept = found.end / found.start * longer**VOCABULARY_GROWTH if found.start > 0 else 1.0
-    if not (found.fell and kept < DIVERSITY_FALL):
+    fell, shared, quality = found.fell and kept < DIVERSITY_FALL, shared_phrase(run), measured_quality(run)
+    alike = shared is not None and not (quality is not None and _rose(run, quality))
+    if not fell and not alike:
         return None
+    symptom = (
+        f"Distinct bigrams fell {moved(found)}: {percent(kept)} of the start at an equal number of words (bound "
+        f"{percent(DIVERSITY_FALL)})"
+    )
+    if shared is not None and alike:
+        stands = (
+            f'"{shared.text}" stands in {shared.after} of {shared.num_after} of the last replies, and in '
+            f"{shared.before} of {shared.num_before} of the first"
+        )
+        symptom = f"{symptom}; {stands}" if fell else stands
     target = KL_PER_TOKEN / 4 * (length.start if length is not None else math.nan)
     return Failure(
-        symptom=f"Distinct bigrams fell {moved(found)}: {percent(kept)} of the start at an equal number of words "
-        f"(bound {percent(DIVERSITY_FALL)}).",
+        symptom=f"{symptom}.",
         causes=("one reply pays best whatever the prompt is, and the KL does not hold the policy back",),
         changes=kl_change(run, kl_coef_at(run, target), target=target) + changed(run, entropy_coef=0.01),
         advice="Hold the policy nearer to its reference and pay for entropy; look at what the reward pays for.",

@@ -7,7 +7,7 @@ evaluation has two replies to each prompt, and the baseline's stand for the firs
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,11 @@ from trimtab.evals.text import straight_apostrophes
 from trimtab.reports.collect import RunRecord
 from trimtab.reports.diagnosis.kl_coefficient import kl_change
 from trimtab.reports.diagnosis.rule import Failure, NotLooked, RuleOutcome, changed, ends_at, number_setting, rule
+from trimtab.reports.diagnosis.sampled_replies import MIN_REPLIES, is_text, sides_of
 from trimtab.reports.headline import comparison, number, percent, score
 
 READ = ("online", "evaluate")
 
-MIN_REPLIES = 8
-"""The fewest replies on each side: with fewer, even none against all is hardly beyond chance."""
 P_VALUE = 0.005
 """Of Fisher's exact test, one-sided. It is small because several phrases are looked for in every run."""
 GROWN_SHARE = 0.2
@@ -81,7 +80,7 @@ class PhraseCount:
 
 def count_phrases(run: RunRecord, phrase: re.Pattern[str]) -> PhraseCount | NotLooked:
     """How often a phrase stands in earlier and later replies of a run, or in those of a baseline and of its policy."""
-    before, after = _sides(run)
+    before, after = sides_of(run)
     if min(len(before), len(after)) < MIN_REPLIES:
         return NotLooked(
             f"{len(before)} and {len(after)} replies are written, and {MIN_REPLIES} on each side are needed"
@@ -94,25 +93,6 @@ def count_phrases(run: RunRecord, phrase: re.Pattern[str]) -> PhraseCount | NotL
         num_after=len(after),
         sample=holding[-1] if holding else None,
     )
-
-
-def _sides(run: RunRecord) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
-    if run.stage == "evaluate":
-        before = [
-            {**row, "response": row["baseline_response"]} for row in run.samples if _is_text(row, "baseline_response")
-        ]
-        return before, [row for row in run.samples if _is_text(row, "response")]
-    rows = [row for row in run.samples if _is_text(row, "response") and number(row, "step") is not None]
-    steps = sorted({number(row, "step") or 0.0 for row in rows})
-    if len(steps) < 2:
-        return [], []
-    third = max(1, len(steps) // 3)
-    early, late = set(steps[:third]), set(steps[-third:])
-    return [row for row in rows if number(row, "step") in early], [row for row in rows if number(row, "step") in late]
-
-
-def _is_text(row: Mapping[str, Any], key: str) -> bool:
-    return isinstance(row.get(key), str)
 
 
 def _grown(run: RunRecord, phrase: re.Pattern[str], what: str, causes: tuple[str, ...], advice: str) -> RuleOutcome:
@@ -165,7 +145,7 @@ def sycophancy(run: RunRecord) -> RuleOutcome:
 @rule("template_mismatch", "Template mismatch: roles stand in replies", stages=READ, min_points=1)
 def template_mismatch(run: RunRecord) -> RuleOutcome:
     """Replies go on with the next turn: the end of a turn was not learned, or another template is used."""
-    rows = [row for row in run.samples if _is_text(row, "response")]
+    rows = [row for row in run.samples if is_text(row, "response")]
     if len(rows) < MIN_REPLIES:
         return NotLooked(f"{len(rows)} replies are written, and {MIN_REPLIES} are needed")
     holding = [row for row in rows if ROLE.search(row["response"])]
