@@ -339,8 +339,16 @@ def confusion(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     }
 
 
+def merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with those of other cases and seeds that the data file has from before, in the order of the cases."""
+    made = {(row["case"], row["seed"]) for row in rows}
+    before = json.loads(OUT.read_text(encoding="utf-8"))["cases"] if OUT.exists() else []
+    every = rows + [row for row in before if (row["case"], row["seed"]) not in made]
+    return sorted(every, key=lambda row: (row["seed"], list(CASES).index(row["case"])))
+
+
 def main() -> None:
-    """Runs the cases and writes what they gave."""
+    """Runs the cases and writes what they gave, beside what was written of others before."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, required=True, help="directory of a quickstart")
     parser.add_argument("--out", type=Path, required=True, help="where runs are written")
@@ -356,10 +364,14 @@ def main() -> None:
             row = finite(case(name, seed, places, options.out))
             rows.append(row)
             print(table([row]).splitlines()[-1], flush=True)
+    if not options.dry:
+        rows = merged(rows)
+    cases = [name for name in CASES if any(row["case"] == name for row in rows)]
+    seeds = sorted({row["seed"] for row in rows})
     result = {
         "command": "python benchmarks/doctor.py --models runs/quickstart --out runs/doctor --seeds "
-        + " ".join(map(str, options.seeds))
-        + ("" if options.cases == list(CASES) else f" --cases {shlex.join(options.cases)}"),
+        + " ".join(map(str, seeds))
+        + ("" if cases == list(CASES) else f" --cases {shlex.join(cases)}"),
         "cases": rows,
         "confusion": confusion(rows),
     }
