@@ -179,6 +179,9 @@ def test_the_tables_of_the_guard_are_those_of_their_data(script):
     guard = script("guard")
     assert_on_page("guard", guard.rates_table(data("guard_rates")["runs"]))
     assert_on_page("guard", guard.runs_table(data("guard_runs")["runs"]))
+    hacks, healthy = data("guard_hacks")["runs"], data("guard_healthy")["runs"]
+    for table in (guard.hacks_summary(hacks), guard.hacks_table(hacks), guard.healthy_table(healthy)):
+        assert_on_page("guard", table)
 
 
 def test_the_false_alarms_of_the_guard_are_counted_again(script):
