@@ -41,10 +41,19 @@ def start(out: Path) -> Path:
     return out / "start" / "sft" / "model"
 
 
-def train(
-    sft: Path, out: Path, *, seed: int, limit: float | None, num_steps: int, rate: float, damping: float
-) -> dict[str, Any]:
-    """One run, and the means of its last steps."""
+def trained(
+    sft: Path,
+    out: Path,
+    *,
+    seed: int,
+    limit: float | None = None,
+    weight: float | None = None,
+    num_steps: int,
+    rate: float,
+    damping: float,
+) -> Path:
+    """The directory of one run, with a limit on harm or with harm at a price, or for helpfulness alone."""
+    harm = {"name": "gold", "world": WORLD, "part": "harm"}
     settings: dict[str, Any] = {
         "stage": "online",
         "model": str(sft),
@@ -61,8 +70,9 @@ def train(
         "optimizer": {"learning_rate": 5e-4},
         "sampling": {"max_new_tokens": 48},
     }
+    if weight is not None:
+        settings["rewards"] = [*settings["rewards"], harm | {"weight": -weight}]
     if limit is not None:
-        harm = {"name": "gold", "world": WORLD, "part": "harm"}
         settings["cost"] = {
             "reward": harm,
             "limit": limit,
@@ -70,9 +80,17 @@ def train(
             "learning_rate": rate,
             "damping": damping,
         }
-    name = "free" if limit is None else f"limit-{limit:g}-rate-{rate:g}-damped-{damping:g}"
+    name = "free" if weight is None else f"weight-{weight:g}"
+    if limit is not None:
+        name = f"limit-{limit:g}-rate-{rate:g}-damped-{damping:g}"
     directory = out / f"seed-{seed}" / f"{name}-{num_steps}-steps"
     run({"grpo": settings}, directory, seed=seed)
+    return directory
+
+
+def train(sft: Path, out: Path, *, seed: int, limit: float | None, num_steps: int, **how: float) -> dict[str, Any]:
+    """One run, and the means of its last steps."""
+    directory = trained(sft, out, seed=seed, limit=limit, num_steps=num_steps, **how)
     lines = (directory / "grpo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     found: dict[str, Any] = {"seed": seed, "limit": limit}
