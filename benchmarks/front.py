@@ -7,7 +7,7 @@ The runs are those of `objectives.py`, from its SFT model or the one that `--sft
 helpfulness, alone, with a limit on the mean of its part `harm`, or with the reward less a weight times harm. Every
 policy, and the SFT model, then answers the same test prompts, with several replies to each. Its means of helpfulness
 and of harmless replies are a point; the area is that between the front of a seed's points and the worst there is: no
-help, and harm in every reply. Runs that have finished are not repeated. `docs/evidence/reward-models.md` has the figures.
+help, and harm in every reply. Runs that have finished are not repeated; `docs/evidence/reward-models.md` has figures.
 """
 
 from __future__ import annotations

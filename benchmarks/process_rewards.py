@@ -6,7 +6,7 @@ The stages are those of `examples/arithmetic/process.toml`. One base is made, wi
 an SFT model, step labels, reward models, replies and PPO runs of its own. Both reward models learn from the same
 replies, whose steps are labelled by completions of the SFT model (`trimtab steps`); nothing but final numbers is
 compared. All ways of choosing choose among the same replies. PPO begins from the SFT model and a critic that begins as
-that, without a KL; the runs differ in the reward and in where it is paid. Everything runs on one thread, and runs that
+that; the runs differ in the reward and in where it is paid. Everything runs on one thread, and runs that
 have finished are not repeated. `docs/evidence/reward-models.md` has the figures.
 """
 
@@ -34,6 +34,9 @@ RUN_FILE = ROOT / "examples" / "arithmetic" / "process.toml"
 WORLD = "examples/arithmetic/sums.py:Sums"
 LARGEST = 64
 SIZES = sizes_up_to(LARGEST)
+KL_COEF = 0.05
+LOG_ODDS = 0.25
+"""Weight of the outcome reward, which is in log-odds: at even odds a step of them is a quarter of a probability."""
 TRIALS = 100
 """Draws of n replies to a prompt over which a vote is averaged."""
 NUM_TESTED = 500
@@ -65,8 +68,9 @@ def models(out: Path, seed: int, num_replies: int) -> Path:
         "outcome": stages["outcome"] | {"model": base},
         "select": stages["select"] | {"replies_per_prompt": LARGEST},
     }
-    run(made, out / f"seed-{seed}" / "models", seed=seed)
-    return out / f"seed-{seed}" / "models"
+    directory = out / f"seed-{seed}-replies-{num_replies}" / "models"
+    run(made, directory, seed=seed)
+    return directory
 
 
 def trained(directory: Path, rewards: Mapping[str, Any], *, name: str, seed: int, num_steps: int) -> Floats:
@@ -77,7 +81,7 @@ def trained(directory: Path, rewards: Mapping[str, Any], *, name: str, seed: int
         "prompts": f"world:{WORLD}?num=4000&seed=1",
         "rewards": [rewards],
         "world": WORLD,
-        "kl": {"name": "fixed", "coef": 0.0},
+        "kl": {"name": "fixed", "coef": KL_COEF},
         "prompts_per_step": 16,
         "group_size": 4,
         "num_steps": num_steps,
@@ -158,7 +162,7 @@ def one_seed(out: Path, seed: int, *, num_steps: int, num_replies: int) -> dict[
     directory = models(out, seed, num_replies)
     by_way = chosen(directory / "select" / "replies.jsonl")
     process = {"name": "process", "path": str(directory / "process" / "model")}
-    outcome = {"name": "model", "path": str(directory / "outcome" / "model")}
+    outcome = {"name": "model", "path": str(directory / "outcome" / "model"), "weight": LOG_ODDS}
     arms = {STEPS: process | {"credit": "differences"}, END: process, OUTCOME_END: outcome}
     ppo = {"SFT": answered(directory / "sft" / "model", directory.parent / "sft-test")} | {
         name: trained(directory, reward, name=name, seed=seed, num_steps=num_steps) for name, reward in arms.items()
@@ -238,7 +242,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "process_rewards")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40, help="of PPO, 64 replies each")
-    parser.add_argument("--replies", type=int, default=1500, help="whose steps are labelled")
+    parser.add_argument("--replies", type=int, default=6000, help="whose steps are labelled")
     options = parser.parse_args()
     sizes = {"num_steps": options.steps, "num_replies": options.replies}
     rows = [one_seed(options.out.resolve(), seed, **sizes) for seed in options.seeds]
