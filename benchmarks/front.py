@@ -88,9 +88,16 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for number, name in enumerate(point["name"] for point in rows[0]["points"]):
         entry: dict[str, Any] = {"name": name, "num_on_front": sum(name in row["front"] for row in rows)}
         for what in ("helpfulness", "harmless"):
-            entry |= t_interval([row["points"][number][what] for row in rows]).named(what)
+            entry |= _mean([row["points"][number] for row in rows], what)
         points.append(entry)
-    return {"points": points, **t_interval([row["hypervolume"] for row in rows]).named("hypervolume")}
+    return {"points": points, **_mean(rows, "hypervolume")}
+
+
+def _mean(found: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
+    """The mean over seeds; of a single seed the value with its own interval over prompts."""
+    if len(found) > 1:
+        return t_interval([one[name] for one in found]).named(name)
+    return {key: found[0][key] for key in (name, f"{name}_low", f"{name}_high")}
 
 
 def table(rows: Sequence[Mapping[str, Any]], means: Mapping[str, Any]) -> str:
@@ -106,10 +113,8 @@ def table(rows: Sequence[Mapping[str, Any]], means: Mapping[str, Any]) -> str:
 
 
 def _with_each(entry: Mapping[str, Any], name: str, each: Sequence[float]) -> str:
-    mean = f"{entry[name]:.3f}"
-    if len(each) > 1:
-        mean += f" [{entry[f'{name}_low']:.3f}, {entry[f'{name}_high']:.3f}]"
-    return f"{mean} ({' · '.join(f'{x:.3f}' for x in each)})"
+    mean = f"{entry[name]:.3f} [{entry[f'{name}_low']:.3f}, {entry[f'{name}_high']:.3f}]"
+    return f"{mean} ({' · '.join(f'{x:.3f}' for x in each)})" if len(each) > 1 else mean
 
 
 def picture(rows: Sequence[Mapping[str, Any]]) -> dict[str, Chart]:
