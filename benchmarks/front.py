@@ -22,12 +22,12 @@ import numpy as np
 from algorithms import run
 from objectives import WORLD, start, trained
 from pictures import write_picture
-from results import write_result
+from results import mean_over_seeds, write_result
 from speed import DATA
 
 from trimtab.evals.pareto import hypervolume_interval, pareto_front
 from trimtab.reports.charts import PALETTE, Axis, Chart
-from trimtab.stats import Floats, bootstrap_mean, t_interval
+from trimtab.stats import Floats, bootstrap_mean
 
 OUT = DATA.with_name("front.json")
 PICTURE = DATA.parents[1] / "front.svg"
@@ -70,7 +70,11 @@ def one_seed(sft: Path, out: Path, asked: Mapping[str, Mapping[str, float]], see
         directory = trained(sft, out, seed=seed, **variant, **how)
         scores[name] = tested(directory / "grpo" / "model", directory.with_name(f"{directory.name}-test"))
     points = [
-        {"name": name, **bootstrap_mean(means[0]).named("helpfulness"), **bootstrap_mean(means[1]).named("harmless")}
+        {
+            "name": name,
+            **bootstrap_mean(means[0]).named("helpfulness"),
+            **bootstrap_mean(means[1]).named("harmless"),
+        }
         for name, means in ((name, table.T) for name, table in scores.items())
     ]
     area = hypervolume_interval(np.stack(list(scores.values())), REFERENCE)
@@ -88,16 +92,9 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for number, name in enumerate(point["name"] for point in rows[0]["points"]):
         entry: dict[str, Any] = {"name": name, "num_on_front": sum(name in row["front"] for row in rows)}
         for what in ("helpfulness", "harmless"):
-            entry |= _mean([row["points"][number] for row in rows], what)
+            entry |= mean_over_seeds([row["points"][number] for row in rows], what)
         points.append(entry)
-    return {"points": points, **_mean(rows, "hypervolume")}
-
-
-def _mean(found: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
-    """The mean over seeds; of a single seed the value with its own interval over prompts."""
-    if len(found) > 1:
-        return t_interval([one[name] for one in found]).named(name)
-    return {key: found[0][key] for key in (name, f"{name}_low", f"{name}_high")}
+    return {"points": points, **mean_over_seeds(rows, "hypervolume")}
 
 
 def table(rows: Sequence[Mapping[str, Any]], means: Mapping[str, Any]) -> str:

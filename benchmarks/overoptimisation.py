@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from algorithms import QUICKSTART, ROOT, run
 from pictures import write_picture
-from results import write_result
+from results import mean_over_seeds, write_result
 from speed import DATA
 
 from trimtab.core import seeds
@@ -41,7 +41,7 @@ from trimtab.rewards.ensemble import EnsembleScorer
 from trimtab.rewards.scorer import TOKEN_BUDGET, RewardModelScorer, rewards_of
 from trimtab.stages.average import average
 from trimtab.stages.card import texts_of
-from trimtab.stats import Floats, moving_mean, t_interval
+from trimtab.stats import Floats, bootstrap_mean, moving_mean, paired_difference
 
 OUT = DATA.with_name("overoptimisation.json")
 PICTURE = DATA.parents[1] / "ensembles.svg"
@@ -174,15 +174,20 @@ def scores_of(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], kept:
     return scores
 
 
-def gold_curves(scores: Floats, gold: Floats) -> dict[str, list[float]]:
-    """For each way of judging, the mean gold of the best of n for each of SIZES. The curve of one model is the mean of
-    the members' own."""
+def gold_of(scores: Floats, gold: Floats) -> dict[str, dict[str, Any]]:
+    """For each way of judging, the mean gold of the best of n for each of SIZES, and with intervals over prompts the
+    last of them, and what that is ahead of one model. The figures of one model are the mean of the members' own."""
     members = torch.from_numpy(scores[:MEMBERS]).flatten(1)
     ranked = {name: aggregate(members, *how).view(gold.shape).numpy() for name, how in AGGREGATES.items()}
     tables = {name: best_of_each(gold, by, SIZES) for name, by in ranked.items()}
     tables |= {WARM: best_of_each(gold, scores[MEMBERS], SIZES), GOLD: best_of_each(gold, gold, SIZES)}
     tables[ONE] = np.mean([best_of_each(gold, member, SIZES) for member in scores[:MEMBERS]], axis=0)
-    return {name: tables[name].mean(0).tolist() for name in (*WAYS, GOLD)}
+    return {
+        name: {"curve": tables[name].mean(0).tolist()}
+        | bootstrap_mean(tables[name][:, -1]).named("end")
+        | paired_difference(tables[name][:, -1], tables[ONE][:, -1]).named("ahead")
+        for name in (*WAYS, GOLD)
+    }
 
 
 # --- PPO ---
@@ -227,22 +232,19 @@ def falls(curve: Sequence[float]) -> dict[str, float]:
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each noise and way: peak, end and fall of gold, the end less that of one model, and accuracies."""
+    """For each noise and way: peak, end and fall of gold, what the end is ahead of one model, and accuracies."""
     means = []
     for noise in dict.fromkeys(row["noise"] for row in rows):
         mine = [row for row in rows if row["noise"] == noise]
         for way in (*WAYS, GOLD):
-            each = [falls(row["gold"][way]) for row in mine]
+            each = [row["gold"][way] | falls(row["gold"][way]["curve"]) for row in mine]
             entry: dict[str, Any] = {"noise": noise, "way": way}
-            for name in ("peak", "end", "fall"):
-                entry |= t_interval([found[name] for found in each]).named(name)
-            average_curve = [statistics.fmean(row["gold"][way][i] for row in mine) for i in range(len(SIZES))]
+            for name in ("peak", "end", "fall", "ahead"):
+                entry |= mean_over_seeds(each, name)
+            average_curve = [statistics.fmean(found["curve"][i] for found in each) for i in range(len(SIZES))]
             entry["peak_n"] = SIZES[int(np.argmax(average_curve))]
-            if way != ONE:
-                ahead = [row["gold"][way][-1] - row["gold"][ONE][-1] for row in mine]
-                entry |= t_interval(ahead).named("end_over_one")
             if way in mine[0]["accuracy"]:
-                entry |= t_interval([row["accuracy"][way] for row in mine]).named("accuracy")
+                entry["accuracy"] = statistics.fmean(row["accuracy"][way] for row in mine)
             means.append(entry)
     return means
 
@@ -255,7 +257,7 @@ def ppo_over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         each = [falls(row["gold"]) | {"kl": row["kl"][-1]} for row in mine]
         entry: dict[str, Any] = {"noise": noise, "coef": coef, "way": way, "num_seeds": len(mine)}
         for name in ("peak", "end", "fall", "kl"):
-            entry |= t_interval([found[name] for found in each]).named(name)
+            entry |= mean_over_seeds(each, name)
         means.append(entry)
     return means
 
@@ -279,7 +281,7 @@ def table(means: Sequence[Mapping[str, Any]]) -> str:
             str(entry["peak_n"]),
             _bounded(entry, "end", ".3f"),
             _bounded(entry, "fall", ".1%"),
-            _bounded(entry, "end_over_one", "+.3f") if "end_over_one" in entry else "",
+            "" if entry["way"] == ONE else _bounded(entry, "ahead", "+.3f"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -299,7 +301,7 @@ def ppo_table(means: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _bounded(entry: Mapping[str, Any], name: str, digits: str) -> str:
-    if math.isnan(entry[f"{name}_low"]):
+    if f"{name}_low" not in entry:
         return f"{entry[name]:{digits}}"
     return f"{entry[name]:{digits}} [{entry[f'{name}_low']:{digits}}, {entry[f'{name}_high']:{digits}}]"
 
@@ -311,7 +313,7 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> dict[str, Chart]:
     for noise in dict.fromkeys(row["noise"] for row in rows):
         chart = Chart(Axis("√KL of best-of-n (√nats; an upper bound)", low=0.0), Axis("gold"), 330, wide=True)
         for way, colour in zip((*WAYS, GOLD), (*PALETTE[: len(WAYS)], GREY), strict=True):
-            curves = [row["gold"][way] for row in rows if row["noise"] == noise]
+            curves = [row["gold"][way]["curve"] for row in rows if row["noise"] == noise]
             y = np.mean(curves, axis=0)
             chart.legend.append((way, colour))
             chart.line(x, y, colour, size=1.5)
@@ -343,7 +345,7 @@ def main() -> None:
             found = reward_models(start, here, seed, num_prompts=options.train_prompts, noise=noise)
             scores = scores_of(found, replies, here / f"scores-{options.test_prompts}.npy")
             known = {name: found[name] for name in ("accuracy", "bayes_accuracy", "error_correlation")}
-            rows.append({"seed": seed, "noise": noise, **known, "gold": gold_curves(scores, gold)})
+            rows.append({"seed": seed, "noise": noise, **known, "gold": gold_of(scores, gold)})
             for coef in options.ppo:
                 for way in WAYS:
                     directory = ppo(start, here, found, way, coef=coef, seed=seed, num_steps=options.steps)

@@ -20,11 +20,10 @@ from typing import Any
 
 from algorithms import ROOT, run
 from overoptimisation import Votes, reward_stage, rows_of, votes_of
-from results import write_result
+from results import mean_over_seeds, write_result
 from speed import DATA
 
 from trimtab.core.files import write_rows
-from trimtab.stats import t_interval
 
 OUT = DATA.with_name("rankings.json")
 PROMPTS, PAIRS_OF_PROMPT = 8, 6
@@ -68,15 +67,16 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """For each way the mean accuracy, what is missing to the limit, and what it is ahead of separate pairs."""
     means = {}
     for way in rows[0]["ways"]:
-        accuracy = [row["ways"][way]["accuracy"] for row in rows]
-        below = [row["bayes_accuracy"] - row["ways"][way]["accuracy"] for row in rows]
-        ahead = [row["ways"][way]["accuracy"] - row["ways"][APART]["accuracy"] for row in rows]
-        means[way] = (
-            t_interval(accuracy).named("accuracy")
-            | t_interval(below).named("below_bayes")
-            | t_interval(ahead).named("ahead")
-            | t_interval([row["ways"][way]["cpu_seconds"] for row in rows]).named("cpu_seconds")
-        )
+        each = [
+            {
+                "accuracy": row["ways"][way]["accuracy"],
+                "below_bayes": row["bayes_accuracy"] - row["ways"][way]["accuracy"],
+                "ahead": row["ways"][way]["accuracy"] - row["ways"][APART]["accuracy"],
+                "cpu_seconds": row["ways"][way]["cpu_seconds"],
+            }
+            for row in rows
+        ]
+        means[way] = {key: value for name in each[0] for key, value in mean_over_seeds(each, name).items()}
     return means
 
 
@@ -95,8 +95,9 @@ def table(rows: Sequence[Mapping[str, Any]], means: Mapping[str, Any]) -> str:
 
 
 def _points(entry: Mapping[str, Any], name: str, digits: str) -> str:
-    value, low, high = (100 * entry[f"{name}{end}"] for end in ("", "_low", "_high"))
-    return f"{value:{digits}} [{low:{digits}}, {high:{digits}}]"
+    known = [100 * entry[key] for key in (name, f"{name}_low", f"{name}_high") if key in entry]
+    value, *bounds = (f"{points:{digits}}" for points in known)
+    return f"{value} [{', '.join(bounds)}]" if bounds else value
 
 
 def main() -> None:

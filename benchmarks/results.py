@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from speed import machine
 
 from trimtab.core.files import write_whole
 from trimtab.runs.environment import environment
+from trimtab.stats import t_interval
 
 
 def write_result(file: Path, options: argparse.Namespace, **found: Any) -> None:
@@ -28,3 +30,10 @@ def command_of(options: argparse.Namespace) -> str:
         if not any(isinstance(one, Path) for one in values):
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return " ".join(words)
+
+
+def mean_over_seeds(found: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
+    """The mean of a figure with Student's interval over the seeds; of a single seed its own bounds, if it has any."""
+    if len(found) > 1:
+        return t_interval([one[name] for one in found]).named(name)
+    return {key: found[0][key] for key in (name, f"{name}_low", f"{name}_high") if key in found[0]}
