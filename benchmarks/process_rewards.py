@@ -168,13 +168,14 @@ def one_seed(out: Path, seed: int, *, num_steps: int, num_replies: int) -> dict[
         name: trained(directory, reward, name=name, seed=seed, num_steps=num_steps) for name, reward in arms.items()
     }
     judged = {
-        name: json.loads((directory / name / "summary.json").read_text(encoding="utf-8"))["label_accuracy"]
+        name: {key: found[key] for key in ("label_accuracy", "right_fraction")}
         for name in ("process", "outcome")
+        for found in [json.loads((directory / name / "summary.json").read_text(encoding="utf-8"))]
     }
     largest = {name: table[:, -1] for name, table in by_way.items()}
     return {
         "seed": seed,
-        "label_accuracy": judged,
+        "labels": judged,
         "choosing": {name: table.mean(0).tolist() for name, table in by_way.items()},
         "ppo": {name: bootstrap_mean(right, shares=True).named("right") for name, right in ppo.items()},
         "differences": {
@@ -210,7 +211,8 @@ def choosing_table(means: Mapping[str, Any]) -> str:
     lines = [f"| chosen by | {' | '.join(f'n = {n}' for n in SIZES)} |", "|" + "---|" * (len(SIZES) + 1)]
     for name, curve in means["choosing"].items():
         cells = [f"{point['right']:.1%}" for point in curve]
-        cells[-1] += f" [{curve[-1]['right_low']:.1%}, {curve[-1]['right_high']:.1%}]"
+        low, high = max(curve[-1]["right_low"], 0.0), min(curve[-1]["right_high"], 1.0)
+        cells[-1] += f" [{low:.1%}, {high:.1%}]"
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ annotators compared every two, and trains three reward models on these votes wit
 in which the pairs of a prompt stay together and count together as one (InstructGPT, eq. 1), from rankings in which
 every pair counts the same, and from pairs shuffled one by one, so that a reply comes again in up to three updates. The
 limit is the accuracy of a judge who knows what the annotators like. One thread; runs that have finished are not
-repeated. `docs/evidence/reward-models.md` has the figures.
+repeated.
 """
 
 from __future__ import annotations

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import itertools
 import json
+import statistics
+import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from trimtab.core import registry
+from trimtab.core.files import write_rows
+from trimtab.evals.pareto import hypervolume
 from trimtab.evals.suites.suite import load_suite
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +120,81 @@ def test_the_table_of_a_limit_on_harm_is_that_of_its_data(script):
     objectives, found = script("objectives"), data("objectives")
     assert found["over_seeds"] == objectives.over_seeds(found["runs"])
     assert_on_page("reward-models", objectives.table(found["runs"], found["over_seeds"]))
+
+
+def test_the_table_of_the_front_is_that_of_its_data(script):
+    front, found = script("front"), data("front")
+    assert found["over_seeds"] == front.over_seeds(found["seeds"])
+    for row in found["seeds"]:
+        points = [(point["helpfulness"], point["harmless"]) for point in row["points"]]
+        assert hypervolume(points, tuple(found["reference"])) == pytest.approx(row["hypervolume"])
+        assert row["front"] == front.front_of(row["points"])
+    assert_on_page("reward-models", front.table(found["seeds"], found["over_seeds"]))
+
+
+def test_the_tables_of_process_rewards_are_those_of_their_data(script):
+    process, found = script("process_rewards"), data("process_rewards")
+    runs, means = found["runs"], found["over_seeds"]
+    assert means == process.over_seeds(runs)
+    assert_on_page("reward-models", process.choosing_table(means))
+    assert_on_page("reward-models", process.ppo_table(runs, means))
+    assert_on_page("reward-models", process.differences_table(runs, means))
+
+
+def test_a_vote_is_the_mean_over_all_draws_of_so_many_replies(script):
+    vote = script("process_rewards").vote
+    answers, right = ["7", "7", "8", None, "8", "8"], np.array([0.0, 0.0, 1.0, 0.0, 1.0, 1.0])
+    sizes = [1, 2, 3, 6]
+    expected = []
+    for n in sizes:
+        outcomes = []
+        for drawn in itertools.combinations(range(6), n):
+            counts = Counter(answers[i] for i in drawn if answers[i] is not None)
+            first = [answer for answer, count in counts.items() if count == max(counts.values())]
+            outcomes.append(statistics.fmean(answer == "8" for answer in first) if first else 0.0)
+        expected.append(statistics.fmean(outcomes))
+    assert vote(answers, right, 0, sizes=sizes, trials=4000) == pytest.approx(expected, abs=0.02)
+    assert vote(answers, right, 1, sizes=[6], trials=1) == 1.0
+    assert vote([None, None], np.zeros(2), 0, sizes=[2], trials=1) == 0.0
+
+
+def test_the_tables_of_overoptimisation_are_those_of_their_data(script):
+    overoptimisation, found = script("overoptimisation"), data("overoptimisation")
+    assert found["over_seeds"] == overoptimisation.over_seeds(found["runs"])
+    assert_on_page("reward-models", overoptimisation.table(found["over_seeds"]))
+
+
+def test_votes_are_turned_round_as_often_as_is_said(script, tmp_path):
+    votes_of = script("overoptimisation").votes_of
+    pairs = [
+        {"prompt": {"id": f"p{i // 5}"}, "chosen": f"a{i}", "rejected": f"b{i}", "label": 1.0} for i in range(2000)
+    ]
+    (tmp_path / "compare").mkdir()
+    write_rows(tmp_path / "compare" / "train.jsonl", pairs)
+    write_rows(tmp_path / "compare" / "held_out.jsonl", [pair for pair in pairs[:400] for _ in range(3)])
+    plain, noisy = (
+        script("overoptimisation").rows_of(
+            votes_of(tmp_path, tmp_path / f"noise-{noise}", 3, num_prompts=200, noise=noise).train
+        )
+        for noise in (0.0, 0.25)
+    )
+    assert script("overoptimisation").rows_of(tmp_path / "noise-0.25" / "few.jsonl") == pairs[:100]
+    assert len({row["prompt"]["id"] for row in plain}) == 200
+    assert all(row in pairs for row in plain)
+    turned = [one != other for one, other in zip(plain, noisy, strict=True)]
+    assert statistics.fmean(turned) == pytest.approx(0.25, abs=0.04)
+    assert all(
+        other == one | {"chosen": one["rejected"], "rejected": one["chosen"]}
+        for one, other, is_turned in zip(plain, noisy, turned, strict=True)
+        if is_turned
+    )
+
+
+def test_a_result_names_its_command_without_paths(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "front.py")])
+    options = argparse.Namespace(out=tmp_path, seeds=[0, 1], weights=[], rate=2.0, train_prompts=8)
+    command = "python benchmarks/front.py --seeds 0 1 --weights --rate 2.0 --train-prompts 8"
+    assert script("results").command_of(options) == command
 
 
 def test_the_tables_of_win_rates_are_those_of_their_data(script):
