@@ -10,7 +10,7 @@ from trimtab.batches.rollouts import in_groups, rollout_trees
 from trimtab.core.errors import ConfigError, DataError, EngineError
 from trimtab.core.types import Message, Prompt
 from trimtab.data.chat import Chat
-from trimtab.engines.local.form_choice import FormChoice, forms
+from trimtab.engines.local.form_choice import FormChoice, choose_form, forms
 from trimtab.engines.local.fused import LLAMA_LIKE, FusedForward
 from trimtab.engines.local.kernels import SWITCH, Kernels, find
 from trimtab.engines.local.sampler import LocalSampler, Sampling
@@ -75,6 +75,19 @@ def test_the_same_seed_gives_the_same_rollouts_whatever_the_batch_and_the_order_
         sorted((r.prompt.id, r.response_ids) for r in generator(model_dir).generate(SOME, group_size=2, seed=6))
         != whole
     )
+
+
+def test_the_form_is_chosen_in_float32_whatever_is_asked_first(model_dir, monkeypatch):
+    rounded = []
+
+    def choose(*arguments):
+        rounded.append(torch.is_autocast_enabled("cpu"))
+        return choose_form(*arguments)
+
+    monkeypatch.setattr("trimtab.engines.local.sampler.choose_form", choose)
+    g = generator(model_dir, precision="bfloat16")
+    g.continue_ids([[3, 4, 5]], group_size=1, uniforms=torch.full((1, 4), 0.5, dtype=torch.float64))
+    assert rounded == [False]
 
 
 def test_a_prompt_that_comes_twice_gets_different_replies(model_dir):
