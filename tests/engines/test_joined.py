@@ -95,6 +95,7 @@ def test_a_port_that_is_none_is_refused(port):
         ({k: v for k, v in TORCHRUN.items() if k != "LOCAL_WORLD_SIZE"}, "LOCAL_WORLD_SIZE is not set"),
         (SRUN | {"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS = 'two'; srun sets it to a number"),
         ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_NODELIST"}, "SLURM_STEP_NODELIST is not set"),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "some"}, "SLURM_STEP_TASKS_PER_NODE = 'some'"),
     ],
 )
 def test_variables_that_no_launcher_sets_are_refused(variables, problem):

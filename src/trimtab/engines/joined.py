@@ -90,7 +90,6 @@ def find(environment: Mapping[str, str]) -> Membership | None:
         size = given.number("SLURM_STEP_NUM_TASKS")
         if size > 1:
             job, step = given.number("SLURM_JOB_ID"), given.number("SLURM_STEP_ID")
-            tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
             return Membership(
                 started_by=given.started_by,
                 rank=given.number("SLURM_PROCID"),
@@ -99,7 +98,7 @@ def find(environment: Mapping[str, str]) -> Membership | None:
                 port=_port(environment, 10_000 + (7 * job + step) % 20_000),
                 one_machine=given["SLURM_STEP_NUM_NODES"] == "1",
                 name=f"srun-{job}-{step}",
-                num_sharing=_num_sharing(environment, int(re.split(r"\D", tasks)[0] or 1)),
+                num_sharing=_num_sharing(environment, given.number("SLURM_STEP_TASKS_PER_NODE", rest=r"(\D.*)?")),
             )
     return None
 
@@ -116,13 +115,14 @@ class _Variables:
             raise ConfigError(f"{name} is not set", where="environment", fix=self._fix)
         return self.environment[name]
 
-    def number(self, name: str) -> int:
-        """A whole number that is not negative."""
-        if not re.fullmatch("[0-9]{1,12}", self[name]):
+    def number(self, name: str, *, rest: str = "") -> int:
+        """A whole number that is not negative. `rest` is a pattern of what may stand behind it and does not count."""
+        found = re.fullmatch(f"([0-9]{{1,12}}){rest}", self[name])
+        if found is None:
             raise ConfigError(
                 f"{name} = {self[name]!r}; {self.started_by} sets it to a number", where="environment", fix=self._fix
             )
-        return int(self[name])
+        return int(found[1])
 
     @property
     def _fix(self) -> str:
