@@ -67,8 +67,11 @@ def test_a_model_and_its_baseline_are_run_and_compared(python, models, tmp_path,
         assert result["metrics"][0]["difference"]["value"] == 0.5
     words, has_path = json.loads((kept / "baseline" / "words.json").read_text())
     assert has_path is False
-    assert words[:5] == ["run", "--model", "hf", "--model_args", f"pretrained={models[1]}"]
-    assert {"--apply_chat_template", "--log_samples", "--limit", "--num_fewshot"} <= {*words}
+    assert words[:2] == ["--model", "hf"]
+    assert words[words.index("--model_args") + 1] == f"pretrained={models[1]}"
+    assert words[words.index("--limit") + 1] == "40"
+    assert not {"--device", "--include_path"} & {*words}  # nobody asked for them
+    assert {"--apply_chat_template", "--log_samples", "--num_fewshot"} <= {*words}
     tax = trimtab("eval", "tax", str(out / "arc.json"), str(out / "piqa.json"))
     assert tax.exit_code == 0, tax.output
     assert "lm-eval/piqa acc" in tax.output
@@ -91,6 +94,7 @@ def test_folders_that_lm_eval_has_written_are_read_without_it(tmp_path):
         (["--python", sys.executable], "has no lm-eval"),
         (["--files", "{full}"], "not empty"),
         (["--out", "{file}"], "is a file"),
+        (["--out", "{file}/deeper", "--tasks", "unknown"], "could not be written"),  # before lm-eval begins
     ],
 )
 def test_what_cannot_be_run_is_said(python, models, tmp_path, change, said):

@@ -67,6 +67,11 @@ def run_lm_eval(
         raise ConfigError("the directory is not empty", where=f"--files {files}", fix="name a new one")
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError("this is a file", where=f"--out {out}", fix="name a directory")
+    if out is not None:
+        check_out(out / "results.json")  # before lm-eval computes for hours
+    options = {"tasks": ",".join(tasks), "batch_size": batch_size, "seed": seed, "limit": limit}
+    options |= {"num_fewshot": num_fewshot, "include_path": include_path, "device": device}
+    flags = ["log_samples"] + ["apply_chat_template"] * chat_template
     runs: dict[str, LmEvalRun] = {}
     with ExitStack() as stack:
         kept = files or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -74,16 +79,8 @@ def run_lm_eval(
             if written[role]:
                 runs[role] = read_lm_eval(Path(path))
                 continue
-            words = [str(python), "-m", "lm_eval", "run", "--model", "hf"]
-            words += ["--model_args", f"pretrained={path}", "--tasks", ",".join(tasks)]
-            words += ["--output_path", str(kept / role), "--log_samples", "--batch_size", batch_size]
-            words += ["--seed", str(seed)]
-            words += ["--apply_chat_template"] if chat_template else []
-            for option, value in (("limit", limit), ("num_fewshot", num_fewshot)):
-                words += [] if value is None else [f"--{option}", str(value)]
-            for option, text in (("include_path", include_path), ("device", device)):
-                words += [] if text is None else [f"--{option}", text]
-            _run(words, where=f"lm-eval on {path}")
+            where = {"model_args": f"pretrained={path}", "output_path": kept / role}
+            _run(str(python), options | where, flags, where=f"lm-eval on {path}")
             runs[role] = read_lm_eval(kept / role)
     found = results_of(runs["model"], runs.get("baseline"), seed=seed)
     shared = {
@@ -98,9 +95,7 @@ def run_lm_eval(
     }
     done: dict[str, dict[str, Any]] = {name: finite(result | shared) for name, result in found.items()}
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         for name, result in done.items():
-            check_out(out / f"{name}.json")
             write_out(out / f"{name}.json", json_text(result))
     return done
 
@@ -146,8 +141,10 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-def _run(words: Sequence[str], *, where: str) -> None:
-    """Runs lm-eval. What it says goes to stderr as it says it."""
+def _run(python: str, options: dict[str, Any], flags: Sequence[str], *, where: str) -> None:
+    """Runs lm-eval with the options that are not None. What it says goes to stderr as it says it."""
+    words = [python, "-m", "lm_eval", "--model", "hf", *(f"--{flag}" for flag in flags)]
+    words += [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     done = subprocess.run(words, env=_environment(), stdin=subprocess.DEVNULL, stdout=STDERR, check=False)
     if done.returncode:
         raise EngineError(
