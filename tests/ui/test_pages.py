@@ -312,8 +312,10 @@ def test_a_run_stops_when_it_is_asked_to_and_is_asked_once(tmp_path: Path):
 
 
 def test_a_run_that_was_asked_elsewhere_is_not_asked_again(tmp_path: Path):
-    slow = HOLD.replace("time.sleep(0.05)", "time.sleep(5 if step == 3 else 0.05)")
-    process = subprocess.Popen([sys.executable, "-c", slow, str(tmp_path / "run")], stderr=subprocess.DEVNULL)
+    go = tmp_path / "go"
+    held = HOLD.replace("time.sleep(0.05)", f"\n        while not os.path.exists({str(go)!r}): time.sleep(0.01)")
+    program = [sys.executable, "-c", f"import os\n{held}", str(tmp_path / "run")]
+    process = subprocess.Popen(program, stderr=subprocess.DEVNULL)  # its first step lasts until the file is there
     try:
         until = time.monotonic() + 60
         while read_state(tmp_path / "run").get("stepping") != process.pid and time.monotonic() < until:
@@ -322,11 +324,10 @@ def test_a_run_that_was_asked_elsewhere_is_not_asked_again(tmp_path: Path):
         process.send_signal(2)  # as Ctrl-C in its terminal, or a server that has ended since
         while not is_stopping(tmp_path / "run", process.pid) and time.monotonic() < until:
             time.sleep(0.01)
-        process.send_signal(19)
         reader = Reader(tmp_path)
         assert "asked to stop" in reader.text("/run", name="run")
         assert reader.stop(text, csrf=reader.watch.csrf).status_code == 409
-        process.send_signal(18)
+        go.touch()
         assert process.wait(timeout=30) != 0
     finally:
         process.kill()
