@@ -128,6 +128,7 @@ def test_threads_are_shared_if_the_launcher_gave_none(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert find(SRUN).num_sharing == 2
+    assert find({k: v for k, v in SRUN.items() if k != "SLURM_STEP_TASKS_PER_NODE"}).num_sharing == 1
     assert find(SRUN | {"OMP_NUM_THREADS": "4"}).num_sharing == 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     assert find(SRUN).num_sharing == 1

@@ -90,6 +90,8 @@ def find(environment: Mapping[str, str]) -> Membership | None:
         size = given.number("SLURM_STEP_NUM_TASKS")
         if size > 1:
             job, step = given.number("SLURM_JOB_ID"), given.number("SLURM_STEP_ID")
+            told = "SLURM_STEP_TASKS_PER_NODE" in environment  # such as "2(x3),1"
+            local = given.number("SLURM_STEP_TASKS_PER_NODE", rest=r"(\D.*)?") if told else 1
             return Membership(
                 started_by=given.started_by,
                 rank=given.number("SLURM_PROCID"),
@@ -98,7 +100,7 @@ def find(environment: Mapping[str, str]) -> Membership | None:
                 port=_port(environment, 10_000 + (7 * job + step) % 20_000),
                 one_machine=given["SLURM_STEP_NUM_NODES"] == "1",
                 name=f"srun-{job}-{step}",
-                num_sharing=_num_sharing(environment, given.number("SLURM_STEP_TASKS_PER_NODE", rest=r"(\D.*)?")),
+                num_sharing=_num_sharing(environment, local),
             )
     return None
 
