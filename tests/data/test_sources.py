@@ -342,6 +342,21 @@ def test_a_missing_file_is_not_taken_for_a_hub_data_set(tmp_path):
         read_rows(tmp_path / "folder" / "trian.jsonl")
 
 
+def test_a_file_in_the_home_directory_is_found(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in ("~/rows.jsonl", "~/rows.jsonl?columns=prompt:question", f"{tmp_path}/rows.jsonl,~/rows.jsonl"):
+        assert read_rows(source).rows
+
+
+@pytest.mark.parametrize("source", ["", " ", "?columns=a:prompt"])
+def test_an_empty_name_is_not_the_current_directory(tmp_path, monkeypatch, source):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no source is named"):
+        read_rows(source)
+
+
 def test_a_limit_that_reads_nothing_is_refused(data_file):
     with pytest.raises(DataError, match="a limit of -5 reads no row"):
         read_rows(data_file, limit=-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
+import os
 import re
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,7 +106,9 @@ def _digest(path: Path, *_stamp: int) -> str:
 
 def files_of(source: str | Path) -> tuple[list[Path], dict[str, str]]:
     """The files that a source names, in order, and its options. Raises DataError if there are no such files."""
-    text = str(source)
+    text = os.path.expanduser(str(source))
+    if not text.partition("?")[0].strip():  # as a path it would be the current directory
+        raise DataError("no source is named", where=repr(text), fix="name a file, a folder, a hub data set or a world")
     if Path(text).is_file():
         return [Path(text)], {}
     name, _, query = (text, "", "") if Path(text).exists() else text.partition("?")
@@ -125,7 +128,7 @@ def files_of(source: str | Path) -> tuple[list[Path], dict[str, str]]:
         return files_in(path, split), given
     found = sorted(Path(p) for p in glob.glob(name)) if any(mark in name for mark in "*[") else []
     if not found and "," in name:
-        found = [Path(part.strip()) for part in name.split(",") if part.strip()]
+        found = [Path(part.strip()).expanduser() for part in name.split(",") if part.strip()]
     found = [inner for one in found for inner in (files_in(one, split) if one.is_dir() else [one])]
     missing = [one for one in found if not one.is_file()]
     if missing or not found or (split is not None and path.is_file()):
