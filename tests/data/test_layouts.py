@@ -181,6 +181,7 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
             "no value for 'chosen'; the row has prompt, rejected",
         ),
         (PreferencePair, GOOD, {"prompt": "a", "chosen": "b"}, "missing_field", "no value for 'rejected'"),
+        (PreferencePair, GOOD, {"chosen": "b", "rejected": "c"}, "missing_field", "no value for 'prompt'"),
         (PreferencePair, GOOD, GOOD | {"chosen": 3}, "wrong_type", r"chosen is 3 \(int\)"),
         (PreferencePair, GOOD, GOOD | {"prompt": {"a": 1}}, "wrong_type", "prompt is {'a': 1}"),
         (PreferencePair, GOOD, GOOD | {"chosen": " \n"}, "empty_response", "chosen is empty"),
@@ -219,6 +220,13 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
             {"messages": [{"role": "narrator", "content": "a"}]},
             "unknown_role",
             "has the role 'narrator'; roles are system, developer, user",
+        ),
+        (
+            Demonstration,
+            {"messages": turns("a", "b")},
+            {"messages": [{"role": {"name": "user"}, "content": "a"}]},
+            "unknown_role",
+            "has the role {'name': 'user'}",
         ),
         (
             Demonstration,

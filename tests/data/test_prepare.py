@@ -78,7 +78,8 @@ def write(path, rows):
 
 
 def says(random_, most=8):
-    return "x" + " ".join(random_.choices(WORDS, k=random_.randint(1, most)))
+    """Words and marks of templates, none of which begins or ends the text: such a row is a bad one."""
+    return "x" + " ".join(random_.choices(WORDS, k=random_.randint(1, most))) + "."
 
 
 def prompt_of(random_):

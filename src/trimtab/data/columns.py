@@ -18,6 +18,8 @@ CONTEXT = ("input", "context", "passage", "passages")
 """Names of text that belongs to the question but stands in a column of its own."""
 OPTIONS = ("choices", "options")
 """Names of the options of a question, of which a reply may be the letter."""
+BACKGROUND = ("article", "document", "documents", "paragraph", "paragraphs", "story", "background", "scenario")
+"""Names of texts that a question may be about. They become part of the prompt only under a name of `CONTEXT`."""
 PART_OF_PROMPT = frozenset({*SYSTEM, *CONTEXT, "history"})
 WEIGHT = frozenset({"weight", "sample_weight", "loss_weight"})
 REASONING = frozenset({"reasoning", "reasoning_content", "reasoning_details", "thinking", "thinking_blocks", "think",
@@ -59,7 +61,8 @@ SIDES = (
     ("conversation_a", "conversation_b"),
 )
 """Names of two replies that do not say which reply is the better one."""
-CHOICE = ("choice", "winner", "preference", "preferred", "label", "labels", "better_response_id", "overall_preference")
+CHOICE = ("choice", "winner", "preference", "preferred", "label", "labels", "better_response_id", "overall_preference",
+          "preference_strength")  # fmt: skip
 """Names of the column that says which of two replies was preferred."""
 LABEL = ("label", "kto_tag", "thumb", "thumbs", "thumbs_up", "liked", "is_good", "desirable", "is_desirable",
          "feedback", "accepted", "is_accepted", "upvoted", "correct", "is_correct")  # fmt: skip
@@ -67,14 +70,19 @@ LABEL = ("label", "kto_tag", "thumb", "thumbs", "thumbs_up", "liked", "is_good",
 RATING = ("rating", "ratings", "score", "stars", "overall_rating", "overall_score", "helpfulness", "quality", "grade",
           "reward", "reward_score")  # fmt: skip
 """Names of a number on one reply."""
+VERDICTS = ("rank", "chosen", "rejected", "selected", "is_chosen", "is_selected", "approved", "is_approved", "safe",
+            "is_safe", "unsafe", "is_unsafe", "harmful", "is_harmful", "helpful", "is_helpful", "correctness", "passed",
+            "is_passed", "is_valid", "verdict")  # fmt: skip
+"""Further names of a number or thumb on one reply. Some are true for good replies and some for bad ones."""
 _STEPS = ("completions", "steps")
 
 # Every name above, and the names that records use. Other columns become facts or are not used.
 KNOWN = frozenset(
     {*PROMPT, *COMPLETION, *MESSAGES, *PART_OF_PROMPT, *OPTIONS, *REASONING, *WEIGHT, *UNREAD, *CHOICE, *LABEL,
-     *RATING, *_STEPS, *(name for pair in (*PAIRS, *SIDES, *SCORES_OF_PAIR) for name in pair), "labels", "margin",
+     *RATING, *VERDICTS, *BACKGROUND, *_STEPS,
+     *(name for pair in (*PAIRS, *SIDES, *SCORES_OF_PAIR) for name in pair), "labels", "margin",
      "facts", "id", "annotator", "winner_model_a", "winner_model_b", "winner_tie",
-     "score_a", "score_b", "score_0", "score_1", "score_2", "rank", "answers", "responses", "text", "role",
+     "score_a", "score_b", "score_0", "score_1", "score_2", "answers", "responses", "generations", "text", "role",
      "message_id", "parent_id", "message_tree_id", *CALLS}
 )  # fmt: skip
 _BY_LETTERS = {name.replace("_", ""): name for name in sorted(KNOWN, reverse=True)}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from trimtab.core.types import Comparison, JsonDict, Message, PreferencePair, Prompt
+from trimtab.data.columns import plain_name
 from trimtab.data.messages import conversation_in, messages_of, value_in
 from trimtab.data.mistakes import Mistake, shown
 from trimtab.data.preferences import Judged, to_pairs
@@ -41,7 +42,8 @@ class Sides:
     one_is_first: bool = False
     """True for SHP, in which a label is 1 if the first reply is preferred and 0 if the second is."""
     signed: bool = False
-    """True for HelpSteer3, in which a preference below 0 is for the first reply and one above 0 for the second."""
+    """True for HelpSteer 2 and 3, in which a preference from -3 to 3 is for the first reply below 0 and for the second
+    above 0."""
 
 
 def sides_of(names: Mapping[str, str]) -> Sides:
@@ -49,7 +51,8 @@ def sides_of(names: Mapping[str, str]) -> Sides:
     old = {new: name for name, new in names.items()}
     first = old.get("response_a", "response_a").strip().lower()
     second = old.get("response_b", "response_b").strip().lower()
-    signed = old.get("choice", "").strip().lower() == "overall_preference"
+    choice = plain_name(old.get("choice", ""))
+    signed = choice == "overall_preference" or (choice == "preference_strength" and first[-1] == "1")
     return Sides(first[-1], second[-1], one_is_first=first.startswith("human_ref"), signed=signed)
 
 
@@ -147,9 +150,11 @@ def _share(row: JsonDict, sides: Sides) -> float:
 def share_for_first(choice: Any, sides: Sides) -> float:
     """1 if the first reply is chosen, 0 if the second, 0.5 for a tie, in any spelling. Raises Mistake for others."""
     if isinstance(choice, str):
-        word = choice.strip().lower().replace("_", " ")
+        word = choice.strip().strip("[]").lower().replace("_", " ")  # "[[A]]" is a verdict of MT-Bench
         if word in _TIES:
             return 0.5
+        if word in ("first", "second"):
+            return float(word == "first")
         number = re.fullmatch(r"[+-]?\d+(\.\d+)?", word)
         if not number:
             end = _END.search(word)
@@ -166,7 +171,7 @@ def share_for_first(choice: Any, sides: Sides) -> float:
         choice = float(word)
     if isinstance(choice, bool) or not isinstance(choice, int | float):
         raise _unknown(choice)
-    if sides.signed:
+    if sides.signed and abs(choice) <= 3:
         return 0.5 if choice == 0 else float(choice < 0)
     if sides.one_is_first and choice in (0, 1):
         return float(choice == 1)

@@ -10,13 +10,13 @@ from functools import lru_cache
 from typing import Any
 
 from trimtab.core.types import Message, MessageRole
-from trimtab.data.columns import CALLS, PART_OF_PROMPT, REASONING, UNREAD, WEIGHT, plain_name
+from trimtab.data.columns import CALLS, PART_OF_PROMPT, REASONING, SYSTEM, UNREAD, WEIGHT, plain_name
 from trimtab.data.mistakes import Mistake, filled, shown, wrong_type
 
 ROLE_NAMES: Mapping[str, MessageRole] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "chatbot", "bot", "model", "ai", "bing", "bard"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response"), "tool"),
 }
 """The role for each name that files use."""
@@ -35,6 +35,18 @@ _REQUEST_FIELDS = frozenset({"messages", "id", "facts", *PART_OF_PROMPT})
 """Fields of an object with messages that are read."""
 READ_IN_PARTS = frozenset({"type", "text"})
 """Fields of a part of a content that are read."""
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_EXCHANGES = (
+    ("input", "output"),
+    ("human", "assistant"),
+    ("user", "assistant"),
+    ("human", "gpt"),
+    ("human", "bot"),
+    ("question", "answer"),
+    ("prompt", "response"),
+)
+"""Fields of an object that holds what a person says and the reply to it: an entry of a conversation, as in Capybara."""
+_NAMES_SPEAKER = re.compile(r"\s*(?:human|user|assistant|system|gpt|ai|bot)\s*:", re.IGNORECASE)
 
 
 def messages_of(name: str, value: Any) -> tuple[Message, ...]:
@@ -43,7 +55,43 @@ def messages_of(name: str, value: Any) -> tuple[Message, ...]:
         value = conversation_in(value, value)
     if not isinstance(value, list):
         wrong_type(name, value, "a list of messages")
-    return tuple(_message(name, i, turn) for i, turn in enumerate(value))
+    found: list[Message] = []
+    for i, turn in enumerate(value):
+        if (fields := _exchange(turn)) is None:
+            found.append(_message(name, i, turn))
+        else:
+            found += _asked_and_replied(f"{name}[{i}]", turn, fields)
+    return tuple(found)
+
+
+def _exchange(turn: Any) -> tuple[str, str] | None:
+    """The fields with what was said and replied, in an object that holds both and no role."""
+    if not isinstance(turn, dict) or "role" in turn or "from" in turn:
+        return None
+    return next((pair for pair in _EXCHANGES if all(isinstance(turn.get(field), str) for field in pair)), None)
+
+
+def _asked_and_replied(place: str, turn: Mapping[str, Any], fields: tuple[str, str]) -> Iterator[Message]:
+    refuse_fields(place, turn, frozenset({*fields, *SYSTEM}))
+    for name in SYSTEM:
+        if filled(turn.get(name)):
+            yield _message(place, 0, {"role": "system", "content": turn[name]})
+    yield Message("user", turn[fields[0]])
+    yield Message("assistant", turn[fields[1]])
+
+
+def texts_as_turns(name: str, value: Any) -> Any:
+    """The messages of a conversation that is a list of texts, in which user and assistant take turns, as in LIMA; any
+    other value as it is. Raises Mistake for texts that name their speaker."""
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        return value
+    if named := next(filter(_NAMES_SPEAKER.match, value), None):
+        raise Mistake(
+            "odd_transcript",
+            f"{name} is a list of texts that name their speaker: {shown(named)}",
+            'write each turn as an object with "role" and "content"',
+        )
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(value)]
 
 
 def _message(name: str, i: int, turn: Any) -> Message:
@@ -57,7 +105,7 @@ def _message(name: str, i: int, turn: Any) -> Message:
         given = content = None
     if given is None or (content is None and not any(field in turn for field in _CONTENT_FIELDS)):
         wrong_type(f"{name}[{i}]", turn, 'an object with "role" and "content" (or "from" and "value")')
-    role = ROLE_NAMES.get(given) or ROLE_NAMES.get(str(given).strip().lower())
+    role = (ROLE_NAMES.get(given) if isinstance(given, str) else None) or ROLE_NAMES.get(str(given).strip().lower())
     if role is None:
         if str(given).lower() in _CALL_ROLES:
             _refuse_call(f"{name}[{i}]", given)
@@ -176,10 +224,10 @@ def _text_of_parts(place: str, content: Any) -> str:
     for part in parts:
         if isinstance(part, str) and isinstance(content, list):
             texts.append(part)
-        elif isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text":
+        elif isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") in _TEXT_PARTS:
             refuse_fields(place, part, READ_IN_PARTS)
             texts.append(part["text"])
-        elif isinstance(part, dict) and "type" in part and part["type"] != "text":
+        elif isinstance(part, dict) and part.get("type", "text") not in _TEXT_PARTS:
             kind = str(part["type"])
             if kind in ("thinking", "reasoning"):
                 _refuse_reasoning(place, part, kind)
@@ -211,7 +259,9 @@ def unread_fields(name: str, value: Any, read: frozenset[str]) -> Iterator[str]:
             if not isinstance(turn, dict):
                 continue
             if not turn.keys() <= read:
-                yield from (f"{name}[].{field}" for field in sorted(turn.keys() - read) if filled(turn[field]))
+                fields = _exchange(turn) if read is READ_FIELDS else None
+                known = read if fields is None else read.union(fields, SYSTEM)
+                yield from (f"{name}[].{field}" for field in sorted(turn.keys() - known) if filled(turn[field]))
             if isinstance(parts := turn.get("content"), list):
                 for part in parts:
                     others = sorted(part.keys() - READ_IN_PARTS) if isinstance(part, dict) else ()
@@ -228,6 +278,7 @@ def untrained_turns(name: str, value: Any) -> tuple[int, ...]:
     found = []
     number = 0
     for i, turn in enumerate(value):
+        number += _exchange(turn) is not None
         if ROLE_NAMES.get(str(_first(turn, _ROLE_FIELDS)).strip().lower()) != "assistant":
             continue
         if len(turn) > 2:

@@ -16,6 +16,20 @@ from trimtab.data.messages import conversation_in, is_transcript, joined, messag
 from trimtab.data.mistakes import Mistake, filled, shown, wrong_type
 
 _BESIDE_REPLY = REASONING | WEIGHT
+_NO_INPUT = frozenset({"<noinput>", "<no input>", "noinput", "no input"})
+"""What Alpaca and its kin write for an input that is empty."""
+_REPLIES = ("chosen", "rejected", "completion", "response", "worked_answer", "response_a", "response_b")
+_OPENS_TURN = re.compile(
+    r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>)?\s*"
+    r"(?:(?:<\|im_start\|>|<start_of_turn>|<\|start\|>|<\|start_header_id\|>)(?:system|developer|user|assistant)"
+    r"|<\|(?:system|user)\|>\s*\n|\[INST\](?=.*\[/INST\])|<｜User｜>)",
+    re.DOTALL,
+)
+_ENDS_TURN = re.compile(
+    r"(?:<\|im_end\|>|<\|eot_id\|>|<\|endoftext\|>|<\|end_of_text\|>|<end_of_turn>|<\|end\|>|<eos>|</s>"
+    r"|<｜end▁of▁sentence｜>)\s*\Z"
+)
+"""How the chat templates of well-known models open and end a turn."""
 
 
 def field_of(row: Mapping[str, Any], *names: str) -> Any:
@@ -76,6 +90,26 @@ def not_empty(name: str, text: str) -> str:
     return text
 
 
+def refuse_markup(row: Mapping[str, Any]) -> None:
+    """Raises Mistake if the prompt or a reply is a text that a chat template has written: the template of the model
+    would be put around it. The contents of messages are taken as they are."""
+    for name in ("prompt", *_REPLIES):
+        text = row.get(name)
+        if not isinstance(text, str):
+            continue
+        found = _OPENS_TURN.match(text)
+        if found is None and name in _REPLIES:
+            found = _ENDS_TURN.search(text, max(len(text) - 40, 0))
+        if found and not (found[0].startswith("</s>") and "<s>" in text):  # struck out in HTML
+            raise Mistake(
+                "markup",
+                f"{name} holds {found[0].strip()!r}, the mark of a chat template: the template of the model would be "
+                "put around it, and the mark learnt as plain text",
+                "write prompt and replies as lists of messages without such marks, or leave such rows out with "
+                'on_bad_row = "drop"',
+            )
+
+
 def split_reply(name: str, messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], str]:
     """The turns before the last turn, and the text of the last turn. Raises Mistake unless it is the assistant's."""
     if not messages or messages[-1].role != "assistant":
@@ -130,6 +164,7 @@ def prompt_in(row: Mapping[str, Any], name: str = "prompt", *, facts: JsonDict |
     if isinstance(value, dict) and isinstance(value.get("full_text"), str):
         value = value["full_text"]
     if isinstance(value, str):
+        refuse_markup(row)
         turns = transcript(name, value)
         if turns is None:
             turns = (Message("user", value),)
@@ -152,6 +187,8 @@ def with_columns(messages: tuple[Message, ...], row: Mapping[str, Any]) -> tuple
     contexts = [(name, row[name]) for name in CONTEXT if name in present and filled(row[name])]
     for name, value in contexts:
         text = _running_text(name, value)
+        if text.strip().lower() in _NO_INPUT:
+            continue
         if not messages or messages[-1].role != "user":
             raise Mistake(
                 "no_place", f"{name} is given, but no user turn comes last that it could belong to", f"remove {name}"
@@ -183,7 +220,9 @@ def _running_text(name: str, value: Any) -> str:
         return "\n\n".join(value)
     if isinstance(value, list) and all(_are_texts(lines) for lines in value):
         return "\n\n".join("\n".join(lines) for lines in value)
-    return value if isinstance(value, str) else wrong_type(name, value, "text")
+    if not isinstance(value, str) or not isinstance(conversation_in(value, value), str):
+        wrong_type(name, value, "text (earlier turns stand in a column 'history')")
+    return value
 
 
 def _are_texts(value: Any) -> bool:

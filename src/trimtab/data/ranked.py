@@ -18,17 +18,21 @@ from trimtab.data.prompts import field_of, prompt_in, refuse_beside_reply, refus
 from trimtab.data.rows import number_in
 
 _TEXT = ("response", "answer", "text", "completion", "content", "output")
-_SCORES = {"rank": -1.0, "overall_score": 1.0, "score": 1.0, "rating": 1.0, "overall_rating": 1.0}
+_SCORES = {
+    "rank": -1.0,
+    **dict.fromkeys(("overall_score", "score", "rating", "overall_rating", "pm_score", "reward"), 1.0),
+}
 """Fields of a reply that say how good it is: 1 if higher is better, -1 if lower is better."""
 READ_OF_REPLY = frozenset({*_TEXT, *_SCORES})
 """Fields of a reply in a list of replies that are read."""
 READ_OF_INSTANCE = frozenset({"input", "output"})
 """Fields of an instance of an instruction that are read."""
-SCORE_LISTS = {"scores": 1.0, "ratings": 1.0, "ranks": -1.0, "rank": -1.0, "mean_ranks": -1.0, "rankings": -1.0}
+SCORE_LISTS = {"scores": 1.0, "ratings": 1.0, "rewards": 1.0,
+               "ranks": -1.0, "rank": -1.0, "mean_ranks": -1.0, "rankings": -1.0}  # fmt: skip
 """Columns with a list of one number for each reply: 1 if higher is better, -1 if lower is better."""
 _RANKS = frozenset({"rank", "ranks", "rankings"})
 """The fields that hold places in an order, of which none may be missing. Mean ranks are not among them."""
-REPLY_LISTS = ("responses", "answers", "completions", "replies")
+REPLY_LISTS = ("responses", "answers", "completions", "replies", "generations")
 
 
 def is_ranked(row: JsonDict) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from trimtab.core.errors import DataError
 from trimtab.core.types import Demonstration, JsonDict, LabelledResponse, PreferencePair, Prompt, RatedResponse
 from trimtab.data.columns import (
+    BACKGROUND,
     CHANGES_A_ROW,
     COMPLETION,
     LABEL,
@@ -18,6 +19,8 @@ from trimtab.data.columns import (
     PART_OF_PROMPT,
     PROMPT,
     RATING,
+    SIDES,
+    VERDICTS,
     names_of,
     plain_name,
     thumb,
@@ -29,6 +32,9 @@ from trimtab.data.mistakes import Mistake, filled, shown
 
 _NUM_COMPARED = 50
 """How many rows are searched for a column that may hold the prompt, and for replies that repeat it."""
+_NUM_WORDS = 4
+"""The least words of a text that a question may be about."""
+_SIDE_NAMES = frozenset(name for pair in SIDES for name in pair)
 _ABOUT = frozenset(
     {"id", "source", "dataset", "category", "subset", "split", "type", "task", "topic", "domain", "language", "lang",
      "model", "url", "tags", "tag", "author", "license", "label", "margin", "annotator", "timestamp", "date"}
@@ -166,7 +172,7 @@ def _other_kind(
     fitting = "; ".join(layout.columns for layout in LAYOUTS if kind in layout.converters) or "none does"
     fix = layout.instead.get(kind, f"name a file in a layout that gives {kind.__name__}: {fitting}")
     label = old.get("label", "label")
-    judged = next((name for name in ("label", *RATING) if name in sample), None)
+    judged = next((name for name in ("label", *RATING, *VERDICTS) if name in sample), None)
     if kind in (LabelledResponse, PreferencePair) and layout.name == "prompts with completions" and judged is not None:
         fix = (
             f"if {old.get(judged, judged)} ({shown(sample[judged])}) judges the replies, write true for a good one and "
@@ -208,19 +214,35 @@ def _misread_columns(
         yield from _judged(left, rows)
     if reading.kind in (Demonstration, LabelledResponse, RatedResponse):
         for name, plain in left.items():
-            if plain in COMPLETION[:4] and any(filled(row.get(name)) for row in rows):
+            if plain in COMPLETION[:4] and any(_is_other_text(reading, row, name) for row in rows):
                 yield (
                     f"two columns may be the reply: {name!r} is filled in too",
                     f"leave one of them out, for instance FILE?ignore={name}",
                 )
+    if reading.kind is PreferencePair and reading.layout.name.startswith("preference pairs"):
+        sides = [name for name, plain in left.items() if plain in _SIDE_NAMES]
+        for name in (name for name in sides if any(_is_other_text(reading, row, name) for row in rows)):
+            yield (
+                f"beside chosen and rejected, {name} may be one of the replies: it is filled in too",
+                "if chosen and rejected only name a reply, write which one in a column 'choice' and remove them; if "
+                f"they hold the replies, leave the others out with FILE?ignore={','.join(sides)}",
+            )
+            break
     yield from _second_questions(reading, rows, left)
+
+
+def _is_other_text(reading: LayoutReading, row: JsonDict, name: str) -> bool:
+    """Whether a column holds something that is none of the texts that are used."""
+    texts = list(_texts(_value(row.get(name))))
+    said = {text.strip() for text in _used_texts(reading, row)}
+    return not said.issuperset(text.strip() for text in texts) if texts else filled(row.get(name))
 
 
 def _judged(left: Mapping[str, str], rows: Sequence[JsonDict]) -> Iterator[tuple[str, str]]:
     """Columns that label or rate the replies: they say that not all replies are to be imitated."""
     found = [name for name, plain in left.items() if plain in LABEL]
     found = [name for name in found if left[name] in LABEL[:2] or _judges(rows, name)]
-    found += [name for name, plain in left.items() if plain in RATING and _judges(rows, name)]
+    found += [name for name, plain in left.items() if plain in (*RATING, *VERDICTS) and _judges(rows, name)]
     for name in found:
         value = next(_values(rows, name), None)
         if value is not None and _judges(rows, name):
@@ -268,7 +290,8 @@ def _second_questions(
         if missing and 2 * len(missing) >= len(asked):
             yield (
                 f"{name} holds {shown(missing[0][name])}, which is no part of the prompt, and would not be used",
-                f"leave it out with FILE?ignore={name}, or put it into the prompt",
+                f"leave it out with FILE?ignore={name}, or put it into the prompt"
+                + (f": FILE?columns={name}:context" if left[name] in BACKGROUND else ""),
             )
 
 
@@ -278,8 +301,11 @@ def is_unstated(name: str, value: Any, said: Sequence[str]) -> bool:
 
 
 def _asks(name: str, value: Any) -> list[str]:
-    """The texts of a column if its name is that of a question or of options; else none."""
+    """The texts of a column if its name is that of a question, of its options, or of a text that it may be about; else
+    none. A short text such as a title or the name of a file is no text that a question is about."""
     plain = plain_name(name)
+    if plain in BACKGROUND:
+        return [text for text in _texts(value) if len(text.split()) >= _NUM_WORDS]
     if plain not in (*PROMPT, *OPTIONS) or plain in PART_OF_PROMPT:
         return []
     return list(_texts(value)) if isinstance(value, str) or plain in OPTIONS else []

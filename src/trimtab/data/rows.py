@@ -25,6 +25,7 @@ from trimtab.data.messages import (
     joined,
     messages_of,
     refuse_opening,
+    texts_as_turns,
     transcript,
     untrained_turns,
 )
@@ -37,6 +38,7 @@ from trimtab.data.prompts import (
     not_empty,
     prompt_in,
     refuse_beside_reply,
+    refuse_markup,
     refuse_unread,
     reply_of,
     reply_turns,
@@ -128,7 +130,7 @@ def to_explicit_pair(row: JsonDict) -> PreferencePair:
         chosen = reply_of("chosen", row["chosen"])
     if isinstance(rejected, tuple):
         rejected = reply_of("rejected", row["rejected"])
-    if is_transcript(row["prompt"]):
+    if is_transcript(row.get("prompt")):
         chosen_turns, rejected_turns = transcript("chosen", chosen), transcript("rejected", rejected)
         if chosen_turns and rejected_turns:  # whole transcripts, which repeat the prompt
             return _conversations_pair(row, joined(chosen_turns), joined(rejected_turns))
@@ -175,6 +177,7 @@ def to_implicit_pair(row: JsonDict) -> PreferencePair:
     chosen = reply_turns("chosen", field_of(row, "chosen"))
     rejected = reply_turns("rejected", field_of(row, "rejected"))
     refuse_unread(row)
+    refuse_markup(row)
     if isinstance(chosen, str) and isinstance(rejected, str):
         turns, other_turns = transcript("chosen", chosen), transcript("rejected", rejected)
         if turns is None or other_turns is None:
@@ -300,7 +303,7 @@ def to_conversation(row: JsonDict) -> Demonstration:
 
 def _list_of_messages(row: JsonDict) -> Any:
     value = field_of(row, "messages")
-    return conversation_in(value, value) if isinstance(value, str) else value
+    return texts_as_turns("messages", conversation_in(value, value) if isinstance(value, str) else value)
 
 
 def to_labelled_response(row: JsonDict) -> LabelledResponse:
@@ -349,7 +352,7 @@ def prompt_of(convert: Callable[[JsonDict], Any]) -> Callable[[JsonDict], Prompt
 def to_conversation_prompt(row: JsonDict) -> Prompt:
     """A conversation up to the last turn that is not the assistant's: a reply at the end is not part of the prompt."""
     refuse_unread(row)
-    messages = messages_of("messages", field_of(row, "messages"))
+    messages = messages_of("messages", _list_of_messages(row))
     while messages and messages[-1].role == "assistant":
         messages = messages[:-1]
     return make_prompt(with_columns(messages, row), row)
