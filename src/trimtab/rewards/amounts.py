@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 _MINUS = "-−–"
+_CURRENCIES = "$€£¥₹₱₩₽"
 _SIGN = r"[+\-−–]"
 _NUMBER = re.compile(
-    rf"[$€£¥]?\s*(?P<sign>{_SIGN}?)\s*[$€£¥]?\s*(?P<digits>\d[\d,]*(?:\.\d*)?|\.\d+)(?:\s*/\s*(?P<under>\d+))?\s*%?"
+    rf"[{_CURRENCIES}]?\s*(?P<sign>{_SIGN}?)\s*[{_CURRENCIES}]?\s*"
+    r"(?P<digits>\d[\d,]*(?:\.\d*)?|\.\d+)(?:\s*/\s*(?P<under>\d+))?\s*%?"
 )
 _GROUPED = re.compile(r"\d{1,3}(,\d{3})+(\.\d*)?")
 _LONGEST_NUMBER = 200
@@ -32,11 +34,11 @@ _POWER = r"10\s*(?:\^|\*\*)\s*(?:\{\s*([+\-−–]?\d+)\s*\}|([+\-−–]?\d+))"
 TIMES_POWER_OF_TEN = re.compile(rf"(?<=\d)\s*(?:\\times(?![A-Za-z])|\\cdot(?![A-Za-z])|[x×*·])\s*{_POWER}")
 _POWER_OF_TEN = re.compile(rf"(?<![\w.,^]){_POWER}")
 _ONE_NUMBER = re.compile(
-    rf"(?P<front>(?!\s){_SIGN}?\s*[$€£¥]?\s*{_SIGN}?\s*"
+    rf"(?P<front>(?!\s){_SIGN}?\s*[{_CURRENCIES}]?\s*{_SIGN}?\s*"
     r"(?:\d+ \d+/\d+|\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?|\.\d+))(?:[eE](?P<exponent>[+\-−–]?\d+))?"
 )
 _MIXED = re.compile(rf"({_SIGN}?)(\d+) (\d+)/(\d+)")
-_NEGATIVE_WORD = re.compile(r"\b(?:negative|minus)\s+(?=[\d.$€£¥])", re.IGNORECASE)
+_NEGATIVE_WORD = re.compile(rf"\b(?:negative|minus)\s+(?=[\d.{_CURRENCIES}])", re.IGNORECASE)
 
 # What may stand on the left of "=": a calculation, and the marks and commands of LaTeX in the name of a value.
 _CALCULATION = re.compile(
@@ -119,12 +121,12 @@ _AFTER_VERB = re.compile(r"(?: (?:exactly|just|only|precisely|simply|therefore|t
 _BE = frozenset({"is", "are", "was", "were"})
 _AFTER_BE = _set("the my our final correct right answer result solution total left needed required")
 
-_CURRENCIES = "$€£¥"
-_CURRENCY_CODES = {"USD": "$", "EUR": "€", "GBP": "£"}
-_CURRENCY_CODE = re.compile(r"\b(USD|EUR|GBP)\s*(?=[\d.])")
+_CURRENCY_CODES = {"USD": "$", "US$": "$", "EUR": "€", "GBP": "£", "INR": "₹"}
+_CURRENCY_CODE = re.compile(r"\b(USD|US\$|EUR|GBP|INR)\s*(?=[\d.])")
 _UNITS = {
     "$": "dollar", "usd": "dollar", "dollars": "dollar", "€": "euro", "eur": "euro", "euros": "euro",
-    "£": "pound sterling", "gbp": "pound sterling", "¥": "yen", "%": "percent", "percent": "percent", "°": "degree",
+    "£": "pound sterling", "gbp": "pound sterling", "¥": "yen", "₹": "rupee", "inr": "rupee", "rupees": "rupee",
+    "₱": "peso", "₩": "won", "₽": "rouble", "%": "percent", "percent": "percent", "°": "degree",
     "degrees": "degree", "°c": "degree celsius", "°f": "degree fahrenheit", "cents": "cent", "¢": "cent",
     "m": "metre", "meters": "metre", "meter": "metre", "metres": "metre", "metre": "metre", "km": "kilometre",
     "kilometers": "kilometre", "kilometer": "kilometre", "kilometres": "kilometre", "kilometre": "kilometre",
@@ -272,7 +274,7 @@ def _mixed(text: str) -> Fraction | None:
 def _with_unit(value: Fraction, number: str, behind: str) -> Amount | None:
     """The amount, if the text behind the number can only be multiples, a unit and words about it; else None."""
     sign = next((s for s in _CURRENCIES if s in number), "")
-    token = rf"°[CF]?|[%¢€£¥/]|{_WORD.pattern}"
+    token = rf"°[CF]?|[%¢/{_CURRENCIES}]|{_WORD.pattern}"
     behind = re.sub(r"\^?'+$|^-(?=[^\W\d_]{2})|,(?= (?:in total|in all|altogether|each|left)$)", " ", behind)
     if not re.fullmatch(rf"(?:\s|{token})*", behind):
         return None
@@ -286,7 +288,7 @@ def _with_unit(value: Fraction, number: str, behind: str) -> Amount | None:
             value, tokens, attached = value * letter, tokens[1:], False
     while tokens and (multiple := _multiple(tokens[0])):
         value, tokens, attached = value * multiple, tokens[1:], False
-    if attached and _unit_name(tokens[0]) is None:
+    if attached and unit_name(tokens[0]) is None:
         return None
     lowered = [word.lower() for word in tokens]
     be = next((i for i, word in enumerate(lowered) if word in _BE), len(lowered))
@@ -299,7 +301,7 @@ def _with_unit(value: Fraction, number: str, behind: str) -> Amount | None:
     return Amount(value, frozenset(_UNITS[sign].split()) | over if sign else over, under)
 
 
-def _unit_name(word: str) -> str | None:
+def unit_name(word: str) -> str | None:
     """The name of a known unit, such as "centimetre²" for "cm²". The case of single letters counts: M is no metre."""
     power = word[-1] if word[-1] in "²³" else ""
     word = word.removesuffix(power) if power else word
@@ -313,7 +315,7 @@ def _unit(words: list[str]) -> frozenset[str] | None:
     names: list[str] = []
     kind = power = ""
     for word in words:
-        lowered, known = word.lower(), _unit_name(word)
+        lowered, known = word.lower(), unit_name(word)
         if lowered in _FILLERS and not (lowered == "in" and len(words) == 1):
             continue
         if lowered in ("squared", "cubed") and names and names[-1] in _UNITS.values():

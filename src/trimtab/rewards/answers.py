@@ -20,7 +20,7 @@ from trimtab.rewards.each import Score, fact, score_each
 from trimtab.rewards.helper import Helper
 from trimtab.rewards.written import clean, same_text
 
-AnswerForm = Literal["hashes", "boxed", "last_number"]
+AnswerForm = Literal["hashes", "boxed", "tag", "last_number"]
 
 _IN_TEXT = re.compile(
     r"\\[dtc]?frac\s*\{\d+\}\s*\{\d+\}"
@@ -31,6 +31,8 @@ _IN_TEXT = re.compile(
     r"(?: (?:hundred|thousand|million|billion|trillion|dozen)s?\b)*"
 )
 """A number within a reply, whole: 10^3 is one number, and so are 2.5e-3, 1 000 and 5 million."""
+_MARK_BEHIND = re.compile(r"\n|</[A-Za-z]+>|<\|[a-z]")
+"""Ends an answer behind hashes: its line, a closing tag, or a special token."""
 _WORDS = re.compile(r"(?<![\\A-Za-z])(?!(?:sqrt|frac|pi|sin|cos|tan|log|ln|exp)(?![A-Za-z]))[A-Za-z]{2,}")
 _SEVERAL = ("$", "\\(", "\\)", "\\[", "\\]", "\\boxed", "\n")
 """Marks that would end one formula and begin another: an answer is a single formula."""
@@ -45,9 +47,10 @@ class ExactAnswer:
 
     fact: str = "answer"
     """The prompt's fact that holds the right answer."""
-    forms: tuple[AnswerForm, ...] = ("hashes", "boxed")
+    forms: tuple[AnswerForm, ...] = ("hashes", "boxed", "tag")
     """How the final answer is written; the first form that occurs counts: "#### 42" to the end of that line,
-    "\\boxed{42}", or the last number of the reply. If one form occurs several times, the last one counts."""
+    "\\boxed{42}", "<answer>42</answer>" (tag), or the last number of the reply. If one form occurs several times, the
+    last one counts."""
     maths: bool = False
     """If answers differ as numbers, lists or text, also compare them as mathematics, by math-verify (the extra
     "math")."""
@@ -60,7 +63,7 @@ class ExactAnswer:
 
     def __post_init__(self) -> None:
         if not self.forms:
-            raise ValueError("forms is empty; name at least one of 'hashes', 'boxed' and 'last_number'")
+            raise ValueError("forms is empty; name at least one of 'hashes', 'boxed', 'tag' and 'last_number'")
 
     def load(self, *, token_budget: int) -> ExactAnswerScorer:
         """The scorer. Raises EngineError if math-verify is wanted and not installed."""
@@ -126,8 +129,15 @@ def find_answer(reply: str, forms: Sequence[AnswerForm]) -> str | None:
 
 def _after_hashes(reply: str) -> str | None:
     _, hashes, rest = reply.rpartition("####")
-    answer = rest.lstrip().partition("\n")[0].strip()
+    answer = _MARK_BEHIND.split(rest.lstrip(), maxsplit=1)[0].strip()
     return answer if hashes and answer else None
+
+
+def _in_tag(reply: str) -> str | None:
+    """The content of the last <answer>…</answer>."""
+    before, closing, _ = reply.rpartition("</answer>")
+    _, opening, answer = before.rpartition("<answer>")
+    return answer.strip() or None if closing and opening else None
 
 
 def _boxed(reply: str) -> str | None:
@@ -150,7 +160,7 @@ def _last_number(reply: str) -> str | None:
     return found[-1].rstrip(",") if found else None
 
 
-_FINDERS = {"hashes": _after_hashes, "boxed": _boxed, "last_number": _last_number}
+_FINDERS = {"hashes": _after_hashes, "boxed": _boxed, "tag": _in_tag, "last_number": _last_number}
 
 
 def _plain(text: str) -> str:

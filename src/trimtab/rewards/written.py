@@ -7,8 +7,9 @@ with several numbers is not read as a number, so that listing guesses earns noth
 from __future__ import annotations
 
 import re
+import unicodedata
 
-from trimtab.rewards.amounts import ALTERNATIVES, DENIALS, HEDGES, amount_of, may_stand_before, same_amount
+from trimtab.rewards.amounts import ALTERNATIVES, DENIALS, HEDGES, amount_of, may_stand_before, same_amount, unit_name
 
 _SPACE = "\N{NO-BREAK SPACE}\N{THIN SPACE}\N{NARROW NO-BREAK SPACE}"
 _WRAPPERS = re.compile(
@@ -27,11 +28,31 @@ _CLAIM = re.compile(
 _NAMED = re.compile(
     r"^\s*(?:[A-Za-z](?:_\{?\w+\}?|\(\w\))?|\([A-Za-z](?:\s*,\s*[A-Za-z])+\))\s*(?:=|\\in\b|∈)\s*(?=[^=])"
 )
+# "**72** apples" in Markdown, but no power such as 10**3.
+_BOLD = re.compile(r"(?<![\w)])\*\*(?=\S)|(?<=\S)\*\*(?![\w(])")
+# "$72$ apples", but not the dollars of "$10 - $5 = $5".
+_FORMULA = re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$(?!\d)")
+# Raised digits: behind a letter, ² and ³ may be those of a unit and stay.
+_RAISED = re.compile(r"(?<=\d)[⁻⁰¹²³⁴-⁹]+|(?<=[\w)])(?:[⁻⁰¹⁴-⁹][⁻⁰¹²³⁴-⁹]*|[²³][⁻⁰¹²³⁴-⁹]+)")
+_LOWERED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+_VULGAR = re.compile(r"(?:(\d) ?)?([¼-¾⅐-⅞])")
+_QUOTED = re.compile(r"^[\"“]([^\"“”]+)[\"”]$")
+_CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?\s*([ap])\.?\s?m\.?", re.IGNORECASE)
+_LABELLED = re.compile(r"^\(?[A-E]\)[.:]?\s*(?=\S)")
+_OR = re.compile(r",?\s+or\s+")
+_MATRIX = re.compile(r"\\begin\{([pb]?matrix|smallmatrix)\}(.*?)\\end\{\1\}", re.DOTALL)
+_ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))|(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)")
+_FACTOR = r"\\sqrt\{[^{}]*\}|\\[A-Za-z]+(?![A-Za-z])"
+# A fraction that reads the same as A/B: a product of simple factors over a single one.
+_SIMPLE_FRACTION = re.compile(rf"\\frac\{{((?:[\d.A-Za-z]|{_FACTOR})+)\}}\{{(\d+|[A-Za-z]|{_FACTOR})\}}")
+_TIMES_FACTOR = re.compile(r"(?<=\d)\s*(?:\*|\\cdot|\\times)\s*(?=\\(?:sqrt|pi)(?![A-Za-z]))")
+_UNIT_BEHIND = re.compile(r"(.*?\S)\s+(?:(?:square|cubic|sq)\s+)?([A-Za-z]{2,}[²³]?)")
 _OPENING, _CLOSING = "([{", ")]}"
 
 _SYMBOLS = {
     "π": "\\pi ", "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "∞": "\\infty ", "√": "\\sqrt ", "±": "\\pm ",
     "×": "\\times ", "·": "\\cdot ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "²": "^2", "³": "^3",
+    "∪": "\\cup ", "∩": "\\cap ", "−": "-", "–": "-", "⁄": "/",
 }  # fmt: skip
 _SAME_COMMANDS = {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "leq": "le", "geq": "ge", "neq": "ne"}
 # \\sqrt2, \\frac\\pi2 and the second argument of \\frac{\\pi}2, which have no braces.
@@ -44,37 +65,53 @@ _TURNS = DENIALS | ALTERNATIVES | HEDGES | {"is", "isn"}
 
 
 def same_text(right: str, given: str) -> bool:
-    """Whether two answers say the same, without computing: numbers, tuples, sets, choices, then plain text."""
+    """Whether two answers say the same, without computing: numbers, times of day, matrices, tuples, sets, alternatives,
+    choices, then plain text."""
+    matrices = _cells(right), _cells(given)
+    if matrices[0] is not None and matrices[1] is not None:
+        return _same_cells(matrices[0], matrices[1])
     right, given = _CLAIM.sub("", clean(right)), _CLAIM.sub("", clean(given))
     names = _NAMED.match(right), _NAMED.match(given)
     if names[0] and names[1] and _letters(names[0][0]) != _letters(names[1][0]):
         return False
     right, given = _NAMED.sub("", right, count=1), _NAMED.sub("", given, count=1)
+    if not re.match(r"\(?[A-Z]\b", right):
+        given = _LABELLED.sub("", given, count=1)  # "(B) 72" says what the choice is
+    times = _CLOCK.fullmatch(right), _CLOCK.fullmatch(given)
+    if times[0] and times[1]:
+        return _time(times[0]) == _time(times[1])
     amounts = amount_of(right), amount_of(given)
     if amounts[0] is not None:
         return amounts[1] is not None and same_amount(amounts[0], amounts[1])
+    alternatives = _OR.split(right), _OR.split(given)
+    if len(alternatives[0]) > 1:
+        return _same_elements("{}", alternatives[0], "{}", alternatives[1])
     lists = _elements(right), _elements(given)
     if lists[0] is not None and lists[1] is not None:
         return _same_elements(*lists[0], *lists[1])
-    return _letters(right) == _letters(given) or _choice(right, given)
+    return _letters(right) == _letters(given) or _same_but_for_unit(right, given) or _choice(right, given)
 
 
 def clean(text: str) -> str:
     """The text without the marks of LaTeX and Markdown that change nothing, with fractions as 1/2 and numbers without
     separators between groups of digits. A tie "~" is a blank behind what it ties; before a number it means "about"."""
-    text = re.sub(r"(?<=\d)(?:\\[,!; ]|\{,\})(?=\d)", "", text.strip().strip("*`"))
-    text = re.sub(r"\\[;:, ]|\\q?quad\b|(?<=[\w}).,:;])~", " ", text).replace("\\!", "")
+    text = _BOLD.sub("", text.strip()).strip("*`")
+    text = re.sub(r"(?<=\d)(?:\\[,!; ]|\{,\})(?=\d)", "", text)
+    text = re.sub(r"(?<!\\)\\[()\[\]]|(?<!\\)\\[;:, ]|\\q?quad\b|(?<=[\w}).,:;])~", " ", text).replace("\\!", "")
+    text = _FORMULA.sub(r"\1", text)
     text = text.replace("\\$", "$").replace("\\%", "%")
     text = re.sub(r"\\(?:left|right|displaystyle)(?![a-z])", "", text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ\b)|\\degree\b", "°", text)
+    text = _VULGAR.sub(_as_written_out, _RAISED.sub(lambda match: f"^{{{match[0].translate(_LOWERED)}}}", text))
     text = _FRACTION.sub(_as_ratio, _unwrapped(text))
     text = _POWER.sub(lambda match: "²³"[int(match[1] or match[2]) - 2], text)
-    for opening, closing in (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-        if text.startswith(opening) and text.endswith(closing) and text.count(opening) + text.count(closing) in (2, 4):
-            text = text[len(opening) : -len(closing)]
+    text = text.strip()
+    if text.startswith("$") and text.endswith("$") and text.count("$") == 2:
+        text = text[1:-1]
     text = _SPACED_GROUPS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     text = re.sub(r"^\{([^{},]*)\}$", r"\1", text.strip())
-    return " ".join(text.strip().rstrip(".,;").strip("*`").split())
+    text = " ".join(text.strip().rstrip(".,;。").strip("*`").split())
+    return _QUOTED.sub(r"\1", text)
 
 
 def _unwrapped(text: str) -> str:
@@ -94,6 +131,44 @@ def _as_ratio(match: re.Match[str]) -> str:
     whole, over, under = match[1], int(match[2] or match[3]), int(match[4] or match[5])
     ratio = f"{'-' if (over < 0) != (under < 0) else ''}{abs(over)}/{abs(under)}"
     return f"{whole} {ratio}" if whole else ratio
+
+
+def _as_written_out(match: re.Match[str]) -> str:
+    """A fraction that is one character, such as ½, as 1/2; behind a whole number with a blank between."""
+    ratio = unicodedata.normalize("NFKC", match[2]).replace("\N{FRACTION SLASH}", "/")
+    return f"{match[1]} {ratio}" if match[1] else ratio
+
+
+def _time(match: re.Match[str]) -> tuple[int, int, str]:
+    return int(match[1]), int(match[2] or 0), match[3].lower()
+
+
+def _cells(text: str) -> list[list[str]] | None:
+    """The rows of a matrix in LaTeX; None for any other text."""
+    found = _MATRIX.search(text)
+    if found is None or re.sub(r"\\[()\[\]]|[\s$.*`]", "", _MATRIX.sub("", text, count=1)):
+        return None
+    rows = [row.split("&") for row in found[2].split("\\\\")]
+    return rows if any(cell.strip() for cell in rows[-1]) else rows[:-1]
+
+
+def _same_cells(right: list[list[str]], given: list[list[str]]) -> bool:
+    if [len(row) for row in right] != [len(row) for row in given]:
+        return False
+    return all(same_text(a, b) for x, y in zip(right, given, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def _same_but_for_unit(right: str, given: str) -> bool:
+    """Whether one of two texts that are no amounts is the other with a unit behind it: "2\\sqrt{3} cm"."""
+    bare = _without_unit(right), _without_unit(given)
+    return (bare[0] is None) != (bare[1] is None) and _letters(bare[0] or right) == _letters(bare[1] or given)
+
+
+def _without_unit(text: str) -> str | None:
+    found = _UNIT_BEHIND.fullmatch(text)
+    if found is None or not re.search(r"[\d\\π√]", found[1]):
+        return None
+    return found[1] if found[2] in ("unit", "units") or unit_name(found[2]) else None
 
 
 def _elements(text: str) -> tuple[str, list[str]] | None:
@@ -130,6 +205,8 @@ def _same_elements(right_in: str, right: list[str], given_in: str, given: list[s
 
 def _letters(text: str) -> str:
     """The text without spaces that mean nothing, with LaTeX written in one way; plain words in lower case."""
+    text = _ROOT.sub(lambda match: f"\\sqrt{{{next(filter(None, match.groups()), '')}}}", text)
+    text = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", text)
     for symbol, latex in _SYMBOLS.items():
         text = text.replace(symbol, latex)
     text = re.sub(r"\\([A-Za-z]+)", lambda match: f"\\{_SAME_COMMANDS.get(match[1], match[1])}", text)
@@ -137,6 +214,7 @@ def _letters(text: str) -> str:
     text = _BARE_EXPONENT.sub(r"\1{\2}", text)
     text = re.sub(r"(\\[A-Za-z]+)\s+(?![A-Za-z])", r"\1", text)
     text = re.sub(r"\s*([^\w\s])\s*", r"\1", text)
+    text = _SIMPLE_FRACTION.sub(r"\1/\2", _TIMES_FACTOR.sub("", text))
     text = text[1:-1] if re.fullmatch(r"\(\w\)", text) else text
     return text.casefold() if re.fullmatch(r"[^\W\d_]{2,}(?: [^\W\d_]+)*", text) else text
 
