@@ -78,6 +78,7 @@ RANGES: dict[str, Range] = {
     "num_epochs": Range(0, 1e6, low_open=True),
     # optimizers
     **dict.fromkeys(["learning_rate", "eps"], AMOUNT),
+    **dict.fromkeys(["optimizer.learning_rate", "optimizer.eps"], Range(0, 1, low_open=True)),
     **dict.fromkeys(["beta1", "beta2", "warmup_fraction"], Range(0, 1, high_open=True)),
     "weight_decay": OR_NONE,
     "max_gradient_norm": BOUND,
@@ -136,6 +137,8 @@ RANGES: dict[str, Range] = {
     "agreement": Range(0.5, 1, low_open=True),
 }
 """Keyed by the setting's name, or by table and name (`advantage.gamma`) if the name alone is ambiguous."""
+_TOO_LARGE = 2**63
+"""The first whole number that tensors cannot hold."""
 
 
 def out_of_range(path: str, value: object) -> str:
@@ -143,6 +146,8 @@ def out_of_range(path: str, value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ""
     table, _, name = path.rpartition(".")
+    if isinstance(value, int) and abs(value) >= _TOO_LARGE:
+        return f"{name} = {str(value)[:20]}…; it must be below 2^63"
     within = f"{table.rpartition('.')[2]}.{name}"
     allowed = RANGES.get(within) or RANGES.get(name) or ANY
     return "" if allowed.holds(value) else f"{name} = {value!r}; it must be {allowed.words}"
