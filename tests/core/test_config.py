@@ -182,7 +182,7 @@ def test_several_tables_are_refused_together_by_their_paths_in_the_file():
     [
         ("clip_high=0.28", "loss.clip_high"),
         ("learning_rate=1", "optimizer.learning_rate"),
-        ("optimiser.learning_rate=1", "optimizer"),
+        ("optimiser.learning_rate=1", "optimizer.learning_rate"),
         ("loss.clip_hihg=0.28", "loss.clip_high"),
         ("optimizer.warmup=3", "optimizer.warmup_steps"),
     ],

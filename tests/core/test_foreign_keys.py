@@ -74,6 +74,31 @@ def answer(stage: str, key: str) -> str:
         ("online", "use_kl_in_reward", "kl_in"),
         ("online", "use_kl_loss", "kl_in"),
         ("online", "kl_penalty", "kl_estimator"),
+        ("online", "use_vllm", "engine.sampler.name"),
+        ("online", "vllm_gpu_memory_utilization", "engine.sampler.gpu_memory"),
+        ("online", "steps_per_generation", "num_minibatches"),
+        ("online", "local_rollout_forward_batch_size", "token_budget"),
+        ("online", "total_epochs", "num_epochs"),
+        ("online", "max_response_length", "sampling.max_new_tokens"),
+        ("online", "clip_ratio_low", "loss.clip_low"),
+        ("online", "clip_ratio_c", "loss.dual_clip"),
+        ("online", "loss_agg_mode", "loss.aggregation"),
+        ("online", "entropy_coeff", "entropy_coef"),
+        ("online", "critic_warmup", "critic.warmup_steps"),
+        ("online", "reward_clip_range", "shaping.clip"),
+        ("online", "dynamic_filtering", "dynamic_sampling"),
+        ("online", "use_tis", "correction"),
+        ("online", "sft_model_path", "model"),
+        ("online", "train_files", "prompts"),
+        ("online", "log_completions", "sample_every"),
+        ("preference", "rl_beta", "loss.beta"),
+        ("preference", "dpo_label_smoothing", "loss.label_smoothing"),
+        ("preference", "f_divergence_type", "loss.divergence"),
+        ("preference", "precompute_ref_batch_size", "token_budget"),
+        ("sft", "test_freq", "validate_every"),
+        ("sft", "max_ckpt_num", "keep_checkpoints"),
+        ("sft", "enable_gradient_checkpointing", "checkpoint_activations"),
+        ("sft", "roles_to_train", "train_on"),
     ],
 )
 def test_a_key_of_another_library_is_answered_with_ours(stage: str, key: str, ours: str):
@@ -100,6 +125,22 @@ def test_a_key_of_another_library_is_answered_with_ours(stage: str, key: str, ou
         ("preference", "cpo_alpha", 'loss.nll_coef, with loss.name = "cpo"'),
         ("preference", "orpo_alpha", 'loss.odds_coef, with loss.name = "orpo"'),
         ("preference", "simpo_gamma", 'loss.gamma, with loss.name = "simpo"'),
+        ("preference", "kto_desirable_weight", 'loss.desirable_weight, with loss.name = "kto"'),
+        ("preference", "reference_free", 'loss.name = "simpo"'),
+        ("preference", "sync_ref_model", "for a whole run"),
+        ("online", "kl_target", 'kl.target, with kl.name = "adaptive"'),
+        ("online", "kl_horizon", 'kl.horizon, with kl.name = "adaptive"'),
+        ("online", "reward_weights", "has its own weight"),
+        ("sft", "rl", "the stage is the command"),
+        ("sft", "disable_dropout", "with dropout"),
+        ("sft", "neftune_noise_alpha", "no noise"),
+        ("sft", "dataset_num_proc", "every core"),
+        ("sft", "activation_offloading", "another memory"),
+        ("sft", "load_best_model_at_end", "trimtab choose RUN"),
+        ("sft", "experiment_name", "--out DIR"),
+        ("sft", "use_remove_padding", "ever padded"),
+        ("sft", "torch_compile", "chosen and proved"),
+        ("sft", "chat_template_path", "used as it is"),
     ],
 )
 def test_a_key_without_a_counterpart_is_answered_with_why(stage: str, key: str, said: str):
@@ -141,3 +182,45 @@ def test_every_key_that_an_answer_names_exists():
     for candidates, _ in OURS.values():
         for ours in candidates.split():
             assert any(f".{key}".endswith(f".{ours}") for key in known), ours
+
+
+VERL = {
+    "algorithm": {"adv_estimator": "grpo", "gamma": 1.0, "kl_ctrl": {"type": "fixed", "kl_coef": 0.001}},
+    "actor_rollout_ref": {
+        "model": {"path": "m"},
+        "actor": {"optim": {"lr": 1e-6}, "ppo_mini_batch_size": 64, "strategy": "fsdp2"},
+        "rollout": {"n": 8, "name": "vllm", "temperature": 0.7},
+    },
+}
+
+
+def test_the_keys_within_a_table_of_another_library_are_answered_one_by_one():
+    found = settings_check.mistakes(registry.modules("stage")["online"], REQUIRED["online"] | VERL, "")
+    answers = dict(problem.split(": ", 1) for problem in found)
+    meant = {
+        "algorithm.adv_estimator": "advantage",
+        "algorithm.gamma": "advantage.gamma",
+        "algorithm.kl_ctrl.kl_coef": "kl.coef",
+        "actor_rollout_ref.model.path": "model",
+        "actor_rollout_ref.actor.optim.lr": "optimizer.learning_rate",
+        "actor_rollout_ref.actor.ppo_mini_batch_size": "num_minibatches",
+        "actor_rollout_ref.rollout.n": "group_size",
+        "actor_rollout_ref.rollout.name": "engine.sampler.name",
+        "actor_rollout_ref.rollout.temperature": "sampling.temperature",
+    }
+    for key, ours in meant.items():
+        assert answers.pop(key).startswith(f"unknown key; did you mean {ours}?"), key
+    assert answers.pop("algorithm.kl_ctrl.type").startswith("unknown key; did you mean kl.name")
+    assert answers == {"actor_rollout_ref.actor.strategy": "unknown; remove what has no counterpart here"}
+
+
+def test_a_table_within_one_of_ours_is_answered_with_a_key_of_that_one():
+    values = REQUIRED["online"] | {"critic": {"optim": {"lr": 1e-5}}}
+    (problem,) = settings_check.mistakes(registry.modules("stage")["online"], values, "")
+    assert problem == "critic.optim.lr: unknown key; did you mean critic.optimizer.learning_rate?"
+
+
+def test_a_table_that_means_nothing_here_is_one_mistake():
+    values = REQUIRED["sft"] | {"weather": {"today": "fine", "tomorrow": {"morning": "fair"}}}
+    (problem,) = settings_check.mistakes(registry.modules("stage")["sft"], values, "")
+    assert problem.startswith("weather: unknown key; ")

@@ -166,7 +166,7 @@ def _table(cls: type, values: Any, default: Any, path: str, mistakes: list[str])
     for key in values:
         if key not in known:
             siblings = [join(path, name) for name in known]
-            mistakes.append(unknown_key(join(path, key), siblings, list(_key_paths(cls, values, path))))
+            mistakes += unknown_keys(join(path, key), values[key], siblings, list(_key_paths(cls, values, path)))
     arguments = {}
     ours = cls.__module__.startswith("trimtab.")  # ranges go by name, and a user's class may use a name differently
     for name, field in known.items():
@@ -369,12 +369,44 @@ def missing(full: str) -> str:
     return f"{full}: missing, and it has no default"
 
 
+def unknown_keys(full: str, value: Any, siblings: Sequence[str], everything: Sequence[str]) -> list[str]:
+    """The messages for a key that no setting has; see `unknown_key`. A table of another library, such as verl's
+    `actor_rollout_ref`, has one for each of its keys that has a counterpart here, and one for the others together."""
+    known = _nearest_first(siblings, everything)
+    leaves = list(_leaves(value, full)) if isinstance(value, Mapping) else []
+    answers = {leaf: ours for leaf in leaves if (ours := ours_for(leaf, known) or _same_name(leaf, known))}
+    if answers:
+        others = ", ".join(leaf for leaf in leaves if leaf not in answers)
+        rest = ours_for(full, known) or "remove what has no counterpart here"
+        found = [f"{leaf}: unknown key; {ours}" for leaf, ours in answers.items()]
+        return found + ([f"{others}: unknown; {rest}"] if others else [])
+    return [unknown_key(full, siblings, everything)]
+
+
+def _same_name(full: str, known: Sequence[str]) -> str:
+    """The answer to a key of another library that a single setting here is called as well, or ""."""
+    key = full.rpartition(".")[2]
+    found = [path for path in known if path.rpartition(".")[2] == key]
+    return f"did you mean {found[0]}?" if len(found) == 1 and key not in ("name", "path") else ""
+
+
+def _leaves(values: Mapping[str, Any], path: str) -> Iterator[str]:
+    """The key paths of the values that are no tables."""
+    for key, value in values.items():
+        yield from _leaves(value, join(path, key)) if isinstance(value, Mapping) else (join(path, key),)
+
+
+def _nearest_first(siblings: Sequence[str], everything: Sequence[str]) -> list[str]:
+    return [*siblings, *sorted((path for path in everything if path not in siblings), key=lambda p: p.count("."))]
+
+
 def unknown_key(full: str, siblings: Sequence[str], everything: Sequence[str]) -> str:
     """The message for a key that no setting has, with the key that was probably meant. `siblings` are the keys of its
     table, and `everything` also includes those of the tables below it, all as full paths."""
     key = full.rpartition(".")[2]
-    deeper = sorted((p for p in everything if p not in siblings), key=lambda p: p.count("."))
-    if ours := ours_for(full, [*siblings, *deeper]):
+    known = _nearest_first(siblings, everything)
+    deeper = known[len(siblings) :]
+    if ours := ours_for(full, known):
         return f"{full}: unknown key; {ours}"
     same_name = [p for p in deeper if p.rpartition(".")[2] == key]
     close = same_name or difflib.get_close_matches(full, siblings, 1) or difflib.get_close_matches(full, deeper, 1)

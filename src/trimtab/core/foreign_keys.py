@@ -43,44 +43,77 @@ OURS: dict[str, tuple[str, str]] = {
         "batch_size prompts_per_step",
         _BATCH,
     ),
-    "gradient_accumulation_steps micro_batch_size micro_train_batch_size per_device_eval_batch_size": (
+    "gradient_accumulation_steps micro_batch_size micro_train_batch_size per_device_eval_batch_size eval_batch_size"
+    " local_rollout_forward_batch_size precompute_ref_batch_size ppo_micro_batch_size ppo_micro_batch_size_per_gpu"
+    " log_prob_micro_batch_size log_prob_micro_batch_size_per_gpu ppo_max_token_len_per_gpu use_dynamic_bsz"
+    " auto_find_batch_size": (
         "token_budget",
         "batch_size or prompts_per_step is the whole update, and token_budget splits it into forward passes",
     ),
     "rollout_batch_size num_prompts_per_step": ("prompts_per_step", ""),
     "generation_batch_size": ("prompts_per_step", "in prompts, each with group_size replies"),
     "micro_rollout_batch_size": ("sampling.batch_size", "memory and speed only"),
-    "num_generations n_samples_per_prompt num_return_sequences n_samples num_samples_per_prompt": (
+    "num_generations n_samples_per_prompt num_return_sequences n_samples num_samples_per_prompt rollout.n": (
         "group_size replies_per_prompt",
         "",
     ),
-    "num_train_epochs max_epochs epochs n_epochs": ("num_epochs", ""),
+    "num_train_epochs max_epochs epochs n_epochs total_epochs": ("num_epochs", ""),
     "num_ppo_epochs ppo_epochs num_iterations": ("num_epochs", "passes over the rollouts of a step"),
-    "max_train_steps total_steps total_episodes num_episodes max_steps": ("num_steps", ""),
-    "num_mini_batches mini_batch_size ppo_mini_batch_size": ("num_minibatches", "updates of one pass"),
+    "max_train_steps total_steps total_training_steps total_episodes num_episodes max_steps": ("num_steps", ""),
+    "num_mini_batches mini_batch_size ppo_mini_batch_size steps_per_generation": (
+        "num_minibatches",
+        "updates of one pass",
+    ),
     "save_steps save_interval save_freq save_strategy saves_per_epoch": ("checkpoint_every", ""),
-    "save_total_limit": ("keep_checkpoints", ""),
-    "eval_steps eval_strategy evaluation_strategy evals_per_epoch": ("validate_every", ""),
-    "logging_steps logging_strategy": ("", "every step is logged in metrics.jsonl; remove the key"),
-    "output_dir save_path ckpt_path run_name logging_dir": ("", _DIRECTORY),
-    "resume_from_checkpoint overwrite_output_dir": (
+    "save_total_limit max_ckpt_num": ("keep_checkpoints", ""),
+    "eval_steps eval_strategy evaluation_strategy evals_per_epoch test_freq": ("validate_every", ""),
+    "log_completions num_completions_to_print num_sample_generations": ("sample_every", "and num_samples"),
+    "load_best_model_at_end metric_for_best_model early_stopping_patience greater_is_better": (
+        "",
+        "a run goes to its end, and `trimtab choose RUN` finds its best checkpoint; remove the key",
+    ),
+    "logging_steps logging_strategy logging_first_step log_level": (
+        "",
+        "every step is logged in metrics.jsonl; remove the key",
+    ),
+    "output_dir save_path ckpt_path run_name logging_dir default_local_dir exp_name experiment_name": (
+        "",
+        _DIRECTORY,
+    ),
+    "resume_from_checkpoint overwrite_output_dir resume_mode load_checkpoint": (
         "",
         'the same command goes on where it stopped, and "--fresh" begins again; remove the key',
     ),
     "push_to_hub hub_model_id": ("", "model/ of the run directory is an ordinary directory to upload"),
-    "report_to wandb use_wandb wandb_project wandb_run_name use_tensorboard logger": ("trackers", _TRACKERS),
+    "report_to wandb use_wandb wandb_project wandb_run_name wandb_entity project_name use_tensorboard logger": (
+        "trackers",
+        _TRACKERS,
+    ),
     # precision, memory and engines
     "bf16 fp16 tf32 dtype torch_dtype mixed_precision param_dtype": (
         "precision",
         'precision = "bfloat16" or "float32"',
     ),
-    "gradient_checkpointing activation_checkpointing": ("checkpoint_activations", ""),
-    "packing sample_packing pad_to_sequence_len group_by_length padding_free": ("", _PACKED),
-    "use_vllm vllm_mode vllm_gpu_memory_utilization": (
+    "gradient_checkpointing activation_checkpointing enable_gradient_checkpointing gradient_checkpointing_kwargs": (
+        "checkpoint_activations",
         "",
-        "replies are sampled by the local engine, and no other is there yet; remove the key",
     ),
-    "flash_attn flash_attention attn_implementation use_liger_kernel use_liger_loss": ("", _ATTENTION),
+    "packing sample_packing packing_samples eval_packing eval_sample_packing packing_strategy pad_to_sequence_len"
+    " pad_to_multiple_of group_by_length padding_free use_remove_padding": ("", _PACKED),
+    "use_vllm vllm_mode vllm_model_impl vllm_num_engines vllm_server_base_url vllm_server_host vllm_enable_sleep_mode"
+    " rollout.name": (
+        "engine.sampler.name",
+        '"vllm" draws replies in processes of its own',
+    ),
+    "vllm_gpu_memory_utilization gpu_memory_utilization": ("engine.sampler.gpu_memory", ""),
+    "vllm_tensor_parallel_size tensor_model_parallel_size tensor_parallel_size": (
+        "engine.sampler.processes",
+        "each has all the weights, and takes a share of the prompts",
+    ),
+    "flash_attn flash_attention attn_implementation use_liger_kernel use_liger_loss liger_kernel torch_compile": (
+        "",
+        _ATTENTION,
+    ),
     "deepspeed zero_stage fsdp fsdp_config": ("engine.shard", "true or false, with engine.workers processes"),
     "num_processes nproc_per_node world_size": (
         "engine.workers",
@@ -103,22 +136,37 @@ OURS: dict[str, tuple[str, str]] = {
     ),
     "use_dora peft_use_dora": ("", "an adapter is a plain low-rank change; remove the key"),
     "adapter.bias lora_bias": ("", "an adapter changes the weights of linear layers and no biases; remove the key"),
-    "dropout lora_dropout": ("", "nothing is trained with dropout; remove the key"),
+    "dropout lora_dropout disable_dropout": ("", "nothing is trained with dropout; remove the key"),
+    "neftune_noise_alpha": ("", "no noise is added to embeddings; remove the key"),
+    "dataset_num_proc dataloader_num_workers preprocessing_num_workers dataset_prepared_path": (
+        "",
+        "data is read on every core, and its tokens are kept for the next run; remove the key",
+    ),
+    "param_offload optimizer_offload adam_offload activation_offloading offload_policy": (
+        "",
+        "nothing is moved to another memory; token_budget and checkpoint_activations bound what a pass takes",
+    ),
+    "rl": ("", "the stage is the command: `trimtab preference` for DPO and its kin, `trimtab online` for PPO and GRPO"),
     # models and data
-    "model_name_or_path base_model pretrain model_path model_name model_id": ("model", ""),
+    "model_name_or_path base_model pretrain model_path model_name model_id sft_model_path"
+    " actor_rollout_ref.model.path": ("model", ""),
     "ref_model ref_pretrain ref_model_path reference_model": ("reference baseline", ""),
-    "reward_pretrain reward_model_path reward_funcs reward_function reward_model remote_rm_url": ("rewards", _REWARDS),
+    "reward_pretrain reward_model_path reward_funcs reward_function reward_model remote_rm_url": (
+        "rewards",
+        _REWARDS,
+    ),
     "critic_pretrain value_model value_model_path": ("critic.path", ""),
     "trust_remote_code": ("", "code in a model's directory is never run; remove the key"),
     "hf_token use_auth_token hub_token": ("", "the hub is asked with the login of `hf auth login`, or HF_TOKEN"),
-    "tokenizer tokenizer_name_or_path tokenizer_path chat_template": ("", _TOKENIZER),
+    "tokenizer tokenizer_name_or_path tokenizer_path chat_template chat_template_path apply_chat_template"
+    " input_template": ("", _TOKENIZER),
     "special_tokens pad_token eos_token bos_token": ("", _TOKENIZER),
-    "dataset dataset_name datasets train_dataset dataset_path train_data train_file": (
+    "dataset dataset_name datasets train_dataset dataset_path train_data train_file train_files": (
         "data prompts",
         "a file, a hub id or a world",
     ),
     "prompt_data prompt_dataset": ("prompts data", ""),
-    "eval_dataset val_dataset validation_data test_file": ("held_out_data", ""),
+    "eval_dataset val_dataset validation_data test_file test_datasets val_files": ("held_out_data", ""),
     "val_set_size test_size eval_split_ratio": ("held_out", ""),
     "max_samples max_train_samples": ("limit num_prompts", ""),
     "max_length max_seq_length max_seq_len sequence_len cutoff_len max_len": ("max_tokens", ""),
@@ -130,23 +178,42 @@ OURS: dict[str, tuple[str, str]] = {
         "",
         "a penalty would make the sampler another policy than the one that is trained; remove the key",
     ),
-    "max_completion_length generate_max_len response_length max_tokens": ("sampling.max_new_tokens", ""),
-    "train_on_inputs completion_only_loss assistant_only_loss train_on_input": ("train_on", ""),
+    "max_completion_length generate_max_len response_length max_response_length max_tokens": (
+        "sampling.max_new_tokens",
+        "",
+    ),
+    "train_on_inputs completion_only_loss assistant_only_loss train_on_input roles_to_train train_on_eos": (
+        "train_on",
+        "",
+    ),
     "precompute_ref_log_probs": ("reference_cache", "the reference reads the data once and is kept on disk always"),
     # losses
     "loss_type rl_loss": ("loss", ""),
+    "loss_agg_mode": ("loss.aggregation", ""),
     "beta kl_coef init_kl_coef kl_loss_coef kl_coeff init_kl_coeff": ("loss.beta kl.coef", ""),
     "use_kl_in_reward use_kl_loss": ("kl_in", _KL),
     "kl_penalty kl_loss_type": ("kl_estimator", ""),
-    "dpo_beta": ("loss.beta", ""),
+    "dpo_beta rl_beta": ("loss.beta", ""),
+    "dpo_label_smoothing": ("loss.label_smoothing", ""),
+    "f_divergence_type": ("loss.divergence", "and loss.divergence_alpha"),
+    "kto_desirable_weight": ("", 'did you mean loss.desirable_weight, with loss.name = "kto"?'),
+    "kto_undesirable_weight": ("", 'did you mean loss.undesirable_weight, with loss.name = "kto"?'),
+    "reference_free": ("", 'losses without a reference are loss.name = "simpo", "cpo" and "orpo"'),
+    "sync_ref_model ref_model_sync_steps ref_model_mixup_alpha": (
+        "",
+        "the reference stays as it is for a whole run; begin a new run from the newer model",
+    ),
     "kto_beta": ("", 'did you mean loss.beta, with loss.name = "kto"?'),
     "orpo_alpha": ("", 'did you mean loss.odds_coef, with loss.name = "orpo"?'),
     "cpo_alpha": ("", 'did you mean loss.nll_coef, with loss.name = "cpo"?'),
     "target_kl": ("stop_kl", "to end the passes of a step; kl.target is that of the adaptive coefficient"),
-    "kl_target": ("kl.target", 'with kl.name = "adaptive"'),
-    "cliprange clip_range eps_clip clip_eps epsilon eps_clip_low clip_ratio": ("loss.clip_low", "and loss.clip_high"),
+    "kl_target": ("", 'did you mean kl.target, with kl.name = "adaptive"?'),
+    "cliprange clip_range eps_clip clip_eps epsilon eps_clip_low clip_ratio clip_ratio_low": (
+        "loss.clip_low",
+        "and loss.clip_high",
+    ),
     "epsilon_high eps_clip_high clip_ratio_high": ("loss.clip_high", ""),
-    "delta": ("loss.dual_clip", "the bound on the ratio for negative advantages"),
+    "delta clip_ratio_c": ("loss.dual_clip", "the bound on the ratio for negative advantages"),
     "importance_sampling_level": ("", 'did you mean loss.name = "gspo", whose ratios are of whole replies?'),
     "cliprange_value value_clip clip_range_value": ("critic.loss.clip", ""),
     "vf_coef value_loss_coef": ("critic.loss.coef", ""),
@@ -154,9 +221,16 @@ OURS: dict[str, tuple[str, str]] = {
     "gamma": ("advantage.gamma loss.gamma", ""),
     "advantage_estimator adv_estimator": ("advantage", ""),
     "normalize_reward": ("shaping.normalize", ""),
-    "scale_rewards": ("advantage.scale advantage", 'of advantage.name = "grpo"'),
+    "reward_clip_range reward_clip": ("shaping.clip", "one number: rewards are held between it and its negative"),
+    "reward_weights": ("", "each of [[rewards]] has its own weight"),
+    "dynamic_filtering filter_groups": ("dynamic_sampling", "a table"),
+    "vllm_importance_sampling_correction use_tis tis_imp_ratio_cap": ("correction", "a table"),
+    "critic_warmup freezing_actor_steps": ("critic.warmup_steps", ""),
+    "kl_ctrl.type": ("", 'did you mean kl.name, "fixed" or "adaptive"?'),
+    "kl_horizon": ("", 'did you mean kl.horizon, with kl.name = "adaptive"?'),
+    "scale_rewards norm_adv_by_std_in_grpo": ("advantage.scale advantage", 'of advantage.name = "grpo"'),
     "mask_truncated_completions overlong_filtering": ("skip_truncated", ""),
-    "ent_coef entropy_loss_coef": ("entropy_coef", ""),
+    "ent_coef entropy_coeff entropy_loss_coef": ("entropy_coef", ""),
     "rpo_alpha sft_loss_coef": ("loss.nll_coef", ""),
     "simpo_gamma": ("", 'did you mean loss.gamma, with loss.name = "simpo"?'),
     "center_rewards_coefficient": ("loss.centering_coef", ""),

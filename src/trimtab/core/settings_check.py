@@ -67,7 +67,8 @@ def _table(cls: _Class, values: Any, path: str, *, defaults: Mapping[str, Any]) 
     for key in values:
         if key not in fields:
             siblings = [join(path, name) for name in fields]
-            yield config.unknown_key(join(path, key), siblings, list(_key_paths(cls, values, path)))
+            everything = list(_key_paths(cls, values, path))
+            yield from config.unknown_keys(join(path, key), values[key], siblings, everything)
     for name, field in fields.items():
         if name in values:
             yield from _value(field, values[name], join(path, name))
