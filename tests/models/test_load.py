@@ -84,6 +84,10 @@ def shards_missing(file):
     file.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
 
+def index_of_nothing(file):
+    file.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": ["model.safetensors"]}))
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -98,6 +102,7 @@ def shards_missing(file):
         (with_nan_in_a_rare_row, r"1 of its weights hold nan or infinity, such as model\.embed_tokens\.weight"),
         (incomplete, r"lacks weights of a Llama\w+, such as model\.layers\.0\.mlp\.down_proj"),
         (shards_missing, r"1 of 2 files of weights are not there: model-00002"),
+        (index_of_nothing, r"model\.safetensors\.index\.json does not say which file holds which weight"),
     ],
 )
 def test_weights_that_are_not_whole(damaged, damage, says):

@@ -25,7 +25,14 @@ def check_weights(directory: str | Path) -> None:
     if not path.is_dir():
         return
     if (path / INDEX).exists():
-        names = sorted(set(read_json(path / INDEX).get("weight_map", {}).values()))
+        found = read_json(path / INDEX).get("weight_map")
+        if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+            raise EngineError(
+                f"{INDEX} does not say which file holds which weight",
+                where=str(path / INDEX),
+                fix="copy or download the directory again",
+            )
+        names = sorted(set(found.values()))
         if missing := [name for name in names if not (path / name).exists()]:
             raise EngineError(
                 f"{len(missing)} of {len(names)} files of weights are not there: {', '.join(missing[:3])}",
