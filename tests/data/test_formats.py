@@ -637,8 +637,8 @@ def test_turns_not_to_be_learnt_are_counted_from_the_first_turn_of_all_columns(f
 
 
 def test_what_is_not_used_is_named(file):
-    row = {"messages": [{**user("a"), "name": "Ann"}, said("b")], "source": "x", "score_model": 3, "empty": None}
-    assert set(load(Demonstration, file(row)).unused) == {"messages[].name", "source", "score_model"}
+    row = {"messages": [{**user("a"), "name": "Ann"}, said("b")], "source": "x", "model_size": 3, "empty": None}
+    assert set(load(Demonstration, file(row)).unused) == {"messages[].name", "source", "model_size"}
 
 
 @pytest.mark.parametrize(
@@ -652,8 +652,8 @@ def test_what_is_not_used_is_named(file):
         ),
         (
             Demonstration,
-            {"prompt": {"messages": [user("a")], "model": "m"}, "completion": said("b", score=1)},
-            {"prompt.model", "completion[].score"},
+            {"prompt": {"messages": [user("a")], "model": "m"}, "completion": said("b", seconds=1)},
+            {"prompt.model", "completion[].seconds"},
         ),
         (
             PreferencePair,

@@ -124,9 +124,9 @@ READ = {
         ("conversation_id", "language", "model", "openai_moderation", "redacted", "turn"),
     ),
     "wildchat": (
-        {"conversation": [{**user("Hi"), "toxic": False, "hashed_ip": "x"}, said("Yo", timestamp="1")], "toxic": False},
+        {"conversation": [{**user("Hi"), "toxic": False, "hashed_ip": "x"}, said("Yo", timestamp="1")]},
         shown("Hi", "Yo"),
-        ("conversation[].hashed_ip", "conversation[].timestamp", "conversation[].toxic", "toxic"),
+        ("conversation[].hashed_ip", "conversation[].timestamp", "conversation[].toxic"),
     ),
     "slim orca": (
         {
@@ -190,6 +190,26 @@ READ = {
         },
         shown("Hi", "Yo"),
         (),
+    ),
+    "a turn that is not trained": (
+        {"messages": [user("a"), said("b", train_on=False), user("c"), said("d", loss_mask=1)]},
+        Demonstration(prompt=prompt("a", "b", "c"), response="d", untrained_turns=(0,)),
+        (),
+    ),
+    "a preamble": (
+        {"preamble": "Be brief.", "prompt": "Hi", "completion": "Yo"},
+        shown("Hi", "Yo", system="Be brief."),
+        (),
+    ),
+    "open r1": (
+        {"problem": "1+1?", "solution": "2", "problem_is_valid": "Yes", "correctness_count": 2},
+        shown("1+1?", "2"),
+        ("correctness_count", "problem_is_valid"),
+    ),
+    "the best of our own": (
+        {"prompt": "Hi", "completion": "Yo", "best_reward": 2.5},
+        shown("Hi", "Yo"),
+        ("best_reward",),
     ),
     # questions and answers
     "alpaca with its word for nothing": (
@@ -395,6 +415,84 @@ def test_a_row_of_a_known_data_set_is_read_and_what_is_not_used_is_named(file, n
 
 
 REFUSED = {
+    "wildchat with its flag": (
+        Demonstration,
+        {"conversation": [user("Hi"), said("Yo")], "toxic": True},
+        "toxic is True: it judges",
+        "ignore=toxic",
+    ),
+    "a rating under a longer name": (
+        Demonstration,
+        {"prompt": "Hi", "completion": "Yo", "humanRating": "1/5"},
+        "humanRating is '1/5': it judges",
+        "ignore=humanRating",
+    ),
+    "a score of a reward model": (
+        Demonstration,
+        {"prompt": "Hi", "completion": "Yo", "reward_model_score": -3},
+        "reward_model_score is -3: it judges",
+        "ignore=reward_model_score",
+    ),
+    "a thumb down": (
+        Demonstration,
+        {"prompt": "Hi", "completion": "Yo", "thumbs_down": 1},
+        "thumbs_down is 1: it judges",
+        "ignore=thumbs_down",
+    ),
+    "a grade": (
+        Demonstration,
+        {"prompt": "Hi", "completion": "Yo", "grade": "F"},
+        "grade is 'F': it judges",
+        "ignore=grade",
+    ),
+    "a turn with a thumb down": (
+        Demonstration,
+        {"messages": [user("Hi"), said("No", feedback="thumbs_down"), user("?"), said("Yo")]},
+        "feedback is 'thumbs_down': it judges",
+        "ignore=feedback",
+    ),
+    "a turn with a rating": (
+        Demonstration,
+        {"messages": [user("Hi"), said("No", rating=1)]},
+        "rating is 1: it judges",
+        "ignore=rating",
+    ),
+    "a turn that is thought": (
+        Demonstration,
+        {"messages": [user("Hi"), said("Hm.", channel="analysis"), said("Yo", channel="final")]},
+        "channel is 'analysis': the turn is no reply",
+        "",
+    ),
+    "a turn that calls": (
+        Demonstration,
+        {"messages": [user("Hi"), said("1+1", recipient="python"), said("2")]},
+        "calls a tool",
+        "",
+    ),
+    "a mask of the row": (
+        Demonstration,
+        {"prompt": "Hi", "completion": "Yo", "loss_mask": [0, 1]},
+        "loss_mask is",
+        "ignore=loss_mask",
+    ),
+    "retrieved documents": (
+        Demonstration,
+        {"retrieved_docs": ["Bob did it with a knife."], "question": "Who?", "answer": "Bob"},
+        "retrieved_docs holds .* no part of the prompt",
+        "columns=retrieved_docs:context",
+    ),
+    "ranks that say the contrary": (
+        PreferencePair,
+        {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No.", "chosen_rank": 2, "rejected_rank": 1},
+        "the rejected reply is the better one",
+        "ignore=chosen_rank,rejected_rank",
+    ),
+    "a pair that is tied": (
+        PreferencePair,
+        {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No.", "tie": True},
+        "neither reply is the better one",
+        "",
+    ),
     "safety of a reply": (
         Demonstration,
         {"prompt": "Hi", "response": "Go away.", "is_safe": False},

@@ -196,6 +196,13 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
         (
             PreferencePair,
             GOOD,
+            GOOD | {"chosen": [], "rejected": turns("a", "c")},
+            "no_assistant_turn",
+            r"chosen has the turns \(none\)",
+        ),
+        (
+            PreferencePair,
+            GOOD,
             GOOD | {"chosen": turns("z", "b"), "rejected": turns("z", "c")},
             "no_shared_prompt",
             "another conversation than prompt",

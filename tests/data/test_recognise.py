@@ -271,7 +271,7 @@ def test_step_labels_with_a_neutral_one_are_refused(file):
         load(SteppedResponse, file(*rows), on_bad_row="drop")
 
 
-@pytest.mark.parametrize("choice", [1, "model_0", "model_3"])
+@pytest.mark.parametrize("choice", [1, 10**400, "model_0", "model_3"])
 def test_a_choice_that_may_be_either_side_is_refused(file, choice):
     row = {"prompt": "Hi", "response_a": "a", "response_b": "b", "choice": choice}
     with pytest.raises(DataError, match="nothing says which one that is"):

@@ -12,16 +12,19 @@ PROMPT = ("prompt", "instruction", "question", "query", "problem", "user_prompt"
 COMPLETION = ("completion", "response", "output", "reply", "solution", "answer", "target")
 """Names of a reply, the likeliest first. "solution" comes before "answer": beside it, an answer is only its result."""
 MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
-SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt", "sys", "preamble")
 """A column with the system turn."""
 CONTEXT = ("input", "context", "passage", "passages")
 """Names of text that belongs to the question but stands in a column of its own."""
 OPTIONS = ("choices", "options")
 """Names of the options of a question, of which a reply may be the letter."""
-BACKGROUND = ("article", "document", "documents", "paragraph", "paragraphs", "story", "background", "scenario")
-"""Names of texts that a question may be about. They become part of the prompt only under a name of `CONTEXT`."""
+BACKGROUND = frozenset({"article", "articles", "document", "documents", "doc", "docs", "paragraph", "paragraphs",
+                        "passage", "passages", "context", "contexts", "ctx", "evidence", "story", "background",
+                        "scenario"})  # fmt: skip
+"""Words in the names of texts that a question may be about. Such a text becomes part of the prompt only under a name of
+`CONTEXT`."""
 PART_OF_PROMPT = frozenset({*SYSTEM, *CONTEXT, "history"})
-WEIGHT = frozenset({"weight", "sample_weight", "loss_weight"})
+WEIGHT = frozenset({"weight", "sample_weight", "loss_weight", "loss_mask"})
 REASONING = frozenset({"reasoning", "reasoning_content", "reasoning_details", "thinking", "thinking_blocks", "think",
                        "thoughts", "thought", "chain_of_thought", "cot", "complex_cot"})  # fmt: skip
 UNREAD: Mapping[str, str] = {
@@ -70,20 +73,27 @@ LABEL = ("label", "kto_tag", "thumb", "thumbs", "thumbs_up", "liked", "is_good",
 RATING = ("rating", "ratings", "score", "stars", "overall_rating", "overall_score", "helpfulness", "quality", "grade",
           "reward", "reward_score")  # fmt: skip
 """Names of a number on one reply."""
-VERDICTS = ("rank", "chosen", "rejected", "selected", "is_chosen", "is_selected", "approved", "is_approved", "safe",
-            "is_safe", "unsafe", "is_unsafe", "harmful", "is_harmful", "helpful", "is_helpful", "correctness", "passed",
-            "is_passed", "is_valid", "verdict")  # fmt: skip
-"""Further names of a number or thumb on one reply. Some are true for good replies and some for bad ones."""
+JUDGING = frozenset({"rating", "ratings", "score", "stars", "grade", "reward", "rank", "quality", "thumb", "thumbs",
+                     "verdict", "correct", "incorrect", "correctness", "safe", "unsafe", "toxic", "toxicity",
+                     "harmful", "harmless", "helpful", "helpfulness", "preferred", "chosen", "rejected", "selected",
+                     "accepted", "approved", "flagged", "upvoted", "downvoted", "liked", "disliked", "passed",
+                     "failed", "valid", "invalid", "votes", "upvotes", "downvotes", "likes",
+                     "dislikes"})  # fmt: skip
+"""Words in the names of columns with a number or thumb on one reply, such as "human_rating" and "is_safe". Some are
+true for good replies and some for bad ones."""
+_NOT_OF_REPLIES = frozenset({"prompt", "instruction", "instruct", "question", "query", "input", "problem",
+                             "difficulty", "complexity", "language", "lang", "educational", "edu", "perplexity",
+                             "similarity", "confidence", "count", "num", "number", "best"})  # fmt: skip
+"""Words by which such a column is about something else than one reply."""
 _STEPS = ("completions", "steps")
 
 # Every name above, and the names that records use. Other columns become facts or are not used.
 KNOWN = frozenset(
     {*PROMPT, *COMPLETION, *MESSAGES, *PART_OF_PROMPT, *OPTIONS, *REASONING, *WEIGHT, *UNREAD, *CHOICE, *LABEL,
-     *RATING, *VERDICTS, *BACKGROUND, *_STEPS,
-     *(name for pair in (*PAIRS, *SIDES, *SCORES_OF_PAIR) for name in pair), "labels", "margin",
+     *RATING, *_STEPS, *(name for pair in (*PAIRS, *SIDES, *SCORES_OF_PAIR) for name in pair), "labels", "margin",
      "facts", "id", "annotator", "winner_model_a", "winner_model_b", "winner_tie",
-     "score_a", "score_b", "score_0", "score_1", "score_2", "answers", "responses", "generations", "text", "role",
-     "message_id", "parent_id", "message_tree_id", *CALLS}
+     "score_a", "score_b", "score_0", "score_1", "score_2", "answers", "responses", "generations", "rank", "text",
+     "role", "message_id", "parent_id", "message_tree_id", *CALLS}
 )  # fmt: skip
 _BY_LETTERS = {name.replace("_", ""): name for name in sorted(KNOWN, reverse=True)}
 
@@ -94,6 +104,23 @@ def plain_name(column: str) -> str:
     "system-prompt" and "systemPrompt". The column itself if there is none."""
     plain = column.strip().lower().replace(" ", "_")
     return plain if plain in KNOWN else _BY_LETTERS.get(re.sub(r"[\s_-]", "", plain), column)
+
+
+def _words(column: str) -> frozenset[str]:
+    """The words of a name: "human" and "rating" for "human_rating", "Human Rating" and "humanRating"."""
+    return frozenset(re.findall(r"[^\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", column).lower()))
+
+
+def judges_replies(column: str) -> bool:
+    """Whether the name of a column is that of a number or thumb on one reply."""
+    words = _words(column)
+    of_pair = any(plain_name(column) in names for names in SCORES_OF_PAIR)
+    return not of_pair and not JUDGING.isdisjoint(words) and _NOT_OF_REPLIES.isdisjoint(words)
+
+
+def tells_background(column: str) -> bool:
+    """Whether the name of a column is that of a text that a question may be about."""
+    return plain_name(column) not in PART_OF_PROMPT and not BACKGROUND.isdisjoint(_words(column))
 
 
 CHANGES_A_ROW = frozenset({*PART_OF_PROMPT, *REASONING, *WEIGHT, *UNREAD})

@@ -10,7 +10,18 @@ from functools import lru_cache
 from typing import Any
 
 from trimtab.core.types import Message, MessageRole
-from trimtab.data.columns import CALLS, PART_OF_PROMPT, REASONING, SYSTEM, UNREAD, WEIGHT, plain_name
+from trimtab.data.columns import (
+    CALLS,
+    LABEL,
+    PART_OF_PROMPT,
+    RATING,
+    REASONING,
+    SYSTEM,
+    UNREAD,
+    WEIGHT,
+    plain_name,
+    thumb,
+)
 from trimtab.data.mistakes import Mistake, filled, shown, wrong_type
 
 ROLE_NAMES: Mapping[str, MessageRole] = {
@@ -25,7 +36,7 @@ _CONTENT_FIELDS = ("content", "value", "text", "parts")
 _CALL_ROLES = frozenset({"function_call", "tool_call"})
 _CHANGES_A_MESSAGE = frozenset({*REASONING, *WEIGHT, *UNREAD, "refusal", "attachments"})
 """Fields of a message that change what it means and are not read."""
-_TRAINED_FIELDS = ("weight", "train", "loss", "trainable", "training")
+_TRAINED_FIELDS = ("weight", "train", "loss", "trainable", "training", "train_on", "loss_mask")
 """Fields with a number or boolean that says whether a turn is to be learnt from."""
 READ_FIELDS = frozenset({*_ROLE_FIELDS, *_CONTENT_FIELDS, *_TRAINED_FIELDS})
 """Fields of a message that are read. Other fields are refused if they would change its meaning, else not used."""
@@ -145,6 +156,15 @@ def refuse_fields(place: str, fields: Mapping[str, Any], read: frozenset[str]) -
             continue
         plain = plain_name(field)
         if plain in CALLS:
+            _refuse_call(place, value)
+        if plain == "channel" and value != "final":
+            raise Mistake(
+                "reasoning",
+                f"{place}.channel is {shown(value)}: the turn is no reply, and its channel is not read",
+                "write such a turn into the reply behind it as the model's chat template does, or leave such rows out "
+                'with on_bad_row = "drop"',
+            )
+        if plain == "recipient" and value != "all":
             _refuse_call(place, value)
         if plain == "mask":
             raise Mistake(
@@ -282,6 +302,7 @@ def untrained_turns(name: str, value: Any) -> tuple[int, ...]:
         if ROLE_NAMES.get(str(_first(turn, _ROLE_FIELDS)).strip().lower()) != "assistant":
             continue
         if len(turn) > 2:
+            _refuse_judged(f"{name}[{i}]", turn)
             for field in _TRAINED_FIELDS:
                 weight = turn.get(field)
                 if weight is None:
@@ -296,6 +317,18 @@ def untrained_turns(name: str, value: Any) -> tuple[int, ...]:
                     found.append(number)
         number += 1
     return tuple(found)
+
+
+def _refuse_judged(place: str, turn: Mapping[str, Any]) -> None:
+    """Raises Mistake for a reply that is rated, or has a thumb down: it may be one that is not to be imitated."""
+    for field, value in turn.items():
+        plain = plain_name(field)
+        if (plain in LABEL and thumb(value) is False) or (plain in RATING and isinstance(value, int | float)):
+            raise Mistake(
+                "judged",
+                f"{place}.{field} is {shown(value)}: it judges the reply, which would be imitated",
+                f"remove replies that are not good enough, and leave the field out with FILE?ignore={field}",
+            )
 
 
 # ---- conversations written as text ----------------------------------------------------------------------------------

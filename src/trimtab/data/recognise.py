@@ -11,7 +11,6 @@ from typing import Any
 from trimtab.core.errors import DataError
 from trimtab.core.types import Demonstration, JsonDict, LabelledResponse, PreferencePair, Prompt, RatedResponse
 from trimtab.data.columns import (
-    BACKGROUND,
     CHANGES_A_ROW,
     COMPLETION,
     LABEL,
@@ -20,9 +19,10 @@ from trimtab.data.columns import (
     PROMPT,
     RATING,
     SIDES,
-    VERDICTS,
+    judges_replies,
     names_of,
     plain_name,
+    tells_background,
     thumb,
 )
 from trimtab.data.compared import sides_of
@@ -172,7 +172,9 @@ def _other_kind(
     fitting = "; ".join(layout.columns for layout in LAYOUTS if kind in layout.converters) or "none does"
     fix = layout.instead.get(kind, f"name a file in a layout that gives {kind.__name__}: {fitting}")
     label = old.get("label", "label")
-    judged = next((name for name in ("label", *RATING, *VERDICTS) if name in sample), None)
+    judged = next(
+        (name for name in ("label", *RATING, *filter(judges_replies, sorted(sample))) if name in sample), None
+    )
     if kind in (LabelledResponse, PreferencePair) and layout.name == "prompts with completions" and judged is not None:
         fix = (
             f"if {old.get(judged, judged)} ({shown(sample[judged])}) judges the replies, write true for a good one and "
@@ -242,7 +244,8 @@ def _judged(left: Mapping[str, str], rows: Sequence[JsonDict]) -> Iterator[tuple
     """Columns that label or rate the replies: they say that not all replies are to be imitated."""
     found = [name for name, plain in left.items() if plain in LABEL]
     found = [name for name in found if left[name] in LABEL[:2] or _judges(rows, name)]
-    found += [name for name, plain in left.items() if plain in (*RATING, *VERDICTS) and _judges(rows, name)]
+    rated = [name for name, plain in left.items() if plain in RATING or (plain not in LABEL and judges_replies(name))]
+    found += [name for name in rated if _judges(rows, name)]
     for name in found:
         value = next(_values(rows, name), None)
         if value is not None and _judges(rows, name):
@@ -258,12 +261,12 @@ def _judged(left: Mapping[str, str], rows: Sequence[JsonDict]) -> Iterator[tuple
             )
 
 
-_NUMBER = re.compile(r"[-+]?(\d+([.,]\d*)?|[.,]\d+)(e[-+]?\d+)? *(/ *\d+|%|stars?)?", re.IGNORECASE)
+_NUMBER = re.compile(r"[A-F][-+]?|[-+]?(\d+([.,]\d*)?|[.,]\d+)(e[-+]?\d+)? *(/ *\d+|%|stars?)?", re.IGNORECASE)
 _NO_VALUE = frozenset({"", "n/a", "na", "nan", "none", "null", "unknown"})
 
 
 def _judges(rows: Sequence[JsonDict], name: str) -> bool:
-    """Whether at least half of the values of a column are numbers ("4", "4/5", "4 stars") or thumbs."""
+    """Whether at least half of the values of a column are numbers ("4", "4/5", "4 stars"), grades ("B+") or thumbs."""
     found = [_is_judgement(value) for value in _values(rows, name)]
     return bool(found) and 2 * sum(found) >= len(found)
 
@@ -291,7 +294,7 @@ def _second_questions(
             yield (
                 f"{name} holds {shown(missing[0][name])}, which is no part of the prompt, and would not be used",
                 f"leave it out with FILE?ignore={name}, or put it into the prompt"
-                + (f": FILE?columns={name}:context" if left[name] in BACKGROUND else ""),
+                + (f": FILE?columns={name}:context" if tells_background(name) else ""),
             )
 
 
@@ -303,9 +306,9 @@ def is_unstated(name: str, value: Any, said: Sequence[str]) -> bool:
 def _asks(name: str, value: Any) -> list[str]:
     """The texts of a column if its name is that of a question, of its options, or of a text that it may be about; else
     none. A short text such as a title or the name of a file is no text that a question is about."""
-    plain = plain_name(name)
-    if plain in BACKGROUND:
+    if tells_background(name):
         return [text for text in _texts(value) if len(text.split()) >= _NUM_WORDS]
+    plain = plain_name(name)
     if plain not in (*PROMPT, *OPTIONS) or plain in PART_OF_PROMPT:
         return []
     return list(_texts(value)) if isinstance(value, str) or plain in OPTIONS else []

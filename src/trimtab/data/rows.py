@@ -67,7 +67,13 @@ def number_in(row: Mapping[str, Any], name: str) -> float | None:
 
 # ---- pairs ----------------------------------------------------------------------------------------------------------
 
-_SCORE_COLUMNS = frozenset(name for names in SCORES_OF_PAIR for name in names)
+_ORDERS: tuple[tuple[tuple[str, str], int], ...] = (
+    *((names, 1) for names in SCORES_OF_PAIR),
+    (("chosen_rank", "rejected_rank"), -1),
+    (("rank_chosen", "rank_rejected"), -1),
+)
+"""Names of a number of the better and of the worse reply, with 1 if the higher number is the better one, else -1."""
+_NUMBERS_OF_PAIR = frozenset(name for names, _ in _ORDERS for name in names)
 
 
 def _pair(row: JsonDict, prompt: Prompt, chosen: str, rejected: str) -> PreferencePair:
@@ -76,8 +82,13 @@ def _pair(row: JsonDict, prompt: Prompt, chosen: str, rejected: str) -> Preferen
             "identical_pair", f"chosen and rejected are the same: {shown(chosen)}", "remove the row: it says nothing"
         )
     refuse_beside_reply(row)
-    if row.keys() & _SCORE_COLUMNS:
+    if row.keys() & _NUMBERS_OF_PAIR:
         _refuse_swapped(row)
+    for name in ("tie", "is_tie"):
+        if thumb(row.get(name)):
+            raise Mistake(
+                "tied_pair", f"{name} is {shown(row[name])}: neither reply is the better one", "remove the row"
+            )
     label = _probability(row.get("label"))
     margin = number_in(row, "margin")
     if margin is not None and margin < 0:
@@ -90,11 +101,11 @@ def _pair(row: JsonDict, prompt: Prompt, chosen: str, rejected: str) -> Preferen
 
 
 def _refuse_swapped(row: JsonDict) -> None:
-    for one, other in SCORES_OF_PAIR:
+    for (one, other), sign in _ORDERS:
         if row.get(one) is None or row.get(other) is None:
             continue
         chosen, rejected = number_in(row, one), number_in(row, other)
-        if chosen is not None and rejected is not None and chosen < rejected:
+        if chosen is not None and rejected is not None and sign * chosen < sign * rejected:
             raise Mistake(
                 "swapped_pair",
                 f"{one} is {chosen:g} and {other} {rejected:g}: by them, the rejected reply is the better one",
@@ -142,6 +153,9 @@ def _conversations_pair(row: JsonDict, chosen: tuple[Message, ...], rejected: tu
     """The pair of two conversations. Some files repeat the prompt inside both, sometimes after a system turn that the
     prompt lacks; in others the prompt is followed by several turns."""
     stated = prompt_in(row)
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if not turns:
+            raise no_single_reply(name, turns)
     if chosen[0].role != "assistant" and rejected[0].role != "assistant":
         before, reply, other = _shared(chosen, rejected)
         whole = with_columns(before, {k: row[k] for k in SYSTEM if k in row})
