@@ -12,6 +12,11 @@ from trimtab.rewards.written import same_text
 MATRIX = r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"
 
 RIGHT = [
+    ("1, 2", "1 and 2"),
+    ("1, 2, 3", "1, 2, and 3"),
+    (r"x = 1 \text{ and } x = 2", "1, 2"),
+    ("5", r"5^\circ\text{C}"),
+    ("5°C", r"5^\circ C"),
     # marks of Markdown and LaTeX within the answer
     ("72", "**Answer:** 72"),
     ("72", "**72** apples"),
@@ -98,6 +103,10 @@ RIGHT = [
 ]
 
 WRONG = [
+    ("1, 2", "2 and 1"),
+    ("(1, 2)", "1 and 2"),
+    ("1", "1 and 2"),
+    ("5°F", r"5^\circ C"),
     ("72", "**7** or **2**"),
     ("23", "2 ** 3"),
     ("72", "$7$ $2$"),

@@ -40,6 +40,7 @@ _QUOTED = re.compile(r"^[\"“]([^\"“”]+)[\"”]$")
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?\s*([ap])\.?\s?m\.?", re.IGNORECASE)
 _LABELLED = re.compile(r"^\(?[A-E]\)[.:]?\s*(?=\S)")
 _OR = re.compile(r",?\s+or\s+")
+_AND = re.compile(r",?\s+and\s+")
 _MATRIX = re.compile(r"\\begin\{([pb]?matrix|smallmatrix)\}(.*?)\\end\{\1\}", re.DOTALL)
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))|(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)")
 _FACTOR = r"\\sqrt\{[^{}]*\}|\\[A-Za-z]+(?![A-Za-z])"
@@ -103,7 +104,7 @@ def clean(text: str) -> str:
     text = re.sub(r"\\(?:left|right|displaystyle)(?![a-z])", "", text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ\b)|\\degree\b", "°", text)
     text = _VULGAR.sub(_as_written_out, _RAISED.sub(lambda match: f"^{{{match[0].translate(_LOWERED)}}}", text))
-    text = _FRACTION.sub(_as_ratio, _unwrapped(text))
+    text = re.sub(r"°\s+(?=[CF](?![A-Za-z]))", "°", _FRACTION.sub(_as_ratio, _unwrapped(text)))
     text = _POWER.sub(lambda match: "²³"[int(match[1] or match[2]) - 2], text)
     text = text.strip()
     if text.startswith("$") and text.endswith("$") and text.count("$") == 2:
@@ -172,11 +173,13 @@ def _without_unit(text: str) -> str | None:
 
 
 def _elements(text: str) -> tuple[str, list[str]] | None:
-    """The brackets and the parts of a tuple, interval, set or bare list; None for a text without a comma."""
+    """The brackets and the parts of a tuple, interval, set or bare list ("1, 2 and 3"); None for any other text."""
     text = text.replace("\\{", "{").replace("\\}", "}")
     brackets = ""
     if text[:1] in tuple(_OPENING) and text[-1:] in tuple(_CLOSING):
         brackets, text = text[0] + text[-1], text[1:-1]
+    else:
+        text = _AND.sub(", ", text)
     parts, depth = [""], 0
     for character in text:
         depth += (character in _OPENING) - (character in _CLOSING)
