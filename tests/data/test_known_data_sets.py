@@ -206,6 +206,11 @@ READ = {
         shown("1+1?", "2"),
         ("correctness_count", "problem_is_valid"),
     ),
+    "a right answer beside the reply": (
+        {"question": "1+1?", "response": "2", "correct_answer": "2", "correct": "A", "selected_index": 3},
+        shown("1+1?", "2"),
+        ("correct", "correct_answer", "selected_index"),
+    ),
     "the best of our own": (
         {"prompt": "Hi", "completion": "Yo", "best_reward": 2.5},
         shown("Hi", "Yo"),

@@ -74,7 +74,7 @@ RATING = ("rating", "ratings", "score", "stars", "overall_rating", "overall_scor
           "reward", "reward_score")  # fmt: skip
 """Names of a number on one reply."""
 JUDGING = frozenset({"rating", "ratings", "score", "stars", "grade", "reward", "rank", "quality", "thumb", "thumbs",
-                     "verdict", "correct", "incorrect", "correctness", "safe", "unsafe", "toxic", "toxicity",
+                     "verdict", "correctness", "safe", "unsafe", "toxic", "toxicity",
                      "harmful", "harmless", "helpful", "helpfulness", "preferred", "chosen", "rejected", "selected",
                      "accepted", "approved", "flagged", "upvoted", "downvoted", "liked", "disliked", "passed",
                      "failed", "valid", "invalid", "votes", "upvotes", "downvotes", "likes",
@@ -83,7 +83,8 @@ JUDGING = frozenset({"rating", "ratings", "score", "stars", "grade", "reward", "
 true for good replies and some for bad ones."""
 _NOT_OF_REPLIES = frozenset({"prompt", "instruction", "instruct", "question", "query", "input", "problem",
                              "difficulty", "complexity", "language", "lang", "educational", "edu", "perplexity",
-                             "similarity", "confidence", "count", "num", "number", "best"})  # fmt: skip
+                             "similarity", "confidence", "count", "num", "number", "index", "id", "repo",
+                             "best"})  # fmt: skip
 """Words by which such a column is about something else than one reply."""
 _STEPS = ("completions", "steps")
 

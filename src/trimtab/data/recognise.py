@@ -261,13 +261,17 @@ def _judged(left: Mapping[str, str], rows: Sequence[JsonDict]) -> Iterator[tuple
             )
 
 
-_NUMBER = re.compile(r"[A-F][-+]?|[-+]?(\d+([.,]\d*)?|[.,]\d+)(e[-+]?\d+)? *(/ *\d+|%|stars?)?", re.IGNORECASE)
+_GRADE = re.compile(r"[A-F][-+]?")
+_NUMBER = re.compile(r"[-+]?(\d+([.,]\d*)?|[.,]\d+)(e[-+]?\d+)? *(/ *\d+|%|stars?)?", re.IGNORECASE)
 _NO_VALUE = frozenset({"", "n/a", "na", "nan", "none", "null", "unknown"})
 
 
 def _judges(rows: Sequence[JsonDict], name: str) -> bool:
-    """Whether at least half of the values of a column are numbers ("4", "4/5", "4 stars"), grades ("B+") or thumbs."""
-    found = [_is_judgement(value) for value in _values(rows, name)]
+    """Whether at least half of the values of a column are numbers ("4", "4/5", "4 stars") or thumbs; in a column
+    called "grade" also letters ("B+")."""
+    graded = plain_name(name) == "grade"
+    values = list(_values(rows, name))
+    found = [_is_judgement(v) or (graded and bool(_GRADE.fullmatch(str(v).strip()))) for v in values]
     return bool(found) and 2 * sum(found) >= len(found)
 
 
