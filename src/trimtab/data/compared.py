@@ -179,7 +179,7 @@ def share_for_first(choice: Any, sides: Sides) -> float:
         first = int(sides.first)
         if first <= choice <= first + 1:  # between the two: a probability of the second, as AlpacaEval writes it
             return first + 1 - float(choice)
-    raise _which(shown(choice))
+    raise _which(f"{choice:g}" if isinstance(choice, float) else shown(choice))
 
 
 _SIDE_WORDS = frozenset({"", "response", "reply", "answer", "completion", "output", "model", "conversation",
