@@ -30,7 +30,7 @@ from trimtab.evals.verdicts import PairVerdict
 from trimtab.evals.win_rate import Matchup, by_prompt, mean_over_orders
 from trimtab.stats import Floats, Interval
 from trimtab.votes.ratings import LARGE, GameLikelihood
-from trimtab.votes.table import STYLE, style_difference, style_of
+from trimtab.votes.table import STYLE, in_root_mean_squares, style_difference, style_of
 
 STYLE_RIDGE = 0.5
 """The penalty on the effects of style."""
@@ -85,10 +85,9 @@ def _fit(tables: Mapping[Matchup, _Table]) -> tuple[dict[Matchup, Interval], lis
     num = len(tables)
     which = np.repeat(np.arange(num), [len(table.prompts) for table in tables.values()])
     style = np.concatenate([table.style for table in tables.values()])
-    spread = np.sqrt((style**2).mean(axis=0))
     prompts: dict[str, int] = {}
     likelihood = GameLikelihood.of(
-        np.column_stack([np.eye(num)[which], np.divide(style, spread, out=np.zeros_like(style), where=spread > 0)]),
+        np.column_stack([np.eye(num)[which], in_root_mean_squares(style)]),
         np.concatenate([table.outcome for table in tables.values()]),
         np.array([prompts.setdefault(name, len(prompts)) for table in tables.values() for name in table.prompts]),
         with_ties=False,

@@ -28,7 +28,7 @@ from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict
 from trimtab.data.mistakes import shown
 from trimtab.evals.verdicts import PairVerdict, Side
-from trimtab.votes.table import NOT_JUDGED, text_of
+from trimtab.votes.table import NOT_JUDGED, WORTH, text_of
 
 STRONG_WEIGHT = 3
 """How often Arena-Hard's score counts a strong verdict."""
@@ -216,7 +216,7 @@ def _model_votes(row: JsonDict, where: str, _baseline: str | None) -> Iterator[F
     yield _by_name(found)
 
 
-_CHOICES = {"A": 1.0, "B": 0.0, "tie": 0.5, "both_bad": 0.5, **dict.fromkeys(NOT_JUDGED)}
+_CHOICES = {**WORTH, **dict.fromkeys(NOT_JUDGED)}
 
 
 def _vote_table(row: JsonDict, where: str, _baseline: str | None) -> Iterator[FromRow]:

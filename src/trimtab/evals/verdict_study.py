@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from trimtab.evals.length_control import MIN_MODELS, LengthControlled, length_co
 from trimtab.evals.style_control import StyleControl, style_controlled
 from trimtab.evals.verdict_layouts import ReplyScore
 from trimtab.evals.verdicts import PairVerdict
-from trimtab.evals.win_rate import Difference, WinRate, by_matchup, differences, per_prompt, win_rate_of
+from trimtab.evals.win_rate import Difference, Matchup, WinRate, by_matchup, differences, per_prompt, win_rate_of
 from trimtab.stats import Interval, bootstrap_mean
 from trimtab.votes.ratings import Games, Ratings, rate
 
@@ -45,68 +45,79 @@ def study_verdicts(
     seed: int = 0,
 ) -> VerdictStudy:
     """The whole study of at least one verdict; see `length_controlled` for `variants` and what is raised."""
-    matchups = by_matchup(verdicts)
-    rates = [win_rate_of(rows, half_width=half_width, seed=seed) for rows in matchups.values()]
+    found = by_matchup(verdicts)
+    rates = [win_rate_of(rows, half_width=half_width, seed=seed) for rows in found.values()]
     rates.sort(key=lambda row: (row.baseline, -row.rate.value, row.model))
-    notes = [
-        f"{row.model} against {row.baseline}: {row.num_one_order} of {row.rate.count} prompts were judged in one order "
-        "only, so position bias is in the win rate"
-        for row in rates
-        if row.num_one_order
-    ]
-    notes += [
-        f"{row.model} against {row.baseline}: {row.num_unbalanced} of {row.rate.count} prompts were judged more often "
-        "in one order than in the other; each order counts half there"
-        for row in rates
-        if row.num_unbalanced
-    ]
+    matchups = {(row.model, row.baseline): found[row.model, row.baseline] for row in rates}
     controlled: list[LengthControlled] = []
     if length_control:
-        if not variants:
-            notes.append(
-                "length control without --variant: AlpacaEval 2 also learns the effect of length from variants of the "
-                "baseline, so rates at equal length differ from its leaderboard, most for models that are nearly "
-                "always shorter or longer than their baseline"
-            )
-        by_name = {(row.model, row.baseline): row for row in length_controlled(matchups, variants=variants, seed=seed)}
-        controlled = [by_name[row.model, row.baseline] for row in rates]
-        for row in controlled:
-            if row.extreme:
-                notes.append(
-                    f"{row.model} against {row.baseline}: length control moves the win rate so far that the regression "
-                    "may have failed; look at phi and at the lengths"
-                )
-            if row.shrunk:
-                notes.append(
-                    f"{row.model} against {row.baseline}: the penalty that predicts best shrinks all weights to 0, so "
-                    "the rate at equal length is 50% whatever the verdicts are; read its interval, or judge more "
-                    "prompts"
-                )
-        few = sorted({row.baseline for row in rates if not _num_others(rates, row) >= MIN_MODELS - 1})
-        if few:
-            notes.append(
-                f"fewer than {MIN_MODELS} models were compared with {', '.join(few)}: length control there is without "
-                "the difficulty of prompts"
-            )
-    styled = None
-    if style_control:
-        styled = style_controlled({(row.model, row.baseline): matchups[row.model, row.baseline] for row in rates})
-    ladder = None
-    if len({name for matchup in matchups for name in matchup}) > 2:
-        try:
-            ladder = rate(games_between(verdicts), intervals="sandwich")
-        except DataError as error:
-            notes.append(f"there is no ladder: {error.problem}")
-        else:
-            notes.extend(f"ladder: {note}" for note in ladder.notes)
+        own = {(row.model, row.baseline): row for row in length_controlled(found, variants=variants, seed=seed)}
+        controlled = [own[matchup] for matchup in matchups]
+    ladder, ladder_notes = _ladder(verdicts, matchups)
     return VerdictStudy(
         win_rates=tuple(rates),
-        differences=tuple(differences({(row.model, row.baseline): matchups[row.model, row.baseline] for row in rates})),
+        differences=tuple(differences(matchups)),
         length_controlled=tuple(controlled),
-        style_controlled=styled,
+        style_controlled=style_controlled(matchups) if style_control else None,
         ladder=ladder,
-        notes=tuple(notes),
+        notes=(*_notes_on_orders(rates), *_notes_on_length(controlled, rates, variants), *ladder_notes),
     )
+
+
+def _notes_on_orders(rates: Sequence[WinRate]) -> Iterator[str]:
+    """What the order of display may have done to the win rates."""
+    for row in rates:
+        if row.num_one_order:
+            yield (
+                f"{row.model} against {row.baseline}: {row.num_one_order} of {row.rate.count} prompts were judged in "
+                "one order only, so position bias is in the win rate"
+            )
+    for row in rates:
+        if row.num_unbalanced:
+            yield (
+                f"{row.model} against {row.baseline}: {row.num_unbalanced} of {row.rate.count} prompts were judged "
+                "more often in one order than in the other; each order counts half there"
+            )
+
+
+def _notes_on_length(
+    controlled: Sequence[LengthControlled], rates: Sequence[WinRate], variants: Sequence[str]
+) -> Iterator[str]:
+    """What the rates at equal length must not be taken for; nothing if there are none."""
+    if controlled and not variants:
+        yield (
+            "length control without --variant: AlpacaEval 2 also learns the effect of length from variants of the "
+            "baseline, so rates at equal length differ from its leaderboard, most for models that are nearly "
+            "always shorter or longer than their baseline"
+        )
+    for row in controlled:
+        if row.extreme:
+            yield (
+                f"{row.model} against {row.baseline}: length control moves the win rate so far that the regression "
+                "may have failed; look at phi and at the lengths"
+            )
+        if row.shrunk:
+            yield (
+                f"{row.model} against {row.baseline}: the penalty that predicts best shrinks all weights to 0, so "
+                "the rate at equal length is 50% whatever the verdicts are; read its interval, or judge more prompts"
+            )
+    few = sorted({row.baseline for row in controlled if _num_others(rates, row) < MIN_MODELS - 1})
+    if few:
+        yield (
+            f"fewer than {MIN_MODELS} models were compared with {', '.join(few)}: length control there is without "
+            "the difficulty of prompts"
+        )
+
+
+def _ladder(verdicts: Sequence[PairVerdict], matchups: Collection[Matchup]) -> tuple[Ratings | None, list[str]]:
+    """The ratings of all models and baselines, if there are three or more and ratings can be fitted; and notes."""
+    if len({name for matchup in matchups for name in matchup}) < 3:
+        return None, []
+    try:
+        ladder = rate(games_between(verdicts), intervals="sandwich")
+    except DataError as error:
+        return None, [f"there is no ladder: {error.problem}"]
+    return ladder, [f"ladder: {note}" for note in ladder.notes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,5 +165,6 @@ def games_between(verdicts: Sequence[PairVerdict]) -> Games:
     )
 
 
-def _num_others(rates: Sequence[WinRate], row: WinRate) -> int:
+def _num_others(rates: Sequence[WinRate], row: LengthControlled) -> int:
+    """The models that were compared with the baseline of this row, without the two of the row."""
     return len({r.model for r in rates if r.baseline == row.baseline} - {row.model, row.baseline})

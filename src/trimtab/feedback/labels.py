@@ -29,11 +29,9 @@ from trimtab.feedback.votes import CountedVote, cast_votes
 from trimtab.feedback.voting import JUDGED
 from trimtab.stats import Floats
 from trimtab.votes.aggregate import AggregationMethod, aggregate, share_of_a
-from trimtab.votes.table import ranked_pairs, votes_from_rows
+from trimtab.votes.table import WORTH, ranked_pairs, votes_from_rows
 
 LabelSplit = Literal["all", "train", "held_out"]
-_WORTH = {"A": 1.0, "B": 0.0, "tie": 0.5, "both_bad": 0.5}
-"""The share of preference for A that each decision stands for."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ def preference_pairs(
     decided = [j for item, cast in decisions.items() if item not in left_out for j in _judgements(cast, settings)]
     for judgement in decided:
         by_key[judgement.key] = [judgement]
-        shares[judgement.key] = _WORTH[judgement.choice]
+        shares[judgement.key] = WORTH[judgement.choice]
     pairs = []
     for key, group in by_key.items():
         counts["judged_pairs"] += 1

@@ -12,9 +12,7 @@ from trimtab.evals.verdict_files import VerdictRows
 from trimtab.evals.verdicts import PairVerdict, Side, prompt_name, verdict_row
 from trimtab.feedback.store import open_store
 from trimtab.feedback.votes import CountedVote, cast_votes
-from trimtab.votes.table import ranked_pairs
-
-_SHARE = {"A": 1.0, "B": 0.0, "tie": 0.5, "both_bad": 0.5}
+from trimtab.votes.table import WORTH, ranked_pairs
 
 
 def project_verdicts(project: str | Path) -> VerdictRows:
@@ -43,7 +41,7 @@ def project_verdicts(project: str | Path) -> VerdictRows:
 def _verdicts_of(cast: CountedVote, *, where: str) -> list[PairVerdict]:
     if cast.kind == "ranking":
         compared = list(ranked_pairs(cast.answer.ranking))
-    elif cast.kind == "pairs" and cast.answer.choice in _SHARE:
+    elif cast.kind == "pairs" and cast.answer.choice in WORTH:
         compared = [(0, 1, cast.answer.choice)]
     else:
         return []
@@ -54,7 +52,7 @@ def _verdicts_of(cast: CountedVote, *, where: str) -> list[PairVerdict]:
             prompt=prompt,
             model=_model_of(cast.replies[a], a, where),
             baseline=_model_of(cast.replies[b], b, where),
-            verdict=_SHARE[choice],
+            verdict=WORTH[choice],
             shown_first=_shown_first(cast, a, b),
             judge=cast.annotator,
             where=where,

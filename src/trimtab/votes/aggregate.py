@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from trimtab.stats import Floats
-from trimtab.votes.table import VoteTable
+from trimtab.votes.table import WORTH, VoteTable
 
 AggregationMethod = Literal["majority", "dawid_skene", "one_coin", "mace"]
 LabelFit = Callable[[Floats, Floats], tuple[Floats, Floats | None]]
@@ -131,7 +131,7 @@ def share_of_a(votes: VoteTable, labels: ItemLabels) -> Floats:
     """
     if not votes.pairwise:
         raise ValueError(f"the choices {', '.join(votes.categories)} are no sides of a pair")
-    worth = np.array([{"A": 1.0, "B": 0.0}.get(category, 0.5) for category in votes.categories])
+    worth = np.array([WORTH[category] for category in votes.categories])
     return np.asarray(labels.probabilities @ worth)
 
 

@@ -12,7 +12,8 @@ ten to one.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from trimtab.core.errors import DataError
 from trimtab.stats import Floats, Interval
-from trimtab.votes.table import STYLE, Ints, VoteTable
+from trimtab.votes.table import STYLE, WORTH, Ints, VoteTable, in_root_mean_squares
 
 Ties = Literal["half", "davidson"]
 RatingMethod = Literal["bootstrap", "sandwich"]
@@ -50,6 +51,12 @@ class Games:
     style_names: tuple[str, ...] = ()
     group: Ints | None = None
     """[n], group of each game; a group (one item or prompt) is resampled together. None if all are independent."""
+
+    def between_different(self) -> Games:
+        """The games between two different players."""
+        kept = self.first != self.second
+        columns = {name: getattr(self, name) for name in ("first", "second", "outcome", "style", "group")}
+        return replace(self, **{name: values[kept] for name, values in columns.items() if values is not None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +103,7 @@ def games_of(votes: VoteTable) -> Games:
     players = sorted({name for pair in votes.models for name in pair})
     number = {name: i for i, name in enumerate(players)}
     pairs = np.array([[number[a], number[b]] for a, b in votes.models], dtype=np.int64).reshape(-1, 2)[votes.item]
-    worth = np.array([{"A": 1.0, "B": 0.0}.get(category, 0.5) for category in votes.categories])
+    worth = np.array([WORTH[category] for category in votes.categories])
     return Games(
         players=tuple(players),
         first=pairs[:, 0],
@@ -128,49 +135,20 @@ def rate(
     says why. Intervals (95%) are percentiles of a bootstrap over `games.group`, or come from the sandwich covariance
     clustered by it (White 1982). Raises DataError if no ratings can be fitted.
     """
-    keep = games.first != games.second
-    notes = [f"{int((~keep).sum())} games of a model against itself left out"] if not keep.all() else []
-    if not keep.any():
+    num_given, games = len(games.first), games.between_different()
+    num, left_out = len(games.players), num_given - len(games.first)
+    if not len(games.first):
         raise DataError("there is no game between two players", where="the games", fix="compare different models")
-    num = len(games.players)
-    first, second = games.first[keep], games.second[keep]
-    outcome = games.outcome[keep]
-    component, blocked = _connected(num, first, second, outcome)
+    notes = [f"{left_out} games of a model against itself left out"] if left_out else []
+    component, blocked = _connected(num, games.first, games.second, games.outcome)
     if ridge > 0:
         blocked = {}
     fitted = np.array([p not in blocked for p in range(num)])
-    use = fitted[first] & fitted[second]
-    group = np.arange(first.size) if games.group is None else games.group[keep]
-    styles = games.style[keep] if style and games.style is not None else np.zeros((first.size, 0))
-    spread = np.sqrt((styles**2).mean(axis=0)) if styles.size else np.ones(styles.shape[1])
-    styles = np.divide(styles, spread, out=np.zeros_like(styles), where=spread > 0)
-    counts = np.bincount(np.concatenate([first, second]), minlength=num)
+    together = (component[:, None] == component[None]) & fitted[None] & fitted[:, None]
+    model = _likelihood(games, together, ties=ties, with_style=style, ridge=ridge, style_ridge=style_ridge)
 
-    design = np.zeros((int(use.sum()), num + styles.shape[1]))
-    rows = np.arange(len(design))
-    design[rows, first[use]] = 1
-    design[rows, second[use]] -= 1
-    design[:, num:] = styles[use]
-    if not len(design):
-        raise DataError(
-            "no player has a finite rating: every game between two of them went the same way",
-            where="the games",
-            fix="collect more games, or give a prior: ridge = 1",
-        )
-    with_ties = ties == "davidson"
-    if with_ties and np.unique(outcome[use] == 0.5).size < 2:
-        raise DataError("there is no tie, or nothing but ties", where="the games", fix="use ties = 'half'")
-    same = (component[:, None] == component[None]) & fitted[None] & fitted[:, None]
-    model = GameLikelihood.of(
-        design,
-        outcome[use],
-        np.unique(group[use], return_inverse=True)[1],
-        with_ties=with_ties,
-        penalty=np.concatenate([np.full(num, ridge), np.full(styles.shape[1], style_ridge)]),
-        gauge=same.astype(np.float64) + np.diag(~fitted),
-    )
     centre = np.eye(model.size)  # subtracts from each rating the mean of its component
-    centre[:num, :num] -= same / np.maximum(same.sum(axis=1, keepdims=True), 1)
+    centre[:num, :num] -= together / np.maximum(together.sum(axis=1, keepdims=True), 1)
     fit = model.fit(np.ones((1, model.num_groups)))
     if not _finite(fit).all():
         raise DataError(
@@ -189,37 +167,77 @@ def rate(
         error = 1.959964 * model.sandwich_errors(point, centre)
         low, high = point - error, point + error
 
+    num_games = int(model.games.sum())
+    found = [Interval(float(x), float(a), float(b), num_games) for x, a, b in zip(point, low, high, strict=True)]
+    styles = found[num : len(found) - model.with_ties]
+    return Ratings(
+        players=_ranked(games, found[:num], component, blocked),
+        num_components=len(set(component.tolist())),
+        tie_log_nu=found[-1] if model.with_ties else None,
+        style=tuple(zip(games.style_names, styles, strict=False)),
+        notes=tuple(notes),
+    )
+
+
+def _likelihood(
+    games: Games, together: NDArray[np.bool_], *, ties: Ties, with_style: bool, ridge: float, style_ridge: float
+) -> GameLikelihood:
+    """The likelihood of the games between players who can be rated. `together` [players, players] says which of them
+    are in one component; it is false for the others. Raises DataError if there is no such game, and for ties that
+    Davidson's model cannot be fitted to."""
+    num, fitted = len(games.players), together.diagonal()
+    use = fitted[games.first] & fitted[games.second]
+    outcome = games.outcome[use]
+    if not use.any():
+        raise DataError(
+            "no player has a finite rating: every game between two of them went the same way",
+            where="the games",
+            fix="collect more games, or give a prior: ridge = 1",
+        )
+    with_ties = ties == "davidson"
+    if with_ties and np.unique(outcome == 0.5).size < 2:
+        raise DataError("there is no tie, or nothing but ties", where="the games", fix="use ties = 'half'")
+    design = np.eye(num)[games.first] - np.eye(num)[games.second]
+    if with_style and games.style is not None:
+        design = np.column_stack([design, in_root_mean_squares(games.style)])
+    group = np.arange(len(games.first)) if games.group is None else games.group
+    return GameLikelihood.of(
+        design[use],
+        outcome,
+        np.unique(group[use], return_inverse=True)[1],
+        with_ties=with_ties,
+        penalty=np.repeat([ridge, style_ridge], [num, design.shape[1] - num]),
+        gauge=together.astype(np.float64) + np.diag(~fitted),
+    )
+
+
+def _ranked(
+    games: Games, strengths: Sequence[Interval], component: Ints, blocked: Mapping[int, str]
+) -> tuple[Rating, ...]:
+    """The ratings of the players, best first within each component, from the theta of each; `blocked` says why some
+    have no rating."""
+    counts = np.bincount(np.concatenate([games.first, games.second]), minlength=len(games.players)).tolist()
     elos = [
-        Interval(_elo(point[p]), _elo(low[p]), _elo(high[p]), int(counts[p]))
-        if fitted[p]
-        else Interval(math.nan, math.nan, math.nan, int(counts[p]))
-        for p in range(num)
+        Interval(math.nan, math.nan, math.nan, counts[p])
+        if p in blocked
+        else Interval(*(ELO_CENTRE + ELO_PER_UNIT * x for x in (theta.value, theta.low, theta.high)), counts[p])
+        for p, theta in enumerate(strengths)
+    ]
+    ranks = [
+        0 if p in blocked else 1 + sum(elos[o].low > elos[p].high for o in np.flatnonzero(component == own))
+        for p, own in enumerate(component)
     ]
     rated = [
         Rating(
-            name=games.players[p],
+            name=name,
             elo=elos[p],
             component=int(component[p]),
             undefined=blocked.get(p, ""),
-            rank=1 + sum(elos[o].low > elos[p].high for o in range(num) if component[o] == component[p])
-            if fitted[p]
-            else 0,
+            rank=ranks[p],
         )
-        for p in range(num)
+        for p, name in enumerate(games.players)
     ]
-    rated.sort(key=lambda r: (r.component, math.isnan(r.elo.value), -r.elo.value, r.name))
-    n = int(use.sum())
-    last = model.size - 1
-    return Ratings(
-        players=tuple(rated),
-        num_components=len(set(component.tolist())),
-        tie_log_nu=Interval(float(point[last]), float(low[last]), float(high[last]), n) if with_ties else None,
-        style=tuple(
-            (name, Interval(float(point[num + s]), float(low[num + s]), float(high[num + s]), n))
-            for s, name in enumerate(games.style_names[: styles.shape[1]])
-        ),
-        notes=tuple(notes),
-    )
+    return tuple(sorted(rated, key=lambda r: (r.component, math.isnan(r.elo.value), -r.elo.value, r.name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,10 +461,6 @@ def _connected(num: int, first: Ints, second: Ints, outcome: Floats) -> tuple[In
                 else "its games go one way against all others together, so that no rating is extreme enough"
             )
     return component.astype(np.int64), blocked
-
-
-def _elo(theta: float) -> float:
-    return ELO_CENTRE + ELO_PER_UNIT * float(theta)
 
 
 def online_elo(games: Games, *, k: float = 4.0) -> Floats:

@@ -20,7 +20,9 @@ from trimtab.stats import Floats
 
 Ints = NDArray[np.int64]
 
-PAIRWISE = ("A", "tie", "both_bad", "B")
+WORTH = {"A": 1.0, "tie": 0.5, "both_bad": 0.5, "B": 0.0}
+"""The share of preference for side A that each choice between two replies stands for."""
+PAIRWISE = tuple(WORTH)
 """Choices between two replies, in the order of a scale. They name sides of the item, never of the screen."""
 NOT_JUDGED = ("", "cannot_judge", "skip")
 """Choices that are no judgement. They are counted and left out."""
@@ -213,6 +215,13 @@ def style_of(text: str) -> Floats:
 def style_difference(style_a: Floats, style_b: Floats) -> Floats:
     """(a - b) / (a + b + 1) for counts: in (-1, 1), with the opposite sign if the sides are exchanged."""
     return (style_a - style_b) / (style_a + style_b + 1)
+
+
+def in_root_mean_squares(style: Floats) -> Floats:
+    """Differences in style [n, S] in units of the root mean square of each column; a column of zeros stays as it is.
+    Unlike a deviation, this unit does not depend on which side of a comparison is named first."""
+    spread = np.sqrt((style**2).mean(axis=0))
+    return np.asarray(np.divide(style, spread, out=np.zeros_like(style), where=spread > 0))
 
 
 class _Reader:
