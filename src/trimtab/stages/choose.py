@@ -18,11 +18,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from trimtab.core import config, registry, seeds
+from trimtab.core import config, registry
 from trimtab.core.config import Choice
 from trimtab.core.errors import ConfigError, DataError, TrimtabError
 from trimtab.core.files import check_out, json_text, replacing, write_out, writing
-from trimtab.core.types import Demonstration, PreferencePair, Prompt, prompt_id, records_hash
+from trimtab.core.types import Demonstration, PreferencePair, Prompt, prompt_id
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
 from trimtab.engines.base import Sampler
@@ -36,16 +36,10 @@ from trimtab.models.roles import Policy
 from trimtab.models.save import save_role
 from trimtab.rewards.combined import judges, load_rewards, refuse_missing_facts, refuse_unread_flags
 from trimtab.runs.checkpoints import checkpoints_in, step_of, whole_checkpoint
-from trimtab.stages.guard.independence import (
-    different,
-    measure_digest,
-    refuse_empty_measure,
-    refuse_trained_measure,
-    same_source,
-)
-from trimtab.stages.guard.measuring import ask
+from trimtab.stages.guard.independence import refuse_empty_measure, refuse_trained_measure, same_source
+from trimtab.stages.guard.measuring import PolicyCheck, evidence_of
+from trimtab.stages.guard.prompts import different
 from trimtab.stages.guard.watch import DECISION
-from trimtab.stages.noise import seed_noise
 from trimtab.stages.online.data import note_missing_facts
 from trimtab.stages.online.models import load_models
 from trimtab.stages.online.samplers import make_samplers
@@ -149,20 +143,9 @@ def choose(
     chosen = best_checkpoint(series)
     if export is not None:
         _export(whole.get(chosen.step), trained, settings, chat, export)
-    table = config.dump(settings)
-    evidence = {
-        "run": os.path.abspath(directory),
-        "model_is": "not changed by this choice",
-        "measure": {"settings": table["measure"], "sha256": measure_digest(table["measure"])},
-        "prompts": {
-            "source": settings.prompts,
-            "num": len(prompts),
-            "sha256": records_hash(prompts),
-            "num_trained_on": num_trained_on,
-            "replies_per_prompt": settings.replies_per_prompt,
-        },
-        "seed": settings.seed,
-    }
+    asked = evidence_of(settings, prompts, num_trained_on)
+    about = {"run": os.path.abspath(directory), "model_is": "not changed by this choice"}
+    evidence = about | asked | {"seed": settings.seed}
     write_out(path, json_text(decision(series, evidence=evidence)))
     return ChosenCheckpoint(series, chosen, path)
 
@@ -177,8 +160,7 @@ def _asked(
     if isinstance(trained, OnlineSettings):
         refuse_unread_flags(trained.combine, prompts, where=settings.prompts)
         reward = load_rewards(trained.rewards, combine=trained.combine, **options)
-    judges = [part.reward for part in (*measure.parts, *(reward.parts if reward else ()))]
-    refuse_short_reward_models(judges, prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)
+    refuse_short_reward_models([measure, reward], prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)
     policy, reference, _ = _roles(trained, chat, settings)
     engines = Engines(settings.engine)
     how: dict[str, Any] = {"token_budget": settings.token_budget, "precision": trained.precision}
@@ -191,21 +173,20 @@ def _asked(
         else:
             sampler = engines.sampler(policy, chat, settings.sampling)
             sampler.check_prompts(prompts)
+        check = PolicyCheck(
+            prompts=prompts,
+            replies_per_prompt=settings.replies_per_prompt,
+            seed=settings.seed,
+            sampler=sampler,
+            policy=learner,
+            reference=scorer,
+            reward=reward,
+            measure=measure,
+        )
         for step in sorted({0, *paths}):
             if step in paths:
                 learner.load(paths[step])
-            seed_noise(settings.seed, "guard", step)
-            sampler.sync()
-            replies = ask(
-                prompts,
-                sampler=sampler,
-                policy=learner,
-                reference=scorer,
-                reward=reward,
-                replies_per_prompt=settings.replies_per_prompt,
-                seed=seeds.derive(settings.seed, "guard"),
-            )
-            yield replies.measured(step, measure)
+            yield check.replies(step).measured(step, measure)
 
 
 def _export(checkpoint: Path | None, trained: Any, settings: ChooseSettings, chat: Chat, out: Path) -> None:
@@ -338,12 +319,8 @@ def _num_trained_on(trained: Any, prompts: Sequence[Prompt]) -> int | None:
 
 
 def _prompts(settings: ChooseSettings, chat: Chat) -> list[Prompt]:
-    longest = settings.sampling.max_prompt_tokens
     found = load(Prompt, settings.prompts, limit=settings.num_prompts, accepts=chat.refusal).records
-    short = [prompt for prompt in found if len(chat.encode_prompt(prompt.messages)) <= longest]
-    prompts = different(short)
-    if num := len(short) - len(prompts):
-        print(f"note: {num} of {len(short)} prompts repeat another and are left out", file=sys.stderr)
+    prompts = different(found, chat, longest=settings.sampling.max_prompt_tokens, where=settings.prompts)
     if len(prompts) < 2:
         raise DataError(
             f"{len(prompts)} different prompts, and an interval over prompts needs two",

@@ -175,8 +175,8 @@ def load_judges(
     if settings.reward_model is not None:
         judges["reward"] = RewardModel(path=settings.reward_model).load(**options)
     combined = load_rewards(settings.rewards, **options) if settings.rewards else None
-    models = [*judges.values(), *(part.reward for part in (combined.parts if combined is not None else ()))]
-    refuse_short_reward_models(models, prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)
+    every = [*judges.values(), combined]
+    refuse_short_reward_models(every, prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)
 
     def score(rollouts: Sequence[Rollout]) -> dict[str, np.ndarray]:
         scores = {name: judge.score(rollouts)[0].numpy() for name, judge in judges.items()}

@@ -23,7 +23,7 @@ from trimtab.engines.base import Learner, Sampler
 from trimtab.engines.build import Engines
 from trimtab.models.roles import Policy
 from trimtab.runs.run import Run
-from trimtab.stages.guard.measuring import load_measure
+from trimtab.stages.guard.measuring import PolicyCheck, load_measure
 from trimtab.stages.guard.prompts import GuardPrompts, check_prompts, read_checks
 from trimtab.stages.guard.settings import PreferenceGuardSettings
 from trimtab.stages.guard.state import GuardState
@@ -100,22 +100,19 @@ def make_guard(
     be longer than a model of the measure can read."""
     guard: PreferenceGuardSettings = settings.guard
     measure = load_measure(settings)
-    judges = [part.reward for part in measure.parts]
-    refuse_short_reward_models(judges, prompts.checks, chat, max_new_tokens=guard.sampling.max_new_tokens)
+    refuse_short_reward_models([measure], prompts.checks, chat, max_new_tokens=guard.sampling.max_new_tokens)
     how: dict[str, Any] = {"token_budget": settings.token_budget, "precision": settings.precision}
-    return RunGuard(
-        guard,
-        run,
-        state,
-        prompts=prompts,
-        num_steps=num_steps,
+    check = PolicyCheck(
+        prompts=prompts.checks,
+        replies_per_prompt=guard.replies_per_prompt,
+        seed=settings.seed,
         sampler=sampler,
         policy=state.learner,
         reference=engines.scorer(reference, name="reference", **how),
         reward=None,
         measure=measure,
-        seed=settings.seed,
     )
+    return RunGuard(guard, run, state, check, num_trained_on=prompts.num_trained_on, num_steps=num_steps)
 
 
 def steps_of_the_guard(settings: Any, num_steps: int) -> float:

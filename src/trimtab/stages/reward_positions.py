@@ -6,11 +6,13 @@ A reply that is too long for it would otherwise end the stage at whatever step f
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from trimtab.core.errors import ConfigError
 from trimtab.core.types import Prompt
 from trimtab.data.chat import Chat
 from trimtab.models.vocabulary import vocabulary_difference
+from trimtab.rewards.combined import CombinedReward
 from trimtab.rewards.process import ProcessScorer
 from trimtab.rewards.scorer import RewardModelScorer
 
@@ -18,10 +20,11 @@ from trimtab.rewards.scorer import RewardModelScorer
 def refuse_short_reward_models(
     rewards: Iterable[object], prompts: Sequence[Prompt], chat: Chat, *, max_new_tokens: int
 ) -> None:
-    """Raises ConfigError if one of the rewards is a reward model that has learned fewer positions than the longest
-    prompt and reply need. A model with another vocabulary than the policy's is not checked, because the number of its
-    tokens is known only once there is a text."""
-    for judge in rewards:
+    """Raises ConfigError if one of the rewards, or of the parts of combined ones, is a reward model that has learned
+    fewer positions than the longest prompt and reply need. A model with another vocabulary than the policy's is not
+    checked, because the number of its tokens is known only once there is a text."""
+    parts = ([p.reward for p in one.parts] if isinstance(one, CombinedReward) else [one] for one in rewards)
+    for judge in chain.from_iterable(parts):
         reward = judge.scorer if isinstance(judge, ProcessScorer) else judge
         if not isinstance(reward, RewardModelScorer) or reward.positions is None:
             continue

@@ -120,8 +120,7 @@ def run(settings: SelectSettings, run: Run) -> None:
     sampler = engines.sampler(policy, chat, settings.sampling)
     prompts = [item.prompt for item in asked]
     sampler.check_prompts(prompts)
-    judges = [part.reward for part in rewards.parts] if rewards else []
-    refuse_short_reward_models(judges, prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)
+    refuse_short_reward_models([rewards], prompts, chat, max_new_tokens=settings.sampling.max_new_tokens)
     world = GoldScorer(worlds.load(settings.world)) if settings.world else None
     replies = ReplyFile(run.directory / "replies.jsonl")
     run.note_path("sampler", sampler.sampler)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.core import config, registry
-from trimtab.core.types import Prompt, prompt_id
 from trimtab.rewards.model import ModelReward
 from trimtab.runs.models import model_digest
 
@@ -40,14 +39,6 @@ def refuse_empty_measure(measure: Sequence[Any]) -> None:
 def same_source(one: str, other: str) -> bool:
     """Whether two names of data are the same, also if they name a file by two paths."""
     return os.path.realpath(one) == os.path.realpath(other)
-
-
-def different(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts without repetitions, the first of each: an interval over prompts counts every one as another."""
-    found: dict[str, Prompt] = {}
-    for prompt in prompts:
-        found.setdefault(prompt_id(prompt.messages), prompt)
-    return list(found.values())
 
 
 def measure_digest(measure: Sequence[Mapping[str, Any]]) -> str:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trimtab.core.errors import DataError
-from trimtab.core.types import Prompt
+from trimtab.core.types import Prompt, prompt_id
 from trimtab.data.chat import Chat
 from trimtab.rewards.combined import refuse_missing_facts
 from trimtab.runs.run import Run
-from trimtab.stages.guard.independence import different
 from trimtab.stages.guard.settings import GuardSettings
 from trimtab.stages.reading import read
 
@@ -29,11 +28,19 @@ class GuardPrompts:
 def read_checks(guard: GuardSettings, source: str, run: Run, chat: Chat, *, longest: int) -> list[Prompt]:
     """The prompts of `source`, of at most `longest` tokens; one that the source has twice is asked once."""
     found = read(Prompt, source, run, limit=guard.num_prompts, accepts=chat.refusal).records
-    short = [prompt for prompt in found if len(chat.encode_prompt(prompt.messages)) <= longest]
-    chosen = different(short)
-    if num := len(short) - len(chosen):
-        print(f"note: {num} of {len(short)} prompts of the guard repeat another and are left out", file=sys.stderr)
-    return chosen
+    return different(found, chat, longest=longest, where=source)
+
+
+def different(prompts: Sequence[Prompt], chat: Chat, *, longest: int, where: str) -> list[Prompt]:
+    """The prompts of at most `longest` tokens without repetitions, the first of each, since an interval over prompts
+    counts every one as another. How many repeat another is said on stderr."""
+    short = [prompt for prompt in prompts if len(chat.encode_prompt(prompt.messages)) <= longest]
+    found: dict[str, Prompt] = {}
+    for prompt in short:
+        found.setdefault(prompt_id(prompt.messages), prompt)
+    if num := len(short) - len(found):
+        print(f"note: {where}: {num} of {len(short)} prompts repeat another and are left out", file=sys.stderr)
+    return list(found.values())
 
 
 def check_prompts(

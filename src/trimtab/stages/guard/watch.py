@@ -18,12 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from trimtab.core import config, seeds
 from trimtab.core.errors import DataError, EngineError
 from trimtab.core.files import json_text, write_whole, writing
 from trimtab.core.metrics import Mean, Metrics
-from trimtab.core.types import records_hash
-from trimtab.engines.base import Sampler, Scorer
 from trimtab.evals.checkpoint_choice import (
     FallTest,
     MeasuredCheckpoint,
@@ -34,16 +31,12 @@ from trimtab.evals.checkpoint_choice import (
     interval_of_chosen,
 )
 from trimtab.evals.reply_signals import LEXICON_VERSION, measure_signals
-from trimtab.rewards.base import Reward
 from trimtab.runs.checkpoints import whole_checkpoint
 from trimtab.runs.loop import Steps
 from trimtab.runs.run import Run
-from trimtab.stages.guard.independence import measure_digest
-from trimtab.stages.guard.measuring import CheckReplies, ask
-from trimtab.stages.guard.prompts import GuardPrompts
+from trimtab.stages.guard.measuring import CheckReplies, PolicyCheck, evidence_of
 from trimtab.stages.guard.settings import GuardAction, GuardSettings
 from trimtab.stages.guard.state import GuardState
-from trimtab.stages.noise import seed_noise
 
 RECORD = "guard.jsonl"
 DECISION = "decision.json"
@@ -76,29 +69,18 @@ class RunGuard:
         settings: GuardSettings,
         run: Run,
         state: GuardedState,
+        policy_check: PolicyCheck,
         *,
-        prompts: GuardPrompts,
         num_steps: int,
-        sampler: Sampler,
-        policy: Scorer,
-        reference: Scorer,
-        reward: Reward | None,
-        measure: Reward,
-        seed: int,
+        num_trained_on: int,
     ) -> None:
-        """`reward` is what training raises, None if it has none that judges replies."""
+        """`num_trained_on` of the prompts of checks are trained on."""
         self.settings = settings
         self.run = run
         self.state = state
-        self.prompts = prompts.checks
-        self.num_trained_on = prompts.num_trained_on
+        self.policy_check = policy_check
         self.num_steps = num_steps
-        self.sampler = sampler
-        self.policy = policy
-        self.reference = reference
-        self.reward = reward
-        self.measure = measure
-        self.seed = seed
+        self.num_trained_on = num_trained_on
         state.guard = GuardState()
 
     @property
@@ -123,10 +105,10 @@ class RunGuard:
         self.run.rewind(-1)  # a run that was killed before its first checkpoint has written the row of this check
         replies = self.replies(0)
         self.seen.start = replies.texts
-        first = replies.measured(0, self.measure)
+        first = replies.measured(0, self.policy_check.measure)
         if not first.may_be_chosen:
             raise EngineError(
-                f"the measure judged the replies to {first.estimate.count} of {len(self.prompts)} prompts",
+                f"the measure judged the replies to {first.estimate.count} of {len(self.policy_check.prompts)} prompts",
                 where="guard.measure, before the first step",
                 fix="mend the measure, or give prompts that it can judge; the log says why it failed",
             )
@@ -153,7 +135,7 @@ class RunGuard:
         metrics["guard/signals"] = Mean(len(fired), 1)
         decided: list[dict[str, Any]] = []
         if due or asked:
-            now, best = replies.measured(step, self.measure), best_checkpoint(self.seen.series)
+            now, best = replies.measured(step, self.policy_check.measure), best_checkpoint(self.seen.series)
             fall = fall_test(best, now, level=level, margin=self.settings.margin)
             self.seen.series.append(now)
             self.seen.fired = fired
@@ -195,17 +177,9 @@ class RunGuard:
                 self._record(last.step, *row)
                 print(f"guard: {row[0]['why']}: step {written}", file=sys.stderr)
             model_is = f"step {written}, as the chosen checkpoint is damaged" if row else "the chosen checkpoint"
-        table = config.dump(self.settings)["measure"]
         evidence: dict[str, Any] = {
             "model_is": model_is,
-            "measure": {"settings": table, "sha256": measure_digest(table)},
-            "prompts": {
-                "source": self.settings.prompts or "held out of the run's own",
-                "num": len(self.prompts),
-                "sha256": records_hash(self.prompts),
-                "num_trained_on": self.num_trained_on,
-                "replies_per_prompt": self.settings.replies_per_prompt,
-            },
+            **evidence_of(self.settings, self.policy_check.prompts, self.num_trained_on),
             "fall": {name: getattr(self.settings, name) for name in ("alpha", "margin")},
             "stopped": seen.stopped,
             "lexicons": LEXICON_VERSION,
@@ -230,17 +204,7 @@ class RunGuard:
 
     def replies(self, step: int) -> CheckReplies:
         """The replies of the policy as it is now."""
-        seed_noise(self.seed, "guard", step)  # the next step sets the global generators again
-        self.sampler.sync()
-        return ask(
-            self.prompts,
-            sampler=self.sampler,
-            policy=self.policy,
-            reference=self.reference,
-            reward=self.reward,
-            replies_per_prompt=self.settings.replies_per_prompt,
-            seed=seeds.derive(self.seed, "guard"),
-        )
+        return self.policy_check.replies(step)
 
     def act(self, action: GuardAction, step: int, why: str) -> list[dict[str, Any]]:
         """Takes an action after `step`, and returns it as rows of the record."""

@@ -33,7 +33,6 @@ from trimtab.engines.local.learner import AdamW
 from trimtab.math.advantages import Episodes, token_rewards
 from trimtab.math.kl import ESTIMATORS, k1, k3
 from trimtab.math.masking import sum_per_sequence, whiten
-from trimtab.math.rewards import RunningMoments
 from trimtab.models.lengths import refuse_long
 from trimtab.models.load import load_tokenizer
 from trimtab.models.roles import Policy, ScalarModel
@@ -54,8 +53,8 @@ from trimtab.stages.online.checks import (
     value_metrics,
 )
 from trimtab.stages.online.cost import Limit, make_limit
-from trimtab.stages.online.data import guard_prompts, read_mix, read_prompts
-from trimtab.stages.online.guard import OnlineGuard
+from trimtab.stages.online.data import read_data
+from trimtab.stages.online.guard import make_guard
 from trimtab.stages.online.models import Models, load_models, load_roles
 from trimtab.stages.online.objectives import Minibatches, PretrainingBatches, objectives
 from trimtab.stages.online.rollout_queue import RolloutQueue
@@ -77,50 +76,29 @@ def run(settings: OnlineSettings, run: Run) -> None:
     """Trains to the last step and writes the policy to `run.model_dir`."""
     say_truncation(settings)
     chat = Chat(load_tokenizer(settings.model))
-    counts: dict[str, int] = {}
-    prompts = read_prompts(settings, chat, run, counts)
-    watched, prompts = guard_prompts(settings, prompts, run, chat)
-    demonstrations = read_mix(settings, chat, run, counts)
-    models = load_models(settings, chat)
-    refuse_long(models.policy.model, demonstrations, where="pretraining_mix", fix=FIT)
-    measure = load_measure(settings)
-    judges = [part.reward for part in (*models.rewards.parts, *measure.parts)]
-    every_prompt = [*prompts, *watched.checks]
-    refuse_short_reward_models(judges, every_prompt, chat, max_new_tokens=settings.sampling.max_new_tokens)
+    data = read_data(settings, chat, run)
+    models, measure = load_models(settings, chat), load_measure(settings)
+    refuse_long(models.policy.model, data.demonstrations, where="pretraining_mix", fix=FIT)
+    longest = settings.sampling.max_new_tokens
+    refuse_short_reward_models([models.rewards, measure], data.every_prompt, chat, max_new_tokens=longest)
+
     engines = Engines.start(settings, run.directory, load=load_roles, models=models.roles)
-    sampler, greedy = make_samplers(settings, models.policy, chat, every_prompt, engines.sampler)
+    sampler, greedy = make_samplers(settings, models.policy, chat, data.every_prompt, engines.sampler)
     policy, reference, critic = make_engines(settings, models, engines)
     world = GoldScorer(worlds.load(settings.world)) if settings.world else None
-    pretraining = PretrainingBatches(demonstrations, settings)
-    state = OnlineState(
-        learners=[policy] if critic is None or critic is policy else [policy, critic],
-        prompts=prompts,
-        seed=settings.seed,
-        kl_coef=settings.kl.initial,
-        moments=RunningMoments(),
-    )
+    pretraining = PretrainingBatches(data.demonstrations, settings)
+    learners = [policy] if critic is None or critic is policy else [policy, critic]
+    state = OnlineState(learners, data.prompts, settings.seed, settings.kl.initial)
     limit = make_limit(settings, models, engines, state)
-    queue = RolloutQueue(RolloutSource(sampler, greedy, models.rewards, world, settings), state, settings)
-    guard = settings.guard and OnlineGuard(
-        settings.guard,
-        run,
-        state,
-        prompts=watched,
-        num_steps=settings.num_steps,
-        sampler=sampler,
-        policy=policy,
-        reference=reference,
-        reward=models.rewards,
-        measure=measure,
-        queue=queue,
-        seed=settings.seed,
-    )
+    source = RolloutSource(sampler, greedy, models.rewards, world, settings)
+    queue = RolloutQueue(source, state, settings)
+    guard = make_guard(settings, run, state, queue, source, data.checks, measure, policy=policy, reference=reference)
     run.note_path("sampler", sampler.sampler)
     run.note_path("form", models.policy.form)
     cards = CardWatch(settings, run)
 
-    how: dict[str, Any] = {"checkpoint_every": settings.checkpoint_every, "before_save": queue.finish}
-    how |= {"keep_checkpoints": settings.keep_checkpoints} | ({"also_kept": guard.kept} if guard else {})
+    how: dict[str, Any] = {"checkpoint_every": settings.checkpoint_every, "keep_checkpoints": settings.keep_checkpoints}
+    how |= {"before_save": queue.finish, "also_kept": guard.kept if guard else tuple}
     with queue, engines, stepping(run, state, num_steps=settings.num_steps, description="online", **how) as steps:
         if guard:
             guard.begin(steps)
@@ -152,7 +130,7 @@ def run(settings: OnlineSettings, run: Run) -> None:
 
     run.save_model(lambda path: save_role(models.policy, chat.tokenizer, path, base=models.base))
     run.finish(
-        {"num_steps": steps.done, "sampler": sampler.sampler, "counts": counts}
+        {"num_steps": steps.done, "sampler": sampler.sampler, "counts": data.counts}
         | guarded
         | last_metrics(run, "policy/kl", "reward/mean", "gold/mean")
     )

@@ -1,9 +1,10 @@
-"""Reads the data of online training: prompts, and the demonstrations of the pretraining mix."""
+"""Reads the data of online training: prompts, those of the guard, and the demonstrations of the pretraining mix."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from trimtab.batches.trees import Tree
@@ -19,6 +20,33 @@ from trimtab.stages.online.state import endless
 from trimtab.stages.reading import FEW, read, read_demonstration_trees
 from trimtab.stages.rehearsal import UNKNOWN, largest_step, steps_rehearsed
 from trimtab.stages.stage import FEW_STEPS
+
+
+@dataclass(frozen=True)
+class OnlineData:
+    """The data of a run."""
+
+    prompts: list[Prompt]
+    """Those to train on."""
+    checks: GuardPrompts
+    """Those of the guard; none without one."""
+    demonstrations: Sequence[Tree]
+    """Those of the pretraining mix; none without one."""
+    counts: dict[str, int]
+    """What was read and left out."""
+
+    @property
+    def every_prompt(self) -> list[Prompt]:
+        """All prompts that are answered."""
+        return [*self.prompts, *self.checks.checks]
+
+
+def read_data(settings: OnlineSettings, chat: Chat, run: Run) -> OnlineData:
+    """Everything that the run reads. Raises an error with its fix if one of the parts is too little."""
+    counts: dict[str, int] = {}
+    prompts = read_prompts(settings, chat, run, counts)
+    checks, prompts = guard_prompts(settings, prompts, run, chat)
+    return OnlineData(prompts, checks, read_mix(settings, chat, run, counts), counts)
 
 
 def read_prompts(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[str, int]) -> list[Prompt]:

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from trimtab.engines.base import Scorer
 from trimtab.evals.checkpoint_choice import MeasuredCheckpoint
+from trimtab.rewards.base import Reward
 from trimtab.runs.run import Run
-from trimtab.stages.guard.measuring import CheckReplies
+from trimtab.stages.guard.measuring import CheckReplies, PolicyCheck
+from trimtab.stages.guard.prompts import GuardPrompts
 from trimtab.stages.guard.settings import GuardAction, OnlineGuardSettings
 from trimtab.stages.guard.watch import RunGuard
 from trimtab.stages.online.rollout_queue import RolloutQueue
+from trimtab.stages.online.sampling import RolloutSource
+from trimtab.stages.online.settings import OnlineSettings
 from trimtab.stages.online.state import OnlineState
 
 
@@ -24,10 +29,17 @@ class OnlineGuard(RunGuard):
     state: OnlineState
 
     def __init__(
-        self, settings: OnlineGuardSettings, run: Run, state: OnlineState, *, queue: RolloutQueue, **others: Any
+        self,
+        settings: OnlineGuardSettings,
+        run: Run,
+        state: OnlineState,
+        policy_check: PolicyCheck,
+        *,
+        queue: RolloutQueue,
+        num_trained_on: int,
+        num_steps: int,
     ) -> None:
-        """`others` are the keywords of `RunGuard`."""
-        super().__init__(settings, run, state, **others)
+        super().__init__(settings, run, state, policy_check, num_trained_on=num_trained_on, num_steps=num_steps)
         self.queue = queue
 
     def replies(self, step: int) -> CheckReplies:
@@ -58,3 +70,35 @@ class OnlineGuard(RunGuard):
         state.kl_coef, before = self.seen.lower_coefs.pop(), state.kl_coef
         why = f"the measure has a new best, {now.estimate}; kl_coef {before:.4g} → {state.kl_coef:.4g}"
         return [{"event": "lower_kl", "why": why, "kl_coef": state.kl_coef}]
+
+
+def make_guard(
+    settings: OnlineSettings,
+    run: Run,
+    state: OnlineState,
+    queue: RolloutQueue,
+    source: RolloutSource,
+    prompts: GuardPrompts,
+    measure: Reward,
+    *,
+    policy: Scorer,
+    reference: Scorer,
+) -> OnlineGuard | None:
+    """The guard that the settings ask for; None without one. It draws and judges as the source of the run's rollouts
+    does, and what it has seen becomes part of the state."""
+    guard = settings.guard
+    if guard is None:
+        return None
+    check = PolicyCheck(
+        prompts=prompts.checks,
+        replies_per_prompt=guard.replies_per_prompt,
+        seed=settings.seed,
+        sampler=source.sampler,
+        policy=policy,
+        reference=reference,
+        reward=source.reward,
+        measure=measure,
+    )
+    return OnlineGuard(
+        guard, run, state, check, queue=queue, num_trained_on=prompts.num_trained_on, num_steps=settings.num_steps
+    )

@@ -26,7 +26,7 @@ class OnlineState:
     prompts: Sequence[Prompt]
     seed: int
     kl_coef: float
-    moments: RunningMoments
+    moments: RunningMoments = field(default_factory=RunningMoments)
     part_moments: dict[str, RunningMoments] = field(default_factory=dict)
     """Of each reward by name, if rewards are normalised before they are combined."""
     multiplier: Multiplier | None = None
