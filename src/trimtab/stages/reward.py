@@ -142,22 +142,7 @@ def run(settings: RewardSettings, run: Run) -> None:
         train_on_replies(settings, run)
         return
     chat = Chat(load_tokenizer(settings.model))
-    train, held_out, counts = read_split(PreferencePair, settings, run, chat)
-    fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
-    judged_by = group_pairs(held_out, chat, **fit_in)
-    train_on = group_pairs(train, chat, **fit_in)
-    if settings.loss.needs_ranking:
-        ties = getattr(settings.loss, "ties", "refuse")
-        ranked: dict[str, Any] = {"ties": ties, "on_bad_row": settings.on_bad_row, "counts": counts}
-        train_on = only_rankings(train_on, where=settings.data, **ranked)
-        judged_by = only_rankings(judged_by, where=settings.held_out_data or settings.data, **ranked)
-    say_too_long(counts, settings.max_tokens)
-    if not train_on.trees or not judged_by.trees:
-        raise DataError(
-            f"{train_on.num_pairs} pairs to train on and {judged_by.num_pairs} to judge by; both are needed",
-            where=settings.data,
-            fix="give more pairs, another held_out share, or a larger max_tokens",
-        )
+    train_on, judged_by, counts = read_comparisons(settings, run, chat)
     shown = read_demonstrations(settings, chat, run, counts)
     taught = teach(settings, run, chat, train_on, judged_by, counts) if settings.teacher else None
     learned, validated = (train_on, judged_by) if taught is None else (taught.train, taught.held_out)
@@ -180,34 +165,58 @@ def run(settings: RewardSettings, run: Run) -> None:
             if steps.validates(number):
                 metrics |= merge(validate(learner, settings.loss, validation) for learner in learners)
             steps.log(metrics)
-    facts: list[dict[str, Any]] = []
-    for member, start in zip(members, starts, strict=True):
+
+    for member in members:
         if member.adapter is None:
             round_as_written(member.model)
-        moments = calibrate(member, settings, learned, shown)
-        facts.append({f"reward_{name}": value for name, value in moments.items()} | {HEAD_START: start})
+    moments = [calibrate(member, settings, learned, shown) for member in members]
     scores = np.array([scores_of_pairs(member, judged_by, settings) for member in members])  # [K, 2, pairs]
-    shifts = [known["reward_shift"] for known in facts]
-    scale = None if len(members) == 1 else common_scale(scores.reshape(len(members), -1), shifts)
+    flat = scores.reshape(len(members), -1)
+    scale = None if len(members) == 1 else common_scale(flat, [own["shift"] for own in moments])
     scores = on_scale(scores, scale)
     scorer = scorer_of(members, chat, settings, scale=scale)
     lengths = reply_lengths(scorer, judged_by.pairs())
+    sources = [settings.held_out_data or settings.data]
 
     def write(path: Path) -> None:
+        facts = [
+            {f"reward_{name}": value for name, value in own.items()} | {HEAD_START: start}
+            for own, start in zip(moments, starts, strict=True)
+        ]
         save_members(members, facts, chat.tokenizer, path, base=base, scale=scale)
         if not length_refusal(lengths.ravel()):
-            by = [settings.held_out_data or settings.data]
-            write_correction(fitted(scores.reshape(len(members), -1), lengths.ravel(), data=by), path)
+            write_correction(fitted(scores.reshape(len(members), -1), lengths.ravel(), data=sources), path)
 
     run.save_model(write)
     card = judge(scores, train_on, judged_by, settings, scorer=scorer, lengths=lengths, directory=run.model_dir)
     if taught is not None:
         card["teacher"] = agreement_with_teacher(settings, judged_by.pairs(), scores.mean(0), taught.scores)
     about = {"model": str(run.model_dir), "digest": model_digest(run.model_dir)}
-    text = card_text(card, **about, data=[settings.held_out_data or settings.data])
-    write_out(run.directory / CARD_FILE, text)
-    zero = moments if scale is None else {"shift": scale["shift"]}
+    write_out(run.directory / CARD_FILE, card_text(card, **about, data=sources))
+    zero = moments[0] if scale is None else {"shift": scale["shift"]}
     run.finish(card | zero | {"counts": counts} | steps.counts)
+
+
+def read_comparisons(settings: RewardSettings, run: Run, chat: Chat) -> tuple[Comparisons, Comparisons, dict[str, int]]:
+    """The pairs to train on and to judge by, as rankings if the loss needs these, and counts of what was read and left
+    out. Raises DataError if there is nothing to train on or to judge by."""
+    train, held_out, counts = read_split(PreferencePair, settings, run, chat)
+    fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
+    judged_by = group_pairs(held_out, chat, **fit_in)
+    train_on = group_pairs(train, chat, **fit_in)
+    if settings.loss.needs_ranking:
+        ties = getattr(settings.loss, "ties", "refuse")
+        ranked: dict[str, Any] = {"ties": ties, "on_bad_row": settings.on_bad_row, "counts": counts}
+        train_on = only_rankings(train_on, where=settings.data, **ranked)
+        judged_by = only_rankings(judged_by, where=settings.held_out_data or settings.data, **ranked)
+    say_too_long(counts, settings.max_tokens)
+    if not train_on.trees or not judged_by.trees:
+        raise DataError(
+            f"{train_on.num_pairs} pairs to train on and {judged_by.num_pairs} to judge by; both are needed",
+            where=settings.data,
+            fix="give more pairs, another held_out share, or a larger max_tokens",
+        )
+    return train_on, judged_by, counts
 
 
 def read_demonstrations(settings: RewardSettings, chat: Chat, run: Run, counts: dict[str, int]) -> Sequence[Tree]:
