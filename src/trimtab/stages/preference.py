@@ -107,14 +107,7 @@ def run(settings: PreferenceSettings, run: Run) -> None:
     chat = Chat(load_tokenizer(settings.model))
     loss: PreferenceLoss = settings.loss
     counts: dict[str, int] = {}
-    train, held_out = read_data(settings, loss, chat, run, counts)
-    say_too_long(counts, settings.max_tokens)
-    if not train.trees:
-        raise DataError(
-            "no example is left to train on",
-            where=settings.data,
-            fix=f"raise max_tokens (now {settings.max_tokens}) or lower held_out (now {settings.held_out})",
-        )
+    train, held_out = read_data(settings, chat, run, counts)
     watched = guard_prompts(settings.guard, train, run, chat) if settings.guard else None
     epochs = Epochs.of(settings, train.trees)
     num_steps = epochs.num_steps if settings.max_steps is None else min(settings.max_steps, epochs.num_steps)
@@ -123,10 +116,8 @@ def run(settings: PreferenceSettings, run: Run) -> None:
     refuse_long(policy.model, chain(train.trees, held_out.trees), where=settings.data, fix=FIT)
     policy.precision = settings.precision
     reference = start_reference(settings, policy, base, chat)
-    used = epochs.used(num_steps)
-    make_batch, validation = make_batches(
-        settings, loss, policy, reference, chat, train, used, epochs.examples(0), held_out, run
-    )
+    used, first = epochs.used(num_steps), epochs.examples(0)
+    make_batch, validation = make_batches(settings, policy, reference, chat, train, used, first, held_out, run)
     engines = Engines.start(settings, run.directory, load=load_roles, models=roles_of(settings, policy, reference))
     sampler = make_sampler(settings, run, policy, chat, watched, engines) if watched else None
     learner = make_learner(policy, settings, epochs, engines, name="policy")
@@ -200,26 +191,35 @@ def held_out_accuracy(held_out: Comparisons | Judgements, last: dict[str, float]
 
 
 def read_data(
-    settings: PreferenceSettings, loss: PreferenceLoss, chat: Chat, run: Run, counts: dict[str, int]
+    settings: PreferenceSettings, chat: Chat, run: Run, counts: dict[str, int]
 ) -> tuple[Comparisons, Comparisons] | tuple[Judgements, Judgements]:
     """The data to train on and the data to validate on, grouped by prompt. What was dropped, and the margins and labels
-    that the loss does not use, are added to `counts`."""
+    that the loss does not use, are added to `counts`. Raises DataError if nothing is left to train on."""
+    loss: PreferenceLoss = settings.loss
     kind: type[Any] = LabelledResponse if loss.reads == "replies" and holds_labels(settings.data) else PreferencePair
     train, held_out, read = read_split(kind, settings, run, chat)
     counts |= read
     fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
+    found: tuple[Comparisons, Comparisons] | tuple[Judgements, Judgements]
     if kind is LabelledResponse:
-        replies = group_replies(train, chat, **fit_in)
-        say_balance(replies, settings.loss)
-        return replies, group_replies(held_out, chat, **fit_in)
-    pairs, held_out_pairs = group_pairs(train, chat, **fit_in), group_pairs(held_out, chat, **fit_in)
-    if not loss.uses_margins and (num := int((~np.isnan(pairs.margins)).sum())):
-        counts["margins_not_used"] = num
-    if not loss.uses_labels and (num := int((pairs.labels != 1).sum())):
-        counts["soft_labels_not_used"] = num
-    if loss.reads == "replies":
-        return split_in_two(pairs), split_in_two(held_out_pairs)
-    return pairs, held_out_pairs
+        found = group_replies(train, chat, **fit_in), group_replies(held_out, chat, **fit_in)
+        say_balance(found[0], loss)
+    else:
+        pairs, held_out_pairs = group_pairs(train, chat, **fit_in), group_pairs(held_out, chat, **fit_in)
+        if not loss.uses_margins and (num := int((~np.isnan(pairs.margins)).sum())):
+            counts["margins_not_used"] = num
+        if not loss.uses_labels and (num := int((pairs.labels != 1).sum())):
+            counts["soft_labels_not_used"] = num
+        apart = loss.reads == "replies"
+        found = (split_in_two(pairs), split_in_two(held_out_pairs)) if apart else (pairs, held_out_pairs)
+    say_too_long(counts, settings.max_tokens)
+    if not found[0].trees:
+        raise DataError(
+            "no example is left to train on",
+            where=settings.data,
+            fix=f"raise max_tokens (now {settings.max_tokens}) or lower held_out (now {settings.held_out})",
+        )
+    return found
 
 
 def holds_labels(source: str) -> bool:
@@ -252,7 +252,6 @@ def say_balance(replies: Judgements, loss: Any) -> None:
 
 def make_batches(
     settings: PreferenceSettings,
-    loss: PreferenceLoss,
     policy: Policy,
     reference: Policy | None,
     chat: Chat,
@@ -269,6 +268,7 @@ def make_batches(
     `first`, it reads together, as the update does: a policy that starts as its reference then differs from it by
     exactly nothing, in every precision, and the first loss says so.
     """
+    loss: PreferenceLoss = settings.loss
     reference = reference if loss.needs_reference else None
     directory = Path(settings.reference_cache) if settings.reference_cache else run.directory.parent / ".reference"
 
