@@ -40,8 +40,13 @@ def model_digest(directory: str | Path) -> str:
             digest.update(model_digest(member).encode())
     base = base_of(path)
     if base is not None:
-        digest.update((model_digest(base) if Path(base).is_dir() else base).encode())
+        digest.update((local_digest(base) or base).encode())
     return digest.hexdigest()
+
+
+def local_digest(model: str | Path) -> str | None:
+    """The digest of a model in a directory; None for a hub id."""
+    return model_digest(model) if Path(model).is_dir() else None
 
 
 def _add_file(digest: hashlib._Hash, file: Path) -> None:

@@ -26,7 +26,7 @@ from trimtab.reports.card_sentences import card_sentences
 from trimtab.rewards.length_correction import LengthCorrection, corrections_in
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.scorer import TOKEN_BUDGET, RewardModelScorer, lengths_of, rewards_of
-from trimtab.runs.models import CARD_FILE, model_digest
+from trimtab.runs.models import CARD_FILE, local_digest
 from trimtab.stats import Floats
 
 PAGE_FILE = "reward_card.html"
@@ -86,8 +86,7 @@ def card(
     num_bad_rows = sum(len(one.dropped) for one in loaded.values())
     found |= {"num_too_long": int((~fits).sum()), "num_bad_rows": num_bad_rows}
     if out is not None:
-        digest = model_digest(model) if Path(model).is_dir() else None
-        write_out(out / CARD_FILE, card_text(found, model=model, digest=digest, data=data))
+        write_out(out / CARD_FILE, card_text(found, model=model, digest=local_digest(model), data=data))
         write_card(found, out / PAGE_FILE, model=model)
     return card_sentences(found)
 

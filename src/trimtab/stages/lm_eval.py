@@ -18,8 +18,9 @@ from typing import Any
 from trimtab.core.errors import ConfigError, EngineError, need
 from trimtab.core.files import check_out, finite, json_text, write_out
 from trimtab.evals.lm_eval import LmEvalRun, find_results, read_lm_eval, results_of
+from trimtab.evals.suites.suite import refuse_itself
 from trimtab.runs.environment import environment
-from trimtab.runs.models import model_digest
+from trimtab.runs.models import local_digest
 
 STDERR = 2
 """The file descriptor that lm-eval writes to: stdout belongs to the figures."""
@@ -51,8 +52,7 @@ def run_lm_eval(
     under the model's template. What lm-eval writes is kept below `files`; results are written to `out`, a
     directory, as TASK.json for `trimtab eval tax`. Raises ConfigError, DataError or EngineError.
     """
-    if baseline is not None and os.path.realpath(baseline) == os.path.realpath(model):
-        raise ConfigError(f"{model} against itself", where="the command line", fix="name another baseline, or none")
+    refuse_itself(model, baseline)
     given = {"model": model} | ({} if baseline is None else {"baseline": baseline})
     written = {role: bool(find_results(Path(path))) for role, path in given.items()}
     if not all(written.values()):
@@ -62,13 +62,8 @@ def run_lm_eval(
             if not written[role]:
                 _check_model(path)
         python = _interpreter(python)
-    digests = {role: _digest(path, written[role]) for role, path in given.items()}
-    if files is not None and files.exists() and any(files.iterdir()):
-        raise ConfigError("the directory is not empty", where=f"--files {files}", fix="name a new one")
-    if out is not None and out.exists() and not out.is_dir():
-        raise ConfigError("this is a file", where=f"--out {out}", fix="name a directory")
-    if out is not None:
-        check_out(out / "results.json")  # before lm-eval computes for hours
+    digests = {role: None if written[role] else local_digest(path) for role, path in given.items()}
+    _check_places(files, out)
     options = {"tasks": ",".join(tasks), "batch_size": batch_size, "seed": seed, "limit": limit}
     options |= {"num_fewshot": num_fewshot, "include_path": include_path, "device": device}
     flags = ["log_samples"] + ["apply_chat_template"] * chat_template
@@ -98,6 +93,17 @@ def run_lm_eval(
         for name, result in done.items():
             write_out(out / f"{name}.json", json_text(result))
     return done
+
+
+def _check_places(files: Path | None, out: Path | None) -> None:
+    """Refuses places that cannot be written to, before lm-eval computes for hours."""
+    if files is not None and files.exists() and any(files.iterdir()):
+        raise ConfigError("the directory is not empty", where=f"--files {files}", fix="name a new one")
+    if out is None:
+        return
+    if out.exists() and not out.is_dir():
+        raise ConfigError("this is a file", where=f"--out {out}", fix="name a directory")
+    check_out(out / "results.json")
 
 
 def _check_model(path: str) -> None:
@@ -153,7 +159,3 @@ def _run(python: str, options: dict[str, Any], flags: Sequence[str], *, where: s
             fix="see what it says above; `lm-eval ls tasks` lists its tasks, and without a network only those run "
             "whose data have been read before",
         )
-
-
-def _digest(path: str, written: bool) -> str | None:
-    return model_digest(path) if not written and Path(path).is_dir() else None

@@ -16,7 +16,7 @@ from trimtab.engines.device import device_of
 from trimtab.evals.reward_bench import BenchScores, bench_scores, read_bench
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.scorer import TOKEN_BUDGET, rewards_of
-from trimtab.runs.models import model_digest
+from trimtab.runs.models import local_digest
 
 
 def score_bench(
@@ -53,7 +53,7 @@ def score_bench(
         ties = None if scores.ties is None else dataclasses.asdict(scores.ties) | {"score": scores.ties.score}
         origin = {
             "model": model,
-            "model_sha256": model_digest(model) if Path(model).is_dir() else None,
+            "model_sha256": local_digest(model),
             "sha256": files.sha256,
             "num_rows": len(read),
             "num_too_long": num_too_long,

@@ -29,12 +29,20 @@ from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.engines.local.scorer import LocalScorer
 from trimtab.evals.suites.report import report
 from trimtab.evals.suites.results import VERSION
-from trimtab.evals.suites.suite import Question, SuiteAnswer, SuiteItem, check_limit, load_items, load_suite
+from trimtab.evals.suites.suite import (
+    Question,
+    SuiteAnswer,
+    SuiteItem,
+    check_limit,
+    load_items,
+    load_suite,
+    refuse_itself,
+)
 from trimtab.math.masking import sum_per_sequence
 from trimtab.models.load import load_tokenizer
 from trimtab.rewards.scorer import TOKEN_BUDGET
 from trimtab.runs.environment import environment
-from trimtab.runs.models import model_digest
+from trimtab.runs.models import local_digest
 
 MAX_PROMPT_TOKENS = 8192
 """A longer conversation of a suite is refused."""
@@ -75,8 +83,7 @@ def run_suite(
     files are written whole at the end. Raises DataError, ConfigError or EngineError.
     """
     check_limit(limit)
-    if baseline is not None and os.path.realpath(baseline) == os.path.realpath(model):
-        raise ConfigError(f"{model} against itself", where="the command line", fix="name another baseline, or none")
+    refuse_itself(model, baseline)
     if out is not None and replies is not None and os.path.realpath(out) == os.path.realpath(replies):
         raise ConfigError(
             f"the figures and the replies would both be written to {out}",
@@ -105,9 +112,9 @@ def run_suite(
         "paper": suite.paper,
         "notes": list(suite.notes),
         "model": model,
-        "model_sha256": _digest(model),
+        "model_sha256": local_digest(model),
         "baseline": baseline,
-        "baseline_sha256": None if baseline is None else _digest(baseline),
+        "baseline_sha256": None if baseline is None else local_digest(baseline),
         "data": loaded.sources,
         "num_available": loaded.num_available,
         "settings": {"limit": limit, "seed": seed, "max_new_tokens": length, "temperature": suite.temperature},
@@ -202,10 +209,6 @@ def _prompt(question: Question, said: Sequence[str], turn: int) -> Prompt:
         if number < turn:
             messages.append(Message("assistant", said[number]))
     return Prompt(messages=tuple(messages))
-
-
-def _digest(model: str) -> str | None:
-    return model_digest(model) if Path(model).is_dir() else None
 
 
 def _lines(items: Sequence[SuiteItem], answers: dict[str, list[list[SuiteAnswer]]]) -> list[str]:

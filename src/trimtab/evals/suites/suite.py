@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from trimtab.core import registry, seeds
 from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.hub import same_model
 from trimtab.core.types import Message, prompt_id
 from trimtab.data.files import Located
 from trimtab.data.sources import is_hub, read_rows
@@ -221,3 +222,9 @@ def check_limit(limit: int | None) -> None:
     """Raises ConfigError for a limit of no item."""
     if limit is not None and limit < 1:
         raise ConfigError(f"a limit of {limit}", where="--limit", fix="give at least 1, or leave it out")
+
+
+def refuse_itself(model: str, baseline: str | None) -> None:
+    """Raises ConfigError for a baseline that is the model itself."""
+    if baseline is not None and same_model(model, baseline):
+        raise ConfigError(f"{model} against itself", where="the command line", fix="name another baseline, or none")

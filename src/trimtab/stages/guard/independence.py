@@ -11,7 +11,7 @@ from typing import Any
 
 from trimtab.core import config, registry
 from trimtab.rewards.model import ModelReward
-from trimtab.runs.models import model_digest
+from trimtab.runs.models import local_digest, model_digest
 
 
 def refuse_trained_measure(measure: Sequence[Any], trained: Mapping[str, Any]) -> None:
@@ -60,6 +60,6 @@ def measure_digest(measure: Sequence[Mapping[str, Any]]) -> str:
 def _identity(reward: Any) -> str:
     """The same for two rewards that judge alike."""
     if isinstance(reward, ModelReward):
-        return model_digest(reward.path) if Path(reward.path).is_dir() else os.path.realpath(reward.path)
+        return local_digest(reward.path) or os.path.realpath(reward.path)
     table = {key: value for key, value in config.dump(reward).items() if key != "weight"}
     return measure_digest([{"name": registry.name_of("reward", type(reward))} | table])
