@@ -239,11 +239,13 @@ def reward_card(
     if bayes_accuracy is None and probability_chosen is not None and (labels == 1).all():
         p = np.asarray(probability_chosen, dtype=np.float64)
         bayes_accuracy = float(np.maximum(p, 1 - p).mean())
-    if bayes_accuracy is not None:
-        card["bayes_accuracy"] = bayes_accuracy
-        if bayes_accuracy > 0.5:
-            card["share_of_bayes"] = (accuracy.value - 0.5) / (bayes_accuracy - 0.5)
-    return card
+    return card | ({} if bayes_accuracy is None else _of_bayes(accuracy.value, bayes_accuracy))
+
+
+def _of_bayes(accuracy: float, limit: float) -> dict[str, float]:
+    """The highest accuracy that any judge could reach, and how far this one goes from chance to that limit."""
+    share = {"share_of_bayes": (accuracy - 0.5) / (limit - 0.5)} if limit > 0.5 else {}
+    return {"bayes_accuracy": limit} | share
 
 
 @dataclass(frozen=True)

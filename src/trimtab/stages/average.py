@@ -98,25 +98,11 @@ def average(
             where="--tolerance",
             fix=f"give a number from 0 to 1, such as {TOLERANCE}, or leave it out",
         )
-    scalar = _are_reward_models(models, data)
-    _refuse_other_kinds(models)
-    base = base_of(models[0])
-    refuse_unlike(models)
-    if rank is not None and base is None:
-        raise ConfigError("these are whole models, which have no rank", where="--rank", fix="leave it out")
-    if base is not None:
-        refuse_other_layers(models)
-    pairs = [] if data is None else load(PreferencePair, data).records
-    num_decided = sum(pair.label != 0.5 for pair in pairs)
-    if data is not None and not num_decided:
-        raise DataError(
-            f"all {len(pairs)} pairs have the label 0.5: no side is right, so they cannot tell how good an average is",
-            where=data,
-            fix="give pairs of which one side is preferred",
-        )
-    loaders: list[Callable[[], PreTrainedModel]] = [
-        partial(load_scalar if scalar else load_causal, path) for path in models
-    ]
+    scalar, base = _are_reward_models(models, data), base_of(models[0])
+    _check_members(models, rank)
+    pairs = [] if data is None else _pairs_with_a_side(data)
+    load_member: Callable[[Any], PreTrainedModel] = load_scalar if scalar else load_causal
+    loaders = [partial(load_member, path) for path in models]
     model = loaders[0]()
     for path, member in zip(models[1:], loaders[1:], strict=True):
         refuse_other_architecture(models[0], model, path, member())
@@ -133,12 +119,13 @@ def average(
                 changes = average_products(models, shares, rank=rank)
                 save_products(changes, average_heads(models, shares), models, aside, base=base)
                 tokenizer.save_pretrained(aside)
-                mean = copies_of(load_scalar(aside) if scalar else load_causal(aside))
+                mean = copies_of(load_member(aside))
                 record |= {"rank": changes.rank, "kept_fraction": changes.kept_fraction}
                 said.append(f"an adapter of rank {changes.rank} with {changes.kept_fraction:.1%} of the squared change")
             if data is not None:
                 judge = _Judge.of(model, Chat(tokenizer), pairs)
                 points = judge.way(models, loaders, shares, mean)
+                num_decided = sum(pair.label != 0.5 for pair in pairs)
                 said.append(_verdict(points, tolerance, force, where=data, num_pairs=num_decided))
                 record |= {"data": data, "tolerance": tolerance, "points": [vars(point) for point in points]}
             set_between(model, mean, mean, 1.0)
@@ -170,8 +157,9 @@ def _shares(models: Sequence[str], weights: Sequence[float]) -> list[float]:
     return shares
 
 
-def _refuse_other_kinds(models: Sequence[str]) -> None:
-    """Raises EngineError for reward models whose zero and moments are not those of pairs."""
+def _check_members(models: Sequence[str], rank: int | None) -> None:
+    """Raises EngineError for models that do not belong together, and for reward models whose zero and moments are not
+    those of pairs; ConfigError for a `rank` of whole models."""
     for path in models:
         if (kind := reward_facts(path).get("reward_kind")) is not None:
             raise EngineError(
@@ -179,6 +167,23 @@ def _refuse_other_kinds(models: Sequence[str]) -> None:
                 where=path,
                 fix="average models that were trained on pairs",
             )
+    refuse_unlike(models)
+    if base_of(models[0]) is not None:
+        refuse_other_layers(models)
+    elif rank is not None:
+        raise ConfigError("these are whole models, which have no rank", where="--rank", fix="leave it out")
+
+
+def _pairs_with_a_side(data: str) -> Sequence[PreferencePair]:
+    """The pairs of a source. Raises DataError if none of them has a right side."""
+    pairs = load(PreferencePair, data).records
+    if all(pair.label == 0.5 for pair in pairs):
+        raise DataError(
+            f"all {len(pairs)} pairs have the label 0.5: no side is right, so they cannot tell how good an average is",
+            where=data,
+            fix="give pairs of which one side is preferred",
+        )
+    return pairs
 
 
 def _are_reward_models(models: Sequence[str], data: str | None) -> bool:

@@ -101,17 +101,7 @@ def run(settings: EvaluateSettings, run: Run) -> None:
     chat = Chat(load_tokenizer(settings.model))
     options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
     loaded = read(Prompt, settings.prompts, run, limit=settings.num_prompts, **options)
-    models = {"policy": load_policy(settings.model, chat, settings)}
-    if settings.baseline is not None:
-        refuse_other_vocabulary(
-            chat.tokenizer,
-            settings.baseline,
-            role="baseline",
-            where="baseline and model",
-            fix="compare with a model of the policy's own family and tokenizer; for another, measure each by itself, "
-            "without a baseline",
-        )
-        models["baseline"] = load_policy(settings.baseline, chat, settings)
+    models = load_models(settings, chat)
     score = load_judges(settings, loaded.records, chat)
     with Engines.start(settings, run.directory, load=sampling_roles, models=models) as engines:
         generators = {
@@ -161,6 +151,22 @@ def run(settings: EvaluateSettings, run: Run) -> None:
     run.rewind(-1)  # a run killed between here and its end has written the samples already
     run.add_samples(0, sample_rows(replies, scores, settings.num_samples))
     run.finish(summary)
+
+
+def load_models(settings: EvaluateSettings, chat: Chat) -> dict[str, Policy]:
+    """The policy and, if one is named, its baseline. Raises ConfigError for a baseline of another vocabulary."""
+    models = {"policy": load_policy(settings.model, chat, settings)}
+    if settings.baseline is not None:
+        refuse_other_vocabulary(
+            chat.tokenizer,
+            settings.baseline,
+            role="baseline",
+            where="baseline and model",
+            fix="compare with a model of the policy's own family and tokenizer; for another, measure each by itself, "
+            "without a baseline",
+        )
+        models["baseline"] = load_policy(settings.baseline, chat, settings)
+    return models
 
 
 def load_judges(

@@ -61,32 +61,12 @@ def annotator_cards(votes: VoteTable, *, confidence: float = 0.95) -> list[Annot
     num = len(votes.annotators)
     if not num or not len(votes):
         return []
-    first = votes.first_votes()
-    right, judged = _with_the_others(first)
-    left, decided = _left_votes(votes)
     bias = left_bias(votes)
-    hasty = hasty_votes(votes)
-    timed = ~np.isnan(votes.seconds)
-    neither = np.array([c in ("tie", "both_bad") for c in votes.categories])[votes.choice]
-    alike, repeated = _repeats(votes)
     alone = _first_of_groups(votes)
     runs = [_longest_run(_answers(votes)[alone & (votes.annotator == r)]) for r in range(num)]
     everybody = _shares_of_answers(votes)
     strict = 1 - (1 - confidence) / num
-    everyone_hasty = hasty[timed].mean() if timed.any() else math.nan
-
-    who = votes.annotator
-    measured: dict[str, tuple[VoteTable, NDArray[Any], NDArray[np.bool_]]] = {
-        "agreement": (first, right, judged),
-        "left": (votes, left, decided),
-        "ties": (votes, neither, np.full(len(votes), votes.pairwise)),
-        "hasty": (votes, hasty, timed),
-        "consistency": (votes, alike, repeated),
-    }
-    columns = {
-        name: (values[mask].astype(np.float64), table.annotator[mask], table.group_of_votes[mask])
-        for name, (table, values, mask) in measured.items()
-    }
+    columns = _measured_shares(votes)
     effect = {name: _design_effects(*column, num) for name, column in columns.items()}
 
     def per(name: str, level: float) -> list[Interval]:
@@ -96,12 +76,12 @@ def annotator_cards(votes: VoteTable, *, confidence: float = 0.95) -> list[Annot
 
     shown = {name: per(name, confidence) for name in columns}
     sure = {name: per(name, strict) for name in columns}
-    mean_agreement = float(right[judged].mean()) if judged.any() else math.nan
+    mean_agreement, mean_hasty = (_mean(columns[name][0]) for name in ("agreement", "hasty"))
+    left, who_left, _ = columns["left"]
     cards = []
     for r, name in enumerate(votes.annotators):
-        mine = who == r
-        size = int(mine.sum())
-        lefts, of = int(left[mine & decided].sum()), int((mine & decided).sum())
+        mine = votes.annotator == r
+        lefts, of = int(left[who_left == r].sum()), int((who_left == r).sum())
         fewer = effect["left"][r]
         p_left = float(scipy.stats.binomtest(round(lefts / fewer), round(of / fewer)).pvalue) if of else math.nan
         p_run = _run_p_value(runs[r], int((mine & alone).sum()), everybody) if of else math.nan
@@ -110,17 +90,17 @@ def annotator_cards(votes: VoteTable, *, confidence: float = 0.95) -> list[Annot
             flags.append(f"agrees with the others less than usual ({shown['agreement'][r].value:.0%})")
         if p_left < 1 - strict:
             flags.append(f"leans to the {'left' if lefts > of / 2 else 'right'} ({lefts} of {of} votes left)")
-        if sure["hasty"][r].count and sure["hasty"][r].low > max(0.1, 2 * everyone_hasty):
+        if sure["hasty"][r].count and sure["hasty"][r].low > max(0.1, 2 * mean_hasty):
             flags.append(f"faster than reading takes in {shown['hasty'][r].value:.0%} of votes")
         if p_run < 1 - strict:
             flags.append(f"the same answer {runs[r]} times in a row")
         cards.append(
             AnnotatorCard(
                 name=name,
-                num_votes=size,
+                num_votes=int(mine.sum()),
                 left_p_value=p_left,
                 left_bias=_widened(bias[r], effect["left"][r]),
-                median_seconds=float(np.median(votes.seconds[mine & timed])) if (mine & timed).any() else math.nan,
+                median_seconds=_median(votes.seconds[mine]),
                 longest_run=runs[r],
                 run_p_value=p_run,
                 flags=tuple(flags),
@@ -128,6 +108,34 @@ def annotator_cards(votes: VoteTable, *, confidence: float = 0.95) -> list[Annot
             )
         )
     return cards
+
+
+def _measured_shares(votes: VoteTable) -> dict[str, tuple[Floats, Ints, Ints]]:
+    """What each share of a card is the mean of: a value for every vote that counts in it, with the vote's annotator
+    and group."""
+    first = votes.first_votes()
+    neither = np.array([c in ("tie", "both_bad") for c in votes.categories])[votes.choice]
+    measured: dict[str, tuple[VoteTable, NDArray[Any], NDArray[np.bool_]]] = {
+        "agreement": (first, *_with_the_others(first)),
+        "left": (votes, *_left_votes(votes)),
+        "ties": (votes, neither, np.full(len(votes), votes.pairwise)),
+        "hasty": (votes, hasty_votes(votes), ~np.isnan(votes.seconds)),
+        "consistency": (votes, *_repeats(votes)),
+    }
+    return {
+        name: (values[mask].astype(np.float64), table.annotator[mask], table.group_of_votes[mask])
+        for name, (table, values, mask) in measured.items()
+    }
+
+
+def _mean(values: Floats) -> float:
+    return float(values.mean()) if values.size else math.nan
+
+
+def _median(values: Floats) -> float:
+    """Of the values that are known; nan if none is."""
+    known = values[~np.isnan(values)]
+    return float(np.median(known)) if known.size else math.nan
 
 
 _UNKNOWN = Interval(math.nan, math.nan, math.nan, 0)
