@@ -155,35 +155,39 @@ def preference_pairs(
     for judgement in decided:
         by_key[judgement.key] = [judgement]
         shares[judgement.key] = WORTH[judgement.choice]
-    pairs = []
-    for key, group in by_key.items():
-        counts["judged_pairs"] += 1
-        adjudicated = group[0].cast.purpose == "adjudication"
-        share_a = shares[key]
-        first = group[0]
-        share = max(share_a, 1 - share_a)
-        if not adjudicated and len(group) < settings.min_votes:
-            counts["dropped_few_votes"] += 1
-        elif np.isclose(share_a, 0.5):
-            counts["dropped_even_votes"] += 1
-        elif share < settings.min_agreement:
-            counts["dropped_low_agreement"] += 1
-        else:
-            chosen, rejected = (first.a, first.b) if share_a > 0.5 else (first.b, first.a)
-            counts["adjudicated"] += adjudicated
-            pairs.append(
-                PreferencePair(
-                    prompt=first.prompt,
-                    chosen=chosen,
-                    rejected=rejected,
-                    margin=_margin(group, "A" if share_a > 0.5 else "B") if settings.margins else None,
-                    label=1.0 if settings.rule == "majority" else float(share),
-                )
-            )
+    found = [_pair_of(group, shares[key], settings, counts) for key, group in by_key.items()]
+    pairs = [pair for pair in found if pair is not None]
     edited, edit_counts = _edited_pairs(connection, settings, split)
     counts.update(edit_counts)
     counts["pairs"] = len(pairs) + len(edited)
     return pairs + edited, dict(counts)
+
+
+def _pair_of(
+    group: Sequence[_Judgement], share_a: float, settings: LabelSettings, counts: Counter[str]
+) -> PreferencePair | None:
+    """The pair that the judgements of two replies make, with this share for A; None if they are too few or do not
+    decide, which is counted."""
+    first, share = group[0], max(share_a, 1 - share_a)
+    adjudicated = first.cast.purpose == "adjudication"
+    counts["judged_pairs"] += 1
+    if not adjudicated and len(group) < settings.min_votes:
+        counts["dropped_few_votes"] += 1
+    elif np.isclose(share_a, 0.5):
+        counts["dropped_even_votes"] += 1
+    elif share < settings.min_agreement:
+        counts["dropped_low_agreement"] += 1
+    else:
+        counts["adjudicated"] += adjudicated
+        chosen, rejected = (first.a, first.b) if share_a > 0.5 else (first.b, first.a)
+        return PreferencePair(
+            prompt=first.prompt,
+            chosen=chosen,
+            rejected=rejected,
+            margin=_margin(group, "A" if share_a > 0.5 else "B") if settings.margins else None,
+            label=1.0 if settings.rule == "majority" else float(share),
+        )
+    return None
 
 
 def _edited_pairs(
