@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from tests.stages.commands import FAST, run_stage
+from tests.stages.guarded import LADDER, hacked
 from tests.tiny import write_model_directory
 from trimtab import worlds
 from trimtab.models.load import load_causal, load_scalar, load_tokenizer
@@ -92,3 +93,10 @@ def overflowing(tmp_path_factory, reward_run):
     torch.nn.init.constant_(model.score.weight, 3e38)
     save_model(model, load_tokenizer(reward_run / "model"), directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def ladder(tmp_path_factory, base):
+    """An online run whose guard takes every action that there is."""
+    out = tmp_path_factory.mktemp("guard") / "ladder"
+    return run_stage("online", out, **hacked(base, guard={"actions": LADDER}))

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from tests.stages.commands import FAST, rows, run_stage, trimtab, write_run_file
-from tests.stages.test_guard import CHECKS, checks, decision, hacked, judge, same_weights
+from tests.stages.guarded import CHECKS, checks, decision, hacked, judge, same_weights
 from tests.stages.test_online_environment import settings_of
 from trimtab.core.types import Prompt
 from trimtab.data.layouts import load

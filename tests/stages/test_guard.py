@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.stages.commands import online_settings, rows, run_stage, summary, trimtab, without_times, write_run_file
-from tests.stages.test_resume import differences
+from tests.stages.commands import rows, run_stage, summary, trimtab, without_times, write_run_file
+from tests.stages.guarded import CHECKS, LADDER, TAKEN, actions, checks, decision, hacked, judge, same_weights, scripted
 from trimtab.core import config
-from trimtab.core.errors import ConfigError
 from trimtab.evals.reply_signals import ReplySet
 from trimtab.math.losses.policy import PPO
-from trimtab.runs.run import Run
 from trimtab.stages import online
 from trimtab.stages.guard import watch
 from trimtab.stages.guard.measuring import CheckReplies
@@ -28,77 +22,6 @@ from trimtab.stages.guard.state import GuardState
 from trimtab.stages.guard.watch import RunGuard
 from trimtab.stages.online.settings import OnlineSettings
 from trimtab.stages.plan import cut_short
-
-FUNCTIONS = Path(__file__).with_name("reward_functions.py")
-CHECKS = "world:arithmetic?split=test&num=16"
-LADDER = ["raise_kl", "roll_back", "stop"]
-TAKEN = [(1, "raise_kl"), (2, "roll_back"), (3, "stop")]
-
-
-def judge(name):
-    return {"name": "callable", "function": f"{FUNCTIONS}:{name}"}
-
-
-def hacked(base, *, guard, **changed):
-    """Eight steps that learn to write longer replies, with a guard that prefers brief ones."""
-    guard = {"measure": [judge("brief")], "prompts": CHECKS, "every": 1, "patience": 1} | guard
-    return (
-        online_settings(base, base)
-        | {
-            "rewards": [judge("length")],
-            "advantage": {"name": "rloo"},
-            "loss": {"name": "reinforce"},
-            "kl": {"name": "fixed", "coef": 0.0},
-            "prompts_per_step": 8,
-            "group_size": 4,
-            "num_epochs": 1,
-            "num_minibatches": 1,
-            "num_steps": 8,
-            "checkpoint_every": 3,
-            "optimizer": {"learning_rate": 1e-2},
-            "guard": guard,
-        }
-        | changed
-    )
-
-
-def scripted(path, values):
-    """A measure that gives check i the mean `values[i]`, whatever the replies are; 16 replies are a check."""
-    path.write_text(
-        f"values, calls = {values}, []\n"
-        "def judge(prompt, response, facts):\n"
-        "    calls.append(1)\n"
-        "    return values[(len(calls) - 1) // 16] + 0.01 * (facts['answer'] % 3)\n"
-    )
-    return {"name": "callable", "function": f"{path}:judge"}
-
-
-def actions(out):
-    return [(row["step"], row["event"]) for row in rows(out, "guard.jsonl") if row["event"] != "check"]
-
-
-def checks(out):
-    return [row for row in rows(out, "guard.jsonl") if row["event"] == "check"]
-
-
-def weights(model):
-    return load_file(model / "model.safetensors")
-
-
-def same_weights(one, other):
-    ours, theirs = weights(one), weights(other)
-    return all((ours[name] == theirs[name]).all() for name in ours)
-
-
-def decision(out):
-    return json.loads((out / "decision.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def ladder(tmp_path_factory, base):
-    """A run whose guard takes every action that there is."""
-    return run_stage("online", tmp_path_factory.mktemp("guard") / "ladder", **hacked(base, guard={"actions": LADDER}))
-
 
 # --- a guard that takes no action ---
 
@@ -275,240 +198,6 @@ def test_a_rehearsal_leaves_the_guard_out_and_the_plan_counts_its_work():
     assert online.STAGE.further_steps(settings, 8) == 4 * 16 / 32
 
 
-# --- kills ---
-
-KILLED_AT = """
-import os, signal, sys
-from trimtab.cli import main
-from trimtab.runs.run import Run
-written = Run.add_rows
-def add_rows(self, name, step, rows):
-    written(self, name, step, rows)
-    if any(row.get("event") == sys.argv[1] for row in rows):
-        os.kill(os.getpid(), signal.SIGKILL)
-Run.add_rows = add_rows
-main(sys.argv[2:])
-"""
-
-
-def test_killed_at_every_action_the_run_takes_the_same_actions(tmp_path, base, ladder):
-    table = hacked(base, guard={"actions": LADDER})
-    run_file, out = write_run_file(tmp_path / "run.toml", table), tmp_path / "run"
-    for event in LADDER:
-        command = [sys.executable, "-c", KILLED_AT, event, "online", str(run_file), "--out", str(out)]
-        killed = subprocess.run(command, capture_output=True, check=False)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    run_stage("online", out, **table)
-    assert not differences(ladder, out)
-    assert rows(ladder, "guard.jsonl") == rows(out, "guard.jsonl")
-    assert decision(ladder) == decision(out)
-
-
-class Crash(BaseException):
-    """The end of the process, but for what it has in memory."""
-
-
-@pytest.mark.parametrize("step", [0, 2])
-def test_a_run_that_ends_before_a_checkpoint_of_the_guard_decides_again(tmp_path, base, ladder, step, monkeypatch):
-    table, out = hacked(base, guard={"actions": LADDER}), tmp_path / "run"
-    saved = Run.save_checkpoint
-
-    def crashing(self, number, *args, **options):
-        if number == step:
-            raise Crash
-        saved(self, number, *args, **options)
-
-    monkeypatch.setattr(Run, "save_checkpoint", crashing)
-    with pytest.raises(Crash):
-        run_stage("online", out, **table)
-    monkeypatch.setattr(Run, "save_checkpoint", saved)
-    run_stage("online", out, **table)
-    assert not differences(ladder, out)
-    assert rows(ladder, "guard.jsonl") == rows(out, "guard.jsonl")
-
-
-def test_a_stopped_run_stays_stopped_when_it_is_given_more_steps(tmp_path, base, ladder):
-    shutil.copytree(ladder, out := tmp_path / "run")
-    table = hacked(base, guard={"actions": LADDER}, num_steps=12)
-    result = trimtab("online", write_run_file(tmp_path / "run.toml", table), "--out", out)
-    assert "guard: the run stays stopped after step 3: the measure fell" in result.output
-    assert summary(out)["num_steps"] == 3
-    assert rows(out, "guard.jsonl") == rows(ladder, "guard.jsonl")
-
-
-def test_fresh_removes_the_record_and_the_decision(tmp_path, base, ladder):
-    shutil.copytree(ladder, out := tmp_path / "run")
-    table = hacked(base, guard={}, num_steps=1)
-    del table["guard"]
-    result = trimtab("online", write_run_file(tmp_path / "run.toml", table), "--out", out, "--fresh")
-    assert result.exit_code == 0, result.output
-    assert not any((out / name).exists() for name in ("guard.jsonl", "decision.json"))
-
-
-# --- refusals ---
-
-
-def refusal(tmp_path, table):
-    result = trimtab("online", write_run_file(tmp_path / "run.toml", table), "--out", tmp_path / "run")
-    assert result.exit_code == 2, result.output
-    return result.output
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"measure": []}, "measure is empty"),
-        ({"num_prompts": 1}, "at least 2"),
-        ({"alpha": 1.0}, "above 0 and below 1"),
-        ({"kl_factor": 1.0}, "above 1"),
-        ({"actions": ["stop", "roll_back"]}, "nothing comes after 'stop'"),
-        ({"actions": ["pray"]}, "pray"),
-        ({"prompts": "world:arithmetic?num=8"}, "guard.prompts and prompts are both"),
-    ],
-)
-def test_settings_that_make_no_guard_are_refused(changed, said):
-    table = hacked(Path("model"), guard=changed)
-    with pytest.raises(ConfigError, match=said):
-        config.resolve(OnlineSettings, table, where="here")
-
-
-def test_an_adaptive_coefficient_is_not_raised(tmp_path):
-    table = hacked(Path("model"), guard={"actions": ["raise_kl"]}, kl={"name": "adaptive"})
-    with pytest.raises(ConfigError, match=r"AdaptiveKL.*kl.name = 'fixed'"):
-        config.resolve(OnlineSettings, table, where="here")
-
-
-def test_the_reward_model_that_is_trained_on_measures_nothing():
-    model = {"name": "model", "path": "reward/model"}
-    table = hacked(Path("model"), guard={"measure": [model]}, rewards=[model | {"weight": 2.0}])
-    with pytest.raises(ConfigError, match="shows no fall of its"):
-        config.resolve(OnlineSettings, table, where="here")
-
-
-def test_a_measure_that_judges_nothing_is_refused_before_the_first_step(tmp_path, base):
-    said = refusal(tmp_path, hacked(base, guard={"measure": [judge("speechless")]}))
-    assert "the measure judged the replies to 0 of 16 prompts" in said
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-def test_too_few_prompts_to_hold_some_out_are_refused(tmp_path, base):
-    table = hacked(base, guard={"num_prompts": 4})
-    del table["guard"]["prompts"]
-    assert "leave 4 to train on, and a step takes 8" in refusal(tmp_path, table)
-
-
-def test_one_prompt_makes_no_guard(tmp_path, base):
-    table = hacked(base, guard={"prompts": "world:arithmetic?split=test&num=1"})
-    assert "1 different prompts for the guard" in refusal(tmp_path, table)
-
-
-def test_a_measure_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path, base):
-    said = refusal(tmp_path, hacked(base, guard={"measure": [{"name": "model", "path": str(tmp_path / "none")}]}))
-    assert "guard.measure.0.path" in said
-
-
-def without_best(out, ladder):
-    """The finished ladder, as if it still had to write its best checkpoint, which is gone."""
-    shutil.copytree(ladder, out)
-    (out / "summary.json").unlink()
-    shutil.rmtree(out / "checkpoints" / "step-00000000")
-    text = (out / "settings.toml").read_text(encoding="utf-8")
-    (out / "settings.toml").write_text(text.replace('writes = "last"', 'writes = "best"'), encoding="utf-8")
-    return out
-
-
-def test_the_best_whole_checkpoint_is_written_if_the_best_is_gone(tmp_path, base, ladder):
-    out = without_best(tmp_path / "run", ladder)
-    table = hacked(base, guard={"actions": LADDER, "writes": "best"})
-    result = trimtab("online", write_run_file(tmp_path / "run.toml", table), "--out", out)
-    assert result.exit_code == 0, result.output
-    assert "the checkpoint of step 0 cannot be used: it is missing" in result.output
-    found = decision(out)
-    assert found["chosen_step"] == 0
-    step = int(found["model_is"].split()[1].rstrip(","))
-    assert step > 0
-    assert "the chosen checkpoint is damaged" in found["model_is"]
-    assert actions(out)[-1] == (3, "damaged")
-
-
-def damaging(monkeypatch, step):
-    saved = Run.save_checkpoint
-
-    def damaged(self, number, *args, **options):
-        saved(self, number, *args, **options)
-        if number == step:
-            (self.directory / "checkpoints" / f"step-{step:08d}" / "policy.safetensors").write_bytes(b"")
-
-    monkeypatch.setattr(Run, "save_checkpoint", damaged)
-
-
-def test_a_damaged_best_checkpoint_does_not_end_the_run(tmp_path, base, monkeypatch):
-    damaging(monkeypatch, 0)
-    measure = [scripted(tmp_path / "measure.py", [0.9, 0.8, 0.1, 0.1])]
-    guard = {"measure": measure, "actions": ["roll_back"], "margin": 0.5}
-    table = hacked(base, guard=guard, num_steps=3, checkpoint_every=1, keep_checkpoints=9)
-    out = run_stage("online", tmp_path / "run", **table)
-    assert actions(out) == [(2, "damaged"), (2, "roll_back")]
-    row = next(row for row in rows(out, "guard.jsonl") if row["event"] == "roll_back")
-    assert row["to_step"] == 1
-
-
-def test_without_any_whole_checkpoint_the_run_goes_on_as_it_is(tmp_path, base, monkeypatch):
-    damaging(monkeypatch, 0)
-    table = hacked(base, guard={"actions": ["roll_back"], "every": 2}, num_steps=3, checkpoint_every=1)
-    out = run_stage("online", tmp_path / "run", **table)
-    assert actions(out) == [(2, "damaged"), (2, "roll_back")]
-    assert rows(out)[2]["policy/kl"] > 0.01
-
-
-# --- what the measure may be ---
-
-
-def refused(table, said):
-    with pytest.raises(ConfigError, match=said):
-        config.resolve(OnlineSettings, table, where="here")
-
-
-@pytest.mark.parametrize("way", ["{}/", "./{}", "{}/../{}", "absolute", "link", "copy"])
-def test_the_trained_reward_model_is_known_by_any_path(tmp_path, base, way, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(base, "judge")
-    Path("link").symlink_to("judge")
-    shutil.copytree("judge", "copy")
-    path = {"absolute": str(tmp_path / "judge")}.get(way, way.format("judge", "judge"))
-    trained = {"name": "model", "path": "judge", "weight": 2.0}
-    refused(
-        hacked(base, guard={"measure": [{"name": "model", "path": path}]}, rewards=[trained]), "shows no fall of its"
-    )
-
-
-def test_a_trained_function_or_cost_measures_nothing(base):
-    same = judge("length") | {"weight": 3.0}
-    refused(hacked(base, guard={"measure": [judge("brief"), same]}), r"measure.1.*rewards.0")
-    cost = {"reward": judge("flat"), "limit": 0.5}
-    refused(hacked(base, guard={"measure": [judge("flat")]}, cost=cost), r"measure.0.*cost.reward")
-    refused(hacked(base, guard={"measure": [judge("brief") | {"weight": 0.0}]}), "weight = 0 and decides nothing")
-
-
-def test_the_same_prompts_are_known_by_another_path(tmp_path, base):
-    (tmp_path / "prompts.jsonl").write_text("")
-    one, other = str(tmp_path / "prompts.jsonl"), f"{tmp_path}/./prompts.jsonl"
-    refused(hacked(base, guard={"prompts": other}, prompts=one), "guard.prompts and prompts are both")
-
-
-def test_actions_need_enough_prompts(tmp_path, base):
-    refused(hacked(base, guard={"actions": ["stop"], "num_prompts": 7}), "at least 8")
-    few = hacked(base, guard={"actions": ["stop"], "prompts": "world:arithmetic?split=test&num=7"})
-    assert "7 different prompts for the guard, which needs at least 8" in refusal(tmp_path, few)
-
-
-def test_a_coefficient_that_nothing_pays_is_not_raised(base):
-    rewards, advantage = [judge("length"), judge("noisy")], {"name": "grpo", "per_reward": True}
-    table = hacked(base, guard={"actions": ["raise_kl"]}, rewards=rewards, advantage=advantage)
-    refused(table, "no KL is paid that could be raised")
-    config.resolve(OnlineSettings, table | {"kl_in": "loss"}, where="here")
-
-
 # --- what is said ---
 
 
@@ -519,7 +208,7 @@ def test_a_prompt_that_is_given_twice_is_asked_once(tmp_path, base):
     table |= {"num_steps": 1, "on_failed_reward": "drop"}
     result = trimtab("online", write_run_file(tmp_path / "run.toml", table), "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
-    assert "20 of 30 prompts of the guard repeat another" in result.output
+    assert "20 of 30 prompts repeat another" in result.output
     assert "10 of 10 prompts have no fact 'answer' that rewards.0 compares with" in result.output
     assert decision(tmp_path / "run")["prompts"]["num"] == 10
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.stages.commands import rows, run_stage, summary, trimtab, without_times, write_run_file
-from tests.stages.test_guard import (
+from tests.stages.guarded import (
     CHECKS,
     KILLED_AT,
     Crash,

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tests.stages.commands import FAST, rows, run_stage, summary, trimtab, write_run_file
+from tests.stages.guarded import judge
 from tests.stages.test_card import card_in
-from tests.stages.test_guard import judge
 from tests.stages.test_reward import score
 from trimtab.core import seeds
 from trimtab.core.errors import DataError
