@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from trimtab.core import config
-from trimtab.core.types import Message, Prompt
+from trimtab.core.types import Message, PreferencePair, Prompt
+from trimtab.data.layouts import load
 from trimtab.feedback import items, people
 from trimtab.feedback.answers import Answer
 from trimtab.feedback.assign import Lease, next_lease
@@ -71,3 +73,22 @@ def answer_next(store: Store, someone: Person, answer: Answer | None = None) -> 
     if given is None:
         return None
     return vote(store, someone, given.token, answer or Answer(choice="A", strength=1))
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def answered(store: Store, *answers: Answer) -> None:
+    """Each answer by another person, on the one item."""
+    for i, answer in enumerate(answers):
+        answer_next(store, person(store, f"p{i}"), answer)
+
+
+def pairs_of(store: Store, split: str = "all") -> list[PreferencePair]:
+    return load(PreferencePair, f"feedback:{store.project.path}?split={split}").records
+
+
+A, B = Answer(choice="A", strength=1), Answer(choice="B", strength=1)
+TIE, BAD = Answer(choice="tie"), Answer(choice="both_bad")

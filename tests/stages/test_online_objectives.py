@@ -9,7 +9,6 @@ import torch
 
 from tests.stages.commands import rows, run_stage, trimtab, write_run_file
 from tests.stages.objectives import (
-    FUNCTIONS,
     Scores,
     function,
     judged,
@@ -40,7 +39,6 @@ def batch_of(**parts):
     group = Group([None] * len(rewards), rewards, float(rewards[0]), scores, greedy)
     finished = type("Done", (RolloutBatch,), {"finished": torch.ones(len(rewards), dtype=torch.bool)})
     return finished([group], {})
-
 
 
 # ---- normalised apart ----------------------------------------------------------------------------------------------
