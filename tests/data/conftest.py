@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from trimtab.data import prepare
 
 TEXT = [
     "Hello there, how are you today? I am fine. What is two plus two? It is four.",
@@ -113,3 +117,30 @@ NAMES = ("ours", "chatml", "thinking", "llama3", "llama2", "plain", "base")
 @pytest.fixture(scope="session")
 def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
     return {name: make(name) for name in NAMES}
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes rows as JSON lines."""
+
+    def write(*rows: dict, name: str = "data.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The directory in which prepared files are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "trimtab" / "data"
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Every source counts as large: blocks, two processes, kept."""
+    monkeypatch.setattr(prepare, "SMALL", 0)
+    monkeypatch.setattr(prepare, "BLOCK", 7)
+    monkeypatch.setattr(prepare, "num_processes", lambda _: 2)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from tests.data import row_by_row
 from tests.data.conftest import make
-from trimtab.core.errors import ConfigError, DataError, EngineError
+from tests.data.pair_files import pair_rows, prompt_of, says, write
+from trimtab.core.errors import DataError, EngineError
 from trimtab.core.types import Demonstration, LabelledResponse, Message, PreferencePair, Prompt
 from trimtab.data import kept, prepare
 from trimtab.data.chat import Chat
@@ -25,89 +23,12 @@ from trimtab.data.pairs import group_pairs, group_replies
 from trimtab.data.tokens import table_of
 from trimtab.stages.sft import demonstration_trees
 
-WORDS = [
-    *[
-        "Hello",
-        "there",
-        "how",
-        "are",
-        "you",
-        "today",
-        "I",
-        "am",
-        "fine",
-        "What",
-        "is",
-        "two",
-        "plus",
-        "it",
-        "four",
-        "<|end|>",
-        "é",
-        "!",
-        "<|user|>",
-        "12",
-    ],
-    "",
-    "\n",
-]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "trimtab" / "data"
-
-
-@pytest.fixture
-def large(monkeypatch):
-    """Every source counts as large: blocks, two processes, kept."""
-    monkeypatch.setattr(prepare, "SMALL", 0)
-    monkeypatch.setattr(prepare, "BLOCK", 7)
-    monkeypatch.setattr(prepare, "num_processes", lambda _: 2)
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(params=["ours", "llama3", "llama2"], scope="module")
 def chat(request):
     return Chat(make(request.param))
-
-
-def write(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-def says(random_, most=8):
-    """Words and marks of templates, none of which begins or ends the text: such a row is a bad one."""
-    return "x" + " ".join(random_.choices(WORDS, k=random_.randint(1, most))) + "."
-
-
-def prompt_of(random_):
-    """A question, or a conversation of three turns."""
-    if random_.random() < 0.6:
-        return says(random_, 12)
-    roles = ("user", "assistant", "user")
-    return [{"role": role, "content": says(random_)} for role in roles]
-
-
-def pair_rows(num=60, seed=0):
-    """Pairs of which some share a prompt, some a reply, with margins, labels, ids of their own, and bad rows."""
-    random_ = random.Random(seed)
-    prompts = [prompt_of(random_) for _ in range(num // 2)]
-    replies = [says(random_) for _ in range(num)]
-    rows: list[object] = []
-    for i in range(num):
-        number = random_.randrange(len(prompts))
-        chosen, rejected = random_.sample(sorted(set(replies)), 2)
-        row = {"prompt": prompts[number], "chosen": chosen, "rejected": rejected}
-        row |= random_.choice([{}, {"margin": 0.5}, {"label": 0.75}])
-        if number % 3 == 0:
-            # an id of the prompt, or one of the row: prompts alike with several ids are held out together
-            row["id"] = f"prompt {number}" if number % 2 else f"row {i}"
-        rows.append(row)
-    rows[5] = '{"prompt": "cut'
-    rows[20] = {"prompt": "What?", "chosen": "", "rejected": "x"}
-    return rows
 
 
 FITS = [(200, "truncate_prompt_left"), (24, "truncate_prompt_left"), (24, "drop")]
@@ -280,126 +201,6 @@ def test_two_prompts_with_one_id_are_refused_or_the_later_is_left_out(tmp_path, 
     found = prepare.prepare(kind, path, chat, on_bad_row="drop")
     assert found.counts == {"rows": 5, "records": 3, "dropped_id_of_another_prompt": 2}
     assert [r.prompt.text for r in found.table.records()] == ["What is 2+2?", "Why?", "What is 2+2?"]
-
-
-def test_what_is_kept_is_found_by_content_and_by_nothing_that_changed(tmp_path, large, cache):
-    rows = [{"prompt": f"Question {i}?", "chosen": "yes", "rejected": "no"} for i in range(12)]
-    path = write(tmp_path / "pairs.jsonl", rows)
-    chat = Chat(make("ours"))
-    found = prepare.prepare(PreferencePair, path, chat)
-
-    def num_kept():
-        return len(list(cache.glob("*/meta.json")))
-
-    (tmp_path / "copy").mkdir()
-    prepare.prepare(PreferencePair, write(tmp_path / "copy" / "pairs.jsonl", rows), chat)
-    assert num_kept() == 1
-    changed = make("ours")
-    changed.chat_template = chat.tokenizer.chat_template.replace("<|end|>'", "<|end|>\\n'")
-    prepare.prepare(PreferencePair, path, Chat(changed))
-    assert num_kept() == 2
-    prepare.prepare(PreferencePair, path, Chat(make("chatml")))
-    assert num_kept() == 3
-    write(path, rows[::-1])
-    assert prepare.prepare(PreferencePair, path, chat).sha256 != found.sha256
-    assert num_kept() == 4
-    with pytest.raises(DataError, match="another than when it was tokenised"):
-        found.table.records()
-
-
-def test_what_is_damaged_is_made_again(tmp_path, large, cache):
-    path = write(tmp_path / "pairs.jsonl", pair_rows())
-    chat = Chat(make("ours"))
-    ids = np.array(prepare.prepare(PreferencePair, path, chat, on_bad_row="drop").table.columns["ids"])
-    for name in ("ids", "meta.json"):
-        [file] = cache.glob(f"*/{name}")
-        file.write_bytes(file.read_bytes()[:-9])
-        again = prepare.prepare(PreferencePair, path, chat, on_bad_row="drop")
-        assert (again.table.columns["ids"] == ids).all()
-
-
-def test_what_is_kept_is_bounded(tmp_path, large, cache, monkeypatch):
-    chat = Chat(make("ours"))
-    for i in range(3):
-        path = write(tmp_path / f"{i}.jsonl", pair_rows(seed=i))
-        monkeypatch.setenv(kept.BOUND, "1e-5")
-        found = prepare.prepare(PreferencePair, path, chat, on_bad_row="drop")
-        assert len(list(cache.glob("*/meta.json"))) == 1
-        assert len(found.table.records()) == len(found.table) == 58
-    monkeypatch.setenv(kept.BOUND, "much")
-    with pytest.raises(ConfigError, match="not a number"):
-        prepare.prepare(PreferencePair, write(tmp_path / "4.jsonl", pair_rows(seed=4)), chat, on_bad_row="drop")
-
-
-def test_a_bound_that_is_no_number_is_said_before_the_work(tmp_path, large, monkeypatch):
-    monkeypatch.setenv(kept.BOUND, "much")
-    monkeypatch.setattr(prepare, "tokenise", lambda *_: pytest.fail("it began"))
-    monkeypatch.setattr(prepare, "num_processes", lambda _: 1)
-    with pytest.raises(ConfigError, match="not a number"):
-        prepare.prepare(PreferencePair, write(tmp_path / "pairs.jsonl", pair_rows()), Chat(make("ours")))
-
-
-def test_two_processes_may_keep_the_same_and_a_third_remove_it(cache):
-    """Runs of a sweep begin together. The second ended with "make room", and a removal between with an assertion."""
-    columns = {name: np.arange(5).astype(dtype) for name, dtype in kept.DTYPES.items()}
-    one, two = kept.Keeper("a" * 32), kept.Keeper("a" * 32)
-    one.add(columns)
-    two.add(columns)
-    first, second = one.finish({}), two.finish({})
-    assert [path.name for path in cache.iterdir()] == ["a" * 32]
-    shutil.rmtree(cache)
-    for found in (first, second):
-        assert all((found[name] == columns[name]).all() for name in columns)
-
-
-def test_columns_are_on_the_disk_before_they_get_their_name(cache, monkeypatch):
-    synced: dict[int, int] = {}
-
-    def sync(descriptor):
-        found = os.fstat(descriptor)
-        synced[found.st_ino] = found.st_size
-
-    def name(keeper):
-        found = [path.stat() for path in (*keeper._directory.iterdir(), keeper._directory)]
-        assert len(found) == len(kept.DTYPES) + 2, "the columns, their note and the directory"
-        assert all(synced[file.st_ino] == file.st_size for file in found)
-        named.append(keeper)
-
-    named: list[kept.Keeper] = []
-    monkeypatch.setattr(os, "fsync", sync)
-    monkeypatch.setattr(kept.Keeper, "_give_name", name)
-    keeper = kept.Keeper("a" * 32)
-    keeper.add({name: np.arange(5).astype(dtype) for name, dtype in kept.DTYPES.items()})
-    keeper.finish({})
-    assert named == [keeper]
-
-
-def test_what_a_kept_table_follows_from_is_in_its_name(tmp_path, monkeypatch):
-    chat = Chat(make("ours"))
-    rows = write(tmp_path / "rows.jsonl", [{"prompt": "a"}])
-    copy = write(tmp_path / "rows.ndjson", [{"prompt": "a"}])
-    (tmp_path / "shards").mkdir()
-    write(tmp_path / "shards" / "a.csv", ["prompt"])
-
-    def key(kind=PreferencePair, source=rows, limit=None, sha256="0"):
-        return prepare.key_of(prepare.Records(kind, source, limit, chat), sha256)
-
-    shards = key(source=tmp_path / "shards")
-    (tmp_path / "shards" / "a.csv").rename(tmp_path / "shards" / "a.tsv")
-    keys = [
-        key(), key(kind=Demonstration), key(limit=3), key(sha256="1"), key(source=f"{rows}?ignore=id"),
-        key(source=f"{rows}?columns=q:prompt"), key(source=copy), shards, key(source=tmp_path / "shards"),
-    ]  # fmt: skip
-    assert len(set(keys)) == len(keys)
-    assert key() == keys[0]
-    chat.tokenizer.bos_token = "<|user|>"  # templates write it
-    assert key() not in keys
-    chat.tokenizer.bos_token = None
-    assert key() == keys[0]
-    for name in ("_code_hash", "importlib.metadata.version"):
-        with monkeypatch.context() as changed:
-            changed.setattr(f"trimtab.data.prepare.{name}", lambda *_: "another")
-            assert key() not in keys
 
 
 def test_a_json_document_is_held_in_memory_by_one_process_alone(tmp_path, monkeypatch):

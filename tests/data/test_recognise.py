@@ -7,32 +7,12 @@ import re
 
 import pytest
 
+from tests.data.records import CALL, REPLY, said, user
 from trimtab.core.errors import DataError
 from trimtab.core.types import Comparison, Demonstration, LabelledResponse, PreferencePair, Prompt, SteppedResponse
 from trimtab.data.layouts import load
 
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def said(text, **more):
-    return {"role": "assistant", "content": text, **more}
-
-
-@pytest.fixture
-def file(tmp_path):
-    def write(*rows: dict):
-        path = tmp_path / "data.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return path
-
-    return write
-
-
-CALL = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
 PAIR = {"prompt": "Hi", "chosen": "Yo", "rejected": "No"}
-REPLY = {"prompt": "Hi", "completion": "Yo"}
 
 ROWS = {
     "tools": (Demonstration, REPLY, {"tools": CALL}, "tools holds"),
@@ -336,64 +316,6 @@ def test_options_that_say_nothing_are_refused(file):
         load(Demonstration, f"{file(REPLY | {'answer': 'x'})}?columns=answer:completion")
     with pytest.raises(DataError, match="does not say what becomes what"):
         load(Demonstration, f"{path}?columns=prompt")
-
-
-@pytest.mark.parametrize(
-    ("column", "value", "message"),
-    [
-        ("label", "down", "label is 'down': it judges the replies"),
-        ("rating", 1, "rating is 1: it judges the replies"),
-        ("question", "Which one is it?", "question holds 'Which one is it"),
-        ("output", "No", "two columns may be the reply"),
-    ],
-)
-def test_what_few_rows_fill_in_says_no_less_of_those(file, column, value, message):
-    """The columns that half of the rows have say the layout; a thumb is often given to one reply in ten."""
-    rows = [{"prompt": f"Question {i}?", "completion": "Yo"} for i in range(9)]
-    path = file(*rows, {"prompt": "Is it?", "completion": "Yes", column: value})
-    with pytest.raises(DataError, match=message) as error:
-        load(Demonstration, path)
-    assert f"{path}?ignore={column}" in error.value.fix
-    assert len(load(Demonstration, f"{path}?ignore={column}").records) == 10
-
-
-REPLIES = [{"prompt": f"Question {i}?", "completion": "Yo", "liked": "", "system": ""} for i in range(1001)]
-
-
-@pytest.mark.parametrize(
-    ("column", "value", "message"),
-    [
-        ("label", False, "label is False: it judges the replies"),
-        ("liked", "no", "liked is 'no': it judges the replies"),
-        ("Rating", 1, "Rating is 1: it judges the replies"),
-        ("question", "Which one is it?", "question holds 'Which one is it"),
-        ("output", "No", "two columns may be the reply"),
-        ("Weight", 0, "weight is 0"),
-        ("Tools", CALL, "tools holds"),
-    ],
-)
-def test_a_column_that_begins_late_in_a_file_says_no_less(file, column, value, message):
-    """The first thousand rows show the layout."""
-    path = file(*REPLIES, {"prompt": "Is it?", "completion": "Yes", column: value})
-    with pytest.raises(DataError, match=message) as error:
-        load(Demonstration, path)
-    assert error.value.where == f"{path}, row 1002"
-    assert f"{path}?ignore={column}" in error.value.fix
-    assert len(load(Demonstration, f"{path}?ignore={column}").records) == 1002
-
-
-def test_columns_of_the_prompt_that_begin_late_in_a_file_are_used(file):
-    path = file(*REPLIES, REPLY | {"system": "Be brief.", "input": "Yo?"}, REPLY | {"System": "Be rude.", "lang": "en"})
-    loaded = load(Demonstration, path)
-    assert [m.content for m in loaded.records[1001].prompt.messages] == ["Be brief.", "Hi\n\nYo?"]
-    assert [m.content for m in loaded.records[1002].prompt.messages] == ["Be rude.", "Hi"]
-    assert loaded.unused == ("lang",)
-    assert load(Prompt, path).records[1002].facts == {"completion": "Yo", "lang": "en"}
-
-
-def test_an_empty_column_of_the_prompt_is_no_fact_of_it(file):
-    [found] = load(Prompt, file({"prompt": "Hi", "input": "", "answer": "4"})).records
-    assert found.facts == {"answer": "4"}
 
 
 def test_options_that_the_question_states_are_only_not_used(file):
