@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,8 +212,7 @@ def agreement(pairs: str, by: tuple[str, ...], out: Path | None, seed: int, devi
     from trimtab.evals.comparers import agreement as agreement_with
     from trimtab.stages.comparing import read_pairs
 
-    if out is not None:
-        check_out(out)
+    check_out(out)
     read = read_pairs(pairs)
     given = read.records
     num_even = sum(pair.label == 0.5 for pair in given)
@@ -276,9 +274,7 @@ def _check(settings: dict[str, Any], *outs: Path | None) -> None:
             where="the command line",
             fix="add --length-control: variants of a baseline only serve there",
         )
-    for out in outs:
-        if out is not None:
-            check_out(out)
+    check_out(*outs)
 
 
 def _study(given: Sequence[PairVerdict], settings: dict[str, Any]) -> VerdictStudy:
@@ -294,10 +290,10 @@ def _show(study: VerdictStudy, settings: dict[str, Any], title: str = "") -> Non
 
 
 def _write_verdicts(out: Path, given: Sequence[PairVerdict]) -> None:
-    from trimtab.core.files import write_out
+    from trimtab.core.files import json_lines, write_out
     from trimtab.evals.verdicts import verdict_row
 
-    write_out(out, "".join(json.dumps(verdict_row(one), ensure_ascii=False) + "\n" for one in given))
+    write_out(out, json_lines(map(verdict_row, given)))
     click.echo(f"verdicts: {out}")
 
 

@@ -40,8 +40,7 @@ def doctor(directory: Path, json_out: Path | None, run_file: Path | None) -> Non
         raise ConfigError(
             f"{run_file} exists", where="--apply", fix="name a file that does not exist; remedies never replace one"
         )
-    if json_out is not None:
-        check_out(json_out)
+    check_out(json_out)
     record = collect(directory)
     found = diagnose(record)
     for diagnosis in found:

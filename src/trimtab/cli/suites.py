@@ -104,8 +104,7 @@ def tax(files: tuple[Path, ...], margin: float, out: Path | None) -> None:
     from trimtab.core.files import check_out, json_text, write_out
     from trimtab.evals.suites.results import read_results, verdicts_of
 
-    if out is not None:
-        check_out(out)
+    check_out(out)
     found = verdicts_of(read_results(files), margin=margin)
     _show_verdicts(found)
     if out is not None:

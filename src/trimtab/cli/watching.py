@@ -85,8 +85,7 @@ def diff(first: Path, second: Path, out: Path | None) -> None:
     from trimtab.reports.difference_page import difference_page
     from trimtab.reports.page import write
 
-    if out is not None:
-        check_out(out)
+    check_out(out)
     found = difference_page(collect(first), collect(second))
     for section in found.sections:
         if section.title:

@@ -121,9 +121,12 @@ def write_out(path: Path, text: str) -> None:
             write_whole(file, text)
 
 
-def check_out(path: Path) -> None:
-    """Raises EngineError if `write_out` could not write there, before the text is computed. Makes the folders."""
-    if not _is_device(path):
+def check_out(*paths: Path | None) -> None:
+    """Raises EngineError if `write_out` could not write to one of the paths, before anything is computed. Makes the
+    folders. None stands for a file that is not asked for."""
+    for path in paths:
+        if path is None or _is_device(path):
+            continue
         file = Path(os.path.realpath(path))
         with writing(str(path), path):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -147,6 +150,11 @@ def json_text(value: Any) -> str:
     return json.dumps(finite(value), ensure_ascii=False, sort_keys=True, indent=2) + "\n"
 
 
+def json_lines(rows: Iterable[Any]) -> str:
+    """Rows as JSON lines, as they are."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def read_json(path: Path, *, fix: str) -> dict[str, Any]:
     """The object in a JSON file that this package wrote. Raises DataError with `fix` if the file is damaged."""
     try:
@@ -160,9 +168,8 @@ def read_json(path: Path, *, fix: str) -> dict[str, Any]:
 
 def append_rows(path: Path, rows: list[Mapping[str, Any]]) -> None:
     """Appends rows to a JSON lines file. Numbers that are not finite become null."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in finite(rows)]
     with path.open("a", encoding="utf-8") as file:
-        file.write("".join(lines))
+        file.write(json_lines(finite(rows)))
 
 
 def discard(path: Path) -> None:

@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 
 import trimtab
 from trimtab.core.errors import DataError
-from trimtab.core.files import replacing, write_whole, writing
+from trimtab.core.files import json_lines, replacing, write_whole, writing
 from trimtab.core.types import JsonDict, Prompt
 from trimtab.data.compared import to_comparison
 from trimtab.data.files import NEEDS_APOSTROPHE
@@ -104,7 +104,7 @@ def to_bytes(rows: Sequence[JsonDict], name: str) -> bytes:
 
 
 def _jsonl(rows: Sequence[JsonDict]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    return json_lines(rows).encode()
 
 
 def _csv(rows: Sequence[JsonDict]) -> bytes:

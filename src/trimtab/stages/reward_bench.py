@@ -27,8 +27,7 @@ def score_bench(
     Writes them to `out` if it is given. Raises DataError for rows that are none of RewardBench, and if the model can
     read none of them.
     """
-    if out is not None:
-        check_out(out)
+    check_out(out)
     files = read_bench(data)
     scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device_of(device))
     texts = [

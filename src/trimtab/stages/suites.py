@@ -7,10 +7,9 @@ log-probabilities from the scorer that training uses; what they are worth is lef
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from trimtab.batches.trees import TokenTrees, response_tree
 from trimtab.core import config, seeds
 from trimtab.core.errors import ConfigError, DataError
-from trimtab.core.files import check_out, finite, json_text, write_out
+from trimtab.core.files import check_out, finite, json_lines, json_text, write_out
 from trimtab.core.types import Message, Prompt
 from trimtab.data.chat import Chat
 from trimtab.engines.build import Engines, load_policy, sampling_roles
@@ -90,9 +89,7 @@ def run_suite(
             where="--out and --replies",
             fix="name two files",
         )
-    for file in (out, replies):
-        if file is not None:
-            check_out(file)
+    check_out(out, replies)
     suite = load_suite(name)
     loaded = load_items(suite, data, limit=limit, seed=seed)
     decoding: dict[str, Any] = {"top_k": 1} if suite.temperature == 0 else {"temperature": suite.temperature}
@@ -125,7 +122,7 @@ def run_suite(
         **report(suite, loaded.items, answers["model"], answers.get("baseline"), seed=seed),
     }
     if replies is not None:
-        write_out(replies, "".join(_lines(loaded.items, answers)))
+        write_out(replies, json_lines(_rows(loaded.items, answers)))
     if out is not None:
         write_out(out, json_text(found))
     values: dict[str, Any] = finite(found)
@@ -211,16 +208,10 @@ def _prompt(question: Question, said: Sequence[str], turn: int) -> Prompt:
     return Prompt(messages=tuple(messages))
 
 
-def _lines(items: Sequence[SuiteItem], answers: dict[str, list[list[SuiteAnswer]]]) -> list[str]:
-    """A JSON line for each question and model: the turns, and what was answered."""
-    return [
-        json.dumps(
-            {"id": item.id, "role": role, "turns": question.turns, "options": question.options}
-            | {"replies": answer.replies, "logprobs": answer.logprobs},
-            ensure_ascii=False,
-        )
-        + "\n"
-        for role, given in answers.items()
-        for item, row in zip(items, given, strict=True)
-        for question, answer in zip(item.questions, row, strict=True)
-    ]
+def _rows(items: Sequence[SuiteItem], answers: dict[str, list[list[SuiteAnswer]]]) -> Iterator[dict[str, Any]]:
+    """A row for each question and model: the turns, and what was answered."""
+    for role, given in answers.items():
+        for item, row in zip(items, given, strict=True):
+            for question, answer in zip(item.questions, row, strict=True):
+                asked = {"id": item.id, "role": role, "turns": question.turns, "options": question.options}
+                yield asked | {"replies": answer.replies, "logprobs": answer.logprobs}

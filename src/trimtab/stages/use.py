@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ import torch
 
 from trimtab.core import config, seeds
 from trimtab.core.errors import ConfigError
-from trimtab.core.files import check_out, write_out
+from trimtab.core.files import check_out, json_lines, write_out
 from trimtab.core.types import Demonstration, Message, PreferencePair, Prompt, to_dict
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import kinds_of, load
@@ -73,8 +72,7 @@ def generate_file(
         )
     if (data is None) == (prompt is None):
         raise ConfigError("give either a prompt or a data file", where="generate", fix="--prompt TEXT or --data FILE")
-    if out is not None:
-        check_out(out)
+    check_out(out)
     prompts = (
         load(Prompt, data, limit=limit).records
         if data is not None
@@ -85,7 +83,7 @@ def generate_file(
     if layout is not None and out is not None:
         choices = answer_turns(generator, prompts, num_samples=num_samples, seed=seed)
         rows = answer_rows(layout, out.stem, list(zip(prompts, choices, strict=True)))
-        write_out(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_out(out, json_lines(rows))
         return sum(len(choice) for own in choices for choice in own)
     if num := sum(bool(further_turns(prompt)) for prompt in prompts):
         print(f"note: {num} questions have further turns; --layout fastchat asks them too", file=sys.stderr)
@@ -94,7 +92,7 @@ def generate_file(
         for r in rollouts:
             show(r.response)
     else:
-        write_out(out, "".join(json.dumps(to_dict(r), ensure_ascii=False) + "\n" for r in rollouts))
+        write_out(out, json_lines(map(to_dict, rollouts)))
     return len(rollouts)
 
 
@@ -128,8 +126,7 @@ def score_file(
     of the reward model on the pairs is shown: how often it orders them as they are labelled, and what might explain it.
     Raises EngineError for a text that the model cannot read, and for a reward that is not finite.
     """
-    if out is not None:
-        check_out(out)
+    check_out(out)
     if holds_pairs(data):
         return _score_pairs(model, data, out, device_of(device), show)
     if out is None:
@@ -138,7 +135,7 @@ def score_file(
     scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device_of(device))
     rewards = rewards_of(scorer, [(d.prompt, d.response) for d in demonstrations]).tolist()
     rows = [to_dict(d) | {"reward": reward} for d, reward in zip(demonstrations, rewards, strict=True)]
-    write_out(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_out(out, json_lines(rows))
     return len(rows)
 
 
@@ -159,7 +156,7 @@ def _score_pairs(model: str, data: str, out: Path | None, device: torch.device, 
     if out is not None:
         rewards = zip(pairs, chosen.tolist(), rejected.tolist(), strict=True)
         rows = [to_dict(pair) | {"reward_chosen": a, "reward_rejected": b} for pair, a, b in rewards]
-        write_out(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_out(out, json_lines(rows))
     return len(pairs)
 
 
