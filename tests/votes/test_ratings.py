@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.feedback.published import BASEBALL
 from trimtab.core.errors import DataError
-from trimtab.votes.ratings import ELO_PER_UNIT, Games, games_of, online_elo, rate
+from trimtab.votes.ratings import ELO_PER_UNIT, Games, games_of, rate
 from trimtab.votes.table import votes_from_rows
 
 
@@ -227,11 +227,6 @@ def test_votes_become_games():
     assert g.group.tolist() == [0, 0, 0, 0]
     with pytest.raises(DataError, match="do not say which models"):
         games_of(votes_from_rows([("", {"item": "1", "annotator": "a", "choice": "A"})]))
-
-
-def test_running_elo_moves_by_the_surprise():
-    elo = online_elo(games(("x", "y", 1, 1), players="xy"), k=32)
-    assert elo.tolist() == [1016, 984]
 
 
 def test_many_games_are_summed_in_parts_to_the_same_ratings(monkeypatch):

@@ -217,12 +217,8 @@ def _ranked(
     """The ratings of the players, best first within each component, from the theta of each; `blocked` says why some
     have no rating."""
     counts = np.bincount(np.concatenate([games.first, games.second]), minlength=len(games.players)).tolist()
-    elos = [
-        Interval(math.nan, math.nan, math.nan, counts[p])
-        if p in blocked
-        else Interval(*(ELO_CENTRE + ELO_PER_UNIT * x for x in (theta.value, theta.low, theta.high)), counts[p])
-        for p, theta in enumerate(strengths)
-    ]
+    unrated = Interval(math.nan, math.nan, math.nan, 0)
+    elos = [_elo(unrated if p in blocked else theta, counts[p]) for p, theta in enumerate(strengths)]
     ranks = [
         0 if p in blocked else 1 + sum(elos[o].low > elos[p].high for o in np.flatnonzero(component == own))
         for p, own in enumerate(component)
@@ -238,6 +234,12 @@ def _ranked(
         for p, name in enumerate(games.players)
     ]
     return tuple(sorted(rated, key=lambda r: (r.component, math.isnan(r.elo.value), -r.elo.value, r.name)))
+
+
+def _elo(theta: Interval, num_games: int) -> Interval:
+    """A parameter theta as a rating in points, with the number of the player's games."""
+    value, low, high = (ELO_CENTRE + ELO_PER_UNIT * x for x in (theta.value, theta.low, theta.high))
+    return Interval(value, low, high, num_games)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -461,16 +463,3 @@ def _connected(num: int, first: Ints, second: Ints, outcome: Floats) -> tuple[In
                 else "its games go one way against all others together, so that no rating is extreme enough"
             )
     return component.astype(np.int64), blocked
-
-
-def online_elo(games: Games, *, k: float = 4.0) -> Floats:
-    """Ratings [players] after the games in their order; each game moves both by k (result - expected) (Elo 1978).
-
-    This is for a running display: unlike `rate`, it depends on the order of the games and has no interval.
-    """
-    elo = np.full(len(games.players), ELO_CENTRE)
-    for a, b, y in zip(games.first, games.second, games.outcome, strict=True):
-        moved = k * (y - 1 / (1 + 10 ** ((elo[b] - elo[a]) / 400)))
-        elo[a] += moved
-        elo[b] -= moved
-    return elo

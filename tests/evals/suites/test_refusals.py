@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trimtab.evals.suites.refusals import is_refusal, refusal_class
+from trimtab.evals.suites.refusals import refusal_class
 
 
 @pytest.mark.parametrize(
@@ -68,4 +68,4 @@ def test_partial_refusals(reply):
     ],
 )
 def test_compliance(reply):
-    assert not is_refusal(reply)
+    assert refusal_class(reply) == "compliance"

@@ -97,8 +97,3 @@ def refusal_class(reply: str) -> RefusalClass:
     if not (consoles or warned or rejects or _REFUSES.search(opening)):
         return "compliance"
     return "partial_refusal" if _HELPS.search(reply) else "full_refusal"
-
-
-def is_refusal(reply: str) -> bool:
-    """Whether a reply refuses, in full or in part."""
-    return refusal_class(reply) != "compliance"
