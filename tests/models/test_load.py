@@ -169,7 +169,7 @@ def test_a_classifier_with_two_labels_is_no_reward_model(base, tmp_path, head_se
 
 
 def compared(tokenizer, path):
-    refuse_other_vocabulary(tokenizer, path, role="critic", where="critic", fix="set critic.init = 'policy'")
+    refuse_other_vocabulary(tokenizer, path, role="critic")
 
 
 def test_a_model_with_another_vocabulary_is_refused_with_the_way_out(base, tmp_path):

@@ -11,12 +11,24 @@ from trimtab.core.errors import ConfigError
 from trimtab.core.hub import base_of, find_model, same_model
 from trimtab.data.tokenizers import ModelFacts, facts_of, load_tokenizer
 
+FIXES = {
+    "reference": "name a reference of the policy's own family and tokenizer, usually the model that the policy starts "
+    "from",
+    "baseline": "compare with a model of the policy's own family and tokenizer; for another, measure each by itself, "
+    "without a baseline",
+    "critic": "set critic.init = 'policy' (or 'value_head'), so that the critic starts from the policy; the reward "
+    "model can stay, for it is given the text",
+    "cost.critic": "name the policy as cost.critic; the reward model of the cost can stay, for it is given the text",
+}
+"""What to do about a model with another vocabulary than the policy's, by the setting that names it."""
+
 
 def refuse_other_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, path: str | Path, *, role: str, where: str, fix: str
+    tokenizer: PreTrainedTokenizerBase, path: str | Path, *, role: str, where: str = ""
 ) -> None:
     """Raises ConfigError unless the model in `path` reads the token ids of this tokenizer as the same text and has a
-    row for each token. For a model without a tokenizer of its own only the number of rows is checked.
+    row for each token. For a model without a tokenizer of its own only the number of rows is checked. `role` is a key
+    of `FIXES`.
 
     Special tokens may have other names, as reserved tokens within one model family do. Ordinary tokens must be equal.
     """
@@ -25,21 +37,19 @@ def refuse_other_vocabulary(
         return
     other = load_tokenizer(path) if has_tokenizer(path) else None
     num_rows = _num_rows(path, tokenizer) if other is None else other.model_facts.num_rows
+    problem = ""
     if other is not None and (difference := vocabulary_difference(tokenizer, other)):
-        raise ConfigError(
-            f"the {role} {str(path)!r} would read the policy's token ids in another vocabulary: {difference}",
-            where=where,
-            fix=fix,
-        )
+        problem = f"would read the policy's token ids in another vocabulary: {difference}"
     # Rows that pad an embedding to a round number are not tokens, and are never sampled.
     needed = 1 + max(id_ for id_ in tokenizer.get_vocab().values() if own is None or id_ < own.num_rows)
     if num_rows < needed:
-        raise ConfigError(
-            f"the {role} {str(path)!r} has {num_rows} rows in its embedding and the policy's tokens need {needed}: it "
-            "could not read every token that the policy writes",
-            where=where,
-            fix=fix,
+        problem = problem or (
+            f"has {num_rows} rows in its embedding and the policy's tokens need {needed}: it could not read every "
+            "token that the policy writes"
         )
+    if problem:
+        name = role.rpartition(".")[2]
+        raise ConfigError(f"the {name} {str(path)!r} {problem}", where=where or f"{role} and model", fix=FIXES[role])
 
 
 def vocabulary_difference(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:

@@ -418,13 +418,7 @@ def start_reference(settings: PreferenceSettings, policy: Policy, base: str, cha
             return policy
         reference, _ = start_policy(settings.model, settings.adapter, chat, seed=settings.seed, device=device)
     else:
-        refuse_other_vocabulary(
-            chat.tokenizer,
-            path,
-            role="reference",
-            where="reference and model",
-            fix="name a reference of the policy's own family and tokenizer, usually the model that it starts from",
-        )
+        refuse_other_vocabulary(chat.tokenizer, path, role="reference")
         reference = Policy(load_causal(path, device=device), pad_id=chat.pad_id)
     reference.precision = settings.precision
     return reference

@@ -340,18 +340,8 @@ def _check_fit(look: ModelUse, settings: Any, made: Made) -> None:
     policy, other = _origin(settings.model, made), _origin(look.path, made)
     if policy is None or other is None or not _reads_ids_of_policy(look, settings):
         return
-    refuse_other_vocabulary(
-        load_tokenizer(policy),
-        other,
-        role="critic" if look.key == "cost.critic" else look.key.partition(".")[0],
-        where=f"{look.path} and {settings.model}",
-        fix="set critic.init = 'policy' (or 'value_head'), so that the critic starts from the policy; the reward model "
-        "can stay, for it is given the text"
-        if look.key.startswith("critic")
-        else "name the policy as cost.critic; the reward model of the cost can stay, for it is given the text"
-        if look.key == "cost.critic"
-        else "name a model of the policy's own family and tokenizer, usually the one that it starts from",
-    )
+    role = look.key if look.key == "cost.critic" else look.key.partition(".")[0]
+    refuse_other_vocabulary(load_tokenizer(policy), other, role=role, where=f"{look.path} and {settings.model}")
 
 
 def _reads_ids_of_policy(look: ModelUse, settings: Any) -> bool:

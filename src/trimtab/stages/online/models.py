@@ -67,7 +67,7 @@ def full_models(settings: OnlineSettings, chat: Chat, *, with_rewards: bool) -> 
     reference.requires_grad_(False)
 
     def critic_from(start: str, name: str) -> ScalarModel:
-        refuse_other_critic(start, chat, "critic" if name == "critic" else "cost.critic")
+        refuse_other_vocabulary(chat.tokenizer, start, role="critic" if name == "critic" else "cost.critic")
         head_seed = seeds.derive(settings.seed, name)
         model = load_scalar(start, head_seed=head_seed, zero_head=True, device=device)
         return ScalarModel(model, pad_id=chat.pad_id, gives="values")
@@ -83,28 +83,8 @@ def full_models(settings: OnlineSettings, chat: Chat, *, with_rewards: bool) -> 
 
 def _other_causal(path: str, chat: Chat, device: torch.device) -> PreTrainedModel:
     """A reference with weights of its own, which has to read the policy's token ids."""
-    refuse_other_vocabulary(
-        chat.tokenizer,
-        path,
-        role="reference",
-        where="reference and model",
-        fix="name a reference of the policy's own family and tokenizer, usually the model that the policy starts from",
-    )
+    refuse_other_vocabulary(chat.tokenizer, path, role="reference")
     return load_causal(path, device=device)
-
-
-def refuse_other_critic(path: str, chat: Chat, key: str = "critic") -> None:
-    """Raises ConfigError if the critic that `key` sets would read the policy's token ids in another vocabulary."""
-    refuse_other_vocabulary(
-        chat.tokenizer,
-        path,
-        role="critic",
-        where=f"{key} and model",
-        fix="name the policy as cost.critic; the reward model of the cost can stay, for it is given the text"
-        if key == "cost.critic"
-        else "set critic.init = 'policy' (or 'value_head'), so that the critic starts from the policy; "
-        "the reward model can stay, for it is given the text",
-    )
 
 
 def shared_models(settings: OnlineSettings, chat: Chat, *, with_rewards: bool) -> Models:
