@@ -18,6 +18,8 @@ from trimtab.cli.debiasing import debias
 from trimtab.cli.diagnosing import doctor
 from trimtab.cli.evaluating import eval_
 from trimtab.cli.helpers import (
+    DIRECTORY,
+    FILE,
     StageCommand,
     joined,
     missing_extra,
@@ -127,8 +129,7 @@ def _engine(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _directory(help_line: str, *, default: str | None = None, required: bool = False) -> Callable[[Any], Any]:
-    where = click.Path(file_okay=False, path_type=Path)
-    return click.option("--out", type=where, default=default, required=required, show_default=True, help=help_line)
+    return click.option("--out", type=DIRECTORY, default=default, required=required, show_default=True, help=help_line)
 
 
 # --- the whole loop ---
@@ -303,9 +304,7 @@ for _name in registry.modules("stage"):
 @_model
 @click.option("--data", help="Prompts: a file, a Hub data set or a world.")
 @click.option("--prompt", help="One prompt, as text.")
-@click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON lines to write, instead of printing."
-)
+@click.option("--out", type=FILE, help="JSON lines to write, instead of printing.")
 @_max_new_tokens
 @_temperature
 @click.option("--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens of this total.")
@@ -331,7 +330,7 @@ def generate(**options: Any) -> None:
 @main.command()
 @_model
 @click.option("--data", required=True, help="Replies (a file of `trimtab generate`, a data set), or preference pairs.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON lines to write; pairs need none.")
+@click.option("--out", type=FILE, help="JSON lines to write; pairs need none.")
 @_device
 def score(**options: Any) -> None:
     """Score replies with a reward model, or judge it on preference pairs.
@@ -399,7 +398,7 @@ def export(model: str, out: Path, dtype: Dtype) -> None:
 
 
 @main.command()
-@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("out", type=DIRECTORY)
 @click.argument("models", nargs=-1, required=True, metavar="MODEL MODEL...")
 @click.option("--weight", "weights", multiple=True, type=float, help="One for each model, in order.  [default: equal]")
 @click.option("--data", help="Pairs that no member was trained on; needed for reward models.")

@@ -7,21 +7,17 @@ from typing import Any
 
 import click
 
+from trimtab.cli.helpers import DIRECTORY, FILE
+
 
 @click.command()
-@click.argument("run", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("run", type=DIRECTORY)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--prompts", metavar="SOURCE", help="Prompts that the run did not train on.  [default: the guard's]")
 @click.option("--gold", metavar="WORLD", help="Measure by the gold score of this world.")
 @click.option("--reward-model", metavar="DIRECTORY", help="Measure by this reward model.")
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="The decision as JSON.  [default: decision.json in the run]",
-)
-@click.option(
-    "--export", type=click.Path(file_okay=False, path_type=Path), help="Write the chosen model here: a new directory."
-)
+@click.option("--out", type=FILE, help="The decision as JSON.  [default: decision.json in the run]")
+@click.option("--export", type=DIRECTORY, help="Write the chosen model here: a new directory.")
 @click.option("--device", metavar="DEVICE", help="Where models compute (engine.device).")
 def choose(
     run: Path,

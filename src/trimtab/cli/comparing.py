@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trimtab.cli.helpers import Number
+from trimtab.cli.helpers import FILE, Number
 from trimtab.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from trimtab.evals.verdict_study import VerdictStudy
     from trimtab.evals.verdicts import PairVerdict
 
-_OUT = click.Path(dir_okay=False, path_type=Path)
 _half_width = click.option(
     "--half-width",
     default=0.03,
@@ -45,7 +44,7 @@ _by: dict[str, Any] = {
 _verdicts_out = click.option(
     "--verdicts",
     "verdicts_out",
-    type=_OUT,
+    type=FILE,
     help="The verdicts themselves, as JSON lines that `trimtab eval verdicts` reads.",
 )
 _device = click.option("--device", metavar="DEVICE", help="Where a reward model computes, such as cpu or cuda.")
@@ -65,7 +64,7 @@ def verdict_rows(source: str, *, baseline: str | None) -> VerdictRows:
 
 @click.command("verdicts")
 @click.argument("files", nargs=-1, required=True)
-@click.option("--out", type=_OUT, help="The whole study as JSON.")
+@click.option("--out", type=FILE, help="The whole study as JSON.")
 @click.option(
     "--baseline", metavar="MODEL", help="The model that the others are compared with, if the files do not say it."
 )
@@ -146,7 +145,7 @@ def _tell_left_out(read: VerdictFiles) -> None:
 @click.argument("models", nargs=-1, required=True, metavar="REPLIES...")
 @click.option("--baseline", required=True, metavar="REPLIES", help="The replies that the others are compared with.")
 @click.option("--by", required=True, **_by)
-@click.option("--out", type=_OUT, help="The study of each comparer as JSON.")
+@click.option("--out", type=FILE, help="The study of each comparer as JSON.")
 @_verdicts_out
 @_length_control
 @_style_control
@@ -198,7 +197,7 @@ def replies(
 @click.command("agreement")
 @click.argument("pairs", metavar="PAIRS")
 @click.option("--by", **_by)
-@click.option("--out", type=_OUT, help="The figures as JSON.")
+@click.option("--out", type=FILE, help="The figures as JSON.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sides of each pair.")
 @_device
 def agreement(pairs: str, by: tuple[str, ...], out: Path | None, seed: int, device: str | None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from trimtab.cli.comparing import agreement, replies, verdicts
+from trimtab.cli.helpers import FILE
 from trimtab.cli.suites import lm_eval, suite_command, tax
 from trimtab.cli.tables import add_row, new_table
 from trimtab.cli.verdict_tables import percent
@@ -23,7 +24,7 @@ def eval_() -> None:
 @eval_.command("rewardbench")
 @click.argument("model")
 @click.argument("files", nargs=-1, required=True)
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="All scores as JSON.")
+@click.option("--out", type=FILE, help="All scores as JSON.")
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Equal seeds give equal intervals."
 )

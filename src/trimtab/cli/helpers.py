@@ -21,6 +21,11 @@ from trimtab.core import registry
 from trimtab.core.errors import EXTRAS, ConfigError, EngineError, Terminated, not_installed
 from trimtab.core.settings_help import settings_help, summary_of
 
+FILE = click.Path(dir_okay=False, path_type=Path)
+"""A file, which need not be there."""
+DIRECTORY = click.Path(file_okay=False, path_type=Path)
+"""A directory, which need not be there."""
+
 
 @contextmanager
 def sigterm_raised() -> Iterator[None]:

@@ -9,12 +9,11 @@ from typing import Any
 
 import click
 
-from trimtab.cli.helpers import Number
+from trimtab.cli.helpers import DIRECTORY, FILE, Number
 from trimtab.cli.tables import add_row, new_table
 from trimtab.core import registry
 from trimtab.core.settings_help import summary_of
 
-_OUT = click.Path(dir_okay=False, path_type=Path)
 _margin = click.option(
     "--margin",
     default=0.03,
@@ -39,8 +38,8 @@ def suite_command(name: str) -> click.Command:
     @click.option(
         "--max-new-tokens", type=click.IntRange(min=1), help="Where a reply is cut off.  [default: the suite's]"
     )
-    @click.option("--out", type=_OUT, help="The figures and the scores of every item, as JSON.")
-    @click.option("--replies", type=_OUT, help="The answers, as JSON lines. They may be harmful texts.")
+    @click.option("--out", type=FILE, help="The figures and the scores of every item, as JSON.")
+    @click.option("--replies", type=FILE, help="The answers, as JSON lines. They may be harmful texts.")
     @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of items and replies.")
     @click.option("--device", metavar="DEVICE", help='Where models compute: "cpu", "cuda" or for example "cuda:1".')
     @_margin
@@ -68,10 +67,8 @@ def suite_command(name: str) -> click.Command:
 @click.option("--batch-size", default="1", show_default=True, help='A number, or "auto".')
 @click.option("--device", metavar="DEVICE", help='Where lm-eval computes, for example "cuda:0".  [default: its choice]')
 @click.option("--python", metavar="FILE", help="The interpreter of an environment with lm-eval.  [default: this one]")
-@click.option("--files", type=click.Path(file_okay=False, path_type=Path), help="Keeps lm-eval's own files.")
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="A directory for the results, TASK.json each."
-)
+@click.option("--files", type=DIRECTORY, help="Keeps lm-eval's own files.")
+@click.option("--out", type=DIRECTORY, help="A directory for the results, TASK.json each.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of examples and replies.")
 @_margin
 def lm_eval(tasks: str, no_chat_template: bool, margin: float, out: Path | None, **options: Any) -> None:
@@ -92,9 +89,9 @@ def lm_eval(tasks: str, no_chat_template: bool, margin: float, out: Path | None,
 
 
 @click.command("tax")
-@click.argument("files", nargs=-1, required=True, type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=FILE)
 @_margin
-@click.option("--out", type=_OUT, help="The verdicts as JSON.")
+@click.option("--out", type=FILE, help="The verdicts as JSON.")
 def tax(files: tuple[Path, ...], margin: float, out: Path | None) -> None:
     """Say whether a model is worse than its baseline, over several suites.
 
