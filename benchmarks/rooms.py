@@ -26,6 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "evidence" / "data" / "house.json"
 PICTURE = ROOT / "docs" / "evidence" / "house.svg"
+LONG = 60
+"""Lines that stand on a screen."""
 MODULE = re.compile(r"trimtab(\.[a-z_]\w*)+")
 TABLES = ("registry", "core.registry")
 """Where the table of modules stands, before and after."""
@@ -97,9 +99,21 @@ def measure(checkout: Path) -> dict[str, Any]:
         "floors": {} if circle else {room: floor(room) for room in sorted(rooms)},
         "arrows": {room: sorted(below) for room, below in sorted(arrows.items())},
         "names_of_several_classes": sorted(name for name, where in classes.items() if len(where) > 1),
+        "long_functions": long_functions(trees),
         "lines": lines,
         "lines_in_all": {key: sum(room[key] for room in lines.values()) for key in ("code", "all", "comments")},
     }
+
+
+def long_functions(trees: dict[str, ast.Module]) -> dict[str, int]:
+    """The functions of more than a screen, `LONG` lines with signature and documentation, the longest first."""
+    found = {
+        f"{name}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for name, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    return dict(sorted(((name, num) for name, num in found.items() if num > LONG), key=lambda item: -item[1]))
 
 
 def lines_of(source: str, tree: ast.Module) -> dict[str, int]:
@@ -178,6 +192,7 @@ def main() -> None:
     shown = ("num_rooms", "num_arrows", "circle", "strings_that_name_modules", "lines_in_all")
     print(json.dumps({key: known[options.key][key] for key in shown}))
     print(f"{len(known[options.key]['names_of_several_classes'])} names of several classes")
+    print(f"functions of more than {LONG} lines: {known[options.key]['long_functions']}")
 
 
 if __name__ == "__main__":

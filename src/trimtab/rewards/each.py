@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from trimtab.core import registry
 from trimtab.core.errors import DataError, TrimtabError
 from trimtab.core.metrics import Mean, Metrics, mean_of
 from trimtab.core.types import JsonDict, Prompt, Rollout
@@ -65,6 +67,23 @@ def score_each(
         metrics[f"reward/{name}_{part}"] = mean_of(s.parts[part] for s in judged if part in s.parts)
     values = [score.value if isinstance(score, Score) else math.nan for score in found]
     return torch.tensor(values, dtype=torch.float32), metrics | moments(values)
+
+
+class EachReply:
+    """A reward that judges every reply by itself, in any thread, as `_judge` says. Its settings are its scorer."""
+
+    thread_safe: ClassVar[bool] = True
+
+    def load(self, *, token_budget: int) -> Self:
+        """The reward itself; nothing needs loading."""
+        return self
+
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
+        """[B] the scores of the replies; see `score_each`."""
+        return score_each(registry.name_of("reward", type(self)), rollouts, self._judge)
+
+    def _judge(self, rollout: Rollout) -> Score:
+        raise NotImplementedError
 
 
 def moments(values: Sequence[float]) -> Metrics:

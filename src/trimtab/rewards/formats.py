@@ -16,7 +16,7 @@ from trimtab.core.errors import ConfigError, need
 from trimtab.core.metrics import Metrics
 from trimtab.core.registry import register
 from trimtab.core.types import Rollout
-from trimtab.rewards.each import Score, score_each
+from trimtab.rewards.each import EachReply, Score, score_each
 from trimtab.rewards.helper import Helper
 
 _log = logging.getLogger("trimtab.rewards")
@@ -69,7 +69,7 @@ class RegexScorer:
 
 @register("reward", "reasoning_format")
 @dataclass(frozen=True, kw_only=True)
-class ReasoningFormat:
+class ReasoningFormat(EachReply):
     """1 for `<think>…</think> <answer>…</answer>` and nothing else, each once and neither empty; else 0."""
 
     reasoning: str = "think"
@@ -81,16 +81,11 @@ class ReasoningFormat:
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
-    thread_safe: ClassVar[bool] = True
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
-
-    def load(self, *, token_budget: int) -> ReasoningFormat:
-        """The reward itself; nothing needs loading."""
-        return self
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] 1 or 0; the log says if the setting `opened` does not fit how the replies begin."""
-        scores, metrics = score_each("reasoning_format", rollouts, lambda r: Score(float(self.holds(r.response))))
+        scores, metrics = super().score(rollouts)
         other = replace(self, opened=not self.opened)
         num_other = sum(other.holds(r.response) for r in rollouts)
         if num_other > scores.sum():
@@ -106,6 +101,9 @@ class ReasoningFormat:
                 "ends the prompt with the tag" if other.opened else "leaves the tag to the reply",
             )
         return scores, metrics
+
+    def _judge(self, rollout: Rollout) -> Score:
+        return Score(float(self.holds(rollout.response)))
 
     def holds(self, reply: str) -> bool:
         """Whether a reply has the form."""

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from trimtab.core.metrics import Metrics
 from trimtab.core.registry import register
 from trimtab.core.types import Rollout
 from trimtab.evals.text import repetition
-from trimtab.rewards.each import Score, score_each
+from trimtab.rewards.each import EachReply, Score
 
 
 @register("reward", "length")
 @dataclass(frozen=True, kw_only=True)
-class Length:
-    """0 for a reply with a length in the range; each token outside it costs `per_token`."""
+class Length(EachReply):
+    """0 for a reply with a length in the range; each token outside it costs `per_token`.
+
+    `reward/length_outside` is the share of replies outside the range.
+    """
 
     min_tokens: int = 0
     """Shorter replies are charged for each token that they lack."""
@@ -31,8 +30,6 @@ class Length:
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
-    thread_safe: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(f"min_tokens = {self.min_tokens} and max_tokens = {self.max_tokens} are no range")
@@ -44,14 +41,6 @@ class Length:
         """The lowest and the highest reward that there is."""
         return -self.most, 0.0
 
-    def load(self, *, token_budget: int) -> Length:
-        """The reward itself; nothing needs loading."""
-        return self
-
-    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] in [-most, 0]; `reward/length_outside` is the share of replies outside the range."""
-        return score_each("length", rollouts, self._judge)
-
     def _judge(self, rollout: Rollout) -> Score:
         num = num_tokens(rollout)
         outside = max(self.min_tokens - num, num - self.max_tokens, 0)
@@ -60,10 +49,11 @@ class Length:
 
 @register("reward", "overlong")
 @dataclass(frozen=True, kw_only=True)
-class Overlong:
+class Overlong(EachReply):
     """DAPO's soft overlong punishment (Yu et al., arXiv:2503.14476, eq. 13).
 
     0 up to max_tokens - buffer_tokens, then falling in a line to -1 at max_tokens, and -1 beyond.
+    `reward/overlong_punished` is the share of replies below 0.
     """
 
     max_tokens: int
@@ -73,7 +63,6 @@ class Overlong:
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
-    thread_safe: ClassVar[bool] = True
     bounds: ClassVar[tuple[float, float]] = (-1.0, 0.0)
 
     def __post_init__(self) -> None:
@@ -83,14 +72,6 @@ class Overlong:
                 "it must be at least 1 and at most max_tokens"
             )
 
-    def load(self, *, token_budget: int) -> Overlong:
-        """The reward itself; nothing needs loading."""
-        return self
-
-    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] in [-1, 0]; `reward/overlong_punished` is the share of replies below 0."""
-        return score_each("overlong", rollouts, self._judge)
-
     def _judge(self, rollout: Rollout) -> Score:
         free = self.max_tokens - self.buffer_tokens
         value = min(0.0, max(-1.0, (free - num_tokens(rollout)) / self.buffer_tokens))
@@ -99,7 +80,7 @@ class Overlong:
 
 @register("reward", "repetition")
 @dataclass(frozen=True, kw_only=True)
-class Repetition:
+class Repetition(EachReply):
     """Minus the share of a reply's n-grams of words that repeat an earlier one, in [-1, 0]."""
 
     n: int = 4
@@ -109,7 +90,6 @@ class Repetition:
     weight: float = 1.0
     """Factor in the sum of rewards."""
 
-    thread_safe: ClassVar[bool] = True
     bounds: ClassVar[tuple[float, float]] = (-1.0, 0.0)
 
     def __post_init__(self) -> None:
@@ -117,14 +97,6 @@ class Repetition:
             raise ValueError(f"n = {self.n}; it must be at least 1")
         if not 0 <= self.free < 1:
             raise ValueError(f"free = {self.free}; it is a share in [0, 1)")
-
-    def load(self, *, token_budget: int) -> Repetition:
-        """The reward itself; nothing needs loading."""
-        return self
-
-    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] in [-1, 0]."""
-        return score_each("repetition", rollouts, self._judge)
 
     def _judge(self, rollout: Rollout) -> Score:
         share = repetition(rollout.response, self.n)
