@@ -62,6 +62,16 @@ def read_rows(source: str | Path, *, limit: int | None = None) -> SourceRows:
     )
 
 
+def read_good_rows(source: str | Path, *, fix: str = "") -> SourceRows:
+    """All rows of a source of which none may be bad. Raises DataError for the first that is, with its own fix or with
+    another."""
+    found = read_rows(source)
+    if found.bad:
+        first = found.bad[0]
+        raise DataError(first.problem, where=first.where, fix=fix or first.fix)
+    return found
+
+
 def stream_rows(source: str | Path, *, limit: int | None = None) -> RowStream:
     """The rows of a file, a folder or list of files, or of a hub data set ("hub:org/name?split=train" or "org/name").
 

@@ -11,7 +11,7 @@ from trimtab import worlds
 from trimtab.core.errors import DataError
 from trimtab.core.registry import register
 from trimtab.core.types import Observation, Prompt
-from trimtab.data.sources import read_rows
+from trimtab.data.sources import read_good_rows
 from trimtab.environments.tools import BM25, ToolError, calculate
 from trimtab.worlds.source import is_world
 
@@ -108,9 +108,7 @@ def read_corpus(source: str) -> list[str]:
     """The passages of a file or of a world. Raises DataError if there are none, or a row has no text."""
     if is_world(source):
         return list(worlds.load(source.removeprefix("world:")).corpus())
-    rows = read_rows(source)
-    if rows.bad:
-        raise DataError(rows.bad[0].problem, where=rows.bad[0].where, fix=rows.bad[0].fix)
+    rows = read_good_rows(source)
     passages = []
     for where, row in rows.rows:
         text = row.get("text")

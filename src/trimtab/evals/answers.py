@@ -26,7 +26,7 @@ from typing import Any
 from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.types import JsonDict, Prompt
 from trimtab.data.mistakes import shown
-from trimtab.data.sources import read_rows
+from trimtab.data.sources import read_good_rows
 from trimtab.evals.verdicts import PairVerdict
 from trimtab.votes.table import text_of
 
@@ -75,10 +75,8 @@ def read_answers(sources: Sequence[str | Path]) -> Answers:
     places: dict[tuple[str, str], str] = {}
     hashes: dict[str, str] = {}
     for source in sources:
-        read = read_rows(source)
+        read = read_good_rows(source)
         hashes[read.source] = read.sha256
-        if read.bad:
-            raise DataError(read.bad[0].problem, where=read.bad[0].where, fix=read.bad[0].fix)
         for where, row in read.rows:
             question, model, said = _of_row(row, where=where)
             if turns.setdefault((question, model), said) != said:

@@ -15,7 +15,7 @@ from typing import Any
 
 from trimtab.core.errors import DataError
 from trimtab.core.files import read_json
-from trimtab.data.sources import read_rows
+from trimtab.data.sources import read_good_rows
 from trimtab.evals.suites.report import figures
 from trimtab.evals.suites.results import VERSION
 from trimtab.evals.suites.suite import Question, SuiteItem, SuiteMetric
@@ -131,9 +131,7 @@ def _seconds(text: Any) -> float:
 def _task(path: Path, *, better: Mapping[str, bool | None], num_available: int, num_fewshot: int) -> LmEvalTask:
     if not path.is_file():
         raise DataError("there is no such file", where=str(path), fix="run lm-eval with --log_samples")
-    read = read_rows(path)
-    if read.bad:
-        raise DataError(read.bad[0].problem, where=read.bad[0].where, fix="run lm-eval again: its file is damaged")
+    read = read_good_rows(path, fix="run lm-eval again: its file is damaged")
     items: dict[str, LmEvalItem] = {}
     names: dict[str, str] = {}
     left_out: set[str] = set()

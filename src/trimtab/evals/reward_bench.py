@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trimtab.core.errors import DataError
-from trimtab.data.sources import read_rows
+from trimtab.data.sources import read_good_rows
 from trimtab.evals.reward_card import resembles
 from trimtab.evals.text import words
 from trimtab.stats import Interval, bootstrap_mean, wilson
@@ -131,12 +131,8 @@ def read_bench(sources: Sequence[str | Path]) -> BenchFiles:
     items: list[BenchItem] = []
     hashes: dict[str, str] = {}
     for source in sources:
-        read = read_rows(source)
+        read = read_good_rows(source)
         hashes[read.source] = read.sha256
-        if read.bad:
-            raise DataError(
-                f"a row cannot be read: {read.bad[0].problem}", where=read.bad[0].where, fix=read.bad[0].fix
-            )
         items += [_of_row(row, where=where) for where, row in read.rows]
     if not items:
         raise DataError("there is no row", where=", ".join(map(str, sources)), fix="name a file of RewardBench")

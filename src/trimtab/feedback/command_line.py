@@ -368,12 +368,10 @@ def queue(project: Path, state: str) -> None:
 def scores(project: Path, file: Path) -> None:
     """Set reward-model scores: JSON lines with item (its hash) and scores ({model: [one for each reply]})."""
     from trimtab.core.errors import DataError
-    from trimtab.data.sources import read_rows
+    from trimtab.data.sources import read_good_rows
     from trimtab.feedback.items import set_scores
 
-    rows = read_rows(file)
-    if rows.bad:
-        raise DataError(rows.bad[0].problem, where=rows.bad[0].where, fix="see the command's help")
+    rows = read_good_rows(file, fix="see the command's help")
     of_items: dict[str, dict[str, Any]] = {}
     for where, row in rows.rows:
         item, given = row.get("item"), row.get("scores")
