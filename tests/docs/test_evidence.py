@@ -104,6 +104,8 @@ def test_the_table_of_sampling_beside_vllm_is_that_of_its_data(script):
 
 def test_the_table_of_the_house_is_that_of_its_data(script):
     assert_on_page("house", script("rooms").table(data("house")))
+    long = data("house")["after"]["long_functions"].values()
+    assert f"{len(long)} are left, the longest of {max(long)}." in page_text("house")
 
 
 @pytest.mark.parametrize("part", ["kwise", "ensemble"])
