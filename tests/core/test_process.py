@@ -1,7 +1,10 @@
-"""The memory of this program, not that of the one that launched it."""
+"""The memory of this program, not that of the one that launched it; and children that end with it."""
 
+import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,60 @@ def test_workers_are_counted_beside_this_process(monkeypatch):
     own, *workers = peaks_rss_gb()
     assert workers == [0.5, 0.25]
     assert peak_rss_gb() >= own + 0.75
+
+
+MODULE = r"""
+import json, os, pathlib, sys, time
+pathlib.Path(sys.argv[1]).write_text(json.dumps([os.getpid(), __name__, sys.argv[2:], sys.path[0]]) + "\n")
+if sys.argv[2] == "wait":
+    time.sleep(300)
+sys.exit(7)
+"""
+STARTER = """
+import subprocess, sys
+from trimtab.core.process import bound_module
+sys.exit(subprocess.run([*bound_module(sys.argv[1], "probe_module"), *sys.argv[2:]]).returncode)
+"""
+
+
+def started(tmp_path, *words, python=sys.executable):
+    """A program that runs a module bound to it, begun where the module is."""
+    (tmp_path / "probe_module.py").write_text(MODULE)
+    command = [sys.executable, "-c", STARTER, python, str(tmp_path / "said"), *words]
+    return subprocess.Popen(command, cwd=tmp_path)
+
+
+def test_a_bound_module_runs_as_python_runs_a_module(tmp_path):
+    assert started(tmp_path, "a b", "--c").wait(60) == 7
+    _, name, words, first = json.loads((tmp_path / "said").read_text())
+    assert (name, words) == ("__main__", ["a b", "--c"])
+    assert Path(first).resolve() in (tmp_path.resolve(), Path.cwd())  # "" is the working directory, as with -m
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_a_bound_module_ends_with_the_program_that_started_it(tmp_path):
+    process = started(tmp_path, "wait")
+    until = time.monotonic() + 60
+    while not ((tmp_path / "said").exists() and (tmp_path / "said").read_text().endswith("\n")):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    child = json.loads((tmp_path / "said").read_text())[0]
+    process.kill()
+    process.wait()
+    while Path(f"/proc/{child}").exists() and ") Z " not in Path(f"/proc/{child}/stat").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_module_bound_to_a_program_that_has_ended_does_not_begin(tmp_path):
+    words = process.bound_module(sys.executable, "probe_module")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    words[words.index(str(os.getpid()))] = str(ended.pid)
+    done = subprocess.run([*words, str(tmp_path / "said"), "x"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "ProcessLookupError" in done.stderr
+    assert not (tmp_path / "said").exists()
 
 
 NO_LIMIT = str(2**63 - 4096)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 
 import jsonschema
 import pytest
@@ -75,6 +78,40 @@ def test_a_model_and_its_baseline_are_run_and_compared(python, models, tmp_path,
     tax = trimtab("eval", "tax", str(out / "arc.json"), str(out / "piqa.json"))
     assert tax.exit_code == 0, tax.output
     assert "lm-eval/piqa acc" in tax.output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_lm_eval_ends_with_the_program_that_started_it(python, models, tmp_path, number):
+    said = tmp_path / "pid"
+    program = tmp_path / "packages" / "lm_eval" / "__main__.py"
+    program.write_text(
+        f"import os, pathlib, sys, time\npathlib.Path({str(said)!r}).write_text(f'{{os.getpid()}} ')\n"
+        "assert sys.argv[1:3] == ['--model', 'hf']\ntime.sleep(300)\n"
+    )
+    command = [sys.executable, "-m", "trimtab", "eval", "lm-eval", models[0], "--tasks", "arc", "--python", python]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 60
+        while not (said.exists() and said.read_text().endswith(" ")):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        child = int(said.read_text())
+    finally:
+        process.send_signal(number)
+        process.wait(timeout=30)
+    while is_there(child):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def is_there(process: int) -> bool:
+    """Whether a process goes on; one that has ended and was not waited for does not."""
+    try:
+        with open(f"/proc/{process}/stat", encoding="ascii") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_folders_that_lm_eval_has_written_are_read_without_it(tmp_path):

@@ -1,9 +1,12 @@
-"""What the operating system says of this process."""
+"""What the operating system says of this process, and children that end with it."""
 
 from __future__ import annotations
 
+import ctypes
+import inspect
 import os
 import resource
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -69,3 +72,31 @@ def _limits(root: Path) -> Iterator[int]:
                     yield int((directory / file).read_text(encoding="utf-8"))
                 if directory == top:
                     break
+
+
+# --- children that end with their parent ---
+
+
+def end_with(parent: int) -> None:
+    """From now on this process is killed when its parent ends, which has the number `parent`. Only Linux can do this;
+    elsewhere nothing happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended before the call
+            sys.exit(1)
+
+
+_BOUND = """
+started_by = os.getppid()  # a script may stand for the interpreter
+os.kill(int(sys.argv.pop(1)), 0)  # raises an error if the program that began this has ended already
+end_with(started_by)
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+def bound_module(python: str, module: str) -> list[str]:
+    """The words of a command that runs a module as `python -m MODULE` does, and is killed when this process ends,
+    however that ends. The interpreter need not have this package. To be started by the main thread: the system kills
+    the child when the thread ends that began it."""
+    program = f"import ctypes, os, runpy, signal, sys\n{inspect.getsource(end_with)}{_BOUND}"
+    return [python, "-c", program, str(os.getpid()), module]

@@ -7,10 +7,8 @@ the controller back (`links.py`), so nothing above this file depends on which it
 
 from __future__ import annotations
 
-import ctypes
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import threading
@@ -19,12 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from trimtab.core.process import end_with
 from trimtab.engines.links import KEY
 
 PYTHON = "<python>"
 """As the first word of a command: the interpreter that runs trimtab on the machine where it is started."""
 _PARENT = "TRIMTAB_PARENT"
-_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 _WATCH_SECONDS = 0.2
 
 
@@ -112,10 +110,7 @@ def start_child(
 
 def end_with_parent() -> None:
     """From now on this process, which `start_child` began, is killed when its parent ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
-        if os.getppid() != int(os.environ[_PARENT]):  # the parent ended before the call
-            sys.exit(1)
+    end_with(int(os.environ[_PARENT]))
 
 
 def when_parent_ends(act: Callable[[], None]) -> None:

@@ -1,7 +1,8 @@
 """Capability by lm-eval, in a process of its own: its tasks on a model and a baseline, compared item by item.
 
 lm-eval may live in an environment of its own (`python`), whose torch and transformers need not be those of this one.
-Nothing of it is imported here; what it writes is read by `evals.lm_eval`.
+Nothing of it is imported here; what it writes is read by `evals.lm_eval`. It ends when this program does, however that
+ends.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from trimtab.core.errors import ConfigError, EngineError, need
 from trimtab.core.files import check_out, finite, json_text, write_out
+from trimtab.core.process import bound_module
 from trimtab.evals.lm_eval import LmEvalRun, find_results, read_lm_eval, results_of
 from trimtab.evals.suites.suite import refuse_itself
 from trimtab.runs.environment import environment
@@ -149,7 +151,7 @@ def _environment() -> dict[str, str]:
 
 def _run(python: str, options: dict[str, Any], flags: Sequence[str], *, where: str) -> None:
     """Runs lm-eval with the options that are not None. What it says goes to stderr as it says it."""
-    words = [python, "-m", "lm_eval", "--model", "hf", *(f"--{flag}" for flag in flags)]
+    words = [*bound_module(python, "lm_eval"), "--model", "hf", *(f"--{flag}" for flag in flags)]
     words += [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     done = subprocess.run(words, env=_environment(), stdin=subprocess.DEVNULL, stdout=STDERR, check=False)
     if done.returncode:
