@@ -21,7 +21,7 @@ from trimtab.stages.guard.measuring import CheckReplies
 from trimtab.stages.guard.state import GuardState
 from trimtab.stages.guard.watch import RunGuard
 from trimtab.stages.online.settings import OnlineSettings
-from trimtab.stages.plan import cut_short
+from trimtab.stages.plan import cut_short, estimate
 
 # --- a guard that takes no action ---
 
@@ -190,12 +190,24 @@ def test_without_prompts_of_its_own_the_guard_holds_some_out(tmp_path, base):
     assert len({row["prompt"] for row in rows(out, "samples.jsonl")}) == 16
 
 
-def test_a_rehearsal_leaves_the_guard_out_and_the_plan_counts_its_work():
-    table = hacked(Path("model"), guard={"every": 3, "num_prompts": 16})
+def test_a_rehearsal_checks_the_first_and_the_last_policy_and_takes_no_action():
+    table = hacked(Path("model"), guard={"every": 3, "num_prompts": 16, "actions": LADDER})
     settings = config.resolve(OnlineSettings, table, where="here")
-    assert config.resolve(OnlineSettings, cut_short("online", table, settings), where="here").guard is None
-    # 8 steps have checks at 0, 3, 6 and 8; each draws 16 replies, and a step draws 8 * 4
-    assert online.STAGE.further_steps(settings, 8) == 4 * 16 / 32
+    short = config.resolve(OnlineSettings, cut_short("online", table, settings), where="here")
+    assert (short.num_steps, short.guard.num_checks(4), short.guard.actions) == (4, 2, ())
+    assert online.STAGE.further_steps(settings, 8) == 0
+
+
+def test_the_plan_counts_the_checks_of_a_guard_by_the_time_of_one(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"seconds": 10.0}))
+    steps = [{"step": i + 1, "time/step_seconds": 1.0 + 2.0 * (i == 3), "time/guard_seconds": 2.0 * (i == 3)}
+             for i in range(4)]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    settings = config.resolve(OnlineSettings, hacked(Path("model"), guard={"every": 3, "num_prompts": 16}), where="")
+    found = estimate("ppo", "online", settings, tmp_path, share_of_data=1.0)
+    # 8 steps of a second, checks of 2 s at 0, 3, 6 and 8; of the 10 s 4 were steps and 2 the last check
+    assert (found.num_checks, found.seconds_per_check, found.seconds_per_step) == (4, 2.0, 1.0)
+    assert found.seconds == 10 - 6 + 8 * 1.0 + 3 * 2.0
 
 
 # --- what is said ---

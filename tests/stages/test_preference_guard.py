@@ -9,10 +9,12 @@ import json
 import signal
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.stages.commands import rows, run_stage, summary, trimtab, without_times, write_run_file
 from tests.stages.guarded import (
@@ -33,7 +35,7 @@ from trimtab.core.errors import ConfigError
 from trimtab.math.losses.preference.pairs import DPO
 from trimtab.runs.run import Run
 from trimtab.stages import preference
-from trimtab.stages.plan import cut_short
+from trimtab.stages.plan import cut_short, plan, show
 from trimtab.stages.preference import PreferenceSettings
 
 LADDER = ["roll_back", "stop"]
@@ -247,14 +249,27 @@ def test_choose_measures_as_the_guard_did(tmp_path, base, pairs):
     assert found["prompts"]["sha256"] == decision(out)["prompts"]["sha256"]
 
 
-def test_a_rehearsal_leaves_the_guard_out_and_the_plan_counts_its_work():
-    table = hacked(Path("model"), Path("pairs.jsonl"), guard={"every": 4, "num_prompts": 16}, batch_size=8)
+def test_a_rehearsal_checks_the_first_and_the_last_policy_and_takes_no_action():
+    table = hacked(Path("model"), Path("pairs.jsonl"), guard={"num_prompts": 16, "actions": LADDER}, batch_size=8)
     settings = config.resolve(PreferenceSettings, table, where="here")
     short = config.resolve(PreferenceSettings, cut_short("preference", table, settings), where="here")
-    assert short.guard is None
     assert short.max_steps == 4
-    # 8 steps have checks at 0, 4 and 8, of 16 replies each; a step takes 8 prompts. The data is read by the reference.
-    assert preference.STAGE.further_steps(settings, 8) == pytest.approx(3 * 16 / 8 + 8 / (3 * 4))
+    assert (short.guard.num_checks(4), short.guard.actions) == (2, ())
+    assert short.guard.num_prompts == settings.guard.num_prompts == 16
+    assert preference.STAGE.further_steps(settings, 8) == pytest.approx(8 / (3 * 4))  # the reference reads the data
+
+
+def test_the_plan_holds_what_the_checks_of_a_guard_take(base, pairs):
+    table = hacked(base, pairs, guard={"every": 2, "actions": LADDER}) | {"stage": "preference"}
+    (watched,) = plan({"stages": {"dpo": table}}, where="here")
+    (alone,) = plan({"stages": {"dpo": {k: v for k, v in table.items() if k != "guard"}}}, where="here")
+    assert watched.num_steps == alone.num_steps == 6
+    assert (watched.num_checks, alone.num_checks) == (4, 0)  # at 0, 2, 4 and 6
+    assert watched.seconds_per_check > 0
+    assert watched.peak_rss_gb > 0.9 * alone.peak_rss_gb
+    said = StringIO()
+    show([watched], Console(file=said, width=120))
+    assert "the guard of dpo: 4 checks, " in said.getvalue()
 
 
 def test_prompts_that_are_trained_on_are_counted_and_said(tmp_path, base, pairs):

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trimtab.core.errors import EngineError
-from trimtab.core.process import peak_rss_gb, peaks_rss_gb
+from trimtab.core.process import bound_module, peak_rss_gb, peaks_rss_gb
 from trimtab.engines.launchers import refuse_other_machines
 from trimtab.rewards.combined import judges_and_measure
 from trimtab.stages import preflight
@@ -52,6 +52,10 @@ class StagePlan:
     """Seconds of each phase of a step, if the stage measures them."""
     weights_gb: dict[str, float]
     """GB of each model in memory: its weights, and for a trained model its gradients and AdamW's two moments too."""
+    num_checks: int = 0
+    """Checks of the guard."""
+    seconds_per_check: float = 0.0
+    """Time of a check, replies, scores and measure."""
 
 
 def plan(values: Mapping[str, Any], *, where: str) -> list[StagePlan]:
@@ -62,7 +66,7 @@ def plan(values: Mapping[str, Any], *, where: str) -> list[StagePlan]:
     with tempfile.TemporaryDirectory(prefix="trimtab-plan-") as scratch:
         file = Path(scratch) / "values.json"
         file.write_text(json.dumps(values), encoding="utf-8")
-        command = [sys.executable, "-m", "trimtab.stages.plan", str(file), scratch]
+        command = [*bound_module(sys.executable, "trimtab.stages.plan"), str(file), scratch]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["no word"]
@@ -115,16 +119,21 @@ def estimate(name: str, stage: str, settings: Any, directory: Path, *, share_of_
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
     seconds = summary["seconds"]
     num_steps = per_step = tokens = None
+    num_checks, per_check = 0, 0.0
     timed = rows
     if rows:
         planned = getattr(settings, "num_steps", None) or summary["num_planned_steps"] / share_of_data
         num_steps = min(math.ceil(planned), getattr(settings, "max_steps", None) or math.ceil(planned))
         if num_steps > len(rows) == FEW_STEPS:
             timed = rows[:-1]  # the last step is the largest of the run
-        steps = [row["time/step_seconds"] for row in timed]
-        per_step = statistics.median(steps[1:] or steps)
+        checks = [row.get("time/guard_seconds", 0.0) for row in rows]
+        steps = [row["time/step_seconds"] - check for row, check in zip(timed, checks, strict=False)]
+        per_step, per_check = statistics.median(steps[1:] or steps), max(checks)
         seconds += per_step * num_steps - sum(row["time/step_seconds"] for row in rows)
         seconds += per_step * preflight.describe(stage).further_steps(settings, num_steps)
+        if (guard := getattr(settings, "guard", None)) is not None:
+            num_checks = guard.num_checks(num_steps)
+            seconds += per_check * (num_checks - 1)  # the one before the first step is in the rehearsal's own time
         speeds = [row["time/tokens_per_second"] for row in timed if "time/tokens_per_second" in row]
         tokens = speeds[-1] if speeds else None
     else:
@@ -144,6 +153,8 @@ def estimate(name: str, stage: str, settings: Any, directory: Path, *, share_of_
         tokens_per_second=tokens,
         laps=laps,
         weights_gb=weights(stage, settings, directory),
+        num_checks=num_checks,
+        seconds_per_check=per_check,
     )
 
 
@@ -205,6 +216,9 @@ def show(plans: list[StagePlan], console: Console) -> None:
         if p.laps:
             parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in p.laps.items())
             console.print(f"a step of {p.name}: {parts}")
+        if p.num_checks:
+            checks = f"{p.num_checks} checks, {p.seconds_per_check:.2f} s each, which the time and the memory hold"
+            console.print(f"the guard of {p.name}: {checks}")
     for p in plans:
         if len(p.peak_rss_gb_each) > 1:
             controller, *workers = (f"{gb:.2f}" for gb in p.peak_rss_gb_each)

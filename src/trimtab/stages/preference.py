@@ -22,7 +22,7 @@ from torch import Tensor
 from trimtab.batches.pairs import PairBatch, ReferencePairs
 from trimtab.batches.replies import JudgedReplies, MismatchedReplies
 from trimtab.batches.trees import TokenTrees, Tree, TreeBatch, split_by_tokens
-from trimtab.core.config import NONE, Choice
+from trimtab.core.config import Choice
 from trimtab.core.errors import DataError, EngineError
 from trimtab.core.hub import same_model
 from trimtab.core.metrics import Metrics, Total, to_values
@@ -47,9 +47,9 @@ from trimtab.models.save import save_role
 from trimtab.models.vocabulary import refuse_other_vocabulary
 from trimtab.runs.run import Run
 from trimtab.stages.guard.independence import same_source
-from trimtab.stages.guard.settings import PreferenceGuardSettings
+from trimtab.stages.guard.settings import PreferenceGuardSettings, rehearsed
 from trimtab.stages.guard.watch import DECISION, RECORD
-from trimtab.stages.preference_guard import GuardedLearner, guard_prompts, make_guard, make_sampler, steps_of_the_guard
+from trimtab.stages.preference_guard import GuardedLearner, guard_prompts, make_guard, make_sampler
 from trimtab.stages.reading import read_split, say_too_long
 from trimtab.stages.sft import start_policy
 from trimtab.stages.stage import EPOCHS_GROW, FEW_STEPS, Stage
@@ -430,16 +430,13 @@ def records_of(settings: PreferenceSettings) -> tuple[type, ...]:
 
 
 def few_steps(table: Mapping[str, Any], _settings: PreferenceSettings) -> dict[str, Any]:
-    """Settings for a few steps, without a guard."""
-    steps = {"max_steps": min(FEW_STEPS, table.get("max_steps") or FEW_STEPS)}
-    return steps | ({"guard": NONE} if "guard" in table else {})
+    """Settings for a few steps, with a guard that checks the first and the last policy."""
+    return {"max_steps": min(FEW_STEPS, table.get("max_steps") or FEW_STEPS)} | rehearsed(table)
 
 
 def further_steps(settings: PreferenceSettings, num_steps: int) -> float:
-    """The cost of reference and guard, in steps. The reference reads the data once, in a forward pass, which is a third
-    of a step."""
-    reading = num_steps / (3 * max(1.0, settings.num_epochs)) if settings.loss.needs_reference else 0.0
-    return reading + steps_of_the_guard(settings, num_steps)
+    """The cost of the reference, in steps: it reads the data once, in a forward pass, which is a third of a step."""
+    return num_steps / (3 * max(1.0, settings.num_epochs)) if settings.loss.needs_reference else 0.0
 
 
 STAGE = Stage(

@@ -113,13 +113,3 @@ def make_guard(
         measure=measure,
     )
     return RunGuard(guard, run, state, check, num_trained_on=prompts.num_trained_on, num_steps=num_steps)
-
-
-def steps_of_the_guard(settings: Any, num_steps: int) -> float:
-    """The work of all checks of the guard in steps, roughly: a reply of a check is drawn token by token and scored
-    twice, which is taken for the work of a prompt of a step, whose replies are read forward and backward."""
-    guard: PreferenceGuardSettings | None = settings.guard
-    if guard is None:
-        return 0.0
-    num_replies = guard.num_checks(num_steps) * guard.num_prompts * guard.replies_per_prompt
-    return float(num_replies / settings.batch_size)

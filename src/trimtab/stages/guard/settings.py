@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from trimtab.core.config import Choice
 from trimtab.engines.local.sampler import Sampling
 from trimtab.stages.guard.independence import refuse_empty_measure
+from trimtab.stages.stage import FEW_STEPS
 
 LEAST_FOR_ACTIONS = 8
 """With fewer prompts than this, replies that happen to fall alike are not rare enough to act on."""
@@ -104,3 +106,10 @@ class PreferenceGuardSettings(GuardSettings):
                 f"sampling.temperature = {self.sampling.temperature}: preference training, and the KL of a check, are "
                 "about the policy at temperature 1; leave it out"
             )
+
+
+def rehearsed(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The guard of a table of settings as a rehearsal of a few steps has it, by its key: a check before the first step
+    and one after the last, and no action. Empty if there is no guard."""
+    guard = table.get("guard")
+    return {"guard": {**guard, "every": FEW_STEPS, "actions": []}} if isinstance(guard, Mapping) else {}

@@ -24,7 +24,6 @@ from torch import Tensor
 from trimtab import worlds
 from trimtab.batches.rollouts import PolicyBatch
 from trimtab.batches.trees import TokenTrees
-from trimtab.core.config import NONE
 from trimtab.core.metrics import Mean, Metrics
 from trimtab.data.chat import Chat
 from trimtab.engines.base import Learner, Scorer
@@ -41,6 +40,7 @@ from trimtab.rewards.gold import GoldScorer
 from trimtab.runs.loop import stepping
 from trimtab.runs.run import Run
 from trimtab.stages.guard.measuring import load_measure
+from trimtab.stages.guard.settings import rehearsed
 from trimtab.stages.guard.watch import DECISION, RECORD
 from trimtab.stages.noise import seed_noise
 from trimtab.stages.online.cards import CardWatch
@@ -299,22 +299,12 @@ def make_engines(
 
 def few_steps(table: Mapping[str, Any], _settings: OnlineSettings) -> dict[str, Any]:
     """Settings for a few steps that are like the later ones of a run: without the critic's warm-up, in which the policy
-    is not updated, without a guard, and without a lag, because of which the first step draws for several and the last
-    ones for none."""
+    is not updated, and without a lag, because of which the first step draws for several and the last ones for none."""
     steps = min(FEW_STEPS, table.get("num_steps", FEW_STEPS))
     critic = dict(table.get("critic", {})) | {"warmup_steps": 0}
-    changed = {"num_steps": steps, "critic": critic}
+    changed = {"num_steps": steps, "critic": critic} | rehearsed(table)
     engine = dict(table.get("engine", {}))
-    changed |= {"guard": NONE} if "guard" in table else {}
     return changed | ({"engine": engine | {"max_staleness": 0}} if engine.get("max_staleness") else {})
-
-
-def steps_of_the_guard(settings: OnlineSettings, num_steps: int) -> float:
-    """The work of all checks of the guard in steps, at most: a check draws and scores replies and updates nothing."""
-    if (guard := settings.guard) is None:
-        return 0.0
-    replies = guard.num_prompts * guard.replies_per_prompt
-    return guard.num_checks(num_steps) * replies / (settings.prompts_per_step * settings.group_size)
 
 
 STAGE = Stage(
@@ -326,7 +316,6 @@ STAGE = Stage(
     grows=("num_steps",),
     least_prompts=lambda settings: settings.prompts_per_step,
     few=few_steps,
-    further_steps=steps_of_the_guard,
     about="Reinforcement learning: sample replies, score them with the reward model, move towards the better ones.",
     charts=(
         ("reward/mean",),
