@@ -6,6 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
+from trimtab.core.errors import ConfigError
 from trimtab.data.show import show, visible
 
 
@@ -84,6 +85,38 @@ def test_markup_and_control_characters_of_the_data_are_shown_and_not_obeyed(mode
     assert "[bold red]hi[/] ␛[2J␇" in text
     assert "[link=http://x]y[/link]\\u{202e}␀" in text
     assert "\x1b" not in text
+
+
+def test_without_a_model_rows_are_text_with_their_facts_and_counts(tmp_path):
+    rows = [{"prompt": "[b]2+2?\x1b", "chosen": "Four.", "rejected": "Five.", "facts": {"answer": "4"}, "topic": "x"}]
+    text = shown([*rows, {"prompt": "What?", "chosen": "", "rejected": "b"}], None, tmp_path)
+    assert "1. user\n[b]2+2?␛\n1. chosen\nFour.\n1. rejected\nFive.\n" in text
+    assert '1. fact answer\n"4"' in text
+    assert "facts" in text
+    assert "not used: topic" in text
+    assert "dropped empty response  1" in text
+    assert "row 2: chosen is empty" in text
+    assert "With --model MODEL" in text
+    assert "⟦" not in text
+    assert "median" not in text
+
+
+def test_without_a_model_no_turn_can_be_marked(tmp_path):
+    with pytest.raises(ConfigError, match="--train-on all without --model"):
+        shown(PAIRS, None, tmp_path, train_on="all")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "a", "completion": "b", "label": False}, "1. user\na\n1. thumbs down\nb\n"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+         "1. user\na\n1. demonstration\nb\n"),
+        ({"prompt": "a"}, "1. user\na\n"),
+    ],
+)  # fmt: skip
+def test_each_kind_of_record_has_its_texts(tmp_path, row, said):
+    assert said in shown([row] * 2, None, tmp_path)
 
 
 def test_visible_leaves_ordinary_text_alone():

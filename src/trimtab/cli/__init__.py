@@ -461,7 +461,7 @@ def data() -> None:
 
 @data.command()
 @click.argument("source")
-@_model
+@click.option("--model", help="A model directory or Hub id, whose tokens are shown.  [default: rows as text]")
 @click.option(
     "--kind",
     type=click.Choice(["auto", "sft", "preference", "prompt"]),
@@ -478,8 +478,10 @@ def data() -> None:
     help="Which assistant turns of a demonstration are trained, as in the sft stage.",
 )
 @click.option("--all", "whole", is_flag=True, help="Count and measure every row, not only the first thousand.")
-def show(source: str, model: str, kind: RecordKind, rows: int, train_on: Literal["last", "all"], whole: bool) -> None:
-    """Show rows as tokens, with the trained ones marked."""
+def show(
+    source: str, model: str | None, kind: RecordKind, rows: int, train_on: Literal["last", "all"], whole: bool
+) -> None:
+    """Show rows as tokens, with the trained ones marked; without --model, rows as text."""
     from rich.console import Console
 
     from trimtab.data import show as showing

@@ -1,19 +1,24 @@
-"""Shows what a model will see of a file: examples with the trained tokens marked, the layout, counts and lengths."""
+"""Shows what a model will see of a file: examples with the trained tokens marked, the layout, counts and lengths.
+
+Without a model there are no tokens: rows are shown as text, by the parts that were read, with the same counts.
+"""
 
 from __future__ import annotations
 
+import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trimtab.core.errors import DataError
+from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.types import (
     Demonstration,
     LabelledResponse,
@@ -23,16 +28,20 @@ from trimtab.core.types import (
     RatedResponse,
     SteppedResponse,
 )
-from trimtab.data.chat import Chat
 from trimtab.data.layouts import LAYOUTS, Loaded, kinds_of, load
 from trimtab.data.sources import records_source
-from trimtab.data.tokenizers import load_tokenizer
-from trimtab.data.tokens import without_turns
+
+if TYPE_CHECKING:
+    from trimtab.data.chat import Chat
 
 RecordKind = Literal["auto", "sft", "preference", "prompt"]
 _RECORDS: dict[str, type] = {"sft": Demonstration, "preference": PreferencePair, "prompt": Prompt}
 NUM_MEASURED = 1000
 """How many rows are counted and measured, unless all rows are asked for."""
+NEEDS_MODEL = (
+    "With --model MODEL: the text under its chat template, which tokens are trained, lengths in tokens, and the rows "
+    "that the template refuses."
+)
 _BAR = 40
 _NUM_BINS = 10
 
@@ -42,7 +51,7 @@ Tokens = tuple[str, list[int], list[bool]]
 
 def show(
     source: str | Path,
-    model_dir: str | Path,
+    model_dir: str | Path | None,
     *,
     kind: RecordKind = "auto",
     rows: int = 3,
@@ -53,21 +62,28 @@ def show(
     """Prints the first `rows` examples and a summary of the first thousand rows, or of the `whole` source.
 
     `train_on` says which assistant turns of a demonstration are marked as trained, as in the sft stage; turns that the
-    source marks as not to be learnt from never are. Bad rows are left out, counted and listed. Raises DataError as
-    `layouts.load` does.
+    source marks as not to be learnt from never are. Bad rows are left out, counted and listed. Without a model the
+    examples are texts. Raises DataError as `layouts.load` does, and ConfigError for a `train_on` without a model.
     """
-    chat = Chat(load_tokenizer(model_dir))
+    if model_dir is None and train_on != "last":
+        raise ConfigError(
+            f"--train-on {train_on} without --model",
+            where="trimtab data show",
+            fix="name the model whose tokens are to be marked with --model, or leave --train-on out",
+        )
+    chat = None if model_dir is None else _chat_of(model_dir)
     record = _RECORDS[kind] if kind != "auto" else _natural(source)
     limit = None if whole else max(rows, NUM_MEASURED)
-    loaded: Loaded[Any] = load(record, source, on_bad_row="drop", accepts=chat.refusal, limit=limit)
-    examples = _tokenised(chat, loaded.records, train_on)
-    for number, example in enumerate(examples[:rows], 1):
-        for title, ids, mask in example:
-            console.print(Text(f"{number}. {title}", style="bold"))
-            console.print(_marked(chat, ids, mask), soft_wrap=True)
-            console.print()
-    console.print(Text("⟦…⟧ is what is trained" if any(examples[0][0][2]) else "a prompt is not trained on"))
-    console.print()
+    accepts = None if chat is None else chat.refusal
+    loaded: Loaded[Any] = load(record, source, on_bad_row="drop", accepts=accepts, limit=limit)
+    lengths: list[Any]
+    if chat is None:
+        _print_texts(loaded.records[:rows], console)
+        lengths = [Text(NEEDS_MODEL, style="dim")]
+    else:
+        examples = _tokenised(chat, loaded.records, train_on)
+        _print_tokens(chat, examples[:rows], console)
+        lengths = _lengths([sequence for example in examples for sequence in example])
     console.print(_summary(loaded))
     if loaded.unused:
         console.print(Text(visible(f"not used: {', '.join(loaded.unused)}", newline="⏎"), style="yellow"))
@@ -76,8 +92,34 @@ def show(
     if limit is not None and loaded.counts.get("rows", 0) >= limit:
         console.print(Text(f"counts and lengths are of the first {limit:,} rows; --all reads every row", style="dim"))
     console.print()
-    for part in _lengths([sequence for example in examples for sequence in example]):
+    for part in lengths:
         console.print(part)
+
+
+def _print_tokens(chat: Chat, examples: Sequence[Sequence[Tokens]], console: Console) -> None:
+    for number, example in enumerate(examples, 1):
+        for title, ids, mask in example:
+            console.print(Text(f"{number}. {title}", style="bold"))
+            console.print(_marked(chat, ids, mask), soft_wrap=True)
+            console.print()
+    console.print(Text("⟦…⟧ is what is trained" if any(examples[0][0][2]) else "a prompt is not trained on"))
+    console.print()
+
+
+def _print_texts(records: Sequence[Any], console: Console) -> None:
+    for number, record in enumerate(records, 1):
+        for title, text in _texts(record):
+            console.print(Text(f"{number}. {title}", style="bold"))
+            console.print(Text(visible(text)), soft_wrap=True)
+        console.print()
+
+
+def _chat_of(model_dir: str | Path) -> Chat:
+    """The chat template and tokenizer of a model; transformers is imported only for that."""
+    from trimtab.data.chat import Chat
+    from trimtab.data.tokenizers import load_tokenizer
+
+    return Chat(load_tokenizer(model_dir))
 
 
 def visible(text: str, *, newline: str = "⏎\n") -> str:
@@ -100,11 +142,28 @@ def _natural(source: str | Path) -> type:
     return next(iter(kinds_of(source)), Prompt)
 
 
+def _texts(record: Any) -> Iterator[tuple[str, str]]:
+    """What was read of a row, part by part: its turns, its replies, what is said of them, and its facts."""
+    prompt = _prompt_of(record)
+    yield from ((message.role, message.content) for message in prompt.messages)
+    yield from _replies(record)
+    for field in () if isinstance(record, Prompt) else fields(record):
+        # what has a default is said of the replies; the rest is in their titles
+        if field.default is not MISSING and (value := getattr(record, field.name)) != field.default:
+            yield field.name.replace("_", " "), json.dumps(value)
+    yield from ((f"fact {name}", json.dumps(value, ensure_ascii=False)) for name, value in prompt.facts.items())
+
+
+def _prompt_of(record: Any) -> Prompt:
+    prompt: Prompt = record if isinstance(record, Prompt) else record.prompt
+    return prompt
+
+
 def _tokenised(chat: Chat, records: Sequence[Any], train_on: Literal["last", "all"]) -> list[list[Tokens]]:
     """The token sequences of each record."""
     if records and isinstance(records[0], Demonstration) and train_on == "all":
         return [[_whole_conversation(chat, record)] for record in records]
-    prompts = _prompts(chat, [record if isinstance(record, Prompt) else record.prompt for record in records])
+    prompts = _prompts(chat, [_prompt_of(record) for record in records])
     titled = [_replies(record) for record in records]
     responses = iter(chat.encode_responses([reply for replies in titled for _, reply in replies]))
     found: list[list[Tokens]] = []
@@ -117,6 +176,8 @@ def _tokenised(chat: Chat, records: Sequence[Any], train_on: Literal["last", "al
 
 
 def _whole_conversation(chat: Chat, record: Demonstration) -> Tokens:
+    from trimtab.data.tokens import without_turns
+
     ids, mask = chat.encode_conversation([*record.prompt.messages, Message("assistant", record.response)])
     return "demonstration", ids, without_turns(mask, record.untrained_turns)
 
@@ -166,8 +227,10 @@ def _marked(chat: Chat, ids: Sequence[int], mask: Sequence[bool]) -> Text:
 def _summary(loaded: Loaded[Any]) -> Table:
     columns = next((layout.columns for layout in LAYOUTS if layout.name == loaded.layout), "")
     table = Table.grid(padding=(0, 2))
-    facts = {"source": loaded.source, "sha256": loaded.sha256, "layout": f"{loaded.layout}  {columns}".strip()}
-    for name, value in {**facts, **{name: f"{num:,}" for name, num in loaded.counts.items()}}.items():
+    known = dict.fromkeys(name for record in loaded.records for name in _prompt_of(record).facts)
+    told = {"source": loaded.source, "sha256": loaded.sha256, "layout": f"{loaded.layout}  {columns}".strip()}
+    told |= {"facts": ", ".join(known)} if known else {}
+    for name, value in {**told, **{name: f"{num:,}" for name, num in loaded.counts.items()}}.items():
         table.add_row(Text(name.replace("_", " "), style="bold"), Text(visible(value, newline="⏎")))
     return table
 
