@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi.testclient import TestClient
 
-from tests.reports.fabricate import online_metrics, rollout_samples, write_run
+from tests.reports.fabricate import online_metrics, rollout_samples, supervised_metrics, write_run
 from trimtab.ui.app import create_app
 
 
@@ -25,6 +25,24 @@ def online_run(directory: Path, num_steps: int = 20, *, of: int = 40, **other: A
         metrics=metrics,
         **files,
     )
+
+
+def write_loop(directory: Path, *, rounds: int) -> Path:
+    """A loop that has done its rounds of sampling and DPO, and has not begun its evaluation; the last round of two or
+    more was killed."""
+    directory.mkdir(parents=True)
+    tables = []
+    for number in range(1, rounds + 1):
+        start = f"{directory}/dpo_{number - 1}/model" if number > 1 else "runs/sft/model"
+        tables += [f'[stages.select_{number}]\nstage = "select"\n', f'[stages.dpo_{number}]\nstage = "preference"\n']
+        sample = {"step": 0, "prompt": "Where is it?", "response": f"Here is reply {number}.", "reward": float(number)}
+        write_run(directory / f"select_{number}", stage="select", samples=[sample], summary={"num_prompts": 4})
+        summary = {"num_steps": 30} if number < rounds or rounds == 1 else None
+        settings = f'model = "{start}"\nmax_steps = 30\n'
+        metrics = supervised_metrics(30, 0.7, 0.3)
+        write_run(directory / f"dpo_{number}", stage="preference", metrics=metrics, settings=settings, summary=summary)
+    (directory / "pipeline.toml").write_text("".join([*tables, '[stages.evaluate]\nstage = "evaluate"\n']))
+    return directory
 
 
 def append(path: Path, *rows: Mapping[str, Any]) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from tests.reports.fabricate import online_metrics, rollout_samples, write_pipeline
-from tests.ui.fabricated import append, online_run
+from tests.ui.fabricated import append, online_run, write_loop
 from tests.ui.test_pages import HOSTILE
 from trimtab.core import registry
-from trimtab.runs.run import Run
+from trimtab.runs.run import Run, holding
 
 pytestmark = pytest.mark.slow
 PICTURES = os.environ.get("TRIMTAB_SCREENSHOTS")
@@ -91,6 +91,24 @@ def test_what_a_run_writes_appears_while_the_page_is_open(browser, address: str,
     assert watcher.wrong == []
 
 
+def test_what_a_loop_writes_appears_while_its_page_is_open(browser, address: str, tmp_path: Path):
+    loop = write_loop(tmp_path / "runs" / "loop", rounds=2)
+    watcher = Watcher(browser, address)
+    watcher.page.click("a:text-is('loop')")
+    watcher.live()
+    assert "not begun" in watcher.page.inner_text("#state")
+    append(loop / "dpo_2" / "metrics.jsonl", {"step": 31, "loss/train": 0.2}, {"step": 32, "loss/train": None})
+    watcher.page.wait_for_selector("text=dpo_2: not a finite number at some step: loss/train")
+    with holding(loop), Run.open(loop / "evaluate", stage="evaluate", settings={}) as run:
+        run.add_samples(0, [{"prompt": "Where is it?", "response": "It is on its way."}])
+        watcher.page.wait_for_selector("text=It is on its way.")
+        watcher.page.wait_for_selector("#state .chip.running")
+        assert "not begun" not in watcher.page.inner_text("#state")
+        run.finish({})
+    watcher.page.wait_for_selector("text=4 of 5 stages finished")
+    assert watcher.wrong == []
+
+
 def test_hostile_texts_do_nothing_when_loaded_and_when_they_come(browser, address: str, tmp_path: Path):
     run = online_run(tmp_path / "runs" / "<img src=x onerror=alert(9)>", samples=[{"step": 1, "response": HOSTILE}])
     watcher = Watcher(browser, address)
@@ -107,8 +125,10 @@ def test_the_pages_as_they_look(browser, address: str, tmp_path: Path):
     runs = tmp_path / "runs"
     write_pipeline(runs / "helpdesk")
     online_run(runs / "grpo-killed", 120, of=400)
+    write_loop(runs / "online_dpo", rounds=2)
     facts = registry.descriptor("stage", "online")
-    with Run.open(runs / "grpo", stage="online", settings={"num_steps": 400}, facts=facts) as run:
+    opened = Run.open(runs / "grpo", stage="online", settings={"num_steps": 400}, facts=facts)
+    with holding(runs / "online_dpo"), opened as run:
         for row in online_metrics(240, leash=False):
             run.log(row.pop("step"), row)
         for row in rollout_samples(240):
@@ -122,6 +142,8 @@ def test_the_pages_as_they_look(browser, address: str, tmp_path: Path):
             watcher.picture(f"list-{name}")
             watcher.open("/run?name=grpo")
             watcher.picture(f"run-{name}")
+            watcher.open("/pipeline?name=online_dpo")
+            watcher.picture(f"loop-{name}")
             watcher.open("/compare?run=helpdesk/ppo&run=helpdesk/ppo_no_leash")
             watcher.picture(f"compare-{name}")
             assert watcher.wrong == []

@@ -32,6 +32,7 @@ from trimtab.feedback.server.security import Guard, PostedFields, field, read_fo
 from trimtab.runs.state import holder_of, is_stepping, is_stopping, stop_holder
 from trimtab.ui import pages
 from trimtab.ui.library import Library
+from trimtab.ui.pipeline_page import pipeline_parts
 
 EVERY_SECONDS = 2.0
 """Between two looks at the files of an open page."""
@@ -68,6 +69,12 @@ class Watch:
         """The name, if it is that of a run. Raises HTTPException 404, so that no path leads out of the directory."""
         if name not in self.library.find().runs:
             raise HTTPException(404, "there is no such run here")
+        return name
+
+    def known_pipeline(self, name: str) -> str:
+        """The name, if it is that of a pipeline. Raises HTTPException 404."""
+        if name not in self.library.find().pipelines:
+            raise HTTPException(404, "there is no such pipeline here")
         return name
 
     def stopping(self, name: str) -> bool:
@@ -124,6 +131,13 @@ def run(watch: Watched, name: str) -> HTMLResponse:
     return _page(watch.known(name), _run(watch, name)(), f"/live/run?{urlencode({'name': name})}")
 
 
+@router.get("/pipeline")
+def pipeline(watch: Watched, name: str) -> HTMLResponse:
+    """The page of a pipeline, and of a loop."""
+    live = f"/live/pipeline?{urlencode({'name': name})}"
+    return _page(watch.known_pipeline(name), _pipeline(watch, name)(), live)
+
+
 @router.get("/compare")
 def compare(watch: Watched, run: Annotated[list[str], Query(default_factory=list)]) -> HTMLResponse:
     """Runs beside one another."""
@@ -142,6 +156,13 @@ def live_run(watch: Watched, request: Request, name: str) -> StreamingResponse:
     """A run as it goes on."""
     watch.known(name)
     return _stream(watch, request, _run(watch, name))
+
+
+@router.get("/live/pipeline")
+def live_pipeline(watch: Watched, request: Request, name: str) -> StreamingResponse:
+    """A pipeline as its stages go on."""
+    watch.known_pipeline(name)
+    return _stream(watch, request, _pipeline(watch, name))
 
 
 @router.get("/live/compare")
@@ -216,6 +237,10 @@ def create_app(root: Path) -> FastAPI:
 
 def _run(watch: Watch, name: str) -> Make:
     return lambda: pages.run_parts(watch.library, name, csrf=watch.csrf, stopping=watch.stopping(name))
+
+
+def _pipeline(watch: Watch, name: str) -> Make:
+    return lambda: pipeline_parts(watch.library, name, csrf=watch.csrf, stopping=watch.stopping)
 
 
 def _comparison(watch: Watch, names: list[str]) -> Make:

@@ -102,10 +102,19 @@ class Library:
                 left += [(path, depth + 1) for path in below]
         return Found(runs, pipelines, not left, num_left_out, num_links)
 
+    def stages(self, pipeline: str) -> dict[str, str]:
+        """The stages of a pipeline in their order, begun or not, each with what it does, such as {"dpo_1":
+        "preference"}."""
+        return self._stages(self.root / pipeline)
+
+    def _stages(self, pipeline: Path) -> dict[str, str]:
+        stages = self._files.get(pipeline / "pipeline.toml", read_toml)[0].get("stages")
+        tables = stages if isinstance(stages, Mapping) else {}
+        return {name: str(one.get("stage", "")) if isinstance(one, Mapping) else "" for name, one in tables.items()}
+
     def _in_order(self, pipeline: Path, runs: list[Path]) -> list[Path]:
         """The runs of a pipeline in the order of its stages."""
-        stages = self._files.get(pipeline / "pipeline.toml", read_toml)[0].get("stages")
-        order = list(stages) if isinstance(stages, Mapping) else []
+        order = list(self._stages(pipeline))
         return sorted(runs, key=lambda path: (order.index(path.name) if path.name in order else len(order), path.name))
 
     def _name(self, directory: Path) -> str:
@@ -207,6 +216,7 @@ class RunView:
             problems += wrong
         return RunRecord(
             name=self.directory.name,
+            directory=self.directory,
             stage=str(settings.get("stage", "run")),
             settings={key: value for key, value in settings.items() if key != "stage"},
             environment=tables["environment"] or {},

@@ -6,7 +6,7 @@ import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +86,13 @@ def _lines(library: Library, found: Found) -> list[Line]:
         ]
         if pipeline is not None:
             summary = library.summary(pipeline)
-            whole = _of_pipeline(pipeline, states, summary is not None, holder_of(library.root / pipeline))
+            whole = of_pipeline(pipeline, states, summary is not None, holder_of(library.root / pipeline))
             lines.append(Line(pipeline, pipeline, whole, figures(summary or {}), is_pipeline=True))
         lines += rows
     return lines
 
 
-def _of_pipeline(name: str, states: Sequence[RunState], finished: bool, holder: int | None) -> RunState:
+def of_pipeline(name: str, states: Sequence[RunState], finished: bool, holder: int | None) -> RunState:
     """The state of a pipeline: running while a process holds it, else that of the first stage that is not finished."""
     whole: RunStanding = "finished" if finished else "stopped"
     standing = next((s.standing for s in states if s.standing != "finished"), whole)
@@ -148,28 +148,32 @@ def run_parts(library: Library, name: str, *, csrf: str, stopping: bool) -> Frag
             stepping=is_stepping(library.root / name, state.holder),
         ),
         "alarms": render("alarms.html", alarms=alarms_of(record, running=state.holder is not None)),
-        "curves": _section("Curves", curve_parts(record)),
-        "guard": _section("", guard_parts(record)),
-        "samples": _section("Newest samples", _samples(record)),
-        "file": render("file.html", text=_text(library.root / name / "settings.toml")),
-        "details": _section("", detail_parts(record)),
+        "curves": titled("Curves", curve_parts(record)),
+        "guard": titled("", guard_parts(record)),
+        "samples": titled("Newest samples", sample_parts([record])),
+        "file": render("file.html", file="settings.toml", text=text_of(library.root / name / "settings.toml")),
+        "details": titled("", detail_parts(record)),
     }
 
 
-def _section(title: str, parts: Sequence[Part]) -> Markup:
+def titled(title: str, parts: Sequence[Part]) -> Markup:
+    """Parts under a title, which is left out if there are none."""
     return render("section.html", title=title if parts else "", parts=parts)
 
 
-def _samples(record: RunRecord) -> list[Part]:
-    """The newest samples, the newest first, two beside each other."""
-    rows = [row for row in reversed(record.samples) if "response" in row]
-    cards = [rollout_card(row, number(row, "step") or 0) for row in rows[:NUM_SAMPLES]]
-    pairs = [SampleCard(cards[i : i + 2]) for i in range(0, len(cards), 2)]
+def sample_parts(records: Sequence[RunRecord]) -> list[Part]:
+    """The newest samples of runs, those of the first run before those of the others and the newest first, two beside
+    each other; of several runs each says whose it is."""
+    rows = [(record.name, row) for record in records for row in reversed(record.samples) if "response" in row]
+    cards = [(run, rollout_card(row, number(row, "step") or 0)) for run, row in rows[:NUM_SAMPLES]]
+    told = [card if len(records) == 1 else replace(card, who=f"{run}, {card.who}") for run, card in cards]
+    pairs = [SampleCard(told[i : i + 2]) for i in range(0, len(told), 2)]
     rest = pairs[NUM_OPEN_SAMPLES // 2 :]
     return [*pairs[: NUM_OPEN_SAMPLES // 2], *([Folded("More samples", rest)] if rest else [])]
 
 
-def _text(path: Path, most: int = 100_000) -> str:
+def text_of(path: Path, most: int = 100_000) -> str:
+    """The beginning of a file; empty if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(most).decode(errors="replace")
@@ -206,7 +210,7 @@ def comparison_parts(library: Library, names: Sequence[str]) -> Fragments:
     num_each = max((view.num_each for view in views), default=1)
     return {
         "state": render("compared.html", names=names, share_read=share, num_each=num_each),
-        "comparison": _section("", parts),
+        "comparison": titled("", parts),
     }
 
 
