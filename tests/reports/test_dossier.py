@@ -23,7 +23,18 @@ SUITE = {
     "baseline": "b",
     "model_sha256": "1",
     "baseline_sha256": "2",
-    "metrics": [{"name": "accuracy", "better": "higher"}],
+    "num_items": 1,
+    "command": "trimtab eval hhh m b --out hhh.json",
+    "metrics": [
+        {
+            "name": "accuracy",
+            "better": "higher",
+            "model": {"value": 0.812, "low": 0.75, "high": 0.874, "count": 1},
+            "baseline": {"value": 0.5, "low": None, "high": None, "count": 1},
+            "difference": {"value": 0.312, "low": 0.2, "high": 0.4, "count": 1},
+            "null": {"constant": 0.5},
+        }
+    ],
     "items": [{"id": "1", "cluster": "1", "scores": {"accuracy": [1.0]}, "baseline_scores": {"accuracy": [0.0]}}],
     "engine": {"device": "cpu"},
 }
@@ -90,6 +101,27 @@ def test_suites_are_held_without_their_items(tmp_path):
         write_dossier(run, tmp_path / "x.json", suites=[path])
 
 
+def test_the_agreement_of_people_is_that_of_their_study(tmp_path):
+    rows = [
+        {"item": i, "annotator": who, "choice": "A" if i % 3 or who == "x" else "B"} for i in range(9) for who in "xy"
+    ]
+    votes = tmp_path / "votes.jsonl"
+    votes.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    made = CliRunner().invoke(cli.main, ["feedback", "agreement", str(votes), "--out", str(tmp_path / "a.html")])
+    assert made.exit_code == 0, made.output
+    run = write_run(tmp_path / "run", stage="reward")
+    (study,) = dossier(run, tmp_path, agreements=[tmp_path / "a.json"])["data"]["votes"]
+    assert study["agreement"]["value"] == pytest.approx(6 / 9)
+    assert study["agreement"]["low"] < 6 / 9 < study["agreement"]["high"]
+    assert study["noise_limit"]["value"] == pytest.approx((1 + (2 * 6 / 9 - 1) ** 0.5) / 2)
+    assert study["num_pairs"] == 9
+    assert study["command"].startswith("trimtab ")
+    with pytest.raises(DataError, match="no figures of votes"):
+        write_dossier(run, tmp_path / "x.json", agreements=[run / "environment.json"])
+    with pytest.raises(DataError, match="no such file"):
+        write_dossier(run, tmp_path / "x.json", agreements=[tmp_path / "none.json"])
+
+
 def test_the_command_writes_it_beside_the_page(tmp_path):
     run = write_run(tmp_path / "run", stage="online", metrics=online_metrics(30, leash=True))
 
@@ -103,8 +135,13 @@ def test_the_command_writes_it_beside_the_page(tmp_path):
     (run / "report.json").unlink()
     assert "dossier" not in report("--out", tmp_path / "page.html").output
     assert not (run / "report.json").exists()
-    assert report("--out", tmp_path / "page.html", "--json", tmp_path / "d.json").exit_code == 0
-    assert (tmp_path / "d.json").exists()
+    (tmp_path / "hhh.json").write_text(json.dumps(SUITE), encoding="utf-8")
+    options = ("--out", tmp_path / "page.html", "--json", tmp_path / "d.json", "--suite", tmp_path / "hhh.json")
+    assert report(*options).exit_code == 0
+    assert json.loads((tmp_path / "d.json").read_text())["suites"][0]["suite"] == "hhh"
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "trimtab eval hhh m b --out hhh.json" in text
+    assert "0.812 [0.75, 0.874] (n=1)" in text
     refused = report("--out", tmp_path / "page.html", "--suite", tmp_path / "d.json")
     assert refused.exit_code == 2
-    assert "--suite without a dossier" in refused.output
+    assert "no results of a suite" in refused.output

@@ -70,7 +70,7 @@ def test_the_page_runs_no_script_and_loads_nothing(pipeline_page):
 
 def test_a_pipeline_page_has_a_section_for_every_stage_in_order(pipeline_page):
     anchors = [a["href"] for a in pipeline_page.all("a")]
-    assert anchors == ["#goodhart", "#samples", *(f"#stage-{i}" for i in range(1, 7))]
+    assert anchors == ["#goodhart", "#samples", "#data", *(f"#stage-{i}" for i in range(1, 7)), "#costs"]
     assert [h["id"] for h in pipeline_page.all("h2")] == [a[1:] for a in anchors]
     for words in ("Training made the model better.", "0.55 → 0.75", "14 min 23 s", "To look at", "limit 72%"):
         assert words in pipeline_page.text
@@ -90,6 +90,31 @@ def test_gold_and_each_of_its_parts_stand_over_the_distance_from_the_reference(p
     parts = text[text.index("The parts of gold over √KL") : text.index("Before and after", text.index("The parts of"))]
     assert all(part in parts for part in GOLD_PARTS)
     assert "ppo_no_leash, step 150:" in text
+
+
+def test_what_is_shown_stands_beside_the_command_that_repeats_it(pipeline, pipeline_page):
+    text = pipeline_page.text
+    for words in (
+        f"Again: trimtab report {pipeline}",
+        f"Again: trimtab online {pipeline}/ppo/settings.toml --out {pipeline}-again/ppo",
+        f"Again: trimtab doctor {pipeline}/ppo",
+        f"Again: trimtab run {pipeline}/pipeline.toml --out {pipeline}-again",
+    ):
+        assert words in text
+
+
+def test_curves_that_were_fitted_are_drawn_and_told(pipeline_page):
+    text = pipeline_page.text
+    assert "R(d) = d (alpha - beta log d)" in text
+    assert "measured up to" in text
+
+
+def test_votes_and_costs_are_told(tmp_path):
+    summary = {"train_agreement": 0.66, "train_bayes_accuracy": 0.73, "num_train_pairs": 26392, "seconds": 75.0}
+    run = write_run(tmp_path / "run", stage="compare", summary=summary, settings='[engine]\ndevice = "cpu"\n')
+    text = " ".join(Page(write_report(run).read_text(encoding="utf-8")).text.split())
+    assert "train.jsonlrun26,39266%73%" in text
+    assert "run1 min 15 s–––cpu" in text
 
 
 def test_samples_are_a_fixed_random_draw_and_not_the_best():

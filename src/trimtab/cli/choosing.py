@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,8 @@ def choose(
     given += [{"name": "model", "path": reward_model}] if reward_model else []
     values |= {"measure": given} if given else {}
     values |= {"prompts": prompts} if prompts else {}
-    found = choosing.choose(run, values, where=" ".join(["trimtab choose", *overrides]), out=out, export=export)
+    where, command = " ".join(["trimtab choose", *overrides]), shlex.join(["trimtab", *sys.argv[1:]])
+    found = choosing.choose(run, values, where=where, out=out, export=export, command=command)
     table = Table("step", "measure, 95% interval", "KL in nats", "reward", "", box=SIMPLE)
     for row in choosing.rows(found):
         table.add_row(*row)

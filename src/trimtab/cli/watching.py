@@ -51,24 +51,27 @@ def report() -> None:
     "suites",
     multiple=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Results of `trimtab eval SUITE MODEL BASELINE --out FILE`, for the dossier.",
+    help="Results of `trimtab eval SUITE MODEL BASELINE --out FILE`, for the page and the dossier.",
 )
-def page(directory: Path, out: Path | None, json_out: Path | None, suites: tuple[Path, ...]) -> None:
-    """Write the page of a run or a pipeline, and its dossier as JSON; the name of this command may be left out."""
-    from trimtab.core.errors import ConfigError
+@click.option(
+    "--agreement",
+    "agreements",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Figures that `trimtab feedback agreement` has written beside its page.",
+)
+def page(directory: Path, out: Path | None, json_out: Path | None, **beside: tuple[Path, ...]) -> None:
+    """Write the page of a run or a pipeline, and its dossier as JSON; the name of this command may be left out.
+
+    Both hold, for every figure, the command that repeats it.
+    """
     from trimtab.reports.dossier import write_dossier
 
     if json_out is None and out is None:
         json_out = directory / "report.json"
-    if json_out is None and suites:
-        raise ConfigError(
-            "--suite without a dossier",
-            where="the command line",
-            fix="say where the dossier goes with --json FILE: the page has no suites",
-        )
-    write_report(directory, out)
+    write_report(directory, out, **beside)
     if json_out is not None:
-        click.echo(f"dossier: {write_dossier(directory, json_out, suites=suites)}")
+        click.echo(f"dossier: {write_dossier(directory, json_out, **beside)}")
 
 
 @report.command()
@@ -120,11 +123,11 @@ def _show(parts: Any) -> None:
             console.print(table)
 
 
-def write_report(directory: Path, out: Path | None = None) -> None:
+def write_report(directory: Path, out: Path | None = None, **beside: tuple[Path, ...]) -> None:
     """Writes the page of a run or a pipeline, and says where it is."""
     from trimtab.reports import run_page
 
-    click.echo(f"report: {run_page.write_report(directory, out)}")
+    click.echo(f"report: {run_page.write_report(directory, out, **beside)}")
 
 
 @click.command()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +53,8 @@ def agreement(
         click.echo(line)
     page.parent.mkdir(parents=True, exist_ok=True)
     write(agreement_page.page_of(found, title=Path(source).name), page)
-    write_out(figures, json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    told = found.to_dict() | {"command": shlex.join(["trimtab", *sys.argv[1:]])}
+    write_out(figures, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     click.echo(f"page: {page}\nfigures: {figures}")
 
 

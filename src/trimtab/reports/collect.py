@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,8 @@ class RunRecord:
 
     name: str
     stage: str
+    directory: Path | None = None
+    """Where it lies, as an absolute path; None for a record that was made without files."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -153,6 +156,8 @@ class PipelineRecord:
 
     name: str
     runs: tuple[RunRecord, ...]
+    directory: Path | None = None
+    """Where it lies, as an absolute path; None for a record that was made without files."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
     finished: bool = False
@@ -185,6 +190,7 @@ def _pipeline(directory: Path) -> PipelineRecord:
     summary = read_object(directory / "summary.json", problems)
     return PipelineRecord(
         name=directory.resolve().name,
+        directory=Path(os.path.abspath(directory)),
         runs=tuple(_run(present[name], _named_stage(stages, name)) for name in names if name in present),
         settings=settings,
         summary=summary or {},
@@ -213,6 +219,7 @@ def _run(directory: Path, stage: str | None = None) -> RunRecord:
     return RunRecord(
         name=directory.resolve().name,
         stage=stage,
+        directory=Path(os.path.abspath(directory)),
         settings={key: value for key, value in settings.items() if key != "stage"},
         environment=read_object(directory / "environment.json", problems) or {},
         data=read_object(directory / "data.json", problems) or {},

@@ -1,38 +1,44 @@
 """The dossier of a run or a pipeline: what its page shows, as one JSON document.
 
-It holds what was trained on with hashes, what the reward model is worth, the reward against a measure that training
-does not see, the checkpoint that was chosen, what looks wrong, suites that were asked afterwards, and all settings.
-`dossier.schema.json` is its JSON schema. Replies are not in it, but for those that show a failure.
+It holds what was trained on with hashes, how far the votes agree, what the reward model is worth, the reward against a
+measure that training does not see with the curves fitted to both, the checkpoint that was chosen, what looks wrong,
+suites that were asked afterwards, replies to the same prompts before and after, what all of it took, all settings, and
+the command that repeats each of these. `dossier.schema.json` is its JSON schema.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trimtab.core.files import json_text, write_out, writing
-from trimtab.evals.suites.results import read_results
 from trimtab.reports import headline
 from trimtab.reports.alarms import alarms_of
+from trimtab.reports.before_after import before_after
 from trimtab.reports.collect import PipelineRecord, RunRecord, collect
-from trimtab.reports.diagnosis import diagnose
+from trimtab.reports.diagnosis import RunDiagnosis, diagnose
+from trimtab.reports.evidence import NOTHING_ASKED, Asked, costs_of, data_of, suites_of
+from trimtab.reports.fits import fits_of
+from trimtab.reports.guard_parts import guard_signals
 from trimtab.reports.quality import measured_quality
+from trimtab.reports.repeating import Repeating
 
-VERSION = 1
+VERSION = 2
 """The version of the schema, raised when a reader of the file would have to change."""
 MAX_POINTS = 400
 """Points of a longer course of quality are drawn evenly from it, the last one among them."""
 
 
-def write_dossier(directory: Path, out: Path, *, suites: Sequence[Path] = ()) -> Path:
-    """Writes the dossier of a run or pipeline directory with the results of suites, and returns its path.
+def write_dossier(directory: Path, out: Path, *, suites: Sequence[Path] = (), agreements: Sequence[Path] = ()) -> Path:
+    """Writes the dossier of a run or pipeline directory with the results of suites and of studies of votes, and returns
+    its path.
 
-    Raises DataError for any other directory and for a file that holds no results of a suite, and EngineError if it
-    cannot be written.
+    Raises DataError for any other directory and for a file that holds no such results, and EngineError if it cannot be
+    written.
     """
-    found = dossier_of(collect(directory), suites=read_results(suites))
+    found = dossier_of(collect(directory), Asked.read(suites=suites, agreements=agreements))
     text = json_text(json.loads(json.dumps(found, default=str)))  # a settings file may hold dates
     with writing("the dossier", out, kept=f"the run is whole: trimtab report {directory} --json FILE"):
         # a lone surrogate, which JSON can carry and UTF-8 cannot, becomes a question mark as on the page
@@ -40,10 +46,11 @@ def write_dossier(directory: Path, out: Path, *, suites: Sequence[Path] = ()) ->
     return out
 
 
-def dossier_of(record: RunRecord | PipelineRecord, *, suites: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """The dossier of a record, as JSON values."""
+def dossier_of(record: RunRecord | PipelineRecord, asked: Asked = NOTHING_ASKED) -> dict[str, Any]:
+    """The dossier of a record with what was asked beside it, as JSON values."""
     whole = isinstance(record, PipelineRecord)
-    runs = record.runs if isinstance(record, PipelineRecord) else (record,)
+    repeating = Repeating(record, asked.options)
+    samples = before_after(record)
     verdict = headline.pipeline_verdict(record) if isinstance(record, PipelineRecord) else headline.run_verdict(record)
     return {
         "version": VERSION,
@@ -51,19 +58,30 @@ def dossier_of(record: RunRecord | PipelineRecord, *, suites: Sequence[Mapping[s
         "kind": "pipeline" if whole else "run",
         "finished": record.finished,
         "problems": list(record.problems),
-        "verdict": None if verdict is None else vars(verdict),
-        "pipeline": {"settings": record.settings, "summary": record.summary} if whole else None,
-        "runs": [_run(run) | {"diagnosis": found.as_json} for run, found in zip(runs, diagnose(record), strict=True)],
-        "suites": [{name: one[name] for name in one.keys() - {"items", "engine"}} for one in suites],
+        "place": str(repeating.place),
+        "command": repeating.report,
+        "verdict": None if verdict is None else vars(verdict) | {"command": repeating.report},
+        "pipeline": _pipeline(record, repeating) if isinstance(record, PipelineRecord) else None,
+        "data": data_of(record, repeating, asked.studies),
+        "runs": [_run(one, repeating) for one in diagnose(record)],
+        "suites": suites_of(asked.suites),
+        "samples": None if samples is None else samples.as_json | {"command": repeating.stage(samples.run)},
+        "costs": costs_of(record, repeating),
     }
 
 
-def _run(run: RunRecord) -> dict[str, Any]:
+def _pipeline(record: PipelineRecord, repeating: Repeating) -> dict[str, Any]:
+    return {"settings": record.settings, "summary": record.summary, "command": repeating.whole}
+
+
+def _run(diagnosis: RunDiagnosis, repeating: Repeating) -> dict[str, Any]:
+    run = diagnosis.run
     actions = [row for row in run.guard if row.get("event") != "check"]
     return {
         "name": run.name,
         "stage": run.stage,
         "about": run.about,
+        "command": repeating.stage(run),
         "finished": run.finished,
         "num_steps": run.num_steps,
         "num_samples": len(run.samples),
@@ -78,13 +96,23 @@ def _run(run: RunRecord) -> dict[str, Any]:
             if len(series)
         },
         "summary": run.summary,
-        "quality": _quality(run),
-        "guard": {"num_checks": len(run.guard) - len(actions), "actions": actions} if run.guard else None,
+        "quality": _quality(run, repeating),
+        "fits": [one.as_json | {"command": repeating.report} for one in fits_of(run)],
+        "guard": {
+            "num_checks": len(run.guard) - len(actions),
+            "actions": actions,
+            "signals": guard_signals(run),
+            "command": repeating.stage(run),
+        }
+        if run.guard
+        else None,
         "decision": run.decision or None,
+        "decision_command": repeating.decision(run),
+        "diagnosis": diagnosis.as_json | {"command": repeating.diagnosis(run)},
     }
 
 
-def _quality(run: RunRecord) -> dict[str, Any] | None:
+def _quality(run: RunRecord, repeating: Repeating) -> dict[str, Any] | None:
     """The independent measure over the run; None if nothing was measured."""
     measured = measured_quality(run)
     if measured is None:
@@ -107,4 +135,5 @@ def _quality(run: RunRecord) -> dict[str, Any] | None:
         "fall_fraction": found.fall_fraction,
         "fell": measured.fell,
         "was_gamed": measured.was_gamed,
+        "command": repeating.stage(run),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trimtab.reports.collect import RunRecord
@@ -11,10 +11,44 @@ from trimtab.reports.page import Folded, Part, Table, Text
 
 NUM_ROWS = 200
 """Rows of a table at most; a longer record is shown from its end."""
+_MOST_STEPS = 12
+_NO_SIGNALS = ("measure", "measure_low", "measure_high", "signals", "unjudged", "best_step")
+"""What the guard logs besides its signals."""
+
+
+def guard_signals(run: RunRecord) -> dict[str, dict[str, Any]]:
+    """Each cheap signal of the guard: its mean over the first and the last tenth of the checks, and the steps of the
+    checks in which it had fired."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, series in run.metrics.items():
+        owner, _, signal = name.partition("/")
+        if owner == "guard" and signal not in _NO_SIGNALS and len(series):
+            found[signal] = {"first": series.mean_of_first(), "last": series.mean_of_last(), "fired_at": []}
+    for row in run.guard:
+        fired, step = row.get("fired"), number(row, "step")
+        for signal in fired if isinstance(fired, list) and step is not None else ():
+            if isinstance(signal, str):
+                found.setdefault(signal, {"first": None, "last": None, "fired_at": []})["fired_at"].append(step)
+    return found
+
+
+def _signal_parts(run: RunRecord) -> list[Part]:
+    rows = [
+        (name.replace("_", " "), show(one["first"]), show(one["last"]), _steps(one["fired_at"]))
+        for name, one in guard_signals(run).items()
+    ]
+    head = ("", "at the start", "at the end", "fired at step")
+    return [Folded(f"{len(rows)} cheap signals of the replies", [Table(rows, head)])] if rows else []
+
+
+def _steps(steps: Sequence[float]) -> str:
+    shown = ", ".join(show(step) for step in steps[:_MOST_STEPS])
+    return f"{shown}, … ({len(steps)} checks)" if len(steps) > _MOST_STEPS else shown or "–"
 
 
 def guard_parts(run: RunRecord) -> list[Part]:
-    """The actions, the choice and the measured checkpoints; nothing for a run without a guard or a choice."""
+    """The actions, the signals, the choice and the measured checkpoints; nothing for a run without a guard or a
+    choice."""
     parts: list[Part] = []
     if run.guard:
         actions = [row for row in run.guard if row.get("event") != "check"]
@@ -22,6 +56,7 @@ def guard_parts(run: RunRecord) -> list[Part]:
         num = len(run.guard) - len(actions)
         parts += [Text("Guard", "heading"), Text(f"{num} checks, {len(actions)} actions.")]
         parts += [Table(told[-NUM_ROWS:], ("", "action", "why"))] if told else []
+        parts += _signal_parts(run)
     if run.decision:
         parts += [] if run.guard else [Text("Choice of a checkpoint", "heading")]
         parts += [Text(_said(run.decision)), *_checkpoints(run.decision)]

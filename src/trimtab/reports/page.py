@@ -86,7 +86,15 @@ class Folded:
     parts: Sequence[Part]
 
 
-Part = Panels | Text | Table | SampleCard | Folded
+@dataclass(frozen=True)
+class Command:
+    """What to type to get the figures beside it again."""
+
+    kind: ClassVar = "command"
+    text: str
+
+
+Part = Panels | Text | Table | SampleCard | Folded | Command
 
 
 @dataclass(frozen=True)

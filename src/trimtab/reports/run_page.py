@@ -7,18 +7,38 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trimtab.core.files import writing
 from trimtab.reports import charts, headline
 from trimtab.reports.alarms import alarms_of
+from trimtab.reports.before_after import (
+    NUM_OPEN_SAMPLES,
+    BeforeAfter,
+    before_after,
+    drawn,
+    evaluated_samples,
+    sample_parts,
+    written,
+)
 from trimtab.reports.card_page import card_parts, rows_of
 from trimtab.reports.collect import PipelineRecord, RunRecord, Series, collect
 from trimtab.reports.diagnosis import diagnose_run
 from trimtab.reports.diagnosis_page import diagnosis_parts
+from trimtab.reports.evidence import (
+    NOTHING_ASKED,
+    Asked,
+    commands,
+    cost_parts,
+    costs_of,
+    data_of,
+    data_parts,
+    suite_parts,
+    suites_of,
+)
+from trimtab.reports.fits import fits_of
 from trimtab.reports.guard_parts import guard_parts
 from trimtab.reports.guide import meaning
 from trimtab.reports.headline import interval, number, section, show
+from trimtab.reports.over_kl import fit_parts, over_kl_parts
 from trimtab.reports.page import (
     Folded,
     Panel,
@@ -33,12 +53,8 @@ from trimtab.reports.page import (
     settings_table,
     write,
 )
+from trimtab.reports.repeating import Repeating
 from trimtab.runs.facts import StageFacts
-
-NUM_SAMPLES = 12
-"""Samples shown: a random draw with a fixed seed, so that they are typical and the same each time."""
-NUM_OPEN_SAMPLES = 4
-"""Samples shown before the reader opens the others."""
 
 _FOOTER = (
     "Brackets are 95% intervals. Lines are moving means, points the values as logged; of a long curve the lowest and "
@@ -47,36 +63,45 @@ _FOOTER = (
 )
 
 
-def write_report(directory: Path, out: Path | None = None) -> Path:
-    """Writes the page of a run or pipeline directory to `out`, or to report.html in it, and returns the path.
+def write_report(
+    directory: Path, out: Path | None = None, *, suites: Sequence[Path] = (), agreements: Sequence[Path] = ()
+) -> Path:
+    """Writes the page of a run or pipeline directory, with the results of suites and of studies of votes, to `out`, or
+    to report.html in it, and returns the path.
 
-    Raises DataError for any other directory, and EngineError if the page cannot be written.
+    Raises DataError for any other directory and for a file that holds no such results, and EngineError if the page
+    cannot be written.
     """
-    page, path = page_of(collect(directory)), out or directory / "report.html"
+    page = page_of(collect(directory), Asked.read(suites=suites, agreements=agreements))
+    path = out or directory / "report.html"
     with writing("the page", path, kept=f"the run is whole: trimtab report {directory} --out PAGE.html"):
         return write(page, path)
 
 
-def page_of(record: RunRecord | PipelineRecord) -> Report:
-    """The page of a record."""
-    return _pipeline(record) if isinstance(record, PipelineRecord) else _single_run(record)
+def page_of(record: RunRecord | PipelineRecord, asked: Asked = NOTHING_ASKED) -> Report:
+    """The page of a record with what was asked beside it."""
+    repeating = Repeating(record, asked.options)
+    if isinstance(record, PipelineRecord):
+        return _pipeline(record, repeating, asked)
+    return _single_run(record, repeating, asked)
 
 
 # --- the two kinds of page ---
 
 
-def _pipeline(record: PipelineRecord) -> Report:
+def _pipeline(record: PipelineRecord, repeating: Repeating, asked: Asked) -> Report:
+    samples = before_after(record)
     sections = []
     online = [run for run in record.runs if {"policy/kl", "reward/mean"} <= run.metrics.keys()]
     if online:
-        sections.append(Section(_over_kl(online), "Proxy against gold", "goodhart"))
-    evaluated = headline.evaluation(record.runs)
-    if evaluated is not None and evaluated.samples:
-        sections.append(Section(_before_after(evaluated), "Before and after", "samples"))
+        again = commands([{"command": repeating.report}])
+        sections.append(Section([*over_kl_parts(online), *again], "Proxy against gold", "goodhart"))
+    sections += _sections(record, repeating, asked)
     for i, run in enumerate(record.runs):
         about: list[Part] = [Text(run.about)] if run.about else []
-        parts = about + _run_parts(run, samples=run is not evaluated)
+        parts = about + _run_parts(run, repeating, samples=samples is None or run is not samples.run)
         sections.append(Section(parts, run.name, f"stage-{i + 1}", _chips(run)))
+    sections += _costs(record, repeating)
     if record.settings:
         sections.append(Section([Folded("Settings of the pipeline", [settings_table(record.settings)])]))
     finished = sum(run.finished for run in record.runs)
@@ -88,21 +113,54 @@ def _pipeline(record: PipelineRecord) -> Report:
         tiles=headline.pipeline_tiles(record),
         alarms=[*record.problems, *(f"{run.name}: {fact}" for run in record.runs for fact in alarms_of(run))],
         sections=sections,
-        footer=_FOOTER,
+        footer=_footer(repeating),
     )
 
 
-def _single_run(run: RunRecord) -> Report:
-    over_kl = _over_kl([run]) if {"policy/kl", "reward/mean", "gold/mean"} <= run.metrics.keys() else []
+def _single_run(run: RunRecord, repeating: Repeating, asked: Asked) -> Report:
+    # without a measure that training does not see, the curve says only what the reward claims
+    measured = "gold/mean" in run.metrics or bool(run.decision)
+    over_kl = over_kl_parts([run]) if measured and run.metrics.keys() >= {"policy/kl", "reward/mean"} else []
+    samples = before_after(run)
     return Report(
         title=run.name,
         about=run.about,
         chips=_chips(run),
         verdict=headline.run_verdict(run),
         alarms=alarms_of(run),
-        sections=[Section(over_kl + _run_parts(run, samples=True))],
-        footer=_FOOTER,
+        sections=[
+            Section(over_kl + _run_parts(run, repeating, samples=samples is None)),
+            *_sections(run, repeating, asked),
+            *_costs(run, repeating),
+        ],
+        footer=_footer(repeating),
     )
+
+
+def _footer(repeating: Repeating) -> str:
+    return f"{_FOOTER} Commands are typed in {repeating.place}; this page again: {repeating.report or '–'}"
+
+
+def _sections(record: RunRecord | PipelineRecord, repeating: Repeating, asked: Asked) -> list[Section]:
+    """What a reader asks for after the figures: replies before and after, suites, data and votes."""
+    found = []
+    if (samples := before_after(record)) is not None:
+        again = commands([{"command": repeating.stage(samples.run)}])
+        found.append(Section([*sample_parts(samples), *again], _title(samples), "samples"))
+    if asked.suites:
+        found.append(Section(suite_parts(suites_of(asked.suites)), "Suites", "suites"))
+    if parts := data_parts(data_of(record, repeating, asked.studies)):
+        found.append(Section(parts, "Data and votes", "data"))
+    return found
+
+
+def _title(samples: BeforeAfter) -> str:
+    return "One reply and the best of many" if samples.run.stage == "select" else "Before and after"
+
+
+def _costs(record: RunRecord | PipelineRecord, repeating: Repeating) -> list[Section]:
+    parts = cost_parts(costs_of(record, repeating))
+    return [Section(parts, "What it took", "costs")] if parts else []
 
 
 def _chips(run: RunRecord) -> list[tuple[str, str]]:
@@ -113,10 +171,15 @@ def _chips(run: RunRecord) -> list[tuple[str, str]]:
 # --- one stage ---
 
 
-def _run_parts(run: RunRecord, *, samples: bool) -> list[Part]:
+def _run_parts(run: RunRecord, repeating: Repeating, *, samples: bool) -> list[Part]:
+    again = commands([{"command": repeating.stage(run)}])
     own = _SECTIONS[run.stage](run) if run.stage in _SECTIONS else []
-    own += diagnosis_parts(diagnose_run(run)) + guard_parts(run)
-    return own + curve_parts(run) + (_samples(run) if samples else []) + detail_parts(run)
+    if bill := diagnosis_parts(diagnose_run(run)):
+        own += [*bill, *commands([{"command": repeating.diagnosis(run)}])]
+    if watched := guard_parts(run):
+        fitted = [] if "policy/kl" in run.metrics else fit_parts({run.name: fits_of(run)})
+        own += [*watched, *fitted, *commands([{"command": repeating.decision(run)}])]
+    return again + own + curve_parts(run) + (_samples(run) if samples else []) + detail_parts(run)
 
 
 def curve_parts(run: RunRecord) -> list[Part]:
@@ -163,29 +226,6 @@ def _short(name: str) -> str:
     return {"train": "training", "validation": "held out"}.get(quantity, quantity)
 
 
-def _over_kl(runs: Sequence[RunRecord]) -> list[Part]:
-    names = {name for run in runs for name in run.metrics if name.startswith("gold/")}
-    how = (
-        "Rightwards is further from the reference. The reward is what training sees, gold what it is meant to stand "
-        "for; where reward still climbs and gold turns down, the reward model is being gamed. "
-    )
-    if not names:
-        how = "Rightwards is further from the reference. Without a gold score this shows only what the reward claims."
-    across = "√nats across"
-    reward = charts.over_kl(runs, "reward/mean", "reward", wide=True)
-    panels = [Panel("Reward over √KL", f"units of reward, {across}", how, reward)]
-    if "gold/mean" in names:
-        how = "A large dot marks the highest smoothed gold; faint points are single steps."
-        gold = charts.over_kl(runs, "gold/mean", "gold score (0–1)", wide=True, peak=True)
-        panels.append(Panel("Gold score over √KL", f"score 0–1, {across}", how, gold))
-    how = "One part of the gold score. The part that falls first is the one that the reward does not see."
-    parts = [
-        Panel(name.removeprefix("gold/"), "score", how, charts.over_kl(runs, name, "score", peak=True))
-        for name in sorted(names - {"gold/mean"})
-    ]
-    return [Panels(panels), *([Folded("The parts of gold over √KL", [Panels(parts)])] if parts else [])]
-
-
 # --- evaluation and samples ---
 
 
@@ -218,49 +258,21 @@ def _selection(run: RunRecord) -> list[Part]:
         lines = {"gold_by_gold": "chosen by gold", "gold": "chosen by reward"}
         chart = charts.best_of_n(points, lines, "gold score (0–1)")
         panels.append(Panel("Gold of the best of n", "score 0–1", how, chart))
-    return [Panels(panels)]
-
-
-def _before_after(run: RunRecord) -> list[Part]:
-    if run.stage == "select":
-        before, after, which = "First reply", "Best reply", "prompts on file"
-    else:
-        before, after, which = "Baseline", "Final policy", "held-out prompts on file"
-    shown = _drawn(run.samples)
-    cards = []
-    for row in shown:
-        replies = [_side(before, row, "baseline_")] if "baseline_response" in row else []
-        cards.append(SampleCard([*replies, _side(after, row, "")], prompt=_written(row.get("prompt"))))
-    rest = cards[NUM_OPEN_SAMPLES:]
-    chosen = f"{len(shown)} of the {len(run.samples)} {which}, drawn at random rather than chosen"
-    how = f"{chosen}: expect some failures. Gold is true quality from 0 to 1; reward is what the run's rewards give."
-    return [Text(how), *cards[:NUM_OPEN_SAMPLES], *([Folded(f"{len(rest)} more", rest)] if rest else [])]
-
-
-def _side(who: str, row: Mapping[str, Any], prefix: str) -> ReplyCard:
-    scores = []
-    judges = [key for key in row if key not in ("step", "kl", "length") and not key.startswith("baseline_")]
-    for name in judges:
-        value, other = number(row, prefix + name), number(row, name if prefix else f"baseline_{name}")
-        if value is not None:
-            change = "" if prefix or other is None or value == other else "up" if value > other else "down"
-            scores.append((name, show(value), change))
-    return ReplyCard(who, _written(row.get(f"{prefix}response")), scores)
+    return [Panels(panels), *fit_parts({run.name: fits_of(run)})]
 
 
 def _samples(run: RunRecord) -> list[Part]:
     """For an evaluation, replies before and after; for other runs, replies of the first and the last sampled step."""
     if not run.samples:
         return []
-    if "baseline_response" in run.samples[0]:
-        title = "One reply and the best of many" if run.stage == "select" else "Before and after"
-        return [Text(title, "heading"), *_before_after(run)]
+    if (both := evaluated_samples(run)) is not None:
+        return [Text(_title(both), "heading"), *sample_parts(both)]
     steps = [step for row in run.samples if (step := number(row, "step")) is not None]
     if not steps:
         return []
     columns = []
     for step in sorted({min(steps), max(steps)}):
-        rows = _drawn([row for row in run.samples if number(row, "step") == step], NUM_OPEN_SAMPLES)
+        rows = drawn([row for row in run.samples if number(row, "step") == step], NUM_OPEN_SAMPLES)
         columns.append([rollout_card(row, step) for row in rows])
     pairs = [SampleCard([reply for reply in side if reply is not None]) for side in zip_longest(*columns)]
     says = Text("Random replies of the first and the last step sampled.", "how")
@@ -271,17 +283,7 @@ def rollout_card(row: Mapping[str, Any], step: float) -> ReplyCard:
     """A sampled reply with its prompt and scores."""
     known = ((name, number(row, name)) for name in ("gold", "reward", "kl", "length"))
     scores = [(name, show(value), "") for name, value in known if value is not None]
-    return ReplyCard(f"step {show(step)}", _written(row.get("response")), scores, prompt=_written(row.get("prompt")))
-
-
-def _drawn(rows: Sequence[Mapping[str, Any]], num: int = NUM_SAMPLES) -> list[Mapping[str, Any]]:
-    """`num` randomly drawn rows in their original order. The draw depends only on the number of rows."""
-    chosen = np.random.default_rng(0).permutation(len(rows))[:num]
-    return [rows[i] for i in sorted(chosen.tolist())]
-
-
-def _written(value: object) -> str:
-    return "–" if value is None else str(value)
+    return ReplyCard(f"step {show(step)}", written(row.get("response")), scores, prompt=written(row.get("prompt")))
 
 
 # --- numbers, settings, data, environment ---
@@ -296,9 +298,11 @@ def detail_parts(run: RunRecord) -> list[Part]:
         (source, show(number(one, "rows")), str(one.get("sha256", "–"))[:16], *_reading(one))
         for source, one in known.items()
     ]
+    models = [(name, str(section(run.models, name).get("sha256", "–"))[:16]) for name in run.models]
     tables = {
         "Summary": Table(numbers),
         "Settings": settings_table(run.settings),
+        "Models that it began with": Table(models, ("model", "SHA-256 (first 16)")),
         "Data": Table(sources, ("source", "rows", "SHA-256 (first 16)", "not used", "left out")),
         "Environment": settings_table(environment),
     }

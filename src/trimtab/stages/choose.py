@@ -92,14 +92,21 @@ class ChosenCheckpoint:
 
 
 def choose(
-    directory: Path, values: Mapping[str, Any], *, where: str, out: Path | None = None, export: Path | None = None
+    directory: Path,
+    values: Mapping[str, Any],
+    *,
+    where: str,
+    out: Path | None = None,
+    export: Path | None = None,
+    command: str = "",
 ) -> ChosenCheckpoint:
     """Asks every checkpoint of the run in `directory`, writes the decision to `out` (decision.json in the run), and the
     chosen model to `export` if it is given.
 
-    `values` are those of `ChooseSettings`. Raises ConfigError for a run of another stage, for one that is at work,
-    for a measure or prompts that the run trained on, and if a file that is there would be overwritten; DataError
-    for a directory without a run, for a run that kept no checkpoint, and for a damaged one.
+    `values` are those of `ChooseSettings`; `command` is what was typed, for the decision. Raises ConfigError for a
+    run of another stage, for one that is at work, for a measure or prompts that the run trained on, and if a file
+    that is there would be overwritten; DataError for a directory without a run, for a run that kept no checkpoint,
+    and for a damaged one.
     """
     path = out or directory / DECISION
     _refuse_existing(path if out is None else None, export)
@@ -145,7 +152,7 @@ def choose(
         _export(whole.get(chosen.step), trained, settings, chat, export)
     asked = evidence_of(settings, prompts, num_trained_on)
     about = {"run": os.path.abspath(directory), "model_is": "not changed by this choice"}
-    evidence = about | asked | {"seed": settings.seed}
+    evidence = about | asked | {"seed": settings.seed, "command": command}
     write_out(path, json_text(decision(series, evidence=evidence)))
     return ChosenCheckpoint(series, chosen, path)
 
