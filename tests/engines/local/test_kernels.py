@@ -92,8 +92,21 @@ def test_the_gate_saturates_as_silu_does(compiled, value):
     torch.testing.assert_close(result[0], silu(x[0, :1]), atol=1e-30, rtol=1e-6)
 
 
+def kept(kernels, keys, values):
+    """A cache with these keys and values [n, KV, T, size]."""
+    cache = kernels.cache(keys[:, :, 0], len(keys), keys.shape[2])
+    kernels.store(cache, 0, keys, values)
+    return cache
+
+
+def told(cache):
+    """The keys and values [n, KV, T, size] of a cache."""
+    keys, values = cache
+    return keys.transpose(3, 4).flatten(4).flatten(2, 3), values
+
+
 def test_what_is_not_a_number_stays_so(compiled):
-    rows = (torch.zeros(2, 1, 3, 8), torch.zeros(2, 1, 3, 8))
+    rows = kept(compiled, torch.zeros(2, 1, 3, 8), torch.zeros(2, 1, 3, 8))
     query = torch.ones(2, 1, 8)
     query[1, 0, 3] = torch.nan
     seen = compiled.attend(
@@ -117,41 +130,86 @@ def test_rotations_are_torchs(compiled, n, size, with_norm):
     assert torch.equal(ours[:, 5:], x[:, 5:]), "values are not rotated"
 
 
-@pytest.mark.parametrize("window", [None, 1, 4, 9])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 1, 4, 9, 70])
 @pytest.mark.parametrize("with_prompts", [True, False])
-@pytest.mark.parametrize(("kv_heads", "repeats", "size"), [(2, 3, 8), (1, 1, 24), (3, 2, 64), (1, 2, 128)])
-def test_attention_is_torchs(compiled, kv_heads, repeats, size, with_prompts, window):
+@pytest.mark.parametrize(("kv_heads", "repeats", "size"), [(2, 3, 8), (1, 1, 24), (3, 2, 64), (1, 5, 128), (1, 2, 7)])
+def test_attention_is_torchs(compiled, kv_heads, repeats, size, with_prompts, window, precision):
+    """In bfloat16 that of rounded queries, keys and values."""
     torch.manual_seed(size)
-    n, prompt_lengths, prompt_of = 5, torch.tensor([7, 1]), torch.tensor([1, 0, 0, 1, 0])
-    places = torch.tensor([0, 3, 8, 1, 2])
-    rows = tuple(torch.randn(6, kv_heads, 9, size) for _ in range(2))
-    prompts = tuple(torch.randn(2, kv_heads, 10, size) for _ in range(2))
+    used = CompiledKernels(compiled.library, precision)
+    n, prompt_lengths, prompt_of = 6, torch.tensor([7, 1, 83]), torch.tensor([1, 0, 0, 1, 2, 2])
+    places = torch.tensor([0, 3, 8, 17, 2, 99])
+    before = tuple(torch.randn(7, kv_heads, 100, size) for _ in range(2))
+    of_prompts = tuple(torch.randn(3, kv_heads, 90, size) for _ in range(2))
     query, key, value = (torch.randn(n, h, size) for h in (kv_heads * repeats, kv_heads, kv_heads))
-    before = tuple(x.clone() for x in rows)
-    shared = {"prompts": prompts, "prompt_of": prompt_of, "prompt_lengths": prompt_lengths} if with_prompts else {}
-    output = compiled.attend(query, key, value, scaling=0.3, window=window, rows=rows, places=places, **shared)
+    rows = kept(used, *before)
+    assert rows[0].dtype == rows[1].dtype == (torch.float32 if size % 2 else precision)
+    places_of = {"prompt_of": prompt_of, "prompt_lengths": prompt_lengths}
+    shared = {"prompts": kept(used, *of_prompts), **places_of} if with_prompts else {}
+    output = used.attend(query, key, value, scaling=0.3, window=window, rows=rows, places=places, **shared)
+
+    def rounded(x):
+        return x.to(rows[0].dtype).float()
+
     for i in range(n):
         seen = []
-        for stored, new, of_prompts in zip(before, (key, value), prompts, strict=True):
+        for stored, new, prompts in zip(before, (key, value), of_prompts, strict=True):
             stored[i, :, places[i]] = new[i]
             own = stored[i, :, : places[i] + 1]
-            all_of = torch.cat([of_prompts[prompt_of[i], :, : prompt_lengths[prompt_of[i]]], own], 1)
+            all_of = torch.cat([prompts[prompt_of[i], :, : prompt_lengths[prompt_of[i]]], own], 1)
             seen.append((all_of if with_prompts else own)[:, -(window or 1000) :].repeat_interleave(repeats, 0))
-        expected = scaled_dot_product_attention(query[i, :, None], *seen, scale=0.3)[:, 0]
+        expected = scaled_dot_product_attention(*map(rounded, (query[i, :, None], *seen)), scale=0.3)[:, 0]
         torch.testing.assert_close(output[i], expected, atol=1e-5, rtol=1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(rows, before, strict=True)), "stored at its place and nowhere else"
+    for held, stored in zip(told(rows), before, strict=True):
+        assert torch.equal(held[:, :, :100].float(), rounded(stored)), "stored at its place and nowhere else"
+
+
+def test_attention_has_the_same_bits_wherever_the_prompt_stands_and_whatever_is_beside_it(compiled):
+    torch.manual_seed(0)
+    keys, values = torch.randn(1, 2, 90, 64), torch.randn(1, 2, 90, 64)
+    query, key, value = torch.randn(1, 6, 64), torch.randn(1, 2, 64), torch.randn(1, 2, 64)
+    options = {"scaling": 0.3, "window": 80}
+
+    def in_one_row():
+        rows = kept(compiled, keys, values)
+        return compiled.attend(query, key, value, rows=rows, places=torch.tensor([89]), **options)[0]
+
+    def apart(length):
+        own = [torch.cat([x[:, :, length:], torch.randn(1, 2, length, 64)], 2) for x in (keys, values)]
+        prompts = kept(compiled, keys[:, :, :length], values[:, :, :length])
+        places, owners = torch.full((9,), 89 - length), torch.zeros(9, dtype=torch.int64)
+        rows = kept(compiled, *(x.expand(9, -1, -1, -1) for x in own))
+        whose = {"places": places, "prompt_of": owners, "prompt_lengths": torch.tensor([length])}
+        states = (x.expand(9, -1, -1) for x in (query, key, value))
+        return compiled.attend(*states, rows=rows, prompts=prompts, **whose, **options)
+
+    whole = in_one_row()
+    for length in (1, 16, 37, 64, 70):
+        for row in apart(length):
+            assert torch.equal(row, whole), length
+
+
+def test_what_a_row_held_before_is_not_seen_even_if_it_is_no_number(compiled):
+    for precision in (torch.float32, torch.bfloat16):
+        used = CompiledKernels(compiled.library, precision)
+        rows = kept(used, *(torch.full((1, 1, 40, 8), torch.nan) for _ in range(2)))
+        query = torch.ones(1, 1, 8)
+        seen = used.attend(query, query, query, scaling=1.0, window=1, rows=rows, places=torch.tensor([20]))
+        assert seen.tolist() == [[[1.0] * 8]]
 
 
 def test_heads_that_are_a_view_of_something_larger(compiled):
     torch.manual_seed(0)
-    states, rows = torch.randn(4, 4, 16), [torch.zeros(4, 1, 2, 16) for _ in range(4)]
+    states, zeros = torch.randn(4, 4, 16), torch.zeros(4, 1, 2, 16)
+    rows = [kept(compiled, zeros, zeros) for _ in range(2)]
     places = torch.zeros(4, dtype=torch.int64)
     views = states.split([2, 1, 1], 1)
     options = {"scaling": 1.0, "window": None, "places": places}
-    of_views = compiled.attend(*views, rows=tuple(rows[:2]), **options)
+    of_views = compiled.attend(*views, rows=rows[0], **options)
     apart = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in views]
-    assert torch.equal(of_views, compiled.attend(*apart, rows=tuple(rows[2:]), **options))
-    assert torch.equal(rows[0], rows[2])
+    assert torch.equal(of_views, compiled.attend(*apart, rows=rows[1], **options))
+    assert torch.equal(rows[0][0], rows[1][0])
 
 
 def test_a_row_comes_out_the_same_whatever_stands_beside_it_and_however_many_threads_there_are(compiled):
@@ -257,6 +315,9 @@ def test_vectors_of_every_width_compute_the_same(monkeypatch, lanes):
         test_products_are_torchs(found, n, 100, (37, 5), "normed")
         test_products_are_torchs(found, n, 64, (64, 32, 32), "gated")
         test_products_in_bfloat16_are_those_of_rounded_operands(found, n, 64, (64, 32, 32), "gated")
+    for size, window, precision in itertools.product((24, 64, 128), (None, 70), (torch.float32, torch.bfloat16)):
+        test_attention_is_torchs(found, 2, 3, size, True, window, precision)
+    test_attention_has_the_same_bits_wherever_the_prompt_stands_and_whatever_is_beside_it(found)
     test_what_is_not_a_number_stays_so(found)
 
 

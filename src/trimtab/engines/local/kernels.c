@@ -1,13 +1,14 @@
 /* What a decoding step computes for a few rows: products, rotated queries and keys, attention. Called by kernels.py.
 
-   Everything is float32 and dense, but that a product may have operands of bfloat16, in pairs of 32 bits, on processors
-   that multiply those. A result depends on its own row alone, not on how many rows or threads there are. */
+   Everything is float32 and dense, but that products, and those of queries with keys, may have operands of bfloat16, in
+   pairs of 32 bits, on processors that multiply those. A result depends on its own row alone, not on how many rows or
+   threads there are. */
 
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512VL__) && defined(__AVX512BF16__)
+#if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512BF16__)
 #define HAS_BFLOAT16 1
 #include <immintrin.h>
 #else
@@ -25,6 +26,8 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float half_vec __attribute__((vector_size(2 * LANES)));
 typedef float loose_half __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
+typedef uint32_t bits_vec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t loose_upper __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 enum { MOST_OUTS = 6, MOST_VECS = 3, WIDEST = MOST_VECS * LANES, CHUNK = 64, LINE = 16 };
 enum { PLAIN = 0, NORMED = 1, GATED = 2 };
@@ -46,35 +49,23 @@ static inline float exponential(float x) {
     return p * power;
 }
 
-/* sums[j] = a . b[j] for NUM vectors b that are n apart. Lanes are added one after the other, which takes long for one
-   sum and no longer for several. */
-enum { TOGETHER = 8 };
-#define DOTS(NAME, NUM)                                                                                                \
-    static inline __attribute__((always_inline)) void NAME(const float *a, const float *b, int64_t n, float *sums) {  \
-        vec lanes[NUM];                                                                                                \
-        int64_t i = n - n % (2 * LANES);                                                                               \
-        for (int j = 0; j < NUM; j++) {                                                                                \
-            vec even = {0}, odd = {0};                                                                                 \
-            for (int64_t at = 0; at < i; at += 2 * LANES) {                                                            \
-                const float *there = b + j * n + at;                                                                   \
-                even += *(const loose *)(a + at) * *(const loose *)there;                                              \
-                odd += *(const loose *)(a + at + LANES) * *(const loose *)(there + LANES);                             \
-            }                                                                                                          \
-            lanes[j] = even + odd;                                                                                     \
-            sums[j] = 0;                                                                                               \
-        }                                                                                                              \
-        for (int lane = 0; lane < LANES; lane++)                                                                       \
-            for (int j = 0; j < NUM; j++) sums[j] += lanes[j][lane];                                                   \
-        for (; i < n; i++)                                                                                             \
-            for (int j = 0; j < NUM; j++) sums[j] += a[i] * b[j * n + i];                                              \
+/* a . b, of which the lanes are added one after the other. */
+static inline float dot(const float *a, const float *b, int64_t n) {
+    vec even = {0}, odd = {0};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        even += *(const loose *)(a + i) * *(const loose *)(b + i);
+        odd += *(const loose *)(a + i + LANES) * *(const loose *)(b + i + LANES);
     }
-DOTS(dot, 1)
-DOTS(dots, TOGETHER)
+    vec lanes = even + odd;
+    float sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
+    for (; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
 
 static inline float scale_of(const float *row, int64_t n, float eps) {
-    float sum;
-    dot(row, row, n, &sum);
-    return 1.0f / sqrtf(sum / (float)n + eps);
+    return 1.0f / sqrtf(dot(row, row, n) / (float)n + eps);
 }
 
 static inline float silu(float x) { return x / (1.0f + exponential(x < -87.0f ? 87.0f : -x)); }
@@ -276,42 +267,95 @@ void rotate(float *x, int64_t n, int64_t width, int64_t heads, int64_t size, con
         }
 }
 
-/* scores[r, t] for the keys `from` to `to`; a query's scores are `room` apart from the next one's. */
-static void score(const float *queries, int64_t repeats, const float *keys, int64_t from, int64_t to, int64_t size,
-                  float scaling, float *scores, int64_t room) {
-    int64_t t = from;
-    float sums[TOGETHER];
-    for (; t + TOGETHER <= to; t += TOGETHER, scores += TOGETHER)
-        for (int64_t r = 0; r < repeats; r++) {
-            if (size == 64)
-                dots(queries + r * 64, keys + t * 64, 64, sums); /* lengths that the compiler knows are faster */
-            else if (size == 128)
-                dots(queries + r * 128, keys + t * 128, 128, sums);
-            else
-                dots(queries + r * size, keys + t * size, size, sums);
-            for (int j = 0; j < TOGETHER; j++) scores[r * room + j] = sums[j] * scaling;
-        }
-    for (; t < to; t++, scores++)
-        for (int64_t r = 0; r < repeats; r++) {
-            dot(queries + r * size, keys + t * size, size, sums);
-            scores[r * room] = sums[0] * scaling;
-        }
+/* Keys stand in blocks of this many tokens, and in a block one entry of all its tokens is side by side, or one pair of
+   entries where they are bfloat16: a score is then a lane, and no lanes are added up. Values stand token by token. */
+enum { BLOCK = 16 };
+
+static inline int64_t block_before(int64_t t) { return t / BLOCK * BLOCK; }
+static inline int64_t block_after(int64_t t) { return block_before(t + BLOCK - 1); }
+
+/* Scores of four vectors of tokens from t on, of which those at `end` and behind are not stored. Fewer of them would need
+   a function of their own, in which a compiler may round differently. */
+enum { FOUR = 4 };
+#define SCORE(NAME, ADD)                                                                                               \
+    static void NAME(const float *query, const float *keys, int64_t words, int64_t t, int64_t end, float scaling,      \
+                     float *scores) {                                                                                  \
+        const float *columns[FOUR];                                                                                    \
+        vec sums[FOUR] = {0};                                                                                          \
+        for (int v = 0; v < FOUR; v++) {                                                                               \
+            int64_t at = t + v * LANES < end ? t + v * LANES : t;                                                      \
+            columns[v] = keys + block_before(at) * words + at % BLOCK;                                                 \
+        }                                                                                                              \
+        for (int64_t i = 0; i < words; i++)                                                                            \
+            for (int v = 0; v < FOUR; v++) {                                                                           \
+                vec column = *(const loose *)(columns[v] + i * BLOCK);                                                 \
+                ADD(sums[v], column, query[i]);                                                                        \
+            }                                                                                                          \
+        for (int v = 0; v < FOUR && t + v * LANES < end; v++) *(loose *)(scores + v * LANES) = sums[v] * scaling;      \
+    }
+SCORE(score_numbers, ADD_PRODUCT)
+SCORE(score_pairs, ADD_PAIR)
+
+/* A query's scores for all tokens of the blocks that hold `from` to `to`; those outside are minus infinity. */
+static void score(const float *query, const float *keys, int64_t words, int64_t from, int64_t to, float scaling,
+                  int64_t pairs, float *scores) {
+    int64_t start = block_before(from), end = block_after(to);
+    for (int64_t t = start; t < end; t += FOUR * LANES)
+        (pairs ? score_pairs : score_numbers)(query, keys, words, t, end, scaling, scores + t - start);
+    for (int64_t t = start; t < from; t++) scores[t - start] = -INFINITY;
+    for (int64_t t = to; t < end; t++) scores[t - start] = -INFINITY;
 }
 
-/* sum[size] += weights times the values `from` to `to`. */
-static void gather(const float *weights, const float *values, int64_t from, int64_t to, int64_t size, float *sum) {
-    enum { KEPT = 64 / LANES };
+/* Numbers i and further of what is kept as itself, or in bfloat16: the upper halves of their bits. */
+static inline float number_at(const float *kept, int64_t i, int64_t pairs) {
+    uint16_t upper;
+    memcpy(&upper, (const char *)kept + 2 * i, sizeof upper);
+    uint32_t bits = (uint32_t)upper << 16;
+    float number;
+    memcpy(&number, pairs ? (const void *)&bits : (const void *)(kept + i), sizeof number);
+    return number;
+}
+static inline vec vector_at(const float *kept, int64_t i, int64_t pairs) {
+    if (!pairs) return *(const loose *)(kept + i);
+    return (vec)(__builtin_convertvector(*(const loose_upper *)((const char *)kept + 2 * i), bits_vec) << 16);
+}
+
+/* sums[many, size] += weights [many, num], whose rows are `room` apart, times the values [num, size]. */
+enum { MOST_SUMS = 3 };
+static inline __attribute__((always_inline)) void gather_some(const float *weights, int64_t room, const float *values,
+                                                              int64_t num, int64_t size, int64_t pairs, int many,
+                                                              float *sums) {
+    enum { KEPT = 4 };
     int64_t first = 0;
     for (; first + KEPT * LANES <= size; first += KEPT * LANES) {
-        vec kept[KEPT];
-        memcpy(kept, sum + first, sizeof kept);
-        for (int64_t t = from; t < to; t++)
-            for (int j = 0; j < KEPT; j++)
-                kept[j] += *(const loose *)(values + t * size + first + j * LANES) * weights[t - from];
-        memcpy(sum + first, kept, sizeof kept);
+        vec kept[MOST_SUMS][KEPT];
+        for (int r = 0; r < many; r++) memcpy(kept[r], sums + r * size + first, sizeof kept[r]);
+        for (int64_t t = 0; t < num; t++)
+            for (int j = 0; j < KEPT; j++) {
+                vec value = vector_at(values, t * size + first + j * LANES, pairs);
+                for (int r = 0; r < many; r++) kept[r][j] += value * weights[r * room + t];
+            }
+        for (int r = 0; r < many; r++) memcpy(sums + r * size + first, kept[r], sizeof kept[r]);
     }
-    for (int64_t t = from; t < to; t++)
-        for (int64_t i = first; i < size; i++) sum[i] += weights[t - from] * values[t * size + i];
+    for (int64_t t = 0; t < num; t++)
+        for (int64_t i = first; i < size; i++)
+            for (int r = 0; r < many; r++)
+                sums[r * size + i] += number_at(values, t * size + i, pairs) * weights[r * room + t];
+}
+
+/* The same for any number of rows of weights. */
+static void gather(const float *weights, int64_t repeats, int64_t room, const float *values, int64_t num, int64_t size,
+                   int64_t pairs, float *sums) {
+#define GATHER(MANY)                                                                                                   \
+    do {                                                                                                               \
+        if (pairs) gather_some(weights, room, values, num, size, 1, MANY, sums);                                       \
+        else gather_some(weights, room, values, num, size, 0, MANY, sums);                                             \
+    } while (0)
+    for (; repeats >= MOST_SUMS; repeats -= MOST_SUMS, weights += MOST_SUMS * room, sums += MOST_SUMS * size)
+        GATHER(MOST_SUMS);
+    if (repeats == 2) GATHER(2);
+    if (repeats == 1) GATHER(1);
+#undef GATHER
 }
 
 static inline float highest_of(const float *x, int64_t n) {
@@ -327,13 +371,17 @@ static inline float highest_of(const float *x, int64_t n) {
     return highest;
 }
 
-/* Softmax of `many` rows of n scores, in place; rows are `room` apart. Each is summed from its first score to its last,
-   four rows at a time, because a sum waits for its last addition. */
+/* Softmax of `many` rows of n scores, in place; rows are `room` apart. A weight below e^-87 of the largest is 0, so that
+   what is not seen has none. Each is summed from its first score to its last, four rows at a time, because a sum waits
+   for its last addition. */
 static inline void softmax(float *scores, int64_t many, int64_t n, int64_t room) {
     enum { ROWS = 4 };
     for (int64_t r = 0; r < many; r++) {
         float *row = scores + r * room, highest = highest_of(row, n);
-        for (int64_t t = 0; t < n; t++) row[t] = exponential(row[t] - highest);
+        for (int64_t t = 0; t < n; t++) {
+            float x = row[t] - highest, power = exponential(x);
+            row[t] = x < -87.0f ? 0 : power;
+        }
     }
     for (int64_t r = 0; r < many; r += ROWS) {
         const float *rows[ROWS];
@@ -346,43 +394,56 @@ static inline void softmax(float *scores, int64_t many, int64_t n, int64_t room)
     }
 }
 
+/* The numbers of x, or pairs of them, `step` apart in `to`. */
+static inline void put(const float *x, int64_t words, int64_t pairs, float *to, int64_t step) {
+    if (pairs)
+        for (int64_t i = 0; i < words; i++) to[i * step] = pair_of(x[2 * i], x[2 * i + 1]);
+    else
+        for (int64_t i = 0; i < words; i++) to[i * step] = x[i];
+}
+
 /* The next token of n replies, whose row i is in rows[i] and whose prompt, if any, is prompts[prompt_of[i]].
 
    key and value [n, kv_heads, size], `stride` floats from row to row, are stored at places[i] of the rows [*, kv_heads,
    row_room, size]. The queries [n, kv_heads * repeats, size] then see the prompt's keys, of prompts [*, kv_heads,
-   prompt_room, size], and those of the row up to the place, the last `window` of them all. `scores` is room for threads
-   * repeats * (prompt_room + row_room) floats. */
+   prompt_room, size], and those of the row up to the place, the last `window` of them all. Both rooms are multiples of
+   BLOCK; with `pairs`, keys and values are kept in bfloat16, and queries are rounded to it. `scores` is room for threads
+   * (repeats * (prompt_room + row_room) + size) floats. */
 void attend(const float *query, int64_t query_stride, const float *key, const float *value, int64_t stride, int64_t n,
             int64_t kv_heads, int64_t repeats, int64_t size, float scaling, int64_t window, const float *prompt_keys,
             const float *prompt_values, int64_t prompt_room, const int64_t *prompt_of, const int64_t *prompt_lengths,
             float *row_keys, float *row_values, int64_t row_room, const int64_t *places, float *output, float *scores,
-            int64_t threads) {
-    int64_t room = prompt_room + row_room;
+            int64_t pairs, int64_t threads) {
+    int64_t room = prompt_room + row_room, words = pairs ? size / 2 : size;
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
     for (int64_t task = 0; task < n * kv_heads; task++) {
         int64_t head = task / n, row = task % n; /* replies to one prompt come one after the other */
         int64_t prompt = prompt_of ? prompt_of[row] : 0, length = prompt_of ? prompt_lengths[prompt] : 0;
         int64_t end = places[row] + 1, oldest = length + end - window;
         int64_t from = oldest < 0 ? 0 : oldest < length ? oldest : length, own = oldest > length ? oldest - length : 0;
-        int64_t seen = length - from, num = seen + end - own;
-        const float *keys = prompt_keys + (prompt * kv_heads + head) * prompt_room * size;
-        const float *values = prompt_values + (prompt * kv_heads + head) * prompt_room * size;
-        float *own_keys = row_keys + (row * kv_heads + head) * row_room * size;
-        float *own_values = row_values + (row * kv_heads + head) * row_room * size;
-        memcpy(own_keys + (end - 1) * size, key + row * stride + head * size, sizeof *key * (size_t)size);
-        memcpy(own_values + (end - 1) * size, value + row * stride + head * size, sizeof *value * (size_t)size);
+        int64_t of_prompt = from < length ? block_after(length) - block_before(from) : 0;
+        int64_t num = of_prompt + block_after(end) - block_before(own);
+        const float *keys = prompt_keys + (prompt * kv_heads + head) * prompt_room * words;
+        const float *values = prompt_values + (prompt * kv_heads + head) * prompt_room * words;
+        float *own_keys = row_keys + (row * kv_heads + head) * row_room * words;
+        float *own_values = row_values + (row * kv_heads + head) * row_room * words, *last = own_values;
+        last += (end - 1) * words;
+        put(key + row * stride + head * size, words, pairs, own_keys + block_before(end - 1) * words + (end - 1) % BLOCK,
+            BLOCK);
+        put(value + row * stride + head * size, words, pairs, last, 1);
 
         const float *queries = query + row * query_stride + head * repeats * size;
-        float *weights = scores + omp_get_thread_num() * repeats * room;
-        score(queries, repeats, keys, from, length, size, scaling, weights, room);
-        score(queries, repeats, own_keys, own, end, size, scaling, weights + seen, room);
+        float *weights = scores + omp_get_thread_num() * (repeats * room + size), *asked = weights + repeats * room;
+        for (int64_t r = 0; r < repeats; r++) {
+            put(queries + r * size, words, pairs, asked, 1);
+            if (of_prompt) score(asked, keys, words, from, length, scaling, pairs, weights + r * room);
+            score(asked, own_keys, words, own, end, scaling, pairs, weights + r * room + of_prompt);
+        }
+        softmax(weights, repeats, num, room);
         float *to = output + (row * kv_heads + head) * repeats * size;
         memset(to, 0, sizeof *to * (size_t)(repeats * size));
-        softmax(weights, repeats, num, room);
-        for (int64_t r = 0; r < repeats; r++, weights += room, to += size) {
-            gather(weights, values, from, length, size, to);
-            gather(weights + seen, own_values, own, end, size, to);
-        }
+        gather(weights + from % BLOCK, repeats, room, values + from * words, length - from, size, pairs, to);
+        gather(weights + of_prompt + own % BLOCK, repeats, room, own_values + own * words, end - own, size, pairs, to);
     }
 }
 
@@ -414,7 +475,7 @@ typedef struct {
 void decode(const block *blocks, const cache *caches, int64_t num_blocks, float *x, int64_t n, int64_t width, float eps,
             int64_t heads, int64_t kv_heads, int64_t size, const float *cos, const float *sin, int64_t prompt_room,
             const int64_t *prompt_of, const int64_t *prompt_lengths, int64_t row_room, const int64_t *places,
-            float *states, float *mixed, float *gates, float *room, float *scores, int64_t threads) {
+            float *states, float *mixed, float *gates, float *room, float *scores, int64_t pairs, int64_t threads) {
     int64_t stride = (heads + 2 * kv_heads) * size;
 #define LAYERS(L) L->matrices, L->weights, L->biases, L->outs
     for (const block *b = blocks; b < blocks + num_blocks; b++, caches++) {
@@ -424,7 +485,7 @@ void decode(const block *blocks, const cache *caches, int64_t num_blocks, float 
         const float *keys = states + heads * size, *values = keys + kv_heads * size;
         attend(states, stride, keys, values, stride, n, kv_heads, heads / kv_heads, size, b->scaling, b->window,
                caches->prompt_keys, caches->prompt_values, prompt_room, prompt_of, prompt_lengths, caches->row_keys,
-               caches->row_values, row_room, places, mixed, scores, threads);
+               caches->row_values, row_room, places, mixed, scores, pairs, threads);
         product(mixed, n, heads * size, PLAIN, NULL, 0, LAYERS(out), x, 1, room, out->pairs, threads);
         product(x, n, width, NORMED, b->mlp_norm, eps, LAYERS(up), gates, 0, room, up->pairs, threads);
         product(gates, n, up->width / 2, GATED, NULL, 0, LAYERS(down), x, 1, room, down->pairs, threads);

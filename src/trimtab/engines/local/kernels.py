@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import linear, pad, rms_norm, silu
 
 from trimtab.core.errors import EngineError
 
@@ -55,6 +55,8 @@ FORMS = ("plain", "normed", "gated")
 """The kinds of `ProductForm`, in the order of kernels.c."""
 MOST_LANES = 32
 """Rows are padded to a multiple of this: the floats that two vectors of the widest processors hold."""
+BLOCK = 16
+"""Compiled kernels keep the keys of this many tokens side by side; see kernels.c."""
 NO_WINDOW = 1 << 62
 SWITCH = "TRIMTAB_KERNELS"
 """Environment variable: `torch` uses torch for everything, `compiled` allows only the compiled kernels."""
@@ -125,6 +127,26 @@ class Kernels:
         sin = torch.cat([-sin[:, : size // 2], sin[:, size // 2 :]], -1)
         rotated.copy_(torch.addcmul(made * cos[:, None], made.roll(size // 2, -1), sin[:, None]))
 
+    def cache(self, key: Tensor, num_rows: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Room for keys and values [num_rows, KV, num_tokens, size] like `key` [n, KV, size], in the layout of these
+        kernels; the first dimension is that of the rows in each."""
+        # Zeros, because masked places are still multiplied by zero, and uninitialised memory could be infinite.
+        shape = (num_rows, key.shape[1], num_tokens, key.shape[2])
+        return key.new_zeros(shape), key.new_zeros(shape)
+
+    def store(self, cache: Sequence[Tensor], first: int, keys: Tensor, values: Tensor) -> None:
+        """Stores keys and values [n, KV, T, size] as the first T tokens of the rows of a cache from `first` on."""
+        for kept, new in zip(cache, (keys, values), strict=True):
+            kept[first : first + len(new), :, : new.shape[2]] = new
+
+    def cache_dtype(self, key: Tensor) -> torch.dtype:
+        """The dtype in which keys like this, and their values, are kept."""
+        return key.dtype
+
+    def cache_tokens(self, num_tokens: int) -> int:
+        """The number of tokens for which a row of a cache has room, if it is made for `num_tokens`."""
+        return num_tokens
+
 
 class CompiledKernels(Kernels):
     """The operations in C, with the working memory that they need."""
@@ -132,7 +154,8 @@ class CompiledKernels(Kernels):
     compiled = True
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype = torch.float32) -> None:
-        """`dtype` is that of the operands of products; all else is float32."""
+        """`dtype` is that of the operands of products, and of the keys and values that are kept; all else is
+        float32."""
         self.library = library
         self.dtype = dtype
         self._scratch = torch.empty(0)
@@ -153,6 +176,31 @@ class CompiledKernels(Kernels):
             torch.get_num_threads(),
         )  # fmt: skip
 
+    def cache(self, key: Tensor, num_rows: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys [num_rows, KV, blocks of tokens, size or half of it, tokens of a block, 1 or 2 entries] and values
+        [num_rows, KV, tokens, size]; in float32, or in bfloat16 where products are."""
+        dtype, (_, heads, size) = self.cache_dtype(key), key.shape
+        together, room = 2 if dtype == torch.bfloat16 else 1, self.cache_tokens(num_tokens)
+        keys = torch.zeros(num_rows, heads, room // BLOCK, size // together, BLOCK, together, dtype=dtype)
+        return keys, torch.zeros(num_rows, heads, room, size, dtype=dtype)
+
+    def store(self, cache: Sequence[Tensor], first: int, keys: Tensor, values: Tensor) -> None:
+        """Computes the same as `Kernels.store`."""
+        kept_keys, kept_values = cache
+        n, heads, num_tokens, size = keys.shape
+        room, together = self.cache_tokens(num_tokens), kept_keys.shape[-1]
+        blocks = pad(keys, (0, 0, 0, room - num_tokens)).reshape(n, heads, -1, BLOCK, size // together, together)
+        kept_keys[first : first + n, :, : room // BLOCK] = blocks.transpose(3, 4)
+        kept_values[first : first + n, :, :num_tokens] = values
+
+    def cache_dtype(self, key: Tensor) -> torch.dtype:
+        """bfloat16 where products are, of pairs of entries, else float32."""
+        return self.dtype if key.shape[-1] % 2 == 0 else torch.float32
+
+    def cache_tokens(self, num_tokens: int) -> int:
+        """Whole blocks."""
+        return -(-num_tokens // BLOCK) * BLOCK
+
     def attend(
         self,
         query: Tensor,
@@ -171,8 +219,8 @@ class CompiledKernels(Kernels):
         place, and itself.
 
         `query` is [n, H, D], `key` and `value` [n, KV, D]. The last two are stored at `places` [n] of `rows`, which are
-        keys and values [*, KV, R, D]. `prompts` are keys and values [P, KV, L, D]; row i sees their first
-        `prompt_lengths[prompt_of[i]]` places. With a window, only the last `window` of all these tokens are seen.
+        a `cache`, and so are `prompts`; row i sees their first `prompt_lengths[prompt_of[i]]` places. With a window,
+        only the last `window` of all these tokens are seen.
         """
         query, key, value = map(_with_dense_rows, (query, key, value))
         if key.stride(0) != value.stride(0):
@@ -181,14 +229,14 @@ class CompiledKernels(Kernels):
         n, heads, size = query.shape
         kv_heads = key.shape[1]
         repeats = heads // kv_heads
-        prompt_room, row_room = 0 if prompts is None else prompts[0].shape[2], rows[0].shape[2]
+        prompt_room, row_room = 0 if prompts is None else prompts[1].shape[2], rows[1].shape[2]
         threads = torch.get_num_threads()
         output = query.new_empty(query.shape)
         self.library.attend(
             _address(query), query.stride(0), _address(key), _address(value), key.stride(0), n, kv_heads, repeats, size,
             scaling, window or NO_WINDOW, *map(_address, prompts or (None, None)), prompt_room, _address(prompt_of),
             _address(prompt_lengths), *map(_address, rows), row_room, _address(places), _address(output),
-            self.room(threads * repeats * (prompt_room + row_room)), threads,
+            self.room(threads * (repeats * (prompt_room + row_room) + size)), rows[0].dtype == torch.bfloat16, threads,
         )  # fmt: skip
         return output
 
@@ -238,7 +286,7 @@ class CompiledBlocks:
         cos, sin = cos.contiguous(), sin.contiguous()
         assert x.is_contiguous()
         assert x.dtype == cos.dtype == sin.dtype == torch.float32
-        prompt_room, row_room = 0 if prompt_of is None else caches[0][0].shape[2], caches[0][-1].shape[2]
+        prompt_room, row_room = 0 if prompt_of is None else caches[0][1].shape[2], caches[0][-1].shape[2]
         addresses = [0] * 4 * len(caches)
         for number, kept in enumerate(caches):
             addresses[4 * number + 4 - len(kept) : 4 * number + 4] = [tensor.data_ptr() for tensor in kept]
@@ -247,13 +295,13 @@ class CompiledBlocks:
             n * (heads + 2 * kv_heads) * size,
             n * heads * size,
             n * self._gates,
-            threads * (heads // kv_heads) * (prompt_room + row_room),
+            threads * (heads // kv_heads * (prompt_room + row_room) + size),
         )
         self._kernels.library.decode(
             self._array, (c_int64 * len(addresses))(*addresses), len(caches), _address(x), n, x.shape[1],
             self._blocks[0].norm.eps, heads, kv_heads, size, _address(cos), _address(sin), prompt_room,
             _address(prompt_of), _address(prompt_lengths), row_room, _address(places), states, mixed, gates, room,
-            scores, threads,
+            scores, caches[0][0].dtype == torch.bfloat16, threads,
         )  # fmt: skip
 
 
@@ -372,8 +420,8 @@ def _library() -> ctypes.CDLL | None:
     p, i, f = c_void_p, c_int64, c_float
     library.product.argtypes = [p, i, i, i, p, f, i, p, p, p, p, i, p, i, i]
     library.rotate.argtypes = [p, i, i, i, i, p, f, p, p, i]
-    library.attend.argtypes = [p, i, p, p, i, i, i, i, i, f, i, p, p, i, p, p, p, p, i, p, p, p, i]
-    library.decode.argtypes = [p, p, i, p, i, i, f, i, i, i, p, p, i, p, p, i, p, p, p, p, p, p, i]
+    library.attend.argtypes = [p, i, p, p, i, i, i, i, i, f, i, p, p, i, p, p, p, p, i, p, p, p, i, i]
+    library.decode.argtypes = [p, p, i, p, i, i, f, i, i, i, p, p, i, p, p, i, p, p, p, p, p, p, i, i]
     for function in (library.product, library.rotate, library.attend, library.decode):
         function.restype = None
     library.multiplies_pairs.restype = i

@@ -88,9 +88,7 @@ class SlotCache:
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
             queries, keys, values = (strips.cut(x) for x in (query, key, value))
-            prompt_keys, prompt_values, *_ = self._buffers(layer, key)
-            prompt_keys[first : first + len(prompts), :, :longest] = keys
-            prompt_values[first : first + len(prompts), :, :longest] = values
+            self._kernels.store(self._buffers(layer, key)[:2], first, keys, values)
             near = None
             if window is not None and window < longest:
                 slot = torch.arange(longest, device=self._device)
@@ -224,15 +222,10 @@ class SlotCache:
         """The keys and values of a layer. With a group size of 1, two tensors hold prompts and replies; otherwise two
         hold the prompts and two more the replies. They are made for the first `key`."""
         if key is not None and layer not in self._layers:
-            heads, size = key.shape[1:]
-            shapes = [
-                (self.num_prompts, heads, self._prompt_width, size),
-                (self.num_rows, heads, self._reply_width, size),
-            ]
+            rooms = [(self.num_prompts, self._prompt_width), (self.num_rows, self._reply_width)]
             if self.group_size == 1:
-                shapes = [(self.num_rows, heads, self._prompt_width + self._reply_width, size)]
-            # Zeros, because masked places are still multiplied by zero, and uninitialised memory could be infinite.
-            self._layers[layer] = tuple(key.new_zeros(shape) for shape in shapes for _ in range(2))
+                rooms = [(self.num_rows, self._prompt_width + self._reply_width)]
+            self._layers[layer] = tuple(kept for room in rooms for kept in self._kernels.cache(key, *room))
         return self._layers[layer]
 
 

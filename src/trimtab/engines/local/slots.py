@@ -44,8 +44,8 @@ class SlotForm:
 
     @property
     def kernels(self) -> Kernels:
-        """The kernels of the decoding steps: C if this machine and these weights allow it, else torch. C computes
-        attention in float32, which a model's own forward pass does not hand it under autocast."""
+        """The kernels of the decoding steps: C if this machine and these weights allow it, else torch. C takes
+        queries, keys and values in float32, which a model's own forward pass does not hand it under autocast."""
         weight = next(self.policy.model.parameters())
         return Kernels() if self.name == "rows" and product_dtype(weight) != weight.dtype else find(weight)
 
@@ -81,8 +81,8 @@ class SlotForm:
     def num_groups(self, prompts: Sequence[Sequence[int]], group_size: int, reply_width: int) -> int:
         """The number of prompts that are decoded together, with all their replies. Raises EngineError if the cache of a
         single one would be larger than the settings allow."""
-        prompt_copies = 1 if group_size == 1 else 2
-        tokens = prompt_copies * max(len(p) for p in prompts) + group_size * reply_width
+        held, longest = self.kernels.cache_tokens, max(map(len, prompts))
+        tokens = held(longest + reply_width) if group_size == 1 else 2 * held(longest) + group_size * held(reply_width)
         needed, allowed = self._bytes_per_token * tokens / 2**30, self.sampling.cache_gb
         if needed > allowed:
             raise EngineError(
@@ -98,10 +98,10 @@ class SlotForm:
         """Bytes of the keys and values of one token in all layers. Measured, not read from the configuration, because
         layers may differ in their heads, and some may keep nothing."""
         sizes: list[int] = []
-        compiled = self.kernels.compiled  # then they are float32
+        kernels = self.kernels
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-            sizes.extend(x.numel() * (4 if compiled else x.element_size()) for x in (key, value))
+            sizes.extend(x.numel() * kernels.cache_dtype(x).itemsize for x in (key, value))
             return value.repeat_interleave(query.shape[1] // value.shape[1], 1)
 
         zero = torch.zeros(1, dtype=torch.int64)
