@@ -70,20 +70,17 @@ static inline float scale_of(const float *row, int64_t n, float eps) {
 
 static inline float silu(float x) { return x / (1.0f + exponential(x < -87.0f ? 87.0f : -x)); }
 
-/* Two numbers as bfloat16, rounded to the nearest, of ties to the even; the first in the lower half. What is not a
-   number stays so: adding to its bits could carry it over to a zero. */
-static inline float pair_of(float first, float second) {
-    uint32_t bits[2], pair;
-    memcpy(bits, &first, sizeof first);
-    memcpy(bits + 1, &second, sizeof second);
-    for (int i = 0; i < 2; i++) {
-        int is_number = (bits[i] & 0x7fffffff) <= 0x7f800000;
-        bits[i] = is_number ? (bits[i] + 0x7fff + (bits[i] >> 16 & 1)) >> 16 : 0x7fc0;
+/* An even number of entries as bfloat16, rounded to the nearest, of ties to the even: words of two, of which the first
+   is the lower half. What is not a number stays so: adding to its bits could carry it over to a zero. */
+typedef uint16_t loose_short __attribute__((may_alias));
+static inline void to_pairs(const float *restrict x, int64_t num, float *restrict words) {
+    loose_short *halves = (loose_short *)words;
+    for (int64_t i = 0; i < num; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        halves[i] = (uint16_t)((bits & 0x7fffffff) <= 0x7f800000 ? rounded : 0x7fc0);
     }
-    pair = bits[0] | bits[1] << 16;
-    float word;
-    memcpy(&word, &pair, sizeof word);
-    return word;
 }
 
 /* Entries of a row in the form it is multiplied in: itself, its norm, or silu of them times those k further on. */
@@ -223,15 +220,13 @@ void product(const float *x, int64_t n, int64_t k, int64_t form, const float *no
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tiles * parts; task++) {
             int64_t first = task / parts * wide, from = task % parts * CHUNK;
-            int64_t size = k - from < CHUNK ? k - from : CHUNK;
-            float *to = room + first * words + (pairs ? from / 2 : from) * wide, made[CHUNK] = {0};
+            int64_t size = k - from < CHUNK ? k - from : CHUNK, many = pairs ? size / 2 : size;
+            float *to = room + first * words + (pairs ? from / 2 : from) * wide, made[CHUNK] = {0}, rounded[CHUNK / 2];
             for (int64_t r = first; r < first + wide; r++, to++) {
                 if (r < n) prepare(x + r * stride + from, k, size, form, norm ? norm + from : NULL, scales[r], made);
                 else memset(made, 0, sizeof made);
-                if (pairs)
-                    for (int64_t i = 0; i < size / 2; i++) to[i * wide] = pair_of(made[2 * i], made[2 * i + 1]);
-                else
-                    for (int64_t i = 0; i < size; i++) to[i * wide] = made[i];
+                if (pairs) to_pairs(made, size, rounded);
+                for (int64_t i = 0; i < many; i++) to[i * wide] = pairs ? rounded[i] : made[i];
             }
         }
         for (int64_t m = 0, first = 0; m < matrices; first += outs[m++]) {
@@ -274,23 +269,30 @@ enum { BLOCK = 16 };
 static inline int64_t block_before(int64_t t) { return t / BLOCK * BLOCK; }
 static inline int64_t block_after(int64_t t) { return block_before(t + BLOCK - 1); }
 
+/* What is read next is fetched meanwhile: keys and values are larger than the caches. */
+static inline void fetch(const float *from, int64_t num) {
+    for (int64_t i = 0; i < num; i += LINE) __builtin_prefetch(from + i);
+}
+
 /* Scores of four vectors of tokens from t on, of which those at `end` and behind are not stored. Fewer of them would need
    a function of their own, in which a compiler may round differently. */
 enum { FOUR = 4 };
 #define SCORE(NAME, ADD)                                                                                               \
     static void NAME(const float *query, const float *keys, int64_t words, int64_t t, int64_t end, float scaling,      \
-                     float *scores) {                                                                                  \
+                     const float *ahead, float *scores) {                                                              \
         const float *columns[FOUR];                                                                                    \
         vec sums[FOUR] = {0};                                                                                          \
         for (int v = 0; v < FOUR; v++) {                                                                               \
             int64_t at = t + v * LANES < end ? t + v * LANES : t;                                                      \
             columns[v] = keys + block_before(at) * words + at % BLOCK;                                                 \
         }                                                                                                              \
-        for (int64_t i = 0; i < words; i++)                                                                            \
+        for (int64_t i = 0; i < words; i++) {                                                                          \
+            if (ahead) fetch(ahead + t * words + i * FOUR * LANES, FOUR * LANES);                                     \
             for (int v = 0; v < FOUR; v++) {                                                                           \
                 vec column = *(const loose *)(columns[v] + i * BLOCK);                                                 \
                 ADD(sums[v], column, query[i]);                                                                        \
             }                                                                                                          \
+        }                                                                                                              \
         for (int v = 0; v < FOUR && t + v * LANES < end; v++) *(loose *)(scores + v * LANES) = sums[v] * scaling;      \
     }
 SCORE(score_numbers, ADD_PRODUCT)
@@ -298,10 +300,10 @@ SCORE(score_pairs, ADD_PAIR)
 
 /* A query's scores for all tokens of the blocks that hold `from` to `to`; those outside are minus infinity. */
 static void score(const float *query, const float *keys, int64_t words, int64_t from, int64_t to, float scaling,
-                  int64_t pairs, float *scores) {
+                  int64_t pairs, const float *ahead, float *scores) {
     int64_t start = block_before(from), end = block_after(to);
     for (int64_t t = start; t < end; t += FOUR * LANES)
-        (pairs ? score_pairs : score_numbers)(query, keys, words, t, end, scaling, scores + t - start);
+        (pairs ? score_pairs : score_numbers)(query, keys, words, t, end, scaling, ahead, scores + t - start);
     for (int64_t t = start; t < from; t++) scores[t - start] = -INFINITY;
     for (int64_t t = to; t < end; t++) scores[t - start] = -INFINITY;
 }
@@ -324,17 +326,19 @@ static inline vec vector_at(const float *kept, int64_t i, int64_t pairs) {
 enum { MOST_SUMS = 3 };
 static inline __attribute__((always_inline)) void gather_some(const float *weights, int64_t room, const float *values,
                                                               int64_t num, int64_t size, int64_t pairs, int many,
-                                                              float *sums) {
+                                                              const float *ahead, float *sums) {
     enum { KEPT = 4 };
     int64_t first = 0;
     for (; first + KEPT * LANES <= size; first += KEPT * LANES) {
         vec kept[MOST_SUMS][KEPT];
         for (int r = 0; r < many; r++) memcpy(kept[r], sums + r * size + first, sizeof kept[r]);
-        for (int64_t t = 0; t < num; t++)
+        for (int64_t t = 0; t < num; t++) {
+            if (ahead && !first) fetch(ahead + t * (pairs ? size / 2 : size), pairs ? size / 2 : size);
             for (int j = 0; j < KEPT; j++) {
                 vec value = vector_at(values, t * size + first + j * LANES, pairs);
                 for (int r = 0; r < many; r++) kept[r][j] += value * weights[r * room + t];
             }
+        }
         for (int r = 0; r < many; r++) memcpy(sums + r * size + first, kept[r], sizeof kept[r]);
     }
     for (int64_t t = 0; t < num; t++)
@@ -345,14 +349,16 @@ static inline __attribute__((always_inline)) void gather_some(const float *weigh
 
 /* The same for any number of rows of weights. */
 static void gather(const float *weights, int64_t repeats, int64_t room, const float *values, int64_t num, int64_t size,
-                   int64_t pairs, float *sums) {
+                   int64_t pairs, const float *ahead, float *sums) {
 #define GATHER(MANY)                                                                                                   \
     do {                                                                                                               \
-        if (pairs) gather_some(weights, room, values, num, size, 1, MANY, sums);                                       \
-        else gather_some(weights, room, values, num, size, 0, MANY, sums);                                             \
+        if (pairs) gather_some(weights, room, values, num, size, 1, MANY, ahead, sums);                                \
+        else gather_some(weights, room, values, num, size, 0, MANY, ahead, sums);                                      \
     } while (0)
-    for (; repeats >= MOST_SUMS; repeats -= MOST_SUMS, weights += MOST_SUMS * room, sums += MOST_SUMS * size)
+    for (; repeats >= MOST_SUMS; repeats -= MOST_SUMS, weights += MOST_SUMS * room, sums += MOST_SUMS * size) {
         GATHER(MOST_SUMS);
+        ahead = NULL;
+    }
     if (repeats == 2) GATHER(2);
     if (repeats == 1) GATHER(1);
 #undef GATHER
@@ -394,12 +400,10 @@ static inline void softmax(float *scores, int64_t many, int64_t n, int64_t room)
     }
 }
 
-/* The numbers of x, or pairs of them, `step` apart in `to`. */
-static inline void put(const float *x, int64_t words, int64_t pairs, float *to, int64_t step) {
-    if (pairs)
-        for (int64_t i = 0; i < words; i++) to[i * step] = pair_of(x[2 * i], x[2 * i + 1]);
-    else
-        for (int64_t i = 0; i < words; i++) to[i * step] = x[i];
+/* The numbers of x as they are kept. */
+static inline void put(const float *x, int64_t size, int64_t pairs, float *to) {
+    if (pairs) to_pairs(x, size, to);
+    else memcpy(to, x, sizeof *to * (size_t)size);
 }
 
 /* The next token of n replies, whose row i is in rows[i] and whose prompt, if any, is prompts[prompt_of[i]].
@@ -426,24 +430,27 @@ void attend(const float *query, int64_t query_stride, const float *key, const fl
         const float *keys = prompt_keys + (prompt * kv_heads + head) * prompt_room * words;
         const float *values = prompt_values + (prompt * kv_heads + head) * prompt_room * words;
         float *own_keys = row_keys + (row * kv_heads + head) * row_room * words;
-        float *own_values = row_values + (row * kv_heads + head) * row_room * words, *last = own_values;
-        last += (end - 1) * words;
-        put(key + row * stride + head * size, words, pairs, own_keys + block_before(end - 1) * words + (end - 1) % BLOCK,
-            BLOCK);
-        put(value + row * stride + head * size, words, pairs, last, 1);
+        float *own_values = row_values + (row * kv_heads + head) * row_room * words;
+        float *weights = scores + omp_get_thread_num() * (repeats * room + size), *asked = weights + repeats * room;
+        float *last = own_keys + block_before(end - 1) * words + (end - 1) % BLOCK;
+        put(value + row * stride + head * size, size, pairs, own_values + (end - 1) * words);
+        put(key + row * stride + head * size, size, pairs, asked);
+        for (int64_t i = 0; i < words; i++) last[i * BLOCK] = asked[i];
 
         const float *queries = query + row * query_stride + head * repeats * size;
-        float *weights = scores + omp_get_thread_num() * (repeats * room + size), *asked = weights + repeats * room;
         for (int64_t r = 0; r < repeats; r++) {
-            put(queries + r * size, words, pairs, asked, 1);
-            if (of_prompt) score(asked, keys, words, from, length, scaling, pairs, weights + r * room);
-            score(asked, own_keys, words, own, end, scaling, pairs, weights + r * room + of_prompt);
+            put(queries + r * size, size, pairs, asked);
+            float *found = weights + r * room;
+            if (of_prompt) score(asked, keys, words, from, length, scaling, pairs, r ? NULL : values, found);
+            score(asked, own_keys, words, own, end, scaling, pairs, r ? NULL : own_values, found + of_prompt);
         }
         softmax(weights, repeats, num, room);
         float *to = output + (row * kv_heads + head) * repeats * size;
         memset(to, 0, sizeof *to * (size_t)(repeats * size));
-        gather(weights + from % BLOCK, repeats, room, values + from * words, length - from, size, pairs, to);
-        gather(weights + of_prompt + own % BLOCK, repeats, room, own_values + own * words, end - own, size, pairs, to);
+        const float *next = row + 1 < n ? own_keys + (kv_heads * row_room + own) * words : NULL;
+        gather(weights + from % BLOCK, repeats, room, values + from * words, length - from, size, pairs, NULL, to);
+        gather(weights + of_prompt + own % BLOCK, repeats, room, own_values + own * words, end - own, size, pairs, next,
+               to);
     }
 }
 
