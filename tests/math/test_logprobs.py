@@ -12,7 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
 from trimtab.batches.trees import TokenTrees, response_tree
-from trimtab.math.logprobs import _products, draw, exact_kl, sample, sample_softmax, token_logprobs, truncated_logprobs
+from trimtab.math.logprobs import (
+    _products,
+    draw,
+    exact_kl,
+    logprobs_of,
+    sample,
+    sample_softmax,
+    token_logprobs,
+    truncated_logprobs,
+)
 from trimtab.models import roles
 
 
@@ -368,6 +377,14 @@ def test_drawing_block_by_block_never_leaves_the_support(row, uniform):
     ids, logprobs = sample_softmax(logits, torch.tensor([uniform], dtype=torch.float64))
     assert logits[0, ids] > -torch.inf
     assert logprobs > -torch.inf
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_logprobs_of_given_tokens_are_torchs(temperature):
+    torch.manual_seed(0)
+    logits, ids = torch.randn(7, 700) * 30, torch.randint(700, (7,))
+    expected = (logits.double() / temperature).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(logprobs_of(logits, ids, temperature).double(), expected, atol=1e-4, rtol=1e-6)
 
 
 def test_draw_reports_the_logprobs_of_what_it_sampled_from():

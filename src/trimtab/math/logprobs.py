@@ -139,9 +139,10 @@ def sample_softmax(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -
     """
     num_rows, vocabulary = logits.shape
     highest = logits.amax(-1, keepdim=True)
-    weights = (logits - highest).div_(temperature).exp_()
-    if vocabulary % _BLOCK:
-        weights = torch.nn.functional.pad(weights, (0, -vocabulary % _BLOCK))
+    # Made with room for whole blocks: to copy it into more room would take as long as all the rest.
+    weights = logits.new_empty(num_rows, vocabulary + -vocabulary % _BLOCK)
+    weights[:, vocabulary:] = 0
+    torch.sub(logits, highest, out=weights[:, :vocabulary]).div_(temperature).exp_()
     blocks = weights.view(num_rows, -1, _BLOCK)
     sums = blocks.sum(-1).double()
     cumulative = sums.cumsum(-1)
@@ -158,6 +159,14 @@ def sample_softmax(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -
 
 
 _BLOCK = 512
+
+
+def logprobs_of(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities [B] of token ids [B] under softmax(logits [B, V] / temperature), in nats. The distribution is
+    never computed: a large vocabulary takes more time to find memory for than to sum."""
+    highest = logits.amax(-1, keepdim=True)
+    total = (logits - highest).div_(temperature).exp_().sum(-1)
+    return (logits.gather(1, ids[:, None]) - highest)[:, 0] / temperature - total.log()
 
 
 def draw(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimtab.batches.device import to_cpu, to_device
 from trimtab.data.chat import Chat
-from trimtab.math.logprobs import draw
+from trimtab.math.logprobs import draw, logprobs_of
 from trimtab.models.precision import Precision
 
 
@@ -129,8 +129,7 @@ class ReplyBuffer:
         )
         of_policy: Tensor | None = None
         if self.sampling.truncates or self.unnamed is not None:
-            whole = (logits / self.sampling.temperature).log_softmax(-1)
-            of_policy = whole.gather(1, drawn[:, None])[:, 0]
+            of_policy = logprobs_of(logits, drawn, self.sampling.temperature)
         tokens, *found = to_cpu(drawn, logprobs, of_policy)
         self.tokens[sequences, places] = tokens
         for column, values in zip((self.logprobs, self.policy_logprobs), found, strict=True):
