@@ -19,7 +19,6 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -28,8 +27,10 @@ import time
 from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from speed import machine
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "docs" / "evidence" / "data" / "size.json"
@@ -196,7 +197,8 @@ def stage(name: str, model: Path, data: Path, out: Path, cache: Path, *, stop: b
     run = out / f"run-{name}"
     shutil.rmtree(run, ignore_errors=True)
     settings = out / f"{name}.toml"
-    settings.write_text(f'model = "{model}"\ndata = "{data}"\nbatch_size = 32\n', encoding="utf-8")
+    # hh-rlhf has empty replies.
+    settings.write_text(f'model = "{model}"\ndata = "{data}"\nbatch_size = 32\non_bad_row = "drop"\n', encoding="utf-8")
     command = [sys.executable, "-m", "trimtab", name, str(settings), STEPS, "--out", str(run)]
     return measured(command, cache, done=run / "metrics.jsonl", stop=stop)
 
@@ -229,6 +231,25 @@ def measure(data: Path, model: Path, out: Path, parts: list[str], peer: str | No
     return result
 
 
+def table(files: dict[str, dict[str, Any]]) -> str:
+    """The figures of each file in Markdown."""
+    lines = [
+        "| pairs | what | cold: first step | warm: first step | peak memory, cold and warm | `data show --rows 1` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for found in files.values():
+        size = found["file_gb"]
+        file = f"{found['rows']:,} ({f'{size:.1f} GB' if size >= 1 else f'{1000 * size:.0f} MB'})"
+        show = f"{found['data_show']['seconds']:.1f} s" if "data_show" in found else ""
+        for key, name in {"reward": "reward", "preference": "preference", "trl": "TRL's DPO"}.items():
+            if (cold := found.get(f"{key}_cold")) and (warm := found.get(f"{key}_warm")):
+                seconds = [f"{run['first_step_seconds']:.1f} s" for run in (cold, warm)]
+                memory = ", ".join(f"{run['peak_gb']:.2f} GB" for run in (cold, warm))
+                lines.append(f"| {' | '.join([file, name, *seconds, memory, show])} |")
+                show = ""
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Generates, measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -238,6 +259,9 @@ def main() -> None:
     parser.add_argument("--peer", help="the Python of an environment with TRL")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="which commands (all of them)")
     parser.add_argument("--stop", action="store_true", help="end each run with its first step")
+    parser.add_argument(
+        "--data", type=Path, default=RESULT, help="where to write; another processor has a file of its own"
+    )
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -251,15 +275,14 @@ def main() -> None:
     model = out / "model"
     if not (model / "config.json").exists():
         make_model(model, files[0][0])
-    before = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"files": {}}
+    before = json.loads(options.data.read_text(encoding="utf-8")) if options.data.exists() else {"files": {}}
     found = before["files"]
-    machine = {"cpus": len(os.sched_getaffinity(0)), "processor": platform.processor() or platform.machine()}
     for path, _ in files:  # each is written when it is known: the largest take an hour
         load = round(os.getloadavg()[0], 1)
         measures = measure(path, model, out, options.parts, options.peer, stop=options.stop)
-        found[path.stem] = {**found.get(path.stem, {}), **measures, "load_before": load}
-        result = {"command": "python benchmarks/size.py", "machine": machine, "files": found}
-        RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        found[path.stem] = {**found.get(path.stem, {}), **measures, "load_before": load, "machine": machine()}
+        result = {"command": "python benchmarks/size.py", "files": found}
+        options.data.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

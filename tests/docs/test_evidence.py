@@ -50,6 +50,11 @@ def test_the_table_of_speed_is_that_of_its_data(script):
         assert_on_page("speed", script("speed").table(data(name)["workloads"]))
 
 
+def test_the_tables_of_large_files_are_those_of_their_data(script):
+    for name in ("size", "size_avx512"):
+        assert_on_page("firm-ground", script("size").table(data(name)["files"]))
+
+
 def test_the_table_of_the_quickstart_over_seeds_is_that_of_its_data(script):
     assert_on_page("spine", script("spine").table(data("spine")))
 
