@@ -3,6 +3,7 @@
     python benchmarks/size.py --num 20000 300000 --out /tmp/size
     python benchmarks/size.py --num 3000000 --out /tmp/size --stop              # 2.4 GB of pairs, until the first step
     python benchmarks/size.py --num 20000 --out /tmp/size --peer PEER/bin/python  # TRL's start on the same file
+    python benchmarks/size.py --out /tmp/size --data docs/evidence/data/size_avx512.json  # on another processor
 
 Writes pairs of realistic lengths (prompt, chosen, rejected; about 800 bytes a row), then runs two steps of `trimtab
 reward` and of `trimtab preference` on a tiny model, each with nothing kept and again, and `trimtab data show --rows 1`.
