@@ -28,3 +28,7 @@ def user(text):
 
 def said(text, **more):
     return {"role": "assistant", "content": text, **more}
+
+
+TALK = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
+IS_IT = [user("Is it?"), said("Yes.")], [user("Is it?"), said("No.")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ def score_each(
     return torch.tensor(values, dtype=torch.float32), metrics | moments(values)
 
 
-class EachReply:
+class EachReply(ABC):
     """A reward that judges every reply by itself, in any thread, as `_judge` says. Its settings are its scorer."""
 
     thread_safe: ClassVar[bool] = True
@@ -82,8 +83,9 @@ class EachReply:
         """[B] the scores of the replies; see `score_each`."""
         return score_each(registry.name_of("reward", type(self)), rollouts, self._judge)
 
+    @abstractmethod
     def _judge(self, rollout: Rollout) -> Score:
-        raise NotImplementedError
+        """The score of one reply. What it raises says why there is none."""
 
 
 def moments(values: Sequence[float]) -> Metrics:
