@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.stages.commands import FAST
+from tests.stages.family import family
 from trimtab.core import config
 from trimtab.core.errors import ConfigError
 from trimtab.core.types import Message, Prompt, Rollout
@@ -29,21 +29,7 @@ def two(**changed):
 
 def run_settings(base, **changed):
     """Two short steps of GRPO."""
-    return {
-        "model": str(base),
-        "prompts": "world:arithmetic?num=12",
-        "rewards": [function("length")],
-        "advantage": {"name": "grpo"},
-        "kl": {"name": "fixed", "coef": 0.05},
-        "sampling": {"max_new_tokens": 5},
-        "prompts_per_step": 3,
-        "group_size": 3,
-        "num_steps": 2,
-        "num_epochs": 1,
-        "optimizer": FAST,
-        "sample_every": 1,
-        "num_samples": 100,
-    } | changed
+    return family(base, kl={"name": "fixed", "coef": 0.05}, sampling={"max_new_tokens": 5}) | changed
 
 
 def settings(**changed):
