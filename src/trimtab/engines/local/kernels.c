@@ -269,7 +269,7 @@ enum { BLOCK = 16 };
 static inline int64_t block_before(int64_t t) { return t / BLOCK * BLOCK; }
 static inline int64_t block_after(int64_t t) { return block_before(t + BLOCK - 1); }
 
-/* What is read next is fetched meanwhile: keys and values are larger than the caches. */
+/* Fetches what is read next: keys and values are larger than the processor's caches. */
 static inline void fetch(const float *from, int64_t num) {
     for (int64_t i = 0; i < num; i += LINE) __builtin_prefetch(from + i);
 }
@@ -287,7 +287,7 @@ enum { FOUR = 4 };
             columns[v] = keys + block_before(at) * words + at % BLOCK;                                                 \
         }                                                                                                              \
         for (int64_t i = 0; i < words; i++) {                                                                          \
-            if (ahead) fetch(ahead + t * words + i * FOUR * LANES, FOUR * LANES);                                     \
+            if (ahead) fetch(ahead + t * words + i * FOUR * LANES, FOUR * LANES);                                      \
             for (int v = 0; v < FOUR; v++) {                                                                           \
                 vec column = *(const loose *)(columns[v] + i * BLOCK);                                                 \
                 ADD(sums[v], column, query[i]);                                                                        \
@@ -298,7 +298,8 @@ enum { FOUR = 4 };
 SCORE(score_numbers, ADD_PRODUCT)
 SCORE(score_pairs, ADD_PAIR)
 
-/* A query's scores for all tokens of the blocks that hold `from` to `to`; those outside are minus infinity. */
+/* A query's scores for all tokens of the blocks that hold `from` to `to`; those outside are minus infinity. The values
+   of these tokens, `ahead`, are fetched meanwhile. */
 static void score(const float *query, const float *keys, int64_t words, int64_t from, int64_t to, float scaling,
                   int64_t pairs, const float *ahead, float *scores) {
     int64_t start = block_before(from), end = block_after(to);
@@ -308,7 +309,8 @@ static void score(const float *query, const float *keys, int64_t words, int64_t 
     for (int64_t t = to; t < end; t++) scores[t - start] = -INFINITY;
 }
 
-/* Numbers i and further of what is kept as itself, or in bfloat16: the upper halves of their bits. */
+/* The number at place i of what is kept, and the vector that begins there. With `pairs` it is kept in bfloat16, which is
+   the upper half of a number's bits. */
 static inline float number_at(const float *kept, int64_t i, int64_t pairs) {
     uint16_t upper;
     memcpy(&upper, (const char *)kept + 2 * i, sizeof upper);
