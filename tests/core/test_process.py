@@ -96,6 +96,44 @@ def test_a_module_bound_to_a_program_that_has_ended_does_not_begin(tmp_path):
     assert not (tmp_path / "said").exists()
 
 
+FREED = """
+import ctypes, resource, sys
+from trimtab.core.process import keep_freed_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+def pages_found():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        # Two at a time: what is free at the end of the heap is then more than the library keeps by itself.
+        both = [libc.malloc(20 * 2**20) for _ in range(2)]
+        for place in both:
+            ctypes.memset(place, 1, 20 * 2**20)
+        for place in both:
+            libc.free(place)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+without = pages_found()
+keep_freed_memory()
+pages_found()
+print(without, pages_found())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only GNU libc has this setting")
+@pytest.mark.parametrize("set_by_the_user", [False, True])
+def test_memory_that_was_freed_is_not_looked_for_again(set_by_the_user):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    if set_by_the_user:
+        environment["MALLOC_TRIM_THRESHOLD_"] = "0"
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, env=environment, check=True)
+    without, kept = map(int, done.stdout.split())
+    pages = 20 * 40 * 2**20 // os.sysconf("SC_PAGE_SIZE")
+    assert without > pages / 2
+    assert kept > pages / 2 if set_by_the_user else kept < pages / 100
+
+
 NO_LIMIT = str(2**63 - 4096)
 """What version 1 says instead of "max"."""
 

@@ -49,6 +49,23 @@ def test_gradients_added_in_place_are_those_of_autograd(tied, pad_id, precision)
     torch.testing.assert_close(gradients(role, True), gradients(role, False), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_begin_anew_where_the_last_ones_stood(tied):
+    role = policy(tied)
+    first = {name: gradient.clone() for name, gradient in gradients(role, True).items()}
+    places = {name: p.grad.data_ptr() for name, p in role.named_parameters()}
+    role.clear_gradients()
+    kept = {name for name, p in role.named_parameters() if p.grad is not None}
+    assert kept == ({"model.model.embed_tokens.weight"} | (set() if tied else {"model.lm_head.weight"}))
+    assert not any(dict(role.named_parameters())[name].grad.any() for name in kept)
+    with role.gradients_in_place():
+        for micro in MICRO_BATCHES:
+            role(micro).logprobs.square().sum().backward()
+    for name, weight in role.named_parameters():
+        assert torch.equal(weight.grad, first[name]), name
+        assert name not in kept or weight.grad.data_ptr() == places[name]
+
+
 def test_a_padding_row_gets_none_from_the_lookup():
     role = policy(tied=False)
     assert gradients(role, True)["model.model.embed_tokens.weight"][2].abs().max() == 0

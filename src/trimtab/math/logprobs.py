@@ -199,6 +199,19 @@ _Shape = tuple[float, float, float | None]
 """Temperature, scale and cap."""
 
 
+class _Room:
+    """Memory for one tile after another. To find it anew takes longer than to compute what stands in it."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._kept = like.new_empty(0)
+
+    def of(self, rows: int, entries: int) -> Tensor:
+        """[rows, entries] of any content, which the next call overwrites."""
+        if len(self._kept) < rows * entries:
+            self._kept = self._kept.new_empty(rows * entries)
+        return self._kept[: rows * entries].view(rows, entries)
+
+
 class _Head:
     """Hidden states and the head over them. Their logits [M, V], divided by the temperature and capped if there is a
     cap, are computed tile by tile."""
@@ -214,7 +227,7 @@ class _Head:
         if temperature != 1 or scale != 1:
             self.hidden = self.stretch(self.hidden.clone())
             self.bias = None if bias is None else self.stretch(bias.clone())
-        self.buffer = self.hidden.new_empty(0)
+        self.room = _Room(self.hidden)
         self.rounded = rounded
 
     def tiles(self, tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
@@ -226,10 +239,7 @@ class _Head:
     def logits(self, rows: slice, entries: slice, minus: Tensor | None = None) -> Tensor:
         """The logits of one tile, less each row's entry of `minus` [M], in a buffer that the next call reuses."""
         hidden, weight = self.hidden[rows], self.weight[entries].to(self.dtype)
-        size = len(hidden) * len(weight)
-        if len(self.buffer) < size:
-            self.buffer = self.buffer.new_empty(size)
-        logits = self.buffer[:size].view(len(hidden), len(weight))
+        logits = self.room.of(len(hidden), len(weight))
         with _products(hidden, self.rounded):
             if minus is None or self.cap is not None:
                 torch.mm(hidden, weight.T, out=logits)
@@ -260,13 +270,14 @@ class _RunningSoftmax:
     def __init__(self, head: _Head) -> None:
         self.logsumexp = head.hidden.new_full((len(head.hidden),), -torch.inf, dtype=torch.float64)
         self.mean = torch.zeros_like(self.logsumexp)
+        self._room = _Room(head.hidden)
 
     def add(self, rows: slice, logits: Tensor, mean_of: Tensor | Literal["logits", "nothing"] = "nothing") -> None:
         """Adds a tile of logits, which is overwritten. `mean_of` is a tensor of the values to average, or "logits" for
         the logits themselves."""
         highest = logits.amax(-1, keepdim=True)
         shifted = logits.sub_(highest)
-        exps = shifted.exp() if mean_of == "logits" else shifted.exp_()
+        exps = torch.exp(shifted, out=self._room.of(*shifted.shape) if mean_of == "logits" else shifted)
         sums = exps.sum(-1).double()
         before, here = self.logsumexp[rows], highest[:, 0].double() + sums.log()
         total = torch.logaddexp(before, here)

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.process import keep_freed_memory
+
 Precision = Literal["float32", "bfloat16"]
 
 # oneDNN, which computes bfloat16 products and some layers, compiles a kernel of about a megabyte for each new shape. It
@@ -18,6 +20,7 @@ Precision = Literal["float32", "bfloat16"]
 # uses about 20 shapes in one micro-batch, so 128 are enough. Both variables are read when the first kernel is made.
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "128")
+keep_freed_memory()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,14 +82,28 @@ class Role(nn.Module):
     @contextmanager
     def gradients_in_place(self) -> Iterator[None]:
         """Inside this block a backward pass adds the gradients of embedding and head directly to `.grad`."""
-        head = self.head if isinstance(self, Policy) else None
+        embedding, head = self._vocabulary_layers
         self.in_place = takes_in_place(head)
-        embedding = self.model.get_input_embeddings()
         with gradients_in_place([embedding, head]):
             try:
                 yield
             finally:
                 self.in_place = False
+
+    def clear_gradients(self) -> None:
+        """Drops the gradients of this role's weights. Those that are added to in place are set to zero where they are,
+        because finding memory for a large vocabulary again takes longer than to fill it."""
+        in_place = {id(m.weight) for m in self._vocabulary_layers if m is not None and takes_in_place(m)}
+        for weight in self.trained_parameters().values():
+            if weight.grad is not None and id(weight) in in_place:
+                weight.grad.zero_()
+            else:
+                weight.grad = None
+
+    @property
+    def _vocabulary_layers(self) -> list[Any]:
+        """The input embedding, and the head of a policy."""
+        return [self.model.get_input_embeddings(), self.head if isinstance(self, Policy) else None]
 
     def checkpoint_activations(self) -> None:
         """Makes the model keep only the input of each block for the backward pass, and compute the rest again there."""

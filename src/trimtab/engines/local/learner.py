@@ -107,7 +107,7 @@ class LocalLearner(LocalScorer):
         batch is split changes neither the gradient nor the metrics.
         """
         rate = self.settings.rate_at(self.updates_done, self.num_updates)
-        self.adam.zero_grad(set_to_none=True)
+        self.role.clear_gradients()
         found: list[Metrics] = []
         with self.role.gradients_in_place():
             for batch, losses in work:
