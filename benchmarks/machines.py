@@ -2,10 +2,10 @@
 
     python benchmarks/machines.py --quickstart --suite --capabilities avx2 default --kernels compiled torch
 
-`ATEN_CPU_CAPABILITY` makes torch take the paths of a processor with fewer vector instructions, and
-`TRIMTAB_KERNELS=torch` those of a machine without a compiler. A kind that this processor cannot show is refused. Each
-combination replaces its own entry in the data file. Run it with nothing else on the machine: the share of a core that
-other processes took is written beside each figure.
+`ATEN_CPU_CAPABILITY` makes torch take the paths of a processor with fewer vector instructions; MKL, oneDNN and the
+compiler of the kernels in C have limits of their own. `TRIMTAB_KERNELS=torch` takes the paths of a machine without a
+compiler. A kind that this processor cannot show is refused. Each combination replaces its own entry in the data file.
+Run it with nothing else on the machine: the share of a core that other processes took is written beside each figure.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ from speed import DATA, ROOT, busy_seconds, machine
 
 KINDS = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
 """Values of ATEN_CPU_CAPABILITY and what torch then says it uses."""
+LIMITS = {
+    "default": {"CC": "cc -mno-avx"},
+    "avx2": {"CC": "cc -mno-avx512f", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "avx512": {},
+}
+"""What keeps the others at the instructions of each kind. MKL and oneDNN have no limit as low as torch's `default`."""
 OUT = DATA.with_name("machines.json")
 HERE = f"{ROOT}/"
 """What paths begin with here, which says nothing elsewhere."""
@@ -67,8 +73,9 @@ def quickstart(out: Path, environment: dict[str, str]) -> dict[str, Any]:
 
 
 def suite(environment: dict[str, str]) -> dict[str, Any]:
-    """The tests with one thread, as `make test` runs them, and how many passed."""
-    found = measured([sys.executable, "-m", "pytest", "-p", "no:cacheprovider"], environment, threads=1)
+    """The tests as `make test` runs them, with one thread in each process, and how many passed."""
+    processes = ["--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+    found = measured([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *processes], environment, threads=1)
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", " ".join(found["last_words"]))
     return found | {"counts": {what: int(number) for number, what in counts}}
 
@@ -86,7 +93,8 @@ def main() -> None:
     known: dict[str, Any] = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
     for capability in options.capabilities:
         for kernels in options.kernels:
-            environment = {"ATEN_CPU_CAPABILITY": capability, "TRIMTAB_KERNELS": kernels}
+            kind = {"ATEN_CPU_CAPABILITY": capability} | LIMITS[capability]
+            environment = kind | {"TRIMTAB_KERNELS": kernels}
             code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
             asked = [sys.executable, "-c", code]
             said = subprocess.run(asked, env=os.environ | environment, capture_output=True, text=True, check=True)
@@ -97,7 +105,7 @@ def main() -> None:
             entry = known.get(name, {}) | {"machine": machine()}
             # The tests name the kernels they want themselves; without a compiler they skip or take torch's.
             if options.suite:
-                tests = {"ATEN_CPU_CAPABILITY": capability} | ({"CC": "no-compiler"} if kernels == "torch" else {})
+                tests = kind | ({"CC": "no-compiler"} if kernels == "torch" else {})
                 entry["suite"] = suite(tests) | {"commit": commit.stdout.strip()}
             if options.quickstart:
                 entry["quickstart"] = quickstart(options.out / f"{capability}-{kernels}", environment)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -84,52 +84,75 @@ def import_source(
         if found.bad:
             raise DataError(found.bad[0].problem, where=found.bad[0].where, fix="copy or export the dump again")
         return restore(store, [row for _, row in found.rows], actor=actor)
-    mistakes = [(bad.where, bad.problem, bad.fix) for bad in found.bad]
-    new: list[tuple[str, NewItem]] = []
-    votes: list[GivenVote] = []
-    counts = {"rows": len(found.rows) + len(found.bad)}
-    samples: dict[tuple[Message, ...], list[tuple[str, JsonDict, Prompt, NewReply]]] = {}
-    not_judged = same_replies = 0
+    read = _Read(task, options, mistakes=[(bad.where, bad.problem, bad.fix) for bad in found.bad])
     for where, row in found.rows:
-        try:
-            row = renamed(row, options.columns)
-            if _is_sample(row, task.kind):
-                demonstration = to_demonstration(with_plain_names(row))
-                refuse_second_questions(row, demonstration.prompt, [demonstration.response])
-                reply = NewReply(text=demonstration.response, source=_source(row))
-                group = samples.setdefault(demonstration.prompt.messages, [])
-                group.append((where, row, demonstration.prompt, reply))
-                continue
-            asked = list(items_of_row(row, task, options))
-            for item in asked:
-                item.refuse(where)
-            if options.with_votes:
-                given = vote_of_row(row, asked, task)
-                votes += [given] if given is not None else []
-                not_judged += given is None
-            new += [(where, item) for item in asked]
-        except (DataError, Mistake) as error:
-            mistakes.append((where, error.problem, error.fix))
-    for group in samples.values():
-        where, _, prompt, _ = group[0]
-        replies = _first_of_equal([reply for _, _, _, reply in group])
-        same_replies += len(group) - len(replies)
-        try:
-            row = _row_of_samples([row for _, row, _, _ in group])
-            for item in _of_replies(prompt, replies, row, task, options):
-                item.refuse(where)
-                new.append((where, item))
-        except (DataError, Mistake) as error:
-            mistakes.append((where, error.problem, error.fix))
-    if mistakes and (options.on_bad_row == "stop" or not new):
-        raise _all_mistakes(mistakes, counts["rows"])
-    counts["dropped_bad_row"] = len(mistakes)
-    if same_replies:
-        counts["dropped_same_reply"] = same_replies
-    counts |= add_items(store, new, actor=actor)
+        with read.noting_mistakes(where):
+            read.add_row(where, renamed(row, options.columns))
+    read.add_groups_of_samples()
+    num_rows = len(found.rows) + len(found.bad)
+    if read.mistakes and (options.on_bad_row == "stop" or not read.items):
+        raise _all_mistakes(read.mistakes, num_rows)
+    counts = {"rows": num_rows, "dropped_bad_row": len(read.mistakes)}
+    if read.same_replies:
+        counts["dropped_same_reply"] = read.same_replies
+    counts |= add_items(store, read.items, actor=actor)
     if options.with_votes:
-        counts |= add_votes(store, votes) | {"not_judged": not_judged}
+        counts |= add_votes(store, read.votes) | {"not_judged": read.not_judged}
     return counts
+
+
+@dataclass
+class _Read:
+    """What the rows of a source hold, before any of it is added."""
+
+    task: Task
+    options: Options
+    mistakes: list[tuple[str, str, str]]
+    """Where each is, the problem and what to do."""
+    items: list[tuple[str, NewItem]] = field(default_factory=list)
+    """Each with the place of its row."""
+    votes: list[GivenVote] = field(default_factory=list)
+    not_judged: int = 0
+    same_replies: int = 0
+    _samples: dict[tuple[Message, ...], list[tuple[str, JsonDict, Prompt, NewReply]]] = field(default_factory=dict)
+
+    @contextmanager
+    def noting_mistakes(self, where: str) -> Iterator[None]:
+        """A mistake inside this block is kept with its place."""
+        try:
+            yield
+        except (DataError, Mistake) as error:
+            self.mistakes.append((where, error.problem, error.fix))
+
+    def add_row(self, where: str, row: JsonDict) -> None:
+        """Takes one row. A sample waits for the others of its prompt."""
+        if _is_sample(row, self.task.kind):
+            demonstration = to_demonstration(with_plain_names(row))
+            refuse_second_questions(row, demonstration.prompt, [demonstration.response])
+            reply = NewReply(text=demonstration.response, source=_source(row))
+            group = self._samples.setdefault(demonstration.prompt.messages, [])
+            group.append((where, row, demonstration.prompt, reply))
+            return
+        asked = list(items_of_row(row, self.task, self.options))
+        for item in asked:
+            item.refuse(where)
+        if self.options.with_votes:
+            given = vote_of_row(row, asked, self.task)
+            self.votes += [given] if given is not None else []
+            self.not_judged += given is None
+        self.items += [(where, item) for item in asked]
+
+    def add_groups_of_samples(self) -> None:
+        """Makes the items of each prompt's samples."""
+        for group in self._samples.values():
+            where, _, prompt, _ = group[0]
+            replies = _first_of_equal([reply for _, _, _, reply in group])
+            self.same_replies += len(group) - len(replies)
+            with self.noting_mistakes(where):
+                row = _row_of_samples([row for _, row, _, _ in group])
+                for item in _of_replies(prompt, replies, row, self.task, self.options):
+                    item.refuse(where)
+                    self.items.append((where, item))
 
 
 def renamed(row: JsonDict, columns: Mapping[str, str]) -> JsonDict:
