@@ -102,14 +102,14 @@ def main() -> None:
                 raise SystemExit(f"this processor cannot show {capability}: torch says {said.stdout.strip()}")
             name = f"{capability}, {kernels}"
             commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-            entry = known.get(name, {}) | {"machine": machine()}
+            entry = known.get(name, {})
+            here = {"machine": machine(), "commit": commit.stdout.strip()}
             # The tests name the kernels they want themselves; without a compiler they skip or take torch's.
             if options.suite:
                 tests = kind | ({"CC": "no-compiler"} if kernels == "torch" else {})
-                entry["suite"] = suite(tests) | {"commit": commit.stdout.strip()}
+                entry["suite"] = suite(tests) | here
             if options.quickstart:
-                entry["quickstart"] = quickstart(options.out / f"{capability}-{kernels}", environment)
-                entry["quickstart"]["commit"] = commit.stdout.strip()
+                entry["quickstart"] = quickstart(options.out / f"{capability}-{kernels}", environment) | here
             known[name] = entry
             OUT.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
             for what in ("suite", "quickstart"):
