@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.core.errors import EngineError
-from trimtab.core.files import check_out, disk_problem, write_out, write_whole, writing
+from trimtab.core.files import check_out, disk_problem, json_lines, json_text, write_out, write_whole, writing
 from trimtab.runs.run import Run
 
 SETTINGS = {"model": "m"}
@@ -157,3 +157,12 @@ def test_a_command_that_cannot_write_says_so_in_a_sentence(words: list[str], tmp
     assert "could not be written" in done.stderr
     assert f"where: {words[-1]}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_half_a_character_is_written_as_a_question_mark(tmp_path: Path):
+    found = {"rows\udcff.jsonl": 1, "text": "Zürich 😀"}  # the name of a file that is not UTF-8
+    write_out(tmp_path / "found.json", json_text(found))
+    write_out(tmp_path / "found.jsonl", json_lines([found]))
+    for name in ("found.json", "found.jsonl"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert json.loads(text) == {"rows?.jsonl": 1, "text": "Zürich 😀"}

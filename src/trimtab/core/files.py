@@ -147,12 +147,18 @@ def finite(value: Any) -> Any:
 
 def json_text(value: Any) -> str:
     """The value as a JSON document. Numbers that are not finite become null, since JSON cannot express them."""
-    return json.dumps(finite(value), ensure_ascii=False, sort_keys=True, indent=2) + "\n"
+    return _encodable(json.dumps(finite(value), ensure_ascii=False, sort_keys=True, indent=2) + "\n")
 
 
 def json_lines(rows: Iterable[Any]) -> str:
     """Rows as JSON lines, as they are."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(_encodable(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
+
+
+def _encodable(text: str) -> str:
+    """The text with a question mark for half a character, which a JSON string and the name of a file may hold and UTF-8
+    cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def read_json(path: Path, *, fix: str) -> dict[str, Any]:

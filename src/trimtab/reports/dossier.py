@@ -41,8 +41,7 @@ def write_dossier(directory: Path, out: Path, *, suites: Sequence[Path] = (), ag
     found = dossier_of(collect(directory), Asked.read(suites=suites, agreements=agreements))
     text = json_text(json.loads(json.dumps(found, default=str)))  # a settings file may hold dates
     with writing("the dossier", out, kept=f"the run is whole: trimtab report {directory} --json FILE"):
-        # a lone surrogate, which JSON can carry and UTF-8 cannot, becomes a question mark as on the page
-        write_out(out, text.encode("utf-8", errors="replace").decode())
+        write_out(out, text)
     return out
 
 
