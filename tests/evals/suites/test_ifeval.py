@@ -232,6 +232,9 @@ def test_loose_is_never_below_strict_on_random_replies():
     [
         ({"instruction_id_list": ["made:up"]}, "no check for the instruction 'made:up'"),
         ({"kwargs": []}, "no lists of one length"),
+        ({"kwargs": ["no"]}, "a table for each instruction"),
+        ({"instruction_id_list": [["punctuation:no_comma"]]}, "no check for the instruction"),
+        ({"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": "lamp"}]}, "no list of texts"),
         ({"instruction_id_list": ["keywords:existence"]}, "KeyError"),
         ({"instruction_id_list": ["length_constraints:number_words"], "kwargs": [AT_MOST]}, "at most"),
         ({"instruction_id_list": [NTH], "kwargs": [PARAGRAPHS | {"nth_paragraph": 0}]}, "of 2"),

@@ -252,6 +252,19 @@ def test_a_folder_is_read_by_the_layout_of_the_suite(tmp_path):
     assert list(found.sources) == [str(path)]
 
 
+def test_files_of_a_folder_may_be_unpacked(tmp_path):
+    one, other = (tmp_path / "anthropic_evals" / "risk" / who / "x.jsonl" for who in ("written", "made"))
+    for path in (one, other):
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(ROWS["traits"][0]) + "\n")
+    with gzip.open(f"{one}.gz", "wt") as file:
+        file.write(one.read_text())
+    found = load_items(load_suite("traits"), str(tmp_path))
+    assert list(found.sources) == [str(other), f"{one}.gz"]  # the same file twice is read once
+    assert [item.id for item in found.items] == ["made/x.jsonl, row 1", "written/x.jsonl.gz, row 1"]
+    assert [item.facts["trait"] for item in found.items] == ["x", "x"]
+
+
 def test_a_limit_draws_items_by_the_seed(folder):
     def drawn(seed):
         return [item.id for item in load_items(load_suite("xstest"), place(folder, "xstest"), limit=5, seed=seed).items]
@@ -285,11 +298,14 @@ def test_what_is_missing_is_said_with_a_way_out(tmp_path, folder):
             "among the correct ones",
         ),
         ("hhh", {"input": "a", "targets": {"choices": ["x", "y"], "labels": [1, 1]}}, "no pair"),
+        ("hhh", {"input": "a", "targets": {"choices": ["x", "y", "z"], "labels": [1, 0]}}, "no pair"),
+        ("hhh", {"input": "a", "targets": {"choices": ["x", "y"], "labels": "1, 0"}}, "no pair"),
         ("xstest", {"prompt": "a", "type": "x", "label": "odd"}, "the label 'odd'"),
         ("red_team", {"chosen": "\n\nAssistant: Hello"}, "does not begin with a turn of a human"),
         ("gsm8k", {"question": "a", "answer": "4"}, "does not end with '#### NUMBER'"),
         ("traits", {"question": "a"}, "no text under 'answer_matching_behavior'"),
         ("diversity", {"instruction": 3}, "no text under 'instruction' or 'prompt'"),
+        ("diversity", {"instruction": "a", "instances": ["b"]}, "instances is"),
     ],
 )
 def test_rows_of_another_form_are_refused_with_their_place(name, row, said):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from trimtab.core.errors import DataError
 from trimtab.data.files import Located
+from trimtab.data.mistakes import shown
 from trimtab.evals.suites.suite import ItemScores, Question, Suite, SuiteAnswer, SuiteItem, SuiteMetric, text_of
 from trimtab.evals.text import distinct_n, expectation_adjusted_distinct, self_bleu, words
 
@@ -21,6 +23,12 @@ def read(rows: Sequence[Located]) -> list[SuiteItem]:
     for row in rows:
         prompt = text_of(row, "instruction", "prompt")
         instances = row[1].get("instances") or [{}]
+        if not isinstance(instances, list) or not isinstance(instances[0], dict):
+            raise DataError(
+                f"instances is {shown(instances)}",
+                where=row[0],
+                fix='give a list such as [{"input": …}], or leave it out',
+            )
         if given := str(instances[0].get("input") or "").strip():
             prompt += f"\n\n{given}"
         items.append(

@@ -31,13 +31,13 @@ def read(rows: Sequence[Located]) -> list[SuiteItem]:
     for row in rows:
         where, values = row
         targets = values.get("targets")
-        if not isinstance(targets, dict) or sorted(targets.get("labels") or ()) != [0, 1]:
+        known = targets if isinstance(targets, dict) else {}
+        if known.get("labels") not in ([0, 1], [1, 0]) or len(options := texts_of((where, known), "choices")) != 2:
             raise DataError(
                 f"targets is no pair with labels 0 and 1: {str(targets)[:80]}",
                 where=where,
                 fix='give {"input": …, "targets": {"choices": [A, B], "labels": [1, 0]}}',
             )
-        options = texts_of((where, targets), "choices")
         named = _CONFIG.search(where)
         subset = values.get("subset") or (named[1] if named else "other")
         prompt = text_of(row, "input").strip()
@@ -46,7 +46,7 @@ def read(rows: Sequence[Located]) -> list[SuiteItem]:
             SuiteItem(
                 id=f"{subset}: {prompt} #{seen[prompt]}",
                 questions=(Question(turns=(prompt,), options=tuple(options)),),
-                facts={"right": targets["labels"].index(1), "subset": subset},
+                facts={"right": known["labels"].index(1), "subset": subset},
             )
         )
     return items

@@ -7,9 +7,12 @@ from typing import Any
 
 from trimtab.core.errors import DataError
 from trimtab.data.files import Located
+from trimtab.data.mistakes import shown
 from trimtab.evals.suites.ifeval_checks import CHECKS
 from trimtab.evals.suites.languages import LANGUAGES
 from trimtab.evals.suites.suite import ItemScores, Question, Suite, SuiteAnswer, SuiteItem, SuiteMetric, text_of
+
+_LISTS = ("keywords", "forbidden_words")
 
 
 def read(rows: Sequence[Located]) -> list[SuiteItem]:
@@ -24,7 +27,13 @@ def read(rows: Sequence[Located]) -> list[SuiteItem]:
                 where=where,
                 fix="give rows as google/IFEval has them",
             )
-        if unknown := [name for name in names if name not in CHECKS]:
+        if not all(isinstance(one, dict | None) for one in given):
+            raise DataError(
+                f"kwargs is {shown(given)}; it holds a table for each instruction",
+                where=where,
+                fix="give rows as google/IFEval has them",
+            )
+        if unknown := [name for name in names if not isinstance(name, str) or name not in CHECKS]:
             raise DataError(
                 f"no check for the instruction {unknown[0]!r}",
                 where=where,
@@ -37,6 +46,12 @@ def read(rows: Sequence[Located]) -> list[SuiteItem]:
             facts={"instructions": list(zip(names, arguments, strict=True))},
         )
         for one in arguments:
+            if wrong := [key for key in _LISTS if key in one and not _are_texts(one[key])]:
+                raise DataError(
+                    f"{wrong[0]} is {shown(one[wrong[0]])}, and no list of texts",
+                    where=where,
+                    fix='write ["one", "two"]: of a single text each letter would be looked for',
+                )
             if (language := str(one.get("language", "en"))) not in LANGUAGES:
                 raise DataError(
                     f"the language {language!r} cannot be told",
@@ -53,6 +68,10 @@ def read(rows: Sequence[Located]) -> list[SuiteItem]:
             ) from error
         items.append(item)
     return items
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def followed(item: SuiteItem, reply: str) -> list[bool]:

@@ -92,7 +92,7 @@ class Suite:
     paper: str
     """Where it was published."""
     files: tuple[str, ...]
-    """Its files below the folder of data; a "*" stands for any name."""
+    """Its files below the folder of data, packed or not; a "*" stands for any name."""
     hub: tuple[str, ...]
     """The same as hub data sets."""
     read: Callable[[Sequence[Located]], list[SuiteItem]]
@@ -179,7 +179,11 @@ def _sources(suite: Suite, data: str | None) -> list[str | Path]:
     folder = Path(data)
     if not folder.is_dir():
         return [data]
-    found: list[str | Path] = [path for pattern in suite.files for path in sorted(folder.glob(pattern))]
+    found: dict[str, str | Path] = {}  # packed or not; of both, the packed one
+    for pattern in suite.files:
+        name = pattern.removesuffix(".gz")
+        for path in sorted([*folder.glob(name), *folder.glob(f"{name}.gz")]):
+            found[str(path).removesuffix(".gz")] = path
     if not found:
         raise DataError(
             f"the folder holds no {' and no '.join(suite.files)}",
@@ -187,7 +191,7 @@ def _sources(suite: Suite, data: str | None) -> list[str | Path]:
             fix="give the folder that holds them, one file of such rows, or a hub data set (without --data: "
             f"{', '.join(suite.hub)})",
         )
-    return found
+    return list(found.values())
 
 
 def text_of(row: Located, *names: str) -> str:

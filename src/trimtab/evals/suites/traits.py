@@ -22,7 +22,7 @@ def read(rows: Sequence[Located]) -> list[SuiteItem]:
         options = [text_of(row, f"answer_{which}_behavior").strip() for which in ("matching", "not_matching")]
         items.append(
             SuiteItem(
-                id=row[0].rpartition("/")[2],
+                id="/".join(PurePath(row[0]).parts[-2:]),
                 questions=(Question(turns=(text_of(row, "question").strip(),), options=tuple(options)),),
                 facts={"trait": trait},
             )
