@@ -57,6 +57,13 @@ def test_a_measure_that_judges_nothing_is_refused_before_the_first_step(tmp_path
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_actions_that_no_check_can_take_are_noted(tmp_path, base):
+    table = hacked(base, guard={"every": 2, "actions": ["stop"]}, num_steps=2)
+    result = trimtab("online", write_run_file(tmp_path / "run.toml", table), "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "there is no check before the last step" in result.output
+
+
 def test_too_few_prompts_to_hold_some_out_are_refused(tmp_path, base):
     table = hacked(base, guard={"num_prompts": 4})
     del table["guard"]["prompts"]

@@ -82,6 +82,12 @@ class RunGuard:
         self.num_steps = num_steps
         self.num_trained_on = num_trained_on
         state.guard = GuardState()
+        if settings.actions and settings.every >= num_steps:
+            print(
+                f"note: guard.every = {settings.every} of {num_steps} steps: there is no check before the last step, "
+                f"so that none of guard.actions = {list(settings.actions)} can be taken",
+                file=sys.stderr,
+            )
 
     @property
     def seen(self) -> GuardState:
