@@ -216,3 +216,9 @@ def test_fresh_removes_the_choice_of_a_run_that_has_no_guard(tmp_path, base):
 def test_it_loads_by_itself():
     # the other tests have loaded the stages already, in an order in which a circle does not show
     subprocess.run([sys.executable, "-c", "import trimtab.stages.choose"], check=True)
+
+
+def test_a_measure_or_prompts_given_twice_are_refused(tmp_path, hacked_run):
+    out = ("--out", tmp_path / "d.json")
+    assert "measure is given twice" in refusal(hacked_run, "--gold", "arithmetic", LONG, *out)
+    assert "prompts is given twice" in refusal(hacked_run, "--prompts", CHECKS, f'prompts="{CHECKS}"', *out)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from trimtab.cli.helpers import DIRECTORY, FILE
+from trimtab.core.errors import ConfigError
 
 
 @click.command()
@@ -47,9 +48,16 @@ def choose(
     values: dict[str, Any] = config.apply_overrides({}, (*overrides, *([f"engine.device={device}"] if device else [])))
     given = [{"name": "gold", "world": gold}] if gold else []
     given += [{"name": "model", "path": reward_model}] if reward_model else []
-    values |= {"measure": given} if given else {}
-    values |= {"prompts": prompts} if prompts else {}
     where, command = " ".join(["trimtab choose", *overrides]), shlex.join(["trimtab", *sys.argv[1:]])
+    options = {"measure": given, "prompts": prompts}
+    for key, value in options.items():
+        if value and key in values:
+            raise ConfigError(
+                f"{key} is given twice, as an option and as {key}=…",
+                where=where,
+                fix="give one of them; measures of several parts are added up in measure='[…, …]'",
+            )
+    values |= {key: value for key, value in options.items() if value}
     found = choosing.choose(run, values, where=where, out=out, export=export, command=command)
     table = Table("step", "measure, 95% interval", "KL in nats", "reward", "", box=SIMPLE)
     for row in choosing.rows(found):
