@@ -24,7 +24,7 @@ from trimtab.reports.diagnosis import diagnose, diagnose_run
 from trimtab.reports.diagnosis.kl_coefficient import kl_change, kl_coef_at
 from trimtab.reports.diagnosis.remedy import as_override, mended
 from trimtab.reports.diagnosis.rule import RULES, SettingChange
-from trimtab.reports.diagnosis.text import lines_of, printable
+from trimtab.reports.diagnosis.text import lines_of
 from trimtab.reports.diagnosis.text_rules import PhraseCount
 from trimtab.reports.diagnosis.trends import spikes, trend
 from trimtab.reports.run_page import write_report
@@ -365,10 +365,6 @@ def test_empty_cut_and_damaged_logs_get_an_answer(tmp_path, content):
 
 def test_a_directory_without_a_run_is_refused(tmp_path):
     assert trimtab("doctor", tmp_path).exit_code == 2
-
-
-def test_a_reply_cannot_steer_the_terminal():
-    assert printable("\x1b[2J\nHello\r\n  you") == "�[2J Hello you"
 
 
 # --- the page ---

@@ -34,6 +34,7 @@ from trimtab.cli.watching import report, ui, write_report
 from trimtab.core import registry
 from trimtab.core.errors import ConfigError, Interrupted, Terminated, TrimtabError
 from trimtab.core.files import disk_problem, unwritable, writing
+from trimtab.core.terminal import visible
 from trimtab.feedback.command_line import add_to
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Commands(click.Group):
             with sigterm_raised():
                 return super().invoke(ctx)
         except TrimtabError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(visible(f"error: {error}", newline="\n"), err=True)
             ctx.exit(2)
         except ModuleNotFoundError as missing:
             if (wanting := missing_extra(missing, ctx)) is None:

@@ -31,10 +31,11 @@ def doctor(directory: Path, json_out: Path | None, run_file: Path | None) -> Non
     """
     from trimtab.core.config import to_toml
     from trimtab.core.files import check_out, json_text, write_out
+    from trimtab.core.terminal import printable
     from trimtab.reports.collect import collect
     from trimtab.reports.diagnosis import diagnose
     from trimtab.reports.diagnosis.remedy import as_override, mended
-    from trimtab.reports.diagnosis.text import lines_of, printable
+    from trimtab.reports.diagnosis.text import lines_of
 
     if run_file is not None and run_file.exists():
         raise ConfigError(

@@ -12,6 +12,7 @@ from trimtab.cli.suites import lm_eval, suite_command, tax
 from trimtab.cli.tables import add_row, new_table
 from trimtab.cli.verdict_tables import percent
 from trimtab.core import registry
+from trimtab.core.terminal import printable
 
 RESEMBLES = {"constant": "constant: every reply has the same reward", "length": "scorer of length"}
 
@@ -49,7 +50,7 @@ def rewardbench(model: str, files: tuple[str, ...], out: Path | None, seed: int,
     if scores.resembles is not None:
         console.print(f"note: the model amounts to a {RESEMBLES[scores.resembles]}")
     for note in scores.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {printable(note)}", markup=False)
     if num_too_long:
         click.echo(f"{num_too_long} rows are left out, because the model cannot read texts so long")
     if out is not None:

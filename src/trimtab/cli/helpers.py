@@ -20,6 +20,7 @@ import click
 from trimtab.core import registry
 from trimtab.core.errors import EXTRAS, ConfigError, EngineError, Terminated, not_installed
 from trimtab.core.settings_help import settings_help, summary_of
+from trimtab.core.terminal import printable
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 """A file, which need not be there."""
@@ -184,12 +185,12 @@ def tell(out: Path) -> None:
     if isinstance(record, RunRecord):
         if (verdict := headline.run_verdict(record)) is not None:
             for sentence in (verdict.title, *verdict.sentences):
-                click.echo(sentence)
+                click.echo(printable(sentence))
         return
     verdict = headline.pipeline_verdict(record)
     click.echo()
     for sentence in (verdict.title, *verdict.sentences):
-        click.echo(sentence)
+        click.echo(printable(sentence))
     took, memory = (record.summary.get(name) for name in ("seconds", "peak_rss_gb"))
     if took is not None and memory is not None:
         click.echo(f"It took {headline.seconds(took)} and at most {memory:.2g} GB of memory.")

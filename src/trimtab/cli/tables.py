@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trimtab.core.terminal import visible
+
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 
 def new_table(*columns: str) -> Table:
@@ -15,12 +18,17 @@ def new_table(*columns: str) -> Table:
 
     table = Table(box=SIMPLE)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(_plain(column), overflow="fold")
     return table
 
 
 def add_row(table: Table, *cells: str) -> None:
     """Adds a row of plain texts."""
+    table.add_row(*map(_plain, cells))
+
+
+def _plain(cell: str) -> Text:
+    """The text as it is: a name such as [b] is no markup, and none steers the terminal."""
     from rich.text import Text
 
-    table.add_row(*(Text(cell) for cell in cells))  # a name such as [b] is no markup
+    return Text(visible(cell, newline="⏎"))

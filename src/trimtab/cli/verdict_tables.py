@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trimtab.cli.tables import add_row, new_table
+from trimtab.core.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +23,7 @@ def show_study(study: VerdictStudy, half_width: float, *, title: str = "") -> No
 
     console = Console(width=160, highlight=False)
     if title:
-        console.print(title, markup=False)
+        console.print(printable(title), markup=False)
     _show_rates(console, study, half_width)
     if any(row.first_shown is not None for row in study.win_rates):
         table = new_table("both orders", "reply shown first preferred", "orders disagree")
@@ -54,7 +55,7 @@ def show_study(study: VerdictStudy, half_width: float, *, title: str = "") -> No
             add_row(table, player.name, str(player.rank or "-"), player.text, *component)
         console.print(table)
     for note in study.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {printable(note)}", markup=False)
 
 
 def _show_rates(console: Console, study: VerdictStudy, half_width: float) -> None:

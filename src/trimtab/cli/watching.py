@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+from trimtab.cli.tables import add_row, new_table
+from trimtab.core.terminal import printable
+
 _PAGE = "page"
 
 
@@ -92,7 +95,7 @@ def diff(first: Path, second: Path, out: Path | None) -> None:
     found = difference_page(collect(first), collect(second))
     for section in found.sections:
         if section.title:
-            click.echo(f"\n# {section.title}")
+            click.echo(f"\n# {printable(section.title)}")
         _show(section.parts)
     if out is not None:
         click.echo(f"page: {write(found, out)}")
@@ -100,9 +103,7 @@ def diff(first: Path, second: Path, out: Path | None) -> None:
 
 def _show(parts: Any) -> None:
     """Texts and tables of a page on the terminal; its charts are for the page alone."""
-    from rich.box import SIMPLE
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console(width=140, highlight=False)
@@ -115,11 +116,11 @@ def _show(parts: Any) -> None:
             console.print(Text(f"\n{heading}"))
             heading = ""
         if part.kind == "text":
-            console.print(Text(f"  {part.text}"))
+            console.print(Text(f"  {printable(part.text)}"))
         elif part.kind == "table":
-            table = Table(*part.head, box=SIMPLE)
+            table = new_table(*part.head)
             for row in part.rows:
-                table.add_row(*(Text(str(cell)) for cell in row))  # a setting such as [b] is no markup
+                add_row(table, *map(str, row))
             console.print(table)
 
 

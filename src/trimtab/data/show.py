@@ -6,7 +6,6 @@ Without a model there are no tokens: rows are shown as text, by the parts that w
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from itertools import groupby
@@ -19,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.terminal import visible
 from trimtab.core.types import (
     Demonstration,
     LabelledResponse,
@@ -120,19 +120,6 @@ def _chat_of(model_dir: str | Path) -> Chat:
     from trimtab.data.tokenizers import load_tokenizer
 
     return Chat(load_tokenizer(model_dir))
-
-
-def visible(text: str, *, newline: str = "⏎\n") -> str:
-    """The text with control, formatting and other invisible characters spelled out, so that a terminal obeys none."""
-    return "".join(newline if c == "\n" else _spelled(c) for c in text)
-
-
-def _spelled(character: str) -> str:
-    if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
-        return character
-    code = ord(character)
-    # The control pictures block has a sign for each of the first 32.
-    return chr(0x2400 + code) if code < 0x20 else f"\\u{{{code:x}}}"
 
 
 def _natural(source: str | Path) -> type:

@@ -13,6 +13,7 @@ import torch
 from trimtab.core import config, seeds
 from trimtab.core.errors import ConfigError
 from trimtab.core.files import check_out, json_lines, write_out
+from trimtab.core.terminal import say
 from trimtab.core.types import Demonstration, Message, PreferencePair, Prompt, to_dict
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import kinds_of, load
@@ -56,7 +57,7 @@ def generate_file(
     device: str | None = None,
     limit: int | None = None,
     layout: str | None = None,
-    show: Callable[[str], None] = print,
+    show: Callable[[str], None] = say,
 ) -> int:
     """Samples `num_samples` replies for each prompt; returns how many. They go to `out` as JSON lines of rollouts,
     or through `show` as text if `out` is None.
@@ -174,7 +175,7 @@ def chat(
     seed: int,
     device: str | None = None,
     read: Callable[[str], str] = input,
-    show: Callable[[str], None] = print,
+    show: Callable[[str], None] = say,
 ) -> None:
     """Holds a conversation in the terminal; an empty line or the end of input closes it."""
     generator = _generator(model, device=device, max_new_tokens=max_new_tokens, temperature=temperature)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
+from trimtab.core.terminal import printable
 from trimtab.reports.collect import finite
 from trimtab.reports.diagnosis import RunDiagnosis
 from trimtab.reports.diagnosis.remedy import as_override
@@ -64,8 +65,3 @@ def _wrapped(label: str, text: str, *, depth: int = 2) -> Iterator[str]:
 
 def _cut(text: str) -> str:
     return text if len(text) <= SHOWN_REPLY else f"{text[:SHOWN_REPLY]}…"
-
-
-def printable(text: str) -> str:
-    """The text without line breaks and without characters that steer a terminal: a reply comes from a model."""
-    return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
