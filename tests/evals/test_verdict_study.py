@@ -80,6 +80,17 @@ def test_prompts_in_one_order_only_are_noted():
     assert any("5 of 5 prompts were judged in one order only" in note for note in study.notes)
 
 
+def test_two_models_with_swapped_sides_are_noted(command):
+    given = rows(40, models=("good",))
+    turned = [row | {"model": "base", "baseline": "good", "verdict": 1 - row["verdict"]} for row in given[:20]]
+    result = command([*turned, *given[20:]])
+    assert result.exit_code == 0, result.output
+    assert "base and good are each the baseline of the other in some verdicts" in result.output
+    whole = command([*turned, *given[20:]], "--baseline", "base")
+    assert "each the baseline" not in whole.output
+    assert f"{sum(row['verdict'] for row in given) / 40:.1%}" in whole.output
+
+
 def test_orders_judged_unequally_often_are_noted_and_weigh_the_same_in_the_ladder():
     """With the model first thrice as often a judge of positions would put it at the top of the ladder too."""
     given = [
@@ -171,6 +182,20 @@ def test_a_half_width_that_is_none_is_a_message(command, width):
     result = command(rows(num=3), "--half-width", width)
     assert result.exit_code == 2
     assert "Invalid value for '--half-width'" in result.output
+
+
+def test_a_misspelt_column_is_told_and_names_cannot_steer_the_terminal(command, tmp_path):
+    named = {"model": "\x1b[31mgood\x07", "shown_frist": "model"}
+    given = [row | named for row in rows(20, models=("good",))]
+    result = command(given, "--out", tmp_path / "study.json")
+    assert result.exit_code == 0, result.output
+    assert "columns that are not read: shown_frist" in result.output
+    assert json.loads((tmp_path / "study.json").read_text())["not_read"] == ["shown_frist"]
+    assert "␛[31mgood␇" in result.output
+    assert "\x1b" not in result.output
+    refused = command(given, "--baseline", "none")
+    assert refused.exit_code == 2
+    assert "good␇" in refused.output
 
 
 def test_a_bad_verdict_is_a_message(command):

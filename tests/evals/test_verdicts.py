@@ -54,6 +54,19 @@ def test_rows_without_a_verdict_and_exact_repeats_are_counted(read):
     assert (found.num_missing, found.num_repeated) == (1, 1)
 
 
+def test_a_verdict_on_another_length_is_no_repeat(read):
+    row = {"prompt": "p", "model": "m", "baseline": "b", "verdict": 1.0, "baseline_length": 4}
+    found = read(row | {"length": 3}, row | {"length": 9}, row | {"length": 9})
+    assert [one.length for one in found.verdicts] == [3, 9]
+    assert found.num_repeated == 1
+
+
+def test_columns_that_are_not_read_are_named(read):
+    found = read(ROW | {"shown_frist": "model"}, ALPACA | {"dataset": "koala", "shown_frist": 1})
+    assert found.not_read == ("shown_frist", "dataset")
+    assert read(ROW, ALPACA).not_read == ()
+
+
 def test_a_table_of_text_is_read_like_numbers(tmp_path):
     path = tmp_path / "verdicts.csv"
     path.write_text(
@@ -88,6 +101,7 @@ def test_both_orders_and_several_judges_do_not_contradict(read):
         ([ALPACA | {"output_1": ["Yes."]}], "a length of ['Yes.']", "row 1", "number of characters"),
         ([ROW | {"length": 2.5, "baseline_length": 3}], "a length of 2.5", "row 1", "number of characters"),
         ([ROW | {"length": "long", "baseline_length": 3}], "a length of 'long'", "row 1", "number of characters"),
+        ([ROW | {"verdict": 10**400}], "a verdict of 1000", "row 1", "write 1 if"),
         ([ROW | {"shown_first": "left"}], "shown_first is 'left'", "row 1", "model or baseline"),
         ([ROW, ROW | {"verdict": 0.0}], "contradict each other: 1 and 0", "row 1 and", "`judge`"),
         ([ROW | {"verdict": None}], "none of the 1 rows", "verdicts.jsonl", "judged"),

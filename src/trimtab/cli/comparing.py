@@ -10,6 +10,7 @@ import click
 
 from trimtab.cli.helpers import FILE, Number
 from trimtab.core.errors import ConfigError
+from trimtab.core.terminal import printable
 
 if TYPE_CHECKING:
     from trimtab.evals.comparers import Comparer, ComparerAgreement
@@ -118,7 +119,7 @@ def verdicts(
     if verdicts_out is not None:
         _write_verdicts(verdicts_out, read.verdicts)
     if out is not None:
-        counts = {name: getattr(read, name) for name in _COUNTS}
+        counts = {name: getattr(read, name) for name in _COUNTS} | {"not_read": read.not_read}
         origin = {
             "sha256": read.sha256 | (dict(known.sha256) if known is not None else {}),
             "settings": settings | {"baseline": baseline, "answers": answers},
@@ -139,6 +140,8 @@ def _tell_left_out(read: VerdictFiles) -> None:
     for name, text in _COUNTS.items():
         if num := getattr(read, name):
             click.echo(f"{num} {text}")
+    if read.not_read:
+        click.echo(f"columns that are not read: {printable(', '.join(read.not_read))}")
 
 
 @click.command("replies")

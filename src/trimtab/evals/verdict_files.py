@@ -9,7 +9,7 @@ from pathlib import Path
 from trimtab.core.errors import DataError
 from trimtab.data.sources import read_rows
 from trimtab.evals.answers import Answers
-from trimtab.evals.verdict_layouts import ReplyScore, layout_of
+from trimtab.evals.verdict_layouts import FromRow, ReplyScore, layout_of
 from trimtab.evals.verdicts import PairVerdict, with_baseline, without_repeats
 
 TIE_DELTA = 0.1
@@ -26,7 +26,8 @@ class VerdictRows:
     scores: tuple[ReplyScore, ...] = ()
     """Scores of single replies."""
     num_missing: int = 0
-    """See `VerdictFiles`."""
+    """See `VerdictFiles`, also for the next."""
+    not_read: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ class VerdictFiles:
     """Scores of single replies without a score of the baseline's reply by the same judge."""
     num_unanswered: int = 0
     """Verdicts whose replies are not among the answers that were given; 0 if none were given."""
+    not_read: tuple[str, ...] = ()
+    """Columns of the rows that say nothing here, or whose names are misspelt."""
 
 
 def read_verdicts(
@@ -68,13 +71,19 @@ def read_file(source: str | Path, *, baseline: str | None = None) -> VerdictRows
             where=read.bad[0].where,
             fix=read.bad[0].fix,
         )
-    found = [one for where, row in read.rows for one in layout_of(row, where=where).read(row, where, baseline)]
+    found: list[FromRow] = []
+    not_read: dict[str, None] = {}
+    for where, row in read.rows:
+        layout = layout_of(row, where=where)
+        found += layout.read(row, where, baseline)
+        not_read |= dict.fromkeys(name for name in row if name not in (*layout.columns, *layout.optional))
     return VerdictRows(
         source=read.source,
         sha256=read.sha256,
         verdicts=tuple(one for one in found if isinstance(one, PairVerdict)),
         scores=tuple(one for one in found if isinstance(one, ReplyScore)),
         num_missing=found.count(None),
+        not_read=tuple(not_read),
     )
 
 
@@ -109,6 +118,7 @@ def collect(parts: Sequence[VerdictRows], *, baseline: str | None, answers: Answ
         scores=tuple(distinct),
         num_unpaired=num_unpaired,
         num_unanswered=num_unanswered,
+        not_read=tuple(dict.fromkeys(name for part in parts for name in part.not_read)),
     )
 
 

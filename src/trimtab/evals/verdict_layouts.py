@@ -60,6 +60,8 @@ class VerdictLayout:
     """The columns that a row must have."""
     read: Callable[[JsonDict, str, str | None], Iterator[FromRow]]
     """Takes a row, its place, and the name of the baseline if the command gives one."""
+    optional: tuple[str, ...] = ()
+    """Further columns that are read if a row has them."""
 
 
 def layout_of(row: Mapping[str, Any], *, where: str) -> VerdictLayout:
@@ -251,17 +253,37 @@ def _vote_table(row: JsonDict, where: str, _baseline: str | None) -> Iterator[Fr
 
 
 LAYOUTS: dict[str, VerdictLayout] = {
-    "plain": VerdictLayout(columns=("prompt", "model", "baseline", "verdict"), read=_plain),
+    "plain": VerdictLayout(
+        columns=("prompt", "model", "baseline", "verdict"),
+        read=_plain,
+        optional=(*("reply", "baseline_reply", "length", "baseline_length"), "shown_first", "judge", "turn", "weight"),
+    ),
     "alpaca_eval": VerdictLayout(
-        columns=("instruction", "generator_1", "generator_2", "preference"), read=_alpaca_eval
+        columns=("instruction", "generator_1", "generator_2", "preference"),
+        read=_alpaca_eval,
+        optional=("output_1", "output_2", "annotator"),
     ),
     "fastchat_pair": VerdictLayout(
-        columns=("question_id", "model_1", "model_2", "g1_winner", "g2_winner"), read=_fastchat_pair
+        columns=("question_id", "model_1", "model_2", "g1_winner", "g2_winner"),
+        read=_fastchat_pair,
+        optional=("uid", "judge", "turn", "m1_score", "m2_score"),
     ),
-    "arena_hard": VerdictLayout(columns=("model", "judge", "games"), read=_arena_hard),
-    "model_votes": VerdictLayout(columns=("question_id", "model_a", "model_b", "winner"), read=_model_votes),
-    "votes": VerdictLayout(columns=("item", "annotator", "choice", "model_a", "model_b"), read=_vote_table),
-    "fastchat_single": VerdictLayout(columns=("question_id", "model", "judge", "score"), read=_fastchat_score),
+    "arena_hard": VerdictLayout(
+        columns=("model", "judge", "games"), read=_arena_hard, optional=("uid", "question_id", "baseline", "turn")
+    ),
+    "model_votes": VerdictLayout(
+        columns=("question_id", "model_a", "model_b", "winner"),
+        read=_model_votes,
+        optional=("uid", "judge", "turn", "conversation_a", "conversation_b"),
+    ),
+    "votes": VerdictLayout(
+        columns=("item", "annotator", "choice", "model_a", "model_b"),
+        read=_vote_table,
+        optional=("group", "shown_left", "banned", "purpose"),
+    ),
+    "fastchat_single": VerdictLayout(
+        columns=("question_id", "model", "judge", "score"), read=_fastchat_score, optional=("uid", "turn")
+    ),
 }
 """The layouts by name; the first whose columns a row has is taken."""
 
@@ -375,5 +397,5 @@ def _number(cell: Any) -> Any:
         return cell
     try:
         return float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return cell

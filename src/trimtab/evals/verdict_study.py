@@ -60,8 +60,23 @@ def study_verdicts(
         length_controlled=tuple(controlled),
         style_controlled=style_controlled(matchups) if style_control else None,
         ladder=ladder,
-        notes=(*_notes_on_orders(rates), *_notes_on_length(controlled, rates, variants), *ladder_notes),
+        notes=(
+            *_notes_on_sides(matchups),
+            *_notes_on_orders(rates),
+            *_notes_on_length(controlled, rates, variants),
+            *ladder_notes,
+        ),
     )
+
+
+def _notes_on_sides(matchups: Collection[Matchup]) -> Iterator[str]:
+    """Which two models have two win rates, since each is the baseline of some verdicts on them."""
+    for model, baseline in matchups:
+        if model < baseline and (baseline, model) in matchups:
+            yield (
+                f"{model} and {baseline} are each the baseline of the other in some verdicts, so they have two win "
+                "rates here; --baseline with one of them makes one win rate of both"
+            )
 
 
 def _notes_on_orders(rates: Sequence[WinRate]) -> Iterator[str]:

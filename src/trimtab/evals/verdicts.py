@@ -101,7 +101,7 @@ def without_repeats(verdicts: Iterable[PairVerdict]) -> tuple[PairVerdict, ...]:
     verdicts in the same order."""
     seen: dict[tuple[object, ...], PairVerdict] = {}
     for verdict in verdicts:
-        replies = (verdict.turn, verdict.reply, verdict.baseline_reply)
+        replies = (verdict.turn, verdict.reply, verdict.baseline_reply, verdict.length, verdict.baseline_length)
         key = (verdict.prompt, verdict.model, verdict.baseline, verdict.judge, verdict.shown_first, *replies)
         first = seen.setdefault(key, verdict)
         if (first.verdict, first.weight) != (verdict.verdict, verdict.weight):
