@@ -97,6 +97,7 @@ def test_without_any_difference_in_style_the_rate_is_the_raw_one():
     assert found.rates[0].rate.value == pytest.approx(0.25)
     assert found.rates[0].rate.count == 40
     assert all(gain.value == 0 for _, gain in found.effects)
+    assert all(math.isnan(gain.low) and gain.count == 0 for _, gain in found.effects)  # nothing was seen
 
 
 def test_turned_verdicts_give_the_opposite_rate():

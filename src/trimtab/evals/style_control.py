@@ -54,7 +54,8 @@ class StyleControl:
     rates: tuple[StyleControlled, ...]
     effects: tuple[tuple[str, Interval], ...]
     """For each count of `STYLE`, the gain in log-odds from a typical difference in it (its root mean square), with all
-    others equal. `count` is the number of prompts."""
+    others equal. `count` is the number of prompts; of a count in which no two replies differ it is 0, and there are no
+    bounds."""
 
 
 def style_controlled(verdicts: Mapping[Matchup, Sequence[PairVerdict]]) -> StyleControl:
@@ -110,7 +111,9 @@ def _fit(tables: Mapping[Matchup, _Table]) -> tuple[dict[Matchup, Interval], lis
     reaches = _quantile(len(prompts)) * errors[num:]
     effects = [
         Interval(float(gain), float(gain - reach), float(gain + reach), len(prompts))
-        for gain, reach in zip(point[num:], reaches, strict=True)
+        if seen
+        else Interval(0.0, math.nan, math.nan, 0)
+        for gain, reach, seen in zip(point[num:], reaches, style.any(axis=0), strict=True)
     ]
     return rates, effects
 
