@@ -15,6 +15,7 @@ from trimtab import cli
 from trimtab.core.errors import DataError
 from trimtab.reports.collect import collect
 from trimtab.reports.dossier import MAX_POINTS, write_dossier
+from trimtab.reports.run_page import write_report
 
 SCHEMA = json.loads((files("trimtab.reports") / "dossier.schema.json").read_text(encoding="utf-8"))
 SUITE = {
@@ -74,6 +75,14 @@ def test_a_long_course_of_quality_is_drawn_evenly_with_its_last_point(tmp_path):
     assert len(points) == MAX_POINTS
     assert points[-1]["step"] == whole.steps[-1]
     assert points[-1]["quality"] == pytest.approx(whole.values[-1])
+
+
+@pytest.mark.parametrize("known", [3, "x", [1], {"not_used": 5, "dropped": "x", "rows": [], "sha256": 2}])
+def test_damaged_facts_about_the_data_are_shown_as_far_as_they_go(tmp_path, known):
+    run = write_run(tmp_path / "run", stage="online", metrics=online_metrics(4, leash=True))
+    (run / "data.json").write_text(json.dumps({"rows.jsonl": known}), encoding="utf-8")
+    assert "rows.jsonl" in write_report(run).read_text(encoding="utf-8")
+    assert dossier(run, tmp_path)["data"]["sources"][0]["source"] == "rows.jsonl"
 
 
 def test_an_empty_or_damaged_run_has_a_dossier_too(tmp_path):

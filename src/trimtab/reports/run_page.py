@@ -316,10 +316,11 @@ def detail_parts(run: RunRecord) -> list[Part]:
 
 def _reading(one: Mapping[str, Any]) -> tuple[str, str]:
     """The columns of a source that were not used, and how many rows were left out for each kind of mistake."""
-    dropped = one.get("dropped")
+    dropped, not_used = one.get("dropped"), one.get("not_used")
     kinds = dropped.items() if isinstance(dropped, Mapping) else ()
     left_out = ", ".join(f"{num} {str(name).replace('_', ' ')}" for name, num in kinds)
-    return ", ".join(map(str, one.get("not_used") or ())) or "–", left_out or "–"
+    unused = ", ".join(map(str, not_used)) if isinstance(not_used, list) else ""
+    return unused or "–", left_out or "–"
 
 
 def _numbers(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
