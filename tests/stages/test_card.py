@@ -138,13 +138,13 @@ def test_pairs_that_the_model_cannot_read_are_left_out_and_counted(tmp_path, enc
 
 def test_rows_that_cannot_be_used_stop_the_command_or_are_counted(tmp_path, reward_run, pairs):
     bad = tmp_path / "bad.jsonl"
-    bad.write_text(pairs.read_text() + json.dumps({"prompt": "Why?", "chosen": "", "rejected": "No."}) + "\n")
+    bad.write_text(pairs.read_text() + (json.dumps({"prompt": "Why?", "chosen": "", "rejected": "No."}) + "\n") * 9)
     refused = trimtab("card", reward_run / "model", bad)
     assert refused.exit_code == 2
     assert "chosen is empty" in refused.output
     card, said = judged(tmp_path, reward_run / "model", bad, "--on-bad-row", "drop")
-    assert (card["num_pairs"], card["num_bad_rows"]) == (20, 1)
-    assert "1 rows are left out" in said
+    assert (card["num_pairs"], card["num_bad_rows"]) == (20, 9)
+    assert "9 rows are left out" in said
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path, reward_run, base, sliced, pairs):

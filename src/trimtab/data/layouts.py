@@ -49,6 +49,11 @@ class Reading:
         return {"layout": self.layout, "not_used": list(self.unused), "dropped": dropped}
 
     @property
+    def num_dropped(self) -> int:
+        """How many rows were dropped; `dropped` has the first few only."""
+        return sum(num for name, num in self.counts.items() if name.startswith("dropped_"))
+
+    @property
     def other_counts(self) -> dict[str, int]:
         """The counts besides `rows` and `records`."""
         return {name: num for name, num in self.counts.items() if name not in ("rows", "records")}

@@ -83,7 +83,7 @@ def card(
         corrections=corrections_in(model),
         slices=list(compress(slices, fits)),
     )
-    num_bad_rows = sum(len(one.dropped) for one in loaded.values())
+    num_bad_rows = sum(one.num_dropped for one in loaded.values())
     found |= {"num_too_long": int((~fits).sum()), "num_bad_rows": num_bad_rows}
     if out is not None:
         write_out(out / CARD_FILE, card_text(found, model=model, digest=local_digest(model), data=data))
