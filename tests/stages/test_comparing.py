@@ -129,6 +129,18 @@ def test_a_reward_model_agrees_with_people_as_often_as_its_card_says(tmp_path, p
     assert found["length"]["value"] == pytest.approx(card["longer_wins"])
 
 
+def test_rows_that_are_no_pairs_are_refused_or_left_out_and_counted(tmp_path):
+    good = [{"prompt": f"Question {i}?", "chosen": "Yes, it is.", "rejected": "No."} for i in range(12)]
+    path = write(tmp_path / "pairs.jsonl", [*good, *({**row, "rejected": ""} for row in good[:9])])
+    refused = trimtab("eval", "agreement", path)
+    assert refused.exit_code == 2
+    assert "9 of 21 rows cannot be used" in refused.output
+    result = trimtab("eval", "agreement", path, "--on-bad-row", "drop", "--out", tmp_path / "agreement.json")
+    assert result.exit_code == 0, result.output
+    assert "9 rows are no pairs and are left out" in result.output
+    assert json.loads((tmp_path / "agreement.json").read_text())["num_dropped"] == 9
+
+
 def test_pairs_without_a_right_side_are_refused(tmp_path):
     row = {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No.", "label": 0.5}
     result = trimtab("eval", "agreement", write(tmp_path / "even.jsonl", [row]))

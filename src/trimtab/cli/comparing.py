@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -201,9 +201,23 @@ def replies(
 @click.argument("pairs", metavar="PAIRS")
 @click.option("--by", **_by)
 @click.option("--out", type=FILE, help="The figures as JSON.")
+@click.option(
+    "--on-bad-row",
+    type=click.Choice(["stop", "drop"]),
+    default="stop",
+    show_default=True,
+    help="What to do with a row that is no pair: refuse the data, or leave it out and count it.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sides of each pair.")
 @_device
-def agreement(pairs: str, by: tuple[str, ...], out: Path | None, seed: int, device: str | None) -> None:
+def agreement(
+    pairs: str,
+    by: tuple[str, ...],
+    out: Path | None,
+    on_bad_row: Literal["stop", "drop"],
+    seed: int,
+    device: str | None,
+) -> None:
     """How often comparers prefer the reply that people prefer.
 
     PAIRS are preference pairs or votes in any layout, such as the human majority of MT-Bench. The length of a reply and
@@ -215,7 +229,7 @@ def agreement(pairs: str, by: tuple[str, ...], out: Path | None, seed: int, devi
     from trimtab.stages.comparing import read_pairs
 
     check_out(out)
-    read = read_pairs(pairs)
+    read = read_pairs(pairs, on_bad_row=on_bad_row)
     given = read.records
     num_even = sum(pair.label == 0.5 for pair in given)
     if num_even == len(given):
@@ -229,8 +243,11 @@ def agreement(pairs: str, by: tuple[str, ...], out: Path | None, seed: int, devi
     _show_agreement(found)
     if num_even:
         click.echo(f"{num_even} pairs with an even label have no right side and are left out")
+    if read.num_dropped:
+        click.echo(f"{read.num_dropped} rows are no pairs and are left out")
     if out is not None:
         origin = {"pairs": pairs, "sha256": read.sha256, "num_even": num_even, "seed": seed}
+        origin |= {"num_dropped": read.num_dropped}
         _write(out, {**origin, "agreement": found}, "figures")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -44,9 +44,9 @@ def scored_comparer(by: str, *, device: str | None = None) -> ScoreComparer:
     return ScoreComparer(by, score)
 
 
-def read_pairs(source: str) -> Loaded[PreferencePair]:
+def read_pairs(source: str, *, on_bad_row: Literal["stop", "drop"] = "stop") -> Loaded[PreferencePair]:
     """The pairs of a source, in any layout of them."""
-    return load(PreferencePair, source)
+    return load(PreferencePair, source, on_bad_row=on_bad_row)
 
 
 @dataclass(frozen=True, kw_only=True)
