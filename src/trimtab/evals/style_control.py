@@ -113,7 +113,7 @@ def _fit(tables: Mapping[Matchup, _Table]) -> tuple[dict[Matchup, Interval], lis
         Interval(float(gain), float(gain - reach), float(gain + reach), len(prompts))
         if seen
         else Interval(0.0, math.nan, math.nan, 0)
-        for gain, reach, seen in zip(point[num:], reaches, style.any(axis=0), strict=True)
+        for gain, reach, seen in zip(point[num:], reaches, style.any(axis=0).tolist(), strict=True)
     ]
     return rates, effects
 
