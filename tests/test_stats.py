@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +12,7 @@ from trimtab.stats import (
     Interval,
     auc,
     bootstrap_mean,
+    bootstrap_tail,
     brier_score,
     expected_calibration_error,
     fit_temperature,
@@ -58,12 +59,11 @@ def test_wilson_without_trials_knows_nothing():
 
 
 def test_the_bootstrap_agrees_with_every_possible_resample():
-    values = [0.0, 1.0, 5.0, 2.0]
-    means = [np.mean(draw) for draw in itertools.product(values, repeat=4)]
-    interval = bootstrap_mean(values, num_resamples=20_000)
-    assert interval.value == 2.0
-    assert interval.low == pytest.approx(np.quantile(means, 0.025), abs=0.1)
-    assert interval.high == pytest.approx(np.quantile(means, 0.975), abs=0.1)
+    # the sum of a draw of four ones and six zeros is binomial
+    interval = bootstrap_mean([1.0] * 4 + [0.0] * 6, num_resamples=20_000)
+    tail = scipy.stats.norm.sf(scipy.stats.t.ppf(0.975, 9) * math.sqrt(10 / 9))
+    sums = scipy.stats.binom.ppf([tail, 1 - tail], 10, 0.4)
+    assert (interval.value, interval.low, interval.high) == pytest.approx((0.4, *sums / 10))
 
 
 def test_clustering_widens_the_interval_by_the_design_effect():
@@ -78,9 +78,10 @@ def test_clustering_widens_the_interval_by_the_design_effect():
 
 
 def test_groups_of_unequal_size_keep_the_mean_over_values():
-    interval = bootstrap_mean([1.0, 1.0, 1.0, 5.0], groups=["a", "a", "a", "b"], num_resamples=50)
+    interval = bootstrap_mean([1.0, 1.0, 1.0, 5.0], groups=["a", "a", "a", "b"])
     assert interval.value == 2.0
-    assert (interval.low, interval.high) == (1.0, 5.0)
+    # the groups' parts in the mean are (3 - 3 * 2) / 2 and (5 - 2) / 2, so its error is 1.5, of one degree of freedom
+    assert (interval.low, interval.high) == pytest.approx((2 - 12.7062 * 1.5, 2 + 12.7062 * 1.5), abs=1e-3)
 
 
 def test_a_bootstrap_of_one_group_claims_no_interval():
@@ -105,6 +106,20 @@ def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say():
         interval = bootstrap_mean(generator.exponential(size=60), num_resamples=200, seed=seed)
         hits += interval.low <= 1.0 <= interval.high
     assert 0.88 <= hits / 200 <= 0.98
+
+
+@pytest.mark.parametrize("num", [2, 3, 5, 7, 8, 15])
+def test_intervals_of_few_values_cover_the_truth_too(num):
+    generator = np.random.default_rng(num)
+    drawn = generator.beta(2, 2, size=(400, num))
+    found = [bootstrap_mean(row, shares=True, num_resamples=200) for row in drawn]
+    assert all(0 <= one.low <= one.value <= one.high <= 1 for one in found)
+    assert sum(one.low <= 0.5 <= one.high for one in found) / 400 >= 0.91
+
+
+def test_of_many_values_the_percentiles_are_the_plain_ones():
+    assert bootstrap_tail(10_000, 0.95) == pytest.approx(0.025, abs=1e-4)
+    assert bootstrap_tail(10, 0.95) == pytest.approx(0.0086, abs=1e-4)
 
 
 def test_pairing_removes_what_both_sides_share():

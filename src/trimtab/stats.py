@@ -1,6 +1,6 @@
 """Intervals, win rates and calibration: numbers for people, each with its count and its uncertainty.
 
-Every interval is two-sided. Bootstraps are percentile bootstraps with a seed, so they can be computed again.
+Every interval is two-sided. Bootstraps have a seed, so they can be computed again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import scipy  # it loads each of its parts when that is first used
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
+FEW_DRAWN = 8
+"""Fewer values, or groups, are not bootstrapped: no mean of a draw lies beyond them."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,13 @@ def bootstrap_mean(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Mean of `values` with a percentile bootstrap interval (Efron, 1979).
+    """Mean of `values` with a percentile bootstrap interval (Efron, 1979), expanded by `bootstrap_tail`.
 
     `groups` gives each value's group, for example its prompt id. Whole groups are then drawn, since values that share
-    a prompt are not independent. With fewer than two values (or groups) the bounds are nan. `shares` says that the
-    values are in [0, 1]: if all are equal, a bootstrap would claim certainty, so the interval is Wilson's over the
-    groups (or values).
+    a prompt are not independent. Fewer than `FEW_DRAWN` values (or groups) have Student's interval, of the mean as a
+    ratio of sums. With fewer than two the bounds are nan. `shares` says that the values are in [0, 1], and so are the
+    bounds: if all values are equal, these would claim certainty, so the interval is Wilson's over the groups (or
+    values).
     """
     flat = _vector(values)
     if flat.size == 0:
@@ -77,13 +80,35 @@ def bootstrap_mean(
     sums, sizes = _group_sums(flat, groups)
     if sums.size < 2:
         return Interval(float(flat.mean()), math.nan, math.nan, flat.size)
+    if sums.size < FEW_DRAWN:
+        mean = float(flat.mean())
+        parts = (sums - mean * sizes) / float(sizes.mean())
+        half = _student(sums.size, confidence) * float(parts.std(ddof=1)) / math.sqrt(sums.size)
+        least, most = (0.0, 1.0) if shares else (-math.inf, math.inf)
+        return Interval(mean, max(least, mean - half), min(most, mean + half), flat.size)
     generator = np.random.default_rng(seed)
     means = np.empty(num_resamples)
     for i in range(num_resamples):
         drawn = generator.integers(sums.size, size=sums.size)
         means[i] = sums[drawn].sum() / sizes[drawn].sum()
-    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    tail = bootstrap_tail(sums.size, confidence)
+    low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(float(flat.mean()), float(low), float(high), flat.size)
+
+
+def bootstrap_tail(num: int, confidence: float) -> float:
+    """The share of the draws of `num` values, at least two, that an interval leaves out at each end.
+
+    Draws spread as the values do, less than their estimate of the deviation, and know nothing of its error; the plain
+    percentiles are too narrow for few values. These are the ones that give Student's interval if the means drawn are
+    normal (Hesterberg, 2015, "expanded percentiles").
+    """
+    return float(scipy.special.ndtr(-_student(num, confidence) * math.sqrt(num / (num - 1))))
+
+
+def _student(num: int, confidence: float) -> float:
+    """Standard errors in half an interval of the mean of `num` values."""
+    return float(scipy.special.stdtrit(num - 1, 0.5 + confidence / 2))
 
 
 def paired_difference(

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from trimtab.stats import Floats, Interval
+from trimtab.stats import Floats, Interval, bootstrap_tail
 
 
 def pareto_front(points: ArrayLike) -> list[int]:
@@ -70,7 +70,8 @@ def hypervolume_interval(
         hypervolume(table[:, generator.integers(num_prompts, size=num_prompts)].mean(1), reference)
         for _ in range(num_resamples)
     ]
-    low, high = np.quantile(areas, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    tail = bootstrap_tail(num_prompts, confidence)
+    low, high = np.quantile(areas, [tail, 1 - tail])
     return Interval(area, float(low), float(high), num_prompts)
 
 
