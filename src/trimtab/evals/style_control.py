@@ -111,9 +111,9 @@ def _fit(tables: Mapping[Matchup, _Table]) -> tuple[dict[Matchup, Interval], lis
     reaches = _quantile(len(prompts)) * errors[num:]
     effects = [
         Interval(float(gain), float(gain - reach), float(gain + reach), len(prompts))
-        if seen
+        if gaps.any()
         else Interval(0.0, math.nan, math.nan, 0)
-        for gain, reach, seen in zip(point[num:], reaches, style.any(axis=0).tolist(), strict=True)
+        for gain, reach, gaps in zip(point[num:], reaches, style.T, strict=True)
     ]
     return rates, effects
 
