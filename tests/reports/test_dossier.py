@@ -106,6 +106,9 @@ def test_suites_are_held_without_their_items(tmp_path):
     (suite,) = dossier(run, tmp_path, suites=[path])["suites"]
     assert suite["suite"] == "hhh"
     assert not {"items", "engine"} & suite.keys()
+    neither = SUITE["metrics"][0] | {"better": "neither"}  # as of a trait, which says nothing about a tax
+    path.write_text(json.dumps(SUITE | {"metrics": [neither]}), encoding="utf-8")
+    assert dossier(run, tmp_path, suites=[path])["suites"][0]["metrics"][0]["better"] == "neither"
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(DataError):
         write_dossier(run, tmp_path / "x.json", suites=[path])

@@ -135,8 +135,8 @@ def test_what_says_nothing_about_a_tax_is_refused(tmp_path, folder, base, other)
     for arguments, said in [
         ([tmp_path / "missing.json"], "no such file"),
         ([tmp_path / "none.json"], "no results of a suite"),
-        ([alone], "results with no baseline"),
-        ([traits], "no better direction of matching"),
+        ([alone], "results without a baseline"),
+        ([traits], "neither direction of matching is better"),
         ([pair, pair], "given twice"),
         ([pair, swapped], "another pair of models"),
     ]:

@@ -44,7 +44,7 @@ class Asked:
     def read(cls, *, suites: Sequence[Path] = (), agreements: Sequence[Path] = ()) -> Asked:
         """What the files hold. Raises DataError for a file that holds something else."""
         return cls(
-            suites=read_results(suites),
+            suites=read_results(suites, for_tax=False),
             studies=[_study(path) for path in agreements],
             options=[*(("--suite", path) for path in suites), *(("--agreement", path) for path in agreements)],
         )

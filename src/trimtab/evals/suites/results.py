@@ -14,10 +14,10 @@ VERSION = 1
 """The version of `suite.schema.json`, raised when a reader of the file would have to change."""
 
 
-def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
+def read_results(files: Sequence[Path], *, for_tax: bool = True) -> list[dict[str, Any]]:
     """The results in the files. Raises DataError for a file that holds none with a baseline, is of another version or
-    has scores outside [0, 1], or one whose figure has no better direction, and ConfigError if a suite
-    is there twice or the models differ."""
+    has scores outside [0, 1] or, unless the results are only shown, has a figure without a better direction, and
+    ConfigError if a suite is there twice or the models differ."""
     found: list[dict[str, Any]] = []
     for path in files:
         if not path.is_file():
@@ -26,12 +26,17 @@ def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
         if problem := _problem(result):
             raise DataError(problem, where=str(path), fix="give files of trimtab eval SUITE MODEL BASELINE --out FILE")
         main = result["metrics"][0]
-        if result.get("baseline") is None or main["better"] == "neither":
-            why = "no baseline" if result.get("baseline") is None else f"no better direction of {main['name']}"
+        if result.get("baseline") is None:
             raise DataError(
-                f"results with {why} say nothing about a tax",
+                "results without a baseline compare nothing",
                 where=str(path),
                 fix="run the suite with MODEL and BASELINE, or leave the file out",
+            )
+        if for_tax and main["better"] == "neither":
+            raise DataError(
+                f"neither direction of {main['name']} is better, so that it says nothing about a tax",
+                where=str(path),
+                fix="leave the file out",
             )
         if any(one["suite"] == result["suite"] for one in found):
             raise ConfigError(
