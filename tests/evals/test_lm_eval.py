@@ -78,6 +78,11 @@ def test_a_value_that_is_sometimes_no_number_leaves_its_metric_out(tmp_path):
     task = read_lm_eval(folder).tasks["task"]
     assert [metric.name for metric in task.metrics] == ["acc"]
     assert task.left_out == ("f1",)
+    rows = [sample(n, of=of, acc=1.0) for of in ("none", "strict") for n in range(2)]
+    write_samples(path.parent, "task", rows[:-1])  # the last filter was cut off
+    task = read_lm_eval(folder).tasks["task"]
+    assert [metric.name for metric in task.metrics] == ["acc"]
+    assert task.left_out == ("acc,strict",)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +99,7 @@ def test_a_value_that_is_sometimes_no_number_leaves_its_metric_out(tmp_path):
         (lambda there: (there / f"samples_arc_{TIME}.jsonl").unlink(), "no such file"),
         (lambda there: (there / f"samples_arc_{TIME}.jsonl").write_text('{"doc_id": 0}\n'), "no sample of lm-eval"),
         (lambda there: (there / f"samples_arc_{TIME}.jsonl").write_text('{"doc_id": 0'), "samples_arc"),
+        (lambda there: write_samples(there, "arc", [sample(0) | {"metrics": [None]}]), "no sample of lm-eval"),
         (lambda there: write_samples(there, "arc", [sample(0, acc=1.0)] * 2), "document 0 is there twice"),
     ],
 )

@@ -45,7 +45,7 @@ class LmEvalTask:
     metrics: tuple[SuiteMetric, ...]
     """In lm-eval's order, a filter behind a comma if there is one: `exact_match,strict-match`."""
     left_out: tuple[str, ...]
-    """Metrics whose values are no numbers in [0, 1]."""
+    """Metrics that some document lacks, or whose values are no numbers in [0, 1]."""
     num_available: int
     """Documents of the task, asked or not."""
     num_fewshot: int
@@ -95,7 +95,7 @@ def read_lm_eval(folder: Path) -> LmEvalRun:
     tasks = {
         name: _task(
             path.with_name(f"samples_{name}_{time}.jsonl"),
-            better=better.get(name) or {},
+            better=ways if isinstance(ways := better.get(name), dict) else {},
             num_available=counts[name]["original"],
             num_fewshot=int(shots.get(name) or 0),
         )
@@ -137,7 +137,7 @@ def _task(path: Path, *, better: Mapping[str, bool | None], num_available: int, 
     left_out: set[str] = set()
     for where, row in read.rows:
         keys: list[Any] = [row.get(name) for name in ("doc_id", "doc_hash", "prompt_hash", "filter", "metrics")]
-        if None in keys or not isinstance(keys[-1], list):
+        if None in keys or not isinstance(keys[-1], list) or not all(isinstance(one, str) for one in keys[-1]):
             raise DataError(
                 "no sample of lm-eval: it lacks doc_id, doc_hash, prompt_hash, filter or metrics",
                 where=where,
@@ -158,6 +158,8 @@ def _task(path: Path, *, better: Mapping[str, bool | None], num_available: int, 
             raise DataError(f"document {number} is there twice", where=where, fix="run lm-eval into an empty folder")
         known = {} if before is None else before.scores
         items[str(number)] = LmEvalItem(document=str(document), prompt=str(prompt), scores={**known, **scores})
+    # of a document whose row was cut off, or has other metrics, nothing is known
+    left_out |= {name for name in names if any(name not in item.scores for item in items.values())}
     used = {name: metric for name, metric in names.items() if name not in left_out}
     if not used:
         raise DataError(

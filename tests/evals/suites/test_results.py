@@ -41,6 +41,7 @@ def item(scores, **others):
         ({"items": [{"cluster": "a"}]}, "metrics or the items"),
         (item({}, baseline_scores=None), "without its scores"),
         (item({"m": None}), "no list of numbers"),
+        (item({"m": [1.0]}, cluster=["a"]), "cluster is no text"),
         (item({"m": [None]}), "no list of numbers"),
         (item({"m": [1e9]}), "from 0 to 1"),
     ],

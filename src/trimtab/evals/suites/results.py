@@ -61,6 +61,8 @@ def _problem(result: dict[str, Any]) -> str | None:
     metrics, items = result["metrics"], result["items"]
     if not (_are_tables(metrics, "name", "better") and _are_tables(items, "cluster", "scores")):
         return "the metrics or the items are not those of results"
+    if not all(isinstance(item["cluster"], str) for item in items):
+        return "an item whose cluster is no text"
     name, which = metrics[0]["name"], ["scores"] if result.get("baseline") is None else ["scores", "baseline_scores"]
     for scores in (item.get(one) for item in items for one in which):
         if not isinstance(scores, dict):
