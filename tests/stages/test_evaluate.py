@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from tests.stages.commands import SHORT, rows, run_stage, summary, trimtab, write_run_file
@@ -127,3 +129,16 @@ def test_replies_of_another_distribution_have_no_kl(tmp_path, base, other):
     assert result.exit_code == 0, result.output
     assert "kl" not in summary(tmp_path / "run")
     assert "cannot be measured" in " ".join(result.output.split())
+
+
+def test_rows_of_one_prompt_are_one_cluster_whatever_ids_they_have(tmp_path, base):
+    """Rows with an id each were as many independent prompts, which made every interval too narrow."""
+    data = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "What is 1 + 1?", "answer": "2", "id": f"row {i}"} for i in range(6)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = settings(base, base, prompts=str(data), rewards=[{"name": "length", "max_tokens": 4}])
+    del values["world"]
+    found = summary(run_stage("evaluate", tmp_path / "run", **values))
+    assert found["policy"]["num_replies"] == 6
+    assert found["policy"]["length_low"] is None
+    assert found["kl"]["kl_exact_low"] is None

@@ -20,7 +20,7 @@ from trimtab import worlds
 from trimtab.batches.rollouts import in_groups, rollout_trees
 from trimtab.core import seeds
 from trimtab.core.config import Choice
-from trimtab.core.types import Prompt, Rollout
+from trimtab.core.types import Prompt, Rollout, prompt_id
 from trimtab.data.chat import Chat
 from trimtab.engines.build import Engines, load_policy, sampling_roles
 from trimtab.engines.device import EngineSettings
@@ -125,7 +125,7 @@ def run(settings: EvaluateSettings, run: Run) -> None:
         name: {judge: values[i * num : (i + 1) * num] for judge, values in together.items()}
         for i, name in enumerate(replies)
     }
-    prompt_ids = [p.id for p in loaded.records]
+    prompt_ids = [prompt_id(p.messages) for p in loaded.records]  # rows of one prompt may have an id each
     # Longer texts repeat more words, so variety is compared at an equal number of them.
     num_words = min(sum(len(words(r.response)) for r in rollouts) for rollouts in replies.values())
     summary: dict[str, object] = {
@@ -239,7 +239,9 @@ def kl_to_baseline(
     sampled = sum_per_sequence(log_ratio, trees.sequence_ids, trees.num_sequences).numpy()
     exact_per_token = exact_kl_of(policy, baseline, trees, token_budget)
     exact = sum_per_sequence(exact_per_token, trees.sequence_ids, trees.num_sequences).numpy()
-    return bootstrap_mean(sampled).named("kl_sampled") | bootstrap_mean(exact).named("kl_exact")
+    groups = [prompt_id(r.prompt.messages) for r in rollouts]
+    kl_sampled, kl_exact = (bootstrap_mean(each, groups=groups) for each in (sampled, exact))
+    return kl_sampled.named("kl_sampled") | kl_exact.named("kl_exact")
 
 
 def best_of_baseline(
