@@ -94,6 +94,16 @@ def test_without_held_out_pairs_there_is_no_card_and_the_error_says_so(tmp_path,
     assert "0 to judge by" in result.output
 
 
+def test_held_out_pairs_whose_prompts_are_trained_on_are_counted_and_said(tmp_path, base, pairs):
+    first, *others = pairs.read_text().splitlines()
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("\n".join([first, json.dumps(json.loads(others[0]) | {"prompt": "What is new?"})]) + "\n")
+    run_file = write_run_file(tmp_path / "run.toml", settings(base, pairs, held_out_data=str(held_out)))
+    result = trimtab("reward", run_file, "--out", tmp_path / "run")
+    assert "1 of 2 held-out prompts are trained on too" in result.output
+    assert summary(tmp_path / "run")["counts"]["held_out_prompts_trained_on"] == 1
+
+
 def test_demonstrations_are_fitted_and_counted_before_training(tmp_path, base, pairs):
     """They were read after the last step, so a run whose demonstrations were too long could never end."""
     texts = [("What is 1 + 1? " * 200, "#### 2"), ("What is 2 + 3?", "It is 5. " * 200), ("What is 3 + 3?", "6")]

@@ -140,6 +140,18 @@ def test_repeated_and_long_prompts_are_counted(tmp_path, base, reward_run):
     assert (counts["dropped_repeated_prompts"], counts["dropped_long_prompts"], counts["replies"]) == (1, 1, 12)
 
 
+def test_many_prompts_that_are_left_out_are_said_at_once(tmp_path, base, reward_run):
+    data = tmp_path / "prompts.jsonl"
+    texts = ["one"] * 8 + [f"{i} " + "word " * 400 for i in range(7)]
+    data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    values = settings(base, reward_run, prompts=str(data), pairs="none")
+    values["sampling"] = SHORT | {"max_prompt_tokens": 200}
+    del values["world"]
+    result = trimtab("select", write_run_file(tmp_path / "run.toml", values), "--out", tmp_path / "run")
+    assert "note: 7 of 15 prompts are left out: they are longer than sampling.max_prompt_tokens = 200" in result.output
+    assert "note: 7 of 15 prompts are left out: they repeat another" in result.output
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

@@ -107,3 +107,13 @@ def test_many_lost_examples_are_said_at_once(tmp_path, base):
     result = trimtab("sft", run_file, "--out", tmp_path / "run")
     assert "note: 33 of 40 records are left out: they are longer than max_tokens = 40" in result.output
     assert summary(tmp_path / "run")["counts"]["dropped_too_long"] == 33
+
+
+def test_many_prompts_that_lose_their_beginning_are_said_at_once(tmp_path, base):
+    """The default cuts a prompt on its left: of a whole file of long ones only the ends were trained on, in silence."""
+    data = tmp_path / "shown.jsonl"
+    lines = [{"prompt": f"Question {i}. " + "long " * (50 if i < 6 else 0), "completion": "yes"} for i in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    run_file = write_run_file(tmp_path / "run.toml", settings(base, data, max_tokens=40, held_out=0.0))
+    result = trimtab("sft", run_file, "--out", tmp_path / "run")
+    assert "note: 6 of 8 records have a prompt that is cut on its left" in result.output

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from trimtab.batches.trees import Tree
 from trimtab.core.errors import DataError
@@ -70,7 +71,21 @@ def read_split(kind: type, settings: Any, run: Run, chat: Chat) -> tuple[TokenTa
     if settings.held_out_data is None:
         return *hold_out(prepared.table, settings.held_out, where=settings.data), counts
     judged = prepare_data(kind, settings.held_out_data, run, chat, on_bad_row=settings.on_bad_row)
+    say_trained_on(*(table.of("messages_hash") for table in (prepared.table, judged.table)), settings, counts)
     return prepared.table, judged.table, counts
+
+
+def say_trained_on(trained: ArrayLike, judged: ArrayLike, settings: Any, counts: dict[str, int]) -> None:
+    """Says on stderr and counts how many of the prompts to judge by are trained on too, given the names of both: what
+    is measured on these says nothing about new prompts. A share that is held out of `data` has none."""
+    names = np.unique(judged)
+    if num := int(np.isin(names, trained).sum()):
+        counts["held_out_prompts_trained_on"] = num
+        print(
+            f"note: {settings.held_out_data}: {num:,} of {len(names):,} held-out prompts are trained on too, so what is "
+            "measured on them is no measure of new prompts",
+            file=sys.stderr,
+        )
 
 
 def is_live(source: str) -> bool:
@@ -131,13 +146,26 @@ def read_demonstration_trees(
 
 
 def say_too_long(counts: Mapping[str, int], max_tokens: int) -> None:
-    """Says on stderr at once when more than a few records are too long."""
-    if (num := counts.get("dropped_too_long", 0)) > FEW:
-        print(
-            f"note: {num:,} of {counts['records']:,} records are left out: they are longer than max_tokens = "
-            f"{max_tokens}",
-            file=sys.stderr,
-        )
+    """Says on stderr at once when more than a few records are too long, and left out or cut."""
+    told = {
+        "dropped_too_long": "are left out: they are longer than",
+        "truncated_too_long": "have a prompt that is cut on its left, where its beginning is lost: they are longer than",
+    }
+    for name, what in told.items():
+        if (num := counts.get(name, 0)) > FEW:
+            of = f"note: {num:,} of {counts['records']:,} records"
+            print(f"{of} {what} max_tokens = {max_tokens}", file=sys.stderr)
+
+
+def say_prompts_left_out(counts: Mapping[str, int], num: int, *, longest: int) -> None:
+    """Says on stderr at once when more than a few of `num` prompts are left out."""
+    told = {
+        "dropped_long_prompts": f"they are longer than sampling.max_prompt_tokens = {longest}",
+        "dropped_repeated_prompts": "they repeat another, and each is asked once",
+    }
+    for name, why in told.items():
+        if counts.get(name, 0) > FEW:
+            print(f"note: {counts[name]:,} of {num:,} prompts are left out: {why}", file=sys.stderr)
 
 
 def hold_out(table: TokenTable, share: float, *, where: str) -> tuple[TokenTable, TokenTable]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trimtab.core import registry
 from trimtab.core.errors import DataError, EngineError
-from trimtab.core.types import SteppedResponse
+from trimtab.core.types import SteppedResponse, prompt_id
 from trimtab.data.chat import Chat
 from trimtab.data.graded import (
     Grade,
@@ -40,7 +40,7 @@ from trimtab.models.roles import ScalarModel
 from trimtab.models.save import round_as_written
 from trimtab.rewards.scorer import finite_scores
 from trimtab.runs.run import Run
-from trimtab.stages.reading import read, say_too_long
+from trimtab.stages.reading import read, say_too_long, say_trained_on
 from trimtab.stages.reward_members import head_start, load_roles, save_members, start_members
 from trimtab.stages.supervised import FIT, Epochs, Validation, make_learner, training, validate
 from trimtab.stats import Floats, bootstrap_mean
@@ -58,12 +58,14 @@ def train_on_replies(settings: Any, run: Run) -> None:
     the reward stage."""
     chat = Chat(load_tokenizer(settings.model))
     loaded = load_replies(settings.data, settings, run, chat, limit=settings.limit)
+    counts = dict(loaded.counts)
     if settings.held_out_data is None:
         train, held_out = split_by_prompt(loaded.records, settings.held_out)
     else:
         train, held_out = loaded.records, load_replies(settings.held_out_data, settings, run, chat).records
+        names = ([prompt_id(record.prompt.messages) for record in records] for records in (train, held_out))
+        say_trained_on(*names, settings, counts)
     facts = facts_of(settings, loaded)
-    counts = dict(loaded.counts)
     train_on = graded(train, chat, settings, counts)
     judged_by = graded(held_out, chat, settings, counts)
     say_too_long(counts, settings.max_tokens)

@@ -33,7 +33,7 @@ from trimtab.rewards.gold import GoldScorer
 from trimtab.runs.loop import stepping
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
-from trimtab.stages.reading import read
+from trimtab.stages.reading import read, say_prompts_left_out
 from trimtab.stages.reward_positions import refuse_short_reward_models
 from trimtab.stages.selection import (
     Filter,
@@ -280,6 +280,7 @@ def load_asked(settings: SelectSettings, chat: Chat, run: Run) -> tuple[list[Pro
             where=source,
             fix="raise sampling.max_prompt_tokens",
         )
+    say_prompts_left_out(counts, len(found), longest=longest)
     return kept, dict(counts)
 
 

@@ -12,7 +12,7 @@ from trimtab.data.chat import Chat
 from trimtab.rewards.combined import refuse_missing_facts
 from trimtab.runs.run import Run
 from trimtab.stages.guard.settings import GuardSettings
-from trimtab.stages.reading import read
+from trimtab.stages.reading import read, say_prompts_left_out
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ def different(prompts: Sequence[Prompt], chat: Chat, *, longest: int, where: str
     """The prompts of at most `longest` tokens without repetitions, the first of each, since an interval over prompts
     counts every one as another. How many repeat another is said on stderr."""
     short = [prompt for prompt in prompts if len(chat.encode_prompt(prompt.messages)) <= longest]
+    say_prompts_left_out({"dropped_long_prompts": len(prompts) - len(short)}, len(prompts), longest=longest)
     found: dict[str, Prompt] = {}
     for prompt in short:
         found.setdefault(prompt_id(prompt.messages), prompt)

@@ -17,7 +17,7 @@ from trimtab.runs.run import Run
 from trimtab.stages.guard.prompts import GuardPrompts, check_prompts, read_checks
 from trimtab.stages.online.settings import OnlineSettings
 from trimtab.stages.online.state import endless
-from trimtab.stages.reading import FEW, read, read_demonstration_trees
+from trimtab.stages.reading import read, read_demonstration_trees, say_prompts_left_out
 from trimtab.stages.rehearsal import UNKNOWN, largest_step, steps_rehearsed
 from trimtab.stages.stage import FEW_STEPS
 
@@ -76,9 +76,7 @@ def read_prompts(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[st
     if settings.on_failed_reward == "stop":
         refuse_missing_facts(judges(settings), prompts, where=settings.prompts)
     counts |= dict(loaded.counts) | {"dropped_long_prompts": len(loaded.records) - len(prompts)}
-    if (num := counts["dropped_long_prompts"]) > FEW:
-        note = f"note: {num:,} of {len(loaded.records):,} prompts are left out: they are longer than"
-        print(f"{note} sampling.max_prompt_tokens = {longest}", file=sys.stderr)
+    say_prompts_left_out(counts, len(loaded.records), longest=longest)
     return in_order_of_rehearsal(prompts, [lengths[i] for i in kept], settings)
 
 
