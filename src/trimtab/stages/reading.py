@@ -71,7 +71,8 @@ def read_split(kind: type, settings: Any, run: Run, chat: Chat) -> tuple[TokenTa
     if settings.held_out_data is None:
         return *hold_out(prepared.table, settings.held_out, where=settings.data), counts
     judged = prepare_data(kind, settings.held_out_data, run, chat, on_bad_row=settings.on_bad_row)
-    say_trained_on(*(table.of("messages_hash") for table in (prepared.table, judged.table)), settings, counts)
+    trained, judged_by = (table.of("messages_hash") for table in (prepared.table, judged.table))
+    say_trained_on(trained, judged_by, settings, counts)
     return prepared.table, judged.table, counts
 
 
@@ -82,8 +83,8 @@ def say_trained_on(trained: ArrayLike, judged: ArrayLike, settings: Any, counts:
     if num := int(np.isin(names, trained).sum()):
         counts["held_out_prompts_trained_on"] = num
         print(
-            f"note: {settings.held_out_data}: {num:,} of {len(names):,} held-out prompts are trained on too, so what is "
-            "measured on them is no measure of new prompts",
+            f"note: {settings.held_out_data}: {num:,} of {len(names):,} held-out prompts are trained on too, so what "
+            "is measured on them is no measure of new prompts",
             file=sys.stderr,
         )
 
@@ -149,7 +150,7 @@ def say_too_long(counts: Mapping[str, int], max_tokens: int) -> None:
     """Says on stderr at once when more than a few records are too long, and left out or cut."""
     told = {
         "dropped_too_long": "are left out: they are longer than",
-        "truncated_too_long": "have a prompt that is cut on its left, where its beginning is lost: they are longer than",
+        "truncated_too_long": "have a prompt that is cut on its left and loses its beginning: they are longer than",
     }
     for name, what in told.items():
         if (num := counts.get(name, 0)) > FEW:

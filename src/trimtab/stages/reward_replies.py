@@ -63,8 +63,8 @@ def train_on_replies(settings: Any, run: Run) -> None:
         train, held_out = split_by_prompt(loaded.records, settings.held_out)
     else:
         train, held_out = loaded.records, load_replies(settings.held_out_data, settings, run, chat).records
-        names = ([prompt_id(record.prompt.messages) for record in records] for records in (train, held_out))
-        say_trained_on(*names, settings, counts)
+        trained, judged = ([prompt_id(one.prompt.messages) for one in records] for records in (train, held_out))
+        say_trained_on(trained, judged, settings, counts)
     facts = facts_of(settings, loaded)
     train_on = graded(train, chat, settings, counts)
     judged_by = graded(held_out, chat, settings, counts)
