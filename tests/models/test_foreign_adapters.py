@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, TaskType, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, TaskType, TrainableTokensConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -324,3 +324,17 @@ def test_a_scalar_role_keeps_its_head_when_it_is_trained_on(base, tmp_path):
     head = load_adapter(again, "reward", tmp_path / "first", with_head=True)
     again.load_state_dict(head, strict=False)
     torch.testing.assert_close(again.score.weight, model.score.weight, rtol=0, atol=0)
+
+
+KINDS = {
+    "tokens": lambda: TrainableTokensConfig(token_indices=[3, 10], target_modules=["embed_tokens"]),
+    "vera": lambda: VeraConfig(r=8, target_modules=["q_proj", "v_proj"]),
+    "adalora": lambda: AdaLoraConfig(total_step=10, target_modules=["q_proj", "v_proj"], task_type=TaskType.CAUSAL_LM),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_whose_files_are_odd_are_merged_as_peft_reads_them(base, tmp_path, kind):
+    """Two rows of trained tokens were taken for a whole embedding, and what peft shares or never writes for lacking."""
+    theirs = write(base, tmp_path / "adapter", KINDS[kind]())
+    torch.testing.assert_close(logits(load_causal(tmp_path / "adapter")), logits(theirs), rtol=1e-4, atol=1e-4)

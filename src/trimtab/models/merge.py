@@ -63,17 +63,20 @@ def merge_adapter(model: PreTrainedModel, path: str | Path) -> None:
 
 
 def _lacking(adapted: nn.Module, missing: list[str]) -> list[str]:
-    """The weights of the adapter that its file lacks. A weight tied to one that was loaded is not lacking."""
-    parameters = dict(adapted.named_parameters(remove_duplicate=False))
+    """The weights of the adapter that its file lacks. A weight tied to one that was loaded is not lacking, nor are the
+    ranks of AdaLoRA, which peft never writes."""
+    parameters: dict[str, Tensor] = dict(adapted.named_parameters(remove_duplicate=False))
+    parameters |= dict(adapted.named_buffers(remove_duplicate=False))
     there = {id(p) for name, p in parameters.items() if name not in missing}
-    own = [name for name in missing if ".merged." in name or name.endswith(".merged")]
+    own = [n for n in missing if (".merged." in n or n.endswith(".merged")) and ".ranknum." not in n]
     return [name for name in own if id(parameters.get(name)) not in there]
 
 
 def _make_rows_for(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     """Resizes the embedding of the base to the rows that the adapter was trained with, if tokens were added for it."""
     embedding: Any = model.get_input_embeddings()
-    rows = [len(value) for key, value in weights.items() if key.split(".")[-2] in EMBEDDINGS and "lora_" not in key]
+    whole = (key for key in weights if key.endswith(".weight") and "lora_" not in key)
+    rows = [len(weights[key]) for key in whole if key.split(".")[-2] in EMBEDDINGS]
     if rows and max(rows) != embedding.num_embeddings:
         model.resize_token_embeddings(max(rows), mean_resizing=False)
 
