@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -139,6 +140,38 @@ def test_generation_settings_say_where_a_reply_ends_and_stay(tmp_path):
     assert (set(written.eos_token_id), written.temperature, written.top_p) == ({0, 2, 7}, 0.6, 0.9)
     assert not written.do_sample  # vLLM samples at this temperature, and plain generate decodes greedily, as before
     assert Chat(load_tokenizer(out)).stop_ids == {0, 2, 7}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True},
+        {"forced_eos_token_id": 1},
+        {"bad_words_ids": [[5]], "suppress_tokens": [6]},
+        {"min_new_tokens": 4, "stop_strings": ["a"]},
+    ],
+)
+def test_settings_of_a_base_that_make_another_policy_of_it_are_said_and_not_written(tmp_path, capsys, changes):
+    base = write_base(tmp_path / "base", BASES["end of the template is not eos"]())
+    file = base / "generation_config.json"
+    usual = {"repetition_penalty": 1.0, "num_beams": 1, "temperature": 0.6}
+    file.write_text(json.dumps({"eos_token_id": 0, "do_sample": True, **usual, **changes}))
+    out = rewrite(base, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert all(f"{name} = {value}" in said for name, value in changes.items())
+    written = json.loads((out / "generation_config.json").read_text())
+    assert written["temperature"] == 0.6
+    assert not set(changes) & set(written)
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    ids = torch.tensor([[3, 10, 12, 10]])
+    plain = ids
+    with torch.no_grad():
+        for _ in range(6):
+            plain = torch.cat([plain, model(input_ids=plain).logits[:, -1:].argmax(-1)], 1)
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    assert found[0].tolist() == plain[0, : found.shape[1]].tolist()
 
 
 @pytest.mark.parametrize("broken", [math.nan, 1e5])

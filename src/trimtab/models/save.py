@@ -2,6 +2,8 @@
 
 - A reply ends at the same tokens: the end token of the template is in `eos_token_id` of config.json and
   generation_config.json, beside the ones that were there.
+- Greedy decoding gives the reply that the model itself finds likeliest: penalties, beams, forced or forbidden tokens
+  of a base are not written. Settings of sampling, such as its temperature, stay.
 - There is one pad token, the same in tokenizer and configuration, and no reply ends with it: transformers reads the
   score of a padded text at the last token that is not the pad token.
 - Weights have the dtype in which the model was stored, rounded from the float32 in which they are trained, so training
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,14 @@ from trimtab.models.weights import refuse_to_write
 
 _OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Generation settings that mean something only if replies are sampled."""
+_OTHER_POLICY = (
+    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    *("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"),
+    *("forced_eos_token_id", "exponential_decay_length_penalty", "min_length", "min_new_tokens", "guidance_scale"),
+    *("watermarking_config", "num_beams", "num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping"),
+    *("penalty_alpha", "dola_layers", "num_return_sequences", "constraints", "force_words_ids", "stop_strings"),
+)
+"""Generation settings that make of a model another policy: its likeliest reply is no longer the model's own."""
 PAD_TOKEN = "<|pad|>"
 """The pad token that is added to a tokenizer without an unused token."""
 
@@ -134,6 +145,7 @@ def _set_ids(model: PreTrainedModel, stop_ids: int | list[int], pad_id: int) -> 
         return {}
     generation.eos_token_id, generation.pad_token_id = stop_ids, pad_id
     generation._from_model_config = False
+    _drop_other_policy(generation)
     try:
         generation.validate(strict=True)
     except ValueError:
@@ -142,6 +154,31 @@ def _set_ids(model: PreTrainedModel, stop_ids: int | list[int], pad_id: int) -> 
             setattr(generation, name, None)
         return apart
     return {}
+
+
+def _drop_other_policy(generation: GenerationConfig) -> None:
+    """Removes the settings that would make of the model another policy than the one that was trained and measured, and
+    says on stderr which."""
+    usual = GenerationConfig()  # type: ignore[no-untyped-call]
+    found = {name: getattr(generation, name, None) for name in _OTHER_POLICY}
+    changed = {name: value for name, value in found.items() if value != getattr(usual, name, None)}
+    for name in changed:
+        setattr(generation, name, getattr(usual, name, None))
+    if shown := {name: value for name, value in changed.items() if value not in _WITHOUT_EFFECT.get(name, ())}:
+        listed = ", ".join(f"{name} = {value}" for name, value in shown.items())
+        print(
+            f"note: {GENERATION_FILE} is written without {listed}, with which it would reply otherwise", file=sys.stderr
+        )
+
+
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "guidance_scale"), (1, 1.0)),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (1,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
+    "diversity_penalty": (0, 0.0),
+    "early_stopping": (False,),
+}
+"""Values that change nothing, which older releases wrote into every file."""
 
 
 def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
