@@ -84,6 +84,12 @@ def shards_missing(file):
     file.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
 
+def beside_other_shards(file):
+    shutil.copy(file, file.with_name("model-00001-of-00001.safetensors"))
+    shard = {"model.norm.weight": "model-00001-of-00001.safetensors"}
+    file.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": shard}))
+
+
 def index_of_nothing(file):
     file.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": ["model.safetensors"]}))
 
@@ -102,6 +108,7 @@ def index_of_nothing(file):
         (with_nan_in_a_rare_row, r"1 of its weights hold nan or infinity, such as model\.embed_tokens\.weight"),
         (incomplete, r"lacks weights of a Llama\w+, such as model\.layers\.0\.mlp\.down_proj"),
         (shards_missing, r"1 of 2 files of weights are not there: model-00002"),
+        (beside_other_shards, r"two sets of weights, model\.safetensors and the 1 files of model\.safetensors\.index"),
         (index_of_nothing, r"model\.safetensors\.index\.json does not say which file holds which weight"),
     ],
 )
@@ -111,6 +118,74 @@ def test_weights_that_are_not_whole(damaged, damage, says):
         load_causal(damaged)
     with pytest.raises(EngineError, match=says):
         ScalarModel(load_scalar(damaged, head_seed=0), pad_id=0)
+
+
+def with_biases(weights):
+    return {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}
+
+
+def with_a_further_block(weights):
+    return {
+        name.replace("layers.0.", "layers.1."): value.clone() for name, value in weights.items() if "layers.0." in name
+    }
+
+
+def with_norms_of_another_architecture(weights):
+    return {"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}
+
+
+def with_an_adapter_inside(weights):
+    return {"model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.ones(4, 32)}
+
+
+def with_scales_of_rounded_weights(weights):
+    return {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(48, 1)}
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        with_biases,
+        with_a_further_block,
+        with_norms_of_another_architecture,
+        with_an_adapter_inside,
+        with_scales_of_rounded_weights,
+    ],
+)
+def test_weights_that_the_configuration_leaves_out_are_named(damaged, further):
+    """transformers leaves them out without an error, and computes another model."""
+    file = damaged / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | further(weights), file, metadata={"format": "pt"})
+    with pytest.raises(EngineError, match=r"has no place for \d+ of the weights in the file, such as model\.layers"):
+        load_causal(damaged)
+    with pytest.raises(EngineError, match="has no place for"):
+        load_scalar(damaged, head_seed=0)
+
+
+def test_weights_beside_the_blocks_may_be_left_out(damaged):
+    file = damaged / "model.safetensors"
+    beside = {
+        "v_head.summary.weight": torch.ones(1, 32),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "mtp.0.norm.weight": torch.ones(32),
+    }
+    save_file(load_file(file) | beside, file, metadata={"format": "pt"})
+    load_causal(damaged)
+    load_scalar(damaged, head_seed=0)
+
+
+def test_a_head_of_its_own_is_kept_and_said_whatever_the_configuration_says(damaged, tmp_path):
+    """transformers loads both, while other libraries go by the configuration and take the embedding for both."""
+    file = damaged / "model.safetensors"
+    weights = load_file(file)
+    head = torch.randn(weights["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(0))
+    save_file(weights | {"lm_head.weight": head}, file, metadata={"format": "pt"})
+    model = load_causal(damaged)
+    assert torch.equal(model.get_output_embeddings().weight, head)
+    save_model(model, load_tokenizer(damaged), tmp_path / "written")
+    assert json.loads((tmp_path / "written" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(load_file(tmp_path / "written" / "model.safetensors")["lm_head.weight"], head)
 
 
 def test_a_score_head_that_broke_down_in_training_is_refused_before_anything_is_scored(base, tmp_path):
@@ -132,7 +207,8 @@ def test_json_that_is_not_whole(damaged, file):
 def test_shapes_that_are_not_those_of_the_configuration(damaged):
     config = json.loads((damaged / "config.json").read_text())
     (damaged / "config.json").write_text(json.dumps(config | {"intermediate_size": 44}))
-    with pytest.raises(EngineError, match=r"the model cannot be loaded: .*mismatch"):
+    says = r"6 weights have other sizes|3 weights have other sizes than config.json says, such as .*: a mismatch of \("
+    with pytest.raises(EngineError, match=says):
         load_causal(damaged)
 
 
@@ -145,6 +221,22 @@ def write_reward_model(base, path, num_labels=1):
     AutoModelForSequenceClassification.from_config(config).save_pretrained(path)
     load_tokenizer(base).save_pretrained(path)
     return path
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "exl2", "torchao"])
+def test_rounded_weights_are_refused_without_the_library_that_reads_them(damaged, method):
+    config = json.loads((damaged / "config.json").read_text())
+    rounded = {"quant_method": method, "bits": 4, "group_size": 128, "load_in_4bit": True}
+    (damaged / "config.json").write_text(json.dumps(config | {"quantization_config": rounded}))
+    with pytest.raises(EngineError, match=rf"a quantised model: {method}(?s:.*)name the model it was made from"):
+        load_causal(damaged)
+
+
+def test_a_setting_that_transformers_does_not_know_is_named(damaged):
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"rope_scaling": {"rope_type": "odd", "factor": 2.0}}))
+    with pytest.raises(EngineError, match="its configuration names 'odd', which transformers does not know"):
+        load_causal(damaged)
 
 
 def test_a_reward_model_writes_no_text_and_a_language_model_gives_no_score(base, tmp_path):

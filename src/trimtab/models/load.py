@@ -24,7 +24,7 @@ from trimtab.models.forms import proved
 from trimtab.models.logits import logit_shape
 from trimtab.models.merge import merge_adapter
 from trimtab.models.quantized import is_quantized
-from trimtab.models.weights import check_weights, refuse_damage, stored_dtype
+from trimtab.models.weights import check_weights, refuse_damage, refuse_unused, stored_dtype
 
 transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -57,6 +57,7 @@ def load_causal(path: str | Path, *, device: torch.device = CPU) -> PreTrainedMo
             where=str(path),
             fix="name a causal language model saved with its output head, such as one that `trimtab sft` wrote",
         )
+    _say_if_untied(model)
     _without_dropout(model, device)
     proved(model)
     logit_shape(model)
@@ -121,6 +122,7 @@ def _load(auto_class: Any, path: str | Path, **options: Any) -> tuple[PreTrained
     eager kind, which is the definition: the kinds of Falcon with ALiBi differ by 0.1 nats."""
     name = find_model(path)
     check_weights(name)
+    _refuse_quantised(path)
     options |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     try:
         model, info = auto_class.from_pretrained(name, trust_remote_code=False, **options)
@@ -129,21 +131,66 @@ def _load(auto_class: Any, path: str | Path, **options: Any) -> tuple[PreTrained
             model, info = auto_class.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # foreign files fail in many ways, and none of them is a bug of ours
         raise EngineError(
-            f"the model cannot be loaded: {first_line(error)}",
+            f"the model cannot be loaded: {_why_not_loaded(auto_class, name, options, error)}",
             where=str(path),
             fix="a model needs config.json, model.safetensors and a tokenizer that belong together; "
             "copy or download it again, or name another one",
         ) from error
     if is_quantized(model):
-        raise EngineError(
-            "its weights are stored as integers (a quantised model), which cannot be trained or scored exactly",
-            where=str(path),
-            fix="name the model it was made from; adapter.base_bits = 4 or 8 rounds a base when it is loaded",
-        )
+        raise _quantised(path, "integers")
+    refuse_unused(model, info["unexpected_keys"], str(path))
     new = set(info["missing_keys"])  # random for now
     refuse_damage(((n, p) for n, p in model.named_parameters() if n not in new), str(path))
     model.written_dtype = stored_dtype(name) or load_config(path).dtype or torch.float32
     return model, info
+
+
+_READ_AS_NUMBERS = ("fp8", "fbgemm_fp8", "mxfp4")
+"""The ways of rounding whose weights transformers turns back into ordinary numbers when it loads them."""
+
+
+def _refuse_quantised(path: str | Path) -> None:
+    """Raises EngineError for a model whose configuration says that its weights are rounded, before the library that
+    reads them is asked for."""
+    settings: Any = getattr(load_config(path), "quantization_config", None)
+    if not settings:
+        return
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    if str(getattr(method, "value", method)) not in _READ_AS_NUMBERS:
+        raise _quantised(path, f"{getattr(method, 'value', method)} says its quantization_config")
+
+
+def _quantised(path: str | Path, how: str) -> EngineError:
+    return EngineError(
+        f"its weights are rounded (a quantised model: {how}), and cannot be trained or scored exactly",
+        where=str(path),
+        fix="name the model it was made from; adapter.base_bits = 4 or 8 rounds a base when it is loaded",
+    )
+
+
+def _why_not_loaded(auto_class: Any, name: str, options: dict[str, Any], error: Exception) -> str:
+    """What is wrong with the files, in a sentence: transformers only says that some sizes do not match."""
+    if isinstance(error, KeyError):
+        return f"its configuration names {first_line(error)}, which transformers does not know"
+    if "ignore_mismatched_sizes" not in str(error):
+        return first_line(error)
+    _, info = auto_class.from_pretrained(name, trust_remote_code=False, ignore_mismatched_sizes=True, **options)
+    mismatched = sorted(info["mismatched_keys"])
+    weight, stored, wanted = mismatched[0]
+    return (
+        f"{len(mismatched)} weights have other sizes than config.json says, such as {weight}: a mismatch of "
+        f"{tuple(stored)} in the file and {tuple(wanted)}"
+    )
+
+
+def _say_if_untied(model: PreTrainedModel) -> None:
+    """Writes into the configuration that the output embedding has weights of its own, if it has. A file with two
+    different weights is loaded so whatever its configuration says, and other libraries go by the configuration."""
+    output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embedding: Any = model.get_input_embeddings()
+    if output is not None and output.weight is not embedding.weight:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def _missing(model: PreTrainedModel, info: dict[str, Any]) -> list[str]:

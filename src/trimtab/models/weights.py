@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.core.errors import EngineError
 from trimtab.core.hub import read_json
@@ -33,6 +34,13 @@ def check_weights(directory: str | Path) -> None:
                 fix="copy or download the directory again",
             )
         names = sorted(set(found.values()))
+        if (path / WEIGHTS).exists() and WEIGHTS not in names:
+            raise EngineError(
+                f"there are two sets of weights, {WEIGHTS} and the {len(names)} files of {INDEX}: some libraries read "
+                "the one and some the other",
+                where=str(path),
+                fix="remove the set that is not the model's, usually the older one",
+            )
         if missing := [name for name in names if not (path / name).exists()]:
             raise EngineError(
                 f"{len(missing)} of {len(names)} files of weights are not there: {', '.join(missing[:3])}",
@@ -84,6 +92,47 @@ def refuse_damage(weights: Iterable[tuple[str, Tensor]], where: str) -> None:
             where=where,
             fix="copy or download it again, or name an earlier checkpoint",
         )
+
+
+def refuse_unused(model: nn.Module, names: Iterable[str], where: str) -> None:
+    """Raises EngineError if weights of the file that the model has no place for, by their `names`, belong into its
+    blocks or layers. The model would then compute something else than the one that was trained: a configuration without
+    biases, with fewer blocks or of another architecture leaves them out without an error.
+
+    Weights beside the blocks may be left out: another head, or parts that predict further tokens or see images.
+    """
+    unused = sorted(name for name in names if _belongs_to(model, name))
+    if unused:
+        raise EngineError(
+            f"the model of its config.json has no place for {len(unused)} of the weights in the file, such as "
+            f"{unused[0]}",
+            where=where,
+            fix="use the config.json that belongs to the weights (compare num_hidden_layers, attention_bias and "
+            "model_type); an adapter inside the file has to be merged by the library that wrote it",
+        )
+
+
+_IN_BLOCK = re.compile(r"(.*?)\.(\d+)\.")
+_BUFFERS = ("inv_freq", "masked_bias", "k_scale", "v_scale", "q_scale")
+"""The last names of what earlier releases kept in files and nobody trains, and of scales for other engines' caches."""
+
+
+def _belongs_to(model: nn.Module, name: str) -> bool:
+    """Whether a weight of this name would be part of a layer of the model, or of a block among its blocks."""
+    parts = dict(model.named_modules())
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    full = name if name.split(".")[0] in dict(model.named_children()) else prefix + name
+    owner, _, last = full.rpartition(".")
+    if last in _BUFFERS:
+        return False
+    if owner in parts:  # a mask that was saved with an attention belongs to no layer with weights
+        return any(True for _ in parts[owner].parameters(recurse=False))
+    found = _IN_BLOCK.match(full)
+    blocks = parts.get(found[1]) if found else None
+    if found is None or not isinstance(blocks, nn.ModuleList):
+        return False
+    further = getattr(getattr(model, "config", None), "num_nextn_predict_layers", None) or 0
+    return int(found[2]) < len(blocks) or int(found[2]) >= len(blocks) + further
 
 
 def refuse_to_write(weights: Iterable[tuple[str, Tensor]], where: Path, dtype: torch.dtype) -> None:
