@@ -86,6 +86,8 @@ def test_an_absurd_number_is_refused_in_a_run_file_of_sft(key: str, value: float
         ("advantage.gamma", 1.5),
         ("episodes.max_turns", 0),
         ("sample_every", -1),
+        ("sampling.temperature", 1e-30),
+        ("sampling.temperature", 1e30),
     ],
 )
 def test_an_absurd_number_is_refused_in_a_run_file_of_online(key: str, value: float):

@@ -239,3 +239,26 @@ def test_a_sampler_that_is_not_the_policy_is_refused_before_any_update(tmp_path,
     result = trimtab("online", run_file, "--out", tmp_path / "run")
     assert result.exit_code == 2
     assert "sampler and policy disagree" in result.output
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"rewards": [{"name": "length", "max_tokens": 4, "weight": 0}]}, "every reward has weight = 0"),
+        ({"critic": {"init": "policy", "warmup_steps": 9}}, "critic.warmup_steps = 9 of num_steps = 2"),
+        ({"optimizer": {"weight_decay": 1e6}}, "each update would take away the whole of every weight"),
+        ({"engine": {"workers": 9999}}, "workers = 9999 on a machine of"),
+    ],
+)
+def test_settings_that_train_nothing_or_cannot_be_meant_are_refused(tmp_path, base, reward_run, changed, said):
+    run_file = write_run_file(tmp_path / "run.toml", online_settings(base, reward_run / "model", **changed))
+    result = trimtab("online", run_file, "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_a_run_whose_replies_are_all_cut_off_and_skipped_says_so(tmp_path, base, reward_run):
+    changed = {"skip_truncated": True, "sampling": {"max_new_tokens": 1}}
+    run_file = write_run_file(tmp_path / "run.toml", online_settings(base, reward_run / "model", **changed))
+    result = trimtab("online", run_file, "--out", tmp_path / "run")
+    assert "replies of the first step ends within sampling.max_new_tokens = 1" in " ".join(result.output.split())

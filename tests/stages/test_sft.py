@@ -117,3 +117,10 @@ def test_many_prompts_that_lose_their_beginning_are_said_at_once(tmp_path, base)
     run_file = write_run_file(tmp_path / "run.toml", settings(base, data, max_tokens=40, held_out=0.0))
     result = trimtab("sft", run_file, "--out", tmp_path / "run")
     assert "note: 6 of 8 records have a prompt that is cut on its left" in result.output
+
+
+def test_a_share_of_an_epoch_that_holds_no_example_is_refused(tmp_path, base):
+    run_file = write_run_file(tmp_path / "run.toml", settings(base, "world:arithmetic?num=4", num_epochs=1e-9))
+    result = trimtab("sft", run_file, "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "num_epochs = 1e-09 of 4 examples are none" in result.output

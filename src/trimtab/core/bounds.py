@@ -84,7 +84,8 @@ RANGES: dict[str, Range] = {
     "max_gradient_norm": BOUND,
     # sampling and episodes
     **dict.fromkeys(["max_new_tokens", "max_prompt_tokens", "max_turns", "max_observation_tokens"], COUNT),
-    **dict.fromkeys(["temperature", "teacher_temperature", "cache_gb"], AMOUNT),
+    **dict.fromkeys(["temperature", "teacher_temperature"], Range(1e-3, 1e3)),  # beyond, logits are all or nothing
+    "cache_gb": AMOUNT,
     "top_p": Range(0, 1, low_open=True),
     "top_k": OR_NONE,
     "max_rounds": Range(2),

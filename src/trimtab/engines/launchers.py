@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -88,6 +89,13 @@ def check_launcher(engine: ProcessSettings) -> None:
             f"workers = {engine.workers}, but {_joined[2]} has started {_joined[1]} processes",
             where="engine.workers",
             fix="leave engine.workers out: it is then their number",
+        )
+    most = 8 * max(8, os.cpu_count() or 1)
+    if _joined is None and not engine.ray and engine.workers > most:
+        raise ConfigError(
+            f"workers = {engine.workers} on a machine of {os.cpu_count()} cores: each is a process with a whole model",
+            where="engine.workers",
+            fix=f"give at most {most}, usually one for each core or fewer, or start them on several machines",
         )
     if engine.ray:
         need("ray", extra="ray", setting="engine.ray", where="engine.ray")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from trimtab.batches.trees import Tree, TreeBatch, split_sizes
 from trimtab.core import seeds
 from trimtab.core.config import Choice
-from trimtab.core.errors import DataError
+from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.metrics import Mean, Metrics, Total, merge
 from trimtab.engines.base import Learner, Loss
 from trimtab.engines.build import Engines
@@ -112,6 +112,12 @@ class Epochs:
             seed=settings.seed,
             shuffle=getattr(settings, "shuffle", True),
         )
+        if len(examples) and round(settings.num_epochs * len(examples)) < 1:
+            raise ConfigError(
+                f"num_epochs = {settings.num_epochs:g} of {len(examples)} examples are none",
+                where="num_epochs",
+                fix="raise it; max_steps ends a run after so many updates",
+            )
         if not (num := steps_rehearsed(epochs.num_steps)):
             return epochs
         steps = ([examples[i].num_tokens for i in epochs.examples(n)] for n in range(num))

@@ -49,6 +49,11 @@ class AdamW:
             raise ValueError(f"warmup_fraction = {self.warmup_fraction}; a share of the run, from 0 to below 1")
         if self.learning_rate <= 0 or self.max_gradient_norm <= 0:
             raise ValueError("learning_rate and max_gradient_norm must be above 0")
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ValueError(
+                f"weight_decay = {self.weight_decay:g} with learning_rate = {self.learning_rate:g}: each update would "
+                "take away the whole of every weight or more; 0.01 to 0.1 are usual"
+            )
 
     def rate_at(self, update: int, num_updates: int) -> float:
         """The learning rate of update number `update`, counted from 0."""
