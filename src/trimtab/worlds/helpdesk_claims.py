@@ -57,6 +57,8 @@ _IN_TIME = re.compile(
     r"| (?:under|inside|before|less than|fewer than) (?:the |our |your |its )?(?:limit|\d)"
 )
 # "Our policy: refund within 30 days" states the rule, and not on which side of it the item is.
+_NO_LIMIT = re.compile(r" no (?:limit|policy)\b")
+_COVERS_IT = re.compile(r" (?:policy|we) (?:covers?|does cover) (?:that|it|this)\b")
 _RULE = re.compile(r" (?:refund|repair)s?(?: is| are)?(?: only| possible| allowed)* within\b")
 _CLAUSES = re.compile(r" (?:and|but|because|since|so|while|as) ")
 
@@ -174,6 +176,10 @@ def _is_said_of_item(before: list[str]) -> bool:
 
 def _wrong_sides(facts: Facts, clause: str) -> Iterator[str]:
     is_late = facts["days"] > facts["window"]
+    if _NO_LIMIT.search(clause):
+        yield "limit"
+    if _COVERS_IT.search(clause) and facts["state"] != STATES[facts["action"]][0]:
+        yield "state"
     if _RULE.search(clause):
         return
     for pattern, says_late in ((_LATE, True), (_IN_TIME, False)):
