@@ -255,10 +255,3 @@ def test_settings_that_train_nothing_or_cannot_be_meant_are_refused(tmp_path, ba
     result = trimtab("online", run_file, "--out", tmp_path / "run")
     assert result.exit_code == 2
     assert said in result.output
-
-
-def test_a_run_whose_replies_are_all_cut_off_and_skipped_says_so(tmp_path, base, reward_run):
-    changed = {"skip_truncated": True, "sampling": {"max_new_tokens": 1}}
-    run_file = write_run_file(tmp_path / "run.toml", online_settings(base, reward_run / "model", **changed))
-    result = trimtab("online", run_file, "--out", tmp_path / "run")
-    assert "replies of the first step ends within sampling.max_new_tokens = 1" in " ".join(result.output.split())

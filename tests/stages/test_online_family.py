@@ -363,7 +363,9 @@ def test_a_sampler_gone_stale_is_found_by_the_update(tmp_path, base, monkeypatch
 def test_where_every_reply_is_cut_off_skipping_them_leaves_the_policy_where_it_is(tmp_path):
     endless = write_model_directory(tmp_path / "endless")
     settings = family(endless, "length", sampling={"max_new_tokens": 2}, skip_truncated=True)
-    out = run_stage("online", tmp_path / "run", **settings)
+    out = tmp_path / "run"
+    result = trimtab("online", write_run_file(tmp_path / "run.toml", settings), "--out", out)
+    assert "replies of the first step ends within sampling.max_new_tokens = 2" in result.output
     before, after = load_file(endless / "model.safetensors"), load_file(out / "model" / "model.safetensors")
     assert {s["finish_reason"] for s in rows(out, "samples.jsonl")} == {"length"}
     assert all((before[name] == after[name]).all() for name in before)
