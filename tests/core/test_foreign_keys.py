@@ -99,6 +99,21 @@ def answer(stage: str, key: str) -> str:
         ("sft", "max_ckpt_num", "keep_checkpoints"),
         ("sft", "enable_gradient_checkpointing", "checkpoint_activations"),
         ("sft", "roles_to_train", "train_on"),
+        ("sft", "data_seed", "seed"),
+        ("sft", "shuffle_merged_datasets", "shuffle"),
+        ("sft", "peft_layers_to_transform", "adapter.last_blocks"),
+        ("sft", "lora_model_dir", "model"),
+        ("online", "stop_token_id", "sampling.stop"),
+        ("online", "whiten_advantages", "advantage.whiten"),
+        ("online", "use_kl_estimator_k3", "kl_estimator"),
+        ("online", "eps_clip_low_high", "loss.clip_low"),
+        ("online", "async_queue_size", "engine.max_staleness"),
+        ("online", "actor_num_nodes", "engine.workers"),
+        ("online", "custom_reward_function.path", "rewards"),
+        ("online", "reward_model.model.path", "rewards"),
+        ("online", "critic.model.path", "critic.path"),
+        ("online", "algorithm.filter_groups.enable", "dynamic_sampling"),
+        ("online", "algorithm.rollout_is_threshold", "correction"),
     ],
 )
 def test_a_key_of_another_library_is_answered_with_ours(stage: str, key: str, ours: str):
@@ -141,6 +156,24 @@ def test_a_key_of_another_library_is_answered_with_ours(stage: str, key: str, ou
         ("sft", "use_remove_padding", "ever padded"),
         ("sft", "torch_compile", "chosen and proved"),
         ("sft", "chat_template_path", "used as it is"),
+        *(
+            ("sft", key, "remove the key")
+            for key in ("do_train", "model_type", "relora_steps", "freeze_vision", "lr_groups")
+        ),
+        ("sft", "adafactor", "AdamW is the only optimizer"),
+        ("sft", "auto_resume_from_checkpoints", "goes on where it stopped"),
+        ("sft", "tokens", "used as it is"),
+        ("sft", "eager_attention", "chosen and proved"),
+        ("sft", "streaming", "every core"),
+        ("sft", "sequence_parallel_degree", "by one process"),
+        ("reward", "num_labels", "one score"),
+        *(("online", key, "table [guard]") for key in ("eval_steps", "eval_temperature", "trainer.val_only")),
+        ("online", "no_advantage_std_norm", 'advantage.scale = "none"'),
+        ("online", "aux_loss_coef", "among experts"),
+        ("online", "ring_attn_size", "by one process"),
+        ("online", "enable_ema", "trimtab average"),
+        ("online", "prompt_split", "?split=test"),
+        ("online", "unpaired_preference", 'loss.name = "kto"'),
     ],
 )
 def test_a_key_without_a_counterpart_is_answered_with_why(stage: str, key: str, said: str):

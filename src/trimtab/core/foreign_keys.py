@@ -34,7 +34,7 @@ OURS: dict[str, tuple[str, str]] = {
     "adam_beta2": ("optimizer.beta2", ""),
     "adam_epsilon adam_eps": ("optimizer.eps", ""),
     "max_grad_norm grad_clip gradient_clipping max_norm clip_grad": ("optimizer.max_gradient_norm", ""),
-    "optim optimizer_name optimizer_type optimizer.name optimizer.type": (
+    "adafactor optim_args optim_target_modules optim optimizer_name optimizer_type optimizer.name optimizer.type": (
         "",
         "AdamW is the only optimizer, and its settings are the table [optimizer]",
     ),
@@ -80,7 +80,8 @@ OURS: dict[str, tuple[str, str]] = {
         "",
         _DIRECTORY,
     ),
-    "resume_from_checkpoint overwrite_output_dir resume_mode load_checkpoint": (
+    "auto_resume_from_checkpoints use_ds_universal_ckpt resume_from_checkpoint overwrite_output_dir"
+    " resume_mode load_checkpoint": (
         "",
         'the same command goes on where it stopped, and "--fresh" begins again; remove the key',
     ),
@@ -110,7 +111,9 @@ OURS: dict[str, tuple[str, str]] = {
         "engine.sampler.processes",
         "each has all the weights, and takes a share of the prompts",
     ),
-    "flash_attn flash_attention attn_implementation use_liger_kernel use_liger_loss liger_kernel torch_compile": (
+    "xformers_attention sdp_attention s2_attention eager_attention flex_attention cut_cross_entropy liger_rope"
+    "liger_rms_norm liger_fused_linear_cross_entropy flash_attn flash_attention attn_implementation"
+    " use_liger_kernel use_liger_loss liger_kernel torch_compile": (
         "",
         _ATTENTION,
     ),
@@ -138,7 +141,9 @@ OURS: dict[str, tuple[str, str]] = {
     "adapter.bias lora_bias": ("", "an adapter changes the weights of linear layers and no biases; remove the key"),
     "dropout lora_dropout disable_dropout": ("", "nothing is trained with dropout; remove the key"),
     "neftune_noise_alpha": ("", "no noise is added to embeddings; remove the key"),
-    "dataset_num_proc dataloader_num_workers preprocessing_num_workers dataset_prepared_path": (
+    "streaming dataset_shard_num skip_prepare_dataset dataloader_pin_memory dataloader_drop_last"
+    "dataloader_prefetch_factor dataset_num_proc dataloader_num_workers preprocessing_num_workers"
+    " dataset_prepared_path": (
         "",
         "data is read on every core, and its tokens are kept for the next run; remove the key",
     ),
@@ -151,16 +156,20 @@ OURS: dict[str, tuple[str, str]] = {
     "model_name_or_path base_model pretrain model_path model_name model_id sft_model_path"
     " actor_rollout_ref.model.path": ("model", ""),
     "ref_model ref_pretrain ref_model_path reference_model": ("reference baseline", ""),
-    "reward_pretrain reward_model_path reward_funcs reward_function reward_model remote_rm_url": (
+    "custom_reward_function.path custom_reward_function.name reward_manager reward_model.model.path"
+    " reward_pretrain reward_model_path reward_funcs reward_function reward_model remote_rm_url": (
         "rewards",
         _REWARDS,
     ),
-    "critic_pretrain value_model value_model_path": ("critic.path", ""),
+    "critic_pretrain value_model value_model_path critic.model.path": ("critic.path", ""),
     "trust_remote_code": ("", "code in a model's directory is never run; remove the key"),
     "hf_token use_auth_token hub_token": ("", "the hub is asked with the login of `hf auth login`, or HF_TOKEN"),
     "tokenizer tokenizer_name_or_path tokenizer_path chat_template chat_template_path apply_chat_template"
     " input_template": ("", _TOKENIZER),
-    "special_tokens pad_token eos_token bos_token": ("", _TOKENIZER),
+    "special_tokens pad_token eos_token bos_token tokens added_tokens_overrides default_system_message": (
+        "",
+        _TOKENIZER,
+    ),
     "dataset dataset_name datasets train_dataset dataset_path train_data train_file train_files": (
         "data prompts",
         "a file, a hub id or a world",
@@ -173,7 +182,7 @@ OURS: dict[str, tuple[str, str]] = {
     "max_prompt_length prompt_max_len": ("sampling.max_prompt_tokens max_tokens", ""),
     "truncation_mode": ("on_too_long", "a prompt is cut on its left"),
     "dataset_text_field input_key output_key prompt_key label_key chosen_key rejected_key": ("", _COLUMNS),
-    "stop_token": ("sampling.stop", "further texts; the end token of the model always ends a reply"),
+    "stop_token stop_token_id": ("sampling.stop", "further texts; the end token of the model always ends a reply"),
     "repetition_penalty presence_penalty frequency_penalty": (
         "",
         "a penalty would make the sampler another policy than the one that is trained; remove the key",
@@ -208,7 +217,7 @@ OURS: dict[str, tuple[str, str]] = {
     "cpo_alpha": ("", 'did you mean loss.nll_coef, with loss.name = "cpo"?'),
     "target_kl": ("stop_kl", "to end the passes of a step; kl.target is that of the adaptive coefficient"),
     "kl_target": ("", 'did you mean kl.target, with kl.name = "adaptive"?'),
-    "cliprange clip_range eps_clip clip_eps epsilon eps_clip_low clip_ratio clip_ratio_low": (
+    "eps_clip_low_high cliprange clip_range eps_clip clip_eps epsilon eps_clip_low clip_ratio clip_ratio_low": (
         "loss.clip_low",
         "and loss.clip_high",
     ),
@@ -223,18 +232,62 @@ OURS: dict[str, tuple[str, str]] = {
     "normalize_reward": ("shaping.normalize", ""),
     "reward_clip_range reward_clip": ("shaping.clip", "one number: rewards are held between it and its negative"),
     "reward_weights": ("", "each of [[rewards]] has its own weight"),
-    "dynamic_filtering filter_groups": ("dynamic_sampling", "a table"),
-    "vllm_importance_sampling_correction use_tis tis_imp_ratio_cap": ("correction", "a table"),
+    "dynamic_filtering filter_groups filter_groups.enable dynamic_filtering_reward_range": (
+        "dynamic_sampling",
+        "a table",
+    ),
+    "vllm_importance_sampling_correction use_tis tis_imp_ratio_cap vllm_importance_sampling_mode rollout_is_threshold"
+    " enable_vllm_is_correction vllm_is_truncated_threshold": ("correction", "a table"),
     "critic_warmup freezing_actor_steps": ("critic.warmup_steps", ""),
     "kl_ctrl.type": ("", 'did you mean kl.name, "fixed" or "adaptive"?'),
     "kl_horizon": ("", 'did you mean kl.horizon, with kl.name = "adaptive"?'),
     "scale_rewards norm_adv_by_std_in_grpo": ("advantage.scale advantage", 'of advantage.name = "grpo"'),
     "mask_truncated_completions overlong_filtering": ("skip_truncated", ""),
     "ent_coef entropy_coeff entropy_loss_coef": ("entropy_coef", ""),
-    "rpo_alpha sft_loss_coef": ("loss.nll_coef", ""),
+    "rpo_alpha sft_loss_coef nll_loss_coef": ("loss.nll_coef", ""),
     "simpo_gamma": ("", 'did you mean loss.gamma, with loss.name = "simpo"?'),
     "center_rewards_coefficient": ("loss.centering_coef", ""),
     "ptx_coef pretrain_data": ("pretraining_mix", ""),
+    # what has no counterpart, and would be answered with a name that only looks alike
+    "do_train do_eval do_predict": ("", "a stage trains and then judges what it holds out; remove the key"),
+    "data_seed": ("seed", ""),
+    "num_labels": ("", "a reward model gives one score; remove the key"),
+    "eval_steps eval_strategy test_freq eval_temperature eval_n_samples_per_prompt eval_max_new_tokens val_before_train"
+    " val_only val_kwargs.n": (
+        "",
+        "a guard measures during a run (the table [guard], with its key every), and `trimtab evaluate` after it",
+    ),
+    "whiten_advantages normalize_advantages": ("advantage.whiten", ""),
+    "no_advantage_std_norm": ("", 'did you mean advantage.scale = "none", with advantage.name = "grpo"?'),
+    "use_kl_estimator_k3": ("kl_estimator", '"k3"'),
+    "aux_loss_coef router_aux_loss_coef": ("", "the balance among experts has no loss of its own; remove the key"),
+    "ring_attn_size ring_head_stride sequence_parallel_degree context_parallel_size ulysses_sequence_parallel_size"
+    " ds_tensor_parallel_size": ("", "a sequence is computed by one process; token_budget bounds what a pass takes"),
+    "model_type tokenizer_type tokenizer_use_fast is_llama_derived_model is_mistral_derived_model model_init_kwargs"
+    " ref_model_init_kwargs": ("", "a model is loaded as the files of its directory say; remove the key"),
+    "relora_steps lora_modules_to_save lora_fan_in_fan_out": (
+        "",
+        "an adapter is one low-rank change of linear layers for a whole run; remove the key",
+    ),
+    "lora_model_dir ref_adapter_name rl_adapter_ref_model": ("model", "an adapter's directory is named as the model"),
+    "peft_layers_to_transform": ("adapter.last_blocks", ""),
+    "freeze_vision unfrozen_parameters": ("", "all weights are trained, or those of an adapter; remove the key"),
+    "pretraining_dataset": ("pretraining_mix", ""),
+    "shuffle_dataset shuffle_merged_datasets": ("shuffle", ""),
+    "prompt_data_probs prompt_split": (
+        "",
+        "name one source of prompts; a split is part of it, as hub:org/name?split=test",
+    ),
+    "unpaired_preference": ("", 'did you mean loss.name = "kto", in the preference stage?'),
+    "async_train async_queue_size partial_rollout": ("engine.max_staleness", "the lag of rollouts in steps"),
+    "colocate_all_models colocate_actor_ref actor_num_nodes actor_num_gpus_per_node ref_num_nodes critic_num_nodes"
+    " reward_num_nodes": ("engine.workers", "all models compute in the same processes"),
+    "enable_ema ema_beta": ("", "no running mean of weights is kept; `trimtab average` averages models"),
+    "sapo_temperature use_bias_correction_kl multi_objective_aggregation": (
+        "",
+        "this variant is not there; see loss and advantage for those that are",
+    ),
+    "lr_groups embedding_lr_scale loraplus_lr_ratio": ("", "one learning rate holds for all weights; remove the key"),
 }
 """Maps foreign names with one meaning to (our names, a remark); several names are the words of one text. The first of
 our names that the stage has is suggested; with no such name, the remark is the whole answer. A foreign name may name
