@@ -180,6 +180,10 @@ def test_an_adapter_that_is_more_than_low_rank_is_refused(adapters, pairs, tmp_p
     (copy / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"q_proj": 1}}))
     said = refused(tmp_path / "mean", adapters[1], copy, "--data", pairs)
     assert "more than one low-rank change of each layer: LORA, alpha_pattern" in said
+    began = {"init_lora_weights": "pissa"}  # the adapter then belongs to what peft leaves of the base, by the rank
+    (copy / "adapter_config.json").write_text(json.dumps(config | began))
+    said = refused(tmp_path / "mean", adapters[1], copy, "--data", pairs)
+    assert "LORA, init_lora_weights = 'pissa', which changes the base" in said.replace("\n", " ")
 
 
 def test_a_rank_above_the_size_of_a_layer_loses_nothing(tmp_path, base, pairs):

@@ -113,7 +113,7 @@ def load_adapter(model: PreTrainedModel, name: str, path: str | Path, *, with_he
     head = {key.removeprefix(_PREFIX): value for key, value in weights.items() if is_head(key)} if with_head else {}
     own = {key.removeprefix(_PREFIX): value for key, value in weights.items() if _changes_a_layer(key)}
     beside = {key.removeprefix(_PREFIX) for key in weights} - set(own) - set(head) - _of_base(model, weights)
-    if parts := [*_further_parts(config), *([f"weights beside the LoRA ({some(beside)})"] if beside else [])]:
+    if parts := [*further_parts(config), *([f"weights beside the LoRA ({some(beside)})"] if beside else [])]:
         raise EngineError(
             f"the adapter brings more than low-rank changes of linear layers: {', '.join(parts)}",
             where=str(path),
@@ -320,16 +320,21 @@ def _refuse_rank(model: PreTrainedModel, rank: int, names: list[str]) -> None:
 # --- the contents of an adapter directory ---
 
 
+def adapter_config(path: str | Path) -> Any:
+    """The configuration of an adapter directory, as peft reads it."""
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(find_model(path))
+    except Exception as error:
+        raise does_not_fit(path, f"peft cannot read its configuration: {first_line(error)}") from error
+
+
 def read_adapter(model: PreTrainedModel, path: str | Path) -> tuple[Any, dict[str, Tensor]]:
     """The configuration and weights of an adapter. Those of an output head are left out if the model has none, as a
     scalar model."""
-    from peft import PeftConfig
-
     base_of(path)
-    try:
-        config: Any = PeftConfig.from_pretrained(find_model(path))
-    except Exception as error:
-        raise does_not_fit(path, f"peft cannot read its configuration: {first_line(error)}") from error
+    config = adapter_config(path)
     if config.is_prompt_learning:
         raise EngineError(
             f"an adapter of the kind {config.peft_type.value} changes the prompt, not weights",
@@ -356,7 +361,7 @@ _LOW_RANK = {
 """Settings of LoRA that affect only the low-rank matrices. Any other setting adds something beyond them."""
 
 
-def _further_parts(config: Any) -> list[str]:
+def further_parts(config: Any) -> list[str]:
     """The names of everything that an adapter adds beyond low-rank changes of linear layers."""
     from peft import LoraConfig
 

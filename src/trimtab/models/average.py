@@ -24,7 +24,7 @@ from trimtab.core.errors import ConfigError, EngineError
 from trimtab.core.hub import ADAPTER_FILE, ADAPTER_WEIGHTS, base_of, find_model, lasting_name, read_json, same_model
 from trimtab.data.templates import template_of
 from trimtab.data.tokenizers import load_tokenizer
-from trimtab.models.adapters import adapter_weights, is_head, write_beside
+from trimtab.models.adapters import adapter_config, adapter_weights, further_parts, is_head, write_beside
 from trimtab.models.vocabulary import vocabulary_difference
 from trimtab.models.weights import refuse_to_write
 
@@ -171,7 +171,9 @@ def _products(path: str) -> LowRank:
     config = read_json(Path(find_model(path)) / ADAPTER_FILE)
     weights = {key: value.float() for key, value in adapter_weights(path).items() if not is_head(key)}
     odd = [key for key in weights if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
-    further = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias") if config.get(key)]
+    further = [key for key in ("use_dora", "rank_pattern", "alpha_pattern") if config.get(key)]
+    # Others change the base: an adapter that began as its largest singular vectors belongs to what is left of it.
+    further += further_parts(adapter_config(path))
     if config.get("peft_type") != "LORA" or odd or further:
         raise EngineError(
             "the adapter is more than one low-rank change of each layer: "
