@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -306,6 +307,16 @@ def test_an_invitation_works_as_often_and_as_long_as_it_says(small: Make):
         people.join(store, late, "D", PASSWORD)
     with pytest.raises(DataError, match="at least 10"):
         people.join(store, token, "E", "short")
+
+
+@pytest.mark.parametrize("hours", [0.0, -1.0, math.nan, math.inf])
+def test_nothing_is_good_for_no_time_or_for_ever(small: Make, hours: float):
+    store = small()
+    with pytest.raises(DataError, match="it would be good for"):
+        people.make_invite(store, "annotator", hours=hours)
+    person = people.join(store, people.make_invite(store, "annotator"), "A", PASSWORD)
+    with pytest.raises(DataError, match="it would be good for"):
+        people.start_session(store, person, hours=hours, kind="api", name="command")
 
 
 def test_secrets_are_stored_as_hashes_and_never_logged(small: Make):

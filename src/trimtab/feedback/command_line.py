@@ -95,10 +95,12 @@ def serve(project: Path | None, host: str | None, port: int | None) -> None:
 @click.option("--on-bad-row", type=click.Choice(["stop", "drop"]), default="stop", show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), help="Read only the first rows.")
 @click.option("--model", help="Sample replies of this checkpoint to the prompts of SOURCE (needs trimtab[train]).")
-@click.option("--num-samples", default=2, show_default=True, help="Replies sampled of each prompt.")
+@click.option(
+    "--num-samples", type=click.IntRange(min=1), default=2, show_default=True, help="Replies sampled of each prompt."
+)
 @click.option("--temperature", default=1.0, show_default=True)
 @click.option("--max-new-tokens", default=256, show_default=True)
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.pass_obj
 def import_(
     sample: Callable[..., object],
@@ -395,7 +397,7 @@ def scores(project: Path, file: Path) -> None:
 @click.option("--annotators", "num_annotators", default=20, show_default=True, type=click.IntRange(min=1))
 @click.option("--agreement", default=0.7, show_default=True, help="How often two of them agree.")
 @click.option("--limit", type=click.IntRange(min=1), help="Votes to give; all that are wanted without it.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def simulate(project: Path, **options: Any) -> None:
     """Have a world's simulated annotators vote through the store, as people do."""
     from trimtab.feedback import simulate as simulating

@@ -80,8 +80,9 @@ def make_invite(
     """The token of a new invitation. It is shown only once; the store has its hash."""
     if role not in ROLES:
         raise DataError(f"no role is called {role!r}", where="the invitation", fix=f"use {', '.join(ROLES)}")
-    if uses < 1 or hours <= 0:
-        raise DataError(f"{uses} uses for {hours} hours", where="the invitation", fix="give at least 1 use and an hour")
+    if uses < 1:
+        raise DataError(f"an invitation for {uses} people", where="the invitation", fix="give at least 1 use")
+    _refuse_no_time(hours, where="the invitation")
     token, now = secrets.token_urlsafe(24), store.now()
     with store.write() as connection:
         row = {"token_sha256": _hash(token), "role": role, "uses_left": uses, "created_at": now}
@@ -196,6 +197,7 @@ def start_session(
     store: Store, person: Person, *, hours: float, kind: Literal["browser", "api"] = "browser", name: str = ""
 ) -> str:
     """The token of a new session. It is shown only once; the store has its hash."""
+    _refuse_no_time(hours, where="the session")
     token, now = secrets.token_urlsafe(32), store.now()
     row = {"token_sha256": _hash(token), "person_id": person.id, "kind": kind, "name": name}
     with store.write() as connection:
@@ -205,6 +207,12 @@ def start_session(
         )
         append_audit(connection, now, person.id, "signed_in" if kind == "browser" else "api_token", person.id, {})
     return token
+
+
+def _refuse_no_time(hours: float, *, where: str) -> None:
+    """Raises DataError for a time of no hours, or of more than a hundred years; nan is neither."""
+    if not 0 < hours <= 100 * 366 * 24:
+        raise DataError(f"it would be good for {hours:g} hours", where=where, fix="give a time above 0")
 
 
 def person_of_session(store: Store, token: str, kind: Literal["browser", "api"]) -> Person | None:
