@@ -276,3 +276,23 @@ def test_the_votes_of_a_project_are_verdicts(tmp_path):
     assert result.exit_code == 0, result.output
     people = json.loads(out.read_text())["agreement"][-1]
     assert (people["rate"]["value"], people["rate"]["count"], people["num_unjudged"]) == (1.0, 4, 1)
+
+
+def test_a_reward_by_its_name_compares_and_one_that_needs_settings_says_so(tmp_path):
+    for name, right in (("mine", 6), ("base", 2)):
+        given = [
+            {
+                "prompt": f"What is {i} + 1?",
+                "completion": f"#### {i + 1 if i < right else 99}",
+                "facts": {"answer": i + 1},
+            }
+            for i in range(8)
+        ]
+        write(tmp_path / f"{name}.jsonl", given)
+    files = (tmp_path / "mine.jsonl", "--baseline", tmp_path / "base.jsonl")
+    result = trimtab("eval", "replies", *files, "--by", "exact_answer")
+    assert result.exit_code == 0, result.output
+    assert "75.0%" in result.output  # four won, four tied
+    refused = trimtab("eval", "replies", *files, "--by", "regex")
+    assert refused.exit_code == 2
+    assert "the reward 'regex' has settings without a default" in refused.output

@@ -39,8 +39,8 @@ _seed = click.option(
 _by: dict[str, Any] = {
     "multiple": True,
     "metavar": "COMPARER",
-    "help": "Who compares: length, world:NAME (its gold), a reward model, a file of verdicts with the texts of the "
-    "replies, or a project of judgements (project.toml). Several may be given.",
+    "help": "Who compares: length, world:NAME (its gold), a reward by its name such as exact_answer, a reward model, a "
+    "file of verdicts with the texts of the replies, or a project of judgements (project.toml). Several may be given.",
 }
 _verdicts_out = click.option(
     "--verdicts",

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from trimtab import worlds
+from trimtab.core import config, registry
 from trimtab.core.errors import ConfigError, DataError
-from trimtab.core.types import Demonstration, PreferencePair, Prompt, from_dict, prompt_id
+from trimtab.core.types import Demonstration, PreferencePair, Prompt, Rollout, from_dict, prompt_id
 from trimtab.data.layouts import Loaded, load
 from trimtab.data.sources import read_rows, records_source
 from trimtab.engines.device import device_of
@@ -27,7 +28,8 @@ from trimtab.stats import Floats
 
 
 def scored_comparer(by: str, *, device: str | None = None) -> ScoreComparer:
-    """A comparer by score: "length", the gold of a world ("world:helpdesk"), or a reward model (a directory or hub id).
+    """A comparer by score: "length", a world's gold ("world:helpdesk"), a reward by its name ("exact_answer"), or a
+    reward model (a directory or hub id).
 
     A reply that a reward model has not enough positions to read cannot be judged by it.
     """
@@ -36,12 +38,34 @@ def scored_comparer(by: str, *, device: str | None = None) -> ScoreComparer:
     if by.startswith("world:"):
         gold = GoldScorer(worlds.load(by.removeprefix("world:")))
         return ScoreComparer(by, lambda texts: np.array([gold.gold(prompt, text).total for prompt, text in texts]))
+    if by in registry.names("reward"):
+        return _comparer_by_reward(by)
     scorer: Any = RewardModel(path=by).load(token_budget=TOKEN_BUDGET, device=device_of(device))
 
     def score(texts: Sequence[tuple[Prompt, str]]) -> Floats:
         return rewards_of(scorer, texts, unread="nan")
 
     return ScoreComparer(by, score)
+
+
+def _comparer_by_reward(name: str) -> ScoreComparer:
+    """A comparer by a registered reward with its usual settings. Raises ConfigError for one that needs settings."""
+    try:
+        reward: Any = config.resolve(registry.find("reward", name, where="--by"), {}, where="--by")
+    except ConfigError as error:
+        raise ConfigError(
+            f"the reward {name!r} has settings without a default ({error.problem})",
+            where="--by",
+            fix="compare the models by it with `trimtab evaluate`, whose run file holds its settings",
+        ) from error
+    scorer = reward.load(token_budget=TOKEN_BUDGET)
+
+    def score(texts: Sequence[tuple[Prompt, str]]) -> Floats:
+        nothing: dict[str, Any] = {"prompt_ids": (), "response_ids": (), "logprobs": (), "finish_reason": "stop"}
+        replies = [Rollout(prompt=prompt, response=text, **nothing) for prompt, text in texts]
+        return np.array(scorer.score(replies)[0].tolist())
+
+    return ScoreComparer(name, score)
 
 
 def read_pairs(source: str, *, on_bad_row: Literal["stop", "drop"] = "stop") -> Loaded[PreferencePair]:
