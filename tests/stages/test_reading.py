@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from tests.stages.commands import run_stage, summary, trimtab, write_run_file
 from trimtab.core import registry
 from trimtab.core.source import Source
 from trimtab.core.types import Demonstration, Message, Prompt, records_hash
@@ -58,3 +59,18 @@ def test_a_source_read_as_two_kinds_of_record_is_two_sources(tmp_path: Path):
                 read(kind, "world:arithmetic?num=4", run)
     names = json.loads((tmp_path / "run" / "data.json").read_text()).keys()
     assert names == {"world:arithmetic?num=4", "world:arithmetic?num=4 as Demonstration"}
+
+
+def test_prompts_that_are_judged_and_trained_on_are_counted_and_said(tmp_path, base, pairs, capsys):
+    held_out = tmp_path / "held_out.jsonl"
+    other = json.dumps({"prompt": "What is 1000 + 1?", "chosen": "1001", "rejected": "No."}) + "\n"
+    held_out.write_text("".join(pairs.read_text().splitlines(keepends=True)[:5]) + other)
+    for stage, more in (("reward", {"max_steps": 1}), ("preference", {"loss": "dpo", "max_steps": 1})):
+        values = {"model": str(base), "data": str(pairs), "held_out_data": str(held_out), **more}
+        done = trimtab(stage, write_run_file(tmp_path / f"{stage}.toml", values), "--out", tmp_path / stage)
+        assert done.exit_code == 0, done.output
+        assert f"{held_out}: 5 of 6 held-out prompts are trained on too" in done.stderr
+        assert summary(tmp_path / stage)["counts"]["held_out_prompts_trained_on"] == 5
+    held_out.write_text(other)
+    run_stage("reward", tmp_path / "apart", model=str(base), data=str(pairs), held_out_data=str(held_out), max_steps=1)
+    assert "held_out_prompts_trained_on" not in summary(tmp_path / "apart")["counts"]

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.stages.commands import FAST, rows, run_stage, summary, trimtab, write_run_file
+from tests.stages.guarded import judge
 from trimtab.core import seeds
 from trimtab.core.types import Message, PreferencePair, Prompt
 from trimtab.data.chat import Chat
@@ -149,3 +150,14 @@ def test_the_moments_of_sorted_pairs_are_those_of_all_of_them(base):
     assert found["shift"] == pytest.approx(float(chosen.mean()), abs=0.05 * float(scores.std()))
     assert found["mean"] == pytest.approx(float(scores.mean() - chosen.mean()), abs=0.05 * float(scores.std()))
     assert found["std"] == pytest.approx(float(scores.std(correction=0)), rel=0.05)
+
+
+def test_pairs_that_are_all_even_teach_nothing_without_a_teacher(tmp_path, base, pairs):
+    even = tmp_path / "even.jsonl"
+    found = [json.loads(line) | {"label": 0.5} for line in pairs.read_text().splitlines()]
+    even.write_text("".join(json.dumps(row) + "\n" for row in found))
+    values = {"model": str(base), "data": str(even), "held_out": 0.3, "max_steps": 1}
+    refused = trimtab("reward", write_run_file(tmp_path / "run.toml", values), "--out", tmp_path / "run")
+    assert refused.exit_code == 2
+    assert "pairs to train on have the label 0.5: nothing says which reply is better" in refused.output
+    run_stage("reward", tmp_path / "taught", **values, teacher=[judge("length")])

@@ -160,6 +160,26 @@ def test_replies_of_one_step_are_refused_with_the_outcome_model_as_the_way(tmp_p
     assert "loss = 'outcome'" in said
 
 
+@pytest.mark.parametrize(
+    ("loss", "judged", "said"),
+    [
+        ("outcome", {"completion": "#### 1", "label": "yes"}, "every label of 12 replies to train on is 1"),
+        ("outcome", {"completion": "#### 1", "label": False}, "every label of 12 replies to train on is 0"),
+        ("regression", {"completion": "#### 1", "rating": 4}, "every rating of 12 replies to train on is 4"),
+        ("process", {"completions": ["1", "#### 1"], "labels": [False, None]}, "every label of 12 replies to train on"),
+    ],
+)
+def test_labels_that_are_all_one_teach_nothing_and_are_refused(tmp_path, base, loss, judged, said):
+    path = written(tmp_path / "judged.jsonl", [{"prompt": question} | judged for question in QUESTIONS])
+    found = refused(tmp_path, **settings(base, path, loss_of(loss)))
+    assert said in found
+    assert "give replies of both kinds" in found
+
+
+def test_replies_that_are_judged_and_trained_on_are_counted(models):
+    assert all(summary(out)["counts"]["held_out_prompts_trained_on"] == 12 for out in models.values())
+
+
 def test_an_encoder_cannot_score_steps(tmp_path, encoder, data):
     assert "none at a token within it" in refused(tmp_path, **settings(encoder, data["process"], loss_of("process")))
     run_stage("reward", tmp_path / "run", **settings(encoder, data["regression"], "regression", num_epochs=1.0))

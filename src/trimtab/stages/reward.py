@@ -199,7 +199,7 @@ def run(settings: RewardSettings, run: Run) -> None:
 
 def read_comparisons(settings: RewardSettings, run: Run, chat: Chat) -> tuple[Comparisons, Comparisons, dict[str, int]]:
     """The pairs to train on and to judge by, as rankings if the loss needs these, and counts of what was read and left
-    out. Raises DataError if there is nothing to train on or to judge by."""
+    out. Raises DataError if there is nothing to train on or to judge by, or no pair with a right side."""
     train, held_out, counts = read_split(PreferencePair, settings, run, chat)
     fit_in: dict[str, Any] = {"max_tokens": settings.max_tokens, "on_too_long": settings.on_too_long, "counts": counts}
     judged_by = group_pairs(held_out, chat, **fit_in)
@@ -215,6 +215,12 @@ def read_comparisons(settings: RewardSettings, run: Run, chat: Chat) -> tuple[Co
             f"{train_on.num_pairs} pairs to train on and {judged_by.num_pairs} to judge by; both are needed",
             where=settings.data,
             fix="give more pairs, another held_out share, or a larger max_tokens",
+        )
+    if not settings.teacher and (train_on.labels == 0.5).all():
+        raise DataError(
+            f"all {train_on.num_pairs} pairs to train on have the label 0.5: nothing says which reply is better",
+            where=settings.data,
+            fix="give pairs of which one side is preferred, or name a teacher that scores these",
         )
     return train_on, judged_by, counts
 

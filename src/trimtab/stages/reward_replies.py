@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trimtab.core import registry
 from trimtab.core.errors import DataError, EngineError
-from trimtab.core.types import SteppedResponse, prompt_id
+from trimtab.core.types import RatedResponse, SteppedResponse, prompt_id
 from trimtab.data.chat import Chat
 from trimtab.data.graded import (
     Grade,
@@ -66,6 +66,7 @@ def train_on_replies(settings: Any, run: Run) -> None:
         trained, judged = ([prompt_id(one.prompt.messages) for one in records] for records in (train, held_out))
         say_trained_on(trained, judged, settings, counts)
     facts = facts_of(settings, loaded)
+    refuse_constant(settings, train)
     train_on = graded(train, chat, settings, counts)
     judged_by = graded(held_out, chat, settings, counts)
     say_too_long(counts, settings.max_tokens)
@@ -138,6 +139,26 @@ def facts_of(settings: Any, loaded: Loaded[Any]) -> dict[str, Any]:
         "reward_labels_from": labels_from,
         "reward_aggregate": aggregate,
     }
+
+
+def refuse_constant(settings: Any, records: Sequence[Any]) -> None:
+    """Raises DataError if these records have one label or one rating alone, which a model would give to any reply."""
+    given = {float(label) for record in records for label in labels_of(record) if label is not None}
+    if len(given) == 1:
+        what = "rating" if isinstance(records[0], RatedResponse) else "label"
+        raise DataError(
+            f"every {what} of {len(records)} replies to train on is {given.pop():g}: nothing tells good replies from "
+            "bad ones",
+            where=settings.data,
+            fix=f"give replies of both kinds; if a program gave each {what}, see that replies can meet and miss it",
+        )
+
+
+def labels_of(record: Any) -> Sequence[float | None]:
+    """The labels of the steps of a record, or its one label or rating."""
+    if isinstance(record, SteppedResponse):
+        return record.labels
+    return (record.rating if isinstance(record, RatedResponse) else float(record.label),)
 
 
 def graded(records: Sequence[Any], chat: Chat, settings: Any, counts: dict[str, int]) -> GradedPrompts:
