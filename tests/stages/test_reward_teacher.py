@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +26,7 @@ from trimtab.data.pairs import group_pairs
 from trimtab.models.load import load_scalar, load_tokenizer
 from trimtab.models.save import save_model
 from trimtab.rewards.model import RewardModel
+from trimtab.stages import reward
 from trimtab.stages.card import texts_of
 from trimtab.stages.reward_teacher import TEACHER_FILE, agreement_with_teacher, teach
 
@@ -135,6 +138,34 @@ def test_a_run_that_goes_on_does_not_ask_its_teacher_again(tmp_path, base, pairs
     assert [r["loss/train"] for r in rows(out)] == [r["loss/train"] for r in rows(whole)]
 
 
+def test_labels_of_a_teacher_that_has_changed_are_not_learned_from(tmp_path, base, pairs, reward_run, monkeypatch):
+    """Stopped before its first checkpoint, the run has its labels and nothing else."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(reward_run / "model", teacher)
+    values = settings(base, pairs, [{"name": "model", "path": str(teacher)}])
+    with monkeypatch.context() as patched:
+        patched.setattr(reward, "start_members", lambda *_: sys.exit("stopped"))
+        trimtab("reward", write_run_file(tmp_path / "run.toml", values), "--out", tmp_path / "run")
+    assert (tmp_path / "run" / TEACHER_FILE).exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    model = load_scalar(teacher)
+    with torch.no_grad():
+        model.score.weight.neg_()
+    save_model(model, load_tokenizer(teacher), teacher)
+    assert f"teacher {teacher} is not the data this run began with" in refused(tmp_path, **values)
+    out = run_stage("reward", tmp_path / "anew", **values)
+    kept, anew = (rows(d, TEACHER_FILE)[0]["teacher_chosen"] for d in (tmp_path / "run", out))
+    assert kept != anew
+
+
+def test_rewards_of_a_teacher_on_scales_far_apart_are_named(tmp_path, base, pairs):
+    teacher = [judge("length"), judge("length") | {"weight": 1e-3}]
+    run_file = write_run_file(tmp_path / "run.toml", settings(base, pairs, teacher, max_steps=1))
+    told = trimtab("reward", run_file, "--out", tmp_path / "run")
+    assert told.exit_code == 0, told.output
+    assert told.stderr.count("of the teacher, with its weight, the reward callable varies 1e+03 times as much") == 1
+
+
 def test_agreement_as_worked_by_hand():
     own = SimpleNamespace(teacher=(RewardModel(path="big"),), teacher_temperature=2.0)
     pairs = [a_pair(i, "a", "b", label=1.0 if i < 4 else 0.5) for i in range(5)]
@@ -192,7 +223,7 @@ def test_a_teacher_with_several_outputs_or_none_is_refused_before_the_run(tmp_pa
     [
         ([judge("flat")], "the teacher gives both replies of each of 20 pairs the same score"),
         ([judge("length") | {"weight": 0.0}], "the teacher gives both replies of each of 20 pairs the same score"),
-        ([judge("speechless")], "the teacher gives 40 of 40 replies no score"),
+        ([judge("speechless")], "the teacher gives 80 of 80 replies no score"),
         ([{"name": "exact_answer"}], "20 of 20 prompts have no fact 'answer' that teacher.0 compares with"),
     ],
 )
@@ -215,5 +246,5 @@ def test_kept_scores_of_other_pairs_are_refused(tmp_path, base):
     ):
         (tmp_path / TEACHER_FILE).write_text(text)
         with pytest.raises(DataError, match=said) as error:
-            teach(SimpleNamespace(), run, chat, grouped, grouped, {})
+            teach(SimpleNamespace(teacher=()), run, chat, grouped, grouped, {})
         assert "remove it" in error.value.fix

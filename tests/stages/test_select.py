@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.stages.commands import FAST, SHORT, rows, run_stage, summary, trimtab, without_times, write_run_file
+from tests.stages.guarded import judge
 from tests.stages.test_resume import kill_after, start, wait_for_rows
 from trimtab import cli
 from trimtab.core import config, registry
@@ -126,6 +127,16 @@ def test_one_reward_may_decide_what_passes_and_their_sum_what_is_best(tmp_path, 
     counts = summary(out)["counts"]
     assert counts["prompts_without_choice"] == 10 - len(expected)
     assert counts["dropped_below_at_least"] > 10
+
+
+def test_rewards_on_scales_far_apart_are_named(tmp_path, base, reward_run):
+    functions = [judge("length"), judge("length") | {"weight": 1e-3}]
+    for number, rewards in enumerate((functions, [judge("length"), judge("length")])):
+        run_file = write_run_file(tmp_path / f"{number}.toml", settings(base, reward_run, rewards=rewards))
+        told = trimtab("select", run_file, "--out", tmp_path / str(number))
+        assert told.exit_code == 0, told.output
+        said = "in step 1, with its weight, the reward callable varies 1e+03 times as much as callable_2"
+        assert told.stderr.count(said) == (number == 0)
 
 
 def test_repeated_and_long_prompts_are_counted(tmp_path, base, reward_run):

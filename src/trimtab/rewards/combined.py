@@ -193,6 +193,27 @@ def refuse_unread_flags(combine: Combination, prompts: Sequence[Prompt], *, wher
         )
 
 
+SCALES_APART = 100.0
+"""Rewards whose deviations, times their weights, differ by more than this factor are not added up without a word."""
+
+
+def scales_apart(parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> str:
+    """What is wrong with a sum of rewards of which one hardly counts, from the scores [B] and the weight of each by its
+    name; "" if all count. A reward that is the same for all replies says nothing of its scale yet."""
+    spreads = {}
+    for name, weight in weights.items():
+        scores = parts[name][parts[name].isfinite()].double()
+        if len(scores) and (spread := abs(weight) * float(scores.std(correction=0))) > 0:
+            spreads[name] = spread
+    if not spreads or max(spreads.values()) <= SCALES_APART * min(spreads.values()):
+        return ""
+    small, large = min(spreads, key=spreads.__getitem__), max(spreads, key=spreads.__getitem__)
+    return (
+        f"with its weight, the reward {large} varies {spreads[large] / spreads[small]:.3g} times as much as {small} "
+        f"(deviations {spreads[large]:.3g} and {spreads[small]:.3g}), which hardly counts"
+    )
+
+
 def part_names(rewards: Sequence[Any]) -> list[str]:
     """The names of rewards in metrics: that of the run file, with a number from the second of a name on."""
     seen: dict[str, int] = {}

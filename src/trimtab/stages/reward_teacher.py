@@ -13,6 +13,7 @@ labelled. The teacher's scores are kept in teacher.jsonl, from which a run that 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -30,8 +31,9 @@ from trimtab.core.types import PreferencePair, Prompt, Rollout, prompt_id, to_di
 from trimtab.data.chat import Chat
 from trimtab.data.pairs import Comparisons
 from trimtab.evals.reward_card import SIDES, ordering_accuracy
-from trimtab.rewards.combined import CombinedReward, judges, load_rewards, refuse_missing_facts
+from trimtab.rewards.combined import CombinedReward, judges, load_rewards, refuse_missing_facts, scales_apart
 from trimtab.rewards.model import ModelReward
+from trimtab.runs.models import local_digest
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
 from trimtab.stats import Floats, spearman
@@ -85,12 +87,15 @@ def teach(
     """
     sets = {"train": train.pairs(), "held_out": held_out.pairs()}
     path = run.directory / TEACHER_FILE
+    for name, digest in _digests(settings).items():  # models.json is not binding before the first checkpoint
+        run.add_data(f"teacher {name}", digest, sum(map(len, sets.values())))
     if path.exists():
         found = _kept(path, sets)
     else:
         teacher = load_teacher(settings, list(chain(*sets.values())))
         seed_noise(settings.seed, "teacher")  # for teachers that draw random numbers
-        found = {name: score_pairs(teacher, pairs, chat, where=settings.data) for name, pairs in sets.items()}
+        scores = score_pairs(teacher, list(chain(*sets.values())), chat, where=settings.data)
+        found = dict(zip(sets, np.split(scores, [len(sets["train"])], axis=1), strict=True))
         with writing(TEACHER_FILE, path):
             write_rows(path, (row for name, pairs in sets.items() for row in _rows(name, pairs, found[name])))
     margins = found["train"][0] - found["train"][1]
@@ -124,7 +129,10 @@ def score_pairs(teacher: CombinedReward, pairs: Sequence[PreferencePair], chat: 
     for prompt, of_prompt in groupby(pairs, key=lambda pair: pair.prompt):
         ids = tuple(chat.encode_prompt(prompt.messages))
         rollouts += [finished(prompt, ids, getattr(pair, side), chat) for pair in of_prompt for side in SIDES]
-    scores = teacher.score_parts(rollouts)[0].double().numpy()
+    total, parts, _ = teacher.score_parts(rollouts)
+    if apart := scales_apart(parts, {part.name: part.weight for part in teacher.parts}):
+        print(f"note: of the teacher, {apart}; change the weights", file=sys.stderr)
+    scores = total.double().numpy()
     if bad := np.flatnonzero(~np.isfinite(scores)).tolist():
         raise DataError(
             f"the teacher gives {len(bad)} of {len(scores)} replies no score; the first is "
@@ -172,6 +180,12 @@ def agreement_with_teacher(
         **agreement.named("agreement"),
         **accuracy.named("accuracy"),
     }
+
+
+def _digests(settings: Any) -> dict[str, str]:
+    """The digests of the teacher's models that are in directories, by their paths: the labels depend on these."""
+    paths = [reward.path for reward in settings.teacher if isinstance(reward, ModelReward)]
+    return {path: digest for path in paths if (digest := local_digest(path)) is not None}
 
 
 def _names(settings: Any) -> list[str]:

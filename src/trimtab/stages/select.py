@@ -8,12 +8,14 @@ prompts at a time into replies.jsonl, from which a killed run goes on; the choic
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+import torch
 from torch import Tensor
 
 from trimtab import worlds
@@ -28,7 +30,7 @@ from trimtab.engines.build import Engines, load_policy, sampling_roles
 from trimtab.engines.device import EngineSettings
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.models.load import load_tokenizer
-from trimtab.rewards.combined import CombinedReward, load_rewards
+from trimtab.rewards.combined import CombinedReward, load_rewards, scales_apart
 from trimtab.rewards.gold import GoldScorer
 from trimtab.runs.loop import stepping
 from trimtab.runs.run import Run
@@ -131,6 +133,8 @@ def run(settings: SelectSettings, run: Run) -> None:
             seed_noise(settings.seed, "select", number)
             items = asked[number * settings.prompts_per_step :][: settings.prompts_per_step]
             rows, metrics = sample_step(items, sampler=sampler, rewards=rewards, world=world, settings=settings)
+            if number == 0 and rewards is not None:
+                say_scales_apart(rows, rewards)
             replies.append(items, rows)
             if shown := max(0, settings.num_samples - number * settings.prompts_per_step):
                 first = zip(items[:shown], rows, strict=False)
@@ -222,6 +226,14 @@ def scored(
             )
         )
     return replies, metrics
+
+
+def say_scales_apart(rows: Sequence[Sequence[Reply]], rewards: CombinedReward) -> None:
+    """Says on stderr if, among these replies, one of the rewards hardly counts beside another."""
+    weights = {part.name: part.weight for part in rewards.parts}
+    parts = {name: torch.tensor([reply.parts[name] for row in rows for reply in row]) for name in weights}
+    if apart := scales_apart(parts, weights):
+        print(f"note: in step 1, {apart}; change the weights", file=sys.stderr)
 
 
 def sample_row(asked: PromptItem, replies: Sequence[Reply], rule: Filter) -> dict[str, object]:

@@ -15,7 +15,7 @@ from trimtab.engines.local.agreement import allowed_difference
 from trimtab.evals.text import distinct_n
 from trimtab.math.combining import WeightedSum
 from trimtab.math.losses.value import explained_variance
-from trimtab.rewards.combined import COST, part_names
+from trimtab.rewards.combined import COST, part_names, scales_apart
 from trimtab.rewards.gold import GoldScorer
 from trimtab.stages.online.settings import OnlineSettings
 
@@ -59,24 +59,11 @@ def check_scores(parts: Mapping[str, Tensor], settings: OnlineSettings, *, pays_
     summed = settings.combine == WeightedSum() and not settings.reads_parts
     if not summed or len(settings.rewards) < 2:
         return
-    spreads = {}
-    for name, reward in zip(part_names(settings.rewards), settings.rewards, strict=True):
-        scores = parts[name][parts[name].isfinite()].double()
-        if len(scores) and (spread := abs(reward.weight) * float(scores.std(correction=0))) > 0:
-            spreads[name] = spread
-    if spreads and max(spreads.values()) > _SCALES_APART * min(spreads.values()):
-        small, large = min(spreads, key=spreads.__getitem__), max(spreads, key=spreads.__getitem__)
+    weights = {name: reward.weight for name, reward in zip(part_names(settings.rewards), settings.rewards, strict=True)}
+    if apart := scales_apart(parts, weights):
         # Rewards of tokens can not be normalised before they are added up.
         advice = "" if pays_tokens else "combine.normalize=running brings each to deviation 1 before it is weighed, or "
-        print(
-            f"note: with its weight, the reward {large} varies {spreads[large] / spreads[small]:.3g} times as much as "
-            f"{small} (deviations {spreads[large]:.3g} and {spreads[small]:.3g} in step 1), which hardly counts; "
-            f"{advice}change the weights",
-            file=sys.stderr,
-        )
-
-
-_SCALES_APART = 100.0
+        print(f"note: in step 1, {apart}; {advice}change the weights", file=sys.stderr)
 
 
 def check_sampler(difference: float, settings: OnlineSettings, where: str) -> Metrics:
