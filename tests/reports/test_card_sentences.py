@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from tests.reports.fabricate import card
 from trimtab.core.files import finite
-from trimtab.reports.card_sentences import card_sentences
+from trimtab.reports.card_sentences import amount, card_sentences
+from trimtab.stats import Interval
 
 
 def estimate(value: float, low: float, high: float) -> dict[str, float]:
@@ -26,9 +29,31 @@ def test_a_whole_card_says_what_it_holds():
     assert "a score that ignores the replies 50%" in said
     assert "By slice: school_maths 80% [70%, 90%] of 40." in said
     assert "prompt copied 4% [1%, 10%]" in said
-    assert "heading +0.31 [0.25, 0.4], hedge -0.50 [-0.6, -0.4]" in said
+    assert "heading +0.31 [0.25, 0.40], hedge -0.50 [-0.60, -0.40]" in said
     assert "3 changed replies are left out" in said
     assert "divided by the temperature" in said
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "said"),
+    [
+        (0.0026, 0.00207, 0.00323, "+0.0026 [0.0021, 0.0032]"),  # rewards of a model that has hardly learned
+        (-12345.6, -13000.0, -12000.0, "-12346 [-13000, -12000]"),
+        (-3e-18, -0.01, 0.01, "0.000 [-0.010, 0.010]"),
+        (0.0, 0.0, 0.0, "0.00 [0.00, 0.00]"),
+        (0.00061, math.nan, math.nan, "+0.000610"),
+    ],
+)
+def test_an_amount_of_reward_is_told_in_the_decimals_of_its_bounds(value, low, high, said):
+    assert amount(Interval(value, low, high, 50)) == said
+
+
+def test_what_a_correction_leaves_is_told_in_the_decimals_of_what_there_was():
+    accuracy = {"accuracy": 0.6, "low": 0.5, "high": 0.7, "count": 20}
+    length = {"std_tokens": 154.0, "none": {"premium": estimate(0.0079, 0.0053, 0.0105), "accuracy": accuracy}}
+    length["lowess"] = {"premium": estimate(-2e-9, -0.001, 0.001), "accuracy": accuracy}
+    (said,) = card_sentences({"length": length})
+    assert "goes with +0.0079 [0.0053, 0.0105] of reward; with length_correction = 'lowess' 0.0000, and" in said
 
 
 def test_it_says_how_many_pairs_were_to_be_ordered():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,7 +43,7 @@ def card_sentences(card: Mapping[str, Any]) -> list[str]:
     if preferred := [f"{_plain(name)} {_share(share)}" for name, share in above if share is not None]:
         found.append(f"It prefers a text without content to a rejected reply: {', '.join(preferred)}.")
     styles = [(name, interval(section(card, "styles"), name)) for name in section(card, "styles")]
-    if paid := [f"{name} {added.value:+.2f} {bounds(added)}".rstrip() for name, added in styles if added is not None]:
+    if paid := [f"{name} {amount(added)}" for name, added in styles if added is not None]:
         found.append(f"A style adds to the reward of a reply: {', '.join(paid)}.")
     for name, text in (
         ("num_bad_rows", "rows are left out, because they cannot be used"),
@@ -84,17 +85,39 @@ def _length(figures: Mapping[str, Any]) -> list[str]:
     premium, deviation = interval(section(figures, "none"), "premium"), number(figures, "std_tokens")
     if premium is None or deviation is None:
         return []
-    told = [
-        f"one standard deviation of length ({deviation:.0f} tokens) goes with {premium.value:+.2f} {bounds(premium)} "
-        "of reward"
-    ]
+    told = [f"one standard deviation of length ({deviation:.0f} tokens) goes with {amount(premium)} of reward"]
     for name in figures:
         one = section(figures, name)
         left, accuracy = interval(one, "premium"), interval(one, "accuracy")
         if name != "none" and left is not None and accuracy is not None:
-            told.append(f"with length_correction = {name!r} {left.value:+.2f}, and the accuracy is {_share(accuracy)}")
+            value = _with_sign(left.value, _decimals(premium))
+            told.append(f"with length_correction = {name!r} {value}, and the accuracy is {_share(accuracy)}")
     text = "; ".join(told)
     return [f"{text[0].upper()}{text[1:]}."]
+
+
+def amount(added: Interval) -> str:
+    """How much is added to a reward, with its sign and bounds, such as "+0.31 [0.25, 0.40]". Rewards come in any unit,
+    so all three have the decimals in which the bounds can be told apart."""
+    decimals = _decimals(added)
+    within = bounds(added, lambda value: _plain_zero(f"{value:.{decimals}f}"))
+    return f"{_with_sign(added.value, decimals)} {within}".rstrip()
+
+
+def _decimals(estimate: Interval) -> int:
+    """The decimals that give the width of an interval two digits; of a number without one, three digits."""
+    width = estimate.high - estimate.low
+    size, digits = (width, 2) if width > 0 else (abs(estimate.value), 3)  # a width of nan is not above 0
+    return max(0, digits - 1 - math.floor(math.log10(size))) if size > 0 else 2
+
+
+def _with_sign(value: float, decimals: int) -> str:
+    return _plain_zero(f"{value:+.{decimals}f}")
+
+
+def _plain_zero(text: str) -> str:
+    """The number without a sign if all its digits are zeros."""
+    return text if text.strip("+-0.") else text.lstrip("+-")
 
 
 def _teacher(figures: Mapping[str, Any]) -> list[str]:

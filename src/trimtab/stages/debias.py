@@ -18,6 +18,7 @@ from trimtab.data.layouts import load
 from trimtab.engines.device import device_of
 from trimtab.evals.length_curves import BANDWIDTH, length_premium, length_refusal
 from trimtab.evals.reward_card import SIDES
+from trimtab.reports.card_sentences import amount
 from trimtab.rewards.length_correction import LENGTH_FILE, fitted, write_correction
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.scorer import TOKEN_BUDGET, finite_scores, lengths_of
@@ -61,8 +62,7 @@ def debias(*, model: str, data: Sequence[str], bandwidth: float = BANDWIDTH, dev
     premium = length_premium(scores.mean(0), lengths, [prompt for prompt, _ in read])
     said = [
         f"fitted to {len(read)} replies of {lengths.min():.0f} to {lengths.max():.0f} tokens: one standard deviation "
-        f"of length ({lengths.std():.0f} tokens) goes with {premium.value:+.2f} [{premium.low:+.2f}, "
-        f"{premium.high:+.2f}] of reward",
+        f"of length ({lengths.std():.0f} tokens) goes with {amount(premium)} of reward",
         f"{directory / LENGTH_FILE}: use it with length_correction = 'lowess' or 'regression'; trimtab card says what "
         "it costs in accuracy",
         "the directory has changed: a card written before is not its card any more, and a run that began with it "
