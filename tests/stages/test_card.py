@@ -147,6 +147,26 @@ def test_rows_that_cannot_be_used_stop_the_command_or_are_counted(tmp_path, rewa
     assert "9 rows are left out" in said
 
 
+def test_all_bad_rows_are_counted_and_not_the_few_that_a_summary_quotes(tmp_path, reward_run, pairs):
+    bad = tmp_path / "bad.jsonl"
+    empty = [json.dumps({"prompt": f"Why {i}?", "chosen": "", "rejected": "No."}) + "\n" for i in range(7)]
+    bad.write_text(pairs.read_text() + "".join(empty))
+    card, said = judged(tmp_path, reward_run / "model", bad, "--on-bad-row", "drop")
+    assert (card["num_pairs"], card["num_bad_rows"]) == (20, 7)
+    assert "7 rows are left out" in said
+
+
+@pytest.mark.parametrize("value", ["high", 7, True, None, [0.5]])
+def test_a_fact_that_is_no_probability_sets_no_limit_to_accuracy(tmp_path, reward_run, sliced, value):
+    path = tmp_path / "facts.jsonl"
+    found = [json.loads(line) for line in sliced.read_text().splitlines()]
+    known = [row | {"facts": {"probability_chosen": value if i else 0.9}} for i, row in enumerate(found)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in known))
+    card, said = judged(tmp_path, reward_run / "model", path)
+    assert "bayes_accuracy" not in card
+    assert "the noise of the votes" not in said
+
+
 def test_what_cannot_be_judged_is_refused(tmp_path, reward_run, base, sliced, pairs):
     for words, said in (
         ([reward_run / "model", sliced, sliced], "is given twice"),

@@ -115,7 +115,7 @@ def measure(
     """The whole card: `reward_card` from the rewards of the pairs, [num_pairs] each, with its `options`; what `score`
     gives to the probes that are made of them; and what the rewards owe to the `lengths` [2, num_pairs] of the replies,
     as they are and after each of the `corrections`."""
-    known = [pair.prompt.facts.get("probability_chosen") for pair in pairs]
+    known = [_probability_chosen(pair) for pair in pairs]
     probes = make_probes(pairs)
     both = np.stack([chosen, rejected])
     corrected = {name: both - correction.of_mean(lengths) for name, correction in corrections.items()}
@@ -131,6 +131,15 @@ def measure(
         )
         | read_probes(probes, score([(probe.prompt, probe.text) for probe in probes]))
     )
+
+
+def _probability_chosen(pair: PreferencePair) -> float | None:
+    """The known chance that an annotator of a world prefers the chosen reply. None without one, and for a fact of that
+    name that is no probability."""
+    value = pair.prompt.facts.get("probability_chosen")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 <= value <= 1 else None
 
 
 def card_text(found: dict[str, Any], *, model: str, digest: str | None, data: Sequence[str]) -> str:
