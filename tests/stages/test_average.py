@@ -75,7 +75,8 @@ def test_every_weight_is_the_mean_of_the_members_weights(members, pairs, tmp_pat
 
 
 def test_the_average_of_equal_models_is_the_model(members, pairs, tmp_path):
-    averaged(tmp_path / "mean", members[0], members[0], "--data", pairs)
+    copy = shutil.copytree(members[0], tmp_path / "copy")
+    averaged(tmp_path / "mean", members[0], copy, "--data", pairs)
     one, mean = (weights_of(load_scalar(path)) for path in (members[0], tmp_path / "mean"))
     assert all(torch.equal(one[name], mean[name]) for name in one)
 
@@ -155,7 +156,8 @@ def test_an_average_that_sinks_below_the_chord_is_refused(members, turned, pairs
 
 
 def test_members_whose_rewards_are_not_finite_are_refused(overflowing, pairs, tmp_path):
-    assert "rewards are not finite" in refused(tmp_path / "mean", overflowing, overflowing, "--data", pairs)
+    copy = shutil.copytree(overflowing, tmp_path / "copy")
+    assert "rewards are not finite" in refused(tmp_path / "mean", overflowing, copy, "--data", pairs)
 
 
 def test_models_that_do_not_belong_together_are_refused(base, members, adapters, other, pairs, tmp_path):
@@ -261,9 +263,29 @@ def test_the_record_is_json_and_counts_pairs_that_have_a_right_side(members, pai
     assert None in (share["accuracy"] for share in record["card"]["slices"].values())  # no pair is of equal length
 
 
-def test_one_model_data_for_policies_and_a_full_directory_are_refused(base, members, adapters, pairs, tmp_path):
+def test_a_model_that_is_given_twice_is_refused(base, members, pairs, tmp_path):
+    said = f"{members[0]} is given twice"
+    assert said in refused(tmp_path / "mean", members[1], members[0], members[0], "--data", pairs)
+    link = tmp_path / "link"
+    link.symlink_to(base)
+    assert "is given twice" in refused(tmp_path / "mean", base, link)
+
+
+def test_pairs_that_a_member_was_trained_on_and_rows_left_out_are_named(members, pairs, tmp_path):
+    done = trimtab("average", tmp_path / "mean", *members, "--data", pairs)
+    assert f"The model was trained on {pairs}" in done.output
+    assert f"The model was trained on {pairs}" in trimtab("card", tmp_path / "mean", pairs).output  # by its members
+    other = tmp_path / "other.jsonl"
+    other.write_text(pairs.read_text() + json.dumps({"prompt": "Why?", "chosen": "", "rejected": "No."}) + "\n")
+    assert "--on-bad-row drop" in refused(tmp_path / "none", *members, "--data", other)
+    done = trimtab("average", tmp_path / "another", *members, "--data", other, "--on-bad-row", "drop")
+    assert "1 rows are left out" in done.output
+    assert "was trained on" not in done.output
+
+
+def test_one_model_data_for_policies_and_a_full_directory_are_refused(base, other, members, adapters, pairs, tmp_path):
     assert "an average needs two or more" in refused(tmp_path / "mean", members[0], "--data", pairs)
-    assert "these models are policies" in refused(tmp_path / "mean", base, base, "--data", pairs)
+    assert "these models are policies" in refused(tmp_path / "mean", base, other, "--data", pairs)
     assert "has rank 5" in refused(tmp_path / "mean", *adapters, "--data", pairs, "--rank", 6)
     done = trimtab("average", members[0], *members, "--data", pairs)
     assert "is there and not empty" in done.output

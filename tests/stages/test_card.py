@@ -1,6 +1,7 @@
 """The card of a reward model through the command line, and beside the model that the reward stage wrote."""
 
 import json
+import shutil
 from importlib.resources import files
 
 import jsonschema
@@ -11,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from tests.stages.commands import FAST, run_stage, summary, trimtab
 from trimtab.models.load import load_tokenizer
 from trimtab.models.save import save_model
+from trimtab.reports.card_sentences import cautions
 
 SCHEMA = json.loads((files("trimtab.evals") / "reward_card.schema.json").read_text(encoding="utf-8"))
 
@@ -165,6 +167,49 @@ def test_a_fact_that_is_no_probability_sets_no_limit_to_accuracy(tmp_path, rewar
     card, said = judged(tmp_path, reward_run / "model", path)
     assert "bayes_accuracy" not in card
     assert "the noise of the votes" not in said
+
+
+def test_pairs_that_the_model_was_trained_on_are_named(tmp_path, reward_run, pairs, sliced):
+    own, said = judged(tmp_path, reward_run / "model", pairs, sliced)
+    assert own["trained_on"] == [str(pairs)]
+    assert f"The model was trained on {pairs}, except for what its run held out" in said
+    assert cautions(own)[-1] in said
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(pairs.read_bytes())
+    assert (
+        f"The model was trained on {moved}" in trimtab("score", "--model", reward_run / "model", "--data", moved).output
+    )
+    other, said = judged(tmp_path, reward_run / "model", sliced)
+    assert "trained_on" not in other
+    assert "was trained on" not in said
+    alone = shutil.copytree(reward_run / "model", tmp_path / "alone" / "model")  # nothing says where it is from
+    (tmp_path / "settings.toml").write_text("data = 3")
+    (tmp_path / "data.json").write_text("[]")
+    assert "was trained on" not in trimtab("card", alone, pairs).output
+
+
+def test_a_slice_that_is_a_column_is_answered_with_how_it_becomes_a_fact(tmp_path, reward_run, sliced):
+    path = tmp_path / "columns.jsonl"
+    found = [json.loads(line) | {"facts": {}, "topic": "even"} for line in sliced.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    refused = trimtab("card", reward_run / "model", path, "--slice", "topic")
+    assert refused.exit_code == 2
+    assert "topic is a column: jq -c '.facts.topic = .topic' makes a fact of it" in refused.output
+
+
+def test_scores_without_the_rows_that_cannot_be_used(tmp_path, reward_run):
+    path, out = tmp_path / "replies.jsonl", tmp_path / "scored.jsonl"
+    path.write_text(
+        '{"prompt": "Why?", "completion": "So."}\n{"prompt": "How?", "completion": ""}\n{"prompt": "Who?"}\n'
+    )
+    asked = ("score", "--model", reward_run / "model", "--data", path, "--out", out)
+    refused = trimtab(*asked)
+    assert refused.exit_code == 2
+    assert "--on-bad-row drop" in refused.output
+    done = trimtab(*asked, "--on-bad-row", "drop")
+    assert done.exit_code == 0, done.output
+    assert "2 rows are left out" in done.output
+    assert len(out.read_text().splitlines()) == 1
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path, reward_run, base, sliced, pairs):

@@ -182,3 +182,18 @@ def test_replies_that_the_model_cannot_read_are_counted(encoder, pairs, tmp_path
     assert done.exit_code == 0, done.output
     assert "fitted to 41 replies" in done.output
     assert "1 replies are left out" in done.output
+
+
+def test_replies_that_were_trained_on_and_rows_left_out_are_named(reward_run, pairs, tmp_path):
+    model = shutil.copytree(reward_run, tmp_path / "run") / "model"
+    assert f"the model was trained on {pairs}" in trimtab("debias", model, pairs).output
+    twice = trimtab("debias", model, pairs, pairs)
+    assert twice.exit_code == 2
+    assert f"{pairs} is given twice" in twice.output
+    other = tmp_path / "other.jsonl"
+    other.write_text(pairs.read_text() + json.dumps({"prompt": "Why?", "chosen": "", "rejected": "No."}) + "\n")
+    assert trimtab("debias", model, other).exit_code == 2
+    done = trimtab("debias", model, other, "--on-bad-row", "drop")
+    assert done.exit_code == 0, done.output
+    assert "1 rows are left out" in done.output
+    assert "was trained on" not in done.output

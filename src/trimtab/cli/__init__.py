@@ -23,6 +23,7 @@ from trimtab.cli.helpers import (
     StageCommand,
     joined,
     missing_extra,
+    on_bad_row,
     on_paper,
     same_command,
     sigterm_raised,
@@ -332,6 +333,7 @@ def generate(**options: Any) -> None:
 @_model
 @click.option("--data", required=True, help="Replies (a file of `trimtab generate`, a data set), or preference pairs.")
 @click.option("--out", type=FILE, help="JSON lines to write; pairs need none.")
+@on_bad_row
 @_device
 def score(**options: Any) -> None:
     """Score replies with a reward model, or judge it on preference pairs.
@@ -349,13 +351,7 @@ def score(**options: Any) -> None:
 @click.argument("data", nargs=-1, required=True, metavar="DATA...")
 @_directory("Where reward_card.json and its page go; without it, the card is only told.")
 @click.option("--slice", "slice_by", metavar="FACT", help="The fact of the prompts whose values make the slices.")
-@click.option(
-    "--on-bad-row",
-    type=click.Choice(["stop", "drop"]),
-    default="stop",
-    show_default=True,
-    help="What to do with a row that is no pair: refuse the data, or leave it out and count it.",
-)
+@on_bad_row
 @_device
 def card(**options: Any) -> None:
     """Tell how far a reward model can be trusted, from preference pairs.
@@ -403,6 +399,7 @@ def export(model: str, out: Path, dtype: Dtype) -> None:
 @click.argument("models", nargs=-1, required=True, metavar="MODEL MODEL...")
 @click.option("--weight", "weights", multiple=True, type=float, help="One for each model, in order.  [default: equal]")
 @click.option("--data", help="Pairs that no member was trained on; needed for reward models.")
+@on_bad_row
 @click.option("--rank", type=click.IntRange(min=1), help="Rank of averaged adapters.  [default: the sum, exact]")
 @click.option(
     "--tolerance", default=0.01, show_default=True, help="How far the accuracy may sink below that of the members."

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from trimtab.cli.helpers import Number
+from trimtab.cli.helpers import Number, on_bad_row
 
 
 @click.command()
@@ -19,6 +19,7 @@ from trimtab.cli.helpers import Number
     type=Number(min=0, max=1, min_open=True),
     help="The share of the replies that each local line of LOWESS is fitted to.",
 )
+@on_bad_row
 @click.option("--device", metavar="DEVICE", help='Where the model computes: "cpu", "cuda" or for example "cuda:1".')
 def debias(**options: Any) -> None:
     """Fit what the reward model MODEL pays for length, so that it can be subtracted.

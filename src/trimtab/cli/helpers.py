@@ -129,6 +129,16 @@ def on_paper(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_paper
 
 
+on_bad_row = click.option(
+    "--on-bad-row",
+    type=click.Choice(["stop", "drop"]),
+    default="stop",
+    show_default=True,
+    help="What to do with a row that cannot be used: refuse the data, or leave such rows out and count them.",
+)
+"""The option of commands that read pairs or replies."""
+
+
 def starter(name: str, command: click.Command) -> str | None:
     """Which of torchrun and srun has started this command several times; None if it is alone. Raises
     ConfigError for a command without the options of an engine, which each process would run for itself."""

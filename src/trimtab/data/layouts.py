@@ -318,7 +318,11 @@ def _all_mistakes(bad: list[BadRow], kinds: Counter[str], num_rows: int) -> Data
     quoted = [f"\n    {row.where}: {row.problem}" for row in bad[1:NUM_SHOWN]]
     more = [f"\n    and {num_bad - NUM_SHOWN} more"] if num_bad > NUM_SHOWN else []
     droppable = 'on_bad_row = "drop"' in bad[0].fix
-    drop = '; or leave such rows out with on_bad_row = "drop"' if num_bad < num_rows and not droppable else ""
+    drop = (
+        '; or leave such rows out with on_bad_row = "drop" (--on-bad-row drop of a command)'
+        if num_bad < num_rows and not droppable
+        else ""
+    )
     return DataError(
         f"{bad[0].problem}\n  {num_bad} of {num_rows} rows cannot be used: {summary}" + "".join(quoted + more),
         where=bad[0].where,

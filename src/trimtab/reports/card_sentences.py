@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trimtab.reports.headline import bounds, interval, number, percent, reward_model_sentences, section, show
@@ -25,7 +25,7 @@ _BASELINES = {
 
 def card_sentences(card: Mapping[str, Any]) -> list[str]:
     """The sentences of a card, the most important first."""
-    found = reward_model_sentences(card) + _counted(card)
+    found = reward_model_sentences(card) + _counted(card) + _trained_on(card)
     if (kind := card.get("resembles")) in _RESEMBLES:
         found.append(_RESEMBLES[kind].format(length=show(number(card, "length_spearman"))))
     shares = [(text, interval(card, name)) for name, text in _BASELINES.items()]
@@ -56,15 +56,29 @@ def card_sentences(card: Mapping[str, Any]) -> list[str]:
 
 
 def cautions(card: Mapping[str, Any]) -> list[str]:
-    """The sentences of a card that speak against training on the model: an accuracy that may be that of chance, and
-    rewards that are those of a simple scorer."""
+    """The sentences of a card that speak against training on the model: an accuracy that may be that of chance,
+    rewards that are those of a simple scorer, and figures of pairs that it was trained on."""
     found = []
     accuracy = interval(card, "accuracy")
     if accuracy is not None and not accuracy.low > 0.5:
         found += reward_model_sentences(card)
     if (kind := card.get("resembles")) in _RESEMBLES:
         found.append(_RESEMBLES[kind].format(length=show(number(card, "length_spearman"))))
-    return found
+    return found + _trained_on(card)
+
+
+def _trained_on(card: Mapping[str, Any]) -> list[str]:
+    """The sources that the model has seen in training."""
+    sources = card.get("trained_on")
+    return [said_of_training(sources)] if isinstance(sources, list) and sources else []
+
+
+def said_of_training(sources: Sequence[str]) -> str:
+    """The sentence about sources that a model was judged by and trained on."""
+    return (
+        f"The model was trained on {' and '.join(sources)}, except for what its run held out, so the figures are too "
+        "good: judge it by pairs that it has not seen."
+    )
 
 
 def _counted(card: Mapping[str, Any]) -> list[str]:

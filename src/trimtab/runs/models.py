@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from trimtab.core.hub import ADAPTER_FILE, BESIDE_FILE, base_of, is_ensemble, members_in, read_json
@@ -47,6 +50,25 @@ def model_digest(directory: str | Path) -> str:
 def local_digest(model: str | Path) -> str | None:
     """The digest of a model in a directory; None for a hub id."""
     return model_digest(model) if Path(model).is_dir() else None
+
+
+def trained_on(models: Sequence[str], sources: Mapping[str, str]) -> list[str]:
+    """Those of the `sources`, given with the hashes of their contents, on which one of the models was trained. Known of
+    models in the directory of the run that made them; data of which a share was held out counts."""
+    hashes = {_training_data(Path(model).expanduser().resolve()) for model in models}
+    return [source for source, sha256 in sources.items() if sha256 in hashes - {None}]
+
+
+def _training_data(model: Path) -> str | None:
+    """The hash of the data that the run around a model was trained on. None if it lies in no such directory; there may
+    be files of these names that are no record of a run."""
+    for directory in model.parents[:3]:  # a member of an ensemble lies in model/members/1
+        if not (directory / "settings.toml").is_file() or not (directory / "data.json").is_file():
+            continue
+        with suppress(ValueError, LookupError, TypeError):
+            settings = tomllib.loads((directory / "settings.toml").read_text(encoding="utf-8"))
+            return str(json.loads((directory / "data.json").read_text(encoding="utf-8"))[settings["data"]]["sha256"])
+    return None
 
 
 def _add_file(digest: hashlib._Hash, file: Path) -> None:

@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 
 from trimtab.core.errors import ConfigError, DataError, EngineError
 from trimtab.core.files import json_text, replacing, writing
-from trimtab.core.hub import base_of, members_in, reward_facts
+from trimtab.core.hub import base_of, members_in, reward_facts, same_model
 from trimtab.core.types import PreferencePair
 from trimtab.data.chat import Chat
-from trimtab.data.layouts import load
+from trimtab.data.layouts import Loaded, load
 from trimtab.evals.reward_card import SIDES, ordering_accuracy, reward_card
 from trimtab.models.average import (
     average_heads,
@@ -42,8 +42,10 @@ from trimtab.models.average import (
 from trimtab.models.load import is_classifier, load_causal, load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import round_as_written, save_model
+from trimtab.reports.card_sentences import said_of_training
 from trimtab.rewards.scorer import TOKEN_BUDGET, RewardModelScorer, rewards_of
-from trimtab.stages.card import texts_of
+from trimtab.runs.models import trained_on
+from trimtab.stages.card import AVERAGE_FILE, OnBadRow, texts_of
 from trimtab.stats import Floats
 
 PARTS = (0.25, 0.5, 0.75, 1.0)
@@ -77,6 +79,7 @@ def average(
     models: Sequence[str],
     weights: Sequence[float] = (),
     data: str | None = None,
+    on_bad_row: OnBadRow = "stop",
     rank: int | None = None,
     tolerance: float = TOLERANCE,
     force: bool = False,
@@ -91,6 +94,7 @@ def average(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{str(out)!r} is there and not empty", where="OUT", fix="name a new directory")
     models = [member for path in models for member in members_in(path)]
+    refuse_repeated(models)
     shares = _shares(models, weights)
     if not 0 <= tolerance <= 1:  # nan is neither
         raise ConfigError(
@@ -100,7 +104,8 @@ def average(
         )
     scalar, base = _are_reward_models(models, data), base_of(models[0])
     _check_members(models, rank)
-    pairs = [] if data is None else _pairs_with_a_side(data)
+    loaded = None if data is None else _pairs_with_a_side(data, on_bad_row)
+    pairs = [] if loaded is None else loaded.records
     load_member: Callable[[Any], PreTrainedModel] = load_scalar if scalar else load_causal
     loaders = [partial(load_member, path) for path in models]
     model = loaders[0]()
@@ -128,6 +133,11 @@ def average(
                 num_decided = sum(pair.label != 0.5 for pair in pairs)
                 said.append(_verdict(points, tolerance, force, where=data, num_pairs=num_decided))
                 record |= {"data": data, "tolerance": tolerance, "points": [vars(point) for point in points]}
+            if loaded is not None and data is not None:
+                if seen := trained_on(models, {data: loaded.sha256}):
+                    said.append(said_of_training(seen))
+                if loaded.num_dropped:
+                    said.append(f"{loaded.num_dropped} rows are left out, because they cannot be used")
             set_between(model, mean, mean, 1.0)
             if data is not None:
                 if base is None:
@@ -138,8 +148,19 @@ def average(
             elif scalar:
                 facts = {k: v for k, v in model.config.to_dict().items() if k.startswith("reward_")}
                 (aside / "reward.json").write_text(json.dumps(facts), encoding="utf-8")
-            (aside / "average.json").write_text(json_text(record), encoding="utf-8")
+            (aside / AVERAGE_FILE).write_text(json_text(record), encoding="utf-8")
     return [f"{out}: {said[0]}", *said[1:]]
+
+
+def refuse_repeated(models: Sequence[str]) -> None:
+    """Raises ConfigError if two of the members are one directory."""
+    for number, path in enumerate(models):
+        if any(same_model(path, other) for other in models[:number]):
+            raise ConfigError(
+                f"{path} is given twice",
+                where="MODEL",
+                fix="give each model once; --weight says how much each counts",
+            )
 
 
 def _shares(models: Sequence[str], weights: Sequence[float]) -> list[float]:
@@ -174,16 +195,17 @@ def _check_members(models: Sequence[str], rank: int | None) -> None:
         raise ConfigError("these are whole models, which have no rank", where="--rank", fix="leave it out")
 
 
-def _pairs_with_a_side(data: str) -> Sequence[PreferencePair]:
+def _pairs_with_a_side(data: str, on_bad_row: OnBadRow) -> Loaded[PreferencePair]:
     """The pairs of a source. Raises DataError if none of them has a right side."""
-    pairs = load(PreferencePair, data).records
+    loaded = load(PreferencePair, data, on_bad_row=on_bad_row)
+    pairs = loaded.records
     if all(pair.label == 0.5 for pair in pairs):
         raise DataError(
             f"all {len(pairs)} pairs have the label 0.5: no side is right, so they cannot tell how good an average is",
             where=data,
             fix="give pairs of which one side is preferred",
         )
-    return pairs
+    return loaded
 
 
 def _are_reward_models(models: Sequence[str], data: str | None) -> bool:

@@ -15,8 +15,9 @@ import numpy as np
 
 from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.files import check_out, json_text, write_out
+from trimtab.core.hub import members_in, read_json
 from trimtab.core.types import PreferencePair, Prompt
-from trimtab.data.layouts import load
+from trimtab.data.layouts import Loaded, Reading, load
 from trimtab.engines.device import device_of
 from trimtab.evals.length_curves import length_figures
 from trimtab.evals.probes import make_probes, read_probes
@@ -26,10 +27,13 @@ from trimtab.reports.card_sentences import card_sentences
 from trimtab.rewards.length_correction import LengthCorrection, corrections_in
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.scorer import TOKEN_BUDGET, RewardModelScorer, lengths_of, rewards_of
-from trimtab.runs.models import CARD_FILE, local_digest
+from trimtab.runs.models import CARD_FILE, local_digest, trained_on
 from trimtab.stats import Floats
 
 PAGE_FILE = "reward_card.html"
+AVERAGE_FILE = "average.json"
+"""The members and the points of an average, in its directory."""
+OnBadRow = Literal["stop", "drop"]
 VERSION = 1
 """The version of the schema, raised when a reader of the file would have to change."""
 
@@ -42,7 +46,7 @@ def card(
     data: Sequence[str],
     out: Path | None = None,
     slice_by: str | None = None,
-    on_bad_row: Literal["stop", "drop"] = "stop",
+    on_bad_row: OnBadRow = "stop",
     device: str | None = None,
 ) -> list[str]:
     """Judges a reward model on preference pairs, writes `reward_card.json` and a page with its charts into the
@@ -53,15 +57,14 @@ def card(
     "drop" a row that cannot be used is left out too, and counted in `num_bad_rows`. Raises DataError for such a row
     otherwise, if a pair lacks the fact, and if no pair is left; raises ConfigError if a source is given twice.
     """
-    if twice := [source for number, source in enumerate(data) if source in data[:number]]:
-        raise ConfigError(f"{twice[0]} is given twice", where="card", fix="give each source of pairs once")
+    refuse_repeated(data)
     if out is not None:
         check_out(out / CARD_FILE)
     loaded = {source: load(PreferencePair, source, on_bad_row=on_bad_row) for source in data}
     by_source = {source: one.records for source, one in loaded.items()}
     pairs = [pair for records in by_source.values() for pair in records]
     if slice_by is not None:
-        slices = [name for source, records in by_source.items() for name in _values_of(slice_by, records, source)]
+        slices = [name for source, one in loaded.items() for name in _values_of(slice_by, one, source)]
     else:
         slices = [source for source, records in by_source.items() for _ in records] if len(data) > 1 else []
     scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device_of(device))
@@ -83,12 +86,26 @@ def card(
         corrections=corrections_in(model),
         slices=list(compress(slices, fits)),
     )
-    num_bad_rows = sum(one.num_dropped for one in loaded.values())
-    found |= {"num_too_long": int((~fits).sum()), "num_bad_rows": num_bad_rows}
+    found |= {"num_too_long": int((~fits).sum()), **of_reading(model, loaded)}
     if out is not None:
         write_out(out / CARD_FILE, card_text(found, model=model, digest=local_digest(model), data=data))
         write_card(found, out / PAGE_FILE, model=model)
     return card_sentences(found)
+
+
+def refuse_repeated(sources: Sequence[str]) -> None:
+    """Raises ConfigError if a source is given twice: what it holds would count twice."""
+    if twice := [source for number, source in enumerate(sources) if source in sources[:number]]:
+        raise ConfigError(f"{twice[0]} is given twice", where="the command line", fix="give each source once")
+
+
+def of_reading(model: str, loaded: Mapping[str, Reading]) -> dict[str, Any]:
+    """What a card says of its sources: `num_bad_rows`, and as `trained_on` those on which the model, or a member of it,
+    was trained, if there are any."""
+    average = Path(model).expanduser() / AVERAGE_FILE
+    members = read_json(average).get("members", []) if average.is_file() else members_in(model)
+    seen = trained_on(members, {source: one.sha256 for source, one in loaded.items()})
+    return {"num_bad_rows": sum(one.num_dropped for one in loaded.values())} | ({"trained_on": seen} if seen else {})
 
 
 def texts_of(pairs: Sequence[PreferencePair], side: str) -> Texts:
@@ -148,13 +165,16 @@ def card_text(found: dict[str, Any], *, model: str, digest: str | None, data: Se
     return json_text({"version": VERSION, "model": model, "model_sha256": digest, "data": list(data), **found})
 
 
-def _values_of(fact: str, pairs: Sequence[PreferencePair], source: str) -> list[str]:
-    missing = sum(fact not in pair.prompt.facts for pair in pairs)
-    if missing:
+def _values_of(fact: str, loaded: Loaded[PreferencePair], source: str) -> list[str]:
+    pairs = loaded.records
+    if missing := sum(fact not in pair.prompt.facts for pair in pairs):
         known = ", ".join(sorted({name for pair in pairs for name in pair.prompt.facts})) or "none"
+        column = (
+            f"; {fact} is a column: jq -c '.facts.{fact} = .{fact}' makes a fact of it" if fact in loaded.unused else ""
+        )
         raise DataError(
             f"{missing} of {len(pairs)} pairs have no fact {fact!r}",
             where=source,
-            fix=f'give every row "facts": {{"{fact}": …}}, or another --slice; facts here: {known}',
+            fix=f'give every row "facts": {{"{fact}": …}}, or another --slice; facts here: {known}{column}',
         )
     return [str(pair.prompt.facts[fact]) for pair in pairs]

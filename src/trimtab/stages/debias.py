@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,16 +23,23 @@ from trimtab.reports.card_sentences import amount
 from trimtab.rewards.length_correction import LENGTH_FILE, fitted, write_correction
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.scorer import TOKEN_BUDGET, finite_scores, lengths_of
-from trimtab.stages.card import Texts, texts_of
+from trimtab.stages.card import OnBadRow, Texts, of_reading, refuse_repeated, texts_of
 from trimtab.stages.use import holds_pairs
 
 
-def debias(*, model: str, data: Sequence[str], bandwidth: float = BANDWIDTH, device: str | None = None) -> list[str]:
+def debias(
+    *,
+    model: str,
+    data: Sequence[str],
+    bandwidth: float = BANDWIDTH,
+    on_bad_row: OnBadRow = "stop",
+    device: str | None = None,
+) -> list[str]:
     """Writes length_correction.json into the directory of the reward model; returns sentences about it.
 
     The replies of all sources are taken together, of pairs both sides. Replies that the model cannot read are left out,
-    and a sentence counts them. Raises ConfigError if the model is no directory, and DataError if the replies are too
-    few or all of one length.
+    and with "drop" rows that cannot be used; sentences count them. Raises ConfigError if the model is no directory or a
+    source is given twice, and DataError if the replies are too few or all of one length.
     """
     directory = Path(model).expanduser()
     if not directory.is_dir():
@@ -40,8 +48,10 @@ def debias(*, model: str, data: Sequence[str], bandwidth: float = BANDWIDTH, dev
             where="MODEL",
             fix="fetch the model into a directory (hf download NAME --local-dir DIRECTORY), and name that",
         )
+    refuse_repeated(data)
     scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device_of(device))
-    texts = [text for source in data for text in replies_in(source)]
+    loaded = {source: load(kind_of(source), source, on_bad_row=on_bad_row) for source in data}
+    texts = [text for one in loaded.values() for text in replies_of(one.records)]
     most = scorer.positions
     read = [
         (prompt_id(prompt.messages), ids)
@@ -68,13 +78,27 @@ def debias(*, model: str, data: Sequence[str], bandwidth: float = BANDWIDTH, dev
         "the directory has changed: a card written before is not its card any more, and a run that began with it "
         "before does not go on with it",
     ]
-    left_out = len(texts) - len(read)
-    return said + [f"{left_out} replies are left out, because the model cannot read texts so long"] * bool(left_out)
+    about = of_reading(model, loaded)
+    if sources := about.get("trained_on"):
+        said.append(
+            f"the model was trained on {' and '.join(sources)}: fit the curves to replies that it has not seen, for "
+            "which it may pay otherwise"
+        )
+    for num, why in (
+        (len(texts) - len(read), "replies are left out, because the model cannot read texts so long"),
+        (about["num_bad_rows"], "rows are left out, because they cannot be used"),
+    ):
+        said += [f"{num} {why}"] * bool(num)
+    return said
 
 
-def replies_in(source: str) -> Texts:
-    """The replies of a source with their prompts; of pairs both sides."""
-    if holds_pairs(source):
-        pairs = load(PreferencePair, source).records
-        return [text for side in SIDES for text in texts_of(pairs, side)]
-    return [(one.prompt, one.response) for one in load(Demonstration, source).records]
+def kind_of(source: str) -> type[Any]:
+    """The kind of record that holds the replies of a source: pairs, or single replies."""
+    return PreferencePair if holds_pairs(source) else Demonstration
+
+
+def replies_of(records: Sequence[Any]) -> Texts:
+    """The replies of records with their prompts; of pairs both sides."""
+    if records and isinstance(records[0], PreferencePair):
+        return [text for side in SIDES for text in texts_of(records, side)]
+    return [(one.prompt, one.response) for one in records]

@@ -17,6 +17,7 @@ from trimtab.evals.reward_bench import BenchScores, bench_scores, read_bench
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.scorer import TOKEN_BUDGET, rewards_of
 from trimtab.runs.models import local_digest
+from trimtab.stages.card import refuse_repeated
 
 
 def score_bench(
@@ -24,9 +25,10 @@ def score_bench(
 ) -> tuple[BenchScores, int]:
     """The scores of a reward model on the rows of all files, and how many rows it cannot read, which are left out.
 
-    Writes them to `out` if it is given. Raises DataError for rows that are none of RewardBench, and if the model can
-    read none of them.
+    Writes them to `out` if it is given. Raises ConfigError if a file is given twice, and DataError for rows that are
+    none of RewardBench, and if the model can read none of them.
     """
+    refuse_repeated(data)
     check_out(out)
     files = read_bench(data)
     scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device_of(device))

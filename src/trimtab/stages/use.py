@@ -16,7 +16,7 @@ from trimtab.core.files import check_out, json_lines, write_out
 from trimtab.core.terminal import say
 from trimtab.core.types import Demonstration, Message, PreferencePair, Prompt, to_dict
 from trimtab.data.chat import Chat
-from trimtab.data.layouts import kinds_of, load
+from trimtab.data.layouts import Loaded, kinds_of, load
 from trimtab.data.questions import further_turns
 from trimtab.data.sources import records_source
 from trimtab.engines.device import device_of
@@ -29,7 +29,7 @@ from trimtab.reports.card_sentences import card_sentences
 from trimtab.rewards.length_correction import corrections_in
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.scorer import TOKEN_BUDGET, rewards_of
-from trimtab.stages.card import measure, reply_lengths, texts_of
+from trimtab.stages.card import OnBadRow, measure, of_reading, reply_lengths, texts_of
 
 
 def _generator(model: str, *, temperature: float, device: str | None, top_k: int = 0, **sampled: Any) -> LocalSampler:
@@ -119,9 +119,16 @@ def answer_turns(
 
 
 def score_file(
-    *, model: str, data: str, out: Path | None, device: str | None = None, show: Callable[[str], None] = print
+    *,
+    model: str,
+    data: str,
+    out: Path | None,
+    device: str | None = None,
+    on_bad_row: OnBadRow = "stop",
+    show: Callable[[str], None] = print,
 ) -> int:
     """Scores the rows of `data` with a reward model; returns how many. They go to `out` as JSON lines, if it is given.
+    With "drop", rows that cannot be used are left out, and `show` says how many.
 
     Each reply (in any layout, or in a rollout) gets a `reward`. A preference pair gets one for each side, and the card
     of the reward model on the pairs is shown: how often it orders them as they are labelled, and what might explain it.
@@ -129,19 +136,31 @@ def score_file(
     """
     check_out(out)
     if holds_pairs(data):
-        return _score_pairs(model, data, out, device_of(device), show)
+        return _score_pairs(
+            model, load(PreferencePair, data, on_bad_row=on_bad_row), data, out, device_of(device), show
+        )
     if out is None:
         raise ConfigError("replies are scored into a file", where="score", fix="--out FILE.jsonl")
-    demonstrations = load(Demonstration, data).records
+    loaded = load(Demonstration, data, on_bad_row=on_bad_row)
+    demonstrations = loaded.records
     scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device_of(device))
     rewards = rewards_of(scorer, [(d.prompt, d.response) for d in demonstrations]).tolist()
     rows = [to_dict(d) | {"reward": reward} for d, reward in zip(demonstrations, rewards, strict=True)]
     write_out(out, json_lines(rows))
+    if loaded.num_dropped:
+        show(f"{loaded.num_dropped} rows are left out, because they cannot be used")
     return len(rows)
 
 
-def _score_pairs(model: str, data: str, out: Path | None, device: torch.device, show: Callable[[str], None]) -> int:
-    pairs = load(PreferencePair, data).records
+def _score_pairs(
+    model: str,
+    loaded: Loaded[PreferencePair],
+    data: str,
+    out: Path | None,
+    device: torch.device,
+    show: Callable[[str], None],
+) -> int:
+    pairs = loaded.records
     scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device)
     chosen, rejected = (rewards_of(scorer, texts_of(pairs, side)) for side in SIDES)
     card = measure(
@@ -152,7 +171,7 @@ def _score_pairs(model: str, data: str, out: Path | None, device: torch.device, 
         lengths=reply_lengths(scorer, pairs),
         corrections=corrections_in(model),
     )
-    for sentence in card_sentences(card):
+    for sentence in card_sentences(card | of_reading(model, {data: loaded})):
         show(sentence)
     if out is not None:
         rewards = zip(pairs, chosen.tolist(), rejected.tolist(), strict=True)
