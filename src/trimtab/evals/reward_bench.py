@@ -205,7 +205,8 @@ def bench_scores(items: Sequence[BenchItem], rewards: Sequence[Sequence[float]],
     notes: list[str] = []
     if set(subsets) <= known:
         for section, weights in SECTIONS.items():
-            if missing := [name for name in weights if name not in subsets]:
+            missing = [name for name in weights if name not in subsets]
+            if missing and len(missing) < len(weights):
                 notes.append(f"{section} lacks {', '.join(missing)}: its score is not that of the published section")
             if there := {name: weight for name, weight in weights.items() if name in subsets}:
                 sections[section] = weighted(subsets, there)
@@ -214,6 +215,8 @@ def bench_scores(items: Sequence[BenchItem], rewards: Sequence[Sequence[float]],
                     f"{section}: {', '.join(code)} are the same problems in {len(code)} languages, and the interval "
                     "takes them for independent: it is too narrow"
                 )
+        if absent := [section for section in SECTIONS if section not in sections]:
+            notes.append(f"no row is of {' or '.join(absent)}: the mean is not that of RewardBench")
     values = [one.value for one in (sections or subsets).values()]
     lengths = [len(words(reply)) for item in items for reply in item.replies]
     return BenchScores(
