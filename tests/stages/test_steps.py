@@ -126,6 +126,10 @@ def test_a_stopped_run_goes_on_to_the_same_file_also_behind_half_a_row(tmp_path,
         ({"rewards": []}, "rewards is empty"),
         ({"rewards": ["exact_answer"]}, "no prompt has the fact 'answer'"),
         ({"num_completions": 0}, "num_completions = 0"),
+        ({"rewards": ["exact_answer"], "right_from": 5.0}, "a reply from 0 to 1: no reply can be right"),
+        ({"rewards": ["exact_answer"], "right_from": 0.0}, "a reply from 0 to 1: every reply is right"),
+        ({"rewards": [{"name": "length", "max_tokens": 5}]}, "a reply from -1 to 0: no reply can be right"),
+        ({"rewards": [{"name": "exact_answer", "weight": 0.0}]}, "a reply from 0 to 0: no reply can be right"),
     ],
 )
 def test_what_cannot_be_labelled_is_refused_before_anything_is_drawn(tmp_path, base, data, changed, said):
@@ -134,6 +138,7 @@ def test_what_cannot_be_labelled_is_refused_before_anything_is_drawn(tmp_path, b
     assert result.exit_code == 2
     words = " ".join(result.output.split())
     assert said in words or ("4 prompts have no fact 'answer'" in words and "fact" in said)
+    assert "on_failed_reward" not in words  # a setting of online training
     assert not (tmp_path / "none" / "steps.jsonl").exists()
 
 

@@ -141,8 +141,12 @@ def judges_and_measure(settings: Any) -> dict[str, Any]:
     return judges(settings) | {f"guard.measure.{number}": reward for number, reward in enumerate(measure)}
 
 
-def refuse_missing_facts(rewards: Mapping[str, Any], prompts: Sequence[Prompt], *, where: str) -> None:
-    """Raises DataError if prompts lack a fact that a reward, given by its key path, compares with."""
+def refuse_missing_facts(
+    rewards: Mapping[str, Any], prompts: Sequence[Prompt], *, where: str, droppable: bool = False
+) -> None:
+    """Raises DataError if prompts lack a fact that a reward, given by its key path, compares with. `droppable` says
+    whether the stage has `on_failed_reward`."""
+    drop = "; on_failed_reward = 'drop' leaves out the replies to them" if droppable else ""
     for key, reward in rewards.items():
         fact = getattr(reward, "fact", None)
         lacking = [p for p in prompts if p.facts.get(fact) in (None, "")] if isinstance(fact, str) else []
@@ -151,7 +155,7 @@ def refuse_missing_facts(rewards: Mapping[str, Any], prompts: Sequence[Prompt], 
                 f"{len(lacking)} of {len(prompts)} prompts have no fact {fact!r} that {key} compares with; "
                 f"the first is {lacking[0].text[:60]!r}",
                 where=where,
-                fix="give each its fact, or remove them; on_failed_reward = 'drop' leaves out the replies to them",
+                fix=f"give each its fact, or remove them{drop}",
             )
 
 

@@ -224,7 +224,7 @@ def _check_prompts(prompts: Sequence[Prompt], source: str, least: int, settings:
                 fix="add a column of that name to the prompts' file, or name the right fact in the reward's settings",
             )
     if getattr(settings, "on_failed_reward", "drop") == "stop":
-        refuse_missing_facts(judges(settings), prompts, where=source)
+        refuse_missing_facts(judges(settings), prompts, where=source, droppable=True)
     if (combine := getattr(settings, "combine", None)) is not None:
         refuse_unread_flags(combine, prompts, where=source, needed=False)  # a flag may be rarer than the rows read here
     guard = getattr(settings, "guard", None)

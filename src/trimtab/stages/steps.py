@@ -83,6 +83,18 @@ class StepsSettings:
             raise ValueError("rewards is empty; name the verifier, such as rewards = ['exact_answer']")
         if not self.separator:
             raise ValueError("separator is empty; name the text that stands between steps")
+        bounds = [getattr(reward, "bounds", None) for reward in self.rewards]
+        if None in bounds:
+            return
+        ends = [
+            [reward.weight * end for end in both] for reward, both in zip(self.rewards, bounds, strict=True) if both
+        ]
+        low, high = (sum(map(end, ends)) + 0.0 for end in (min, max))
+        if not low < self.right_from <= high:
+            why = "no reply can be right" if self.right_from > high else "every reply is right"
+            raise ValueError(
+                f"right_from = {self.right_from:g}, and the rewards give a reply from {low:g} to {high:g}: {why}"
+            )
 
 
 class Begun(NamedTuple):

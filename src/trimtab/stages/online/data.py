@@ -74,7 +74,7 @@ def read_prompts(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[st
         )
     refuse_unread_flags(settings.combine, prompts, where=settings.prompts)
     if settings.on_failed_reward == "stop":
-        refuse_missing_facts(judges(settings), prompts, where=settings.prompts)
+        refuse_missing_facts(judges(settings), prompts, where=settings.prompts, droppable=True)
     counts |= dict(loaded.counts) | {"dropped_long_prompts": len(loaded.records) - len(prompts)}
     say_prompts_left_out(counts, len(loaded.records), longest=longest)
     return in_order_of_rehearsal(prompts, [lengths[i] for i in kept], settings)
