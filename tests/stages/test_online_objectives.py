@@ -134,6 +134,7 @@ GATE_OF_ANSWER = {"name": "gate", "safety": "exact_answer"}
             "the threshold 0.15 (the logit -1.73)",
         ),
         ({"cost": {"reward": function("even"), "limit": 0.1}, "whiten_rewards": True}, "whiten_rewards = true with a"),
+        ({"rewards": [function("length", weight=0.0), function("even", weight=0.0)]}, "every reward has weight = 0"),
         ({"combine": {"name": "gate", "safety": "callable"}}, "chooses between two rewards, and there are 1"),
         (two(combine={"name": "gate", "safety": "safe"}), "the rewards are callable and callable_2"),
         (two(combine={"name": "gate", "safety": "callable"}, shaping={"normalize": True}), "both scale the rewards"),

@@ -129,6 +129,15 @@ def test_adapters_on_a_trained_reward_model_begin_with_its_head(reward_run, adap
 
 
 @pytest.mark.parametrize("members", [1, 2])
+def test_a_seed_of_a_head_that_is_not_drawn_is_refused(reward_run, adapters, pairs, tmp_path, members):
+    for model in (reward_run / "model", adapters / "model" / "members" / "1"):
+        run = write_run_file(tmp_path / "run.toml", settings(model, pairs, members=members, head_seed=0))
+        done = trimtab("reward", run, "--out", tmp_path / "run")
+        assert done.exit_code == 2
+        assert "is a reward model, with whose head the training begins" in done.output
+
+
+@pytest.mark.parametrize("members", [1, 2])
 def test_adapters_on_an_encoder_are_refused(encoder, pairs, tmp_path, members):
     run = write_run_file(tmp_path / "run.toml", settings(encoder, pairs, members=members, adapter={"rank": 2}))
     done = trimtab("reward", run, "--out", tmp_path / "run")

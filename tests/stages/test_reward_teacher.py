@@ -158,6 +158,20 @@ def test_labels_of_a_teacher_that_has_changed_are_not_learned_from(tmp_path, bas
     assert kept != anew
 
 
+def test_pairs_that_a_teacher_ties_are_counted_and_said_if_they_are_most(tmp_path, base, pairs):
+    """A pattern that few replies match ties all other pairs."""
+    for pattern, num_tied in (("#### 1.*", None), ("####.*", 0)):
+        teacher = [{"name": "regex", "pattern": pattern, "match": "search"}]
+        values = settings(base, pairs, teacher, max_steps=1, teacher_temperature=0.5)
+        told = trimtab("reward", write_run_file(tmp_path / "run.toml", values), "--out", tmp_path / pattern[5:6])
+        assert told.exit_code == 0, told.output
+        found = summary(tmp_path / pattern[5:6])["counts"].get("pairs_tied_by_teacher", 0)
+        own = [json.loads(line)["chosen"] for line in pairs.read_text().splitlines()]
+        expected = sum(not text.startswith("#### 1") for text in own) if num_tied is None else num_tied
+        assert found == expected
+        assert (f"both replies of {found} of 20 pairs the same score" in told.stderr) == (2 * found > 20)
+
+
 def test_rewards_of_a_teacher_on_scales_far_apart_are_named(tmp_path, base, pairs):
     teacher = [judge("length"), judge("length") | {"weight": 1e-3}]
     run_file = write_run_file(tmp_path / "run.toml", settings(base, pairs, teacher, max_steps=1))

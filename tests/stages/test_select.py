@@ -168,6 +168,7 @@ def test_many_prompts_that_are_left_out_are_said_at_once(tmp_path, base, reward_
     [
         ({"prompts": None}, "either prompts, or demonstrations"),
         ({"rewards": []}, "rewards is empty"),
+        ({"rewards": [judge("length") | {"weight": 0.0}]}, "every reward has weight = 0"),
         ({"replies_per_prompt": 1}, "at least 2"),
         ({"pairs": "demonstration"}, "needs demonstrations"),
         ({"filter": {"at_least": {"goal": 1.0}}}, "name the sum of all rewards or one of them: reward, model"),

@@ -52,6 +52,7 @@ from trimtab.stages.reward_members import (
     load_roles,
     name_of,
     on_scale,
+    refuse_unused_seed,
     save_members,
     start_members,
 )
@@ -138,6 +139,7 @@ def learns_from(settings: RewardSettings) -> type[Any]:
 
 def run(settings: RewardSettings, run: Run) -> None:
     """Trains, calibrates and judges the reward model; writes it to `run.model_dir` and its card beside that."""
+    refuse_unused_seed(settings)
     if learns_from(settings) is not PreferencePair:
         train_on_replies(settings, run)
         return

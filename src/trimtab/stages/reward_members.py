@@ -68,6 +68,17 @@ class Examples:
 # --- starting ---
 
 
+def refuse_unused_seed(settings: Any) -> None:
+    """Raises ConfigError for the seed of a new head if the model brings one that was trained."""
+    path = settings.model
+    if settings.head_seed is not None and (is_classifier(path) or is_classifier(base_of(path) or path)):
+        raise ConfigError(
+            f"head_seed = {settings.head_seed}, and {path!r} is a reward model, with whose head the training begins",
+            where="head_seed and model",
+            fix="leave head_seed out, or start from the model that the reward model was made of",
+        )
+
+
 def start_members(settings: Any, chat: Chat) -> tuple[list[ScalarModel], str]:
     """The models to train and the base they belong to. Members that are adapters share their base. A trained score
     head, of the adapter that they begin as or of the base, is where all of them begin; otherwise each draws its own."""

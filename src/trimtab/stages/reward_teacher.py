@@ -82,8 +82,8 @@ def teach(
 ) -> Taught:
     """The pairs as the teacher sees them. Its scores are read from teacher.jsonl, if this run has written it.
 
-    `counts` counts the margins in the data, which are not learned from. Raises DataError if the teacher could not judge
-    a reply, or gives both replies of every pair one score.
+    `counts` counts the margins in the data, which are not learned from, and the pairs whose replies the teacher scores
+    alike. Raises DataError if the teacher could not judge a reply, or gives both replies of every pair one score.
     """
     sets = {"train": train.pairs(), "held_out": held_out.pairs()}
     path = run.directory / TEACHER_FILE
@@ -105,6 +105,14 @@ def teach(
             where=f"teacher: {', '.join(_names(settings))}",
             fix="name a teacher that tells these replies apart, or give pairs whose replies differ in what it judges",
         )
+    if tied := int((margins == 0).sum()):
+        counts["pairs_tied_by_teacher"] = tied
+        if 2 * tied > len(margins):
+            print(
+                f"note: the teacher gives both replies of {tied:,} of {len(margins):,} pairs the same score, so the "
+                "student learns that they are alike",
+                file=sys.stderr,
+            )
     if unread := int(np.isfinite(train.margins).sum()):
         counts["margins_not_learned_from"] = unread
 

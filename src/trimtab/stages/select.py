@@ -105,6 +105,10 @@ class SelectSettings:
             raise ValueError('pairs = "demonstration" needs demonstrations')
         if not self.rewards and self.pairs != "demonstration":
             raise ValueError("rewards is empty; name at least one, such as [[rewards]] name = 'model', path = '…'")
+        if self.rewards and not any(reward.weight for reward in self.rewards):
+            raise ValueError(
+                "every reward has weight = 0, so that no reply is the best; give one of them another weight"
+            )
         if not self.rewards and self.filter != Filter(finished=self.filter.finished):
             raise ValueError("without rewards no reply is better than another: filter can only set finished")
 

@@ -321,6 +321,10 @@ class OnlineSettings:
 
     def _refuse_combination(self) -> None:
         """Raises ValueError if the rewards can not be combined as the settings say."""
+        if self.rewards and not any(reward.weight for reward in self.rewards):
+            raise ValueError(
+                "every reward has weight = 0, so that nothing is rewarded; give one of them another weight"
+            )
         if problem := self.combine.refusal(part_names(self.rewards)):
             raise ValueError(problem)
         if self.combine.whiten and self.shaping.normalize:
