@@ -295,6 +295,23 @@ def test_beside_a_reward_of_whole_replies_the_last_token_gets_that(models):
         torch.testing.assert_close(part[-1], 2 * steps[-1] + of_length)
 
 
+def test_replies_in_a_file_are_scored_step_by_step(models, pairs, tmp_path):
+    path, data, out = models["process"] / "model", tmp_path / "replies.jsonl", tmp_path / "scored.jsonl"
+    found = [steps_of(i) for i in range(4)]
+    replies = [{"prompt": row["prompt"], "completion": "\n".join(row["completions"])} for row in found]
+    written(data, replies)
+    done = trimtab("score", "--model", path, "--data", data, "--out", out)
+    assert done.exit_code == 0, done.output
+    for i, row in enumerate(rows(tmp_path, out.name)):
+        expected = token_scores(path, *steps_in_tokens(path, i)).sigmoid().tolist()
+        assert row["step_rewards"] == pytest.approx(expected, abs=1e-5)
+        assert row["reward"] == pytest.approx(expected[-1], abs=1e-5)
+        assert row["response"] == replies[i]["completion"]
+    refused = trimtab("score", "--model", path, "--data", pairs)
+    assert refused.exit_code == 2
+    assert "score replies of a file by it: trimtab score" in refused.output
+
+
 def test_a_separator_that_never_occurs_is_refused_by_name(models):
     run = models["process"]
     scorer = ProcessReward(path=str(run / "model")).load(token_budget=4096)

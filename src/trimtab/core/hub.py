@@ -155,7 +155,8 @@ def refuse_process_model(path: str | Path, *, where: str) -> None:
         raise EngineError(
             "this is a process reward model, which scores the steps of a reply and not the reply",
             where=where,
-            fix="name it with the reward 'process', in rewards of online, select or evaluate",
+            fix="name it with the reward 'process', in rewards of online, select or evaluate, or score replies of a "
+            "file by it: trimtab score",
         )
 
 

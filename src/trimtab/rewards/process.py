@@ -118,14 +118,21 @@ class ProcessScorer:
         sequences = self.scorer.ids_of(rollouts)
         found, metrics = self._steps(sequences)
         if self.credit == "reply":
-            return torch.stack([self._potentials(p)[-1] for _, p in found]), metrics
+            return torch.stack([self.reward_of(own) for _, own in found]), metrics
         paid = [self._paid(r, ids, *own) for r, (_, ids), own in zip(rollouts, sequences, found, strict=True)]
         return torch.cat(paid), metrics
 
     def score_texts(self, pairs: Sequence[tuple[Prompt, str]]) -> Tensor:
         """[B] the aggregates of finished replies given as text."""
-        found, _ = self._steps(self.scorer.ids_of_texts(pairs))
-        return torch.stack([self._potentials(p)[-1] for _, p in found])
+        return torch.stack([self.reward_of(own) for own in self.step_probabilities(pairs)])
+
+    def reward_of(self, probabilities: Tensor) -> Tensor:
+        """The aggregate of a reply whose steps have these probabilities [T], a single number."""
+        return self._potentials(probabilities)[-1]
+
+    def step_probabilities(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Tensor]:
+        """For each finished reply given as text, the probabilities [T] that its T steps are right."""
+        return [own for _, own in self._steps(self.scorer.ids_of_texts(pairs))[0]]
 
     def _steps(self, sequences: Sequence[Ids]) -> tuple[list[tuple[list[int], Tensor]], Metrics]:
         """For each reply the places where its steps end, with the probabilities [T] there; and metrics."""

@@ -94,7 +94,6 @@ def average(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{str(out)!r} is there and not empty", where="OUT", fix="name a new directory")
     models = [member for path in models for member in members_in(path)]
-    refuse_repeated(models)
     shares = _shares(models, weights)
     if not 0 <= tolerance <= 1:  # nan is neither
         raise ConfigError(
@@ -104,6 +103,7 @@ def average(
         )
     scalar, base = _are_reward_models(models, data), base_of(models[0])
     _check_members(models, rank)
+    refuse_repeated(models)
     loaded = None if data is None else _pairs_with_a_side(data, on_bad_row)
     pairs = [] if loaded is None else loaded.records
     load_member: Callable[[Any], PreTrainedModel] = load_scalar if scalar else load_causal

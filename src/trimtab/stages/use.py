@@ -13,6 +13,7 @@ import torch
 from trimtab.core import config, seeds
 from trimtab.core.errors import ConfigError
 from trimtab.core.files import check_out, json_lines, write_out
+from trimtab.core.hub import reward_facts
 from trimtab.core.terminal import say
 from trimtab.core.types import Demonstration, Message, PreferencePair, Prompt, to_dict
 from trimtab.data.chat import Chat
@@ -28,8 +29,9 @@ from trimtab.models.roles import Policy
 from trimtab.reports.card_sentences import card_sentences
 from trimtab.rewards.length_correction import corrections_in
 from trimtab.rewards.model import RewardModel
-from trimtab.rewards.scorer import TOKEN_BUDGET, rewards_of
-from trimtab.stages.card import OnBadRow, measure, of_reading, reply_lengths, texts_of
+from trimtab.rewards.process import ProcessReward
+from trimtab.rewards.scorer import TOKEN_BUDGET, finite_scores, rewards_of
+from trimtab.stages.card import OnBadRow, Texts, measure, of_reading, reply_lengths, texts_of
 
 
 def _generator(model: str, *, temperature: float, device: str | None, top_k: int = 0, **sampled: Any) -> LocalSampler:
@@ -130,9 +132,10 @@ def score_file(
     """Scores the rows of `data` with a reward model; returns how many. They go to `out` as JSON lines, if it is given.
     With "drop", rows that cannot be used are left out, and `show` says how many.
 
-    Each reply (in any layout, or in a rollout) gets a `reward`. A preference pair gets one for each side, and the card
-    of the reward model on the pairs is shown: how often it orders them as they are labelled, and what might explain it.
-    Raises EngineError for a text that the model cannot read, and for a reward that is not finite.
+    Each reply (in any layout, or in a rollout) gets a `reward`, and of a process model its `step_rewards` too. A
+    preference pair gets one for each side, and the card of the reward model on the pairs is shown: how often it orders
+    them as they are labelled, and what might explain it. Raises EngineError for a text that the model cannot read, and
+    for a reward that is not finite.
     """
     check_out(out)
     if holds_pairs(data):
@@ -143,13 +146,28 @@ def score_file(
         raise ConfigError("replies are scored into a file", where="score", fix="--out FILE.jsonl")
     loaded = load(Demonstration, data, on_bad_row=on_bad_row)
     demonstrations = loaded.records
-    scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device_of(device))
-    rewards = rewards_of(scorer, [(d.prompt, d.response) for d in demonstrations]).tolist()
-    rows = [to_dict(d) | {"reward": reward} for d, reward in zip(demonstrations, rewards, strict=True)]
+    texts = [(one.prompt, one.response) for one in demonstrations]
+    given = _of_steps if reward_facts(model).get("reward_kind") == "process" else _of_replies
+    rewards = given(model, texts, device_of(device))
+    rows = [to_dict(one) | reward for one, reward in zip(demonstrations, rewards, strict=True)]
     write_out(out, json_lines(rows))
     if loaded.num_dropped:
         show(f"{loaded.num_dropped} rows are left out, because they cannot be used")
     return len(rows)
+
+
+def _of_replies(model: str, texts: Texts, device: torch.device) -> list[dict[str, Any]]:
+    """The `reward` of each reply."""
+    scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device)
+    return [{"reward": reward} for reward in rewards_of(scorer, texts).tolist()]
+
+
+def _of_steps(model: str, texts: Texts, device: torch.device) -> list[dict[str, Any]]:
+    """The `reward` of each reply by a process model, and as `step_rewards` the probability that each step is right."""
+    scorer = ProcessReward(path=model).load(token_budget=TOKEN_BUDGET, device=device)
+    found = scorer.step_probabilities(texts)
+    finite_scores(torch.cat(found).double().numpy(), of=scorer.scorer.model)
+    return [{"reward": float(scorer.reward_of(own)), "step_rewards": own.tolist()} for own in found]
 
 
 def _score_pairs(
