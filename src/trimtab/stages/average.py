@@ -103,7 +103,7 @@ def average(
         )
     scalar, base = _are_reward_models(models, data), base_of(models[0])
     _check_members(models, rank)
-    refuse_repeated(models)
+    refuse_repeated_models(models)
     loaded = None if data is None else _pairs_with_a_side(data, on_bad_row)
     pairs = [] if loaded is None else loaded.records
     load_member: Callable[[Any], PreTrainedModel] = load_scalar if scalar else load_causal
@@ -152,7 +152,7 @@ def average(
     return [f"{out}: {said[0]}", *said[1:]]
 
 
-def refuse_repeated(models: Sequence[str]) -> None:
+def refuse_repeated_models(models: Sequence[str]) -> None:
     """Raises ConfigError if two of the members are one directory."""
     for number, path in enumerate(models):
         if any(same_model(path, other) for other in models[:number]):

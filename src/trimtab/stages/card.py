@@ -57,7 +57,7 @@ def card(
     "drop" a row that cannot be used is left out too, and counted in `num_bad_rows`. Raises DataError for such a row
     otherwise, if a pair lacks the fact, and if no pair is left; raises ConfigError if a source is given twice.
     """
-    refuse_repeated(data)
+    refuse_repeated_sources(data)
     if out is not None:
         check_out(out / CARD_FILE)
     loaded = {source: load(PreferencePair, source, on_bad_row=on_bad_row) for source in data}
@@ -93,7 +93,7 @@ def card(
     return card_sentences(found)
 
 
-def refuse_repeated(sources: Sequence[str]) -> None:
+def refuse_repeated_sources(sources: Sequence[str]) -> None:
     """Raises ConfigError if a source is given twice: what it holds would count twice."""
     if twice := [source for number, source in enumerate(sources) if source in sources[:number]]:
         raise ConfigError(f"{twice[0]} is given twice", where="the command line", fix="give each source once")

@@ -23,7 +23,7 @@ from trimtab.reports.card_sentences import amount
 from trimtab.rewards.length_correction import LENGTH_FILE, fitted, write_correction
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.scorer import TOKEN_BUDGET, finite_scores, lengths_of
-from trimtab.stages.card import OnBadRow, Texts, of_reading, refuse_repeated, texts_of
+from trimtab.stages.card import OnBadRow, Texts, of_reading, refuse_repeated_sources, texts_of
 from trimtab.stages.use import holds_pairs
 
 
@@ -48,7 +48,7 @@ def debias(
             where="MODEL",
             fix="fetch the model into a directory (hf download NAME --local-dir DIRECTORY), and name that",
         )
-    refuse_repeated(data)
+    refuse_repeated_sources(data)
     scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device_of(device))
     loaded = {source: load(kind_of(source), source, on_bad_row=on_bad_row) for source in data}
     texts = [text for one in loaded.values() for text in replies_of(one.records)]

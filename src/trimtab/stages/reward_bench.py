@@ -17,7 +17,7 @@ from trimtab.evals.reward_bench import BenchScores, bench_scores, read_bench
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.scorer import TOKEN_BUDGET, rewards_of
 from trimtab.runs.models import local_digest
-from trimtab.stages.card import refuse_repeated
+from trimtab.stages.card import refuse_repeated_sources
 
 
 def score_bench(
@@ -28,7 +28,7 @@ def score_bench(
     Writes them to `out` if it is given. Raises ConfigError if a file is given twice, and DataError for rows that are
     none of RewardBench, and if the model can read none of them.
     """
-    refuse_repeated(data)
+    refuse_repeated_sources(data)
     check_out(out)
     files = read_bench(data)
     scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device_of(device))

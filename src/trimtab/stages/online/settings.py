@@ -321,7 +321,7 @@ class OnlineSettings:
 
     def _refuse_combination(self) -> None:
         """Raises ValueError if the rewards can not be combined as the settings say."""
-        if self.rewards and not any(reward.weight for reward in self.rewards):
+        if self.rewards and self.cost is None and not any(reward.weight for reward in self.rewards):
             raise ValueError(
                 "every reward has weight = 0, so that nothing is rewarded; give one of them another weight"
             )
