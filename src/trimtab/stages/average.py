@@ -95,12 +95,7 @@ def average(
         raise ConfigError(f"{str(out)!r} is there and not empty", where="OUT", fix="name a new directory")
     models = [member for path in models for member in members_in(path)]
     shares = _shares(models, weights)
-    if not 0 <= tolerance <= 1:  # nan is neither
-        raise ConfigError(
-            f"a tolerance of {tolerance}; it is a difference of accuracies",
-            where="--tolerance",
-            fix=f"give a number from 0 to 1, such as {TOLERANCE}, or leave it out",
-        )
+    _check_tolerance(tolerance)
     scalar, base = _are_reward_models(models, data), base_of(models[0])
     _check_members(models, rank)
     refuse_repeated_models(models)
@@ -134,10 +129,7 @@ def average(
                 said.append(_verdict(points, tolerance, force, where=data, num_pairs=num_decided))
                 record |= {"data": data, "tolerance": tolerance, "points": [vars(point) for point in points]}
             if loaded is not None and data is not None:
-                if seen := trained_on(models, {data: loaded.sha256}):
-                    said.append(said_of_training(seen))
-                if loaded.num_dropped:
-                    said.append(f"{loaded.num_dropped} rows are left out, because they cannot be used")
+                said += _said_of_pairs(loaded, data, models)
             set_between(model, mean, mean, 1.0)
             if data is not None:
                 if base is None:
@@ -161,6 +153,25 @@ def refuse_repeated_models(models: Sequence[str]) -> None:
                 where="MODEL",
                 fix="give each model once; --weight says how much each counts",
             )
+
+
+def _check_tolerance(tolerance: float) -> None:
+    """Raises ConfigError for a tolerance that is no difference of accuracies."""
+    if not 0 <= tolerance <= 1:  # nan is neither
+        raise ConfigError(
+            f"a tolerance of {tolerance}; it is a difference of accuracies",
+            where="--tolerance",
+            fix=f"give a number from 0 to 1, such as {TOLERANCE}, or leave it out",
+        )
+
+
+def _said_of_pairs(loaded: Loaded[PreferencePair], data: str, models: Sequence[str]) -> list[str]:
+    """What speaks against the pairs that judged the average: that a member learnt from them, and rows left out."""
+    seen = trained_on(models, {data: loaded.sha256})
+    said = [said_of_training(seen)] if seen else []
+    if loaded.num_dropped:
+        said.append(f"{loaded.num_dropped} rows are left out, because they cannot be used")
+    return said
 
 
 def _shares(models: Sequence[str], weights: Sequence[float]) -> list[float]:
