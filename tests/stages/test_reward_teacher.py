@@ -202,7 +202,7 @@ def test_agreement_as_worked_by_hand():
         ({"loss": "regression"}, "teacher with the loss RegressionLoss: a teacher labels pairs"),
         ({"loss": {"name": "bradley_terry", "label_smoothing": 0.1}}, "whose labels are soft already"),
         ({"teacher": [], "teacher_temperature": 2.0}, "teacher_temperature = 2 without a teacher"),
-        ({"teacher_temperature": 0.0}, "it must be above 0"),
+        ({"teacher_temperature": 0.0}, "it must be at least 0.001"),
     ],
 )
 def test_settings_that_contradict_a_teacher_are_refused(tmp_path, base, pairs, changed, said):

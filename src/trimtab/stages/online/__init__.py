@@ -13,7 +13,6 @@ token, and the update itself shows whether the two agree. Replies that a reward 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +47,7 @@ from trimtab.stages.online.cards import CardWatch
 from trimtab.stages.online.checks import (
     Clock,
     check_sampler,
+    learned_from,
     rollout_metrics,
     rollout_rows,
     say_truncation,
@@ -194,8 +194,7 @@ def train_step(
         advantages=whiten(moving) if settings.advantage.whiten else moving,
         returns=values + advantages,
     )
-    learned = learned_from(number, batch, rollouts, settings)
-    minibatches = Minibatches(number, learned, settings)
+    minibatches = Minibatches(number, learned_from(number, batch, rollouts, settings), settings)
     for update, minibatch in minibatches:
         for learner, losses in objectives(number, settings, policy=policy, critic=critic, kl_coef=state.kl_coef):
             mixed = pretraining.work(update) if learner is policy else []
@@ -204,19 +203,6 @@ def train_step(
     done = StepDone(rollouts, shaped.rewards, batch, state.kl_coef, logged)
     state.kl_coef = settings.kl.update(state.kl_coef, mean(done.kl).value, num_sequences=trees.num_sequences)
     return done
-
-
-def learned_from(number: int, batch: PolicyBatch, rollouts: RolloutBatch, settings: OnlineSettings) -> PolicyBatch:
-    """The part of the batch that updates are made from. Says on stderr if that is nothing in the first step."""
-    if not settings.skip_truncated:
-        return batch
-    if number == 0 and not rollouts.finished.any():
-        print(
-            f"note: none of the {batch.num_sequences} replies of the first step ends within sampling.max_new_tokens = "
-            f"{settings.sampling.max_new_tokens}, and with skip_truncated = true nothing is learnt from them",
-            file=sys.stderr,
-        )
-    return batch.filter(rollouts.finished)
 
 
 def old_logprobs_of(

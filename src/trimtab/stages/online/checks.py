@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from trimtab.batches.rollouts import PolicyBatch
 from trimtab.core.errors import EngineError
 from trimtab.core.metrics import Mean, Metrics, Peak, Total, mean_of, merge
 from trimtab.core.types import Rollout
@@ -17,6 +18,7 @@ from trimtab.math.combining import WeightedSum
 from trimtab.math.losses.value import explained_variance
 from trimtab.rewards.combined import COST, part_names, scales_apart
 from trimtab.rewards.gold import GoldScorer
+from trimtab.stages.online.rollouts import RolloutBatch
 from trimtab.stages.online.settings import OnlineSettings
 
 
@@ -139,3 +141,16 @@ class Clock:
         now = time.perf_counter()
         self.metrics = merge([self.metrics, {f"time/{name}_seconds": Total(now - self._last)}])
         self._last = now
+
+
+def learned_from(number: int, batch: PolicyBatch, rollouts: RolloutBatch, settings: OnlineSettings) -> PolicyBatch:
+    """The part of the batch that updates are made from. Says on stderr if that is nothing in the first step."""
+    if not settings.skip_truncated:
+        return batch
+    if number == 0 and not rollouts.finished.any():
+        print(
+            f"note: none of the {batch.num_sequences} replies of the first step ends within sampling.max_new_tokens = "
+            f"{settings.sampling.max_new_tokens}, and with skip_truncated = true nothing is learnt from them",
+            file=sys.stderr,
+        )
+    return batch.filter(rollouts.finished)
