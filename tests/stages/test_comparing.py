@@ -137,7 +137,7 @@ def test_rows_that_are_no_pairs_are_refused_or_left_out_and_counted(tmp_path):
     assert "9 of 21 rows cannot be used" in refused.output
     result = trimtab("eval", "agreement", path, "--on-bad-row", "drop", "--out", tmp_path / "agreement.json")
     assert result.exit_code == 0, result.output
-    assert "9 rows are no pairs and are left out" in result.output
+    assert "9 rows are left out, because they cannot be used" in result.output
     assert json.loads((tmp_path / "agreement.json").read_text())["num_dropped"] == 9
 
 

@@ -150,6 +150,11 @@ def test_a_gate_that_a_bounded_score_can_close_is_none_to_refuse():
     settings(rewards=[MODEL, {"name": "exact_answer", "weight": -2.0}], combine=GATE_OF_ANSWER)
 
 
+def test_a_limited_cost_may_be_all_that_is_trained_for():
+    limited = settings(rewards=[function("length", weight=0.0)], cost={"reward": function("even"), "limit": 0.1})
+    assert limited.cost.limit == 0.1
+
+
 def test_an_advantage_of_the_users_own_need_not_know_of_parts(tmp_path):
     file = tmp_path / "mine.py"
     flags = "needs_critic = needs_greedy = needs_group = whiten = False"

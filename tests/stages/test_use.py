@@ -45,6 +45,18 @@ def test_rollouts_are_written_and_can_be_scored(tmp_path, base, reward_run):
     assert len(set(rewards)) > 1
 
 
+def test_rows_that_are_no_prompts_are_refused_or_left_out_and_counted(tmp_path, base):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "What is 1 + 1?"}\n{"prompt": 7}\n{"prompt": "What is 2 + 2?"}\n')
+    asked = ("generate", "--model", base, "--data", file, "--out", tmp_path / "replies.jsonl", "--max-new-tokens", 2)
+    refused = trimtab(*asked)
+    assert refused.exit_code != 0
+    assert "--on-bad-row drop" in refused.output
+    done = trimtab(*asked, "--on-bad-row", "drop")
+    assert "1 rows are left out" in done.output
+    assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == 2
+
+
 def test_a_conversation_remembers_and_ends_with_an_empty_line(base):
     one = trimtab("chat", "--model", base, "--max-new-tokens", 8, stdin="Hello\nAgain\n\nnever read\n")
     assert one.exit_code == 0, one.output

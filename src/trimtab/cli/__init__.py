@@ -320,6 +320,7 @@ for _name in registry.modules("stage"):
     help="Write the answers as MT-Bench (FastChat) or Arena-Hard read them, under the name of the file; all turns of a "
     "question are asked.",
 )
+@on_bad_row
 @_seed
 @_device
 def generate(**options: Any) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from trimtab.cli.helpers import FILE, Number
+from trimtab.cli.helpers import FILE, Number, on_bad_row
 from trimtab.core.errors import ConfigError
 from trimtab.core.terminal import printable
 
 if TYPE_CHECKING:
+    from trimtab.data.layouts import OnBadRow
     from trimtab.evals.comparers import Comparer, ComparerAgreement
     from trimtab.evals.verdict_files import VerdictFiles, VerdictRows
     from trimtab.evals.verdict_study import VerdictStudy
@@ -201,20 +202,14 @@ def replies(
 @click.argument("pairs", metavar="PAIRS")
 @click.option("--by", **_by)
 @click.option("--out", type=FILE, help="The figures as JSON.")
-@click.option(
-    "--on-bad-row",
-    type=click.Choice(["stop", "drop"]),
-    default="stop",
-    show_default=True,
-    help="What to do with a row that is no pair: refuse the data, or leave it out and count it.",
-)
+@on_bad_row
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sides of each pair.")
 @_device
 def agreement(
     pairs: str,
     by: tuple[str, ...],
     out: Path | None,
-    on_bad_row: Literal["stop", "drop"],
+    on_bad_row: OnBadRow,
     seed: int,
     device: str | None,
 ) -> None:
@@ -244,7 +239,7 @@ def agreement(
     if num_even:
         click.echo(f"{num_even} pairs with an even label have no right side and are left out")
     if read.num_dropped:
-        click.echo(f"{read.num_dropped} rows are no pairs and are left out")
+        click.echo(read.left_out)
     if out is not None:
         origin = {"pairs": pairs, "sha256": read.sha256, "num_even": num_even, "seed": seed}
         origin |= {"num_dropped": read.num_dropped}

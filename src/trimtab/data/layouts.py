@@ -26,6 +26,10 @@ _NUM_LOOKED_AT = 1000
 """How many of the first rows are used to recognise the layout of a source."""
 
 
+OnBadRow = Literal["stop", "drop"]
+"""What is done about a row that cannot be used: the data is refused, or the row is left out and counted."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """What is known of a source once its rows are records."""
@@ -54,6 +58,11 @@ class Reading:
         return sum(num for name, num in self.counts.items() if name.startswith("dropped_"))
 
     @property
+    def left_out(self) -> str:
+        """The sentence that counts the dropped rows."""
+        return f"{self.num_dropped} rows are left out, because they cannot be used"
+
+    @property
     def other_counts(self) -> dict[str, int]:
         """The counts besides `rows` and `records`."""
         return {name: num for name, num in self.counts.items() if name not in ("rows", "records")}
@@ -70,7 +79,7 @@ def load(
     kind: type[Record],
     source: str | Path,
     *,
-    on_bad_row: Literal["stop", "drop"] = "stop",
+    on_bad_row: OnBadRow = "stop",
     limit: int | None = None,
     accepts: Accepts | None = None,
 ) -> Loaded[Record]:

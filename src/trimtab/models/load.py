@@ -57,7 +57,7 @@ def load_causal(path: str | Path, *, device: torch.device = CPU) -> PreTrainedMo
             where=str(path),
             fix="name a causal language model saved with its output head, such as one that `trimtab sft` wrote",
         )
-    _say_if_untied(model)
+    _note_own_head(model)
     _without_dropout(model, device)
     proved(model)
     logit_shape(model)
@@ -183,7 +183,7 @@ def _why_not_loaded(auto_class: Any, name: str, options: dict[str, Any], error: 
     )
 
 
-def _say_if_untied(model: PreTrainedModel) -> None:
+def _note_own_head(model: PreTrainedModel) -> None:
     """Writes into the configuration that the output embedding has weights of its own, if it has. A file with two
     different weights is loaded so whatever its configuration says, and other libraries go by the configuration."""
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]

@@ -25,7 +25,7 @@ from trimtab.core.files import json_text, replacing, writing
 from trimtab.core.hub import base_of, members_in, reward_facts, same_model
 from trimtab.core.types import PreferencePair
 from trimtab.data.chat import Chat
-from trimtab.data.layouts import Loaded, load
+from trimtab.data.layouts import Loaded, OnBadRow, load
 from trimtab.evals.reward_card import SIDES, ordering_accuracy, reward_card
 from trimtab.models.average import (
     average_heads,
@@ -45,7 +45,7 @@ from trimtab.models.save import round_as_written, save_model
 from trimtab.reports.card_sentences import said_of_training
 from trimtab.rewards.scorer import TOKEN_BUDGET, RewardModelScorer, rewards_of
 from trimtab.runs.models import trained_on
-from trimtab.stages.card import AVERAGE_FILE, OnBadRow, texts_of
+from trimtab.stages.card import AVERAGE_FILE, texts_of
 from trimtab.stats import Floats
 
 PARTS = (0.25, 0.5, 0.75, 1.0)
@@ -170,7 +170,7 @@ def _said_of_pairs(loaded: Loaded[PreferencePair], data: str, models: Sequence[s
     seen = trained_on(models, {data: loaded.sha256})
     said = [said_of_training(seen)] if seen else []
     if loaded.num_dropped:
-        said.append(f"{loaded.num_dropped} rows are left out, because they cannot be used")
+        said.append(loaded.left_out)
     return said
 
 

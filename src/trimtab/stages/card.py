@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.files import check_out, json_text, write_out
 from trimtab.core.hub import members_in, read_json
 from trimtab.core.types import PreferencePair, Prompt
-from trimtab.data.layouts import Loaded, Reading, load
+from trimtab.data.layouts import Loaded, OnBadRow, Reading, load
 from trimtab.engines.device import device_of
 from trimtab.evals.length_curves import length_figures
 from trimtab.evals.probes import make_probes, read_probes
@@ -33,7 +33,6 @@ from trimtab.stats import Floats
 PAGE_FILE = "reward_card.html"
 AVERAGE_FILE = "average.json"
 """The members and the points of an average, in its directory."""
-OnBadRow = Literal["stop", "drop"]
 VERSION = 1
 """The version of the schema, raised when a reader of the file would have to change."""
 

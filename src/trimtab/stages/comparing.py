@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from trimtab import worlds
 from trimtab.core import config, registry
 from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.types import Demonstration, PreferencePair, Prompt, Rollout, from_dict, prompt_id
-from trimtab.data.layouts import Loaded, load
+from trimtab.data.layouts import Loaded, OnBadRow, load
 from trimtab.data.sources import read_rows, records_source
 from trimtab.engines.device import device_of
 from trimtab.evals.comparers import LENGTH, Comparer, ReplyPair, ScoreComparer, verdicts_by
@@ -68,7 +68,7 @@ def _comparer_by_reward(name: str) -> ScoreComparer:
     return ScoreComparer(name, score)
 
 
-def read_pairs(source: str, *, on_bad_row: Literal["stop", "drop"] = "stop") -> Loaded[PreferencePair]:
+def read_pairs(source: str, *, on_bad_row: OnBadRow = "stop") -> Loaded[PreferencePair]:
     """The pairs of a source, in any layout of them."""
     return load(PreferencePair, source, on_bad_row=on_bad_row)
 

@@ -15,7 +15,7 @@ import numpy as np
 from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.files import writing
 from trimtab.core.types import Demonstration, PreferencePair, prompt_id
-from trimtab.data.layouts import load
+from trimtab.data.layouts import OnBadRow, load
 from trimtab.engines.device import device_of
 from trimtab.evals.length_curves import BANDWIDTH, length_premium, length_refusal
 from trimtab.evals.reward_card import SIDES
@@ -23,7 +23,7 @@ from trimtab.reports.card_sentences import amount
 from trimtab.rewards.length_correction import LENGTH_FILE, fitted, write_correction
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.scorer import TOKEN_BUDGET, finite_scores, lengths_of
-from trimtab.stages.card import OnBadRow, Texts, of_reading, refuse_repeated_sources, texts_of
+from trimtab.stages.card import Texts, of_reading, refuse_repeated_sources, texts_of
 from trimtab.stages.use import holds_pairs
 
 

@@ -17,7 +17,7 @@ from trimtab.core.hub import reward_facts
 from trimtab.core.terminal import say
 from trimtab.core.types import Demonstration, Message, PreferencePair, Prompt, to_dict
 from trimtab.data.chat import Chat
-from trimtab.data.layouts import Loaded, kinds_of, load
+from trimtab.data.layouts import Loaded, OnBadRow, kinds_of, load
 from trimtab.data.questions import further_turns
 from trimtab.data.sources import records_source
 from trimtab.engines.device import device_of
@@ -31,7 +31,7 @@ from trimtab.rewards.length_correction import corrections_in
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.process import ProcessReward
 from trimtab.rewards.scorer import TOKEN_BUDGET, finite_scores, rewards_of
-from trimtab.stages.card import OnBadRow, Texts, measure, of_reading, reply_lengths, texts_of
+from trimtab.stages.card import Texts, measure, of_reading, reply_lengths, texts_of
 
 
 def _generator(model: str, *, temperature: float, device: str | None, top_k: int = 0, **sampled: Any) -> LocalSampler:
@@ -59,13 +59,14 @@ def generate_file(
     device: str | None = None,
     limit: int | None = None,
     layout: str | None = None,
+    on_bad_row: OnBadRow = "stop",
     show: Callable[[str], None] = say,
 ) -> int:
     """Samples `num_samples` replies for each prompt; returns how many. They go to `out` as JSON lines of rollouts,
     or through `show` as text if `out` is None.
 
     With a `layout` of `ANSWER_ROWS`, questions of several turns are asked turn by turn, and the file holds the answers
-    of a model with the name of the file.
+    of a model with the name of the file. With `on_bad_row` "drop", rows that are no prompts are left out and counted.
     """
     if layout is not None and (out is None or data is None):
         raise ConfigError(
@@ -76,11 +77,13 @@ def generate_file(
     if (data is None) == (prompt is None):
         raise ConfigError("give either a prompt or a data file", where="generate", fix="--prompt TEXT or --data FILE")
     check_out(out)
-    prompts = (
-        load(Prompt, data, limit=limit).records
-        if data is not None
-        else [Prompt(messages=(Message("user", prompt or ""),))]
-    )
+    if data is not None:
+        loaded = load(Prompt, data, limit=limit, on_bad_row=on_bad_row)
+        prompts = loaded.records
+        if loaded.num_dropped:
+            print(f"note: {loaded.left_out}", file=sys.stderr)
+    else:
+        prompts = [Prompt(messages=(Message("user", prompt or ""),))]
     drawn: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     generator = _generator(model, device=device, max_new_tokens=max_new_tokens, **drawn)
     if layout is not None and out is not None:
@@ -152,7 +155,7 @@ def score_file(
     rows = [to_dict(one) | reward for one, reward in zip(demonstrations, rewards, strict=True)]
     write_out(out, json_lines(rows))
     if loaded.num_dropped:
-        show(f"{loaded.num_dropped} rows are left out, because they cannot be used")
+        show(loaded.left_out)
     return len(rows)
 
 

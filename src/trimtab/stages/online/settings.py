@@ -273,8 +273,6 @@ class OnlineSettings:
     def __post_init__(self) -> None:
         if not self.rewards:
             raise ValueError("rewards is empty; name at least one, such as [[rewards]] name = 'model', path = '…'")
-        if not any(getattr(reward, "weight", 1.0) for reward in self.rewards):
-            raise ValueError("every reward has weight = 0, so there is nothing to train for; give one of them another")
         if self.has_own_critic and self.critic.warmup_steps > self.num_steps:
             raise ValueError(
                 f"critic.warmup_steps = {self.critic.warmup_steps} of num_steps = {self.num_steps}: the policy would "
