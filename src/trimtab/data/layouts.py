@@ -328,7 +328,7 @@ def _all_mistakes(bad: list[BadRow], kinds: Counter[str], num_rows: int) -> Data
     more = [f"\n    and {num_bad - NUM_SHOWN} more"] if num_bad > NUM_SHOWN else []
     droppable = 'on_bad_row = "drop"' in bad[0].fix
     drop = (
-        '; or leave such rows out with on_bad_row = "drop" (--on-bad-row drop of a command)'
+        '; or leave such rows out with on_bad_row = "drop" (in a command: --on-bad-row drop)'
         if num_bad < num_rows and not droppable
         else ""
     )
