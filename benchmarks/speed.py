@@ -6,8 +6,8 @@ PYTHON are interpreters with TRL 1.16, and 1.12 for PPO, each of an environment 
 `pip install -c constraints.txt torch trl==1.16.0` (or 1.12.0); `make parity` makes both in .venv/trl-1.16.0 and
 .venv/trl-1.12.0. HH_JSONL_GZ is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf. `make_models.py` makes the models and
 `speed_peer.py` runs the peer. Pairs of another processor are kept in a file of their own, such as
-`--data docs/evidence/data/speed_avx512.json`. Every timing is printed with the share of a core that other processes
-took meanwhile; a pair above 0.1 is run again.
+`--data docs/evidence/data/speed_avx512.json` (`speed_avx2.json` for one that is held to AVX2). Every timing is printed
+with the share of a core that other processes took meanwhile; a pair above 0.1 is run again.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def assert_on_page(page, table):
 
 
 def test_the_table_of_speed_is_that_of_its_data(script):
-    for name in ("speed", "speed_avx512"):
+    for name in ("speed", "speed_avx512", "speed_avx2"):
         assert_on_page("speed", script("speed").table(data(name)["workloads"]))
 
 
