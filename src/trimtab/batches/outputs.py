@@ -32,4 +32,3 @@ class ValueOutputs(Protocol):
     @property
     def values(self) -> Tensor:
         """[M] the value at the token before each trained token."""
-        ...

@@ -20,23 +20,19 @@ class Sampler(Protocol):
     @property
     def sampler(self) -> str:
         """How it decodes, for the run's records; for example "fused, compiled"."""
-        ...
 
     @property
     def may_draw_meanwhile(self) -> bool:
         """Whether `generate` may run while the policy is updated. It then reads nothing of the policy, and is called by
         another thread than `sync` (never both at once)."""
-        ...
 
     def sync(self) -> None:
         """Takes the policy's weights as they are now; `generate` uses those until the next sync. For a sampler that
         shares the policy's weights nothing is to be done."""
-        ...
 
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
         """`group_size` rollouts for each prompt, in the order of prompts. They depend only on prompts, weights and
         seed."""
-        ...
 
 
 class Environment(Protocol):
@@ -45,15 +41,12 @@ class Environment(Protocol):
     @property
     def stop(self) -> Sequence[str]:
         """Texts that end a turn besides the end token; they belong to the turn."""
-        ...
 
     def reset(self, prompt: Prompt, *, seed: int) -> Any:
         """The state of a new episode. Everything random in it comes from `seed` alone."""
-        ...
 
     def step(self, state: Any, turn: str) -> Observation:
         """The answer to what the policy wrote since the last observation. May change `state`, but nothing else."""
-        ...
 
 
 class Scorer(Protocol):
@@ -61,15 +54,12 @@ class Scorer(Protocol):
 
     def logprobs(self, trees: TokenTrees) -> Tensor:
         """[M] log-probability of every trained token at the policy's temperature."""
-        ...
 
     def values(self, trees: TokenTrees) -> Tensor:
         """[M] the critic's value before every trained token."""
-        ...
 
     def kl_to(self, reference: Scorer, trees: TokenTrees) -> Tensor:
         """[M] exact KL(self || reference) at every trained token, in nats."""
-        ...
 
 
 class WeightHolder:
@@ -98,15 +88,12 @@ class Loss(Protocol):
     @property
     def coef(self) -> float:
         """Weight of this loss among those minimised together."""
-        ...
 
     def weight(self, batch: Any) -> Tensor:
         """The denominator, known before any forward pass."""
-        ...
 
     def __call__(self, outputs: Any, batch: Any) -> tuple[Tensor, Metrics]:
         """The sum, not the mean, and the metrics to log."""
-        ...
 
 
 Work = Sequence[tuple[TreeBatch, Sequence[Loss]]]
@@ -123,20 +110,15 @@ class Learner(Scorer, Protocol):
     @property
     def form(self) -> str:
         """How the model computes a batch, for the run's records: "tree", "padded" or "alone"."""
-        ...
 
     def evaluate(self, batch: Any, loss: Loss) -> Metrics:
         """The metrics of a loss on one micro-batch, without gradients."""
-        ...
 
     def update(self, work: Work) -> Metrics:
         """One optimizer step. Micro-batches and ranks change neither the gradient nor the metrics."""
-        ...
 
     def save(self, directory: Path) -> None:
         """Weights and optimizer state, as safetensors."""
-        ...
 
     def load(self, directory: Path) -> None:
         """Restores what `save` wrote, bit for bit."""
-        ...

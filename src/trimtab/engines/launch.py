@@ -31,15 +31,12 @@ class Process(Protocol):
 
     def poll(self) -> int | None:
         """The exit code, or minus the number of the signal that ended it; None while it runs."""
-        ...
 
     def kill(self) -> None:
         """Ends it by SIGKILL, if it runs."""
-        ...
 
     def wait(self, timeout: float | None = None) -> int:
         """Waits for its end and returns what `poll` does then. Raises subprocess.TimeoutExpired."""
-        ...
 
 
 class Launcher(Protocol):
@@ -57,20 +54,16 @@ class Launcher(Protocol):
         """Starts a command with these variables beside those of its machine, where the process with this rank is to
         stand (0 is the controller); for example `launch([PYTHON, "-m", "trimtab.engines.worker", "1"], {}, rank=1)`. A
         process that calls `end_with_parent` ends with the controller, however that ends."""
-        ...
 
     def num_threads(self, own: int, size: int) -> int:
         """The threads of each of `size` processes, the controller among them, if the controller alone would take
         `own`."""
-        ...
 
     def place(self, rank: int) -> str:
         """Where the processes of a rank stand, for messages: " on node7", or "" for the controller's own machine."""
-        ...
 
     def close(self) -> None:
         """Lets go of what this launcher alone holds. What it started was ended before."""
-        ...
 
 
 class ChildLauncher:

@@ -16,12 +16,10 @@ class ProcessSettings(Protocol):
     @property
     def workers(self) -> int:
         """The number of processes."""
-        ...
 
     @property
     def ray(self) -> str:
         """The Ray cluster that starts them, or ""."""
-        ...
 
 
 _joined: tuple[Launcher, int, str] | None = None

@@ -63,11 +63,9 @@ class KLController(Protocol):
     @property
     def initial(self) -> float:
         """The coefficient of the first step."""
-        ...
 
     def update(self, coef: float, observed_kl: float, num_sequences: int) -> float:
         """The next coefficient, from the present one and the mean KL per sequence in nats over `num_sequences`."""
-        ...
 
 
 @register("kl_controller", "fixed")

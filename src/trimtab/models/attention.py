@@ -56,7 +56,6 @@ class Attend(Protocol):
     ) -> Tensor:
         """[N, H, D] for query [N, H, D], key and value [N, KV heads, D]. With a window, a token sees only the tokens in
         it. `sinks` [H] are the scores of one more key for each head, whose value is zero."""
-        ...
 
 
 @dataclass(frozen=True)

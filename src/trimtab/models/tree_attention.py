@@ -121,22 +121,18 @@ class AttentionPart(Protocol):
     def asking(self) -> Tensor | None:
         """[n] the indices in the row of the queries; None if they are all tokens in their order, which only the first
         part may have."""
-        ...
 
     @property
     def seen(self) -> Tensor | None:
         """[m] those of the keys; None like those of the queries."""
-        ...
 
     @property
     def merges(self) -> bool:
         """Whether the output is merged with that of an earlier part, which had the same queries and other keys."""
-        ...
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """The output [n, H, D] at its queries and the logsumexp [n, H] of their scores, from query, key and value of
         the whole row."""
-        ...
 
     def gradients(
         self, grad: Tensor, states: tuple[Tensor, Tensor, Tensor], output: Tensor, lse: Tensor, scaling: float
@@ -144,7 +140,6 @@ class AttentionPart(Protocol):
         """The gradients of its queries [n, H, D], keys and values [m, KV heads, D]. `states` are query, key and value
         of the whole row, `output` and `lse` those of all parts together, from which the weights follow: exp(score -
         lse)."""
-        ...
 
 
 @dataclass(frozen=True)

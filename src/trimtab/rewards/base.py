@@ -30,7 +30,6 @@ class Reward(Protocol):
         A reward may also give [M]: what each token that the policy chose is paid, reply after reply. The reward of a
         reply is then the sum over its tokens.
         """
-        ...
 
 
 def by_reply(rewards: Tensor, rollouts: Sequence[Rollout]) -> Tensor:

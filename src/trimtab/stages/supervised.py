@@ -216,7 +216,6 @@ class TrainedState(LoopState, Protocol):
     @property
     def form(self) -> str:
         """How the model computes a batch."""
-        ...
 
 
 @dataclass(frozen=True)

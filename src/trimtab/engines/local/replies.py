@@ -69,11 +69,9 @@ class DecodingForm(Protocol):
     @property
     def name(self) -> str:
         """The name in the run's records: "fused", "rows", "padded", "lockstep" or "uncached"."""
-        ...
 
     def decode(self, prompts: Sequence[Sequence[int]], group_size: int, replies: ReplyBuffer) -> None:
         """Draws `group_size` replies to each prompt into `replies`. Its sequence i answers prompt i // group_size."""
-        ...
 
 
 class ReplyBuffer:

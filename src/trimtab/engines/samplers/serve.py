@@ -42,7 +42,6 @@ class ServedForm(DecodingForm, Protocol):
 
     def update(self, directory: Path, revision: int) -> None:
         """Takes the weights in `directory`, which are revision `revision`."""
-        ...
 
 
 class SamplerServer:

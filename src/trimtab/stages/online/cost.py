@@ -34,7 +34,6 @@ class Limit(Protocol):
         self, number: int, advantages: Tensor, rollouts: RolloutBatch, kl: Tensor, state: OnlineState
     ) -> tuple[Tensor, Metrics]:
         """[M] the advantages that move the policy, and metrics; `kl` [M] is that of each token, in nats."""
-        ...
 
 
 def no_limit(

@@ -32,7 +32,6 @@ class PreferenceLoss(Protocol):
     @property
     def reads(self) -> Literal["pairs", "replies"]:
         """Whether it reads compared pairs, or replies judged one by one. A pair can be split into two such replies."""
-        ...
 
     @property
     def needs_reference(self) -> bool: ...
@@ -40,7 +39,6 @@ class PreferenceLoss(Protocol):
     @property
     def needs_mismatched(self) -> bool:
         """Whether `complete` needs each prompt with the replies to another prompt."""
-        ...
 
     @property
     def coef(self) -> float: ...
@@ -48,17 +46,14 @@ class PreferenceLoss(Protocol):
     @property
     def uses_margins(self) -> bool:
         """Whether the margins of pairs enter the loss."""
-        ...
 
     @property
     def uses_labels(self) -> bool:
         """Whether soft labels enter the loss."""
-        ...
 
     def complete(self, batch: Any, logprobs_of: LogprobsOf) -> Any:
         """The batch with quantities that must be computed over the whole update. Called once, before it is split into
         micro-batches."""
-        ...
 
     def weight(self, batch: Any) -> Tensor: ...
 
