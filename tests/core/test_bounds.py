@@ -128,3 +128,14 @@ def test_a_range_holds_what_lies_in_it(allowed: Range, inside: list[float], outs
 def test_what_is_no_number_has_no_range():
     assert out_of_range("batch_size", None) == out_of_range("limit", True) == out_of_range("limit", "5") == ""
     assert bounds.RANGES["gamma"] != bounds.RANGES["advantage.gamma"]
+
+
+def test_settings_out_of_range_are_refused_when_they_are_made_in_python():
+    from trimtab.math.advantages import GAE
+    from trimtab.math.losses.policy import PPO
+
+    with pytest.raises(ValueError, match=r"dual_clip = 1; it must be above 1"):
+        PPO(dual_clip=1)
+    with pytest.raises(ValueError, match=r"gamma = 1\.5; it must be at least 0 and at most 1"):
+        GAE(gamma=1.5)
+    assert PPO(dual_clip=None).dual_clip is None

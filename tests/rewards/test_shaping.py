@@ -39,11 +39,11 @@ def test_repeated_ngrams_are_charged_by_their_share(rollout):
     ("make", "words"),
     [
         (lambda: Length(min_tokens=5, max_tokens=4), "no range"),
-        (lambda: Length(max_tokens=4, per_token=-1), "positive"),
+        (lambda: Length(max_tokens=4, per_token=-1), "per_token = -1; it must be at least 0"),
         (lambda: Overlong(max_tokens=4, buffer_tokens=5), "buffer_tokens = 5"),
         (lambda: Overlong(max_tokens=4, buffer_tokens=0), "buffer_tokens = 0"),
         (lambda: Repetition(n=0), "n = 0"),
-        (lambda: Repetition(free=1), "share"),
+        (lambda: Repetition(free=1), "free = 1; it must be at least 0 and below 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make, words):

@@ -91,8 +91,8 @@ RANGES: dict[str, Range] = {
     "max_rounds": Range(2),
     "num_passages": COUNT,
     # losses
-    **dict.fromkeys(["coef", "centering_coef", "nll_coef", "margin_coef", "odds_coef", "entropy_coef"], OR_NONE),
-    **dict.fromkeys(["beta", "tau", "desirable_weight", "undesirable_weight"], AMOUNT),
+    **dict.fromkeys(["coef", "centering_coef", "nll_coef", "margin_coef", "entropy_coef"], OR_NONE),
+    **dict.fromkeys(["odds_coef", "beta", "tau", "desirable_weight", "undesirable_weight"], AMOUNT),
     "label_smoothing": Range(0, 0.5, high_open=True),
     "divergence_alpha": Range(0, 1, low_open=True, high_open=True),
     "ld_alpha": SHARE,
@@ -152,3 +152,12 @@ def out_of_range(path: str, value: object) -> str:
     within = f"{table.rpartition('.')[2]}.{name}"
     allowed = RANGES.get(within) or RANGES.get(name) or ANY
     return "" if allowed.holds(value) else f"{name} = {value!r}; it must be {allowed.words}"
+
+
+def refuse_out_of_range(settings: object, *paths: str) -> None:
+    """Raises ValueError for the first of these settings that is out of its range, such as
+    `refuse_out_of_range(self, "advantage.gamma", "lam")`. A run file is checked when it is read; this is for settings
+    that are made in Python."""
+    for path in paths:
+        if problem := out_of_range(path, getattr(settings, path.rpartition(".")[2])):
+            raise ValueError(problem)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core import seeds
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.errors import EngineError, TrimtabError
 from trimtab.core.types import FinishReason, Observation, Prompt, Rollout
 from trimtab.data.chat import Chat
@@ -39,8 +40,7 @@ class EpisodeLimits:
     """Tokens of one observation; a longer one is cut off, and counted."""
 
     def __post_init__(self) -> None:
-        if self.max_turns < 1 or self.max_observation_tokens < 1:
-            raise ValueError("max_turns and max_observation_tokens must be at least 1")
+        refuse_out_of_range(self, "max_turns", "max_observation_tokens")
 
 
 @dataclass

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from trimtab import worlds
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.errors import DataError
 from trimtab.core.registry import register
 from trimtab.core.types import Observation, Prompt
@@ -42,8 +43,7 @@ class ReAct:
                 f"tools = {list(self.tools)} with corpus = {self.corpus!r}: the tool 'search' needs a corpus, "
                 "and a corpus is for it alone"
             )
-        if self.num_passages < 1:
-            raise ValueError(f"num_passages = {self.num_passages}; it must be at least 1")
+        refuse_out_of_range(self, "num_passages")
 
     def load(self) -> ReActEnvironment:
         """The environment, with its corpus indexed. Raises DataError if the corpus cannot be read."""

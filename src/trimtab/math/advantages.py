@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.registry import register
 from trimtab.math.masking import (
     at_least_float32,
@@ -150,8 +151,7 @@ class GAE(Estimator):
     credits_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "lam"):
-            _require_share(name, getattr(self, name))
+        refuse_out_of_range(self, "advantage.gamma", "lam")
 
     def __call__(self, episodes: Episodes) -> Tensor:
         rewards, values = episodes.rewards, episodes.values
@@ -240,7 +240,7 @@ class ReinforcePP(Estimator):
     credits_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _require_share("gamma", self.gamma)
+        refuse_out_of_range(self, "advantage.gamma")
 
     @property
     def needs_group(self) -> bool:
@@ -266,13 +266,8 @@ class ReMax(Estimator):
     credits_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _require_share("gamma", self.gamma)
+        refuse_out_of_range(self, "advantage.gamma")
 
     def __call__(self, episodes: Episodes) -> Tensor:
         to_go = rewards_to_go(episodes.rewards, episodes.sequence_ids, gamma=self.gamma)
         return to_go - episodes.baselines[episodes.sequence_ids]
-
-
-def _require_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}; it must lie in [0, 1]")

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.metrics import Metrics, Total, mean_of
 from trimtab.core.registry import register
 
@@ -85,8 +86,7 @@ class SafetyGate(Combination):
     normalize: ClassVar[Literal["none"]] = "none"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold = {self.threshold}; it is a probability between 0 and 1")
+        refuse_out_of_range(self, "threshold")
 
     @property
     def logit(self) -> float:

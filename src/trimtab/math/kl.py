@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.registry import register
 from trimtab.math.masking import at_least_float32
 
@@ -77,8 +78,7 @@ class FixedKL:
     """Reward subtracted for each nat of KL between policy and reference."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.coef < math.inf:
-            raise ValueError(f"coef is {self.coef}; it must be a number of at least 0")
+        refuse_out_of_range(self, "coef")
 
     @property
     def initial(self) -> float:

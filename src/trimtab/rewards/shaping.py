@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.registry import register
 from trimtab.core.types import Rollout
 from trimtab.evals.text import repetition
@@ -33,8 +34,7 @@ class Length(EachReply):
     def __post_init__(self) -> None:
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(f"min_tokens = {self.min_tokens} and max_tokens = {self.max_tokens} are no range")
-        if self.per_token < 0 or self.most < 0:
-            raise ValueError("per_token and most are charges; give them as positive")
+        refuse_out_of_range(self, "per_token", "most")
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -93,10 +93,7 @@ class Repetition(EachReply):
     bounds: ClassVar[tuple[float, float]] = (-1.0, 0.0)
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"n = {self.n}; it must be at least 1")
-        if not 0 <= self.free < 1:
-            raise ValueError(f"free = {self.free}; it is a share in [0, 1)")
+        refuse_out_of_range(self, "n", "free")
 
     def _judge(self, rollout: Rollout) -> Score:
         share = repetition(rollout.response, self.n)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.errors import DataError
 from trimtab.core.metrics import Metrics
 from trimtab.core.registry import register
@@ -50,8 +51,7 @@ class UnitTests:
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if self.num_parallel is not None and self.num_parallel < 1:
-            raise ValueError(f"num_parallel = {self.num_parallel}; it must be at least 1")
+        refuse_out_of_range(self, "num_parallel")
 
     def load(self, *, token_budget: int) -> UnitTestsScorer:
         """The scorer, after a trial of the sandbox. Raises EngineError if there can be no sandbox."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trimtab import worlds
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core import seeds
 from trimtab.core.config import Choice
 from trimtab.core.errors import ConfigError, DataError
@@ -96,9 +97,7 @@ class SelectSettings:
     def __post_init__(self) -> None:
         if (self.prompts is None) == (self.demonstrations is None):
             raise ValueError("set either prompts, or demonstrations whose prompts are used")
-        for name in ("replies_per_prompt", "prompts_per_step", "max_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
+        refuse_out_of_range(self, "replies_per_prompt", "prompts_per_step", "max_steps")
         if self.pairs in ("worst", "random") and self.replies_per_prompt < 2:
             raise ValueError(f'pairs = "{self.pairs}" needs replies_per_prompt of at least 2')
         if self.pairs == "demonstration" and self.demonstrations is None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trimtab.core import seeds
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.errors import DataError
 from trimtab.core.files import write_rows
 from trimtab.core.types import Demonstration, PreferencePair, Prompt, to_dict
@@ -43,8 +44,7 @@ class Filter:
     arXiv:2304.06767)."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.top_fraction <= 1:
-            raise ValueError(f"top_fraction = {self.top_fraction}; it is a share above 0 and at most 1")
+        refuse_out_of_range(self, "top_fraction")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trimtab.batches.trees import TokenTrees
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.errors import EngineError
 from trimtab.core.metrics import Mean, Metrics, Total, merge
 from trimtab.engines.base import Loss, Work
@@ -45,10 +46,7 @@ class AdamW:
     """Gradients with a larger norm are scaled down to this norm."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction = {self.warmup_fraction}; a share of the run, from 0 to below 1")
-        if self.learning_rate <= 0 or self.max_gradient_norm <= 0:
-            raise ValueError("learning_rate and max_gradient_norm must be above 0")
+        refuse_out_of_range(self, "warmup_fraction", "learning_rate", "max_gradient_norm")
         if self.learning_rate * self.weight_decay >= 1:
             raise ValueError(
                 f"weight_decay = {self.weight_decay:g} with learning_rate = {self.learning_rate:g}: each update would "

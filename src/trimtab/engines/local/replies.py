@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.batches.device import to_cpu, to_device
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.data.chat import Chat
 from trimtab.math.logprobs import draw, logprobs_of
 from trimtab.models.precision import Precision
@@ -42,12 +43,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"temperature = {self.temperature}; it must be above 0 (top_k = 1 is greedy decoding)")
-        if not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(f"top_p = {self.top_p}, top_k = {self.top_k}; top_p is in (0, 1], top_k is 0 or more")
-        if self.max_new_tokens < 1 or self.batch_size < 1:
-            raise ValueError("max_new_tokens and batch_size must be at least 1")
-        if self.cache_gb <= 0:
-            raise ValueError(f"cache_gb = {self.cache_gb}; it must be above 0")
+        refuse_out_of_range(self, "top_p", "top_k", "max_new_tokens", "batch_size", "cache_gb")
         if "" in self.stop:
             raise ValueError('stop holds an empty text, which every reply contains; take "" out')
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from trimtab.batches.outputs import TokenOutputs
 from trimtab.batches.rollouts import PolicyBatch
 from trimtab.batches.trees import TreeBatch
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.metrics import Metrics, Peak
 from trimtab.core.registry import register
 from trimtab.math.kl import ESTIMATORS, MAX_LOG_RATIO, k3
@@ -108,8 +109,7 @@ class PolicyLoss:
                 f"aggregation = {self.aggregation!r} with length = {self.length}: the two belong together; "
                 "give length (usually max_new_tokens) with aggregation = 'constant_length' only"
             )
-        if self.length is not None and self.length < 1:
-            raise ValueError(f"length = {self.length}; it must be at least 1")
+        refuse_out_of_range(self, "length")
 
     def token_losses(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
         """[M] the loss of each token, and [M] bool, true at tokens whose gradient is stopped or limited."""
@@ -154,8 +154,7 @@ class PPO(PolicyLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_clips(self.clip_low, self.clip_high)
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(f"dual_clip is {self.dual_clip}; it must be above 1")
+        refuse_out_of_range(self, "dual_clip")
 
     def token_losses(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
         losses = clipped_surrogate(
@@ -208,8 +207,7 @@ class CISPO(PolicyLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.max_ratio > 0:
-            raise ValueError(f"max_ratio is {self.max_ratio}; it must be above 0")
+        refuse_out_of_range(self, "max_ratio")
 
     def token_losses(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
         ratio = probability_ratio(logprobs.detach(), batch.old_logprobs)

@@ -11,6 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from trimtab.batches.outputs import ScoreOutputs
 from trimtab.batches.pairs import PairBatch
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.metrics import Metrics
 from trimtab.core.registry import register
 from trimtab.math.losses.aggregation import means
@@ -96,9 +97,7 @@ class BradleyTerry:
     needs_ranking: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _refuse_negative(self.centering_coef)
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 0.5)")
+        refuse_out_of_range(self, "centering_coef", "label_smoothing")
         if self.unbiased and not self.label_smoothing:
             raise ValueError("unbiased = true corrects for wrong labels; label_smoothing says how many there are")
 
@@ -136,7 +135,7 @@ class PlackettLuce:
     needs_ranking: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _refuse_negative(self.centering_coef)
+        refuse_out_of_range(self, "centering_coef")
 
     def weight(self, batch: PairBatch) -> Tensor:
         """The number of rankings."""
@@ -152,11 +151,6 @@ class PlackettLuce:
             ]
         )
         return losses.sum(), _metrics(losses, self.weight(batch), chosen - rejected, batch)
-
-
-def _refuse_negative(centering_coef: float) -> None:
-    if centering_coef < 0:
-        raise ValueError(f"centering_coef is {centering_coef}; it must be at least 0")
 
 
 def _metrics(losses: Tensor, weight: Tensor, difference: Tensor, batch: PairBatch) -> Metrics:

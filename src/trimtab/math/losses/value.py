@@ -11,6 +11,7 @@ from torch import Tensor
 from trimtab.batches.outputs import ValueOutputs
 from trimtab.batches.rollouts import PolicyBatch
 from trimtab.batches.trees import TreeBatch
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.metrics import Metrics
 from trimtab.math.losses.aggregation import Aggregation, means, num_terms, terms
 from trimtab.math.masking import at_least_float32
@@ -67,8 +68,7 @@ class ValueLoss:
     """Average over all tokens of the update, or over the token mean of each sequence."""
 
     def __post_init__(self) -> None:
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip is {self.clip}; it must be above 0")
+        refuse_out_of_range(self, "clip")
 
     def weight(self, batch: TreeBatch) -> Tensor:
         return num_terms(batch, self.aggregation)

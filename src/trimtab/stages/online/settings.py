@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.config import Choice
 from trimtab.core.errors import ConfigError
 from trimtab.core.metrics import Metrics
@@ -45,12 +46,7 @@ class Shaping:
     def __post_init__(self) -> None:
         if self.scale_only and not self.normalize:
             raise ValueError("scale_only = true needs normalize = true")
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"clip = {self.clip}; it must be above 0")
-        if self.missing_eos_penalty < 0:
-            raise ValueError(
-                f"missing_eos_penalty = {self.missing_eos_penalty}; it is subtracted, so give it as positive"
-            )
+        refuse_out_of_range(self, "clip", "missing_eos_penalty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +58,7 @@ class DynamicSampling:
     """The most rounds of sampling in one step; groups that are missing after the last round are counted."""
 
     def __post_init__(self) -> None:
-        if self.max_rounds < 2:
-            raise ValueError(
-                f"max_rounds = {self.max_rounds}; groups can be replaced in a second round at the earliest"
-            )
+        refuse_out_of_range(self, "max_rounds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +157,7 @@ class OnlineEngineSettings(EngineSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_staleness < 0:
-            raise ValueError(f"max_staleness = {self.max_staleness}; it is a number of steps, at least 0")
+        refuse_out_of_range(self, "max_staleness")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,9 +305,7 @@ class OnlineSettings:
             )
         if self.guard is not None:
             self._refuse_blind_guard(self.guard)
-        for name in ("prompts_per_step", "group_size", "num_steps", "num_epochs", "num_minibatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
+        refuse_out_of_range(self, "prompts_per_step", "group_size", "num_steps", "num_epochs", "num_minibatches")
 
     def _refuse_combination(self) -> None:
         """Raises ValueError if the rewards can not be combined as the settings say."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from trimtab.batches.outputs import TokenOutputs
 from trimtab.batches.pairs import PairBatch, ReferencePairs
 from trimtab.batches.trees import TreeBatch
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.metrics import Metrics
 from trimtab.math.losses.aggregation import means
 from trimtab.math.masking import (
@@ -105,14 +106,8 @@ class PairLoss:
     needs_mismatched: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.nll_coef < 0:
-            raise ValueError(f"nll_coef is {self.nll_coef}; it must be at least 0")
-        for name in ("beta", "odds_coef"):
-            if not getattr(self, name, 1.0) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        smoothing = getattr(self, "label_smoothing", 0.0)
-        if not 0 <= smoothing < 0.5:
-            raise ValueError(f"label_smoothing is {smoothing}; it must lie in [0, 0.5)")
+        bounded = ("nll_coef", "beta", "odds_coef", "label_smoothing")
+        refuse_out_of_range(self, *(name for name in bounded if hasattr(self, name)))
 
     @property
     def uses_margins(self) -> bool:

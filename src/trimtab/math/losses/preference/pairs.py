@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from trimtab.batches.pairs import ReferencePairs
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.registry import register
 from trimtab.math.losses.preference.common import ReferenceLoss, expected, reply_logprobs, shared_length_sums
 from trimtab.math.losses.reward import bradley_terry
@@ -122,10 +123,7 @@ class GapLoss(ReferenceLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.divergence_alpha < 1:
-            raise ValueError(f"divergence_alpha is {self.divergence_alpha}; it must lie between 0 and 1")
-        if not 0 <= self.ld_alpha <= 1:
-            raise ValueError(f"ld_alpha is {self.ld_alpha}; it must lie in [0, 1]")
+        refuse_out_of_range(self, "divergence_alpha", "ld_alpha")
 
     def rewards(self, logprobs: Tensor, batch: ReferencePairs) -> tuple[Tensor, Tensor]:
         """beta f'(pi / pi_ref) of both replies, two [P]."""
@@ -230,8 +228,7 @@ class DiscoPOP(GapLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tau <= 0:
-            raise ValueError(f"tau is {self.tau}; it must be above 0")
+        refuse_out_of_range(self, "tau")
 
     def of_gap(self, gap: Tensor, labels: Tensor) -> Tensor:
         return expected(lambda a, b: discopop(a - b, self.tau), gap, torch.zeros_like(gap), labels)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.batches.pairs import PairBatch
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.registry import register
 from trimtab.math.losses.preference.common import PairLoss, expected, mean_logprobs, reply_logprobs
 from trimtab.math.losses.preference.pairs import dpo
@@ -63,8 +64,7 @@ class SimPO(PairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gamma < 0:
-            raise ValueError(f"gamma is {self.gamma}; it must be at least 0")
+        refuse_out_of_range(self, "gamma")
 
     def rewards(self, logprobs: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """beta times the mean log-probability of both replies' tokens, two [P]."""

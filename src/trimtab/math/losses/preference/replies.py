@@ -11,6 +11,7 @@ from torch.nn.functional import softplus
 
 from trimtab.batches.outputs import TokenOutputs
 from trimtab.batches.replies import BaselinedReplies, JudgedReplies, MismatchedReplies
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.metrics import Mean, Metrics
 from trimtab.core.registry import register
 from trimtab.math.losses.preference.common import LogprobsOf, mean_logprobs, reply_logprobs
@@ -71,11 +72,7 @@ class ReplyLoss:
     uses_labels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("beta", "desirable_weight", "undesirable_weight"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.nll_coef < 0:
-            raise ValueError(f"nll_coef is {self.nll_coef}; it must be at least 0")
+        refuse_out_of_range(self, "beta", "desirable_weight", "undesirable_weight", "nll_coef")
 
     @property
     def needs_mismatched(self) -> bool:
