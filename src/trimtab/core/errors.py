@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -31,6 +33,13 @@ class DataError(TrimtabError):
 
 class EngineError(TrimtabError):
     """A model, device or library that cannot do what was asked, or a computation that went wrong."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The beginning of a fix, such as "did you mean 'sft'? ", with the known name closest to a wrong one; "" if none is
+    close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 EXTRAS: dict[str, tuple[str, ...]] = {

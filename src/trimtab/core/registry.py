@@ -4,13 +4,12 @@ user's own."""
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from trimtab.core.errors import ConfigError
+from trimtab.core.errors import ConfigError, nearest
 from trimtab.core.user_code import place_of, user_module
 
 T = TypeVar("T")
@@ -115,9 +114,7 @@ def find(kind: str, name: str, *, where: str) -> type:
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, where: str) -> ConfigError:
     """The error for a name that no class of this kind has. It suggests the nearest known one."""
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    fix = f"{hint}known names: {', '.join(sorted(known))}"
+    fix = f"{nearest(name, known)}known names: {', '.join(sorted(known))}"
     return ConfigError(f"no {kind.replace('_', ' ')} is called {name!r}", where=where, fix=fix)
 
 

@@ -6,7 +6,6 @@ role runs; a role without an adapter uses the base alone.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trimtab.core import seeds
-from trimtab.core.errors import ConfigError, EngineError
+from trimtab.core.bounds import refuse_out_of_range
+from trimtab.core.errors import ConfigError, EngineError, nearest
 from trimtab.core.hub import ADAPTER_FILE as CONFIG_FILE
 from trimtab.core.hub import ADAPTER_WEIGHTS as WEIGHTS_FILE
 from trimtab.core.hub import BESIDE_FILE, base_of, find_model, lasting_name, read_json
@@ -53,8 +53,7 @@ class LoRA:
     """Bits for each weight of the frozen linear layers: 32, or rounded to 8 or 4 (needs `trimtab[quantized]`)."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise ValueError(f"rank = {self.rank}, alpha = {self.alpha}; rank is at least 1 and alpha above 0")
+        refuse_out_of_range(self, "rank", "alpha")
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -278,11 +277,10 @@ def _known_layers(model: PreTrainedModel, chosen: tuple[str, ...]) -> list[str]:
     wrong = [name for name in chosen if name.rsplit(".", 1)[-1] not in known]
     if not wrong:
         return list(chosen)
-    near = difflib.get_close_matches(wrong[0], known, 1)
     raise ConfigError(
         f"no linear layer of this {type(model).__name__} is named {wrong[0]!r}",
         where="adapter.modules",
-        fix=(f"did you mean {near[0]!r}? " if near else "") + f"its layers: {', '.join(known)}",
+        fix=f"{nearest(wrong[0], known)}its layers: {', '.join(known)}",
     )
 
 

@@ -17,7 +17,6 @@ num_epochs = 3
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import signal
@@ -31,7 +30,7 @@ from typing import Any
 from rich.console import Console
 
 from trimtab.core import config, registry, settings_check
-from trimtab.core.errors import ConfigError, Interrupted, Terminated, TrimtabError
+from trimtab.core.errors import ConfigError, Interrupted, Terminated, TrimtabError, nearest
 from trimtab.core.files import json_text, read_json, write_whole, writing
 from trimtab.core.process import peak_rss_gb, peaks_rss_gb
 from trimtab.runs.run import Run, holding, holds_run
@@ -185,7 +184,7 @@ def expand(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
                 raise ConfigError(
                     f"stages.{name}.like = {like!r} names no earlier stage",
                     where=where,
-                    fix=f"{nearest(str(like), list(expanded))}stages before this one: {known}",
+                    fix=f"{nearest(str(like), expanded)}stages before this one: {known}",
                 )
             table = overlay(expanded[like], {key: value for key, value in table.items() if key != "like"})
         expanded[name] = table
@@ -235,7 +234,7 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
             )
         stage = table.get("stage") if isinstance(table, Mapping) else None
         if not isinstance(stage, str) or stage not in known:
-            hint = nearest(str(stage), list(known))
+            hint = nearest(str(stage), known)
             raise ConfigError(
                 f"stages.{name}.stage is {stage!r}", where=where, fix=f"{hint}stages are: {', '.join(known)}"
             )
@@ -254,12 +253,6 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
     classes = {key: registry.descriptor("stage", kind).settings for key, kind in kinds.items()}
     settings_of = config.resolve_tables(classes, resolved, where=where)
     return {name: (table["stage"], settings_of[f"stages.{name}"]) for name, table in tables.items()}
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint at the known name closest to a wrong one, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}? " if close else ""
 
 
 def substitute(value: Any, key: str, variables: Mapping[str, Any], earlier: set[str], out: Path, where: str) -> Any:
