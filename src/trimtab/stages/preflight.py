@@ -7,7 +7,7 @@ read here; the stage itself reads the whole, and has the last word.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,15 +98,9 @@ def _raise(found: list[tuple[str, TrimtabError]], where: str) -> None:
 def _problems(stage: str, settings: Any, made: Made) -> Iterator[tuple[str, TrimtabError]]:
     """Every key whose value cannot be used, and why."""
     if (engine := getattr(settings, "engine", None)) is not None:
-        try:
-            engine.find_device()
-        except TrimtabError as error:
-            yield "engine.device", error
-        try:
-            engine.sampler.find()
-            check_launcher(engine)
-        except TrimtabError as error:
-            yield "engine", error
+        yield from _tried("engine.device", engine.find_device)
+        yield from _tried("engine", engine.sampler.find)
+        yield from _tried("engine", check_launcher, engine)
     looks: list[DataUse | ModelUse] = [*_sources(stage, settings), *models_of(stage, settings)]
     broken: set[str] = set()  # each model is reported once
     for look in looks:
@@ -122,33 +116,26 @@ def _problems(stage: str, settings: Any, made: Made) -> Iterator[tuple[str, Trim
             broken |= {look.path} if isinstance(look, ModelUse) else set()
             yield look.key, error
     if getattr(settings, "has_own_critic", False):
-        try:
-            settings.critic_start()
-        except ConfigError as error:
-            yield "critic.init", error
+        yield from _tried("critic.init", settings.critic_start)
     for key, name in _worlds(settings):
-        try:
-            worlds.load(name)
-        except TrimtabError as error:
-            yield key, error
+        yield from _tried(key, worlds.load, name)
     for key, reward in judges_and_measure(settings).items():
         if isinstance(reward, PythonCallable):
-            try:
-                load_function(reward.function)
-            except TrimtabError as error:
-                yield f"{key}.function", error
+            yield from _tried(f"{key}.function", load_function, reward.function)
         if isinstance(reward, RewardModel) and reward.length_correction and _made_by(reward.path, made) is None:
-            try:
-                read_correction(reward.path, reward.length_correction)
-            except TrimtabError as error:
-                yield f"{key}.length_correction", error
+            yield from _tried(f"{key}.length_correction", read_correction, reward.path, reward.length_correction)
     for tracker in getattr(settings, "trackers", ()):
-        name = registry.name_of("tracker", type(tracker))
-        try:
-            if name in EXTRAS:
-                need(name, extra=name, setting=f"the tracker {name!r}", where="trackers")
-        except TrimtabError as error:
-            yield "trackers", error
+        if (name := registry.name_of("tracker", type(tracker))) in EXTRAS:
+            what = f"the tracker {name!r}"
+            yield from _tried("trackers", need, name, extra=name, setting=what, where="trackers")
+
+
+def _tried(key: str, check: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[tuple[str, TrimtabError]]:
+    """The key and the error of a check that raises one; nothing if it passes."""
+    try:
+        check(*arguments, **options)
+    except TrimtabError as error:
+        yield key, error
 
 
 # --- data ---
