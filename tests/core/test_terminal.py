@@ -2,7 +2,7 @@
 
 import pytest
 
-from trimtab.core.terminal import printable, say, visible
+from trimtab.core.terminal import note, printable, say, visible, warn
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,9 @@ def test_line_breaks_are_what_the_caller_says():
 def test_what_a_model_said_keeps_its_lines_and_joiners(capsys):
     say("def f():\n\treturn\x1b]0;title\x07 नमस्\u200dते \ud83d")
     assert capsys.readouterr().out == "def f():\n\treturn␛]0;title␇ नमस्\u200dते \\u{d83d}\n"
+
+
+def test_what_stands_beside_results_goes_to_stderr(capsys):
+    note("three rows are left out")
+    warn("the card is of another model")
+    assert capsys.readouterr() == ("", "note: three rows are left out\nwarning: the card is of another model\n")

@@ -1,7 +1,8 @@
-"""Texts of strangers on a terminal: what a file, a model or a person wrote must not steer it."""
+"""What a terminal shows: texts of strangers, which must not steer it, and notes beside the results of a command."""
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 
 _OBEYED = ("Cc", "Cs")
@@ -25,6 +26,16 @@ def say(text: str) -> None:
     """Prints what a model said as it is, with line breaks and tabs; what a terminal would obey is spelled out. Joiners,
     which the words of many scripts need, stay."""
     print("".join(_spelled(c) if c not in "\n\t" and unicodedata.category(c) in _OBEYED else c for c in text))
+
+
+def note(text: str) -> None:
+    """Prints "note: " and the text on stderr: what a person should know who reads the results."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def warn(text: str) -> None:
+    """Prints "warning: " and the text on stderr: what may be wrong with the results."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def _spelled(character: str) -> str:

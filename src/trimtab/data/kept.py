@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ import numpy as np
 
 from trimtab.core.errors import ConfigError, EngineError
 from trimtab.core.files import sync_tree
+from trimtab.core.terminal import note
 from trimtab.data.tokens import DTYPES, Array, Columns
 
 BOUND = "TRIMTAB_DATA_CACHE_GB"
@@ -72,7 +72,7 @@ class Keeper:
                 self._directory.mkdir(parents=True)
                 self._files = {name: (self._directory / name).open("wb") for name in DTYPES}
             except OSError as error:
-                print(f"note: nothing can be kept in {folder()} ({error}); tokens stay in memory", file=sys.stderr)
+                note(f"nothing can be kept in {folder()} ({error}); tokens stay in memory")
                 self._directory = None
 
     def add(self, columns: Columns) -> None:

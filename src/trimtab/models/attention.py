@@ -245,6 +245,12 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, base)
 
 
+def described(model: PreTrainedModel) -> str:
+    """The model in messages: the directory or hub id it was loaded from, if any, and its architecture."""
+    path, kind = getattr(model.config, "_name_or_path", ""), f"architecture {type(model).__name__}"
+    return f"{path}, {kind}" if path else kind
+
+
 def num_layers(model: PreTrainedModel) -> int:
     """The number of blocks of the model."""
     number: int = model.config.get_text_config().num_hidden_layers

@@ -28,8 +28,9 @@ from transformers import PreTrainedModel
 from trimtab.batches.device import to_device
 from trimtab.batches.trees import PaddedRows, TokenTrees, response_tree
 from trimtab.core.errors import EngineError
+from trimtab.data.tokenizers import first_line
 from trimtab.math.row_sums import take_rows
-from trimtab.models.attention import ROW_ATTENTION, backbone, row_states
+from trimtab.models.attention import ROW_ATTENTION, backbone, described, row_states
 from trimtab.models.fused_layers import fuse_layers, own_layers
 from trimtab.models.last_block import reading
 from trimtab.models.positions import forget_lengths, length_limit
@@ -171,10 +172,10 @@ def _prove(model: PreTrainedModel) -> Proved:
     finally:
         _attend_with(model, own)
         model.train(training)
-    refuse_damage(model.named_parameters(), _name(model))
+    refuse_damage(model.named_parameters(), described(model))
     raise EngineError(
         "this model gives other hidden states each time that it is run on the same row",
-        where=_name(model),
+        where=described(model),
         fix="use another architecture; what makes equal inputs differ is not known here",
     )
 
@@ -198,8 +199,8 @@ def _plain(model: PreTrainedModel, base: PreTrainedModel, trees: TokenTrees, own
             return _all_states(base, trees, "alone")
     except Exception as error:
         raise EngineError(
-            f"transformers cannot run this model on one plain row: {type(error).__name__}: {_first_line(error)}",
-            where=_name(model),
+            f"transformers cannot run this model on one plain row: {type(error).__name__}: {first_line(error)}",
+            where=described(model),
             fix="use a decoder that gives `last_hidden_state` for `input_ids`, or the release of transformers it needs",
         ) from error
 
@@ -290,12 +291,3 @@ def _attend_with(model: PreTrainedModel, attention: str) -> bool:
     except (ValueError, ImportError):
         return False
     return bool(model.config._attn_implementation == attention)
-
-
-def _name(model: PreTrainedModel) -> str:
-    path = getattr(model.config, "_name_or_path", "")
-    return f"{path}, architecture {type(model).__name__}" if path else f"architecture {type(model).__name__}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]

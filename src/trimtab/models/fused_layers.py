@@ -8,7 +8,6 @@ transformers' own.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,6 +19,8 @@ from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
 from trimtab.batches.device import is_gpu
+from trimtab.core.terminal import note
+from trimtab.data.tokenizers import first_line
 from trimtab.models.attention import LLAMA_LIKE, backbone, is_row, row_attention
 
 NARROWEST = 512
@@ -64,11 +65,9 @@ def can_compile(device: torch.device) -> bool:
     try:
         _compiled(normed)(torch.zeros(2, 8, device=device), torch.ones(8, device=device), 1e-6, torch.float32)
     except Exception as error:  # whatever a compiler raises
-        line = (str(error).splitlines() or [""])[0][:150]
-        print(
-            f"note: torch cannot compile for {device}, so norms and rotations are computed one operation at a time, "
-            f"which is slower ({type(error).__name__}: {line})",
-            file=sys.stderr,
+        note(
+            f"torch cannot compile for {device}, so norms and rotations are computed one operation at a time, "
+            f"which is slower ({type(error).__name__}: {first_line(error):.150})"
         )
         return False
     return True

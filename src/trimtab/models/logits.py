@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from trimtab.batches.device import to_device
 from trimtab.core.errors import EngineError
-from trimtab.models.attention import backbone
+from trimtab.data.tokenizers import first_line
+from trimtab.models.attention import backbone, described
 
 SIZES = (1e-2, 1e-1, 1.0, 10.0, 1e3, 1e6)
 """Standard deviations of the head outputs for the measurement: a cap does not yet affect the first, and the last is
@@ -108,8 +109,7 @@ def _logits_for(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     try:
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     except Exception as error:
-        line = (str(error).splitlines() or [""])[0][:200]
-        raise _refusal(model, f"its logits cannot be computed: {type(error).__name__}: {line}") from error
+        raise _refusal(model, f"its logits cannot be computed: {type(error).__name__}: {first_line(error)}") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -127,10 +127,8 @@ def _tidy(model: PreTrainedModel, scale: float) -> float:
 
 
 def _refusal(model: PreTrainedModel, what: str) -> EngineError:
-    path = getattr(model.config, "_name_or_path", "")
-    name = f"architecture {type(model).__name__}"
     return EngineError(
         f"log-probabilities cannot be computed from hidden states: {what}",
-        where=f"{path}, {name}" if path else name,
+        where=described(model),
         fix="use a decoder whose logits are a linear head of its last hidden states, scaled and capped if at all",
     )

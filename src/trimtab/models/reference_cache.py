@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trimtab.batches.trees import TokenTrees, Tree
 from trimtab.core.files import replacing
+from trimtab.core.terminal import warn
 from trimtab.models.forward import token_logprobs_of
 from trimtab.models.roles import Policy
 
@@ -100,7 +101,7 @@ def read(path: Path, size: int) -> Tensor | None:
     except (SafetensorError, OSError) as error:
         problem = str(error)
     if problem:
-        print(f"warning: {path} is damaged ({problem}); it is made again", file=sys.stderr)
+        warn(f"{path} is damaged ({problem}); it is made again")
         return None
     return values
 

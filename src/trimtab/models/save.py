@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.core.hub import GENERATION_FILE, MODEL_FILE, REWARD_FILE, read_json
+from trimtab.core.terminal import note
 from trimtab.data.chat import Chat
 from trimtab.models.adapters import save_adapter
 from trimtab.models.roles import Policy, ScalarModel
@@ -166,9 +166,7 @@ def _drop_other_policy(generation: GenerationConfig) -> None:
         setattr(generation, name, getattr(usual, name, None))
     if shown := {name: value for name, value in changed.items() if value not in _WITHOUT_EFFECT.get(name, ())}:
         listed = ", ".join(f"{name} = {value}" for name, value in shown.items())
-        print(
-            f"note: {GENERATION_FILE} is written without {listed}, with which it would reply otherwise", file=sys.stderr
-        )
+        note(f"{GENERATION_FILE} is written without {listed}, with which it would reply otherwise")
 
 
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {

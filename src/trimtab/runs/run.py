@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import sys
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from trimtab.core.files import (
     writing,
 )
 from trimtab.core.metrics import Metric
+from trimtab.core.terminal import note, warn
 from trimtab.runs.checkpoints import SUMS, checkpoints_in, damage_of, step_of, sums_of
 from trimtab.runs.environment import environment
 from trimtab.runs.facts import StageFacts
@@ -130,7 +130,7 @@ class Run:
         began = self._environment() or now
         other = {key: value for key, value in now.items() if began.get(key, value) != value}
         if other and other not in began.get("resumed_with", []):
-            print(f"warning: the run began with another {', '.join(other)}; numbers may differ", file=sys.stderr)
+            warn(f"the run began with another {', '.join(other)}; numbers may differ")
             began.setdefault("resumed_with", []).append(other)
         if found and (found.length or not self.finished):
             self._take_over(found, text, began)
@@ -170,7 +170,7 @@ class Run:
         if found.recorded:
             step = self._num_done()
             began.setdefault("changed_settings", []).append({"after_step": step, "settings": found.recorded})
-            print(f"note: the run goes on after step {step} with {found.said}", file=sys.stderr)
+            note(f"the run goes on after step {step} with {found.said}")
         if found.length:  # first, so that a kill in between leaves a run that is finished again, with either length
             discard(self.directory / "summary.json")
         write_whole(self.directory / "settings.toml", text)
@@ -296,7 +296,7 @@ class Run:
         else:
             noted.setdefault("resumed_with", []).append(other)
             said = f"the run began with the {name} {before!r} and goes on with {taken!r}; last digits may differ"
-            print(f"warning: {said}", file=sys.stderr)
+            warn(said)
         with writing("environment.json", record, kept=_GOES_ON):
             write_whole(record, json_text(noted))
 
@@ -348,7 +348,7 @@ class Run:
             aside = path.with_name(path.name.replace("step", "damaged"))
             discard(aside)
             path.rename(aside)
-            print(f"warning: checkpoint {path} is damaged ({problem}); moved to {aside.name}", file=sys.stderr)
+            warn(f"checkpoint {path} is damaged ({problem}); moved to {aside.name}")
         return None
 
     def rewind(self, step: int) -> None:
@@ -488,6 +488,6 @@ def say_reading(source: str, kept: int, reading: Mapping[str, Any]) -> None:
     if dropped := reading.get("dropped"):
         kinds = ", ".join(f"{num} {name.replace('_', ' ')}" for name, num in dropped.items())
         num = sum(dropped.values())
-        print(f"note: {source}: {num:,} of {num + kept:,} rows are left out ({kinds})", file=sys.stderr)
+        note(f"{source}: {num:,} of {num + kept:,} rows are left out ({kinds})")
     if names := reading.get("not_used"):
-        print(f"note: {source}: not used: {', '.join(names)}", file=sys.stderr)
+        note(f"{source}: not used: {', '.join(names)}")

@@ -9,7 +9,6 @@ counted.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -20,6 +19,7 @@ from trimtab import worlds
 from trimtab.batches.rollouts import in_groups, rollout_trees
 from trimtab.core import seeds
 from trimtab.core.config import Choice
+from trimtab.core.terminal import note
 from trimtab.core.types import Prompt, Rollout, prompt_id
 from trimtab.data.chat import Chat
 from trimtab.engines.build import Engines, load_policy, sampling_roles
@@ -136,11 +136,10 @@ def run(settings: EvaluateSettings, run: Run) -> None:
     if "baseline" in models:
         summary |= compare(scores["policy"], scores["baseline"], prompt_ids)
         if settings.sampling.truncates:
-            print(
-                f"note: with sampling.top_p = {settings.sampling.top_p} and sampling.top_k = {settings.sampling.top_k} "
+            note(
+                f"with sampling.top_p = {settings.sampling.top_p} and sampling.top_k = {settings.sampling.top_k} "
                 "replies are drawn from another distribution than the policy's, so its KL to the baseline cannot be "
-                "measured on them and is left out",
-                file=sys.stderr,
+                "measured on them and is left out"
             )
         else:
             summary["kl"] = kl_to_baseline(

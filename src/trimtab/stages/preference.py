@@ -5,7 +5,6 @@ The data are pairs of replies, or replies judged one by one.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -26,6 +25,7 @@ from trimtab.core.config import Choice
 from trimtab.core.errors import DataError, EngineError
 from trimtab.core.hub import same_model
 from trimtab.core.metrics import Metrics, Total, to_values
+from trimtab.core.terminal import note
 from trimtab.core.types import LabelledResponse, PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import kinds_of
@@ -234,16 +234,14 @@ def say_balance(replies: Judgements, loss: Any) -> None:
     good_weight, bad_weight = loss.desirable_weight * good, loss.undesirable_weight * bad
     if not good_weight or not bad_weight:
         missing = "good" if bad_weight else "bad"
-        print(
-            f"note: {good:.0f} good and {bad:.0f} bad replies: no {missing} reply counts, so nothing is learnt about "
-            f"what sets good apart from bad; add replies with the label {str(missing == 'good').lower()}",
-            file=sys.stderr,
+        note(
+            f"{good:.0f} good and {bad:.0f} bad replies: no {missing} reply counts, so nothing is learnt about "
+            f"what sets good apart from bad; add replies with the label {str(missing == 'good').lower()}"
         )
     elif not 0.75 <= good_weight / bad_weight <= 4 / 3:
-        print(
-            f"note: {good:.0f} good and {bad:.0f} bad replies weigh as {good_weight / bad_weight:.2f} to 1; "
-            "loss.desirable_weight and loss.undesirable_weight can even that out",
-            file=sys.stderr,
+        note(
+            f"{good:.0f} good and {bad:.0f} bad replies weigh as {good_weight / bad_weight:.2f} to 1; "
+            "loss.desirable_weight and loss.undesirable_weight can even that out"
         )
 
 

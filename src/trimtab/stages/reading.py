@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from numpy.typing import ArrayLike
 from trimtab.batches.trees import Tree
 from trimtab.core.errors import DataError
 from trimtab.core.files import json_text, read_json, write_whole, writing
+from trimtab.core.terminal import note
 from trimtab.core.types import Demonstration, Record, from_dict, to_dict
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import Loaded, load
@@ -82,10 +82,9 @@ def say_trained_on(trained: ArrayLike, judged: ArrayLike, settings: Any, counts:
     names = np.unique(judged)
     if num := int(np.isin(names, trained).sum()):
         counts["held_out_prompts_trained_on"] = num
-        print(
-            f"note: {settings.held_out_data}: {num:,} of {len(names):,} held-out prompts are trained on too, so what "
-            "is measured on them is no measure of new prompts",
-            file=sys.stderr,
+        note(
+            f"{settings.held_out_data}: {num:,} of {len(names):,} held-out prompts are trained on too, so what "
+            "is measured on them is no measure of new prompts"
         )
 
 
@@ -154,8 +153,7 @@ def say_too_long(counts: Mapping[str, int], max_tokens: int) -> None:
     }
     for name, what in told.items():
         if (num := counts.get(name, 0)) > FEW:
-            of = f"note: {num:,} of {counts['records']:,} records"
-            print(f"{of} {what} max_tokens = {max_tokens}", file=sys.stderr)
+            note(f"{num:,} of {counts['records']:,} records {what} max_tokens = {max_tokens}")
 
 
 def say_prompts_left_out(counts: Mapping[str, int], num: int, *, longest: int) -> None:
@@ -166,7 +164,7 @@ def say_prompts_left_out(counts: Mapping[str, int], num: int, *, longest: int) -
     }
     for name, why in told.items():
         if counts.get(name, 0) > FEW:
-            print(f"note: {counts[name]:,} of {num:,} prompts are left out: {why}", file=sys.stderr)
+            note(f"{counts[name]:,} of {num:,} prompts are left out: {why}")
 
 
 def hold_out(table: TokenTable, share: float, *, where: str) -> tuple[TokenTable, TokenTable]:
@@ -186,5 +184,5 @@ def hold_out(table: TokenTable, share: float, *, where: str) -> tuple[TokenTable
                 fix="set held_out = 0 to train without validation; or, if the stage has held_out_data, name the others "
                 "there, such as feedback:project.toml?split=held_out",
             )
-        print(f"note: {where}: none of {num} prompts is held out, so nothing is validated", file=sys.stderr)
+        note(f"{where}: none of {num} prompts is held out, so nothing is validated")
     return train, rest

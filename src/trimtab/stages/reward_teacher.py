@@ -13,7 +13,6 @@ labelled. The teacher's scores are kept in teacher.jsonl, from which a run that 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -27,6 +26,7 @@ from trimtab.core import registry
 from trimtab.core.errors import DataError
 from trimtab.core.files import write_rows, writing
 from trimtab.core.hub import same_model
+from trimtab.core.terminal import note
 from trimtab.core.types import PreferencePair, Prompt, Rollout, prompt_id, to_dict
 from trimtab.data.chat import Chat
 from trimtab.data.pairs import Comparisons
@@ -108,10 +108,9 @@ def teach(
     if tied := int((margins == 0).sum()):
         counts["pairs_tied_by_teacher"] = tied
         if 2 * tied > len(margins):
-            print(
-                f"note: the teacher gives both replies of {tied:,} of {len(margins):,} pairs the same score, so the "
-                "student learns that they are alike",
-                file=sys.stderr,
+            note(
+                f"the teacher gives both replies of {tied:,} of {len(margins):,} pairs the same score, so the "
+                "student learns that they are alike"
             )
     if unread := int(np.isfinite(train.margins).sum()):
         counts["margins_not_learned_from"] = unread
@@ -139,7 +138,7 @@ def score_pairs(teacher: CombinedReward, pairs: Sequence[PreferencePair], chat: 
         rollouts += [finished(prompt, ids, getattr(pair, side), chat) for pair in of_prompt for side in SIDES]
     total, parts, _ = teacher.score_parts(rollouts)
     if apart := scales_apart(parts, {part.name: part.weight for part in teacher.parts}):
-        print(f"note: of the teacher, {apart}; change the weights", file=sys.stderr)
+        note(f"of the teacher, {apart}; change the weights")
     scores = total.double().numpy()
     if bad := np.flatnonzero(~np.isfinite(scores)).tolist():
         raise DataError(

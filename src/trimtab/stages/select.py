@@ -8,7 +8,6 @@ prompts at a time into replies.jsonl, from which a killed run goes on; the choic
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,11 +18,12 @@ import torch
 from torch import Tensor
 
 from trimtab import worlds
-from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core import seeds
+from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.config import Choice
 from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.metrics import Metrics, Peak, Total, mean_of
+from trimtab.core.terminal import note
 from trimtab.core.types import Demonstration, Prompt, Rollout
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import Loaded
@@ -236,7 +236,7 @@ def say_scales_apart(rows: Sequence[Sequence[Reply]], rewards: CombinedReward) -
     weights = {part.name: part.weight for part in rewards.parts}
     parts = {name: torch.tensor([reply.parts[name] for row in rows for reply in row]) for name in weights}
     if apart := scales_apart(parts, weights):
-        print(f"note: in step 1, {apart}; change the weights", file=sys.stderr)
+        note(f"in step 1, {apart}; change the weights")
 
 
 def sample_row(asked: PromptItem, replies: Sequence[Reply], rule: Filter) -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from trimtab.core import config, seeds
 from trimtab.core.errors import ConfigError
 from trimtab.core.files import check_out, json_lines, write_out
 from trimtab.core.hub import reward_facts
-from trimtab.core.terminal import say
+from trimtab.core.terminal import note, say
 from trimtab.core.types import Demonstration, Message, PreferencePair, Prompt, to_dict
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import Loaded, OnBadRow, kinds_of, load
@@ -81,7 +80,7 @@ def generate_file(
         loaded = load(Prompt, data, limit=limit, on_bad_row=on_bad_row)
         prompts = loaded.records
         if loaded.num_dropped:
-            print(f"note: {loaded.left_out}", file=sys.stderr)
+            note(loaded.left_out)
     else:
         prompts = [Prompt(messages=(Message("user", prompt or ""),))]
     drawn: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -92,7 +91,7 @@ def generate_file(
         write_out(out, json_lines(rows))
         return sum(len(choice) for own in choices for choice in own)
     if num := sum(bool(further_turns(prompt)) for prompt in prompts):
-        print(f"note: {num} questions have further turns; --layout fastchat asks them too", file=sys.stderr)
+        note(f"{num} questions have further turns; --layout fastchat asks them too")
     rollouts = generator.generate(prompts, group_size=num_samples, seed=seed)
     if out is None:
         for r in rollouts:

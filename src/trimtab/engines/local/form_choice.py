@@ -7,7 +7,6 @@ single rows without padding and without a cache. A form that raises or differs i
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,9 @@ from transformers import PreTrainedModel
 
 from trimtab.batches.device import to_device
 from trimtab.core.errors import EngineError
+from trimtab.core.terminal import note
 from trimtab.data.chat import Chat
+from trimtab.data.tokenizers import first_line
 from trimtab.engines.local.fused import supports_fusing
 from trimtab.engines.local.kernels import find
 from trimtab.engines.local.lockstep import LockstepForm
@@ -79,7 +80,7 @@ def choose_form(policy: Policy, sampling: Sampling, chat: Chat) -> FormChoice:
         if problem is None:
             choice = FormChoice(type(policy.model).__name__, form, passed_over)
             if choice.is_slow:
-                print(f"note: {choice}", file=sys.stderr)
+                note(str(choice))
             return choice
         passed_over[form.name] = problem
     raise EngineError(
@@ -129,7 +130,7 @@ class _Check:
                 try:
                     form.decode(self.prompts, group_size, replies)
                 except Exception as error:  # whatever it is, the next form may not raise it
-                    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+                    return f"{type(error).__name__}: {first_line(error):.100}"
                 worst = max(worst, self._difference(replies.finished(), group_size))
         return None if worst <= 1 else f"differs from the model's own logits by {worst * MAX_DIFFERENCE:.2g} nats"
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import EngineError
+from trimtab.core.terminal import note
 from trimtab.data.chat import Chat
 from trimtab.engines.device import SamplerSettings
 from trimtab.engines.local.agreement import logprob_difference
@@ -292,7 +292,7 @@ class SamplerPool:
                 "of memory, lower sampling.cache_gb or sampling.batch_size; if they are slow, raise "
                 "engine.timeout_seconds",
             )
-        print(f"note: {lost}; it is started again", file=sys.stderr)
+        note(f"{lost}; it is started again")
         self.num_restarts += 1
 
 

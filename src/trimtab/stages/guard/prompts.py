@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trimtab.core.errors import DataError
+from trimtab.core.terminal import note
 from trimtab.core.types import Prompt, prompt_id
 from trimtab.data.chat import Chat
 from trimtab.rewards.combined import refuse_missing_facts
@@ -40,7 +40,7 @@ def different(prompts: Sequence[Prompt], chat: Chat, *, longest: int, where: str
     for prompt in short:
         found.setdefault(prompt_id(prompt.messages), prompt)
     if num := len(short) - len(found):
-        print(f"note: {where}: {num} of {len(short)} prompts repeat another and are left out", file=sys.stderr)
+        note(f"{where}: {num} of {len(short)} prompts repeat another and are left out")
     return list(found.values())
 
 
@@ -61,5 +61,5 @@ def check_prompts(
     measure = {f"guard.measure.{number}": reward for number, reward in enumerate(guard.measure)}
     refuse_missing_facts(measure, chosen, where=where)
     if num := sum(map(is_trained, chosen)):
-        print(f"note: {num} of {len(chosen)} prompts of the guard are trained on too", file=sys.stderr)
+        note(f"{num} of {len(chosen)} prompts of the guard are trained on too")
     return GuardPrompts(chosen, num)

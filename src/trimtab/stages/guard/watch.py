@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from trimtab.core.errors import DataError, EngineError
 from trimtab.core.files import json_text, write_whole, writing
 from trimtab.core.metrics import Mean, Metrics
+from trimtab.core.terminal import note
 from trimtab.evals.checkpoint_choice import (
     FallTest,
     MeasuredCheckpoint,
@@ -83,10 +84,9 @@ class RunGuard:
         self.num_trained_on = num_trained_on
         state.guard = GuardState()
         if settings.actions and settings.every >= num_steps:
-            print(
-                f"note: guard.every = {settings.every} of {num_steps} steps: there is no check before the last step, "
-                f"so that none of guard.actions = {list(settings.actions)} can be taken",
-                file=sys.stderr,
+            note(
+                f"guard.every = {settings.every} of {num_steps} steps: there is no check before the last step, "
+                f"so that none of guard.actions = {list(settings.actions)} can be taken"
             )
 
     @property

@@ -8,7 +8,6 @@ than any on which the model was judged: there the figures of the card do not hol
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from trimtab.core.files import read_json
 from trimtab.core.metrics import Metrics, mean_of
+from trimtab.core.terminal import warn
 from trimtab.core.types import Rollout
 from trimtab.evals.text import words
 from trimtab.reports.card_sentences import cautions
@@ -55,7 +55,7 @@ class CardWatch:
         run.note_cards({card.key: card.sha256 for card in self.cards})
         for card in self.cards:
             for sentence in cautions(card.values):
-                print(f"warning: the card of {card.key} says: {sentence}", file=sys.stderr)
+                warn(f"the card of {card.key} says: {sentence}")
         known = [card.most_words for card in self.cards if card.most_words is not None]
         self._most_words = min(known, default=None)
         self._said = False
@@ -68,10 +68,9 @@ class CardWatch:
         beyond = mean_of([len(words(rollout.response)) > self._most_words for rollout in rollouts])
         if beyond.value > MOST_BEYOND and not self._said:
             self._said = True
-            print(
-                f"warning: {beyond.value:.0%} of the replies of step {number + 1} have more than {self._most_words:g} "
-                "words; no longer reply is on the card of the reward model, which says nothing about them",
-                file=sys.stderr,
+            warn(
+                f"{beyond.value:.0%} of the replies of step {number + 1} have more than {self._most_words:g} "
+                "words; no longer reply is on the card of the reward model, which says nothing about them"
             )
         return {"reward/beyond_card_fraction": beyond}
 

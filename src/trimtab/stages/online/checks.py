@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from trimtab.batches.rollouts import PolicyBatch
 from trimtab.core.errors import EngineError
 from trimtab.core.metrics import Mean, Metrics, Peak, Total, mean_of, merge
+from trimtab.core.terminal import note
 from trimtab.core.types import Rollout
 from trimtab.engines.local.agreement import allowed_difference
 from trimtab.evals.text import distinct_n
@@ -37,11 +37,10 @@ def say_truncation(settings: OnlineSettings) -> None:
     """Says on stderr if replies come from a truncated distribution and no correction weighs them."""
     sampling = settings.sampling
     if sampling.truncates and settings.correction is None:
-        print(
-            f"note: with sampling.top_p = {sampling.top_p} and sampling.top_k = {sampling.top_k} replies "
+        note(
+            f"with sampling.top_p = {sampling.top_p} and sampling.top_k = {sampling.top_k} replies "
             "are drawn from another distribution than the policy's, and are trained on unweighed; to weigh them: "
-            "correction.kind=truncate, or leave both settings at their defaults",
-            file=sys.stderr,
+            "correction.kind=truncate, or leave both settings at their defaults"
         )
 
 
@@ -65,7 +64,7 @@ def check_scores(parts: Mapping[str, Tensor], settings: OnlineSettings, *, pays_
     if apart := scales_apart(parts, weights):
         # Rewards of tokens can not be normalised before they are added up.
         advice = "" if pays_tokens else "combine.normalize=running brings each to deviation 1 before it is weighed, or "
-        print(f"note: in step 1, {apart}; {advice}change the weights", file=sys.stderr)
+        note(f"in step 1, {apart}; {advice}change the weights")
 
 
 def check_sampler(difference: float, settings: OnlineSettings, where: str) -> Metrics:
@@ -148,9 +147,8 @@ def learned_from(number: int, batch: PolicyBatch, rollouts: RolloutBatch, settin
     if not settings.skip_truncated:
         return batch
     if number == 0 and not rollouts.finished.any():
-        print(
-            f"note: none of the {batch.num_sequences} replies of the first step ends within sampling.max_new_tokens = "
-            f"{settings.sampling.max_new_tokens}, and with skip_truncated = true nothing is learnt from them",
-            file=sys.stderr,
+        note(
+            f"none of the {batch.num_sequences} replies of the first step ends within sampling.max_new_tokens = "
+            f"{settings.sampling.max_new_tokens}, and with skip_truncated = true nothing is learnt from them"
         )
     return batch.filter(rollouts.finished)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from trimtab.batches.trees import Tree
 from trimtab.core import seeds
 from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.terminal import note
 from trimtab.core.types import Prompt, prompt_id
 from trimtab.data.chat import Chat
 from trimtab.rewards.combined import judges, refuse_missing_facts, refuse_unread_flags
@@ -123,9 +123,7 @@ def note_missing_facts(rewards: Mapping[str, Any], prompts: Sequence[Prompt], *,
     try:
         refuse_missing_facts(rewards, prompts, where=where)
     except DataError as error:
-        print(
-            f"note: {where}: {error.problem}; the reward that is reported leaves out replies to them", file=sys.stderr
-        )
+        note(f"{where}: {error.problem}; the reward that is reported leaves out replies to them")
 
 
 def in_order_of_rehearsal(prompts: list[Prompt], lengths: list[int], settings: OnlineSettings) -> list[Prompt]:

@@ -14,7 +14,6 @@ update.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -22,6 +21,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from trimtab.core.metrics import Mean, Metrics, Peak, merge
+from trimtab.core.terminal import note
 from trimtab.stages.noise import seed_noise
 from trimtab.stages.online.checks import Clock
 from trimtab.stages.online.draws import Draw
@@ -119,8 +119,8 @@ class RolloutQueue:
         kept = list(takewhile(lambda draw: draw.number - draw.version <= self._lag, state.drawn))
         if dropped := state.drawn[len(kept) :]:
             steps = " and ".join(str(draw.number + 1) for draw in dropped)
-            said = f"note: the rollouts for step {steps} are older than engine.max_staleness = {self._lag} allows"
-            print(f"{said}; they are drawn again", file=sys.stderr)
+            said = f"the rollouts for step {steps} are older than engine.max_staleness = {self._lag} allows"
+            note(f"{said}; they are drawn again")
             state.num_prompts_taken = dropped[0].num_prompts_before
             state.drawn = kept
 
