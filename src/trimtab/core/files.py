@@ -121,6 +121,17 @@ def write_out(path: Path, text: str) -> None:
             write_whole(file, text)
 
 
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Gives a temporary path for a directory that the user named, and renames it to that at the end of the block, whole
+    or not at all. Its parents are made, and a link is followed."""
+    place = Path(os.path.realpath(path))
+    with writing(str(path), path):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(place) as aside:
+            yield aside
+
+
 def check_out(*paths: Path | None) -> None:
     """Raises EngineError if `write_out` could not write to one of the paths, before anything is computed. Makes the
     folders. None stands for a file that is not asked for."""

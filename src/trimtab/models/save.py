@@ -53,15 +53,20 @@ def save_role(role: Policy | ScalarModel, tokenizer: PreTrainedTokenizerBase, di
     head = None
     if isinstance(role, ScalarModel):
         head = {f"score.{n}": p.detach() for n, p in role.head.named_parameters()}
-        facts = {k: v for k, v in role.model.config.to_dict().items() if k.startswith("reward_")}
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / REWARD_FILE).write_text(json.dumps(facts), encoding="utf-8")
+        write_reward_facts(role.model, directory)
     save_adapter(role.model, role.adapter, directory, base=base, head=head)
     chat, pad_id = _chat_to_write(tokenizer)
     chat.tokenizer.save_pretrained(directory)
     if not isinstance(role, ScalarModel):  # for other libraries that generate with base and adapter
         settings: Any = GenerationConfig
         settings(eos_token_id=_stop_ids(chat), pad_token_id=pad_id).save_pretrained(directory)
+
+
+def write_reward_facts(model: PreTrainedModel, directory: Path) -> None:
+    """Writes what is known of the scores of a reward model, from its configuration, beside its adapter."""
+    facts = {k: v for k, v in model.config.to_dict().items() if k.startswith("reward_")}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / REWARD_FILE).write_text(json.dumps(facts), encoding="utf-8")
 
 
 def save_model(

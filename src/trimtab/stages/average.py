@@ -8,8 +8,6 @@ the way from a member to the average.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trimtab.core.errors import ConfigError, DataError, EngineError
-from trimtab.core.files import json_text, replacing, writing
+from trimtab.core.files import json_text, new_directory
 from trimtab.core.hub import base_of, members_in, reward_facts, same_model
 from trimtab.core.types import PreferencePair
 from trimtab.data.chat import Chat
@@ -41,7 +39,7 @@ from trimtab.models.average import (
 )
 from trimtab.models.load import is_classifier, load_causal, load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel
-from trimtab.models.save import round_as_written, save_model
+from trimtab.models.save import round_as_written, save_model, write_reward_facts
 from trimtab.reports.card_sentences import said_of_training
 from trimtab.rewards.scorer import TOKEN_BUDGET, RewardModelScorer, rewards_of
 from trimtab.runs.models import trained_on
@@ -100,7 +98,6 @@ def average(
     _check_members(models, rank)
     refuse_repeated_models(models)
     loaded = None if data is None else _pairs_with_a_side(data, on_bad_row)
-    pairs = [] if loaded is None else loaded.records
     load_member: Callable[[Any], PreTrainedModel] = load_scalar if scalar else load_causal
     loaders = [partial(load_member, path) for path in models]
     model = loaders[0]()
@@ -109,38 +106,34 @@ def average(
     tokenizer = load_tokenizer(models[0])
     record: dict[str, Any] = {"members": list(models), "weights": shares}
     said = [f"the average of {len(models)} models with the weights {', '.join(f'{share:.3g}' for share in shares)}"]
-    place = Path(os.path.realpath(out))
-    with writing(str(out), out):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(place) as aside:
+    with new_directory(out) as aside:
+        if base is None:
+            mean = weighted_sum(loaders, shares)
+        else:
+            changes = average_products(models, shares, rank=rank)
+            save_products(changes, average_heads(models, shares), models, aside, base=base)
+            tokenizer.save_pretrained(aside)
+            mean = copies_of(load_member(aside))
+            record |= {"rank": changes.rank, "kept_fraction": changes.kept_fraction}
+            said.append(f"an adapter of rank {changes.rank} with {changes.kept_fraction:.1%} of the squared change")
+        judge = None
+        if data is not None and loaded is not None:
+            judge = _Judge.of(model, Chat(tokenizer), loaded.records)
+            points = judge.way(models, loaders, shares, mean)
+            num_decided = sum(pair.label != 0.5 for pair in loaded.records)
+            said.append(_verdict(points, tolerance, force, where=data, num_pairs=num_decided))
+            record |= {"data": data, "tolerance": tolerance, "points": [vars(point) for point in points]}
+            said += _said_of_pairs(loaded, data, models)
+        set_between(model, mean, mean, 1.0)
+        if judge is not None:
             if base is None:
-                mean = weighted_sum(loaders, shares)
-            else:
-                changes = average_products(models, shares, rank=rank)
-                save_products(changes, average_heads(models, shares), models, aside, base=base)
-                tokenizer.save_pretrained(aside)
-                mean = copies_of(load_member(aside))
-                record |= {"rank": changes.rank, "kept_fraction": changes.kept_fraction}
-                said.append(f"an adapter of rank {changes.rank} with {changes.kept_fraction:.1%} of the squared change")
-            if data is not None:
-                judge = _Judge.of(model, Chat(tokenizer), pairs)
-                points = judge.way(models, loaders, shares, mean)
-                num_decided = sum(pair.label != 0.5 for pair in pairs)
-                said.append(_verdict(points, tolerance, force, where=data, num_pairs=num_decided))
-                record |= {"data": data, "tolerance": tolerance, "points": [vars(point) for point in points]}
-            if loaded is not None and data is not None:
-                said += _said_of_pairs(loaded, data, models)
-            set_between(model, mean, mean, 1.0)
-            if data is not None:
-                if base is None:
-                    round_as_written(model)
-                record["card"] = judge.fit()
-            if base is None:
-                save_model(model, tokenizer, aside)
-            elif scalar:
-                facts = {k: v for k, v in model.config.to_dict().items() if k.startswith("reward_")}
-                (aside / "reward.json").write_text(json.dumps(facts), encoding="utf-8")
-            (aside / AVERAGE_FILE).write_text(json_text(record), encoding="utf-8")
+                round_as_written(model)
+            record["card"] = judge.fit()
+        if base is None:
+            save_model(model, tokenizer, aside)
+        elif scalar:
+            write_reward_facts(model, aside)
+        (aside / AVERAGE_FILE).write_text(json_text(record), encoding="utf-8")
     return [f"{out}: {said[0]}", *said[1:]]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import math
 import os
-import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +20,8 @@ from typing import Annotated, Any
 from trimtab.core import config, registry
 from trimtab.core.config import Choice
 from trimtab.core.errors import ConfigError, DataError, TrimtabError
-from trimtab.core.files import check_out, json_text, replacing, write_out, writing
+from trimtab.core.files import check_out, json_text, new_directory, write_out
+from trimtab.core.terminal import note
 from trimtab.core.types import Demonstration, PreferencePair, Prompt, prompt_id
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import load
@@ -202,11 +202,9 @@ def _export(checkpoint: Path | None, trained: Any, settings: ChooseSettings, cha
     if checkpoint is not None:
         how: dict[str, Any] = {"token_budget": settings.token_budget, "num_updates": 1}
         Engines().learner(policy, AdamW(), name="policy", **how).load(checkpoint)
-    with writing(str(out), out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as aside:
-            aside.mkdir()
-            save_role(policy, chat.tokenizer, aside, base=base)
+    with new_directory(out) as aside:
+        aside.mkdir()
+        save_role(policy, chat.tokenizer, aside, base=base)
 
 
 def rows(found: ChosenCheckpoint) -> Iterator[tuple[str, ...]]:
@@ -315,13 +313,11 @@ def _num_trained_on(trained: Any, prompts: Sequence[Prompt]) -> int | None:
             found = {prompt_id(getattr(one, "prompt", one).messages) for one in loaded.records}
             break
     if found is None:
-        print(
-            f"note: {source!r} cannot be read; whether the run trained on these prompts is not known", file=sys.stderr
-        )
+        note(f"{source!r} cannot be read; whether the run trained on these prompts is not known")
         return None
     num = sum(prompt_id(prompt.messages) in found for prompt in prompts)
     if num:
-        print(f"note: {num} of {len(prompts)} prompts are among those of the run, {source!r}", file=sys.stderr)
+        note(f"{num} of {len(prompts)} prompts are among those of the run, {source!r}")
     return num
 
 

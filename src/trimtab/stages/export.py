@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -10,7 +9,7 @@ from typing import Literal
 import torch
 
 from trimtab.core.errors import ConfigError
-from trimtab.core.files import replacing, writing
+from trimtab.core.files import new_directory
 from trimtab.core.hub import refuse_ensemble
 from trimtab.models.load import is_classifier, load_causal, load_scalar, load_tokenizer
 from trimtab.models.save import save_model
@@ -31,11 +30,8 @@ def export(*, model: str, out: Path, dtype: Dtype = "as stored") -> str:
     tokenizer = load_tokenizer(model)
     scalar = is_classifier(model)
     loaded = load_scalar(model) if scalar else load_causal(model)
-    place = Path(os.path.realpath(out))
-    with writing(str(out), out):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(place) as aside:
-            save_model(loaded, tokenizer, aside, dtype=None if dtype == "as stored" else getattr(torch, dtype))
-            if (correction := Path(model).expanduser() / LENGTH_FILE).is_file():
-                shutil.copyfile(correction, aside / LENGTH_FILE)  # the scores are the same, so are their curves
+    with new_directory(out) as aside:
+        save_model(loaded, tokenizer, aside, dtype=None if dtype == "as stored" else getattr(torch, dtype))
+        if (correction := Path(model).expanduser() / LENGTH_FILE).is_file():
+            shutil.copyfile(correction, aside / LENGTH_FILE)  # the scores are the same, so are their curves
     return f"{out}: a {'reward model' if scalar else 'language model'}, {type(loaded).__name__}"
