@@ -20,6 +20,7 @@ import numpy as np
 from trimtab.reports.collect import RunRecord
 from trimtab.reports.headline import number, show
 from trimtab.runs.loop import SHOWN
+from trimtab.runs.resume import flat
 from trimtab.stats import Interval, holm, paired_test
 
 LEAST_PROMPTS = 10
@@ -71,9 +72,9 @@ class ScoreDifference:
 
 def differing(tables: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The key paths at which nested tables differ, each with the value in every table as text; "–" if one has none."""
-    flat = [dict(_flat(table)) for table in tables]
-    keys = dict.fromkeys(key for one in flat for key in one)
-    rows = [(key, *(one.get(key, "–") for one in flat)) for key in keys]
+    sides = [{key: _text(value) for key, value in flat(table)} for table in tables]
+    keys = dict.fromkeys(key for side in sides for key in side)
+    rows = [(key, *(side.get(key, "–") for side in sides)) for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
@@ -223,12 +224,5 @@ def _digest(one: Any) -> str:
     return f"{str(one.get('sha256', '–'))[:16]}{rows}"
 
 
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Key paths with their values as text; entries of a list of tables have their number in the path."""
-    if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
-        value = {str(place): one for place, one in enumerate(value)}
-    if isinstance(value, Mapping):
-        for key, inside in value.items():
-            yield from _flat(inside, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from trimtab.core import registry
 from trimtab.reports.collect import PipelineRecord, RunRecord
 from trimtab.reports.headline import section
+from trimtab.runs.resume import flat
 
 _AGAIN = "-again"
 _READ_AS = {"prompts": "prompt", "guard.prompts": "prompt", "demonstrations": "sft", "pretraining_mix.data": "sft"}
@@ -83,7 +83,7 @@ class Repeating:
         known = section(run.data, source)
         if not known.get("sha256"):
             return self.stage(run)
-        keys = [key for key, value in _flat(run.settings) if value == source]
+        keys = [key for key, value in flat(run.settings) if value == source]
         if not keys:
             return self.stage(run)
         kind = "sft" if run.stage == "sft" and keys[0] == "data" else _READ_AS.get(keys[0])
@@ -144,12 +144,3 @@ def _was_moved(run: RunRecord) -> bool:
         return os.path.realpath(written) != os.path.realpath(run.directory)
     except ValueError:  # a path with a null character
         return True
-
-
-def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting that is no table, by its key path."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value

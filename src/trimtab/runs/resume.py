@@ -83,7 +83,7 @@ def changes(
     `grows` are the settings that say how long it is. `num_done` is the step of its newest checkpoint. Raises a
     ConfigError that names every key that must not differ, and every length below what is done.
     """
-    old, new = dict(_flat(before)), dict(_flat(now))
+    old, new = dict(flat(before)), dict(flat(now))
     how, length, moved = {}, {}, False
     wrong: dict[str, tuple[Any, Any]] = {}
     for key in {**old, **new}:
@@ -114,7 +114,7 @@ def changes(
 def refuse_own_inputs(settings: Mapping[str, Any], directory: Path) -> None:
     """Raises ConfigError if a setting names a file or directory in the run directory that is to be emptied."""
     here, place = RunPlace.of(directory), os.path.realpath(directory)
-    lost = {key: value for key, value in _flat(settings) if _names_path(key, value) and not is_how(key)}
+    lost = {key: value for key, value in flat(settings) if _names_path(key, value) and not is_how(key)}
     for key, value in lost.items():
         for name in value.partition("?")[0].split(","):
             path = here.resolved(name)
@@ -179,14 +179,15 @@ def _names_path(key: str, value: Any) -> bool:
     return os.sep in value or key.rpartition(".")[2] in _PATHS
 
 
-def _flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Key paths with their values; entries of a list of tables have their number in the path."""
+def flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The key paths of nested tables with their values; entries of a list of tables have their number in the path:
+    `rewards.0.name`."""
     if isinstance(values, Mapping):
         for key, value in values.items():
-            yield from _flat(value, f"{path}.{key}" if path else key)
+            yield from flat(value, f"{path}.{key}" if path else key)
     elif isinstance(values, list | tuple) and values and all(isinstance(v, Mapping) for v in values):
         for number, value in enumerate(values):
-            yield from _flat(value, f"{path}.{number}")
+            yield from flat(value, f"{path}.{number}")
     else:
         yield path, list(values) if isinstance(values, tuple) else values
 
