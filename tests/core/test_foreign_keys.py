@@ -257,3 +257,11 @@ def test_a_table_that_means_nothing_here_is_one_mistake():
     values = REQUIRED["sft"] | {"weather": {"today": "fine", "tomorrow": {"morning": "fair"}}}
     (problem,) = settings_check.mistakes(registry.modules("stage")["sft"], values, "")
     assert problem.startswith("weather: unknown key; ")
+
+
+def test_a_name_of_another_library_is_one_word():
+    """Two names that run into each other, where a blank between two pieces of a long key is forgotten, mean nothing."""
+    known = {name for names in OURS for name in names.split()}
+    assert {"liger_rope", "liger_rms_norm", "dataloader_drop_last", "dataloader_prefetch_factor"} <= known
+    joined = {a + b for a in known for b in known if len(a) > 4 < len(b)}
+    assert not joined & known

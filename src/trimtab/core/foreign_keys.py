@@ -112,11 +112,8 @@ OURS: dict[str, tuple[str, str]] = {
         "each has all the weights, and takes a share of the prompts",
     ),
     "xformers_attention sdp_attention s2_attention eager_attention flex_attention cut_cross_entropy liger_rope"
-    "liger_rms_norm liger_fused_linear_cross_entropy flash_attn flash_attention attn_implementation"
-    " use_liger_kernel use_liger_loss liger_kernel torch_compile": (
-        "",
-        _ATTENTION,
-    ),
+    " liger_rms_norm liger_fused_linear_cross_entropy flash_attn flash_attention attn_implementation"
+    " use_liger_kernel use_liger_loss liger_kernel torch_compile": ("", _ATTENTION),
     "deepspeed zero_stage fsdp fsdp_config": ("engine.shard", "true or false, with engine.workers processes"),
     "num_processes nproc_per_node world_size": (
         "engine.workers",
@@ -142,7 +139,7 @@ OURS: dict[str, tuple[str, str]] = {
     "dropout lora_dropout disable_dropout": ("", "nothing is trained with dropout; remove the key"),
     "neftune_noise_alpha": ("", "no noise is added to embeddings; remove the key"),
     "streaming dataset_shard_num skip_prepare_dataset dataloader_pin_memory dataloader_drop_last"
-    "dataloader_prefetch_factor dataset_num_proc dataloader_num_workers preprocessing_num_workers"
+    " dataloader_prefetch_factor dataset_num_proc dataloader_num_workers preprocessing_num_workers"
     " dataset_prepared_path": (
         "",
         "data is read on every core, and its tokens are kept for the next run; remove the key",
