@@ -76,10 +76,7 @@ OURS: dict[str, tuple[str, str]] = {
         "",
         "every step is logged in metrics.jsonl; remove the key",
     ),
-    "output_dir save_path ckpt_path run_name logging_dir default_local_dir exp_name experiment_name": (
-        "",
-        _DIRECTORY,
-    ),
+    "output_dir save_path ckpt_path run_name logging_dir default_local_dir exp_name experiment_name": ("", _DIRECTORY),
     "auto_resume_from_checkpoints use_ds_universal_ckpt resume_from_checkpoint overwrite_output_dir"
     " resume_mode load_checkpoint": (
         "",
@@ -102,10 +99,7 @@ OURS: dict[str, tuple[str, str]] = {
     "packing sample_packing packing_samples eval_packing eval_sample_packing packing_strategy pad_to_sequence_len"
     " pad_to_multiple_of group_by_length padding_free use_remove_padding": ("", _PACKED),
     "use_vllm vllm_mode vllm_model_impl vllm_num_engines vllm_server_base_url vllm_server_host vllm_enable_sleep_mode"
-    " rollout.name": (
-        "engine.sampler.name",
-        '"vllm" draws replies in processes of its own',
-    ),
+    " rollout.name": ("engine.sampler.name", '"vllm" draws replies in processes of its own'),
     "vllm_gpu_memory_utilization gpu_memory_utilization": ("engine.sampler.gpu_memory", ""),
     "vllm_tensor_parallel_size tensor_model_parallel_size tensor_parallel_size": (
         "engine.sampler.processes",
@@ -154,10 +148,7 @@ OURS: dict[str, tuple[str, str]] = {
     " actor_rollout_ref.model.path": ("model", ""),
     "ref_model ref_pretrain ref_model_path reference_model": ("reference baseline", ""),
     "custom_reward_function.path custom_reward_function.name reward_manager reward_model.model.path"
-    " reward_pretrain reward_model_path reward_funcs reward_function reward_model remote_rm_url": (
-        "rewards",
-        _REWARDS,
-    ),
+    " reward_pretrain reward_model_path reward_funcs reward_function reward_model remote_rm_url": ("rewards", _REWARDS),
     "critic_pretrain value_model value_model_path critic.model.path": ("critic.path", ""),
     "trust_remote_code": ("", "code in a model's directory is never run; remove the key"),
     "hf_token use_auth_token hub_token": ("", "the hub is asked with the login of `hf auth login`, or HF_TOKEN"),
