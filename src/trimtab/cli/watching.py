@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from trimtab.cli.helpers import FILE
 from trimtab.cli.tables import add_row, new_table
 from trimtab.core.terminal import printable
 
@@ -40,27 +41,25 @@ def report() -> None:
 
 @report.command(_PAGE)
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), help="The page.  [default: report.html in the directory]"
-)
+@click.option("--out", type=FILE, help="The page.  [default: report.html in the directory]")
 @click.option(
     "--json",
     "json_out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     help="The dossier, what the page shows as JSON.  [default: report.json in the directory, without --out]",
 )
 @click.option(
     "--suite",
     "suites",
     multiple=True,
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     help="Results of `trimtab eval SUITE MODEL BASELINE --out FILE`, for the page and the dossier.",
 )
 @click.option(
     "--agreement",
     "agreements",
     multiple=True,
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     help="Figures that `trimtab feedback agreement` has written beside its page.",
 )
 def page(directory: Path, out: Path | None, json_out: Path | None, **beside: tuple[Path, ...]) -> None:
@@ -80,7 +79,7 @@ def page(directory: Path, out: Path | None, json_out: Path | None, **beside: tup
 @report.command()
 @click.argument("first", type=click.Path(path_type=Path), metavar="A")
 @click.argument("second", type=click.Path(path_type=Path), metavar="B")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="A page with the curves of both.")
+@click.option("--out", type=FILE, help="A page with the curves of both.")
 def diff(first: Path, second: Path, out: Path | None) -> None:
     """Tell what changed from run A to run B, and whether it is more than noise.
 
