@@ -7,17 +7,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import ClassVar, Literal
-
-from torch import Tensor
+from typing import ClassVar, Literal, Self
 
 from trimtab.core.errors import DataError, need
-from trimtab.core.metrics import Metrics
 from trimtab.core.registry import register
 from trimtab.core.types import Prompt, Rollout
 from trimtab.rewards.amounts import TIMES_POWER_OF_TEN, amount_of, as_number
-from trimtab.rewards.each import Score, fact, score_each
-from trimtab.rewards.helper import Helper
+from trimtab.rewards.each import HelpedReply, Score, fact
 from trimtab.rewards.written import clean, same_text
 
 AnswerForm = Literal["hashes", "boxed", "tag", "last_number"]
@@ -37,13 +33,14 @@ _WORDS = re.compile(r"(?<![\\A-Za-z])(?!(?:sqrt|frac|pi|sin|cos|tan|log|ln|exp)(
 _SEVERAL = ("$", "\\(", "\\)", "\\[", "\\]", "\\boxed", "\n")
 """Marks that would end one formula and begin another: an answer is a single formula."""
 
-__all__ = ["ExactAnswer", "ExactAnswerScorer", "as_number", "find_answer"]
+__all__ = ["ExactAnswer", "as_number", "find_answer"]
 
 
 @register("reward", "exact_answer")
 @dataclass(frozen=True, kw_only=True)
-class ExactAnswer:
-    """1 for a reply whose final answer is the right one, 0 for any other reply."""
+class ExactAnswer(HelpedReply):
+    """1 for a reply whose final answer is the right one, 0 for any other reply. `reward/exact_answer_found` is the
+    share of replies that give an answer at all."""
 
     fact: str = "answer"
     """The prompt's fact that holds the right answer."""
@@ -65,34 +62,20 @@ class ExactAnswer:
         if not self.forms:
             raise ValueError("forms is empty; name at least one of 'hashes', 'boxed', 'tag' and 'last_number'")
 
-    def load(self, *, token_budget: int) -> ExactAnswerScorer:
-        """The scorer. Raises EngineError if math-verify is wanted and not installed."""
+    def load(self, *, token_budget: int) -> Self:
+        """The reward itself. Raises EngineError if math-verify is wanted and not installed."""
         if self.maths:
             need("math_verify", extra="math", setting="maths = true", where="rewards")
-        return ExactAnswerScorer(self)
-
-
-class ExactAnswerScorer:
-    """Finds final answers and compares them."""
-
-    thread_safe = True
-
-    def __init__(self, settings: ExactAnswer) -> None:
-        self.settings = settings
-        self.helper = Helper(seconds=settings.seconds)
-
-    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] 1 or 0; `reward/exact_answer_found` is the share of replies that give an answer at all."""
-        return score_each("exact_answer", rollouts, self._judge)
+        return self
 
     def _judge(self, rollout: Rollout) -> Score:
         right = self._right(rollout.prompt)
-        given = find_answer(rollout.response, self.settings.forms)
+        given = find_answer(rollout.response, self.forms)
         return Score(float(given is not None and self._same(right, given)), {"found": float(given is not None)})
 
     def _right(self, prompt: Prompt) -> str:
         """The right answer as a text. Raises DataError for a fact that is no answer: empty, a list, not a number."""
-        name = self.settings.fact
+        name = self.fact
         value = fact(prompt, name)
         text = str(value).strip() if isinstance(value, str | int) else ""
         if isinstance(value, float) and math.isfinite(value):
@@ -110,7 +93,7 @@ class ExactAnswerScorer:
     def _same(self, right: str, given: str) -> bool:
         if same_text(right, given):
             return True
-        if not self.settings.maths or any(mark in _plain(given) for mark in _SEVERAL):
+        if not self.maths or any(mark in _plain(given) for mark in _SEVERAL):
             return False
         # math-verify reads "5 millions" and "not 5" as 5, and 50% as 1/2.
         if amount_of(clean(right)) and (amount_of(clean(given)) or _WORDS.search(clean(given))):

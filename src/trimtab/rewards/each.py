@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
@@ -18,6 +19,7 @@ from trimtab.core import registry
 from trimtab.core.errors import DataError, TrimtabError
 from trimtab.core.metrics import Mean, Metrics, mean_of
 from trimtab.core.types import JsonDict, Prompt, Rollout
+from trimtab.rewards.helper import Helper
 
 _log = logging.getLogger("trimtab.rewards")
 
@@ -86,6 +88,19 @@ class EachReply(ABC):
     @abstractmethod
     def _judge(self, rollout: Rollout) -> Score:
         """The score of one reply. What it raises says why there is none."""
+
+
+class HelpedReply(EachReply):
+    """A reward that judges every reply by itself, and has a process of its own for judgements that may take for
+    ever."""
+
+    seconds: float
+    """Processor time for one judgement."""
+
+    @cached_property
+    def helper(self) -> Helper:
+        """The process; it starts with the first question."""
+        return Helper(seconds=self.seconds)
 
 
 def moments(values: Sequence[float]) -> Metrics:

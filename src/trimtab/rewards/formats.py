@@ -7,8 +7,9 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -16,8 +17,7 @@ from trimtab.core.errors import ConfigError, need
 from trimtab.core.metrics import Metrics
 from trimtab.core.registry import register
 from trimtab.core.types import Rollout
-from trimtab.rewards.each import EachReply, Score, score_each
-from trimtab.rewards.helper import Helper
+from trimtab.rewards.each import EachReply, HelpedReply, Score
 
 _log = logging.getLogger("trimtab.rewards")
 _FENCED = re.compile(r"^```[^\S\n]*([\w+-]*)[^\n]*\n(.*?)^```[^\S\n]*$", re.DOTALL | re.MULTILINE)
@@ -25,7 +25,7 @@ _FENCED = re.compile(r"^```[^\S\n]*([\w+-]*)[^\n]*\n(.*?)^```[^\S\n]*$", re.DOTA
 
 @register("reward", "regex")
 @dataclass(frozen=True, kw_only=True)
-class Regex:
+class Regex(HelpedReply):
     """1 for a reply that matches a regular expression (Python's, with . for line breaks too), else 0."""
 
     pattern: str
@@ -45,26 +45,8 @@ class Regex:
         except re.error as error:
             raise ValueError(f"pattern = {self.pattern!r} is no regular expression: {error}") from error
 
-    def load(self, *, token_budget: int) -> RegexScorer:
-        """The scorer."""
-        return RegexScorer(self)
-
-
-class RegexScorer:
-    """Matches replies in a process of its own."""
-
-    thread_safe = True
-
-    def __init__(self, settings: Regex) -> None:
-        self.settings = settings
-        self.helper = Helper(seconds=settings.seconds)
-
-    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] 1 or 0."""
-        return score_each("regex", rollouts, self._judge)
-
     def _judge(self, rollout: Rollout) -> Score:
-        return Score(float(self.helper.ask("matches", self.settings.pattern, self.settings.match, rollout.response)))
+        return Score(float(self.helper.ask("matches", self.pattern, self.match, rollout.response)))
 
 
 @register("reward", "reasoning_format")
@@ -125,7 +107,7 @@ class ReasoningFormat(EachReply):
 
 @register("reward", "json_schema")
 @dataclass(frozen=True, kw_only=True)
-class JsonSchema:
+class JsonSchema(HelpedReply):
     """1 for a reply that is JSON and fits a schema, else 0."""
 
     schema: str
@@ -139,19 +121,20 @@ class JsonSchema:
 
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
-    def load(self, *, token_budget: int) -> JsonSchemaScorer:
-        """The scorer. Raises ConfigError for a file that holds no schema."""
+    def load(self, *, token_budget: int) -> Self:
+        """The reward itself. Raises ConfigError for a file that holds no schema."""
         need("jsonschema", extra="json", setting="the reward json_schema", where="rewards")
-        scorer = JsonSchemaScorer(self, self._read())
         try:
-            scorer.helper.ask("check_schema", scorer.schema)
+            self.helper.ask("check_schema", self._text)
         except RuntimeError as error:
             raise ConfigError(
                 f"no JSON Schema: {error}", where=self.schema, fix="correct the file (https://json-schema.org)"
             ) from error
-        return scorer
+        return self
 
-    def _read(self) -> str:
+    @cached_property
+    def _text(self) -> str:
+        """The schema as JSON."""
         try:
             return json.dumps(json.loads(Path(self.schema).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
@@ -159,24 +142,9 @@ class JsonSchema:
                 f"the schema cannot be read: {error}", where=self.schema, fix="name a file with one JSON value"
             ) from error
 
-
-class JsonSchemaScorer:
-    """Validates replies in a process of its own."""
-
-    thread_safe = True
-
-    def __init__(self, settings: JsonSchema, schema: str) -> None:
-        self.settings = settings
-        self.schema = schema
-        self.helper = Helper(seconds=settings.seconds)
-
-    def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
-        """[B] 1 or 0."""
-        return score_each("json_schema", rollouts, self._judge)
-
     def _judge(self, rollout: Rollout) -> Score:
-        text = rollout.response if self.settings.find == "whole" else last_fenced(rollout.response)
-        return Score(float(text is not None and self.helper.ask("fits_schema", self.schema, text)))
+        text = rollout.response if self.find == "whole" else last_fenced(rollout.response)
+        return Score(float(text is not None and self.helper.ask("fits_schema", self._text, text)))
 
 
 def last_fenced(reply: str) -> str | None:
