@@ -111,18 +111,10 @@ def _student(num: int, confidence: float) -> float:
     return float(scipy.special.stdtrit(num - 1, 0.5 + confidence / 2))
 
 
-def paired_difference(
-    values_a: ArrayLike,
-    values_b: ArrayLike,
-    *,
-    groups: Sequence[Any] | None = None,
-    confidence: float = 0.95,
-    num_resamples: int = 1000,
-    seed: int = 0,
-) -> Interval:
+def paired_difference(values_a: ArrayLike, values_b: ArrayLike, *, groups: Sequence[Any] | None = None) -> Interval:
     """Mean of a - b over items measured under both a and b, with the interval of `bootstrap_mean`."""
     a, b = _vectors(values_a=values_a, values_b=values_b)
-    return bootstrap_mean(a - b, groups=groups, confidence=confidence, num_resamples=num_resamples, seed=seed)
+    return bootstrap_mean(a - b, groups=groups)
 
 
 def t_interval(values: ArrayLike, *, confidence: float = 0.95) -> Interval:
@@ -160,13 +152,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def win_rate(
-    scores_a: ArrayLike,
-    scores_b: ArrayLike,
-    *,
-    groups: Sequence[Any] | None = None,
-    confidence: float = 0.95,
-    num_resamples: int = 1000,
-    seed: int = 0,
+    scores_a: ArrayLike, scores_b: ArrayLike, *, groups: Sequence[Any] | None = None, num_resamples: int = 1000
 ) -> Interval:
     """Share of items on which a scores above b, ties counting half.
 
@@ -176,10 +162,8 @@ def win_rate(
     a, b = _vectors(scores_a=scores_a, scores_b=scores_b)
     wins = (a > b) + 0.5 * (a == b)
     if groups is None:
-        return wilson(float(wins.sum()), wins.size, confidence=confidence)
-    return bootstrap_mean(
-        wins, groups=groups, shares=True, confidence=confidence, num_resamples=num_resamples, seed=seed
-    )
+        return wilson(float(wins.sum()), wins.size)
+    return bootstrap_mean(wins, groups=groups, shares=True, num_resamples=num_resamples)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -213,7 +213,7 @@ def stacked(series: Mapping[str, Series], unit: str) -> Chart:
     """Quantities that add up to a total, as smoothed areas stacked on each other. All have the steps of the first."""
     chart = Chart(Axis("step"), Axis(unit, low=0.0), height=250)
     steps = next(iter(series.values())).steps
-    shown, below = _thin(len(steps)), np.zeros(len(steps))
+    shown, below = slice(None, None, math.ceil(len(steps) / MAX_POINTS) or 1), np.zeros(len(steps))
     for (name, one), colour in zip(series.items(), cycle(PALETTE), strict=False):
         chart.legend.append((_short(name), colour))
         values = np.interp(steps, one.steps, np.nan_to_num(moving_mean(one.values, smoothing_window(len(one)))))
@@ -401,7 +401,3 @@ def _with_extremes(series: Series, most: int = MAX_POINTS) -> NDArray[np.intp]:
         np.where(np.isnan(series.high), -np.inf, series.high),
     )
     return np.unique([end for at in stretches for end in (at[np.argmin(low[at])], at[np.argmax(high[at])])])
-
-
-def _thin(num_points: int, most: int = MAX_POINTS) -> slice:
-    return slice(None, None, math.ceil(num_points / most) or 1)

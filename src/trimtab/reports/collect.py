@@ -84,19 +84,19 @@ class Series:
         """How many known values each point stands for."""
         return (~np.isnan(self.values)).astype(float) if self.thinned is None else self.thinned.known
 
-    def mean_of_last(self, share: float = 0.1) -> float:
-        """Mean of this share of the known values at the end, at least one value; nan if none is known."""
-        return _mean_of_first(self.values[::-1], self._weights[::-1], share)
+    def mean_of_last(self) -> float:
+        """Mean of the last tenth of the known values, at least one value; nan if none is known."""
+        return _mean_of_first(self.values[::-1], self._weights[::-1])
 
-    def mean_of_first(self, share: float = 0.1) -> float:
-        """Mean of this share of the known values at the beginning, at least one value; nan if none is known."""
-        return _mean_of_first(self.values, self._weights, share)
+    def mean_of_first(self) -> float:
+        """Mean of the first tenth of the known values, at least one value; nan if none is known."""
+        return _mean_of_first(self.values, self._weights)
 
 
-def _mean_of_first(values: Floats, weights: Floats, share: float) -> float:
+def _mean_of_first(values: Floats, weights: Floats) -> float:
     """The mean of the first values of a series whose points stand for so many; of the last point needed, a part."""
     before = np.cumsum(weights) - weights
-    taken = np.clip(max(1, int(weights.sum() * share)) - before, 0, weights)
+    taken = np.clip(max(1, int(weights.sum() * 0.1)) - before, 0, weights)
     return float(np.nansum(values * taken) / taken.sum()) if taken.any() else math.nan
 
 

@@ -81,7 +81,7 @@ class PreferenceSettings(TrainingSettings):
     """Data to validate on; without it, a share of `data` split by prompt."""
     held_out: float = 0.1
     """The share of the prompts that is held out. Ignored when held_out_data is given."""
-    loss: Annotated[Any, Choice("preference_loss")] = field(default_factory=DPO)
+    loss: Annotated[PreferenceLoss, Choice("preference_loss")] = field(default_factory=DPO)
     """The loss that is minimised."""
     batch_size: int = 32
     """Prompts per update, each with all its pairs or replies."""
@@ -105,7 +105,7 @@ class PreferenceSettings(TrainingSettings):
 def run(settings: PreferenceSettings, run: Run) -> None:
     """Trains, validates and writes the policy to `run.model_dir`."""
     chat = Chat(load_tokenizer(settings.model))
-    loss: PreferenceLoss = settings.loss
+    loss = settings.loss
     counts: dict[str, int] = {}
     train, held_out = read_data(settings, chat, run, counts)
     watched = guard_prompts(settings.guard, train, run, chat) if settings.guard else None
@@ -195,7 +195,7 @@ def read_data(
 ) -> tuple[Comparisons, Comparisons] | tuple[Judgements, Judgements]:
     """The data to train on and the data to validate on, grouped by prompt. What was dropped, and the margins and labels
     that the loss does not use, are added to `counts`. Raises DataError if nothing is left to train on."""
-    loss: PreferenceLoss = settings.loss
+    loss = settings.loss
     kind: type[Any] = LabelledResponse if loss.reads == "replies" and holds_labels(settings.data) else PreferencePair
     train, held_out, read = read_split(kind, settings, run, chat)
     counts |= read
@@ -266,7 +266,7 @@ def make_batches(
     `first`, it reads together, as the update does: a policy that starts as its reference then differs from it by
     exactly nothing, in every precision, and the first loss says so.
     """
-    loss: PreferenceLoss = settings.loss
+    loss = settings.loss
     reference = reference if loss.needs_reference else None
     directory = Path(settings.reference_cache) if settings.reference_cache else run.directory.parent / ".reference"
 

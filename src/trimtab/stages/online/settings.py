@@ -17,9 +17,9 @@ from trimtab.engines.episodes import EpisodeLimits
 from trimtab.engines.local.learner import AdamW
 from trimtab.engines.local.sampler import Sampling
 from trimtab.math.advantages import GAE
-from trimtab.math.combining import SafetyGate, WeightedSum
+from trimtab.math.combining import Combination, SafetyGate, WeightedSum
 from trimtab.math.correction import SamplerCorrection, no_correction
-from trimtab.math.kl import FixedKL
+from trimtab.math.kl import FixedKL, KLController
 from trimtab.math.losses.policy import PPO
 from trimtab.math.losses.value import ValueLoss
 from trimtab.models.adapters import LoRA
@@ -176,7 +176,7 @@ class OnlineSettings:
     """Refuse the prompts at a bad row, or drop and count such rows."""
     rewards: Annotated[tuple[Any, ...], Choice("reward")]
     """The rewards that judge the rollouts."""
-    combine: Annotated[Any, Choice("combination")] = field(default_factory=WeightedSum)
+    combine: Annotated[Combination, Choice("combination")] = field(default_factory=WeightedSum)
     """How several rewards become one: their weighted sum, or a gate between helpfulness and safety."""
     cost: CostLimit | None = None
     """A limit on what replies cost on average; None sets none."""
@@ -189,7 +189,7 @@ class OnlineSettings:
     """The advantage estimator."""
     loss: Annotated[Any, Choice("policy_loss")] = field(default_factory=PPO)
     """The policy loss."""
-    kl: Annotated[Any, Choice("kl_controller")] = field(default_factory=lambda: FixedKL(coef=0.05))
+    kl: Annotated[KLController, Choice("kl_controller")] = field(default_factory=lambda: FixedKL(coef=0.05))
     """The KL coefficient: fixed, or adapted to a target."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Whether the KL is subtracted from the reward of each token or added to the loss."""
