@@ -79,21 +79,19 @@ class BestOfN:
     """Mean over prompts, with an interval from a bootstrap over prompts."""
 
 
-def best_of_n_curve(
-    values: ArrayLike, ranked_by: ArrayLike, ns: Sequence[int], *, seed: int = 0
-) -> tuple[BestOfN, ...]:
+def best_of_n_curve(values: ArrayLike, ranked_by: ArrayLike, ns: Sequence[int]) -> tuple[BestOfN, ...]:
     """The curve of `best_of_n`, with one point for each n.
 
     Gold values ranked by a proxy show what choosing by the proxy gains; ranked by gold itself, they show the most that
     any choice can gain. Both arrays are [P, N]. Raises ValueError for an n above the N samples of each prompt.
     """
-    return curve_of(best_of_each(values, ranked_by, ns), ns, seed=seed)
+    return curve_of(best_of_each(values, ranked_by, ns), ns)
 
 
-def curve_of(table: Floats, ns: Sequence[int], *, seed: int = 0) -> tuple[BestOfN, ...]:
+def curve_of(table: Floats, ns: Sequence[int]) -> tuple[BestOfN, ...]:
     """The curve of a table [P, len(ns)] from `best_of_each`, which may be collected a few prompts at a time."""
     return tuple(
-        BestOfN(n=n, kl=best_of_n_kl(n), value=bootstrap_mean(column, seed=seed))
+        BestOfN(n=n, kl=best_of_n_kl(n), value=bootstrap_mean(column))
         for n, column in zip(ns, table.T, strict=True)
     )
 

@@ -155,13 +155,13 @@ def length_stats(texts: Sequence[str]) -> dict[str, float]:
     }
 
 
-def text_stats(texts: Sequence[str], *, num_words: int | None = None, seed: int = 0) -> dict[str, float]:
+def text_stats(texts: Sequence[str], *, num_words: int | None = None) -> dict[str, float]:
     """All statistics of this module for one model's replies; `num_words` is as in `distinct_n`."""
     return {
         **length_stats(texts),
         "distinct_1": distinct_n(texts, 1, num_words=num_words),
         "distinct_2": distinct_n(texts, 2, num_words=num_words),
-        "self_bleu": self_bleu(texts, seed=seed),
+        "self_bleu": self_bleu(texts),
         "repetition_4": float(np.mean([repetition(text) for text in texts])) if texts else math.nan,
         "compression_ratio": compression_ratio(texts),
     }
