@@ -50,8 +50,11 @@ def disk_problem(error: BaseException) -> str:
     return ""
 
 
+UNCHANGED = "what was there before is as it was"
+
+
 @contextmanager
-def writing(what: str, place: Path, *, kept: str = "what was there before is as it was") -> Iterator[None]:
+def writing(what: str, place: Path, *, kept: str = UNCHANGED) -> Iterator[None]:
     """Inside this block a disk error becomes an EngineError about `what`. `kept` says what is not lost."""
     try:
         yield
@@ -96,6 +99,12 @@ def write_whole(path: Path, text: str) -> None:
     """Replaces a text file atomically; see `replacing`."""
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, *, kept: str = UNCHANGED) -> None:
+    """Replaces a JSON file atomically; a disk error becomes an EngineError that says what is `kept`."""
+    with writing(path.name, path, kept=kept):
+        write_whole(path, json_text(value))
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

@@ -91,8 +91,7 @@ def best_of_n_curve(values: ArrayLike, ranked_by: ArrayLike, ns: Sequence[int]) 
 def curve_of(table: Floats, ns: Sequence[int]) -> tuple[BestOfN, ...]:
     """The curve of a table [P, len(ns)] from `best_of_each`, which may be collected a few prompts at a time."""
     return tuple(
-        BestOfN(n=n, kl=best_of_n_kl(n), value=bootstrap_mean(column))
-        for n, column in zip(ns, table.T, strict=True)
+        BestOfN(n=n, kl=best_of_n_kl(n), value=bootstrap_mean(column)) for n, column in zip(ns, table.T, strict=True)
     )
 
 

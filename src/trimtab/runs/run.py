@@ -22,6 +22,7 @@ from trimtab.core.files import (
     remove,
     replacing,
     sync,
+    write_json,
     write_whole,
     writing,
 )
@@ -268,8 +269,7 @@ class Run:
             )
         whole = {**entry, **further}
         if known is None or seen[known] != whole:
-            with writing(path.name, path, kept=_GOES_ON):
-                write_whole(path, json_text({**seen, known or name: whole}))
+            write_json(path, {**seen, known or name: whole}, kept=_GOES_ON)
 
     def _is_same_source(self, before: str, now: str) -> bool:
         """Whether two names mean one file: the run may have been moved, or its file named in another way."""
@@ -297,8 +297,7 @@ class Run:
             noted.setdefault("resumed_with", []).append(other)
             said = f"the run began with the {name} {before!r} and goes on with {taken!r}; last digits may differ"
             warn(said)
-        with writing("environment.json", record, kept=_GOES_ON):
-            write_whole(record, json_text(noted))
+        write_json(record, noted, kept=_GOES_ON)
 
     def note_cards(self, hashes: Mapping[str, str]) -> None:
         """Records the hashes of the cards of the run's reward models, by key path; also those of a resumed run."""
@@ -309,8 +308,7 @@ class Run:
             noted.setdefault("resumed_with", []).append(other)
         else:
             noted |= other
-        with writing("environment.json", self.directory / "environment.json", kept=_GOES_ON):
-            write_whole(self.directory / "environment.json", json_text(noted))
+        write_json(self.directory / "environment.json", noted, kept=_GOES_ON)
 
     def save_checkpoint(
         self, step: int, write: Callable[[Path], None], keep: int = 2, also: Collection[int] = ()
@@ -367,8 +365,7 @@ class Run:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json and closes the run: the last thing a stage does."""
-        with writing("summary.json", self.directory / "summary.json", kept=_GOES_ON):
-            write_whole(self.directory / "summary.json", json_text(summary))
+        write_json(self.directory / "summary.json", summary, kept=_GOES_ON)
         self.close()
 
     def kept(self) -> str:

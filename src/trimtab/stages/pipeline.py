@@ -31,7 +31,7 @@ from rich.console import Console
 
 from trimtab.core import config, registry, settings_check
 from trimtab.core.errors import ConfigError, Interrupted, Terminated, TrimtabError, nearest
-from trimtab.core.files import json_text, read_json, write_whole, writing
+from trimtab.core.files import read_json, write_json, write_whole, writing
 from trimtab.core.process import peak_rss_gb, peaks_rss_gb
 from trimtab.runs.run import Run, holding, holds_run
 from trimtab.stages import preflight
@@ -321,9 +321,3 @@ def add_to_summary(directory: Path, values: Mapping[str, Any]) -> None:
     path = directory / "summary.json"
     again = "remove it: the stage is finished again from its last checkpoint"
     write_json(path, read_json(path, fix=again) | dict(values))
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes the value as a JSON file."""
-    with writing(path.name, path):
-        write_whole(path, json_text(value))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trimtab.core.errors import DataError, EngineError
-from trimtab.core.files import json_text, write_whole, writing
+from trimtab.core.files import write_json
 from trimtab.core.metrics import Mean, Metrics
 from trimtab.core.terminal import note
 from trimtab.evals.checkpoint_choice import (
@@ -191,8 +191,7 @@ class RunGuard:
             "lexicons": LEXICON_VERSION,
         }
         path = self.run.directory / DECISION
-        with writing(DECISION, path):
-            write_whole(path, json_text(decision(seen.series, evidence=evidence)))
+        write_json(path, decision(seen.series, evidence=evidence))
         if self.settings.writes == "last" and chosen is not last:
             print(
                 f"guard: the measure is best at step {chosen.step} ({said}); the model is that of the last step "
