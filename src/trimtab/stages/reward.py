@@ -9,15 +9,13 @@ outcomes, ratings) have no pairs to be judged by; `reward_replies.py` is their l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
 from trimtab.batches.trees import TokenTrees, Tree, split_sizes
-from trimtab.core.config import Choice
 from trimtab.core.errors import DataError
 from trimtab.core.files import write_out
 from trimtab.core.metrics import Metrics, merge
@@ -26,11 +24,8 @@ from trimtab.data.chat import Chat
 from trimtab.data.pairs import Comparisons, group_pairs
 from trimtab.data.rankings import only_rankings
 from trimtab.engines.build import Engines
-from trimtab.engines.local.learner import AdamW
 from trimtab.evals.length_curves import length_refusal
 from trimtab.evals.reward_card import MOST_TRAINING_PAIRS
-from trimtab.math.losses.reward import BradleyTerry
-from trimtab.models.adapters import LoRA
 from trimtab.models.average import HEAD_START
 from trimtab.models.forward import sequence_scores_of
 from trimtab.models.lengths import refuse_long
@@ -57,13 +52,13 @@ from trimtab.stages.reward_members import (
     start_members,
 )
 from trimtab.stages.reward_replies import train_on_replies
-from trimtab.stages.reward_teacher import TEACHER_FILE, agreement_with_teacher, teach, teacher_refusal
+from trimtab.stages.reward_settings import RewardSettings
+from trimtab.stages.reward_teacher import TEACHER_FILE, agreement_with_teacher, teach
 from trimtab.stages.stage import EPOCHS_GROW, Stage
 from trimtab.stages.supervised import (
     FIT,
     Epochs,
     Learners,
-    TrainingSettings,
     Validation,
     make_learner,
     training,
@@ -77,70 +72,10 @@ NUM_MEASURED = 256
 """How many prompts' replies give the mean and deviation of the reward, to within a few hundredths of the deviation."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RewardSettings(TrainingSettings):
-    """Settings of the reward stage."""
-
-    model: str
-    """The model to start from: usually the SFT model; any causal model or encoder."""
-    data: str
-    """What the loss learns from, usually preference pairs: a file, a hub id or a world."""
-    held_out_data: str | None = None
-    """Data to judge the model by; without it, a share of `data` split by prompt."""
-    held_out: float = 0.1
-    """The share of the prompts that is held out. Ignored when held_out_data is given."""
-    demonstrations: str | None = None
-    """Demonstrations whose mean reward is shifted to zero: the first 1000 of them, fitted to max_tokens; without them,
-    the chosen replies of the training pairs."""
-    loss: Annotated[Any, Choice("reward_loss")] = field(default_factory=BradleyTerry)
-    """The loss that is minimised: "bradley_terry" over pairs, "plackett_luce" over whole rankings, or over single
-    replies "process" (step labels), "outcome" (thumbs) and "regression" (ratings)."""
-    num_epochs: float = 1.0
-    """Passes over the data; more than one overfits noisy votes quickly."""
-    batch_size: int = 64
-    """Prompts per update, each with all its pairs."""
-    optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=1e-5, schedule="cosine", warmup_fraction=0.03))
-    """The optimizer and its schedule."""
-    adapter: LoRA | None = None
-    """Train a low-rank adapter and the score head on the frozen model instead of all its weights."""
-    head_seed: int | None = None
-    """Seed of a new score head; None takes `seed`. Models to be averaged need one head to begin with."""
-    members: int = 1
-    """Train an ensemble of so many models, each with a seed and an order of the data of its own."""
-    bootstrap: bool = False
-    """Each member draws as many prompts as there are, with replacement, and trains on these."""
-    teacher: Annotated[tuple[Any, ...], Choice("reward")] = ()
-    """Learn from the scores of these rewards, added up with their weights, and not from the labels of `data`: a large
-    model, an ensemble, or any other reward. The labels judge the model then."""
-    teacher_temperature: float = 1.0
-    """A pair's label is the sigmoid of the difference of the teacher's two scores, divided by this: below 1 for a
-    teacher whose scores are no logits and lie close together."""
-
-    def __post_init__(self) -> None:
-        if problem := teacher_refusal(self):
-            raise ValueError(problem)
-        if self.bootstrap and self.members == 1:
-            raise ValueError("bootstrap = true is for the members of an ensemble, and members = 1")
-        if learns_from(self) is PreferencePair:
-            return
-        for name, given in (("members", self.members > 1), ("demonstrations", self.demonstrations is not None)):
-            if given:
-                raise ValueError(
-                    f"{name} with the loss {type(self.loss).__name__}: ensembles and the zero of demonstrations "
-                    f"are for models of pairs; leave {name} out"
-                )
-
-
-def learns_from(settings: RewardSettings) -> type[Any]:
-    """The kind of record that the loss learns from."""
-    kind: type[Any] = getattr(settings.loss, "learns_from", PreferencePair)
-    return kind
-
-
 def run(settings: RewardSettings, run: Run) -> None:
     """Trains, calibrates and judges the reward model; writes it to `run.model_dir` and its card beside that."""
     refuse_unused_seed(settings)
-    if learns_from(settings) is not PreferencePair:
+    if settings.learns_from is not PreferencePair:
         train_on_replies(settings, run)
         return
     chat = Chat(load_tokenizer(settings.model))
@@ -327,7 +262,7 @@ STAGE = Stage(
     makes="reward model",
     model="any",
     trains="reward model",
-    data=lambda settings: (learns_from(settings),),
+    data=lambda settings: (settings.learns_from,),
     writes=("metrics.jsonl", CARD_FILE, TEACHER_FILE),
     grows=EPOCHS_GROW,
     about="A reward model learned what people prefer, from comparisons of replies or from judgements of single ones.",

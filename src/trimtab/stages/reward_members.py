@@ -32,6 +32,7 @@ from trimtab.models.adapters import is_head, start_adapter
 from trimtab.models.load import drawn_head, is_classifier, load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel, head_of_weights
 from trimtab.models.save import save_role
+from trimtab.stages.reward_settings import RewardSettings
 from trimtab.stages.supervised import Epochs
 from trimtab.stats import Floats, spearman
 
@@ -39,7 +40,7 @@ ROUNDING = 1e-6
 """Scores whose deviation is below this share of the largest are equal: float32 computes no more digits."""
 
 
-def settings_of(settings: Any, member: int) -> Any:
+def settings_of(settings: RewardSettings, member: int) -> RewardSettings:
     """The settings of one member, with a seed of its own. The first has that of the run: without `bootstrap` it is the
     model that a run of one member gives."""
     return replace(settings, seed=seeds.derive(settings.seed, "member", member)) if member else settings
@@ -54,7 +55,7 @@ class Examples:
     """The examples of each step of a member: all in its own order, or with `bootstrap` as many as there are, drawn with
     replacement."""
 
-    def __init__(self, settings: Any, member: int, examples: Sequence[Tree]) -> None:
+    def __init__(self, settings: RewardSettings, member: int, examples: Sequence[Tree]) -> None:
         own, num = settings_of(settings, member), len(examples)
         draw = seeds.generator(own.seed, "bootstrap")
         self._drawn = draw.integers(num, size=num) if settings.bootstrap else np.arange(num)
@@ -68,7 +69,7 @@ class Examples:
 # --- starting ---
 
 
-def refuse_unused_seed(settings: Any) -> None:
+def refuse_unused_seed(settings: RewardSettings) -> None:
     """Raises ConfigError for the seed of a new head if the model brings one that was trained."""
     path = settings.model
     if settings.head_seed is not None and (is_classifier(path) or is_classifier(base_of(path) or path)):
@@ -79,7 +80,7 @@ def refuse_unused_seed(settings: Any) -> None:
         )
 
 
-def start_members(settings: Any, chat: Chat) -> tuple[list[ScalarModel], str]:
+def start_members(settings: RewardSettings, chat: Chat) -> tuple[list[ScalarModel], str]:
     """The models to train and the base they belong to. Members that are adapters share their base. A trained score
     head, of the adapter that they begin as or of the base, is where all of them begin; otherwise each draws its own."""
     first, base = _start(settings, chat)
@@ -101,7 +102,7 @@ def start_members(settings: Any, chat: Chat) -> tuple[list[ScalarModel], str]:
     return members, base
 
 
-def _start(settings: Any, chat: Chat) -> tuple[ScalarModel, str]:
+def _start(settings: RewardSettings, chat: Chat) -> tuple[ScalarModel, str]:
     """One model to train and the base it belongs to: whole, or an adapter, which may begin as the policy's."""
     path = settings.model
     options: dict[str, Any] = {"head_seed": _head_seed(settings), "device": settings.engine.find_device()}
@@ -130,11 +131,11 @@ def _forget_facts(model: PreTrainedModel) -> None:
         delattr(model.config, name)
 
 
-def _head_seed(settings: Any) -> int:
+def _head_seed(settings: RewardSettings) -> int:
     return seeds.derive(settings.seed if settings.head_seed is None else settings.head_seed, "reward head")
 
 
-def load_roles(settings: Any, _directory: Path) -> tuple[str, dict[str, ScalarModel]]:
+def load_roles(settings: RewardSettings, _directory: Path) -> tuple[str, dict[str, ScalarModel]]:
     """The tokenizer and the members by the names of their roles; see `Engines.start`."""
     members, _ = start_members(settings, Chat(load_tokenizer(settings.model)))
     return settings.model, {name_of(number): member for number, member in enumerate(members)}

@@ -42,6 +42,7 @@ from trimtab.rewards.scorer import finite_scores
 from trimtab.runs.run import Run
 from trimtab.stages.reading import read, say_too_long, say_trained_on
 from trimtab.stages.reward_members import head_start, load_roles, save_members, start_members
+from trimtab.stages.reward_settings import RewardSettings
 from trimtab.stages.supervised import FIT, Epochs, Validation, make_learner, training, validate
 from trimtab.stats import Floats, bootstrap_mean
 
@@ -53,9 +54,8 @@ LABELS_FROM: dict[str, LabelsFrom] = {
 """Who labelled the steps, by the layout of the data, of the layouts that say so."""
 
 
-def train_on_replies(settings: Any, run: Run) -> None:
-    """Trains and judges a model with a loss over single replies; writes it to `run.model_dir`. `settings` are those of
-    the reward stage."""
+def train_on_replies(settings: RewardSettings, run: Run) -> None:
+    """Trains and judges a model with a loss over single replies; writes it to `run.model_dir`."""
     chat = Chat(load_tokenizer(settings.model))
     loaded = load_replies(settings.data, settings, run, chat, limit=settings.limit)
     counts = dict(loaded.counts)
@@ -104,13 +104,13 @@ def train_on_replies(settings: Any, run: Run) -> None:
     run.finish(card | facts | {"counts": counts} | steps.counts)
 
 
-def load_replies(source: str, settings: Any, run: Run, chat: Chat, limit: int | None = None) -> Loaded[Any]:
+def load_replies(source: str, settings: RewardSettings, run: Run, chat: Chat, limit: int | None = None) -> Loaded[Any]:
     """The records that the loss learns from."""
     kind = settings.loss.learns_from
     return read(kind, source, run, on_bad_row=settings.on_bad_row, limit=limit, accepts=chat.refusal)
 
 
-def facts_of(settings: Any, loaded: Loaded[Any]) -> dict[str, Any]:
+def facts_of(settings: RewardSettings, loaded: Loaded[Any]) -> dict[str, Any]:
     """What the directory says of its scores. Raises DataError if nothing says who labelled steps, or if every reply has
     one step."""
     loss = settings.loss
@@ -141,7 +141,7 @@ def facts_of(settings: Any, loaded: Loaded[Any]) -> dict[str, Any]:
     }
 
 
-def refuse_constant(settings: Any, records: Sequence[Any]) -> None:
+def refuse_constant(settings: RewardSettings, records: Sequence[Any]) -> None:
     """Raises DataError if these records have one label or one rating alone, which a model would give to any reply."""
     given = {float(label) for record in records for label in labels_of(record) if label is not None}
     if len(given) == 1:
@@ -161,7 +161,7 @@ def labels_of(record: Any) -> Sequence[float | None]:
     return (record.rating if isinstance(record, RatedResponse) else float(record.label),)
 
 
-def graded(records: Sequence[Any], chat: Chat, settings: Any, counts: dict[str, int]) -> GradedPrompts:
+def graded(records: Sequence[Any], chat: Chat, settings: RewardSettings, counts: dict[str, int]) -> GradedPrompts:
     """The records with their labels at tokens. A reply whose steps hold the separator stops the stage, or with
     `on_bad_row = "drop"` is left out and counted."""
 
@@ -190,7 +190,7 @@ def grade(record: Any, chat: Chat, loss: Any) -> Grade:
 # --- judging ---
 
 
-def judge(model: ScalarModel, held_out: GradedPrompts, settings: Any) -> dict[str, Any]:
+def judge(model: ScalarModel, held_out: GradedPrompts, settings: RewardSettings) -> dict[str, Any]:
     """How well the scores fit the held-out labels, with intervals that resample prompts. Raises EngineError for scores
     that are not finite."""
     batch = held_out.batch()

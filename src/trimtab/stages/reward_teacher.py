@@ -25,7 +25,6 @@ import scipy
 from trimtab.core import registry
 from trimtab.core.errors import DataError
 from trimtab.core.files import write_rows, writing
-from trimtab.core.hub import same_model
 from trimtab.core.terminal import note
 from trimtab.core.types import PreferencePair, Prompt, Rollout, prompt_id, to_dict
 from trimtab.data.chat import Chat
@@ -36,33 +35,11 @@ from trimtab.rewards.model import ModelReward
 from trimtab.runs.models import local_digest
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
+from trimtab.stages.reward_settings import RewardSettings
 from trimtab.stats import Floats, spearman
 
 TEACHER_FILE = "teacher.jsonl"
 """The pairs with the teacher's scores of both replies, in the directory of the run."""
-
-
-def teacher_refusal(settings: Any) -> str:
-    """Why the settings of the reward stage can have no teacher, or need one; "" if all is well."""
-    if not settings.teacher:
-        given = settings.teacher_temperature
-        return "" if given == 1 else f"teacher_temperature = {given:g} without a teacher, whose scores it would divide"
-    loss = type(settings.loss).__name__
-    if getattr(settings.loss, "learns_from", PreferencePair) is not PreferencePair or settings.loss.needs_ranking:
-        return f"teacher with the loss {loss}: a teacher labels pairs; use loss = 'bradley_terry', or leave teacher out"
-    if smoothing := getattr(settings.loss, "label_smoothing", 0.0):
-        return (
-            f"loss.label_smoothing = {smoothing:g} with a teacher, whose labels are soft already; leave it out, and "
-            "raise teacher_temperature for softer ones"
-        )
-    alone = settings.teacher[0] if len(settings.teacher) == 1 else None
-    corrected = getattr(alone, "length_correction", None) is not None
-    if isinstance(alone, ModelReward) and same_model(alone.path, settings.model) and not corrected:
-        return (
-            f"teacher.0.path and model are both {settings.model!r}: a model learns nothing from its own scores; name "
-            "another teacher, or start from another model"
-        )
-    return ""
 
 
 @dataclass(frozen=True)
@@ -78,7 +55,7 @@ class Taught:
 
 
 def teach(
-    settings: Any, run: Run, chat: Chat, train: Comparisons, held_out: Comparisons, counts: dict[str, int]
+    settings: RewardSettings, run: Run, chat: Chat, train: Comparisons, held_out: Comparisons, counts: dict[str, int]
 ) -> Taught:
     """The pairs as the teacher sees them. Its scores are read from teacher.jsonl, if this run has written it.
 
@@ -121,7 +98,7 @@ def teach(
     return Taught(relabelled(train, found["train"]), relabelled(held_out, found["held_out"]), found["held_out"])
 
 
-def load_teacher(settings: Any, pairs: Sequence[PreferencePair]) -> CombinedReward:
+def load_teacher(settings: RewardSettings, pairs: Sequence[PreferencePair]) -> CombinedReward:
     """The teacher, with its models on the device of the stage. Raises DataError if prompts lack a fact it needs."""
     prompts = list({prompt_id(pair.prompt.messages): pair.prompt for pair in pairs}.values())
     refuse_missing_facts(judges(settings), prompts, where=settings.data)
@@ -164,7 +141,7 @@ def finished(prompt: Prompt, prompt_ids: tuple[int, ...], reply: str, chat: Chat
 
 
 def agreement_with_teacher(
-    settings: Any, pairs: Sequence[PreferencePair], student: Floats, teacher: Floats
+    settings: RewardSettings, pairs: Sequence[PreferencePair], student: Floats, teacher: Floats
 ) -> dict[str, Any]:
     """What the student keeps of its teacher, from the scores [2, num_pairs] of both for chosen and rejected replies.
 
@@ -189,13 +166,13 @@ def agreement_with_teacher(
     }
 
 
-def _digests(settings: Any) -> dict[str, str]:
+def _digests(settings: RewardSettings) -> dict[str, str]:
     """The digests of the teacher's models that are in directories, by their paths: the labels depend on these."""
     paths = [reward.path for reward in settings.teacher if isinstance(reward, ModelReward)]
     return {path: digest for path in paths if (digest := local_digest(path)) is not None}
 
 
-def _names(settings: Any) -> list[str]:
+def _names(settings: RewardSettings) -> list[str]:
     """The teacher's rewards as a card names them: a reward model by its path."""
     return [getattr(reward, "path", registry.name_of("reward", type(reward))) for reward in settings.teacher]
 
