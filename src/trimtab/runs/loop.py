@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,23 @@ class LoopState(Protocol):
 
     def load(self, path: Path) -> None:
         """Restores the state that `save` wrote there."""
+
+
+@dataclass(frozen=True)
+class JointState:
+    """Several states as one, such as two files that grow together. Each writes files of names of its own."""
+
+    members: Sequence[LoopState]
+
+    def save(self, path: Path) -> None:
+        """Writes the state of all of them."""
+        for member in self.members:
+            member.save(path)
+
+    def load(self, path: Path) -> None:
+        """Restores what `save` wrote."""
+        for member in self.members:
+            member.load(path)
 
 
 @dataclass

@@ -18,6 +18,11 @@ class RowsFile:
         self.path = path
         self._num_bytes = 0
 
+    @property
+    def num_rows(self) -> int:
+        """The number of rows in the file."""
+        return len(self.path.read_bytes().splitlines())
+
     def append_rows(self, rows: Iterable[JsonDict]) -> None:
         """Adds rows after the last row that counts; rows that a killed process left behind it are removed."""
         with self.path.open("r+b" if self.path.exists() else "wb") as file:

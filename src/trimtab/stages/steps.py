@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -32,7 +31,7 @@ from trimtab.engines.device import EngineSettings
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.models.load import load_tokenizer
 from trimtab.rewards.combined import CombinedReward, judges, load_rewards, refuse_missing_facts
-from trimtab.runs.loop import stepping
+from trimtab.runs.loop import JointState, stepping
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
 from trimtab.stages.reading import read
@@ -121,24 +120,27 @@ def run(settings: StepsSettings, run: Run) -> None:
     sampler = engines.sampler(policy, chat, settings.sampling)
     sampler.check_room(max(len(one.prompt_ids) + len(one.ids) for one in begun), settings.sampling.max_new_tokens)
     run.note_path("sampler", sampler.sampler)
-    files = Labelled(run.directory)
+    stepwise, outcomes = RowsFile(run.directory / "steps.jsonl"), RowsFile(run.directory / "outcomes.jsonl")
+    state = JointState([stepwise, outcomes])
     num_planned = math.ceil(len(begun) / settings.replies_per_step)
     num_steps = min(num_planned, settings.max_steps or num_planned)
-    with engines, stepping(run, files, num_steps=num_steps, checkpoint_every=1, description="steps") as steps:
+    with engines, stepping(run, state, num_steps=num_steps, checkpoint_every=1, description="steps") as steps:
         for number in steps:
             seed_noise(settings.seed, "steps", number)
             first = number * settings.replies_per_step
             mine = begun[first : first + settings.replies_per_step]
-            stepwise, outcomes, metrics = label_step(first, mine, sampler=sampler, verifier=verifier, settings=settings)
-            files.append(stepwise, outcomes)
+            labelled, judged, metrics = label_step(first, mine, sampler=sampler, verifier=verifier, settings=settings)
+            stepwise.append_rows(labelled)
+            outcomes.append_rows(judged)
             steps.log(metrics)
+    rows = {"stepwise_rows": stepwise.num_rows, "outcome_rows": outcomes.num_rows}
     run.finish({
         "num_steps": num_steps,
         "num_planned_steps": num_planned,
         "num_completions": settings.num_completions,
         "labels": settings.labels,
         "sampler": sampler.sampler,
-        "counts": dict(loaded.counts) | counts | files.counts(),
+        "counts": dict(loaded.counts) | counts | rows,
     })  # fmt: skip
 
 
@@ -266,34 +268,6 @@ def label_of(num_right: int, num_judged: int, labels: str) -> bool | float | Non
     if not num_judged:
         return None
     return num_right > 0 if labels == "hard" else num_right / num_judged
-
-
-class Labelled:
-    """The two files of the stage, which are the state of its loop."""
-
-    def __init__(self, directory: Path) -> None:
-        self.stepwise = RowsFile(directory / "steps.jsonl")
-        self.outcomes = RowsFile(directory / "outcomes.jsonl")
-
-    def append(self, stepwise: Sequence[JsonDict], outcomes: Sequence[JsonDict]) -> None:
-        """Adds rows to each."""
-        self.stepwise.append_rows(stepwise)
-        self.outcomes.append_rows(outcomes)
-
-    def save(self, path: Path) -> None:
-        """Writes their lengths into the directory `path`."""
-        self.stepwise.save(path)
-        self.outcomes.save(path)
-
-    def load(self, path: Path) -> None:
-        """Cuts them to their lengths when `save` was called."""
-        self.stepwise.load(path)
-        self.outcomes.load(path)
-
-    def counts(self) -> dict[str, int]:
-        """The numbers of rows."""
-        files = {"stepwise_rows": self.stepwise.path, "outcome_rows": self.outcomes.path}
-        return {name: len(path.read_bytes().splitlines()) for name, path in files.items()}
 
 
 STAGE = Stage(

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
@@ -27,7 +26,7 @@ from trimtab.engines.device import EngineSettings
 from trimtab.engines.local.learner import AdamW
 from trimtab.models.precision import Precision
 from trimtab.models.roles import Policy, ScalarModel
-from trimtab.runs.loop import LoopState, Steps, stepping
+from trimtab.runs.loop import JointState, LoopState, Steps, stepping
 from trimtab.runs.run import Run
 from trimtab.stages.noise import seed_noise
 from trimtab.stages.rehearsal import largest_step, steps_rehearsed
@@ -219,7 +218,7 @@ class TrainedState(LoopState, Protocol):
 
 
 @dataclass(frozen=True)
-class Learners:
+class Learners(JointState):
     """Several learners that take their steps together, as the state of one run."""
 
     members: Sequence[Learner]
@@ -228,16 +227,6 @@ class Learners:
     def form(self) -> str:
         """How the first of them computes a batch."""
         return self.members[0].form
-
-    def save(self, path: Path) -> None:
-        """Writes the state of all of them."""
-        for learner in self.members:
-            learner.save(path)
-
-    def load(self, path: Path) -> None:
-        """Restores what `save` wrote."""
-        for learner in self.members:
-            learner.load(path)
 
 
 class TrainingSteps:
