@@ -31,7 +31,6 @@ def write_card(card: Mapping[str, Any], path: Path, *, model: str) -> Path:
         about=f"How far {model} can be trusted.",
         verdict=Verdict("neutral", "The reward model was judged.", tuple(card_sentences(card))),
         sections=[Section(card_parts(card))],
-        footer="Brackets are 95% intervals. This page holds everything it shows, loads nothing and runs no script.",
     )
     return write(page, path)
 

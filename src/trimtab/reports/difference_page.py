@@ -12,7 +12,6 @@ from trimtab.reports.difference import figure_rows, input_rows, noise_sentences,
 from trimtab.reports.guide import meaning
 from trimtab.reports.page import Folded, Panel, Panels, Part, Report, Section, Table, Text
 
-_FOOTER = "Brackets are 95% intervals. This page holds everything it shows, loads nothing and runs no script."
 _NUM_OPEN = 6
 """Curves shown before the reader opens the others."""
 
@@ -41,7 +40,7 @@ def difference_page(first: RunRecord | PipelineRecord, second: RunRecord | Pipel
     if problems:
         sections.insert(0, Section([*problems]))
     about = f"{names[0]} ({first.name}) and {names[1]} ({second.name})" if names == ("A", "B") else " and ".join(names)
-    return Report(title="What changed", about=about, sections=sections, footer=_FOOTER)
+    return Report(title="What changed", about=about, sections=sections)
 
 
 def _stages(first: PipelineRecord, second: PipelineRecord, names: Sequence[str]) -> list[Section]:

@@ -115,7 +115,7 @@ class Report:
     title: str
     about: str
     sections: Sequence[Section]
-    footer: str
+    footer: str = "Brackets are 95% intervals. This page holds everything it shows, loads nothing and runs no script."
     verdict: Verdict | None = None
     tiles: Sequence[Tile] = ()
     alarms: Sequence[str] = ()
