@@ -219,12 +219,13 @@ def agreement(
     a bag of words, learned from the other half of the prompts, stand beside the comparers: they know nothing else.
     """
     from trimtab.core.files import check_out
+    from trimtab.core.types import PreferencePair
+    from trimtab.data.layouts import load
     from trimtab.evals.comparers import LENGTH, agreement_of_words
     from trimtab.evals.comparers import agreement as agreement_with
-    from trimtab.stages.comparing import read_pairs
 
     check_out(out)
-    read = read_pairs(pairs, on_bad_row=on_bad_row)
+    read = load(PreferencePair, pairs, on_bad_row=on_bad_row)
     given = read.records
     num_even = sum(pair.label == 0.5 for pair in given)
     if num_even == len(given):

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,10 +127,7 @@ def load_adapter(model: PreTrainedModel, name: str, path: str | Path, *, with_he
         raise does_not_fit(
             path, f"peft cannot put it onto its base: {type(error).__name__}, {first_line(error)}"
         ) from error
-    if loaded.unexpected_keys:
-        raise does_not_fit(path, f"it holds weights that its base has no place for: {some(loaded.unexpected_keys)}")
-    if lacking := [key for key in loaded.missing_keys if f".{name}." in key]:
-        raise does_not_fit(path, f"its file lacks weights that its configuration names: {some(lacking)}")
+    refuse_misfit(path, loaded.unexpected_keys, lacking=[key for key in loaded.missing_keys if f".{name}." in key])
     return head
 
 
@@ -414,6 +411,14 @@ def does_not_fit(path: str | Path, why: str) -> EngineError:
         fix="check that base_model_name_or_path in its adapter_config.json is the model it was trained on, or merge it "
         "with the library that wrote it and name the whole model",
     )
+
+
+def refuse_misfit(path: str | Path, unexpected: Sequence[str], *, lacking: Sequence[str]) -> None:
+    """Raises EngineError for an adapter with weights that its base has no place for, or that lacks some."""
+    if unexpected:
+        raise does_not_fit(path, f"it holds weights that its base has no place for: {some(unexpected)}")
+    if lacking:
+        raise does_not_fit(path, f"its file lacks weights that its configuration names: {some(lacking)}")
 
 
 def some(names: Iterable[str]) -> str:

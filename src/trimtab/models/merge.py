@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trimtab.data.tokenizers import EMBEDDINGS, first_line
-from trimtab.models.adapters import does_not_fit, read_adapter, some
+from trimtab.models.adapters import does_not_fit, read_adapter, refuse_misfit
 
 
 def merge_adapter(model: PreTrainedModel, path: str | Path) -> None:
@@ -35,10 +35,7 @@ def merge_adapter(model: PreTrainedModel, path: str | Path) -> None:
         raise does_not_fit(
             path, f"peft cannot put it onto its base: {type(error).__name__}, {first_line(error)}"
         ) from error
-    if loaded.unexpected_keys:
-        raise does_not_fit(path, f"it holds weights that its base has no place for: {some(loaded.unexpected_keys)}")
-    if lacking := _lacking(adapted, loaded.missing_keys):
-        raise does_not_fit(path, f"its file lacks weights that its configuration names: {some(lacking)}")
+    refuse_misfit(path, loaded.unexpected_keys, lacking=_lacking(adapted, loaded.missing_keys))
     adapted.eval()
     _untie(model)
     before = _logits(model)

@@ -15,8 +15,8 @@ import numpy as np
 from trimtab import worlds
 from trimtab.core import config, registry
 from trimtab.core.errors import ConfigError, DataError
-from trimtab.core.types import Demonstration, PreferencePair, Prompt, Rollout, from_dict, prompt_id
-from trimtab.data.layouts import Loaded, OnBadRow, load
+from trimtab.core.types import Demonstration, Prompt, Rollout, from_dict, prompt_id
+from trimtab.data.layouts import load
 from trimtab.data.sources import read_rows, records_source
 from trimtab.engines.device import device_of
 from trimtab.evals.comparers import LENGTH, Comparer, ReplyPair, ScoreComparer, verdicts_by
@@ -66,11 +66,6 @@ def _comparer_by_reward(name: str) -> ScoreComparer:
         return np.array(scorer.score(replies)[0].tolist())
 
     return ScoreComparer(name, score)
-
-
-def read_pairs(source: str, *, on_bad_row: OnBadRow = "stop") -> Loaded[PreferencePair]:
-    """The pairs of a source, in any layout of them."""
-    return load(PreferencePair, source, on_bad_row=on_bad_row)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,7 +129,8 @@ def run(settings: EvaluateSettings, run: Run) -> None:
     # Longer texts repeat more words, so variety is compared at an equal number of them.
     num_words = min(sum(len(words(r.response)) for r in rollouts) for rollouts in replies.values())
     summary: dict[str, object] = {
-        name: describe(rollouts, scores[name], prompt_ids, num_words) | sampled_by(generators[name])
+        name: describe(rollouts, scores[name], prompt_ids, num_words)
+        | {"sampler": generators[name].sampler, "logprob_difference": generators[name].difference}
         for name, rollouts in replies.items()
     }
     summary["judges"] = list(scores["policy"])
@@ -218,11 +219,6 @@ def describe(
     truncated = sum(r.finish_reason == "length" for r in rollouts) / len(rollouts)
     numbers |= {"length_mean": float(np.mean(lengths)), "truncated_fraction": truncated, "num_replies": len(rollouts)}
     return numbers | text_stats([r.response for r in rollouts], num_words=num_words)
-
-
-def sampled_by(generator: LocalSampler) -> dict[str, object]:
-    """How replies were decoded, and how far the sampler's log-probabilities were from the policy's."""
-    return {"sampler": generator.sampler, "logprob_difference": generator.difference}
 
 
 def kl_to_baseline(
