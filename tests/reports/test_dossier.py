@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from tests.reports.fabricate import card, online_metrics, write_run
 from trimtab import cli
-from trimtab.core.errors import DataError
+from trimtab.core.errors import DataError, EngineError
 from trimtab.reports.collect import collect
 from trimtab.reports.dossier import MAX_POINTS, write_dossier
 from trimtab.reports.run_page import write_report
@@ -160,3 +160,14 @@ def test_the_command_writes_it_beside_the_page(tmp_path):
     refused = report("--out", tmp_path / "page.html", "--suite", tmp_path / "d.json")
     assert refused.exit_code == 2
     assert "no results of a suite" in refused.output
+
+
+def test_what_cannot_be_written_leaves_the_run_and_says_so(tmp_path):
+    directory, file = tmp_path / "ppo", tmp_path / "ppo" / "settings.toml"
+    write_run(directory, stage="online", metrics=online_metrics(3, leash=True))
+    file.touch()
+    for write in (write_report, write_dossier):
+        with pytest.raises(
+            EngineError, match=r"could not be written: [^\n]*\n[^\n]*\n.*the run is whole: trimtab report"
+        ):
+            write(directory, tmp_path / "ppo" / "settings.toml" / "page")

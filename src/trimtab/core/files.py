@@ -117,10 +117,10 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     return num
 
 
-def write_out(path: Path, text: str) -> None:
+def write_out(path: Path, text: str, *, kept: str = UNCHANGED) -> None:
     """Writes a file that the user named and makes its folders; a link is followed to its file. What is no file, such as
-    /dev/stdout, gets the text appended. Raises EngineError if the disk refuses it."""
-    with writing(str(path), path):
+    /dev/stdout, gets the text appended. Raises EngineError, which says what is `kept`, if the disk refuses it."""
+    with writing(str(path), path, kept=kept):
         if _is_device(path):
             with path.open("a", encoding="utf-8") as device:
                 device.write(text)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.core.files import json_text, write_out, writing
+from trimtab.core.files import json_text, write_out
 from trimtab.reports import headline
 from trimtab.reports.alarms import alarms_of
 from trimtab.reports.before_after import before_after
@@ -40,8 +40,7 @@ def write_dossier(directory: Path, out: Path, *, suites: Sequence[Path] = (), ag
     """
     found = dossier_of(collect(directory), Asked.read(suites=suites, agreements=agreements))
     text = json_text(json.loads(json.dumps(found, default=str)))  # a settings file may hold dates
-    with writing("the dossier", out, kept=f"the run is whole: trimtab report {directory} --json FILE"):
-        write_out(out, text)
+    write_out(out, text, kept=f"the run is whole: trimtab report {directory} --json FILE")
     return out
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from markupsafe import Markup
 
-from trimtab.core.files import write_out
+from trimtab.core.files import UNCHANGED, write_out
 from trimtab.reports.charts import Chart
 from trimtab.reports.headline import Tile, Verdict
 from trimtab.reports.markup import REPORTS
@@ -129,9 +129,9 @@ def render(page: Report) -> str:
     return text.encode("utf-8", errors="replace").decode()
 
 
-def write(page: Report, path: Path) -> Path:
-    """Writes the page whole where the user wants it, and returns the path."""
-    write_out(path, render(page))
+def write(page: Report, path: Path, *, kept: str = UNCHANGED) -> Path:
+    """Writes the page whole where the user wants it, and returns the path; see `write_out`."""
+    write_out(path, render(page), kept=kept)
     return path
 
 

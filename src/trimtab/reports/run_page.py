@@ -7,7 +7,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from trimtab.core.files import writing
 from trimtab.reports import charts, headline
 from trimtab.reports.alarms import alarms_of
 from trimtab.reports.before_after import (
@@ -74,8 +73,7 @@ def write_report(
     """
     page = page_of(collect(directory), Asked.read(suites=suites, agreements=agreements))
     path = out or directory / "report.html"
-    with writing("the page", path, kept=f"the run is whole: trimtab report {directory} --out PAGE.html"):
-        return write(page, path)
+    return write(page, path, kept=f"the run is whole: trimtab report {directory} --out PAGE.html")
 
 
 def page_of(record: RunRecord | PipelineRecord, asked: Asked = NOTHING_ASKED) -> Report:
