@@ -315,5 +315,10 @@ def test_a_line_that_is_not_toml_is_quoted_with_what_is_meant(tmp_path: Path, te
         assert words in str(caught.value)
 
 
+def test_a_byte_order_mark_before_a_run_file_is_no_part_of_it(tmp_path: Path):
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbfa = 1\n")
+    assert config.load_run_file(tmp_path / "run.toml") == {"a": 1}
+
+
 def test_true_as_python_writes_it_is_answered_with_ours():
     assert "write true" in mistakes({"packed": "True"})

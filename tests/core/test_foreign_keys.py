@@ -155,6 +155,8 @@ def test_a_key_of_another_library_is_answered_with_ours(stage: str, key: str, ou
         ("sft", "experiment_name", "--out DIR"),
         ("sft", "use_remove_padding", "ever padded"),
         ("sft", "torch_compile", "chosen and proved"),
+        ("sft", "liger_rope", "chosen and proved"),
+        ("sft", "liger_rms_norm", "chosen and proved"),
         ("sft", "chat_template_path", "used as it is"),
         *(
             ("sft", key, "remove the key")

@@ -53,7 +53,7 @@ def load_run_file(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no run file {str(path)!r}", where="the command line", fix=_near_files(path))
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows write a byte order mark
     except UnicodeDecodeError as error:
         raise ConfigError(f"not TOML: {error}", where=str(path), fix="save the file as UTF-8") from error
     except tomllib.TOMLDecodeError as error:
@@ -62,7 +62,7 @@ def load_run_file(path: str | Path) -> dict[str, Any]:
 
 def not_toml(error: tomllib.TOMLDecodeError, path: Path) -> ConfigError:
     """The error for a file that is not TOML. It quotes the line and suggests what was probably meant."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
     place = re.search(r"line (\d+)", str(error))
     at_end = "end of document" in str(error) and lines
     number = int(place[1]) if place else len(lines) if at_end else 0
