@@ -16,7 +16,9 @@ def length(prompt, response, facts): return len(response) + facts.get("bonus", 0
 def question(prompt, response, facts): return float(prompt.text == "Try it.")
 def odd(prompt, response, facts):
     if response == "raise": raise RuntimeError("cannot say")
-    return {"none": None, "inf": math.inf, "nan": math.nan, "text": "5", "huge": 10**400}.get(response, 2)
+    others = {"none": None, "inf": math.inf, "nan": math.nan, "text": "5", "huge": 10**400, "wide": 1e300}
+    return others.get(response, 2)
+def changes(prompt, response, facts): return facts.pop("bonus") + len(facts["list"].pop())
 def two(prompt, response): return 1
 def exits(prompt, response, facts): raise SystemExit(3)
 def prints(prompt, response, facts): print("seen", response); return 1
@@ -63,17 +65,28 @@ def test_the_function_sees_prompt_response_and_facts(name, value, module, rollou
 
 
 def test_what_raises_or_returns_no_number_is_nan_counted_and_named(module, rollout, caplog):
-    replies = ["fine", "raise", "none", "inf", "nan", "text", "huge"]
+    replies = ["fine", "raise", "none", "inf", "nan", "text", "huge", "wide"]
     combined = load_rewards([PythonCallable(function="my_rewards:odd"), Length(max_tokens=100)], token_budget=1)
     values, metrics = combined.score([rollout(r) for r in replies])
     assert values[0] == 2
     assert torch.isnan(values[1:]).all()
-    assert metrics["reward/callable_failed"].value == 6
+    assert metrics["reward/callable_failed"].value == 7
     assert metrics["reward/length_failed"].value == 0
     assert metrics["reward/callable"].value == 2
     assert metrics["reward/mean"].value == 2
-    assert "reward callable could not judge 6 of 7 replies" in caplog.text
+    assert "reward callable could not judge 7 of 8 replies" in caplog.text
     assert "RuntimeError: cannot say" in caplog.text
+
+
+def test_a_number_that_32_bits_cannot_hold_is_named(module, rollout, caplog):
+    assert torch.isnan(scores("my_rewards:odd", [rollout("wide")])).all()
+    assert "the score is 1e+300, which is no finite number of 32 bits" in caplog.text
+
+
+def test_a_function_that_changes_its_facts_changes_those_of_no_other_reply(module, rollout):
+    reply = rollout("any", bonus=2, list=["abc"])
+    assert [scores("my_rewards:changes", [reply, reply]).tolist() for _ in range(2)] == [[5.0, 5.0], [5.0, 5.0]]
+    assert reply.prompt.facts == {"bonus": 2, "list": ["abc"]}
 
 
 def test_a_batch_in_which_nothing_can_be_judged_has_no_mean(module, rollout):

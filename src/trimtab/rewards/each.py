@@ -46,7 +46,9 @@ def score_each(
             score = judge(rollout)
         except Exception as error:  # foreign code may raise anything; here this means that there is no score
             return error.problem if isinstance(error, TrimtabError) else f"{type(error).__name__}: {error}"
-        return score if math.isfinite(score.value) else f"the score is {score.value}, which is no finite number"
+        # 1e300 is finite in Python, and infinite among the rewards
+        fits = math.isfinite(score.value) and abs(score.value) <= torch.finfo(torch.float32).max
+        return score if fits else f"the score is {score.value}, which is no finite number of 32 bits"
 
     if num_parallel > 1:
         with ThreadPoolExecutor(num_parallel) as pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import inspect
 import math
@@ -63,7 +64,8 @@ class PythonCallableScorer:
     def _judge(self, rollout: Rollout) -> Score:
         try:
             with _at_most(self.seconds):
-                value: Any = self.function(rollout.prompt, rollout.response, rollout.prompt.facts)
+                # a copy, since a function that changes its facts would change those of later steps
+                value: Any = self.function(rollout.prompt, rollout.response, copy.deepcopy(rollout.prompt.facts))
         except _TimeIsUp:
             raise TimeoutError(f"{self.name} gave no answer within {self.seconds:g} s") from None
         except SystemExit as error:
