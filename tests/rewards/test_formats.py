@@ -135,10 +135,14 @@ def test_schemas_without_their_library_say_what_to_install(monkeypatch):
         ("```python\nx = '``'\n```  ", "x = '``'\n"),
         ("```python\nx = 1", None),
         ("no code", None),
+        ("```python\nx = 1\n```\nIt prints:\n```\n1\n```", "x = 1\n"),
+        ("```python\nx = 1\n```\n```Python3\nx = 2\n```\n```text\n2\n```", "x = 2\n"),
+        ("1. So:\n   ```python\n   if x:\n       y\n   ```\n", "if x:\n    y\n"),
+        ("```python\nx = '''\n  ```\n'''\n```", "x = '''\n  ```\n'''\n"),
     ],
 )
 def test_the_last_block_between_fences_is_found(reply, code):
-    assert last_fenced(reply) == code
+    assert last_fenced(reply, ("python", "python3", "py")) == code
 
 
 @pytest.mark.parametrize(

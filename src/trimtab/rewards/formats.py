@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from trimtab.core.types import Rollout
 from trimtab.rewards.each import EachReply, HelpedReply, Score
 
 _log = logging.getLogger("trimtab.rewards")
-_FENCED = re.compile(r"^```[^\S\n]*([\w+-]*)[^\n]*\n(.*?)^```[^\S\n]*$", re.DOTALL | re.MULTILINE)
+_FENCED = re.compile(r"^([^\S\n]*)```[^\S\n]*([\w+-]*)[^\n]*\n(.*?)^\1```[^\S\n]*$", re.DOTALL | re.MULTILINE)
 
 
 @register("reward", "regex")
@@ -143,11 +144,15 @@ class JsonSchema(HelpedReply):
             ) from error
 
     def _judge(self, rollout: Rollout) -> Score:
-        text = rollout.response if self.find == "whole" else last_fenced(rollout.response)
+        text = rollout.response if self.find == "whole" else last_fenced(rollout.response, ("json",))
         return Score(float(text is not None and self.helper.ask("fits_schema", self._text, text)))
 
 
-def last_fenced(reply: str) -> str | None:
-    """The last block between lines of ```, or None."""
+def last_fenced(reply: str, languages: Sequence[str]) -> str | None:
+    """The last block between lines of ``` that names one of these languages; if none does, the last block of all, or
+    None. A block inside a list is indented, and loses that."""
     found = _FENCED.findall(reply)
-    return found[-1][1] if found else None
+    named = [block for block in found if block[1].lower() in languages]
+    for indent, _, text in (named or found)[-1:]:
+        return textwrap.dedent(text) if indent else text
+    return None

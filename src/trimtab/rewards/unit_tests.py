@@ -19,6 +19,8 @@ from trimtab.rewards.each import Score, fact, score_each
 from trimtab.rewards.formats import last_fenced
 from trimtab.sandbox.sandbox import Limits, Sandbox
 
+_PYTHON = ("python", "python3", "py")
+
 
 @register("reward", "unit_tests")
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,8 @@ class UnitTests:
     score: Literal["all", "share"] = "all"
     """Whether every test has to pass, or the reward is the share of tests that pass."""
     code: Literal["fenced", "whole"] = "fenced"
-    """Whether the code is the reply's last block between lines of ```, or all of the reply."""
+    """Whether the code is the reply's last block between lines of ```, or the last of those that say python, or all of
+    the reply."""
     limits: Limits = field(default_factory=Limits)
     """Limits for the code of one reply. Each pair of input and output is a run of its own with these limits."""
     packages: tuple[str, ...] = ()
@@ -88,7 +91,7 @@ class UnitTestsScorer:
         if isinstance(given, str) and (listed := value_in(given)) is not None:
             given = listed
         tests: Sequence[Any] = given if isinstance(given, list | tuple) else [given]
-        code = rollout.response if self.settings.code == "whole" else last_fenced(rollout.response)
+        code = rollout.response if self.settings.code == "whole" else last_fenced(rollout.response, _PYTHON)
         if code is None:
             return Score(0.0, {"passed": 0.0, "timed_out": 0.0, "no_code": 1.0})
         if tests and all(isinstance(test, str) for test in tests):
