@@ -98,8 +98,8 @@ _CHANGING_BEHIND = (
     | _NUMERALS
     | _set(
         "greater bigger smaller larger higher lower minimum maximum before after until up within short too square sq"
-        " cubic cu factorial mod modulo base choose pi infinity point doubled tripled halved inverted reversed raised"
-        " hex binary octal"
+        " cubic cu factorial mod modulo base choose pi tau infinity point doubled tripled halved inverted reversed"
+        " raised hex binary octal"
     )
 )
 """These words change a number before them, and do nothing in "The smaller base is 72"."""
@@ -121,8 +121,8 @@ _AFTER_VERB = re.compile(r"(?: (?:exactly|just|only|precisely|simply|therefore|t
 _BE = frozenset({"is", "are", "was", "were"})
 _AFTER_BE = _set("the my our final correct right answer result solution total left needed required")
 
-_CURRENCY_CODES = {"USD": "$", "US$": "$", "EUR": "€", "GBP": "£", "INR": "₹"}
-_CURRENCY_CODE = re.compile(r"\b(USD|US\$|EUR|GBP|INR)\s*(?=[\d.])")
+_CURRENCY_CODES = {"USD": "$", "US$": "$", "EUR": "€", "GBP": "£", "INR": "₹", "Rs": "₹", "Rs.": "₹"}
+_CURRENCY_CODE = re.compile(r"\b(USD|US\$|EUR|GBP|INR|Rs\.?)\s*(?=[\d.])")
 _UNITS = {
     "$": "dollar", "usd": "dollar", "dollars": "dollar", "€": "euro", "eur": "euro", "euros": "euro",
     "£": "pound sterling", "gbp": "pound sterling", "¥": "yen", "₹": "rupee", "inr": "rupee", "rupees": "rupee",
@@ -138,10 +138,22 @@ _UNITS = {
     "hrs": "hour", "hours": "hour", "hour": "hour", "days": "day", "weeks": "week", "years": "year", "ft": "foot",
     "feet": "foot", "foot": "foot", "in": "inch", "inches": "inch", "inch": "inch", "yards": "yard", "yd": "yard",
     "lb": "pound weight", "lbs": "pound weight", "pounds": "pound", "oz": "ounce", "ounces": "ounce",
-    "mi": "mile", "miles": "mile", "mile": "mile",
+    "mi": "mile", "miles": "mile", "mile": "mile", "deg": "degree", "degree": "degree", "cc": "centimetre³",
+    "millimeter": "millimetre", "millimetre": "millimetre", "millimetres": "millimetre", "centimetre": "centimetre",
+    "milliliter": "millilitre", "milliliters": "millilitre", "millilitre": "millilitre", "millilitres": "millilitre",
+    "gal": "gallon", "gallons": "gallon", "gallon": "gallon", "yr": "year", "yrs": "year", "year": "year",
+    "wk": "week", "wks": "week", "week": "week", "day": "day", "yard": "yard", "kilogram": "kilogram",
+    "gram": "gram", "pct": "percent", "hz": "hertz", "hertz": "hertz", "joule": "joule", "joules": "joule",
+    "newton": "newton", "newtons": "newton", "watt": "watt", "watts": "watt", "volt": "volt", "volts": "volt",
+    "kgs": "kilogram", "kms": "kilometre", "cms": "centimetre", "mls": "millilitre", "Ω": "ohm", "ohm": "ohm",
+    "ohms": "ohm",
 }  # fmt: skip
 """Units by their usual forms. A unit that is not listed is compared as its word without a plural s."""
-_RATES = {"mph": "miles per hour", "kph": "km per hour", "kmh": "km per hour", "per cent": "percent"}
+_RATES = {
+    "mph": "miles per hour", "kph": "km per hour", "kmh": "km per hour", "kmph": "km per hour", "per cent": "percent",
+}  # fmt: skip
+_SYMBOLS = {"N": "newton", "J": "joule", "W": "watt", "V": "volt"}
+"""Units of one letter that count behind a blank only: "5N" may be five times N."""
 _POWERS = {"square": "²", "sq": "²", "cubic": "³", "cu": "³"}
 _FILLERS = _set("a an the of in all total altogether left us each full whole")
 
@@ -189,6 +201,8 @@ def amount_of(text: str) -> Amount | None:
     value = _value(found[0])
     if value is None or re.search(r"\w$", before) or not may_stand_before(before):
         return None
+    if any(as_number(part) not in (None, value) for part in left):  # "73 = 72"
+        return None
     return _with_unit(value, found[0]["front"], behind)
 
 
@@ -209,7 +223,7 @@ def may_stand_before(text: str) -> bool:
     words = _words(text)
     if not _CHANGING.isdisjoint(words) or any(_is_negated(word) for word in words):
         return False
-    if _PLAIN_WORDS.issuperset(words) or text.rstrip().endswith(":"):
+    if _PLAIN_WORDS.issuperset(words) or text.rstrip().endswith(":") or words in (["a", "total", "of"], ["altogether"]):
         return True
     until_verb = _AFTER_VERB.sub("", " ".join(words))
     return until_verb.rpartition(" ")[2] in _VERBS
@@ -276,6 +290,7 @@ def _with_unit(value: Fraction, number: str, behind: str) -> Amount | None:
     sign = next((s for s in _CURRENCIES if s in number), "")
     token = rf"°[CF]?|[%¢/{_CURRENCIES}]|{_WORD.pattern}"
     behind = re.sub(r"\^?'+$|^-(?=[^\W\d_]{2})|,(?= (?:in total|in all|altogether|each|left)$)", " ", behind)
+    behind = re.sub(r"\b(sq|cu)\.(?= )", r"\1", behind.replace("U.S.", "US"))
     if not re.fullmatch(rf"(?:\s|{token})*", behind):
         return None
     for short, long in _RATES.items():
@@ -295,7 +310,10 @@ def _with_unit(value: Fraction, number: str, behind: str) -> Amount | None:
     if be < len(lowered) and (be == len(lowered) - 1 or not _AFTER_BE.issuperset(lowered[be + 1 :])):
         return None
     unit, _, per = (f" {' '.join(tokens[:be])} ").replace(" / ", " per ").partition(" per ")
-    over, under = _unit(unit.split()), _unit(per.split())
+    over, under = (
+        _unit([_SYMBOLS.get(word, word) if behind[:1] == " " else word for word in named.split()])
+        for named in (unit, per)
+    )
     if over is None or under is None or (not per.strip() and not {"per", "/"}.isdisjoint(lowered)):
         return None
     return Amount(value, frozenset(_UNITS[sign].split()) | over if sign else over, under)

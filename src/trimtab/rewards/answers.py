@@ -102,12 +102,19 @@ class ExactAnswer(HelpedReply):
 
 
 def find_answer(reply: str, forms: Sequence[AnswerForm]) -> str | None:
-    """The final answer as written, in the first of `forms` that occurs; None if none of them does."""
+    """The final answer as written, in the first of `forms` that occurs; None if none of them does. Hashes are a heading
+    if a box or tag stands on a line below the last of them."""
     for form in forms:
         found = _FINDERS[form](reply)
-        if found is not None:
+        if found is not None and not (form == "hashes" and _is_heading(reply, forms)):
             return found
     return None
+
+
+def _is_heading(reply: str, forms: Sequence[AnswerForm]) -> bool:
+    """Whether the last hashes open a section in which the answer is given in a form of its own: "#### Step 2"."""
+    section = reply.rpartition("####")[2].partition("\n")[2]
+    return any(_FINDERS[form](section) is not None for form in forms if form in ("boxed", "tag"))
 
 
 def _after_hashes(reply: str) -> str | None:

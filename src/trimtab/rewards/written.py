@@ -13,8 +13,14 @@ from trimtab.rewards.amounts import ALTERNATIVES, DENIALS, HEDGES, amount_of, ma
 
 _SPACE = "\N{NO-BREAK SPACE}\N{THIN SPACE}\N{NARROW NO-BREAK SPACE}"
 _WRAPPERS = re.compile(
-    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boxed|fbox|boldsymbol|operatorname)\s*\{"
+    r"\\(?:text|textbf|textit|textrm|textsf|texttt|textsc|textnormal|emph|underline|mathrm|mathbf|mathit|mathsf|mathtt"
+    r"|mbox|hbox|boxed|fbox|bm|boldsymbol|operatorname)\s*\{"
 )
+# \bf, \large and colours, in braces or not, and an arrow before an answer
+_LOOK = re.compile(
+    r"\\(?:bf|it|rm|sf|tt|tiny|small|large|Large|huge|bfseries)(?![A-Za-z])\s*|\\(?:text)?color\s*\{\w+\}"
+)
+_ARROW = re.compile(r"^(?:=>|->|[→⇒∴]|\\(?:Rightarrow|rightarrow|therefore|implies|to)(?![A-Za-z]))\s*")
 _FRACTION = re.compile(r"(\d*)\s*\\[dtc]?frac\s*(?:\{\s*([-+]?\d+)\s*\}|(\d))\s*(?:\{\s*([-+]?\d+)\s*\}|(\d))")
 _SPACED_GROUPS = re.compile(rf"(?<![\d.,/])\d{{1,3}}(?:[ {_SPACE}'_]\d{{3}})+(?![\d/])")
 _POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:\{([23])\}|([23])(?!\d))")
@@ -35,8 +41,9 @@ _FORMULA = re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$(?!\d)")
 # Raised digits: behind a letter, ² and ³ may be those of a unit and stay.
 _RAISED = re.compile(r"(?<=\d)[⁻⁰¹²³⁴-⁹]+|(?<=[\w)])(?:[⁻⁰¹⁴-⁹][⁻⁰¹²³⁴-⁹]*|[²³][⁻⁰¹²³⁴-⁹]+)")
 _LOWERED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+_SAME_SIGNS = str.maketrans({"⁄": "/", "∕": "/", "－": "-", "‑": "-", "∶": ":"})
 _VULGAR = re.compile(r"(?:(\d) ?)?([¼-¾⅐-⅞])")
-_QUOTED = re.compile(r"^[\"“]([^\"“”]+)[\"”]$")
+_QUOTED = re.compile(r"^(?:[\"“]([^\"“”]+)[\"”]|['‘]([^'‘’]+)['’]|__(\w[^_]*)__)$")
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?\s*([ap])\.?\s?m\.?", re.IGNORECASE)
 _LABELLED = re.compile(r"^\(?[A-E]\)[.:]?\s*(?=\S)")
 _OR = re.compile(r",?\s+or\s+")
@@ -53,15 +60,27 @@ _OPENING, _CLOSING = "([{", ")]}"
 _SYMBOLS = {
     "π": "\\pi ", "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "∞": "\\infty ", "√": "\\sqrt ", "±": "\\pm ",
     "×": "\\times ", "·": "\\cdot ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "²": "^2", "³": "^3",
-    "∪": "\\cup ", "∩": "\\cap ", "−": "-", "–": "-", "⁄": "/",
+    "∪": "\\cup ", "∩": "\\cap ", "−": "-", "–": "-", "ℝ": "\\mathbb{R}", "∅": "\\emptyset ", ">=": "\\ge ",
+    "<=": "\\le ", "!=": "\\ne ", "+/-": "\\pm ", "\\lvert": "|", "\\rvert": "|", "**": "^",
+    **{digit: f"_{{{i}}}" for i, digit in enumerate("₀₁₂₃₄₅₆₇₈₉")},
 }  # fmt: skip
+_FUNCTIONS = "ln|log|sin|cos|tan|exp"
+_FUNCTION = re.compile(rf"(?<![\\A-Za-z])({_FUNCTIONS})(?![A-Za-z])")
+# \\ln(2), \\ln{2} and \\log_2(3): brackets around an argument that needs none
+_BRACKETED = re.compile(rf"(\\(?:{_FUNCTIONS})(?:_(?:\w|\{{\w+\}}))?)\s*(?:\((\w+)\)|\{{(\w+)\}})")
+_INFINITY = re.compile(r"(?<![\\A-Za-z])inf(?:inity)?(?![A-Za-z])")
+# A product of which one side is a letter, as 3*x is
+_PRODUCT = re.compile(r"(?<=[\dA-Za-z])(?:\*|\\cdot(?![A-Za-z])) ?(?=[A-Za-z])")
+_LONG_FRACTION = re.compile(r"\\frac\{([^{}]*)\}\{([^{}]*)\}")
 _SAME_COMMANDS = {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "leq": "le", "geq": "ge", "neq": "ne"}
 # \\sqrt2, \\frac\\pi2 and the second argument of \\frac{\\pi}2, which have no braces.
 _BARE_ARGUMENT = re.compile(r"(\\sqrt|\\frac(?:\{(?:[^{}]|\{[^{}]*\})*\})?)\s*(\d|(?<![A-Za-z])[A-Za-z]|\\[A-Za-z]+)")
 _BARE_EXPONENT = re.compile(r"([\^_])\s*(-?\d+|[A-Za-z]|\\[A-Za-z]+)")
 # A choice in an answer: words such as "Option", the letter, and what stands behind "B)", "B." or "B:".
-_CHOICE = re.compile(r"((?:[^\W\d_]+[ :,]+)*?)\(?([A-Z])(?:\)?|(?:\)[.:]?|[.:])\s(.*))", re.DOTALL)
+_CHOICE = re.compile(r"((?:[^\W\d_]+[ :,]+)*?)[(\[]?([A-Z])(?:[)\]]?|(?:\)[.:]?|[.:]| [-–—])\s(.*))", re.DOTALL)
 _OTHER_CHOICE = re.compile(r"(?<![\w'])[B-HJ-Z](?![\w'])|\b[A-Z]\)|\b(?:wait|wrong|incorrect|false|instead)\b")
+# Another choice before the letter, as in "A, B" and "A B"; "A" is also an article.
+_LETTER_BEFORE = re.compile(r"(?<![\w'])(?:[B-HJ-Z](?![\w'])|[A-Z](?=\s*(?:[,:]|$)))")
 _TURNS = DENIALS | ALTERNATIVES | HEDGES | {"is", "isn"}
 
 
@@ -72,6 +91,10 @@ def same_text(right: str, given: str) -> bool:
     if matrices[0] is not None and matrices[1] is not None:
         return _same_cells(matrices[0], matrices[1])
     right, given = _CLAIM.sub("", clean(right)), _CLAIM.sub("", clean(given))
+    equations = _equations(right), _equations(given)
+    if equations[0] and equations[1]:
+        values, others = equations[0], equations[1]
+        return values.keys() == others.keys() and all(same_text(values[name], others[name]) for name in values)
     names = _NAMED.match(right), _NAMED.match(given)
     if names[0] and names[1] and _letters(names[0][0]) != _letters(names[1][0]):
         return False
@@ -96,11 +119,11 @@ def same_text(right: str, given: str) -> bool:
 def clean(text: str) -> str:
     """The text without the marks of LaTeX and Markdown that change nothing, with fractions as 1/2 and numbers without
     separators between groups of digits. A tie "~" is a blank behind what it ties; before a number it means "about"."""
-    text = _BOLD.sub("", text.strip()).strip("*`")
+    text = _ARROW.sub("", _BOLD.sub("", text.strip()).strip("*`").lstrip())
     text = re.sub(r"(?<=\d)(?:\\[,!; ]|\{,\})(?=\d)", "", text)
     text = re.sub(r"(?<!\\)\\[()\[\]]|(?<!\\)\\[;:, ]|\\q?quad\b|(?<=[\w}).,:;])~", " ", text).replace("\\!", "")
     text = _FORMULA.sub(r"\1", text)
-    text = text.replace("\\$", "$").replace("\\%", "%")
+    text = _LOOK.sub("", text).translate(_SAME_SIGNS).replace("\\$", "$").replace("\\%", "%")
     text = re.sub(r"\\(?:left|right|displaystyle)(?![a-z])", "", text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ\b)|\\degree\b", "°", text)
     text = _VULGAR.sub(_as_written_out, _RAISED.sub(lambda match: f"^{{{match[0].translate(_LOWERED)}}}", text))
@@ -112,7 +135,7 @@ def clean(text: str) -> str:
     text = _SPACED_GROUPS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     text = re.sub(r"^\{([^{},]*)\}$", r"\1", text.strip())
     text = " ".join(text.strip().rstrip(".,;。").strip("*`").split())
-    return _QUOTED.sub(r"\1", text)
+    return _QUOTED.sub(lambda match: match[match.lastindex or 0], text)
 
 
 def _unwrapped(text: str) -> str:
@@ -172,6 +195,18 @@ def _without_unit(text: str) -> str | None:
     return found[1] if found[2] in ("unit", "units") or unit_name(found[2]) else None
 
 
+def _equations(text: str) -> dict[str, str]:
+    """The values of a list of equations, "x = 1, y = 2", by their names; nothing for other texts, or if two have one
+    name."""
+    found = _elements(text)
+    parts = found[1] if found is not None and not found[0] else []
+    names = [_NAMED.match(part) for part in parts]
+    if not all(names):
+        return {}
+    values = {_letters(name[0]): part[name.end() :] for name, part in zip(names, parts, strict=True) if name}
+    return values if len(values) == len(parts) else {}
+
+
 def _elements(text: str) -> tuple[str, list[str]] | None:
     """The brackets and the parts of a tuple, interval, set or bare list ("1, 2 and 3"); None for any other text."""
     text = text.replace("\\{", "{").replace("\\}", "}")
@@ -212,14 +247,23 @@ def _letters(text: str) -> str:
     text = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", text)
     for symbol, latex in _SYMBOLS.items():
         text = text.replace(symbol, latex)
+    text = _INFINITY.sub(r"\\infty ", _FUNCTION.sub(r"\\\1 ", text))
     text = re.sub(r"\\([A-Za-z]+)", lambda match: f"\\{_SAME_COMMANDS.get(match[1], match[1])}", text)
+    text = _BRACKETED.sub(lambda match: f"{match[1]} {match[2] or match[3]}", re.sub(r"\^\(([^()]*)\)", r"^{\1}", text))
     text = _BARE_ARGUMENT.sub(r"\1{\2}", _BARE_ARGUMENT.sub(r"\1{\2}", text))  # \frac has two
     text = _BARE_EXPONENT.sub(r"\1{\2}", text)
     text = re.sub(r"(\\[A-Za-z]+)\s+(?![A-Za-z])", r"\1", text)
     text = re.sub(r"\s*([^\w\s])\s*", r"\1", text)
-    text = _SIMPLE_FRACTION.sub(r"\1/\2", _TIMES_FACTOR.sub("", text))
+    text = _SIMPLE_FRACTION.sub(r"\1/\2", _PRODUCT.sub("", _TIMES_FACTOR.sub("", text)))
+    text = _LONG_FRACTION.sub(_as_quotient, text)
     text = text[1:-1] if re.fullmatch(r"\(\w\)", text) else text
     return text.casefold() if re.fullmatch(r"[^\W\d_]{2,}(?: [^\W\d_]+)*", text) else text
+
+
+def _as_quotient(match: re.Match[str]) -> str:
+    r"""\frac{x+1}{2} as (x+1)/2, with brackets around what is more than one factor."""
+    over, under = (part if re.fullmatch(r"\d+|[A-Za-z]", part) else f"({part})" for part in match.groups())
+    return f"{over}/{under}"
 
 
 def _choice(right: str, given: str) -> bool:
@@ -227,6 +271,8 @@ def _choice(right: str, given: str) -> bool:
     may neither deny it nor name another choice."""
     letter, said = re.fullmatch(r"\(?([A-Z])\)?", right), _CHOICE.fullmatch(given)
     if letter is None or said is None or letter[1] != said[2] or not may_stand_before(said[1]):
+        return False
+    if _LETTER_BEFORE.search(said[1]):
         return False
     first = re.match(r"\W*([^\W\d_]*)", said[3] or "")
     return not (first and first[1] in _TURNS) and not _OTHER_CHOICE.search(said[3] or "")
