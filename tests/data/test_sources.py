@@ -10,6 +10,7 @@ import pytest
 
 from trimtab.core.errors import DataError
 from trimtab.core.types import Demonstration, Prompt
+from trimtab.data.layouts import load
 from trimtab.data.sources import is_hub, read_rows
 from trimtab.worlds.source import read_world
 
@@ -90,6 +91,12 @@ def test_broken_rows_are_given_back_with_their_places(tmp_path):
 def test_a_csv_row_with_too_many_cells_is_given_back(tmp_path):
     (bad,) = read_rows(write(tmp_path / "d.csv", b"prompt,completion\na,b\na,b,c\n")).bad
     assert (bad.where.rpartition(", ")[2], bad.problem) == ("row 2", "3 cells under 2 column names")
+
+
+def test_a_csv_row_that_names_the_columns_again_is_given_back(tmp_path):
+    rows = read_rows(write(tmp_path / "d.csv", b"prompt,completion\na,b\nprompt,completion\nc,d\n"))
+    assert [row["prompt"] for _, row in rows.rows] == ["a", "c"]
+    assert [(bad.where.rpartition(", ")[2], bad.kind) for bad in rows.bad] == [("row 2", "repeated_header")]
 
 
 @pytest.mark.parametrize(
@@ -264,6 +271,39 @@ def test_folders_patterns_and_lists_of_shards_are_one_source(shards):
     assert read_rows(shards).sha256 == read_rows(f"{first},{second}").sha256 != read_rows(f"{second},{first}").sha256
     assert names(read_rows(shards, limit=1)) == ["0"]
     assert names(read_rows(f"{shards}?columns=prompt:prompt")) == ["0", "1"]
+
+
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["prompt", "prompt", "completion"])
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(DataError, match="two columns are called 'prompt'"):
+        read_rows(tmp_path / "d.parquet")
+
+
+def test_a_decimal_of_a_table_is_a_number(tmp_path):
+    import decimal
+
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"prompt": ["a"], "completion": ["b"], "rating": [decimal.Decimal("1.50")]})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    assert read_rows(tmp_path / "d.parquet").rows[0][1]["rating"] == 1.5
+    with pytest.raises(DataError, match=r"rating is 1\.5: it judges the replies"):
+        load(Demonstration, tmp_path / "d.parquet")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_text_in_a_wide_encoding_is_converted_by_the_command_that_is_named(tmp_path, encoding):
+    path = write(tmp_path / "d.jsonl", LINES.decode().encode(encoding))
+    with pytest.raises(DataError, match="not UTF-8") as caught:
+        read_rows(path)
+    command = caught.value.fix.removeprefix("convert it: ").split()
+    (tmp_path / "e.jsonl").write_bytes(subprocess.run(command, cwd=tmp_path, check=True, capture_output=True).stdout)
+    assert [row for _, row in read_rows(tmp_path / "e.jsonl").rows] == ROWS
 
 
 def test_a_folder_with_several_splits_asks_which(shards):

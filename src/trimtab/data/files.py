@@ -98,8 +98,13 @@ def _begin(path: Path) -> Iterator[bytes]:
     lines = _lines(path)
     first = next(lines, b"")
     if first.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in first[:4]:
+        wide = b"\x00\x00" in first[:4]
+        order = "" if first[:1] in b"\xff\xfe" or wide else "be" if first[:1] == b"\x00" else "le"
+        encoding = f"utf-{32 if wide else 16}"
         raise DataError(
-            "the text is UTF-16, not UTF-8", where=str(path), fix=f"convert it: iconv -f utf-16 -t utf-8 {path.name}"
+            f"the text is {encoding.upper()}, not UTF-8",
+            where=str(path),
+            fix=f"convert it: iconv -f {encoding}{order} -t utf-8 {path.name}",
         )
     if _RETURN_ALONE.search(first) and b"\n" not in first and not path.name.lower().endswith((".json", ".json.gz")):
         raise DataError(
@@ -307,6 +312,10 @@ def _csv_rows(path: Path) -> Iterator[Located | BadRow]:
                         f"put cells that hold {separator!r}, quotes or line breaks in double quotes",
                     )
                     continue
+                if cells == header:
+                    problem = "it names the columns again, as files do that were put behind one another"
+                    yield BadRow(where, "repeated_header", problem, "remove the row")
+                    continue
                 try:
                     row = {name: _csv_value(plain, cell) for (name, plain), cell in zip(columns, cells, strict=True)}
                 except Mistake as mistake:
@@ -352,6 +361,17 @@ def _header(path: Path, names: list[str]) -> list[str]:
     return names
 
 
+def _refuse_repeated(path: Path, names: list[str]) -> None:
+    """Raises DataError if two columns of a table have one name: only one of them could be read."""
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise DataError(
+            f"two columns are called {repeated!r}, and only one of them could be used",
+            where=str(path),
+            fix="rename or remove one where the file is written",
+        )
+
+
 def _csv_value(plain: str, cell: str) -> Any:
     """The value of a cell; `plain` is the `columns.plain_name` of its column."""
     if cell[:1] == "'" and _HAS_APOSTROPHE.match(cell):
@@ -386,7 +406,9 @@ def _arrow_rows(path: Path) -> Iterator[Located | BadRow]:
     number = 0
     try:
         for batch in _batches(path):
-            for row in batch.to_pylist():
+            if number == 0:
+                _refuse_repeated(path, batch.schema.names)
+            for row in _without_decimals(batch).to_pylist():
                 number += 1
                 yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
@@ -396,6 +418,16 @@ def _arrow_rows(path: Path) -> Iterator[Located | BadRow]:
             where=str(path),
             fix="copy or download it again and compare its size and checksum with the origin",
         ) from error
+
+
+def _without_decimals(batch: Any) -> Any:
+    """The batch with columns of decimals as columns of floating-point numbers, as other formats hold them."""
+    import pyarrow
+
+    for place, column in enumerate(batch.schema):
+        if pyarrow.types.is_decimal(column.type):
+            batch = batch.set_column(place, column.name, batch.column(place).cast(pyarrow.float64()))
+    return batch
 
 
 def _batches(path: Path) -> Iterable[Any]:
