@@ -318,6 +318,17 @@ def test_options_that_say_nothing_are_refused(file):
         load(Demonstration, f"{path}?columns=prompt")
 
 
+def test_options_that_are_given_twice_are_put_together(file):
+    path = file(REPLY | {"rating": 4, "stars": 5})
+    with pytest.raises(DataError, match="judges the replies") as caught:
+        load(Demonstration, f"{path}?ignore=rating")
+    (source,) = re.findall(r"\S*data\.jsonl\?\S+", caught.value.fix)
+    assert source == f"{path}?ignore=rating&ignore=stars"
+    assert load(Demonstration, source).records
+    with pytest.raises(DataError, match="split is 'train' and 'test'"):
+        load(Demonstration, f"{path}?split=train&split=test")
+
+
 def test_options_that_the_question_states_are_only_not_used(file):
     row = {"question": "Yes or No?", "options": {"A": "Yes", "B": "No"}, "answer": "A"}
     assert load(Demonstration, file(row)).unused == ("options",)

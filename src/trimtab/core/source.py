@@ -34,10 +34,21 @@ class Source:
     """Raises the errors that `read` would raise, as far as they can be found quickly."""
 
 
+def query_options(query: str, *, where: str) -> dict[str, str]:
+    """The options of "key=value&key=value". Lists of columns that are given twice, as "ignore=a&ignore=b", are put
+    together. Raises DataError for another option with two values."""
+    found: dict[str, str] = {}
+    for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
+        if name in found and name not in ("columns", "ignore") and found[name] != value:
+            raise DataError(f"{name} is {found[name]!r} and {value!r}", where=where, fix="leave one of the two out")
+        found[name] = f"{found[name]},{value}" if name in found and name in ("columns", "ignore") else value
+    return found
+
+
 def options_in(text: str, defaults: Mapping[str, str], *, where: str) -> tuple[str, dict[str, str]]:
     """The name and the options of "name?key=value&key=value". Raises DataError for an option without a default."""
     name, _, query = text.partition("?")
-    given = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    given = query_options(query, where=where)
     unknown = sorted(set(given) - set(defaults))
     if unknown or not name:
         raise DataError(

@@ -7,7 +7,6 @@ import glob
 import hashlib
 import os
 import re
-import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +17,7 @@ from typing import Any
 from trimtab.core import hub, registry
 from trimtab.core.errors import DataError
 from trimtab.core.files import files_like
-from trimtab.core.source import Source, options_in
+from trimtab.core.source import Source, options_in, query_options
 from trimtab.core.types import JsonDict, rows_hash
 from trimtab.data.files import FILE_TYPES, Located, rows_of_file
 from trimtab.data.folders import files_in
@@ -122,7 +121,7 @@ def files_of(source: str | Path) -> tuple[list[Path], dict[str, str]]:
     if Path(text).is_file():
         return [Path(text)], {}
     name, _, query = (text, "", "") if Path(text).exists() else text.partition("?")
-    given = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    given = query_options(query, where=text)
     unknown = sorted(set(given) - {"columns", "ignore", "neutral", "split"})
     if unknown:
         raise DataError(
