@@ -25,6 +25,43 @@ READ = {
         shown("Hi", "Yo"),
         ("category", "conversation_id"),
     ),
+    "messages field by field": (
+        {"conversations": {"from": ["human", "gpt"], "value": ["Hi", "Yo"]}},
+        shown("Hi", "Yo"),
+        (),
+    ),
+    "a prompt field by field": (
+        {"prompt": {"role": ["user"], "content": ["Hi"]}, "completion": "Yo"},
+        shown("Hi", "Yo"),
+        (),
+    ),
+    "messages of anthropic": (
+        {
+            "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
+            "messages": [user("Hi"), said([{"type": "text", "text": "Yo"}])],
+            "max_tokens": 100,
+        },
+        shown("Hi", "Yo", system="Be brief."),
+        ("max_tokens", "system[].cache_control"),
+    ),
+    "gemini": (
+        {
+            "systemInstruction": {"role": "system", "parts": [{"text": "Be brief."}]},
+            "contents": [{"role": "user", "parts": [{"text": "Hi"}]}, {"role": "model", "parts": [{"text": "Yo"}]}],
+        },
+        shown("Hi", "Yo", system="Be brief."),
+        (),
+    ),
+    "a history under another name": (
+        {"chat_history": [["Hi", "Yo"]], "question": "And?", "answer": "Bye"},
+        shown("Hi", "Yo", "And?", "Bye", facts={"answer": "Bye"}),
+        (),
+    ),
+    "a system message under another name": (
+        {"systemMsg": "Be brief.", "prompt": "Hi", "completion": "Yo"},
+        shown("Hi", "Yo", system="Be brief."),
+        (),
+    ),
     "an exchange with more in it": (
         {"conversation": [{"input": "Hi", "output": "Yo", "sep": "|"}]},
         shown("Hi", "Yo"),
@@ -185,6 +222,16 @@ READ = {
         shown("1+1?", r"It is $\boxed{2}$."),
         ("level", "type"),
     ),
+    "aya": (
+        {"inputs": "Hi", "targets": "Yo", "language": "English", "annotation_type": "original-annotations"},
+        shown("Hi", "Yo"),
+        ("annotation_type", "language"),
+    ),
+    "instructions with inputs": (
+        {"instructions": "Add.", "inputs": "2 and 3", "outputs": "5"},
+        shown("Add.\n\n2 and 3", "5"),
+        (),
+    ),
     "metamath": (
         {"type": "GSM_Rephrased", "query": "1+1?", "original_question": "1 + 1 = ?", "response": "The answer is: 2"},
         shown("1+1?", "The answer is: 2"),
@@ -269,6 +316,11 @@ READ = {
         pair(prompt("Is it?")),
         (),
     ),
+    "the side of a label studio": (
+        {"prompt": "Is it?", "answer1": "No.", "answer2": "Yes.", "choice": "right"},
+        pair(prompt("Is it?")),
+        (),
+    ),
     "stack exchange with scores": (
         {
             "qid": 1,
@@ -315,6 +367,15 @@ READ = {
     "trl steps": (
         {"prompt": "1+1?", "completions": ["1+1", "= 2"], "labels": [True, True]},
         SteppedResponse(prompt=prompt("1+1?"), steps=("1+1", "= 2"), labels=(1, 1)),
+        (),
+    ),
+    "helpsteer 2 with several turns": (
+        {
+            "prompt": "Who won?\n<extra_id_1>Assistant\nGermany.\n<extra_id_1>User\nWhere?",
+            "response": "In Rome.",
+            "helpfulness": 4,
+        },
+        RatedResponse(prompt=prompt("Who won?", "Germany.", "Where?"), response="In Rome.", rating=4),
         (),
     ),
     # prompts

@@ -11,27 +11,58 @@ PROMPT = ("prompt", "instruction", "question", "query", "problem", "user_prompt"
 """Names of a prompt, the likeliest first."""
 COMPLETION = ("completion", "response", "output", "reply", "solution", "answer", "target")
 """Names of a reply, the likeliest first. "solution" comes before "answer": beside it, an answer is only its result."""
-MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
-SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt", "sys", "preamble")
+_PLURAL_COMPLETION = ("targets", "outputs")
+"""Names of a reply if they hold a text; a list or an object under them is several replies."""
+MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "contents")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "system_instructions", "system_msg",
+          "system_text", "system_content", "sys_prompt", "sys_msg", "sys", "preamble", "developer_message")  # fmt: skip
 """A column with the system turn."""
+_OTHER_NAMES: Mapping[str, str] = {
+    **dict.fromkeys(("chat_history", "conversation_history", "dialogue_history", "dialog_history", "message_history",
+                     "previous_turns", "previous_messages", "past_messages", "prior_turns", "prior_messages"),
+                    "history"),
+    "inputs": "input", "instructions": "instruction",
+}  # fmt: skip
+"""Further names of a column, each with the one that it has here."""
 CONTEXT = ("input", "context", "passage", "passages")
 """Names of text that belongs to the question but stands in a column of its own."""
 OPTIONS = ("choices", "options")
 """Names of the options of a question, of which a reply may be the letter."""
+_ONE_OPTION = re.compile(r"(?:opt(?:ion)?|choice)[ _-]?[a-h1-9]|op[a-e]|[A-E]", re.IGNORECASE)
+"""A column with one of the options."""
 BACKGROUND = frozenset({"article", "articles", "document", "documents", "doc", "docs", "paragraph", "paragraphs",
                         "passage", "passages", "context", "contexts", "ctx", "evidence", "story", "background",
-                        "scenario"})  # fmt: skip
+                        "scenario", "excerpt", "excerpts", "snippet", "snippets", "transcript", "dialogue", "dialog",
+                        "email", "premise", "hypothesis"})  # fmt: skip
 """Words in the names of texts that a question may be about. Such a text becomes part of the prompt only under a name of
 `CONTEXT`."""
+_ASKS_TOO = frozenset({"definition", "task", "task_description", "task_definition", "user_query", "user_message",
+                       "user_input", "user_request", "request", "prompts", "questions", "body", "question_body", "text",
+                       "content", "source_text", "code", "schema", "db_schema", "table", "abstract", "sentence",
+                       "sentence1", "sentence2", "support"})  # fmt: skip
+"""Names of columns that say what is asked if they hold a text that neither the prompt nor the reply states."""
 PART_OF_PROMPT = frozenset({*SYSTEM, *CONTEXT, "history"})
-WEIGHT = frozenset({"weight", "sample_weight", "loss_weight", "loss_mask"})
+_ABOUT_SYSTEM = frozenset({"id", "model", "name", "version", "fingerprint", "operating", "os", "type", "score"})
+WEIGHT = frozenset({"weight", "sample_weight", "loss_weight", "loss_mask", "sampling_weight", "example_weight",
+                    "importance_weight", "completion_mask", "assistant_mask", "assistant_masks", "train_detail",
+                    "training_detail"})  # fmt: skip
 REASONING = frozenset({"reasoning", "reasoning_content", "reasoning_details", "thinking", "thinking_blocks", "think",
                        "thoughts", "thought", "chain_of_thought", "cot", "complex_cot"})  # fmt: skip
+_OF_MAKING = frozenset({"judge", "judgement", "judgment", "judging", "labelling", "labeling", "label", "evaluation",
+                        "eval", "annotation", "annotator", "critique", "critic", "grader", "rater", "guidelines",
+                        "rubric", "generation", "raw", "rationale", "feedback", "explanation", "comment"})  # fmt: skip
+_REASONING_WORDS = frozenset({"reasoning", "thinking", "think", "thoughts", "thought", "cot", "trajectory",
+                              "trajectories"})  # fmt: skip
+_ABOUT_REASONING = frozenset({"type", "mode", "effort", "level", "budget", "length", "tokens", "id", "score", "judge",
+                              "prompt"})  # fmt: skip
 UNREAD: Mapping[str, str] = {
-    **dict.fromkeys(("tools", "functions", "available_tools", "tool_definitions", "tool_schemas",
+    **dict.fromkeys(("tools", "functions", "available_tools", "tool_definitions", "tool_schemas", "tool_list",
+                     "function_list", "function_definitions", "available_functions", "apis", "api_list",
                      "chat_template_kwargs"), "tools"),
     **dict.fromkeys(("image", "images", "image_url", "image_urls", "image_path", "image_base64", "images_list", "img",
-                     "audio", "audios", "video", "videos"), "not text"),
+                     "image_paths", "image_file", "image_files", "image_bytes", "img_path", "picture", "pictures",
+                     "photo", "photos", "pixel_values", "audio", "audios", "audio_path", "audio_file", "video",
+                     "videos", "video_path", "video_file"), "not text"),
 }  # fmt: skip
 """Columns, and fields of messages, that change what they stand in and that no record here can hold, each with what it
 holds."""
@@ -52,7 +83,7 @@ PAIRS = (
 """Names of the better and the worse reply."""
 _SCORE_OF = tuple(
     pattern.format(score)
-    for score in ("score", "rating", "reward")
+    for score in ("score", "rating", "reward", "votes", "upvotes")
     for pattern in ("{}_{{}}", "{{}}_{}", "{{}}_avg_{}", "{{}}_{}s")
 )
 SCORES_OF_PAIR = tuple((name.format("chosen"), name.format("rejected")) for name in _SCORE_OF)
@@ -77,8 +108,9 @@ JUDGING = frozenset({"rating", "ratings", "score", "stars", "grade", "reward", "
                      "verdict", "correctness", "safe", "unsafe", "toxic", "toxicity",
                      "harmful", "harmless", "helpful", "helpfulness", "preferred", "chosen", "rejected", "selected",
                      "accepted", "approved", "flagged", "upvoted", "downvoted", "liked", "disliked", "passed",
-                     "failed", "valid", "invalid", "votes", "upvotes", "downvotes", "likes",
-                     "dislikes"})  # fmt: skip
+                     "failed", "valid", "invalid", "vote", "votes", "upvotes", "downvotes", "likes", "dislikes",
+                     "reaction", "bad", "negative", "incorrect", "wrong", "unhelpful", "hallucination",
+                     "hallucinated", "deleted", "discarded"})  # fmt: skip
 """Words in the names of columns with a number or thumb on one reply, such as "human_rating" and "is_safe". Some are
 true for good replies and some for bad ones."""
 _NOT_OF_REPLIES = frozenset({"prompt", "instruction", "instruct", "question", "query", "input", "problem",
@@ -91,18 +123,21 @@ _STEPS = ("completions", "steps")
 # Every name above, and the names that records use. Other columns become facts or are not used.
 KNOWN = frozenset(
     {*PROMPT, *COMPLETION, *MESSAGES, *PART_OF_PROMPT, *OPTIONS, *REASONING, *WEIGHT, *UNREAD, *CHOICE, *LABEL,
-     *RATING, *_STEPS, *(name for pair in (*PAIRS, *SIDES, *SCORES_OF_PAIR) for name in pair), "labels", "margin",
-     "facts", "id", "annotator", "winner_model_a", "winner_model_b", "winner_tie",
+     *RATING, *_STEPS, *_PLURAL_COMPLETION, *(name for pair in (*PAIRS, *SIDES, *SCORES_OF_PAIR) for name in pair),
+     "labels", "margin", "facts", "id", "annotator", "winner_model_a", "winner_model_b", "winner_tie",
      "score_a", "score_b", "score_0", "score_1", "score_2", "answers", "responses", "generations", "rank", "text",
      "role", "message_id", "parent_id", "message_tree_id", *CALLS}
 )  # fmt: skip
-_BY_LETTERS = {name.replace("_", ""): name for name in sorted(KNOWN, reverse=True)}
+_BY_LETTERS = {
+    **{name.replace("_", ""): plain for name, plain in _OTHER_NAMES.items()},
+    **{name.replace("_", ""): name for name in sorted(KNOWN, reverse=True)},
+}
 
 
 @lru_cache(maxsize=4096)
 def plain_name(column: str) -> str:
     """The name in `KNOWN` that a column has, whatever stands between its words: "system_prompt" for "System Prompt",
-    "system-prompt" and "systemPrompt". The column itself if there is none."""
+    "system-prompt" and "systemPrompt", and "history" for "chat_history". The column itself if there is none."""
     plain = column.strip().lower().replace(" ", "_")
     return plain if plain in KNOWN else _BY_LETTERS.get(re.sub(r"[\s_-]", "", plain), column)
 
@@ -120,8 +155,31 @@ def judges_replies(column: str) -> bool:
 
 
 def tells_background(column: str) -> bool:
-    """Whether the name of a column is that of a text that a question may be about."""
-    return plain_name(column) not in PART_OF_PROMPT and not BACKGROUND.isdisjoint(_words(column))
+    """Whether the name of a column is that of a text that a question may be about, or that says what is asked."""
+    if plain_name(column) in PART_OF_PROMPT:
+        return False
+    return column.strip().lower() in _ASKS_TOO or not BACKGROUND.isdisjoint(_words(column))
+
+
+def is_option(column: str) -> bool:
+    """Whether the name of a column is that of the options of a question, or of one of them."""
+    return plain_name(column) in OPTIONS or bool(_ONE_OPTION.fullmatch(column.strip()))
+
+
+def tells_system(column: str) -> bool:
+    """Whether the name of a column is that of a system turn that is called by none of the names in `SYSTEM`."""
+    return plain_name(column) not in SYSTEM and "system" in _words(column) and _ABOUT_SYSTEM.isdisjoint(_words(column))
+
+
+def tells_judge(column: str) -> bool:
+    """Whether the name of a column is that of what somebody was told who judged or wrote the rows."""
+    return not _OF_MAKING.isdisjoint(_words(column))
+
+
+def tells_reasoning(column: str) -> bool:
+    """Whether the name of a column is that of the reasoning behind a reply."""
+    words = _words(column)
+    return not _REASONING_WORDS.isdisjoint(words) and _ABOUT_REASONING.isdisjoint(words)
 
 
 CHANGES_A_ROW = frozenset({*PART_OF_PROMPT, *REASONING, *WEIGHT, *UNREAD})
@@ -194,13 +252,18 @@ def names_of(columns: frozenset[str], sample: Mapping[str, Any], rare: frozenset
                 break
     if "response_b" in have and (name := first(CHOICE, kinds=(str, int, float))):
         rename(name, "choice")
-    name = first(MESSAGES, kinds=(list,)) or ("" if "prompt" in have else first(MESSAGES, kinds=(str,)))
+    by_field = (n for n in MESSAGES if n in have and is_by_field(sample[have[n]]))
+    name = (
+        first(MESSAGES, kinds=(list,))
+        or next(by_field, "")
+        or ("" if "prompt" in have else first(MESSAGES, kinds=(str,)))
+    )
     if name and str(sample[have[name]]).lstrip()[:1] in ("[", "{"):  # not a dialogue written as plain text
         rename(name, "prompt" if _comes_before(sample[have[name]], sample.get(have.get("chosen", ""))) else "messages")
     if "messages" not in have and (name := first(PROMPT, kinds=(str, list, dict))):
         rename(name, "prompt")
     one_reply = not {"chosen", "response_b", *_STEPS} & have.keys()
-    if one_reply and (name := first(COMPLETION, kinds=(str, list, dict))):
+    if one_reply and (name := first(COMPLETION, kinds=(str, list, dict)) or first(_PLURAL_COMPLETION, kinds=(str,))):
         if name != "answer":
             rename(name, "completion")
         elif have.get("prompt") != "prompt":  # beside "prompt", an answer is what a verifier looks for
@@ -209,6 +272,14 @@ def names_of(columns: frozenset[str], sample: Mapping[str, Any], rare: frozenset
     if name is not None and (name in LABEL[:2] or thumb(sample[have[name]]) is not None):
         rename(name, "label")
     return found
+
+
+def is_by_field(value: Any) -> bool:
+    """Whether a value holds messages field by field, {"role": ["user", …], "content": ["Hi", …]}, as tables that
+    `datasets` makes of a `Sequence` of objects do."""
+    if not isinstance(value, dict) or not {"role", "from"} & value.keys():
+        return False
+    return all(isinstance(field, list) for field in value.values()) and len(set(map(len, value.values()))) == 1
 
 
 def _scores_of(one: str, other: str) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:

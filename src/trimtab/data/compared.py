@@ -153,8 +153,8 @@ def share_for_first(choice: Any, sides: Sides) -> float:
         word = choice.strip().strip("[]").lower().replace("_", " ")  # "[[A]]" is a verdict of MT-Bench
         if word in _TIES:
             return 0.5
-        if word in ("first", "second"):
-            return float(word == "first")
+        if word in ("first", "left", "second", "right"):
+            return float(word in ("first", "left"))
         number = re.fullmatch(r"[+-]?\d+(\.\d+)?", word)
         if not number:
             end = _END.search(word)

@@ -19,6 +19,7 @@ from trimtab.data.columns import (
     SYSTEM,
     UNREAD,
     WEIGHT,
+    is_by_field,
     plain_name,
     thumb,
 )
@@ -64,6 +65,7 @@ def messages_of(name: str, value: Any) -> tuple[Message, ...]:
     """The turns of a list of messages (or of the JSON text of one). Raises Mistake."""
     if isinstance(value, str):
         value = conversation_in(value, value)
+    value = listed(value)
     if not isinstance(value, list):
         wrong_type(name, value, "a list of messages")
     found: list[Message] = []
@@ -73,6 +75,13 @@ def messages_of(name: str, value: Any) -> tuple[Message, ...]:
         else:
             found += _asked_and_replied(f"{name}[{i}]", turn, fields)
     return tuple(found)
+
+
+def listed(value: Any) -> Any:
+    """The list of messages that one message is, or messages field by field; any other value as it is."""
+    if is_by_field(value):
+        return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+    return [value] if isinstance(value, dict) and ("role" in value or "from" in value) else value
 
 
 def _exchange(turn: Any) -> tuple[str, str] | None:
@@ -237,6 +246,16 @@ def _refuse_other_forms(place: str, value: Any, field: str) -> None:
     )
 
 
+def system_text(place: str, value: Any) -> str:
+    """The text of a system turn, given as text, as parts of text, or as one message of the system. Raises Mistake."""
+    if isinstance(value, dict) and "text" not in value:
+        if ROLE_NAMES.get(str(value.get("role", "system")).lower()) != "system":
+            wrong_type(place, value, "text")
+        refuse_fields(place, value, READ_FIELDS)
+        value = _only_content(place, value)
+    return value if isinstance(value, str) else _text_of_parts(place, value)
+
+
 def _text_of_parts(place: str, content: Any) -> str:
     """The joined texts of content parts, [{"type": "text", "text": …}]."""
     parts = content if isinstance(content, list) else [content]
@@ -272,8 +291,8 @@ def unread_fields(name: str, value: Any, read: frozenset[str]) -> Iterator[str]:
         if isinstance(value.get("messages"), list):
             yield from (f"{name}.{field}" for field in sorted(value.keys() - _REQUEST_FIELDS) if filled(value[field]))
             value, name = value["messages"], f"{name}.messages"
-        elif not value.keys().isdisjoint(_ROLE_FIELDS):
-            value = [value]
+        else:
+            value = listed(value)
     if isinstance(value, list) and value and isinstance(value[0], dict):
         for turn in value:
             if not isinstance(turn, dict):
@@ -281,6 +300,8 @@ def unread_fields(name: str, value: Any, read: frozenset[str]) -> Iterator[str]:
             if not turn.keys() <= read:
                 fields = _exchange(turn) if read is READ_FIELDS else None
                 known = read if fields is None else read.union(fields, SYSTEM)
+                if turn.keys().isdisjoint(_ROLE_FIELDS) and "text" in turn:  # a part of a system turn
+                    known = known | READ_IN_PARTS
                 yield from (f"{name}[].{field}" for field in sorted(turn.keys() - known) if filled(turn[field]))
             if isinstance(parts := turn.get("content"), list):
                 for part in parts:
@@ -408,59 +429,3 @@ def refuse_half_characters(value: Any) -> None:
             f"the text holds U+{ord(text[at]):04X}, half of a character: {text[max(at - 20, 0) : at]!r} and then it",
             "cut texts between characters, not between the two halves of one, or remove the escape",
         ) from None
-
-
-# ---- transcripts ----------------------------------------------------------------------------------------------------
-
-_OPENING = re.compile(r"\s*(?:Human|Assistant):")
-_BETWEEN = re.compile(r"(?:\A\s*|\r?\n[ \t]*\r?\n\s*?)(Human|Assistant):")
-_BETWEEN_LINES = re.compile(r"(?:\A\s*|\r?\n)(Human|Assistant):")
-_ENDS_OPEN = re.compile(r"\n\s*Assistant:\s*\Z")
-
-
-def transcript(name: str, text: str) -> tuple[Message, ...] | None:
-    """The turns of "\\n\\nHuman: … \\n\\nAssistant: …" (hh-rlhf), stripped of blanks; None for other text.
-
-    Raises Mistake for a transcript with other text before the first speaker.
-    """
-    if "Human:" not in text and "Assistant:" not in text:
-        return None
-    if not _OPENING.match(text):
-        if "\n\nHuman:" in text and _ENDS_OPEN.search(text):
-            refuse_opening(name, text)
-        return None
-    parts = _BETWEEN.split(text)
-    if len(parts) == 3:  # one turn: either single line breaks separate the turns, or this is no transcript
-        by_line = _BETWEEN_LINES.split(text)
-        if len({*by_line[1::2]}) == 2:
-            parts = by_line
-        elif not text[0].isspace() or "\n\n" not in text[: text.index(":")].replace("\r", ""):
-            return None
-    turns = zip(parts[1::2], parts[2::2], strict=True)
-    return tuple(Message("user" if who == "Human" else "assistant", said.strip()) for who, said in turns)
-
-
-def refuse_opening(name: str, text: str) -> None:
-    """Raises Mistake for a transcript with other text before the first speaker; nothing says whose turn that is."""
-    raise Mistake(
-        "odd_transcript",
-        f"{name} is a transcript that begins with {shown(text.partition('Human:')[0])}, before anybody speaks",
-        "begin it with Human: or Assistant:, and give an instruction in a column 'system'",
-    )
-
-
-def is_transcript(value: Any) -> bool:
-    """Whether a prompt is a transcript; then the blank after its last "Assistant:" is not part of the reply."""
-    return isinstance(value, str) and "Assistant:" in value and transcript("prompt", value) is not None
-
-
-def joined(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages with neighbouring turns of one speaker joined: a few hh-rlhf transcripts have such turns, and most
-    templates refuse them."""
-    found: list[Message] = []
-    for message in messages:
-        if found and found[-1].role == message.role:
-            found[-1] = Message(message.role, f"{found[-1].content}\n\n{message.content}")
-        else:
-            found.append(message)
-    return tuple(found)

@@ -12,8 +12,9 @@ from typing import Any
 
 from trimtab.core.types import JsonDict, Message, Prompt
 from trimtab.data.columns import CONTEXT, PART_OF_PROMPT, REASONING, SYSTEM, UNREAD, WEIGHT
-from trimtab.data.messages import conversation_in, is_transcript, joined, messages_of, refuse_field, transcript
+from trimtab.data.messages import conversation_in, listed, messages_of, refuse_field, system_text
 from trimtab.data.mistakes import Mistake, filled, shown, wrong_type
+from trimtab.data.transcripts import is_transcript, joined, marked_turns, transcript
 
 _BESIDE_REPLY = REASONING | WEIGHT
 _NO_INPUT = frozenset({"<noinput>", "<no input>", "noinput", "no input"})
@@ -27,9 +28,18 @@ _OPENS_TURN = re.compile(
 )
 _ENDS_TURN = re.compile(
     r"(?:<\|im_end\|>|<\|eot_id\|>|<\|endoftext\|>|<\|end_of_text\|>|<end_of_turn>|<\|end\|>|<eos>|</s>"
-    r"|<｜end▁of▁sentence｜>)\s*\Z"
+    r"|<｜end▁of▁sentence｜>|<extra_id_1>)\s*\Z"
 )
 """How the chat templates of well-known models open and end a turn."""
+_AWAITS_REPLY = re.compile(
+    r"(?:<\|im_start\|>assistant|<start_of_turn>model|<\|start_header_id\|>assistant<\|end_header_id\|>"
+    r"|<\|assistant\|>|<｜Assistant｜>|\[/INST\])\s*\Z"
+)
+_WRITTEN_OUT = re.compile(
+    r"\s*(?:### *)?(?:User|USER|Human)(?: *###)?:.*[\n ](?:### *)?(?:Assistant|ASSISTANT|AI|Bot|GPT)(?: *###)?:\s*\Z",
+    re.DOTALL,
+)
+"""How a prompt ends that a chat template wrote, and how one reads whose turns were written out as text."""
 
 
 def field_of(row: Mapping[str, Any], *names: str) -> Any:
@@ -56,6 +66,7 @@ def reply_turns(name: str, value: Any) -> tuple[Message, ...] | str:
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
         refuse_unread(value)
         return with_columns(messages_of(f"{name}.messages", value["messages"]), value)
+    value = listed(value)
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
@@ -98,6 +109,8 @@ def refuse_markup(row: Mapping[str, Any]) -> None:
         if not isinstance(text, str):
             continue
         found = _OPENS_TURN.match(text)
+        if found is None and name == "prompt":
+            found = _AWAITS_REPLY.search(text, max(len(text) - 60, 0))
         if found is None and name in _REPLIES:
             found = _ENDS_TURN.search(text, max(len(text) - 40, 0))
         if found and not (found[0].startswith("</s>") and "<s>" in text):  # struck out in HTML
@@ -108,6 +121,18 @@ def refuse_markup(row: Mapping[str, Any]) -> None:
                 "write prompt and replies as lists of messages without such marks, or leave such rows out with "
                 'on_bad_row = "drop"',
             )
+
+
+def refuse_written_turns(name: str, text: str) -> None:
+    """Raises Mistake for a prompt in which the turns are written out as "User: … Assistant:", other than in a
+    transcript that can be read: they would be one turn of the user."""
+    if _WRITTEN_OUT.match(text):
+        raise Mistake(
+            "markup",
+            f"{name} is {shown(text)}: turns that are written out, which would be learnt as one turn of the user",
+            'write them as a list of messages, or as a transcript, "\\n\\nHuman: … \\n\\nAssistant:"; or leave such '
+            'rows out with on_bad_row = "drop"',
+        )
 
 
 def split_reply(name: str, messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], str]:
@@ -154,8 +179,7 @@ def prompt_in(row: Mapping[str, Any], name: str = "prompt", *, facts: JsonDict |
     value = field_of(row, name)
     if isinstance(value, str):
         value = conversation_in(value, value)
-    if isinstance(value, dict) and ("role" in value or "from" in value):
-        value = [value]
+    value = listed(value)
     if isinstance(value, dict) and "messages" in value:
         refuse_unread({**row, **value})
         messages = with_columns(messages_of(f"{name}.messages", value["messages"]), value)
@@ -165,8 +189,9 @@ def prompt_in(row: Mapping[str, Any], name: str = "prompt", *, facts: JsonDict |
         value = value["full_text"]
     if isinstance(value, str):
         refuse_markup(row)
-        turns = transcript(name, value)
+        turns = marked_turns(value) if "<extra_id_" in value else transcript(name, value)
         if turns is None:
+            refuse_written_turns(name, value)
             turns = (Message("user", value),)
         elif turns[-1] == Message("assistant", ""):  # "…\n\nAssistant:" only says who speaks next
             turns = turns[:-1]
@@ -198,11 +223,8 @@ def with_columns(messages: tuple[Message, ...], row: Mapping[str, Any]) -> tuple
     messages = (*earlier_turns(row), *messages)
     for name in SYSTEM:
         value = row.get(name) if name in present else None
-        if value is None or value == "":
-            continue
-        if not isinstance(value, str):
-            wrong_type(name, value, "text")
-        messages = _with_system(name, value, messages)
+        if filled(value):
+            messages = _with_system(name, system_text(name, value), messages)
     return messages
 
 

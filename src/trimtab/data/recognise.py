@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from trimtab.core.errors import DataError
@@ -14,26 +15,32 @@ from trimtab.data.columns import (
     CHANGES_A_ROW,
     COMPLETION,
     LABEL,
-    OPTIONS,
     PART_OF_PROMPT,
     PROMPT,
     RATING,
     SIDES,
+    is_option,
     judges_replies,
     names_of,
     plain_name,
     tells_background,
+    tells_judge,
+    tells_reasoning,
+    tells_system,
     thumb,
 )
 from trimtab.data.compared import sides_of
 from trimtab.data.formats import LAYOUTS, Layout, LayoutReading
-from trimtab.data.messages import conversation_in, transcript
+from trimtab.data.messages import conversation_in
 from trimtab.data.mistakes import Mistake, filled, shown
+from trimtab.data.transcripts import transcript
 
 _NUM_COMPARED = 50
 """How many rows are searched for a column that may hold the prompt, and for replies that repeat it."""
 _NUM_WORDS = 4
 """The least words of a text that a question may be about."""
+_ADDRESSES = re.compile(r"\s*(?:You are|You're|Act as|Your task is|As an AI)\b")
+"""How a system turn begins, whatever its column is called."""
 _SIDE_NAMES = frozenset(name for pair in SIDES for name in pair)
 _ABOUT = frozenset(
     {"id", "source", "dataset", "category", "subset", "split", "type", "task", "topic", "domain", "language", "lang",
@@ -199,13 +206,13 @@ def _misread(
     """The problems that would make the file be read wrongly without a warning, each with its fix."""
     # From all rows: a thumb, a rating or a question that only few rows have still says something of those.
     left = {name: plain_name(name) for row in rows for name in row if name not in reading.used}
-    yield from _misread_columns(reading, rows, left)
-    rows = rows[:_NUM_COMPARED]
+    first = rows[:_NUM_COMPARED]
     if reading.layout.name.startswith("preference pairs"):
         common = {name: plain for name, plain in left.items() if name in columns}
-        yield from _hidden_prompts(reading, rows, common, sample)
+        yield from _hidden_prompts(reading, first, common, sample)
+    yield from _misread_columns(reading, rows, left)
     if reading.layout.name in ("preference pairs", "prompts with completions"):
-        yield from _repeated_prompts(reading, rows)
+        yield from _repeated_prompts(reading, first)
 
 
 def _misread_columns(
@@ -230,7 +237,43 @@ def _misread_columns(
                 f"they hold the replies, leave the others out with FILE?ignore={','.join(sides)}",
             )
             break
+    if reading.kind in (Demonstration, LabelledResponse, RatedResponse):
+        yield from _reasoning(reading, rows, left)
     yield from _second_questions(reading, rows, left)
+    yield from _other_systems(reading, rows, left)
+
+
+def _reasoning(reading: LayoutReading, rows: Sequence[JsonDict], left: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for name in filter(tells_reasoning, left):
+        if row := _first_unstated(reading, rows, name):
+            yield (
+                f"{name} holds {shown(row[name])}, reasoning apart from the reply, which would not be learnt",
+                "write it into the reply as the model's chat template does, for instance <think>…</think> before the "
+                f"answer, or leave it out with FILE?ignore={name}",
+            )
+
+
+def _other_systems(
+    reading: LayoutReading, rows: Sequence[JsonDict], left: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    for name in left:
+        row = _first_unstated(reading, rows, name) if not tells_judge(name) else None
+        if row is not None and (tells_system(name) or _ADDRESSES.match(str(row[name]))):
+            yield (
+                f"{name} holds {shown(row[name])}, which may be the system turn, and would not be used",
+                f"say so with FILE?columns={name}:system, or leave it out with FILE?ignore={name}",
+            )
+
+
+def _first_unstated(reading: LayoutReading, rows: Sequence[JsonDict], name: str) -> JsonDict | None:
+    """The first row in which a column holds a text of several words that no text that is used states; None without
+    one."""
+    for row in (row for row in rows if filled(row.get(name))):
+        texts = [text.strip() for text in _texts(row[name]) if len(text.split()) >= _NUM_WORDS]
+        said = _used_texts(reading, row) if texts else []
+        if any(not any(text in one for one in said) for text in texts):
+            return row
+    return None
 
 
 def _is_other_text(reading: LayoutReading, row: JsonDict, name: str) -> bool:
@@ -263,12 +306,19 @@ def _judged(left: Mapping[str, str], rows: Sequence[JsonDict]) -> Iterator[tuple
 
 _GRADE = re.compile(r"[A-F][-+]?")
 _NUMBER = re.compile(r"[-+]?(\d+([.,]\d*)?|[.,]\d+)(e[-+]?\d+)? *(/ *\d+|%|stars?)?", re.IGNORECASE)
+_VERDICTS = frozenset({"poor", "fair", "average", "mediocre", "excellent", "great", "perfect", "terrible", "low",
+                       "medium", "high", "very good", "very bad", "very poor", "weak", "strong", "acceptable",
+                       "unacceptable", "helpful", "unhelpful", "not helpful", "harmful", "harmless", "safe", "unsafe",
+                       "toxic", "pass", "passed", "fail", "failed", "valid", "invalid"})  # fmt: skip
+"""Words that judge a reply, besides thumbs."""
+_VERDICT_FIELDS = ("value", "rating", "score", "label")
+"""Fields of an object that hold a judgement: {"user_id": "ann", "value": 4}."""
 _NO_VALUE = frozenset({"", "n/a", "na", "nan", "none", "null", "unknown"})
 
 
 def _judges(rows: Sequence[JsonDict], name: str) -> bool:
-    """Whether at least half of the values of a column are numbers ("4", "4/5", "4 stars") or thumbs; in a column
-    called "grade" also letters ("B+")."""
+    """Whether at least half of the values of a column are numbers ("4", "4/5", "4 stars"), thumbs or words such as
+    "poor"; in a column called "grade" also letters ("B+")."""
     graded = plain_name(name) == "grade"
     values = list(_values(rows, name))
     found = [_is_judgement(v) or (graded and bool(_GRADE.fullmatch(str(v).strip()))) for v in values]
@@ -276,15 +326,27 @@ def _judges(rows: Sequence[JsonDict], name: str) -> bool:
 
 
 def _values(rows: Sequence[JsonDict], name: str) -> Iterator[Any]:
-    """The values of a column that are not missing, empty, or a word such as "N/A"."""
-    for value in (row[name] for row in rows if filled(row.get(name))):
+    """The values of a column that are not missing, empty, or a word such as "N/A", one by one if several people judged:
+    [{"user_id": "ann", "value": 4}, {"user_id": "bob", "value": 5}] holds 4 and 5."""
+    for value in chain.from_iterable(_judgements(row[name]) for row in rows if filled(row.get(name))):
         if not isinstance(value, str) or value.strip().lower() not in _NO_VALUE:
             yield value
 
 
+def _judgements(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        yield from chain.from_iterable(map(_judgements, value))
+    elif isinstance(value, dict):
+        fields = () if "role" in value or "from" in value else _VERDICT_FIELDS
+        yield from (value[field] for field in fields if filled(value.get(field)))
+    else:
+        yield value
+
+
 def _is_judgement(value: Any) -> bool:
     if isinstance(value, str):
-        return thumb(value) is not None or bool(_NUMBER.fullmatch(value.strip()))
+        word = value.strip()
+        return thumb(word) is not None or word.lower() in _VERDICTS or bool(_NUMBER.fullmatch(word))
     return isinstance(value, int | float)
 
 
@@ -295,16 +357,21 @@ def _second_questions(
         asked = [row for row in rows if any(map(str.strip, _asks(name, row.get(name))))]
         missing = [row for row in asked if is_unstated(name, row[name], _used_texts(reading, row))]
         if missing and 2 * len(missing) >= len(asked):
+            alike = [other for other in left if is_option(other)] if is_option(name) else [name]
             yield (
                 f"{name} holds {shown(missing[0][name])}, which is no part of the prompt, and would not be used",
-                f"leave it out with FILE?ignore={name}, or put it into the prompt"
+                f"leave it out with FILE?ignore={','.join(alike)}, or put it into the prompt"
                 + (f": FILE?columns={name}:context" if tells_background(name) else ""),
             )
 
 
 def is_unstated(name: str, value: Any, said: Sequence[str]) -> bool:
-    """Whether a column holds a question, or options of one, that none of the texts `said` states whole."""
-    return any(not any(text.strip() in one for one in said) for text in _asks(name, value))
+    """Whether a column holds a question, or options of one, that none of the texts `said` states whole. A column `text`
+    may hold prompt and reply together."""
+    asked = _asks(name, value)
+    if plain_name(name) == "text":
+        asked = [text for text in asked if sum(one.strip() in text for one in said if one.strip()) < 2]
+    return any(not any(text.strip() in one for one in said) for text in asked)
 
 
 def _asks(name: str, value: Any) -> list[str]:
@@ -312,10 +379,10 @@ def _asks(name: str, value: Any) -> list[str]:
     none. A short text such as a title or the name of a file is no text that a question is about."""
     if tells_background(name):
         return [text for text in _texts(value) if len(text.split()) >= _NUM_WORDS]
+    if is_option(name):
+        return list(_texts(value))
     plain = plain_name(name)
-    if plain not in (*PROMPT, *OPTIONS) or plain in PART_OF_PROMPT:
-        return []
-    return list(_texts(value)) if isinstance(value, str) or plain in OPTIONS else []
+    return [value] if isinstance(value, str) and plain in PROMPT and plain not in PART_OF_PROMPT else []
 
 
 def _used_texts(reading: LayoutReading, row: JsonDict) -> list[str]:

@@ -19,16 +19,7 @@ from trimtab.core.types import (
     RatedResponse,
 )
 from trimtab.data.columns import RATING, SCORES_OF_PAIR, SYSTEM, thumb
-from trimtab.data.messages import (
-    conversation_in,
-    is_transcript,
-    joined,
-    messages_of,
-    refuse_opening,
-    texts_as_turns,
-    transcript,
-    untrained_turns,
-)
+from trimtab.data.messages import conversation_in, messages_of, texts_as_turns, untrained_turns
 from trimtab.data.mistakes import Mistake, shown, wrong_type
 from trimtab.data.prompts import (
     earlier_turns,
@@ -40,11 +31,13 @@ from trimtab.data.prompts import (
     refuse_beside_reply,
     refuse_markup,
     refuse_unread,
+    refuse_written_turns,
     reply_of,
     reply_turns,
     split_reply,
     with_columns,
 )
+from trimtab.data.transcripts import is_transcript, joined, refuse_opening, transcript
 
 # ---- values ---------------------------------------------------------------------------------------------------------
 
@@ -224,6 +217,7 @@ def _plain_text_pair(row: JsonDict, chosen: str, rejected: str) -> PreferencePai
         )
     if "\n\nAssistant:" in shared.partition("\n\nHuman:")[2]:
         refuse_opening("chosen", shared)
+    refuse_written_turns("what chosen and rejected begin with", shared[:cut])
     turns = with_columns((Message("user", shared[:cut].rstrip()),), row)
     return _pair(row, make_prompt(turns, row), not_empty("chosen", chosen[cut:]), not_empty("rejected", rejected[cut:]))
 
