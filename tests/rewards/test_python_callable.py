@@ -1,4 +1,5 @@
 import math
+import os
 import signal
 import sys
 
@@ -20,6 +21,14 @@ def odd(prompt, response, facts):
     return others.get(response, 2)
 def changes(prompt, response, facts): return facts.pop("bonus") + len(facts["list"].pop())
 def two(prompt, response): return 1
+def moves(prompt, response, facts):
+    import os
+    os.chdir("/")
+    return 1
+def verl(data_source, solution_str, ground_truth, extra_info=None): return 1
+def openrlhf(queries, prompts, labels): return 1
+def swapped(response, prompt, facts): return 1
+def one_fact(prompt, response, answer): return float(response == answer)
 def exits(prompt, response, facts): raise SystemExit(3)
 def prints(prompt, response, facts): print("seen", response); return 1
 def hangs(prompt, response, facts):
@@ -78,6 +87,12 @@ def test_what_raises_or_returns_no_number_is_nan_counted_and_named(module, rollo
     assert "RuntimeError: cannot say" in caplog.text
 
 
+def test_a_function_that_changes_the_directory_is_named_and_the_run_stays(module, rollout, caplog, tmp_path):
+    assert torch.isnan(scores("my_rewards:moves", [rollout("any")])).all()
+    assert f"my_rewards:moves changed the working directory to /, and the run writes into {tmp_path}" in caplog.text
+    assert os.getcwd() == str(tmp_path)
+
+
 def test_a_number_that_32_bits_cannot_hold_is_named(module, rollout, caplog):
     assert torch.isnan(scores("my_rewards:odd", [rollout("wide")])).all()
     assert "the score is 1e+300, which is no finite number of 32 bits" in caplog.text
@@ -112,6 +127,10 @@ def test_a_batch_in_which_nothing_can_be_judged_has_no_mean(module, rollout):
         ("my_rewards:zzz", "name a function that it defines"),
         ("my_rewards:two", "def name\\(prompt, response, facts\\)"),
         ("my_rewards:number", "cannot be called"),
+        ("my_rewards:verl", "takes data_source, solution_str, ground_truth; it is called for one reply"),
+        ("my_rewards:openrlhf", "takes queries, prompts, labels; it is called for one reply"),
+        ("my_rewards:swapped", "takes response, prompt, facts; it is called for one reply"),
+        ("my_rewards:one_fact", "takes prompt, response, answer; it is called for one reply"),
     ],
 )
 def test_a_bad_name_says_what_is_wrong_when_it_is_loaded(name, words, module):

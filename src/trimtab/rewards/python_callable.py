@@ -7,6 +7,7 @@ import copy
 import difflib
 import inspect
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,6 +63,7 @@ class PythonCallableScorer:
             return score_each("callable", rollouts, self._judge)
 
     def _judge(self, rollout: Rollout) -> Score:
+        here = os.getcwd()
         try:
             with _at_most(self.seconds):
                 # a copy, since a function that changes its facts would change those of later steps
@@ -70,6 +72,11 @@ class PythonCallableScorer:
             raise TimeoutError(f"{self.name} gave no answer within {self.seconds:g} s") from None
         except SystemExit as error:
             raise RuntimeError(f"{self.name} called sys.exit({error.code!r}) instead of returning a number") from error
+        finally:
+            moved = os.getcwd()
+            os.chdir(here)
+        if moved != here:  # paths of the run may be relative
+            raise RuntimeError(f"{self.name} changed the working directory to {moved}, and the run writes into {here}")
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
@@ -129,8 +136,34 @@ def load_function(name: str) -> RewardFunction:
             where="rewards, callable",
             fix="define it as def name(prompt, response, facts): and return a number",
         )
+    if problem := _other_parameters(found):
+        raise ConfigError(
+            f"{name!r} takes {problem}; it is called for one reply, with the prompt, the text of the reply, and a "
+            "mapping of all facts of the prompt",
+            where="rewards, callable",
+            fix="define it as def name(prompt, response, facts): and read a fact as facts['answer']",
+        )
     function: RewardFunction = found
     return function
+
+
+_PROMPTS = frozenset({"prompt", "question", "query", "instruction"})
+_REPLIES = frozenset({"response", "completion", "reply", "output", "generation"})
+_FACTS = frozenset({"facts", "label", "answer", "ground_truth", "reference", "target", "solution", "gold"})
+_FOREIGN = frozenset({"prompts", "queries", "responses", "completions", "outputs", "labels", "answers", "data_source",
+                      "solution_str", "ground_truths"})  # fmt: skip
+"""Parameters of reward functions of verl, OpenRLHF and TRL, which get lists or other things in the same places."""
+
+
+def _other_parameters(function: Callable[..., Any]) -> str:
+    """The names of the first three parameters, if by one of them the function expects something else in its place."""
+    try:
+        names = list(inspect.signature(function).parameters)[:3]
+    except ValueError:
+        return ""
+    expected = (_REPLIES | _FACTS, _PROMPTS | _FACTS, _PROMPTS | _REPLIES | (_FACTS - {"facts"}))
+    wrong = any(name.lower() in others | _FOREIGN for name, others in zip(names, expected, strict=False))
+    return ", ".join(names) if wrong else ""
 
 
 def _takes_three(function: Callable[..., Any]) -> bool:
