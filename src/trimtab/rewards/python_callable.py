@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import hashlib
 import inspect
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -145,6 +147,12 @@ def load_function(name: str) -> RewardFunction:
         )
     function: RewardFunction = found
     return function
+
+
+def file_digest(name: str) -> str:
+    """The beginning of the SHA-256 of the file that defines the function "module:name"; "" if it has no file."""
+    file = getattr(user_module(name.rpartition(":")[0], where="rewards, callable"), "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else ""
 
 
 _PROMPTS = frozenset({"prompt", "question", "query", "instruction"})

@@ -279,11 +279,10 @@ class Run:
             return True
         return inside is not None and before.endswith(inside.removeprefix("../")) and not os.path.exists(before)
 
-    def note_path(self, name: str, taken: str) -> None:
+    def note_path(self, name: str, taken: str, *, effect: str = "last digits may differ") -> None:
         """Records which of several ways of computing the run takes, such as ("sampler", "fused, compiled").
 
-        All ways give the same numbers except for rounding. A resumed run that must take another way says so and records
-        it.
+        A resumed run that must take another way says so with its `effect`, and records it.
         """
         record = self.directory / "environment.json"
         noted = self._environment()
@@ -295,8 +294,7 @@ class Run:
             noted["paths"][name] = taken
         else:
             noted.setdefault("resumed_with", []).append(other)
-            said = f"the run began with the {name} {before!r} and goes on with {taken!r}; last digits may differ"
-            warn(said)
+            warn(f"the run began with the {name} {before!r} and goes on with {taken!r}; {effect}")
         write_json(record, noted, kept=_GOES_ON)
 
     def note_cards(self, hashes: Mapping[str, str]) -> None:

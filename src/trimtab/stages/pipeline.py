@@ -33,6 +33,8 @@ from trimtab.core import config, registry, settings_check
 from trimtab.core.errors import ConfigError, Interrupted, Terminated, TrimtabError, nearest
 from trimtab.core.files import read_json, write_json, write_whole, writing
 from trimtab.core.process import peak_rss_gb, peaks_rss_gb
+from trimtab.rewards.combined import judges_and_measure
+from trimtab.rewards.python_callable import PythonCallable, file_digest
 from trimtab.runs.run import Run, holding, holds_run
 from trimtab.stages import preflight
 
@@ -83,8 +85,9 @@ def _without_fresh(directory: Path) -> Iterator[None]:
 
 
 def open_run(directory: str | Path, stage: str, settings: Any, *, resume: bool = True) -> Run:
-    """The run of a stage in a directory, with the facts of the stage's descriptor; see `Run.open`."""
-    return Run.open(
+    """The run of a stage in a directory, with the facts of the stage's descriptor; see `Run.open`. A run that goes on
+    with a function of the user's that was changed meanwhile says so and records it."""
+    run = Run.open(
         directory,
         stage=stage,
         settings=config.dump(settings),
@@ -93,6 +96,12 @@ def open_run(directory: str | Path, stage: str, settings: Any, *, resume: bool =
         models=[use.path for use in preflight.models_of(stage, settings)],
         trackers=getattr(settings, "trackers", ()),
     )
+    if not run.finished:
+        for key, reward in judges_and_measure(settings).items():
+            if isinstance(reward, PythonCallable):
+                noted = f"{reward.function} ({file_digest(reward.function)})"
+                run.note_path(f"function of {key}", noted, effect="what was learnt before was judged by that one")
+    return run
 
 
 def run_stage(stage: str, settings: Any, run: Run) -> None:
