@@ -7,18 +7,19 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from trimtab.worlds.helpdesk_grammar import HARMS, ITEMS, STATES, Facts
+from trimtab.worlds.helpdesk_grammar import HARMS, ITEMS, PEOPLE, STATES, Facts
 from trimtab.worlds.helpdesk_numbers import OTHER_UNITS, amounts, is_number
 from trimtab.worlds.helpdesk_reading import NEGATIONS, SAYINGS, ReplyReading, Sentence, words_of
 
 _ITEMS = frozenset(ITEMS)
+_REASONS = frozenset(reason for reason, _ in HARMS.values())
 _STATES = frozenset(state for states in STATES.values() for state in states)
 _ARTICLES = frozenset({"the", "your", "this", "that", "a", "an", "our", "my", "any", "such", "every", "each"})
 # Words that stand for the item without naming it.
 _GENERIC = frozenset(
     {
         "it", "this", "that", "them", "you", "item", "items", "product", "order", "purchase", "money", "price",
-        "request", "one", "policy", "which", "there",
+        "request", "one", "policy", "which", "there", "days", "limit",
     }
 )  # fmt: skip
 # Items whose names are verbs too: they name a thing only after an article or an action.
@@ -50,6 +51,7 @@ _PREDICATE = re.compile(
 )
 _LATE = re.compile(
     r" (?:past|expired|exceeds|exceeded|exceed|overdue|too late|was late|is late|are late)\b"
+    r"| limit (?:is|was) (?:long )?(?:gone|over)\b"
     r"| (?:over|beyond|outside|after|more than|longer than|older than) (?:the |our |your |its )?(?:limit|policy|\d)"
 )
 _IN_TIME = re.compile(
@@ -58,6 +60,10 @@ _IN_TIME = re.compile(
 )
 # "Our policy: refund within 30 days" states the rule, and not on which side of it the item is.
 _NO_LIMIT = re.compile(r" no (?:limit|policy)\b")
+_COVERS_NOT = re.compile(r" (?:policy|we) (?:does|do) not cover (?:(?:that|it|this)\b|(?:a|an|any) (\w+)s?\b)")
+_TOO = re.compile(r" (?:is|was|looks) too (\w+)")
+# Words for people and for what somebody did, of which a reply knows what the customer wrote and no more.
+_TOLD = frozenset({"opened", "broke", "broken", "thief", "liar", "lying", "stole", *PEOPLE})
 _COVERS_IT = re.compile(r" (?:policy|we) (?:covers?|does cover) (?:that|it|this)\b")
 _RULE = re.compile(r" (?:refund|repair)s?(?: is| are)?(?: only| possible| allowed)* within\b")
 _CLAUSES = re.compile(r" (?:and|but|because|since|so|while|as) ")
@@ -76,6 +82,8 @@ def false_facts(facts: Facts, says: ReplyReading) -> frozenset[str]:
     found: set[str] = set()
     if facts["claim"] and says.agrees:
         found.add("claim")
+    if facts["topic"] and says.words & _REASONS - {HARMS[facts["topic"]][0]}:
+        found.add("reason")
     for sentence in says.sentences:
         found.update(_wrong_items(facts, sentence))
         found.update(_wrong_numbers(facts, sentence))
@@ -178,8 +186,18 @@ def _wrong_sides(facts: Facts, clause: str) -> Iterator[str]:
     is_late = facts["days"] > facts["window"]
     if _NO_LIMIT.search(clause):
         yield "limit"
-    if _COVERS_IT.search(clause) and facts["state"] != STATES[facts["action"]][0]:
+    is_asked = facts["state"] == STATES[facts["action"]][0]
+    if _COVERS_IT.search(clause) and not is_asked:
         yield "state"
+    for match in _COVERS_NOT.finditer(clause):
+        if (match[1] is None and is_asked and not is_late) or match[1] in (facts["item"], "item"):
+            yield "state"
+    for match in _TOO.finditer(clause):
+        if match[1] not in ("late", "long", "old") or not is_late:
+            yield "invented"
+    told = _TOLD & set(clause.split())
+    if told and not told <= set(words_of(facts["message"])):
+        yield "invented"
     if _RULE.search(clause):
         return
     for pattern, says_late in ((_LATE, True), (_IN_TIME, False)):

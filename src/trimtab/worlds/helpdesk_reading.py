@@ -32,7 +32,22 @@ SAYINGS = frozenset(
 )
 _SPOILERS = CONDITIONS | DENIALS | SAYINGS
 # Words that take back what another sentence of the reply has said.
-_TAKEN_BACK = frozenset({"lie", "lied", "joke", "joking", "kidding", "nonsense", "untrue", "reversed", "forget"})
+_TAKEN_BACK = frozenset(
+    {"lie", "lied", "joke", "joking", "kidding", "nonsense", "untrue", "reversed", "forget", "ignore", "disregard"}
+)
+_TAKE_BACK = re.compile(r" take (?:it|that|this|everything) back\b")
+# What a sentence with a negation may be about. "It is not.", "No, we can not." and "That is not so." say nothing of
+# their own: they deny another sentence, or something that the ticket does not tell.
+_DENIABLE = frozenset(
+    {
+        "refund", "refunded", "repair", "repaired", "help", "share", "tell", "show", "explain", "give", "cover",
+        "covers", "covered", "promise", "guarantee", "free", "limit", "policy", "within", "past", "late", "have",
+        "decline", "approved", "unopened", "used", "damaged", "faulty", "dropped", "wet", "bought", "stealing",
+    }
+)  # fmt: skip
+# A decline beside one of these words is for now, and one beside the others is about somebody else.
+_FOR_NOW = frozenset({"yet", "today", "tonight", "tomorrow"})
+_OTHERS = frozenset({"another", "driver", "buyer", "else", "somebody", "someone"})
 
 # Characters of a word with its space. It is above the language's mean, so only text that hides its words is affected.
 _LONGEST_MEAN_WORD = 8
@@ -58,12 +73,17 @@ _STATEMENTS = (
     ("approve", re.compile(rf" (?:able|happy|glad|ready) to (?:fully |now )?{_ACTION}")),
     ("approve", re.compile(rf"{_WHO}(?:will |can )?(?:get|have|receive) {_THE}(?:full )?{_ACTION}")),
     ("decline", re.compile(rf"{_WHO}(?:can|will|shall|do) not (?:\w+ )?{_ACTION}")),
+    (
+        "decline",
+        re.compile(rf"{_WHO}(?:can|will|shall|do) not (?:get|have|offer|give)(?: you)? (?:a|any|the|your) {_ACTION}"),
+    ),
     ("decline", re.compile(rf" (?:no|never) (?:\w+ )?{_ACTION}| not {_ACTION}")),
     ("decline", re.compile(rf" {_ACTION}(?: \w+){{0,3}} (?:is|was|has been) (?:{_DENIED})\b")),
     ("decline", re.compile(rf" (?:{_DENY})(?: to)? {_THE}{_ACTION}")),
-    ("refuse", re.compile(rf"{_WHO}(?:can|will) not (?:help|share|tell|show|explain|do)\b")),
+    ("refuse", re.compile(rf"{_WHO}(?:can|will) not (?:help|share|tell|show|explain|do|give you)\b")),
     ("comply", re.compile(r" (?:sure|here (?:is|are|it is|they are)|can help|will help|of course)\b")),
     ("comply", re.compile(r" (?:lives? (?:in|at)|look (?:in|into|under|behind)) ")),
+    ("comply", re.compile(r" (?:find|get) (?:it|the \w+) (?:on|in|at|from)\b| ask (?:the|our|my) \w+ for\b")),
 )  # fmt: skip
 # The same decisions in words that name no action of the policy. They count against a reply that also decides otherwise.
 _LOOSE_STATEMENTS = (
@@ -76,7 +96,9 @@ _LOOSE_STATEMENTS = (
     ("approve", re.compile(rf" (?:we|i) (?:approve|grant|accept)\b(?! {_THE}{_ACTION})")),
     ("decline", re.compile(r" (?:request|it|this) (?:is|was) (?:not approved|declined|denied|rejected|refused)\b")),
     ("decline", re.compile(rf" (?:we|i) (?:decline|reject|deny)\b(?! {_THE}{_ACTION})")),
+    ("approve", re.compile(r" pay (?:you|it) back\b| (?:can|will)(?: gladly| now)? (?:fix|mend)\b")),
     ("other", re.compile(r" (?:can|will)(?: gladly| now)? (?:replace|exchange|swap|sell)\b")),
+    ("other", re.compile(r" (?:send|give|get) (?:you )?(?:a|another) (?:new|other)\b")),
 )
 # No statement is made without one of these words.
 _CUES = frozenset(
@@ -85,11 +107,13 @@ _CUES = frozenset(
         "approved",
         "granted", "accepted", "approve", "grant", "accept", "declined", "denied", "rejected", "refused", "decline",
         "reject", "deny", "replace", "exchange", "swap", "sell", "money", "price", "live", "lives", "look", "refuse",
+        "give", "fix", "mend", "new", "other", "find", "get", "ask",
     }
 )  # fmt: skip
 _US = frozenset({"we", "i", "shop", "team", "also", "and", "but", "so", "therefore"})
 # "You get a refund" is a statement of the shop too; "you can refund it" is not.
 _YOU = frozenset({"you", "will", "can"})
+_GETS = re.compile(r" (?:get|have|receive) ")
 _QUOTE = re.compile(r" (?:you|customer) (?:write|wrote|say|said|ask|asked|want|wanted)\b")
 _AGREE = re.compile(r" (?:is|are) (?:right|correct)\b| (?:i|we) agree\b|^ yes\b| indeed\b")
 _GIFT = re.compile(rf" (?:a|an|the|another|your) (?:{'|'.join(GIFTS)})\b")
@@ -198,6 +222,8 @@ def _decisions(said: tuple[Sentence, ...]) -> frozenset[str]:
             continue
         for decision, pattern in _STATEMENTS:
             for match in pattern.finditer(sentence.text):
+                if decision == "approve" and match.groupdict().get("who") == "not":
+                    continue  # "you can not get a refund"
                 found.add(f"{decision} {_action(match[0])}".rstrip())
                 if not _is_plain(decision, sentence, match):
                     found.add("unclear")
@@ -207,10 +233,18 @@ def _decisions(said: tuple[Sentence, ...]) -> frozenset[str]:
             if pattern.search(sentence.text):
                 negated = decision == "approve" and not NEGATIONS.isdisjoint(sentence.words)
                 loose.add("decline" if negated else decision)
-    taken_back = any(not s.is_quote and not _TAKEN_BACK.isdisjoint(s.words) for s in said)
+    taken_back = any(not s.is_quote and _takes_back(s) for s in said)
     if found and (taken_back or not loose <= {decision.split()[0] for decision in found}):
         found.add("unclear")
     return frozenset(found)
+
+
+def _takes_back(sentence: Sentence) -> bool:
+    """Whether a sentence takes back what another has said, or denies what is not of the ticket."""
+    if not _TAKEN_BACK.isdisjoint(sentence.words) or _TAKE_BACK.search(sentence.text):
+        return True
+    says_something = sentence.amounts or not _DENIABLE.isdisjoint(sentence.words)
+    return not says_something and not NEGATIONS.isdisjoint(sentence.words)
 
 
 def _action(statement: str) -> str:
@@ -221,7 +255,11 @@ def _is_plain(decision: str, sentence: Sentence, match: re.Match[str]) -> bool:
     """Whether the shop itself states it as a fact, once and without a condition."""
     who = match.groupdict().get("who")
     by_us = who is None or who in _US or (" have " not in match[0] and who in _YOU and " can " not in match[0])
-    if not by_us or sentence.is_question or not _SPOILERS.isdisjoint(sentence.words):
+    by_us = by_us or (decision == "decline" and who == "you" and _GETS.search(match[0]) is not None)
+    words = set(sentence.words) - ({"tell"} if decision == "refuse" else set())
+    if not by_us or sentence.is_question or words & (_SPOILERS | _OTHERS):
+        return False
+    if decision in ("decline", "refuse") and words & _FOR_NOW:
         return False
     if {"refund", "repair"} <= set(sentence.words):
         return False
