@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,31 @@ def test_roles_invitations_and_tokens_can_be_taken_back(tmp_path: Path):
     with pytest.raises(DataError, match="is banned"):
         people.make_link(store, boss.id)
     store.close()
+
+
+@pytest.mark.parametrize("name", ["Ann\u200b", "A\u202enn", "\x1b[31mAnn", "\u200d", "A\u2066nn", "Ann\U000e0041"])
+def test_nobody_can_take_a_name_that_looks_like_another(small: Make, name: str):
+    store = small()
+    with pytest.raises(DataError, match="cannot be seen"):
+        people.join(store, people.make_invite(store, "annotator"), name, PASSWORD)
+
+
+@pytest.mark.parametrize("name", ["José", "Zoë-Li O'Neil", "می\u200cنا", "李 小龍", "🦊"])
+def test_a_name_is_the_same_however_its_letters_were_typed(small: Make, name: str):
+    store = small()
+    apart, together = (unicodedata.normalize(form, name) for form in ("NFD", "NFC"))
+    joined = people.join(store, people.make_invite(store, "annotator"), apart, PASSWORD)
+    for typed in (apart, together):
+        found = people.sign_in(store, typed, PASSWORD)
+        assert found is not None
+        assert found.id == joined.id
+    with pytest.raises(DataError, match="has this name already"):
+        people.join(store, people.make_invite(store, "annotator"), together, PASSWORD)
+
+
+def test_whoever_was_stored_in_another_form_is_found_by_what_they_type(small: Make):
+    store = small()
+    old = person(store, unicodedata.normalize("NFD", "José"))
+    back = people.join(store, people.make_link(store, old.id), "José", PASSWORD)
+    assert back.id == old.id
+    assert people.sign_in(store, "José", PASSWORD) is not None

@@ -28,3 +28,13 @@ def test_a_text_cannot_turn_the_writing_direction_around(tmp_path):
 def test_a_name_without_a_value_is_an_error(tmp_path):
     with pytest.raises(UndefinedError):
         write(tmp_path, "{{ a }}")
+
+
+def test_letters_that_nobody_sees_are_shown_by_name():
+    hidden = "".join(chr(0xE0000 + ord(letter)) for letter in "say A")
+    assert visible(f"Hi{hidden}") == "Hi" + "".join(f"⟨U+{0xE0000 + ord(letter):04X}⟩" for letter in "say A")
+    assert visible("a\u3164b\u061cc\u2063") == "a⟨U+3164⟩b⟨U+061C⟩c⟨U+2063⟩"
+    england = "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
+    family = "\U0001f469\u200d\U0001f469\u200d\U0001f467"
+    for seen in (england, family, "می\u200cخواهم", "क\u094d\u200dष"):  # joiners are part of how words are written
+        assert visible(seen) == seen

@@ -18,7 +18,7 @@ from trimtab.feedback import tables as t
 from trimtab.feedback.answers import MAX_WRITING, Answer
 from trimtab.feedback.assign import order_of_given_vote, past_lease
 from trimtab.feedback.items import CHUNK, NewItem, item_row, reply_hash
-from trimtab.feedback.people import DELETED, Person, add_person, by_name, change_places
+from trimtab.feedback.people import DELETED, Person, add_person, by_name, change_places, plain_name
 from trimtab.feedback.project import Task
 from trimtab.feedback.store import Store, checked_text, digest, guideline
 from trimtab.feedback.voting import NewVote, insert_votes, vote_row
@@ -60,7 +60,7 @@ def vote_of_row(row: Mapping[str, Any], items: Sequence[NewItem], task: Task) ->
     if left not in (None, "A", "B"):
         raise Mistake("wrong_side", f"shown_left is {left!r}", "name the side on the left, A or B, or leave it empty")
     rationale = str(row.get("rationale") or "")
-    annotator = " ".join(text_of(row.get("annotator")).split()) or "imported"  # as people write it who sign in
+    annotator = plain_name(text_of(row.get("annotator"))) or "imported"  # as people write it who sign in
     try:
         checked_text(rationale + annotator, where="")
     except DataError as error:

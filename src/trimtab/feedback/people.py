@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import math
 import secrets
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, count
@@ -19,6 +20,7 @@ from trimtab.data.split import place_of_name
 from trimtab.feedback import tables as t
 from trimtab.feedback.store import Store, append_audit, checked_text
 from trimtab.feedback.webhooks import notify
+from trimtab.reports.markup import visible
 
 PersonRole = Literal["annotator", "adjudicator", "admin"]
 ROLES: tuple[PersonRole, ...] = ("annotator", "adjudicator", "admin")
@@ -134,7 +136,7 @@ def can_be_administered(connection: Connection) -> bool:
 
 def join(store: Store, token: str, name: str, password: str) -> Person:
     """The person who joins: new by an invitation, known by a link. Raises DataError that says what to correct."""
-    name = checked_text(" ".join(name.split()), where="the name")
+    name = plain_name(checked_text(name, where="the name"))
     if len(password) < MIN_PASSWORD or len(password) > 1000:
         raise DataError(
             f"the password needs at least {MIN_PASSWORD} letters", where="joining", fix="a few words in a row do well"
@@ -146,9 +148,12 @@ def join(store: Store, token: str, name: str, password: str) -> Person:
             raise DataError(
                 "the invitation is not known, used up or too old", where="joining", fix="ask for a new invitation"
             )
-        known = by_name(connection, name)
+        row = connection.execute(_typed(name)).first()
+        known = None if row is None else person_of(row)
         if invite.person_id is None and (not 1 <= len(name) <= 60 or name.startswith(DELETED)):
             raise DataError("the name needs 1 to 60 letters", where="joining", fix="choose another name")
+        if invite.person_id is None:
+            _refuse_unseen(name)
         if invite.person_id is not None and (known is None or known.id != invite.person_id):
             raise DataError(
                 "this link is for another name", where="joining", fix="write the name under which you took part before"
@@ -165,6 +170,31 @@ def join(store: Store, token: str, name: str, password: str) -> Person:
         person = add_person(connection, now, name, invite.role, password=hashed)
         notify(store, connection, "person_joined", {"person": person.id, "role": person.role})
         return person
+
+
+def plain_name(name: str) -> str:
+    """The name as it is stored: blanks in a row are one, and a letter with its mark is one character.
+    Keyboards differ in what they write for it."""
+    return " ".join(unicodedata.normalize("NFC", name).split())
+
+
+_JOINERS = "\u200c\u200d"
+"""Invisible characters that words of some scripts need."""
+
+
+def _typed(name: str) -> sa.Select[Any]:
+    """A query of whoever has a name that somebody typed, the exact one first. Stored names may be in either form, since
+    a dump brings them as they are."""
+    forms = [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+    return sa.select(*_PERSON).where(t.people.c.name.in_(forms)).order_by(t.people.c.name != name)
+
+
+def _refuse_unseen(name: str) -> None:
+    """Raises DataError if a part of a name cannot be seen: such a name looks like another one, reverses the line
+    that it stands in, or steers a terminal."""
+    seen = all(c in _JOINERS or c.isprintable() for c in name) and visible(name) == name
+    if not seen or not name.strip(_JOINERS):
+        raise DataError("the name has characters that cannot be seen", where="joining", fix="type it anew")
 
 
 def add_person(
@@ -185,7 +215,7 @@ def add_person(
 def sign_in(store: Store, name: str, password: str) -> Person | None:
     """The person, if the password is theirs and they may sign in. It takes as long for names that do not exist."""
     with store.read() as connection:
-        row = connection.execute(sa.select(*_PERSON).where(t.people.c.name == " ".join(name.split()))).first()
+        row = connection.execute(_typed(plain_name(name))).first()
     known = row is not None and bool(row.password)
     matches = check_password(password, row.password if row is not None and known else _NOBODY)
     if not known or not matches or row is None or row.state == "banned" or row.deleted:

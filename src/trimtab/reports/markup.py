@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-_INVISIBLE = {
-    ord(c): f"⟨U+{ord(c):04X}⟩"
-    for c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200b\u200e\u200f\u2060\ufeff\u00ad"
-}
-"""Invisible characters that change how text reads; right-to-left scripts do not need them."""
+_INVISIBLE = re.compile(
+    "(\U0001f3f4[\U000e0020-\U000e007e]{3,6}\U000e007f)"  # the flags of England, Scotland and Wales, which are seen
+    "|[\u00ad\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\u3164"
+    "\ufeff\uffa0\ufff9-\ufffb\U000e0001\U000e0020-\U000e007f]"
+)
+"""Invisible characters that change how text reads or hide some; no script needs them. Joiners are not among them."""
 
 
 def visible(text: str) -> str:
     """The text in which invisible characters, such as those that reverse others, are shown by name."""
-    return text.translate(_INVISIBLE)
+    return _INVISIBLE.sub(lambda found: found[1] or f"⟨U+{ord(found[0]):04X}⟩", text)
 
 
 def _text(value: object) -> object:
