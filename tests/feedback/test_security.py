@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -362,3 +363,29 @@ def test_answers_given_before_a_state_change_stay_out_of_reach(small: Make):
     browser.client.cookies.set(COOKIE, token)
     browser.get("/guideline")
     assert browser.client.get(f"/quiz/{receipt.vote_id}").status_code == 404
+
+
+def test_numbers_that_are_none_or_too_large_get_an_answer_in_words(small: Make):
+    store = small()
+    add(store, 1)
+    boss = Browser(store)
+    boss.join("Boss", "admin")
+    boss.get("/admin/people")
+    for uses in ("²", "٣٣٣٣٣", "9" * 5000, "-1", "1.5", ""):
+        assert boss.post("/admin/invites", role="annotator", uses=uses, hours="24").status_code == 422
+        boss.get("/admin/people")
+    for path in ("/quiz/%s", "/admin/adjudicate/%s", "/admin/log?before=%s", "/mine?before=%s"):
+        assert boss.get(path % (10**30)).status_code == 404
+
+
+def test_half_a_character_in_a_body_is_refused_in_words(small: Make):
+    store = small()
+    add(store, 1)
+    someone = person(store, "Ann")
+    token = people.start_session(store, someone, hours=1, kind="api")
+    client = TestClient(create_app(store), headers={"Authorization": f"Bearer {token}"})
+    task = client.get("/api/v1/next").json()["task"]["token"]
+    headers = {"content-type": "application/json"}
+    for field in ("flag", "rationale", "position", "seconds"):
+        body = json.dumps({"fields": {"position": "1", field: "\ud83d"}})
+        assert client.post(f"/api/v1/tasks/{task}", content=body, headers=headers).status_code == 422

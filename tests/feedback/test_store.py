@@ -17,7 +17,7 @@ from trimtab.feedback.exporting import export, write_export
 from trimtab.feedback.importing import import_source
 from trimtab.feedback.store import audit_head, backup, open_store, verify
 from trimtab.feedback.votes import cast_votes
-from trimtab.feedback.voting import adjudicate, reopen, undo, vote
+from trimtab.feedback.voting import adjudicate, reopen, save_draft, undo, vote
 
 
 def test_a_vote_is_stored_about_the_replies_and_not_the_screen(make: Make):
@@ -348,3 +348,41 @@ def test_a_store_that_is_not_there_is_said_so(tmp_path):
         open_store(make_project(tmp_path, {"store": "mysql://x"}))
     with pytest.raises(ConfigError, match="NO_SUCH_NAME"):
         open_store(make_project(tmp_path, {"store": "env:NO_SUCH_NAME"}))
+
+
+def test_a_damaged_store_is_said_to_be_one(small: Make):
+    store = small()
+    add(store, 400)
+    store.close()
+    path = store.project.directory / "feedback.sqlite"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:8192] + bytes(b ^ 0x55 for b in whole[8192:]))
+    with pytest.raises(DataError, match="the store is damaged") as error:
+        verify(open_store(store.project))
+    assert "backup" in error.value.fix
+    path.write_bytes(whole[:20480] + bytes(b ^ 0x55 for b in whole[20480:]))  # what opens it is whole
+    with pytest.raises(DataError, match="the store is damaged"):
+        backup(open_store(store.project), store.project.directory / "copy.sqlite")
+    assert not (store.project.directory / "copy.sqlite").exists()
+    path.write_text("this is no database, but a text that is long enough to be looked at" * 9)
+    with pytest.raises(DataError, match="not a database"):
+        open_store(store.project)
+
+
+def test_what_a_deleted_person_wrote_is_nowhere_in_the_files(small: Make):
+    store = small({"task": {"kind": "demonstration"}})
+    add(store, 3, kind="demonstration", num=0)
+    ann = person(store, "Ann Averylongname")
+    for i in range(2):
+        given = lease(store, ann)
+        assert given is not None
+        text = f"words of a very private kind {i} " * 300  # more than a page of the file holds
+        save_draft(store, ann, given.token, {"text": text.upper()})
+        save_draft(store, ann, given.token, {"text": "short"})
+        vote(store, ann, given.token, Answer(choice="done", text=text, rationale="because of my family"))
+    people.delete_person(store, ann.id)
+    files = [f for f in store.project.directory.iterdir() if f.name.startswith("feedback.sqlite")]
+    for file in files:
+        content = file.read_bytes().lower()
+        assert not [word for word in (b"very private kind", b"my family", b"averylongname") if word in content], file
+    assert verify(store) == []

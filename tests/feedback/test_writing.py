@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 import threading
 
 import pytest
+import sqlalchemy as sa
 
 from tests.feedback.browsing import Browser
 from tests.feedback.conftest import Make
@@ -13,6 +15,7 @@ from tests.feedback.projects import PASSWORD, add, answer_next, lease, person
 from trimtab.feedback import people
 from trimtab.feedback.answers import Answer
 from trimtab.feedback.assign import reclaim
+from trimtab.feedback.server import annotate
 from trimtab.feedback.server import app as app_module
 from trimtab.feedback.store import Store, verify
 from trimtab.feedback.voting import reopen, save_draft, undo, vote
@@ -304,3 +307,24 @@ def test_deliveries_fail_one_by_one_and_the_loop_goes_on(small: Make, monkeypatc
     stopping.set()
     store.clock.seconds += HOUR
     assert deliver_due(store, post, stopping=stopping) == 0
+
+
+def test_a_full_disk_gives_back_what_was_written(small: Make, monkeypatch: pytest.MonkeyPatch, capsys):
+    store = small(DEMONSTRATION)
+    add(store, 2, kind="demonstration", num=0)
+    ann = written_by(store)
+    token = ann.lease()
+
+    def full(*_: object, **__: object) -> None:
+        raise sa.exc.OperationalError("INSERT", {"text": WORDS}, sqlite3.OperationalError("database or disk is full"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(annotate, "vote", full)
+        sent = ann.post(f"/task/{token}", text=WORDS)
+    assert sent.status_code == 503
+    assert WORDS in sent.text
+    said = capsys.readouterr().err
+    assert "disk is full" in said
+    assert WORDS not in said
+    assert ann.post(f"/task/{token}", text=WORDS).status_code == 200
+    assert verify(store) == []

@@ -32,7 +32,7 @@ def files_like(path: Path) -> list[Path]:
 
 _OF_THE_DISK = re.compile(
     r"os error (\d+)|PytorchStreamWriter failed"
-    r"|(?:database or disk is full|unable to open database file|disk I/O error|a readonly database|database is locked)"
+    r"|(database or disk is full|unable to open database file|disk I/O error|a readonly database|database is locked)"
 )
 
 
@@ -46,7 +46,7 @@ def disk_problem(error: BaseException) -> str:
         places = [str(place) for place in (error.filename, error.filename2) if place is not None]
         return f"{error.strerror or type(error).__name__}{': ' if places else ''}{' to '.join(places)}"
     if isinstance(error, Exception) and (found := _OF_THE_DISK.search(str(error))):
-        return os.strerror(int(found[1])) if found[1] else str(error)
+        return os.strerror(int(found[1])) if found[1] else found[2] or str(error)
     return ""
 
 

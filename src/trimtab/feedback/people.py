@@ -361,6 +361,7 @@ def delete_person(store: Store, person_id: int, *, actor: int | None = None) -> 
         values: dict[str, Any] = {"name": name, "password": "", "deleted": True, "keys": {}, "view": {}}
         connection.execute(t.people.update().where(t.people.c.id == person_id).values(**values))
         append_audit(connection, store.now(), actor, "person_deleted", person_id, {})
+    store.clear_log()
 
 
 def change_places(connection: Connection, items: Sequence[int] | sa.Select[Any], change: int) -> None:

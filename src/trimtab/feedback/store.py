@@ -49,7 +49,7 @@ class Store:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A connection that sees one state of the store."""
-        with self.engine.connect() as connection:
+        with _telling_damage(self.project), self.engine.connect() as connection:
             if connection.dialect.name == "postgresql":  # whose statements see a state each by default; SQLite's do not
                 connection = connection.execution_options(isolation_level="REPEATABLE READ")
             yield connection
@@ -61,7 +61,8 @@ class Store:
         A write that is not `durable` survives a killed process but perhaps not a power cut: leases and drafts need not
         wait for the disk. A durable write after it makes it durable too.
         """
-        with self._lock, self.engine.connect() as connection:  # the lock is fair among threads, SQLite's is not
+        # the lock is fair among threads, SQLite's is not
+        with self._lock, _telling_damage(self.project), self.engine.connect() as connection:
             connection = connection.execution_options(writer="FULL" if durable and self.durable else "NORMAL")
             with connection.begin():
                 if self.engine.dialect.name == "postgresql":
@@ -82,9 +83,38 @@ class Store:
         """The key with which the server signs."""
         return bytes.fromhex(self.fact("secret"))
 
+    def clear_log(self) -> None:
+        """Empties SQLite's write-ahead log into the file, so that what was deleted is not in the log any more."""
+        if self.engine.dialect.name == "sqlite":
+            with closing(self.engine.raw_connection()) as raw:
+                raw.driver_connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # type: ignore[union-attr]
+
     def close(self) -> None:
         """Closes every connection."""
         self.engine.dispose()
+
+
+_DAMAGED = ("malformed", "not a database", "database corruption")
+
+
+@contextmanager
+def _telling_damage(project: Project) -> Iterator[None]:
+    """Inside this block SQLite's errors about a damaged file become a DataError."""
+    try:
+        yield
+    except sa.exc.DatabaseError as error:
+        if not any(word in str(error.orig) for word in _DAMAGED):
+            raise
+        raise _damage(project, error.orig) from error
+
+
+def _damage(project: Project, said: object) -> DataError:
+    return DataError(
+        f"the store is damaged: {said}",
+        where=f"{project.path}, store",
+        fix="stop the server, move the store away, also the files with -wal and -shm behind its name, and put a copy "
+        "that `trimtab feedback backup` wrote in its place",
+    )
 
 
 def open_store(project: Project | str | Path, *, must_exist: bool = False) -> Store:
@@ -96,7 +126,8 @@ def open_store(project: Project | str | Path, *, must_exist: bool = False) -> St
     if not isinstance(project, Project):
         project = load_project(project)
     url = project.store_url
-    if must_exist and url.startswith("sqlite") and not Path(url.removeprefix("sqlite:///")).is_file():
+    file = Path(url.removeprefix("sqlite:///"))
+    if must_exist and url.startswith("sqlite") and not (file.is_file() and file.stat().st_size):
         raise ConfigError(
             f"the project {project.settings.name!r} has no store yet",
             where=str(project.path),
@@ -127,7 +158,8 @@ def _engine(url: str) -> Engine:
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _: Any) -> None:
-        for pragma in ("journal_mode = WAL", "foreign_keys = ON"):
+        # what is deleted is overwritten, since people are told that their words are gone
+        for pragma in ("journal_mode = WAL", "foreign_keys = ON", "secure_delete = ON"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
@@ -328,7 +360,8 @@ def guideline(connection: Connection) -> Row[Any]:
 
 
 def backup(store: Store, out: Path) -> None:
-    """Writes a whole copy of a SQLite store while it is in use. Raises DataError for another database."""
+    """Writes a whole copy of a SQLite store while it is in use. Raises DataError for another database, or a damaged
+    store."""
     if store.engine.dialect.name != "sqlite":
         raise DataError("the store is not SQLite", where=str(store.project.path), fix="use pg_dump for PostgreSQL")
     if out.exists():
@@ -338,6 +371,9 @@ def backup(store: Store, out: Path) -> None:
         raw = store.engine.raw_connection()
         with replacing(out) as aside, closing(raw), closing(sqlite3.connect(aside)) as copy:
             raw.driver_connection.backup(copy)  # type: ignore[union-attr]
+            said = copy.execute("PRAGMA quick_check(1)").fetchone()[0]  # a damaged store is copied as it is
+            if said != "ok":
+                raise _damage(store.project, said)
 
 
 # --- hashes ---

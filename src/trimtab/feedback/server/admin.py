@@ -190,7 +190,8 @@ def _people(request: Request, visit: Visit, *, link: str = "", status: int = 200
 def invite(request: Request, visit: Administering, form: PostedForm) -> HTMLResponse:
     """Makes an invitation and shows its link this once."""
     uses, hours = field(form, "uses"), field(form, "hours")
-    if not uses.isdigit() or not hours.isdigit() or not 1 <= int(uses) <= 1000 or not 1 <= int(hours) <= 2000:
+    numbers = all(text.isdecimal() and len(text) <= 4 for text in (uses, hours))
+    if not numbers or not 1 <= int(uses) <= 1000 or not 1 <= int(hours) <= 2000:
         raise HTTPException(422, "uses are 1 to 1000 and hours 1 to 2000")
     role = cast(people.PersonRole, field(form, "role"))
     token = people.make_invite(visit.store, role, uses=int(uses), hours=float(hours), actor=visit.someone.id)

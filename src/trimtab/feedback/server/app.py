@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio.to_thread
+import sqlalchemy as sa
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -23,7 +24,16 @@ from trimtab.core.errors import DataError
 from trimtab.feedback.assign import reclaim
 from trimtab.feedback.server import admin, annotate, api
 from trimtab.feedback.server.pages import WEB, page, to, written
-from trimtab.feedback.server.security import BadForm, Guard, Limiter, PostedFields, SignInFirst, read_form, visit_of
+from trimtab.feedback.server.security import (
+    BadForm,
+    Guard,
+    Limiter,
+    PostedFields,
+    SignInFirst,
+    Visit,
+    read_form,
+    visit_of,
+)
 from trimtab.feedback.store import Store
 from trimtab.feedback.webhooks import deliver_due
 
@@ -66,6 +76,9 @@ def create_app(store: Store, *, host: str | None = None) -> FastAPI:
     app.add_exception_handler(StarletteHTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _not_valid)
     app.add_exception_handler(DataError, _data_error)
+    app.add_exception_handler(sa.exc.OperationalError, _store_away)
+    for too_large in (OverflowError, sa.exc.DataError):  # a number in an address that no database can hold
+        app.add_exception_handler(too_large, _no_such_number)
     names = ["127.0.0.1", "localhost", "[::1]", "testserver", *settings.names]
     for listens in (settings.host, host or settings.host):
         if listens not in ("0.0.0.0", "::"):
@@ -140,11 +153,31 @@ def _data_error(request: Request, error: Exception) -> Response:
     return _answer(request, 422, f"{error.problem}; {error.fix}", {})
 
 
+def _store_away(request: Request, error: Exception) -> Response:
+    """The disk is full, or the database is away or busy. Pages with scripts send again by themselves."""
+    assert isinstance(error, sa.exc.OperationalError)
+    print(f"not stored: {error.orig}", file=sys.stderr, flush=True)
+    text = "The server cannot store anything just now. Go back and send it again in a while."
+    headers = {"Retry-After": "5"}
+    if request.url.path.startswith("/api/"):
+        return JSONResponse({"error": text}, status_code=503, headers=headers)
+    nobody = Visit(request.app.state.store, None, "")  # to see who asks may need the store
+    kept = written(getattr(request.state, "form", {}))
+    response = page(request, nobody, "error.html", status=503, text=text, kept=kept)
+    response.headers.update(headers)
+    return response
+
+
+def _no_such_number(request: Request, _: Exception) -> Response:
+    return _answer(request, 404, "there is nothing of that number", {})
+
+
 def _answer(
     request: Request, status: int, text: str, headers: dict[str, str], *, kept: PostedFields | None = None
 ) -> Response:
     if request.url.path.startswith("/api/"):
-        return JSONResponse({"error": text}, status_code=status, headers=headers)
+        whole = text.encode("utf-8", "replace").decode()  # a body of JSON may hold half a character
+        return JSONResponse({"error": whole}, status_code=status, headers=headers)
     response: Any = page(request, visit_of(request), "error.html", status=status, text=text, kept=written(kept or {}))
     assert isinstance(response, HTMLResponse)
     response.headers.update(headers)

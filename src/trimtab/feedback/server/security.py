@@ -103,9 +103,11 @@ async def read_form(request: Request) -> PostedFields:
         if len(body) > MAX_BODY:
             raise HTTPException(413, "the form is too large")
     try:
-        return parse_qs(body.decode(), keep_blank_values=True, max_num_fields=2_000, errors="strict")
+        form: PostedFields = parse_qs(body.decode(), keep_blank_values=True, max_num_fields=2_000, errors="strict")
     except ValueError:
         raise HTTPException(400, "the form cannot be read") from None
+    request.state.form = form  # so that what was written can be given back whatever happens
+    return form
 
 
 async def checked_form(
