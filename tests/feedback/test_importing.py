@@ -121,14 +121,14 @@ SAID = ["a", "both_bad", "tie", "left", "1", "", "A "]
 def test_choices_that_are_none_are_named_before_anything_is_stored(small: Make, tmp_path: Path):
     path = write(tmp_path / "rows.jsonl", [pair(i, choice=said, annotator="ann") for i, said in enumerate(SAID)])
     store = small()
-    with pytest.raises(DataError, match="4 of 7 rows cannot be used") as error:
+    with pytest.raises(DataError, match="2 of 7 rows cannot be used") as error:
         import_source(store, path, Options(with_votes=True))
     assert "'left'" in str(error.value)
     assert num_items(store) == 0
     counts = import_source(store, path, Options(with_votes=True, on_bad_row="drop"))
-    assert (counts["votes"], counts["dropped_bad_row"], counts["not_judged"]) == (2, 4, 1)
+    assert (counts["votes"], counts["dropped_bad_row"], counts["not_judged"]) == (4, 2, 1)
     with store.read() as connection:
-        assert [cast.answer.choice for cast in cast_votes(connection)] == ["both_bad", "tie"]
+        assert [cast.answer.choice for cast in cast_votes(connection)] == ["A", "both_bad", "tie", "A"]
 
 
 @pytest.mark.parametrize(
@@ -447,3 +447,23 @@ def test_scores_of_several_models_are_set_one_by_one(small: Make):
     items.set_scores(store, {sha256: {"b": [0.4, 0.1]}})
     with store.read() as connection:
         assert set(connection.execute(sa.select(t.queue.c.scores)).scalar_one()) == {"a", "b"}
+
+
+def test_a_file_that_comes_again_makes_nobody_anew_who_was_deleted(small: Make, tmp_path: Path):
+    path = write(tmp_path / "votes.jsonl", [pair(1, choice="A", annotator="Ann")])
+    store = small()
+    import_source(store, path, Options(with_votes=True))
+    people.delete_person(store, 1)
+    again = import_source(store, path, Options(with_votes=True))
+    assert (again["votes"], again["dropped_known_vote"]) == (0, 1)
+    with store.read() as connection:
+        assert [p.name for p in people.everyone(connection)] == ["deleted-1"]
+
+
+def test_scores_of_more_items_than_a_statement_can_name(make: Make):
+    store = make()
+    add(store, 3)
+    with store.read() as connection:
+        known = connection.execute(sa.select(t.items.c.sha256)).scalars().all()
+    scores = {f"{i:064x}": {"rm": [0.0, 1.0]} for i in range(300_000)} | {sha: {"rm": [1.0, 2.0]} for sha in known}
+    assert items.set_scores(store, scores) == 3

@@ -17,13 +17,14 @@ from trimtab.data.mistakes import BadRow, Mistake, shown, wrong_type
 from trimtab.data.prompts import field_of, prompt_in, refuse_beside_reply, refuse_row_weight, reply_of
 from trimtab.data.rows import number_in
 
-_TEXT = ("response", "answer", "text", "completion", "content", "output")
+TEXT_OF_REPLY = ("response", "answer", "text", "completion", "content", "output")
+"""Fields of a reply in a list of replies that may hold its text."""
 _SCORES = {
     "rank": -1.0,
     **dict.fromkeys(("overall_score", "score", "rating", "overall_rating", "pm_score", "reward"), 1.0),
 }
 """Fields of a reply that say how good it is: 1 if higher is better, -1 if lower is better."""
-READ_OF_REPLY = frozenset({*_TEXT, *_SCORES})
+READ_OF_REPLY = frozenset({*TEXT_OF_REPLY, *_SCORES})
 """Fields of a reply in a list of replies that are read."""
 READ_OF_INSTANCE = frozenset({"input", "output"})
 """Fields of an instance of an instruction that are read."""
@@ -45,7 +46,7 @@ def _ranked_list(row: JsonDict) -> str:
         value = row.get(name)
         if not isinstance(value, list) or not value:
             continue
-        if isinstance(value[0], dict) and any(t in value[0] for t in _TEXT) and "role" not in value[0]:
+        if isinstance(value[0], dict) and any(t in value[0] for t in TEXT_OF_REPLY) and "role" not in value[0]:
             return name
         if any(isinstance(row.get(by), list) for by in SCORE_LISTS):
             return name
@@ -111,7 +112,7 @@ def _scored(row: JsonDict, name: str, replies: Sequence[Any]) -> list[_Scored]:
         if not isinstance(reply, dict):
             wrong_type(place, reply, "an object with the reply and its score or rank")
         refuse_fields(place, reply, READ_OF_REPLY)
-        texts.append(reply_of(place, field_of(reply, *_TEXT), row["prompt"]))
+        texts.append(reply_of(place, field_of(reply, *TEXT_OF_REPLY), row["prompt"]))
         if all(reply.get(by) is None for by in _SCORES):
             raise Mistake(
                 "missing_field",

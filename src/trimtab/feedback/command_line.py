@@ -134,7 +134,7 @@ def import_(
         slice=part,
         with_votes=with_votes,
         on_bad_row=on_bad_row,
-        limit=limit,
+        limit=None if model else limit,  # of a model's prompts, each of which has several samples
         columns=parse_columns(columns),
     )
     if model is None:
@@ -149,9 +149,6 @@ def import_(
         sample(data=source, prompt=None, out=sampled, **drawn)
         origin = {"model": model, "sampling": sampling, "seed": seed}
         rows = [json.loads(line) | origin for line in sampled.read_text(encoding="utf-8").split("\n") if line]
-        for row in rows:  # what the file says of a prompt as an item became facts of the prompt
-            facts = row["prompt"]["facts"]
-            row |= {name: facts[name] for name in ("sensitive", "author", "slice", "priority") if name in facts}
         sampled.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         _tell(importing.import_source(store, str(sampled), options))
 

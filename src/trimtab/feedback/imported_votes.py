@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 
 from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict
+from trimtab.data.compared import Sides, to_judged
 from trimtab.data.mistakes import Mistake
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import MAX_WRITING, Answer
@@ -25,6 +26,7 @@ from trimtab.feedback.voting import NewVote, insert_votes, vote_row
 from trimtab.votes.table import text_of
 
 _CHOICES = ("A", "B", "tie", "both_bad", "cannot_judge")
+_BOTH_BAD = ("both bad", "tie (bothbad)", "tie bothbad", "tie (both bad)", "neither")
 _OTHER = {"A": "B", "B": "A"}
 
 
@@ -40,6 +42,23 @@ class GivenVote:
     shown_left: str | None
     seconds: float | None
     rationale: str
+
+
+def with_choice(row: JsonDict, sides: Sides) -> JsonDict:
+    """The row with its choice as it is called here: A for "model_a", "[[A]]", or the name of the model that wrote the
+    reply A. A choice that cannot be read stays, and is refused where votes are made."""
+    said = row.get("choice")
+    if row.get("response_a") is None or said in (*_CHOICES, "skip"):
+        return row
+    if said in (None, "") and row.get("winner_model_a") is None:
+        return row
+    if isinstance(said, str) and said.strip().strip("[]").lower().replace("_", " ") in _BOTH_BAD:
+        return {**row, "choice": "both_bad"}
+    try:
+        share = to_judged(row, sides).share
+    except Mistake:
+        return row
+    return {**row, "choice": {1.0: "A", 0.5: "tie", 0.0: "B"}.get(share, said)}
 
 
 def vote_of_row(row: Mapping[str, Any], items: Sequence[NewItem], task: Task) -> GivenVote | None:
@@ -141,7 +160,10 @@ class _Chunk:
     ) -> None:
         self.store, self.connection, self.keyed, self.counts = store, connection, keyed, counts
         self.now = store.now()
-        names = dict.fromkeys(vote.annotator for _, vote in keyed)
+        keys = [key for key, _ in keyed]
+        self.known = set(connection.execute(sa.select(t.votes.c.key).where(t.votes.c.key.in_(keys))).scalars())
+        # whoever gave nothing but known votes may have been deleted since, and is not made anew
+        names = dict.fromkeys(vote.annotator for key, vote in keyed if key not in self.known)
         found = {name: self._person(name) for name in names}
         self.people = {name: person.id for name, person in found.items()}
         self.banned = {person.id for person in found.values() if person.state == "banned"}
@@ -156,8 +178,6 @@ class _Chunk:
         columns = (t.votes.c.id, t.votes.c.item_id, t.votes.c.person_id, t.votes.c.purpose, t.votes.c.choice)
         newest = sa.select(*columns).where(given).order_by(t.votes.c.id)
         self.newest = {_here(row): row for row in connection.execute(newest)}
-        keys = [key for key, _ in keyed]
-        self.known = set(connection.execute(sa.select(t.votes.c.key).where(t.votes.c.key.in_(keys))).scalars())
         counted = sa.select(t.leases.c.person_id, sa.func.count()).where(t.leases.c.person_id.in_(persons))
         self.positions: Counter[int] = Counter(dict(connection.execute(counted.group_by(t.leases.c.person_id)).all()))
 

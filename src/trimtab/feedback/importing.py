@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
@@ -17,9 +17,10 @@ import sqlalchemy as sa
 from trimtab import worlds
 from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict, Message, Prompt
-from trimtab.data.columns import CHANGES_A_ROW, plain_name
 from trimtab.data.compared import to_comparison
-from trimtab.data.mistakes import Mistake, filled, shown
+from trimtab.data.layouts import OnBadRow
+from trimtab.data.mistakes import Mistake, shown
+from trimtab.data.ranked import REPLY_LISTS, TEXT_OF_REPLY
 from trimtab.data.recognise import is_unstated
 from trimtab.data.rows import (
     to_conversation_prompt,
@@ -27,13 +28,24 @@ from trimtab.data.rows import (
     to_explicit_pair,
     to_implicit_pair,
 )
-from trimtab.data.sources import is_hub, read_rows, stream_rows
+from trimtab.data.sources import is_hub, read_rows, records_source, stream_rows
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import checked_gold
-from trimtab.feedback.imported_votes import GivenVote, add_votes, vote_of_row
+from trimtab.feedback.imported_votes import GivenVote, add_votes, vote_of_row, with_choice
 from trimtab.feedback.items import NUM_REPLIES, NewItem, NewReply, Purpose, add_items, check_scores, reply_hash
 from trimtab.feedback.project import Kind, Task
 from trimtab.feedback.restoring import restore
+from trimtab.feedback.source_rows import (
+    RowNames,
+    answered,
+    is_sample,
+    names_in,
+    questions_of,
+    records_of,
+    refuse_unknown_names,
+    renamed,
+    with_plain_names,
+)
 from trimtab.feedback.store import Store
 from trimtab.worlds.source import is_world, read_world
 
@@ -58,6 +70,18 @@ class Options:
     on_bad_row: str = "stop"
     """stop refuses a file with a bad row; drop leaves such rows out and counts them."""
 
+    def refuse(self, what: str, *, where: str, fix: str) -> None:
+        """Raises DataError for options that say how rows are read, of a source that has none."""
+        given = {
+            "--gold or --quiz": self.purpose != "task",
+            "--slice": bool(self.slice),
+            "--with-votes": self.with_votes,
+            "--columns": bool(self.columns),
+            "--limit": self.limit is not None,
+        }
+        if named := [name for name, is_given in given.items() if is_given]:
+            raise DataError(f"{', '.join(named)} for {what}", where=where, fix=fix)
+
 
 def import_source(
     store: Store, source: str, options: Options | None = None, *, actor: int | None = None
@@ -77,17 +101,29 @@ def import_source(
             fix="a file's choices are votes between two replies: import them into a project of kind 'pairs', without "
             "--gold or --quiz; or leave --with-votes away",
         )
+    refuse_unknown_names(options.columns, where=source)
     if is_world(source):
+        options.refuse("a world", where=source, fix="ask a world's prompts as tasks; world:NAME?num=200 says how many")
         return add_items(store, _from_world(source, task.kind), actor=actor)
+    if records_source(source) is not None:
+        return _add_records(store, source, options, actor)
     found = read_rows(source, limit=options.limit)
     if found.rows and found.rows[0][1].get("record") == "dump":
         if found.bad:
             raise DataError(found.bad[0].problem, where=found.bad[0].where, fix="copy or export the dump again")
+        options.refuse("a dump", where=source, fix="a dump says itself what its items are: restore it without them")
         return restore(store, [row for _, row in found.rows], actor=actor)
     read = _Read(task, options, mistakes=[(bad.where, bad.problem, bad.fix) for bad in found.bad])
+    given = []
     for where, row in found.rows:
         with read.noting_mistakes(where):
-            read.add_row(where, renamed(row, options.columns))
+            given.append((where, renamed(row, options.columns)))
+    names = names_in([row for _, row in given], where=source)
+    if names.needs_records:
+        return _add_records(store, source, options, actor)
+    for where, row in given:
+        with read.noting_mistakes(where):
+            read.add_row(where, row, names)
     read.add_groups_of_samples()
     num_rows = len(found.rows) + len(found.bad)
     if read.mistakes and (options.on_bad_row == "stop" or not read.items):
@@ -124,10 +160,13 @@ class _Read:
         except (DataError, Mistake) as error:
             self.mistakes.append((where, error.problem, error.fix))
 
-    def add_row(self, where: str, row: JsonDict) -> None:
+    def add_row(self, where: str, row: JsonDict, names: RowNames) -> None:
         """Takes one row. A sample waits for the others of its prompt."""
-        if _is_sample(row, self.task.kind):
-            demonstration = to_demonstration(with_plain_names(row))
+        row = names.named(row)
+        if self.options.with_votes or self.options.purpose != "task":
+            row = with_choice(row, names.sides)
+        if is_sample(row, self.task.kind):
+            demonstration = answered(with_plain_names(row))
             refuse_second_questions(row, demonstration.prompt, [demonstration.response])
             reply = NewReply(text=demonstration.response, source=_source(row))
             group = self._samples.setdefault(demonstration.prompt.messages, [])
@@ -155,28 +194,6 @@ class _Read:
                     self.items.append((where, item))
 
 
-def renamed(row: JsonDict, columns: Mapping[str, str]) -> JsonDict:
-    """The row with its columns renamed by `columns`; others stay. Raises Mistake for a column that it does not have."""
-    named = dict(row)
-    for name, source in columns.items():
-        parts = source.split("+")
-        if absent := [part for part in parts if part not in row]:
-            raise Mistake(
-                "missing_field",
-                f"no column is called {', '.join(map(repr, absent))}; there are {', '.join(row)}",
-                "write --columns NAME=COLUMN with columns of the file",
-            )
-        if len(parts) == 1:
-            named[name] = row[parts[0]]
-        else:
-            named[name] = "\n\n".join(str(row[part]) for part in parts if row[part] not in (None, ""))
-    for source in columns.values():
-        for part in source.split("+"):
-            if part not in columns:  # it is there under its new name
-                named.pop(part, None)
-    return named
-
-
 def _all_mistakes(mistakes: Sequence[tuple[str, str, str]], num_rows: int) -> DataError:
     where, problem, fix = mistakes[0]
     more = "".join(f"\n    {w}: {p}" for w, p, _ in mistakes[1:_MOST_MISTAKES])
@@ -187,11 +204,33 @@ def _all_mistakes(mistakes: Sequence[tuple[str, str, str]], num_rows: int) -> Da
     )
 
 
-def _is_sample(row: JsonDict, kind: Kind) -> bool:
-    """Whether a row holds one sampled reply, to be compared with the other replies to its prompt."""
-    has_reply = any(row.get(name) is not None for name in ("response", "completion"))
-    others = ("response_a", "responses", "chosen", "completions", "steps", "label")
-    return has_reply and kind in ("pairs", "ranking") and not any(row.get(name) is not None for name in others)
+def _list_of_replies(row: Mapping[str, Any], kind: Kind) -> list[Any] | None:
+    """The replies of a row that has several in one column; None if it has not."""
+    if (responses := _json(row, "responses", list)) is not None:
+        return cast("list[Any]", responses)
+    if kind == "steps" or any(row.get(name) is not None for name in ("completion", "response")):
+        return None
+    found = next((row[name] for name in REPLY_LISTS if isinstance(row.get(name), list)), None)
+    targets = row.get("targets")
+    return found if found is not None or not isinstance(targets, dict) else targets.get("choices")
+
+
+def _add_records(store: Store, source: str, options: Options, actor: int | None) -> dict[str, int]:
+    """Adds the items of a source whose rows the readers of training make records of first."""
+    fix = "its rows are read as the stages read them; write them with their own columns to say more"
+    replace(options, limit=None, slice="").refuse("such a file", where=source, fix=fix)
+    task = store.project.settings.task
+    on_bad_row = cast("OnBadRow", options.on_bad_row)
+    loaded = records_of(source, task.kind, limit=options.limit, on_bad_row=on_bad_row)
+    new: list[NewItem] = []
+    for prompt, texts in questions_of(loaded.records):
+        replies = [NewReply(text=text) for text in texts]
+        if task.kind == "steps":
+            new.append(_item(prompt, replies, {}, task, options))
+        else:
+            new += _of_replies(prompt, replies, {}, task, options)
+    counts = {"rows": loaded.counts["rows"], "dropped_bad_row": loaded.num_dropped}
+    return counts | add_items(store, ((source, item) for item in new), actor=actor)
 
 
 def _row_of_samples(rows: Sequence[JsonDict]) -> JsonDict:
@@ -219,22 +258,6 @@ def _first_of_equal(replies: Sequence[NewReply]) -> list[NewReply]:
     return list(found.values())
 
 
-def with_plain_names(row: JsonDict) -> JsonDict:
-    """The row with the columns that change what it means under their one name: "system" for "System". Raises Mistake if
-    two of its columns are one."""
-    named = dict(row)
-    for name in row:
-        plain = plain_name(name)
-        if plain == name or plain not in CHANGES_A_ROW or not filled(row[name]):
-            continue
-        if filled(named.get(plain)):
-            raise Mistake(
-                "contradiction", f"{plain!r} and {name!r} are the same column", f"leave one out with FILE?ignore={name}"
-            )
-        named[plain] = named.pop(name)
-    return named
-
-
 def refuse_second_questions(row: JsonDict, prompt: Prompt, replies: Sequence[str]) -> None:
     """Raises Mistake for a column with a question or options that neither the prompt nor a reply states: nobody who
     judges the replies would see it."""
@@ -260,7 +283,7 @@ def items_of_row(row: JsonDict, task: Task, options: Options) -> Iterator[NewIte
 
 def _items_of_row(row: JsonDict, task: Task, options: Options) -> Iterator[NewItem]:
     kind = task.kind
-    responses = _json(row, "responses", list)
+    responses = _list_of_replies(row, kind)
     if row.get("response_a") is not None:
         comparison = to_comparison({**row, "choice": row["choice"] if row.get("choice") in ("A", "B") else "tie"})
         replies = [
@@ -287,7 +310,7 @@ def _items_of_row(row: JsonDict, task: Task, options: Options) -> Iterator[NewIt
     elif kind == "demonstration":
         yield _item(_prompt(row), [], row, task, options)
     else:
-        demonstration = to_demonstration(row)
+        demonstration = answered(row)
         reply = NewReply(text=demonstration.response, source=_source(row))
         yield from _of_replies(demonstration.prompt, [reply], row, task, options)
 
@@ -391,8 +414,10 @@ def _prompt(row: JsonDict) -> Prompt:
 def _reply(value: Any, row: JsonDict) -> NewReply:
     if isinstance(value, str):
         return NewReply(text=value, source=_source(row))
-    if isinstance(value, dict) and isinstance(value.get("text"), str):
-        return NewReply(text=value["text"], source=_source(row) | {k: v for k, v in value.items() if k != "text"})
+    if isinstance(value, dict):
+        for name in ("text", *TEXT_OF_REPLY):
+            if isinstance(value.get(name), str):
+                return NewReply(text=value[name], source=_source(row) | {k: v for k, v in value.items() if k != name})
     raise Mistake("wrong_type", f"a reply is {value!r}", 'give texts, or objects such as {"text": …, "model": …}')
 
 

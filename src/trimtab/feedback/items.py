@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -223,10 +223,10 @@ def set_scores(store: Store, scores: Mapping[str, Mapping[str, Sequence[float]]]
     num = 0
     policy = store.project.settings.assignment.policy
     with store.write() as connection:
-        rows = connection.execute(
-            sa.select(t.items, t.queue.c.given, t.queue.c.scores).join(t.queue).where(t.items.c.sha256.in_(scores))
-        )
-        for row in rows.all():
+        asked = sa.select(t.items, t.queue.c.given, t.queue.c.scores).join(t.queue)
+        hashes = list(scores)
+        parts = (hashes[start : start + CHUNK] for start in range(0, len(hashes), CHUNK))  # a statement names so many
+        for row in chain.from_iterable(connection.execute(asked.where(t.items.c.sha256.in_(p))).all() for p in parts):
             for name, values in scores[row.sha256].items():
                 check_scores(name, values, len(row.replies), where=f"item {row.sha256}")
             new = {**row.scores, **scores[row.sha256]}

@@ -17,6 +17,7 @@ from trimtab.feedback.answers import Answer, from_form
 from trimtab.feedback.assign import next_lease, set_open
 from trimtab.feedback.board import disagreements
 from trimtab.feedback.exporting import LAYOUTS, export
+from trimtab.feedback.imported_votes import with_choice
 from trimtab.feedback.importing import Options, items_of_row
 from trimtab.feedback.items import add_items, search_items, set_scores
 from trimtab.feedback.labels import LabelSplit
@@ -24,6 +25,7 @@ from trimtab.feedback.people import Person
 from trimtab.feedback.progress import counts
 from trimtab.feedback.server.admin import board_of, item_of, not_oneself
 from trimtab.feedback.server.security import api_person, store_of
+from trimtab.feedback.source_rows import names_in
 from trimtab.feedback.store import audit_head, guideline, verify
 from trimtab.feedback.votes import cast_votes, table_row
 from trimtab.feedback.voting import adjudicate, task_of, undo, vote
@@ -197,10 +199,12 @@ def import_items(request: Request, person: Admin, body: ItemsBody) -> dict[str, 
     """Adds items."""
     store = store_of(request)
     options = Options(purpose=body.purpose, slice=body.slice)
-    new = []
-    for number, row in enumerate(body.rows, 1):
+    new, names = [], names_in(body.rows, where="the rows")
+    for number, given in enumerate(body.rows, 1):
         where = f"row {number}"
         try:
+            row = names.named(given)
+            row = row if body.purpose == "task" else with_choice(row, names.sides)
             new += [(where, item) for item in items_of_row(row, store.project.settings.task, options)]
         except Mistake as mistake:
             raise DataError(mistake.problem, where=where, fix=mistake.fix) from None
