@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import trimtab
+from trimtab.core.terminal import printable
 
 if TYPE_CHECKING:
     from trimtab.feedback.items import Purpose
@@ -123,8 +124,9 @@ def import_(
     Without SOURCE, the project's own data is imported.
     """
     from trimtab.feedback import importing
-    from trimtab.feedback.commands import parse_columns
+    from trimtab.feedback.commands import parse_columns, refuse_idle_options
 
+    refuse_idle_options(source, model)
     store = _open(project, must_exist=False)
     if source is None:
         _tell(importing.seed_items(store) or {"new items: the project's data is in the store": 0})
@@ -196,7 +198,7 @@ def status(project: Path, as_json: bool) -> None:
     click.echo(f"gold items as expected: {board.gold}" if board.gold.count else "no gold items answered")
     for row in board.rows:
         remarks = f"  ({'; '.join(row.flags)})" if row.flags else ""
-        click.echo(f"{row.person_id:4} {row.name:24} {row.state:8} {row.votes:6} answers{remarks}")
+        click.echo(f"{row.person_id:4} {printable(row.name):24} {row.state:8} {row.votes:6} answers{remarks}")
 
 
 @click.command()
@@ -220,7 +222,7 @@ def invite(
         people.revoke_invite(store, revoke)
     if show_open or revoke is not None:
         for row in people.open_invites(store):
-            click.echo(f"{row.id:4} {row.role:12} {row.uses_left:4} uses  {row.name or ''}".rstrip())
+            click.echo(f"{row.id:4} {row.role:12} {row.uses_left:4} uses  {printable(row.name or '')}".rstrip())
         return
     click.echo(f"{_join_address(store, address)}#{people.make_invite(store, role, uses=uses, hours=hours)}")
 
@@ -246,6 +248,9 @@ def people(
     store = _open(project)
     if not name and (state or role or link or sign_out or delete):
         raise ConfigError("nobody is named", where="trimtab feedback people", fix="write the name after the project")
+    if name and links:
+        fix = "write --link for one person, and --links without a name for all"
+        raise ConfigError("--links makes one for everybody", where="trimtab feedback people", fix=fix)
     person = _person(store, name) if name else None
     if person is not None and role:
         module.set_role(store, person.id, role)
@@ -259,12 +264,12 @@ def people(
         everyone = module.everyone(connection)
     without = [p for p in everyone if not p.has_password and p.state not in ("banned", "deleted")]
     for one in [person] if link and person is not None else without if links else []:
-        click.echo(f"{one.name}: {_join_address(store, address)}#{module.make_link(store, one.id)}")
+        click.echo(f"{printable(one.name)}: {_join_address(store, address)}#{module.make_link(store, one.id)}")
     if link or links:
         return
     for one in everyone:
         remark = "" if one.has_password or one.state == "deleted" else "  no password"
-        click.echo(f"{one.id:4} {one.name:24} {one.role:12} {one.state}{remark}")
+        click.echo(f"{one.id:4} {printable(one.name):24} {one.role:12} {one.state}{remark}")
 
 
 def _join_address(store: Any, address: str | None) -> str:
@@ -313,6 +318,9 @@ def adjudicate(
     from trimtab.feedback.board import disagreements
 
     store = _open(project)
+    if item is None and (name or choice or cause):
+        fix = "write its number after the project; without one, the command lists the items on which people differ"
+        raise ConfigError("no item is named", where="trimtab feedback adjudicate", fix=fix)
     if item is None:
         with store.read() as connection:
             for found in disagreements(connection):

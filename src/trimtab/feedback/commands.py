@@ -13,6 +13,7 @@ import click
 
 from trimtab.core.errors import ConfigError
 from trimtab.core.files import write_out
+from trimtab.core.terminal import visible
 from trimtab.feedback import agreement_page, campaign
 from trimtab.feedback.campaign import Campaign
 from trimtab.feedback.vote_files import read_votes
@@ -50,7 +51,7 @@ def agreement(
     )
     found = study(votes, as_given=as_given, seed=seed)
     for line in _study_lines(found):
-        click.echo(line)
+        click.echo(visible(line))
     page.parent.mkdir(parents=True, exist_ok=True)
     write(agreement_page.page_of(found, title=Path(source).name), page)
     told = found.to_dict() | {"command": shlex.join(["trimtab", *sys.argv[1:]])}
@@ -145,6 +146,26 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
+
+
+def refuse_idle_options(source: str | None, model: str | None) -> None:
+    """Raises ConfigError for options of `feedback import` that would do nothing: how to read a source that is not
+    named, how to sample without a model, or columns of samples, which have names of their own."""
+    context, typed = click.get_current_context(), click.core.ParameterSource.COMMANDLINE
+    options = [option for option in context.command.params if isinstance(option, click.Option)]
+    given = {
+        option.opts[0]: option.name
+        for option in options
+        if option.name is not None and context.get_parameter_source(option.name) is typed
+    }
+    of_sampling = ("num_samples", "temperature", "max_new_tokens", "seed")
+    where, fix = "trimtab feedback import", "name what they are for, or leave them away"
+    if idle := [option for option, name in given.items() if source is None or (model is None and name in of_sampling)]:
+        missing = "SOURCE" if source is None else "--model"
+        raise ConfigError(f"{', '.join(idle)} without {missing}", where=where, fix=fix)
+    if model is not None and "--columns" in given:
+        fix = f"name columns of the prompts behind the source: {source}?columns=question:prompt"
+        raise ConfigError("--columns with --model", where=where, fix=fix)
 
 
 def parse_columns(text: str) -> dict[str, str]:

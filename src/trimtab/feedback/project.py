@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -66,7 +67,8 @@ class Assignment:
     """Who gets which item next."""
 
     overlap: int = 1
-    """People who answer each item: a hard cap, however many ask at once. It can be changed at any time."""
+    """People who answer each item: a hard cap, however many ask at once. It can be changed at any time; a
+    server takes it up when it starts."""
     lease_minutes: float = 30.0
     """An item that was given out and not answered is given to somebody else after this many minutes."""
     policy: AssignmentPolicy = "random"
@@ -194,6 +196,22 @@ class Server:
             raise ValueError("hours and limits must be above 0")
 
 
+_EXPECTED: tuple[Kind, ...] = ("pairs", "ranking", "rating", "steps")
+"""Kinds to which an answer can be expected."""
+_ONLY_FOR: Mapping[tuple[str, str], tuple[Kind, ...]] = {
+    ("task", "scale"): ("pairs",),
+    ("task", "criteria"): ("pairs",),
+    ("task", "rating_scale"): ("rating",),
+    ("assignment", "gold_rate"): _EXPECTED,
+    ("assignment", "reask_rate"): ("pairs",),
+    ("qualification", "questions"): _EXPECTED,
+    ("labels", "rule"): ("pairs", "ranking"),
+    ("labels", "margins"): ("pairs",),
+    ("labels", "positive_from"): ("rating",),
+}
+"""Settings that do something for some kinds only: for the others they are refused."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProjectSettings:
     """Settings of a feedback project."""
@@ -218,6 +236,16 @@ class ProjectSettings:
     """Addresses that are told what happens."""
 
     def __post_init__(self) -> None:
+        kind = self.task.kind
+        for (table, name), kinds in _ONLY_FOR.items():
+            part = getattr(self, table)
+            if kind not in kinds and getattr(part, name) != getattr(type(part)(), name):
+                raise ValueError(f"{table}.{name} is for {' and '.join(kinds)}, and does nothing where kind = {kind!r}")
+        if kind in ("demonstration", "edit") and self.task.rationale == "required":
+            raise ValueError(f"task.rationale: no reason is asked for where kind = {kind!r}")
+        if self.labels.margins and len(self.labels.margins) != self.task.scale // 2:
+            num = self.task.scale // 2
+            raise ValueError(f"labels.margins has {len(self.labels.margins)} for the {num} strengths of this scale")
         keys: dict[str, str] = {}
         for hook in self.webhooks:
             if keys.setdefault(hook.url, hook.secret_env) != hook.secret_env:
@@ -252,6 +280,11 @@ class Project:
         return f"sqlite:///{(self.directory / text).resolve()}"
 
     @property
+    def guideline_path(self) -> Path:
+        """The guideline file, which need not be there."""
+        return self.directory / self.settings.task.guideline
+
+    @property
     def sha256(self) -> str:
         """SHA-256 of the settings that decide what is collected and derived, without addresses and secrets."""
         values = dataclasses.asdict(self.settings)
@@ -259,9 +292,15 @@ class Project:
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def guideline_text(self) -> str:
-        """The guideline file, or a line that says there is none."""
-        path = self.directory / self.settings.task.guideline
-        return read_guideline(path) if path.is_file() else "Answer as you would for yourself."
+        """The guideline file, or one line if there is none. Raises ConfigError if the project names a file that is not
+        there."""
+        path = self.guideline_path
+        if path.is_file():
+            return read_guideline(path)
+        if self.settings.task.guideline != Task.guideline:
+            where = f"{self.path}, task.guideline"
+            raise ConfigError(f"there is no file {str(path)!r}", where=where, fix="write it, or correct the name")
+        return "Answer as you would for yourself."
 
 
 def read_guideline(path: Path) -> str:

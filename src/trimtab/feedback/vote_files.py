@@ -30,6 +30,12 @@ def read_votes(
     """
     path = Path(source)
     if path.suffix == ".toml":
+        if columns or annotator_columns or missing or order:
+            raise DataError(
+                "columns, missing choices and an order are those of a table, and this is a project",
+                where=str(path),
+                fix="leave them away; or export the votes (--layout votes) and read that table",
+            )
         return _project_votes(path)
     table = read_rows(source)
     if table.bad:

@@ -28,7 +28,7 @@ from trimtab.feedback.server.security import (
     field,
     limit_sign_ins,
 )
-from trimtab.feedback.store import guideline
+from trimtab.feedback.store import guideline, is_paused
 from trimtab.feedback.votes import replaced
 from trimtab.feedback.voting import Late, reopen, save_draft, set_opted_out, task_of, undo, vote
 
@@ -229,9 +229,7 @@ def _task_page(
     with store.read() as connection:
         progress = progress_of(store, connection, person)
         if lease is None:
-            return page(
-                request, visit, "nothing.html", progress=progress, why=_why_nothing(visit, connection, progress)
-            )
+            return page(request, visit, "nothing.html", progress=progress, why=_why_nothing(visit, connection))
         item = connection.execute(sa.select(t.items).where(t.items.c.id == lease.item_id)).one()
         current = guideline(connection)
     settings = store.project.settings.task
@@ -286,7 +284,7 @@ def _form_of(stored: dict[str, Any], lease: Lease, kind: str, task: Task, left: 
     return shown
 
 
-def _why_nothing(visit: Visit, connection: sa.Connection, progress: Any) -> str:
+def _why_nothing(visit: Visit, connection: sa.Connection) -> str:
     person, settings = people.by_id(connection, visit.someone.id), visit.store.project.settings
     if person.state == "paused":
         return "Your work is paused. Ask whoever invited you."
@@ -294,8 +292,10 @@ def _why_nothing(visit: Visit, connection: sa.Connection, progress: Any) -> str:
         return "Thank you for taking the quiz. Your answers differed too often from the expected ones to go on here."
     if reached_daily_limit(visit.store, connection, person):
         return f"You have answered {settings.assignment.max_per_day} today, which is as much as a day should hold."
-    if progress.remaining:
+    if is_paused(connection):
         return "The project is paused."
+    if settings.qualification.questions and person.qualified is None:
+        return "There are no questions for you in the quiz yet. Ask whoever invited you."
     return "There is nothing left for you to do. Thank you!"
 
 

@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import sqlalchemy as sa
 import uvicorn
 
 from trimtab.core.errors import ConfigError
 from trimtab.feedback import people
+from trimtab.feedback import tables as t
 from trimtab.feedback.importing import seed_items
 from trimtab.feedback.items import apply_settings
+from trimtab.feedback.project import read_guideline
 from trimtab.feedback.server.app import create_app
-from trimtab.feedback.store import Store, open_store
+from trimtab.feedback.store import Store, num_rows, open_store
 
 
 def serve(
     project: Path, *, host: str | None = None, port: int | None = None, show: Callable[[str], None] = print
 ) -> None:
-    """Serves until it is stopped. Raises ConfigError if the port cannot be used."""
+    """Serves until it is stopped. Raises ConfigError if the port cannot be used, or if another server
+    serves the project's SQLite file."""
     store = open_store(project)
     settings = store.project.settings.server
     host, port = host or settings.host, settings.port if port is None else port
-    with listening(host, port, where=f"{project}, server") as (listener, address):
+    with _alone(store), listening(host, port, where=f"{project}, server") as (listener, address):
         _serve(store, host, listener, address, show)
     store.close()
+
+
+@contextmanager
+def _alone(store: Store) -> Iterator[None]:
+    """Inside this block no other server serves the project, if its store is SQLite: each would send all webhooks."""
+    with store.project.path.open("rb") as held:
+        if store.engine.dialect.name == "sqlite":
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fix = "use the one that runs, or stop it first; several servers need a store in PostgreSQL"
+                where = str(store.project.path)
+                raise ConfigError("another server serves this project already", where=where, fix=fix) from None
+            except OSError:  # a file system without locks
+                pass
+        yield
 
 
 def _serve(store: Store, host: str, listener: socket.socket, address: str, show: Callable[[str], None]) -> None:
@@ -35,6 +57,8 @@ def _serve(store: Store, host: str, listener: socket.socket, address: str, show:
     if imported:
         show(", ".join(f"{num} {name.replace('_', ' ')}" for name, num in imported.items()))
     apply_settings(store)
+    for remark in _missing(store, host):
+        show(remark)
     _show_ways_in(store, address, show)
     show(f"{store.project.settings.name} is at {address} (Ctrl-C stops it; every answer is stored at once)")
     config = uvicorn.Config(
@@ -42,6 +66,31 @@ def _serve(store: Store, host: str, listener: socket.socket, address: str, show:
         proxy_headers=settings.https, timeout_graceful_shutdown=5,
     )  # fmt: skip
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _missing(store: Store, host: str) -> Iterator[str]:
+    """What the project asks for and does not have, in sentences for whoever serves it."""
+    project, settings = store.project, store.project.settings
+    with store.read() as connection:
+        num = {name: num_rows(connection, t.items, t.items.c.purpose == name) for name in ("task", "gold", "quiz")}
+        versions = connection.execute(sa.select(t.guidelines.c.text).order_by(t.guidelines.c.version)).scalars().all()
+    add, questions = f"Add some: trimtab feedback import {project.path} FILE", settings.qualification.questions
+    if not num["task"]:
+        yield f"There is nothing to judge yet. {add}"
+    if questions and not num["quiz"]:
+        yield f"[qualification] asks {questions} questions first, and there are none: nobody has a task. {add} --quiz"
+    elif num["quiz"] < questions:
+        yield f"[qualification] asks {questions} questions, and there are {num['quiz']}. {add} --quiz"
+    if settings.assignment.gold_rate and not num["gold"]:
+        yield f"gold_rate asks hidden items with a known answer, and there are none. {add} --gold"
+    for name in sorted({hook.secret_env for hook in settings.webhooks if not os.environ.get(hook.secret_env)}):
+        yield f"No webhook that is signed with {name} can be sent: that environment variable is not set."
+    if host in ("0.0.0.0", "::") and not settings.server.names:
+        yield "[server] names lists no name of this machine, so browsers on others are refused (Invalid host header)."
+    file = project.guideline_path
+    if file.is_file() and read_guideline(file).strip() not in (text.strip() for text in versions):
+        yield f"{file} is no version of the guideline that people read. It becomes the next one with:"
+        yield f"  trimtab feedback guideline {project.path} {file}"
 
 
 @contextmanager
