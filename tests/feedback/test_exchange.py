@@ -33,6 +33,7 @@ from trimtab.data.sources import read_rows
 from trimtab.feedback import items, people
 from trimtab.feedback import tables as t
 from trimtab.feedback.answers import Answer
+from trimtab.feedback.assign import set_open
 from trimtab.feedback.board import make_board
 from trimtab.feedback.exporting import LAYOUTS, export, to_bytes, write_export
 from trimtab.feedback.importing import Options, import_source
@@ -455,3 +456,18 @@ def test_no_column_is_lost_because_the_first_row_lacks_it(tmp_path: Path):
     assert back[2]["messages"] == [{"role": "user", "content": "q"}]  # of one shape: as it is
     assert [row["object"] for row in back] == [None, '{"x": 1}', '{"y": null}']  # else as JSON text, nothing added
     assert [row["number"] for row in back] == [None, 1.0, 0.5]
+
+
+def test_a_paused_project_is_paused_when_it_comes_back(small: Make, tmp_path: Path):
+    store = small({"assignment": {"gold_rate": 0.5}})
+    add(store, 2)
+    set_open(store, False)
+    write_export(store, "dump", tmp_path / "dump.jsonl")
+    again = small({"assignment": {"gold_rate": 0.5}})
+    import_source(again, str(tmp_path / "dump.jsonl"))
+    add(again, 3, first=10)
+    add(again, 3, first=20, purpose="gold", gold={"choice": "A"})
+    ann = person(again, "Ann")
+    assert lease(again, ann) is None
+    set_open(again, True)
+    assert lease(again, ann) is not None

@@ -246,7 +246,12 @@ def from_form(form: Mapping[str, Sequence[str]], *, kind: Kind, order: Sequence[
         if not set(given) <= marks.keys():
             _refuse(f"the marks {given!r}", "use right, neutral or wrong")
         return Answer(choice="done", steps=tuple(marks[m] for m in given), **common)
-    return Answer(choice="done", text=one("text").strip(), **common)
+    return Answer(choice="done", text=as_in_a_form(one("text")), **common)
+
+
+def as_in_a_form(text: str) -> str:
+    """A text as a form gives it back: with one kind of line break, and without blanks around it."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def agrees(answer: Answer, gold: Mapping[str, Any]) -> bool:

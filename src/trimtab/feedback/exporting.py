@@ -46,7 +46,7 @@ LAYOUTS: dict[ExportLayout, str] = {
     "comparisons": "one vote a row: prompt, response_a, response_b, choice, annotator",
     "votes": "one vote a row with all that is known of it, gold, quiz, decisions and banned people too: studies",
     "potato": "Potato's instances with their label annotations",
-    "dump": "everything but passwords, to import again without loss",
+    "dump": "guidelines, people without passwords, items and votes, to make the project again",
 }
 
 
@@ -211,7 +211,7 @@ def _rows(
     if layout == "groups":
         return labels.groups(connection, settings.labels, split)
     if layout == "comparisons":
-        compared = labels.comparisons(connection, settings.labels, split)
+        compared, counts = labels.comparisons(connection, settings.labels, split)
         rows = [
             {
                 "prompt": _messages(c.prompt),
@@ -228,7 +228,7 @@ def _rows(
             rows = [
                 row | {side: _said(getattr(c, side)) for side in sides} for row, c in zip(rows, compared, strict=True)
             ]
-        return rows, {}
+        return rows, counts
     if split != "all":
         raise DataError(f"the layout {layout!r} has no splits", where="the export", fix="export all of it")
     if layout == "votes":

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Row
 from trimtab.core.errors import DataError
 from trimtab.core.types import JsonDict, Prompt, from_dict, to_dict
 from trimtab.feedback import tables as t
+from trimtab.feedback.answers import MAX_WRITING
 from trimtab.feedback.project import AssignmentPolicy, Kind
 from trimtab.feedback.store import (
     AuditEntry,
@@ -84,6 +85,9 @@ class NewItem:
             self.prompt.facts, *(r.source for r in self.replies), self.gold, self.slice, self.author,
         ):  # fmt: skip
             checked_values(value, where=where)
+        if self.kind == "edit" and (longest := max(len(r.text) for r in self.replies)) > MAX_WRITING:
+            fix = f"give replies of at most {MAX_WRITING} letters, as many as an edited one may have"
+            raise DataError(f"a reply of {longest} letters to edit", where=where, fix=fix)
         if any(not r.text.strip() for r in self.replies):
             raise DataError("an empty reply", where=where, fix="remove the row, or the reply")
         if self.kind in ("pairs", "ranking") and len({r.text for r in self.replies}) < len(self.replies):

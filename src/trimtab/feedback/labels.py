@@ -23,6 +23,7 @@ from trimtab.core.types import (
     prompt_id,
 )
 from trimtab.data.split import place_of_prompt
+from trimtab.feedback.answers import as_in_a_form
 from trimtab.feedback.project import LabelSettings
 from trimtab.feedback.store import digest
 from trimtab.feedback.votes import CountedVote, cast_votes
@@ -53,23 +54,28 @@ class _Judgement:
 
 def votes_in(
     connection: Connection, settings: LabelSettings, split: LabelSplit, kinds: Sequence[str]
-) -> list[CountedVote]:
-    """The votes of a split that judge replies of these kinds.
+) -> tuple[list[CountedVote], Counter[str]]:
+    """The votes of a split that judge replies of these kinds, and counts, also of those that say nothing of them.
 
     "held_out" has the held-out prompts and, if people are held out too, only the votes of those people. "train" has
     neither. Votes of other people on held-out prompts, and the reverse, are then in neither split.
     """
-    chosen = []
-    for cast, prompt_out in _placed(cast_votes(connection, judged_only=True), settings, kinds):
+    chosen, num_not_judged = [], 0
+    for cast, prompt_out in _placed(cast_votes(connection), settings, kinds):
         person_out = cast.annotator_place < settings.held_out_annotators
         keep = {
             "all": True,
             "train": not prompt_out and not person_out,
             "held_out": prompt_out and (person_out or settings.held_out_annotators == 0),
         }
-        if keep[split]:
+        if keep[split] and cast.answer.choice in JUDGED:
             chosen.append(cast)
-    return chosen
+        elif keep[split]:
+            num_not_judged += 1
+    counts = Counter(votes=len(chosen))
+    if num_not_judged:
+        counts["dropped_not_judged_votes"] = num_not_judged
+    return chosen, counts
 
 
 def decisions_in(
@@ -104,11 +110,10 @@ def _by_item(
 ) -> tuple[list[list[CountedVote]], Counter[str]]:
     """The votes on each item, in the order in which items were first judged, and counts. An adjudicated item has only
     its decision."""
-    casts = votes_in(connection, settings, split, kinds)
+    casts, counts = votes_in(connection, settings, split, kinds)
     groups: dict[str, list[CountedVote]] = defaultdict(list)
     for cast in casts:
         groups[cast.item_sha256].append(cast)
-    counts = Counter(votes=len(casts))
     for item, decision in decisions_in(connection, settings, split, kinds).items():
         groups[item] = [decision]
         if decision.answer.choice in JUDGED:
@@ -132,9 +137,8 @@ def preference_pairs(
     is preferred to the one it was made from.
     """
     kinds = ("pairs", "ranking")
-    casts = votes_in(connection, settings, split, kinds)
+    casts, counts = votes_in(connection, settings, split, kinds)
     decisions = decisions_in(connection, settings, split, kinds)
-    counts = Counter(votes=len(casts))
     left_out = {item for item, decision in decisions.items() if decision.answer.choice not in JUDGED}
     if left_out:
         counts["dropped_left_out_items"] = len(left_out)
@@ -198,20 +202,22 @@ def _edited_pairs(
     pairs = []
     for cast in (cast for group in found for cast in group):
         original = cast.replies[0]["text"]
-        if cast.answer.text and cast.answer.text != original:
+        if cast.answer.text and cast.answer.text != as_in_a_form(original):
             prompt = from_dict(Prompt, cast.prompt)
             pairs.append(PreferencePair(prompt=prompt, chosen=cast.answer.text, rejected=original))
     del counts["votes"]
     return pairs, counts + Counter(edited_replies=len(pairs))
 
 
-def comparisons(connection: Connection, settings: LabelSettings, split: LabelSplit = "all") -> list[Comparison]:
-    """Every vote between two replies by itself; of an adjudicated item only the decision.
+def comparisons(
+    connection: Connection, settings: LabelSettings, split: LabelSplit = "all"
+) -> tuple[list[Comparison], dict[str, int]]:
+    """Every vote between two replies by itself, of an adjudicated item only the decision; and counts.
 
     "Both bad" is a tie if the project says so; otherwise it is left out.
     """
     found = []
-    groups, _ = _by_item(connection, settings, split, ("pairs", "ranking"))
+    groups, counts = _by_item(connection, settings, split, ("pairs", "ranking"))
     for cast in sorted((cast for group in groups for cast in group), key=lambda cast: cast.id):
         for j in _judgements(cast, settings):
             choice = "tie" if j.choice == "both_bad" and settings.both_bad == "tie" else j.choice
@@ -225,7 +231,9 @@ def comparisons(connection: Connection, settings: LabelSettings, split: LabelSpl
                         annotator=cast.annotator,
                     )
                 )
-    return found
+            else:
+                counts["dropped_both_bad_votes"] += 1
+    return found, dict(counts)
 
 
 def labelled_responses(

@@ -16,7 +16,15 @@ from trimtab.feedback import tables as t
 from trimtab.feedback.answers import WORDS
 from trimtab.feedback.assign import order_of_given_vote, past_lease
 from trimtab.feedback.people import add_person, by_name, change_answered_places, change_places, name_when_deleted
-from trimtab.feedback.store import Store, add_guideline, append_audit, guideline, num_rows, row_digest
+from trimtab.feedback.store import (
+    Store,
+    add_guideline,
+    append_audit,
+    guideline,
+    num_rows,
+    row_digest,
+    set_paused,
+)
 from trimtab.feedback.voting import NewVote, insert_votes
 
 
@@ -75,6 +83,8 @@ def restore(store: Store, rows: Sequence[JsonDict], *, actor: int | None = None)
             elif row["record"] == "vote":
                 numbers["earlier vote"][values["key"]] = _restore_vote(store, connection, values, numbers)
                 counts["votes"] += 1
+        if num_rows(connection, t.queue) and not num_rows(connection, t.queue, t.queue.c.open):
+            set_paused(connection, True)  # so that nothing is given out of what is added later either
         banned = sa.select(t.people.c.id).where(t.people.c.state == "banned")
         for person_id in connection.execute(banned).scalars().all():  # whose votes hold no places
             change_answered_places(connection, person_id, -1)

@@ -47,7 +47,7 @@ def records(kind: type, source: str) -> FoundRecords:
             if kind is PreferencePair:
                 found, counts = labels.preference_pairs(connection, settings.labels, split)
             elif kind is Comparison:
-                found = list(labels.comparisons(connection, settings.labels, split))
+                found, counts = labels.comparisons(connection, settings.labels, split)
             elif kind is LabelledResponse:
                 points = settings.task.rating_scale
                 found, counts = labels.labelled_responses(connection, settings.labels, points, split)

@@ -59,15 +59,14 @@ def cast_votes(
     *,
     purposes: Sequence[str] = ("task",),
     banned: bool = False,
-    judged_only: bool = False,
     item_id: int | None = None,
     after: int = 0,
     limit: int | None = None,
 ) -> Iterator[CountedVote]:
     """The votes that count, in the order they were given.
 
-    `banned` includes those of banned people, `judged_only` keeps only judgements, `item_id` keeps the votes on one
-    item, and `after` (a vote's id) and `limit` read one page.
+    `banned` includes those of banned people, `item_id` keeps the votes on one item, and `after` (a vote's id) and
+    `limit` read one page.
     """
     rows = (
         sa.select(t.votes, t.people.c.name, t.people.c.place, t.people.c.state, *(t.writings.c[name] for name in WORDS))
@@ -79,8 +78,6 @@ def cast_votes(
     )
     if not banned:
         rows = rows.where(t.people.c.state != "banned")
-    if judged_only:
-        rows = rows.where(t.votes.c.choice.in_(JUDGED))
     if item_id is not None:
         rows = rows.where(t.votes.c.item_id == item_id)
     if after:
