@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from html import unescape
 
 from tests.feedback.browsing import Browser
 from tests.feedback.conftest import Make
-from tests.feedback.projects import add, item, person
+from tests.feedback.projects import add, answer_next, item, make_store, person
 from trimtab.feedback import items, people
+from trimtab.feedback.answers import Answer
+from trimtab.feedback.server import annotate
 from trimtab.feedback.store import add_guideline, verify
 from trimtab.feedback.votes import cast_votes
 
@@ -303,3 +306,107 @@ def test_a_banned_person_is_signed_out(small: Make):
     person(store, "other")
     ann.get("/sign-in")
     assert ann.post("/sign-in", name="Ann", password="a long enough phrase").status_code == 422
+
+
+def test_texts_begin_on_the_side_of_their_script(small: Make):
+    store = small()
+    add(store, 1)
+    ann = Browser(store)
+    ann.join("Ann")
+    ann.read_guideline()
+    ann.get("/task")
+    texts = re.findall(r'<(?:div|pre) class="(?:body )?(?:prose|source|diff)[^>]*>|<textarea[^>]*>', ann.text)
+    assert len(texts) > 6
+    assert all('dir="auto"' in tag for tag in texts)
+
+
+def test_every_answer_can_be_reached_to_be_changed(small: Make, monkeypatch):
+    monkeypatch.setattr(annotate, "_PAGE", 3)
+    store = small()
+    add(store, 7)
+    ann = Browser(store)
+    ann.join("Ann")
+    ann.read_guideline()
+    for _ in range(7):
+        ann.post(f"/task/{ann.lease()}", position="1")
+    found, path = [], "/mine"
+    while path:
+        text = ann.get(path).text
+        found += re.findall(r'action="/mine/(\d+)"', text)
+        older = re.search(r'href="(/mine\?before=\d+)"', text)
+        path = older[1] if older else ""
+    assert sorted(map(int, found)) == [vote.id for vote in votes(store)]
+    assert ann.get("/mine").text.count("7 answers, 7 in the last 24 hours") == 1
+
+
+def test_the_quiz_says_what_was_expected_of_every_kind(tmp_path):
+    asked = {
+        "rating": ({"rating": 5}, 1, {"rating": "1"}, "5"),
+        "ranking": ({"ranking": [[1], [0]]}, 2, None, " > "),
+        "steps": ({"steps": [1, -1]}, 2, {"step_0": "wrong", "step_1": "right"}, "step 2 is the first wrong one"),
+    }
+    for kind, (gold, num, answer, said) in asked.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        scale = {"rating_scale": 7} if kind == "rating" else {}
+        store = make_store(folder, {"task": {"kind": kind, **scale}, "qualification": {"questions": 1}})
+        items.add_items(store, [("quiz", item(1, kind=kind, num=num, purpose="quiz", gold={**gold, "points": 7}))])
+        ann = Browser(store)
+        ann.join("Ann")
+        ann.read_guideline()
+        token = ann.lease()
+        if answer is None:  # the other way round
+            first = ann.replies()[0].endswith(".0")
+            answer = {"rank_0": "1" if first else "2", "rank_1": "2" if first else "1"}
+        ann.post(f"/task/{token}", **answer)
+        assert "Not as expected" in ann.text
+        assert re.search(r"The expected answer was: [^<]*" + said, unescape(ann.text))
+        store.close()
+
+
+def test_the_list_of_disagreements_speaks_of_the_sides_that_its_pages_show(small: Make):
+    store = small({"assignment": {"overlap": 3}})
+    add(store, 12)
+    for name, choice in (("Ann", "A"), ("Bob", "A"), ("Eve", "B")):
+        someone = person(store, name)
+        while answer_next(store, someone, Answer(choice=choice, strength=1)) is not None:
+            pass
+    boss = Browser(store)
+    boss.join("Boss", "adjudicator")
+    text = boss.get("/admin/adjudicate").text
+    listed = re.findall(r"<td>(left|right) × 2, (left|right) × 1.*?/admin/adjudicate/(\d+)", text, re.S)
+    assert len(listed) == 12
+    assert {two for two, _, _ in listed} == {"left", "right"}
+    for two, _, number in listed:
+        page = boss.get(f"/admin/adjudicate/{number}").text
+        assert boss.replies()[two == "right"].endswith(".0")  # the reply A
+        assert re.search(rf"<strong>Ann</strong>:\s*{two}, strength 1", page)
+
+
+def test_a_decision_has_one_answer(small: Make):
+    """Of radio buttons in two groups, both can stay chosen."""
+    store = small({"task": {"scale": 4}})
+    add(store, 2)
+    boss = Browser(store)
+    boss.join("Boss", "admin")
+    for number, position in ((1, "tie"), (2, "both_bad")):
+        text = boss.get(f"/admin/adjudicate/{number}").text
+        names = set(re.findall(r'<input type="radio" name="(\w+)" value="(?:\d|tie|both_bad)"', text))
+        assert names == {"position"}
+        key = re.search(r'name="key" value="([^"]+)"', text)
+        assert key
+        sent = boss.post(f"/admin/adjudicate/{number}", position=position, taxonomy="bad data", key=key[1])
+        assert sent.status_code == 200
+    assert [v.answer.choice for v in votes(store, purposes=("adjudication",))] == ["tie", "both_bad"]
+
+
+def test_flags_of_somebody_who_was_banned_fill_no_list(small: Make):
+    store = small({"task": {"flags": ["rude"]}})
+    add(store, 2)
+    ann = person(store, "Ann")
+    answer_next(store, ann, Answer(choice="A", strength=1, flags=("rude",)))
+    boss = Browser(store)
+    boss.join("Boss", "admin")
+    assert "flagged</span>" in boss.get("/admin/adjudicate").text
+    people.set_state(store, ann.id, "banned")
+    assert "Nobody disagrees" in boss.get("/admin/adjudicate").text

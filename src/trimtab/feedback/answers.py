@@ -217,10 +217,11 @@ def from_form(form: Mapping[str, Sequence[str]], *, kind: Kind, order: Sequence[
         return Answer(choice=choice, **common)
     if kind == "pairs":
         left = "AB"[order[0]]
-        position = number("position")
+        if one("position") in ("tie", "both_bad"):  # where all answers are one group, of which one is chosen
+            choice = one("position")
         if choice in ("tie", "both_bad"):
             picked: tuple[str, int | None] = (choice, None)
-        elif position is None:
+        elif (position := number("position")) is None:
             _refuse("no answer was chosen", "choose one")
         else:
             picked = from_position(position, task.scale, left)

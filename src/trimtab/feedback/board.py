@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +17,12 @@ from trimtab.core.errors import DataError
 from trimtab.core.files import finite
 from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
-from trimtab.feedback.answers import agrees
+from trimtab.feedback.answers import Answer, agrees
 from trimtab.feedback.assign import decided_items
 from trimtab.feedback.people import everyone
 from trimtab.feedback.progress import counts
 from trimtab.feedback.store import Store
-from trimtab.feedback.votes import cast_votes, replaced, votes_as_table
+from trimtab.feedback.votes import CountedVote, cast_votes, replaced, votes_as_table
 from trimtab.stats import Interval, wilson
 from trimtab.votes.annotators import AnnotatorCard, annotator_cards
 from trimtab.votes.study import Study, study
@@ -177,26 +178,32 @@ class BoardCache:
             self._board = None
 
 
-def disagreements(connection: Connection, *, limit: int = 200) -> list[dict[str, Any]]:
+Order = Callable[[CountedVote], Sequence[int]]
+"""The order in which a page shows the replies of a vote's item, such as (1, 0)."""
+
+
+def disagreements(connection: Connection, *, limit: int = 200, order: Order | None = None) -> list[dict[str, Any]]:
     """Items that an adjudicator should see: flagged ones first, then the most divided.
 
     Within each group they are ordered by (1 - share of the most common answer) * (1 + the item's score by the policy).
-    Adjudicated items are left out.
+    Adjudicated items are left out. Answers are said as a page with this `order` shows them (left, right); without one,
+    as they are stored (A, B).
     """
     done = set(connection.execute(decided_items()).scalars())
     score = dict(connection.execute(sa.select(t.queue.c.item_id, t.queue.c.score)).all())
-    groups: dict[int, list[Any]] = defaultdict(list)
+    groups: dict[int, list[CountedVote]] = defaultdict(list)
     for cast in cast_votes(connection):
         if cast.item_id not in done:
             groups[cast.item_id].append(cast)
-    said_last = sa.select(t.votes.c.item_id, t.votes.c.answer).where(t.votes.c.purpose == "task", ~replaced())
+    said_last = sa.select(t.votes.c.item_id, t.votes.c.answer).join(t.people, t.people.c.id == t.votes.c.person_id)
+    said_last = said_last.where(t.votes.c.purpose == "task", t.people.c.state != "banned", ~replaced())
     flagged = {row.item_id for row in connection.execute(said_last) if row.answer.get("flags")}
     for item_id in flagged - groups.keys() - done:  # skipped and flagged by everyone
         groups[item_id] = []
     found = []
     for item_id, casts in groups.items():
-        said = Counter(_said(cast) for cast in casts)
-        split = 1 - max(said.values()) / len(casts) if casts else 0.0
+        alike = Counter(_same(cast.answer) for cast in casts)
+        split = 1 - max(alike.values()) / len(casts) if casts else 0.0
         if split > 0 or item_id in flagged:
             asked = sa.select(t.items.c.prompt).where(t.items.c.id == item_id)
             prompt = casts[0].prompt if casts else connection.execute(asked).scalar_one()
@@ -205,18 +212,33 @@ def disagreements(connection: Connection, *, limit: int = 200) -> list[dict[str,
                     "item_id": item_id,
                     "prompt": prompt["messages"][-1]["content"],
                     "votes": len(casts),
-                    "said": dict(said),
+                    "said": casts,
                     "disagreement": split,
                     "flagged": item_id in flagged,
                     "rank": (item_id in flagged, split * (1 + max(0.0, score.get(item_id, 0.0)))),
                 }
             )
-    return sorted(found, key=lambda item: item["rank"], reverse=True)[:limit]
+    first = sorted(found, key=lambda item: item["rank"], reverse=True)[:limit]
+    return [{**item, "said": dict(Counter(_said(cast, order) for cast in item["said"]))} for item in first]
 
 
-def _said(cast: Any) -> str:
+def _same(answer: Answer) -> object:
+    """What two equal answers have in common."""
+    ranking = tuple(tuple(sorted(tier)) for tier in answer.ranking)
+    return answer.choice if answer.choice != "done" else (ranking, answer.rating, answer.steps)
+
+
+def _said(cast: CountedVote, order: Order | None) -> str:
+    """An answer in words, such as "left", "4", "2 > 1 = 3" or "+ 0 −"."""
     answer = cast.answer
-    return answer.choice if answer.choice != "done" else str(answer.ranking or answer.rating or answer.steps)
+    if answer.choice in ("A", "B") and order is not None:
+        return "left" if "AB".index(answer.choice) == order(cast)[0] else "right"
+    if answer.ranking:
+        place = {place: str(i + 1) for i, place in enumerate(order(cast) if order else range(len(cast.replies)))}
+        return " > ".join(" = ".join(sorted(place[p] for p in tier)) for tier in answer.ranking)
+    if answer.steps:
+        return " ".join({-1: "−", 0: "0", 1: "+", None: "·"}[mark] for mark in answer.steps)
+    return answer.choice if answer.choice != "done" else str(answer.rating or "written")
 
 
 def _gold(connection: Connection) -> dict[int, tuple[int, int]]:

@@ -98,7 +98,7 @@ def queue(request: Request, visit: Administering, form: PostedForm) -> Response:
 def disagreement_list(request: Request, visit: Adjudicating) -> HTMLResponse:
     """Items on which people differ, the most divided first."""
     with visit.store.read() as connection:
-        found = disagreements(connection)
+        found = disagreements(connection, order=lambda cast: _order(visit, cast.item_id, len(cast.replies), cast.kind))
     return page(request, visit, "adjudicate.html", items=found)
 
 

@@ -44,6 +44,8 @@ USUAL_QUESTIONS = {
 }
 _LONG = 600
 """Letters after which an earlier turn of a conversation is folded."""
+_PAGE = 100
+"""Answers on one page of a person's own."""
 
 
 # --- coming and going ---
@@ -179,7 +181,7 @@ def _draft_of(form: PostedFields) -> dict[str, Any]:
     kept["form"] = {
         name: field(form, name)[:20]
         for name in form
-        if name.startswith(("rank_", "step_", "criterion_")) or name in ("rating", "position", "seconds")
+        if name.startswith(("rank_", "step_", "criterion_")) or name in ("rating", "position", "choice", "seconds")
     }
     return kept
 
@@ -216,10 +218,21 @@ def quiz_answer(request: Request, visit: SignedIn, vote_id: int) -> HTMLResponse
         right=right,
         prompt=from_dict(Prompt, row.prompt),
         expected=reply,
-        choice=str(row.gold.get("choice", "")),
+        choice=_expected(row),
         why=str(row.gold.get("why", "")),
         qualified=person.qualified,
     )
+
+
+def _expected(row: Any) -> str:
+    """The expected answer to a question of the quiz in words, with the replies as they were shown."""
+    if "ranking" in row.gold:
+        place = {place: str(i + 1) for i, place in enumerate(row.shown_order)}
+        return " > ".join(" = ".join(sorted(place[p] for p in tier)) for tier in row.gold["ranking"])
+    if "steps" in row.gold:
+        wrong = next((i for i, mark in enumerate(row.gold["steps"], 1) if mark == -1), None)
+        return "no step is wrong" if wrong is None else f"step {wrong} is the first wrong one"
+    return str(row.gold.get("rating") or row.gold.get("choice", ""))
 
 
 def _task_page(
@@ -332,8 +345,8 @@ def warned(visit: SignedIn, form: PostedForm) -> RedirectResponse:
 
 
 @router.get("/mine")
-def mine(request: Request, visit: SignedIn) -> HTMLResponse:
-    """The person's last answers, to look at and change."""
+def mine(request: Request, visit: SignedIn, before: int = 0) -> HTMLResponse:
+    """A hundred of the person's answers, the newest first, to look at and change; older ones before an answer."""
     with visit.store.read() as connection:
         rows = connection.execute(
             sa.select(t.votes, t.items.c.prompt, t.items.c.kind)
@@ -343,16 +356,17 @@ def mine(request: Request, visit: SignedIn) -> HTMLResponse:
                 t.votes.c.purpose.notin_(("quiz", "adjudication")),
                 t.votes.c.choice != "undone",
                 ~replaced(),
+                t.votes.c.id < before if before else sa.true(),
             )
             .order_by(t.votes.c.id.desc())
-            .limit(100)
+            .limit(_PAGE)
         ).all()
         progress = progress_of(visit.store, connection, visit.someone)
     answers = [
         {"id": r.id, "prompt": from_dict(Prompt, r.prompt).text[:140], "said": said_on_screen(r), "at": r.created_at}
         for r in rows
     ]
-    return page(request, visit, "mine.html", answers=answers, progress=progress)
+    return page(request, visit, "mine.html", answers=answers, progress=progress, more=len(answers) == _PAGE)
 
 
 def said_on_screen(row: Any) -> str:
