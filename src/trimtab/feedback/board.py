@@ -17,11 +17,11 @@ from trimtab.core.errors import DataError
 from trimtab.core.files import finite
 from trimtab.core.types import JsonDict
 from trimtab.feedback import tables as t
-from trimtab.feedback.answers import Answer, agrees
+from trimtab.feedback.answers import agrees
 from trimtab.feedback.assign import decided_items
 from trimtab.feedback.people import everyone
 from trimtab.feedback.progress import counts
-from trimtab.feedback.store import Store
+from trimtab.feedback.store import Store, canonical
 from trimtab.feedback.votes import CountedVote, cast_votes, replaced, votes_as_table
 from trimtab.stats import Interval, wilson
 from trimtab.votes.annotators import AnnotatorCard, annotator_cards
@@ -191,41 +191,42 @@ def disagreements(connection: Connection, *, limit: int = 200, order: Order | No
     """
     done = set(connection.execute(decided_items()).scalars())
     score = dict(connection.execute(sa.select(t.queue.c.item_id, t.queue.c.score)).all())
-    groups: dict[int, list[CountedVote]] = defaultdict(list)
-    for cast in cast_votes(connection):
-        if cast.item_id not in done:
-            groups[cast.item_id].append(cast)
-    said_last = sa.select(t.votes.c.item_id, t.votes.c.answer).join(t.people, t.people.c.id == t.votes.c.person_id)
-    said_last = said_last.where(t.votes.c.purpose == "task", t.people.c.state != "banned", ~replaced())
-    flagged = {row.item_id for row in connection.execute(said_last) if row.answer.get("flags")}
-    for item_id in flagged - groups.keys() - done:  # skipped and flagged by everyone
-        groups[item_id] = []
-    found = []
-    for item_id, casts in groups.items():
-        alike = Counter(_same(cast.answer) for cast in casts)
-        split = 1 - max(alike.values()) / len(casts) if casts else 0.0
-        if split > 0 or item_id in flagged:
-            asked = sa.select(t.items.c.prompt).where(t.items.c.id == item_id)
-            prompt = casts[0].prompt if casts else connection.execute(asked).scalar_one()
-            found.append(
-                {
-                    "item_id": item_id,
-                    "prompt": prompt["messages"][-1]["content"],
-                    "votes": len(casts),
-                    "said": casts,
-                    "disagreement": split,
-                    "flagged": item_id in flagged,
-                    "rank": (item_id in flagged, split * (1 + max(0.0, score.get(item_id, 0.0)))),
-                }
-            )
-    first = sorted(found, key=lambda item: item["rank"], reverse=True)[:limit]
-    return [{**item, "said": dict(Counter(_said(cast, order) for cast in item["said"]))} for item in first]
+    rows = sa.select(t.votes.c.item_id, t.votes.c.choice, t.votes.c.answer).join(
+        t.people, t.people.c.id == t.votes.c.person_id
+    )
+    counted = (t.votes.c.purpose == "task") & (t.votes.c.choice != "undone") & (t.people.c.state != "banned")
+    alike: dict[int, Counter[str]] = defaultdict(Counter)
+    flagged = set()
+    for row in connection.execute(rows.where(counted, ~replaced()).order_by(t.votes.c.id)):
+        if row.item_id not in done:
+            alike[row.item_id][_same(row.choice, row.answer)] += row.choice != "skip"
+            flagged |= {row.item_id} if row.answer.get("flags") else set()
+    split = {item: 1 - max(equal.values()) / equal.total() if equal.total() else 0.0 for item, equal in alike.items()}
+    rank = {item: (item in flagged, split[item] * (1 + max(0.0, score.get(item, 0.0)))) for item in split}
+    shown = [item for item in split if split[item] > 0 or item in flagged]
+    first = sorted(shown, key=lambda item: rank[item], reverse=True)[:limit]
+    said: dict[int, Counter[str]] = defaultdict(Counter)
+    for cast in cast_votes(connection, items=first):
+        said[cast.item_id][_said(cast, order)] += 1
+    prompts = dict(connection.execute(sa.select(t.items.c.id, t.items.c.prompt).where(t.items.c.id.in_(first))).all())
+    return [
+        {
+            "item_id": item,
+            "prompt": prompts[item]["messages"][-1]["content"],
+            "votes": alike[item].total(),
+            "said": dict(said[item]),
+            "disagreement": split[item],
+            "flagged": item in flagged,
+            "rank": rank[item],
+        }
+        for item in first
+    ]
 
 
-def _same(answer: Answer) -> object:
+def _same(choice: str, answer: JsonDict) -> str:
     """What two equal answers have in common."""
-    ranking = tuple(tuple(sorted(tier)) for tier in answer.ranking)
-    return answer.choice if answer.choice != "done" else (ranking, answer.rating, answer.steps)
+    ranking = [sorted(tier) for tier in answer.get("ranking", ())]
+    return choice if choice != "done" else canonical([ranking, answer.get("rating"), answer.get("steps")])
 
 
 def _said(cast: CountedVote, order: Order | None) -> str:

@@ -59,14 +59,14 @@ def cast_votes(
     *,
     purposes: Sequence[str] = ("task",),
     banned: bool = False,
-    item_id: int | None = None,
+    items: Sequence[int] | None = None,
     after: int = 0,
     limit: int | None = None,
 ) -> Iterator[CountedVote]:
     """The votes that count, in the order they were given.
 
-    `banned` includes those of banned people, `item_id` keeps the votes on one item, and `after` (a vote's id) and
-    `limit` read one page.
+    `banned` includes those of banned people, `items` keeps the votes on items of these numbers, and `after` (a
+    vote's id) and `limit` read one page.
     """
     rows = (
         sa.select(t.votes, t.people.c.name, t.people.c.place, t.people.c.state, *(t.writings.c[name] for name in WORDS))
@@ -78,14 +78,14 @@ def cast_votes(
     )
     if not banned:
         rows = rows.where(t.people.c.state != "banned")
-    if item_id is not None:
-        rows = rows.where(t.votes.c.item_id == item_id)
+    if items is not None:
+        rows = rows.where(t.votes.c.item_id.in_(items))
     if after:
         rows = rows.where(t.votes.c.id > after)
     found = connection.execute(rows).all()
-    items = _items(connection, {row.item_id for row in found})
+    known = _items(connection, {row.item_id for row in found})
     for row in found:
-        item = items[row.item_id]
+        item = known[row.item_id]
         yield CountedVote(
             id=row.id,
             item_id=row.item_id,

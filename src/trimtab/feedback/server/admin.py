@@ -111,8 +111,8 @@ def disagreement(request: Request, visit: Adjudicating, item_id: int) -> HTMLRes
 def _adjudication(request: Request, visit: Visit, item_id: int, *, status: int = 200, error: str = "") -> HTMLResponse:
     item = item_of(visit.store, item_id)
     with visit.store.read() as connection:
-        votes = list(cast_votes(connection, banned=True, item_id=item_id))
-        decisions = list(cast_votes(connection, purposes=("adjudication",), item_id=item_id))
+        votes = list(cast_votes(connection, banned=True, items=[item_id]))
+        decisions = list(cast_votes(connection, purposes=("adjudication",), items=[item_id]))
         current = guideline(connection)
     order = _order(visit, item_id, len(item.replies), item.kind)
     return page(
