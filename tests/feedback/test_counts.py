@@ -110,7 +110,7 @@ def test_votes_that_are_no_comparison_are_counted(small: Make):
     answered(store, A, B, TIE, BAD, Answer(choice="cannot_judge"))
     for layout, num in (("comparisons", 3), ("preference", 0)):
         counted = export(store, layout).card["counts"]
-        assert (counted["votes"], counted["dropped_both_bad_votes"], counted["dropped_not_judged_votes"]) == (4, 1, 1)
+        assert (counted["votes"], counted["dropped_both_bad_votes"], counted["not_judged"]) == (4, 1, 1)
         assert counted["rows"] == num
     loaded = load(Comparison, f"feedback:{store.project.path}")
     assert (len(loaded.records), loaded.counts["dropped_both_bad_votes"]) == (3, 1)

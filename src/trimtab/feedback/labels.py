@@ -74,7 +74,7 @@ def votes_in(
             num_not_judged += 1
     counts = Counter(votes=len(chosen))
     if num_not_judged:
-        counts["dropped_not_judged_votes"] = num_not_judged
+        counts["not_judged"] = num_not_judged
     return chosen, counts
 
 
