@@ -339,3 +339,30 @@ def test_two_models_score_an_item_in_rows_of_their_own(tmp_path: Path):
     file.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0]) + "\n")
     again = CliRunner().invoke(main, ["feedback", "scores", str(store.project.path), str(file)])
     assert "'a' has scored item" in again.output
+
+
+def test_an_item_can_be_read_before_it_is_decided_on_the_command_line(tmp_path: Path):
+    store = make_store(tmp_path, {"assignment": {"overlap": 2}})
+    add(store, 1)
+    for name, choice in (("Ann", "A"), ("\x1b[31mBob", "B")):
+        answer_next(store, person(store, name), Answer(choice=choice, strength=1, rationale="because\nof \u202eit"))
+    said = run("adjudicate", str(store.project.path), "1")
+    assert "user:\nquestion 0" in said
+    assert "A:\nreply 0.0" in said
+    assert "B:\nreply 0.1" in said
+    assert "Ann: A  because of \\u{202e}it" in said
+    assert "\x1b" not in said
+    person(store, "Judge", "adjudicator")
+    words = ["--as", "Judge", "--choice", "B", "--cause", "bad data"]
+    assert "decision" in run("adjudicate", str(store.project.path), "1", *words)
+    assert "decision, Judge: B" in run("adjudicate", str(store.project.path), "1")
+    result = CliRunner().invoke(main, ["feedback", "adjudicate", str(store.project.path), "9"])
+    assert result.exit_code == 2
+    assert "there is no item 9" in result.output
+
+
+def test_a_guideline_that_is_not_there_is_said_so(tmp_path: Path):
+    store = make_store(tmp_path)
+    result = CliRunner().invoke(main, ["feedback", "guideline", str(store.project.path), str(tmp_path / "no.md")])
+    assert result.exit_code == 2
+    assert "cannot be read: No such file" in result.output

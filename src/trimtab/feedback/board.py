@@ -207,7 +207,7 @@ def disagreements(connection: Connection, *, limit: int = 200, order: Order | No
     first = sorted(shown, key=lambda item: rank[item], reverse=True)[:limit]
     said: dict[int, Counter[str]] = defaultdict(Counter)
     for cast in cast_votes(connection, items=first):
-        said[cast.item_id][_said(cast, order)] += 1
+        said[cast.item_id][said_of(cast, order)] += 1
     prompts = dict(connection.execute(sa.select(t.items.c.id, t.items.c.prompt).where(t.items.c.id.in_(first))).all())
     return [
         {
@@ -229,7 +229,7 @@ def _same(choice: str, answer: JsonDict) -> str:
     return choice if choice != "done" else canonical([ranking, answer.get("rating"), answer.get("steps")])
 
 
-def _said(cast: CountedVote, order: Order | None) -> str:
+def said_of(cast: CountedVote, order: Order | None = None) -> str:
     """An answer in words, such as "left", "4", "2 > 1 = 3" or "+ 0 −"."""
     answer = cast.answer
     if answer.choice in ("A", "B") and order is not None:

@@ -311,7 +311,7 @@ def token(project: Path, name: str, days: float) -> None:
 def adjudicate(
     project: Path, item: int | None, name: str | None, choice: str | None, strength: int, cause: str | None, reason: str
 ) -> None:
-    """List the items on which people differ, or decide about ITEM."""
+    """List the items on which people differ, show ITEM with its replies A and B, or decide about it."""
     from trimtab.core.errors import ConfigError
     from trimtab.feedback import voting
     from trimtab.feedback.answers import Answer
@@ -326,6 +326,12 @@ def adjudicate(
             for found in disagreements(connection):
                 said = ", ".join(f"{k} × {v}" for k, v in found["said"].items())
                 click.echo(f"{found['item_id']:5} {found['disagreement']:.0%}  {said}  {found['prompt'][:60]!r}")
+        return
+    if not (name or choice or cause):
+        from trimtab.feedback.commands import item_lines
+
+        for line in item_lines(store, item):
+            click.echo(line)
         return
     if not (name and choice and cause):
         raise ConfigError("a decision needs --as, --choice and --cause", where="adjudicate", fix="give all three")
@@ -367,6 +373,7 @@ def queue(project: Path, state: str) -> None:
     from trimtab.feedback.assign import set_open
 
     set_open(_open(project), state == "open")
+    click.echo("the project is open" if state == "open" else "the project is paused: nothing new is given out")
 
 
 @click.command()

@@ -8,17 +8,21 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from trimtab.core.errors import ConfigError
+from trimtab.core.errors import ConfigError, DataError
 from trimtab.core.files import write_out
-from trimtab.core.terminal import visible
+from trimtab.core.terminal import printable, visible
 from trimtab.feedback import agreement_page, campaign
 from trimtab.feedback.campaign import Campaign
 from trimtab.feedback.vote_files import read_votes
 from trimtab.reports.page import write
 from trimtab.votes.study import Study, study
+
+if TYPE_CHECKING:
+    from trimtab.feedback.store import Store
 
 
 def agreement(
@@ -146,6 +150,31 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
+
+
+def item_lines(store: Store, item_id: int) -> list[str]:
+    """An item as text: its prompt, its replies by the letters or numbers that a decision names, and what was said."""
+    import sqlalchemy as sa
+
+    from trimtab.feedback import tables as t
+    from trimtab.feedback.board import said_of
+    from trimtab.feedback.votes import cast_votes
+
+    with store.read() as connection:
+        item = connection.execute(sa.select(t.items).where(t.items.c.id == item_id)).first()
+        casts = list(cast_votes(connection, purposes=("task", "adjudication"), items=[item_id]))
+    if item is None:
+        raise DataError(
+            f"there is no item {item_id}", where="trimtab feedback adjudicate", fix="see the list without ITEM"
+        )
+    lines = [f"{turn['role']}:\n{visible(turn['content'])}\n" for turn in item.prompt["messages"]]
+    names = "AB" if item.kind == "pairs" else [str(i + 1) for i in range(len(item.replies))]
+    lines += [f"{name}:\n{visible(reply['text'])}\n" for name, reply in zip(names, item.replies, strict=False)]
+    for cast in casts:
+        words = " ".join(filter(None, (cast.answer.rationale, cast.answer.reason)))
+        decided = "decision, " if cast.purpose == "adjudication" else ""
+        lines.append(f"{decided}{printable(cast.annotator)}: {said_of(cast)}  {printable(words)}".rstrip())
+    return lines
 
 
 def refuse_idle_options(source: str | None, model: str | None) -> None:

@@ -304,9 +304,12 @@ class Project:
 
 
 def read_guideline(path: Path) -> str:
-    """The text of a guideline file. Raises ConfigError if it is not UTF-8."""
+    """The text of a guideline file. Raises ConfigError if it cannot be read, or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        problem = f"the guideline cannot be read: {error.strerror}"
+        raise ConfigError(problem, where=str(path), fix="name a file of Markdown") from None
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"the guideline is not UTF-8 text: {error.reason}", where=str(path), fix="save it as UTF-8"
