@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import signal
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -18,6 +19,7 @@ from fastapi.testclient import TestClient
 
 from tests.feedback.conftest import Make
 from tests.feedback.projects import add, answer_next, lease, make_project, make_store, person
+from tests.feedback.running import Running
 from trimtab.cli import main
 from trimtab.core.errors import ConfigError
 from trimtab.feedback import people
@@ -366,3 +368,15 @@ def test_a_guideline_that_is_not_there_is_said_so(tmp_path: Path):
     result = CliRunner().invoke(main, ["feedback", "guideline", str(store.project.path), str(tmp_path / "no.md")])
     assert result.exit_code == 2
     assert "cannot be read: No such file" in result.output
+
+
+def test_a_server_that_is_stopped_has_lost_nothing_and_says_nothing_else(tmp_path: Path):
+    store = make_store(tmp_path)
+    add(store, 1)
+    store.close()
+    server = Running(store.project.path)
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.stdout is not None
+    assert server.process.stdout.read() == ""
+    assert server.process.wait(timeout=20) == 0
+    server.process.stdout.close()

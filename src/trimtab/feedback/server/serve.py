@@ -6,7 +6,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -65,7 +65,8 @@ def _serve(store: Store, host: str, listener: socket.socket, address: str, show:
         create_app(store, host=host), log_level="warning", access_log=False, server_header=False,
         proxy_headers=settings.https, timeout_graceful_shutdown=5,
     )  # fmt: skip
-    uvicorn.Server(config).run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again once it has ended
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 def _missing(store: Store, host: str) -> Iterator[str]:
