@@ -389,3 +389,8 @@ def test_half_a_character_in_a_body_is_refused_in_words(small: Make):
     for field in ("flag", "rationale", "position", "seconds"):
         body = json.dumps({"fields": {"position": "1", field: "\ud83d"}})
         assert client.post(f"/api/v1/tasks/{task}", content=body, headers=headers).status_code == 422
+    boss = people.start_session(store, person(store, "Boss", "admin"), hours=1, kind="api")
+    client.headers["Authorization"] = f"Bearer {boss}"
+    for item, model in (("\ud83d", "rm"), ("a", "\ud83d")):
+        body = json.dumps({"scores": {item: {model: [1, 2]}}})
+        assert client.put("/api/v1/scores", content=body, headers=headers).status_code == 422

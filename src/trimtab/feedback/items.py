@@ -224,6 +224,7 @@ def set_scores(store: Store, scores: Mapping[str, Mapping[str, Sequence[float]]]
 
     The policy uses them at once. Scores of other models that an item has already stay.
     """
+    checked_values(scores, where="the scores")
     num = 0
     policy = store.project.settings.assignment.policy
     with store.write() as connection:
