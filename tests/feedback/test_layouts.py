@@ -169,3 +169,19 @@ def test_a_limit_counts_the_prompts_that_a_model_answers(tmp_path: Path):
     result = CliRunner().invoke(group, words, obj=sample)
     assert "12 rows" in result.output, result.output
     assert "3 added" in result.output
+
+
+def test_which_reply_of_a_tree_was_best_cannot_be_told_from_the_item(small: Make, tmp_path: Path):
+    rows = []
+    for i in range(100):
+        rows.append({"message_id": f"{i}", "parent_id": None, "role": "prompter", "text": f"q{i}"})
+        rows += [
+            {"message_id": f"{i}-{k}", "parent_id": f"{i}", "role": "assistant", "text": f"{said} {i}", "rank": k}
+            for k, said in enumerate(("good", "bad"))
+        ]
+    store = small()
+    import_source(store, write(tmp_path / "trees.jsonl", rows))
+    with store.read() as connection:
+        first = [found[0]["text"] for found in connection.execute(sa.select(t.items.c.replies)).scalars()]
+    assert len(first) == 100
+    assert 30 < sum(text.startswith("good") for text in first) < 70

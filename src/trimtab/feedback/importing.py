@@ -227,7 +227,8 @@ def _add_records(store: Store, source: str, options: Options, actor: int | None)
         replies = [NewReply(text=text) for text in texts]
         if task.kind == "steps":
             new.append(_item(prompt, replies, {}, task, options))
-        else:
+        else:  # the better one came first; which of two is A must not reveal that
+            replies.sort(key=lambda reply: reply_hash(reply.text))
             new += _of_replies(prompt, replies, {}, task, options)
     counts = {"rows": loaded.counts["rows"], "dropped_bad_row": loaded.num_dropped}
     return counts | add_items(store, ((source, item) for item in new), actor=actor)
