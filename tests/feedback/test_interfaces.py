@@ -228,6 +228,7 @@ def test_a_project_from_the_command_line(tmp_path: Path, monkeypatch):
     assert "answers" in run("status", project)
     assert json.loads(run("status", project, "--json"))["answers"] == 300
     assert "preference.jsonl: " in run("export", project)
+    assert "nothing of what 'groups' holds" in run("export", project, "--layout", "groups")
     assert Path("preference.jsonl.card.json").is_file()
     assert "K-wise" in run("export", project, "--list")
     assert "/join#" in run("invite", project, "--role", "admin")

@@ -175,6 +175,8 @@ def export(project: Path, layout: str, out: Path | None, split: LabelSplit, show
     out = out or Path(f"{layout}.jsonl")
     card = exporting.write_export(_open(project), layout, out, split=split)
     click.echo(f"{out}: {card['counts']['rows']} rows")
+    if not card["counts"]["rows"]:
+        click.echo(f"nothing of what {layout!r} holds was collected yet; --list says what that is")
     if counted := {name: num for name, num in card["counts"].items() if name != "rows"}:
         _tell(counted)
 
