@@ -410,3 +410,22 @@ def test_flags_of_somebody_who_was_banned_fill_no_list(small: Make):
     assert "flagged</span>" in boss.get("/admin/adjudicate").text
     people.set_state(store, ann.id, "banned")
     assert "Nobody disagrees" in boss.get("/admin/adjudicate").text
+
+
+def test_every_page_has_a_title_and_a_heading_of_its_own(small: Make):
+    store = small()
+    add(store, 2)
+    boss = Browser(store)
+    boss.join("Boss", "admin")
+    pages = ["/guideline", "/mine", "/account", "/admin", "/admin/adjudicate", "/admin/adjudicate/1", "/admin/people"]
+    pages += ["/admin/export", "/admin/log", "/nowhere"]
+    boss.read_guideline()
+    titles = set()
+    for path in ["/task", *pages]:
+        text = boss.get(path).text
+        title = re.search(r"<title>(.+) · Test</title>", text)
+        assert title, path
+        titles.add(title[1])
+        assert "<h1" in text, path
+        assert not re.search(r"<th[^>]*></th>", text), path
+    assert len(titles) == len(pages) + 1
