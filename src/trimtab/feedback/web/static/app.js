@@ -320,19 +320,20 @@
     tied = false;
   };
 
-  const showRanking = () => {
+  // The lists are set by keys and buttons only: whoever chooses in them may begin with any place, which must stay chosen.
+  const showRanking = ({ lists }) => {
     const selects = all("select[name^=rank_]");
-    if (!selects.length) return;
+    const line = one("#ranking");
+    if (!selects.length || !line) return; // an adjudicator has the lists alone
     selects.forEach((select, i) => {
       const rank = tiers.findIndex((tier) => tier.includes(i));
-      select.value = rank < 0 ? "" : String(rank + 1);
-      const output = one(`[data-place="${i}"] output`);
-      output.textContent = rank < 0 ? "" : `${rank + 1}.`;
+      if (lists) select.value = rank < 0 ? "" : String(rank + 1);
+      one(`[data-place="${i}"] output`).textContent = rank < 0 ? "" : `${rank + 1}.`;
     });
     const text = tiers.map((tier) => tier.map((i) => i + 1).join(" = ")).join(" > ");
     const left = selects.length - tiers.flat().length;
     const next = left ? (tied ? " = …" : " > …") : "";
-    one("#ranking").textContent = text ? text + next : "Press the numbers of the replies, best first.";
+    line.textContent = text ? text + next : "Press the numbers of the replies, best first.";
   };
 
   const place = (i) => {
@@ -340,12 +341,12 @@
     if (tied && tiers.length) tiers.at(-1).push(i);
     else tiers.push([i]);
     tied = false;
-    showRanking();
+    showRanking({ lists: true });
     keep();
   };
   const tieNext = () => {
     tied = tiers.length > 0;
-    showRanking();
+    showRanking({ lists: true });
   };
   const takeBack = () => {
     if (tied) tied = false;
@@ -353,13 +354,13 @@
       tiers.at(-1).pop();
       if (!tiers.at(-1).length) tiers.pop();
     }
-    showRanking();
+    showRanking({ lists: true });
     keep();
   };
   document.addEventListener("change", (event) => {
     if (event.target.matches("select[name^=rank_]")) {
       readRanking();
-      showRanking();
+      showRanking({ lists: false });
     }
   });
 
@@ -407,7 +408,7 @@
     }
     applyViews();
     readRanking();
-    showRanking();
+    showRanking({ lists: false });
     const first = steps().findIndex((_, i) => !marked(i));
     current = Math.max(0, first);
     if (steps().length) showStep();
