@@ -199,6 +199,20 @@ def test_steps_by_keyboard_with_the_first_error(browser, start: Start):
     assert [c.answer.steps for c in votes(server)] == [(1, 0, -1, None)]
 
 
+def test_the_buttons_mark_the_step_that_was_touched(browser, start: Start):
+    server = start({"task": {"kind": "steps"}}, [item(i, kind="steps", num=4) for i in range(2)])
+    ann = Person(browser, server)
+    ann.join(server.links[1], "Ann")
+    ann.begin()
+    for i in (0, 1):
+        ann.page.check(f"input[name=step_{i}][value=right]")
+    ann.page.click("[data-step='2']")
+    ann.page.click("[data-mark=first]")
+    ann.answer("Enter")
+    assert [c.answer.steps for c in votes(server)] == [(1, 1, -1, None)]
+    assert ann.wrong == []
+
+
 def test_writing_by_keyboard(browser, start: Start):
     server = start({"task": {"kind": "demonstration"}}, [item(i, kind="demonstration", num=0) for i in range(2)])
     ann = Person(browser, server)

@@ -394,6 +394,14 @@
     keep();
   };
 
+  // The buttons mark the step that was touched last.
+  document.addEventListener("click", (event) => {
+    const step = event.target.closest("[data-step]");
+    if (!step) return;
+    current = Number(step.dataset.step);
+    showStep();
+  });
+
   // --- every page, and every page that takes its place ---
 
   const begin = () => {
