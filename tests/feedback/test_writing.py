@@ -328,3 +328,22 @@ def test_a_full_disk_gives_back_what_was_written(small: Make, monkeypatch: pytes
     assert WORDS not in said
     assert ann.post(f"/task/{token}", text=WORDS).status_code == 200
     assert verify(store) == []
+
+
+def test_the_answer_to_a_form_can_be_reloaded(small: Make):
+    """The browser then stands at the form's address, and asks for it as a page."""
+    store = small({"task": {"rationale": "required"}})
+    add(store, 2)
+    ann = written_by(store)
+    token = ann.lease()
+    assert "reason in words is missing" in ann.post(f"/task/{token}", position="1").text
+    again = ann.get(f"/task/{token}")
+    assert again.status_code == 200
+    assert f'action="/task/{token}"' in again.text
+    for sent, page in (("/undo", "/task"), ("/mine/7", "/mine"), ("/account/keys", "/account")):
+        assert str(ann.get(sent).url).endswith(page)
+    boss = Browser(store)
+    boss.join("Boss", "admin")
+    for sent, page in (("/admin/invites", "people"), ("/admin/people/1/link", "people"), ("/admin/log/verify", "log")):
+        assert str(boss.get(sent).url).endswith(f"/admin/{page}")
+    assert boss.client.get("/api/v1/undo").status_code == 405

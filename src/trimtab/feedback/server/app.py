@@ -137,8 +137,23 @@ async def _form_of(request: Request) -> PostedFields:
         return {}
 
 
+_PAGE_OF = {
+    "/task/": "/task",
+    "/undo": "/task",
+    "/mine/": "/mine",
+    "/account/": "/account",
+    "/admin/invites": "/admin/people",
+    "/admin/people/": "/admin/people",
+    "/admin/log/": "/admin/log",
+}
+"""The page that shows a form, by how the address begins that the form is sent to. After a mistake the browser stands at
+that address, and asks for it as a page when it is reloaded."""
+
+
 def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
+    if error.status_code == 405 and request.method == "GET" and not request.url.path.startswith("/api/"):
+        return to(next((page for sent, page in _PAGE_OF.items() if request.url.path.startswith(sent)), "/"))
     return _answer(request, error.status_code, str(error.detail), dict(error.headers or {}))
 
 

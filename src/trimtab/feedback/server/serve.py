@@ -60,12 +60,12 @@ def _serve(store: Store, host: str, listener: socket.socket, address: str, show:
     for remark in _missing(store, host):
         show(remark)
     _show_ways_in(store, address, show)
-    show(f"{store.project.settings.name} is at {address} (Ctrl-C stops it; every answer is stored at once)")
     config = uvicorn.Config(
         create_app(store, host=host), log_level="warning", access_log=False, server_header=False,
         proxy_headers=settings.https, timeout_graceful_shutdown=5,
     )  # fmt: skip
     with suppress(KeyboardInterrupt):  # uvicorn raises it again once it has ended
+        show(f"{store.project.settings.name} is at {address} (Ctrl-C stops it; every answer is stored at once)")
         uvicorn.Server(config).run(sockets=[listener])
 
 
