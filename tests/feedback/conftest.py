@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 
-from tests.feedback.projects import make_store
-from trimtab.feedback import people
-from trimtab.feedback.store import Store
+from tests.feedback.projects import make_project, make_store
+from tests.feedback.running import Running
+from trimtab.feedback import items, people
+from trimtab.feedback.importing import seed_items
+from trimtab.feedback.store import Store, open_store
 
 Make = Callable[..., Store]
+Start = Callable[..., Running]
 
 
 def _postgres_binary(name: str) -> str | None:
@@ -121,3 +124,28 @@ def small(tmp_path: Path) -> Iterator[Make]:
     yield one
     for store in stores:
         store.close()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts servers of projects and stops them."""
+    servers: list[Running] = []
+
+    def one(values: dict[str, Any] | None = None, new: list[items.NewItem] | None = None) -> Running:
+        folder = tmp_path / str(len(servers))
+        folder.mkdir()
+        project = make_project(folder, {"data": [] if new else ["world:helpdesk?num=40"], **(values or {})})
+        (folder / "guideline.md").write_text("# Judge well\n\nBe fair.", encoding="utf-8")
+        store = open_store(project)
+        if new:
+            items.add_items(store, [("test", one) for one in new])
+        else:
+            seed_items(store)
+        store.close()
+        servers.append(Running(project))
+        return servers[-1]
+
+    yield one
+    for server in servers:
+        if server.process.poll() is None:
+            server.stop()

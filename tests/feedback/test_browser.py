@@ -10,50 +10,22 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.feedback.at_a_browser import PICTURES, Person, votes
-from tests.feedback.projects import PASSWORD, item, make_project
+from tests.feedback.conftest import Start
+from tests.feedback.projects import PASSWORD, item
 from tests.feedback.running import Running
 from tests.feedback.test_hostile_texts import HOSTILE
 from trimtab.core.types import Message, Prompt
 from trimtab.feedback import items, people
-from trimtab.feedback.importing import seed_items
 from trimtab.feedback.simulate import simulate
 from trimtab.feedback.store import open_store
 from trimtab.feedback.votes import cast_votes
 
 pytestmark = pytest.mark.slow
-Start = Callable[..., Running]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts servers of projects and stops them."""
-    servers: list[Running] = []
-
-    def one(values: dict[str, Any] | None = None, new: list[items.NewItem] | None = None) -> Running:
-        folder = tmp_path / str(len(servers))
-        folder.mkdir()
-        project = make_project(folder, {"data": [] if new else ["world:helpdesk?num=40"], **(values or {})})
-        (folder / "guideline.md").write_text("# Judge well\n\nBe fair.", encoding="utf-8")
-        store = open_store(project)
-        if new:
-            items.add_items(store, [("test", one) for one in new])
-        else:
-            seed_items(store)
-        store.close()
-        servers.append(Running(project))
-        return servers[-1]
-
-    yield one
-    for server in servers:
-        if server.process.poll() is None:
-            server.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -155,39 +127,6 @@ def test_a_ranking_with_a_tie_by_keyboard(browser, start: Start):
     assert said == [{shown[2]}, {shown[3], shown[0]}, {shown[1]}]
 
 
-def test_a_ranking_by_its_lists_may_begin_with_any_place(browser, start: Start):
-    """On a phone and for an adjudicator: a place that is chosen stays chosen, whatever is chosen before or after."""
-    server = start({"task": {"kind": "ranking"}}, [item(i, kind="ranking", num=3) for i in range(2)])
-    boss = Person(browser, server)
-    boss.join(server.links[0], "Boss")
-    boss.page.goto(f"{server.address}/admin/adjudicate/1")
-    decided = boss.shown()
-    _choose_places(boss, "2", "1", "3")
-    boss.page.select_option("select[name=taxonomy]", "bad data")
-    boss.page.click("button:has-text('Decide')")
-    boss.page.wait_for_selector("h1:has-text('Adjudicate')")
-    boss.page.goto(f"{server.address}/task")
-    boss.begin()
-    shown = boss.shown()
-    _choose_places(boss, "3", "1")
-    with boss.page.expect_response("**/draft/**"):
-        boss.page.select_option("select[name=rank_2]", "2")
-    assert boss.page.inner_text("#ranking") == "2 > 3 > 1"
-    boss.page.reload()
-    assert boss.page.inner_text("#ranking") == "2 > 3 > 1"
-    boss.answer("Enter")
-    for purpose, texts, order in (("adjudication", decided, (1, 0, 2)), ("task", shown, (1, 2, 0))):
-        (cast,) = votes(server, purposes=(purpose,))
-        assert [cast.replies[place]["text"] for (place,) in cast.answer.ranking] == [texts[i] for i in order]
-    assert boss.wrong == []
-
-
-def _choose_places(person: Person, *places: str) -> None:
-    for i, place in enumerate(places):
-        person.page.select_option(f"select[name=rank_{i}]", place)
-        assert person.page.input_value(f"select[name=rank_{i}]") == place
-
-
 def test_steps_by_keyboard_with_the_first_error(browser, start: Start):
     server = start({"task": {"kind": "steps"}}, [item(i, kind="steps", num=4) for i in range(2)])
     ann = Person(browser, server)
@@ -197,20 +136,6 @@ def test_steps_by_keyboard_with_the_first_error(browser, start: Start):
     ann.picture("steps")
     ann.answer("Enter")
     assert [c.answer.steps for c in votes(server)] == [(1, 0, -1, None)]
-
-
-def test_the_buttons_mark_the_step_that_was_touched(browser, start: Start):
-    server = start({"task": {"kind": "steps"}}, [item(i, kind="steps", num=4) for i in range(2)])
-    ann = Person(browser, server)
-    ann.join(server.links[1], "Ann")
-    ann.begin()
-    for i in (0, 1):
-        ann.page.check(f"input[name=step_{i}][value=right]")
-    ann.page.click("[data-step='2']")
-    ann.page.click("[data-mark=first]")
-    ann.answer("Enter")
-    assert [c.answer.steps for c in votes(server)] == [(1, 1, -1, None)]
-    assert ann.wrong == []
 
 
 def test_writing_by_keyboard(browser, start: Start):
