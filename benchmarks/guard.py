@@ -2,23 +2,25 @@
 runs, as JSON and tables.
 
     python benchmarks/guard.py rates                      # simulated runs; a minute
-    python benchmarks/guard.py runs --start runs/quickstart --seeds 0 1 2
+    python benchmarks/guard.py runs --start runs/quickstart --others OTHER … --seeds 0 1 2
     python benchmarks/guard.py hacks --start runs/quickstart --steps 16 --every 2 --seeds 0 1 2
     python benchmarks/guard.py healthy --start runs/quickstart --steps 20 --every 5 --seeds 0 1 2
 
 `runs` trains on the help desk from the SFT model and the reward model of a quickstart. *Hacked* runs have no KL
 penalty; a guard watches them, by gold on 64 prompts, and takes no action. Every checkpoint is then measured by gold on
 other prompts (`trimtab choose`), which is taken as the truth: what the checkpoint that the guard names is worth beside
-the best of the run, the last step and the step of the highest reward. *Healthy* runs have the quickstart's penalty and
-a guard that may stop them: how often it does is its rate of false stops.
+the best of the run, the last step and the step of the highest reward. `--others`, quickstarts of other seeds, are
+judges that know no gold: the reward model of the first, and all of them as an ensemble, choose among the same
+checkpoints. *Healthy* runs have the quickstart's penalty and a guard that may stop them: how often it does is its rate
+of false stops.
 
 `hacks` trains with rewards that pay for something else beside gold (`planted_hacks.py`), without a KL penalty; the
 guard watches by gold on `--checks` prompts. A run is *caught* at the first check whose fall is real, which is where a
 guard with actions takes its first one. `healthy` trains with every algorithm that `algorithms.py` compares, as it does,
 and a guard that may stop the run.
 
-One thread a run; runs that have finished are not repeated, and `hacks` and `healthy` add to what their file has of
-other kinds and seeds.
+One thread a run; runs that have finished are not repeated, and `runs`, `hacks` and `healthy` add to what their file
+has of other kinds and seeds.
 """
 
 from __future__ import annotations
@@ -63,7 +65,6 @@ FILES = {
 HACKS = Path(__file__).resolve().with_name("planted_hacks.py")
 HEALTHY = [name for name in algorithms.ALGORITHMS if name != "rejection sampling"]
 """All that train in one run."""
-ORDERS = {"hacks": list(AMOUNTS), "healthy": HEALTHY}
 ASKED = 0.10
 """The fall of gold, as a share of its best, before which a hack is to be caught."""
 SIGNAL_OF = {
@@ -78,10 +79,21 @@ SIGNAL_OF = {
 """The cheap signal that is about a hack; the others have none."""
 GUARD = {"measure": [{"name": "gold", "world": "helpdesk"}], "prompts": "world:helpdesk?split=test&num=64&seed=3"}
 TRUTH = "world:helpdesk?split=test&num=300&seed=7"
+UNSEEN = "world:helpdesk?split=test&num=256&seed=5"
+"""Prompts on which judges that know no gold choose."""
+WAYS = {
+    "guard": "gold on 64 prompts",
+    "second": "another reward model",
+    "ensemble": "several others",
+    "last": "last step",
+    "reward": "highest reward",
+}
+"""The ways of choosing a checkpoint, as their columns are called."""
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "ppo": {},
     "grpo": {"advantage": {"name": "grpo"}, "prompts_per_step": 8, "group_size": 8},
 }
+ORDERS = {"runs": list(ALGORITHMS), "hacks": list(AMOUNTS), "healthy": HEALTHY}
 
 
 # --- runs on the help desk ---
@@ -107,18 +119,30 @@ def trained(start: Path, out: Path, *, algorithm: str, seed: int, healthy: bool,
 
 def truth(directory: Path) -> dict[str, Any]:
     """The decision on the other prompts, which has the gold of every checkpoint."""
-    file = directory.with_name("truth.json")
+    return chosen_by(directory, "truth", {"prompts": TRUTH, "num_prompts": 300})
+
+
+def chosen_by(directory: Path, name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The decision of `trimtab choose` with these values."""
+    file = directory.with_name(f"{name}.json")
     if not file.exists():
-        command = [sys.executable, "-m", "trimtab", "choose", str(directory), "--prompts", TRUTH, "--out", str(file)]
-        subprocess.run([*command, "num_prompts=300"], check=True, stdout=subprocess.DEVNULL)
+        choose(directory, values, where=name, out=file)
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
-def shares(decision: dict[str, Any], gold: dict[int, float]) -> dict[str, Any]:
-    """What three ways of choosing are worth, as shares of the best true gold of the run."""
+def judges(others: list[Path]) -> dict[str, dict[str, Any]]:
+    """Measures that know no gold: the reward model of another quickstart, and those of all others together."""
+    rewards = [{"name": "model", "path": str((other / "reward" / "model").resolve())} for other in others]
+    chosen = {"second": rewards[:1], "ensemble": rewards} if len(others) > 1 else {"second": rewards[:1]}
+    return {name: {"measure": found, "prompts": UNSEEN, "num_prompts": 256} for name, found in chosen.items() if found}
+
+
+def shares(decision: dict[str, Any], judged: dict[str, int], gold: dict[int, float]) -> dict[str, Any]:
+    """What the ways of choosing are worth, as shares of the best true gold of the run."""
     rewarded = decision["chosen_against"]["best_reward"]["step"]
     chosen = {"guard": decision["chosen_step"], "last": decision["checkpoints"][-1]["step"], "reward": rewarded}
+    chosen |= judged
     peak = max(gold.values())
     return {"peak": peak, "peak_step": max(gold, key=lambda step: (gold[step], -step))} | {
         key: value
@@ -127,8 +151,10 @@ def shares(decision: dict[str, Any], gold: dict[int, float]) -> dict[str, Any]:
     }
 
 
-def one_run(start: Path, algorithm: str, seed: int, healthy: bool, options: argparse.Namespace) -> dict[str, Any]:
-    """What one run shows."""
+def one_run(
+    start: Path, algorithm: str, seed: int, healthy: bool, measures: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """What one run shows, and which of its checkpoints the further measures choose."""
     directory = trained(start, options.out, algorithm=algorithm, seed=seed, healthy=healthy, options=options)
     decision = json.loads((directory / "decision.json").read_text(encoding="utf-8"))
     lines = (directory / "guard.jsonl").read_text(encoding="utf-8").splitlines()
@@ -139,25 +165,45 @@ def one_run(start: Path, algorithm: str, seed: int, healthy: bool, options: argp
         return found
     true = truth(directory)
     gold = {row["step"]: row["measure"] for row in true["checkpoints"]}
-    return found | shares(decision, gold) | {"true_gold": gold, "predicted_peak": true["predicted_peak"]}
+    judged = {name: chosen_by(directory, name, values)["chosen_step"] for name, values in measures.items()}
+    return found | shares(decision, judged, gold) | {"true_gold": gold, "predicted_peak": true["predicted_peak"]}
 
 
 def runs_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of the page."""
-    lines = [
-        "| run | seed | peak of gold | guard | last step | highest reward | stopped |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if row["healthy"]:
-            lines.append(
-                f"| {row['algorithm']}, healthy | {row['seed']} | | | | | {'yes' if row['stopped'] else 'no'} |"
-            )
-            continue
-        cells = [f"{row[f'{way}_share']:.1%} (step {row[f'{way}_step']})" for way in ("guard", "last", "reward")]
+    """A line for each run: the peak of gold, and the share of it that each way of choosing keeps."""
+    lines = [f"| run | seed | peak of gold | {' | '.join(WAYS.values())} |", "|---" * (3 + len(WAYS)) + "|"]
+    for row in hacked_of(rows):
+        kept = {way: f"{row[f'{way}_share']:.1%} (step {row[f'{way}_step']})" for way in WAYS if f"{way}_step" in row}
+        cells = [kept.get(way, "") for way in WAYS]
         peak = f"{row['peak']:.3f} (step {row['peak_step']})"
-        lines.append(f"| {row['algorithm']}, no penalty | {row['seed']} | {peak} | {' | '.join(cells)} | |")
+        lines.append(f"| {row['algorithm']} | {row['seed']} | {peak} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def runs_summary(rows: list[dict[str, Any]]) -> str:
+    """For each algorithm the mean and the worst share that each way of choosing keeps, and how many healthy runs were
+    stopped."""
+    lines = [f"| | runs | {' | '.join(WAYS.values())} | healthy runs stopped |", "|---" * (3 + len(WAYS)) + "|"]
+    for algorithm in ALGORITHMS:
+        hacked = [row for row in hacked_of(rows) if row["algorithm"] == algorithm]
+        healthy = [row for row in rows if row["algorithm"] == algorithm and row["healthy"]]
+        stopped = f"{sum(bool(row['stopped']) for row in healthy)} of {len(healthy)}" if healthy else ""
+        found = {way: [row[f"{way}_share"] for row in hacked if f"{way}_share" in row] for way in WAYS}
+        means = " | ".join(_mean_share(each) if each else "" for each in found.values())
+        worst = " | ".join(f"{min(each):.1%}" if each else "" for each in found.values())
+        lines.append(f"| {algorithm}, mean | {len(hacked)} | {means} | {stopped} |")
+        lines.append(f"| {algorithm}, at the worst | | {worst} | |")
+    return "\n".join(lines)
+
+
+def _mean_share(each: list[float]) -> str:
+    mean = t_interval(each) if len(each) > 1 else None
+    return f"{np.mean(each):.1%}" + (f" [{mean.low:.1%}, {mean.high:.1%}]" if mean else "")
+
+
+def hacked_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs without a penalty."""
+    return [row for row in rows if not row["healthy"]]
 
 
 # --- planted hacks and healthy runs ---
@@ -372,11 +418,11 @@ def commit() -> str:
 def merged(part: str, rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     """The rows with those of other kinds or seeds that the data file has from before, in the order of kinds and
     seeds."""
-    made = {(row[key], row["seed"]) for row in rows}
+    made = {(row[key], row["seed"], row.get("healthy")) for row in rows}
     before = json.loads(FILES[part].read_text(encoding="utf-8"))["runs"] if FILES[part].exists() else []
     order = list(ORDERS[part])
-    every = rows + [row for row in before if (row[key], row["seed"]) not in made]
-    return sorted(every, key=lambda row: (order.index(row[key]), row["seed"]))
+    every = rows + [row for row in before if (row[key], row["seed"], row.get("healthy")) not in made]
+    return sorted(every, key=lambda row: (order.index(row[key]), row.get("healthy", False), row["seed"]))
 
 
 def main() -> None:
@@ -386,6 +432,7 @@ def main() -> None:
     parser.add_argument("--num-runs", type=int, default=1000, help="Of each simulated shape.")
     parser.add_argument("--prompts", type=int, nargs="+", default=[64, 256], help="Of simulated runs.")
     parser.add_argument("--start", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--others", type=Path, nargs="*", default=[], help="Quickstarts of other seeds, as judges.")
     parser.add_argument("--out", type=Path, default=Path("runs/guard"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time, of hacks and healthy.")
@@ -404,13 +451,15 @@ def main() -> None:
             rows = [row for num_prompts in options.prompts for row in rates(options.num_runs, num_prompts)]
             tables = [rates_table(rows)]
         elif options.part == "runs":
+            measures = judges(options.others)
             rows = [
-                one_run(options.start, algorithm, seed, kind == "healthy", options)
+                one_run(options.start, algorithm, seed, kind == "healthy", measures, options)
                 for kind in options.kinds
                 for algorithm in options.algorithms or list(ALGORITHMS)
                 for seed in options.seeds
             ]
-            tables = [runs_table(rows)]
+            rows = merged("runs", rows, "algorithm")
+            tables = [runs_summary(rows), runs_table(rows)]
         elif options.part == "hacks":
             jobs = [(kind, seed) for seed in options.seeds for kind in options.hacks]
             rows = merged("hacks", list(pool.map(hack, *zip(*jobs, strict=True), repeat(options))), "kind")

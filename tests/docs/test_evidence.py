@@ -265,10 +265,16 @@ def test_every_file_of_data_is_made_by_a_script_or_a_test_of_this_repository():
         assert path.name in sources, path.name
 
 
+def test_the_table_of_passes_over_the_votes_is_that_of_its_data(script):
+    assert_on_page("reward-models", script("reward_limit").table(data("reward_limit")["runs"]))
+
+
 def test_the_tables_of_the_guard_are_those_of_their_data(script):
     guard = script("guard")
     assert_on_page("guard", guard.rates_table(data("guard_rates")["runs"]))
-    assert_on_page("guard", guard.runs_table(data("guard_runs")["runs"]))
+    runs = data("guard_runs")["runs"]
+    assert_on_page("guard", guard.runs_table(runs))
+    assert_on_page("guard", guard.runs_summary(runs))
     hacks, healthy = data("guard_hacks")["runs"], data("guard_healthy")["runs"]
     for table in (guard.hacks_summary(hacks), guard.hacks_table(hacks), guard.healthy_table(healthy)):
         assert_on_page("guard", table)
