@@ -7,6 +7,8 @@ import json
 import pytest
 
 from tests.stages.commands import FAST, online_settings, run_stage, trimtab
+from trimtab.reports.collect import collect
+from trimtab.reports.diagnosis.learning_rate import usual_rates
 
 GRPO = {"advantage": "grpo", "group_size": 2, "num_epochs": 1, "num_minibatches": 1, "num_steps": 12, "critic": {}}
 
@@ -49,7 +51,14 @@ def test_a_learning_rate_that_teaches_nothing_is_found_in_sft(tmp_path, base):
     run = run_stage("sft", tmp_path / "run", model=str(base), data="world:arithmetic?num=60", **wrong)
     found = diagnosis(run, tmp_path / "found.json")
     assert [one["rule"] for one in found["failures"]] == ["nothing_learned"]
-    assert found["changes"] == [{"key": "optimizer.learning_rate", "old": 1e-12, "new": 1e-11}]
+    (change,) = found["changes"]
+    assert (change["key"], change["old"]) == ("optimizer.learning_rate", 1e-12)
+    usual = usual_rates(collect(run))
+    assert usual.low < change["new"] < usual.high
+    new, again = tmp_path / "mended.toml", tmp_path / "again"
+    assert trimtab("doctor", run, "--apply", new).exit_code == 1
+    assert trimtab("sft", new, "--out", again).exit_code == 0
+    assert found_in(again, tmp_path / "found.json") == []
 
 
 def test_a_healthy_sft_run_gets_a_clean_bill(tmp_path, base):

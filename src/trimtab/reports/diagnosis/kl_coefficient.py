@@ -1,8 +1,9 @@
-"""The KL coefficient that a run asks for, from what its reward gained on the way."""
+"""The KL coefficient that a run asks for, from what its reward gained on the way or pays for what should not grow."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -16,7 +17,9 @@ from trimtab.reports.diagnosis.rule import (
     setting,
     two_digits,
 )
+from trimtab.reports.diagnosis.sampled_replies import is_text, sides_of
 from trimtab.reports.diagnosis.trends import MIN_POINTS, known
+from trimtab.reports.headline import number
 
 NO_SPREAD = 1e-3
 """A standard deviation of rewards this small beside their size, or beside 1, leaves nothing to compare."""
@@ -47,6 +50,33 @@ def kl_coef_at(run: RunRecord, kl: float) -> float:
     if gain <= 0 or there <= 0:
         return math.nan
     return gain / (2 * there) / reward_unit(run)
+
+
+def kl_coef_holding(run: RunRecord, holds: Callable[[str], bool], *, most: float) -> float:
+    """The KL coefficient at which replies that hold something become no more frequent than the share `most`.
+
+    The best policy by reward minus the coefficient times the KL is the reference times exp(reward / coefficient)
+    (Rafailov et al., arXiv:2305.18290, eq. 4), so what earns the replies that hold it a higher reward on average
+    multiplies the odds of such a reply by exp(difference / coefficient). The share of the first replies stands for that
+    of the reference. nan if the rewards of the sampled replies do not pay for it.
+    """
+    paid: dict[bool, list[float]] = {True: [], False: []}
+    for row in run.samples:
+        if is_text(row, "response") and (reward := number(row, "reward")) is not None:
+            paid[holds(row["response"])].append(reward)
+    early, _ = sides_of(run)
+    if not paid[True] or not paid[False] or not early:
+        return math.nan
+    difference = float(np.mean(paid[True]) - np.mean(paid[False]))
+    # half a reply more on each side, since none of a few replies does not mean never
+    share = (sum(holds(row["response"]) for row in early) + 0.5) / (len(early) + 1)
+    if difference <= 0 or not share < most < 1:
+        return math.nan
+    return difference / (_log_odds(most) - _log_odds(share)) / reward_unit(run)
+
+
+def _log_odds(share: float) -> float:
+    return math.log(share / (1 - share))
 
 
 def reward_unit(run: RunRecord) -> float:

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
-from trimtab.reports.collect import RunRecord
-from trimtab.reports.diagnosis.kl_coefficient import kl_change, kl_coef_at
+from trimtab.reports.collect import RunRecord, finite
+from trimtab.reports.diagnosis.kl_coefficient import kl_change, kl_coef_at, kl_coef_holding
+from trimtab.reports.diagnosis.learning_rate import (
+    CRITIC_RATE,
+    RATE,
+    far_above,
+    lowered_rate,
+    raised_rate,
+    usual_said,
+)
 from trimtab.reports.diagnosis.rule import (
     Failure,
     NotLooked,
@@ -19,13 +29,12 @@ from trimtab.reports.diagnosis.rule import (
     number_setting,
     numbers_of,
     rule,
-    scaled,
     scaled_whole,
     setting,
     trend_of,
     two_digits,
 )
-from trimtab.reports.diagnosis.sampled_replies import shared_phrase
+from trimtab.reports.diagnosis.sampled_replies import SHARED_BY, holds_words, shared_phrase
 from trimtab.reports.diagnosis.signal_rules import KL_OF_NOTHING
 from trimtab.reports.diagnosis.trends import MIN_POINTS, known, trend
 from trimtab.reports.headline import percent, score, show
@@ -116,7 +125,7 @@ def kl_explosion(run: RunRecord) -> RuleOutcome:
         symptom += f"; a step clips {percent(clipped)} of the tokens and moves {show(step_kl)} nats per token"
     target = KL_PER_TOKEN / 4 * max(length.start, 1.0)
     held = kl_change(run, kl_coef_at(run, target), target=target) if too_far else ()
-    slower = scaled(run, "optimizer.learning_rate", 0.3) if too_fast else ()
+    slower = lowered_rate(run, 0.3) if too_fast else ()
     causes = []
     if too_fast:
         causes.append("the steps are too large: learning rate, epochs or minibatches")
@@ -126,7 +135,11 @@ def kl_explosion(run: RunRecord) -> RuleOutcome:
         symptom=f"{symptom} (bounds {KL_PER_TOKEN}, {percent(CLIP_FRACTION)} and {STEP_KL}).",
         causes=tuple(causes),
         changes=held + slower,
-        advice="Hold the policy nearer to its reference" + ", in smaller steps." * too_fast + "." * (not too_fast),
+        advice=" and ".join(
+            ["Hold the policy nearer to its reference"] * too_far + ["take smaller steps"] * too_fast
+        ).capitalize()
+        + "."
+        + (usual_said(run) if too_fast else ""),
         evidence=numbers_of("policy/kl", kl)
         | {"kl_per_token": per_token, "clip_fraction": clipped, "step_kl": step_kl},
     )
@@ -178,11 +191,16 @@ def entropy_collapse(run: RunRecord) -> RuleOutcome:
         changes += changed(run, loss__clip_high=0.28)
     if ends_at(run, "kl/coef") == 0:
         changes += kl_change(run, kl_coef_at(run, KL_PER_TOKEN / 4 * ends_at(run, "rollout/length_mean")))
+    causes = ["unlikely tokens are never raised: the clip leaves no room, or the learning rate is too large"]
+    if too_fast := far_above(run):
+        causes.insert(0, f"the learning rate of {show(number_setting(run, RATE))} is far above the usual ones")
+        changes += lowered_rate(run, 0.3)
     return Failure(
         symptom=f"Entropy fell {moved(found)} nats per token (bounds: a third of the start, or {ENTROPY_LEFT}).",
-        causes=("unlikely tokens are never raised: the clip leaves no room, or the learning rate is too large",),
+        causes=tuple(causes),
         changes=changes,
-        advice="Pay for entropy, and clip high ratios later (clip-higher of DAPO, arXiv:2503.14476).",
+        advice="Pay for entropy, and clip high ratios later (clip-higher of DAPO, arXiv:2503.14476)."
+        + (usual_said(run) if too_fast else ""),
         evidence=numbers_of("policy/entropy", found),
     )
 
@@ -215,10 +233,14 @@ def mode_collapse(run: RunRecord) -> RuleOutcome:
         )
         symptom = f"{symptom}; {stands}" if fell else stands
     target = KL_PER_TOKEN / 4 * (length.start if length is not None else math.nan)
+    coefs = [kl_coef_at(run, target)]
+    if shared is not None and alike:
+        coefs.append(kl_coef_holding(run, partial(holds_words, text=shared.text), most=SHARED_BY / 2))
+    coef = max((one for one in coefs if not math.isnan(one)), default=math.nan)
     return Failure(
         symptom=f"{symptom}.",
         causes=("one reply pays best whatever the prompt is, and the KL does not hold the policy back",),
-        changes=kl_change(run, kl_coef_at(run, target), target=target) + changed(run, entropy_coef=0.01),
+        changes=kl_change(run, coef, target=target) + changed(run, entropy_coef=0.01),
         advice="Hold the policy nearer to its reference and pay for entropy; look at what the reward pays for.",
         evidence=numbers_of("rollout/distinct_2", found) | {"kept_fraction": kept},
         sample=last_sample(run),
@@ -238,27 +260,57 @@ def length_growth(run: RunRecord) -> RuleOutcome:
     ratio = found.end / max(found.start, 1.0)
     if not (found.rose and ratio > LENGTH_GROWTH) or (quality is not None and _rose(run, quality)):
         return None
-    most = number_setting(run, "sampling.max_new_tokens")
     rewards = setting(run, "rewards")
-    changes: tuple[SettingChange, ...] = ()
-    if isinstance(rewards, list) and all(isinstance(one, dict) and one.get("name") != "length" for one in rewards):
-        free = math.ceil(LENGTH_GROWTH * found.start)
-        price = two_digits(max(ends_at(run, "reward/std"), 0.1) / max(found.start, 1.0) * 2)
-        added = {"name": "length", "max_tokens": free, "per_token": price, "most": two_digits(price * most)}
-        if math.isfinite(most) and math.isfinite(price):
-            changes = (SettingChange(("rewards", str(len(rewards))), None, added),)
+    asked = _length_asked_for(run, rewards, found.start)
     judged = "and no independent measure says whether that is good"
     if quality is not None:
         judged = f"while {quality.name} did not rise"
     return Failure(
         symptom=f"Replies grew {moved(found)} tokens, {show(ratio)} times (bound {LENGTH_GROWTH}), {judged}.",
-        causes=("the reward pays for length",),
-        changes=changes,
+        causes=("the reward `length` asks for such replies",) * bool(asked) + ("the reward pays for length",),
+        changes=asked or _length_charged(run, rewards, found.start),
         advice="Charge for tokens beyond 1.3 times the first length. `trimtab card` says how much a reward model pays "
         "for length alone.",
         evidence=numbers_of("rollout/length_mean", found) | {"ratio": ratio},
         sample=last_sample(run),
     )
+
+
+def _length_charged(run: RunRecord, rewards: Any, start: float) -> tuple[SettingChange, ...]:
+    """A charge on tokens beyond 1.3 times the first length, added to the rewards."""
+    most, price = number_setting(run, "sampling.max_new_tokens"), _price_of_a_token(run, start)
+    if not isinstance(rewards, list) or not all(isinstance(one, dict) for one in rewards):
+        return ()
+    if not math.isfinite(most) or not math.isfinite(price):
+        return ()
+    free = math.ceil(LENGTH_GROWTH * start)
+    added = {"name": "length", "max_tokens": free, "per_token": price, "most": two_digits(price * most)}
+    return (SettingChange(("rewards", str(len(rewards))), None, added),)
+
+
+def _length_asked_for(run: RunRecord, rewards: Any, start: float) -> tuple[SettingChange, ...]:
+    """The first reward for length, made to hold replies to their first length: its range is cut to 1.3 times of it
+    either way, and a token outside it costs as much as tells replies apart. Empty if there is none, or if its range is
+    no wider."""
+    names = [one.get("name") if isinstance(one, dict) else None for one in rewards] if isinstance(rewards, list) else []
+    if "length" not in names:
+        return ()
+    place = names.index("length")
+    old = rewards[place]
+    least, most, paid = (finite(old.get(key)) for key in ("min_tokens", "max_tokens", "per_token"))
+    new: dict[str, float] = {}
+    if least > (shortest := math.floor(start / LENGTH_GROWTH)):
+        new["min_tokens"] = shortest
+    if most > (longest := math.ceil(LENGTH_GROWTH * start)):
+        new["max_tokens"] = longest
+    if new and paid < (price := _price_of_a_token(run, start)):
+        new["per_token"] = price
+    return tuple(SettingChange(("rewards", str(place), key), old[key], value) for key, value in new.items())
+
+
+def _price_of_a_token(run: RunRecord, start: float) -> float:
+    """Two deviations of the reward for as many tokens as replies began with."""
+    return two_digits(2 * max(ends_at(run, "reward/std"), 0.1) / max(start, 1.0))
 
 
 @rule(
@@ -311,13 +363,14 @@ def critic_instability(run: RunRecord) -> RuleOutcome:
     clipped = trend_of(run, "critic/clip_fraction")
     shared = setting(run, "critic.init") == "value_head"
     wild = found.fell or loss.rose or (clipped is not None and max(clipped.start, clipped.end) > CLIP_FRACTION)
+    wild = wild or (not shared and far_above(run, CRITIC_RATE))
     cause = "its learning rate is too large" if wild else "it learns too slowly, or began too far from the returns"
     if shared:
         changes = changed(run, critic__init="policy")
     elif wild:
-        changes = scaled(run, "critic.optimizer.learning_rate", 0.1)
+        changes = lowered_rate(run, 0.1, CRITIC_RATE)
     else:
-        changes = scaled(run, "critic.optimizer.learning_rate", 10)
+        changes = raised_rate(run, CRITIC_RATE)
     if not shared and number_setting(run, "critic.warmup_steps") == 0:
         changes += changed(run, critic__warmup_steps=2)
     return Failure(
@@ -325,7 +378,8 @@ def critic_instability(run: RunRecord) -> RuleOutcome:
         f"went {moved(loss)}.",
         causes=(cause, "rewards change their scale during the run"),
         changes=changes,
-        advice="Let the critic learn alone for the first steps, at a rate that its loss can follow.",
+        advice="Let the critic learn alone for the first steps, at a rate that its loss can follow."
+        + (usual_said(run, CRITIC_RATE) if not shared else ""),
         evidence=numbers_of("critic/explained_variance", found) | numbers_of("critic/loss", loss),
     )
 

@@ -29,6 +29,7 @@ class SharedPhrase:
     """Words in a row that nearly all late replies hold, and few early ones."""
 
     text: str
+    """Its words, with a space between them."""
     before: int
     num_before: int
     after: int
@@ -76,6 +77,11 @@ def shared_phrase(run: RunRecord) -> SharedPhrase | None:
     if len({row.get("prompt") for row, runs in zip(after, late, strict=True) if found in runs}) < SHARED_PROMPTS:
         return None
     return SharedPhrase(" ".join(found), earlier[found], len(before), num, len(after))
+
+
+def holds_words(reply: str, text: str) -> bool:
+    """Whether the words of a text stand in a reply, in a row."""
+    return f" {text} " in f" {' '.join(words(reply))} "
 
 
 def _runs_of(reply: str) -> set[tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trimtab.reports.collect import RunRecord
 from trimtab.reports.diagnosis.kl_coefficient import NO_SPREAD, kl_change, reward_unit
+from trimtab.reports.diagnosis.learning_rate import raised_by_kl, usual_said
 from trimtab.reports.diagnosis.rule import (
     Failure,
     RuleOutcome,
@@ -155,8 +156,8 @@ def policy_stays(run: RunRecord) -> RuleOutcome:
         advice = "Make a nat of KL cost a tenth of what rewards differ by."
     else:
         causes = (f"the learning rate of {show(rate)} is too small for {run.num_steps} steps",)
-        changes = scaled(run, "optimizer.learning_rate", 10)
-        advice = "Raise the learning rate tenfold, and again if the KL still stays at zero."
+        changes = raised_by_kl(run)
+        advice = f"Raise the learning rate, and again if the KL still stays at zero.{usual_said(run)}"
     bound = f"bound {KL_OF_NOTHING}"
     if kl.end >= KL_OF_NOTHING:  # what it moves by is the noise of the charge
         bound = f"a nat costs {show(price / spread)} times what rewards differ by, bound {show(HELD_STILL)}"

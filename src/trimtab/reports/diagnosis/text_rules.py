@@ -6,6 +6,7 @@ evaluation has two replies to each prompt, and the baseline's stand for the firs
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +17,17 @@ import scipy.stats
 
 from trimtab.evals.text import straight_apostrophes
 from trimtab.reports.collect import RunRecord
-from trimtab.reports.diagnosis.kl_coefficient import kl_change
-from trimtab.reports.diagnosis.rule import Failure, NotLooked, RuleOutcome, changed, ends_at, number_setting, rule
+from trimtab.reports.diagnosis.kl_coefficient import kl_change, kl_coef_holding
+from trimtab.reports.diagnosis.rule import (
+    Failure,
+    NotLooked,
+    RuleOutcome,
+    SettingChange,
+    changed,
+    ends_at,
+    number_setting,
+    rule,
+)
 from trimtab.reports.diagnosis.sampled_replies import MIN_REPLIES, is_text, sides_of
 from trimtab.reports.headline import comparison, number, percent, score
 
@@ -29,6 +39,8 @@ GROWN_SHARE = 0.2
 """The share of replies that must hold a phrase at the end."""
 GROWTH = 2.0
 """Factor by which the share must have grown; guards for production use the same (twice the reference)."""
+HELD_SHARE, HELD_GROWTH = GROWN_SHARE / 2, 1.5
+"""The share, and the growth, that a KL coefficient is to hold a phrase to: half-way to where it counts as grown."""
 ROLE_SHARE = 0.1
 """The share of replies with a role of the template in them above which the end is not learned or not understood."""
 
@@ -104,17 +116,21 @@ def _grown(run: RunRecord, phrase: re.Pattern[str], what: str, causes: tuple[str
         symptom=f"{what} in {found.after} of {found.num_after} of {sides[1]} replies, and in {found.before} of "
         f"{found.num_before} of {sides[0]}.",
         causes=causes,
-        changes=kl_change(run, _raised_kl_coef(run)) if run.stage == "online" else (),
+        changes=_held_back(run, phrase, found) if run.stage == "online" else (),
         advice=advice,
         evidence={name: getattr(found, name) for name in ("before", "num_before", "after", "num_after")},
         sample=found.sample,
     )
 
 
-def _raised_kl_coef(run: RunRecord) -> float:
-    """Four times the run's KL coefficient; nan if it is zero or unknown."""
-    coef = number_setting(run, "kl.coef")
-    return 4 * coef if coef > 0 else float("nan")
+def _held_back(run: RunRecord, phrase: re.Pattern[str], found: PhraseCount) -> tuple[SettingChange, ...]:
+    """The KL coefficient at which the phrase stays as rare as it was, by what replies that hold it earn more; four
+    times the old one if they earn no more."""
+    most = max(HELD_SHARE, HELD_GROWTH * found.before / found.num_before)
+    coef = kl_coef_holding(run, lambda reply: bool(phrase.search(straight_apostrophes(reply))), most=most)
+    if math.isnan(coef):
+        coef = 4 * number_setting(run, "kl.coef")
+    return kl_change(run, coef, target=ends_at(run, "policy/kl") / 4)
 
 
 @rule("over_refusal", "Over-refusal", stages=READ, min_points=1, follows=("reward_hacking", "kl_explosion"))
@@ -125,7 +141,8 @@ def over_refusal(run: RunRecord) -> RuleOutcome:
         REFUSAL,
         "Refusals stand",
         ("the reward pays for refusing, whatever is asked", "the data hold few harmless prompts that look harmful"),
-        "Hold the policy nearer to its reference, and add harmless prompts whose refusal the reward punishes.",
+        "Hold the policy nearer to its reference, and add harmless prompts whose refusal the reward punishes: what "
+        "the reward pays for, a KL coefficient only makes rarer.",
     )
 
 
@@ -138,7 +155,7 @@ def sycophancy(run: RunRecord) -> RuleOutcome:
         "Flattery and ready agreement stand",
         ("the reward pays for pleasing (Sharma et al., arXiv:2310.13548): people who voted liked it",),
         "Hold the policy nearer to its reference; the card of the reward model says what flattery adds to a reward "
-        "(styles.flattery).",
+        "(styles.flattery). What the reward pays for, a KL coefficient only makes rarer.",
     )
 
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from trimtab.reports.collect import RunRecord, Series
+from trimtab.reports.diagnosis.learning_rate import below, far_above, lowered_rate, raised_rate, usual_said
 from trimtab.reports.diagnosis.rule import (
     Failure,
     NotLooked,
@@ -22,7 +23,7 @@ from trimtab.reports.diagnosis.rule import (
     trend_of,
     two_digits,
 )
-from trimtab.reports.diagnosis.trends import Trend, known, spikes, trend
+from trimtab.reports.diagnosis.trends import CHANCE, MEDIAN_ERROR, Trend, deviation, known, spikes, trend
 from trimtab.reports.headline import interval, number, percent, section, show
 from trimtab.stats import Interval
 
@@ -43,6 +44,9 @@ LEARNED = 0.02
 reward model falls by 0.14 of its first value."""
 LEARNED_ERRORS = 2.0
 """Number of standard errors by which a loss must fall to have learned something."""
+FIRST_VALUES = 3
+"""The first values of a loss that stand for the model as it came: of five passes over data, the median of a fifth of
+the steps is a whole pass too late. A median of three ignores one outlying batch."""
 CHANCE_ACCURACY = 0.5
 """The accuracy of a coin."""
 USEFUL_ACCURACY = 0.6
@@ -116,7 +120,7 @@ def _breaks(loss: Series) -> bool:
 
 
 def _slower(run: RunRecord, factor: float) -> tuple[SettingChange, ...]:
-    changes = scaled(run, "optimizer.learning_rate", factor)
+    changes = lowered_rate(run, factor)
     if number_setting(run, "optimizer.warmup_fraction") < 0.1:
         changes += changed(run, optimizer__warmup_fraction=0.1)
     return changes
@@ -124,26 +128,33 @@ def _slower(run: RunRecord, factor: float) -> tuple[SettingChange, ...]:
 
 @rule("nothing_learned", "Nothing learned: the loss does not fall", stages=SUPERVISED, needs=("loss/train",))
 def nothing_learned(run: RunRecord) -> RuleOutcome:
-    """The training loss ends where it began, and pairs are not told apart any better either."""
+    """The training loss ends where it began, and pairs are not told apart any better either.
+
+    Whether the rate is too small or too large is told by its usual range, else by the loss: a rate that is too large
+    throws it up within the first fifth of the steps.
+    """
     found = trend(run.metrics["loss/train"])
     margin = trend_of(run, f"{_owner(run)}/margin")
     # What is claimed is that nothing happened, so a fall need not be as certain here as where a fall is the claim.
     learned = -found.change > max(LEARNED * abs(found.start), LEARNED_ERRORS * found.error)
-    if learned or found.rose:
+    if learned or found.rose or _left_start(run, found):
         return None
     if margin is not None and margin.rose:
         return None
     rate = number_setting(run, "optimizer.learning_rate")
+    if _too_large(run, found):
+        cause, changes = f"the learning rate of {show(rate)} is too large: nothing is kept", _slower(run, 0.1)
+        advice = "Take smaller steps, and warm up."
+    else:
+        cause = f"the learning rate of {show(rate)} is too small for {run.num_steps} steps"
+        changes, advice = raised_rate(run), "Raise the learning rate."
     return Failure(
         symptom=f"The training loss went {moved(found)}"
         + (f", and the margin between chosen and rejected {moved(margin)}" if margin is not None else "")
         + ".",
-        causes=(
-            f"the learning rate of {show(rate)} is too small for {run.num_steps} steps",
-            "the data hold nothing to learn for this model, or it knows them already",
-        ),
-        changes=scaled(run, "optimizer.learning_rate", 10),
-        advice="Raise the learning rate tenfold. If the loss still stays, look at the data (`trimtab data show`).",
+        causes=(cause, "the data hold nothing to learn for this model, or it knows them already"),
+        changes=changes,
+        advice=f"{advice}{usual_said(run)} If the loss still stays, look at the data (`trimtab data show`).",
         evidence=numbers_of("loss/train", found) | (numbers_of("margin", margin) if margin is not None else {}),
     )
 
@@ -179,13 +190,13 @@ def reward_model_collapse(run: RunRecord) -> RuleOutcome:
     if wrong_way:
         causes.insert(0, "chosen and rejected are swapped, in the training or in the held-out pairs")
     elif found is not None and margin is not None:
-        if found.start > 0 and found.start > math.log(2) * DIVERGED:
+        if _too_large(run, found):
             causes.insert(0, f"the learning rate of {show(rate)} is so large that the first steps destroyed the model")
-            changes, advice = _slower(run, 0.1), "Take smaller steps, and warm up."
-        elif not margin.rose:
+            changes, advice = _slower(run, 0.1), f"Take smaller steps, and warm up.{usual_said(run)}"
+        elif below(run) or not (margin.rose or _left_start(run, found)):
             causes.insert(0, f"the learning rate of {show(rate)} is too small for {run.num_steps} steps")
-            changes, advice = scaled(run, "optimizer.learning_rate", 10), "Raise the learning rate tenfold."
-        elif number_setting(run, "num_epochs") > 1:
+            changes, advice = raised_rate(run), f"Raise the learning rate.{usual_said(run)}"
+        elif margin.rose and number_setting(run, "num_epochs") > 1:
             causes.insert(0, "training pairs were learned by heart")
             changes, advice = changed(run, num_epochs=1.0), "Pass over the pairs once."
     return Failure(
@@ -231,13 +242,13 @@ def overfitting(run: RunRecord) -> RuleOutcome:
             bounds.append(card.high - card.value)
         if seen.end - right > max(bounds):
             epochs = number_setting(run, "num_epochs")
-            fewer = changed(run, num_epochs=max(1.0, two_digits(epochs / 2))) if epochs > 1 else _slower(run, 0.3)
+            fewer = _fewer_steps(run, right) if epochs > 1 else _slower(run, 0.3)
             return Failure(
                 symptom=f"The model is right about {percent(seen.end)} of training pairs and {percent(right)} of "
                 f"held-out pairs (bound: {percent(OVERFIT_ACCURACY)} apart).",
                 causes=("training pairs are learned by heart",),
                 changes=fewer,
-                advice="Pass over the data less often, or give more of them.",
+                advice="Stop where training pairs began to be known better than held-out ones, or give more data.",
                 evidence=evidence | {"training_accuracy": seen.end, "held_out_accuracy": right},
             )
     return None
@@ -257,7 +268,7 @@ def miscalibration(run: RunRecord) -> RuleOutcome:
     over = temperature > 1
     epochs = number_setting(run, "num_epochs")
     if over:
-        changes = changed(run, num_epochs=1.0) if epochs > 1 else scaled(run, "optimizer.learning_rate", 0.3)
+        changes = changed(run, num_epochs=1.0) if epochs > 1 else lowered_rate(run, 0.3)
     else:
         changes = scaled(run, "num_epochs", 2)
     fitted = number(section(run.summary, "calibrated"), "ece")
@@ -312,6 +323,37 @@ def preference_at_chance(run: RunRecord) -> RuleOutcome:
         advice="Pass over the data once, and look at the pairs (`trimtab data show`).",
         evidence=accuracy.named("accuracy") | numbers_of("policy/margin", margin),
     )
+
+
+def _left_start(run: RunRecord, found: Trend) -> bool:
+    """Whether the training loss ends lower than its first values, by more than chance explains: what was to be learned
+    was learned early, if only that nothing tells the pairs apart (a loss of log 2)."""
+    values = known(run.metrics["loss/train"]).values
+    first = float(np.median(values[:FIRST_VALUES]))
+    error = MEDIAN_ERROR * deviation(np.diff(values)) / math.sqrt(2 * FIRST_VALUES)
+    return first - found.end > max(LEARNED * abs(first), CHANCE * error)
+
+
+def _too_large(run: RunRecord, found: Trend) -> bool:
+    """Whether the rate is what keeps a loss from falling by being too large: it is far above its usual range, or not
+    below it and the loss was thrown up in the first fifth of the steps."""
+    if below(run):
+        return False
+    loss = known(run.metrics["loss/train"])
+    first = float(np.median(loss.values[:FIRST_VALUES]))
+    early = loss.values[loss.steps <= found.first_steps[1]]
+    return far_above(run) or float(early.max()) > BLOWN_UP * first > 0 or found.start > DIVERGED * first > 0
+
+
+def _fewer_steps(run: RunRecord, right: float) -> tuple[SettingChange, ...]:
+    """The end of the run where training pairs, seen again, began to be ordered better than held-out ones: the last step
+    up to which the accuracy on them was, on average over a fifth of the steps, within half of the bound."""
+    seen = known(run.metrics[f"{_owner(run)}/accuracy"])
+    width = max(1, len(seen) // 5)
+    means = np.convolve(seen.values, np.full(width, 1 / width), mode="valid")
+    apart = np.flatnonzero(means > right + OVERFIT_ACCURACY / 2)
+    step = int(seen.steps[apart[0] + width // 2]) if len(apart) else run.num_steps
+    return changed(run, max_steps=step) if step < run.num_steps else changed(run, num_epochs=1.0)
 
 
 def _too_few_held_out(accuracy: Interval) -> NotLooked | None:

@@ -26,7 +26,7 @@ SPIKE_DEVIATIONS = 10.0
 SPIKE_NEIGHBOURS = 10
 """Values on each side that a value is compared with."""
 
-_MEDIAN_ERROR = math.sqrt(math.pi / 2)
+MEDIAN_ERROR = math.sqrt(math.pi / 2)
 """Standard error of a median over that of a mean, for normal noise."""
 _MAD_TO_DEVIATION = 1.4826
 """Standard deviation over median absolute deviation, for normal noise."""
@@ -76,7 +76,7 @@ def trend(series: Series) -> Trend:
     # The mean absolute difference of neighbours is 2 / sqrt(pi) deviations for independent normal noise.
     jumps = np.abs(np.diff(clean.values))
     noise = float(jumps.mean()) * math.sqrt(math.pi) / 2 if len(jumps) else 0.0
-    errors = [_MEDIAN_ERROR * max(noise, _around_a_line(window)) / math.sqrt(size) for window in (first, last)]
+    errors = [MEDIAN_ERROR * max(noise, _around_a_line(window)) / math.sqrt(size) for window in (first, last)]
     return Trend(
         start=float(np.median(first)),
         end=float(np.median(last)),
