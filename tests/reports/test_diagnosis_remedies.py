@@ -249,6 +249,22 @@ def test_without_a_range_the_loss_decides_the_direction():
     assert "labels are noise" in cause
 
 
+def test_a_usual_rate_that_taught_nothing_in_few_updates_gets_more_of_them(sized):
+    flat = sized(supervised("preference", {"loss/train": 0.5 + noise(0.01), "policy/margin": noise(0.02)}), BILLIONS)
+
+    def changes(rate, run=flat):
+        return {one.key: one.new for one in failure_of(rated(run, rate), "nothing_learned").changes}
+
+    assert changes(1e-9) == {RATE: 3.2e-6}
+    assert changes(2e-6) == {RATE: 6e-6, "num_epochs": 3.0}
+    assert changes(9e-6) == {RATE: 1e-5, "num_epochs": 3.0}  # 80 updates
+    assert changes(2e-5) == {"num_epochs": 3.0}
+    limited = replace(flat, settings={**flat.settings, "max_steps": 80})
+    assert changes(2e-5, limited) == {"num_epochs": 3.0, "max_steps": 240}
+    long = {name: replace(one, steps=one.steps * 2) for name, one in flat.metrics.items()}
+    assert changes(9e-6, replace(flat, metrics=long)) == {RATE: 2.7e-5}
+
+
 def test_what_was_learned_at_once_was_learned():
     fast = {"loss/train": np.r_[1.0, 1.0, 0.9, 0.7, 0.5 + noise(0.01, N - 4)], "loss/validation": None}
     assert failure_of(supervised("sft", fast), "nothing_learned") is None

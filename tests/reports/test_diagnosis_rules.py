@@ -302,6 +302,21 @@ def test_a_destroyed_policy_is_not_answered_by_more_samples():
     assert "prompts_per_step" not in changes
 
 
+def test_replies_that_became_alike_in_an_explosion_do_not_explain_it():
+    gone = {
+        "policy/kl": np.linspace(0, 300, N),
+        "optimizer/policy_gradient_norm": np.where(np.arange(N) < N // 2, 0.5, 0.0),
+        "reward/mean": wiggle(-1.0, 0.02),
+    }
+    assert "flat_reward" not in found_in(online(gone))
+    assert "kl_explosion" in roots_of(online(gone))
+    # without a gradient from the start, it is the other way round
+    never = gone | {"optimizer/policy_gradient_norm": np.zeros(N)}
+    assert "flat_reward" in roots_of(online(never))
+    assert "kl_explosion" not in roots_of(online(never))
+    assert "flat_reward" in roots_of(online(gone | {"policy/kl": np.linspace(0, 3, N)}))
+
+
 def test_a_policy_that_is_gone_at_once_takes_smaller_steps():
     changes = {one.key for one in failures_of(ILL["kl_explosion"][2])["kl_explosion"].changes}
     assert changes == {"kl.coef", "optimizer.learning_rate"}

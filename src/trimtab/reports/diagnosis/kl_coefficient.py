@@ -21,6 +21,9 @@ from trimtab.reports.diagnosis.sampled_replies import is_text, sides_of
 from trimtab.reports.diagnosis.trends import MIN_POINTS, known
 from trimtab.reports.headline import number
 
+KL_PER_TOKEN = 1.0
+"""Nats per token at which the reference gives a sampled token less than 1/e of the policy's probability. Measured: the
+quickstart's PPO ends at 0.15, and without a KL coefficient at 2."""
 NO_SPREAD = 1e-3
 """A standard deviation of rewards this small beside their size, or beside 1, leaves nothing to compare."""
 

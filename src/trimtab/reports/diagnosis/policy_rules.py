@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from trimtab.reports.collect import RunRecord, finite
-from trimtab.reports.diagnosis.kl_coefficient import kl_change, kl_coef_at, kl_coef_holding
+from trimtab.reports.diagnosis.kl_coefficient import KL_PER_TOKEN, kl_change, kl_coef_at, kl_coef_holding
 from trimtab.reports.diagnosis.learning_rate import (
     CRITIC_RATE,
     RATE,
@@ -42,9 +42,6 @@ from trimtab.reports.quality import MeasuredQuality, measured_quality
 
 ONLINE = ("online",)
 
-KL_PER_TOKEN = 1.0
-"""Nats per token at which the reference gives a sampled token less than 1/e of the policy's probability. Measured: the
-quickstart's PPO ends at 0.15, and without a KL coefficient at 2."""
 CLIP_FRACTION = 0.3
 """Share of clipped tokens above which most of an update is cut off."""
 STEP_KL = 0.1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trimtab.reports.collect import RunRecord
-from trimtab.reports.diagnosis.kl_coefficient import NO_SPREAD, kl_change, reward_unit
+from trimtab.reports.diagnosis.kl_coefficient import KL_PER_TOKEN, NO_SPREAD, kl_change, reward_unit
 from trimtab.reports.diagnosis.learning_rate import raised_by_kl, usual_said
 from trimtab.reports.diagnosis.rule import (
     Failure,
@@ -20,6 +20,7 @@ from trimtab.reports.diagnosis.rule import (
     scaled,
     scaled_whole,
     setting,
+    trend_of,
 )
 from trimtab.reports.diagnosis.trends import trend
 from trimtab.reports.headline import percent, show
@@ -95,6 +96,8 @@ def flat_reward(run: RunRecord) -> RuleOutcome:
     gradient = ends_at(run, "optimizer/policy_gradient_norm")
     usual = max(1.0, abs(level.end))
     no_spread = max(spread.start, spread.end) < NO_SPREAD * usual
+    if not no_spread and _lost_on_the_way(run):
+        return None
     if no_spread or (gradient < NO_GRADIENT and not level.rose):  # at the end of a solved task nothing differs either
         symptom = f"Rewards do not differ: their standard deviation is {at_the_end(spread)}"
         if not no_spread:
@@ -113,6 +116,14 @@ def flat_reward(run: RunRecord) -> RuleOutcome:
             sample=last_sample(run),
         )
     return None
+
+
+def _lost_on_the_way(run: RunRecord) -> bool:
+    """Whether there was something to learn from until the policy had gone far from its reference: such replies are
+    alike, and no reward tells them apart, but that is what an explosion of the KL leads to."""
+    gradient = trend_of(run, "optimizer/policy_gradient_norm")
+    far = ends_at(run, "policy/kl") > KL_PER_TOKEN * max(ends_at(run, "rollout/length_mean"), 1.0)
+    return far and gradient is not None and gradient.start >= NO_GRADIENT
 
 
 def _causes_of_no_signal(run: RunRecord) -> tuple[str, ...]:

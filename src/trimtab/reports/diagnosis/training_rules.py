@@ -7,7 +7,15 @@ import math
 import numpy as np
 
 from trimtab.reports.collect import RunRecord, Series
-from trimtab.reports.diagnosis.learning_rate import below, far_above, lowered_rate, raised_rate, usual_said
+from trimtab.reports.diagnosis.learning_rate import (
+    RATE,
+    below,
+    far_above,
+    lowered_rate,
+    raised_rate,
+    usual_rates,
+    usual_said,
+)
 from trimtab.reports.diagnosis.rule import (
     Failure,
     NotLooked,
@@ -20,6 +28,7 @@ from trimtab.reports.diagnosis.rule import (
     numbers_of,
     rule,
     scaled,
+    scaled_whole,
     trend_of,
     two_digits,
 )
@@ -44,6 +53,11 @@ LEARNED = 0.02
 reward model falls by 0.14 of its first value."""
 LEARNED_ERRORS = 2.0
 """Number of standard errors by which a loss must fall to have learned something."""
+FEW_UPDATES = 100
+"""Updates below which a rate of the usual range may well teach nothing: AdamW moves a weight by at most the rate in each,
+and the published rates are those of runs of hundreds to thousands."""
+MORE_PASSES = 3.0
+"""Factor by which a run of few updates passes over its data more often."""
 FIRST_VALUES = 3
 """The first values of a loss that stand for the model as it came: of five passes over data, the median of a fifth of
 the steps is a whole pass too late. A median of three ignores one outlying batch."""
@@ -147,7 +161,7 @@ def nothing_learned(run: RunRecord) -> RuleOutcome:
         advice = "Take smaller steps, and warm up."
     else:
         cause = f"the learning rate of {show(rate)} is too small for {run.num_steps} steps"
-        changes, advice = raised_rate(run), "Raise the learning rate."
+        changes, advice = _further(run), "Raise the learning rate, or train for longer."
     return Failure(
         symptom=f"The training loss went {moved(found)}"
         + (f", and the margin between chosen and rejected {moved(margin)}" if margin is not None else "")
@@ -195,7 +209,7 @@ def reward_model_collapse(run: RunRecord) -> RuleOutcome:
             changes, advice = _slower(run, 0.1), f"Take smaller steps, and warm up.{usual_said(run)}"
         elif below(run) or not (margin.rose or _left_start(run, found)):
             causes.insert(0, f"the learning rate of {show(rate)} is too small for {run.num_steps} steps")
-            changes, advice = raised_rate(run), f"Raise the learning rate.{usual_said(run)}"
+            changes, advice = _further(run), f"Raise the learning rate, or train for longer.{usual_said(run)}"
         elif margin.rose and number_setting(run, "num_epochs") > 1:
             causes.insert(0, "training pairs were learned by heart")
             changes, advice = changed(run, num_epochs=1.0), "Pass over the pairs once."
@@ -323,6 +337,17 @@ def preference_at_chance(run: RunRecord) -> RuleOutcome:
         advice="Pass over the data once, and look at the pairs (`trimtab data show`).",
         evidence=accuracy.named("accuracy") | numbers_of("policy/margin", margin),
     )
+
+
+def _further(run: RunRecord) -> tuple[SettingChange, ...]:
+    """A larger rate; if it lies in its usual range and the updates are few, it stays in that range, and passes over the
+    data become more."""
+    usual, rate = usual_rates(run), number_setting(run, RATE)
+    changes = raised_rate(run)
+    if usual is None or rate < usual.low or run.num_steps >= FEW_UPDATES:
+        return changes
+    longer = scaled(run, "num_epochs", MORE_PASSES) + scaled_whole(run, "max_steps", int(MORE_PASSES))
+    return changed(run, optimizer__learning_rate=two_digits(max(rate, min(changes[0].new, usual.high)))) + longer
 
 
 def _left_start(run: RunRecord, found: Trend) -> bool:
