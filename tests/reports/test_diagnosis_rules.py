@@ -119,6 +119,7 @@ ILL = {
     "critic_instability": [
         online({"critic/explained_variance": wiggle(-2.0, 0.3), "critic/loss": np.linspace(0.1, 3, N)}),
         online({"critic/explained_variance": wiggle(-0.2, 0.02)}),
+        online({"critic/explained_variance": np.where(np.arange(N) < 5, -2.0, 0.01)}),  # a constant in the end
     ],
     "over_refusal": [
         online(samples=growing("I'm sorry, but I can't help with that.")),

@@ -54,8 +54,8 @@ reward model falls by 0.14 of its first value."""
 LEARNED_ERRORS = 2.0
 """Number of standard errors by which a loss must fall to have learned something."""
 FEW_UPDATES = 100
-"""Updates below which a rate of the usual range may well teach nothing: AdamW moves a weight by at most the rate in each,
-and the published rates are those of runs of hundreds to thousands."""
+"""Updates below which a rate of the usual range may well teach nothing: AdamW moves a weight by at most about the rate
+in each, and the published rates are those of runs of hundreds to thousands."""
 MORE_PASSES = 3.0
 """Factor by which a run of few updates passes over its data more often."""
 FIRST_VALUES = 3
