@@ -303,6 +303,12 @@ def test_a_destroyed_policy_is_not_answered_by_more_samples():
     assert "prompts_per_step" not in changes
 
 
+def test_rewards_too_large_for_the_kl_coefficient_are_divided_before_it_is_raised():
+    huge = online({"reward/std": wiggle(70, 5), "policy/kl": np.linspace(0, 60, N), "gold/mean": None})
+    assert {"reward_scale", "kl_explosion"} <= set(found_in(huge))
+    assert [(one.key, one.new) for one in diagnose_run(huge).changes] == [("shaping.normalize", True)]
+
+
 def test_replies_that_became_alike_in_an_explosion_do_not_explain_it():
     gone = {
         "policy/kl": np.linspace(0, 300, N),

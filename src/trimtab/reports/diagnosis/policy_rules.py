@@ -107,7 +107,7 @@ def reward_hacking(run: RunRecord) -> RuleOutcome:
     "KL explosion",
     stages=ONLINE,
     needs=("policy/kl", "rollout/length_mean"),
-    follows=("flat_reward",),
+    follows=("flat_reward", "reward_scale"),
 )
 def kl_explosion(run: RunRecord) -> RuleOutcome:
     """The policy is far from its reference, or moves too far in every step."""
