@@ -259,6 +259,7 @@ def test_a_usual_rate_that_taught_nothing_in_few_updates_gets_more_of_them(sized
     assert changes(2e-6) == {RATE: 6e-6, "num_epochs": 3.0}
     assert changes(9e-6) == {RATE: 1e-5, "num_epochs": 3.0}  # 80 updates
     assert changes(2e-5) == {"num_epochs": 3.0}
+    assert changes(None) == {}, "the record of the rate is lost"
     limited = replace(flat, settings={**flat.settings, "max_steps": 80})
     assert changes(2e-5, limited) == {"num_epochs": 3.0, "max_steps": 240}
     long = {name: replace(one, steps=one.steps * 2) for name, one in flat.metrics.items()}

@@ -344,7 +344,7 @@ def _further(run: RunRecord) -> tuple[SettingChange, ...]:
     data become more."""
     usual, rate = usual_rates(run), number_setting(run, RATE)
     changes = raised_rate(run)
-    if usual is None or rate < usual.low or run.num_steps >= FEW_UPDATES:
+    if usual is None or not rate >= usual.low or run.num_steps >= FEW_UPDATES:
         return changes
     longer = scaled(run, "num_epochs", MORE_PASSES) + scaled_whole(run, "max_steps", int(MORE_PASSES))
     return changed(run, optimizer__learning_rate=two_digits(max(rate, min(changes[0].new, usual.high)))) + longer
