@@ -317,10 +317,10 @@ def test_replies_that_became_alike_in_an_explosion_do_not_explain_it():
     }
     assert "flat_reward" not in found_in(online(gone))
     assert "kl_explosion" in roots_of(online(gone))
-    # without a gradient from the start, it is the other way round
-    never = gone | {"optimizer/policy_gradient_norm": np.zeros(N)}
-    assert "flat_reward" in roots_of(online(never))
-    assert "kl_explosion" not in roots_of(online(never))
+    # without a gradient from the start, or with replies that were certain then, it is the other way round
+    for never in ({"optimizer/policy_gradient_norm": np.zeros(N)}, {"policy/entropy": np.full(N, 0.005)}):
+        assert "flat_reward" in roots_of(online(gone | never))
+        assert "kl_explosion" not in roots_of(online(gone | never))
     assert "flat_reward" in roots_of(online(gone | {"policy/kl": np.linspace(0, 3, N)}))
 
 

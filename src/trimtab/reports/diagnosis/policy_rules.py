@@ -35,7 +35,7 @@ from trimtab.reports.diagnosis.rule import (
     two_digits,
 )
 from trimtab.reports.diagnosis.sampled_replies import SHARED_BY, holds_words, shared_phrase
-from trimtab.reports.diagnosis.signal_rules import KL_OF_NOTHING
+from trimtab.reports.diagnosis.signal_rules import ENTROPY_LEFT, KL_OF_NOTHING
 from trimtab.reports.diagnosis.trends import MIN_POINTS, known, trend
 from trimtab.reports.headline import percent, score, show
 from trimtab.reports.quality import MeasuredQuality, measured_quality
@@ -50,8 +50,6 @@ STEP_KL = 0.1
 ENTROPY_FALL = 1 / 3
 """Entropy below this share of its start. DAPO (arXiv:2503.14476, figure 2) shows collapse as a fall to nearly zero;
 healthy runs of the quickstart keep three quarters of it."""
-ENTROPY_LEFT = 0.02
-"""Nats per token. Below it, nineteen of twenty tokens are certain, wherever the run began."""
 DIVERSITY_FALL = 0.5
 """Distinct bigrams below this share of their start, at an equal number of words. Measured: the quickstart keeps 0.7,
 and 0.4 where one sentence is repeated."""
