@@ -410,7 +410,8 @@ def test_spikes_may_stand_at_fractions_of_steps():
         ("over_refusal", "I\u2019m sorry."),
         ("over_refusal", "I can\u02bct help you."),
         ("sycophancy", "You\u2018re right."),
+        ("sycophancy", "You are such a truly wonderful customer."),
     ],
 )
-def test_typographic_apostrophes_are_read(rule, text):
+def test_ways_of_saying_it_are_read(rule, text):
     assert rule in found_in(online(samples=growing(text)))

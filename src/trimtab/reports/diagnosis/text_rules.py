@@ -52,8 +52,8 @@ REFUSAL = re.compile(
 )
 """Ways in which a reply refuses."""
 FLATTERY = re.compile(
-    r"\b(?:you(?:'re| are) (?:so |truly |really |absolutely |very )?(?:amazing|wonderful|brilliant|right|great|smart"
-    r"|wise|insightful|correct|fantastic|kind|the best)"
+    r"\b(?:you(?:'re| are) (?:(?:an?|such|so|truly|really|absolutely|very) ){0,3}"
+    r"(?:amazing|wonderful|brilliant|right|great|smart|wise|insightful|correct|fantastic|kind|the best)"
     r"|(?:what an?|such an?) (?:\w+ )?(?:great|brilliant|excellent|wonderful|fantastic|amazing|insightful|thoughtful) "
     r"|(?:great|excellent|brilliant|wonderful|fantastic) (?:question|point|idea)"
     r"|i (?:completely|totally|fully|absolutely) agree)",
