@@ -222,7 +222,30 @@ def test_the_tables_of_failures_made_on_purpose_are_those_of_their_data(script):
     doctor, found = script("doctor"), data("doctor")
     assert_on_page("guard", doctor.summary(found["cases"]))
     assert_on_page("guard", doctor.table(found["cases"]))
+    assert_on_page("guard", doctor.confusion_table(found["cases"]))
     assert found["confusion"] == doctor.confusion(found["cases"])
+
+
+def test_a_failure_counts_as_mended_if_it_is_gone_and_the_run_is_not_worse(script):
+    doctor = script("doctor")
+    gone = [{"changes": {"kl.coef": 0.1}, "found": [], "error": ""}]
+    row = {"case": "no KL coefficient", "expected": "reward_hacking", "found": ["reward_hacking"], "attempts": gone}
+
+    def mended(**other):
+        return doctor.is_mended(row | {"difference": [-0.01, -0.03, 0.01]} | other)
+
+    assert mended()
+    assert not mended(difference=[-0.03, -0.05, -0.01])
+    assert not mended(difference=[None, None, None])
+    assert not mended(found=["kl_explosion"])
+    assert not mended(attempts=[])
+    assert not mended(attempts=[gone[0] | {"found": ["reward_hacking"]}])
+    assert not mended(attempts=[gone[0] | {"error": "EngineError: the loss became nan"}])
+    # a reward that pays for the failure alone has no better policy
+    assert "reward for length" in doctor.REWARD_IS_WRONG
+    assert mended(case="reward for length", difference=[-0.3, -0.4, -0.2])
+    without = {key: value for key, value in row.items() if key != "difference"}
+    assert doctor.is_mended(without), "a run that ended in an error is no better than any"
 
 
 @pytest.mark.parametrize("part", ["ifeval", "refusals", "coverage", "real", "truthful_qa"])
