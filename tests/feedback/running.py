@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 
 class Running:
@@ -31,7 +34,14 @@ class Running:
         assert found
         self.address = found[1]
         self.port = int(self.address.rpartition(":")[2])
+        self._await_answer()
         self.links = [line.strip() for line in self.said if "/join#" in line]
+
+    def _await_answer(self) -> None:
+        """Waits until the server has answered: from then on a signal reaches the server, also where the tests were
+        started with Ctrl-C switched off, as background jobs are."""
+        with suppress(HTTPError), urlopen(self.address, timeout=60) as answer:
+            answer.read()
 
     def stop(self) -> None:
         """As Ctrl-C does."""

@@ -115,7 +115,7 @@ def test_what_one_sample_says_is_true_of_the_prompt(small: Make, tmp_path: Path)
 
 # --- votes given elsewhere ---
 
-SAID = ["a", "both_bad", "tie", "left", "1", "", "A "]
+SAID = ["a", "both_bad", "tie", "upper", "1", "", "A "]
 
 
 def test_choices_that_are_none_are_named_before_anything_is_stored(small: Make, tmp_path: Path):
@@ -123,7 +123,7 @@ def test_choices_that_are_none_are_named_before_anything_is_stored(small: Make, 
     store = small()
     with pytest.raises(DataError, match="2 of 7 rows cannot be used") as error:
         import_source(store, path, Options(with_votes=True))
-    assert "'left'" in str(error.value)
+    assert "'upper'" in str(error.value)
     assert num_items(store) == 0
     counts = import_source(store, path, Options(with_votes=True, on_bad_row="drop"))
     assert (counts["votes"], counts["dropped_bad_row"], counts["not_judged"]) == (4, 2, 1)
