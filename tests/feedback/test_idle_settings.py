@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -147,14 +148,24 @@ def test_why_there_is_nothing_to_do_is_true(small: Make):
 
 
 def test_one_server_serves_a_file(small: Make):
-    store = small()
-    with _alone(store):
+    store, said = small(), list[str]()
+    with _alone(store, said.append):
         again = open_store(store.project)
-        with pytest.raises(ConfigError, match="another server"), _alone(again):
+        with pytest.raises(ConfigError, match="another server"), _alone(again, said.append):
             pass
         again.close()
-    with _alone(store):
-        pass
+    with _alone(store, said.append):
+        assert said == []
+
+
+def test_a_file_that_cannot_be_locked_is_said(small: Make, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    store, said = small(), list[str]()
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with _alone(store, said.append):
+        assert "cannot be locked (No locks available): see that no second server serves it" in said[0]
 
 
 def test_webhooks_without_a_key_and_hosts_without_a_name_are_said(small: Make, monkeypatch: pytest.MonkeyPatch):

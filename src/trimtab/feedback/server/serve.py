@@ -30,14 +30,15 @@ def serve(
     store = open_store(project)
     settings = store.project.settings.server
     host, port = host or settings.host, settings.port if port is None else port
-    with _alone(store), listening(host, port, where=f"{project}, server") as (listener, address):
+    with _alone(store, show), listening(host, port, where=f"{project}, server") as (listener, address):
         _serve(store, host, listener, address, show)
     store.close()
 
 
 @contextmanager
-def _alone(store: Store) -> Iterator[None]:
-    """Inside this block no other server serves the project, if its store is SQLite: each would send all webhooks."""
+def _alone(store: Store, show: Callable[[str], None]) -> Iterator[None]:
+    """Inside this block no other server serves the project, if its store is SQLite: each would send all webhooks. Where
+    files cannot be locked, that is said instead."""
     with store.project.path.open("rb") as held:
         if store.engine.dialect.name == "sqlite":
             try:
@@ -46,8 +47,8 @@ def _alone(store: Store) -> Iterator[None]:
                 fix = "use the one that runs, or stop it first; several servers need a store in PostgreSQL"
                 where = str(store.project.path)
                 raise ConfigError("another server serves this project already", where=where, fix=fix) from None
-            except OSError:  # a file system without locks
-                pass
+            except OSError as error:
+                show(f"{store.project.path} cannot be locked ({error.strerror}): see that no second server serves it")
         yield
 
 
