@@ -146,8 +146,10 @@ def test_combinations_that_can_not_be_are_refused(changed, problem):
 
 
 def test_a_gate_that_a_bounded_score_can_close_is_none_to_refuse():
-    settings(rewards=MODEL_AND_ANSWER, combine=GATE_OF_ANSWER | {"threshold": 0.6})  # the logit 0.405
-    settings(rewards=[MODEL, {"name": "exact_answer", "weight": -2.0}], combine=GATE_OF_ANSWER)
+    higher = settings(rewards=MODEL_AND_ANSWER, combine=GATE_OF_ANSWER | {"threshold": 0.6})
+    assert higher.combine.logit == pytest.approx(0.405, abs=1e-3)  # an answer is worth 0 or 1, on both sides of it
+    turned = settings(rewards=[MODEL, {"name": "exact_answer", "weight": -2.0}], combine=GATE_OF_ANSWER)
+    assert -2.0 < turned.combine.logit < 0.0  # a right answer is worth -2 here
 
 
 def test_a_limited_cost_may_be_all_that_is_trained_for():

@@ -34,7 +34,8 @@ class RewardSettings(TrainingSettings):
     """The loss that is minimised: "bradley_terry" over pairs, "plackett_luce" over whole rankings, or over single
     replies "process" (step labels), "outcome" (thumbs) and "regression" (ratings)."""
     num_epochs: float = 1.0
-    """Passes over the data; more than one overfits noisy votes quickly."""
+    """Passes over the data. More than one may learn the noise of single votes by heart; with several votes on each pair
+    it may bring points. The held-out accuracy says which."""
     batch_size: int = 64
     """Prompts per update, each with all its pairs."""
     optimizer: AdamW = field(default_factory=lambda: AdamW(learning_rate=1e-5, schedule="cosine", warmup_fraction=0.03))
