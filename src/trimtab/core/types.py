@@ -173,7 +173,12 @@ def prompt_id(messages: Sequence[Message]) -> str:
 
 def to_dict(record: Any) -> JsonDict:
     """The record as JSON values. `from_dict` gives an equal record back."""
-    return cast(JsonDict, json.loads(json.dumps(dataclasses.asdict(record), ensure_ascii=False)))
+    return cast(JsonDict, json.loads(json.dumps(record, default=_fields, ensure_ascii=False)))
+
+
+def _fields(record: Any) -> JsonDict:
+    """The fields of a record, which `dataclasses.asdict` would copy one by one."""
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
 def rows_hash(rows: Iterable[JsonDict]) -> str:
