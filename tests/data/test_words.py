@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from trimtab.core.errors import DataError
-from trimtab.core.types import Message
+from trimtab.core.types import Message, Prompt
 from trimtab.data import words
 from trimtab.data.chat import Chat
 from trimtab.data.words import Words
@@ -102,7 +102,9 @@ def test_prompts_and_replies_together_are_those_of_each_alone(tokenizers, name):
         [Message("user", a), Message("assistant", b), Message("user", c)]
         for a, b, c in zip(strings, strings[1:], strings[2:], strict=False)
     ]
-    assert [ids for ids, _ in chat.encode_prompts(prompts)] == [chat.encode_prompt(p) for p in prompts]
+    alone = [chat.encode_prompt(p) for p in prompts]
+    assert [ids for ids, _ in chat.encode_prompts(prompts)] == alone
+    assert chat.prompt_lengths(Prompt(messages=tuple(p)) for p in prompts) == [len(ids) for ids in alone]
     assert chat.encode_responses(strings) == [chat.encode_response(t) for t in strings]
     over_the_seam = [f"{blank}{t}" for t in strings[:40] for blank in ("\n", "\n\n", " ")]  # tokens may reach over it
     assert chat.encode_responses(over_the_seam) == [chat.encode_response(t) for t in over_the_seam]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -13,7 +13,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.core.errors import ConfigError, DataError
-from trimtab.core.types import Message, MessageRole
+from trimtab.core.types import Message, MessageRole, Prompt
 from trimtab.data.mistakes import Mistake
 from trimtab.data.templates import DATE, default_template, only_writes_contents, template_of
 from trimtab.data.tokenizers import ModelFacts, choose_pad, refuse_missing_rows
@@ -141,6 +141,19 @@ class Chat:
         parts = [self._prompt_parts(messages, text) for messages, text in pairs if isinstance(text, str)]
         encoded = iter(self._encode_many(parts))
         return [next(encoded) if isinstance(text, str) else text for text in rendered]
+
+    def prompt_ids(self, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
+        """The ids of `encode_prompt` for each prompt. Raises the error of the first that it refuses."""
+        found = []
+        for encoded in self.encode_prompts(prompts):
+            if isinstance(encoded, DataError):
+                raise encoded
+            found.append(encoded[0])
+        return found
+
+    def prompt_lengths(self, prompts: Iterable[Prompt]) -> list[int]:
+        """The number of tokens of each prompt. Raises as `prompt_ids` does."""
+        return [len(ids) for ids in self.prompt_ids([prompt.messages for prompt in prompts])]
 
     def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of `encode_response` for each reply."""

@@ -127,7 +127,7 @@ class EpisodeSampler:
         """`group_size` episodes for each prompt. The n-th token that the policy chooses in an episode has its own
         random number, whatever was observed before, and the environment has its own seed, so batch size and order of
         prompts do not change the episodes."""
-        encoded = [self.generator.encode(p) for p in prompts]
+        encoded = self.generator.encode(prompts)
         self.generator.check_cache(encoded, group_size)
         uniforms = self.generator.uniforms(prompts, group_size=group_size, seed=seed)
         episodes = []

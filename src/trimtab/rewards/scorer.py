@@ -127,10 +127,14 @@ class RewardModelScorer:
 
     def ids_of_texts(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Ids]:
         """The ids of the prompt and of the finished reply of each pair of them."""
-        return [
-            (tuple(self.chat.encode_prompt(p.messages)), tuple(self.chat.encode_response(t))[:-1] + self.ending)
-            for p, t in pairs
-        ]
+        prompts = list(dict.fromkeys(prompt.messages for prompt, _ in pairs))
+        replies = list(dict.fromkeys(reply for _, reply in pairs))
+        prompt_ids = dict(zip(prompts, map(tuple, self.chat.prompt_ids(prompts)), strict=True))
+        reply_ids = {
+            reply: tuple(ids)[:-1] + self.ending
+            for reply, ids in zip(replies, self.chat.encode_responses(replies), strict=True)
+        }
+        return [(prompt_ids[prompt.messages], reply_ids[reply]) for prompt, reply in pairs]
 
     def score_ids(self, sequences: Sequence[Ids]) -> Tensor:
         """[B] calibrated rewards of prompts and replies given as ids."""

@@ -30,7 +30,7 @@ def refuse_short_reward_models(
             continue
         if vocabulary_difference(chat.tokenizer, reward.chat.tokenizer):
             continue
-        longest = max((len(reward.chat.encode_prompt(prompt.messages)) for prompt in prompts), default=0)
+        longest = max(reward.chat.prompt_lengths(prompts), default=0)
         needed = longest + max_new_tokens + max(0, len(reward.ending) - 1)  # the ending takes the place of one token
         if needed > reward.positions:
             room = max_new_tokens - (needed - reward.positions)

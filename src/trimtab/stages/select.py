@@ -287,7 +287,8 @@ def load_asked(settings: SelectSettings, chat: Chat, run: Run) -> tuple[list[Pro
             )
         counts["dropped_repeated_prompts"] += before is not one
     longest = settings.sampling.max_prompt_tokens
-    kept = [a for a in asked.values() if len(chat.encode_prompt(a.prompt.messages)) <= longest]
+    lengths = chat.prompt_lengths(a.prompt for a in asked.values())
+    kept = [a for a, length in zip(asked.values(), lengths, strict=True) if length <= longest]
     counts["dropped_long_prompts"] = len(asked) - len(kept)
     if not kept:
         raise DataError(

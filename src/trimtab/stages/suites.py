@@ -180,8 +180,7 @@ def option_logprobs(
     for turn in range(max(len(question.turns) for question in questions)):
         here = [i for i, question in enumerate(questions) if turn < len(question.turns)]
         trees = []
-        for i in here:
-            prompt = sampler.encode(_prompt(questions[i], said[i], turn))
+        for i, prompt in zip(here, sampler.encode([_prompt(questions[i], said[i], turn) for i in here]), strict=True):
             replies = [ids[option] for option in questions[i].options]
             sampler.check_room(len(prompt), max(map(len, replies)))
             trees.append(response_tree(prompt, replies))

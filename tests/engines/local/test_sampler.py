@@ -248,7 +248,7 @@ def test_a_reply_ends_with_a_stop_text_which_is_not_part_of_its_text(model_dir):
 
 def test_a_small_cache_means_fewer_replies_at_a_time_and_the_same_replies(model_dir):
     tight = generator(model_dir, cache_gb=3e-5)
-    encoded = [tight.encode(p) for p in SOME]
+    encoded = tight.encode(SOME)
     assert tight.choice.form.num_groups(encoded, 3, 12) == 1
     assert generator(model_dir).choice.form.num_groups(encoded, 3, 12) == len(SOME)
     assert [r.response_ids for r in tight.generate(SOME, group_size=3, seed=1)] == [

@@ -87,7 +87,7 @@ class LocalSampler:
     def generate(self, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> list[Rollout]:
         """`group_size` rollouts for each prompt. Every reply has its own random numbers, made from the seed, its
         prompt's id and its number in the group, so batch size and order of prompts do not change what is drawn."""
-        encoded = [self.encode(p) for p in prompts]
+        encoded = self.encode(prompts)
         self.check_cache(encoded, group_size)
         uniforms = self.uniforms(prompts, group_size=group_size, seed=seed)
         return [
@@ -142,22 +142,23 @@ class LocalSampler:
         with torch.no_grad(), using(policy.model, policy.adapter), computing_in(precision, policy.device.type):
             form.decode(prefixes, group_size, replies)
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt. Raises DataError for one that is too long."""
-        ids = self.chat.encode_prompt(prompt.messages)
-        if len(ids) > self.sampling.max_prompt_tokens:
-            raise DataError(
-                f"a prompt of {len(ids)} tokens; the longest allowed is {self.sampling.max_prompt_tokens}",
-                where=f"prompt {prompt.id}: {prompt.text[:60]!r}",
-                fix="raise sampling.max_prompt_tokens, or drop long prompts with max_prompt_tokens of the data",
-            )
-        return ids
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The ids of each prompt. Raises DataError for one that is too long."""
+        encoded = self.chat.prompt_ids([prompt.messages for prompt in prompts])
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            if len(ids) > self.sampling.max_prompt_tokens:
+                raise DataError(
+                    f"a prompt of {len(ids)} tokens; the longest allowed is {self.sampling.max_prompt_tokens}",
+                    where=f"prompt {prompt.id}: {prompt.text[:60]!r}",
+                    fix="raise sampling.max_prompt_tokens, or drop long prompts with max_prompt_tokens of the data",
+                )
+        return encoded
 
     def check_prompts(self, prompts: Iterable[Prompt]) -> None:
         """Raises an error if the longest prompt leaves no room for the longest reply. A stage calls this before it
         begins."""
         if self.positions is not None or self.policy.length_limit is not None:
-            longest = max((len(self.chat.encode_prompt(p.messages)) for p in prompts), default=0)
+            longest = max(self.chat.prompt_lengths(prompts), default=0)
             self.check_room(longest, self.sampling.max_new_tokens)
 
     def check_room(self, longest_prompt: int, longest_reply: int) -> None:

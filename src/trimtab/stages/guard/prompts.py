@@ -34,7 +34,8 @@ def read_checks(guard: GuardSettings, source: str, run: Run, chat: Chat, *, long
 def different(prompts: Sequence[Prompt], chat: Chat, *, longest: int, where: str) -> list[Prompt]:
     """The prompts of at most `longest` tokens without repetitions, the first of each, since an interval over prompts
     counts every one as another. How many repeat another is said on stderr."""
-    short = [prompt for prompt in prompts if len(chat.encode_prompt(prompt.messages)) <= longest]
+    lengths = chat.prompt_lengths(prompts)
+    short = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= longest]
     say_prompts_left_out({"dropped_long_prompts": len(prompts) - len(short)}, len(prompts), longest=longest)
     found: dict[str, Prompt] = {}
     for prompt in short:

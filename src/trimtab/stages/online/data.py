@@ -57,7 +57,7 @@ def read_prompts(settings: OnlineSettings, chat: Chat, run: Run, counts: dict[st
     options: dict[str, Any] = {"on_bad_row": settings.on_bad_row, "accepts": chat.refusal}
     loaded = read(Prompt, settings.prompts, run, limit=settings.limit, **options)
     longest = settings.sampling.max_prompt_tokens
-    lengths = [len(chat.encode_prompt(p.messages)) for p in loaded.records]
+    lengths = chat.prompt_lengths(loaded.records)
     kept = [i for i, length in enumerate(lengths) if length <= longest]
     prompts = [loaded.records[i] for i in kept]
     if not prompts:
