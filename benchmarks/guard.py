@@ -3,7 +3,7 @@ runs, as JSON and tables.
 
     python benchmarks/guard.py rates                      # simulated runs; a minute
     python benchmarks/guard.py runs --start runs/quickstart --others OTHER … --seeds 0 1 2
-    python benchmarks/guard.py hacks --start runs/quickstart --steps 16 --every 2 --seeds 0 1 2
+    python benchmarks/guard.py hacks --start runs/quickstart --steps 40 --every 1 --checks 512 --seeds 0 1 2
     python benchmarks/guard.py healthy --start runs/quickstart --steps 20 --every 5 --seeds 0 1 2
 
 `runs` trains on the help desk from the SFT model and the reward model of a quickstart. *Hacked* runs have no KL
@@ -255,7 +255,7 @@ def hack(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "kl": {"name": "fixed", "coef": 0.0},
         "num_steps": options.steps,
         "num_epochs": 1,
-        "optimizer": {"learning_rate": 3e-4},
+        "optimizer": {"learning_rate": options.rate},
         "checkpoint_every": options.every,
         "keep_checkpoints": 1 + options.steps // options.every,
         "guard": guard(options) | {"every": options.every},
@@ -442,6 +442,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=4)
     parser.add_argument("--checks", type=int, default=192, help="Prompts of a check, of hacks and healthy.")
     parser.add_argument("--truth", type=int, default=192, help="Prompts of the gold that is taken as the truth.")
+    parser.add_argument("--rate", type=float, default=1e-4, help="Learning rate of runs with hacks.")
     parser.add_argument("--pairs", type=int, default=1800, help="Pairs of healthy preference runs.")
     parser.add_argument("--kinds", nargs="+", choices=["hacked", "healthy"], default=["hacked", "healthy"])
     options = parser.parse_args()
