@@ -1,7 +1,7 @@
-"""What a reward model lacks to the limit of the votes, where it lacks it, and what more passes over the same votes
-bring.
+"""What a reward model lacks to the limit of the votes, where it lacks it, and what more or fewer passes over the same
+votes bring.
 
-    python benchmarks/reward_limit.py --starts runs/quickstart-0 runs/quickstart-1 --passes 1 4
+    python benchmarks/reward_limit.py --starts runs/quickstart-0 runs/quickstart-1 --passes 1 2
 
 `--starts` are finished quickstarts of different seeds, each with a base and votes of its own. A reward model learns
 from the votes of each, as the quickstart's does, in so many passes; the settings are otherwise the same. It is judged
@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from algorithms import run
+from algorithms import QUICKSTART, run
 from overoptimisation import Votes, reward_stage, rows_of
 from results import mean_over_seeds, write_result
 from speed import DATA
 
+from trimtab.core.config import load_run_file
 from trimtab.core.types import PreferencePair
 from trimtab.data.layouts import load
 from trimtab.rewards.scorer import TOKEN_BUDGET, RewardModelScorer, rewards_of
@@ -35,6 +36,7 @@ from trimtab.stats import Floats
 from trimtab.worlds.helpdesk_gold import gold
 
 OUT = DATA.with_name("reward_limit.json")
+OWN_PASSES = load_run_file(QUICKSTART)["stages"]["reward"]["num_epochs"]
 NAMES = {
     "accuracy": "expected accuracy",
     "missing": "points to the limit",
@@ -76,11 +78,11 @@ def judged(model: Path, file: Path, most: int) -> dict[str, float]:
 
 
 def one_model(start: Path, out: Path, seed: int, passes: int) -> dict[str, Any]:
-    """What a model of so many passes comes to. That of a single pass is the quickstart's own."""
+    """What a model of so many passes comes to. The quickstart's own is taken for as many as it makes."""
     compare = start / "compare"
     train, held_out = compare / "train.jsonl", compare / "held_out.jsonl"
     model, cost = start / "reward" / "model", {}
-    if passes > 1:
+    if passes != OWN_PASSES:
         here = out / f"{start.name}-passes-{passes}"
         stage = reward_stage(start, Votes(train, held_out, held_out), num_epochs=float(passes))
         cost, model = run({"reward": stage}, here, seed=seed), here / "reward" / "model"
@@ -119,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=Path, nargs="+", required=True, help="quickstarts of the seeds 0, 1, 2, …")
     parser.add_argument("--out", type=Path, default=Path("runs/reward-limit"))
-    parser.add_argument("--passes", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--passes", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
     torch.set_num_threads(1)
     out = options.out.resolve()
