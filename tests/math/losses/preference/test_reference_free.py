@@ -54,6 +54,16 @@ def test_soft_labels_share_the_preference_term_and_leave_imitation_to_the_chosen
     assert mean_loss(make("cpo"), batch, logprobs)[0].item() == pytest.approx(mean(expected), rel=1e-5)
 
 
+def test_each_vote_behind_a_soft_label_asks_simpo_for_its_margin():
+    labels = [1.0, 0.8, 0.5, 1.0, 0.9, 0.6]
+    batch, logprobs = random_pairs(labels=labels)
+    expected = []
+    for p, q in zip(log_ratios(batch, logprobs), labels, strict=True):
+        ahead = 2.0 * (mean(p.c) - mean(p.r))
+        expected.append(-q * log(sigmoid(ahead - 1.0)) - (1 - q) * log(sigmoid(-ahead - 1.0)))
+    assert mean_loss(make("simpo"), batch, logprobs)[0].item() == pytest.approx(mean(expected), rel=1e-5)
+
+
 def test_log_odds_keep_their_digits_at_both_ends():
     found = log_odds(torch.tensor([-20.0, -1e-4, math.log(0.5)], dtype=torch.float64))
     expected = [-20.0 - math.log1p(-exp(-20)), -1e-4 - math.log(-math.expm1(-1e-4)), 0.0]

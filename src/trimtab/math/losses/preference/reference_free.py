@@ -72,7 +72,11 @@ class SimPO(PairLoss):
         return means[batch.chosen_ids], means[batch.rejected_ids]
 
     def losses(self, chosen: Tensor, rejected: Tensor, batch: PairBatch) -> Tensor:
-        return bradley_terry(chosen - self.gamma, rejected, label=batch.labels, label_smoothing=self.label_smoothing)
+        def of_vote(better: Tensor, worse: Tensor) -> Tensor:
+            return bradley_terry(better - self.gamma, worse, label_smoothing=self.label_smoothing)
+
+        # A vote for the rejected reply wants it ahead by the margin, so a soft label is not one of bradley_terry's.
+        return expected(of_vote, chosen, rejected, batch.labels)
 
 
 @register("preference_loss", "cpo")
