@@ -114,6 +114,8 @@ def test_groups_without_a_signal_are_replaced_by_those_of_further_prompts(loop_o
         assert loop.state.num_prompts_taken == at > before
         # What is logged of rewards is of every reply that was judged, the replaced ones too.
         assert drawn.metrics["reward/mean"].weight == 3 * (at - before)
+        every_worth = torch.tensor([w for _, ws in [*kept, *dull] for w in ws])
+        assert drawn.metrics["reward/std"].value == pytest.approx(float(every_worth.std(correction=0)), rel=1e-5)
 
 
 def in_threes(values):

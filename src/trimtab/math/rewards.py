@@ -70,6 +70,20 @@ def moments_of(values: Tensor) -> RunningMoments:
     return RunningMoments(count=float(exact.numel()), mean=mean_value, m2=m2_value)
 
 
+@dataclass(frozen=True)
+class Deviation:
+    """The standard deviation of values as a metric, stored as their moments so that parts merge exactly."""
+
+    moments: RunningMoments
+
+    def merge(self, other: Deviation) -> Deviation:
+        return Deviation(self.moments.merge(other.moments))
+
+    @property
+    def value(self) -> float:
+        return self.moments.std
+
+
 def clip(rewards: Tensor, *, low: float, high: float) -> tuple[Tensor, Tensor]:
     """The rewards clipped to [low, high], and a bool mask of those that were changed, to be counted."""
     clipped = rewards.clamp(low, high)

@@ -18,6 +18,7 @@ from trimtab.core.metrics import Mean, Metrics, Total, mean_of, merge
 from trimtab.core.types import Prompt, Rollout
 from trimtab.math.combining import Combination, WeightedSum
 from trimtab.math.masking import last_index_per_sequence
+from trimtab.math.rewards import Deviation, moments_of
 from trimtab.rewards.base import Reward, by_reply, token_owners
 from trimtab.rewards.model import ModelReward
 
@@ -86,10 +87,9 @@ class CombinedReward:
         if COST in by_name:
             total = total.masked_fill(by_name[COST].isnan(), torch.nan)
         known = total[total.isfinite()].double()
-        deviation = float(known.std(correction=0)) if len(known) else 0.0
         metrics = merge(logged) | {
             "reward/mean": Mean(float(known.sum()), len(known)),
-            "reward/std": Mean(deviation * len(known), len(known)),
+            "reward/std": Deviation(moments_of(known)),
         }
         if paid is not None:
             last = last_index_per_sequence(token_owners(rollouts), len(rollouts))

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from trimtab.core import registry
 from trimtab.core.errors import DataError, TrimtabError
-from trimtab.core.metrics import Mean, Metrics, mean_of
+from trimtab.core.metrics import Metrics, mean_of
 from trimtab.core.types import JsonDict, Prompt, Rollout
+from trimtab.math.rewards import Deviation, moments_of
 from trimtab.rewards.helper import Helper
 
 _log = logging.getLogger("trimtab.rewards")
@@ -108,9 +109,10 @@ class HelpedReply(EachReply):
 def moments(values: Sequence[float]) -> Metrics:
     """`reward/mean` and `reward/std` of the values that are finite."""
     known = [v for v in values if math.isfinite(v)]
-    mean = math.fsum(known) / len(known) if known else 0.0
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / len(known)) if known else 0.0
-    return {"reward/mean": mean_of(known), "reward/std": Mean(deviation * len(known), len(known))}
+    return {
+        "reward/mean": mean_of(known),
+        "reward/std": Deviation(moments_of(torch.tensor(known, dtype=torch.float64))),
+    }
 
 
 def fact(prompt: Prompt, name: str) -> object:
