@@ -165,6 +165,9 @@ def test_metrics_count_tokens_and_only_what_was_clipped():
     assert metrics["policy/approx_kl"].value == pytest.approx(expected, rel=1e-6)
     assert metrics.pop("policy/log_ratio_max").value == pytest.approx(math.log(2))
     assert all(m.weight == 6 for m in metrics.values())
+    # with a dual clip also the ratio of 2 with A < 0
+    _, metrics = PPO(dual_clip=1.5)(SimpleNamespace(logprobs=ratios.log(), entropy=None), batch)
+    assert metrics["policy/clip_fraction"].value == pytest.approx(3 / 6)
 
 
 def test_equal_advantages_after_whitening_leave_the_policy_where_it_is():

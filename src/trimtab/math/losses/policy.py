@@ -166,7 +166,10 @@ class PPO(PolicyLoss):
             dual_clip=self.dual_clip,
         )
         ratio = probability_ratio(logprobs.detach(), batch.old_logprobs)
-        return losses, held_by_clip(ratio, batch.advantages, self.clip_low, self.clip_high)
+        held = held_by_clip(ratio, batch.advantages, self.clip_low, self.clip_high)
+        if self.dual_clip is not None:
+            held = held | ((ratio > self.dual_clip) & (batch.advantages < 0))
+        return losses, held
 
 
 @register("policy_loss", "gspo")
