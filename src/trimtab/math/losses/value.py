@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from trimtab.batches.rollouts import PolicyBatch
 from trimtab.batches.trees import TreeBatch
 from trimtab.core.bounds import refuse_out_of_range
 from trimtab.core.metrics import Metrics
-from trimtab.math.losses.aggregation import Aggregation, means, num_terms, terms
+from trimtab.math.losses.aggregation import means, num_terms, terms
 from trimtab.math.masking import at_least_float32
 from trimtab.math.rewards import RunningMoments, moments_of
 
@@ -64,7 +65,7 @@ class ValueLoss:
     """Weight in the sum of losses."""
     clip: float | None = 0.2
     """Clip range around the old value estimates, in units of reward; `inf` for no limit."""
-    aggregation: Aggregation = "token_mean"
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
     """Average over all tokens of the update, or over the token mean of each sequence."""
 
     def __post_init__(self) -> None:
