@@ -265,7 +265,7 @@ class OnlineSettings:
     def __post_init__(self) -> None:
         if not self.rewards:
             raise ValueError("rewards is empty; name at least one, such as [[rewards]] name = 'model', path = '…'")
-        if self.has_own_critic and self.critic.warmup_steps > self.num_steps:
+        if self.has_own_critic and self.critic.warmup_steps >= self.num_steps:
             raise ValueError(
                 f"critic.warmup_steps = {self.critic.warmup_steps} of num_steps = {self.num_steps}: the policy would "
                 "never be updated; lower the one or raise the other"
