@@ -164,6 +164,8 @@ def test_passes_end_once_the_policy_has_moved_too_far(tmp_path, base, plain, rew
     assert [row["policy/epochs"] for row in found] == [1, 1]
     assert [row["policy/stopped_early_fraction"] for row in found] == [1, 1]
     assert [row["policy/stopped_early_fraction"] for row in rows(plain)] == [0, 0]
+    single = rows(run(tmp_path, base, reward_run, name="single", stop_kl=1e-9, num_epochs=1))
+    assert [row["policy/stopped_early_fraction"] for row in single] == [0, 0]  # there was no further pass to leave out
 
 
 def test_groups_are_rollouts_of_one_prompt(tmp_path, base, reward_run):

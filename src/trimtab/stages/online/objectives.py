@@ -79,7 +79,8 @@ class Minibatches:
             )
             self._epochs_done = epoch + 1
             moved = merge(self._metrics[before:]).get("policy/approx_kl")
-            self._stopped = settings.stop_kl is not None and moved is not None and moved.value > settings.stop_kl
+            too_far = settings.stop_kl is not None and moved is not None and moved.value > settings.stop_kl
+            self._stopped = too_far and epoch + 1 < settings.num_epochs
             if self._stopped:
                 return
 
@@ -89,7 +90,7 @@ class Minibatches:
 
     @property
     def metrics(self) -> Metrics:
-        """The metrics of all updates, and how many passes were made."""
+        """The metrics of all updates, how many passes were made, and whether further ones were left out."""
         return merge(self._metrics) | {
             "policy/epochs": Mean(self._epochs_done, 1),
             "policy/stopped_early_fraction": Mean(self._stopped, 1),
