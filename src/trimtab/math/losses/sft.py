@@ -30,10 +30,12 @@ class SFTLoss:
     """Weight in the sum of losses."""
     aggregation: Aggregation = "token_mean"
     """Average over all tokens of the step, or over the token mean of each sequence."""
+    logged_as: str = "loss/train"
+    """Name of the metric of the mean loss."""
 
     def weight(self, batch: TreeBatch) -> Tensor:
         return num_terms(batch, self.aggregation)
 
     def __call__(self, outputs: TokenOutputs, batch: TreeBatch) -> tuple[Tensor, Metrics]:
         losses = terms(cross_entropy(outputs.logprobs), batch, self.aggregation)
-        return losses.sum(), means({"loss/train": losses})
+        return losses.sum(), means({self.logged_as: losses})

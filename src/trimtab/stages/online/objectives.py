@@ -50,7 +50,7 @@ class PretrainingBatches:
             return []
         chosen = endless(len(self._trees), mix.batch_size, self._settings.seed).examples(update)
         batch = TreeBatch(trees=TokenTrees.build([self._trees[i] for i in chosen]))
-        return [(batch, [SFTLoss(coef=mix.coef)])]
+        return [(batch, [SFTLoss(coef=mix.coef, logged_as="loss/pretraining")])]
 
 
 class Minibatches:
