@@ -99,6 +99,7 @@ def test_what_is_no_ranking_is_refused_or_left_out(tmp_path, base, further, said
     assert said in result.output
     assert "the replies to 'Go?'" in result.output
     assert "1 of 13 prompts give no ranking" in result.output
+    assert ("FILE?ignore=label " in result.output) == (kind == "soft_label")
     assert not (tmp_path / "none" / "metrics.jsonl").exists()
     counts = summary(run_stage("reward", tmp_path / "drop", **run, on_bad_row="drop"))["counts"]
     assert [num for name, num in counts.items() if kind in name] == [5 if kind == "ranking_tie" else len(further)]

@@ -40,14 +40,14 @@ def only_rankings(
         return comparisons
     kinds = Counter(mistake.kind for mistake in wrong.values())
     if on_bad_row == "stop" or len(wrong) == len(groups):
+        without = '; or leave such prompts out with on_bad_row = "drop"' if len(wrong) < len(groups) else ""
         first, shown = next(iter(wrong.items()))
         prompt = groups.table.part(groups.order[groups.starts[first] :][:1]).records()[0].prompt
         raise DataError(
             f"the replies to {prompt.text[:60]!r}: {shown}\n  {len(wrong)} of {len(groups)} prompts give no ranking: "
             + ", ".join(f"{num} {kind}" for kind, num in kinds.most_common()),
             where=where,
-            fix=f'{shown.fix}; or leave such prompts out with on_bad_row = "drop"; or learn from the pairs with '
-            'loss = "bradley_terry"',
+            fix=f'{shown.fix}{without}; or learn from the pairs with loss = "bradley_terry"',
         )
     sizes = np.diff(groups.starts)
     for number, found in wrong.items():
@@ -80,7 +80,10 @@ def _refuse(found: tuple[Sequence[Compared], int], ties: str) -> None:
     compared, num_replies = found
     if (label := min(pair.label for pair in compared)) < 1:
         raise Mistake(
-            "soft_label", f"a pair has the label {label:g}, and a ranking is an order", 'set labels to "majority"'
+            "soft_label",
+            f"a pair has the label {label:g}, and a ranking is an order",
+            "take the preferred reply as surely better with FILE?ignore=label (of a feedback project: [labels] rule = "
+            '"majority")',
         )
     if any(pair.margin > 0 for pair in compared):
         raise Mistake(
