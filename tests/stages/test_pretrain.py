@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.stages.commands import rows, run_stage, summary, trimtab, write_run_file
+from trimtab.stages.pretrain import document_trees
 
 SMALL = {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "mlp_size": 48, "max_positions": 256}
 
@@ -38,8 +39,12 @@ def test_long_documents_are_cut_into_pieces_and_none_is_lost(tmp_path):
     out = run_stage("pretrain", tmp_path / "run", **{k: v for k, v in changed.items() if v is not None})
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     lengths = [len(tokenizer(text)["input_ids"]) + 1 for text in texts]  # and the end token
-    pieces = sum(-(-n // 16) - (n % 16 == 1) for n in lengths)  # a last piece of one token has nothing to predict
-    assert summary(out)["num_steps"] == pieces
+    assert summary(out)["num_steps"] == sum(-(-(n - 1) // 15) for n in lengths)
+    for max_tokens in range(2, max(lengths) + 2):  # also where a cut leaves the end token alone
+        trees = document_trees(texts, tokenizer, max_tokens)
+        assert max(tree.num_tokens for tree in trees) <= max_tokens
+        assert sum(tree.num_trained for tree in trees) == sum(lengths) - len(texts)
+        assert sum(tree.branches[0].ids[-1] == tokenizer.eos_token_id for tree in trees) == len(texts)
 
 
 def test_preference_pairs_are_written_in_the_chat_markup(tmp_path, pairs):

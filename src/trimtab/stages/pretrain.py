@@ -110,7 +110,7 @@ class PretrainSettings(EpochSettings):
     architecture: Architecture = field(default_factory=Architecture)
     """Shape of the model."""
     max_tokens: int = 512
-    """A longer document is cut into pieces of this length; nothing is lost."""
+    """A longer document is cut into pieces of this length that share one token; every token is still learned."""
     batch_size: int = 64
     """Documents per update."""
     optimizer: AdamW = field(
@@ -228,12 +228,13 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedToke
 
 
 def document_trees(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> list[Tree]:
-    """Every token of every document, in pieces of at most `max_tokens`, each document closed by the end token."""
+    """The documents, each closed by the end token, in pieces of at most `max_tokens`. A piece begins with the last
+    token of the one before it, so that every token of a document but the first is predicted once."""
     end = tokenizer.eos_token_id
     trees = []
     for ids in tokenizer(list(documents), add_special_tokens=False)["input_ids"]:
         closed = ids if ids and ids[-1] == end else [*ids, end]
-        pieces = [closed[i : i + max_tokens] for i in range(0, len(closed), max_tokens)]
+        pieces = [closed[i : i + max_tokens] for i in range(0, len(closed) - 1, max(1, max_tokens - 1))]
         trees += [sequence_tree(piece) for piece in pieces if len(piece) > 1]
     return trees
 
