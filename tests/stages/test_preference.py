@@ -178,6 +178,16 @@ def test_what_a_loss_has_no_place_for_is_counted(tmp_path, base, pairs):
     assert not {"margins_not_used", "soft_labels_not_used"} & summary(out)["counts"].keys()
 
 
+def test_pairs_that_are_all_even_are_refused(tmp_path, base, pairs):
+    rows_even = [json.loads(line) | {"label": 0.5} for line in pairs.read_text().splitlines()]
+    even = tmp_path / "even.jsonl"
+    even.write_text("".join(json.dumps(row) + "\n" for row in rows_even))
+    run_file = write_run_file(tmp_path / "run.toml", settings(base, even, loss="kto"))
+    refused = trimtab("preference", run_file, "--out", tmp_path / "run")
+    assert refused.exit_code == 2
+    assert "pairs to train on have the label 0.5: nothing says which reply is better" in refused.output
+
+
 def test_good_and_bad_replies_that_weigh_unevenly_are_said(tmp_path, base, labelled):
     run_file = write_run_file(tmp_path / "run.toml", settings(base, labelled, loss="kto", max_steps=1, held_out=0.0))
     said = trimtab("preference", run_file, "--out", tmp_path / "run").output

@@ -194,7 +194,8 @@ def read_data(
     settings: PreferenceSettings, chat: Chat, run: Run, counts: dict[str, int]
 ) -> tuple[Comparisons, Comparisons] | tuple[Judgements, Judgements]:
     """The data to train on and the data to validate on, grouped by prompt. What was dropped, and the margins and labels
-    that the loss does not use, are added to `counts`. Raises DataError if nothing is left to train on."""
+    that the loss does not use, are added to `counts`. Raises DataError if nothing is left to train on, or if no pair
+    says which reply is better."""
     loss = settings.loss
     kind: type[Any] = LabelledResponse if loss.reads == "replies" and holds_labels(settings.data) else PreferencePair
     train, held_out, read = read_split(kind, settings, run, chat)
@@ -210,6 +211,12 @@ def read_data(
             counts["margins_not_used"] = num
         if not loss.uses_labels and (num := int((pairs.labels != 1).sum())):
             counts["soft_labels_not_used"] = num
+        if loss.uses_labels and pairs.num_pairs and (pairs.labels == 0.5).all():
+            raise DataError(
+                f"all {pairs.num_pairs} pairs to train on have the label 0.5: nothing says which reply is better",
+                where=settings.data,
+                fix="give pairs of which one side is preferred",
+            )
         apart = loss.reads == "replies"
         found = (split_in_two(pairs), split_in_two(held_out_pairs)) if apart else (pairs, held_out_pairs)
     say_too_long(counts, settings.max_tokens)
