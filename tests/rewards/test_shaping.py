@@ -1,5 +1,6 @@
 import pytest
 
+from trimtab.rewards.combined import load_rewards
 from trimtab.rewards.shaping import Length, Overlong, Repetition
 
 
@@ -14,6 +15,18 @@ def test_tokens_outside_the_range_are_charged_each(rollout):
     values, metrics = scores(settings, [rollout("x", num_tokens=n) for n in lengths])
     assert values == pytest.approx([-0.5, -0.2, 0, 0, -0.2, -1])
     assert metrics["reward/length_outside"].value == 4 / 6
+
+
+def test_each_of_two_rewards_of_one_name_has_metrics_of_its_own(rollout):
+    short, long = Length(max_tokens=1), Length(max_tokens=500)
+    replies = [rollout("x", num_tokens=n) for n in (1, 5, 9, 600)]
+    _, metrics = load_rewards([short, long], token_budget=1, cost=Length(max_tokens=5)).score(replies)
+    outside = {name: m.value for name, m in metrics.items() if name.endswith("_outside")}
+    assert outside == {
+        "reward/length_outside": 3 / 4,
+        "reward/length_2_outside": 1 / 4,
+        "reward/cost_outside": 2 / 4,
+    }
 
 
 def test_tokens_that_an_environment_wrote_are_not_charged(rollout):

@@ -33,6 +33,15 @@ class RewardPart:
     name: str
     weight: float
     reward: Reward
+    kind: str = ""
+    """The name by which the reward calls its own metrics, if that is not `name`."""
+
+    def named(self, metrics: Metrics) -> Metrics:
+        """The reward's own metrics under the name of this part: those of a second length reward, whose `name` is
+        "length_2" and whose `kind` is "length", are `reward/length_2_outside`."""
+        if self.kind in ("", self.name):
+            return metrics
+        return {key.replace(f"reward/{self.kind}_", f"reward/{self.name}_", 1): m for key, m in metrics.items()}
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class CombinedReward:
                 paid = part.weight * given if paid is None else paid + part.weight * given
             judged = scores.isfinite()
             by_name[part.name] = scores.float().masked_fill(~judged, torch.nan)
-            logged.append(metrics | {f"reward/{part.name}_failed": Total(int((~judged).sum()))})
+            logged.append(part.named(metrics) | {f"reward/{part.name}_failed": Total(int((~judged).sum()))})
             if len(self.parts) > 1:
                 logged.append({f"reward/{part.name}": mean_of(scores[judged].tolist())})
         rewarded = {name: scores for name, scores in by_name.items() if name != COST}
@@ -118,10 +127,12 @@ def load_rewards(
     named = [*zip(part_names(rewards), rewards, strict=True), *([(COST, cost)] if cost is not None else [])]
     parts = []
     for name, reward in named:
-        # A reward that is no model has no device and no base.
+        # A reward that is no model has no device and no base, and is not told its name.
+        is_model = isinstance(reward, ModelReward)
         place = {"device": device, "name": name, "shared": shared, "base": base}
-        scorer = reward.load(token_budget=token_budget, **(place if isinstance(reward, ModelReward) else {}))
-        parts.append(RewardPart(name, reward.weight, scorer))
+        scorer = reward.load(token_budget=token_budget, **(place if is_model else {}))
+        kind = "" if is_model else registry.name_of("reward", type(reward))
+        parts.append(RewardPart(name, reward.weight, scorer, kind))
     return CombinedReward(parts, combine or WeightedSum())
 
 
