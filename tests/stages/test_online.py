@@ -97,10 +97,13 @@ def test_a_value_head_leaves_no_trace_in_the_model(tmp_path, base, reward_run):
 
 def test_while_the_critic_warms_up_the_policy_stays(tmp_path, base, reward_run):
     critic = {"init": "policy", "optimizer": FAST, "warmup_steps": 2}
-    out = run(tmp_path, base, reward_run, critic=critic, num_steps=3, checkpoint_every=2)
+    kl = {"name": "adaptive", "coef": 0.1, "target": 0.01, "horizon": 20.0}
+    out = run(tmp_path, base, reward_run, critic=critic, kl=kl, num_steps=4, checkpoint_every=2)
     before, after = weights(base), load_file(out / "checkpoints" / "step-00000002" / "policy.safetensors")
     assert all((before[name] == after[f"weight/model.{name}"]).all() for name in before)
-    assert [row.get("optimizer/policy_updates") for row in rows(out)] == [None, None, 4]
+    assert [row.get("optimizer/policy_updates") for row in rows(out)] == [None, None, 4, 4]
+    *early, late = [row["kl/coef"] for row in rows(out)]
+    assert early == [0.1] * 3 != [late] * 3
     assert rows(out)[0]["optimizer/critic_updates"] == 4
 
 

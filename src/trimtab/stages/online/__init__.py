@@ -201,7 +201,8 @@ def train_step(
             minibatches.log(learner.update([(minibatch, losses), *mixed]))
     logged = weighed | agreement | rollouts.metrics | shaped.metrics | limited | minibatches.metrics
     done = StepDone(rollouts, shaped.rewards, batch, state.kl_coef, logged)
-    state.kl_coef = settings.kl.update(state.kl_coef, mean(done.kl).value, num_sequences=trees.num_sequences)
+    if not settings.only_critic_learns(number):  # a policy that stays could not follow the coefficient
+        state.kl_coef = settings.kl.update(state.kl_coef, mean(done.kl).value, num_sequences=trees.num_sequences)
     return done
 
 

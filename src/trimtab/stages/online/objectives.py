@@ -32,7 +32,7 @@ def objectives(
         return [(policy, [*losses, settings.critic.loss])]
     if critic is None:
         return [(policy, losses)]
-    alone = number < settings.critic.warmup_steps
+    alone = settings.only_critic_learns(number)
     return [*([] if alone else [(policy, losses)]), (critic, [settings.critic.loss])]
 
 

@@ -427,6 +427,10 @@ class OnlineSettings:
         """Whether there is a critic that is no head on the policy."""
         return bool(self.advantage.needs_critic) and self.critic.init != "value_head"
 
+    def only_critic_learns(self, number: int) -> bool:
+        """Whether step `number`, counted from 0, leaves the policy as it is while the critic warms up."""
+        return self.has_own_critic and number < self.critic.warmup_steps
+
     def critic_start(self) -> str:
         """The model that a critic of its own starts from: its path, the first reward model, or the policy. Raises
         ConfigError if it is to be a reward model and there is none."""
