@@ -201,8 +201,7 @@ def train_step(
             minibatches.log(learner.update([(minibatch, losses), *mixed]))
     logged = weighed | agreement | rollouts.metrics | shaped.metrics | limited | minibatches.metrics
     done = StepDone(rollouts, shaped.rewards, batch, state.kl_coef, logged)
-    if not settings.only_critic_learns(number):  # a policy that stays could not follow the coefficient
-        state.kl_coef = settings.kl.update(state.kl_coef, mean(done.kl).value, num_sequences=trees.num_sequences)
+    state.kl_coef = next_kl_coef(number, done, settings)
     return done
 
 
@@ -250,6 +249,14 @@ def kl_per_token(
     if settings.kl_in == "reward" and estimator == "exact":
         return policy.kl_to(reference, trees)
     return ESTIMATORS[estimator](log_ratio)
+
+
+def next_kl_coef(number: int, done: StepDone, settings: OnlineSettings) -> float:
+    """The KL coefficient of the step after this one. It waits while only the critic learns, because a policy that stays
+    could not follow it."""
+    if settings.only_critic_learns(number):
+        return done.kl_coef
+    return settings.kl.update(done.kl_coef, mean(done.kl).value, num_sequences=done.batch.num_sequences)
 
 
 def checked_metrics(number: int, done: StepDone, settings: OnlineSettings) -> Metrics:
