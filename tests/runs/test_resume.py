@@ -161,6 +161,22 @@ def test_a_run_named_by_its_absolute_path_or_moved_goes_on(tmp_path: Path, monke
         run.add_data("data.jsonl", "11", 2)
 
 
+def test_a_finished_run_that_was_moved_can_be_opened_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old" / "base" / "model").mkdir(parents=True)
+    with opened(tmp_path / "old" / "sft", model="old/base/model") as run:
+        run.finish({})
+    record = environment(tmp_path / "old" / "sft")
+    shutil.copytree("old", "here/new")
+    monkeypatch.chdir(tmp_path / "here")
+    for _ in range(2):
+        with opened(Path("new/sft"), model="new/base/model") as run:
+            assert run.finished
+    assert environment(Path("new/sft")) == record  # the place is that of the settings, which stay as they were
+    with opened(Path("new/sft"), model="new/base/model", max_steps=6) as run:
+        assert not run.finished
+
+
 def model(directory: Path, weight: float) -> Path:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text("{}")

@@ -125,15 +125,16 @@ class Run:
             self._record_models(models)
             return
         found = self._changes(here)
-        if found.length or not self.finished:
-            self._record_models(models)
+        if self.finished and not found.length:
+            return  # nothing is computed: the record stays as it was, and the place is that of its settings
+        self._record_models(models)
         now = environment()
         began = self._environment() or now
         other = {key: value for key, value in now.items() if began.get(key, value) != value}
         if other and other not in began.get("resumed_with", []):
             warn(f"the run began with another {', '.join(other)}; numbers may differ")
             began.setdefault("resumed_with", []).append(other)
-        if found and (found.length or not self.finished):
+        if found:
             self._take_over(found, text, began)
         if began.get("place") != vars(here) or other or found or not record.exists():
             write_whole(record, json_text({**began, "place": vars(here)}))
