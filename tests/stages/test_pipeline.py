@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -120,3 +123,35 @@ def test_a_stage_with_other_settings_says_which_directory_to_remove(tmp_path):
     assert "vocab_size: 280 there, 290 now" in result.output
     assert f"remove {tmp_path / 'out' / 'base'}" in result.output.replace("\n", "")
     assert "--fresh" not in result.output
+
+
+def test_a_finished_stage_is_refused_once_what_it_was_made_from_was_made_anew(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "1"}]} for i in "123"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    stages = STAGES | {"more": STAGES["sft"] | {"data": str(tmp_path / "rows.jsonl")}}
+    out = tmp_path / "out"
+    assert run(tmp_path, PIPELINE | {"stages": stages}).exit_code == 0
+    shutil.rmtree(out / "sft")
+    assert run(tmp_path, PIPELINE | {"stages": stages}).exit_code == 0, "it is made again as it was"
+
+    shutil.rmtree(out / "sft")
+    other = stages | {"sft": STAGES["sft"] | {"batch_size": 4}}
+    result = run(tmp_path, PIPELINE | {"stages": other})
+    assert result.exit_code == 2
+    said = result.output.replace("\n", "")
+    assert f"check was finished before with another {out}/sft/model than there is now" in said
+    assert f"remove {out}/check, so that" in said
+    shutil.rmtree(out / "check")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows[1:])))
+    result = run(tmp_path, PIPELINE | {"stages": other})
+    assert result.exit_code == 0
+    assert f"more was finished before {tmp_path}/rows.jsonl was changed" in result.output.replace("\n", "")
+
+
+def test_a_stage_that_is_to_become_longer_names_all_that_began_with_it(tmp_path):
+    assert run(tmp_path, PIPELINE).exit_code == 0
+    result = run(tmp_path, changed("base", num_epochs=2.0))
+    assert result.exit_code == 2
+    assert "base is to be made longer, but sft, check began with it" in result.output
+    result = run(tmp_path, changed("base", num_epochs=0.5))
+    assert "num_epochs: 1.0 there, 0.5 now" in result.output

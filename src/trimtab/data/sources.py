@@ -98,6 +98,16 @@ def stream_rows(source: str | Path, *, limit: int | None = None) -> RowStream:
     return replace(stream, rows=chain((first,), stream.rows))
 
 
+def files_hash(source: str | Path) -> str | None:
+    """The hash of the files that a source names, as in `SourceRows`; None if it names none, or none that are there."""
+    if is_hub(source) or records_source(source) is not None:
+        return None
+    try:
+        return _hash_of(files_of(source)[0])
+    except DataError:
+        return None
+
+
 def _hash_of(paths: Sequence[Path]) -> str:
     digests = []
     for path in paths:

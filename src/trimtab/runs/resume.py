@@ -96,7 +96,7 @@ def changes(
             moved = True
         elif is_how(key):
             how[key] = pair
-        elif key in grows and _may_become(key, *pair, num_done=num_done, finished=finished):
+        elif key in grows and may_become(key, *pair, num_done=num_done, finished=finished):
             length[key] = pair
         else:
             wrong[key] = pair
@@ -132,7 +132,7 @@ def is_how(key: str) -> bool:
     return any(".".join(parts[i:j]) in HOW for i in range(len(parts)) for j in range(i + 1, min(i + 3, len(parts) + 1)))
 
 
-def _may_become(key: str, before: Any, now: Any, *, num_done: int, finished: bool) -> bool:
+def may_become(key: str, before: Any, now: Any, *, num_done: int, finished: bool) -> bool:
     """Whether this length of a run may change like this: it may always grow, and it may shrink if the run has not come
     so far yet (but `num_epochs` may only grow)."""
     unlimited = key == "max_steps"  # unset is the whole run

@@ -30,11 +30,15 @@ from typing import Any
 from rich.console import Console
 
 from trimtab.core import config, registry, settings_check
-from trimtab.core.errors import ConfigError, Interrupted, Terminated, TrimtabError, nearest
+from trimtab.core.errors import ConfigError, DataError, Interrupted, Terminated, TrimtabError, nearest
 from trimtab.core.files import read_json, write_json, write_whole, writing
 from trimtab.core.process import peak_rss_gb, peaks_rss_gb
+from trimtab.core.terminal import warn
+from trimtab.data.sources import files_hash
 from trimtab.rewards.combined import judges_and_measure
 from trimtab.rewards.python_callable import PythonCallable, file_digest
+from trimtab.runs.models import local_digest
+from trimtab.runs.resume import flat, may_become
 from trimtab.runs.run import Run, holding, holds_run
 from trimtab.stages import preflight
 
@@ -63,6 +67,7 @@ def run_pipeline(values: Mapping[str, Any], out: Path, *, where: str = "the pipe
             title = f"[{number}/{len(stages)}] {name}"
             with _without_fresh(out / name), open_run(out / name, stage, settings) as run:
                 if run.finished:
+                    refuse_remade(name, stages, out)
                     console.print(f"{title}: finished before", style="dim")
                     continue
                 console.print(title, style="bold")
@@ -149,19 +154,52 @@ def stages_of(file: Path) -> Sequence[str]:
 def refuse_stale(stages: Mapping[str, tuple[str, Any]], out: Path) -> None:
     """Raises ConfigError if a stage would become longer although a later stage has already used its result."""
     for name, (stage, settings) in stages.items():
-        grown = would_grow(out / name, stage, settings)
-        uses = str(out / name) + os.sep
-        used_by = [
-            later
-            for later, (_, its) in list(stages.items())[list(stages).index(name) + 1 :]
-            if grown and (out / later / "settings.toml").exists() and uses in config.to_toml(config.dump(its))
-        ]
-        if used_by:
+        if would_grow(out / name, stage, settings) and (used_by := began_with(name, stages, out)):
             raise ConfigError(
                 f"{name} is to be made longer, but {', '.join(used_by)} began with it as it is",
                 where=str(out / name),
                 fix=f"remove {', '.join(str(out / later) for later in used_by)}, or give another directory with --out",
             )
+
+
+def refuse_remade(name: str, stages: Mapping[str, tuple[str, Any]], out: Path) -> None:
+    """Raises DataError if a finished stage has read a model or file of an earlier stage that was made anew since. Says
+    so on stderr if it was a file or model from elsewhere."""
+    read = dict.fromkeys(value for _, value in flat(config.dump(stages[name][1])) if isinstance(value, str))
+    for record, digest_of in (("models.json", local_digest), ("data.json", files_hash)):
+        file = out / name / record
+        seen = read_json(file, fix="remove it: what the stage has read is not known then") if file.exists() else {}
+        hashes = {
+            known: entry["sha256"] for known, entry in seen.items() if isinstance(entry, dict) and "sha256" in entry
+        }
+        for path in read:
+            inside = path.startswith(str(out) + os.sep)
+            # The pipeline may have been moved, or named in another way, since the stage has read its files.
+            names = (path, os.sep + os.path.relpath(path, out)) if inside else (path,)
+            before = next((hashes[known] for known in hashes if known == path or known.endswith(names[1:])), None)
+            now = digest_of(path) if before is not None else None
+            if now is None or now == before:
+                continue
+            if not inside:
+                warn(f"{name} was finished before {path} was changed: it is as it was made from the earlier one")
+                continue
+            stale = ", ".join(str(out / later) for later in (name, *began_with(name, stages, out)))
+            raise DataError(
+                f"{name} was finished before with another {path} than there is now",
+                where=str(out / name),
+                fix=f"remove {stale}, so that what was made from the earlier one is made again, or give another "
+                "directory with --out",
+            )
+
+
+def began_with(name: str, stages: Mapping[str, tuple[str, Any]], out: Path) -> list[str]:
+    """The later stages that have begun and that use the result of a stage, also by way of others."""
+    using = [name]
+    for later, (_, settings) in stages.items():
+        text = config.to_toml(config.dump(settings))
+        if any(f"{out / one}{os.sep}" in text for one in using):
+            using.append(later)
+    return [later for later in using[1:] if (out / later / "settings.toml").exists()]
 
 
 def would_grow(directory: Path, stage: str, settings: Any) -> bool:
@@ -173,7 +211,8 @@ def would_grow(directory: Path, stage: str, settings: Any) -> bool:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError):
         return False  # it is reported when the run is opened
     now = tomllib.loads(config.to_toml(config.dump(settings)))
-    return any(before.get(key) != now.get(key) for key in registry.descriptor("stage", stage).grows)
+    lengths = ((key, before.get(key), now.get(key)) for key in registry.descriptor("stage", stage).grows)
+    return any(a != b and may_become(key, a, b, num_done=0, finished=True) for key, a, b in lengths)
 
 
 def expand(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
