@@ -153,7 +153,7 @@ def test_numbers_that_are_not_finite_are_null_in_what_is_written(tmp_path: Path)
     assert json.loads((tmp_path / "summary.json").read_text()) == {"accuracy": None, "parts": [1.5]}
 
 
-def test_rewinding_drops_later_rows_and_a_half_written_one(tmp_path: Path):
+def test_rewinding_drops_later_rows_and_a_half_written_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with opened(tmp_path) as run:
         for step in (1, 2, 3):
             run.log(step, {"loss/train": float(step)})
@@ -166,6 +166,9 @@ def test_rewinding_drops_later_rows_and_a_half_written_one(tmp_path: Path):
                 file.write(torn)
             run.rewind(2)
             assert steps(tmp_path / "metrics.jsonl") == [1, 2]
+        assert capsys.readouterr().err == ""
+        run.rewind(4)
+        assert "goes on after step 4 without the rows of steps 3 to 4" in capsys.readouterr().err
         run.rewind(0)
         assert (tmp_path / "metrics.jsonl").read_text() == ""
 

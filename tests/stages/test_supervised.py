@@ -46,12 +46,17 @@ def test_held_out_examples_come_in_the_pieces_of_one_batch(budget, whole):
     assert seen == ([len(comparisons.trees)] if whole else [len(piece.trees.trees) for piece in expected])
 
 
-@pytest.mark.parametrize("lost", [Path.unlink, lambda path: path.write_text("")])
+def all_but_the_first_row(path):
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+
+
+@pytest.mark.parametrize("lost", [Path.unlink, lambda path: path.write_text(""), all_but_the_first_row])
 def test_lost_metrics_of_a_run_at_its_end_are_named(tmp_path, base, lost):
-    out = run_stage("sft", tmp_path / "run", model=str(base), data="world:arithmetic?num=8", batch_size=8)
+    out = run_stage("sft", tmp_path / "run", model=str(base), data="world:arithmetic?num=8", batch_size=4)
     (out / "summary.json").unlink()
     lost(out / "metrics.jsonl")
     again = trimtab("sft", out / "settings.toml", "--out", out)
     assert again.exit_code == 2
     assert "metrics.jsonl has no row of the last step" in again.output
     assert "make room" not in again.output
+    assert "without the rows of steps" in again.output

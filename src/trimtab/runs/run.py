@@ -164,20 +164,21 @@ class Run:
         place = self._environment().get("place")
         then = RunPlace(**place) if isinstance(place, dict) and set(place) == set(vars(here)) else None
         return changes(
-            before, now, grows=self.facts.grows, then=then, here=here, num_done=self._num_done(), finished=self.finished
+            before, now, grows=self.facts.grows, then=then, here=here, num_done=self.num_done, finished=self.finished
         )
 
     def _take_over(self, found: Changes, text: str, began: dict[str, Any]) -> None:
         """Goes on with other settings: writes them, and records the earlier ones with the step."""
         if found.recorded:
-            step = self._num_done()
+            step = self.num_done
             began.setdefault("changed_settings", []).append({"after_step": step, "settings": found.recorded})
             note(f"the run goes on after step {step} with {found.said}")
         if found.length:  # first, so that a kill in between leaves a run that is finished again, with either length
             discard(self.directory / "summary.json")
         write_whole(self.directory / "settings.toml", text)
 
-    def _num_done(self) -> int:
+    @property
+    def num_done(self) -> int:
         """The step of the newest checkpoint; 0 if there is none."""
         steps = checkpoints_in(self.directory / "checkpoints")
         return step_of(steps[-1]) if steps else 0
@@ -318,7 +319,7 @@ class Run:
         written; the one before stays good.
         """
         checkpoints = self.directory / "checkpoints"
-        before = self._num_done()
+        before = self.num_done
         kept = f"the same command goes on from the checkpoint of step {before}" if before else _BEGINS_AGAIN
         with writing(f"the checkpoint of step {step}", checkpoints, kept=kept):
             checkpoints.mkdir(exist_ok=True)
@@ -349,12 +350,16 @@ class Run:
         return None
 
     def rewind(self, step: int) -> None:
-        """Cuts metrics.jsonl and the like before their first row that is after `step`, incomplete or damaged."""
+        """Cuts metrics.jsonl and the like before their first row that is after `step`, incomplete or damaged; says so
+        if metrics.jsonl then ends before `step`."""
         for name in _ROWS_OF_STEPS:
             path = self.directory / name
+            end, last = _up_to(path, step) if path.exists() else (0, 0)
             if path.exists():
-                # One system call, so a kill leaves either the old file or the new one.
-                os.truncate(path, _end_of_step(path, step))
+                os.truncate(path, end)  # one system call, so a kill leaves either the old file or the new one
+            if name == "metrics.jsonl" and last < step:
+                rows = f"the rows of steps {last + 1} to {step}"
+                warn(f"{path} is damaged: the run goes on after step {step} without {rows}")
 
     def save_model(self, write: Callable[[Path], None]) -> None:
         """Makes model/ out of what `write` puts into the directory it is given; a model/ before it is replaced."""
@@ -371,7 +376,7 @@ class Run:
         """A sentence that says what of this run is not lost if it stops now."""
         if self.finished:
             return f"{self.directory} is finished"
-        if done := self._num_done():
+        if done := self.num_done:
             return f"{self.directory} goes on after step {done}"
         return f"nothing of {self.directory} was saved yet: this stage begins again"
 
@@ -464,9 +469,9 @@ def _remove_unfinished(directory: Path) -> None:
 # --- rows of steps ---
 
 
-def _end_of_step(path: Path, step: int) -> int:
-    """The byte at which the first row begins that is after `step`, incomplete or damaged."""
-    end = 0
+def _up_to(path: Path, step: int) -> tuple[int, int]:
+    """The byte at which the first row begins that is after `step`, incomplete or damaged; and the step before it."""
+    end = last = 0
     with path.open("rb") as file:
         for line in file:
             try:
@@ -475,8 +480,8 @@ def _end_of_step(path: Path, step: int) -> int:
                 break
             if not line.endswith(b"\n") or not isinstance(number, int) or number > step:
                 break
-            end += len(line)
-    return end
+            end, last = end + len(line), number
+    return end, last
 
 
 def say_reading(source: str, kept: int, reading: Mapping[str, Any]) -> None:

@@ -185,13 +185,14 @@ def last_metrics(run: Run, *prefixes: str) -> dict[str, float]:
     run's rows were lost."""
     path = run.directory / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    if not lines:
+    row = json.loads(lines[-1]) if lines else {}
+    if row.get("step") != run.num_done:
         raise DataError(
             f"{path.name} has no row of the last step, whose metrics belong into the summary",
             where=str(path),
             fix="restore it, or begin again with --fresh or another --out",
         )
-    return {name: value for name, value in json.loads(lines[-1]).items() if name.startswith(prefixes)}
+    return {name: value for name, value in row.items() if name.startswith(prefixes)}
 
 
 def make_learner(
