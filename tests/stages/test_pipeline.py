@@ -73,11 +73,17 @@ def test_an_interrupted_pipeline_goes_on_with_the_stage_that_is_missing(tmp_path
         ({"stages": {}}, ["without stages"]),
         ({"stages": 3}, ["without stages"]),
         ({"stages": {"base": 3}}, ["stages.base.stage is None"]),
+        (changed("sft", stage="sft") | {"sft": {"batch_size": 3}}, ["unknown keys: sft", "did you mean stages.sft?"]),
+        (STAGES["sft"], ["a run file of the stage 'sft'", "use trimtab sft"]),
         (changed("sft", stage=["sft"]), ["stages.sft.stage is ['sft']"]),
         (changed("sft", like=["base"]), ["stages.sft.like = ['base'] names no earlier stage"]),
         (changed("sft", engine=3), ["stages.sft.engine: should be a table, not 3"]),
         (PIPELINE | {"engine": 3}, ["stages.sft.engine: should be a table, not 3"]),
         (PIPELINE | {"variables": 3}, ["variables is 3"]),
+        (
+            PIPELINE | {"stages": STAGES | {"stf": {"batch_size": 3}}},
+            ["stages.stf does not say which stage it is", "did you mean 'sft'?"],
+        ),
     ],
 )
 def test_a_mistake_is_answered_before_any_stage_starts(tmp_path, values, said):
@@ -86,6 +92,13 @@ def test_a_mistake_is_answered_before_any_stage_starts(tmp_path, values, said):
     for words in said:
         assert words in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_variable_that_no_stage_uses_is_named(tmp_path):
+    variables = PIPELINE["variables"] | {"demonstration": "rows.jsonl"}
+    result = run(tmp_path, changed("sft", batchsize=3) | {"variables": variables})
+    assert "no stage uses variables.demonstration; did you mean 'demonstrations'?" in result.output
+    assert "variables.demonstrations" not in result.output
 
 
 def test_all_mistakes_of_all_stages_are_reported_at_once(tmp_path):

@@ -22,7 +22,7 @@ import re
 import signal
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -252,17 +252,20 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
     """The stages by name, each as (stage, its settings). Raises one ConfigError with every mistake."""
     values = expand(values, where=where)
     tables = values.get("stages")
+    if "stages" not in values and isinstance(stage := values.get("stage"), str):
+        raise ConfigError(f"a run file of the stage {stage!r}", where=where, fix=f"use trimtab {stage}")
     if not isinstance(tables, Mapping) or not tables:
         raise ConfigError(
             "a pipeline without stages", where=where, fix='add tables such as [stages.sft] with stage = "sft"'
         )
     unknown = set(values) - set(TOP_LEVEL)
     if unknown:
+        near = nearest(sorted(unknown)[0], TOP_LEVEL)
+        near = next((f"did you mean stages.{name}? " for name in sorted(unknown) if name in tables), near)
         raise ConfigError(
             f"unknown keys: {', '.join(sorted(unknown))}",
             where=where,
-            fix=f"{nearest(sorted(unknown)[0], TOP_LEVEL)}a pipeline has seed, [engine], [variables] and "
-            "[stages.NAME] tables",
+            fix=f"{near}a pipeline has seed, [engine], [variables] and [stages.NAME] tables",
         )
     if not isinstance(variables := values.get("variables", {}), Mapping):
         raise ConfigError(
@@ -271,21 +274,11 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
             fix='it is a table, such as [variables] with data = "data.jsonl"',
         )
     known = registry.modules("stage")
+    say_unused(variables, [tables, values.get("engine")])
     resolved: dict[str, Any] = {}
     earlier: set[str] = set()
     for name, table in tables.items():
-        if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name) or name in RESERVED:
-            raise ConfigError(
-                f"a stage called {name!r}",
-                where=where,
-                fix="a stage is a directory of the pipeline: name it with letters, digits, _ and - only",
-            )
-        stage = table.get("stage") if isinstance(table, Mapping) else None
-        if not isinstance(stage, str) or stage not in known:
-            hint = nearest(str(stage), known)
-            raise ConfigError(
-                f"stages.{name}.stage is {stage!r}", where=where, fix=f"{hint}stages are: {', '.join(known)}"
-            )
+        refuse_misnamed(name, tables, known, where=where)
         settings = {key: value for key, value in table.items() if key != "stage"}
         if "seed" in values:
             settings.setdefault("seed", values["seed"])
@@ -301,6 +294,45 @@ def resolve_stages(values: Mapping[str, Any], out: Path, *, where: str) -> dict[
     classes = {key: registry.descriptor("stage", kind).settings for key, kind in kinds.items()}
     settings_of = config.resolve_tables(classes, resolved, where=where)
     return {name: (table["stage"], settings_of[f"stages.{name}"]) for name, table in tables.items()}
+
+
+def refuse_misnamed(name: str, tables: Mapping[str, Any], known: Collection[str], *, where: str) -> None:
+    """Raises ConfigError if the name of a stage cannot be that of a directory, or if its table names no stage."""
+    table = tables[name]
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name) or name in RESERVED:
+        raise ConfigError(
+            f"a stage called {name!r}",
+            where=where,
+            fix="a stage is a directory of the pipeline: name it with letters, digits, _ and - only",
+        )
+    if isinstance(table, Mapping) and "stage" not in table:
+        others = [other for other in tables if other != name]
+        raise ConfigError(
+            f"stages.{name} does not say which stage it is",
+            where=where,
+            fix=f'{nearest(name, others)}Else add stage = "…" to it; stages are: {", ".join(known)}',
+        )
+    stage = table["stage"] if isinstance(table, Mapping) else None
+    if not isinstance(stage, str) or stage not in known:
+        hint = nearest(str(stage), known)
+        raise ConfigError(f"stages.{name}.stage is {stage!r}", where=where, fix=f"{hint}stages are: {', '.join(known)}")
+
+
+def say_unused(variables: Mapping[str, Any], values: Any) -> None:
+    """Says on stderr which variables no value names: one that is misspelt on the command line would change nothing."""
+    named = {text[1:] for text in _texts(values) if text.startswith("$")}
+    for name in sorted(set(variables) - named):
+        meant = nearest(name, named) or f"a stage uses it as ${name}"
+        warn(f"no stage uses variables.{name}; {meant.rstrip()}")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in nested tables and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
 
 
 def substitute(value: Any, key: str, variables: Mapping[str, Any], earlier: set[str], out: Path, where: str) -> Any:
