@@ -20,7 +20,7 @@ from tests.stages.objectives import (
     source,
     two,
 )
-from trimtab.core.errors import ConfigError, DataError
+from trimtab.core.errors import ConfigError, DataError, EngineError
 from trimtab.core.types import Message, Prompt
 from trimtab.math.combining import SafetyGate, WeightedSum
 from trimtab.math.rewards import RunningMoments, moments_of
@@ -105,6 +105,12 @@ def test_rewards_on_scales_far_apart_are_named_with_what_to_do(capsys):
     check_scores(parts | {"callable": torch.tensor([390.0, 0.0])}, settings(**two()))
     check_scores(parts | {"callable_2": torch.tensor([1.0, 1.0])}, settings(**two()))  # says nothing of its scale yet
     assert not capsys.readouterr().err
+
+
+def test_a_cost_that_is_the_same_for_all_replies_is_said_with_its_weight():
+    limited = {"cost": {"reward": function("flat", weight=-2.0), "limit": 0.25}}
+    with pytest.raises(EngineError, match=r"the cost of all 2 replies is 0\.5"):
+        check_scores({"cost": torch.tensor([-0.25, -0.25])}, settings(**two(**limited)))
 
 
 def test_advantages_of_each_reward_apart_run(tmp_path, base):

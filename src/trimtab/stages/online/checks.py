@@ -50,9 +50,10 @@ def check_scores(parts: Mapping[str, Tensor], settings: OnlineSettings, *, pays_
     Says on stderr if one reward varies more than 100 times as much as another, so that their sum is the one alone.
     Raises EngineError if a limited cost is the same for all replies: there is nothing to learn from it.
     """
-    if COST in parts and len(seen := set(parts[COST][parts[COST].isfinite()].tolist())) == 1:
+    if settings.cost and len(seen := set(parts[COST][parts[COST].isfinite()].tolist())) == 1:
+        paid = settings.cost.reward.weight * seen.pop()
         raise EngineError(
-            f"the cost of all {len(parts[COST])} replies is {seen.pop():g}, so that no reply shows how to cost less",
+            f"the cost of all {len(parts[COST])} replies is {paid:g}, so that no reply shows how to cost less",
             where="cost.reward, in step 1",
             fix="see that the cost judges what the prompts ask for; if it is only rare, raise prompts_per_step or add "
             "prompts that lead to it",
