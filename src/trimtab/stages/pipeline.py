@@ -32,7 +32,7 @@ from rich.console import Console
 from trimtab.core import config, registry, settings_check
 from trimtab.core.errors import ConfigError, DataError, Interrupted, Terminated, TrimtabError, nearest
 from trimtab.core.files import read_json, write_json, write_whole, writing
-from trimtab.core.process import peak_rss_gb, peaks_rss_gb
+from trimtab.core.process import peaks_rss_gb
 from trimtab.core.terminal import warn
 from trimtab.data.sources import files_hash
 from trimtab.rewards.combined import judges_and_measure
@@ -110,7 +110,8 @@ def open_run(directory: str | Path, stage: str, settings: Any, *, resume: bool =
 
 
 def run_stage(stage: str, settings: Any, run: Run) -> None:
-    """Runs one stage to its end and notes how long it took. Raises Interrupted, with what is kept, for Ctrl-C."""
+    """Runs one stage to its end and notes how long it took and the memory so far. Raises Interrupted for Ctrl-C, with
+    what is kept."""
     started = time.perf_counter()
     try:
         registry.descriptor("stage", stage).run(settings, run)
@@ -118,7 +119,8 @@ def run_stage(stage: str, settings: Any, run: Run) -> None:
         number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
         kept = f"stopped at once; {run.kept()}, and finished stages stay"
         raise Interrupted(kept, signal_number=number) from stop
-    add_to_summary(run.directory, {"seconds": time.perf_counter() - started})
+    seconds = time.perf_counter() - started
+    add_to_summary(run.directory, {"seconds": seconds, "peak_rss_gb_each": peaks_rss_gb()})
 
 
 def refuse_other_contents(out: Path, names: Sequence[str], text: str, *, where: str) -> None:
@@ -361,11 +363,13 @@ def summarise(values: Mapping[str, Any], stages: Mapping[str, str], out: Path) -
     """The summary of all stages, with what a reader asks for first under `reward_model` and `policy`."""
     again = "remove it: the same command finishes the stage again from its last checkpoint"
     summaries = {name: read_json(out / name / "summary.json", fix=again) for name in stages}
+    # Of the stages, and not of this process, which may have found some of them finished.
+    memory: list[float] = max((found.get("peak_rss_gb_each", []) for found in summaries.values()), key=sum)
     summary: dict[str, Any] = {
         "seed": values.get("seed"),
         "seconds": sum(s.get("seconds", 0.0) for s in summaries.values()),
-        "peak_rss_gb": peak_rss_gb(),
-        "peak_rss_gb_each": peaks_rss_gb(),
+        "peak_rss_gb": sum(memory),
+        "peak_rss_gb_each": memory,
         "num_cpus": os.cpu_count(),
         "stages": {name: {"stage": stage, "seconds": summaries[name].get("seconds")} for name, stage in stages.items()},
     }
