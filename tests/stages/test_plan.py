@@ -71,6 +71,8 @@ def test_plan_says_what_it_needs(tmp_path, base):
     assert "there is no file 'nowhere.jsonl'" in missing.output
     wrong = trimtab("plan", file, "--stage", "sft", "batch_sise=3")
     assert "batch_size" in wrong.output
+    pipeline = trimtab("plan", write_run_file(tmp_path / "pipeline.toml", COMPARED), "--stage", "reward")
+    assert "--stage reward for a pipeline" in pipeline.output
 
 
 def test_the_stage_of_a_file_is_known_by_its_keys(tmp_path, base, reward_run):

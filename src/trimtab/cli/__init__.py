@@ -180,6 +180,8 @@ def plan(run_file: Path, overrides: tuple[str, ...], stage: str | None, paper: d
     from rich.console import Console
 
     values, where = _read(run_file, _on(overrides, **engine))
+    if "stages" in values and stage:
+        raise ConfigError(f"--stage {stage} for a pipeline", where=str(run_file), fix="leave it out: all are planned")
     if "stages" not in values:
         stage = stage or values.get("stage") or stage_of(values, where)
         values = {"stages": {str(stage): {**values, "stage": stage}}}
