@@ -81,6 +81,7 @@ def test_a_mistake_is_answered_with_what_to_change(base, options, said):
     result = trimtab("generate", "--model", base, *options)
     assert result.exit_code == 2
     assert said in result.output
+    assert "run file" not in result.output
 
 
 @pytest.mark.parametrize("words", [["generate", "--prompt", "a"], ["score", "--data", "world:arithmetic?num=2"]])

@@ -134,8 +134,9 @@ def resolve_tables(
 
 
 def refused(mistakes: list[str], *, where: str) -> ConfigError:
-    """The one error for all mistakes of a run file."""
-    return ConfigError(_listed(mistakes), where=where, fix="correct these in the run file or its overrides")
+    """The one error for all mistakes of a run file, or of options."""
+    place = "on the command line" if where == "the command line" else "in the run file or its overrides"
+    return ConfigError(_listed(mistakes), where=where, fix=f"correct these {place}")
 
 
 def dump(settings: Any) -> dict[str, Any]:
