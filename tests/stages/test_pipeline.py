@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 
-from tests.stages.commands import FAST, SHORT, summary, trimtab, write_run_file
+from tests.stages.commands import FAST, SHORT, run_stage, summary, trimtab, write_run_file
 
 STAGES = {
     "base": {
@@ -171,3 +171,17 @@ def test_a_stage_that_is_to_become_longer_names_all_that_began_with_it(tmp_path)
     assert "base is to be made longer, but sft, check began with it" in result.output
     result = run(tmp_path, changed("base", num_epochs=0.5))
     assert "num_epochs: 1.0 there, 0.5 now" in result.output
+
+
+def test_a_finished_run_that_cannot_become_longer_stays_finished(tmp_path, base):
+    rows = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "1"}]} for i in "1234"]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    out = run_stage("sft", tmp_path / "run", model=str(base), data=str(data), batch_size=1, held_out=0.0, max_steps=2)
+    before = (out / "summary.json").read_bytes(), (out / "settings.toml").read_bytes()
+    for content, said in ((json.dumps(rows[0]), "is not what this run began with"), (None, "there is no file")):
+        data.write_text(content) if content else data.unlink()
+        longer = trimtab("sft", tmp_path / "run.toml", "--out", out, "max_steps=3")
+        assert longer.exit_code == 2
+        assert said in longer.output
+        assert ((out / "summary.json").read_bytes(), (out / "settings.toml").read_bytes()) == before

@@ -287,7 +287,7 @@ def _opened(
 
     stage = preflight.describe(name)
     settings: Any = config.resolve(stage.settings, values, where=where)
-    if fresh or not (out / "summary.json").exists():
+    if fresh or not (out / "summary.json").exists() or preflight.would_grow(out, name, settings):
         preflight.check_stage(name, settings, where=where)
     with open_run(out, name, settings, resume=not fresh) as run:
         try:

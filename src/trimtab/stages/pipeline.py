@@ -38,7 +38,7 @@ from trimtab.data.sources import files_hash
 from trimtab.rewards.combined import judges_and_measure
 from trimtab.rewards.python_callable import PythonCallable, file_digest
 from trimtab.runs.models import local_digest
-from trimtab.runs.resume import flat, may_become
+from trimtab.runs.resume import flat
 from trimtab.runs.run import Run, holding, holds_run
 from trimtab.stages import preflight
 
@@ -91,7 +91,15 @@ def _without_fresh(directory: Path) -> Iterator[None]:
 
 def open_run(directory: str | Path, stage: str, settings: Any, *, resume: bool = True) -> Run:
     """The run of a stage in a directory, with the facts of the stage's descriptor; see `Run.open`. A run that goes on
-    with a function of the user's that was changed meanwhile says so and records it."""
+    with a function of the user's that was changed meanwhile says so and records it. A finished run stays finished if it
+    cannot become longer because what it read has changed."""
+    if resume and preflight.would_grow(Path(directory), stage, settings):
+        for path in changed_since(Path(directory), settings):
+            raise DataError(
+                f"{path} is not what this run began with",
+                where=str(directory),
+                fix="restore it, or begin again with --fresh or another --out",
+            )
     run = Run.open(
         directory,
         stage=stage,
@@ -156,7 +164,7 @@ def stages_of(file: Path) -> Sequence[str]:
 def refuse_stale(stages: Mapping[str, tuple[str, Any]], out: Path) -> None:
     """Raises ConfigError if a stage would become longer although a later stage has already used its result."""
     for name, (stage, settings) in stages.items():
-        if would_grow(out / name, stage, settings) and (used_by := began_with(name, stages, out)):
+        if preflight.would_grow(out / name, stage, settings) and (used_by := began_with(name, stages, out)):
             raise ConfigError(
                 f"{name} is to be made longer, but {', '.join(used_by)} began with it as it is",
                 where=str(out / name),
@@ -167,31 +175,37 @@ def refuse_stale(stages: Mapping[str, tuple[str, Any]], out: Path) -> None:
 def refuse_remade(name: str, stages: Mapping[str, tuple[str, Any]], out: Path) -> None:
     """Raises DataError if a finished stage has read a model or file of an earlier stage that was made anew since. Says
     so on stderr if it was a file or model from elsewhere."""
-    read = dict.fromkeys(value for _, value in flat(config.dump(stages[name][1])) if isinstance(value, str))
+    for path in changed_since(out / name, stages[name][1]):
+        if not path.startswith(str(out) + os.sep):
+            warn(f"{name} was finished before {path} was changed: it is as it was made from the earlier one")
+            continue
+        stale = ", ".join(str(out / later) for later in (name, *began_with(name, stages, out)))
+        raise DataError(
+            f"{name} was finished before with another {path} than there is now",
+            where=str(out / name),
+            fix=f"remove {stale}, so that what was made from the earlier one is made again, or give another directory "
+            "with --out",
+        )
+
+
+def changed_since(directory: Path, settings: Any) -> Iterator[str]:
+    """The models and files in the settings of a run that are there and are others than the run has read."""
+    beside = directory.parent
+    read = dict.fromkeys(value for _, value in flat(config.dump(settings)) if isinstance(value, str))
     for record, digest_of in (("models.json", local_digest), ("data.json", files_hash)):
-        file = out / name / record
+        file = directory / record
         seen = read_json(file, fix="remove it: what the stage has read is not known then") if file.exists() else {}
         hashes = {
             known: entry["sha256"] for known, entry in seen.items() if isinstance(entry, dict) and "sha256" in entry
         }
         for path in read:
-            inside = path.startswith(str(out) + os.sep)
-            # The pipeline may have been moved, or named in another way, since the stage has read its files.
-            names = (path, os.sep + os.path.relpath(path, out)) if inside else (path,)
+            # The runs may have been moved, or named in another way, since this one has read its files.
+            inside = path.startswith(str(beside) + os.sep)
+            names = (path, os.sep + os.path.relpath(path, beside)) if inside else (path,)
             before = next((hashes[known] for known in hashes if known == path or known.endswith(names[1:])), None)
             now = digest_of(path) if before is not None else None
-            if now is None or now == before:
-                continue
-            if not inside:
-                warn(f"{name} was finished before {path} was changed: it is as it was made from the earlier one")
-                continue
-            stale = ", ".join(str(out / later) for later in (name, *began_with(name, stages, out)))
-            raise DataError(
-                f"{name} was finished before with another {path} than there is now",
-                where=str(out / name),
-                fix=f"remove {stale}, so that what was made from the earlier one is made again, or give another "
-                "directory with --out",
-            )
+            if now is not None and now != before:
+                yield path
 
 
 def began_with(name: str, stages: Mapping[str, tuple[str, Any]], out: Path) -> list[str]:
@@ -202,19 +216,6 @@ def began_with(name: str, stages: Mapping[str, tuple[str, Any]], out: Path) -> l
         if any(f"{out / one}{os.sep}" in text for one in using):
             using.append(later)
     return [later for later in using[1:] if (out / later / "settings.toml").exists()]
-
-
-def would_grow(directory: Path, stage: str, settings: Any) -> bool:
-    """Whether these settings ask more of a finished run than it has done."""
-    if not (directory / "summary.json").exists() or not (directory / "settings.toml").exists():
-        return False
-    try:
-        before = tomllib.loads((directory / "settings.toml").read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
-        return False  # it is reported when the run is opened
-    now = tomllib.loads(config.to_toml(config.dump(settings)))
-    lengths = ((key, before.get(key), now.get(key)) for key in registry.descriptor("stage", stage).grows)
-    return any(a != b and may_become(key, a, b, num_done=0, finished=True) for key, a, b in lengths)
 
 
 def expand(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:

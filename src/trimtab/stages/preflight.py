@@ -7,6 +7,7 @@ read here; the stage itself reads the whole, and has the last word.
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from trimtab.rewards.gold import GoldReward, GoldScorer
 from trimtab.rewards.length_correction import read_correction
 from trimtab.rewards.model import ModelReward, RewardModel
 from trimtab.rewards.python_callable import PythonCallable, load_function
+from trimtab.runs.resume import may_become
 from trimtab.stages.stage import ModelKind, Stage
 
 Made = Mapping[str, tuple[str, Any]]
@@ -63,11 +65,11 @@ class ModelUse:
 
 def check(stages: Mapping[str, tuple[str, Any]], out: Path, *, where: str) -> None:
     """Raises one error with all that is missing or does not fit in the stages of a pipeline in `out`, by their names.
-    Finished stages are not checked."""
+    Finished stages are not checked, unless they are to become longer."""
     earlier: dict[str, tuple[str, Any]] = {}
     found: list[tuple[str, TrimtabError]] = []
     for name, (stage, settings) in stages.items():
-        if not (out / name / "summary.json").exists():
+        if not (out / name / "summary.json").exists() or would_grow(out / name, stage, settings):
             made = {str(out / before): done for before, done in earlier.items()}
             found += [(f"stages.{name}.{key}", error) for key, error in _problems(stage, settings, made)]
         earlier[name] = stage, settings
@@ -77,6 +79,19 @@ def check(stages: Mapping[str, tuple[str, Any]], out: Path, *, where: str) -> No
 def check_stage(stage: str, settings: Any, *, where: str) -> None:
     """Raises one error with all that is missing or does not fit in a single stage."""
     _raise(list(_problems(stage, settings, {})), where)
+
+
+def would_grow(directory: Path, stage: str, settings: Any) -> bool:
+    """Whether these settings ask more of a finished run than it has done."""
+    if not (directory / "summary.json").exists() or not (directory / "settings.toml").exists():
+        return False
+    try:
+        before = tomllib.loads((directory / "settings.toml").read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        return False  # it is reported when the run is opened
+    now = tomllib.loads(config.to_toml(config.dump(settings)))
+    lengths = ((key, before.get(key), now.get(key)) for key in registry.descriptor("stage", stage).grows)
+    return any(a != b and may_become(key, a, b, num_done=0, finished=True) for key, a, b in lengths)
 
 
 def describe(stage: str) -> Stage:
