@@ -10,6 +10,9 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Literal
 
+import numpy as np
+import scipy
+
 from trimtab.core.errors import DataError
 from trimtab.core.types import Prompt
 from trimtab.worlds.world import World
@@ -99,15 +102,15 @@ def calibrate(
     `scale` is found by bisection, since agreement grows with it. Raises DataError if no scale gives this agreement.
     """
     plain = Annotators(world, biases, question=question)
-    gaps = [plain.utility(prompt, a) - plain.utility(prompt, b) for prompt, a, b in pairs]
-    if not gaps:
+    gaps = np.array([plain.utility(prompt, a) - plain.utility(prompt, b) for prompt, a, b in pairs])
+    if not len(gaps):
         raise DataError(
             "there are no pairs to calibrate annotators on", where=f"world {world.name}", fix="give a few hundred pairs"
         )
 
     def agreement_at(scale: float) -> float:
-        chances = [_sigmoid(scale * gap) for gap in gaps]
-        return fmean([p * p + (1 - p) * (1 - p) for p in chances])
+        chances = scipy.special.expit(scale * gaps)
+        return float(np.mean(chances**2 + (1 - chances) ** 2))
 
     most = agreement_at(_STEEPEST)
     if not 0.5 < agreement < most:
