@@ -1,7 +1,7 @@
 """What a reward model lacks to the limit of the votes, where it lacks it, and what more or fewer passes over the same
 votes bring.
 
-    python benchmarks/reward_limit.py --starts runs/quickstart-0 runs/quickstart-1 --passes 1 2
+    python benchmarks/reward_limit.py --starts runs/quickstart-0 runs/quickstart-1 --passes 1 1.5
 
 `--starts` are finished quickstarts of different seeds, each with a base and votes of its own. A reward model learns
 from the votes of each, as the quickstart's does, in so many passes; the settings are otherwise the same. It is judged
@@ -77,14 +77,14 @@ def judged(model: Path, file: Path, most: int) -> dict[str, float]:
     }
 
 
-def one_model(start: Path, out: Path, seed: int, passes: int) -> dict[str, Any]:
+def one_model(start: Path, out: Path, seed: int, passes: float) -> dict[str, Any]:
     """What a model of so many passes comes to. The quickstart's own is taken for as many as it makes."""
     compare = start / "compare"
     train, held_out = compare / "train.jsonl", compare / "held_out.jsonl"
     model, cost = start / "reward" / "model", {}
     if passes != OWN_PASSES:
-        here = out / f"{start.name}-passes-{passes}"
-        stage = reward_stage(start, Votes(train, held_out, held_out), num_epochs=float(passes))
+        here = out / f"{start.name}-passes-{passes:g}"
+        stage = reward_stage(start, Votes(train, held_out, held_out), num_epochs=passes)
         cost, model = run({"reward": stage}, here, seed=seed), here / "reward" / "model"
     found = judged(model, held_out, most=10**9)
     known = judged(model, train, most=9000)
@@ -103,7 +103,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells += [
             _points(mean_over_seeds(each, name), name) if len(each) > 1 else _alone(each[0], name) for name in NAMES
         ]
-        lines.append(f"| {passes} | " + " | ".join(cells) + " |")
+        lines.append(f"| {passes:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=Path, nargs="+", required=True, help="quickstarts of the seeds 0, 1, 2, …")
     parser.add_argument("--out", type=Path, default=Path("runs/reward-limit"))
-    parser.add_argument("--passes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--passes", type=float, nargs="+", default=[1.0, OWN_PASSES])
     options = parser.parse_args()
     torch.set_num_threads(1)
     out = options.out.resolve()
