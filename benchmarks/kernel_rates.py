@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from trimtab.engines.local.kernels import SWITCH, Kernels, find
+from trimtab.core.compiled import SWITCH
+from trimtab.engines.local.kernels import Kernels, find
 
 SHAPES = [(512, 1024), (512, 3072), (1536, 512), (512, 8192)]
 """Ins and outs of a model of 30 million weights: queries, keys and values; gate and up; down; the head."""

@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, GPT2Config
 
 from tests.stages.commands import PROMPTS, SHORT, run_stage, summary, trimtab, write_run_file
+from trimtab.core.compiled import SWITCH
 from trimtab.engines.local import sampler as local_generator
-from trimtab.engines.local.kernels import SWITCH, find
+from trimtab.engines.local.kernels import find
 from trimtab.engines.local.slots import SlotForm
 from trimtab.models.load import load_tokenizer
 from trimtab.models.save import save_model

@@ -11,11 +11,12 @@ import torch
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 from tests import tiny
+from trimtab.core.compiled import SWITCH, library
 from trimtab.core.errors import EngineError
 from trimtab.engines.local import kernels, slots
 from trimtab.engines.local.form_choice import FormChoice, choose_form, forms
 from trimtab.engines.local.fused import FusedForward
-from trimtab.engines.local.kernels import GATED, SWITCH, CompiledKernels, Kernels, ProductForm, find
+from trimtab.engines.local.kernels import GATED, CompiledKernels, Kernels, ProductForm, find
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.engines.local.slot_cache import SlotCache
 from trimtab.models.roles import Policy
@@ -33,8 +34,13 @@ def compiled():
 
 @pytest.fixture
 def looked_for_anew():
-    kernels._library.cache_clear()
+    forget()
     yield
+    forget()
+
+
+def forget():
+    library.cache_clear()
     kernels._library.cache_clear()
 
 

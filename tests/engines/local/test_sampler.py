@@ -7,12 +7,13 @@ import torch
 from tests.architectures.families import causal as family
 from tests.tiny import DECODERS, VOCAB, causal, write_model_directory
 from trimtab.batches.rollouts import in_groups, rollout_trees
+from trimtab.core.compiled import SWITCH
 from trimtab.core.errors import ConfigError, DataError, EngineError
 from trimtab.core.types import Message, Prompt
 from trimtab.data.chat import Chat
 from trimtab.engines.local.form_choice import FormChoice, choose_form, forms
 from trimtab.engines.local.fused import LLAMA_LIKE, FusedForward
-from trimtab.engines.local.kernels import SWITCH, Kernels, find
+from trimtab.engines.local.kernels import Kernels, find
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.engines.local.slots import SlotForm
 from trimtab.math.logprobs import truncated_logprobs

@@ -1,21 +1,14 @@
 """The operations of a decoding step with few rows: in torch, and in C (`kernels.c`), which is faster.
 
-The C file is compiled by the machine's own compiler at its first use and kept in the user's cache. torch computes the
-same if there is no compiler with OpenMP, on a GPU, and in bfloat16 on processors that do not multiply it.
+The C file is compiled by the machine's own compiler (`core/compiled.py`). torch computes the same if there is no
+compiler with OpenMP, on a GPU, and in bfloat16 on processors that do not multiply it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import itertools
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
@@ -26,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, rms_norm, silu
 
-from trimtab.core.errors import EngineError
+from trimtab.core.compiled import NO_WINDOW, asked_for, cannot_be_had, library
 
 
 class ProductForm(NamedTuple):
@@ -50,16 +43,12 @@ PACK_FROM = 1 << 16
 rows of a decoding step, slower for small matrices. The limit is fixed and not measured at run time, so that a resumed
 run rounds as the interrupted one did."""
 SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 FORMS = ("plain", "normed", "gated")
 """The kinds of `ProductForm`, in the order of kernels.c."""
 MOST_LANES = 32
 """Rows are padded to a multiple of this: the floats that two vectors of the widest processors hold."""
 BLOCK = 16
 """Compiled kernels keep the keys of this many tokens side by side; see kernels.c."""
-NO_WINDOW = 1 << 62
-SWITCH = "TRIMTAB_KERNELS"
-"""Environment variable: `torch` uses torch for everything, `compiled` allows only the compiled kernels."""
 
 
 class Matrices:
@@ -376,24 +365,20 @@ def _block(block: Block) -> _BlockInC:
 def find(weight: Tensor) -> Kernels:
     """The fastest kernels for a model with weights like this, or those that the environment variable asks for. Raises
     EngineError if they are not available."""
-    asked = os.environ.get(SWITCH, "")
-    if asked not in ("", "torch", "compiled"):
-        raise EngineError(
-            f"{SWITCH} = {asked!r}", where="the environment", fix="set it to torch or compiled, or leave it out"
-        )
-    dtype = product_dtype(weight)
+    asked, dtype = asked_for(), product_dtype(weight)
     fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and dtype in (torch.float32, torch.bfloat16)
-    library = _library() if fits and asked != "torch" else None
-    if library is not None and (dtype == torch.float32 or library.multiplies_pairs()):
-        return CompiledKernels(library, dtype)
+    found = _library() if fits and asked != "torch" else None
+    if found is not None and (dtype == torch.float32 or found.multiplies_pairs()):
+        return CompiledKernels(found, dtype)
     if asked == "compiled":
-        problem, fix = "only float32 weights on a CPU have compiled kernels", "leave the variable out"
-        if library is not None:
-            problem = "this processor does not multiply bfloat16, in which replies are to be sampled"
-        elif fits:
-            problem = "no C compiler with OpenMP was found, or its result cannot be kept"
-            fix = "install gcc or name a compiler in CC, and see that XDG_CACHE_HOME (~/.cache) can be written"
-        raise EngineError(f"{SWITCH} = 'compiled', but {problem}", where="the environment", fix=fix)
+        if found is not None:
+            raise cannot_be_had(
+                "this processor does not multiply bfloat16, in which replies are to be sampled",
+                "leave the variable out",
+            )
+        if not fits:
+            raise cannot_be_had("only float32 weights on a CPU have compiled kernels", "leave the variable out")
+        raise cannot_be_had()
     return Kernels()
 
 
@@ -410,44 +395,18 @@ def has_onednn() -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    if shutil.which(compiler[0]) is None:
-        return None
-    try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.CalledProcessError):
+    found = library(SOURCE)
+    if found is None:
         return None
     p, i, f = c_void_p, c_int64, c_float
-    library.product.argtypes = [p, i, i, i, p, f, i, p, p, p, p, i, p, i, i]
-    library.rotate.argtypes = [p, i, i, i, i, p, f, p, p, i]
-    library.attend.argtypes = [p, i, p, p, i, i, i, i, i, f, i, p, p, i, p, p, p, p, i, p, p, p, i, i]
-    library.decode.argtypes = [p, p, i, p, i, i, f, i, i, i, p, p, i, p, p, i, p, p, p, p, p, p, i, i]
-    for function in (library.product, library.rotate, library.attend, library.decode):
+    found.product.argtypes = [p, i, i, i, p, f, i, p, p, p, p, i, p, i, i]
+    found.rotate.argtypes = [p, i, i, i, i, p, f, p, p, i]
+    found.attend.argtypes = [p, i, p, p, i, i, i, i, i, f, i, p, p, i, p, p, p, p, i, p, p, p, i, i]
+    found.decode.argtypes = [p, p, i, p, i, i, f, i, i, i, p, p, i, p, p, i, p, p, p, p, p, p, i, i]
+    for function in (found.product, found.rotate, found.attend, found.decode):
         function.restype = None
-    library.multiplies_pairs.restype = i
-    return library
-
-
-def _compiled(compiler: list[str]) -> Path:
-    """The library for this source, compiler and processor. It is compiled if it is not in the cache yet."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
-    facts = [SOURCE.read_bytes(), version, " ".join([*compiler, *FLAGS]).encode(), _processor().encode()]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
-    path = folder / f"kernels-{hashlib.sha256(b'|'.join(facts)).hexdigest()[:16]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / path.name
-            subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, check=True)
-            made.replace(path)
-    return path
-
-
-def _processor() -> str:
-    """The features of the processor, which `-march=native` depends on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    found.multiplies_pairs.restype = i
+    return found
 
 
 def _address(x: Tensor | None) -> int | None:
