@@ -174,7 +174,8 @@ def sampling(device: torch.device, engine: EngineSettings) -> Iterator[Finding]:
     if engine.sampler.name != "local":
         yield from samplers(engine, policy, prompts, drawn)
     if isinstance(first := next(forms(policy, Sampling(), cast(Chat, NoChat()))), SlotForm) and device.type == "cpu":
-        slow = "" if first.kernels.compiled else "no C compiler was found: replies are drawn 1.3 to 1.5 times slower"
+        slow = "no C compiler was found: replies are drawn 1.3 to 1.5 times slower, and training steps take longer too"
+        slow = "" if first.kernels.compiled else slow
         yield Finding("compiled kernels", "yes" if first.kernels.compiled else "no", slow)
 
 

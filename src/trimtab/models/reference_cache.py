@@ -79,7 +79,7 @@ _NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dt
 
 def content_key(model_digest: str, policy: Policy, trees: Sequence[Tree], token_budget: int) -> str:
     """The file name, without suffix, for the log-probabilities of these trees under a model with this digest."""
-    how = [model_digest, policy.precision, policy.temperature, policy.form, token_budget, torch.__version__]
+    how = [model_digest, policy.precision, policy.temperature, policy.way, token_budget, torch.__version__]
     digest = hashlib.sha256(json.dumps(how).encode())
     for tree in trees:
         shape = (len(tree.prompt), *(len(b.ids) for b in tree.branches))

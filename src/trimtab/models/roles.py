@@ -18,6 +18,7 @@ from trimtab.math.logprobs import exact_kl, token_logprobs
 from trimtab.models.adapters import adapter_parameters, trained_weight_of, using
 from trimtab.models.attention import backbone
 from trimtab.models.checkpointing import checkpoint_blocks
+from trimtab.models.compiled_attention import takes_compiled
 from trimtab.models.embedding_gradients import gradients_in_place, takes_in_place
 from trimtab.models.forms import Form, Place, hidden_states, proved
 from trimtab.models.logits import head_of, logit_shape
@@ -59,6 +60,12 @@ class Role(nn.Module):
     def tree_form(self, value: bool) -> None:
         if value != self.tree_form:
             self.form = "tree" if value else "padded"
+
+    @property
+    def way(self) -> str:
+        """The form and whether its attention is compiled, for a run's records. Example: "tree, compiled"."""
+        fits = self.tree_form and self.precision == "float32" and takes_compiled(next(self.model.parameters()))
+        return self.form + ", compiled" * fits
 
     def states(self, trees: TokenTrees, places: list[Place]) -> list[Tensor]:
         """The last hidden states at each of `places`, computed in the role's form."""

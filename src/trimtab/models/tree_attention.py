@@ -4,7 +4,8 @@ The definition lays the trees side by side and masks. Torch's flash kernels give
 are merged by their sums of exponentials: causal attention inside prompts and branches and, at each fork, attention of
 all branches over the keys of their prompt. None of these parts needs a mask of the tree. On a CPU the parts lie side by
 side in strips; on a GPU, in 16 bits, they are packed without padding. With a window and attention sinks, the one part
-on a CPU is the trees side by side under their mask.
+on a CPU is the trees side by side under their mask. In float32 a CPU with a compiler needs no parts: the whole row is
+one (`compiled_attention.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,12 +23,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from trimtab.batches.device import has_flash_attention, is_gpu, num_multiprocessors, repeatable
 from trimtab.batches.trees import Packed, PackedParts, Strips, TokenTrees, TreeParts
 from trimtab.models.attention import UNSEEN, Attend, Window, attention_with_lse, merge_attention, softmax_attention
+from trimtab.models.compiled_attention import CompiledPart, takes_compiled
+
+Way = Literal["masked", "packed", "strips", "compiled"]
 
 
 def tree_attention(trees: TokenTrees) -> Attend:
     """Attention among the tokens of `trees`."""
     masks: dict[Window, Tensor] = {}
-    parts: dict[tuple[Window, bool], Sequence[AttentionPart]] = {}
+    parts: dict[tuple[Window, Way], Sequence[AttentionPart]] = {}
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     """Results on a GPU of layers that activation checkpointing may compute again: attention, the dearest part of a long
     row, is not. Without checkpointing autograd keeps the same tensors."""
@@ -37,9 +41,12 @@ def tree_attention(trees: TokenTrees) -> Attend:
             masks[window] = trees.visible(window)[:, None]
         return masks[window]
 
-    def parts_of(window: Window, query: Tensor, packed: bool) -> Sequence[AttentionPart]:
-        if packed:
+    def parts_of(window: Window, query: Tensor, way: Way) -> Sequence[AttentionPart]:
+        if way == "packed":
             return _packed_parts(trees.packed)
+        if way == "compiled":
+            assert not callable(window)
+            return [CompiledPart.build(trees.trees, window)]
         return _parts(trees.parts) if window is None else [_whole(trees.strips, mask(window), query)]
 
     def attend(
@@ -51,18 +58,27 @@ def tree_attention(trees: TokenTrees) -> Attend:
         window: Window,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        packed = window is None and sinks is None and takes_packed(query)
-        if not packed and (query.device.type != "cpu" or (window is not None and sinks is None)):
+        way = way_of(query, window, sinks)
+        if way == "masked":
             return masked_attention(query, key, value, trees.strips, mask(window), scaling, sinks)
-        if (window, packed) not in parts:
-            parts[window, packed] = parts_of(window, query, packed)
+        if (window, way) not in parts:
+            parts[window, way] = parts_of(window, query, way)
         known = kept.pop(layer, None)
-        output, lse = _PartedAttention.apply(query, key, value, sinks, parts[window, packed], scaling, known)  # type: ignore[no-untyped-call]
-        if packed and known is None and torch.is_grad_enabled():
+        output, lse = _PartedAttention.apply(query, key, value, sinks, parts[window, way], scaling, known)  # type: ignore[no-untyped-call]
+        if way == "packed" and known is None and torch.is_grad_enabled():
             kept[layer] = output.detach(), lse
         return output  # type: ignore[no-any-return]
 
     return attend
+
+
+def way_of(query: Tensor, window: Window, sinks: Tensor | None) -> Way:
+    """How attention of these queries [N, H, D] is computed: masked, which is the definition, or in parts."""
+    if window is None and sinks is None and takes_packed(query):
+        return "packed"
+    if not callable(window) and takes_compiled(query):
+        return "compiled"
+    return "masked" if query.device.type != "cpu" or (window is not None and sinks is None) else "strips"
 
 
 def masked_attention(

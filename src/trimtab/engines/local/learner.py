@@ -142,7 +142,7 @@ class LocalLearner(LocalScorer):
     @property
     def form(self) -> str:
         """How the model computes a batch."""
-        return self.role.form
+        return self.role.way
 
     @torch.no_grad()
     def evaluate(self, batch: Any, loss: Loss) -> Metrics:

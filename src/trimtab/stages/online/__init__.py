@@ -95,7 +95,7 @@ def run(settings: OnlineSettings, run: Run) -> None:
     queue = RolloutQueue(source, state, settings)
     guard = make_guard(settings, run, state, queue, source, data.checks, measure, policy=policy, reference=reference)
     run.note_path("sampler", sampler.sampler)
-    run.note_path("form", models.policy.form)
+    run.note_path("form", models.policy.way)
     cards = CardWatch(settings, run)
 
     how: dict[str, Any] = {"checkpoint_every": settings.checkpoint_every, "keep_checkpoints": settings.keep_checkpoints}
