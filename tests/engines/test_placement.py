@@ -74,7 +74,7 @@ def test_kept_inputs_of_blocks_by_hand():
 def test_a_block_that_is_not_computed_again_keeps_everything():
     job = replace(JOB, bfloat16=False, checkpointed=False, num_trees=4, token_budget=8192)
     parts = holding(job, CPU, Spread()).phases["the update of the policy"]
-    assert parts["activations"] == 8192 * 28 * SHAPE.kept_bytes(bfloat16=False, fused=False)
+    assert parts["activations"] == 8192 * 28 * SHAPE.kept_bytes(bfloat16=False, fused=True)
 
 
 def test_limits_fill_a_micro_batch():

@@ -269,7 +269,7 @@ def update_parts(job: Job, role: RoleOnPaper, machine: Machine, spread: Spread) 
     shape, gpu = role.shape, machine.kind == "gpu"
     tokens = job.micro_tokens(spread.processes)
     trained = job.trained_in(tokens)
-    fused = gpu and shape.hidden_size >= _FUSED_FROM
+    fused = shape.hidden_size >= _FUSED_FROM if gpu else not job.bfloat16
     packed = gpu and job.bfloat16
     each = shape.kept_bytes(bfloat16=job.bfloat16, fused=fused)
     width = 2 if job.bfloat16 else 4

@@ -66,7 +66,7 @@ class CompiledPart:
             _states(states), self.blocks.data_ptr(), len(self.blocks), heads, heads // key.shape[1], padded, scaling,
             self.window, output.data_ptr(), lse.data_ptr(), room.data_ptr(), room.shape[1], len(room),
         )  # fmt: skip
-        return output[..., :size], lse
+        return output[..., :size].contiguous(), lse
 
     def gradients(
         self, grad: Tensor, states: tuple[Tensor, Tensor, Tensor], output: Tensor, lse: Tensor, scaling: float

@@ -1,17 +1,17 @@
-"""On a GPU: what lies between the matrix products of Llama-like blocks, each in one kernel.
+"""What lies between the matrix products of Llama-like blocks, each in one kernel.
 
 Transformers writes a norm as six operations and a rotation as ten, and each of them reads and writes every hidden
-state. Beside fast products that is a third of a training step. The same formulas are compiled here by torch into one
-kernel each for the forward and the backward pass. The proof of a model's form (`forms.py`) compares them with
-transformers' own.
+state. Beside fast products that is a third of a training step on a GPU, and a fifth on a CPU. The same formulas are
+kernels here for the forward and the backward pass: on a GPU compiled by torch, on a CPU in C (`compiled_layers.py`).
+The proof of a model's form (`forms.py`) compares them with transformers' own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,19 @@ from transformers import PreTrainedModel
 from trimtab.batches.device import is_gpu
 from trimtab.core.terminal import note
 from trimtab.data.tokenizers import first_line
+from trimtab.models import compiled_layers
 from trimtab.models.attention import LLAMA_LIKE, backbone, is_row, row_attention
+from trimtab.models.compiled_attention import takes_compiled
 
 NARROWEST = 512
-"""Hidden states of fewer numbers are not worth the seconds that compiling takes."""
+"""On a GPU hidden states of fewer numbers are not worth the seconds that compiling takes."""
 
 
 def fuse_layers(model: PreTrainedModel) -> None:
-    """Makes the layers of a Llama-like model that is on a GPU compute in fused kernels. Other models are left alone; so
-    is every model where torch cannot compile, which a line on stderr says."""
+    """Makes the layers of a Llama-like model compute in fused kernels. Other models are left alone; so is every model
+    where nothing compiles them, which on a GPU a line on stderr says."""
     layers = dict(_fusible(model))
-    if layers and can_compile(model.device):
+    if layers and (not is_gpu(next(model.parameters())) or can_compile(model.device)):
         for layer, forward in layers.items():
             kind: Any = type(layer)
             layer.__class__ = _with_forward(kind, forward)
@@ -76,7 +78,10 @@ def can_compile(device: torch.device) -> bool:
 def _fusible(model: PreTrainedModel) -> Iterator[tuple[Any, Callable[..., Any]]]:
     """Yields the layers that can be fused, each with its fused forward pass."""
     base: Any = backbone(model)
-    if type(base).__name__ not in LLAMA_LIKE or not is_gpu(base.norm.weight) or len(base.norm.weight) < NARROWEST:
+    if type(base).__name__ not in LLAMA_LIKE:
+        return
+    norm = base.norm.weight
+    if not (len(norm) >= NARROWEST if is_gpu(norm) else takes_compiled(norm) and compiled_layers.available()):
         return
     yield base.norm, _norm
     for block in base.layers:
@@ -87,20 +92,42 @@ def _fusible(model: PreTrainedModel) -> Iterator[tuple[Any, Callable[..., Any]]]
         yield block.self_attn, _attention
 
 
+def _compiler_of(x: Tensor) -> Literal["torch", "C"] | None:
+    """What compiles operations on hidden states like `x`; None if transformers' own are to be used, as for a model that
+    was sent elsewhere since its layers were fused."""
+    if is_gpu(x):
+        return "torch" if can_compile(x.device) else None
+    in_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+    return "C" if x.device.type == "cpu" and in_float32 else None
+
+
+def _own(layer: Any) -> Callable[..., Any]:
+    """The forward pass of transformers."""
+    return partial(getattr(type(layer), _OWN).forward, layer)
+
+
 def _norm(self: Any, x: Tensor) -> Tensor:
-    dtype = torch.promote_types(x.dtype, self.weight.dtype)
-    return _compiled(normed)(x, self.weight, self.variance_epsilon, dtype)
+    compiler = _compiler_of(x)
+    if compiler == "torch":
+        return _compiled(normed)(x, self.weight, self.variance_epsilon, torch.promote_types(x.dtype, self.weight.dtype))
+    found: Tensor = compiled_layers.normed(x, self.weight, self.variance_epsilon) if compiler else _own(self)(x)
+    return found
 
 
 def _norm_before_products(self: Any, x: Tensor) -> Tensor:
     """Under autocast each product would round what it reads to 16 bits; here it is rounded once."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if _compiler_of(x) != "torch" or not torch.is_autocast_enabled(x.device.type):
         return _norm(self, x)
     return _compiled(normed)(x, self.weight, self.variance_epsilon, torch.get_autocast_dtype(x.device.type))
 
 
 def _mlp(self: Any, x: Tensor) -> Tensor:
-    found: Tensor = self.down_proj(_compiled(gated)(self.gate_proj(x), self.up_proj(x)))
+    compiler = _compiler_of(x)
+    if compiler is None:
+        own: Tensor = _own(self)(x)
+        return own
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    found: Tensor = self.down_proj((_compiled(gated) if compiler == "torch" else compiled_layers.gated)(gate, up))
     return found
 
 
@@ -111,21 +138,30 @@ def _attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    if not is_row(attention_mask):
-        own: tuple[Tensor, Tensor | None] = getattr(type(self), _OWN).forward(
-            self, hidden_states, position_embeddings, attention_mask, **kwargs
-        )
+    compiler = _compiler_of(hidden_states)
+    if compiler is None or not is_row(attention_mask):
+        own: tuple[Tensor, Tensor | None]
+        own = _own(self)(hidden_states, position_embeddings, attention_mask, **kwargs)
         return own
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
     query, key, value = (project(hidden_states).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
-    cos, sin = (x.unsqueeze(2) for x in position_embeddings)
     norms = getattr(self, "q_norm", None), getattr(self, "k_norm", None)
-    query, key = (
-        _compiled(rotated)(x, cos, sin, value.dtype)
-        if norm is None
-        else _compiled(normed_and_rotated)(x, cos, sin, norm.weight, norm.variance_epsilon, value.dtype)
-        for x, norm in zip((query, key), norms, strict=True)
-    )
+    if compiler == "C":
+        query, key = (
+            compiled_layers.rotated(
+                x if norm is None else compiled_layers.normed(x, norm.weight, norm.variance_epsilon),
+                *position_embeddings,
+            )
+            for x, norm in zip((query, key), norms, strict=True)
+        )
+    else:
+        cos, sin = (x.unsqueeze(2) for x in position_embeddings)
+        query, key = (
+            _compiled(rotated)(x, cos, sin, value.dtype)
+            if norm is None
+            else _compiled(normed_and_rotated)(x, cos, sin, norm.weight, norm.variance_epsilon, value.dtype)
+            for x, norm in zip((query, key), norms, strict=True)
+        )
     kwargs["dropout"] = self.attention_dropout if self.training else 0.0
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     output, _ = row_attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)

@@ -95,15 +95,16 @@ class ModelShape:
         In float32 that are, for widths D (hidden), F (MLP), Q (queries) and K (keys): the input of each norm, what it
         normalises and what it gives (3 D, twice); queries, keys, values and the output of attention (2 Q + 2 K); the
         gate, its SiLU, the other half and their product (4 F); in Qwen3 what the norms of the heads read and normalise
-        (2 Q + 2 K). In bfloat16 (autocast) each product keeps its input in 16 bits once more. Fused layers, which a GPU
-        has, keep what they read, and each product its input: 2 D in float32 and 2 D + 2 Q + 2 K + 3 F in 16 bits.
-        Sums of exponentials and deviations of norms are counted too.
+        (2 Q + 2 K). In bfloat16 (autocast) each product keeps its input in 16 bits once more. Fused layers keep what
+        they read, and each product its input: 4 D + 2 Q + 2 K + 3 F in float32 and in Qwen3 Q + K; in bfloat16 2 D of
+        them in float32 and the rest in 16 bits. Sums of exponentials and deviations of norms are counted too.
         """
         d, f, q, k = self.hidden_size, self.mlp_size, self.query_size, self.key_size
         few = 4 * (self.num_heads + 2 + (self.num_heads + self.num_kv_heads if self.head_norms else 0))
         norms = q + k if self.head_norms else 0
         if not bfloat16:
-            return 4 * (6 * d + 2 * q + 2 * k + 4 * f + 2 * norms) + few
+            kept = 4 * d + 3 * f + norms if fused else 6 * d + 4 * f + 2 * norms
+            return 4 * (kept + 2 * q + 2 * k) + few
         if fused:
             return 8 * d + 2 * (2 * d + 2 * q + 2 * k + 3 * f + norms) + few
         return 16 * d + 2 * (5 * d + 2 * q + 2 * k + 4 * f) + 6 * norms + few
