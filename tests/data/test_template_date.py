@@ -7,7 +7,7 @@ import pytest
 from trimtab.core.errors import DataError
 from trimtab.core.types import Message
 from trimtab.data.chat import Chat
-from trimtab.rewards.scorer import template_ending
+from trimtab.rewards.written_text import WrittenText
 
 TURNS = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
@@ -47,7 +47,7 @@ def test_of_several_templates_the_default_is_used_and_has_that_date_too(tokenize
 def test_what_a_template_writes_behind_a_reply_does_not_depend_on_its_date(tokenizers):
     tokenizer = copy.deepcopy(next(iter(tokenizers.values())))
     tokenizer.chat_template = TURNS.replace("'<|end|>'", "'<|end|>' + 'b'")
-    ending = template_ending(Chat(tokenizer), None)
+    ending = WrittenText.of(Chat(tokenizer), None).ending
     assert len(ending) > 1
     tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + tokenizer.chat_template
-    assert template_ending(Chat(tokenizer), None) == ending
+    assert WrittenText.of(Chat(tokenizer), None).ending == ending

@@ -12,7 +12,8 @@ from trimtab.core.errors import EngineError
 from trimtab.core.types import Message, Prompt, Rollout
 from trimtab.models.load import load_scalar, load_tokenizer
 from trimtab.models.save import save_model
-from trimtab.rewards.scorer import RewardModelScorer, rewards_of, template_ending
+from trimtab.rewards.scorer import RewardModelScorer, rewards_of
+from trimtab.rewards.written_text import WrittenText
 
 LINE_BREAK_BEHIND = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
@@ -63,8 +64,9 @@ def test_models_of_the_reward_stage_are_read_at_the_end_token(foreign):
     scorer = RewardModelScorer.from_directory(str(path), token_budget=4096)
     assert scorer.ending == (scorer.chat.end_id,)
     assert scorer.shift == 0.5
-    assert template_ending(scorer.chat, None)[0] == scorer.chat.end_id
-    assert len(template_ending(scorer.chat, None)) > 1
+    written = WrittenText.of(scorer.chat, None)
+    assert written.ending[0] == scorer.chat.end_id
+    assert len(written.ending) > 1
 
 
 def rollout(chat, reply, *, reason, own):

@@ -136,7 +136,7 @@ class Chat:
 
     def encode_prompts(self, prompts: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]] | DataError]:
         """For each prompt, the ids of `encode_prompt` and the mask of earlier replies, or the error that it raises."""
-        rendered = self._render_many(prompts, True)
+        rendered = self.render_many(prompts, True)
         pairs = zip(prompts, rendered, strict=True)
         parts = [self._prompt_parts(messages, text) for messages, text in pairs if isinstance(text, str)]
         encoded = iter(self._encode_many(parts))
@@ -157,7 +157,7 @@ class Chat:
 
     def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of `encode_response` for each reply."""
-        rendered = self._render_many([_exchange(text) for text in texts], False)
+        rendered = self.render_many([_exchange(text) for text in texts], False)
         parts = []
         for text, written in zip(texts, rendered, strict=True):
             if isinstance(written, DataError):
@@ -192,6 +192,10 @@ class Chat:
         else:
             turn = self._encode(before + content + after, after=self._end)
         return closing + turn
+
+    def holds_special_token(self, text: str) -> bool:
+        """Whether a text holds the text of a special token, which a tokenizer would read as that token."""
+        return self._special_pattern.search(text) is not None
 
     def decode_response(self, ids: Sequence[int]) -> str:
         """The text of a reply: `encode_response` backwards, without end and special tokens."""
@@ -292,7 +296,7 @@ class Chat:
                 "or give the tokenizer a chat template that allows it",
             ) from error
 
-    def _render_many(
+    def render_many(
         self, conversations: Sequence[Sequence[Message]], generation_prompt: bool
     ) -> Sequence[str | DataError]:
         """The text of `_render` for each conversation, or the error that it raises. A template that only writes

@@ -72,7 +72,8 @@ def load_scalar(
     A directory saved by the reward stage keeps its head. For any other model a new head is drawn from `head_seed`
     with standard deviation 1 / sqrt(D + 1) (Stiennon et al., arXiv:2009.01325, appendix B), or set to zero, as suits
     a critic. Raises EngineError if a head is missing and `head_seed` is None. An adapter directory gives its base with
-    adapter and head merged.
+    adapter and head merged. A model with a trained head gets the attribute `trained_pad_id`: the padding token of its
+    configuration, before which transformers reads its scores.
     """
     if (base := base_of(path)) is not None:
         brings_head = is_reward_adapter(path) and any(map(is_head, adapter_weights(path)))
@@ -82,6 +83,8 @@ def load_scalar(
         model = load_scalar(base, head_seed=head_seed, zero_head=zero_head, device=device)
         merge_adapter(model, path)
         model.config.update(reward_facts(path))
+        if brings_head:
+            model.trained_pad_id = model.config.get_text_config().pad_token_id
         return _without_dropout(model, device)
     refuse_several_labels(path, where=str(path))
     model, info = _load(AutoModelForSequenceClassification, path, num_labels=1)
@@ -96,6 +99,8 @@ def load_scalar(
     if new and head_seed is None:
         raise _no_head(path, f"missing: {', '.join(new)}")
     _fill_head(model, new, head_seed or 0, zero_head)
+    if not new:
+        model.trained_pad_id = model.config.get_text_config().pad_token_id
     return _without_dropout(model, device)
 
 

@@ -79,7 +79,9 @@ def save_model(
     """Writes the model and its tokenizer as a Hugging Face directory, in `dtype` or by default in the dtype in which
     the model was stored."""
     chat, pad_id = _chat_to_write(tokenizer)
-    if pad_id is None and not model.can_generate():
+    if (trained := _trained_pad(model, chat.tokenizer)) is not None:
+        pad_id = trained
+    elif pad_id is None and not model.can_generate():
         pad_id = _add_pad(model, chat.tokenizer)
     apart = _set_ids(model, _stop_ids(chat), chat.tokenizer.eos_token_id if pad_id is None else pad_id)
     if pad_id is None:
@@ -121,6 +123,16 @@ def _chat_to_write(tokenizer: PreTrainedTokenizerBase) -> tuple[Chat, int | None
     if chat.tokenizer.pad_token_id != chat.pad_id:
         chat.tokenizer.pad_token = chat.tokenizer.convert_ids_to_tokens(chat.pad_id)
     return chat, chat.pad_id
+
+
+def _trained_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The pad token of a reward model of another program, which becomes that of the tokenizer; None for any other
+    model. It stays although a reply may end with it, because the model learned to give its scores before it."""
+    pad_id: int | None = getattr(model, "trained_pad_id", None)
+    if getattr(model.config, "reward_shift", None) is not None or pad_id is None or not 0 <= pad_id < len(tokenizer):
+        return None
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    return pad_id
 
 
 def _add_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

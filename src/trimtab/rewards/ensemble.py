@@ -28,7 +28,8 @@ from trimtab.models.lengths import positions_of
 from trimtab.models.load import load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel
 from trimtab.models.trunk import Trunk
-from trimtab.rewards.scorer import Ids, RewardModelScorer, member_on
+from trimtab.rewards.scorer import RewardModelScorer, member_on
+from trimtab.rewards.written_text import Ids
 
 
 class EnsembleScorer(RewardModelScorer):

@@ -20,7 +20,8 @@ from trimtab.data.graded import step_ends
 from trimtab.math.steps import StepAggregate, differences, running_aggregate
 from trimtab.models.forward import values_and_scores_of
 from trimtab.rewards.model import ModelReward
-from trimtab.rewards.scorer import Ids, RewardModelScorer
+from trimtab.rewards.scorer import RewardModelScorer
+from trimtab.rewards.written_text import Ids
 
 Credit = Literal["reply", "steps", "differences"]
 """Where a process reward is paid; see `ProcessReward.credit`."""

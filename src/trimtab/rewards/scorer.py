@@ -14,24 +14,22 @@ from transformers import PreTrainedModel
 from trimtab.batches.device import CPU
 from trimtab.batches.trees import TokenTrees, Tree, response_tree
 from trimtab.core.errors import EngineError
-from trimtab.core.hub import refuse_ensemble, reward_facts
+from trimtab.core.hub import base_of, refuse_ensemble, reward_facts
 from trimtab.core.metrics import Metrics
-from trimtab.core.types import Message, Prompt, Rollout
+from trimtab.core.types import Prompt, Rollout
 from trimtab.data.chat import Chat
-from trimtab.data.templates import DATE, template_of
+from trimtab.data.tokenizers import load_config
 from trimtab.models.adapters import load_adapter
 from trimtab.models.forward import sequence_scores_of
 from trimtab.models.lengths import positions_of
 from trimtab.models.load import load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel, head_of_weights
 from trimtab.rewards.length_correction import LengthCorrection
+from trimtab.rewards.written_text import Ids, WrittenText
 from trimtab.stats import Floats
 
 TOKEN_BUDGET = 4096
 """The number of tokens in one forward pass of a reward model where no run file gives it."""
-
-Ids = tuple[tuple[int, ...], tuple[int, ...]]
-"""The token ids of a prompt and of a reply to it."""
 
 
 class RewardModelScorer:
@@ -44,15 +42,17 @@ class RewardModelScorer:
     """
 
     def __init__(
-        self, model: ScalarModel, chat: Chat, *, token_budget: int, shift: float, ending: tuple[int, ...] | None = None
+        self, model: ScalarModel, chat: Chat, *, token_budget: int, shift: float, written: WrittenText | None = None
     ) -> None:
-        """`shift` is subtracted from every score. `ending` are the ids behind the text of a finished reply; None takes
-        the end token of `chat`."""
+        """`shift` is subtracted from every score. `written` says how a model of another program reads a conversation;
+        None reads a prompt and a reply up to its end token, as the reward stage does."""
         self.model = model
         self.chat = chat
         self.token_budget = token_budget
         self.shift = shift
-        self.ending = (chat.end_id,) if ending is None else ending
+        self.written = written
+        self.ending = (chat.end_id,) if written is None else written.ending
+        """The ids behind the text of a finished reply."""
         embedding: Any = model.model.get_input_embeddings()
         self.num_rows = int(embedding.num_embeddings)
         """The model cannot read an id of this number or above."""
@@ -64,22 +64,30 @@ class RewardModelScorer:
     def from_directory(cls, path: str, *, token_budget: int, device: torch.device = CPU) -> RewardModelScorer:
         """A frozen reward model. Raises EngineError if the directory has no trained score head, or is an ensemble."""
         refuse_ensemble(path, where=path)
-        chat, model = Chat(load_tokenizer(path)), load_scalar(path, device=device)
+        model = load_scalar(path, device=device)
+        shift = getattr(model.config, "reward_shift", None)
+        chat = _chat_of(path, shift)
+        pad_id = getattr(model, "trained_pad_id", None)
         role = ScalarModel(model, pad_id=chat.pad_id, gives="scores")
-        return cls.of(role, chat, token_budget=token_budget, shift=getattr(model.config, "reward_shift", None))
+        return cls.of(role, chat, token_budget=token_budget, shift=shift, pad_id=pad_id)
 
     @classmethod
     def on_shared(cls, shared: PreTrainedModel, name: str, path: str, *, token_budget: int) -> RewardModelScorer:
         """A reward model as an adapter with this name, and a head, on a base that other models share."""
-        chat, shift = Chat(load_tokenizer(path)), reward_facts(path).get("reward_shift")
-        return cls.of(member_on(shared, name, path, pad_id=chat.pad_id), chat, token_budget=token_budget, shift=shift)
+        shift = reward_facts(path).get("reward_shift")
+        chat = _chat_of(path, shift)
+        pad_id = load_config(base_of(path) or path).get_text_config().pad_token_id
+        member = member_on(shared, name, path, pad_id=chat.pad_id)
+        return cls.of(member, chat, token_budget=token_budget, shift=shift, pad_id=pad_id)
 
     @classmethod
-    def of(cls, model: ScalarModel, chat: Chat, *, token_budget: int, shift: float | None) -> RewardModelScorer:
-        """A reward model of the reward stage, with the shift that it wrote; or one of another program, without."""
-        pad_id = getattr(model.model.config, "pad_token_id", None)
-        ending = template_ending(chat, pad_id) if shift is None else None
-        return cls(model, chat, token_budget=token_budget, shift=float(shift or 0.0), ending=ending)
+    def of(
+        cls, model: ScalarModel, chat: Chat, *, token_budget: int, shift: float | None, pad_id: int | None = None
+    ) -> RewardModelScorer:
+        """A reward model of the reward stage, with the shift that it wrote; or one of another program, without, which
+        was trained with `pad_id` as its padding token."""
+        written = WrittenText.of(chat, pad_id) if shift is None else None
+        return cls(model, chat, token_budget=token_budget, shift=float(shift or 0.0), written=written)
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, Metrics]:
         """[B] calibrated rewards of the exact tokens that were sampled; and of a correction for length, its metrics.
@@ -98,7 +106,23 @@ class RewardModelScorer:
         for prompt, group in groupby(rollouts, key=lambda r: r.prompt):
             prompt_ids = tuple(self.chat.encode_prompt(prompt.messages))
             sequences += [(prompt_ids, self._response_ids(r, prompt_ids)) for r in group]
-        return sequences
+        return sequences if self.written is None else self._as_written(rollouts, sequences)
+
+    def _as_written(self, rollouts: Sequence[Rollout], sequences: Sequence[Ids]) -> list[Ids]:
+        """The ids of rollouts for a model of another program: `sequences`, if its template writes a conversation as
+        prompt and reply; otherwise the ids of the text that it writes, without an ending if the reply was cut off."""
+        texts = [(r.prompt, r.response) for r in rollouts]
+        found = []
+        for rollout, own, usual, whole in zip(
+            rollouts, sequences, self._usual_ids(texts), self.ids_of_texts(texts), strict=True
+        ):
+            if rollout.observations or (own[1] and sum(whole, ()) == sum(usual, ())):
+                found.append(own)
+            elif rollout.finish_reason == "length" and whole[1][-len(self.ending) :] == self.ending:
+                found.append((whole[0], whole[1][: -len(self.ending)]))
+            else:
+                found.append(whole)
+        return found
 
     def _response_ids(self, rollout: Rollout, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
         ids = rollout.response_ids
@@ -127,6 +151,11 @@ class RewardModelScorer:
 
     def ids_of_texts(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Ids]:
         """The ids of the prompt and of the finished reply of each pair of them."""
+        usual = self._usual_ids(pairs)
+        return usual if self.written is None else self.written.read(pairs, usual)
+
+    def _usual_ids(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Ids]:
+        """The ids of each prompt, up to where the assistant is to speak, and of each finished reply."""
         prompts = list(dict.fromkeys(prompt.messages for prompt, _ in pairs))
         replies = list(dict.fromkeys(reply for _, reply in pairs))
         prompt_ids = dict(zip(prompts, map(tuple, self.chat.prompt_ids(prompts)), strict=True))
@@ -175,6 +204,21 @@ class RewardModelScorer:
         trees = [tree for prompt, own in replies.items() for tree in _within(prompt, list(own), self.token_budget)]
         where = [replies[prompt][reply or (self.chat.end_id,)] for prompt, reply in sequences]
         return TokenTrees.build(trees), torch.tensor(where, dtype=torch.int64)
+
+
+def _chat_of(path: str, shift: float | None) -> Chat:
+    """The chat of a reward model. Raises EngineError for one of another program, which wrote no `shift`, without a chat
+    template."""
+    tokenizer = load_tokenizer(path)
+    if shift is None and tokenizer.chat_template is None:
+        raise EngineError(
+            "this reward model of another program has no chat template, so nothing says how a prompt and a reply are "
+            "written for it",
+            where=path,
+            fix="write the form that it was trained on into chat_template.jinja in its directory, or train a reward "
+            "model with `trimtab reward`",
+        )
+    return Chat(tokenizer)
 
 
 def lengths_of(sequences: Sequence[Ids]) -> list[int]:
@@ -236,22 +280,3 @@ def member_on(shared: PreTrainedModel, name: str, path: str, *, pad_id: int) -> 
         )
     head = head_of_weights(weights, shared.device)
     return ScalarModel(shared, pad_id=pad_id, adapter=name, head=head, gives="scores")
-
-
-def template_ending(chat: Chat, pad_id: int | None) -> tuple[int, ...]:
-    """The ids that a chat template writes behind the text of a reply, without padding tokens at their end: a forward
-    pass of transformers reads a score at the last token that is not padding."""
-    messages = (Message("user", "a"), Message("assistant", "b"))
-    turns = [{"role": m.role, "content": m.content} for m in messages]
-    template = template_of(chat.tokenizer)
-    encoded: Any = chat.tokenizer.apply_chat_template(
-        turns, chat_template=template, tokenize=True, return_dict=True, **DATE
-    )
-    whole: list[int] = encoded["input_ids"]
-    before = chat.encode_prompt(messages[:1]) + chat.encode_response("b")[:-1]
-    if whole[: len(before)] != before:
-        return (chat.end_id,)
-    ending = whole[len(before) :]
-    while ending and ending[-1] == pad_id:
-        ending.pop()
-    return tuple(ending)

@@ -248,7 +248,8 @@ class _Judge:
         """Reads the scores of a model where it learned to give them, without its shift."""
         shift = None if getattr(model.config, "reward_shift", None) is None else 0.0
         role = ScalarModel(model, pad_id=chat.pad_id, gives="scores")
-        return cls(RewardModelScorer.of(role, chat, token_budget=TOKEN_BUDGET, shift=shift), pairs)
+        pad_id = getattr(model, "trained_pad_id", None)
+        return cls(RewardModelScorer.of(role, chat, token_budget=TOKEN_BUDGET, shift=shift, pad_id=pad_id), pairs)
 
     def scores(self) -> tuple[Floats, Floats]:
         """The scores of the chosen and of the rejected replies."""
