@@ -303,17 +303,44 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(base, tmp_path):
         load_adapter(load_causal(base), "policy", tmp_path / "adapter")
 
 
-def test_tokens_added_for_an_adapter_have_their_rows(base, tmp_path):
+def write_with_tokens(base, path, **options):
+    """An adapter that was trained with three more tokens than its base has, and peft's own model of it."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    rows = model.get_input_embeddings().num_embeddings + 3
-    model.resize_token_embeddings(rows, mean_resizing=False)
+    rows = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(rows + 3, mean_resizing=False)
+    if options.get("trainable_token_indices"):
+        options["trainable_token_indices"] = [rows, rows + 1, rows + 2]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = get_peft_model(model, lora(modules_to_save=["embed_tokens", "lm_head"])).eval()
-        adapted.save_pretrained(tmp_path / "adapter")
+        adapted = get_peft_model(model, lora(init_lora_weights=False, **options)).eval()
+        adapted.save_pretrained(path)
+    return adapted
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"trainable_token_indices": True},
+    ],
+)
+def test_tokens_added_for_an_adapter_have_their_rows(base, tmp_path, options):
+    adapted = write_with_tokens(base, tmp_path / "adapter", **options)
     merged = load_causal(tmp_path / "adapter")
-    assert merged.get_input_embeddings().num_embeddings == rows
+    assert merged.get_input_embeddings().num_embeddings == adapted.get_input_embeddings().weight.shape[0]
     torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
+
+
+def test_added_tokens_of_which_one_embedding_lacks_the_rows_are_refused(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "untied")
+    load_tokenizer(base).save_pretrained(tmp_path / "untied")
+    write_with_tokens(tmp_path / "untied", tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(EngineError, match="holds the new rows of only one of input and output embedding"):
+        load_causal(tmp_path / "adapter")
 
 
 def test_a_scalar_role_keeps_its_head_when_it_is_trained_on(base, tmp_path):

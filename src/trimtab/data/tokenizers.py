@@ -137,8 +137,7 @@ def _rows_in(weights: Path) -> int:
 
     try:
         with safe_open(weights, "numpy") as file:
-            names = [n for n in file.keys() if n.endswith(".weight") and "lora_" not in n]  # noqa: SIM118
-            shapes = [file.get_slice(n).get_shape() for n in names if n.split(".")[-2] in EMBEDDINGS]
+            shapes = [file.get_slice(n).get_shape() for n in file.keys() if is_embedding(n)]  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise EngineError(
             f"the weights of the adapter cannot be read: {first_line(error)}",
@@ -148,5 +147,12 @@ def _rows_in(weights: Path) -> int:
     return max((shape[0] for shape in shapes), default=0)
 
 
-EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+def is_embedding(name: str) -> bool:
+    """Whether a name in the file of an adapter is that of a whole input or output embedding. peft writes one that the
+    adapter changes under the names of its wrappers."""
+    parts = [part for part in name.split(".") if part not in ("base_layer", "token_adapter")]
+    return parts[-1] == "weight" and parts[-2] in _EMBEDDINGS
+
+
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 """The names that models give to their input and output embeddings."""

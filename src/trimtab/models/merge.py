@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trimtab.data.tokenizers import EMBEDDINGS, first_line
+from trimtab.data.tokenizers import first_line, is_embedding
 from trimtab.models.adapters import does_not_fit, read_adapter, refuse_misfit
 
 
@@ -25,7 +25,7 @@ def merge_adapter(model: PreTrainedModel, path: str | Path) -> None:
 
     config, weights = read_adapter(model, path)
     tied = _is_tied(model)
-    _make_rows_for(model, weights)
+    _make_rows_for(model, weights, path)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's warnings are about training; what matters here is checked below
@@ -35,7 +35,8 @@ def merge_adapter(model: PreTrainedModel, path: str | Path) -> None:
         raise does_not_fit(
             path, f"peft cannot put it onto its base: {type(error).__name__}, {first_line(error)}"
         ) from error
-    refuse_misfit(path, loaded.unexpected_keys, lacking=_lacking(adapted, loaded.missing_keys))
+    unexpected = [name for name in loaded.unexpected_keys if not _is_repeated(name, weights)]
+    refuse_misfit(path, unexpected, lacking=_lacking(adapted, loaded.missing_keys))
     adapted.eval()
     _untie(model)
     before = _logits(model)
@@ -69,13 +70,29 @@ def _lacking(adapted: nn.Module, missing: list[str]) -> list[str]:
     return [name for name in own if id(parameters.get(name)) not in there]
 
 
-def _make_rows_for(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Resizes the embedding of the base to the rows that the adapter was trained with, if tokens were added for it."""
+def _is_repeated(name: str, weights: dict[str, Tensor]) -> bool:
+    """Whether a weight is the change of single tokens that the file holds for the other one of two tied embeddings."""
+    others = [w for n, w in weights.items() if n != name and n.endswith(_OF_TOKENS)]
+    return name.endswith(_OF_TOKENS) and any(torch.equal(weights[name], other) for other in others)
+
+
+_OF_TOKENS = ".trainable_tokens_delta"
+
+
+def _make_rows_for(model: PreTrainedModel, weights: dict[str, Tensor], path: str | Path) -> None:
+    """Resizes the embedding of the base to the rows that the adapter was trained with, if tokens were added for it.
+    Raises EngineError if the file lacks those of one of two embeddings, which would be random."""
     embedding: Any = model.get_input_embeddings()
-    whole = (key for key in weights if key.endswith(".weight") and "lora_" not in key)
-    rows = [len(weights[key]) for key in whole if key.split(".")[-2] in EMBEDDINGS]
-    if rows and max(rows) != embedding.num_embeddings:
-        model.resize_token_embeddings(max(rows), mean_resizing=False)
+    rows = [len(weight) for name, weight in weights.items() if is_embedding(name)]
+    if not rows or max(rows) == embedding.num_embeddings:
+        return
+    if len(rows) == 1 and model.get_output_embeddings() is not None and not _is_tied(model):  # type: ignore[no-untyped-call]
+        raise does_not_fit(
+            path,
+            f"it was trained with {max(rows)} rows of embeddings, its base has {embedding.num_embeddings}, and the "
+            "file holds the new rows of only one of input and output embedding",
+        )
+    model.resize_token_embeddings(max(rows), mean_resizing=False)
 
 
 def _untie(model: PreTrainedModel) -> None:
