@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BartConfig
 
 from tests.models.test_save import BASES, write_base
 from tests.tiny import write_model_directory
@@ -79,6 +79,10 @@ def incomplete(file):
     save_file(weights, file, metadata={"format": "pt"})
 
 
+def under_names_of_a_wrapper(file):
+    save_file({f"_orig_mod.{name}": w for name, w in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
 def shards_missing(file):
     file.rename(file.with_name("model-00001-of-00002.safetensors"))
     names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
@@ -108,6 +112,7 @@ def index_of_nothing(file):
         (with_nan, r"1 of its weights hold nan or infinity, such as model\.norm\.weight"),
         (with_nan_in_a_rare_row, r"1 of its weights hold nan or infinity, such as model\.embed_tokens\.weight"),
         (incomplete, r"lacks weights of a Llama\w+, such as model\.layers\.0\.mlp\.down_proj"),
+        (under_names_of_a_wrapper, r"calls its weights otherwise, such as _orig_mod\.model\.embed_tokens\.weight"),
         (shards_missing, r"1 of 2 files of weights are not there: model-00002"),
         (beside_other_shards, r"two sets of weights, model\.safetensors and the 1 files of model\.safetensors\.index"),
         (index_of_nothing, r"model\.safetensors\.index\.json does not say which file holds which weight"),
@@ -241,6 +246,25 @@ def test_a_setting_that_transformers_does_not_know_is_named(damaged):
     (damaged / "config.json").write_text(json.dumps(config | {"rope_scaling": {"rope_type": "odd", "factor": 2.0}}))
     with pytest.raises(EngineError, match="its configuration names 'odd', which transformers does not know"):
         load_causal(damaged)
+
+
+@pytest.mark.parametrize(
+    "wish", [{"output_attentions": True, "output_hidden_states": True}, {"attn_implementation": "flash_attention_2"}]
+)
+def test_wishes_of_a_configuration_that_change_no_number_are_no_obstacle(base, damaged, tmp_path, wish):
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | wish))
+    model = load_causal(damaged)
+    save_model(model, load_tokenizer(damaged), tmp_path / "written")
+    ids, plain = torch.arange(3, 12)[None], AutoModelForCausalLM.from_pretrained(tmp_path / "written")
+    torch.testing.assert_close(plain(input_ids=ids).logits, load_causal(base)(input_ids=ids).logits)
+
+
+def test_a_reward_model_with_an_encoder_and_a_decoder_is_refused(damaged):
+    config = BartConfig(vocab_size=320, d_model=32, num_labels=1, architectures=["BartForSequenceClassification"])
+    config.save_pretrained(damaged)
+    with pytest.raises(EngineError, match="this model has an encoder and a decoder"):
+        load_scalar(damaged)
 
 
 def test_a_reward_model_writes_no_text_and_a_language_model_gives_no_score(base, tmp_path):

@@ -53,7 +53,7 @@ def load_causal(path: str | Path, *, device: torch.device = CPU) -> PreTrainedMo
     if missing := _missing(model, info):
         raise EngineError(
             f"the directory lacks weights of a {type(model).__name__}, such as {missing[0]}: "
-            f"{len(missing)} of them would be random",
+            f"{len(missing)} of them would be random{_other_names(info)}",
             where=str(path),
             fix="name a causal language model saved with its output head, such as one that `trimtab sft` wrote",
         )
@@ -87,12 +87,18 @@ def load_scalar(
             model.trained_pad_id = model.config.get_text_config().pad_token_id
         return _without_dropout(model, device)
     refuse_several_labels(path, where=str(path))
+    if load_config(path).is_encoder_decoder:
+        raise EngineError(
+            "this model has an encoder and a decoder, and such models read a score in ways of their own",
+            where=str(path),
+            fix="use a decoder or an encoder as reward model",
+        )
     model, info = _load(AutoModelForSequenceClassification, path, num_labels=1)
     new = _missing(model, info)
     of_backbone = [name for name in new if name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name]
     if of_backbone:
         raise EngineError(
-            f"the directory lacks weights of a {type(model).__name__}, such as {of_backbone[0]}",
+            f"the directory lacks weights of a {type(model).__name__}, such as {of_backbone[0]}{_other_names(info)}",
             where=str(path),
             fix="copy or download it again, or name another model",
         )
@@ -129,6 +135,8 @@ def _load(auto_class: Any, path: str | Path, **options: Any) -> tuple[PreTrained
     check_weights(name)
     _refuse_quantised(path)
     options |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    if (config := load_config(path))._attn_implementation not in (None, "eager", "sdpa"):
+        options["attn_implementation"] = "eager"  # its file asks for a library, and the kind is chosen here
     try:
         model, info = auto_class.from_pretrained(name, trust_remote_code=False, **options)
         if model.config._attn_implementation != "eager" and not model._can_set_attn_implementation():
@@ -146,7 +154,9 @@ def _load(auto_class: Any, path: str | Path, **options: Any) -> tuple[PreTrained
     refuse_unused(model, info["unexpected_keys"], str(path))
     new = set(info["missing_keys"])  # random for now
     refuse_damage(((n, p) for n, p in model.named_parameters() if n not in new), str(path))
-    model.written_dtype = stored_dtype(name) or load_config(path).dtype or torch.float32
+    # What a forward pass gives beside its result is for inspection, and not every kind of attention can give it.
+    model.config.output_attentions, model.config.output_hidden_states = False, False
+    model.written_dtype = stored_dtype(name) or config.dtype or torch.float32
     return model, info
 
 
@@ -201,6 +211,12 @@ def _note_own_head(model: PreTrainedModel) -> None:
 def _missing(model: PreTrainedModel, info: dict[str, Any]) -> list[str]:
     """The trained weights that the files lack. Tied weights and buffers do not count: transformers makes them."""
     return sorted(set(info["missing_keys"]) & set(dict(model.named_parameters())))
+
+
+def _other_names(info: dict[str, Any]) -> str:
+    """Adds to the error for missing weights how the file calls its own, as a wrapper that was saved with it does."""
+    unused = sorted(info["unexpected_keys"])
+    return f"; the file calls its weights otherwise, such as {unused[0]}" if unused else ""
 
 
 @torch.no_grad()
