@@ -37,7 +37,7 @@ def test_what_is_filled_in_is_what_the_template_writes(template):
     three = [
         [Message("user", a), Message("assistant", b), Message("user", a + b)] for a, b in product(CONTENTS, CONTENTS)
     ]
-    for messages, rendered in zip(one + three, chat._render_many(one + three, True), strict=True):
+    for messages, rendered in zip(one + three, chat.render_many(one + three, True), strict=True):
         turns = [{"role": m.role, "content": m.content} for m in messages]
         expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         assert rendered == expected
@@ -46,7 +46,7 @@ def test_what_is_filled_in_is_what_the_template_writes(template):
 def test_a_conversation_that_such_a_template_refuses_is_refused():
     tokenizer = make("ours")
     tokenizer.chat_template = TRIMMED
-    refused, fine = Chat(tokenizer)._render_many([[Message("system", "be brief")], [Message("user", "hi")]], True)
+    refused, fine = Chat(tokenizer).render_many([[Message("system", "be brief")], [Message("user", "hi")]], True)
     assert "no system turns" in str(refused)
     assert isinstance(fine, str)
 

@@ -23,12 +23,13 @@ from transformers import (
 from tests.tiny import TEXTS
 from trimtab.batches.trees import TokenTrees, response_tree
 from trimtab.core.errors import EngineError
-from trimtab.core.types import Message
+from trimtab.core.types import Message, Prompt
 from trimtab.data.chat import Chat
 from trimtab.models.forward import sequence_scores_of
 from trimtab.models.load import load_causal, load_scalar, load_tokenizer
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import round_as_written, save_model
+from trimtab.rewards.scorer import RewardModelScorer
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
@@ -124,6 +125,40 @@ def test_a_reward_model_scores_a_padded_batch_in_transformers_as_each_text_here(
     torch.testing.assert_close(alone, expected, atol=1e-4, rtol=1e-4)
     again = ScalarModel(load_scalar(tmp_path / "out"), pad_id=Chat(load_tokenizer(tmp_path / "out")).pad_id)
     torch.testing.assert_close(sequence_scores_of(again, TokenTrees.build([tree]), 10**9), expected)
+
+
+WITHOUT_END = "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [CHATML, ENDS_IN_EOS, WITHOUT_END, "\n" + CHATML + "\n"])
+@pytest.mark.parametrize("named", [False, True])
+def test_other_programs_read_a_reward_model_where_it_was_trained(tmp_path, template, named):
+    made = tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], template, eos_token="<|endoftext|>")
+    if named:
+        made.chat_template = {"default": template, "other": CHATML}
+    base = write_base(tmp_path / "base", made)
+    model = load_scalar(base, head_seed=0)
+    model.config.update({"reward_shift": 0.5})
+    save_model(model, load_tokenizer(base), tmp_path / "first")
+    save_model(load_scalar(tmp_path / "first"), load_tokenizer(tmp_path / "first"), tmp_path / "out")
+
+    talk, replies = (
+        [Message("user", "Hi"), Message("assistant", "Yes?"), Message("user", "Where?")],
+        ["Oslo.", "I see!"],
+    )
+    if template == WITHOUT_END:
+        talk = talk[:1]  # it closes no earlier reply, and those here are closed as they were written
+    scorer = RewardModelScorer.from_directory(str(tmp_path / "out"), token_budget=4096)
+    ours = scorer.score_texts([(Prompt(messages=tuple(talk)), reply) for reply in replies])
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    talks = [[{"role": m.role, "content": m.content} for m in [*talk, Message("assistant", r)]] for r in replies]
+    batch = theirs.apply_chat_template(talks, padding=True, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**batch).logits[:, 0] - 0.5, ours, atol=1e-4, rtol=1e-4)
+    for row in talks:
+        asked = {"tokenize": False, "add_generation_prompt": True}
+        assert theirs.apply_chat_template(row[:-1], **asked) == made.apply_chat_template(row[:-1], **asked)
 
 
 def test_generation_settings_say_where_a_reply_ends_and_stay(tmp_path):

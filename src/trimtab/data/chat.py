@@ -193,6 +193,11 @@ class Chat:
             turn = self._encode(before + content + after, after=self._end)
         return closing + turn
 
+    @property
+    def closings(self) -> tuple[str, str]:
+        """The text that the template writes behind a reply, and the text with which a reply ends here."""
+        return self._after_reply, self._before_end + self._end
+
     def holds_special_token(self, text: str) -> bool:
         """Whether a text holds the text of a special token, which a tokenizer would read as that token."""
         return self._special_pattern.search(text) is not None

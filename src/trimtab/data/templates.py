@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,8 +75,33 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
                 fix="name the one to use 'default', or give the tokenizer a single template",
             )
         found = found["default"]
-    template = str(found)
+    template = _without_cut(str(found))
     return _DATE_MACRO + template if "strftime_now" in template else template
+
+
+# ---- templates that end where a reward model is read ---------------------------------------------------------------
+
+# The empty strings keep white space of the template that a tag beside it would remove.
+_WHOLE, _CUT = "{% set whole_conversation %}{{ '' }}", "{{ '' }}{% endset %}{{ whole_conversation"
+
+
+def ending_with(tokenizer: PreTrainedTokenizerBase, tail: str, end: str) -> Any:
+    """The tokenizer's template, or its templates by name, so that a conversation that ends with a reply ends with
+    `end` instead of `tail`. The text of everything before that stays. `template_of` gives the template without this.
+
+    A reward model reads a score at the end token of a reply. Most templates write a line break behind it, at which
+    other programs would read another score.
+    """
+    found: Any = tokenizer.chat_template
+    template = _without_cut(str(found["default"] if isinstance(found, dict) else found))
+    said, last = json.dumps(tail), json.dumps(end)
+    ends = f" if add_generation_prompt or not whole_conversation.endswith({said}) else whole_conversation"
+    cut = f"{_WHOLE}{template.removesuffix(chr(10))}{_CUT}{ends}.removesuffix({said}) + {last} }}}}"
+    return found | {"default": cut} if isinstance(found, dict) else cut
+
+
+def _without_cut(template: str) -> str:
+    return template[len(_WHOLE) : template.rindex(_CUT)] if template.startswith(_WHOLE) else template
 
 
 # ---- templates that do not look at contents ----------------------------------------------------------------------

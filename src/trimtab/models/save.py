@@ -8,7 +8,8 @@
   score of a padded text at the last token that is not the pad token.
 - Weights have the dtype in which the model was stored, rounded from the float32 in which they are trained, so training
   does not make a bfloat16 model twice as large. `trimtab export --dtype` writes another dtype.
-- The tokenizer holds the chat template that was trained with, and an adapter the absolute path of its base.
+- The tokenizer holds the chat template that was trained with, and an adapter the absolute path of its base. That of a
+  reward model ends a conversation at the token at which its score is read.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trimtab.core.hub import GENERATION_FILE, MODEL_FILE, REWARD_FILE, read_json
 from trimtab.core.terminal import note
 from trimtab.data.chat import Chat
+from trimtab.data.templates import ending_with
 from trimtab.models.adapters import save_adapter
 from trimtab.models.roles import Policy, ScalarModel
 from trimtab.models.weights import refuse_to_write
@@ -56,6 +58,7 @@ def save_role(role: Policy | ScalarModel, tokenizer: PreTrainedTokenizerBase, di
         write_reward_facts(role.model, directory)
     save_adapter(role.model, role.adapter, directory, base=base, head=head)
     chat, pad_id = _chat_to_write(tokenizer)
+    _end_where_read(role.model, chat)
     chat.tokenizer.save_pretrained(directory)
     if not isinstance(role, ScalarModel):  # for other libraries that generate with base and adapter
         settings: Any = GenerationConfig
@@ -96,6 +99,7 @@ def save_model(
     if dtype != torch.float32:
         file = directory / MODEL_FILE
         file.write_text(json.dumps(_with_dtype(read_json(file), dtype), indent=2) + "\n", encoding="utf-8")
+    _end_where_read(model, chat)
     chat.tokenizer.save_pretrained(directory)
 
 
@@ -123,6 +127,14 @@ def _chat_to_write(tokenizer: PreTrainedTokenizerBase) -> tuple[Chat, int | None
     if chat.tokenizer.pad_token_id != chat.pad_id:
         chat.tokenizer.pad_token = chat.tokenizer.convert_ids_to_tokens(chat.pad_id)
     return chat, chat.pad_id
+
+
+def _end_where_read(model: PreTrainedModel, chat: Chat) -> None:
+    """Makes the chat template of a reward model of the reward stage end a conversation at the token at which the model
+    is read: other programs read what their template wrote last."""
+    of_replies = getattr(model.config, "reward_shift", None) is not None
+    if of_replies and getattr(model.config, "reward_kind", None) != "process" and len(set(chat.closings)) > 1:
+        chat.tokenizer.chat_template = ending_with(chat.tokenizer, *chat.closings)
 
 
 def _trained_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
