@@ -9,10 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from tests.models.test_save import ENDS_IN_EOS, tokenizer, write_base
 from tests.stages.commands import FAST, run_stage, summary, trimtab
-from trimtab.models.load import load_tokenizer
+from trimtab.core.types import Message, PreferencePair, Prompt
+from trimtab.models.load import load_scalar, load_tokenizer
 from trimtab.models.save import save_model
 from trimtab.reports.card_sentences import cautions
+from trimtab.rewards.scorer import RewardModelScorer
+from trimtab.stages.card import rewards_of_sides
 
 SCHEMA = json.loads((files("trimtab.evals") / "reward_card.schema.json").read_text(encoding="utf-8"))
 
@@ -40,6 +44,23 @@ def sliced(tmp_path_factory):
         lines.append(json.dumps(row | {"facts": {"topic": "even" if i % 4 < 2 else "odd"}}) + "\n")
     path.write_text("".join(lines))
     return path
+
+
+def test_replies_that_are_the_same_to_the_model_are_a_tie(tmp_path):
+    """Rounding would decide between them if the sides were scored in two calls, with other texts beside them."""
+    trims = ENDS_IN_EOS.replace("m.content", "m.content | trim")
+    base = write_base(tmp_path / "base", tokenizer(["<unk>", "</s>"], trims, eos_token="</s>", unk_token="<unk>"))
+    model = load_scalar(base, head_seed=0)
+    model.config.update({"reward_shift": 0.0})
+    save_model(model, load_tokenizer(base), tmp_path / "reward")
+    asked = [Prompt(messages=(Message("user", f"What is {i} + 1?"),)) for i in range(30)]
+    said = [("It is so." + " so" * i, "It is so." + " so" * i + " ") for i in range(30)]
+    said += [("word " * (i % 7) + "yes", "no" * (i % 9 + 1)) for i in range(30)]
+    pairs = [PreferencePair(prompt=p, chosen=a, rejected=b) for p, (a, b) in zip(asked * 2, said, strict=True)]
+    scorer = RewardModelScorer.from_directory(str(tmp_path / "reward"), token_budget=200)
+    chosen, rejected = rewards_of_sides(scorer, pairs)
+    assert (chosen[:30] == rejected[:30]).all()
+    assert (chosen[30:] != rejected[30:]).all()
 
 
 def test_the_schema_is_one_and_refuses_what_a_card_is_not():

@@ -24,7 +24,7 @@ from trimtab.core.hub import base_of, members_in, reward_facts, same_model
 from trimtab.core.types import PreferencePair
 from trimtab.data.chat import Chat
 from trimtab.data.layouts import Loaded, OnBadRow, load
-from trimtab.evals.reward_card import SIDES, ordering_accuracy, reward_card
+from trimtab.evals.reward_card import ordering_accuracy, reward_card
 from trimtab.models.average import (
     average_heads,
     average_products,
@@ -41,9 +41,9 @@ from trimtab.models.load import is_classifier, load_causal, load_scalar, load_to
 from trimtab.models.roles import ScalarModel
 from trimtab.models.save import round_as_written, save_model, write_reward_facts
 from trimtab.reports.card_sentences import said_of_training
-from trimtab.rewards.scorer import TOKEN_BUDGET, RewardModelScorer, rewards_of
+from trimtab.rewards.scorer import TOKEN_BUDGET, RewardModelScorer
 from trimtab.runs.models import trained_on
-from trimtab.stages.card import AVERAGE_FILE, texts_of
+from trimtab.stages.card import AVERAGE_FILE, rewards_of_sides
 from trimtab.stats import Floats
 
 PARTS = (0.25, 0.5, 0.75, 1.0)
@@ -253,8 +253,7 @@ class _Judge:
 
     def scores(self) -> tuple[Floats, Floats]:
         """The scores of the chosen and of the rejected replies."""
-        found = rewards_of(self.scorer, [text for side in SIDES for text in texts_of(self.pairs, side)])
-        return found[: len(self.pairs)], found[len(self.pairs) :]
+        return rewards_of_sides(self.scorer, self.pairs)
 
     def accuracy(self) -> float:
         """The share of pairs with a right side that are ordered as labelled, ties half."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def card(
     else:
         slices = [source for source, records in by_source.items() for _ in records] if len(data) > 1 else []
     scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device_of(device))
-    chosen, rejected = (rewards_of(scorer, texts_of(pairs, side), unread="nan") for side in SIDES)
+    chosen, rejected = rewards_of_sides(scorer, pairs, unread="nan")
     fits = ~np.isnan(chosen + rejected)
     if not fits.any():
         raise DataError(
@@ -90,6 +90,15 @@ def card(
         write_out(out / CARD_FILE, card_text(found, model=model, digest=local_digest(model), data=data))
         write_card(found, out / PAGE_FILE, model=model)
     return card_sentences(found)
+
+
+def rewards_of_sides(
+    scorer: RewardModelScorer, pairs: Sequence[PreferencePair], *, unread: Literal["refuse", "nan"] = "refuse"
+) -> tuple[Floats, Floats]:
+    """The rewards of the chosen and of the rejected replies. They are scored in one call, so that two replies that are
+    the same to the model, as those that differ in a blank which its template strips, are a tie."""
+    found = rewards_of(scorer, [text for side in SIDES for text in texts_of(pairs, side)], unread=unread)
+    return found[: len(pairs)], found[len(pairs) :]
 
 
 def refuse_repeated_sources(sources: Sequence[str]) -> None:

@@ -22,7 +22,6 @@ from trimtab.data.sources import records_source
 from trimtab.engines.device import device_of
 from trimtab.engines.local.sampler import LocalSampler, Sampling
 from trimtab.evals.answers import Conversation, answer_rows
-from trimtab.evals.reward_card import SIDES
 from trimtab.models.load import load_causal, load_tokenizer
 from trimtab.models.roles import Policy
 from trimtab.reports.card_sentences import card_sentences
@@ -30,7 +29,7 @@ from trimtab.rewards.length_correction import corrections_in
 from trimtab.rewards.model import RewardModel
 from trimtab.rewards.process import ProcessReward
 from trimtab.rewards.scorer import TOKEN_BUDGET, finite_scores, rewards_of
-from trimtab.stages.card import Texts, measure, of_reading, reply_lengths, texts_of
+from trimtab.stages.card import Texts, measure, of_reading, reply_lengths, rewards_of_sides
 
 
 def _generator(model: str, *, temperature: float, device: str | None, top_k: int = 0, **sampled: Any) -> LocalSampler:
@@ -182,7 +181,7 @@ def _score_pairs(
 ) -> int:
     pairs = loaded.records
     scorer = RewardModel(path=model).load(token_budget=TOKEN_BUDGET, device=device)
-    chosen, rejected = (rewards_of(scorer, texts_of(pairs, side)) for side in SIDES)
+    chosen, rejected = rewards_of_sides(scorer, pairs)
     card = measure(
         pairs,
         chosen=chosen,
