@@ -197,6 +197,17 @@ def test_a_conversation_without_a_last_reply_is_refused(chats):
         chats["ours"].encode_conversation([user("Hello")])
 
 
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [("{% for m in messages %}{{ m.content }", "unexpected '}'"), ("{{ messages + 1 }}", "can only")],
+)
+def test_a_template_that_refuses_every_conversation_is_named(template, says):
+    tokenizer = make("ours")
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=rf"(?s){says}.*where: the chat template of .*give the tokenizer another"):
+        Chat(tokenizer)
+
+
 def test_a_tokenizer_on_which_no_reply_could_end_is_refused():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

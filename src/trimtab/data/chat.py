@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.core.errors import ConfigError, DataError
@@ -23,6 +22,7 @@ from trimtab.data.words import Words
 # of its own, so the tabs that remain show whether the template strips contents.
 _MARK = "\t\ue000{}\ue001\t"
 _ASKED = Message("user", "a")
+_NOT_IN_ORDER = "the chat template does not write a user turn and an assistant turn one after the other"
 _MARKS = re.compile("(\t?)\ue000([0-9]+)\ue001(\t?)")
 
 
@@ -243,14 +243,14 @@ class Chat:
 
     def _study(self, added: dict[str, tuple[int, bool]]) -> None:
         """Finds what stands before a reply and what ends it, by rendering one exchange with marks as contents."""
-        asked = self._skeleton(("user",), True)
-        exchange = self._skeleton(("user", "assistant"), False)
+        place = f"the chat template of {self.tokenizer.name_or_path or 'the tokenizer'}"
+        fix, problem = "give the tokenizer another chat template, or none to get trimtab's own", _NOT_IN_ORDER
+        try:
+            asked, exchange = self._skeleton(("user",), True), self._skeleton(("user", "assistant"), False)
+        except DataError as error:  # it refuses every conversation
+            asked, exchange, problem = None, None, error.problem
         if asked is None or exchange is None:
-            raise DataError(
-                "the chat template does not write a user turn and an assistant turn one after the other",
-                where=f"the chat template of {self.tokenizer.name_or_path or 'the tokenizer'}",
-                fix="give the tokenizer another chat template, or none to get trimtab's own",
-            )
+            raise DataError(problem, where=place, fix=fix)
         _, between, tail = exchange.pieces
         generation_prompt = asked.pieces[-1]
         self._lead = between.removeprefix(generation_prompt) if between.startswith(generation_prompt) else ""
@@ -274,7 +274,7 @@ class Chat:
         else:
             raise DataError(
                 f"the chat template ends a reply with {tail!r}, which is no special token, and there is no eos token",
-                where=f"the chat template of {self.tokenizer.name_or_path or 'the tokenizer'}",
+                where=place,
                 fix="set the eos_token of the tokenizer (tokenizer_config.json)",
             )
         self.stop_ids = frozenset({self.end_id} if eos_id is None else {self.end_id, eos_id})
@@ -293,7 +293,7 @@ class Chat:
     def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         try:
             return cast(str, self._apply_template(_turns(messages), generation_prompt))
-        except jinja2.TemplateError as error:
+        except Exception as error:  # foreign templates fail in many ways, and none of them is a bug of ours
             raise DataError(
                 f"the model's chat template refuses the conversation: {error}",
                 where=_describe(messages),
@@ -311,7 +311,7 @@ class Chat:
         try:
             turns = [_turns(messages) for messages in conversations]
             return cast("list[str]", self._apply_template(turns, generation_prompt)) if turns else []
-        except jinja2.TemplateError:
+        except Exception:
             return [self._rendered_or_error(messages, generation_prompt) for messages in conversations]
 
     @cached_property
