@@ -101,6 +101,20 @@ def test_a_reply_ends_in_transformers_where_it_ends_here(name, tmp_path):
     assert written[0, prompt.shape[1] :].tolist() == [chat.end_id]
 
 
+@pytest.mark.parametrize("special", [[], ["<|spare|>"]])
+def test_generate_without_a_mask_reads_the_whole_prompt(tmp_path, special):
+    """Without a mask it masks every pad token, so the tokens that a template writes cannot be one."""
+    made = tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *special], CHATML, eos_token="<|endoftext|>")
+    out = rewrite(write_base(tmp_path / "base", made), tmp_path / "out")
+    model, tok = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}] * 2
+    prompt = tok.apply_chat_template(turns, return_dict=True, return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 9, "do_sample": False}
+    whole = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    assert model.generate(prompt, **options).tolist() == whole.tolist()
+    assert tok.pad_token == (special[0] if special else "<|endoftext|>")
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_a_reward_model_scores_a_padded_batch_in_transformers_as_each_text_here(name, tmp_path):
     base = write_base(tmp_path / "base", BASES[name]())

@@ -73,9 +73,9 @@ class Chat:
     """The end token of the template, the eos token, and the stop tokens of the model's generation settings; a sampler
     stops at any of them."""
     pad_id: int
-    """The padding token. It is never one of `stop_ids`, and the model has an embedding row for it: the tokenizer's pad
-    token, else its unk token, else an added token whose name says pad, unused or reserved, else another special token,
-    else the first id that does not stop. Padding never enters a loss."""
+    """The padding token. It is never one of `stop_ids`, nor one that the template writes, and the model has a row for
+    it: the tokenizer's pad token, else its unk token, else an added token whose name says pad, unused or reserved, else
+    another special token, else the first id that does not stop. Padding never enters a loss."""
     pad_is_spare: bool
     """Whether the pad token never stands for a word, so that it can be written into a tokenizer as its pad token."""
 
@@ -92,11 +92,13 @@ class Chat:
         self.words = Words(tokenizer)
         self._study(added)
         facts: ModelFacts | None = getattr(tokenizer, "model_facts", None)
+        written = {*self.encode_prompt([_ASKED]), *self.encode_response("a")}
         if facts is not None:
             self.stop_ids |= facts.stop_ids
-            refuse_missing_rows(tokenizer, facts.num_rows, {*self.encode_prompt([_ASKED]), *self.encode_response("a")})
+            refuse_missing_rows(tokenizer, facts.num_rows, written)
         num_ids = len(tokenizer) if facts is None else min(len(tokenizer), facts.num_rows)
-        self.pad_id, self.pad_is_spare = choose_pad(tokenizer, self.stop_ids, num_ids)
+        written |= {id_ for text, id_ in self._special.items() if text in self._template}
+        self.pad_id, self.pad_is_spare = choose_pad(tokenizer, self.stop_ids, written, num_ids)
 
     @cached_property
     def highest_id(self) -> int:

@@ -98,17 +98,23 @@ def refuse_missing_rows(tokenizer: PreTrainedTokenizerBase, num_rows: int, writt
         )
 
 
-def choose_pad(tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], num_ids: int) -> tuple[int, bool]:
-    """The id to pad with, and whether it is spare, that is, not a word that a text could hold."""
+def choose_pad(
+    tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], written: set[int], num_ids: int
+) -> tuple[int, bool]:
+    """The id to pad with, and whether it is spare, that is, not a word that a text could hold. A token that is
+    `written` into conversations is not spare: if no attention mask is given, `generate` of transformers masks every
+    pad token."""
     added = tokenizer.added_tokens_decoder.items()
     spare: list[int | None] = [tokenizer.pad_token_id, tokenizer.unk_token_id]
     spare += [id_ for id_, t in added if re.search("pad|unused|reserved", t.content.lower())]
     special = [id_ for id_, t in added if t.special]
     spare += sorted(special, key=lambda id_: (id_ == tokenizer.bos_token_id, id_))
-    for candidates in (spare, range(num_ids)):
-        for id_ in candidates:
-            if id_ is not None and id_ < num_ids and id_ not in stop_ids:
-                return id_, candidates is spare
+    unused = (id_ for id_ in spare if id_ is not None and id_ < num_ids and id_ not in stop_ids | written)
+    if (found := next(unused, None)) is not None:
+        return found, True
+    for id_ in range(num_ids):
+        if id_ not in stop_ids:
+            return id_, False
     raise DataError(
         f"every one of the {num_ids} ids that the model can read ends a reply, so none can pad",
         where=tokenizer.name_or_path or "the tokenizer",
