@@ -148,3 +148,7 @@ def test_chat_of_an_adapter_is_that_of_its_directory(tmp_path, base_dir):
     add_adapter(model, "policy", LORA, seed=0)
     save_adapter(model, "policy", tmp_path / "adapter", base=str(base_dir))
     assert Chat(load_tokenizer(tmp_path / "adapter")).end_id == Chat(load_tokenizer(base_dir)).end_id
+    tokenizer = load_tokenizer(base_dir)
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.backend_tokenizer.save(str(tmp_path / "adapter" / "tokenizer.json"))  # some write no more than this file
+    assert "<tool>" in load_tokenizer(tmp_path / "adapter").get_vocab()

@@ -248,6 +248,28 @@ def test_a_setting_that_transformers_does_not_know_is_named(damaged):
         load_causal(damaged)
 
 
+def test_a_tokenizer_without_its_vocabulary_is_refused(damaged):
+    """transformers makes an empty one of the class that tokenizer_config.json names."""
+    (damaged / "tokenizer.json").unlink()
+    (damaged / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    with pytest.raises(EngineError, match=r"(?s)3 special tokens and no other.*needs tokenizer\.json"):
+        load_tokenizer(damaged)
+
+
+@pytest.mark.parametrize("ids", ["422", [[1]], {"a": 1}])
+def test_ends_that_are_no_ids_are_refused(damaged, ids):
+    (damaged / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(EngineError, match="is neither a number nor a list of numbers"):
+        load_tokenizer(damaged)
+
+
+def test_the_template_of_a_processor_is_that_of_the_tokenizer(damaged):
+    (damaged / "chat_template.jinja").unlink()
+    template = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    (damaged / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_tokenizer(damaged).chat_template == template
+
+
 @pytest.mark.parametrize(
     "wish", [{"output_attentions": True, "output_hidden_states": True}, {"attn_implementation": "flash_attention_2"}]
 )

@@ -10,7 +10,10 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from trimtab.core.errors import DataError, EngineError
-from trimtab.core.hub import ADAPTER_WEIGHTS, base_of, find_model
+from trimtab.core.hub import ADAPTER_WEIGHTS, base_of, find_model, read_json
+
+PROCESSOR_TEMPLATE = "chat_template.json"
+"""The file in which processors of images and text kept the chat template; a tokenizer does not read it."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +30,25 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory or hub id, with its `ModelFacts`. An adapter without a tokenizer gets that of
     its base."""
     base, name = base_of(path), find_model(path)
-    own = base is None or (Path(name) / "tokenizer_config.json").exists()
+    own = base is None or any((Path(name) / file).exists() for file in ("tokenizer_config.json", "tokenizer.json"))
+    directory = name if own else find_model(str(base))
+    fix = (
+        "a model directory needs tokenizer.json (or the files of its kind) and tokenizer_config.json beside its "
+        "weights; save the tokenizer there with save_pretrained"
+    )
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name if own else find_model(str(base)), trust_remote_code=False
-        )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # foreign files fail in many ways, and none of them is a bug of ours
+        raise EngineError(f"no tokenizer can be loaded: {first_line(error)}", where=str(path), fix=fix) from error
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+        # transformers makes an empty tokenizer of the named class if the files with the vocabulary are not there
         raise EngineError(
-            f"no tokenizer can be loaded: {first_line(error)}",
+            f"the tokenizer has {len(tokenizer)} special tokens and no other: its vocabulary is not there",
             where=str(path),
-            fix="a model directory needs tokenizer.json (or the files of its kind) and tokenizer_config.json beside "
-            "its weights; save the tokenizer there with save_pretrained",
-        ) from error
+            fix=fix,
+        )
+    if tokenizer.chat_template is None and (file := Path(directory) / PROCESSOR_TEMPLATE).exists():
+        tokenizer.chat_template = read_json(file).get("chat_template")
     tokenizer.model_facts = facts_of(tokenizer, name, base)
     return tokenizer
 
@@ -131,6 +141,12 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase, name: str, config: Any) -> fro
         generation = config
     found = generation.eos_token_id
     ids = [] if found is None else [found] if isinstance(found, int) else found
+    if not isinstance(ids, list) or not all(isinstance(id_, int) for id_ in ids):
+        raise EngineError(
+            f"eos_token_id = {found!r:.40} is neither a number nor a list of numbers",
+            where=f"generation_config.json or config.json of {name}",
+            fix="write the ids of the tokens at which a reply ends",
+        )
     if generation is config or getattr(generation, "_from_model_config", False):
         special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
         ids = [id_ for id_ in ids if id_ in special]
