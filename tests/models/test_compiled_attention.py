@@ -8,8 +8,7 @@ import torch
 from tests import tiny
 from tests.models.test_forward import relative_difference
 from trimtab.batches.trees import TokenTrees, response_tree, sequence_tree
-from trimtab.core import compiled
-from trimtab.core.compiled import SWITCH
+from trimtab.core.compiled import SWITCH, library
 from trimtab.core.errors import EngineError
 from trimtab.models import compiled_attention
 from trimtab.models.roles import Policy
@@ -28,14 +27,9 @@ SHAPES = [(2, 2, 64), (6, 2, 16), (3, 1, 24), (1, 1, 7)]
 
 @pytest.fixture
 def looked_for_anew():
-    forget()
+    library.cache_clear()
     yield
-    forget()
-
-
-def forget():
-    compiled.library.cache_clear()
-    compiled_attention._functions.cache_clear()
+    library.cache_clear()
 
 
 @pytest.fixture(params=["torch", "compiled"])

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from trimtab.core.errors import EngineError
@@ -42,15 +43,18 @@ def cannot_be_had(problem: str = "", fix: str = "") -> EngineError:
 
 
 @functools.cache
-def library(source: Path) -> ctypes.CDLL | None:
-    """The functions of a C file; None if there is no compiler with OpenMP, or what it makes cannot be kept."""
+def library(source: Path, declare: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL | None:
+    """The functions of a C file, whose types `declare` sets; None if there is no compiler with OpenMP, or what it makes
+    cannot be kept. It is looked for once."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
     if shutil.which(compiler[0]) is None:
         return None
     try:
-        return ctypes.CDLL(str(_compiled(source, compiler)))
+        found = ctypes.CDLL(str(_compiled(source, compiler)))
     except (OSError, subprocess.CalledProcessError):
         return None
+    declare(found)
+    return found
 
 
 def _compiled(source: Path, compiler: list[str]) -> Path:

@@ -7,7 +7,6 @@ and beside them it spends its time on small products, padding and copies: here i
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
@@ -106,16 +105,15 @@ def takes_compiled(x: Tensor) -> bool:
     return found
 
 
-@functools.cache
 def _functions() -> ctypes.CDLL | None:
-    found = library(SOURCE)
-    if found is None:
-        return None
+    return library(SOURCE, _declare)
+
+
+def _declare(found: ctypes.CDLL) -> None:
     p, i, f = c_void_p, c_int64, c_float
     found.attend_forward.argtypes = [p, p, i, i, i, i, f, i, p, p, p, i, i]
     found.attend_backward.argtypes = [p, p, p, p, p, p, i, i, i, i, f, i, p, p, i, i]
     found.attend_forward.restype = found.attend_backward.restype = None
-    return found
 
 
 def _loaded() -> ctypes.CDLL:

@@ -6,7 +6,6 @@ The formulas are those of `fused_layers.py`, each with its own backward pass.
 from __future__ import annotations
 
 import ctypes
-import functools
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -110,13 +109,16 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
 
 def available() -> bool:
     """Whether a compiler makes these functions here."""
-    return library(SOURCE) is not None
+    return library(SOURCE, _declare) is not None
 
 
-@functools.cache
 def _functions() -> ctypes.CDLL:
-    found = library(SOURCE)
+    found = library(SOURCE, _declare)
     assert found is not None
+    return found
+
+
+def _declare(found: ctypes.CDLL) -> None:
     p, i, f = c_void_p, c_int64, c_float
     found.norm_forward.argtypes = [p, i, i, p, f, p, p, i]
     found.norm_backward.argtypes = [p, p, i, i, p, p, p, p, i, i]
@@ -125,7 +127,6 @@ def _functions() -> ctypes.CDLL:
     found.turn.argtypes = [p, i, i, i, i, i, p, p, i, p, i]
     for function in (found.norm_forward, found.norm_backward, found.gate_forward, found.gate_backward, found.turn):
         function.restype = None
-    return found
 
 
 def _threads() -> int:

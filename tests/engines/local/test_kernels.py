@@ -34,14 +34,9 @@ def compiled():
 
 @pytest.fixture
 def looked_for_anew():
-    forget()
-    yield
-    forget()
-
-
-def forget():
     library.cache_clear()
-    kernels._library.cache_clear()
+    yield
+    library.cache_clear()
 
 
 def product_in_float64(x, weights, biases, form, norm, eps, *, rounded=False):

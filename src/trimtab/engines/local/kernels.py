@@ -7,7 +7,6 @@ compiler with OpenMP, on a GPU, and in bfloat16 on processors that do not multip
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
@@ -393,11 +392,11 @@ def has_onednn() -> bool:
     return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
-@functools.cache
 def _library() -> ctypes.CDLL | None:
-    found = library(SOURCE)
-    if found is None:
-        return None
+    return library(SOURCE, _declare)
+
+
+def _declare(found: ctypes.CDLL) -> None:
     p, i, f = c_void_p, c_int64, c_float
     found.product.argtypes = [p, i, i, i, p, f, i, p, p, p, p, i, p, i, i]
     found.rotate.argtypes = [p, i, i, i, i, p, f, p, p, i]
@@ -406,7 +405,6 @@ def _library() -> ctypes.CDLL | None:
     for function in (found.product, found.rotate, found.attend, found.decode):
         function.restype = None
     found.multiplies_pairs.restype = i
-    return found
 
 
 def _address(x: Tensor | None) -> int | None:
