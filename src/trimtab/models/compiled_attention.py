@@ -1,7 +1,7 @@
 """Attention over token trees in C (`tree_attention.c`), for float32 on a CPU.
 
 Torch's flash kernel of the CPU is made for long rows. The stretches of a token tree are short, some dozens of tokens,
-and beside them it spends its time on small products, padding and copies: here it takes two to four times as long.
+and beside them it spends its time on small products, padding and copies: there it takes two to three times as long.
 """
 
 from __future__ import annotations
