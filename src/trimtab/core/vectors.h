@@ -1,4 +1,4 @@
-/* What compiled kernels have in common: the vectors of the processor and e^x. */
+/* What compiled kernels have in common: the vectors of the processor, e^x and sums over a row. */
 
 #include <math.h>
 #include <omp.h>
@@ -45,4 +45,9 @@ static inline float dot(const float *a, const float *b, int64_t n) {
     for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
     for (; i < n; i++) sum += a[i] * b[i];
     return sum;
+}
+
+/* By what a norm multiplies a row: 1 / sqrt(mean(row^2) + eps). */
+static inline float scale_of(const float *row, int64_t n, float eps) {
+    return 1.0f / sqrtf(dot(row, row, n) / (float)n + eps);
 }

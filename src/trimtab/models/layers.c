@@ -10,7 +10,7 @@ void norm_forward(const float *x, int64_t n, int64_t size, const float *norm, fl
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < n; row++) {
         const float *from = x + row * size;
-        float *to = y + row * size, scale = scales[row] = 1.0f / sqrtf(dot(from, from, size) / (float)size + eps);
+        float *to = y + row * size, scale = scales[row] = scale_of(from, size, eps);
         for (int64_t i = 0; i < size; i++) to[i] = norm[i] * (from[i] * scale);
     }
 }

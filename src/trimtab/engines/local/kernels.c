@@ -21,10 +21,6 @@ typedef uint16_t loose_upper __attribute__((vector_size(2 * LANES), aligned(2), 
 enum { MOST_OUTS = 6, MOST_VECS = 3, WIDEST = MOST_VECS * LANES, CHUNK = 64, LINE = 16 };
 enum { PLAIN = 0, NORMED = 1, GATED = 2 };
 
-static inline float scale_of(const float *row, int64_t n, float eps) {
-    return 1.0f / sqrtf(dot(row, row, n) / (float)n + eps);
-}
-
 static inline float silu(float x) { return x / (1.0f + exponential(x < -87.0f ? 87.0f : -x)); }
 
 /* An even number of entries as bfloat16, rounded to the nearest, of ties to the even: words of two, of which the first
