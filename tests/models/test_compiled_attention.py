@@ -69,7 +69,7 @@ def by_definition(trees, inputs, window=None, sinks=None):
     return [output.detach(), *torch.autograd.grad(output, inputs, grad)]
 
 
-def close(found, expected):
+def assert_close(found, expected):
     for ours, exact in zip(found, expected, strict=True):
         assert ours.shape == exact.shape
         assert relative_difference(ours.double(), exact) < 2e-6
@@ -82,13 +82,13 @@ def test_attention_and_its_gradients_are_the_definition(way, shape, window, with
     trees = TokenTrees.build(TREES)
     inputs, sinks = states(trees.num_tokens, *shape), torch.randn(shape[0]) if with_sinks else None
     assert (way_of(inputs[0], window, sinks) == "compiled") == (way == "compiled")
-    close(attended(trees, inputs, window, sinks), by_definition(trees, inputs, window, sinks))
+    assert_close(attended(trees, inputs, window, sinks), by_definition(trees, inputs, window, sinks))
 
 
 def test_a_sum_over_many_tokens(way):
     trees = TokenTrees.build([response_tree(range(300), [range(140), range(290)])])
     inputs = states(trees.num_tokens, 2, 1, 32)
-    close(attended(trees, inputs), by_definition(trees, inputs))
+    assert_close(attended(trees, inputs), by_definition(trees, inputs))
 
 
 @pytest.mark.usefixtures("in_c")
@@ -151,7 +151,7 @@ def test_without_a_compiler_torch_computes_and_the_record_says_so(monkeypatch):
     trees = TokenTrees.build(TREES)
     inputs = states(trees.num_tokens, 2, 1, 8)
     assert way_of(inputs[0], None, None) == "strips"
-    close(attended(trees, inputs), by_definition(trees, inputs))
+    assert_close(attended(trees, inputs), by_definition(trees, inputs))
     monkeypatch.setenv(SWITCH, "compiled")
     with pytest.raises(EngineError, match=r"no C compiler with OpenMP[^$]*install gcc or name"):
         attended(trees, inputs)

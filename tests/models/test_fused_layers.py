@@ -4,6 +4,7 @@ for one test that compiles them."""
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import silu
 
 from tests import tiny
 from tests.models.test_forward import relative_difference, some_trees
-from trimtab.core.compiled import SWITCH
+from trimtab.core.compiled import SWITCH, library
 from trimtab.models import compiled_layers, fused_layers
 from trimtab.models.attention import backbone, row_states
 from trimtab.models.compiled_attention import takes_compiled
@@ -151,6 +152,19 @@ def test_each_kernel_is_its_formula_in_float64(n, size):
             assert relative_difference(a.double(), b) < 1e-6
 
 
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.usefixtures("in_c")
+def test_vectors_of_every_width_compute_the_same(monkeypatch, lanes):
+    width = {4: "-U__AVX512F__ -U__AVX__", 8: "-U__AVX512F__ -D__AVX__", 16: "-D__AVX512F__"}[lanes]
+    monkeypatch.setenv("CC", f"{os.environ.get('CC') or 'cc'} {width}")
+    library.cache_clear()
+    try:
+        assert compiled_layers.available()
+        test_each_kernel_is_its_formula_in_float64(130, 40)
+    finally:
+        library.cache_clear()
+
+
 @pytest.mark.usefixtures("in_c")
 def test_a_row_has_the_same_bits_whatever_rows_are_beside_it_and_however_many_threads_there_are():
     torch.manual_seed(0)
@@ -164,9 +178,11 @@ def test_a_row_has_the_same_bits_whatever_rows_are_beside_it_and_however_many_th
     for kernel in kernels:
         whole = kernel(slice(None))
         for num_threads in (1, 2, 3):
-            torch.set_num_threads(num_threads)
-            parts = [kernel(slice(0, 7)), kernel(slice(7, 8)), kernel(slice(8, 150))]
-            torch.set_num_threads(threads)
+            try:
+                torch.set_num_threads(num_threads)
+                parts = [kernel(slice(0, 7)), kernel(slice(7, 8)), kernel(slice(8, 150))]
+            finally:
+                torch.set_num_threads(threads)
             assert torch.equal(torch.cat(parts, 1), whole)
 
 
